@@ -1,0 +1,283 @@
+"""What the sheets of results say, as rich tables, as plain text for a log, and in one line of plain words."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable, Sequence
+
+import pandas as pd
+from rich.box import Box
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from rnn_longctx.config import format_length
+from rnn_longctx.eval.sheets import RECALL, SETTING, Sheet, context_gain, sheets, summary
+from rnn_longctx.eval.stats import wilson
+
+__all__ = ["conclusion", "context_gain", "header", "summary", "table", "to_text"]
+
+_BOX = Box("    \n    \n -- \n    \n -- \n    \n    \n    \n", ascii=True)
+# A line of a table: its label, a text per length, and the text of the last column.
+Line = tuple[Text, dict[int, Text], Text]
+
+
+def conclusion(frame: pd.DataFrame) -> str:
+    """What the numbers say, a line per model, in plain words. Nothing in it is not in the table."""
+    lines: dict[tuple[object, ...], list[str]] = {}
+    for sheet in sheets(frame):
+        clauses = _loss_clauses(sheet) if sheet.task == "lm" else _recall_clauses(sheet)
+        if clauses and sheet.note:
+            clauses[0] = f"[{sheet.note}] {clauses[0]}"
+        lines.setdefault(tuple(sheet.where[c] for c in SETTING), []).extend(clauses)
+    return "\n".join(
+        (f"{key[0]}: " if len(lines) > 1 else "") + "; ".join(c) + "." for key, c in lines.items() if c
+    )
+
+
+def header(
+    model: str,
+    parameters: int,
+    scan_state: int,
+    conv_state: int,
+    train_length: int | None,
+    device: str,
+    dtype: str,
+    backend: str,
+) -> RenderableType:
+    """What is measured, on what. `scan_state` and `conv_state` in elements of one sequence, all layers."""
+    lines = (
+        ("model", f"{model}, {_count(parameters)} parameters"),
+        ("state", f"{scan_state + conv_state:,} elements (scan {scan_state:,} + conv {conv_state:,})"),
+        ("trained at", "unknown length" if train_length is None else f"{format_length(train_length)} tokens"),
+        ("runs on", f"{device}, {dtype}, {backend}"),
+    )
+    grid = Table.grid(padding=(0, 2))
+    for name, text in lines:
+        grid.add_row(Text(name, style="dim"), Text(text))
+    return grid
+
+
+def table(frame: pd.DataFrame, width: int = 110) -> list[RenderableType]:
+    """Rich tables no wider than `width`, split by lengths where they must be, and under them the conclusion.
+
+    Per sheet: loss over length with a verdict, then the context gain; or accuracy over length. Bold is the
+    lowest loss of a length among what is no control, a gain surely above 0, or an accuracy above 0.95; red is
+    collapse.
+    """
+    parts: list[RenderableType] = []
+    for sheet in sheets(frame):
+        parts += _loss_tables(sheet, width) + _gain_tables(sheet, width) if sheet.task == "lm" else []
+        parts += _accuracy_tables(sheet, width) if sheet.task != "lm" else []
+    words = conclusion(frame)
+    return [*parts, Text(words or "no results yet", style="bold" if words else "")]
+
+
+def to_text(frame: pd.DataFrame, width: int = 110) -> str:
+    """The same tables as plain ASCII lines of at most `width` characters, for a log file."""
+    file = io.StringIO()
+    console = Console(file=file, width=width, color_system=None, force_terminal=False, legacy_windows=False)
+    console.print(Group(*table(frame, width)))
+    return "\n".join(line.rstrip() for line in file.getvalue().splitlines()) + "\n"
+
+
+# ---- words
+
+
+def _loss_clauses(sheet: Sheet) -> list[str]:
+    clauses = []
+    if "none" in sheet.cells:
+        clauses.append(f"without a remedy: {sheet.verdict('none').text}")
+    if not sheet.remedies():
+        return clauses
+    length = max(max(sheet.cells[r]) for r in sheet.remedies())
+    losses = {r: sheet.cells[r][length].value for r in sheet.remedies() if length in sheet.cells[r]}
+    best = min(losses, key=lambda r: _finite(losses[r]))
+    text = f"best remedy at {format_length(length)} is {best}"
+    against = sheet.best_recompute(length)
+    if against:
+        text += f", {losses[best] / sheet.cells[against][length].value:.2f}x the loss of {against}"
+        gain = sheet.gain(against, best, length)
+        if gain and math.isfinite(gain.low):
+            finding = "uses older context" if gain.low > 0 else "shows no use of older context"
+            text += f"; it {finding} (gain {gain.gain:+.3f}, 95% {gain.low:+.3f} to {gain.high:+.3f})"
+    else:
+        text += ", not compared with recomputing from the last tokens"
+    if sheet.verdict(best).first_failing is not None:
+        text += f"; it {sheet.verdict(best).text}"
+    return [*clauses, text]
+
+
+def _recall_clauses(sheet: Sheet) -> list[str]:
+    reach = {n: sheet.recall_length(n) or 0 for n in sheet.cells}
+    best = max(sheet.remedies(), key=lambda n: reach[n], default=None)
+
+    def words(name: str) -> str:
+        extent = f"up to {format_length(reach[name])}" if reach[name] else "nowhere"
+        return f"{extent} {'without a remedy' if name == 'none' else f'with {name}'}"
+
+    text = f"{sheet.task} accuracy above {RECALL} "
+    if "none" not in sheet.cells:
+        return [text + words(best)] if best else []
+    if best is None:
+        return [text + words("none")]
+    further = reach[best] > reach["none"]
+    return [text + words("none") + (f", {words(best)}" if further else ", and no remedy reaches further")]
+
+
+# ---- tables
+
+
+def _loss_tables(sheet: Sheet, width: int) -> list[RenderableType]:
+    candidates = [name for name in sheet.cells if not sheet.is_control(name)]
+
+    def cell(name: str, length: int) -> Text:
+        value, peak = sheet.cells[name][length].value, sheet.peak(name)
+        if peak is not None and length > (sheet.train_length or 0) and not value <= 2 * peak:
+            return Text(_number(value), style="red")
+        rivals = [row[length].value for n, row in sheet.cells.items() if length in row and n in candidates]
+        best = len(rivals) > 1 and name in candidates and value == min(rivals, key=_finite)
+        return Text(_number(value), style="bold" if best else "")
+
+    def collapse(name: str) -> Text:
+        first, text = sheet.verdict(name)
+        if first is not None:
+            return Text(f"at {format_length(first)}", style="red")
+        return Text(text.replace("no collapse up to", "not by") if text.startswith("no ") else "unknown")
+
+    peak = sheet.peak("none")
+    head = "collapses" + ("" if peak is None else f"\n> 2 x {peak:.2f}")
+    return _tables(_title(sheet, "loss in nats per token", "slices"), sheet, cell, width, (head, collapse))
+
+
+def _gain_tables(sheet: Sheet, width: int) -> list[RenderableType]:
+    """Three lines per remedy, gain and interval, so that the lengths keep their columns."""
+    tables: list[RenderableType] = []
+    for control in sheet.recomputes():
+        lines: list[Line | None] = []
+        measured: set[int] = set()
+        for name in (n for n in sheet.cells if not sheet.is_control(n)):
+            gains = {k: g for k in sheet.lengths if (g := sheet.gain(control, name, k))}
+            measured |= set(gains)
+            for head, values in (
+                (
+                    Text(name),
+                    {k: Text(_signed(g.gain), "bold" if g.low > 0 else "") for k, g in gains.items()},
+                ),
+                (Text("  95% from", "dim"), {k: Text(_signed(g.low), "dim") for k, g in gains.items()}),
+                (Text("  to", "dim"), {k: Text(_signed(g.high), "dim") for k, g in gains.items()}),
+            ):
+                lines += [(head, values, Text())] if gains else []
+        title = f"context gain: loss of {control} minus loss, nats per token (above 0: uses older context)"
+        heads = {k: format_length(k) for k in sorted(measured)}
+        tables += _draw(title + _suffix(sheet), heads, lines, width) if lines else []
+    return tables
+
+
+def _accuracy_tables(sheet: Sheet, width: int) -> list[RenderableType]:
+    def cell(name: str, length: int) -> Text:
+        value = sheet.cells[name][length].value
+        return Text(f"{value:.2f}", style="bold" if value > RECALL else "")
+
+    title = _title(sheet, f"{sheet.task} accuracy", "prompts")
+    fewest = min(c.n for row in sheet.cells.values() for c in row.values())
+    if fewest:
+        middle = wilson(fewest // 2, fewest)  # where the interval is widest
+        title += f"; 95% within {(middle.high - middle.low) / 2:.2f}"
+    return _tables(title, sheet, cell, width)
+
+
+def _tables(
+    title: str,
+    sheet: Sheet,
+    cell: Callable[[str, int], Text],
+    width: int,
+    last: tuple[str, Callable[[str], Text]] | None = None,
+) -> list[RenderableType]:
+    """A row per mitigation, a column per length; n is in the header unless in the title."""
+    counts = {k: [row[k].n for row in sheet.cells.values() if k in row] for k in sheet.lengths}
+    same = len({n for ns in counts.values() for n in ns}) == 1
+    heads = {}
+    for length, ns in counts.items():
+        n = f"{min(ns)}" if min(ns) == max(ns) else f"{min(ns)}-{max(ns)}"
+        heads[length] = format_length(length) + ("" if same else f"\nn={n}")
+    lines: list[Line | None] = []
+    controls = [n for n in sheet.cells if sheet.is_control(n)]
+    for name, row in sheet.cells.items():
+        if controls and name == controls[0]:
+            lines += [None, (Text("controls:", "dim"), {}, Text())]
+        label = Text(f"  {name}", "dim") if name in controls else Text(name)
+        lines.append((label, {k: cell(name, k) for k in row}, last[1](name) if last else Text()))
+    return _draw(title, heads, lines, width, last[0] if last else "")
+
+
+def _draw(
+    title: str, heads: dict[int, str], lines: Sequence[Line | None], width: int, last: str = ""
+) -> list[RenderableType]:
+    """Lines as one table, or as several with the same labels where the lengths do not fit; None is a rule."""
+    rows = [line for line in lines if line is not None]
+    label = min(max(10, *(len(line[0]) for line in rows)), max(20, width // 3))
+    tail = max([*map(len, last.split("\n")), *(len(line[2]) for line in rows)]) + 2 if last else 0
+    columns = {
+        k: 2 + max([*map(len, head.split("\n")), *(len(line[1][k]) for line in rows if k in line[1])])
+        for k, head in heads.items()
+    }
+    pages: list[list[int]] = [[]]
+    for k in columns:
+        end = tail if k == max(columns) else 0
+        if pages[-1] and label + sum(columns[c] for c in [*pages[-1], k]) + end > width:
+            pages.append([])
+        pages[-1].append(k)
+    even = -(-len(columns) // len(pages))
+    pages = [list(columns)[i : i + even] for i in range(0, len(columns), even)]
+    tables: list[RenderableType] = [Text(title, style="bold")]
+    for page in pages:
+        ends = bool(last) and page is pages[-1]
+        grid = Table(box=_BOX, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+        grid.add_column("mitigation", width=label, overflow="fold")
+        for k in page:
+            grid.add_column(heads[k], justify="right", no_wrap=True, width=columns[k] - 2)
+        if ends:
+            grid.add_column(last, no_wrap=True, width=tail - 2)
+        for line in lines:
+            if line is None:
+                grid.add_section()
+            else:
+                grid.add_row(line[0], *(line[1].get(k, Text("")) for k in page), *([line[2]] if ends else []))
+        tables += [grid, Text("")]
+    return tables
+
+
+def _title(sheet: Sheet, what: str, unit: str) -> str:
+    counts = {c.n for row in sheet.cells.values() for c in row.values()}
+    title = f"{what}, {sheet.where['model']}"
+    title += f" on {sheet.where['text']}" if sheet.where["text"] else ""
+    title += f", n = {max(counts)} {unit}" if len(counts) == 1 else ""
+    title += "" if sheet.train_length is None else f", trained at {format_length(sheet.train_length)}"
+    return title + _suffix(sheet)
+
+
+def _suffix(sheet: Sheet) -> str:
+    return f" [{sheet.note}]" if sheet.note else ""
+
+
+def _number(value: float) -> str:
+    """At most five characters for any loss below 1000."""
+    return f"{value:.{3 if abs(value) < 10 else 2 if abs(value) < 100 else 1}f}"
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.{3 if abs(value) < 10 else 2}f}" if math.isfinite(value) else str(value)
+
+
+def _finite(value: float) -> float:
+    """For sorting: a loss of NaN is the worst."""
+    return value if math.isfinite(value) else math.inf
+
+
+def _count(number: int) -> str:
+    for size, unit in ((10**9, "B"), (10**6, "M"), (10**3, "K")):
+        if number >= size:
+            return f"{number / size:.1f}{unit}"
+    return str(number)

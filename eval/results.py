@@ -1,0 +1,221 @@
+"""Results are tables: one row a cell, one small file a cell, gathered into results.parquet and results.csv.
+
+A cell's file appears by atomic rename, as soon as its value is known, and carries a checksum: a run that is
+killed starts again where it stopped, and a file that is torn or was edited by hand is never taken for a
+result, only recomputed. Layout of a results directory:
+
+    cells/<sha256 of the key>.json      one row each
+    snapshots/<name>                    carries of an unfinished stream, to resume it
+    results.parquet, results.csv        what plots and reports read
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import logging
+import os
+import time
+import uuid
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from rnn_longctx.errors import InputError
+
+# What makes two cells different. `length` in tokens; `depth` a fraction, None for all depths together.
+KEY = (
+    *("model", "weights_hash", "mitigation", "calibration", "task", "text", "text_hash", "tokenizer"),
+    *("length", "depth", "metric", "batch", "dtype", "backend", "device", "seed"),
+)
+# What was measured. `samples`: one float per slice or prompt, in the order of the slices, so that two rows on
+# the same text pair by position. Times in seconds, `train_length` in tokens.
+VALUE = (
+    *("value", "stderr", "n", "samples", "train_length", "seconds", "tokens_per_second"),
+    *("first_token_seconds", "next_token_seconds", "peak_bytes", "version"),
+)
+COLUMNS = KEY + VALUE
+_INTS = {"length", "batch", "seed", "n", "train_length", "peak_bytes"}
+_FLOATS = {"depth", *VALUE} - _INTS - {"samples", "version"}
+_STALE = 3600.0  # seconds after which a temporary file can only be a killed run's
+
+Row = dict[str, Any]
+
+
+class Results:
+    """The rows of one results directory. Two processes may write to the same one."""
+
+    def __init__(self, directory: str | Path) -> None:
+        """Create `directory`. InputError at once, and not after an hour, if no file can be written there."""
+        self.directory = Path(directory)
+        self._cells = self.directory / "cells"
+        try:
+            self._cells.mkdir(parents=True, exist_ok=True)
+            for folder in (self.directory, self._cells):
+                probe = folder / f".probe-{uuid.uuid4().hex}"
+                write_atomic(probe, b"probe")
+                probe.unlink()
+        except OSError as error:
+            raise InputError(f"cannot write results to {directory}: {error.strerror or error}") from None
+        for left in [*self.directory.glob(".*.tmp"), *self._cells.glob(".*.tmp")]:
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - left.stat().st_mtime > _STALE:
+                    left.unlink()
+
+    def has(self, key: Mapping[str, Any]) -> bool:
+        """Whether a sound cell with this key is stored. Key columns that are not given count as None."""
+        return self.get(key) is not None
+
+    def get(self, key: Mapping[str, Any]) -> Row | None:
+        """The whole row (every column, None where unknown), or None if it is missing, torn or edited."""
+        return _read_cell(self._path(key))
+
+    def put(self, row: Mapping[str, Any]) -> None:
+        """Store a row at once; one with the same key is replaced. ValueError: no such column, wrong kind."""
+        clean = _clean(row)
+        stored = {"checksum": _checksum(clean), "row": clean}
+        write_atomic(self._path(row), json.dumps(stored, indent=1).encode())
+
+    def rows(self) -> list[Row]:
+        """All sound rows, in the order of their keys (None first)."""
+        rows = []
+        for path in self._cells.glob("[!.]*.json"):
+            row = _read_cell(path)
+            if row is None:
+                logging.getLogger(__name__).warning("%s is torn or was edited; it is not used", path)
+            else:
+                rows.append(row)
+        return sorted(rows, key=_order)
+
+    def frame(self) -> pd.DataFrame:
+        """All sound rows as a table with the columns of COLUMNS, sorted by key."""
+        return _frame(self.rows())
+
+    def gather(self) -> pd.DataFrame:
+        """Write results.parquet and results.csv (there `samples` is JSON text); return the table."""
+        frame = self.frame()
+        parquet = io.BytesIO()
+        frame.to_parquet(parquet, index=False)
+        write_atomic(self.directory / "results.parquet", parquet.getvalue())
+        texts = frame["samples"].map(lambda s: None if s is None else json.dumps(s))
+        csv = frame.assign(samples=texts).to_csv(index=False, lineterminator="\n")
+        write_atomic(self.directory / "results.csv", csv.encode())
+        return frame
+
+    def snapshot_path(self, name_hash: str) -> Path:
+        """Where the carries of an unfinished stream are kept; the folder exists after the call."""
+        folder = self.directory / "snapshots"
+        folder.mkdir(exist_ok=True)
+        return folder / name_hash
+
+    @staticmethod
+    def read(directory: str | Path) -> pd.DataFrame:
+        """The gathered table alone: results.parquet, else results.csv. InputError if neither can be read."""
+        parquet, csv = Path(directory) / "results.parquet", Path(directory) / "results.csv"
+        path = parquet if parquet.exists() else csv
+        try:
+            if path == parquet:
+                records = pd.read_parquet(path).to_dict("records")
+            else:
+                records = pd.read_csv(path, dtype=str, keep_default_na=False).to_dict("records")
+                records = [{c: _parse(str(c), v) for c, v in record.items()} for record in records]
+            return _frame(_clean({str(c): v for c, v in record.items()}) for record in records)
+        except FileNotFoundError:
+            raise InputError(f"no results.parquet or results.csv in {directory}; evaluate first") from None
+        except (OSError, ValueError) as error:
+            raise InputError(f"cannot read {path}: {' '.join(str(error).split())}") from None
+
+    def _path(self, key: Mapping[str, Any]) -> Path:
+        return self._cells / f"{_cell_id(_clean(key))}.json"
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write `data` so that, whenever the run is killed, `path` holds what it held before or all of `data`."""
+    # In the same directory: a rename must not cross disks.
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def canonical_key(key: Mapping[str, Any]) -> str:
+    """The key columns as JSON text; equal for equal keys alone (a depth of 0 is 0.0, one of NaN is None)."""
+    clean = _clean(key)
+    return json.dumps([clean[c] for c in KEY])
+
+
+def _cell_id(clean: Row) -> str:
+    return hashlib.sha256(canonical_key(clean).encode()).hexdigest()[:32]
+
+
+def _checksum(clean: Row) -> str:
+    # Over the content and not the file's bytes: floats survive JSON exactly, so reformatting is harmless.
+    return hashlib.sha256(json.dumps(clean, sort_keys=True).encode()).hexdigest()
+
+
+def _read_cell(path: Path) -> Row | None:
+    try:
+        stored = json.loads(path.read_bytes())
+        row = stored["row"]
+        sound = stored["checksum"] == _checksum(row) and set(row) == set(COLUMNS)
+        return row if sound and path.stem == _cell_id(row) else None
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _clean(row: Mapping[str, Any]) -> Row:
+    """All columns with plain Python values. ValueError: an unknown column, or a value of the wrong kind."""
+    unknown = set(row) - set(COLUMNS)
+    if unknown:
+        raise ValueError(f"no such column: {', '.join(sorted(unknown))} (columns: {', '.join(COLUMNS)})")
+    return {column: _value(column, row.get(column)) for column in COLUMNS}
+
+
+def _value(column: str, value: Any) -> Any:
+    if value is None or value is pd.NA:
+        return None
+    if column == "samples":
+        return None if isinstance(value, float) else [float(v) for v in value]
+    if column in _FLOATS:
+        # A measured NaN is a result (the model blew up); a depth of NaN is how pandas spells "no depth".
+        number = float(value)
+        return None if column == "depth" and number != number else number + 0.0  # and -0.0 is 0.0
+    if isinstance(value, float) and value != value:
+        return None
+    if column in _INTS:
+        if int(value) != value:
+            raise ValueError(f"{column} is a whole number, got {value!r}")
+        return int(value)
+    if not isinstance(value, str):
+        raise ValueError(f"{column} is text, got {value!r}")
+    return value
+
+
+def _parse(column: str, text: str) -> Any:
+    """A CSV field, read as text so that floats come back exactly."""
+    if text == "":
+        return None
+    if column == "samples":
+        return json.loads(text)
+    return float(text) if column in _FLOATS else int(text) if column in _INTS else text
+
+
+def _order(row: Row) -> list[tuple[bool, Any]]:
+    return [(row[c] is not None, row[c]) for c in KEY]
+
+
+def _frame(rows: Iterable[Row]) -> pd.DataFrame:
+    """Rows as a DataFrame whose types do not depend on where the rows came from, nor on which are there."""
+    frame = pd.DataFrame(list(rows), columns=list(COLUMNS), dtype=object)
+    for column in COLUMNS:
+        if column in _INTS:
+            frame[column] = frame[column].astype("Int64")
+        elif column in _FLOATS:
+            frame[column] = frame[column].astype("float64")
+    return frame

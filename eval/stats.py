@@ -1,0 +1,102 @@
+"""Intervals for what is measured on a handful of slices or prompts, and the verdict: does this collapse?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from statistics import NormalDist
+from typing import NamedTuple
+
+import numpy as np
+
+from rnn_longctx.config import format_length
+
+
+class Interval(NamedTuple):
+    """A point estimate, its interval and the number of samples behind it; low and high are NaN when n < 2."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+
+class Verdict(NamedTuple):
+    """`first_failing`: the shortest measured length that collapses, in tokens, or None; `text` in words."""
+
+    first_failing: int | None
+    text: str
+
+
+def mean_stderr(samples: Sequence[float]) -> tuple[float, float]:
+    """Mean and its standard error (deviation with n - 1, over sqrt(n)); NaN where there are too few."""
+    x = np.asarray(samples, dtype=float)
+    if x.size == 0:
+        return math.nan, math.nan
+    return float(x.mean()), float(x.std(ddof=1) / math.sqrt(x.size)) if x.size > 1 else math.nan
+
+
+def paired_bootstrap(
+    a: Sequence[float], b: Sequence[float], n_boot: int = 2000, level: float = 0.95, seed: int = 0
+) -> Interval:
+    """Mean of a - b and its percentile bootstrap interval; a[i] and b[i] were measured on the same slice.
+
+    Slices are resampled with replacement, always in pairs, so that what is hard about a slice cancels.
+    Percentile intervals are too narrow below about 20 slices. ValueError: sizes differ, or there are none.
+    """
+    d = np.asarray(a, dtype=float) - np.asarray(b, dtype=float) if len(a) == len(b) else np.empty(0)
+    if d.size == 0:
+        raise ValueError(f"pairs need as many samples on both sides, and some: got {len(a)} and {len(b)}")
+    if d.size == 1 or not np.isfinite(d).all():
+        return Interval(float(d.mean()), math.nan, math.nan, d.size)
+    picks = np.random.default_rng(seed).integers(0, d.size, size=(n_boot, d.size))
+    low, high = np.quantile(d[picks].mean(axis=1), [(1 - level) / 2, (1 + level) / 2])
+    return Interval(float(d.mean()), float(low), float(high), d.size)
+
+
+def wilson(successes: int, n: int, level: float = 0.95) -> Interval:
+    """Proportion with Wilson's score interval (1927), which stays sensible at 0 and n successes out of n."""
+    if not 0 <= successes <= n or n == 0:
+        raise ValueError(f"successes must lie in 0..n with n > 0: got {successes} of {n}")
+    z, p = NormalDist().inv_cdf((1 + level) / 2), successes / n
+    centre, scale = p + z * z / (2 * n), 1 + z * z / n
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    # The ends are 0 and 1 exactly where all failed or all succeeded; rounding would leave 1e-17.
+    low = 0.0 if successes == 0 else (centre - half) / scale
+    high = 1.0 if successes == n else (centre + half) / scale
+    return Interval(p, low, high, n)
+
+
+def peak_within(
+    lengths: Sequence[int], losses: Sequence[float], train_length: int, peak: float | None = None
+) -> float | None:
+    """The highest loss seen within the training length: `peak` if measured, else the loss at the largest
+    length <= train_length, else None."""
+    if peak is not None and not math.isnan(peak):
+        return peak
+    within = [(length, loss) for length, loss in zip(lengths, losses) if length <= train_length]
+    return max(within)[1] if within else None
+
+
+def verdict(
+    lengths: Sequence[int], losses: Sequence[float], train_length: int | None, peak: float | None = None
+) -> Verdict:
+    """Does a model collapse? (Stuffed Mamba, arXiv 2410.07145 v2+: the T_forget rule.)
+
+    It fails at a length beyond its training length if its loss there exceeds twice the highest loss seen
+    within the training length. `losses` are nats per token over positions (L/2, L] at each of `lengths`, in
+    any order; NaN and infinite ones fail. `peak` is the highest mean loss over bins of (0, train_length];
+    without it, see peak_within.
+    """
+    if train_length is None:
+        return Verdict(None, "training length unknown")
+    beyond = sorted((length, loss) for length, loss in zip(lengths, losses) if length > train_length)
+    if not beyond:
+        return Verdict(None, "not measured beyond the training length")
+    peak = peak_within(lengths, losses, train_length, peak)
+    if peak is None:
+        return Verdict(None, "not measured within the training length")
+    for length, loss in beyond:
+        if not loss <= 2 * peak:  # "not <=" rather than ">", so that NaN fails
+            return Verdict(length, f"collapses at {format_length(length)} ({loss:.2f} > 2 x {peak:.2f})")
+    return Verdict(None, f"no collapse up to {format_length(beyond[-1][0])}")

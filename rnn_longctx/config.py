@@ -1,0 +1,217 @@
+"""Typed configs: YAML files and ``--set a.b=value`` into nested dataclasses, and lengths such as ``64k``.
+
+Every mistake (an unknown key, a wrong type, a missing file) is one InputError line that names the key and the
+file.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from rnn_longctx.errors import InputError, nearest
+
+T = TypeVar("T")
+_UNITS = {"": 1, "k": 1024, "m": 1024**2}
+
+
+def parse_length(text: str | int) -> int:
+    """``"64k"`` -> 65536, ``"1m"`` -> 1048576 (k = 1024, m = 1024**2). Zero, negative or junk: InputError."""
+    raw = str(text).strip().lower()
+    number, unit = (raw[:-1].strip(), raw[-1]) if raw[-1:] in ("k", "m") else (raw, "")
+    if isinstance(text, bool) or not (number.isascii() and number.isdigit()) or int(number) == 0:
+        raise InputError(f"a length is a positive whole number such as 256, 64k or 1m, not {text!r}")
+    return int(number) * _UNITS[unit]
+
+
+def parse_lengths(text: str | Sequence[str | int]) -> list[int]:
+    """``"256,1k,4k"`` -> [256, 1024, 4096], in the order given. Empty: InputError."""
+    parts = text.split(",") if isinstance(text, str) else list(text)
+    if not parts:
+        raise InputError("no length given; expected some, such as 256,1k,4k")
+    return [parse_length(p) for p in parts]
+
+
+def format_length(length: int) -> str:
+    """65536 -> ``"64K"``, 1048576 -> ``"1M"``, 1000 -> ``"1000"``: the inverse of parse_length."""
+    for unit, size in (("M", 1024**2), ("K", 1024)):
+        if length and length % size == 0:
+            return f"{length // size}{unit}"
+    return str(length)
+
+
+def from_dict(cls: type[T], mapping: Mapping[str, Any], where: str = "") -> T:
+    """Build the dataclass `cls` from a plain mapping; `where` (a file name) leads every error message.
+
+    Fields may be int ("64k" is read as a length), float (so is the string "3e-3", which YAML 1.1 does not
+    take for a number), bool, str, Path, Literal, list, tuple, dict, Any, unions of them and nested
+    dataclasses. Raises InputError: unknown or missing key, wrong type, or whatever the dataclass itself
+    refuses.
+    """
+    return _build(cls, mapping, "", f"{where}: " if where else "")
+
+
+def load_yaml(cls: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
+    """Read a YAML file into the dataclass `cls`; `overrides` are ``"a.b=value"`` with a YAML value."""
+    path = Path(path)
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise InputError(f"cannot read config {path}: {reason}") from None
+    except yaml.YAMLError as error:
+        raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    data = {} if data is None else data
+    if not isinstance(data, dict):
+        raise InputError(f"{path}: expected a mapping of keys to values, got {_given(data)}")
+    for item in overrides:
+        data = _override(data, item)
+    return from_dict(cls, data, where=str(path))
+
+
+def to_dict(obj: Any) -> Any:
+    """Plain dicts, lists and scalars (tuples become lists, paths strings): what from_dict and YAML read
+    back."""
+    if dataclasses.is_dataclass(obj) and not isinstance(obj, type):
+        return {f.name: to_dict(getattr(obj, f.name)) for f in dataclasses.fields(obj)}
+    if isinstance(obj, Mapping):
+        return {k: to_dict(v) for k, v in obj.items()}
+    if isinstance(obj, (list, tuple)):
+        return [to_dict(v) for v in obj]
+    return str(obj) if isinstance(obj, Path) else obj
+
+
+def _override(data: dict[str, Any], item: str) -> dict[str, Any]:
+    key, equals, text = item.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise InputError(f"--set expects key=value (such as optimizer.lr=1e-3), got {item!r}")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise InputError(f"--set {item}: {text!r} is not a YAML value") from None
+    data = copy.deepcopy(data)
+    node = data
+    for depth, part in enumerate(parts[:-1]):
+        child = node.setdefault(part, {})
+        if child is None:
+            child = node[part] = {}
+        if not isinstance(child, dict):
+            raise InputError(
+                f"--set {item}: {'.'.join(parts[: depth + 1])} is {_given(child)}, not a group of keys"
+            )
+        node = child
+    node[parts[-1]] = value
+    return data
+
+
+def _build(cls: type[T], mapping: Any, key: str, where: str) -> T:
+    if not isinstance(mapping, Mapping):
+        raise InputError(
+            f"{where}{key or 'config'}: expected a mapping of keys to values, got {_given(mapping)}"
+        )
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
+    hints = typing.get_type_hints(cls)
+    prefix = f"{key}." if key else ""
+    for name in mapping:
+        if name not in fields:
+            raise InputError(f'{where}unknown key "{prefix}{name}"{nearest(str(name), fields)}')
+    for name, f in fields.items():
+        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        if required and name not in mapping:
+            raise InputError(f'{where}missing key "{prefix}{name}" ({_expected(hints[name])})')
+    values = {n: _convert(hints[n], v, f"{prefix}{n}", where) for n, v in mapping.items()}
+    try:
+        return cls(**values)
+    except InputError as error:  # a check in __post_init__ knows neither the file nor its own place in it
+        raise InputError(f"{where}{prefix}{error}") from None
+
+
+def _convert(hint: Any, value: Any, key: str, where: str) -> Any:
+    """`value` as `hint`, or InputError. Strict but for what YAML cannot write: tuples, 3e-3, 64k, inf."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    wrong = InputError(f"{where}{key}: expected {_expected(hint)}, got {_given(value)}")
+    if hint is Any:
+        return value
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        # An exact type goes first, so that a number given to `str | float` stays a number.
+        for arg in sorted(args, key=lambda a: a is not type(value)):
+            try:
+                return _convert(arg, value, key, where)
+            except InputError as error:
+                if dataclasses.is_dataclass(arg) and isinstance(value, Mapping):
+                    raise error
+        raise wrong
+    if dataclasses.is_dataclass(hint):
+        return _build(typing.cast(type, hint), value, key, where)
+    if origin is typing.Literal:
+        if value in args:
+            return value
+        raise InputError(f"{where}{key}: unknown value {value!r}{nearest(str(value), map(str, args))}")
+    if origin in (list, tuple, Sequence) or hint in (list, tuple):
+        element = args[0] if args else Any
+        fixed = origin is tuple and len(args) > 0 and Ellipsis not in args
+        if isinstance(
+            value, str
+        ):  # `--set lengths=256,1k`; a single string is one item (names may hold commas)
+            value = [value] if element in (str, Any) else [p.strip() for p in value.split(",")]
+        if not isinstance(value, (list, tuple)) or (fixed and len(value) != len(args)):
+            raise wrong
+        hints = args if fixed else [element] * len(value)
+        items = [_convert(h, v, f"{key}[{i}]", where) for i, (h, v) in enumerate(zip(hints, value))]
+        return tuple(items) if tuple in (origin, hint) else items
+    if origin is dict or hint is dict:
+        if not isinstance(value, Mapping):
+            raise wrong
+        element = args[1] if args else Any
+        return {str(k): _convert(element, v, f"{key}.{k}", where) for k, v in value.items()}
+    if hint is Path and isinstance(value, str):
+        return Path(value)
+    if hint is float and not isinstance(value, bool):
+        try:
+            return float(value) if isinstance(value, (int, float, str)) else _fail(wrong)
+        except ValueError:
+            raise wrong from None
+    if hint is int and isinstance(value, str):
+        try:
+            return parse_length(value)
+        except InputError:
+            raise wrong from None
+    if hint is type(None) and value is None:
+        return None
+    if not isinstance(hint, type) or not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise wrong
+    return value
+
+
+def _fail(error: Exception) -> Any:
+    raise error
+
+
+def _expected(hint: Any) -> str:
+    """A type as a person would say it: ``int | None``, ``list of float``, ``2 x float``."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_expected(a) for a in args)
+    if origin is typing.Literal:
+        return " or ".join(repr(a) for a in args)
+    if origin is tuple and args and Ellipsis not in args:
+        return f"a list of {len(args)} ({', '.join(_expected(a) for a in args)})"
+    if origin in (list, tuple, Sequence):
+        return f"a list of {_expected(args[0])}"
+    if dataclasses.is_dataclass(hint) or origin is dict:
+        return "a mapping of keys to values"
+    return "null" if hint is type(None) else getattr(hint, "__name__", str(hint))
+
+
+def _given(value: Any) -> str:
+    return "null" if value is None else f"{type(value).__name__} {value!r}"

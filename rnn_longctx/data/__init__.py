@@ -1,0 +1,19 @@
+"""Tokenizers, texts and synthetic tasks. Knows nothing of models."""
+
+from rnn_longctx.data.passkey import PasskeyPrompt, make_passkey, passkey_batch, training_sequence
+from rnn_longctx.data.text import Text, load_text, tokens
+from rnn_longctx.data.tokenizers import ByteTokenizer, HFTokenizer, Tokenizer, load_tokenizer
+
+__all__ = [
+    "ByteTokenizer",
+    "HFTokenizer",
+    "PasskeyPrompt",
+    "Text",
+    "Tokenizer",
+    "load_text",
+    "load_tokenizer",
+    "make_passkey",
+    "passkey_batch",
+    "tokens",
+    "training_sequence",
+]

@@ -1,0 +1,155 @@
+"""Text to token ids and back, with the number of bytes of text that every token stands for.
+
+A NUL byte separates documents. Losses per byte need ``nbytes``: it always sums to the bytes of text that went
+in, so a text's loss per byte can be compared between tokenizers.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from rnn_longctx.errors import InputError
+
+
+class Tokenizer(Protocol):
+    """What the library asks of a tokenizer. Ids and byte counts are int64 arrays of shape (tokens,)."""
+
+    name: str
+    vocab_size: int
+    eos_id: int | None
+
+    def encode(self, data: bytes | str) -> np.ndarray: ...
+
+    def decode(self, ids: Any) -> str: ...
+
+    def encode_with_bytes(self, data: bytes) -> tuple[np.ndarray, np.ndarray]: ...
+
+
+class ByteTokenizer:
+    """One token a byte; id 0 (NUL) ends a document."""
+
+    name = "bytes"
+    vocab_size = 256
+    eos_id: int | None = 0
+
+    def encode(self, data: bytes | str) -> np.ndarray:
+        raw = data.encode() if isinstance(data, str) else data
+        return np.frombuffer(raw, dtype=np.uint8).astype(np.int64)
+
+    def decode(self, ids: Any) -> str:
+        return np.asarray(ids, dtype=np.int64).astype(np.uint8).tobytes().decode("utf-8", errors="replace")
+
+    def encode_with_bytes(self, data: bytes) -> tuple[np.ndarray, np.ndarray]:
+        ids = self.encode(data)
+        return ids, np.ones_like(ids)
+
+
+class HFTokenizer:
+    """A Hugging Face tokenizer (`tokenizers.Tokenizer`, or a fast one of transformers) behind the same
+    interface.
+
+    Nothing is added to what `encode` is given (no BOS), and text is never read as a special token. Input
+    bytes must be UTF-8. A NUL becomes the end-of-document token; without one it is dropped and its byte
+    counted to the next token.
+    """
+
+    def __init__(self, tokenizer: Any, name: str | None = None, eos_id: int | None = None):
+        from tokenizers import Tokenizer as Fast
+
+        backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
+        if not isinstance(backend, Fast):
+            kind = type(tokenizer).__name__
+            raise InputError(
+                f"tokenizer {kind} gives no byte offsets; a fast tokenizer (tokenizer.json) is needed"
+            )
+        # A copy: the settings below must not change the tokenizer of the caller.
+        self._fast = Fast.from_str(backend.to_str())
+        self._fast.no_truncation()
+        self._fast.no_padding()
+        self._fast.encode_special_tokens = True
+        self.name = name or str(getattr(tokenizer, "name_or_path", "") or "tokenizer")
+        self.vocab_size = self._fast.get_vocab_size()
+        self.eos_id = eos_id if eos_id is not None else getattr(tokenizer, "eos_token_id", None)
+
+    def encode(self, data: bytes | str) -> np.ndarray:
+        return self.encode_with_bytes(data.encode() if isinstance(data, str) else data)[0]
+
+    def decode(self, ids: Any) -> str:
+        return self._fast.decode(np.asarray(ids, dtype=np.int64).tolist(), skip_special_tokens=False)
+
+    def encode_with_bytes(self, data: bytes) -> tuple[np.ndarray, np.ndarray]:
+        try:
+            documents = data.decode("utf-8").split("\0")
+        except UnicodeDecodeError as error:
+            raise InputError(f"tokenizer {self.name} needs UTF-8 text; byte {error.start} is not") from None
+        ids: list[np.ndarray] = []
+        ends: list[np.ndarray] = []  # bytes of `data` read up to and including each token
+        offset = 0
+        for i, text in enumerate(documents):
+            if i and self.eos_id is not None:
+                ids.append(np.array([self.eos_id], dtype=np.int64))
+                ends.append(np.array([offset], dtype=np.int64))
+            encoding = self._fast.encode(text, add_special_tokens=False)
+            if encoding.ids:
+                stops = np.array([stop for _, stop in encoding.offsets], dtype=np.int64)
+                ids.append(np.array(encoding.ids, dtype=np.int64))
+                ends.append(offset + _byte_ends(text)[np.maximum.accumulate(stops)])
+            offset += len(text.encode()) + 1  # + 1: the NUL after it
+        if not ids:
+            return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
+        end = np.concatenate(ends)
+        end[-1] = len(data)  # text after the last token (spaces that a normaliser drops, say) belongs to it
+        return np.concatenate(ids), np.diff(end, prepend=0)
+
+
+def load_tokenizer(spec: str | Path) -> Tokenizer:
+    """``"bytes"``, a directory with tokenizer.json, or a hub id. Missing or unreachable: InputError."""
+    if str(spec) == "bytes":
+        return ByteTokenizer()
+    directory = Path(spec)
+    file = directory / "tokenizer.json"
+    if file.is_file():
+        from tokenizers import Tokenizer as Fast
+
+        try:
+            fast = Fast.from_file(str(file))
+            eos = _eos_token(directory)
+        except Exception as error:
+            raise InputError(f"cannot read tokenizer {file}: {_one_line(error)}") from None
+        return HFTokenizer(fast, directory.resolve().name, fast.token_to_id(eos) if eos else None)
+    if directory.exists() and not (directory / "tokenizer_config.json").is_file():
+        raise InputError(f"{spec} holds no tokenizer.json; expected a tokenizer directory, a hub id or bytes")
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(spec))
+    except Exception as error:  # transformers and its hub client raise many kinds
+        raise InputError(f"cannot load tokenizer {str(spec)!r}: {_one_line(error)}") from None
+    return HFTokenizer(tokenizer, directory.resolve().name if directory.exists() else str(spec))
+
+
+def _byte_ends(text: str) -> np.ndarray:
+    """Entry i: the number of UTF-8 bytes of text[:i]; shape (characters + 1,)."""
+    if text.isascii():
+        return np.arange(len(text) + 1, dtype=np.int64)
+    # NUL never occurs here, so utf-32 code points give each character's byte length.
+    code = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
+    size = 1 + (code >= 0x80).astype(np.int64) + (code >= 0x800) + (code >= 0x10000)
+    return np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(size)])
+
+
+def _eos_token(directory: Path) -> str | None:
+    """The end-of-document token's text as the directory's settings give it: a string, or a dict with
+    `content`."""
+    file = directory / "tokenizer_config.json"
+    token = json.loads(file.read_text(encoding="utf-8")).get("eos_token") if file.is_file() else None
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= 200 else text[:197] + "..."

@@ -1,0 +1,126 @@
+"""What a model hands on from one stretch of a stream to the next: one `Carry` a layer, and nothing on the module."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from rnn_longctx.errors import InputError
+from rnn_longctx.ssd import ScanCarry, WindowCarry, tree_map
+
+
+@dataclass
+class Carry:
+    """One layer's: the last d_conv - 1 inputs of its convolution (B, channels, d_conv - 1), and its scan."""
+
+    conv: Tensor
+    scan: ScanCarry
+
+
+@dataclass
+class Cache:
+    """A model's carries, in layer order, with what a restarting reader needs.
+
+    Attributes:
+        layers: one Carry a layer; empty before the first token.
+        position: (B,) int64 on the CPU, tokens each row has read.
+        tail: (B, <= overlap) the last token ids, kept only under a control that reads them again.
+    """
+
+    layers: list[Carry] = field(default_factory=list)
+    position: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    tail: Tensor | None = None
+
+    def clone(self) -> Cache:
+        return tree_map(torch.clone, self)
+
+    def rows(self, index: Tensor | list[int]) -> Cache:
+        """The cache of some rows, in that order (beam search, ragged batches)."""
+        index = torch.as_tensor(index)
+        return tree_map(lambda t: t[index.to(t.device)], self)
+
+    def to(self, device: torch.device | str) -> Cache:
+        """Moved; positions stay on the CPU."""
+        moved = tree_map(lambda t: t.to(device), self)
+        moved.position = self.position
+        for new, old in zip(moved.layers, self.layers):
+            new.scan.position = old.scan.position
+        return moved
+
+    @staticmethod
+    def concat(parts: list[Cache], order: list[int]) -> Cache:
+        """Row groups put together again; `order[i]` is the row at which the i-th of their rows belongs."""
+        back = torch.empty(len(order), dtype=torch.int64)
+        back[torch.tensor(order)] = torch.arange(len(order))
+        return _zip_map(lambda ts: torch.cat(ts)[back.to(ts[0].device)], parts)
+
+    def save(self, path: str | Path, extra: dict[str, Tensor] | None = None, note: Any = None) -> None:
+        """Write to one safetensors file by atomic rename; `extra` tensors and a JSON `note` travel with it."""
+        tensors: dict[str, Tensor] = {f"extra.{k}": v.contiguous() for k, v in (extra or {}).items()}
+        shape = _flatten(self, "cache", tensors)
+        path = Path(path)
+        temporary = path.with_name(path.name + f".{os.getpid()}.tmp")
+        save_file(tensors, temporary, {"cache": json.dumps(shape), "note": json.dumps(note)})
+        os.replace(temporary, path)
+
+    @classmethod
+    def load(cls, path: str | Path, device: torch.device | str = "cpu") -> Cache:
+        return cls.load_with(path, device)[0]
+
+    @classmethod
+    def load_with(cls, path: str | Path, device: torch.device | str = "cpu") -> tuple[Cache, dict[str, Tensor], Any]:
+        """The cache, the extra tensors and the note of `save`. Raises InputError if the file is not one."""
+        try:
+            with safe_open(path, "pt") as file:
+                header = file.metadata() or {}
+                tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (not a dict)
+            cache = _unflatten(json.loads(header["cache"]), "cache", tensors)
+        except (SafetensorError, OSError, KeyError, ValueError) as error:
+            raise InputError(f"{path} is not a saved cache ({error})") from None
+        extra = {k.removeprefix("extra."): v for k, v in tensors.items() if k.startswith("extra.")}
+        return cache.to(device), extra, json.loads(header["note"])
+
+
+_TYPES = {cls.__name__: cls for cls in (Cache, Carry, ScanCarry, WindowCarry)}
+
+
+def _flatten(value: Any, name: str, out: dict[str, Tensor]) -> Any:
+    """Tensors into `out`; what is left is JSON that `_unflatten` rebuilds the value from."""
+    if isinstance(value, Tensor):
+        out[name] = value.contiguous()
+        return {"tensor": name}
+    if is_dataclass(value):
+        return {"type": type(value).__name__,
+                "fields": {f.name: _flatten(getattr(value, f.name), f"{name}.{f.name}", out) for f in fields(value)}}  # fmt: skip
+    if isinstance(value, list):
+        return [_flatten(v, f"{name}.{i}", out) for i, v in enumerate(value)]
+    return {"value": value}
+
+
+def _unflatten(shape: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(shape, list):
+        return [_unflatten(s, name, tensors) for s in shape]
+    if "tensor" in shape:
+        return tensors[shape["tensor"]]
+    if "type" in shape:
+        return _TYPES[shape["type"]](**{k: _unflatten(v, name, tensors) for k, v in shape["fields"].items()})
+    return shape["value"]
+
+
+def _zip_map(function: Any, values: list[Any]) -> Any:
+    first = values[0]
+    if isinstance(first, Tensor):
+        return function(values)
+    if is_dataclass(first) and not isinstance(first, type):
+        return type(first)(**{f.name: _zip_map(function, [getattr(v, f.name) for v in values]) for f in fields(first)})
+    if isinstance(first, list):
+        return [_zip_map(function, list(group)) for group in zip(*values)]
+    return first

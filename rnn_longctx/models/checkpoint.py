@@ -1,0 +1,281 @@
+"""Checkpoints: `load` reads any of three layouts (see `rnn_longctx.models.formats`), `save` writes two of them.
+
+Weights are memory-mapped and only copied where their dtype or device must change.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from rnn_longctx.data.tokenizers import ByteTokenizer, HFTokenizer, Tokenizer, load_tokenizer
+from rnn_longctx.errors import InputError, nearest
+from rnn_longctx.models import formats
+from rnn_longctx.models.formats import one_line
+from rnn_longctx.models.mamba2 import Mamba2LM
+
+DEMO = Path(str(files("rnn_longctx"))) / "checkpoints" / "demo"
+LAYOUTS = ("rnn-longctx", "transformers")
+DTYPES = {str(d)[6:]: d for d in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
+# Rounded to 16 bits these change the decays over thousands of tokens, so mamba-ssm keeps them in float32.
+_SENSITIVE = ("A_log", "D", "dt_bias")
+_FILES = ["config.json", "calibration.json", "*tokenizer*", "special_tokens*", "vocab.json", "merges.txt"]
+_SAFE = ["model*.safetensors", "model.safetensors.index.json"]
+_PICKLED = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
+
+
+class LazyTokenizer:
+    """A tokenizer that is loaded when first used: a model works where its tokenizer cannot be had, and the
+    InputError that says so comes only when text must be read."""
+
+    def __init__(self, spec: str | Path | None, model: str):
+        self.spec, self.model = spec, model
+        self._tokenizer: Tokenizer | None = None
+
+    def load(self) -> Tokenizer:
+        if self.spec is None:
+            raise InputError(
+                f"model {self.model} comes with no tokenizer; name one: a directory, a hub id, bytes"
+            )
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self.spec)
+        return self._tokenizer
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):  # copy and pickle ask for these
+            raise AttributeError(name)
+        return getattr(self.load(), name)
+
+
+def load(source: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | str | None = None,
+         tokenizer: str | None = None, train_length: int | None = None) -> Mamba2LM:  # fmt: skip
+    """A model in eval mode from a directory, a Hugging Face hub id, or "demo" (it comes with the package).
+
+    Args:
+        dtype: of the weights; None is float32. A_log, D and dt_bias stay float32 in a 16-bit model.
+        tokenizer: instead of the checkpoint's own: a directory, a hub id or "bytes".
+        train_length: tokens, where the checkpoint does not say or is wrong.
+    Returns:
+        The model, with name, weights_hash (the same in every layout of the same weights), train_length, tokenizer,
+        provenance and calibration.
+    Raises:
+        InputError: no such checkpoint, an unsupported one, one that is damaged or does not fit its config, or
+            weights that are not finite. An unreachable tokenizer raises when it is used, unless named here.
+    """
+    target, device = _dtype(dtype), _device(device)
+    if train_length is not None and train_length < 1:
+        raise InputError(f"train_length: expected at least 1 token, got {train_length}")
+    directory, name, provenance = _locate(source)
+    header = formats.read_header(directory)
+    with torch.device("meta"):
+        model = Mamba2LM(header.config)
+    stored = _fitting(formats.read_weights(directory), model, str(source))
+    model.weights_hash = _hash(stored, str(source))
+
+    state = {k: t.to(device, _kept(k, target)) for k, t in stored.items()}
+    model.load_state_dict(state, assign=True, strict=False)
+    if header.config.tie_embeddings:
+        model.lm_head.weight = model.backbone.embedding.weight
+
+    model.name = name
+    model.train_length = train_length or header.train_length
+    model.provenance = header.provenance or provenance
+    model.calibration = header.calibration
+    spec = tokenizer or header.tokenizer
+    # One that was asked for by name must be there; any other may be missing until it is used.
+    eager = tokenizer is not None or spec == "bytes"
+    model.tokenizer = load_tokenizer(spec) if eager and spec else LazyTokenizer(spec, name)
+    return model.eval()
+
+
+def save(model: Mamba2LM, directory: str | Path, *, dtype: torch.dtype | str | None = None,
+         provenance: dict[str, Any] | None = None, layout: str = "rnn-longctx",
+         calibration: dict[str, Any] | None = None) -> None:  # fmt: skip
+    """Write model.safetensors and config.json; a reader finds the checkpoint whole or not at all.
+
+    Args:
+        dtype: of the weights; None keeps theirs. A_log, D and dt_bias are at least float32 in a 16-bit file.
+        provenance: recorded in config.json; None: the model's own.
+        layout: "rnn-longctx", or "transformers" for its Mamba2ForCausalLM.
+        calibration: goes beside the weights; None: none, since it belongs to the weights it was made with.
+    Raises:
+        InputError: an unknown layout or dtype, or a directory that cannot be written.
+    """
+    if layout not in LAYOUTS:
+        raise InputError(f"unknown layout {layout!r}{nearest(layout, LAYOUTS)}")
+    target = model.dtype if dtype is None else _dtype(dtype)
+    state = {k: t.detach().to("cpu", _kept(k, target)).contiguous() for k, t in model.state_dict().items()}
+    if model.config.tie_embeddings:
+        del state["lm_head.weight"]
+    extra = {
+        "tokenizer": _tokenizer_spec(model),
+        "train_length": model.train_length,
+        "provenance": model.provenance if provenance is None else provenance,
+    }
+    config = formats.own_config(model.config, extra)
+    if layout == "transformers":
+        state["backbone.embeddings.weight"] = state.pop("backbone.embedding.weight")
+        config = formats.transformers_config(model.config, target, extra)
+
+    directory = Path(directory).absolute()
+    aside = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        _write_tokenizer(model, aside)
+        _write_json(aside / "config.json", config)
+        if calibration is not None:
+            _write_json(aside / "calibration.json", calibration)
+        save_file(state, aside / "model.safetensors", {"format": "pt"})
+        for file in aside.iterdir():
+            with file.open("rb") as f:
+                os.fsync(f.fileno())
+        _put(aside, directory)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"cannot write the checkpoint {directory}: {one_line(error)}") from None
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _hash(tensors: dict[str, Tensor], source: str) -> str:
+    """First 16 hex digits of a sha256 over every tensor's name, dtype, shape and sha256 of its bytes, by name.
+
+    Memory-mapped weights are read in place, several tensors at a time. Raises InputError if one is not finite.
+    """
+
+    def line(name: str) -> str:
+        tensor = tensors[name]
+        if tensor.numel() and not all(bool(v.isfinite()) for v in tensor.aminmax()):
+            raise InputError(f"{source}: {name} is not finite: it holds NaN or infinity")
+        raw = memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+        return f"{name} {tensor.dtype} {list(tensor.shape)} {hashlib.sha256(raw).hexdigest()}"
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        return hashlib.sha256("\n".join(pool.map(line, sorted(tensors))).encode()).hexdigest()[:16]
+
+
+def _fitting(stored: dict[str, Tensor], model: Mamba2LM, source: str) -> dict[str, Tensor]:
+    """The tensors that `model` asks for, each once. Raises InputError for any that does not fit."""
+    expected = {k: v.shape for k, v in model.state_dict().items()}
+    if model.config.tie_embeddings:
+        head, embedding = stored.get("lm_head.weight"), stored.get("backbone.embedding.weight")
+        if head is not None and embedding is not None:
+            if head.data_ptr() != embedding.data_ptr() and not torch.equal(head, embedding):
+                raise InputError(
+                    f"{source}: config.json ties lm_head.weight to the embedding, but they differ"
+                )
+            stored = {k: v for k, v in stored.items() if k != "lm_head.weight"}
+        del expected["lm_head.weight"]
+    missing, unexpected = expected.keys() - stored.keys(), stored.keys() - expected.keys()
+    problems = [f"{what} {_some(n)}" for what, n in (("missing", missing), ("unexpected", unexpected)) if n]
+    if problems:
+        raise InputError(f"{source}: the weights do not fit config.json: {'; '.join(problems)}")
+    for name, tensor in stored.items():
+        if tensor.shape != expected[name]:
+            shapes = f"{tuple(tensor.shape)}, config.json expects {tuple(expected[name])}"
+            raise InputError(f"{source}: {name} has shape {shapes}")
+        if tensor.dtype not in DTYPES.values():
+            kind = f"{str(tensor.dtype)[6:]}, expected one of {', '.join(DTYPES)}"
+            raise InputError(f"{source}: {name} is {kind}")
+    return stored
+
+
+def _some(names: Iterable[str]) -> str:
+    names = sorted(names)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _locate(source: str | Path) -> tuple[Path, str, dict[str, Any]]:
+    """Where a checkpoint lies, its name (never a whole path) and where it came from."""
+    if source == "demo":
+        if not DEMO.is_dir():
+            raise InputError("this installation of rnn-longctx comes without its demo checkpoint")
+        return DEMO, "demo", {}
+    path = Path(source)
+    if path.is_dir():
+        if not any(path.iterdir()):
+            raise InputError(f"{source} is an empty directory; expected config.json and weights")
+        return path, path.resolve().name, {}
+    if path.exists():
+        raise InputError(f"{source} is a file; expected a checkpoint directory, such as the one it lies in")
+    neither = f"{str(source)!r} is neither a directory nor a hub id that can be reached"
+    if isinstance(source, Path) or not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", source):
+        raise InputError(neither)
+    from huggingface_hub import snapshot_download
+
+    try:
+        path = Path(snapshot_download(source, allow_patterns=_FILES + _SAFE))
+        if not any(path.glob("*.safetensors")):
+            path = Path(snapshot_download(source, allow_patterns=_FILES + _PICKLED))
+    except Exception as error:  # the hub client raises many kinds, its transport more
+        raise InputError(f"{neither} ({one_line(error)})") from None
+    return path, source, {"source": source, "revision": path.name}
+
+
+def _dtype(dtype: torch.dtype | str | None) -> torch.dtype:
+    name = "float32" if dtype is None else str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise InputError(f"unknown dtype {name!r}{nearest(name, DTYPES)}")
+    return DTYPES[name]
+
+
+def _kept(name: str, dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32) if name.rpartition(".")[2] in _SENSITIVE else dtype
+
+
+def _device(device: torch.device | str) -> torch.device:
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device {str(device)!r} is not available here: {one_line(error)}") from None
+
+
+def _tokenizer_spec(model: Mamba2LM) -> str | None:
+    """What config.json says: a name that loads anywhere, or None where files lie beside the weights."""
+    tokenizer: Any = model.tokenizer
+    if isinstance(tokenizer, ByteTokenizer):
+        return "bytes"
+    spec = tokenizer.spec if isinstance(tokenizer, LazyTokenizer) else None
+    return spec if isinstance(spec, str) and not Path(spec).exists() else None
+
+
+def _write_tokenizer(model: Mamba2LM, directory: Path) -> None:
+    tokenizer: Any = model.tokenizer
+    if isinstance(tokenizer, LazyTokenizer) and _tokenizer_spec(model) is None:
+        with contextlib.suppress(InputError):  # a model without a tokenizer is saved without one
+            tokenizer = tokenizer.load()
+    if not isinstance(tokenizer, HFTokenizer):
+        return
+    fast = tokenizer._fast
+    fast.save(str(directory / "tokenizer.json"))
+    eos = None if tokenizer.eos_id is None else fast.id_to_token(tokenizer.eos_id)
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eos}
+    _write_json(directory / "tokenizer_config.json", settings)
+
+
+def _write_json(path: Path, data: dict[str, Any]) -> None:
+    path.write_text(json.dumps(formats.plain(data), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _put(aside: Path, directory: Path) -> None:
+    """Finished files to their place: one rename if nothing is there, else file by file, config.json last."""
+    if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
+        os.replace(aside, directory)
+        return
+    (directory / "calibration.json").unlink(missing_ok=True)  # it belongs to the weights that go
+    for file in sorted(aside.iterdir(), key=lambda f: f.name == "config.json"):
+        os.replace(file, directory / file.name)

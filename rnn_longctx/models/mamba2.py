@@ -1,0 +1,299 @@
+"""Mamba-2 language model (arXiv 2405.21060) that reads a context as a stream.
+
+Parameter names are those of the official checkpoints. A layer's `policy` is what remedies change; the model's
+`restart` is a reader's control (see `rnn_longctx.models.restart`). Nothing about a stream is kept on the module.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rnn_longctx.errors import InputError
+from rnn_longctx.models.cache import Cache, Carry
+from rnn_longctx.models.restart import Restart, read_restarting
+from rnn_longctx.ssd import PLAIN, ScanCarry, ScanPolicy, choose, scan
+
+LOGITS = 2**22  # the most logits held at once
+
+
+@dataclass
+class Mamba2Config:
+    """Shape of a model and how to initialise one. Names follow mamba-ssm.
+
+    A_init and A_log_uniform: range that -A is drawn from; dt_init: range of the initial step, log-uniform.
+    """
+
+    d_model: int = 256
+    n_layer: int = 6
+    vocab_size: int = 256
+    d_state: int = 128
+    d_conv: int = 4
+    expand: int = 2
+    headdim: int = 64
+    ngroups: int = 1
+    bias: bool = False
+    conv_bias: bool = True
+    dt_limit: tuple[float, float] = (0.0, math.inf)
+    norm_eps: float = 1e-5
+    tie_embeddings: bool = True
+    residual_in_fp32: bool = True
+    A_init: tuple[float, float] = (1.0, 16.0)
+    A_log_uniform: bool = False
+    dt_init: tuple[float, float] = (1e-3, 1e-1)
+
+    def __post_init__(self) -> None:
+        if self.d_inner % self.headdim:
+            raise InputError(f"expand * d_model = {self.d_inner} must be a multiple of headdim = {self.headdim}")
+        if self.nheads % self.ngroups:
+            raise InputError(f"{self.nheads} heads do not divide into ngroups = {self.ngroups}")
+
+    @property
+    def d_inner(self) -> int:
+        return self.expand * self.d_model
+
+    @property
+    def nheads(self) -> int:
+        return self.d_inner // self.headdim
+
+    @property
+    def conv_dim(self) -> int:
+        return self.d_inner + 2 * self.ngroups * self.d_state
+
+    @property
+    def scan_state_elements(self) -> int:
+        return self.n_layer * self.nheads * self.headdim * self.d_state
+
+    @property
+    def conv_state_elements(self) -> int:
+        return self.n_layer * self.conv_dim * (self.d_conv - 1)
+
+
+class RMSNorm(nn.Module):
+    """Over the last axis, or over each of `groups` equal parts of it; gated by silu(z) before (arXiv 2405.21060)."""
+
+    def __init__(self, dim: int, eps: float, groups: int = 1):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps, self.groups = eps, groups
+
+    def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
+        dtype = x.dtype
+        x = x.to(torch.promote_types(dtype, torch.float32))
+        if z is not None:
+            x = x * F.silu(z.to(x.dtype))
+        if self.groups == 1:
+            x = F.rms_norm(x, x.shape[-1:], None, self.eps)
+        else:
+            x = F.rms_norm(x.unflatten(-1, (self.groups, -1)), (x.shape[-1] // self.groups,), None, self.eps).flatten(-2)
+        return (x * self.weight).to(dtype)
+
+
+class Mamba2(nn.Module):
+    """One mixer. `policy` is data: set it, and the next token follows it."""
+
+    def __init__(self, config: Mamba2Config):
+        super().__init__()
+        c = self.config = config
+        self.in_proj = nn.Linear(c.d_model, 2 * c.d_inner + 2 * c.ngroups * c.d_state + c.nheads, bias=c.bias)
+        self.conv1d = nn.Conv1d(c.conv_dim, c.conv_dim, c.d_conv, groups=c.conv_dim, bias=c.conv_bias)
+        self.dt_bias = nn.Parameter(torch.empty(c.nheads))
+        self.A_log = nn.Parameter(torch.empty(c.nheads))
+        self.D = nn.Parameter(torch.ones(c.nheads))
+        self.norm = RMSNorm(c.d_inner, c.norm_eps, c.ngroups)
+        self.out_proj = nn.Linear(c.d_inner, c.d_model, bias=c.bias)
+        self.policy: ScanPolicy = PLAIN
+        self.backend: str | None = None
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        c = self.config
+        low, high = (math.log(v) for v in c.dt_init)
+        dt = torch.empty(c.nheads).uniform_(low, high).exp()
+        self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+        if c.A_log_uniform:
+            self.A_log.uniform_(math.log(c.A_init[0]), math.log(c.A_init[1]))
+        else:
+            self.A_log.copy_(torch.empty(c.nheads).uniform_(*c.A_init).log())
+        nn.init.kaiming_uniform_(self.out_proj.weight, a=math.sqrt(5))
+        self.out_proj.weight /= math.sqrt(c.n_layer)
+
+    def forward(self, u: Tensor, carry: Carry | None, mask: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Carry]:
+        """(B, T, d_model) in and out, with the carry after it."""
+        c = self.config
+        z, xBC, dt = self.in_proj(u).split([c.d_inner, c.conv_dim, c.nheads], -1)
+        if mask is not None:
+            xBC = xBC * mask[..., None]
+        xBC, conv = self._convolve(xBC, carry.conv if carry else None, reset)
+        x, B, C = xBC.split([c.d_inner, c.ngroups * c.d_state, c.ngroups * c.d_state], -1)
+        groups = (c.ngroups, c.d_state)
+        y, scanned = scan(
+            x.unflatten(-1, (c.nheads, c.headdim)), dt, -self.A_log.float().exp() if u.dtype != torch.float64 else -self.A_log.exp(),
+            B.unflatten(-1, groups), C.unflatten(-1, groups), dt_bias=self.dt_bias, dt_limit=c.dt_limit, D=self.D,
+            policy=self.policy, carry=carry.scan if carry else None, reset=reset, mask=mask, backend=self.backend,
+        )  # fmt: skip
+        return self.out_proj(self.norm(y.flatten(-2), z)), Carry(conv, scanned)
+
+    def _convolve(self, x: Tensor, before: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Causal depthwise convolution and SiLU, (B, T, channels), with the d_conv - 1 inputs before it."""
+        taps, (batch, length, channels) = self.config.d_conv - 1, x.shape
+        x = x.transpose(1, 2)  # (B, channels, T)
+        if before is None:
+            before = x.new_zeros(batch, channels, taps)
+        whole = torch.cat([before.to(x.dtype), x], 2)
+        weight = self.conv1d.weight.to(x.dtype)
+        if reset is None:
+            y = F.conv1d(whole, weight, groups=channels)
+        else:  # a tap that reaches back over a document's beginning reads zero
+            document = F.pad(reset.long().cumsum(1), (taps, 0))  # (B, taps + T)
+            y = sum(
+                weight[:, 0, k, None] * whole[..., k : k + length] * (document[:, k : k + length] == document[:, taps:])[:, None]
+                for k in range(taps + 1)
+            )  # type: ignore[assignment]
+        if self.conv1d.bias is not None:
+            y = y + self.conv1d.bias.to(x.dtype)[:, None]
+        after = whole[..., length:]
+        if reset is not None:
+            after = after * (document[:, length:] == document[:, -1:])[:, None]
+        return F.silu(y).transpose(1, 2), after
+
+
+class Block(nn.Module):
+    """Pre-norm residual block."""
+
+    def __init__(self, config: Mamba2Config):
+        super().__init__()
+        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        self.mixer = Mamba2(config)
+        self.residual_in_fp32 = config.residual_in_fp32
+
+    def forward(self, h: Tensor, carry: Carry | None, mask: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Carry]:
+        out, carry = self.mixer(self.norm(h.to(self.norm.weight.dtype)), carry, mask, reset)
+        if self.residual_in_fp32 and h.dtype != torch.float64:
+            h = h.float()
+        return h + out, carry
+
+
+class Backbone(nn.Module):
+    def __init__(self, config: Mamba2Config):
+        super().__init__()
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.norm_f = RMSNorm(config.d_model, config.norm_eps)
+
+
+class Mamba2LM(nn.Module):
+    """A language model whose context is a stream.
+
+    Attributes:
+        name, weights_hash, train_length, tokenizer: filled in by `rnn_longctx.load`.
+        restart: a control that drops the state and reads the last tokens again, or None.
+    """
+
+    def __init__(self, config: Mamba2Config):
+        super().__init__()
+        self.config = config
+        self.backbone = Backbone(config)
+        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        nn.init.normal_(self.backbone.embedding.weight, std=0.02)
+        if config.tie_embeddings:
+            self.lm_head.weight = self.backbone.embedding.weight
+        self.name = "unnamed"
+        self.weights_hash = ""
+        self.train_length: int | None = None
+        self.tokenizer = None
+        self.provenance: dict = {}
+        self.calibration: dict | None = None
+        self.restart: Restart | None = None
+
+    # --- the layer interface that remedies and probes use
+
+    @property
+    def mixers(self) -> list[Mamba2]:
+        """The recurrent layers, in order."""
+        return [block.mixer for block in self.backbone.layers]  # type: ignore[union-attr, misc]
+
+    @property
+    def backend(self) -> str:
+        """The scan that the present policies choose here."""
+        return "+".join(sorted({choose(m.policy, m.backend).name for m in self.mixers}))
+
+    def use_backend(self, name: str | None) -> None:
+        """Force one scan backend for every layer (None: choose). Raises InputError if it is missing here."""
+        choose(PLAIN, name)
+        for mixer in self.mixers:
+            mixer.backend = name
+
+    @property
+    def device(self) -> torch.device:
+        return self.backbone.embedding.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.backbone.embedding.weight.dtype
+
+    # --- reading
+
+    def forward(self, ids: Tensor, cache: Cache | None = None, mask: Tensor | None = None,
+                reset: Tensor | None = None) -> Tensor:  # fmt: skip
+        """Read ids (B, T) and return the hidden states (B, T, d_model) after the last norm.
+
+        Args:
+            cache: what the stream has read so far; it is moved on in place. None starts and forgets a stream.
+            mask: (B, T) bool, False at left padding (only before a row's first token).
+            reset: (B, T) bool, True where a new document begins.
+        """
+        cache = cache if cache is not None else Cache()
+        if self.restart is not None:
+            if reset is not None:
+                raise InputError(f"the control {self.restart} cannot be combined with document boundaries")
+            return read_restarting(self.read, self.restart, ids, cache, mask)
+        return self.read(ids, cache, mask, reset)
+
+    def read(self, ids: Tensor, cache: Cache, mask: Tensor | None = None, reset: Tensor | None = None) -> Tensor:
+        """`forward` without the reader's control."""
+        if cache.layers and len(cache.position) != len(ids):
+            raise InputError(f"the cache holds {len(cache.position)} rows, the ids {len(ids)}")
+        if ids.shape[1] == 0:
+            return self.backbone.embedding.weight.new_zeros(*ids.shape, self.config.d_model)
+        if mask is not None and bool(mask.all()):
+            mask = None
+        h = self.backbone.embedding(ids)
+        carries = []
+        for i, block in enumerate(self.backbone.layers):
+            h, carry = block(h, cache.layers[i] if cache.layers else None, mask, reset)
+            carries.append(carry)
+        read = torch.full((len(ids),), ids.shape[1]) if mask is None else mask.sum(1).cpu()
+        cache.position = read + (cache.position if cache.layers else 0)
+        cache.layers = carries
+        return self.backbone.norm_f(h.to(self.backbone.norm_f.weight.dtype))
+
+    def stream(self, ids: Tensor, cache: Cache | None = None, segment: int = 4096) -> Iterator[Tensor]:
+        """Hidden states of ids (B, T), a segment at a time, in the memory of one segment."""
+        cache = cache if cache is not None else Cache()
+        for t in range(0, ids.shape[1], segment):
+            yield self(ids[:, t : t + segment].to(self.device), cache)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., vocab) float32 from hidden states (..., d_model)."""
+        logits = self.lm_head(hidden)
+        return logits if logits.dtype == torch.float64 else logits.float()
+
+    def losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """-log p(target) in nats, (B, T), from hidden states (B, T, d_model); never all logits at once."""
+        flat, goal = hidden.flatten(0, 1), targets.flatten()
+        rows = max(1, LOGITS // self.config.vocab_size)
+        parts = [
+            F.cross_entropy(self.logits(flat[i : i + rows]), goal[i : i + rows], reduction="none")
+            for i in range(0, len(flat), rows)
+        ]
+        return torch.cat(parts).view(targets.shape)
+
+    def new_cache(self) -> Cache:
+        return Cache()

@@ -1,0 +1,94 @@
+"""The two controls that every remedy is judged against: drop the state now and then, and read the last tokens again.
+
+    reset:every=T,overlap=k    every T tokens
+    recompute:last=T           every T/2 tokens with the last T/2 read again, so that each position sees T/2 to T tokens
+
+Both are one rule: before token n * every (counted from 0) of a row the whole cache is dropped and the row's last
+`overlap` tokens are read again, silently. It holds in prefill and in generation alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rnn_longctx.errors import InputError
+from rnn_longctx.models.cache import Cache
+
+Read = Callable[[Tensor, Cache], Tensor]
+
+
+@dataclass(frozen=True)
+class Restart:
+    every: int
+    overlap: int = 0
+
+    def __post_init__(self) -> None:
+        if self.every < 1 or not 0 <= self.overlap <= self.every:
+            raise InputError(f"a restart needs every >= 1 and 0 <= overlap <= every, got every={self.every}, overlap={self.overlap}")
+
+    def __str__(self) -> str:
+        return f"restart every {self.every} tokens, {self.overlap} read again"
+
+    def first_needed(self, length: int) -> int:
+        """The first of `length` tokens that the reader's state after them depends on: a stream of which only the
+        end matters may begin there."""
+        return max(0, (length - 1) // self.every * self.every - self.overlap)
+
+
+def read_restarting(read: Read, restart: Restart, ids: Tensor, cache: Cache, mask: Tensor | None) -> Tensor:
+    """`read(ids, cache)` under a restart; moves `cache` on in place and returns the hidden states (B, T, d_model)."""
+    batch = len(ids)
+    if not cache.layers:
+        cache.position = torch.zeros(batch, dtype=torch.int64)
+    real = mask.sum(1).tolist() if mask is not None else [ids.shape[1]] * batch
+    if len(set(zip(cache.position.tolist(), real))) <= 1 and mask is None:
+        return _read_level(read, restart, ids, cache)
+
+    # Rows that stand at different positions restart at different times: read each group of equals alone.
+    groups: dict[tuple[int, int], list[int]] = {}
+    for row, key in enumerate(zip(cache.position.tolist(), real)):
+        groups.setdefault(key, []).append(row)
+    parts, order, hidden = [], [], None
+    for (_, count), rows in groups.items():
+        part = cache.rows(rows) if cache.layers else Cache(position=cache.position[rows])
+        out = _read_level(read, restart, ids[rows][:, ids.shape[1] - count :], part)
+        if hidden is None:
+            hidden = out.new_zeros(batch, ids.shape[1], out.shape[2])
+        hidden[rows, ids.shape[1] - count :] = out
+        parts.append(part)
+        order += rows
+    width = min(p.tail.shape[1] for p in parts if p.tail is not None)
+    if width < restart.overlap:  # tails of different lengths: pad with ids that are never read again in time
+        width = max(p.tail.shape[1] for p in parts if p.tail is not None)
+        for p in parts:
+            assert p.tail is not None
+            p.tail = torch.nn.functional.pad(p.tail, (width - p.tail.shape[1], 0))
+    whole = Cache.concat(parts, order)
+    cache.layers, cache.position, cache.tail = whole.layers, whole.position, whole.tail
+    assert hidden is not None
+    return hidden
+
+
+def _read_level(read: Read, restart: Restart, ids: Tensor, cache: Cache) -> Tensor:
+    """Rows that all stand at one position."""
+    position = int(cache.position[0])
+    tail = cache.tail if cache.tail is not None else ids[:, :0]
+    outputs, t = [], 0
+    while t < ids.shape[1]:
+        at = position + t
+        if at % restart.every == 0 and at > 0:
+            cache.layers = []
+            again = min(restart.overlap, at)
+            seen = torch.cat([tail, ids[:, :t]], 1)[:, -again:] if again else ids[:, :0]
+            if again:
+                read(seen, cache)
+        u = min(ids.shape[1], t + restart.every - at % restart.every)
+        outputs.append(read(ids[:, t:u], cache))
+        t = u
+    cache.position = torch.full((len(ids),), position + ids.shape[1], dtype=torch.int64)
+    cache.tail = torch.cat([tail, ids], 1)[:, -restart.overlap :] if restart.overlap else ids[:, :0]
+    return torch.cat(outputs, 1) if outputs else read(ids, cache)

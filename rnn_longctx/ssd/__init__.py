@@ -1,0 +1,167 @@
+"""One recurrence, written once.
+
+Shapes: B batch, T tokens, H heads, P headdim, N d_state, G groups of heads sharing B and C, L layers.
+Log-decays are natural logs. Per head, with a state S of shape (P, N):
+
+    S_t = exp(log_decay_t) * S_{t-1} + input_scale_t * x_t B_t^T
+    y_t = S_t C_t + D * x_t
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from rnn_longctx.errors import InputError
+from rnn_longctx.ssd import reference
+from rnn_longctx.ssd.backends import Backend, choose, register
+from rnn_longctx.ssd.carry import ScanCarry, WindowCarry, tree_map
+from rnn_longctx.ssd.chunked import chunked_scan
+from rnn_longctx.ssd.gates import gates
+from rnn_longctx.ssd.policy import PLAIN, Cap, ScanPolicy
+from rnn_longctx.ssd.step import step
+from rnn_longctx.ssd.window import window_state
+
+__all__ = ["PLAIN", "Backend", "Cap", "ScanCarry", "ScanPolicy", "WindowCarry", "choose", "row_counts", "scan",
+           "tree_map", "window_state"]  # fmt: skip
+
+
+def scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *, dt_bias: Tensor | None = None,
+         dt_softplus: bool = True, dt_limit: tuple[float, float] = (0.0, math.inf), D: Tensor | None = None,
+         policy: ScanPolicy = PLAIN, carry: ScanCarry | None = None, reset: Tensor | None = None,
+         mask: Tensor | None = None, backend: str | None = None) -> tuple[Tensor, ScanCarry]:  # fmt: skip
+    """Read T tokens: raw projections and a policy in, outputs and the carry out. How a stream is cut into calls
+    changes nothing.
+
+    Args:
+        x: (B, T, H, P).
+        dt: (B, T, H), before bias and softplus; dt_bias (H); dt_limit as in Mamba-2.
+        A: (H), or (H, N) for decays per channel; negative in Mamba-2.
+        B, C: (B, T, G, N), G dividing H.
+        D: (H) or (H, P), adds D * x to the output.
+        carry: what the call before returned; None begins a row.
+        reset: (B, T) bool, True where a new row (document) begins: state and position start again.
+        mask: (B, T) bool, False where a token is padding. Padding may stand only before a row's first token.
+        backend: the name of one, or None for the first that supports the policy here.
+    Returns:
+        y (B, T, H, P) in x's dtype, and the carry. States are float32 (float64 for float64 inputs).
+    Raises:
+        InputError: shapes that do not fit (which axis is named), a backend that is missing or does not support the
+            policy, padding after a row's first token, a window switched on in mid-stream.
+    """
+    _check_shapes(x, dt, A, B, C)
+    chosen = choose(policy, backend)
+    batch, length, heads, headdim = x.shape
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    fresh = carry is None
+    if carry is None:
+        carry = ScanCarry.start(batch, heads, headdim, B.shape[3], per_channel=A.ndim == 2, dtype=dtype, device=x.device)
+    if not length:
+        return x, carry
+    if policy.window is not None and carry.window is None and bool((carry.position > 0).any()):
+        raise InputError("a sliding window cannot begin in mid-stream: what it must subtract was not kept")
+    if policy.window is not None and carry.window is not None and carry.window.size != policy.window:
+        raise InputError(f"the carry was made with a window of {carry.window.size} tokens, the policy asks {policy.window}")
+    if carry.window is not None and policy.window is None:
+        carry = ScanCarry(window_state(carry), carry.position, carry.log_decay)
+    if fresh and policy.start is not None:
+        carry = ScanCarry(policy.start_state(carry.state), carry.position, carry.log_decay)
+    if mask is not None:
+        mask = _check_mask(mask, carry.position)
+    counts, drop = row_counts(carry.position, length, mask=mask, reset=reset, every=policy.reset)
+
+    with torch.autocast(x.device.type, enabled=False):
+        y, new = chosen.run(
+            x.to(dtype), dt.to(dtype), A.to(dtype), B.to(dtype), C.to(dtype), dt_bias=None if dt_bias is None else dt_bias.to(dtype),
+            dt_softplus=dt_softplus, dt_limit=dt_limit, policy=policy, carry=carry, reset=reset, mask=mask, counts=counts, drop=drop,
+        )  # fmt: skip
+        if D is not None:
+            y = y + (D if D.ndim == 2 else D[:, None]).to(dtype) * x.to(dtype)
+    new.position = counts[:, -1].clone()
+    return y.to(x.dtype), new
+
+
+def row_counts(position: Tensor, length: int, *, mask: Tensor | None = None, reset: Tensor | None = None,
+               every: int | None = None) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Where each row stands. position (B,) tokens read before; on the CPU.
+
+    Returns: counts (B, T), tokens of its row read up to and with each token, and drop (B, T) bool, True where the
+    state is dropped before the token (a new row, or every `every` tokens), or None if nowhere.
+    """
+    real = torch.ones(len(position), length, dtype=torch.int64) if mask is None else mask.cpu().long()
+    counts = position[:, None] + real.cumsum(1)
+    drop = None
+    if reset is not None and bool(reset.any()):
+        drop = reset.cpu().bool() & (real > 0)
+        base = torch.where(drop, counts - real, 0).cummax(1).values  # tokens before the latest reset
+        counts = counts - base
+    if every is not None:
+        due = (real > 0) & (counts > 1) & ((counts - 1) % every == 0)
+        drop = due if drop is None else drop | due
+    return counts, drop if drop is not None and bool(drop.any()) else None
+
+
+def _torch(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *, dt_bias: Tensor | None, dt_softplus: bool,
+           dt_limit: tuple[float, float], policy: ScanPolicy, carry: ScanCarry, reset: Tensor | None,
+           mask: Tensor | None, counts: Tensor, drop: Tensor | None) -> tuple[Tensor, ScanCarry]:  # fmt: skip
+    log_decay, scale = gates(
+        dt, A, dt_bias=dt_bias, dt_softplus=dt_softplus, dt_limit=dt_limit, policy=policy, mask=mask
+    )
+    run = step if x.shape[1] == 1 and policy.window is None else chunked_scan
+    y, new = run(x, log_decay, scale, B, C, policy=policy, carry=carry, counts=counts, drop=drop)
+    new.log_decay = _total(carry.log_decay, log_decay, reset)
+    return y, new
+
+
+@torch.no_grad()
+def _total(before: Tensor, log_decay: Tensor, reset: Tensor | None) -> Tensor:
+    if reset is not None and bool(reset.any()):
+        began = reset.to(log_decay.device).long().cumsum(1)
+        kept = began == began[:, -1:]  # tokens after a row's last reset
+        log_decay = log_decay * kept.view(*kept.shape, *(1,) * (log_decay.ndim - 2))
+        before = torch.where(reset.to(before.device).any(1).view(-1, *(1,) * (before.ndim - 1)), 0.0, before)
+    return before + log_decay.sum(1, dtype=torch.float64)
+
+
+def _reference(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *, carry: ScanCarry, counts: Tensor,
+               drop: Tensor | None, **settings) -> tuple[Tensor, ScanCarry]:  # fmt: skip
+    if settings["policy"].window is not None and bool((carry.position > 0).any()):
+        raise InputError("backend 'reference' reads a windowed stream in one call only")
+    y, state, total = reference.scan(x, dt, A, B, C, state=carry.state, position=carry.position, **settings)
+    reset = settings["reset"]
+    began = reset.any(1) if reset is not None else torch.zeros(len(x), dtype=torch.bool)
+    before = torch.where(began.view(-1, *(1,) * (total.ndim - 1)).to(total.device), 0.0, carry.log_decay)
+    return y.to(x.dtype), ScanCarry(state.to(carry.state.dtype), carry.position, before + total)
+
+
+def _check_shapes(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> None:
+    if x.ndim != 4:
+        raise InputError(f"x must be (B, T, H, P), got shape {tuple(x.shape)}")
+    batch, length, heads, _ = x.shape
+    if dt.shape != (batch, length, heads):
+        raise InputError(f"dt must be (B, T, H) = {(batch, length, heads)} to go with x, got {tuple(dt.shape)}")
+    for name, t in (("B", B), ("C", C)):
+        if t.ndim != 4 or t.shape[:2] != (batch, length):
+            raise InputError(f"{name} must be (B, T, G, N) with B, T = {(batch, length)}, got {tuple(t.shape)}")
+    if B.shape != C.shape:
+        raise InputError(f"B and C must have one shape, got {tuple(B.shape)} and {tuple(C.shape)}")
+    if heads % B.shape[2]:
+        raise InputError(f"heads must divide into groups: H={heads} heads, G={B.shape[2]} groups")
+    if A.shape not in ((heads,), (heads, B.shape[3])):
+        raise InputError(f"A must be (H,) = ({heads},) or (H, N) = {(heads, B.shape[3])}, got {tuple(A.shape)}")
+
+
+def _check_mask(mask: Tensor, position: Tensor) -> Tensor | None:
+    mask = mask.bool()
+    if bool(mask.all()):
+        return None
+    real = mask.cpu()
+    if bool((real[:, :-1] & ~real[:, 1:]).any()) or bool((~real[:, 0] & (position > 0)).any()):
+        raise InputError("padding may stand only before a row's first token (left padding)")
+    return mask
+
+
+register(Backend("torch", _torch, lambda: None, lambda policy: None))
+register(Backend("reference", _reference, lambda: None, lambda policy: None))

@@ -1,0 +1,136 @@
+"""Sliding window: the state holds the last r tokens only (arXiv 2410.07145 v1, section on sliding windows).
+
+    S^(r)_t = S_t - exp(sum of log_decay over the last r tokens) * S_{t-r}
+
+No subtraction is made here, so nothing cancels. The stream is cut into blocks of r tokens; a token at offset o of a
+block sees its own block up to o (a scan started from zero) and the block before from offset o + 1 on. Both blocks are
+cut into the same chunks, so of the block before a token needs the rest of one chunk (a masked product) and the sum of
+the whole chunks after it, kept as states. Every factor is a product of decays that lie between the two tokens.
+
+Memory: the delay line (2 r inputs) and r / chunk states. The block grid is the stream's, not a row's: where it lies
+changes no result. Padding may stand only before a row's first token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from rnn_longctx.ssd.carry import ScanCarry, WindowCarry
+
+CHUNK = 64
+Piece = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def window_scan(x: Tensor, log_decay: Tensor, scale: Tensor, B: Tensor, C: Tensor, *, size: int, carry: ScanCarry,
+                drop: Tensor | None, piece: Piece) -> tuple[Tensor, ScanCarry]:  # fmt: skip
+    """As `chunked_scan`, each token seeing itself and the `size` - 1 tokens before it."""
+    length = x.shape[1]
+    w = carry.window or _empty(x, log_decay, B, size, carry)
+    marks = drop.any(0).nonzero().flatten().tolist() if drop is not None else []
+    outputs, t = [], 0
+    while t < length:
+        if drop is not None and drop[:, t].any():
+            w = _forget(w, ~drop[:, t])
+        offset = w.x.shape[1]
+        chunk = offset // CHUNK
+        u = min(length, t + min((chunk + 1) * CHUNK, size) - offset, *(m for m in marks if m > t))
+        ld, C_part = log_decay[:, t:u], C[:, t:u]
+        y, block = piece(x[:, t:u], ld, scale[:, t:u], B[:, t:u], C_part, w.block)
+
+        # what the block before still gives: decayed to that block's end already, and from there to here
+        head = w.head[:, None] + ld.cumsum(1)  # (B, c, H[, N])
+        rest = slice(chunk * CHUNK, min((chunk + 1) * CHUNK, size))
+        o = torch.arange(offset, offset + u - t, device=x.device)
+        later = torch.arange(rest.start, rest.stop, device=x.device) > o[:, None]  # (c, chunk)
+        y = y + _before(C_part, head, w.x_before[:, rest], w.B_before[:, rest], w.after[:, chunk], later)
+
+        outputs.append(y)
+        w = WindowCarry(
+            size, block, head[:, -1],
+            torch.cat([w.x, x[:, t:u] * scale[:, t:u, :, None]], 1),
+            torch.cat([w.B, B[:, t:u]], 1),
+            torch.cat([w.log_decay, ld], 1),
+            w.x_before, w.B_before, w.after,
+        )  # fmt: skip
+        if w.x.shape[1] == size:
+            w = _turn(w)
+        t = u
+    return torch.cat(outputs, 1), ScanCarry(w.block, carry.position, carry.log_decay, w)
+
+
+def window_state(carry: ScanCarry) -> Tensor:
+    """The windowed state (B, H, P, N): what the next token finds, before the oldest token leaves."""
+    w = carry.window
+    if w is None:
+        return carry.state
+    offset = w.x.shape[1]
+    chunk = min(offset // CHUNK, w.after.shape[1] - 1)
+    rest = slice(offset, min((chunk + 1) * CHUNK, w.size))
+    per_group = w.x.shape[2] // w.B_before.shape[2]
+    B = w.B_before[:, rest].repeat_interleave(per_group, 2)
+    before = w.after[:, chunk] + torch.einsum("bshp,bshn->bhpn", w.x_before[:, rest], B)
+    decay = w.head.exp()
+    return w.block + before * (decay[:, :, None] if decay.ndim == 3 else decay[..., None, None])
+
+
+def _before(C: Tensor, head: Tensor, x: Tensor, B: Tensor, after: Tensor, later: Tensor) -> Tensor:
+    """(B,c,H,P) of c tokens from the block before: `x`, `B` its chunk at the same offsets, `after` what follows."""
+    heads = x.shape[2]
+    C = C.repeat_interleave(heads // C.shape[2], 2)  # (B, c, H, N)
+    B = B.repeat_interleave(heads // B.shape[2], 2)
+    C = C * (head if head.ndim == 4 else head[..., None]).exp()
+    weights = torch.einsum("bthn,bshn->bhts", C, B) * later
+    return torch.einsum("bhts,bshp->bthp", weights, x) + torch.einsum("bthn,bhpn->bthp", C, after)
+
+
+def _turn(w: WindowCarry) -> WindowCarry:
+    """The full block becomes the block before, and a new one begins."""
+    tail = _after_each(w.log_decay)  # (B, r, H[, N])
+    heads = w.x.shape[2]
+    if tail.ndim == 3:
+        x, B = w.x * tail.exp()[..., None], w.B
+    else:
+        x, B = w.x, w.B.repeat_interleave(heads // w.B.shape[2], 2) * tail.exp()
+    state = torch.zeros_like(w.block)
+    after = [state]
+    chunks = range(0, w.size, CHUNK)
+    for start in reversed(chunks[1:]):
+        part = slice(start, start + CHUNK)
+        B_part = B[:, part].repeat_interleave(heads // B.shape[2], 2)
+        state = state + torch.einsum("bshp,bshn->bhpn", x[:, part], B_part)
+        after.append(state)
+    return WindowCarry(
+        w.size, torch.zeros_like(w.block), torch.zeros_like(w.head),
+        w.x[:, :0], w.B[:, :0], w.log_decay[:, :0], x, B, torch.stack(after[::-1], 1),
+    )  # fmt: skip
+
+
+def _after_each(log_decay: Tensor) -> Tensor:
+    """Sum of the log-decays after each token of a block, without subtracting."""
+    later = torch.cat([log_decay[:, 1:], torch.zeros_like(log_decay[:, :1])], 1)
+    return later.flip(1).cumsum(1).flip(1)
+
+
+def _empty(x: Tensor, log_decay: Tensor, B: Tensor, size: int, carry: ScanCarry) -> WindowCarry:
+    batch, _, heads, headdim = x.shape
+    zeros = x.new_zeros
+    per_channel = log_decay.ndim == 4
+    B_heads = heads if per_channel else B.shape[2]
+    return WindowCarry(
+        size, torch.zeros_like(carry.state), torch.zeros_like(log_decay[:, 0]),
+        x[:, :0], B[:, :0], log_decay[:, :0],
+        zeros(batch, size, heads, headdim), zeros(batch, size, B_heads, B.shape[3]),
+        zeros(batch, -(-size // CHUNK), heads, headdim, B.shape[3]),
+    )  # fmt: skip
+
+
+def _forget(w: WindowCarry, keep: Tensor) -> WindowCarry:
+    """Rows where `keep` (B,) is False lose what they have read."""
+    k = keep.to(w.x.device, w.x.dtype)
+    four, five = k[:, None, None, None], k[:, None, None, None, None]
+    return WindowCarry(
+        w.size, w.block * four, w.head, w.x * four, w.B, w.log_decay, w.x_before * four, w.B_before, w.after * five
+    )

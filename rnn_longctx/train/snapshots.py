@@ -1,0 +1,100 @@
+"""Snapshots of a run that survive ``kill -9``: written aside, renamed when complete, the newest two kept.
+
+A run folder belongs to one config. ``log.csv`` is cut back to the snapshot that a run resumes from.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from rnn_longctx.errors import InputError
+
+COLUMNS = ["step", "tokens", "loss", "passkey_loss", "lr", "grad_norm", "tokens_per_second", "seconds"]
+KEEP = 2
+
+
+def write_atomic(path: Path, write: Callable[[BinaryIO], Any]) -> None:
+    """`path` holds either what it held or all that `write` writes, never a part."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with aside.open("wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+
+
+def save_snapshot(folder: Path, step: int, state: dict[str, Any]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(folder / f"step-{step:08d}.pt", lambda file: torch.save(state, file))
+    for old in sorted(folder.glob("step-*.pt"))[:-KEEP]:
+        old.unlink()
+
+
+def newest_snapshot(folder: Path, device: torch.device) -> dict[str, Any] | None:
+    """The newest snapshot that can be read; None without one. A damaged file (a full disk, say) is passed
+    over."""
+    for path in sorted(folder.glob("step-*.pt"), reverse=True):
+        try:
+            return torch.load(path, map_location=device, weights_only=True)
+        except Exception as error:  # torch.load raises many kinds on a damaged file
+            print(f"{path} cannot be read ({type(error).__name__}); trying an older one", flush=True)
+    return None
+
+
+def claim_folder(out: Path, config: dict[str, Any]) -> None:
+    """Record `config` in `out`, or check that it is the one recorded there. Another one: InputError."""
+    file = out / "run.json"
+    config = json.loads(json.dumps(config))
+    if file.is_file():
+        before, now = _flat(json.loads(file.read_text())), _flat(config)
+        changed = [k for k in sorted({*before, *now}) if before.get(k) != now.get(k)]
+        if changed:
+            key = changed[0]
+            difference = f"{key} was {before.get(key)}, is {now.get(key)}"
+            raise InputError(
+                f"{out} holds a run of another config ({difference}); set another out, or remove it"
+            )
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomic(file, lambda f: f.write(json.dumps(config, indent=1).encode()))
+
+
+class Log:
+    """``log.csv``: rows up to `step` of an earlier process are kept, later ones (and a torn last line)
+    dropped."""
+
+    def __init__(self, path: Path, step: int):
+        kept: list[list[str]] = []
+        if path.is_file() and step:
+            with path.open(newline="") as file:
+                rows = [row for row in csv.reader(file) if len(row) == len(COLUMNS) and row[0].isdigit()]
+            kept = [row for row in rows if int(row[0]) <= step]
+        lines = [",".join(row) + "\n" for row in [COLUMNS, *kept]]
+        write_atomic(path, lambda file: file.write("".join(lines).encode()))
+        self._file = path.open("a", newline="")
+
+    def write(self, row: dict[str, Any]) -> None:
+        csv.writer(self._file, lineterminator="\n").writerow([_short(row[c]) for c in COLUMNS])
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _short(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    return {
+        k: v for name, child in tree.items() for k, v in _flat(child, f"{prefix}.{name}".strip(".")).items()
+    }
