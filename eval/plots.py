@@ -94,7 +94,8 @@ def _gain(sheet: Sheet) -> Figure | None:
         colour, _, marker = looks[name]
         x = np.array(list(row)) * 2.0 ** (0.07 * (i - (len(gains) - 1) / 2))  # side by side, not on top
         value, low, high = (np.array([g[j] for g in row.values()]) for j in range(3))
-        label = name if min(value) >= floor else f"{name} (off the plot, to {min(value):.2f})"
+        worst = min((v for v in value if not np.isnan(v)), default=0.0)
+        label = name if worst >= floor else f"{name} (off the plot, to {worst:.2f})"
         axes.plot(x, value, color=colour, marker=marker, markersize=5, linewidth=1.2, label=label)
         axes.vlines(x, low, high, color=colour, linewidth=2.5, alpha=0.5)
     shown = [v for row in gains.values() for g in row.values() for v in g[:3] if v >= floor] + [0.0]
@@ -169,7 +170,7 @@ def _looks(sheet: Sheet) -> Iterable[tuple[str, str, str, str]]:
         if name == "none":
             yield name, "black", "-", "."
         elif sheet.is_control(name):
-            yield name, _GREYS[controls % len(_GREYS)], "--", ""
+            yield name, _GREYS[controls % len(_GREYS)], ("--", "-.")[controls % 2], ""
             controls += 1
         else:
             yield name, _COLOURS[remedies % len(_COLOURS)], "-", _MARKERS[remedies % len(_MARKERS)]

@@ -75,9 +75,9 @@ def table(frame: pd.DataFrame, width: int = 110) -> list[RenderableType]:
 
 
 def to_text(frame: pd.DataFrame, width: int = 110) -> str:
-    """The same tables as plain ASCII lines of at most `width` characters, for a log file."""
+    """The same tables as plain lines of at most `width` characters (ASCII if all names are), for a log."""
     file = io.StringIO()
-    console = Console(file=file, width=width, color_system=None, force_terminal=False, legacy_windows=False)
+    console = Console(file=file, width=width, color_system=None, force_terminal=False, force_jupyter=False)
     console.print(Group(*table(frame, width)))
     return "\n".join(line.rstrip() for line in file.getvalue().splitlines()) + "\n"
 

@@ -78,7 +78,7 @@ class Results:
         """Store a row at once; one with the same key is replaced. ValueError: no such column, wrong kind."""
         clean = _clean(row)
         stored = {"checksum": _checksum(clean), "row": clean}
-        write_atomic(self._path(row), json.dumps(stored, indent=1).encode())
+        write_atomic(self._path(row), json.dumps(stored).encode())
 
     def rows(self) -> list[Row]:
         """All sound rows, in the order of their keys (None first)."""

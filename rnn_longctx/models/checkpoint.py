@@ -1,4 +1,4 @@
-"""Checkpoints: `load` reads any of three layouts (see `rnn_longctx.models.formats`), `save` writes two of them.
+"""Checkpoints: `load` reads three layouts (see `rnn_longctx.models.formats`), `save` writes two of them.
 
 Weights are memory-mapped and only copied where their dtype or device must change.
 """
@@ -70,8 +70,8 @@ def load(source: str | Path, *, device: torch.device | str = "cpu", dtype: torch
         tokenizer: instead of the checkpoint's own: a directory, a hub id or "bytes".
         train_length: tokens, where the checkpoint does not say or is wrong.
     Returns:
-        The model, with name, weights_hash (the same in every layout of the same weights), train_length, tokenizer,
-        provenance and calibration.
+        The model, with name, weights_hash (the same in every layout of the same weights), train_length,
+        tokenizer, provenance and calibration.
     Raises:
         InputError: no such checkpoint, an unsupported one, one that is damaged or does not fit its config, or
             weights that are not finite. An unreachable tokenizer raises when it is used, unless named here.
@@ -152,9 +152,9 @@ def save(model: Mamba2LM, directory: str | Path, *, dtype: torch.dtype | str | N
 
 
 def _hash(tensors: dict[str, Tensor], source: str) -> str:
-    """First 16 hex digits of a sha256 over every tensor's name, dtype, shape and sha256 of its bytes, by name.
+    """First 16 hex digits of a sha256 over each tensor's name, dtype, shape and sha256 of its bytes.
 
-    Memory-mapped weights are read in place, several tensors at a time. Raises InputError if one is not finite.
+    Mapped weights are read in place, several tensors at a time. Raises InputError if one is not finite.
     """
 
     def line(name: str) -> str:

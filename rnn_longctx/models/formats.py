@@ -1,4 +1,4 @@
-"""What a checkpoint directory holds: one of three layouts, and tensors.
+"""What a checkpoint directory holds: a config.json of one of three layouts, and weights.
 
     rnn-longctx    "format": "rnn-longctx", "model": {fields of Mamba2Config}, ...
     state-spaces   official: "d_model", "n_layer", "ssm_cfg": {"layer": "Mamba2", ...}, ...
@@ -57,7 +57,7 @@ _TRANSFORMERS = {
 
 @dataclass
 class Header:
-    """What a directory says beside its weights. `tokenizer` is what `load_tokenizer` takes; None: not said."""
+    """What a directory says beside its weights; None: not said. `load_tokenizer` takes `tokenizer`."""
 
     config: Mamba2Config
     tokenizer: str | Path | None = None
@@ -90,7 +90,7 @@ def read_header(directory: Path) -> Header:
     if data.get("format") == FORMAT:
         inner = {k: v for k, v in data.items() if k not in ("format", "model")}
         extra = from_dict(_Extra, inner, where)
-        header = _header(from_dict(Mamba2Config, data.get("model", {}), f"{where}, model"), extra)
+        header = _header(from_dict(Mamba2Config, data.get("model"), f"{where}, model"), extra)
     elif "model_type" in data:
         extra = from_dict(_Extra, data.get("rnn_longctx", {}), f"{where}, rnn_longctx")
         header = _header(_transformers(data, where), extra)
@@ -149,7 +149,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
-    """Fit for strict JSON, which has no infinity and no NaN: they become strings, as do paths and the like."""
+    """Fit for strict JSON, which has no infinity and no NaN: they become strings, and so do paths."""
     if isinstance(value, dict):
         return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -243,7 +243,7 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
     try:  # files of before torch 1.6 are no zip archives and cannot be mapped
         data = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
-        asked = re.search(r"(?:GLOBAL|global|class|function)\W+([\w.]+\.\w+)", str(error))
+        asked = re.search(r"GLOBAL ([\w.]+)", str(error))
         why = f"it asks for {asked[1]}" if asked else "damaged, or more than tensors"
         raise InputError(f"{path} is refused, nothing in it was run: {why}; expected plain tensors") from None
     except Exception as error:  # a damaged file raises nearly anything

@@ -155,7 +155,7 @@ def _fit(
                     state["window"] = []
             if state["bad"] == BAD_STEPS:
                 raise TrainingDiverged(
-                    f"loss or gradient not finite in {BAD_STEPS} steps in a row, at step {step}: see {log_file}"
+                    f"loss or gradient not finite in {BAD_STEPS} steps in a row, at {step}; see {log_file}"
                 )
             if step % config.checkpoint_every == 0 or step == config.steps:
                 state["seconds"] = time.monotonic() - began
@@ -255,10 +255,12 @@ def _progress(steps: int, done: int) -> Iterator[Any]:
 
     with Progress(BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn()) as bar:
         task = bar.add_task(f"step {done}/{steps}", total=steps, completed=done)
-        yield lambda row: bar.update(task, completed=row["step"], description=_line(row, steps))
+        yield lambda row: bar.update(task, completed=row["step"], description=_line(row, steps, short=True))
 
 
-def _line(row: dict[str, Any], steps: int) -> str:
-    text = f"step {row['step']}/{steps} loss {row['loss']:.4f} passkey {row['passkey_loss']:.4f}"
-    text += f" lr {row['lr']:.2e} grad {row['grad_norm']:.3f} {row['tokens_per_second'] / 1e3:.0f}K tok/s {row['seconds']:.0f} s"
+def _line(row: dict[str, Any], steps: int, short: bool = False) -> str:
+    text = f"step {row['step']}/{steps} loss {row['loss']:.3f} passkey {row['passkey_loss']:.3f}"
+    text += f" {row['tokens_per_second'] / 1e3:.0f}K tok/s"
+    if not short:  # what a bar leaves no room for
+        text += f" lr {row['lr']:.2e} grad {row['grad_norm']:.3f} {row['seconds']:.0f} s"
     return text + (" SKIPPED (not finite)" if row["skipped"] else "")

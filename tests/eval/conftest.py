@@ -51,7 +51,7 @@ def make_frame(
 
     def row(mitigation, task, metric, length, samples, depth=None):
         samples = [float(s) for s in samples]
-        stderr = np.std(samples, ddof=1) / len(samples) ** 0.5
+        stderr = np.std(samples, ddof=1) / len(samples) ** 0.5 if len(samples) > 1 else None
         text = {} if task == "lm" else {"text": None, "text_hash": None}
         what = {"mitigation": mitigation, "task": task, "metric": metric, "length": length, "depth": depth}
         measured = {"value": np.mean(samples), "stderr": stderr, "n": len(samples), "samples": samples}

@@ -1,0 +1,227 @@
+from __future__ import annotations
+
+import io
+import math
+import re
+
+import numpy as np
+import pandas as pd
+import pytest
+from rich.console import Console
+
+from rnn_longctx.eval.report import conclusion, context_gain, header, summary, table, to_text
+from rnn_longctx.eval.sheets import sheets
+
+CONTROLS = {"recompute:last=512", "reset:every=512,overlap=256"}
+
+
+def put(frame, value, **where):
+    """Set the value and every sample of the rows that match; the mean of a row is then its value."""
+    rows = np.logical_and.reduce([frame[c] == v for c, v in where.items()])
+    assert rows.any()
+    for i in frame.index[rows]:
+        frame.at[i, "samples"] = [float(value)] * len(frame.at[i, "samples"])
+    frame.loc[rows, "value"] = value
+
+
+@pytest.mark.parametrize("width", [80, 100, 110, 140])
+def test_text_keeps_its_width_and_loses_nothing(story, width):
+    text = to_text(story, width)
+    lines = text.splitlines()
+    assert text.isascii() and "\x1b" not in text
+    assert max(map(len, lines)) <= width and lines == [line.rstrip() for line in lines]
+    loss = story[(story["task"] == "lm") & (story["metric"] == "nats_per_token")]
+    for name, rows in loss.groupby("mitigation"):
+        shown = " ".join(line for line in lines if line.strip().startswith(f"{name} ") or width < 100)
+        for value in rows["value"]:  # below 100 columns long names fold
+            assert f" {value:.3f}" in shown, (name, value)
+    head = next(line for line in lines if line.startswith("mitigation"))
+    assert width < 110 or all(f" {k}" in head for k in ("256", "512", "1K", "64K"))  # one table is enough
+    assert "n = 16 slices" in text and "n = 100 prompts" in text
+
+
+def test_columns_line_up_and_controls_are_set_apart(story):
+    lines = to_text(story).splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("mitigation"))
+    block = lines[start : lines.index("", start)]
+    names = [line.split()[0] for line in block if not line.startswith("-")]
+    assert names[1] == "none" and names.index("controls:") > names.index("state-norm")
+    assert set(names[names.index("controls:") + 1 :]) == CONTROLS
+    values = [line for line in block if re.search(r"\d\.\d{3} ", line)]
+    ends = {
+        tuple(m.end() for m in re.finditer(r"\d\.\d{3}\b", line.replace("alpha=0.999", "x" * 11)))
+        for line in values
+    }
+    assert len(values) == 6 and len(ends) == 1 and len(next(iter(ends))) == 9
+
+
+def test_sample_counts_go_into_the_header_where_they_differ(story):
+    story.loc[story["length"] == 65536, "n"] = 4
+    story.loc[(story["length"] == 32768) & (story["mitigation"] == "none"), "n"] = 12
+    text = to_text(story)
+    assert "n = 16 slices" not in text
+    assert "n=4 " in text and "n=12-16" in text and "n=16" in text
+
+
+def test_verdicts_use_one_threshold_the_bare_models(story):
+    found = summary(story).query("task == 'lm'").set_index("mitigation")
+    peak = story[(story["metric"] == "nats_per_token_peak") & (story["mitigation"] == "none")]["value"].item()
+    losses = story[(story["metric"] == "nats_per_token") & (story["mitigation"] == "none")].set_index(
+        "length"
+    )["value"]
+    first = min(k for k, loss in losses.items() if k > 256 and loss > 2 * peak)
+    assert found.loc["none", "first_failing"] == first
+    assert found["first_failing"].drop("none").isna().all()
+    assert found.loc["none", "verdict"] in conclusion(story)
+    # a remedy that harms at short lengths does not thereby pass at long ones
+    put(story, 9.0, mitigation="state-norm", metric="nats_per_token_peak")
+    put(story, 2 * peak + 0.01, mitigation="state-norm", metric="nats_per_token", length=65536)
+    found = summary(story).query("task == 'lm'").set_index("mitigation")
+    assert found.loc["state-norm", "first_failing"] == 65536
+
+
+def test_context_gain_is_the_paired_difference_of_samples(story):
+    gains = context_gain(story)
+    assert set(gains["control"]) == {"recompute:last=512"}
+    assert not set(gains["mitigation"]) & CONTROLS and len(gains) == 4 * 9
+    loss = story[story["metric"] == "nats_per_token"].set_index(["mitigation", "length"])["samples"]
+    for row in gains.itertuples():
+        d = np.subtract(loss["recompute:last=512", row.length], loss[row.mitigation, row.length])
+        assert row.gain == pytest.approx(d.mean()) and row.low < row.gain < row.high and row.n == 16
+        assert row.high - row.low < 8 * np.std(d) / 4  # pairs: the slices' own spread is ten times this
+
+
+def test_context_gain_pairs_the_slices_both_have(story):
+    rows = (
+        (story["mitigation"] == "state-norm")
+        & (story["metric"] == "nats_per_token")
+        & (story["length"] == 1024)
+    )
+    i = story.index[rows][0]
+    story.at[i, "samples"] = story.at[i, "samples"][:5]
+    gains = context_gain(story).set_index(["mitigation", "length"])
+    assert gains.loc[("state-norm", 1024), "n"] == 5
+    story.at[i, "samples"] = None
+    assert ("state-norm", 1024) not in context_gain(story).set_index(["mitigation", "length"]).index
+    assert to_text(story)
+
+
+def test_the_conclusion_says_what_the_numbers_say(story):
+    put(story, 0.75, mitigation="recompute:last=512", metric="nats_per_token")
+    for name in ("state-norm", "rri:alpha=0.99", "rri:alpha=0.999,beta=0.75"):
+        put(story, 0.90, mitigation=name, metric="nats_per_token")
+    put(story, 0.72, mitigation="state-norm", metric="nats_per_token", length=65536)
+    story.loc[story["metric"] == "accuracy", "value"] = 0.5
+    put(story, 0.96, mitigation="none", metric="accuracy", length=512)
+    put(story, 0.96, mitigation="state-norm", metric="accuracy", length=2048)
+    put(story, 0.95, mitigation="rri:alpha=0.99", metric="accuracy", length=8192)  # not above
+    put(story, 1.0, mitigation="recompute:last=512", metric="accuracy", length=65536)  # a control
+    text = conclusion(story)
+    assert "best remedy at 64K is state-norm, 0.96x the loss of recompute:last=512" in text
+    assert "it uses older context (gain +0.030, 95% +0.030 to +0.030)" in text
+    assert "passkey accuracy above 0.95 up to 512 without a remedy, up to 2K with state-norm" in text
+    assert "\n" not in text and text in " ".join(to_text(story).split())
+    put(story, 0.78, mitigation="state-norm", metric="nats_per_token", length=65536)
+    put(story, 0.5, mitigation="state-norm", metric="accuracy", length=2048)
+    text = conclusion(story)
+    assert "1.04x" in text and "shows no use of older context (gain -0.030" in text
+    assert "up to 512 without a remedy, and no remedy reaches further" in text
+    no_control = story[~story["mitigation"].isin(CONTROLS)]
+    assert "not compared with recomputing" in conclusion(no_control) and len(context_gain(no_control)) == 0
+
+
+def test_what_may_not_be_compared_is_on_separate_sheets(make):
+    base = make(lengths=[256, 512], slices=3, per_depth=1)
+    for column, other in (
+        ("weights_hash", "ff"),
+        ("text_hash", "ff"),
+        ("dtype", "bfloat16"),
+        ("seed", 7),
+        ("device", "cuda"),
+    ):
+        second = base.copy()
+        second[column] = other
+        both = pd.concat([base, second], ignore_index=True)
+        found = [s for s in sheets(both) if s.task == "lm"]
+        assert len(found) == 2, column
+        assert {s.where[column] for s in found} == {base[column].iloc[0], other}
+        assert all(column in s.note for s in found) and f"{column}={other}" in to_text(both)
+    assert len(sheets(base)) == 2 and not any(s.note for s in sheets(base))
+
+
+def test_a_remedy_only_another_backend_supports_stays_in_the_table(story):
+    story.loc[story["mitigation"] == "state-norm", "backend"] = "reference"
+    story.loc[story["length"] == 65536, "batch"] = 1
+    (sheet,) = (s for s in sheets(story) if s.task == "lm")
+    assert len(sheet.cells) == 6 and sheet.where["backend"] is None
+
+
+def test_two_calibrations_of_one_remedy_are_two_rows(story):
+    again = story[story["mitigation"] == "state-norm"].copy()
+    again["calibration"] = "builtin@12ab"
+    text = to_text(pd.concat([story, again], ignore_index=True), 120)
+    assert "state-norm [builtin@12ab]" in text and "state-norm [uncalibrated]" in text
+
+
+def test_accuracy_over_all_depths_is_worked_out_where_it_is_missing(story):
+    depths = story[(story["task"] == "lm") | story["depth"].notna()]
+    (whole,) = (s for s in sheets(story) if s.task == "passkey")
+    (pooled,) = (s for s in sheets(depths) if s.task == "passkey")
+    for name, row in whole.cells.items():
+        for length, cell in row.items():
+            assert pooled.cells[name][length].value == pytest.approx(cell.value)
+            assert pooled.cells[name][length].n == cell.n == 100
+
+
+def test_losses_that_blew_up_are_shown_and_fail(story):
+    for length, value in ((32768, math.inf), (65536, math.nan)):
+        put(story, value, mitigation="rri:alpha=0.99", metric="nats_per_token", length=length)
+    found = summary(story).query("task == 'lm'").set_index("mitigation")
+    assert found.loc["rri:alpha=0.99", "first_failing"] == 32768
+    line = next(line for line in to_text(story).splitlines() if line.startswith("rri:alpha=0.99 "))
+    assert " inf " in line and " nan " in line and line.endswith("at 32K")
+    assert "is rri:alpha=0.99," not in conclusion(story)
+
+
+def test_several_recompute_controls_each_have_a_table_and_the_best_one_judges(story):
+    again = story[story["mitigation"] == "recompute:last=512"].replace(
+        "recompute:last=512", "recompute:last=256"
+    )
+    both = pd.concat([story, again], ignore_index=True)
+    put(both, 0.70, mitigation="recompute:last=512", metric="nats_per_token", length=65536)
+    put(both, 0.60, mitigation="recompute:last=256", metric="nats_per_token", length=65536)
+    assert set(context_gain(both)["control"]) == {"recompute:last=256", "recompute:last=512"}
+    assert set(summary(both).query("task == 'lm'")["against"]) == {"recompute:last=256"}
+    assert "x the loss of recompute:last=256" in conclusion(both)
+    assert to_text(both).count("context gain: loss of recompute:last=") == 2
+    put(both, math.nan, mitigation="recompute:last=256", metric="nats_per_token", length=65536)
+    assert "x the loss of recompute:last=512" in conclusion(both)
+
+
+def test_small_and_empty_tables(story):
+    assert to_text(story.iloc[:0]).strip() == "no results yet" and conclusion(story.iloc[:0]) == ""
+    assert len(summary(story.iloc[:0])) == 0 and len(context_gain(story.iloc[:0])) == 0
+    one = story[
+        (story["length"] == 1024) & (story["metric"] == "nats_per_token") & (story["mitigation"] == "none")
+    ]
+    assert "not measured within the training length" in to_text(one)
+    one = one.assign(train_length=pd.NA)
+    assert "training length unknown" in to_text(one)
+    other = story.assign(task="mmlu", metric="brier")
+    assert to_text(other).strip() == "no results yet"
+
+
+def test_terminal_output_marks_the_collapse(story):
+    console = Console(file=io.StringIO(), width=120, force_terminal=True, color_system="standard")
+    for part in table(story, 120):
+        console.print(part)
+    out = console.file.getvalue()
+    assert "\x1b[31m" in out and "\x1b[1m" in out
+
+
+def test_header_says_what_is_measured():
+    console = Console(file=io.StringIO(), width=100)
+    console.print(header("tiny", 2_913_408, 393216, 13824, 256, "cpu", "float32", "chunked"))
+    out = console.file.getvalue()
+    assert "2.9M parameters" in out and "407,040 elements (scan 393,216 + conv 13,824)" in out
+    assert "256 tokens" in out and "cpu, float32, chunked" in out

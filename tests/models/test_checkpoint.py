@@ -1,0 +1,585 @@
+"""Three layouts in, two out; every damaged or foreign checkpoint is one clear line."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import pickle
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from rnn_longctx.data.tokenizers import load_tokenizer
+from rnn_longctx.errors import InputError
+from rnn_longctx.models import Mamba2Config, Mamba2LM, checkpoint, formats
+
+# name: d_model, n_layer, parameters, state elements (the first three as in arXiv 2410.07145)
+OFFICIAL = {
+    "130m": (768, 24, 128.99e6, 4.8e6),
+    "370m": (1024, 48, 368.3e6, 12.9e6),
+    "780m": (1536, 48, 780e6, 19.3e6),
+    "1.3b": (2048, 48, 1.34e9, 25.8e6),
+    "2.7b": (2560, 64, 2.70e9, 43e6),
+}
+
+
+def official_config(d_model: int, n_layer: int, vocab_size: int = 50277, **ssm) -> dict:
+    return {
+        "d_model": d_model,
+        "d_intermediate": 0,
+        "n_layer": n_layer,
+        "vocab_size": vocab_size,
+        "ssm_cfg": {"layer": "Mamba2", **ssm},
+        "attn_layer_idx": [],
+        "attn_cfg": {},
+        "rms_norm": True,
+        "residual_in_fp32": True,
+        "fused_add_norm": True,
+        "pad_vocab_size_multiple": 16,
+        "tie_embeddings": True,
+    }
+
+
+def write(
+    directory: Path, config: dict | str, state: dict | None = None, name: str = "model.safetensors"
+) -> Path:
+    directory.mkdir(exist_ok=True)
+    (directory / "config.json").write_text(config if isinstance(config, str) else json.dumps(config))
+    if state is not None and name.endswith(".bin"):
+        torch.save(state, directory / name)
+    elif state is not None:
+        save_file(state, directory / name)
+    return directory
+
+
+@pytest.fixture
+def official(make):
+    """(config.json, state dict) of a small model as mamba-ssm writes it: tied head too, padded vocabulary."""
+    model = make(vocab_size=64, ngroups=1)
+    config = official_config(24, 2, vocab_size=61, d_state=8, headdim=8, chunk_size=32)
+    return config, {k: v.detach() for k, v in model.state_dict().items()}
+
+
+@pytest.fixture
+def own(make, tmp_path):
+    """A directory in the library's own layout."""
+    checkpoint.save(make(), tmp_path / "own")
+    return tmp_path / "own"
+
+
+@torch.no_grad()
+def same(a: Mamba2LM, b: Mamba2LM) -> bool:
+    ids = torch.randint(61, (2, 20))
+    return torch.equal(a.logits(a(ids)), b.logits(b(ids)))
+
+
+def refused(source, *words: str, **kwargs) -> str:
+    with pytest.raises(InputError) as caught:
+        checkpoint.load(source, **kwargs)
+    message = str(caught.value)
+    assert "\n" not in message and len(message) < 500
+    for word in words:
+        assert word in message, f"{word!r} not in {message!r}"
+    return message
+
+
+def edit(directory: Path, **changes) -> Path:
+    """Change (or, with None, remove) tensors of a directory's model.safetensors."""
+    state = load_file(directory / "model.safetensors") | changes
+    save_file({k: v for k, v in state.items() if v is not None}, directory / "model.safetensors")
+    return directory
+
+
+# --- official
+
+
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_official_sizes_at_full_shape(name, tmp_path):
+    d, layers, parameters, states = OFFICIAL[name]
+    write(tmp_path / "c", official_config(d, layers))
+    header = formats.read_header(tmp_path / "c")
+    assert header.tokenizer == "EleutherAI/gpt-neox-20b" and header.train_length is None
+    with torch.device("meta"):
+        model = Mamba2LM(header.config)
+    inner, heads, conv = 2 * d, 2 * d // 64, 2 * d + 2 * 128
+    mixer = {
+        "in_proj.weight": (2 * inner + 2 * 128 + heads, d),
+        "conv1d.weight": (conv, 1, 4),
+        "conv1d.bias": (conv,),
+        "dt_bias": (heads,),
+        "A_log": (heads,),
+        "D": (heads,),
+        "norm.weight": (inner,),
+        "out_proj.weight": (d, inner),
+    }
+    expected = {
+        "backbone.embedding.weight": (50288, d),
+        "lm_head.weight": (50288, d),
+        "backbone.norm_f.weight": (d,),
+    }
+    for i in range(layers):
+        expected |= {f"backbone.layers.{i}.mixer.{k}": v for k, v in mixer.items()}
+        expected[f"backbone.layers.{i}.norm.weight"] = (d,)
+    assert {k: tuple(v.shape) for k, v in model.state_dict().items()} == expected
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(parameters, rel=5e-3)
+    elements = header.config.scan_state_elements + header.config.conv_state_elements
+    assert elements == pytest.approx(states, rel=0.02)
+
+
+@pytest.mark.parametrize("how", ["model.safetensors", "pytorch_model.bin", "legacy", "shards"])
+def test_official_layout(how, official, tmp_path):
+    config, state = official
+    directory = write(tmp_path / "mamba2-tiny", config)
+    if how == "shards":
+        names = sorted(state)
+        shards = {f"pytorch_model-0000{i + 1}-of-00002.bin": names[i::2] for i in range(2)}
+        for file, part in shards.items():
+            torch.save({k: state[k] for k in part}, directory / file)
+        index = {"weight_map": {k: file for file, part in shards.items() for k in part}}
+        (directory / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    elif how == "legacy":
+        torch.save(state, directory / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    elif how == "model.safetensors":
+        write(directory, config, {k: v.clone() for k, v in state.items()})
+    else:
+        write(directory, config, state, how)
+    model = checkpoint.load(directory)
+    reference = Mamba2LM(model.config)
+    reference.load_state_dict(state)
+    assert same(model, reference)
+    assert model.name == "mamba2-tiny" and model.train_length is None and not model.training
+    assert model.config.vocab_size == 64 and model.lm_head.weight is model.backbone.embedding.weight
+    assert all(p.requires_grad for p in model.parameters())
+    assert checkpoint.load(directory, train_length=2048).train_length == 2048
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"ssm_cfg": {}}, ["Mamba1", "supported"]),
+        ({"ssm_cfg": {"layer": "Mamba1"}}, ["Mamba1", "supported"]),
+        ({"attn_layer_idx": [9, 18]}, ["attention", "[9, 18]", "supported"]),
+        ({"d_intermediate": 512}, ["d_intermediate", "512"]),
+        ({"rms_norm": False}, ["rms_norm", "False"]),
+        ({"ssm_cfg": {"layer": "Mamba2", "norm_before_gate": True}}, ["norm_before_gate"]),
+        ({"ssm_cfg": {"layer": "Mamba2", "d_sate": 8}}, ["d_sate", 'did you mean "d_state"']),
+        ({"ssm_cfg": {"layer": "Mamba2", "headdim": 8, "d_ssm": 8}}, ["d_ssm", "48"]),
+        ({"d_model": "wide"}, ["d_model", "int", "wide"]),
+        ({"pad_vocab_size_multiple": 0}, ["pad_vocab_size_multiple"]),
+    ],
+)
+def test_official_configs_that_are_refused(change, words, official, tmp_path):
+    config, state = official
+    refused(write(tmp_path / "c", config | change, state, "pytorch_model.bin"), "config.json", *words)
+
+
+# --- transformers (logits: test_parity_transformers.py)
+
+
+def test_transformers_shards(make, tmp_path):
+    from transformers import Mamba2ForCausalLM
+
+    model = make(tie_embeddings=False)
+    checkpoint.save(model, tmp_path / "one", layout="transformers")
+    theirs = Mamba2ForCausalLM.from_pretrained(tmp_path / "one")
+    theirs.save_pretrained(tmp_path / "many", max_shard_size="10KB")
+    shards = sorted((tmp_path / "many").glob("model-*.safetensors"))
+    assert len(shards) > 2
+    many = checkpoint.load(tmp_path / "many")
+    assert same(many, model) and many.weights_hash == checkpoint.load(tmp_path / "one").weights_hash
+
+    shards[1].unlink()
+    refused(tmp_path / "many", "missing shard", shards[1].name)
+    index = tmp_path / "many" / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "../one/model.safetensors"}}))
+    refused(tmp_path / "many", "weight_map")
+    index.write_text("{")
+    refused(tmp_path / "many", index.name, "JSON")
+
+
+def test_transformers_shards_of_bins(make, tmp_path):
+    model = make()
+    checkpoint.save(model, tmp_path / "a", layout="transformers")
+    state = load_file(tmp_path / "a" / "model.safetensors")
+    (tmp_path / "a" / "model.safetensors").unlink()
+    names = sorted(state)
+    files = {n: f"pytorch_model-0000{i % 2 + 1}-of-00002.bin" for i, n in enumerate(names)}
+    for file in set(files.values()):
+        torch.save({n: state[n] for n in names if files[n] == file}, tmp_path / "a" / file)
+    (tmp_path / "a" / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": files}))
+    assert same(checkpoint.load(tmp_path / "a"), model)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"model_type": "llama"}, ["'llama'", "supported", "Mamba2ForCausalLM"]),
+        ({"model_type": "mamba"}, ["'mamba'", "supported"]),
+        ({"hidden_act": "gelu"}, ["hidden_act", "gelu"]),
+        ({"num_heads": 7}, ["num_heads", "7", "6"]),
+        ({"time_step_limit": [0.0]}, ["dt_limit"]),
+    ],
+)
+def test_transformers_configs_that_are_refused(change, words, make, tmp_path):
+    checkpoint.save(make(), tmp_path / "a", layout="transformers")
+    config = json.loads((tmp_path / "a" / "config.json").read_text())
+    refused(write(tmp_path / "a", config | change), "config.json", *words)
+
+
+# --- our own
+
+
+def test_round_trip_in_every_layout(make, tmp_path):
+    model = make(dt_limit=(0.01, math.inf), A_init=(0.001, 1.0), tie_embeddings=False)
+    model.tokenizer, model.train_length = load_tokenizer("bytes"), 256
+    provenance = {"text": ["a"], "loss": float("nan"), "path": Path("x"), "steps": 3}
+    checkpoint.save(model, tmp_path / "a", provenance=provenance, calibration={"norms": [[1.5]]})
+    config = json.loads((tmp_path / "a" / "config.json").read_text(), parse_constant=pytest.fail)
+    assert config["format"] == "rnn-longctx" and config["provenance"]["text"] == ["a"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a"]  # nothing left aside
+
+    a = checkpoint.load(tmp_path / "a")
+    assert same(a, model) and a.config == model.config and a.name == "a"
+    assert a.train_length == 256 and a.tokenizer.name == "bytes" and a.calibration == {"norms": [[1.5]]}
+    assert a.provenance == {"text": ["a"], "loss": "nan", "path": "x", "steps": 3}
+    checkpoint.save(a, tmp_path / "b", layout="transformers")
+    b = checkpoint.load(tmp_path / "b", train_length=99)
+    assert same(b, model) and b.weights_hash == a.weights_hash and b.calibration is None
+    assert b.train_length == 99 and b.tokenizer.name == "bytes" and b.provenance == a.provenance
+    assert checkpoint.load(tmp_path / "b").train_length == 256
+    checkpoint.save(b, tmp_path / "c")
+    assert checkpoint.load(str(tmp_path / "c") + "/").weights_hash == a.weights_hash
+
+
+def test_hash_is_of_the_stored_weights(own, make, tmp_path):
+    model = checkpoint.load(own)
+    first = model.weights_hash
+    assert len(first) == 16 and int(first, 16) >= 0
+    assert checkpoint.load(own, dtype="bfloat16").weights_hash == first  # as stored, not as loaded
+    checkpoint.save(model, tmp_path / "half", dtype=torch.bfloat16)
+    assert checkpoint.load(tmp_path / "half").weights_hash != first
+    state = load_file(own / "model.safetensors")
+    bits = state["backbone.layers.1.mixer.D"].view(torch.int32)
+    bits[3] ^= 1
+    save_file(state, own / "model.safetensors")
+    assert checkpoint.load(own).weights_hash != first
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.float16, "float32", torch.float64])
+def test_dtypes(dtype, own, tmp_path):
+    name = str(dtype).removeprefix("torch.")
+    full, model = checkpoint.load(own), checkpoint.load(own, dtype=dtype)
+    checkpoint.save(full, tmp_path / "saved", dtype=dtype)
+    stored = load_file(tmp_path / "saved" / "model.safetensors")
+    checkpoint.save(model, tmp_path / "again")
+    again = load_file(tmp_path / "again" / "model.safetensors")
+    assert checkpoint.load(tmp_path / "saved").dtype == torch.float32  # whatever is stored
+    for key, p in model.named_parameters():
+        kept = key.endswith(("A_log", ".D", "dt_bias")) and name != "float64"
+        expected = torch.float32 if kept else getattr(torch, name)
+        assert p.dtype == stored[key].dtype == again[key].dtype == expected, key
+        assert torch.equal(p, full.get_parameter(key).to(expected)), key
+        assert torch.equal(p, stored[key]) and torch.equal(p, again[key]), key
+    ids = torch.randint(61, (1, 9))
+    assert torch.isfinite(model.logits(model(ids))).all()
+
+
+def test_weights_are_mapped_and_the_file_never_written(tmp_path):
+    if not sys.platform.startswith("linux"):
+        pytest.skip("reads /proc")
+
+    def anonymous() -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) // 1024
+
+    shape = {"d_model": 32, "n_layer": 1, "d_state": 8, "headdim": 8, "vocab_size": 2**19}  # 64 MiB
+    checkpoint.save(Mamba2LM(Mamba2Config(**shape)), tmp_path / "a")
+    state = load_file(tmp_path / "a" / "model.safetensors")
+    write(
+        tmp_path / "b",
+        official_config(32, 1, vocab_size=2**19, d_state=8, headdim=8),
+        state,
+        "pytorch_model.bin",
+    )
+    before = (tmp_path / "a" / "model.safetensors").read_bytes()
+    del state
+    for name in ("a", "b"):
+        held = anonymous()
+        model = checkpoint.load(tmp_path / name)
+        assert anonymous() - held < 16, name
+        with torch.no_grad():
+            model.backbone.norm_f.weight.add_(1.0)  # training writes to its own copy
+        del model
+    assert (tmp_path / "a" / "model.safetensors").read_bytes() == before
+    assert (checkpoint.load(tmp_path / "b").backbone.norm_f.weight == 1).all()
+
+
+def test_gradients_reach_a_loaded_model(own):
+    model = checkpoint.load(own)
+    model.losses(model(torch.randint(61, (1, 9))), torch.randint(61, (1, 9))).sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_saving_over_a_checkpoint(make, own, monkeypatch):
+    old = checkpoint.load(own)
+    (own / "notes.txt").write_text("mine")
+    (own / "calibration.json").write_text("{}")
+
+    def full_disk(*args):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as m:
+        m.setattr(checkpoint, "save_file", full_disk)
+        with pytest.raises(InputError, match=r"cannot write.*No space left"):
+            checkpoint.save(make(), own)
+    assert same(checkpoint.load(own), old) and (own / "calibration.json").exists()
+
+    new = make()
+    checkpoint.save(new, own)  # over the very file that `old` is mapped from
+    assert same(checkpoint.load(own), new) and not same(old, new)
+    assert (own / "notes.txt").read_text() == "mine"
+    assert checkpoint.load(own).calibration is None  # it was made with other weights
+    checkpoint.save(checkpoint.load(own), own)
+    assert same(checkpoint.load(own), new)
+    assert [p.name for p in own.parent.iterdir()] == ["own"]
+
+
+def test_what_save_refuses(make, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot write"):
+        checkpoint.save(make(), tmp_path / "file")
+    with pytest.raises(InputError, match="layout 'transformer'; did you mean \"transformers\""):
+        checkpoint.save(make(), tmp_path / "a", layout="transformer")
+    with pytest.raises(InputError, match='did you mean "float32"'):
+        checkpoint.save(make(), tmp_path / "a", dtype="float23")
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+# --- where it comes from
+
+
+def test_demo(own, monkeypatch):
+    monkeypatch.setattr(checkpoint, "DEMO", own)
+    assert checkpoint.load("demo").name == "demo"
+    monkeypatch.setattr(checkpoint, "DEMO", own / "none")
+    refused("demo", "demo")
+
+
+@pytest.mark.skipif(not checkpoint.DEMO.is_dir(), reason="the package holds no demo checkpoint yet")
+def test_the_demo_that_is_shipped():
+    model = checkpoint.load("demo")
+    assert model.name == "demo" and model.tokenizer.name == "bytes" and model.train_length
+
+
+@pytest.mark.parametrize("stored", ["model.safetensors", "pytorch_model.bin"])
+def test_hub(stored, official, tmp_path, monkeypatch):
+    asked = []
+
+    def snapshot_download(repo, allow_patterns):
+        asked.append(allow_patterns)
+        config, state = official
+        wanted = Path(stored).suffix in str(allow_patterns)
+        return str(
+            write(
+                tmp_path / "0123abc",
+                config,
+                {k: v.clone() for k, v in state.items()} if wanted else None,
+                stored,
+            )
+        )
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    model = checkpoint.load("state-spaces/mamba2-tiny")
+    assert model.name == "state-spaces/mamba2-tiny"
+    assert model.provenance == {"source": "state-spaces/mamba2-tiny", "revision": "0123abc"}
+    assert len(asked) == (
+        1 if stored == "model.safetensors" else 2
+    )  # pickles only where there is nothing better
+    assert not any(".bin" in pattern for pattern in asked[0])
+
+
+def test_sources_that_are_none(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    neither = ["neither a directory nor a hub id"]
+    refused(tmp_path / "none", *neither, "none")
+    refused(str(tmp_path / "none"), *neither)
+    refused("runs/demo/model", *neither)
+    refused(f"nobody/nothing-{os.urandom(4).hex()}", *neither)
+    (tmp_path / "empty").mkdir()
+    refused(tmp_path / "empty", "empty directory")
+    (tmp_path / "file.bin").write_bytes(b"")
+    refused(tmp_path / "file.bin", "is a file")
+
+
+def test_arguments_that_are_refused(own):
+    refused(own, "unknown dtype 'bfloat'; did you mean \"bfloat16\"", dtype="bfloat")
+    refused(own, "device 'cuda:77'", device="cuda:77")
+    refused(own, "device 'gpu'", device="gpu")
+    refused(own, "train_length", "0", train_length=0)
+
+
+# --- damage
+
+
+def test_half_of_a_checkpoint(own, tmp_path):
+    (own / "config.json").rename(tmp_path / "config.json")
+    refused(own, "model.safetensors but no config.json")
+    (own / "model.safetensors").unlink()
+    (own / "other").write_text("")
+    refused(own, "no config.json")
+    (tmp_path / "config.json").rename(own / "config.json")
+    refused(own, "no weights", "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"d_model": 24,', ["JSON"]),
+        ("", ["JSON"]),
+        ("[1, 2]", ["JSON object", "list"]),
+        ('{"hidden": 3}', ["no known layout", "hidden", "supported"]),
+        ("{}", ["no known layout"]),
+        ('{"format": "rnn-longctx"}', ["model"]),
+        ('{"format": "rnn-longctx", "model": {"d_modle": 24}}', ["d_modle", 'did you mean "d_model"']),
+        ('{"format": "rnn-longctx", "model": {"d_model": 24}, "train_length": 0}', ["train_length", "0"]),
+    ],
+)
+def test_broken_configs(text, words, own):
+    refused(write(own, text), "config.json", *words)
+
+
+def test_broken_calibration(own):
+    (own / "calibration.json").write_text("{")
+    refused(own, "calibration.json", "JSON")
+
+
+@pytest.mark.parametrize("part", [0.0, 0.01, 0.5, 0.999])
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_cut_short(name, part, official, tmp_path):
+    config, state = official
+    directory = write(tmp_path / "a", config, {k: v.clone() for k, v in state.items()}, name)
+    data = (directory / name).read_bytes()
+    (directory / name).write_bytes(data[: int(part * len(data))])
+    refused(directory, name, "damaged")
+
+
+class Malicious:
+    def __init__(self, target: Path):
+        self.target = target
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.target}",)
+
+
+@pytest.mark.parametrize("how", ["torch", "pickle"])
+def test_code_in_a_pickle_is_not_run(how, official, tmp_path):
+    config, state = official
+    evil = {**state, "backbone.embedding.weight": Malicious(tmp_path / "ran")}
+    directory = write(tmp_path / "a", config)
+    if how == "torch":
+        torch.save(evil, directory / "pytorch_model.bin")
+    else:
+        with (directory / "pytorch_model.bin").open("wb") as file:
+            pickle.dump({"a": Malicious(tmp_path / "ran")}, file, protocol=2)
+    refused(directory, "pytorch_model.bin", "nothing in it was run", "system")  # says what it asked for
+    assert not (tmp_path / "ran").exists()
+    pickle.loads(pickle.dumps(Malicious(tmp_path / "ran")))  # it would have
+    assert (tmp_path / "ran").exists()
+
+
+def test_a_pickle_of_something_else(official, tmp_path):
+    config, state = official
+    refused(write(tmp_path / "a", config, [1, 2], "pytorch_model.bin"), "table of tensors", "list")
+    refused(write(tmp_path / "a", config, {"model": state}, "pytorch_model.bin"), "table of tensors")
+
+
+def test_weights_that_do_not_fit(own):
+    in_proj = load_file(own / "model.safetensors")["backbone.layers.1.mixer.in_proj.weight"]
+    wrong = {"backbone.layers.1.mixer.in_proj.weight": in_proj[:-1].clone()}
+    given, expected = str(tuple(in_proj[:-1].shape)), str(tuple(in_proj.shape))
+    refused(edit(own, **wrong), "backbone.layers.1.mixer.in_proj.weight", given, expected)
+    edit(own, **{"backbone.layers.1.mixer.in_proj.weight": in_proj})
+    checkpoint.load(own)
+    refused(edit(own, extra=torch.ones(1)), "unexpected extra")
+    gone = {
+        f"backbone.layers.0.mixer.{k}": None for k in ("A_log", "D", "dt_bias", "conv1d.bias", "norm.weight")
+    }
+    refused(edit(own, extra=None, **gone), "missing backbone.layers.0.mixer.A_log", "and 2 more")
+
+
+def test_head_and_embedding(official, make, tmp_path):
+    config, state = official
+    state = {k: v.clone() for k, v in state.items()}
+    state["lm_head.weight"][0, 0] += 1
+    refused(write(tmp_path / "a", config, state), "lm_head.weight", "ties")
+    del state["lm_head.weight"]
+    assert checkpoint.load(write(tmp_path / "a", config, state)).config.tie_embeddings
+    refused(write(tmp_path / "a", config | {"tie_embeddings": False}, state), "missing lm_head.weight")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_weights_that_are_not_finite(value, dtype, own):
+    name = "backbone.layers.1.mixer.out_proj.weight"
+    tensor = load_file(own / "model.safetensors")[name].to(dtype)
+    tensor[3, 5] = value
+    refused(edit(own, **{name: tensor}), name, "NaN or infinity")
+
+
+def test_weights_that_are_not_floating_point(own):
+    name = "backbone.norm_f.weight"
+    refused(edit(own, **{name: torch.ones(24, dtype=torch.int8)}), name, "int8", "float32")
+
+
+# --- tokenizers
+
+
+@pytest.fixture
+def tokenizer_files(tmp_path):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    fast = Tokenizer(models.WordLevel({"<unk>": 0, "<eos>": 1, "a": 2, "b": 3}, unk_token="<unk>"))
+    fast.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast.add_special_tokens(["<eos>"])
+    directory = tmp_path / "words"
+    directory.mkdir()
+    fast.save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<eos>"}))
+    return directory
+
+
+def test_a_missing_tokenizer_only_matters_when_used(own, official, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    model = checkpoint.load(own)
+    with pytest.raises(InputError, match="own comes with no tokenizer"):
+        model.tokenizer.encode("a")
+    copy.deepcopy(model)
+    pickle.dumps(model.tokenizer)
+    checkpoint.save(model, tmp_path / "again")
+
+    config, state = official
+    monkeypatch.setattr(formats, "GPT_NEOX", "nobody/no-tokenizer")
+    model = checkpoint.load(write(tmp_path / "a", config, state, "pytorch_model.bin"))
+    checkpoint.save(model, tmp_path / "b")
+    assert json.loads((tmp_path / "b" / "config.json").read_text())["tokenizer"] == "nobody/no-tokenizer"
+    with pytest.raises(InputError, match="nobody/no-tokenizer"):
+        model.tokenizer.encode("a")
+    refused(tmp_path / "b", "nobody/none", tokenizer="nobody/none")  # asked for: missing at once
+    assert checkpoint.load(tmp_path / "b", tokenizer="bytes").tokenizer.vocab_size == 256
+
+
+@pytest.mark.parametrize("layout", checkpoint.LAYOUTS)
+def test_tokenizer_files_travel_with_the_weights(layout, own, tokenizer_files, tmp_path):
+    model = checkpoint.load(own, tokenizer=str(tokenizer_files))
+    ids = model.tokenizer.encode("a b\0b").tolist()
+    assert ids == [2, 3, 1, 3]
+    checkpoint.save(model, tmp_path / "once", layout=layout)
+    tokenizer_files.rename(tmp_path / "gone")
+    checkpoint.save(checkpoint.load(tmp_path / "once"), tmp_path / "twice", layout=layout)
+    again = checkpoint.load(tmp_path / "twice")
+    assert again.tokenizer.encode("a b\0b").tolist() == ids and again.tokenizer.eos_id == 1

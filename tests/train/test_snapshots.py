@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from rnn_longctx.errors import InputError
+from rnn_longctx.train.snapshots import (
+    COLUMNS,
+    Log,
+    claim_folder,
+    newest_snapshot,
+    save_snapshot,
+    write_atomic,
+)
+
+CPU = torch.device("cpu")
+
+
+def test_the_newest_two_are_kept_and_the_newest_is_read(tmp_path: Path) -> None:
+    assert newest_snapshot(tmp_path, CPU) is None
+    for step in (5, 10, 1000):
+        save_snapshot(tmp_path, step, {"state": {"step": step}})
+    assert [f.name for f in sorted(tmp_path.iterdir())] == ["step-00000010.pt", "step-00001000.pt"]
+    assert newest_snapshot(tmp_path, CPU) == {"state": {"step": 1000}}
+
+
+def test_a_damaged_snapshot_is_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for step in (5, 10):
+        save_snapshot(tmp_path, step, {"x": torch.randn(1000), "step": step})
+    newest = tmp_path / "step-00000010.pt"
+    whole = newest.read_bytes()
+    newest.write_bytes(whole[: random.randrange(len(whole) - 1)])
+    found = newest_snapshot(tmp_path, CPU)
+    assert found is not None and found["step"] == 5
+    assert "trying an older one" in capsys.readouterr().out
+
+
+def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    write_atomic(path, lambda f: f.write(b"old"))
+
+    def torn(file):  # type: ignore[no-untyped-def]
+        file.write(b"ne")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_atomic(path, torn)
+    assert path.read_bytes() == b"old"
+    assert newest_snapshot(tmp_path, CPU) is None, "what lies beside is no snapshot"
+
+
+def test_a_folder_belongs_to_one_config(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    config = {"model": {"d_model": 8, "dt_limit": [0.0, float("inf")]}, "steps": 5}
+    claim_folder(out, config)
+    claim_folder(out, config)
+    with pytest.raises(InputError, match=r"another config \(model\.d_model was 8, is 9\)") as error:
+        claim_folder(out, config | {"model": {"d_model": 9, "dt_limit": [0.0, float("inf")]}})
+    assert "\n" not in str(error.value)
+    with pytest.raises(InputError, match=r"seed was None, is 1"):
+        claim_folder(out, config | {"seed": 1})
+
+
+def test_the_log_is_cut_back_to_the_snapshot(tmp_path: Path) -> None:
+    path = tmp_path / "log.csv"
+
+    def rows(step: int, new: list[int], torn: str = "") -> list[str]:
+        log = Log(path, step)
+        for k in new:
+            log.write(dict.fromkeys(COLUMNS, k + 0.5) | {"step": k})
+        log.close()
+        with path.open("a") as file:
+            file.write(torn)
+        return [line.split(",")[0] for line in path.read_text().splitlines()[1:]]
+
+    rows(0, [10, 20, 30], torn="40,1.5,2")
+    assert rows(20, [30, 40]) == ["10", "20", "30", "40"]
+    assert rows(0, [10]) == ["10"], "a run from the beginning starts a new log"
+    assert path.read_text().splitlines()[0] == ",".join(COLUMNS)

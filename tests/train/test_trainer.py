@@ -1,0 +1,348 @@
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from torch import nn
+
+from rnn_longctx.config import load_yaml, to_dict
+from rnn_longctx.errors import InputError
+from rnn_longctx.models.mamba2 import Mamba2Config, Mamba2LM
+from rnn_longctx.train import TrainConfig, TrainingDiverged, train, trainer
+from rnn_longctx.train.config import DataConfig, OptimizerConfig, PasskeyConfig, ScheduleConfig
+from rnn_longctx.train.corpus import Batch, Corpus
+from rnn_longctx.train.snapshots import COLUMNS, newest_snapshot
+
+TINY = Mamba2Config(d_model=16, n_layer=2, vocab_size=256, d_state=8, headdim=8)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> TrainConfig:
+    words = np.random.default_rng().choice(["def ", "return ", "x", " = ", "(y)\n"], 8000)
+    (tmp_path / "text.txt").write_text("".join(words))
+    return TrainConfig(
+        model=TINY,
+        data=DataConfig(
+            text=[str(tmp_path / "text.txt")],
+            held_out=0.1,
+            passkey=PasskeyConfig(fraction=0.3, lengths=(110, 120)),
+        ),
+        schedule=ScheduleConfig(warmup=3),
+        train_length=120,
+        batch_size=4,
+        steps=12,
+        log_every=2,
+        checkpoint_every=4,
+        seed=random.randrange(1 << 30),
+        device="cpu",
+        out=str(tmp_path / "run"),
+    )
+
+
+def final(config: TrainConfig) -> dict[str, Any]:
+    snapshot = newest_snapshot(Path(config.out) / "snapshots", torch.device("cpu"))
+    assert snapshot is not None and snapshot["state"]["step"] == config.steps
+    return snapshot
+
+
+def rows(config: TrainConfig) -> list[dict[str, float]]:
+    with (Path(config.out) / "log.csv").open() as file:
+        return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+
+
+def assert_same(a: Any, b: Any, where: str = "") -> None:
+    """Equal bit for bit, all the way down."""
+    assert type(a) is type(b), where
+    if isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype and torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_same(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, list):
+        assert len(a) == len(b), where
+        for i, pair in enumerate(zip(a, b)):
+            assert_same(*pair, f"{where}[{i}]")
+    else:
+        assert a == b, where
+
+
+def assert_same_run(a: TrainConfig, b: TrainConfig) -> None:
+    for part in ("model", "optimizer", "texts"):
+        assert_same(final(a)[part], final(b)[part], part)
+    timed = ("tokens_per_second", "seconds")
+    logs = [[{k: v for k, v in row.items() if k not in timed} for row in rows(c)] for c in (a, b)]
+    assert logs[0] == logs[1]
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_a_run(config: TrainConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    directory = train(config)
+    log = rows(config)
+    assert directory == Path(config.out) / "model" and directory.is_dir()
+    assert list(log[0]) == COLUMNS and [r["step"] for r in log] == [2, 4, 6, 8, 10, 12]
+    assert log[-1]["tokens"] == 12 * 4 * 120 and log[-1]["loss"] < log[0]["loss"]
+    assert abs(log[0]["loss"] - math.log(256)) < 1 and log[0]["passkey_loss"] > 3
+    assert "step 12/12" in capsys.readouterr().out
+    before = (Path(config.out) / "log.csv").read_bytes()
+    train(config)
+    assert (Path(config.out) / "log.csv").read_bytes() == before, "a finished run is not trained again"
+
+
+def test_the_finished_model(config: TrainConfig) -> None:
+    from rnn_longctx.models import checkpoint
+
+    directory = train(config)
+    model = checkpoint.load(directory)
+    assert model.train_length == 120 and model.config == config.model
+    found = model.state_dict()
+    for name, weight in final(config)["model"].items():
+        assert torch.allclose(found[name].float(), weight, rtol=0.01, atol=1e-6), name
+    facts = model.provenance
+    assert facts["recipe"]["optimizer"]["lr"] == config.optimizer.lr and facts["seed"] == config.seed
+    assert facts["data"]["texts"][0]["name"] == "file:text.txt" and facts["torch"] == torch.__version__
+    assert "standard library" in facts["data"]["excluded"] and "file:text.txt" in facts["data"]["excluded"]
+    assert 0 < facts["metrics"]["validation_loss"] < 6 and 0 <= facts["metrics"]["passkey_accuracy"] <= 1
+    assert str(Path(config.out).parent) not in json.dumps(to_dict(facts)), "no path of this machine"
+
+
+def test_killed_anywhere_and_resumed_is_the_uninterrupted_run(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    whole = replace(config, out=str(tmp_path / "whole"))
+    train(whole)
+    batch = Corpus.batch
+    for kill in sorted(random.sample(range(12), 3)):
+
+        def killer(self: Corpus, c: TrainConfig, step: int, kill: int = kill) -> Batch:
+            if step == kill:
+                raise Killed
+            return batch(self, c, step)
+
+        monkeypatch.setattr(Corpus, "batch", killer)
+        with pytest.raises(Killed):
+            train(config)
+    monkeypatch.setattr(Corpus, "batch", batch)
+    train(config)
+    assert_same_run(config, whole)
+
+
+def test_kill_9(config: TrainConfig, tmp_path: Path) -> None:
+    """A process killed by the system, in the middle of anything, loses no exactness."""
+    whole = replace(config, out=str(tmp_path / "whole"))
+    train(whole)
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(to_dict(config)))
+    slow = (
+        "import sys, time, torch; torch.set_num_threads(1)\n"
+        "from rnn_longctx.train import __main__ as main\n"
+        "from rnn_longctx.train.corpus import Corpus\n"
+        "batch = Corpus.batch\n"
+        "Corpus.batch = lambda *a: (time.sleep(0.1), batch(*a))[1]\n"
+        "sys.argv = ['train', *sys.argv[1:]]\n"
+        "main.main()\n"
+    )
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", slow, str(file)], env=environment, stdout=subprocess.PIPE
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while not list((Path(config.out) / "snapshots").glob("step-*.pt")):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.005)
+        time.sleep(random.random() * 0.3)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    assert process.returncode == -signal.SIGKILL and not (Path(config.out) / "model").exists()
+    train(config)
+    assert_same_run(config, whole)
+
+
+def test_a_damaged_newest_snapshot_costs_time_only(config: TrainConfig, tmp_path: Path) -> None:
+    whole = replace(config, out=str(tmp_path / "whole"))
+    for c in (whole, config):
+        train(c)
+    newest = max((Path(config.out) / "snapshots").glob("step-*.pt"))
+    newest.write_bytes(newest.read_bytes()[:1000])
+    train(config)
+    assert_same_run(config, whole)
+
+
+def test_another_config_in_the_same_folder_is_refused(config: TrainConfig) -> None:
+    train(config)
+    other = replace(config, optimizer=OptimizerConfig(lr=1e-4))
+    with pytest.raises(InputError, match=r"another config \(optimizer\.lr was 0\.003, is 0\.0001\)"):
+        train(other)
+    train(
+        replace(config, log_every=3, checkpoint_every=5, save_dtype="float32")
+    )  # not part of what is trained
+
+
+def test_another_text_in_the_same_folder_is_refused(config: TrainConfig) -> None:
+    train(config)
+    file = Path(config.data.text[0])
+    file.write_text(file.read_text() + "more")
+    with pytest.raises(InputError, match="training text is not the one"):
+        train(config)
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_steps_that_are_not_finite_are_skipped(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    loss_of, seen = trainer.batch_loss, []
+
+    def sometimes(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        loss, answer = loss_of(model, batch)
+        seen.append({k: v.clone() for k, v in model.state_dict().items()})
+        if len(seen) in (5, 6):
+            # sqrt(0) has a finite value and an infinite gradient.
+            zero = (model.lm_head.weight * 0).sum()
+            loss = loss * math.nan if what == "loss" else loss + zero.abs().sqrt()
+        return loss, answer
+
+    monkeypatch.setattr(trainer, "batch_loss", sometimes)
+    train(config)
+    assert_same(seen[4], seen[5])
+    assert_same(seen[4], seen[6])
+    assert not torch.equal(seen[6]["lm_head.weight"], seen[7]["lm_head.weight"])
+    log = rows(config)
+    assert [r["step"] for r in log] == [2, 4, 5, 6, 8, 10, 12]
+    bad = [r["step"] for r in log if not (math.isfinite(r["loss"]) and math.isfinite(r["grad_norm"]))]
+    assert bad == [5, 6]
+    assert all(torch.isfinite(v).all() for v in final(config)["model"].values())
+
+
+def test_twenty_bad_steps_in_a_row_stop_the_run(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    loss_of, calls = trainer.batch_loss, []
+
+    def diverged(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        calls.append(1)
+        loss, answer = loss_of(model, batch)
+        return (loss * math.inf if len(calls) > 3 else loss), answer
+
+    monkeypatch.setattr(trainer, "batch_loss", diverged)
+    with pytest.raises(TrainingDiverged, match="20 steps in a row, at 23"):
+        train(replace(config, steps=50))
+    assert len(calls) == 23
+
+
+def test_answer_loss(config: TrainConfig) -> None:
+    """The answer's loss is the mean over its tokens, and 0 with no answer."""
+    model = Mamba2LM(TINY)
+    ids, answer = torch.randint(0, 256, (3, 41)), torch.rand(3, 40) < 0.2
+    loss, answer_loss = trainer.batch_loss(model, Batch(ids, answer))
+    expected = nn.functional.cross_entropy(
+        model.logits(model(ids[:, :-1])).transpose(1, 2), ids[:, 1:], reduction="none"
+    )
+    torch.testing.assert_close(loss, expected.mean())
+    torch.testing.assert_close(answer_loss, expected[answer].mean())
+    _, none = trainer.batch_loss(model, Batch(ids, torch.zeros_like(answer)))
+    assert none == 0
+
+
+def test_the_answer_weight_matters(config: TrainConfig, tmp_path: Path) -> None:
+    heavy = replace(config.data, passkey=replace(config.data.passkey, answer_weight=5.0))
+    other = replace(config, data=heavy, out=str(tmp_path / "other"))
+    for c in (config, other):
+        train(c)
+    assert not torch.equal(final(config)["model"]["lm_head.weight"], final(other)["model"]["lm_head.weight"])
+
+
+def test_weight_decay_groups() -> None:
+    model = Mamba2LM(TINY)
+    model.backbone.layers[0].mixer.in_proj.weight._no_weight_decay = True
+    optimizer = trainer.make_optimizer(model, OptimizerConfig(weight_decay=0.3))
+    decay = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+    names = dict(model.named_parameters())
+    assert len(decay) == len(names)
+    for name, p in names.items():
+        free = p.dim() == 1 or name == "backbone.layers.0.mixer.in_proj.weight"
+        assert decay[id(p)] == (0.0 if free else 0.3), name
+
+
+def test_learning_rate() -> None:
+    cosine = ScheduleConfig("cosine", warmup=10, min_lr=0.1)
+    rates = [trainer.learning_rate(cosine, i, 100) for i in range(100)]
+    assert rates[:10] == pytest.approx(np.arange(1, 11) / 10) and rates[10] == 1
+    assert (np.diff(rates[10:]) < 0).all() and rates[55] == pytest.approx(0.55) and 0.1 < rates[-1] < 0.11
+    wsd = ScheduleConfig("wsd", warmup=10, decay=0.2)
+    rates = [trainer.learning_rate(wsd, i, 100) for i in range(100)]
+    assert set(rates[9:81]) == {1.0} and rates[90] == pytest.approx(0.5) and rates[99] == pytest.approx(0.05)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("data.text=[stdlib]", "never trained on"),
+        ("data.passkey.lengths=[128,300]", "longer than train_length 256"),
+        ("data.passkey.fraction=2", "data.passkey.fraction"),
+        ("steps=0", "steps"),
+        ("schedule.name=cosin", 'did you mean "cosine"'),
+        ("optimizer.lr=fast", "optimizer.lr: expected float"),
+    ],
+)
+def test_config_mistakes(override: str, words: str) -> None:
+    file = Path(__file__).parents[2] / "configs" / "train" / "demo.yaml"
+    with pytest.raises(InputError, match=words) as error:
+        load_yaml(TrainConfig, file, [override])
+    assert "demo.yaml" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_mistakes_before_any_work(config: TrainConfig) -> None:
+    with pytest.raises(InputError, match=r"model\.vocab_size: 100, tokenizer bytes has 256"):
+        train(replace(config, model=replace(TINY, vocab_size=100)))
+    with pytest.raises(InputError, match="device: expected auto"):
+        train(replace(config, device="gpu"))
+    if not torch.cuda.is_available():
+        with pytest.raises(InputError, match="no CUDA device"):
+            train(replace(config, device="cuda"))
+    assert not Path(config.out).exists()
+
+
+def test_command_line(config: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+                      monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    from rnn_longctx.train.__main__ import main
+
+    file = tmp_path / "c.yaml"
+    file.write_text(yaml.safe_dump(to_dict(config)))
+    monkeypatch.setattr(sys, "argv", ["train", str(file), "--set", "steps=2", "--set", "schedule.warmup=1"])
+    assert main() == 0 and capsys.readouterr().out.splitlines()[-1] == str(Path(config.out) / "model")
+    monkeypatch.setattr(sys, "argv", ["train", str(file), "--set", "stepz=2"])
+    assert main() == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and "stepz" in error
+
+
+def test_bf16_autocast_trains(config: TrainConfig) -> None:
+    train(replace(config, amp=True, steps=4))
+    parts = newest_snapshot(Path(config.out) / "snapshots", torch.device("cpu"))
+    assert parts is not None and all(v.dtype == torch.float32 for v in parts["model"].values())
