@@ -93,7 +93,7 @@ class Results:
 
     def frame(self) -> pd.DataFrame:
         """All sound rows as a table with the columns of COLUMNS, sorted by key."""
-        return _frame(self.rows())
+        return to_frame(self.rows())
 
     def gather(self) -> pd.DataFrame:
         """Write results.parquet and results.csv (there `samples` is JSON text); return the table."""
@@ -123,7 +123,7 @@ class Results:
             else:
                 records = pd.read_csv(path, dtype=str, keep_default_na=False).to_dict("records")
                 records = [{c: _parse(str(c), v) for c, v in record.items()} for record in records]
-            return _frame(_clean({str(c): v for c, v in record.items()}) for record in records)
+            return to_frame(_clean({str(c): v for c, v in record.items()}) for record in records)
         except FileNotFoundError:
             raise InputError(f"no results.parquet or results.csv in {directory}; evaluate first") from None
         except (OSError, ValueError) as error:
@@ -210,7 +210,7 @@ def _order(row: Row) -> list[tuple[bool, Any]]:
     return [(row[c] is not None, row[c]) for c in KEY]
 
 
-def _frame(rows: Iterable[Row]) -> pd.DataFrame:
+def to_frame(rows: Iterable[Row]) -> pd.DataFrame:
     """Rows as a DataFrame whose types do not depend on where the rows came from, nor on which are there."""
     frame = pd.DataFrame(list(rows), columns=list(COLUMNS), dtype=object)
     for column in COLUMNS:

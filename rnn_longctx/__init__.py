@@ -1,0 +1,36 @@
+"""Find where a recurrent language model stops working as its context grows, why, and what fixes it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = ["Cache", "InputError", "evaluate", "generate", "load", "load_text", "mitigate"]
+
+# Imported on first use: `import rnn_longctx` alone stays light.
+_WHERE = {
+    "Cache": "rnn_longctx.models",
+    "InputError": "rnn_longctx.errors",
+    "evaluate": "rnn_longctx.eval",
+    "generate": "rnn_longctx.models.generate",
+    "load": "rnn_longctx.models.checkpoint",
+    "load_text": "rnn_longctx.data",
+    "mitigate": "rnn_longctx.mitigations",
+}
+
+if TYPE_CHECKING:
+    from rnn_longctx.data import load_text
+    from rnn_longctx.errors import InputError
+    from rnn_longctx.eval import evaluate
+    from rnn_longctx.mitigations import mitigate
+    from rnn_longctx.models import Cache
+    from rnn_longctx.models.checkpoint import load
+    from rnn_longctx.models.generate import generate
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_WHERE[name]), name)

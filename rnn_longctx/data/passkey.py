@@ -1,7 +1,7 @@
 """Passkey retrieval: a five-digit key hidden in filler, asked for at the end.
 
 The wording of Stuffed Mamba (arXiv 2410.07145): header / filler / key sentence / filler / question. Its fixed
-parts take 244 bytes with the answer, so short contexts use a wording without the header.
+parts take 244 bytes with the answer, so short contexts go without the header.
 """
 
 from __future__ import annotations
@@ -29,11 +29,7 @@ PAPER = Style(
     "\nThe passkey is {0}. Remember it. {0} is the passkey.\n",
     "\nWhat is the passkey? The passkey is",
 )
-HEADERLESS = Style(
-    "",
-    "\nThe pass key is {0}. Remember it. {0} is the pass key.\n",
-    "\nWhat is the pass key? The pass key is",
-)
+HEADERLESS = Style("", PAPER.key, PAPER.question)
 STYLES = {"paper": PAPER, "headerless": HEADERLESS}
 SHORTEST_PAPER = 1024  # "auto": below this the header would crowd out the filler
 

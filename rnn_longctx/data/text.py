@@ -104,6 +104,7 @@ def load_text(spec: str | Path) -> Text:
 
     stdlib         the standard library's .py files, without tests; to evaluate on
     site-packages  installed packages' .py files, less copies of stdlib code and this package; to train on
+    builtin        this package's own source, on every machine; to calibrate on where nothing is named
     file           its bytes as they are, one document
     directory      its regular text files, recursively, sorted, less hidden files and those with NUL bytes
     hf:            rows of a Hugging Face data set (the `datasets` package; a local directory works too)
@@ -116,7 +117,8 @@ def load_text(spec: str | Path) -> Text:
     elif name == "site-packages":
         text = Text(name, b"\0".join(_site_packages()))
     elif name == "builtin":
-        text = Text(name, _read(Path(__file__).with_name("builtin.txt")))
+        root = Path(__file__).parents[1]
+        text = Text(name, b"\0".join(_read_all([root / n for n in _walk(root, ".py", _TESTS)])))
     elif name.startswith("hf:"):
         text = _load_hf(name)
     else:

@@ -90,7 +90,8 @@ def read_header(directory: Path) -> Header:
     if data.get("format") == FORMAT:
         inner = {k: v for k, v in data.items() if k not in ("format", "model")}
         extra = from_dict(_Extra, inner, where)
-        header = _header(from_dict(Mamba2Config, data.get("model"), f"{where}, model"), extra)
+        shape: Any = data.get("model")
+        header = _header(from_dict(Mamba2Config, shape, f"{where}, model"), extra)
     elif "model_type" in data:
         extra = from_dict(_Extra, data.get("rnn_longctx", {}), f"{where}, rnn_longctx")
         header = _header(_transformers(data, where), extra)
@@ -170,6 +171,8 @@ def _header(config: Mamba2Config, extra: _Extra) -> Header:
 
 def _official(data: dict[str, Any], where: str) -> Mamba2Config:
     cfg = data.get("ssm_cfg") or {}
+    if not isinstance(cfg, dict):
+        raise InputError(f"{where}: ssm_cfg: expected a mapping of keys to values, got {cfg!r}")
     layer = cfg.get("layer", "Mamba1")  # mamba-ssm's default
     if layer != "Mamba2":
         raise InputError(f"{where}: a {layer} model (ssm_cfg layer); supported: {SUPPORTED}")

@@ -33,16 +33,15 @@ class Restart:
     def __str__(self) -> str:
         return f"restart every {self.every} tokens, {self.overlap} read again"
 
-    def first_needed(self, length: int) -> int:
-        """The first of `length` tokens that the reader's state after them depends on: a stream of which only the
-        end matters may begin there."""
-        return max(0, (length - 1) // self.every * self.every - self.overlap)
+    def block_start(self, length: int) -> int:
+        """The restart that the state after `length` tokens comes from: nothing before it matters but its overlap."""
+        return max(0, (length - 1) // self.every * self.every)
 
 
 def read_restarting(read: Read, restart: Restart, ids: Tensor, cache: Cache, mask: Tensor | None) -> Tensor:
     """`read(ids, cache)` under a restart; moves `cache` on in place and returns the hidden states (B, T, d_model)."""
     batch = len(ids)
-    if not cache.layers:
+    if len(cache.position) == 0:
         cache.position = torch.zeros(batch, dtype=torch.int64)
     real = mask.sum(1).tolist() if mask is not None else [ids.shape[1]] * batch
     if len(set(zip(cache.position.tolist(), real))) <= 1 and mask is None:
@@ -54,7 +53,7 @@ def read_restarting(read: Read, restart: Restart, ids: Tensor, cache: Cache, mas
         groups.setdefault(key, []).append(row)
     parts, order, hidden = [], [], None
     for (_, count), rows in groups.items():
-        part = cache.rows(rows) if cache.layers else Cache(position=cache.position[rows])
+        part = cache.rows(rows)
         out = _read_level(read, restart, ids[rows][:, ids.shape[1] - count :], part)
         if hidden is None:
             hidden = out.new_zeros(batch, ids.shape[1], out.shape[2])

@@ -62,7 +62,7 @@ def window_scan(x: Tensor, log_decay: Tensor, scale: Tensor, B: Tensor, C: Tenso
 
 
 def window_state(carry: ScanCarry) -> Tensor:
-    """The windowed state (B, H, P, N): what the next token finds, before the oldest token leaves."""
+    """The windowed state S^(r) (B, H, P, N) of a carry: the last r inputs, each decayed by what came after it."""
     w = carry.window
     if w is None:
         return carry.state

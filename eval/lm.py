@@ -1,0 +1,179 @@
+"""Language-model loss over length.
+
+`lm` at length L is the mean loss over positions (L/2, L] of fixed slices of a text, whatever other lengths were asked
+for; the loss at position t is that of token t + 1, after t tokens have been read. One pass over a slice gives all
+lengths. Shorter lengths use more slices (the first n of one fixed sequence), so that every length rests on about as
+many tokens.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rnn_longctx.data import Text, load_text, tokens
+from rnn_longctx.errors import InputError
+from rnn_longctx.eval.results import Row
+from rnn_longctx.eval.task import Context, Task, peak_bytes
+from rnn_longctx.models import Cache
+
+PEAK_BINS = 4  # the highest loss within the training length is taken over so many equal stretches of it
+
+
+@dataclass(frozen=True)
+class LanguageModel(Task):
+    """slices: at least so many at every length; tokens: more at shorter ones, up to `most`, while n * L stays below;
+    max: the longest length measured."""
+
+    name = "lm"
+    slices: int = 4
+    tokens: int = 256 * 1024
+    most: int = 128
+    max: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.slices < 1 or self.tokens < 0 or self.most < 1:
+            raise InputError("lm: slices and most must be at least 1, tokens at least 0")
+
+    def count(self, length: int) -> int:
+        return max(self.slices, min(self.most, self.tokens // length))
+
+    def check(self, context: Context, lengths: list[int]) -> None:
+        """Refuse lengths that the text does not have, before anything is read."""
+        tokens(_text(context), context.model.tokenizer, 0, max(lengths) + 1)
+
+    def cost(self, context: Context, lengths: list[int]) -> int:
+        todo = self._todo(context, lengths)
+        return sum(len(rows) * reach for rows, reach in self._passes(todo, context.batch)) if todo else 0
+
+    def run(self, context: Context, lengths: list[int]) -> Iterator[Row]:
+        todo = self._todo(context, lengths)
+        if not todo:
+            return
+        text, train = _text(context), context.model.train_length
+        marks = sorted({m for length in todo for m in (length // 2, length)} | set(_bins(train) if train in todo else ()))
+        sums: dict[int, list[Tensor]] = {m: [] for m in marks}  # of the loss up to the mark, one value a slice
+        nbytes: dict[int, list[Tensor]] = {m: [] for m in marks}
+        seconds, read = 0.0, 0
+        for rows, reach in self._passes(todo, context.batch):
+            part = _Pass(context, text, rows, reach, [m for m in marks if m <= reach])
+            part.run()
+            for m in part.marks:
+                sums[m].append(part.sums[m])
+                nbytes[m].append(part.nbytes[m])
+            seconds, read = seconds + part.seconds, read + len(rows) * reach
+        cost = {"seconds": seconds, "tokens_per_second": read / seconds if seconds else None, "peak_bytes": peak_bytes(context)}
+        whole = {m: (torch.cat(sums[m]), torch.cat(nbytes[m])) for m in marks}
+        for length in todo:
+            n = self.count(length)
+            (high, high_bytes), (low, low_bytes) = whole[length], whole[length // 2]
+            loss = high[:n] - low[:n]
+            per_token = loss / (length - length // 2)
+            per_byte = loss / (high_bytes[:n] - low_bytes[:n])
+            yield context.row(self, text, length, "nats_per_token", per_token.tolist(), **cost)
+            yield context.row(self, text, length, "nats_per_byte", per_byte.tolist(), **cost)
+            if length == train:
+                edges = _bins(length)
+                means = torch.stack([(whole[b][0][:n] - whole[a][0][:n]) / (b - a) for a, b in zip(edges, edges[1:])])
+                peak = means[means.mean(1).argmax()]
+                yield context.row(self, text, length, "nats_per_token_peak", peak.tolist(), **cost)
+        for rows, reach in self._passes(todo, context.batch):
+            _Pass(context, text, rows, reach, [m for m in marks if m <= reach]).forget()
+
+    def _todo(self, context: Context, lengths: list[int]) -> list[int]:
+        text = _text(context)
+        train = context.model.train_length
+        wanted = {length for length in lengths if self.max is None or length <= self.max}
+        if train is not None and wanted and max(wanted) >= train:
+            wanted.add(train)  # the verdict needs it
+        return [n for n in sorted(wanted) if not context.done(self, text, n, "nats_per_token", self.count(n))]
+
+    def _passes(self, lengths: list[int], batch: int) -> Iterator[tuple[list[int], int]]:
+        """(slices, how far they are read): slices that reach equally far together, at most `batch` of them."""
+        reach = {i: max(n for n in lengths if self.count(n) > i) for i in range(max(map(self.count, lengths)))}
+        for far, group in groupby(reach, key=reach.__getitem__):
+            rows = list(group)
+            for i in range(0, len(rows), batch):
+                yield rows[i : i + batch], far
+
+
+class _Pass:
+    """One stream over some slices, from its last snapshot if it was killed."""
+
+    def __init__(self, context: Context, text: Text, rows: list[int], reach: int, marks: list[int]):
+        self.context, self.text, self.rows, self.reach, self.marks = context, text, rows, reach, marks
+        self.sums: dict[int, Tensor] = {}
+        self.nbytes: dict[int, Tensor] = {}
+        self.seconds = 0.0
+        name = context.snapshot_name("lm", text.name, text.hash, rows, reach, marks)
+        self.path = context.results.snapshot_path(name) if context.results else None
+
+    @torch.inference_mode()
+    def run(self) -> None:
+        c, reach, size = self.context, self.reach, len(self.rows)
+        pairs = [tokens(self.text, c.model.tokenizer, i, reach + 1) for i in self.rows]
+        ids = torch.from_numpy(np.stack([p[0] for p in pairs]))
+        # bytes of the tokens that are predicted at positions 1 .. t
+        byte_sums = torch.from_numpy(np.stack([p[1] for p in pairs]))[:, 1:].cumsum(1)
+        zeros = torch.zeros(size, dtype=torch.float64)
+        self.nbytes = {m: byte_sums[:, m - 1].double() if m else zeros for m in self.marks}
+        self.sums = {0: zeros} if 0 in self.marks else {}
+        del pairs, byte_sums
+
+        cache, t, total = self._resume() or (Cache(), 0, zeros)
+        segment = max(1, c.segment // size)
+        began = saved = time.perf_counter()
+        done_before = self.seconds
+        c.progress(t * size)
+        while t < reach:
+            u = min(reach, t + segment)
+            hidden = c.model(ids[:, t:u].to(c.model.device), cache)
+            losses = c.model.losses(hidden, ids[:, t + 1 : u + 1].to(c.model.device)).double().cpu()
+            running = total[:, None] + losses.cumsum(1)
+            for m in self.marks:
+                if t < m <= u:
+                    self.sums[m] = running[:, m - t - 1].clone()
+            total = running[:, -1].clone()
+            c.progress((u - t) * size)
+            t = u
+            now = time.perf_counter()
+            self.seconds = done_before + now - began
+            if self.path and (now - saved > c.snapshot_seconds or t == reach):
+                self._save(cache if t < reach else Cache(), t, total)
+                saved = time.perf_counter()
+
+    def forget(self) -> None:
+        if self.path:
+            self.path.unlink(missing_ok=True)
+
+    def _save(self, cache: Cache, t: int, total: Tensor) -> None:
+        extra = {"total": total} | {f"sum.{m}": s for m, s in self.sums.items()}
+        assert self.path is not None
+        cache.save(self.path, extra, {"read": t, "seconds": self.seconds})
+
+    def _resume(self) -> tuple[Cache, int, Tensor] | None:
+        if not self.path or not self.path.exists():
+            return None
+        try:
+            cache, extra, note = Cache.load_with(self.path, self.context.model.device)
+        except InputError:  # torn: read again from the start
+            return None
+        self.sums = {int(k.removeprefix("sum.")): v for k, v in extra.items() if k.startswith("sum.")}
+        self.seconds = note["seconds"]
+        return cache, note["read"], extra["total"]
+
+
+def _bins(length: int | None) -> list[int]:
+    return [length * k // PEAK_BINS for k in range(PEAK_BINS + 1)] if length else []
+
+
+def _text(context: Context) -> Text:
+    return context.memo(("text", context.text), lambda: load_text(context.text))
+
+

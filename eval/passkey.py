@@ -1,0 +1,95 @@
+"""Passkey retrieval over length and depth (arXiv 2410.07145): five digits, greedy, exact match.
+
+The prompt is the paper's, headerless below 1K tokens. Depths are evenly spaced and lengths are in the model's tokens.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from rnn_longctx.data import PasskeyPrompt, passkey_batch
+from rnn_longctx.errors import InputError
+from rnn_longctx.eval.results import Row
+from rnn_longctx.eval.task import Context, Task, peak_bytes
+from rnn_longctx.models.generate import continuation, prefill
+
+DIGITS = 5
+
+
+@dataclass(frozen=True)
+class Passkey(Task):
+    """n: prompts at every length; tokens: fewer at long ones, down to `least`, while n * L is above; max: the longest
+    length measured."""
+
+    name = "passkey"
+    n: int = 60
+    least: int = 10
+    tokens: int = 256 * 1024
+    max: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.n < 1 or not 1 <= self.least <= self.n:
+            raise InputError(f"passkey: needs n >= least >= 1, got n={self.n}, least={self.least}")
+
+    def count(self, length: int) -> int:
+        return max(self.least, min(self.n, self.tokens // length))
+
+    def check(self, context: Context, lengths: list[int]) -> None:
+        passkey_batch(context.model.tokenizer, min(lengths), 1, context.seed)  # type: ignore[arg-type]
+
+    def cost(self, context: Context, lengths: list[int]) -> int:
+        restart = context.model.restart
+        return sum(self.count(n) * (n - (restart.block_start(n) if restart else 0)) for n in self._todo(context, lengths))
+
+    def run(self, context: Context, lengths: list[int]) -> Iterator[Row]:
+        for length in self._todo(context, lengths):
+            yield from self._run(context, length)
+
+    def _todo(self, context: Context, lengths: list[int]) -> list[int]:
+        wanted = [n for n in lengths if self.max is None or n <= self.max]
+        return [n for n in wanted if not context.done(self, "passkey", n, "accuracy", self.count(n))]
+
+    @torch.inference_mode()
+    def _run(self, context: Context, length: int) -> Iterator[Row]:
+        n, began = self.count(length), time.perf_counter()
+        prompts = passkey_batch(context.model.tokenizer, length, n, context.seed)  # type: ignore[arg-type]
+        right: list[float] = []
+        first = following = 0.0
+        # as many prompts side by side as a call has room for: a short stream is read in one
+        batch = max(1, min(n, max(context.batch, context.segment // length)))
+        for i in range(0, n, batch):
+            answers, seconds = _answer(context, prompts[i : i + batch])
+            right += [float(a.startswith(p.answer)) for a, p in zip(answers, prompts[i : i + batch])]
+            first, following = first + seconds[0], following + seconds[1]
+        seconds_all = time.perf_counter() - began
+        cost = {
+            "seconds": seconds_all, "tokens_per_second": n * length / seconds_all, "peak_bytes": peak_bytes(context),
+            "first_token_seconds": first / -(-n // batch), "next_token_seconds": following / -(-n // batch),
+        }  # fmt: skip
+        for depth in sorted({p.depth for p in prompts}):
+            at = [r for r, p in zip(right, prompts) if p.depth == depth]
+            yield context.row(self, "passkey", length, "accuracy", at, depth, **cost)
+        # the row of the whole length is written last: it says that the others are there
+        yield context.row(self, "passkey", length, "accuracy", right, **cost)
+
+
+def _answer(context: Context, prompts: list[PasskeyPrompt]) -> tuple[list[str], tuple[float, float]]:
+    """What the model says after each prompt, greedily, and seconds to the first token and to each next one."""
+    model, tokenizer = context.model, context.model.tokenizer
+    new = len(tokenizer.encode(" " + "8" * DIGITS))  # type: ignore[union-attr, attr-defined]
+    ids = torch.from_numpy(np.stack([p.ids for p in prompts]))
+    began = time.perf_counter()
+    logits, cache = prefill(model, ids, segment=max(1, context.segment // len(prompts)))
+    logits.argmax(-1).cpu()  # waits for a GPU
+    at_first = time.perf_counter()
+    tokens = continuation(model, logits, cache)
+    said = torch.stack([next(tokens) for _ in range(new)], 1).cpu()
+    each = (time.perf_counter() - at_first) / max(1, new - 1)
+    start = model.restart.block_start(ids.shape[1]) if model.restart else 0
+    context.progress(len(prompts) * (ids.shape[1] - start))
+    return [tokenizer.decode(row).strip() for row in said.tolist()], (at_first - began, each)  # type: ignore[union-attr, attr-defined]

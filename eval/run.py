@@ -1,0 +1,143 @@
+"""The main job: a model, some remedies, some tasks, increasing lengths; one table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import pandas as pd
+
+from rnn_longctx.config import parse_lengths
+from rnn_longctx.data import load_text
+from rnn_longctx.errors import InputError
+from rnn_longctx.eval.lm import LanguageModel
+from rnn_longctx.eval.passkey import Passkey
+from rnn_longctx.eval.results import Results, Row, to_frame
+from rnn_longctx.eval.task import Context, Task
+from rnn_longctx.mitigations import Remedy, active, mitigate, parse_remedy
+from rnn_longctx.models import Mamba2LM
+from rnn_longctx.spec import parse
+
+TASKS: dict[str, type[Task]] = {t.name: t for t in (LanguageModel, Passkey)}
+# Tokens read in one call. On a CPU a call's activations should stay near its caches.
+SEGMENT = {"cpu": 4096, "cuda": 65536}
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """What `rnn-longctx eval` does; see configs/eval/demo.yaml."""
+
+    model: str = "demo"
+    lengths: list[int] = field(default_factory=lambda: [256, 1024, 4096, 16384])
+    tasks: list[str] = field(default_factory=lambda: ["lm", "passkey"])
+    mitigations: list[str] = field(default_factory=lambda: ["none"])
+    text: str = "stdlib"
+    calibration_text: str | None = None  # None: what the checkpoint keeps, else the builtin text
+    train_length: int | None = None  # None: what the checkpoint says
+    tokenizer: str | None = None
+    out: str = "runs/eval"
+    batch: int = 32  # the most streams side by side
+    seed: int = 0
+    device: str = "auto"
+    dtype: str = "float32"
+    backend: str | None = None
+
+
+def parse_task(text: str | Task) -> Task:
+    """A task from `name:key=value,...`. Raises InputError for unknown names, parameters and bad values."""
+    return text if isinstance(text, Task) else parse(text, TASKS, "task")
+
+
+def evaluate(model: Mamba2LM, lengths: Sequence[int | str] | str, tasks: Sequence[str | Task] = ("lm", "passkey"),
+             mitigations: Sequence[str | Remedy] | None = None, *, text: str = "stdlib",
+             calibration_text: str | None = None, out: str | None = None, batch: int = 32, seed: int = 0,
+             progress: bool = False) -> pd.DataFrame:  # fmt: skip
+    """Measure a model at increasing lengths; one row a cell (DESIGN: result table).
+
+    Args:
+        lengths: in tokens; "4k" and "1m" are read too.
+        mitigations: each is put on top of what is on the model already; None measures the model as it is.
+        text: evaluated on: "stdlib", a file, a directory, "hf:dataset[:split[:column]]".
+        calibration_text: for remedies that are calibrated; None takes what is kept with the checkpoint.
+        out: a folder for cells, snapshots, results.parquet and results.csv; finished cells there are not measured
+            again, and a long pass goes on from its last snapshot. None keeps nothing.
+        progress: show a bar.
+    Raises:
+        InputError: bad lengths, tasks or remedies, a text that is missing or shorter than a length, before anything
+            is measured.
+    """
+    wanted = sorted(set(parse_lengths(list(lengths) if not isinstance(lengths, str) else lengths)))
+    jobs = [parse_task(t) for t in tasks]
+    remedies = list({str(r): r for r in map(parse_remedy, mitigations if mitigations is not None else ["none"])}.values())
+    if not wanted or not jobs or not remedies:
+        raise InputError("evaluate needs at least one length, one task and one mitigation")
+    results = Results(out) if out else None
+    context = Context(model, text=text, batch=batch, seed=seed, results=results, segment=SEGMENT[model.device.type])
+    for job in jobs:
+        job.check(context, wanted)
+    calibration = load_text(calibration_text) if calibration_text else None
+
+    rows: list[Row] = []
+    with _Progress(progress) as bar:
+        plan = list(_plan(model, remedies, jobs, wanted, calibration, context))
+        bar.total(sum(cost for *_, cost in plan))
+        for remedy, job, some, _ in plan:
+            with _mitigated(model, remedy, max(some), calibration, context):
+                bar.say(f"{context.mitigation}, {job.name}")
+                context.progress = bar.advance
+                rows += job.run(context, some)
+    return results.gather() if results else to_frame(rows)
+
+
+def _plan(model: Mamba2LM, remedies: list[Remedy], jobs: list[Task], lengths: list[int], calibration: Any,
+          context: Context) -> Iterator[tuple[Remedy, Task, list[int], int]]:  # fmt: skip
+    """What is to be run, with its cost in tokens. Putting every remedy on once shows what is wrong before it counts."""
+    for remedy in remedies:
+        for some in [[n] for n in lengths] if remedy.per_length else [lengths]:
+            with _mitigated(model, remedy, max(some), calibration, context):
+                for job in jobs:
+                    yield remedy, job, some, job.cost(context, some)
+
+
+@contextmanager
+def _mitigated(model: Mamba2LM, remedy: Remedy, target: int, calibration: Any, context: Context) -> Iterator[None]:
+    with mitigate(model, remedy, target_length=target, text=calibration):
+        context.mitigation, context.calibration = active(model)
+        yield
+
+
+class _Progress:
+    """A rich progress bar, or nothing."""
+
+    def __init__(self, shown: bool):
+        self.bar: Any = None
+        if shown:
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+            from rich.progress import TimeRemainingColumn as Remaining
+
+            self.bar = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+                                TextColumn("tokens"), TimeElapsedColumn(), Remaining())  # fmt: skip
+
+    def __enter__(self) -> _Progress:
+        if self.bar:
+            self.bar.start()
+            self.task = self.bar.add_task("calibrating", total=None)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self.bar:
+            self.bar.stop()
+
+    def total(self, tokens: int) -> None:
+        if self.bar:
+            self.bar.update(self.task, total=tokens)
+
+    def say(self, text: str) -> None:
+        if self.bar:
+            self.bar.update(self.task, description=text)
+
+    def advance(self, tokens: int) -> None:
+        if self.bar:
+            self.bar.advance(self.task, tokens)

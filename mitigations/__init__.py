@@ -1,0 +1,154 @@
+"""Remedies at inference time, one file each; `mitigate` puts one on a model and takes it off again."""
+
+from __future__ import annotations
+
+from functools import reduce
+from typing import TYPE_CHECKING, Any
+
+from rnn_longctx.errors import InputError
+from rnn_longctx.mitigations.base import NotApplicable, Plan, Remedy
+from rnn_longctx.mitigations.controls import Recompute, Reset
+from rnn_longctx.mitigations.none import Nothing
+from rnn_longctx.mitigations.rri import RRI
+from rnn_longctx.mitigations.state_norm import StateNorm
+from rnn_longctx.mitigations.window import Window
+from rnn_longctx.spec import parse
+from rnn_longctx.ssd import PLAIN, ScanPolicy
+
+if TYPE_CHECKING:
+    from rnn_longctx.data import Text
+    from rnn_longctx.models import Mamba2LM
+
+__all__ = ["REMEDIES", "Handle", "NotApplicable", "Plan", "Remedy", "active", "mitigate", "parse_remedy"]
+
+REMEDIES: dict[str, type[Remedy]] = {r.name: r for r in (Nothing, StateNorm, RRI, Window, Reset, Recompute)}
+
+
+class Composite(Remedy):
+    """`a+b`: both, in that order. Affine parts compose, all caps apply, the smaller window wins."""
+
+    def __init__(self, parts: tuple[Remedy, ...]):
+        object.__setattr__(self, "parts", parts)
+        restarting = [str(p) for p in parts if p.control]
+        if len(restarting) > 1:
+            raise InputError(f"{' and '.join(restarting)} cannot be combined: both say when to start again")
+
+    parts: tuple[Remedy, ...]
+
+    @property
+    def per_length(self) -> bool:  # type: ignore[override]
+        return any(p.per_length for p in self.parts)
+
+    def plan(self, model: Mamba2LM, target_length: int | None = None, text: Text | None = None) -> Plan:
+        return combine([p.plan(model, target_length, text) for p in self.parts], model)
+
+    def __str__(self) -> str:
+        return "+".join(map(str, self.parts))
+
+
+def parse_remedy(text: str | Remedy) -> Remedy:
+    """A remedy from `name:key=value,...`, or several from `a+b`.
+
+    Raises InputError: unknown names and parameters (with the nearest one), values out of range, a composition that
+    means nothing (two controls; a norm cap with a window).
+    """
+    if isinstance(text, Remedy):
+        return text
+    parts = [parse(part, REMEDIES, "mitigation") for part in text.split("+")]
+    if len(parts) == 1:
+        return parts[0]
+    parts = [p for p in parts if not isinstance(p, Nothing)]
+    return Composite(tuple(parts))
+
+
+class Handle:
+    """A remedy on a model: `remove()` takes it off, and so does leaving a `with` block."""
+
+    def __init__(self, model: Mamba2LM, remedy: Remedy, plan: Plan):
+        self.model, self.remedy, self.plan = model, remedy, plan
+
+    def remove(self) -> None:
+        """Take this remedy off; others on the model stay. Twice is no error."""
+        handles = _handles(self.model)
+        if self in handles:
+            handles.remove(self)
+            _apply(self.model)
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.remove()
+
+
+def mitigate(model: Mamba2LM, remedy: str | Remedy, *, target_length: int | None = None,
+             text: Text | None = None) -> Handle:  # fmt: skip
+    """Put a remedy on a model, for all that it reads and generates from now on.
+
+        with rnn_longctx.mitigate(model, "state-norm"):
+            ...
+        handle = rnn_longctx.mitigate(model, "rri:alpha=0.999,beta=0.75"); ...; handle.remove()
+
+    A second remedy composes with the first, as `a+b` does.
+
+    Args:
+        target_length: tokens to be read, for remedies that depend on it.
+        text: what to calibrate on (`rnn_longctx.data.load_text`); None takes the calibration kept with the
+            checkpoint, or else the builtin text. Never the text that is evaluated.
+    Raises:
+        InputError: see `parse_remedy`; NotApplicable: the model lacks what the remedy needs.
+    """
+    remedy = parse_remedy(remedy)
+    with _bare(model):
+        handle = Handle(model, remedy, remedy.plan(model, target_length, text))
+    _handles(model).append(handle)
+    try:
+        _apply(model)
+    except InputError:
+        handle.remove()
+        raise
+    return handle
+
+
+def active(model: Mamba2LM) -> tuple[str, str | None]:
+    """The canonical text of what is on a model, `none` if nothing is, and what it was calibrated on."""
+    handles = [h for h in _handles(model) if not isinstance(h.remedy, Nothing)]
+    calibration = "; ".join(h.plan.calibration for h in handles if h.plan.calibration)
+    return "+".join(str(h.remedy) for h in handles) or "none", calibration or None
+
+
+def combine(plans: list[Plan], model: Mamba2LM) -> Plan:
+    """Plans for one model, one after the other. InputError if two restart."""
+    restarts = [p.restart for p in plans if p.restart]
+    if len(restarts) > 1:
+        raise InputError(f"{' and '.join(map(str, restarts))} cannot be combined")
+    policies = [reduce(ScanPolicy.then, layer, PLAIN) for layer in zip(*(p.policies for p in plans))]
+    calibration = "; ".join(p.calibration for p in plans if p.calibration) or None
+    return Plan(tuple(policies or [PLAIN] * len(model.mixers)), restarts[0] if restarts else None, calibration)
+
+
+class _bare:
+    """The model without its remedies, for as long as one is being calibrated."""
+
+    def __init__(self, model: Mamba2LM):
+        self.model = model
+
+    def __enter__(self) -> None:
+        _set(self.model, Plan((PLAIN,) * len(self.model.mixers)))
+
+    def __exit__(self, *error: Any) -> None:
+        _apply(self.model)
+
+
+def _handles(model: Mamba2LM) -> list[Handle]:
+    return model.__dict__.setdefault("_remedies", [])
+
+
+def _apply(model: Mamba2LM) -> None:
+    _set(model, combine([h.plan for h in _handles(model)], model))
+
+
+def _set(model: Mamba2LM, plan: Plan) -> None:
+    for mixer, policy in zip(model.mixers, plan.policies):
+        mixer.policy = policy
+    model.restart = plan.restart

@@ -1,0 +1,68 @@
+"""What a remedy is: something that turns a model into one `ScanPolicy` a layer, or a control of its reader."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from rnn_longctx.errors import InputError
+from rnn_longctx.models import Restart
+from rnn_longctx.spec import canonical
+from rnn_longctx.ssd import PLAIN, ScanPolicy
+
+if TYPE_CHECKING:
+    from rnn_longctx.data import Text
+    from rnn_longctx.models import Mamba2LM
+
+
+class NotApplicable(InputError):
+    """The model lacks what the remedy needs."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A remedy worked out for one model: a policy a layer, a reader's control, and what it was calibrated on."""
+
+    policies: tuple[ScanPolicy, ...]
+    restart: Restart | None = None
+    calibration: str | None = None
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """Base of the remedies. One file each; the fields of the dataclass are its parameters.
+
+    Attributes:
+        name: as on the command line.
+        control: True for the two that every remedy is judged against.
+        per_length: True where the policies depend on the target length, so that every length is its own pass.
+    """
+
+    name: ClassVar[str]
+    control: ClassVar[bool] = False
+    per_length: ClassVar[bool] = False
+
+    def plan(self, model: Mamba2LM, target_length: int | None = None, text: Text | None = None) -> Plan:
+        """Work the remedy out for a model.
+
+        Args:
+            target_length: tokens the model is to read, where the remedy depends on it.
+            text: what to calibrate on; None takes the calibration kept with the checkpoint, or else the builtin text.
+        Raises:
+            NotApplicable: the model lacks what the remedy needs.
+        """
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        return canonical(self.name, self)
+
+
+def same_everywhere(model: Mamba2LM, policy: ScanPolicy = PLAIN) -> tuple[ScanPolicy, ...]:
+    return (policy,) * len(model.mixers)
+
+
+def train_length(model: Mamba2LM, remedy: str) -> int:
+    """The model's training length, or a refusal that says how to give it."""
+    if model.train_length is None:
+        raise NotApplicable(f"{remedy} needs the training length, which {model.name} does not say: give --train-length")
+    return model.train_length

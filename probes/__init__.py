@@ -1,0 +1,1 @@
+"""What the state of a model does while it reads."""

@@ -1,0 +1,166 @@
+"""The command line: parses, calls, prints. Bad input is one line on stderr and exit code 2."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+from rnn_longctx.errors import InputError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+                  help="Find where a recurrent language model stops working as its context grows, and what fixes it.")  # fmt: skip
+
+Many = Optional[list[str]]  # noqa: UP045 (typer reads it)
+MODEL = typer.Argument(help='"demo", a directory, or a Hugging Face hub id.')
+
+
+@app.command("eval")
+def evaluate_command(
+    model: Annotated[Optional[str], MODEL] = None,  # noqa: UP045
+    config: Annotated[Optional[Path], typer.Option(help="YAML file; options given here win.")] = None,  # noqa: UP045
+    lengths: Annotated[Optional[str], typer.Option(help="Tokens: 256,1k,64k,1m (k = 1024, m = 1024^2).")] = None,  # noqa: UP045
+    task: Annotated[Many, typer.Option(help="lm, passkey, or passkey:n=100,max=8k; again for more.")] = None,
+    mitigation: Annotated[Many, typer.Option(help="none, state-norm, rri:alpha=0.999,beta=0.75, a+b; again for more.")] = None,
+    text: Annotated[Optional[str], typer.Option(help="stdlib, a file, a directory, hf:dataset[:split[:column]].")] = None,  # noqa: UP045
+    calibration_text: Annotated[Optional[str], typer.Option(help="Text for remedies that are calibrated.")] = None,  # noqa: UP045
+    train_length: Annotated[Optional[str], typer.Option(help="Where the checkpoint does not say.")] = None,  # noqa: UP045
+    tokenizer: Annotated[Optional[str], typer.Option(help='"bytes", a directory, or a hub id.')] = None,  # noqa: UP045
+    out: Annotated[Optional[str], typer.Option(help="Folder for results and plots.")] = None,  # noqa: UP045
+    batch: Annotated[Optional[int], typer.Option(help="The most streams read side by side.")] = None,  # noqa: UP045
+    seed: Annotated[Optional[int], typer.Option()] = None,  # noqa: UP045
+    device: Annotated[Optional[str], typer.Option(help="auto, cpu, cuda, cuda:1.")] = None,  # noqa: UP045
+    dtype: Annotated[Optional[str], typer.Option(help="float32, bfloat16, float16, float64.")] = None,  # noqa: UP045
+    backend: Annotated[Optional[str], typer.Option(help="Force a scan backend.")] = None,  # noqa: UP045
+) -> None:
+    """Loss and recall of a model at increasing lengths, without and with remedies: a table, results and plots."""
+    from rich.console import Console
+
+    from rnn_longctx.config import from_dict, load_yaml, to_dict
+    from rnn_longctx.eval import EvalConfig, Results, evaluate
+    from rnn_longctx.eval.plots import plot_all
+    from rnn_longctx.eval.report import conclusion, header, table
+
+    given = {
+        "model": model, "lengths": lengths, "tasks": task or None, "mitigations": mitigation or None, "text": text,
+        "calibration_text": calibration_text, "train_length": train_length, "tokenizer": tokenizer, "out": out,
+        "batch": batch, "seed": seed, "device": device, "dtype": dtype, "backend": backend,
+    }  # fmt: skip
+    given = {k: v for k, v in given.items() if v is not None}
+    if config is None and model is None:
+        raise InputError("name a model (demo, a directory, a hub id) or a --config file")
+    base = to_dict(load_yaml(EvalConfig, config)) if config else {}
+    c = from_dict(EvalConfig, base | given, "eval")
+
+    Results(c.out)  # an unwritable folder shows before anything is loaded
+    lm = _load(c.model, c.device, c.dtype, c.tokenizer, c.train_length)
+    lm.use_backend(c.backend)
+    console = Console()
+    console.print(header(lm.name, sum(p.numel() for p in lm.parameters()), lm.config.scan_state_elements,
+                         lm.config.conv_state_elements, lm.train_length, str(lm.device), c.dtype, lm.backend))  # fmt: skip
+    frame = evaluate(lm, c.lengths, c.tasks, c.mitigations, text=c.text, calibration_text=c.calibration_text,
+                     out=c.out, batch=c.batch, seed=c.seed, progress=console.is_terminal)  # fmt: skip
+    for part in table(frame, width=console.width if console.is_terminal else 110):
+        console.print(part)
+    console.print(conclusion(frame))
+    plots = plot_all(frame, c.out)
+    console.print(f"{c.out}: results.parquet, results.csv, {', '.join(p.name for p in plots)}")
+
+
+@app.command("train")
+def train_command(
+    config: Annotated[Path, typer.Argument(help="YAML file, such as configs/train/demo.yaml.")],
+    set: Annotated[Many, typer.Option("--set", help="Override one key: optimizer.lr=1e-3; again for more.")] = None,
+) -> None:
+    """Train a model, or go on where a killed run stopped."""
+    from rnn_longctx.config import load_yaml
+    from rnn_longctx.train import TrainConfig, train
+
+    typer.echo(f"saved {train(load_yaml(TrainConfig, config, set or []))}")
+
+
+@app.command("generate")
+def generate_command(
+    model: Annotated[str, MODEL],
+    prompt: Annotated[str, typer.Option(help="Text to continue; - reads it from standard input.")],
+    mitigation: Annotated[str, typer.Option()] = "none",
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    seed: Annotated[int, typer.Option()] = 0,
+    train_length: Annotated[Optional[str], typer.Option()] = None,  # noqa: UP045
+    tokenizer: Annotated[Optional[str], typer.Option()] = None,  # noqa: UP045
+    device: Annotated[str, typer.Option()] = "auto",
+    dtype: Annotated[str, typer.Option()] = "float32",
+) -> None:
+    """Continue a prompt of any length, with a remedy on the model."""
+    import torch
+
+    from rnn_longctx import generate, mitigate
+
+    lm = _load(model, device, dtype, tokenizer, train_length)
+    raw = sys.stdin.buffer.read() if prompt == "-" else prompt.encode("utf-8", "surrogateescape")
+    ids = torch.from_numpy(lm.tokenizer.encode(raw))[None]
+    if ids.shape[1] == 0:
+        raise InputError("the prompt is empty")
+    with mitigate(lm, mitigation, target_length=ids.shape[1] + max_new_tokens):
+        new = generate(lm, ids, max_new_tokens, temperature=temperature, seed=seed)
+    typer.echo(lm.tokenizer.decode(new[0].tolist()))
+
+
+@app.command("plot")
+def plot_command(directory: Annotated[Path, typer.Argument(help="A folder with results.parquet or results.csv.")]) -> None:
+    """Draw the plots again, from the table alone."""
+    from rnn_longctx.eval import Results
+    from rnn_longctx.eval.plots import plot_all
+
+    for path in plot_all(Results.read(directory), directory):
+        typer.echo(str(path))
+
+
+bench = typer.Typer(no_args_is_help=True, help="Speed, side by side with what people use today.")
+app.add_typer(bench, name="bench")
+
+
+@bench.command("cpu")
+def bench_cpu(
+    model: Annotated[str, MODEL] = "demo",
+    batch: Annotated[int, typer.Option(min=1)] = 4,
+    length: Annotated[str, typer.Option()] = "4k",
+    repeats: Annotated[int, typer.Option(min=1)] = 3,
+) -> None:
+    """Tokens per second against transformers' Mamba-2 on the CPU: same weights, same threads, float32."""
+    from rnn_longctx.config import parse_length
+    from rnn_longctx.eval.bench import cpu
+
+    typer.echo(cpu(_load(model, "cpu", "float32", None, None), batch, parse_length(length), repeats))
+
+
+def _load(model: str, device: str, dtype: str, tokenizer: str | None, train_length: Any) -> Any:
+    import torch
+
+    import rnn_longctx
+    from rnn_longctx.config import parse_length
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    length = None if train_length is None else parse_length(train_length)
+    return rnn_longctx.load(model, device=device, dtype=dtype, tokenizer=tokenizer, train_length=length)
+
+
+def main() -> None:
+    """Entry point. Errors of input are one line; a reader that went away (`| head`) is no error."""
+    try:
+        app(standalone_mode=True)
+    except InputError as error:
+        print(f"rnn-longctx: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

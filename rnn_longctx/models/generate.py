@@ -1,0 +1,56 @@
+"""Generation: read the prompt as a stream, then one token after another from the carry."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from rnn_longctx.models.cache import Cache
+from rnn_longctx.models.mamba2 import Mamba2LM
+
+SEGMENT = 4096
+
+
+@torch.inference_mode()
+def prefill(model: Mamba2LM, ids: Tensor, cache: Cache | None = None, segment: int = SEGMENT) -> tuple[Tensor, Cache]:
+    """Read ids (B, T) and return the logits (B, vocab) after the last token, and the cache.
+
+    Under a control only the tokens that its state depends on are read.
+    """
+    if cache is None:
+        cache = Cache()
+        if model.restart is not None and (start := model.restart.block_start(ids.shape[1])):
+            cache.position = torch.full((len(ids),), start, dtype=torch.int64)
+            cache.tail = ids[:, max(0, start - model.restart.overlap) : start].to(model.device)
+            ids = ids[:, start:]
+    hidden = None
+    for hidden in model.stream(ids, cache, segment):
+        pass
+    assert hidden is not None
+    return model.logits(hidden[:, -1]), cache
+
+
+@torch.inference_mode()
+def continuation(model: Mamba2LM, logits: Tensor, cache: Cache, temperature: float = 0.0,
+                 generator: torch.Generator | None = None) -> Iterator[Tensor]:  # fmt: skip
+    """Token after token, (B,) each, after `prefill`; greedy where temperature is 0. Endless."""
+    while True:
+        if temperature > 0:
+            probabilities = (logits / temperature).softmax(-1)
+            token = torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+        else:
+            token = logits.argmax(-1)
+        yield token
+        logits = model.logits(model(token[:, None], cache)[:, -1])
+
+
+def generate(model: Mamba2LM, ids: Tensor, max_new_tokens: int = 64, *, temperature: float = 0.0,
+             seed: int | None = None, cache: Cache | None = None) -> Tensor:  # fmt: skip
+    """Continue ids (B, T), T >= 1, by `max_new_tokens` tokens; returns those, (B, max_new_tokens)."""
+    generator = None if seed is None else torch.Generator(model.device).manual_seed(seed)
+    logits, cache = prefill(model, ids, cache)
+    tokens = continuation(model, logits, cache, temperature, generator)
+    new = [next(tokens) for _ in range(max_new_tokens)]
+    return torch.stack(new, 1) if new else ids[:, :0]

@@ -1,0 +1,72 @@
+"""Things named on a command line with parameters, `name:key=value,key=value`: remedies and tasks.
+
+A thing is a frozen dataclass; its fields are its parameters. The canonical text lists them in the order of the
+fields; one with the metadata `{"quiet": True}` is left out where it has its default.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import MISSING, Field, field, fields
+from typing import Any, TypeVar
+
+from rnn_longctx.config import from_dict
+from rnn_longctx.errors import InputError, nearest
+
+T = TypeVar("T")
+
+
+def quiet(default: Any) -> Any:
+    """A parameter that canonical text leaves out where it has its default."""
+    return field(default=default, metadata={"quiet": True})
+
+
+def parse(text: str, kinds: Mapping[str, type[T]], what: str) -> T:
+    """One `name:key=value,...` as an instance of `kinds[name]`.
+
+    Raises:
+        InputError: an unknown name or parameter (with the nearest one), a value of the wrong kind, a missing one.
+    """
+    name, _, rest = text.strip().partition(":")
+    if name not in kinds:
+        raise InputError(f"unknown {what} {name!r}{nearest(name, kinds)}")
+    kind = kinds[name]
+    known = [f.name for f in fields(kind)]  # type: ignore[arg-type]
+    values: dict[str, Any] = {}
+    for item in rest.split(",") if rest else ():
+        key, equals, value = (part.strip() for part in item.partition("="))
+        if not equals or not value:
+            raise InputError(f"{what} {name}: {item!r} is not key=value")
+        if key not in known:
+            hint = nearest(key, known) if known else " (it has none)"
+            raise InputError(f"{what} {name} has no parameter {key!r}{hint}")
+        values[key] = _number(value)
+    for f in fields(kind):  # type: ignore[arg-type]
+        if f.name not in values and _required(f):
+            raise InputError(f"{what} {name} needs {f.name}, as in {name}:{f.name}=...")
+    return from_dict(kind, values, f"{what} {text!r}")
+
+
+def canonical(name: str, thing: Any) -> str:
+    """The text that `parse` would read the thing from, parameters in the order of the fields."""
+    shown = [f for f in fields(thing) if not (f.metadata.get("quiet") and getattr(thing, f.name) == f.default)]
+    text = ",".join(f"{f.name}={_text(getattr(thing, f.name))}" for f in shown)
+    return f"{name}:{text}" if text else name
+
+
+def _required(f: Field) -> bool:
+    return f.default is MISSING and f.default_factory is MISSING
+
+
+def _number(text: str) -> Any:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _text(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
+
