@@ -95,7 +95,7 @@ _TYPES = {cls.__name__: cls for cls in (Cache, Carry, ScanCarry, WindowCarry)}
 def _flatten(value: Any, name: str, out: dict[str, Tensor]) -> Any:
     """Tensors into `out`; what is left is JSON that `_unflatten` rebuilds the value from."""
     if isinstance(value, Tensor):
-        out[name] = value.contiguous()
+        out[name] = value.clone(memory_format=torch.contiguous_format)
         return {"tensor": name}
     if is_dataclass(value):
         return {"type": type(value).__name__,

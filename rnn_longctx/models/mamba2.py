@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -48,6 +49,9 @@ class Mamba2Config:
     dt_init: tuple[float, float] = (1e-3, 1e-1)
 
     def __post_init__(self) -> None:
+        for name in ("d_model", "n_layer", "vocab_size", "d_state", "d_conv", "expand", "headdim", "ngroups"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.d_inner % self.headdim:
             raise InputError(f"expand * d_model = {self.d_inner} must be a multiple of headdim = {self.headdim}")
         if self.nheads % self.ngroups:
@@ -207,7 +211,7 @@ class Mamba2LM(nn.Module):
         self.name = "unnamed"
         self.weights_hash = ""
         self.train_length: int | None = None
-        self.tokenizer = None
+        self.tokenizer: Any = None
         self.provenance: dict = {}
         self.calibration: dict | None = None
         self.restart: Restart | None = None

@@ -18,7 +18,7 @@ from torch import Tensor
 from rnn_longctx.errors import InputError
 from rnn_longctx.models.cache import Cache
 
-Read = Callable[[Tensor, Cache], Tensor]
+Read = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,13 @@ def read_restarting(read: Read, restart: Restart, ids: Tensor, cache: Cache, mas
     parts, order, hidden = [], [], None
     for (_, count), rows in groups.items():
         part = cache.rows(rows)
-        out = _read_level(read, restart, ids[rows][:, ids.shape[1] - count :], part)
+        if count:
+            out = _read_level(read, restart, ids[rows][:, ids.shape[1] - count :], part)
+        else:  # rows that have not begun: padding alone makes the carry that they begin with
+            if not part.layers:
+                read(ids[rows][:, :1], part, torch.zeros(len(rows), 1, dtype=torch.bool, device=ids.device))
+            out = read(ids[rows][:, :0], part)
+            part.tail = ids[rows][:, :0] if part.tail is None else part.tail
         if hidden is None:
             hidden = out.new_zeros(batch, ids.shape[1], out.shape[2])
         hidden[rows, ids.shape[1] - count :] = out
@@ -66,6 +72,8 @@ def read_restarting(read: Read, restart: Restart, ids: Tensor, cache: Cache, mas
         for p in parts:
             assert p.tail is not None
             p.tail = torch.nn.functional.pad(p.tail, (width - p.tail.shape[1], 0))
+    if len({layer.scan.window.x.shape[1] for p in parts for layer in p.layers if layer.scan.window}) > 1:
+        raise InputError(f"the control {restart} cannot be combined with a sliding window in rows of unequal lengths")
     whole = Cache.concat(parts, order)
     cache.layers, cache.position, cache.tail = whole.layers, whole.position, whole.tail
     assert hidden is not None

@@ -27,7 +27,7 @@ def row_caps(policy: ScanPolicy, counts: Tensor | None, heads: int, like: Tensor
     caps = torch.full((*counts.shape, heads), float("inf"), dtype=like.dtype)
     for cap in policy.caps:
         norm = per_head(cap.norm, heads, caps)
-        due = (counts % cap.every == 0)[..., None]
+        due = ((counts > 0) & (counts % cap.every == 0))[..., None]
         caps = torch.where(due, torch.minimum(caps, torch.as_tensor(norm, dtype=caps.dtype)), caps)
     return caps.to(like.device)
 

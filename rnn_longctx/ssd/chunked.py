@@ -6,7 +6,8 @@ state-space duality of arXiv 2405.21060 (section 6):
 
     y_t = exp(cum_t) C_t S_0 + sum_{s <= t} exp(cum_t - cum_s) w_s (C_t . B_s) x_s,   cum = cumsum(log_decay)
 
-Only differences of sums inside a piece are exponentiated, masked before the exponential, so nothing overflows.
+Where a piece forgets less than exp(-FACTOR) the exponentials are split into factors, which lets the heads of a group
+share their products; where it forgets more, differences are masked before the exponential, and nothing overflows.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from rnn_longctx.ssd.window import window_scan
 
 CHUNK = 64  # the best on CPU among 32, 64, 128, 256
 CHUNK_PER_CHANNEL = 16  # the decays of a piece are (H, c, c, N) numbers there
+FACTOR = 60.0  # nats; exp(60) = 1e26 leaves float32 room for a factor of 1e12
 # Caps that apply more often than this are found token by token inside a piece instead of cutting it.
 DENSE_CAP = 32
 
@@ -73,31 +75,42 @@ def piece(x: Tensor, log_decay: Tensor, scale: Tensor, B: Tensor, C: Tensor, sta
     """One piece of c tokens from `state` (B,H,P,N): outputs (B,c,H,P) and the state after it."""
     if log_decay.ndim == 4:
         return _piece_per_channel(x, log_decay, scale, B, C, state)
+    cum = log_decay.cumsum(1)  # (B, c, H)
+    if float(cum.detach().abs().amax()) < FACTOR:
+        return _piece_factored(x, cum, scale, B, C, state)
+    return _piece_masked(x, cum, scale, B, C, state)
+
+
+def _piece_factored(x: Tensor, cum: Tensor, scale: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """exp(cum_t - cum_s) as exp(cum_t) * exp(-cum_s): the heads of a group then share one masked product. All terms
+    of a sum are scaled alike, so nothing is lost as long as neither factor leaves the range of floats."""
     batch, c, heads, headdim = x.shape
     groups, d_state = B.shape[2:]
-    per_group = heads // groups
-    wide = per_group * headdim  # R*P: the heads of a group side by side, so that they share one product with B or C
+    flat = (batch * groups, c, -1)
+    B, C = (t.transpose(1, 2).reshape(flat) for t in (B, C))  # (B*G, c, N)
+    weighted = x * (scale * (-cum).exp())[..., None]
+    weighted = weighted.unflatten(2, (groups, -1)).transpose(1, 2).reshape(flat)  # (B*G, c, R*P)
+    state = state.reshape(batch * groups, -1, d_state)  # (B*G, R*P, N)
+    y = torch.baddbmm(C @ state.mT, (C @ B.mT).tril(), weighted)
+    y = y.view(batch, groups, c, -1).transpose(1, 2).reshape(batch, c, heads, headdim) * cum.exp()[..., None]
+    state = torch.baddbmm(state, weighted.mT, B).view(batch, heads, headdim, d_state)
+    return y, state * cum[:, -1].exp()[..., None, None]
 
-    cum = log_decay.transpose(1, 2).cumsum(-1)  # (B, H, c)
-    B, C = B.transpose(1, 2), C.transpose(1, 2)  # (B, G, c, N)
-    x_heads = x.transpose(1, 2)  # (B, H, c, P)
 
-    # within the piece
-    weights = (cum[..., :, None] - cum[..., None, :]).masked_fill(_above(c, x.device), float("-inf")).exp()
-    weights = weights * scale.transpose(1, 2)[..., None, :]  # (B, H, c, c)
-    weights = weights.view(batch, groups, per_group, c, c) * (C @ B.mT)[:, :, None]
-    y = weights.view(batch, heads, c, c) @ x_heads  # (B, H, c, P)
-
-    # from the state before it: C (c, N) @ S^T (N, R*P)
-    before = C @ state.view(batch, groups, wide, d_state).mT  # (B, G, c, R*P)
-    before = before.view(batch, groups, c, per_group, headdim).transpose(2, 3).reshape(batch, heads, c, headdim)
-    y = y + before * cum.exp()[..., None]
-
-    # the state after it: (R*P, c) @ B (c, N)
-    left = scale.transpose(1, 2) * (cum[..., -1:] - cum).exp()  # (B, H, c)
-    weighted = (x_heads * left[..., None]).transpose(2, 3).reshape(batch, groups, wide, c)
-    added = (weighted @ B).view(batch, heads, headdim, d_state)
-    state = state * cum[..., -1].exp()[..., None, None] + added
+def _piece_masked(x: Tensor, cum: Tensor, scale: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """The same for decays of any size: differences first, masked, then the exponential; (c, c) weights a head."""
+    batch, c, heads, headdim = x.shape
+    groups, d_state = B.shape[2:]
+    cum, scale = cum.transpose(1, 2), scale.transpose(1, 2)  # (B, H, c)
+    x, C = x.transpose(1, 2), C.transpose(1, 2)  # (B, H, c, P), (B, G, c, N)
+    B = B.transpose(1, 2)
+    decay = (cum[..., :, None] - cum[..., None, :]).masked_fill(_above(c, x.device), float("-inf")).exp()
+    inner = (C @ B.mT).repeat_interleave(heads // groups, 1)
+    y = (decay * scale[..., None, :] * inner) @ x
+    C, B = (t.repeat_interleave(heads // groups, 1) for t in (C, B))  # (B, H, c, N)
+    y = y + (C @ state.mT) * cum.exp()[..., None]
+    left = scale * (cum[..., -1:] - cum).exp()  # (B, H, c)
+    state = state * cum[..., -1].exp()[..., None, None] + (x * left[..., None]).mT @ B
     return y.transpose(1, 2), state
 
 
