@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from rnn_longctx.errors import InputError
 
@@ -47,29 +48,21 @@ class Envelope:
 
 
 @torch.inference_mode()
-def measure_envelope(model: Mamba2LM, length: int, text: Text, slices: int = SLICES) -> Envelope:
-    """Read `slices` slices of `length` tokens and keep each head's largest norm, looked at every 16 tokens.
-
-    Raises InputError if the text is too short.
-    """
-    from rnn_longctx.data import tokens
-
-    rows = [torch.from_numpy(tokens(text, model.tokenizer, i, length)[0]) for i in range(slices)]
-    ids, cache = torch.stack(rows).to(model.device), model.new_cache()
-    largest = None
+def measure_envelope(model: Mamba2LM, ids: Tensor, text: str, text_hash: str) -> Envelope:
+    """Read ids (slices, length) and keep each head's largest norm, looked at every 16 tokens and at the end."""
+    slices, length = ids.shape
+    ids, cache, looks = ids.to(model.device), model.new_cache(), []
     for t in range(0, length, EVERY):
         model(ids[:, t : t + EVERY], cache)
-        norms = torch.stack([c.scan.state.flatten(-2).norm(dim=-1).amax(0) for c in cache.layers])  # (L, H)
-        largest = norms if largest is None else torch.maximum(largest, norms)
-    assert largest is not None
-    values = tuple(tuple(layer) for layer in largest.double().clamp(min=1e-6).tolist())
-    return Envelope(values, length, text.name, text.hash, slices)
+        looks.append(torch.stack([c.scan.state.flatten(-2).norm(dim=-1).amax(0) for c in cache.layers]))  # (L, H)
+    norms = torch.stack(looks).amax(0).double().clamp(min=1e-6)
+    return Envelope(tuple(map(tuple, norms.tolist())), length, text, text_hash, slices)
 
 
 def envelope_of(model: Mamba2LM, length: int, text: Text | None = None) -> Envelope:
     """The envelope kept with the checkpoint, if it is of that length and no text is named; else measured, on the
-    builtin text where none is named."""
-    from rnn_longctx.data import load_text
+    builtin text where none is named. Raises InputError if the text is too short."""
+    from rnn_longctx.data import load_text, tokens
 
     if text is None and model.calibration:
         kept = Envelope.from_dict(model.calibration)
@@ -78,5 +71,6 @@ def envelope_of(model: Mamba2LM, length: int, text: Text | None = None) -> Envel
     text = text or load_text("builtin")
     known = model.__dict__.setdefault("_envelopes", {})
     if (length, text.hash) not in known:
-        known[length, text.hash] = measure_envelope(model, length, text)
+        ids = torch.stack([torch.from_numpy(tokens(text, model.tokenizer, i, length)[0]) for i in range(SLICES)])
+        known[length, text.hash] = measure_envelope(model, ids, text.name, text.hash)
     return known[length, text.hash]

@@ -5,6 +5,7 @@ Weights and optimizer state are float32; on CUDA the forward pass runs in bf16 a
 
 from __future__ import annotations
 
+import hashlib
 import math
 import sys
 import time
@@ -20,6 +21,7 @@ from rnn_longctx.config import to_dict
 from rnn_longctx.data import Tokenizer, load_tokenizer, passkey_batch
 from rnn_longctx.errors import InputError
 from rnn_longctx.models.mamba2 import Mamba2LM
+from rnn_longctx.probes.envelope import SLICES, measure_envelope
 from rnn_longctx.train.config import OptimizerConfig, ScheduleConfig, TrainConfig
 from rnn_longctx.train.corpus import Batch, Corpus, load_corpus
 from rnn_longctx.train.snapshots import Log, claim_folder, newest_snapshot, save_snapshot
@@ -63,7 +65,14 @@ def train(config: TrainConfig) -> Path:
     model.eval()
     metrics = _final_metrics(config, corpus, model, out)
     provenance = _provenance(config, corpus, device, metrics)
-    checkpoint.save(model, out / "model", dtype=getattr(torch, config.save_dtype), provenance=provenance)
+    calibration = _envelope(config, corpus, model)
+    checkpoint.save(
+        model,
+        out / "model",
+        dtype=getattr(torch, config.save_dtype),
+        provenance=provenance,
+        calibration=calibration,
+    )
     print(" ".join(f"{k} {v:.4g}" for k, v in metrics.items() if v is not None), flush=True)
     return out / "model"
 
@@ -205,6 +214,17 @@ def _passkey_accuracy(
         logits = model.logits(model(ids[:, :-1])[:, -len(answer) :])
         right += bool((logits.argmax(-1)[0] == answer).all())
     return right / n
+
+
+def _envelope(config: TrainConfig, corpus: Corpus, model: Any) -> dict[str, Any] | None:
+    """How far the states of the finished model go within the training length, on the held-out text."""
+    windows = next(corpus.validation(config.train_length, SLICES, most=SLICES), None)
+    if windows is None or len(windows) == 0:
+        return None
+    ids = windows[:, :-1]
+    digest = hashlib.sha256(ids.cpu().numpy().tobytes()).hexdigest()[:16]
+    names = "+".join(str(t["name"]) for t in corpus.texts)
+    return measure_envelope(model, ids, f"{names} (held out)", digest).to_dict()
 
 
 def _provenance(
