@@ -40,7 +40,9 @@ def cpu(model: Mamba2LM, batch: int = 4, length: int = 4096, repeats: int = 3) -
     speed = {name: batch * length / median(t) for name, t in times.items()}
     lines = [f"{batch} x {length} tokens, float32, {torch.get_num_threads()} threads, median of {repeats}"]
     lines += [f"{name:14} {tokens:10,.0f} tokens/s" for name, tokens in speed.items()]
-    lines += [f"ratio {speed['rnn-longctx'] / speed['transformers']:.1f}x, largest difference of logits {difference:.1e}"]
+    lines += [
+        f"ratio {speed['rnn-longctx'] / speed['transformers']:.1f}x, largest difference of logits {difference:.1e}"
+    ]
     return "\n".join(lines)
 
 

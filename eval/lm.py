@@ -22,6 +22,7 @@ from rnn_longctx.errors import InputError
 from rnn_longctx.eval.results import Row
 from rnn_longctx.eval.task import Context, Task, peak_bytes
 from rnn_longctx.models import Cache
+from rnn_longctx.spec import quiet
 
 PEAK_BINS = 4  # the highest loss within the training length is taken over so many equal stretches of it
 
@@ -35,7 +36,7 @@ class LanguageModel(Task):
     slices: int = 4
     tokens: int = 256 * 1024
     most: int = 128
-    max: int | None = None
+    max: int | None = quiet(None)
 
     def __post_init__(self) -> None:
         if self.slices < 1 or self.tokens < 0 or self.most < 1:
@@ -43,6 +44,12 @@ class LanguageModel(Task):
 
     def count(self, length: int) -> int:
         return max(self.slices, min(self.most, self.tokens // length))
+
+    def lengths(self, asked: list[int], train_length: int | None) -> list[int]:
+        wanted = super().lengths(asked, train_length)
+        if train_length is not None and wanted and max(wanted) > train_length:
+            wanted = sorted({*wanted, train_length})  # the verdict needs it
+        return wanted
 
     def check(self, context: Context, lengths: list[int]) -> None:
         """Refuse lengths that the text does not have, before anything is read."""
@@ -57,7 +64,9 @@ class LanguageModel(Task):
         if not todo:
             return
         text, train = _text(context), context.model.train_length
-        marks = sorted({m for length in todo for m in (length // 2, length)} | set(_bins(train) if train in todo else ()))
+        marks = sorted(
+            {m for length in todo for m in (length // 2, length)} | set(_bins(train) if train in todo else ())
+        )
         sums: dict[int, list[Tensor]] = {m: [] for m in marks}  # of the loss up to the mark, one value a slice
         nbytes: dict[int, list[Tensor]] = {m: [] for m in marks}
         seconds, read = 0.0, 0
@@ -68,7 +77,11 @@ class LanguageModel(Task):
                 sums[m].append(part.sums[m])
                 nbytes[m].append(part.nbytes[m])
             seconds, read = seconds + part.seconds, read + len(rows) * reach
-        cost = {"seconds": seconds, "tokens_per_second": read / seconds if seconds else None, "peak_bytes": peak_bytes(context)}
+        cost = {
+            "seconds": seconds,
+            "tokens_per_second": read / seconds if seconds else None,
+            "peak_bytes": peak_bytes(context),
+        }
         whole = {m: (torch.cat(sums[m]), torch.cat(nbytes[m])) for m in marks}
         for length in todo:
             n = self.count(length)
@@ -88,11 +101,7 @@ class LanguageModel(Task):
 
     def _todo(self, context: Context, lengths: list[int]) -> list[int]:
         text = _text(context)
-        train = context.model.train_length
-        wanted = {length for length in lengths if self.max is None or length <= self.max}
-        if train is not None and wanted and max(wanted) >= train:
-            wanted.add(train)  # the verdict needs it
-        return [n for n in sorted(wanted) if not context.done(self, text, n, "nats_per_token", self.count(n))]
+        return [n for n in lengths if not context.done(self, text, n, "nats_per_token", self.count(n))]
 
     def _passes(self, lengths: list[int], batch: int) -> Iterator[tuple[list[int], int]]:
         """(slices, how far they are read): slices that reach equally far together, at most `batch` of them."""
@@ -175,5 +184,3 @@ def _bins(length: int | None) -> list[int]:
 
 def _text(context: Context) -> Text:
     return context.memo(("text", context.text), lambda: load_text(context.text))
-
-

@@ -17,6 +17,7 @@ from rnn_longctx.errors import InputError
 from rnn_longctx.eval.results import Row
 from rnn_longctx.eval.task import Context, Task, peak_bytes
 from rnn_longctx.models.generate import continuation, prefill
+from rnn_longctx.spec import quiet
 
 DIGITS = 5
 
@@ -30,7 +31,7 @@ class Passkey(Task):
     n: int = 60
     least: int = 10
     tokens: int = 256 * 1024
-    max: int | None = None
+    max: int | None = quiet(None)
 
     def __post_init__(self) -> None:
         if self.n < 1 or not 1 <= self.least <= self.n:
@@ -40,24 +41,25 @@ class Passkey(Task):
         return max(self.least, min(self.n, self.tokens // length))
 
     def check(self, context: Context, lengths: list[int]) -> None:
-        passkey_batch(context.model.tokenizer, min(lengths), 1, context.seed)  # type: ignore[arg-type]
+        passkey_batch(context.model.tokenizer, min(lengths), 1, context.seed)
 
     def cost(self, context: Context, lengths: list[int]) -> int:
         restart = context.model.restart
-        return sum(self.count(n) * (n - (restart.block_start(n) if restart else 0)) for n in self._todo(context, lengths))
+        return sum(
+            self.count(n) * (n - (restart.block_start(n) if restart else 0)) for n in self._todo(context, lengths)
+        )
 
     def run(self, context: Context, lengths: list[int]) -> Iterator[Row]:
         for length in self._todo(context, lengths):
             yield from self._run(context, length)
 
     def _todo(self, context: Context, lengths: list[int]) -> list[int]:
-        wanted = [n for n in lengths if self.max is None or n <= self.max]
-        return [n for n in wanted if not context.done(self, "passkey", n, "accuracy", self.count(n))]
+        return [n for n in lengths if not context.done(self, "passkey", n, "accuracy", self.count(n))]
 
     @torch.inference_mode()
     def _run(self, context: Context, length: int) -> Iterator[Row]:
         n, began = self.count(length), time.perf_counter()
-        prompts = passkey_batch(context.model.tokenizer, length, n, context.seed)  # type: ignore[arg-type]
+        prompts = passkey_batch(context.model.tokenizer, length, n, context.seed)
         right: list[float] = []
         first = following = 0.0
         # as many prompts side by side as a call has room for: a short stream is read in one
@@ -81,7 +83,7 @@ class Passkey(Task):
 def _answer(context: Context, prompts: list[PasskeyPrompt]) -> tuple[list[str], tuple[float, float]]:
     """What the model says after each prompt, greedily, and seconds to the first token and to each next one."""
     model, tokenizer = context.model, context.model.tokenizer
-    new = len(tokenizer.encode(" " + "8" * DIGITS))  # type: ignore[union-attr, attr-defined]
+    new = len(tokenizer.encode(" " + "8" * DIGITS))
     ids = torch.from_numpy(np.stack([p.ids for p in prompts]))
     began = time.perf_counter()
     logits, cache = prefill(model, ids, segment=max(1, context.segment // len(prompts)))
@@ -92,4 +94,4 @@ def _answer(context: Context, prompts: list[PasskeyPrompt]) -> tuple[list[str], 
     each = (time.perf_counter() - at_first) / max(1, new - 1)
     start = model.restart.block_start(ids.shape[1]) if model.restart else 0
     context.progress(len(prompts) * (ids.shape[1] - start))
-    return [tokenizer.decode(row).strip() for row in said.tolist()], (at_first - began, each)  # type: ignore[union-attr, attr-defined]
+    return [tokenizer.decode(row).strip() for row in said.tolist()], (at_first - began, each)

@@ -134,9 +134,7 @@ def _recall(sheet: Sheet) -> Figure:
         panel.set_title(textwrap.fill(name, 34), fontsize=10, loc="left", **look)
         panel.spines[:].set_visible(False)
         step = -(-len(lengths) // 6)  # more labels would touch
-        panel.set_xticks(
-            range(0, len(lengths), step), [format_length(k) for k in lengths[::step]], fontsize=9
-        )
+        panel.set_xticks(range(0, len(lengths), step), [format_length(k) for k in lengths[::step]], fontsize=9)
         step = max(1, len(depths) // 3)
         panel.set_yticks(range(0, len(depths), step), [f"{d:.0%}" for d in depths[::step]], fontsize=9)
     for panel in panels[:, 0]:

@@ -31,9 +31,7 @@ def conclusion(frame: pd.DataFrame) -> str:
         if clauses and sheet.note:
             clauses[0] = f"[{sheet.note}] {clauses[0]}"
         lines.setdefault(tuple(sheet.where[c] for c in SETTING), []).extend(clauses)
-    return "\n".join(
-        (f"{key[0]}: " if len(lines) > 1 else "") + "; ".join(c) + "." for key, c in lines.items() if c
-    )
+    return "\n".join((f"{key[0]}: " if len(lines) > 1 else "") + "; ".join(c) + "." for key, c in lines.items() if c)
 
 
 def header(

@@ -70,13 +70,16 @@ def evaluate(model: Mamba2LM, lengths: Sequence[int | str] | str, tasks: Sequenc
     """
     wanted = sorted(set(parse_lengths(list(lengths) if not isinstance(lengths, str) else lengths)))
     jobs = [parse_task(t) for t in tasks]
-    remedies = list({str(r): r for r in map(parse_remedy, mitigations if mitigations is not None else ["none"])}.values())
+    remedies = list(
+        {str(r): r for r in map(parse_remedy, mitigations if mitigations is not None else ["none"])}.values()
+    )
     if not wanted or not jobs or not remedies:
         raise InputError("evaluate needs at least one length, one task and one mitigation")
     results = Results(out) if out else None
     context = Context(model, text=text, batch=batch, seed=seed, results=results, segment=SEGMENT[model.device.type])
     for job in jobs:
-        job.check(context, wanted)
+        if lengths_of_job := job.lengths(wanted, model.train_length):
+            job.check(context, lengths_of_job)
     calibration = load_text(calibration_text) if calibration_text else None
 
     rows: list[Row] = []
@@ -95,9 +98,10 @@ def _plan(model: Mamba2LM, remedies: list[Remedy], jobs: list[Task], lengths: li
           context: Context) -> Iterator[tuple[Remedy, Task, list[int], int]]:  # fmt: skip
     """What is to be run, with its cost in tokens. Putting every remedy on once shows what is wrong before it counts."""
     for remedy in remedies:
-        for some in [[n] for n in lengths] if remedy.per_length else [lengths]:
-            with _mitigated(model, remedy, max(some), calibration, context):
-                for job in jobs:
+        for job in jobs:
+            mine = job.lengths(lengths, model.train_length)
+            for some in [[n] for n in mine] if remedy.per_length else [mine] if mine else []:
+                with _mitigated(model, remedy, max(some), calibration, context):
                     yield remedy, job, some, job.cost(context, some)
 
 

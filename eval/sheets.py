@@ -53,9 +53,7 @@ class Sheet:
     where: dict[str, Any]
     train_length: int | None
     note: str = ""
-    mitigations: dict[str, tuple[str, str | None]] = field(
-        default_factory=dict
-    )  # name: mitigation, calibration
+    mitigations: dict[str, tuple[str, str | None]] = field(default_factory=dict)  # name: mitigation, calibration
     cells: dict[str, dict[int, Cell]] = field(default_factory=dict)
     depths: dict[str, dict[tuple[int, float], Cell]] = field(default_factory=dict)
     peaks: dict[str, float] = field(default_factory=dict)
@@ -141,9 +139,7 @@ def context_gain(frame: pd.DataFrame) -> pd.DataFrame:
                 for length in sorted(sheet.cells[name]):
                     gain = sheet.gain(control, name, length)
                     if gain:
-                        rows.append(
-                            _named(sheet, name) | {"control": control, "length": length} | gain._asdict()
-                        )
+                        rows.append(_named(sheet, name) | {"control": control, "length": length} | gain._asdict())
     return pd.DataFrame(rows, columns=[*_NAMES, "control", "length", *Gain._fields])
 
 

@@ -55,7 +55,7 @@ class Context:
         return {
             "model": m.name, "weights_hash": m.weights_hash, "mitigation": self.mitigation,
             "calibration": self.calibration, "task": task.name, "text": text if isinstance(text, str) else text.name,
-            "text_hash": None if isinstance(text, str) else text.hash, "tokenizer": m.tokenizer.name,  # type: ignore[union-attr, attr-defined]
+            "text_hash": None if isinstance(text, str) else text.hash, "tokenizer": m.tokenizer.name,
             "length": length, "depth": depth, "metric": metric, "batch": self.batch,
             "dtype": str(m.dtype).removeprefix("torch."), "backend": m.backend, "device": device, "seed": self.seed,
         }  # fmt: skip
@@ -88,6 +88,11 @@ class Task:
     """Base of the tasks. The fields of the dataclass are its parameters, `name:key=value,...`."""
 
     name: ClassVar[str] = ""
+
+    def lengths(self, asked: list[int], train_length: int | None) -> list[int]:
+        """Which of the lengths asked for this task measures."""
+        longest = getattr(self, "max", None)
+        return [n for n in asked if longest is None or n <= longest]
 
     def check(self, context: Context, lengths: list[int]) -> None:
         """Raise InputError for what cannot be measured, before anything is."""

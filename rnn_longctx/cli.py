@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
 from pathlib import Path
@@ -11,8 +12,12 @@ import typer
 
 from rnn_longctx.errors import InputError
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
-                  help="Find where a recurrent language model stops working as its context grows, and what fixes it.")  # fmt: skip
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Find where a recurrent language model stops working as its context grows, and what fixes it.",
+)
 
 Many = Optional[list[str]]  # noqa: UP045 (typer reads it)
 MODEL = typer.Argument(help='"demo", a directory, or a Hugging Face hub id.')
@@ -22,11 +27,13 @@ MODEL = typer.Argument(help='"demo", a directory, or a Hugging Face hub id.')
 def evaluate_command(
     model: Annotated[Optional[str], MODEL] = None,  # noqa: UP045
     config: Annotated[Optional[Path], typer.Option(help="YAML file; options given here win.")] = None,  # noqa: UP045
-    lengths: Annotated[Optional[str], typer.Option(help="Tokens: 256,1k,64k,1m (k = 1024, m = 1024^2).")] = None,  # noqa: UP045
+    lengths: Annotated[str | None, typer.Option(help="Tokens: 256,1k,64k,1m (k = 1024, m = 1024^2).")] = None,
     task: Annotated[Many, typer.Option(help="lm, passkey, or passkey:n=100,max=8k; again for more.")] = None,
-    mitigation: Annotated[Many, typer.Option(help="none, state-norm, rri:alpha=0.999,beta=0.75, a+b; again for more.")] = None,
-    text: Annotated[Optional[str], typer.Option(help="stdlib, a file, a directory, hf:dataset[:split[:column]].")] = None,  # noqa: UP045
-    calibration_text: Annotated[Optional[str], typer.Option(help="Text for remedies that are calibrated.")] = None,  # noqa: UP045
+    mitigation: Annotated[
+        Many, typer.Option(help="none, state-norm, rri:alpha=0.999,beta=0.75, a+b; again for more.")
+    ] = None,
+    text: Annotated[str | None, typer.Option(help="stdlib, a file, a directory, hf:dataset[:split[:column]].")] = None,
+    calibration_text: Annotated[str | None, typer.Option(help="Text for remedies that are calibrated.")] = None,
     train_length: Annotated[Optional[str], typer.Option(help="Where the checkpoint does not say.")] = None,  # noqa: UP045
     tokenizer: Annotated[Optional[str], typer.Option(help='"bytes", a directory, or a hub id.')] = None,  # noqa: UP045
     out: Annotated[Optional[str], typer.Option(help="Folder for results and plots.")] = None,  # noqa: UP045
@@ -59,8 +66,18 @@ def evaluate_command(
     lm = _load(c.model, c.device, c.dtype, c.tokenizer, c.train_length)
     lm.use_backend(c.backend)
     console = Console()
-    console.print(header(lm.name, sum(p.numel() for p in lm.parameters()), lm.config.scan_state_elements,
-                         lm.config.conv_state_elements, lm.train_length, str(lm.device), c.dtype, lm.backend))  # fmt: skip
+    console.print(
+        header(
+            lm.name,
+            sum(p.numel() for p in lm.parameters()),
+            lm.config.scan_state_elements,
+            lm.config.conv_state_elements,
+            lm.train_length,
+            str(lm.device),
+            c.dtype,
+            lm.backend,
+        )
+    )
     frame = evaluate(lm, c.lengths, c.tasks, c.mitigations, text=c.text, calibration_text=c.calibration_text,
                      out=c.out, batch=c.batch, seed=c.seed, progress=console.is_terminal)  # fmt: skip
     for part in table(frame, width=console.width if console.is_terminal else 110):
@@ -111,7 +128,9 @@ def generate_command(
 
 
 @app.command("plot")
-def plot_command(directory: Annotated[Path, typer.Argument(help="A folder with results.parquet or results.csv.")]) -> None:
+def plot_command(
+    directory: Annotated[Path, typer.Argument(help="A folder with results.parquet or results.csv.")],
+) -> None:
     """Draw the plots again, from the table alone."""
     from rnn_longctx.eval import Results
     from rnn_longctx.eval.plots import plot_all
@@ -150,8 +169,20 @@ def _load(model: str, device: str, dtype: str, tokenizer: str | None, train_leng
     return rnn_longctx.load(model, device=device, dtype=dtype, tokenizer=tokenizer, train_length=length)
 
 
+def _tune_cpu() -> None:
+    """Before torch is loaded: threads that wait asleep (spinning ones stall each other if anything else runs), and
+    an allocator that keeps a call's activations instead of handing them back and faulting them in anew."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "mallopt"):  # glibc
+            libc.mallopt(-3, 1 << 28)  # M_MMAP_THRESHOLD
+            libc.mallopt(-1, 1 << 29)  # M_TRIM_THRESHOLD
+
+
 def main() -> None:
     """Entry point. Errors of input are one line; a reader that went away (`| head`) is no error."""
+    _tune_cpu()
     try:
         app(standalone_mode=True)
     except InputError as error:

@@ -104,9 +104,7 @@ def _override(data: dict[str, Any], item: str) -> dict[str, Any]:
         if child is None:
             child = node[part] = {}
         if not isinstance(child, dict):
-            raise InputError(
-                f"--set {item}: {'.'.join(parts[: depth + 1])} is {_given(child)}, not a group of keys"
-            )
+            raise InputError(f"--set {item}: {'.'.join(parts[: depth + 1])} is {_given(child)}, not a group of keys")
         node = child
     node[parts[-1]] = value
     return data
@@ -114,9 +112,7 @@ def _override(data: dict[str, Any], item: str) -> dict[str, Any]:
 
 def _build(cls: type[T], mapping: Any, key: str, where: str) -> T:
     if not isinstance(mapping, Mapping):
-        raise InputError(
-            f"{where}{key or 'config'}: expected a mapping of keys to values, got {_given(mapping)}"
-        )
+        raise InputError(f"{where}{key or 'config'}: expected a mapping of keys to values, got {_given(mapping)}")
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
     hints = typing.get_type_hints(cls)
     prefix = f"{key}." if key else ""
@@ -160,9 +156,7 @@ def _convert(hint: Any, value: Any, key: str, where: str) -> Any:
     if origin in (list, tuple, Sequence) or hint in (list, tuple):
         element = args[0] if args else Any
         fixed = origin is tuple and len(args) > 0 and Ellipsis not in args
-        if isinstance(
-            value, str
-        ):  # `--set lengths=256,1k`; a single string is one item (names may hold commas)
+        if isinstance(value, str):  # `--set lengths=256,1k`; a single string is one item (names may hold commas)
             value = [value] if element in (str, Any) else [p.strip() for p in value.split(",")]
         if not isinstance(value, (list, tuple)) or (fixed and len(value) != len(args)):
             raise wrong

@@ -69,4 +69,3 @@ def _number(text: str) -> Any:
 
 def _text(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
-

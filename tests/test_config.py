@@ -92,9 +92,7 @@ def test_mistakes_are_one_line_naming_key_and_file(given: dict, words: list[str]
 def test_yaml_and_overrides(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     file.write_text("name: a\ninner:\n  rate: 3e-3\n")
-    made = load_yaml(
-        Outer, file, ["inner.kind=wsd", "lengths=256,4k", "more.x=2", "amp=false", "name=rri:a=1,b=2"]
-    )
+    made = load_yaml(Outer, file, ["inner.kind=wsd", "lengths=256,4k", "more.x=2", "amp=false", "name=rri:a=1,b=2"])
     assert made.inner == Inner(3e-3, kind="wsd")
     assert (made.lengths, made.more, made.amp, made.name) == ([256, 4096], {"x": 2.0}, False, "rri:a=1,b=2")
 

@@ -56,16 +56,12 @@ def make_passkey(
     return _prompt(tokenizer, length, depth, _draw(rng), style)
 
 
-def passkey_batch(
-    tokenizer: Tokenizer, length: int, n: int, seed: int, style: str = "auto"
-) -> list[PasskeyPrompt]:
+def passkey_batch(tokenizer: Tokenizer, length: int, n: int, seed: int, style: str = "auto") -> list[PasskeyPrompt]:
     """`n` prompts at evenly spaced depths (i + 0.5) / n, or at ten depths in turn when n > 10; the key of
     prompt i depends on (seed, length, i) alone."""
     bins = min(n, 10)
     rngs = [np.random.default_rng([seed, length, i]) for i in range(n)]
-    return [
-        make_passkey(tokenizer, length, (i % bins + 0.5) / bins, rng, style) for i, rng in enumerate(rngs)
-    ]
+    return [make_passkey(tokenizer, length, (i % bins + 0.5) / bins, rng, style) for i, rng in enumerate(rngs)]
 
 
 def training_sequence(
@@ -91,9 +87,7 @@ def _prompt(tokenizer: Tokenizer, length: int, depth: float, answer: str, style:
     key = tokenizer.encode(wording.key.format(answer))
     room = length - len(header) - len(key) - len(question)
     if room < 0:
-        raise InputError(
-            f"a {style} passkey prompt takes at least {length - room} tokens; {length} were asked for"
-        )
+        raise InputError(f"a {style} passkey prompt takes at least {length - room} tokens; {length} were asked for")
     before = round(depth * room)
     filler = tokenizer.encode(FILLER)
     ids = np.concatenate([header, _last(filler, before), key, _last(filler, room - before), question])

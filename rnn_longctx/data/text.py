@@ -64,9 +64,7 @@ class Text:
         """The i-th fixed slice, `nbytes` long. Reading is circular (NUL between the end and the beginning),
         so that where a slice starts depends on `i` and the text alone. More than there is: InputError."""
         if nbytes > len(self.data):
-            raise InputError(
-                f"text {self.name} has {len(self.data)} bytes; a slice of {nbytes} was asked for"
-            )
+            raise InputError(f"text {self.name} has {len(self.data)} bytes; a slice of {nbytes} was asked for")
         start = self.start(i)
         head = self.data[start : start + nbytes]
         return head if len(head) == nbytes else (head + b"\0" + self.data[: nbytes - len(head)])[:nbytes]
@@ -92,9 +90,7 @@ def tokens(text: Text, tokenizer: Tokenizer, i: int, n: int) -> tuple[np.ndarray
         sizes.append(new_sizes)
         have, position = have + len(new_ids), stop
     if have < n:
-        raise InputError(
-            f"text {text.name} has {have} tokens ({tokenizer.name}) in slice {i}; {n} were asked for"
-        )
+        raise InputError(f"text {text.name} has {have} tokens ({tokenizer.name}) in slice {i}; {n} were asked for")
     return np.concatenate(ids)[:n], np.concatenate(sizes)[:n]
 
 
@@ -167,12 +163,8 @@ def _site_packages() -> list[bytes]:
     paths = sysconfig.get_paths()
     roots = {Path(p).resolve() for p in (paths["purelib"], paths["platlib"], *site.getsitepackages())}
     skip = {"__pycache__", "rnn_longctx"}
-    found = sorted(
-        (name, str(root / name)) for root in roots if root.is_dir() for name in _walk(root, ".py", skip)
-    )
-    found = [
-        (name, path) for name, path in found if not name.startswith("__editable__")
-    ]  # holds this machine's paths
+    found = sorted((name, str(root / name)) for root in roots if root.is_dir() for name in _walk(root, ".py", skip))
+    found = [(name, path) for name, path in found if not name.startswith("__editable__")]  # holds this machine's paths
     known = {line for d in _stdlib() for line in _long_lines(d)}
     documents: dict[bytes, bytes] = {}  # by digest, in order
     for data in _read_all([Path(p) for _, p in found], 200, 1_000_000):

@@ -63,9 +63,7 @@ class HFTokenizer:
         backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
         if not isinstance(backend, Fast):
             kind = type(tokenizer).__name__
-            raise InputError(
-                f"tokenizer {kind} gives no byte offsets; a fast tokenizer (tokenizer.json) is needed"
-            )
+            raise InputError(f"tokenizer {kind} gives no byte offsets; a fast tokenizer (tokenizer.json) is needed")
         # A copy: the settings below must not change the tokenizer of the caller.
         self._fast = Fast.from_str(backend.to_str())
         self._fast.no_truncation()

@@ -98,8 +98,8 @@ def _flatten(value: Any, name: str, out: dict[str, Tensor]) -> Any:
         out[name] = value.clone(memory_format=torch.contiguous_format)
         return {"tensor": name}
     if is_dataclass(value):
-        return {"type": type(value).__name__,
-                "fields": {f.name: _flatten(getattr(value, f.name), f"{name}.{f.name}", out) for f in fields(value)}}  # fmt: skip
+        inside = {f.name: _flatten(getattr(value, f.name), f"{name}.{f.name}", out) for f in fields(value)}
+        return {"type": type(value).__name__, "fields": inside}
     if isinstance(value, list):
         return [_flatten(v, f"{name}.{i}", out) for i, v in enumerate(value)]
     return {"value": value}

@@ -48,9 +48,7 @@ class LazyTokenizer:
 
     def load(self) -> Tokenizer:
         if self.spec is None:
-            raise InputError(
-                f"model {self.model} comes with no tokenizer; name one: a directory, a hub id, bytes"
-            )
+            raise InputError(f"model {self.model} comes with no tokenizer; name one: a directory, a hub id, bytes")
         if self._tokenizer is None:
             self._tokenizer = load_tokenizer(self.spec)
         return self._tokenizer
@@ -175,9 +173,7 @@ def _fitting(stored: dict[str, Tensor], model: Mamba2LM, source: str) -> dict[st
         head, embedding = stored.get("lm_head.weight"), stored.get("backbone.embedding.weight")
         if head is not None and embedding is not None:
             if head.data_ptr() != embedding.data_ptr() and not torch.equal(head, embedding):
-                raise InputError(
-                    f"{source}: config.json ties lm_head.weight to the embedding, but they differ"
-                )
+                raise InputError(f"{source}: config.json ties lm_head.weight to the embedding, but they differ")
             stored = {k: v for k, v in stored.items() if k != "lm_head.weight"}
         del expected["lm_head.weight"]
     missing, unexpected = expected.keys() - stored.keys(), stored.keys() - expected.keys()

@@ -13,7 +13,7 @@ from rnn_longctx.models.mamba2 import Mamba2LM
 SEGMENT = 4096
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def prefill(model: Mamba2LM, ids: Tensor, cache: Cache | None = None, segment: int = SEGMENT) -> tuple[Tensor, Cache]:
     """Read ids (B, T) and return the logits (B, vocab) after the last token, and the cache.
 
@@ -25,14 +25,11 @@ def prefill(model: Mamba2LM, ids: Tensor, cache: Cache | None = None, segment: i
             cache.position = torch.full((len(ids),), start, dtype=torch.int64)
             cache.tail = ids[:, max(0, start - model.restart.overlap) : start].to(model.device)
             ids = ids[:, start:]
-    hidden = None
-    for hidden in model.stream(ids, cache, segment):
-        pass
-    assert hidden is not None
-    return model.logits(hidden[:, -1]), cache
+    *_, last = (hidden[:, -1] for hidden in model.stream(ids, cache, segment))
+    return model.logits(last), cache
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def continuation(model: Mamba2LM, logits: Tensor, cache: Cache, temperature: float = 0.0,
                  generator: torch.Generator | None = None) -> Iterator[Tensor]:  # fmt: skip
     """Token after token, (B,) each, after `prefill`; greedy where temperature is 0. Endless."""

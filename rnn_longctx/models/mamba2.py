@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from rnn_longctx.errors import InputError
 from rnn_longctx.models.cache import Cache, Carry
 from rnn_longctx.models.restart import Restart, read_restarting
-from rnn_longctx.ssd import PLAIN, ScanCarry, ScanPolicy, choose, scan
+from rnn_longctx.ssd import PLAIN, ScanPolicy, choose, scan
 
 LOGITS = 2**22  # the most logits held at once
 
@@ -94,7 +94,9 @@ class RMSNorm(nn.Module):
         if self.groups == 1:
             x = F.rms_norm(x, x.shape[-1:], None, self.eps)
         else:
-            x = F.rms_norm(x.unflatten(-1, (self.groups, -1)), (x.shape[-1] // self.groups,), None, self.eps).flatten(-2)
+            x = F.rms_norm(x.unflatten(-1, (self.groups, -1)), (x.shape[-1] // self.groups,), None, self.eps).flatten(
+                -2
+            )
         return (x * self.weight).to(dtype)
 
 
@@ -128,7 +130,9 @@ class Mamba2(nn.Module):
         nn.init.kaiming_uniform_(self.out_proj.weight, a=math.sqrt(5))
         self.out_proj.weight /= math.sqrt(c.n_layer)
 
-    def forward(self, u: Tensor, carry: Carry | None, mask: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Carry]:
+    def forward(
+        self, u: Tensor, carry: Carry | None, mask: Tensor | None, reset: Tensor | None
+    ) -> tuple[Tensor, Carry]:
         """(B, T, d_model) in and out, with the carry after it."""
         c = self.config
         z, xBC, dt = self.in_proj(u).split([c.d_inner, c.conv_dim, c.nheads], -1)
@@ -137,8 +141,9 @@ class Mamba2(nn.Module):
         xBC, conv = self._convolve(xBC, carry.conv if carry else None, reset)
         x, B, C = xBC.split([c.d_inner, c.ngroups * c.d_state, c.ngroups * c.d_state], -1)
         groups = (c.ngroups, c.d_state)
+        A = -self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)).exp()
         y, scanned = scan(
-            x.unflatten(-1, (c.nheads, c.headdim)), dt, -self.A_log.float().exp() if u.dtype != torch.float64 else -self.A_log.exp(),
+            x.unflatten(-1, (c.nheads, c.headdim)), dt, A,
             B.unflatten(-1, groups), C.unflatten(-1, groups), dt_bias=self.dt_bias, dt_limit=c.dt_limit, D=self.D,
             policy=self.policy, carry=carry.scan if carry else None, reset=reset, mask=mask, backend=self.backend,
         )  # fmt: skip
@@ -157,7 +162,9 @@ class Mamba2(nn.Module):
         else:  # a tap that reaches back over a document's beginning reads zero
             document = F.pad(reset.long().cumsum(1), (taps, 0))  # (B, taps + T)
             y = sum(
-                weight[:, 0, k, None] * whole[..., k : k + length] * (document[:, k : k + length] == document[:, taps:])[:, None]
+                weight[:, 0, k, None]
+                * whole[..., k : k + length]
+                * (document[:, k : k + length] == document[:, taps:])[:, None]
                 for k in range(taps + 1)
             )  # type: ignore[assignment]
         if self.conv1d.bias is not None:
@@ -177,7 +184,9 @@ class Block(nn.Module):
         self.mixer = Mamba2(config)
         self.residual_in_fp32 = config.residual_in_fp32
 
-    def forward(self, h: Tensor, carry: Carry | None, mask: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Carry]:
+    def forward(
+        self, h: Tensor, carry: Carry | None, mask: Tensor | None, reset: Tensor | None
+    ) -> tuple[Tensor, Carry]:
         out, carry = self.mixer(self.norm(h.to(self.norm.weight.dtype)), carry, mask, reset)
         if self.residual_in_fp32 and h.dtype != torch.float64:
             h = h.float()
@@ -221,7 +230,7 @@ class Mamba2LM(nn.Module):
     @property
     def mixers(self) -> list[Mamba2]:
         """The recurrent layers, in order."""
-        return [block.mixer for block in self.backbone.layers]  # type: ignore[union-attr, misc]
+        return [block.mixer for block in self.backbone.layers]  # type: ignore[misc]
 
     @property
     def backend(self) -> str:

@@ -28,7 +28,9 @@ class Restart:
 
     def __post_init__(self) -> None:
         if self.every < 1 or not 0 <= self.overlap <= self.every:
-            raise InputError(f"a restart needs every >= 1 and 0 <= overlap <= every, got every={self.every}, overlap={self.overlap}")
+            raise InputError(
+                f"a restart needs every >= 1 and 0 <= overlap <= every, got every={self.every}, overlap={self.overlap}"
+            )
 
     def __str__(self) -> str:
         return f"restart every {self.every} tokens, {self.overlap} read again"

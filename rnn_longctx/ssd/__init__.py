@@ -57,13 +57,17 @@ def scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *, dt_bias: Ten
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     fresh = carry is None
     if carry is None:
-        carry = ScanCarry.start(batch, heads, headdim, B.shape[3], per_channel=A.ndim == 2, dtype=dtype, device=x.device)
+        carry = ScanCarry.start(
+            batch, heads, headdim, B.shape[3], per_channel=A.ndim == 2, dtype=dtype, device=x.device
+        )
     if not length:
         return x, carry
     if policy.window is not None and carry.window is None and bool((carry.position > 0).any()):
         raise InputError("a sliding window cannot begin in mid-stream: what it must subtract was not kept")
     if policy.window is not None and carry.window is not None and carry.window.size != policy.window:
-        raise InputError(f"the carry was made with a window of {carry.window.size} tokens, the policy asks {policy.window}")
+        raise InputError(
+            f"the carry was made with a window of {carry.window.size} tokens, the policy asks {policy.window}"
+        )
     if carry.window is not None and policy.window is None:
         carry = ScanCarry(window_state(carry), carry.position, carry.log_decay)
     if fresh and policy.start is not None:
@@ -74,8 +78,9 @@ def scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *, dt_bias: Ten
 
     with torch.autocast(x.device.type, enabled=False):
         y, new = chosen.run(
-            x.to(dtype), dt.to(dtype), A.to(dtype), B.to(dtype), C.to(dtype), dt_bias=None if dt_bias is None else dt_bias.to(dtype),
-            dt_softplus=dt_softplus, dt_limit=dt_limit, policy=policy, carry=carry, reset=reset, mask=mask, counts=counts, drop=drop,
+            x.to(dtype), dt.to(dtype), A.to(dtype), B.to(dtype), C.to(dtype),
+            dt_bias=None if dt_bias is None else dt_bias.to(dtype), dt_softplus=dt_softplus, dt_limit=dt_limit,
+            policy=policy, carry=carry, reset=reset, mask=mask, counts=counts, drop=drop,
         )  # fmt: skip
         if D is not None:
             y = y + (D if D.ndim == 2 else D[:, None]).to(dtype) * x.to(dtype)

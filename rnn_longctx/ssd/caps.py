@@ -82,7 +82,9 @@ def _factors_per_channel(x: Tensor, log_decay: Tensor, scale: Tensor, B: Tensor,
     B = B.repeat_interleave(heads // B.shape[2], 2)
     r = torch.ones_like(scale)
     for t in range(x.shape[1]):
-        state = state * log_decay[:, t].exp()[:, :, None] + (scale[:, t, :, None] * x[:, t])[..., None] * B[:, t, :, None]
+        state = (
+            state * log_decay[:, t].exp()[:, :, None] + (scale[:, t, :, None] * x[:, t])[..., None] * B[:, t, :, None]
+        )
         r[:, t] = clip_factor(state, caps[:, t])
         state = state * r[:, t, :, None, None]
     return r

@@ -21,7 +21,7 @@ def tree_map(function: Any, value: T) -> T:
     if is_dataclass(value) and not isinstance(value, type):
         return replace(value, **{f.name: tree_map(function, getattr(value, f.name)) for f in fields(value)})
     if isinstance(value, list | tuple):
-        return type(value)(tree_map(function, v) for v in value)  # type: ignore[return-value]
+        return type(value)(tree_map(function, v) for v in value)
     return value
 
 

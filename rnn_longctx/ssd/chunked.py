@@ -81,7 +81,9 @@ def piece(x: Tensor, log_decay: Tensor, scale: Tensor, B: Tensor, C: Tensor, sta
     return _piece_masked(x, cum, scale, B, C, state)
 
 
-def _piece_factored(x: Tensor, cum: Tensor, scale: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+def _piece_factored(
+    x: Tensor, cum: Tensor, scale: Tensor, B: Tensor, C: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
     """exp(cum_t - cum_s) as exp(cum_t) * exp(-cum_s): the heads of a group then share one masked product. All terms
     of a sum are scaled alike, so nothing is lost as long as neither factor leaves the range of floats."""
     batch, c, heads, headdim = x.shape
@@ -99,8 +101,7 @@ def _piece_factored(x: Tensor, cum: Tensor, scale: Tensor, B: Tensor, C: Tensor,
 
 def _piece_masked(x: Tensor, cum: Tensor, scale: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """The same for decays of any size: differences first, masked, then the exponential; (c, c) weights a head."""
-    batch, c, heads, headdim = x.shape
-    groups, d_state = B.shape[2:]
+    c, heads, groups = *x.shape[1:3], B.shape[2]
     cum, scale = cum.transpose(1, 2), scale.transpose(1, 2)  # (B, H, c)
     x, C = x.transpose(1, 2), C.transpose(1, 2)  # (B, H, c, P), (B, G, c, N)
     B = B.transpose(1, 2)

@@ -116,7 +116,9 @@ class ScanPolicy:
             return torch.zeros_like(like)
         start = torch.tensor(self.start, dtype=like.dtype, device=like.device)
         if start.shape != like.shape[1:]:
-            raise InputError(f"start has shape {tuple(start.shape)}, the layer's state is (H, P, N) = {tuple(like.shape[1:])}")
+            raise InputError(
+                f"start has shape {tuple(start.shape)}, the layer's state is (H, P, N) = {tuple(like.shape[1:])}"
+            )
         return start.expand_as(like).clone()
 
     def to_dict(self) -> dict[str, Any]:

@@ -132,5 +132,13 @@ def _forget(w: WindowCarry, keep: Tensor) -> WindowCarry:
     k = keep.to(w.x.device, w.x.dtype)
     four, five = k[:, None, None, None], k[:, None, None, None, None]
     return WindowCarry(
-        w.size, w.block * four, w.head, w.x * four, w.B, w.log_decay, w.x_before * four, w.B_before, w.after * five
+        w.size,
+        w.block * four,
+        w.head,
+        w.x * four,
+        w.B,
+        w.log_decay,
+        w.x_before * four,
+        w.B_before,
+        w.after * five,
     )

@@ -11,9 +11,7 @@ from rnn_longctx.train import TrainConfig, TrainingDiverged, train
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m rnn_longctx.train", description="Train a model; resumes."
-    )
+    parser = argparse.ArgumentParser(prog="python -m rnn_longctx.train", description="Train a model; resumes.")
     parser.add_argument("config", help="a YAML file, such as configs/train/demo.yaml")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change one setting")
     arguments = parser.parse_args()

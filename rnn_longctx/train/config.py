@@ -27,9 +27,7 @@ class PasskeyConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    text: list[str] = field(
-        default_factory=lambda: ["site-packages"]
-    )  # as rnn_longctx.data.load_text reads them
+    text: list[str] = field(default_factory=lambda: ["site-packages"])  # as rnn_longctx.data.load_text reads them
     tokenizer: str = "bytes"
     held_out: float = 0.005  # share of the text, its last documents, never trained on: the validation text
     passkey: PasskeyConfig = field(default_factory=PasskeyConfig)
@@ -90,11 +88,7 @@ class TrainConfig:
             if getattr(self, name) < 1:
                 raise InputError(f"{name}: expected a positive number, got {getattr(self, name)}")
         if "stdlib" in self.data.text:
-            raise InputError(
-                "data.text: stdlib is the evaluation text and is never trained on; use site-packages"
-            )
+            raise InputError("data.text: stdlib is the evaluation text and is never trained on; use site-packages")
         if self.data.passkey.fraction and self.data.passkey.lengths[1] > self.train_length:
             longest = self.data.passkey.lengths[1]
-            raise InputError(
-                f"data.passkey.lengths: {longest} is longer than train_length {self.train_length}"
-            )
+            raise InputError(f"data.passkey.lengths: {longest} is longer than train_length {self.train_length}")

@@ -70,9 +70,7 @@ class Corpus:
         fit = len(self.held_out) // (length + 1)
         chosen = np.unique(np.linspace(0, max(0, fit - 1), min(fit, most)).astype(np.int64))
         for i in range(0, len(chosen), batch_size):
-            rows = [
-                self.held_out[k * (length + 1) : (k + 1) * (length + 1)] for k in chosen[i : i + batch_size]
-            ]
+            rows = [self.held_out[k * (length + 1) : (k + 1) * (length + 1)] for k in chosen[i : i + batch_size]]
             yield torch.stack(rows).long()
 
 
@@ -97,9 +95,7 @@ def load_corpus(config: DataConfig, tokenizer: Tokenizer, length: int) -> Corpus
     corpus = Corpus(torch.cat(train), torch.cat(held_out), texts, tokenizer)
     if len(corpus.train) < length + 1:
         names = ", ".join(config.text)
-        raise InputError(
-            f"data.text: {names} gives {len(corpus.train)} tokens; train_length {length} needs more"
-        )
+        raise InputError(f"data.text: {names} gives {len(corpus.train)} tokens; train_length {length} needs more")
     return corpus
 
 
@@ -107,9 +103,7 @@ def _encode(tokenizer: Tokenizer, data: bytes) -> torch.Tensor:
     if tokenizer.name == "bytes":
         return torch.frombuffer(bytearray(data), dtype=torch.uint8)
     parts, start = [], 0
-    while start < len(
-        data
-    ):  # about a megabyte of whole documents at a time: offsets of a whole text would be big
+    while start < len(data):  # about a megabyte of whole documents at a time: offsets of a whole text would be big
         stop = data.find(b"\0", start + (1 << 20))
         stop = len(data) if stop < 0 else stop + 1
         parts.append(tokenizer.encode(data[start:stop]).astype(np.int32))

@@ -58,9 +58,7 @@ def claim_folder(out: Path, config: dict[str, Any]) -> None:
         if changed:
             key = changed[0]
             difference = f"{key} was {before.get(key)}, is {now.get(key)}"
-            raise InputError(
-                f"{out} holds a run of another config ({difference}); set another out, or remove it"
-            )
+            raise InputError(f"{out} holds a run of another config ({difference}); set another out, or remove it")
         return
     out.mkdir(parents=True, exist_ok=True)
     write_atomic(file, lambda f: f.write(json.dumps(config, indent=1).encode()))
@@ -95,6 +93,4 @@ def _short(value: Any) -> str:
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(tree, dict):
         return {prefix: tree}
-    return {
-        k: v for name, child in tree.items() for k, v in _flat(child, f"{prefix}.{name}".strip(".")).items()
-    }
+    return {k: v for name, child in tree.items() for k, v in _flat(child, f"{prefix}.{name}".strip(".")).items()}

@@ -227,16 +227,12 @@ def _envelope(config: TrainConfig, corpus: Corpus, model: Any) -> dict[str, Any]
     return measure_envelope(model, ids, f"{names} (held out)", digest).to_dict()
 
 
-def _provenance(
-    config: TrainConfig, corpus: Corpus, device: torch.device, metrics: dict[str, Any]
-) -> dict[str, Any]:
+def _provenance(config: TrainConfig, corpus: Corpus, device: torch.device, metrics: dict[str, Any]) -> dict[str, Any]:
     """What the finished model is made of. No paths: texts go by their canonical names."""
     recipe = {k: v for k, v in to_dict(config).items() if k not in ("out", "device", "licences")}
     recipe["data"]["text"] = [t["name"] for t in corpus.texts]
     others = [t["name"] for t in corpus.texts if t["name"] != "site-packages"]
-    excluded = (
-        "Python's standard library: not in the training text, nor is any installed file that has more than "
-    )
+    excluded = "Python's standard library: not in the training text, nor is any installed file that has more than "
     excluded += "20% of its longer lines in common with it"
     if others:
         excluded += f" (not checked in {', '.join(map(str, others))})"

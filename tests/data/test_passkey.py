@@ -19,9 +19,7 @@ class Pairs(ByteTokenizer):
 
     def encode(self, data: bytes | str) -> np.ndarray:
         raw = data.encode() if isinstance(data, str) else data
-        return np.array(
-            [int.from_bytes(raw[i : i + 2], "big") for i in range(0, len(raw), 2)], dtype=np.int64
-        )
+        return np.array([int.from_bytes(raw[i : i + 2], "big") for i in range(0, len(raw), 2)], dtype=np.int64)
 
 
 @pytest.mark.parametrize("style", ["paper", "headerless"])
@@ -92,9 +90,7 @@ def test_batches_are_reproducible_with_fresh_keys() -> None:
     assert all((a.ids == b.ids).all() for a, b in zip(few, again))
     many = passkey_batch(TOKENIZER, 400, 50, seed)
     assert [p.depth for p in many[:11]] == pytest.approx([*(np.arange(10) + 0.5) / 10, 0.05])
-    assert [p.answer for p in many[:5]] == [p.answer for p in few], (
-        "more prompts do not change the first keys"
-    )
+    assert [p.answer for p in many[:5]] == [p.answer for p in few], "more prompts do not change the first keys"
     assert len({p.answer for p in many}) > 45
     assert {p.answer for p in passkey_batch(TOKENIZER, 401, 50, seed)} != {p.answer for p in many}
     assert {p.answer for p in passkey_batch(TOKENIZER, 400, 50, seed + 1)} != {p.answer for p in many}

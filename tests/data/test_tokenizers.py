@@ -53,9 +53,7 @@ def test_bpe_round_trip_and_byte_counts(bpe: Tokenizer) -> None:
         assert nbytes.sum() == len(data) and (nbytes >= 0).all()
         assert tokenizer.decode(ids) == "<|endoftext|>".join(documents)
         boundary = np.flatnonzero(ids == 0)
-        assert len(boundary) == 2, (
-            "one end-of-document token a NUL, and none from the text's own <|endoftext|>"
-        )
+        assert len(boundary) == 2, "one end-of-document token a NUL, and none from the text's own <|endoftext|>"
         before = [len("\0".join(documents[:k]).encode()) for k in (1, 2)]
         assert [int(nbytes[:b].sum()) for b in boundary] == before
         assert (tokenizer.encode(data) == ids).all()

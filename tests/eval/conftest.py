@@ -41,9 +41,7 @@ SHARED = {
 }
 
 
-def make_frame(
-    lengths=LENGTHS, slices: int = 16, per_depth: int = 10, seed: int = 0, **shared
-) -> pd.DataFrame:
+def make_frame(lengths=LENGTHS, slices: int = 16, per_depth: int = 10, seed: int = 0, **shared) -> pd.DataFrame:
     """Rows for both tasks; slices share their difficulty, so that pairing matters. More columns: `shared`."""
     rng = np.random.default_rng(seed)
     hard = rng.normal(0, 0.08, slices)
@@ -66,9 +64,7 @@ def make_frame(
             hits = []
             for depth in (np.arange(10) + 0.5) / 10:
                 p = RECALL[mitigation][i]
-                hits += list(
-                    at := (rng.random(per_depth) < np.clip(p + (p % 1 > 0) * (depth - 0.5), 0, 1)) * 1.0
-                )
+                hits += list(at := (rng.random(per_depth) < np.clip(p + (p % 1 > 0) * (depth - 0.5), 0, 1)) * 1.0)
                 row(mitigation, "passkey", "accuracy", length, at, float(depth))
             row(mitigation, "passkey", "accuracy", length, hits)
     return pd.DataFrame(rows, columns=list(COLUMNS))

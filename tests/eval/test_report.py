@@ -49,8 +49,7 @@ def test_columns_line_up_and_controls_are_set_apart(story):
     assert set(names[names.index("controls:") + 1 :]) == CONTROLS
     values = [line for line in block if re.search(r"\d\.\d{3} ", line)]
     ends = {
-        tuple(m.end() for m in re.finditer(r"\d\.\d{3}\b", line.replace("alpha=0.999", "x" * 11)))
-        for line in values
+        tuple(m.end() for m in re.finditer(r"\d\.\d{3}\b", line.replace("alpha=0.999", "x" * 11))) for line in values
     }
     assert len(values) == 6 and len(ends) == 1 and len(next(iter(ends))) == 9
 
@@ -66,9 +65,7 @@ def test_sample_counts_go_into_the_header_where_they_differ(story):
 def test_verdicts_use_one_threshold_the_bare_models(story):
     found = summary(story).query("task == 'lm'").set_index("mitigation")
     peak = story[(story["metric"] == "nats_per_token_peak") & (story["mitigation"] == "none")]["value"].item()
-    losses = story[(story["metric"] == "nats_per_token") & (story["mitigation"] == "none")].set_index(
-        "length"
-    )["value"]
+    losses = story[(story["metric"] == "nats_per_token") & (story["mitigation"] == "none")].set_index("length")["value"]
     first = min(k for k, loss in losses.items() if k > 256 and loss > 2 * peak)
     assert found.loc["none", "first_failing"] == first
     assert found["first_failing"].drop("none").isna().all()
@@ -92,11 +89,7 @@ def test_context_gain_is_the_paired_difference_of_samples(story):
 
 
 def test_context_gain_pairs_the_slices_both_have(story):
-    rows = (
-        (story["mitigation"] == "state-norm")
-        & (story["metric"] == "nats_per_token")
-        & (story["length"] == 1024)
-    )
+    rows = (story["mitigation"] == "state-norm") & (story["metric"] == "nats_per_token") & (story["length"] == 1024)
     i = story.index[rows][0]
     story.at[i, "samples"] = story.at[i, "samples"][:5]
     gains = context_gain(story).set_index(["mitigation", "length"])
@@ -184,9 +177,7 @@ def test_losses_that_blew_up_are_shown_and_fail(story):
 
 
 def test_several_recompute_controls_each_have_a_table_and_the_best_one_judges(story):
-    again = story[story["mitigation"] == "recompute:last=512"].replace(
-        "recompute:last=512", "recompute:last=256"
-    )
+    again = story[story["mitigation"] == "recompute:last=512"].replace("recompute:last=512", "recompute:last=256")
     both = pd.concat([story, again], ignore_index=True)
     put(both, 0.70, mitigation="recompute:last=512", metric="nats_per_token", length=65536)
     put(both, 0.60, mitigation="recompute:last=256", metric="nats_per_token", length=65536)
@@ -201,9 +192,7 @@ def test_several_recompute_controls_each_have_a_table_and_the_best_one_judges(st
 def test_small_and_empty_tables(story):
     assert to_text(story.iloc[:0]).strip() == "no results yet" and conclusion(story.iloc[:0]) == ""
     assert len(summary(story.iloc[:0])) == 0 and len(context_gain(story.iloc[:0])) == 0
-    one = story[
-        (story["length"] == 1024) & (story["metric"] == "nats_per_token") & (story["mitigation"] == "none")
-    ]
+    one = story[(story["length"] == 1024) & (story["metric"] == "nats_per_token") & (story["mitigation"] == "none")]
     assert "not measured within the training length" in to_text(one)
     one = one.assign(train_length=pd.NA)
     assert "training length unknown" in to_text(one)

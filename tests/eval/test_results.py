@@ -165,9 +165,7 @@ def test_killed_writers_leave_only_whole_cells(tmp_path, caplog):
 
 def test_the_table_is_the_same_from_cells_parquet_and_csv(tmp_path):
     store = Results(tmp_path)
-    cells = [
-        row(length=length, depth=d, task=t) for length in (512, 64) for d in (None, 0.1 + 0.2) for t in "ab"
-    ]
+    cells = [row(length=length, depth=d, task=t) for length in (512, 64) for d in (None, 0.1 + 0.2) for t in "ab"]
     cells += [
         row(text='comma, "quote"\nand line', samples=None, value=math.inf),
         row(model=None, value=math.nan),

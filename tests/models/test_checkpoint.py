@@ -45,9 +45,7 @@ def official_config(d_model: int, n_layer: int, vocab_size: int = 50277, **ssm) 
     }
 
 
-def write(
-    directory: Path, config: dict | str, state: dict | None = None, name: str = "model.safetensors"
-) -> Path:
+def write(directory: Path, config: dict | str, state: dict | None = None, name: str = "model.safetensors") -> Path:
     directory.mkdir(exist_ok=True)
     (directory / "config.json").write_text(config if isinstance(config, str) else json.dumps(config))
     if state is not None and name.endswith(".bin"):
@@ -397,9 +395,7 @@ def test_hub(stored, official, tmp_path, monkeypatch):
     model = checkpoint.load("state-spaces/mamba2-tiny")
     assert model.name == "state-spaces/mamba2-tiny"
     assert model.provenance == {"source": "state-spaces/mamba2-tiny", "revision": "0123abc"}
-    assert len(asked) == (
-        1 if stored == "model.safetensors" else 2
-    )  # pickles only where there is nothing better
+    assert len(asked) == (1 if stored == "model.safetensors" else 2)  # pickles only where there is nothing better
     assert not any(".bin" in pattern for pattern in asked[0])
 
 
@@ -506,9 +502,7 @@ def test_weights_that_do_not_fit(own):
     edit(own, **{"backbone.layers.1.mixer.in_proj.weight": in_proj})
     checkpoint.load(own)
     refused(edit(own, extra=torch.ones(1)), "unexpected extra")
-    gone = {
-        f"backbone.layers.0.mixer.{k}": None for k in ("A_log", "D", "dt_bias", "conv1d.bias", "norm.weight")
-    }
+    gone = {f"backbone.layers.0.mixer.{k}": None for k in ("A_log", "D", "dt_bias", "conv1d.bias", "norm.weight")}
     refused(edit(own, extra=None, **gone), "missing backbone.layers.0.mixer.A_log", "and 2 more")
 
 

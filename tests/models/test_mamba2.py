@@ -30,9 +30,7 @@ def per_head(low: float, high: float) -> tuple[float, ...]:
 
 def policy(name: str) -> ScanPolicy:
     """A fresh one for every layer."""
-    gates = ScanPolicy(
-        mul=per_head(0.5, 1.5), add=per_head(-0.1, 0), gain=per_head(0.5, 1), min_dt=per_head(0, 0.2)
-    )
+    gates = ScanPolicy(mul=per_head(0.5, 1.5), add=per_head(-0.1, 0), gain=per_head(0.5, 1), min_dt=per_head(0, 0.2))
     start = ScanPolicy(start=torch.randn(HEADS, HEADDIM, D_STATE))
     return {
         "plain": PLAIN,
@@ -80,9 +78,7 @@ def cut(length: int, pieces: int = 6) -> list[int]:
 
 
 @torch.no_grad()
-def read(
-    model: Mamba2LM, ids: torch.Tensor, sizes: list[int] | None = None, cache: Cache | None = None, **marks
-):
+def read(model: Mamba2LM, ids: torch.Tensor, sizes: list[int] | None = None, cache: Cache | None = None, **marks):
     """Hidden states of ids, read in segments of the given sizes."""
     cache = cache if cache is not None else Cache()
     sizes = sizes or [ids.shape[1]]
@@ -275,9 +271,7 @@ def test_state_sizes(make):
 
 
 def test_initial_gates():
-    config = Mamba2Config(
-        d_model=256, n_layer=2, A_init=(1e-3, 1.0), A_log_uniform=True, dt_init=(1e-3, 1e-1)
-    )
+    config = Mamba2Config(d_model=256, n_layer=2, A_init=(1e-3, 1.0), A_log_uniform=True, dt_init=(1e-3, 1e-1))
     model = Mamba2LM(config)
     for mixer in model.mixers:
         dt, A = F.softplus(mixer.dt_bias), mixer.A_log.exp()

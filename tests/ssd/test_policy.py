@@ -45,8 +45,16 @@ def test_affine_parts_apply_left_to_right():
 
 
 def test_different_policies_have_different_hashes():
-    made = [PLAIN, ScanPolicy(mul=2.0), ScanPolicy(add=2.0), ScanPolicy(caps=(Cap(2.0),)), ScanPolicy(caps=(Cap(2.0, 2),)),
-            ScanPolicy(window=2), ScanPolicy(reset=2), ScanPolicy(start=torch.ones(1, 2, 3))]  # fmt: skip
+    made = [
+        PLAIN,
+        ScanPolicy(mul=2.0),
+        ScanPolicy(add=2.0),
+        ScanPolicy(caps=(Cap(2.0),)),
+        ScanPolicy(caps=(Cap(2.0, 2),)),
+        ScanPolicy(window=2),
+        ScanPolicy(reset=2),
+        ScanPolicy(start=torch.ones(1, 2, 3)),
+    ]
     assert len({p.hash for p in made}) == len(made)
 
 

@@ -169,9 +169,7 @@ def test_kill_9(config: TrainConfig, tmp_path: Path) -> None:
         "main.main()\n"
     )
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [sys.executable, "-c", slow, str(file)], env=environment, stdout=subprocess.PIPE
-    )
+    process = subprocess.Popen([sys.executable, "-c", slow, str(file)], env=environment, stdout=subprocess.PIPE)
     try:
         deadline = time.monotonic() + 60
         while not list((Path(config.out) / "snapshots").glob("step-*.pt")):
@@ -201,9 +199,7 @@ def test_another_config_in_the_same_folder_is_refused(config: TrainConfig) -> No
     other = replace(config, optimizer=OptimizerConfig(lr=1e-4))
     with pytest.raises(InputError, match=r"another config \(optimizer\.lr was 0\.003, is 0\.0001\)"):
         train(other)
-    train(
-        replace(config, log_every=3, checkpoint_every=5, save_dtype="float32")
-    )  # not part of what is trained
+    train(replace(config, log_every=3, checkpoint_every=5, save_dtype="float32"))  # not part of what is trained
 
 
 def test_another_text_in_the_same_folder_is_refused(config: TrainConfig) -> None:
@@ -215,9 +211,7 @@ def test_another_text_in_the_same_folder_is_refused(config: TrainConfig) -> None
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
-def test_steps_that_are_not_finite_are_skipped(
-    config: TrainConfig, monkeypatch: pytest.MonkeyPatch, what: str
-) -> None:
+def test_steps_that_are_not_finite_are_skipped(config: TrainConfig, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
     loss_of, seen = trainer.batch_loss, []
 
     def sometimes(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:

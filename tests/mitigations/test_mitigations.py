@@ -1,0 +1,207 @@
+"""Remedies as a person writes them: parsing, composition, putting on and taking off, and what they do to a model."""
+
+import math
+
+import pytest
+import torch
+
+from rnn_longctx.data import ByteTokenizer, Text
+from rnn_longctx.errors import InputError
+from rnn_longctx.mitigations import REMEDIES, active, mitigate, parse_remedy
+from rnn_longctx.mitigations.base import NotApplicable
+from rnn_longctx.models import Cache, Mamba2Config, Mamba2LM, Restart
+from rnn_longctx.models.generate import generate, prefill
+from rnn_longctx.ssd import PLAIN, Cap, ScanPolicy
+
+TEXT = Text("made", bytes(torch.randint(32, 127, (5000,), generator=torch.Generator().manual_seed(1)).tolist()))
+
+
+@pytest.fixture
+def model():
+    torch.set_num_threads(1)
+    config = Mamba2Config(d_model=32, n_layer=2, headdim=16, d_state=8, A_init=(1e-3, 1.0), A_log_uniform=True)
+    lm = Mamba2LM(config).double().eval()
+    lm.train_length, lm.tokenizer = 32, ByteTokenizer()
+    return lm
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "none",
+        "state-norm",
+        "state-norm:every=256",
+        "rri:alpha=0.999,beta=0.75",
+        "window:tokens=100",
+        "reset:every=512",
+        "reset:every=512,overlap=64",
+        "recompute:last=512",
+        "rri:alpha=0.9,beta=1.0+state-norm",
+    ],
+)
+def test_canonical_text_reads_back(text):
+    remedy = parse_remedy(text)
+    again = parse_remedy(str(remedy))
+    assert str(again) == str(remedy)
+    assert str(parse_remedy("rri:beta=0.75,alpha=0.999")) == "rri:alpha=0.999,beta=0.75"
+    assert str(parse_remedy("window:tokens=1k")) == "window:tokens=1024"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("rrj", "unknown mitigation 'rrj'; did you mean \"rri\""),
+        ("rri:alfa=0.9", "no parameter 'alfa'; did you mean \"alpha\""),
+        ("rri:alpha=1.1", r"alpha must lie in \(0, 1\]"),
+        ("rri:alpha=x", "alpha"),
+        ("rri:alpha", "not key=value"),
+        ("rri:beta=-1", "beta must be above 0"),
+        ("window", "window needs tokens"),
+        ("window:tokens=0", "tokens"),
+        ("state-norm:every=0", "every"),
+        ("reset:every=5,overlap=6", "overlap must lie between 0 and"),
+        ("recompute:last=7", "even number"),
+        ("none:x=1", "it has none"),
+        ("reset:every=5+recompute:last=8", "cannot be combined"),
+    ],
+)
+def test_bad_remedies_are_one_clear_line(text, message):
+    with pytest.raises(InputError, match=message) as error:
+        parse_remedy(text)
+    assert "\n" not in str(error.value)
+
+
+def test_policies(model):
+    with mitigate(model, "rri:alpha=0.99,beta=0.5"):
+        assert model.mixers[0].policy == ScanPolicy(add=math.log(0.99), gain=0.5)
+    with mitigate(model, "recompute:last=64"):
+        assert model.restart == Restart(32, 32) and model.mixers[0].policy == PLAIN
+    with mitigate(model, "reset:every=64,overlap=3"):
+        assert model.restart == Restart(64, 3)
+    with mitigate(model, "state-norm:every=4", text=TEXT) as handle:
+        caps = model.mixers[1].policy.caps
+        assert caps[0].every == 4 and len(caps[0].norm) == model.config.nheads
+        assert "made" in handle.plan.calibration and active(model)[1] == handle.plan.calibration
+    assert model.mixers[0].policy == PLAIN and model.restart is None
+
+
+def test_what_cannot_be_combined_is_refused_and_leaves_the_model_alone(model):
+    with pytest.raises(InputError, match="cannot be combined with a window"):
+        mitigate(model, "state-norm+window:tokens=8", text=TEXT)
+    assert active(model) == ("none", None) and model.mixers[0].policy == PLAIN
+    with mitigate(model, "window:tokens=8"), pytest.raises(InputError, match="window"):
+        mitigate(model, "state-norm", text=TEXT)
+    with mitigate(model, "reset:every=8"), pytest.raises(InputError, match="cannot be combined"):
+        mitigate(model, "recompute:last=8")
+    assert model.restart is None
+
+
+def test_handles_compose_and_come_off_in_any_order(model):
+    ids = torch.randint(256, (1, 40))
+    plain = model(ids)
+    first, second = mitigate(model, "rri:alpha=0.9,beta=1.0"), mitigate(model, "rri:alpha=0.8,beta=0.5")
+    assert active(model)[0] == "rri:alpha=0.9,beta=1+rri:alpha=0.8,beta=0.5"
+    both = model(ids)
+    with mitigate(model, "none"):
+        assert torch.equal(model(ids), both)
+    first.remove()
+    assert model.mixers[0].policy == ScanPolicy(add=math.log(0.8), gain=0.5)
+    first.remove()
+    second.remove()
+    assert torch.equal(model(ids), plain) and not torch.allclose(both, plain)
+    composed = parse_remedy("rri:alpha=0.9,beta=1.0+rri:alpha=0.8,beta=0.5")
+    with mitigate(model, composed):
+        torch.testing.assert_close(model(ids), both)
+
+
+def test_calibration_sees_the_bare_model(model):
+    with mitigate(model, "state-norm", text=TEXT) as handle:
+        bare = handle.plan.policies
+    model.__dict__.pop("_envelopes", None)
+    with mitigate(model, "rri:alpha=0.5,beta=0.1"), mitigate(model, "state-norm", text=TEXT) as handle:
+        assert handle.plan.policies == bare
+
+
+def test_a_kept_calibration_is_used_for_its_length_only(model):
+    norms = tuple((float(i + 1),) * model.config.nheads for i in range(2))
+    model.calibration = {"norms": norms, "length": 32, "text": "kept", "text_hash": "0", "slices": 3}
+    with mitigate(model, "state-norm") as handle:
+        assert handle.plan.policies[1].caps == (Cap((2.0,) * model.config.nheads, 1),)
+        assert handle.plan.calibration.startswith("kept")
+    with mitigate(model, "state-norm", text=TEXT) as handle:
+        assert handle.plan.calibration.startswith("made")
+    model.train_length = 64
+    with mitigate(model, "state-norm") as handle:
+        assert handle.plan.calibration.startswith("builtin")
+    model.calibration = {"norms": "x"}
+    with pytest.raises(InputError, match="calibration"):
+        mitigate(model, "state-norm")
+
+
+def test_state_norm_keeps_norms_below_what_training_showed(model):
+    ids = torch.randint(256, (2, 300))
+    with mitigate(model, "state-norm", text=TEXT):
+        cache = Cache()
+        for t in range(0, 300, 7):
+            model(ids[:, t : t + 7], cache)
+            for mixer, carry in zip(model.mixers, cache.layers):
+                cap = torch.tensor(mixer.policy.caps[0].norm, dtype=torch.float64)
+                assert (carry.scan.state.flatten(-2).norm(dim=-1) <= cap * (1 + 1e-9)).all()
+
+
+def test_no_training_length_is_a_refusal(model):
+    model.train_length = None
+    with pytest.raises(NotApplicable, match="--train-length"):
+        mitigate(model, "state-norm")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "none",
+        "state-norm",
+        "state-norm:every=5",
+        "rri",
+        "window:tokens=9",
+        "reset:every=10,overlap=3",
+        "recompute:last=12",
+        "rri:alpha=0.9,beta=0.9+reset:every=7",
+    ],
+)
+def test_generation_follows_the_remedy_as_reading_does(model, text):
+    """Greedy tokens from prefill and steps are those of reading everything again in one call."""
+    ids = torch.randint(256, (2, 37))
+    with mitigate(model, text, text=TEXT if "norm" in text else None):
+        new = generate(model, ids, 25)
+        for n in range(25):
+            whole = model(torch.cat([ids, new[:, :n]], 1))
+            assert torch.equal(model.logits(whole[:, -1]).argmax(-1), new[:, n])
+
+
+@pytest.mark.parametrize("length", [1, 5, 10, 11, 20, 21, 37])
+def test_prefill_under_a_control_reads_only_what_matters(model, length):
+    ids = torch.randint(256, (3, length))
+    for text in ("reset:every=10,overlap=4", "recompute:last=20", "reset:every=10"):
+        with mitigate(model, text):
+            cache = Cache()
+            expected = model.logits(model(ids, cache)[:, -1])
+            logits, short = prefill(model, ids)
+            torch.testing.assert_close(logits, expected)
+            assert torch.equal(short.position, cache.position)
+            more = torch.randint(256, (3, 30))
+            torch.testing.assert_close(model(more, short), model(more, cache))
+
+
+def test_recompute_sees_between_half_and_all_of_its_tokens(model):
+    ids = torch.randint(256, (1, 50))
+    with mitigate(model, "recompute:last=16"):
+        out = model(ids)
+    for t in range(50):
+        start = max(0, t // 8 * 8 - 8)
+        torch.testing.assert_close(out[:, t], model(ids[:, start : t + 1])[:, -1])
+
+
+def test_every_remedy_has_its_own_name():
+    assert set(REMEDIES) == {"none", "state-norm", "rri", "window", "reset", "recompute"}
+    for name, kind in REMEDIES.items():
+        assert kind.name == name and kind.__doc__

@@ -1,0 +1,31 @@
+import torch
+
+from rnn_longctx.data import ByteTokenizer, Text
+from rnn_longctx.models import Cache, Mamba2Config, Mamba2LM
+from rnn_longctx.probes.envelope import EVERY, Envelope, envelope_of, measure_envelope
+
+
+def test_envelope_is_the_largest_norm_of_each_head():
+    torch.set_num_threads(1)
+    model = Mamba2LM(Mamba2Config(d_model=32, n_layer=2, headdim=16, d_state=8)).double().eval()
+    ids = torch.randint(256, (5, 70))
+    found = measure_envelope(model, ids, "some", "hash")
+    expected = torch.zeros(2, 4, dtype=torch.float64)
+    ends = [*range(EVERY, 70, EVERY), 70]
+    for row in ids:
+        for end in ends:
+            cache = Cache()
+            model(row[None, :end], cache)
+            norms = torch.stack([c.scan.state[0].flatten(1).norm(dim=1) for c in cache.layers])
+            expected = torch.maximum(expected, norms)
+    torch.testing.assert_close(torch.tensor(found.norms, dtype=torch.float64), expected)
+    assert (found.length, found.slices, found.label) == (70, 5, "some hash, 5 x 70")
+    assert Envelope.from_dict(found.to_dict()) == found
+
+
+def test_texts_have_envelopes_of_their_own():
+    model = Mamba2LM(Mamba2Config(d_model=32, n_layer=1, headdim=16, d_state=8)).eval()
+    model.tokenizer = ByteTokenizer()
+    a, b = (Text(n, bytes(torch.randint(32, 120, (900,)).tolist())) for n in "ab")
+    assert envelope_of(model, 64, a) != envelope_of(model, 64, b)
+    assert envelope_of(model, 64, a) is envelope_of(model, 64, a)
