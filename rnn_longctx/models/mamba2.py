@@ -150,29 +150,26 @@ class Mamba2(nn.Module):
         return self.out_proj(self.norm(y.flatten(-2), z)), Carry(conv, scanned)
 
     def _convolve(self, x: Tensor, before: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Causal depthwise convolution and SiLU, (B, T, channels), with the d_conv - 1 inputs before it."""
-        taps, (batch, length, channels) = self.config.d_conv - 1, x.shape
-        x = x.transpose(1, 2)  # (B, channels, T)
-        if before is None:
-            before = x.new_zeros(batch, channels, taps)
-        whole = torch.cat([before.to(x.dtype), x], 2)
-        weight = self.conv1d.weight.to(x.dtype)
-        if reset is None:
-            y = F.conv1d(whole, weight, groups=channels)
-        else:  # a tap that reaches back over a document's beginning reads zero
-            document = F.pad(reset.long().cumsum(1), (taps, 0))  # (B, taps + T)
-            y = sum(
-                weight[:, 0, k, None]
-                * whole[..., k : k + length]
-                * (document[:, k : k + length] == document[:, taps:])[:, None]
-                for k in range(taps + 1)
-            )  # type: ignore[assignment]
-        if self.conv1d.bias is not None:
-            y = y + self.conv1d.bias.to(x.dtype)[:, None]
-        after = whole[..., length:]
-        if reset is not None:
-            after = after * (document[:, length:] == document[:, -1:])[:, None]
-        return F.silu(y).transpose(1, 2), after
+        """Causal depthwise convolution and SiLU, (B, T, channels), and the d_conv - 1 inputs for the next call.
+
+        A sum over taps in this layout: on a CPU twice as fast as turning channels first for a library call."""
+        taps, length = self.config.d_conv - 1, x.shape[1]
+        before = x.new_zeros(x.shape[0], x.shape[2], taps) if before is None else before.to(x.dtype)
+        whole = torch.cat([before.transpose(1, 2), x], 1)  # (B, taps + T, channels)
+        weight = self.conv1d.weight[:, 0].t().to(x.dtype).contiguous()  # (d_conv, channels)
+        bias = self.conv1d.bias.to(x.dtype) if self.conv1d.bias is not None else x.new_zeros(x.shape[2])
+        # a tap that reaches back over a document's beginning reads zero
+        document = None if reset is None else F.pad(reset.long().cumsum(1), (taps, 0))[..., None]  # (B, taps + T, 1)
+        y = bias.expand_as(x)
+        for k in range(taps + 1):
+            tap = whole[:, k : k + length]
+            if document is not None:
+                tap = tap * (document[:, k : k + length] == document[:, taps:])
+            y = torch.addcmul(y, tap, weight[k])
+        after = whole[:, length:]
+        if document is not None:
+            after = after * (document[:, length:] == document[:, -1:])
+        return F.silu(y), after.transpose(1, 2).contiguous()
 
 
 class Block(nn.Module):

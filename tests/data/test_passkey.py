@@ -103,8 +103,8 @@ def test_training_sequence() -> None:
         length = int(rng.integers(110, 300))
         ids, mask = training_sequence(TOKENIZER, length, rng)
         text = TOKENIZER.decode(ids)
-        key = re.search(r"pass key is (\d{5})\. Remember", text)
-        assert key and text.endswith(f"The pass key is {key[1]}.") and mask.dtype == bool
+        key = re.search(r"passkey is (\d{5})\. Remember", text)
+        assert key and text.endswith(f"The passkey is {key[1]}.") and mask.dtype == bool
         assert TOKENIZER.decode(ids[mask]) == f" {key[1]}."
         positions.add(key.start() / length)
     assert max(positions) - min(positions) > 0.2

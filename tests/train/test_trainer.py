@@ -297,7 +297,7 @@ def test_learning_rate() -> None:
     ("override", "words"),
     [
         ("data.text=[stdlib]", "never trained on"),
-        ("data.passkey.lengths=[128,300]", "longer than train_length 256"),
+        ("data.passkey.lengths=[128,600]", "longer than train_length 512"),
         ("data.passkey.fraction=2", "data.passkey.fraction"),
         ("steps=0", "steps"),
         ("schedule.name=cosin", 'did you mean "cosine"'),
