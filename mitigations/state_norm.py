@@ -2,8 +2,9 @@
 
     S_t <- S_t * min(1, cap / ||S_t||_F)        per head, after every token or every k tokens
 
-Reads the largest norm each head reaches within the training length on a calibration text (`probes.envelope`) and
-makes it that head's cap. Changes the recurrence of heads that reach it, and no other.
+Reads the largest norm each head reaches within the training length, in each of some slices of a calibration text
+(`probes.envelope`), and makes a quantile of them that head's cap. Changes the recurrence of heads that reach it, and no
+other.
 """
 
 from __future__ import annotations
@@ -24,16 +25,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StateNorm(Remedy):
-    """every: tokens between two caps; 1 is exact, more is cheaper."""
+    """every: tokens between two caps; 1 is exact, more is cheaper. quantile: of the slices' largest norms, in [0, 1]; 1
+    leaves alone what was ever seen in training, less caps tighter."""
 
     name = "state-norm"
     every: int = quiet(1)
+    quantile: float = quiet(1.0)
 
     def __post_init__(self) -> None:
         if self.every < 1:
             raise InputError(f"state-norm: every must be at least 1 token, got {self.every}")
+        if not 0 <= self.quantile <= 1:
+            raise InputError(f"state-norm: quantile must lie in [0, 1], got {self.quantile:g}")
 
     def plan(self, model: Mamba2LM, target_length: int | None = None, text: Text | None = None) -> Plan:
         envelope = envelope_of(model, train_length(model, "state-norm"), text)
-        policies = tuple(ScanPolicy(caps=(Cap(tuple(norms), self.every),)) for norms in envelope.norms)
+        policies = tuple(ScanPolicy(caps=(Cap(caps, self.every),)) for caps in envelope.norms(self.quantile))
         return Plan(policies, calibration=envelope.label)

@@ -20,21 +20,29 @@ SLICES = 32
 
 @dataclass(frozen=True)
 class Envelope:
-    """The largest Frobenius norm each head's state reaches within `length` tokens, over some slices of a text.
+    """The largest Frobenius norm each head's state reaches within `length` tokens, for each of some slices of a text.
 
-    norms[layer][head], in the units of the state.
+    peaks[layer][slice][head], in the units of the state.
     """
 
-    norms: tuple[tuple[float, ...], ...]
+    peaks: tuple[tuple[tuple[float, ...], ...], ...]
     length: int
     text: str
     text_hash: str
-    slices: int
+
+    @property
+    def slices(self) -> int:
+        return len(self.peaks[0])
 
     @property
     def label(self) -> str:
         """What it was calibrated on, for a result's key."""
         return f"{self.text} {self.text_hash}, {self.slices} x {self.length}"
+
+    def norms(self, quantile: float = 1.0) -> tuple[tuple[float, ...], ...]:
+        """[layer][head]: the norm that this share of the slices stays below; 1 is the largest of all."""
+        found = torch.tensor(self.peaks, dtype=torch.float64).quantile(quantile, dim=1)
+        return tuple(map(tuple, found.tolist()))
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -42,21 +50,23 @@ class Envelope:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Envelope:
         try:
-            return cls(**{**data, "norms": tuple(tuple(map(float, layer)) for layer in data["norms"])})
+            peaks = tuple(tuple(tuple(map(float, row)) for row in layer) for layer in data["peaks"])
+            torch.tensor(peaks)  # of one shape
+            return cls(**{**data, "peaks": peaks})
         except (TypeError, KeyError, ValueError) as error:
             raise InputError(f"the calibration kept with the checkpoint is not one ({error})") from None
 
 
 @torch.inference_mode()
 def measure_envelope(model: Mamba2LM, ids: Tensor, text: str, text_hash: str) -> Envelope:
-    """Read ids (slices, length) and keep each head's largest norm, looked at every 16 tokens and at the end."""
-    slices, length = ids.shape
+    """Read ids (slices, length) and keep each head's largest norms, looked at every 16 tokens and at the end."""
+    length = ids.shape[1]
     ids, cache, looks = ids.to(model.device), model.new_cache(), []
     for t in range(0, length, EVERY):
         model(ids[:, t : t + EVERY], cache)
-        looks.append(torch.stack([c.scan.state.flatten(-2).norm(dim=-1).amax(0) for c in cache.layers]))  # (L, H)
-    norms = torch.stack(looks).amax(0).double().clamp(min=1e-6)
-    return Envelope(tuple(map(tuple, norms.tolist())), length, text, text_hash, slices)
+        looks.append(torch.stack([c.scan.state.flatten(-2).norm(dim=-1) for c in cache.layers]))  # (L, slices, H)
+    peaks = torch.stack(looks).amax(0).double().clamp(min=1e-6)
+    return Envelope(tuple(tuple(map(tuple, layer)) for layer in peaks.tolist()), length, text, text_hash)
 
 
 def envelope_of(model: Mamba2LM, length: int, text: Text | None = None) -> Envelope:

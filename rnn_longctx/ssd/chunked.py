@@ -12,6 +12,8 @@ share their products; where it forgets more, differences are masked before the e
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -50,24 +52,24 @@ def chunked_scan(x: Tensor, log_decay: Tensor, scale: Tensor, B: Tensor, C: Tens
     state, outputs = carry.state, []
     start = policy.start_state(state) if drop is not None else None
     chunk = CHUNK if log_decay.ndim == 3 else CHUNK_PER_CHANNEL
-    t = 0
-    for end in sorted(ends):
-        while t < end:
-            u = min(end, t + chunk)
-            if drop is not None and start is not None and drop[:, t].any():
-                state = torch.where(drop[:, t].to(state.device)[:, None, None, None], start, state)
-            part = x[:, t:u], log_decay[:, t:u], scale[:, t:u], B[:, t:u], C[:, t:u]
-            if caps is not None and dense:
-                ld, w = capped_gates(*part[:4], state, caps[:, t:u])
-                y, state = piece(part[0], ld, w, *part[3:], state)
-            else:
-                y, state = piece(*part, state)
-                if caps is not None and u == end and torch.isfinite(caps[:, u - 1]).any():
-                    r = clip_factor(state, caps[:, u - 1])  # (B, H)
-                    state = state * r[..., None, None]
-                    y = torch.cat([y[:, :-1], y[:, -1:] * r[:, None, :, None]], 1)
-            outputs.append(y)
-            t = u
+    edges = sorted({*ends, *(t + k for t, u in pairwise([0, *sorted(ends)]) for k in range(0, u - t, chunk))})
+    sizes = [u - t for t, u in pairwise(edges)]
+    # split, not slices: the gradient of each slice would be as large as the whole
+    pieces = zip(*(v.split(sizes, 1) for v in (x, log_decay, scale, B, C)), strict=True)
+    for t, part in zip(edges, pieces, strict=False):
+        u = t + part[0].shape[1]
+        if drop is not None and start is not None and drop[:, t].any():
+            state = torch.where(drop[:, t].to(state.device)[:, None, None, None], start, state)
+        if caps is not None and dense:
+            ld, w = capped_gates(*part[:4], state, caps[:, t:u])
+            y, state = piece(part[0], ld, w, *part[3:], state)
+        else:
+            y, state = piece(*part, state)
+            if caps is not None and u in ends and torch.isfinite(caps[:, u - 1]).any():
+                r = clip_factor(state, caps[:, u - 1])  # (B, H)
+                state = state * r[..., None, None]
+                y = torch.cat([y[:, :-1], y[:, -1:] * r[:, None, :, None]], 1)
+        outputs.append(y)
     return torch.cat(outputs, 1), ScanCarry(state, carry.position, carry.log_decay)
 
 

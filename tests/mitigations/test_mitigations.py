@@ -59,6 +59,7 @@ def test_canonical_text_reads_back(text):
         ("window", "window needs tokens"),
         ("window:tokens=0", "tokens"),
         ("state-norm:every=0", "every"),
+        ("state-norm:quantile=1.5", "quantile"),
         ("reset:every=5,overlap=6", "overlap must lie between 0 and"),
         ("recompute:last=7", "even number"),
         ("none:x=1", "it has none"),
@@ -123,17 +124,21 @@ def test_calibration_sees_the_bare_model(model):
 
 
 def test_a_kept_calibration_is_used_for_its_length_only(model):
-    norms = tuple((float(i + 1),) * model.config.nheads for i in range(2))
-    model.calibration = {"norms": norms, "length": 32, "text": "kept", "text_hash": "0", "slices": 3}
+    peaks = [[[float(i + 1)] * model.config.nheads] * 3 for i in range(2)]
+    model.calibration = {"peaks": peaks, "length": 32, "text": "kept", "text_hash": "0"}
     with mitigate(model, "state-norm") as handle:
         assert handle.plan.policies[1].caps == (Cap((2.0,) * model.config.nheads, 1),)
         assert handle.plan.calibration.startswith("kept")
+    model.calibration["peaks"] = [[[float(i)] * model.config.nheads for i in range(5)]] * 2
+    for remedy, cap in (("state-norm", 4.0), ("state-norm:quantile=0.5", 2.0), ("state-norm:quantile=0.125", 0.5)):
+        with mitigate(model, remedy):
+            assert model.mixers[0].policy.caps == (Cap((cap,) * model.config.nheads, 1),)
     with mitigate(model, "state-norm", text=TEXT) as handle:
         assert handle.plan.calibration.startswith("made")
     model.train_length = 64
     with mitigate(model, "state-norm") as handle:
         assert handle.plan.calibration.startswith("builtin")
-    model.calibration = {"norms": "x"}
+    model.calibration = {"peaks": "x"}
     with pytest.raises(InputError, match="calibration"):
         mitigate(model, "state-norm")
 

@@ -10,15 +10,17 @@ def test_envelope_is_the_largest_norm_of_each_head():
     model = Mamba2LM(Mamba2Config(d_model=32, n_layer=2, headdim=16, d_state=8)).double().eval()
     ids = torch.randint(256, (5, 70))
     found = measure_envelope(model, ids, "some", "hash")
-    expected = torch.zeros(2, 4, dtype=torch.float64)
+    expected = torch.zeros(2, 5, 4, dtype=torch.float64)
     ends = [*range(EVERY, 70, EVERY), 70]
-    for row in ids:
+    for i, row in enumerate(ids):
         for end in ends:
             cache = Cache()
             model(row[None, :end], cache)
             norms = torch.stack([c.scan.state[0].flatten(1).norm(dim=1) for c in cache.layers])
-            expected = torch.maximum(expected, norms)
-    torch.testing.assert_close(torch.tensor(found.norms, dtype=torch.float64), expected)
+            expected[:, i] = torch.maximum(expected[:, i], norms)
+    torch.testing.assert_close(torch.tensor(found.peaks, dtype=torch.float64), expected)
+    for quantile, caps in ((1.0, expected.amax(1)), (0.0, expected.amin(1)), (0.5, expected.median(1).values)):
+        torch.testing.assert_close(torch.tensor(found.norms(quantile), dtype=torch.float64), caps)
     assert (found.length, found.slices, found.label) == (70, 5, "some hash, 5 x 70")
     assert Envelope.from_dict(found.to_dict()) == found
 
