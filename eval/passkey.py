@@ -34,11 +34,11 @@ class Passkey(Task):
     max: int | None = quiet(None)
 
     def __post_init__(self) -> None:
-        if self.n < 1 or not 1 <= self.least <= self.n:
-            raise InputError(f"passkey: needs n >= least >= 1, got n={self.n}, least={self.least}")
+        if self.n < 1 or self.least < 1:
+            raise InputError(f"passkey: n and least must be at least 1, got n={self.n}, least={self.least}")
 
     def count(self, length: int) -> int:
-        return max(self.least, min(self.n, self.tokens // length))
+        return min(self.n, max(self.least, self.tokens // length))
 
     def check(self, context: Context, lengths: list[int]) -> None:
         passkey_batch(context.model.tokenizer, min(lengths), 1, context.seed)

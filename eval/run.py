@@ -68,6 +68,8 @@ def evaluate(model: Mamba2LM, lengths: Sequence[int | str] | str, tasks: Sequenc
         InputError: bad lengths, tasks or remedies, a text that is missing or shorter than a length, before anything
             is measured.
     """
+    if batch < 1:
+        raise InputError(f"batch must be at least 1 stream, got {batch}")
     wanted = sorted(set(parse_lengths(list(lengths) if not isinstance(lengths, str) else lengths)))
     jobs = [parse_task(t) for t in tasks]
     remedies = list(

@@ -46,14 +46,15 @@ def evaluate_command(
     """Loss and recall of a model at increasing lengths, without and with remedies: a table, results and plots."""
     from rich.console import Console
 
-    from rnn_longctx.config import from_dict, load_yaml, to_dict
+    from rnn_longctx.config import from_dict, load_yaml, parse_length, parse_lengths, to_dict
     from rnn_longctx.eval import EvalConfig, Results, evaluate
     from rnn_longctx.eval.plots import plot_all
-    from rnn_longctx.eval.report import conclusion, header, table
+    from rnn_longctx.eval.report import header, table
 
     given = {
-        "model": model, "lengths": lengths, "tasks": task or None, "mitigations": mitigation or None, "text": text,
-        "calibration_text": calibration_text, "train_length": train_length, "tokenizer": tokenizer, "out": out,
+        "model": model, "lengths": lengths and parse_lengths(lengths), "tasks": task or None,
+        "mitigations": mitigation or None, "text": text, "calibration_text": calibration_text,
+        "train_length": train_length and parse_length(train_length), "tokenizer": tokenizer, "out": out,
         "batch": batch, "seed": seed, "device": device, "dtype": dtype, "backend": backend,
     }  # fmt: skip
     given = {k: v for k, v in given.items() if v is not None}
@@ -82,7 +83,6 @@ def evaluate_command(
                      out=c.out, batch=c.batch, seed=c.seed, progress=console.is_terminal)  # fmt: skip
     for part in table(frame, width=console.width if console.is_terminal else 110):
         console.print(part)
-    console.print(conclusion(frame))
     plots = plot_all(frame, c.out)
     console.print(f"{c.out}: results.parquet, results.csv, {', '.join(p.name for p in plots)}")
 

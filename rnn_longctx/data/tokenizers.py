@@ -14,6 +14,8 @@ import numpy as np
 
 from rnn_longctx.errors import InputError
 
+_FILES = ["config.json", "*tokenizer*", "special_tokens*", "added_tokens.json", "vocab*", "merges.txt"]
+
 
 class Tokenizer(Protocol):
     """What the library asks of a tokenizer. Ids and byte counts are int64 arrays of shape (tokens,)."""
@@ -121,10 +123,12 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
         return HFTokenizer(fast, directory.resolve().name, fast.token_to_id(eos) if eos else None)
     if directory.exists() and not (directory / "tokenizer_config.json").is_file():
         raise InputError(f"{spec} holds no tokenizer.json; expected a tokenizer directory, a hub id or bytes")
+    from huggingface_hub import snapshot_download
     from transformers import AutoTokenizer
 
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(spec))
+    try:  # fetched first: on its own, transformers tries a hub out of reach again and again, file by file
+        path = str(spec) if directory.exists() else snapshot_download(str(spec), allow_patterns=_FILES)
+        tokenizer = AutoTokenizer.from_pretrained(path)
     except Exception as error:  # transformers and its hub client raise many kinds
         raise InputError(f"cannot load tokenizer {str(spec)!r}: {_one_line(error)}") from None
     return HFTokenizer(tokenizer, directory.resolve().name if directory.exists() else str(spec))

@@ -50,7 +50,10 @@ class LazyTokenizer:
         if self.spec is None:
             raise InputError(f"model {self.model} comes with no tokenizer; name one: a directory, a hub id, bytes")
         if self._tokenizer is None:
-            self._tokenizer = load_tokenizer(self.spec)
+            try:
+                self._tokenizer = load_tokenizer(self.spec)
+            except InputError as error:
+                raise InputError(f"{error}; name another with --tokenizer (tokenizer= in Python)") from None
         return self._tokenizer
 
     def __getattr__(self, name: str) -> Any:

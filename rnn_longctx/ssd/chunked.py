@@ -55,9 +55,9 @@ def chunked_scan(x: Tensor, log_decay: Tensor, scale: Tensor, B: Tensor, C: Tens
     edges = sorted({*ends, *(t + k for t, u in pairwise([0, *sorted(ends)]) for k in range(0, u - t, chunk))})
     sizes = [u - t for t, u in pairwise(edges)]
     # split, not slices: the gradient of each slice would be as large as the whole
-    pieces = zip(*(v.split(sizes, 1) for v in (x, log_decay, scale, B, C)), strict=True)
-    for t, part in zip(edges, pieces, strict=False):
-        u = t + part[0].shape[1]
+    xs, lds, ws, Bs, Cs = (v.split(sizes, 1) for v in (x, log_decay, scale, B, C))
+    for i, (t, u) in enumerate(pairwise(edges)):
+        part = xs[i], lds[i], ws[i], Bs[i], Cs[i]
         if drop is not None and start is not None and drop[:, t].any():
             state = torch.where(drop[:, t].to(state.device)[:, None, None, None], start, state)
         if caps is not None and dense:

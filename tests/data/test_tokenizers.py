@@ -119,10 +119,10 @@ def test_transformers_tokenizer(bpe: Tokenizer) -> None:
 
 
 def test_load_tokenizer_mistakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def unreachable(*_: object) -> None:
+    def unreachable(*_: object, **__: object) -> None:
         raise OSError("cannot reach the hub\nand a second line")
 
-    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", unreachable)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
     with pytest.raises(InputError, match=r"holds no tokenizer\.json"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{")

@@ -1,0 +1,186 @@
+"""The command line in this process: what it prints, and one line and exit code 2 for whatever is wrong."""
+
+import json
+import os
+import pickle
+import shutil
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+from rnn_longctx import cli
+from rnn_longctx.data import ByteTokenizer
+from rnn_longctx.models import Mamba2Config, Mamba2LM, checkpoint
+
+SHAPE = {"d_model": 32, "n_layer": 1, "headdim": 16, "d_state": 8}
+OFFICIAL = {
+    "d_model": 32,
+    "n_layer": 1,
+    "vocab_size": 256,
+    "ssm_cfg": {"layer": "Mamba2", "d_state": 8, "headdim": 16},
+    "pad_vocab_size_multiple": 8,
+    "tie_embeddings": True,
+}
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch owned",)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """Checkpoints, one good and the others not, and texts."""
+    torch.set_num_threads(1)
+    root = tmp_path_factory.mktemp("store")
+    model = Mamba2LM(Mamba2Config(**SHAPE)).eval()
+    model.train_length, model.tokenizer, model.name = 128, ByteTokenizer(), "tiny"
+    checkpoint.save(model, root / "ok", dtype=torch.float32)
+    (root / "empty").mkdir()
+    for name in ("noweights", "cut", "mismatch"):
+        shutil.copytree(root / "ok", root / name)
+    (root / "noweights" / "model.safetensors").unlink()
+    whole = (root / "ok" / "model.safetensors").read_bytes()
+    (root / "cut" / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    config = json.loads((root / "ok" / "config.json").read_text())
+    config["model"]["d_state"] = 16
+    (root / "mismatch" / "config.json").write_text(json.dumps(config))
+    for name in ("official", "evil", "evilzip"):
+        (root / name).mkdir()
+        (root / name / "config.json").write_text(json.dumps(OFFICIAL))
+    torch.save(model.state_dict(), root / "official" / "pytorch_model.bin")
+    (root / "evil" / "pytorch_model.bin").write_bytes(pickle.dumps(Evil()))
+    torch.save({"x": Evil()}, root / "evilzip" / "pytorch_model.bin")
+    with torch.no_grad():
+        model.mixers[0].in_proj.weight[0, 0] = torch.nan
+    checkpoint.save(model, root / "nan", dtype=torch.float32)
+
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = Tokenizer(models.WordLevel({"[UNK]": 0, "a": 1}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    (root / "words").mkdir()
+    words.save(str(root / "words" / "tokenizer.json"))
+    (root / "text.py").write_bytes(bytes(torch.randint(32, 120, (4000,)).tolist()))
+    (root / "latin.txt").write_bytes("é à ü ".encode("latin1") * 300)
+    (root / "file").touch()
+    return root
+
+
+@pytest.fixture
+def run(store, monkeypatch, capsys):
+    """run(words...) -> exit code, stdout, stderr, in the store's folder and with no hub in reach."""
+    monkeypatch.chdir(store)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+    def call(*words: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["rnn-longctx", *words])
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        return code, *capsys.readouterr()
+
+    return call
+
+
+EVAL = ("--lengths", "128,200", "--task", "lm:slices=2,tokens=0", "--text", "text.py")
+
+
+def test_eval_and_plot(run, tmp_path):
+    out = tmp_path / "r"
+    remedies = ("none", "rri:alpha=0.99,beta=1", "recompute:last=64")
+    words = ("eval", "ok", *EVAL, "--task", "passkey:n=4", *(w for r in remedies for w in ("--mitigation", r)))
+    code, printed, said = run(*words, "--out", str(out))
+    assert code == 0, said
+    assert printed.count("without a remedy") == 2 and "ok, 15.5K parameters" in printed
+    assert "trained at  128 tokens" in printed and "n = 4 prompts" in printed
+    frame = pd.read_parquet(out / "results.parquet")
+    assert set(frame.mitigation) == {"none", "rri:alpha=0.99,beta=1", "recompute:last=64"}
+    assert set(frame.length) == {128, 200} and set(frame.task) == {"lm", "passkey"}
+    assert len(pd.read_csv(out / "results.csv")) == len(frame)
+    drawn = sorted(p.name for p in out.glob("*.png"))
+    assert "loss_over_length.png" in drawn and all(name in printed for name in drawn)
+    for path in out.glob("*.png"):
+        path.unlink()
+    code, printed, _ = run("plot", str(out))
+    assert code == 0 and sorted(Path(line).name for line in printed.split()) == drawn
+
+
+def test_options_win_over_the_config(run, store, tmp_path):
+    (tmp_path / "c.yaml").write_text(f"model: nowhere\nlengths: [64, 1k]\ntasks: [lm]\ntext: {store / 'text.py'}\n")
+    out = str(tmp_path / "r")
+    code, *_ = run("eval", "ok", "--config", str(tmp_path / "c.yaml"), "--lengths", "64", "--out", out)
+    assert code == 0
+    assert set(pd.read_csv(tmp_path / "r" / "results.csv").length) == {64}
+
+
+def test_generate(run):
+    words = ("generate", "ok", "--prompt", "import os", "--max-new-tokens", "4", "--mitigation", "window:tokens=3")
+    code, printed, _ = run(*words)
+    assert code == 0 and printed == run(*words)[1]
+
+
+MISTAKES = {
+    "eval missing": "'missing' is neither a directory nor a hub id",
+    "eval ./missing/x": "neither a directory nor a hub id",
+    "eval empty": "empty is an empty directory",
+    "eval noweights": "no weights",
+    "eval cut": "damaged or cut short",
+    "eval mismatch": "config.json expects",
+    "eval evil": "refused, nothing in it was run",
+    "eval evilzip": "refused, nothing in it was run",
+    "eval nan": "is not finite",
+    "eval official": "--tokenizer",
+    "eval ok --tokenizer words --text latin.txt --task lm": "needs UTF-8 text",
+    "eval ok --mitigation state-nrom": 'did you mean "state-norm"',
+    "eval ok --task pasky": 'did you mean "passkey"',
+    "eval ok --mitigation rri:alpha=2": "alpha must lie in",
+    "eval ok --mitigation rri:gamma=2": "no parameter 'gamma'",
+    "eval ok --mitigation state-norm+window:tokens=8": "cannot be combined with a window",
+    "eval official --tokenizer bytes --mitigation state-norm": "give --train-length",
+    "eval ok --lengths 0": "positive whole number",
+    "eval ok --lengths=-5": "positive whole number",
+    "eval ok --lengths 1.5k": "positive whole number",
+    "eval ok --lengths 64k --text text.py --task lm": "has 4000 bytes",
+    "eval ok --train-length 0": "positive whole number",
+    "eval ok --batch 0": "batch must be at least 1",
+    "eval ok --device cuda": "is not available here",
+    "eval ok --dtype int8": "unknown dtype 'int8'",
+    "eval ok --backend nothing": "unknown backend 'nothing'",
+    "eval ok --out file/x": "cannot write results to file/x",
+    "eval ok --text nowhere.txt": "no text at nowhere.txt",
+    "eval --config nowhere.yaml": "cannot read config nowhere.yaml",
+    "eval": "name a model",
+    "generate ok --prompt=": "the prompt is empty",
+    "plot empty": "evaluate first",
+    "train nowhere.yaml": "cannot read config",
+}
+
+
+@pytest.mark.parametrize("words", MISTAKES)
+def test_mistakes(run, store, tmp_path, words):
+    if words.endswith("cuda") and torch.cuda.is_available():
+        pytest.skip("CUDA is available here")
+    asked = words.split()
+    if asked[0] == "eval" and "--lengths" not in words and len(asked) > 1 and "--config" not in words:
+        asked += ["--lengths", "200"]
+    if asked[0] == "eval" and "--out" not in asked:
+        asked += ["--out", str(tmp_path / "r")]
+    code, _, said = run(*asked)
+    assert code == 2 and MISTAKES[words] in said
+    assert said.count("\n") == 1 and said.startswith("rnn-longctx: ")
+    assert not (store / "owned").exists()
+
+
+def test_a_mistake_loses_nothing(run, tmp_path):
+    out = tmp_path / "r"
+    assert run("eval", "ok", *EVAL, "--out", str(out))[0] == 0
+    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    assert run("eval", "ok", "--lengths", "64k", "--text", "text.py", "--task", "lm", "--out", str(out))[0] == 2
+    assert run("eval", "ok", *EVAL, "--mitigation", "rri:alpha=3", "--out", str(out))[0] == 2
+    assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
