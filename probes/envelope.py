@@ -65,8 +65,9 @@ def measure_envelope(model: Mamba2LM, ids: Tensor, text: str, text_hash: str) ->
     for t in range(0, length, EVERY):
         model(ids[:, t : t + EVERY], cache)
         looks.append(torch.stack([c.scan.state.flatten(-2).norm(dim=-1) for c in cache.layers]))  # (L, slices, H)
-    peaks = torch.stack(looks).amax(0).double().clamp(min=1e-6)
-    return Envelope(tuple(tuple(map(tuple, layer)) for layer in peaks.tolist()), length, text, text_hash)
+    peaks = torch.stack(looks).amax(0).clamp(min=1e-6).tolist()
+    rounded = tuple(tuple(tuple(float(f"{v:.6g}") for v in row) for row in layer) for layer in peaks)
+    return Envelope(rounded, length, text, text_hash)
 
 
 def envelope_of(model: Mamba2LM, length: int, text: Text | None = None) -> Envelope:

@@ -94,9 +94,13 @@ def train_command(
 ) -> None:
     """Train a model, or go on where a killed run stopped."""
     from rnn_longctx.config import load_yaml
-    from rnn_longctx.train import TrainConfig, train
+    from rnn_longctx.train import TrainConfig, TrainingDiverged, train
 
-    typer.echo(f"saved {train(load_yaml(TrainConfig, config, set or []))}")
+    try:
+        typer.echo(f"saved {train(load_yaml(TrainConfig, config, set or []))}")
+    except TrainingDiverged as error:
+        typer.echo(f"rnn-longctx: {error}", err=True)
+        raise typer.Exit(1) from None
 
 
 @app.command("generate")

@@ -140,7 +140,7 @@ def save(model: Mamba2LM, directory: str | Path, *, dtype: torch.dtype | str | N
         _write_tokenizer(model, aside)
         _write_json(aside / "config.json", config)
         if calibration is not None:
-            _write_json(aside / "calibration.json", calibration)
+            _write_json(aside / "calibration.json", calibration, indent=None)
         save_file(state, aside / "model.safetensors", {"format": "pt"})
         for file in aside.iterdir():
             with file.open("rb") as f:
@@ -266,8 +266,8 @@ def _write_tokenizer(model: Mamba2LM, directory: Path) -> None:
     _write_json(directory / "tokenizer_config.json", settings)
 
 
-def _write_json(path: Path, data: dict[str, Any]) -> None:
-    path.write_text(json.dumps(formats.plain(data), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+def _write_json(path: Path, data: dict[str, Any], indent: int | None = 1) -> None:
+    path.write_text(json.dumps(formats.plain(data), indent=indent, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def _put(aside: Path, directory: Path) -> None:

@@ -368,12 +368,6 @@ def test_demo(own, monkeypatch):
     refused("demo", "demo")
 
 
-@pytest.mark.skipif(not checkpoint.DEMO.is_dir(), reason="the package holds no demo checkpoint yet")
-def test_the_demo_that_is_shipped():
-    model = checkpoint.load("demo")
-    assert model.name == "demo" and model.tokenizer.name == "bytes" and model.train_length
-
-
 @pytest.mark.parametrize("stored", ["model.safetensors", "pytorch_model.bin"])
 def test_hub(stored, official, tmp_path, monkeypatch):
     asked = []
