@@ -22,7 +22,7 @@ lint: $(STAMP)
 
 env: $(STAMP)
 
-# Torch first and pinned: a plain `torch` may bring gigabytes of CUDA libraries.
+# Torch first and alone, at the version of constraints.txt.
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
 	$(PYTHON) -m venv $(VENV)

@@ -15,7 +15,7 @@ from rnn_longctx.models.checkpoint import save
 
 @torch.inference_mode()
 def cpu(model: Mamba2LM, batch: int = 4, length: int = 4096, repeats: int = 3) -> str:
-    """Tokens per second of reading (batch, length) random tokens and their losses, and of transformers' Mamba-2 with
+    """Tokens per second of reading (batch, length) random tokens to their logits, and of transformers' Mamba-2 with
     the same weights and its default chunk_size of 256; turn about, medians, float32. Returns the table as text."""
     from transformers import Mamba2ForCausalLM
     from transformers import logging as transformers_logging

@@ -53,7 +53,13 @@ class LanguageModel(Task):
 
     def check(self, context: Context, lengths: list[int]) -> None:
         """Refuse lengths that the text does not have, before anything is read."""
-        tokens(_text(context), context.model.tokenizer, 0, max(lengths) + 1)
+        text, tokenizer = _text(context), context.model.tokenizer
+        tokens(text, tokenizer, 0, max(lengths) + 1)
+        if tokenizer.name != "bytes":
+            try:
+                text.data.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise InputError(f"tokenizer {tokenizer.name} needs UTF-8 text; byte {error.start} is not") from None
 
     def cost(self, context: Context, lengths: list[int]) -> int:
         todo = self._todo(context, lengths)
@@ -69,19 +75,17 @@ class LanguageModel(Task):
         )
         sums: dict[int, list[Tensor]] = {m: [] for m in marks}  # of the loss up to the mark, one value a slice
         nbytes: dict[int, list[Tensor]] = {m: [] for m in marks}
-        seconds, read = 0.0, 0
+        seconds, read = (
+            dict.fromkeys(marks, 0.0),
+            dict.fromkeys(marks, 0),
+        )  # until the mark, of all slices that reach it
         for rows, reach in self._passes(todo, context.batch):
             part = _Pass(context, text, rows, reach, [m for m in marks if m <= reach])
             part.run()
             for m in part.marks:
                 sums[m].append(part.sums[m])
                 nbytes[m].append(part.nbytes[m])
-            seconds, read = seconds + part.seconds, read + len(rows) * reach
-        cost = {
-            "seconds": seconds,
-            "tokens_per_second": read / seconds if seconds else None,
-            "peak_bytes": peak_bytes(context),
-        }
+                seconds[m], read[m] = seconds[m] + part.times[m], read[m] + len(rows) * m
         whole = {m: (torch.cat(sums[m]), torch.cat(nbytes[m])) for m in marks}
         for length in todo:
             n = self.count(length)
@@ -89,19 +93,30 @@ class LanguageModel(Task):
             loss = high[:n] - low[:n]
             per_token = loss / (length - length // 2)
             per_byte = loss / (high_bytes[:n] - low_bytes[:n])
-            yield context.row(self, text, length, "nats_per_token", per_token.tolist(), **cost)
+            cost = {
+                "seconds": seconds[length],
+                "tokens_per_second": read[length] / seconds[length] if seconds[length] else None,
+                "peak_bytes": peak_bytes(context),
+            }
             yield context.row(self, text, length, "nats_per_byte", per_byte.tolist(), **cost)
             if length == train:
                 edges = _bins(length)
                 means = torch.stack([(whole[b][0][:n] - whole[a][0][:n]) / (b - a) for a, b in zip(edges, edges[1:])])
                 peak = means[means.mean(1).argmax()]
                 yield context.row(self, text, length, "nats_per_token_peak", peak.tolist(), **cost)
-        for rows, reach in self._passes(todo, context.batch):
-            _Pass(context, text, rows, reach, [m for m in marks if m <= reach]).forget()
+            # written last: it says that the others are there
+            yield context.row(self, text, length, "nats_per_token", per_token.tolist(), **cost)
+        if context.results:
+            context.results.forget_snapshots(_stream(context, text))
 
     def _todo(self, context: Context, lengths: list[int]) -> list[int]:
         text = _text(context)
-        return [n for n in lengths if not context.done(self, text, n, "nats_per_token", self.count(n))]
+        train, found = context.model.train_length, []
+        for n in lengths:
+            metrics = ["nats_per_token", *(["nats_per_token_peak"] if n == train else [])]
+            if not all(context.done(self, text, n, metric, self.count(n)) for metric in metrics):
+                found.append(n)
+        return found
 
     def _passes(self, lengths: list[int], batch: int) -> Iterator[tuple[list[int], int]]:
         """(slices, how far they are read): slices that reach equally far together, at most `batch` of them."""
@@ -119,8 +134,9 @@ class _Pass:
         self.context, self.text, self.rows, self.reach, self.marks = context, text, rows, reach, marks
         self.sums: dict[int, Tensor] = {}
         self.nbytes: dict[int, Tensor] = {}
+        self.times: dict[int, float] = {0: 0.0}  # seconds until a mark
         self.seconds = 0.0
-        name = context.snapshot_name("lm", text.name, text.hash, rows, reach, marks)
+        name = f"{_stream(context, text)}-{rows[0]}-{rows[-1]}-{reach}"
         self.path = context.results.snapshot_path(name) if context.results else None
 
     @torch.inference_mode()
@@ -132,7 +148,7 @@ class _Pass:
         byte_sums = torch.from_numpy(np.stack([p[1] for p in pairs]))[:, 1:].cumsum(1)
         zeros = torch.zeros(size, dtype=torch.float64)
         self.nbytes = {m: byte_sums[:, m - 1].double() if m else zeros for m in self.marks}
-        self.sums = {0: zeros} if 0 in self.marks else {}
+        self.sums = {0: zeros}
         del pairs, byte_sums
 
         cache, t, total = self._resume() or (Cache(), 0, zeros)
@@ -150,21 +166,18 @@ class _Pass:
                     self.sums[m] = running[:, m - t - 1].clone()
             total = running[:, -1].clone()
             c.progress((u - t) * size)
-            t = u
             now = time.perf_counter()
             self.seconds = done_before + now - began
+            self.times |= {m: self.seconds for m in self.marks if t < m <= u}
+            t = u
             if self.path and (now - saved > c.snapshot_seconds or t == reach):
                 self._save(cache if t < reach else Cache(), t, total)
                 saved = time.perf_counter()
 
-    def forget(self) -> None:
-        if self.path:
-            self.path.unlink(missing_ok=True)
-
     def _save(self, cache: Cache, t: int, total: Tensor) -> None:
         extra = {"total": total} | {f"sum.{m}": s for m, s in self.sums.items()}
         assert self.path is not None
-        cache.save(self.path, extra, {"read": t, "seconds": self.seconds})
+        cache.save(self.path, extra, {"read": t, "times": {**self.times, t: self.seconds}})
 
     def _resume(self) -> tuple[Cache, int, Tensor] | None:
         if not self.path or not self.path.exists():
@@ -173,9 +186,17 @@ class _Pass:
             cache, extra, note = Cache.load_with(self.path, self.context.model.device)
         except InputError:  # torn: read again from the start
             return None
-        self.sums = {int(k.removeprefix("sum.")): v for k, v in extra.items() if k.startswith("sum.")}
-        self.seconds = note["seconds"]
-        return cache, note["read"], extra["total"]
+        read, sums = note["read"], {int(k.removeprefix("sum.")): v for k, v in extra.items() if k.startswith("sum.")}
+        if any(m <= read and m not in sums for m in self.marks):  # made when other lengths were asked for
+            return None
+        self.sums, self.times = sums, {int(m): seconds for m, seconds in note["times"].items()}
+        self.seconds = self.times[read]
+        return cache, read, extra["total"]
+
+
+def _stream(context: Context, text: Text) -> str:
+    """How the names of a stream's snapshots begin."""
+    return context.snapshot_name("lm", text.name, text.hash)
 
 
 def _bins(length: int | None) -> list[int]:

@@ -5,6 +5,7 @@ The prompt is the paper's, headerless below 1K tokens. Depths are evenly spaced 
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -38,7 +39,8 @@ class Passkey(Task):
             raise InputError(f"passkey: n and least must be at least 1, got n={self.n}, least={self.least}")
 
     def count(self, length: int) -> int:
-        return min(self.n, max(self.least, self.tokens // length))
+        fit = self.tokens // length
+        return min(self.n, max(self.least, fit // 10 * 10 or fit))  # whole rounds of the ten depths
 
     def check(self, context: Context, lengths: list[int]) -> None:
         passkey_batch(context.model.tokenizer, min(lengths), 1, context.seed)
@@ -62,11 +64,10 @@ class Passkey(Task):
         prompts = passkey_batch(context.model.tokenizer, length, n, context.seed)
         right: list[float] = []
         first = following = 0.0
-        # as many prompts side by side as a call has room for: a short stream is read in one
-        batch = max(1, min(n, max(context.batch, context.segment // length)))
+        batch = min(n, context.batch)
         for i in range(0, n, batch):
             answers, seconds = _answer(context, prompts[i : i + batch])
-            right += [float(a.startswith(p.answer)) for a, p in zip(answers, prompts[i : i + batch])]
+            right += [float(_number(a) == p.answer) for a, p in zip(answers, prompts[i : i + batch])]
             first, following = first + seconds[0], following + seconds[1]
         seconds_all = time.perf_counter() - began
         cost = {
@@ -80,10 +81,15 @@ class Passkey(Task):
         yield context.row(self, "passkey", length, "accuracy", right, **cost)
 
 
+def _number(said: str) -> str:
+    """The digits that an answer begins with."""
+    return re.match(r"\d*", said)[0]  # type: ignore[index]
+
+
 def _answer(context: Context, prompts: list[PasskeyPrompt]) -> tuple[list[str], tuple[float, float]]:
     """What the model says after each prompt, greedily, and seconds to the first token and to each next one."""
     model, tokenizer = context.model, context.model.tokenizer
-    new = len(tokenizer.encode(" " + "8" * DIGITS))
+    new = max(DIGITS + 1, *(len(tokenizer.encode(f" {p.answer}")) for p in prompts))
     ids = torch.from_numpy(np.stack([p.ids for p in prompts]))
     began = time.perf_counter()
     logits, cache = prefill(model, ids, segment=max(1, context.segment // len(prompts)))

@@ -61,17 +61,14 @@ class Results:
                 probe.unlink()
         except OSError as error:
             raise InputError(f"cannot write results to {directory}: {error.strerror or error}") from None
-        for left in [*self.directory.glob(".*.tmp"), *self._cells.glob(".*.tmp")]:
+        for left in [p for folder in (".", "cells", "snapshots") for p in (self.directory / folder).glob(".*.tmp")]:
             with contextlib.suppress(FileNotFoundError):
                 if time.time() - left.stat().st_mtime > _STALE:
                     left.unlink()
 
-    def has(self, key: Mapping[str, Any]) -> bool:
-        """Whether a sound cell with this key is stored. Key columns that are not given count as None."""
-        return self.get(key) is not None
-
     def get(self, key: Mapping[str, Any]) -> Row | None:
-        """The whole row (every column, None where unknown), or None if it is missing, torn or edited."""
+        """The whole row (every column, None where unknown), or None if it is missing, torn or edited. Key columns that
+        are not given count as None."""
         return _read_cell(self._path(key))
 
     def put(self, row: Mapping[str, Any]) -> None:
@@ -106,11 +103,22 @@ class Results:
         write_atomic(self.directory / "results.csv", csv.encode())
         return frame
 
-    def snapshot_path(self, name_hash: str) -> Path:
+    def snapshot_path(self, name: str) -> Path:
         """Where the carries of an unfinished stream are kept; the folder exists after the call."""
         folder = self.directory / "snapshots"
         folder.mkdir(exist_ok=True)
-        return folder / name_hash
+        return folder / name
+
+    def forget_snapshots(self, prefix: str) -> None:
+        """Remove the snapshots whose names begin so: their stream is finished."""
+        for path in (self.directory / "snapshots").glob(f"{prefix}*"):
+            path.unlink(missing_ok=True)
+
+    def relabel(self, model: str, weights_hash: str, train_length: int | None) -> None:
+        """Give a model's stored rows another training length: what was measured does not depend on it."""
+        for row in self.rows():
+            if (row["model"], row["weights_hash"]) == (model, weights_hash) and row["train_length"] != train_length:
+                self.put(row | {"train_length": train_length})
 
     @staticmethod
     def read(directory: str | Path) -> pd.DataFrame:

@@ -65,8 +65,8 @@ def evaluate(model: Mamba2LM, lengths: Sequence[int | str] | str, tasks: Sequenc
             again, and a long pass goes on from its last snapshot. None keeps nothing.
         progress: show a bar.
     Raises:
-        InputError: bad lengths, tasks or remedies, a text that is missing or shorter than a length, before anything
-            is measured.
+        InputError: bad lengths, tasks or remedies, a text that is missing, shorter than a length or of bytes that the
+            tokenizer cannot read, before anything is measured.
     """
     if batch < 1:
         raise InputError(f"batch must be at least 1 stream, got {batch}")
@@ -78,6 +78,8 @@ def evaluate(model: Mamba2LM, lengths: Sequence[int | str] | str, tasks: Sequenc
     if not wanted or not jobs or not remedies:
         raise InputError("evaluate needs at least one length, one task and one mitigation")
     results = Results(out) if out else None
+    if results:
+        results.relabel(model.name, model.weights_hash, model.train_length)
     context = Context(model, text=text, batch=batch, seed=seed, results=results, segment=SEGMENT[model.device.type])
     for job in jobs:
         if lengths_of_job := job.lengths(wanted, model.train_length):

@@ -71,7 +71,7 @@ class Sheet:
 
     def recomputes(self) -> list[str]:
         """The controls that context gain is measured against."""
-        return [n for n in self.cells if self.mitigations[n][0].startswith("recompute:")]
+        return [n for n in self.cells if is_control(self.mitigations[n][0], "recompute:")]
 
     def best_recompute(self, length: int) -> str | None:
         """The `recompute:` control with the lowest loss at `length`: the hardest to beat."""
@@ -105,9 +105,9 @@ class Sheet:
         return max((k for k, cell in self.cells[name].items() if cell.value > RECALL), default=None)
 
 
-def is_control(mitigation: str) -> bool:
-    """`reset:` and `recompute:` forget on purpose; they are what a remedy is compared with."""
-    return mitigation.startswith(("reset:", "recompute:"))
+def is_control(mitigation: str, *kinds: str) -> bool:
+    """`reset:` and `recompute:`, alone, forget on purpose; they are what a remedy is compared with."""
+    return mitigation.startswith(kinds or ("reset:", "recompute:")) and "+" not in mitigation
 
 
 def sheets(frame: pd.DataFrame) -> list[Sheet]:
@@ -213,11 +213,18 @@ def _sheet(frame: pd.DataFrame, train_length: int | None) -> Sheet:
         depths: dict[tuple[int, float], Cell] = {}
         for row in (r for r in rows if names[r["mitigation"], r["calibration"]] == name):
             if row["metric"] == "nats_per_token_peak":
+                if row["length"] != train_length:  # of a training length that was given once and was wrong
+                    continue
                 sheet.peaks[name] = _number(row["value"])
             elif row["depth"] is None:
                 cells[int(row["length"])] = _cell(row)
             else:
                 depths[int(row["length"]), float(row["depth"])] = _cell(row)
+        for length, cell in cells.items():  # depths of an earlier run with another number of prompts
+            bins = min(cell.n, 10)
+            stale = [d for k, d in depths if k == length and abs(d * bins % 1 - 0.5) > 1e-6]
+            for depth in stale:
+                del depths[length, depth]
         for length in {k for k, _ in depths} - set(cells):
             samples = [s for (k, _), cell in depths.items() if k == length for s in cell.samples]
             if samples:

@@ -36,21 +36,28 @@ def mean_stderr(samples: Sequence[float]) -> tuple[float, float]:
     return float(x.mean()), float(x.std(ddof=1) / math.sqrt(x.size)) if x.size > 1 else math.nan
 
 
-def paired_bootstrap(
-    a: Sequence[float], b: Sequence[float], n_boot: int = 2000, level: float = 0.95, seed: int = 0
-) -> Interval:
-    """Mean of a - b and its percentile bootstrap interval; a[i] and b[i] were measured on the same slice.
+# The 97.5% quantile of Student's t with 1, 2, ... 18 degrees of freedom.
+_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
+      2.110, 2.101)  # fmt: skip
 
-    Slices are resampled with replacement, always in pairs, so that what is hard about a slice cancels.
-    Percentile intervals are too narrow below about 20 slices. ValueError: sizes differ, or there are none.
+
+def paired_bootstrap(a: Sequence[float], b: Sequence[float], n_boot: int = 2000, seed: int = 0) -> Interval:
+    """Mean of a - b and its 95% interval; a[i] and b[i] were measured on the same slice.
+
+    From 20 slices on the percentile bootstrap: slices are resampled with replacement, always in pairs, so that what
+    is hard about a slice cancels. Below, where that is too narrow (at 4 slices it excludes 0 by chance once in 5),
+    Student's t on the differences. ValueError: sizes differ, or there are none.
     """
     d = np.asarray(a, dtype=float) - np.asarray(b, dtype=float) if len(a) == len(b) else np.empty(0)
     if d.size == 0:
         raise ValueError(f"pairs need as many samples on both sides, and some: got {len(a)} and {len(b)}")
     if d.size == 1 or not np.isfinite(d).all():
         return Interval(float(d.mean()), math.nan, math.nan, d.size)
+    if d.size < 20:
+        half = _T[d.size - 2] * float(d.std(ddof=1)) / math.sqrt(d.size)
+        return Interval(float(d.mean()), float(d.mean()) - half, float(d.mean()) + half, d.size)
     picks = np.random.default_rng(seed).integers(0, d.size, size=(n_boot, d.size))
-    low, high = np.quantile(d[picks].mean(axis=1), [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(d[picks].mean(axis=1), [0.025, 0.975])
     return Interval(float(d.mean()), float(low), float(high), d.size)
 
 

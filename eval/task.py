@@ -78,7 +78,7 @@ class Context:
         return stored is not None and stored["n"] == n
 
     def snapshot_name(self, *what: Any) -> str:
-        """A name for a stream's snapshot that no other model, remedy, text or plan shares."""
+        """A name for the snapshots of a stream that no other model, remedy or text shares."""
         key = self.key(Task(), "", 0, "")
         return hashlib.sha256(json.dumps([key, what], sort_keys=True).encode()).hexdigest()[:24]
 

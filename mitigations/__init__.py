@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import reduce
 from typing import TYPE_CHECKING, Any
 
@@ -24,16 +25,16 @@ __all__ = ["REMEDIES", "Handle", "NotApplicable", "Plan", "Remedy", "active", "m
 REMEDIES: dict[str, type[Remedy]] = {r.name: r for r in (Nothing, StateNorm, RRI, Window, Reset, Recompute)}
 
 
+@dataclass(frozen=True)
 class Composite(Remedy):
     """`a+b`: both, in that order. Affine parts compose, all caps apply, the smaller window wins."""
 
-    def __init__(self, parts: tuple[Remedy, ...]):
-        object.__setattr__(self, "parts", parts)
-        restarting = [str(p) for p in parts if p.control]
+    parts: tuple[Remedy, ...] = ()
+
+    def __post_init__(self) -> None:
+        restarting = [str(p) for p in self.parts if p.control]
         if len(restarting) > 1:
             raise InputError(f"{' and '.join(restarting)} cannot be combined: both say when to start again")
-
-    parts: tuple[Remedy, ...]
 
     @property
     def per_length(self) -> bool:  # type: ignore[override]
@@ -94,7 +95,7 @@ def mitigate(model: Mamba2LM, remedy: str | Remedy, *, target_length: int | None
     Args:
         target_length: tokens to be read, for remedies that depend on it.
         text: what to calibrate on (`rnn_longctx.data.load_text`); None takes the calibration kept with the
-            checkpoint, or else the builtin text. Never the text that is evaluated.
+            checkpoint, or else the builtin text. Not what is to be evaluated: that would flatter the remedy.
     Raises:
         InputError: see `parse_remedy`; NotApplicable: the model lacks what the remedy needs.
     """

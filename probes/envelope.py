@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +38,8 @@ class Envelope:
     @property
     def label(self) -> str:
         """What it was calibrated on, for a result's key."""
-        return f"{self.text} {self.text_hash}, {self.slices} x {self.length}"
+        found = hashlib.sha256(repr(self.peaks).encode()).hexdigest()[:8]
+        return f"{self.text} {self.text_hash}, {self.slices} x {self.length}, {found}"
 
     def norms(self, quantile: float = 1.0) -> tuple[tuple[float, ...], ...]:
         """[layer][head]: the norm that this share of the slices stays below; 1 is the largest of all."""
@@ -59,7 +61,8 @@ class Envelope:
 
 @torch.inference_mode()
 def measure_envelope(model: Mamba2LM, ids: Tensor, text: str, text_hash: str) -> Envelope:
-    """Read ids (slices, length) and keep each head's largest norms, looked at every 16 tokens and at the end."""
+    """Read ids (slices, length) and keep each head's largest norms, looked at every 16 tokens (token by token would
+    take many times as long) and at the end."""
     length = ids.shape[1]
     ids, cache, looks = ids.to(model.device), model.new_cache(), []
     for t in range(0, length, EVERY):

@@ -6,6 +6,7 @@ in, so a text's loss per byte can be compared between tokenizers.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any, Protocol
@@ -71,7 +72,9 @@ class HFTokenizer:
         self._fast.no_truncation()
         self._fast.no_padding()
         self._fast.encode_special_tokens = True
-        self.name = name or str(getattr(tokenizer, "name_or_path", "") or "tokenizer")
+        name = name or str(getattr(tokenizer, "name_or_path", "") or "tokenizer")
+        # Two folders of one name may hold two tokenizers: the name says which one this is.
+        self.name = f"{name} {hashlib.sha256(self._fast.to_str().encode()).hexdigest()[:8]}"
         self.vocab_size = self._fast.get_vocab_size()
         self.eos_id = eos_id if eos_id is not None else getattr(tokenizer, "eos_token_id", None)
 

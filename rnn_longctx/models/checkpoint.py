@@ -22,17 +22,19 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from rnn_longctx.config import to_dict
 from rnn_longctx.data.tokenizers import ByteTokenizer, HFTokenizer, Tokenizer, load_tokenizer
 from rnn_longctx.errors import InputError, nearest
 from rnn_longctx.models import formats
 from rnn_longctx.models.formats import one_line
-from rnn_longctx.models.mamba2 import Mamba2LM
+from rnn_longctx.models.mamba2 import Mamba2Config, Mamba2LM
 
 DEMO = Path(str(files("rnn_longctx"))) / "checkpoints" / "demo"
 LAYOUTS = ("rnn-longctx", "transformers")
 DTYPES = {str(d)[6:]: d for d in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
 # Rounded to 16 bits these change the decays over thousands of tokens, so mamba-ssm keeps them in float32.
 _SENSITIVE = ("A_log", "D", "dt_bias")
+_INIT = ("A_init", "A_log_uniform", "dt_init")  # settings that only an initialisation reads
 _FILES = ["config.json", "calibration.json", "*tokenizer*", "special_tokens*", "vocab.json", "merges.txt"]
 _SAFE = ["model*.safetensors", "model.safetensors.index.json"]
 _PICKLED = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
@@ -42,8 +44,8 @@ class LazyTokenizer:
     """A tokenizer that is loaded when first used: a model works where its tokenizer cannot be had, and the
     InputError that says so comes only when text must be read."""
 
-    def __init__(self, spec: str | Path | None, model: str):
-        self.spec, self.model = spec, model
+    def __init__(self, spec: str | Path | None, model: str, size: int):
+        self.spec, self.model, self.size = spec, model, size
         self._tokenizer: Tokenizer | None = None
 
     def load(self) -> Tokenizer:
@@ -51,7 +53,7 @@ class LazyTokenizer:
             raise InputError(f"model {self.model} comes with no tokenizer; name one: a directory, a hub id, bytes")
         if self._tokenizer is None:
             try:
-                self._tokenizer = load_tokenizer(self.spec)
+                self._tokenizer = _fits(load_tokenizer(self.spec), self.size)
             except InputError as error:
                 raise InputError(f"{error}; name another with --tokenizer (tokenizer= in Python)") from None
         return self._tokenizer
@@ -85,7 +87,7 @@ def load(source: str | Path, *, device: torch.device | str = "cpu", dtype: torch
     with torch.device("meta"):
         model = Mamba2LM(header.config)
     stored = _fitting(formats.read_weights(directory), model, str(source))
-    model.weights_hash = _hash(stored, str(source))
+    model.weights_hash = _hash(stored, header.config, str(source))
 
     state = {k: t.to(device, _kept(k, target)) for k, t in stored.items()}
     model.load_state_dict(state, assign=True, strict=False)
@@ -99,14 +101,16 @@ def load(source: str | Path, *, device: torch.device | str = "cpu", dtype: torch
     spec = tokenizer or header.tokenizer
     # One that was asked for by name must be there; any other may be missing until it is used.
     eager = tokenizer is not None or spec == "bytes"
-    model.tokenizer = load_tokenizer(spec) if eager and spec else LazyTokenizer(spec, name)
+    size = header.config.vocab_size
+    model.tokenizer = _fits(load_tokenizer(spec), size) if eager and spec else LazyTokenizer(spec, name, size)
     return model.eval()
 
 
 def save(model: Mamba2LM, directory: str | Path, *, dtype: torch.dtype | str | None = None,
          provenance: dict[str, Any] | None = None, layout: str = "rnn-longctx",
          calibration: dict[str, Any] | None = None) -> None:  # fmt: skip
-    """Write model.safetensors and config.json; a reader finds the checkpoint whole or not at all.
+    """Write model.safetensors and config.json. In a new directory a reader finds the checkpoint whole or not at all;
+    over an older one, files are replaced one by one, config.json last.
 
     Args:
         dtype: of the weights; None keeps theirs. A_log, D and dt_bias are at least float32 in a 16-bit file.
@@ -152,8 +156,16 @@ def save(model: Mamba2LM, directory: str | Path, *, dtype: torch.dtype | str | N
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _hash(tensors: dict[str, Tensor], source: str) -> str:
-    """First 16 hex digits of a sha256 over each tensor's name, dtype, shape and sha256 of its bytes.
+def _fits(tokenizer: Tokenizer, size: int) -> Tokenizer:
+    """The tokenizer, or InputError where it has ids that a vocabulary of `size` has not (a padded one has more)."""
+    if tokenizer.vocab_size > size:
+        raise InputError(f"tokenizer {tokenizer.name} has {tokenizer.vocab_size} tokens, the model's vocabulary {size}")
+    return tokenizer
+
+
+def _hash(tensors: dict[str, Tensor], config: Mamba2Config, source: str) -> str:
+    """First 16 hex digits of a sha256 over the shape of the model and each tensor's name, dtype, shape and sha256 of
+    its bytes. What only an initialisation reads does not count.
 
     Mapped weights are read in place, several tensors at a time. Raises InputError if one is not finite.
     """
@@ -165,8 +177,10 @@ def _hash(tensors: dict[str, Tensor], source: str) -> str:
         raw = memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
         return f"{name} {tensor.dtype} {list(tensor.shape)} {hashlib.sha256(raw).hexdigest()}"
 
+    shape = {k: v for k, v in formats.plain(to_dict(config)).items() if k not in _INIT}
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        return hashlib.sha256("\n".join(pool.map(line, sorted(tensors))).encode()).hexdigest()[:16]
+        lines = [json.dumps(shape, sort_keys=True), *pool.map(line, sorted(tensors))]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
 def _fitting(stored: dict[str, Tensor], model: Mamba2LM, source: str) -> dict[str, Tensor]:

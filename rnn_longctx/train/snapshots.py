@@ -60,7 +60,10 @@ def claim_folder(out: Path, config: dict[str, Any]) -> None:
             difference = f"{key} was {before.get(key)}, is {now.get(key)}"
             raise InputError(f"{out} holds a run of another config ({difference}); set another out, or remove it")
         return
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"out: cannot write to {out}: {error.strerror}") from None
     write_atomic(file, lambda f: f.write(json.dumps(config, indent=1).encode()))
 
 

@@ -89,7 +89,7 @@ def test_the_callers_tokenizer_is_not_changed(bpe: Tokenizer) -> None:
 
 
 def test_not_utf8_names_the_byte(bpe: Tokenizer) -> None:
-    with pytest.raises(InputError, match="tiny needs UTF-8 text; byte 3 is not"):
+    with pytest.raises(InputError, match=r"tiny [0-9a-f]{8} needs UTF-8 text; byte 3 is not"):
         HFTokenizer(bpe, "tiny").encode(b"abc\xff")
 
 
@@ -102,11 +102,8 @@ def test_load_tokenizer(bpe: Tokenizer, tmp_path: Path) -> None:
     for eos in ("<|endoftext|>", {"content": "<|endoftext|>"}):
         (directory / "tokenizer_config.json").write_text(json.dumps({"eos_token": eos}))
         tokenizer = load_tokenizer(directory)
-        assert (tokenizer.name, tokenizer.eos_id, tokenizer.vocab_size) == (
-            "my-tokenizer",
-            0,
-            bpe.get_vocab_size(),
-        )
+        assert tokenizer.name.startswith("my-tokenizer ")
+        assert (tokenizer.eos_id, tokenizer.vocab_size) == (0, bpe.get_vocab_size())
         assert (tokenizer.encode("abc de") == bpe.encode("abc de").ids).all()
 
 

@@ -1,5 +1,6 @@
 """The main job on a small model: what lm and passkey mean, and what a killed sweep leaves behind."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from rnn_longctx.errors import InputError
 from rnn_longctx.eval import Context, Results, Task, parse_task
 from rnn_longctx.eval import run as run_module
 from rnn_longctx.eval.lm import LanguageModel
+from rnn_longctx.eval.sheets import sheets
 from rnn_longctx.mitigations import REMEDIES, Plan, Remedy
 from rnn_longctx.mitigations.base import same_everywhere
 from rnn_longctx.models import Cache, Mamba2Config, Mamba2LM
@@ -238,12 +240,20 @@ def test_kill_in_the_middle_and_run_again(text, tmp_path):
     out = tmp_path / "out"
     command = [sys.executable, "-c", KILLED, text, str(out), os.path.dirname(__file__)]
     killed = 0
+
+    def made() -> set:
+        return {(p.name, p.stat().st_mtime_ns) for p in [*out.glob("cells/*.json"), *out.glob("snapshots/[!.]*")]}
+
+    cells = set()
     for attempt in range(60):
+        before = made()
+        finished = [p for p in out.glob("cells/*.json") if '"nats_per_token"' in p.read_text()]
+        cells |= {(p.name, p.stat().st_mtime_ns) for p in finished}
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        files = 0
         while process.poll() is None:
-            present = len(list(out.glob("cells/*.json"))) + len(list(out.glob("snapshots/*")))
-            if present > files and attempt < 4:
+            with contextlib.suppress(FileNotFoundError):  # a snapshot that was replaced in between
+                present = made()
+            if present - before and attempt < 4:
                 time.sleep(0.05 * (attempt + 1))
                 process.send_signal(signal.SIGKILL)
                 killed += 1
@@ -253,7 +263,9 @@ def test_kill_in_the_middle_and_run_again(text, tmp_path):
         if "finished" in (stdout or ""):
             break
     assert killed and "finished" in stdout
-    assert not list(out.glob("snapshots/*.safetensors"))
+    assert cells <= made(), "a finished cell was written again"
+    assert not [p for p in out.glob("snapshots/*") if not p.name.startswith(".")]
+    assert len(list(out.glob("cells/*.json"))) == 3 * 3 * 2 + 3  # remedies, lengths, both units; peaks
     quiet = evaluate(
         make_model(),
         [64, 512, 3000],
@@ -267,6 +279,68 @@ def test_kill_in_the_middle_and_run_again(text, tmp_path):
         for length in (64, 512, 3000):
             a, b = value(quiet, length, mitigation=mitigation), value(resumed, length, mitigation=mitigation)
             assert a.value == pytest.approx(b.value, abs=1e-5)
+
+
+def test_a_kill_between_the_cells_of_a_length_loses_none(model, text, tmp_path):
+    """Whatever cell was the last one written, the next run completes the rest, without reading a finished stream."""
+    asked, task = [64, 512, 1000], LanguageModel(slices=1, tokens=0)
+    for written in range(1, 7):
+        results = Results(tmp_path / str(written))
+        read = []
+
+        def context(results=results, read=read):
+            return Context(model, text=text, results=results, segment=100, snapshot_seconds=0.0, progress=read.append)
+
+        rows = task.run(context(), asked)
+        for _ in range(written):
+            next(rows)
+        rows.close()
+        assert read.count(100) == 10
+        list(task.run(context(), asked))
+        assert read.count(100) == 10, "the stream was read again"
+        found = {(row["length"], row["metric"]) for row in results.rows()}
+        assert found == {(n, m) for n in asked for m in ("nats_per_token", "nats_per_byte")} | {
+            (64, "nats_per_token_peak")
+        }
+        assert not list((tmp_path / str(written) / "snapshots").iterdir())
+
+
+def test_another_training_length_moves_the_verdict_and_keeps_the_cells(model, text, tmp_path):
+    settings = {"text": text, "out": str(tmp_path / "r")}
+    first = evaluate(model, [128, 256], ["lm:slices=2,tokens=0"], **settings)
+    model.train_length = 128
+    second = evaluate(model, [128, 256], ["lm:slices=2,tokens=0"], **settings)
+    assert set(first.train_length) == {64} and set(second.train_length) == {128}
+    assert set(second[second.metric == "nats_per_token_peak"].length) == {64, 128}
+    (sheet,) = sheets(second)
+    assert sheet.train_length == 128
+    assert sheet.peaks["none"] == value(second, 128, "nats_per_token_peak").value
+
+
+def test_cost_columns_are_of_their_length(model, text):
+    frame = evaluate(model, [64, 3000], ["lm:slices=1,tokens=0"], text=text)
+    short, long = value(frame, 64), value(frame, 3000)
+    assert 0 < short.seconds <= long.seconds and short.tokens_per_second == pytest.approx(64 / short.seconds)
+
+
+def test_a_passkey_answer_is_read_whole(model, monkeypatch):
+    """Digits may be cut into tokens anyhow; five right ones followed by a sixth are wrong."""
+    from rnn_longctx.eval import passkey
+
+    assert passkey._number("34847 and more") == "34847" and passkey._number("348471") == "348471"
+    assert passkey._number("") == "" == passkey._number("x1")
+    asked = []
+
+    class Pairs(ByteTokenizer):  # repeated digits are one token, others several
+        def encode(self, data):
+            raw = data if isinstance(data, str) else data.decode()
+            return super().encode("8" if raw.strip() == "88888" else raw)
+
+    model.tokenizer = Pairs()
+    read = passkey.continuation
+    monkeypatch.setattr(passkey, "continuation", lambda *a: (asked.append(1) or t for t in read(*a)))
+    evaluate(model, [200], ["passkey:n=1"])
+    assert len(asked) >= 6
 
 
 def test_a_stream_goes_on_from_its_snapshot_and_torn_ones_are_ignored(model, text, tmp_path):

@@ -31,7 +31,7 @@ def only_cell(directory):
 def test_a_row_comes_back_exactly_and_replaces_its_elder(tmp_path):
     store = Results(tmp_path)
     new = row(depth=0.15000000000000002, batch=np.int64(4), samples=np.float64([0.1, 1 / 3]), value=math.nan)
-    assert store.get(new) is None and not store.has(new)
+    assert store.get(new) is None
     store.put(row(depth=0.15000000000000002, batch=4, value=1.0))
     store.put(new)
     got = Results(tmp_path).get({k: v for k, v in new.items() if k in KEY})
@@ -46,9 +46,9 @@ def test_every_key_column_tells_cells_apart(tmp_path, column):
     store = Results(tmp_path)
     store.put(row())
     other = row() | {column: {"length": 1025, "depth": 0.0, "batch": 1, "seed": 0}.get(column, "else")}
-    assert not store.has(other)
+    assert store.get(other) is None
     store.put(other)
-    assert len(store.rows()) == 2 and store.has(row()) and store.has(other)
+    assert len(store.rows()) == 2 and store.get(row()) is not None and store.get(other) is not None
 
 
 def test_keys_are_exact_about_numbers_and_missing_values():
@@ -76,7 +76,7 @@ def test_a_file_torn_anywhere_is_no_result(tmp_path, caplog):
     whole = path.read_bytes()
     for cut in [0, 1, len(whole) - 1, *random.sample(range(2, len(whole) - 1), 20)]:
         path.write_bytes(whole[:cut])
-        assert not store.has(cell)
+        assert store.get(cell) is None
     assert store.rows() == [] and len(store.frame()) == 0 and path.name in caplog.text
     store.put(cell)  # recomputed
     assert path.read_bytes() == whole
@@ -88,17 +88,17 @@ def test_an_edited_or_renamed_file_is_no_result(tmp_path):
     path = only_cell(tmp_path)
     text = path.read_text()
     path.write_text(text.replace("0.75", "0.65"))
-    assert not store.has(cell)
+    assert store.get(cell) is None
     path.write_text(text.replace('"n": 2', '"n": 20'))
-    assert not store.has(cell)
+    assert store.get(cell) is None
     path.write_text(json.dumps(json.loads(text)))  # laid out differently, the same content
-    assert store.has(cell)
+    assert store.get(cell) is not None
     path.write_text(text)
     path.rename(path.with_name("0" * 32 + ".json"))
     assert store.rows() == []
     for junk in ("[]", "{}", '{"row": 1, "checksum": 2}', "null", '{"row": [], "checksum": ""}'):
         path.write_text(junk)
-        assert not store.has(cell)
+        assert store.get(cell) is None
 
 
 def test_a_write_that_fails_leaves_the_old_cell(tmp_path, monkeypatch):

@@ -233,7 +233,7 @@ def test_transformers_configs_that_are_refused(change, words, make, tmp_path):
 
 
 def test_round_trip_in_every_layout(make, tmp_path):
-    model = make(dt_limit=(0.01, math.inf), A_init=(0.001, 1.0), tie_embeddings=False)
+    model = make(dt_limit=(0.01, math.inf), A_init=(0.001, 1.0), tie_embeddings=False, vocab_size=256)
     model.tokenizer, model.train_length = load_tokenizer("bytes"), 256
     provenance = {"text": ["a"], "loss": float("nan"), "path": Path("x"), "steps": 3}
     checkpoint.save(model, tmp_path / "a", provenance=provenance, calibration={"norms": [[1.5]]})
@@ -266,6 +266,19 @@ def test_hash_is_of_the_stored_weights(own, make, tmp_path):
     bits[3] ^= 1
     save_file(state, own / "model.safetensors")
     assert checkpoint.load(own).weights_hash != first
+
+
+def test_hash_is_of_what_the_model_computes_too(own):
+    config = json.loads((own / "config.json").read_text())
+    hashes = {checkpoint.load(own).weights_hash}
+    for change in ({"norm_eps": 1e-6}, {"dt_limit": [0.0, 0.5]}, {"residual_in_fp32": False}):
+        write(own, config | {"model": config["model"] | change})
+        hashes.add(checkpoint.load(own).weights_hash)
+    assert len(hashes) == 4
+    write(own, config | {"model": config["model"] | {"A_init": [2.0, 3.0]}})  # only an initialisation reads it
+    first = min(hashes & {checkpoint.load(own).weights_hash})
+    write(own, config)
+    assert checkpoint.load(own).weights_hash == first
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", torch.float16, "float32", torch.float64])
@@ -558,7 +571,7 @@ def test_a_missing_tokenizer_only_matters_when_used(own, official, tmp_path, mon
     with pytest.raises(InputError, match="nobody/no-tokenizer"):
         model.tokenizer.encode("a")
     refused(tmp_path / "b", "nobody/none", tokenizer="nobody/none")  # asked for: missing at once
-    assert checkpoint.load(tmp_path / "b", tokenizer="bytes").tokenizer.vocab_size == 256
+    refused(tmp_path / "b", "256 tokens", f"vocabulary {model.config.vocab_size}", tokenizer="bytes")
 
 
 @pytest.mark.parametrize("layout", checkpoint.LAYOUTS)

@@ -21,7 +21,8 @@ def test_envelope_is_the_largest_norm_of_each_head():
     torch.testing.assert_close(torch.tensor(found.peaks, dtype=torch.float64), expected, rtol=1e-5, atol=0)
     for quantile, caps in ((1.0, expected.amax(1)), (0.0, expected.amin(1)), (0.5, expected.median(1).values)):
         torch.testing.assert_close(torch.tensor(found.norms(quantile), dtype=torch.float64), caps, rtol=1e-5, atol=0)
-    assert (found.length, found.slices, found.label) == (70, 5, "some hash, 5 x 70")
+    assert (found.length, found.slices, found.label) == (70, 5, found.label)
+    assert found.label.startswith("some hash, 5 x 70, ")
     assert Envelope.from_dict(found.to_dict()) == found
 
 

@@ -161,12 +161,12 @@ def test_kill_9(config: TrainConfig, tmp_path: Path) -> None:
     file.write_text(yaml.safe_dump(to_dict(config)))
     slow = (
         "import sys, time, torch; torch.set_num_threads(1)\n"
-        "from rnn_longctx.train import __main__ as main\n"
+        "from rnn_longctx import cli\n"
         "from rnn_longctx.train.corpus import Corpus\n"
         "batch = Corpus.batch\n"
         "Corpus.batch = lambda *a: (time.sleep(0.1), batch(*a))[1]\n"
-        "sys.argv = ['train', *sys.argv[1:]]\n"
-        "main.main()\n"
+        "sys.argv = ['rnn-longctx', 'train', *sys.argv[1:]]\n"
+        "cli.main()\n"
     )
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen([sys.executable, "-c", slow, str(file)], env=environment, stdout=subprocess.PIPE)
@@ -324,16 +324,22 @@ def test_mistakes_before_any_work(config: TrainConfig) -> None:
 
 def test_command_line(config: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str],
                       monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
-    from rnn_longctx.train.__main__ import main
+    from rnn_longctx import cli
+
+    def run(*words: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["rnn-longctx", "train", *words])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        return int(stop.value.code or 0), *capsys.readouterr()
 
     file = tmp_path / "c.yaml"
     file.write_text(yaml.safe_dump(to_dict(config)))
-    monkeypatch.setattr(sys, "argv", ["train", str(file), "--set", "steps=2", "--set", "schedule.warmup=1"])
-    assert main() == 0 and capsys.readouterr().out.splitlines()[-1] == str(Path(config.out) / "model")
-    monkeypatch.setattr(sys, "argv", ["train", str(file), "--set", "stepz=2"])
-    assert main() == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1 and "stepz" in error
+    code, said, _ = run(str(file), "--set", "steps=2", "--set", "schedule.warmup=1")
+    assert code == 0 and said.splitlines()[-1] == f"saved {Path(config.out) / 'model'}"
+    (tmp_path / "occupied").touch()
+    for words, expected in ((["stepz=2"], "stepz"), ([f"out={tmp_path}/occupied/x"], "cannot write to")):
+        code, _, error = run(str(file), "--set", *words)
+        assert code == 2 and error.startswith("rnn-longctx: ") and error.count("\n") == 1 and expected in error
 
 
 def test_bf16_autocast_trains(config: TrainConfig) -> None:
