@@ -2,10 +2,17 @@
 
 import csv
 import json
+import re
+import resource
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 import rnn_longctx
+from rnn_longctx.config import load_yaml
+from rnn_longctx.eval import EvalConfig, Results, bench
 from rnn_longctx.models.checkpoint import DEMO
 
 
@@ -45,3 +52,36 @@ def test_it_collapses_and_a_remedy_helps(demo):
 def test_it_answers_passkeys_within_its_training_length(demo):
     table = rnn_longctx.evaluate(demo, [demo.train_length], ["passkey:n=20"])
     assert table[table.depth.isna()].value.item() >= 0.8
+
+
+@pytest.mark.slow
+def test_what_the_demo_must_show(demo, tmp_path):
+    """The claims of the README, on configs/eval/demo.yaml as it is."""
+    config = load_yaml(EvalConfig, Path(__file__).parents[1] / "configs" / "eval" / "demo.yaml")
+    table = rnn_longctx.evaluate(demo, config.lengths, config.tasks, config.mitigations, out=str(tmp_path / "r"))
+    loss = table[table.metric == "nats_per_token"].set_index(["mitigation", "length"]).value
+    recall = table[(table.metric == "accuracy") & table.depth.isna()].set_index(["mitigation", "length"])
+    trained, far = demo.train_length, 64 * 1024
+    assert loss["none", far] >= 3 * loss["none", trained]
+    remedies = [m for m in config.mitigations if m.startswith(("state-norm", "rri"))]
+    good = [m for m in remedies if loss[m, far] <= 1.03 * loss["recompute:last=512", far]]
+    assert {m.partition(":")[0] for m in good} == {"state-norm", "rri"}
+    gains = {m: recall.value[m] - recall.value["none"] for m in good if recall.value[m, 2 * trained] >= 0.9}
+    longer = {(m, n) for m in gains for n in gains[m].index if n > 2 * trained and recall.n[m, n] >= 60}
+    assert any(gains[m][n] >= 0.2 for m, n in longer)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of a child process as Linux counts it")
+def test_a_million_tokens_take_less_than_2_gib(tmp_path):
+    words = ["eval", "demo", "--lengths", "1m", "--task", "lm:slices=1,tokens=0", "--out", str(tmp_path / "r")]
+    subprocess.run([sys.executable, "-m", "rnn_longctx.cli", *words], check=True, timeout=900)
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 < 2 * 2**30
+    assert (Results.read(tmp_path / "r").peak_bytes < 2 * 2**30).all()
+
+
+@pytest.mark.slow
+def test_five_times_as_fast_as_transformers_on_a_cpu(demo):
+    said = bench.cpu(demo)
+    assert float(re.search(r"ratio ([\d.]+)x", said)[1]) >= 5, said
+    assert float(re.search(r"of logits (\S+)", said)[1]) < 1e-4, said

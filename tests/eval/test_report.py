@@ -189,6 +189,20 @@ def test_several_recompute_controls_each_have_a_table_and_the_best_one_judges(st
     assert "x the loss of recompute:last=512" in conclusion(both)
 
 
+def test_a_remedy_composed_with_a_control_is_no_control(story):
+    both = story[story.mitigation == "rri:alpha=0.99"].assign(mitigation="recompute:last=64+rri:alpha=0.99")
+    (sheet, _) = sheets(pd.concat([story, both], ignore_index=True))
+    assert sheet.recomputes() == ["recompute:last=512"]
+    assert "recompute:last=64+rri:alpha=0.99" in sheet.remedies()
+
+
+def test_depths_of_an_earlier_run_with_other_prompts_are_left_out(make):
+    frame = make(lengths=[256, 512])
+    at = frame[(frame.task == "passkey") & (frame.depth == 0.05) & (frame.length == 256)]
+    (_, sheet) = sheets(pd.concat([frame, at.assign(depth=0.125)], ignore_index=True))
+    assert {d for k, d in sheet.depths["none"] if k == 256} == {(i + 0.5) / 10 for i in range(10)}
+
+
 def test_small_and_empty_tables(story):
     assert to_text(story.iloc[:0]).strip() == "no results yet" and conclusion(story.iloc[:0]) == ""
     assert len(summary(story.iloc[:0])) == 0 and len(context_gain(story.iloc[:0])) == 0

@@ -86,6 +86,19 @@ def test_definition(name, per_channel):
         assert torch.equal(whole[1].position, parts[1].position)
 
 
+@pytest.mark.parametrize("policy", [
+    ScanPolicy(caps=(Cap(0.5, 256),)), ScanPolicy(window=100), ScanPolicy(caps=(Cap(0.3, 1),), add=-0.001),
+], ids=["cap every 256", "window 100", "most tokens clipped"])  # fmt: skip
+def test_long_streams_in_odd_parts(policy):
+    x, more = inputs(length=701)
+    expected, *_ = reference.scan(**x, **more, policy=policy)
+    plain, *_ = reference.scan(**x, **more)
+    assert (expected - plain).abs().max() > 0.1  # the policy has something to do
+    cuts = sorted({1, 2, 255, 256, 257, *torch.randint(1, 701, (5,)).tolist()})
+    for y, _ in (scan(**x, **more, policy=policy), in_parts(x, more, cuts, policy=policy)):
+        torch.testing.assert_close(y, expected, rtol=0, atol=1e-10)
+
+
 @pytest.mark.parametrize("name", POLICIES)
 def test_float32(name):
     x, more = inputs(length=201, dtype=torch.float32)
