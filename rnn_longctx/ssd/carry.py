@@ -71,6 +71,3 @@ class ScanCarry:
             position=torch.zeros(batch, dtype=torch.int64),
             log_decay=torch.zeros(shape, dtype=torch.float64, device=device),
         )
-
-    def clone(self) -> ScanCarry:
-        return tree_map(torch.clone, self)

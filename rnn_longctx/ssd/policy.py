@@ -89,10 +89,6 @@ class ScanPolicy:
             object.__setattr__(self, "start", _nested(self.start))
 
     @property
-    def is_plain(self) -> bool:
-        return self == PLAIN
-
-    @property
     def changes_gates(self) -> bool:
         return (self.mul, self.add, self.gain, self.min_dt) != (1.0, 0.0, 1.0, 0.0)
 
