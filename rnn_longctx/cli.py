@@ -67,6 +67,8 @@ def evaluate_command(
     lm = _load(c.model, c.device, c.dtype, c.tokenizer, c.train_length)
     lm.use_backend(c.backend)
     console = Console()
+    if not console.is_terminal:  # a log: lines as wide as the tables want
+        console = Console(width=110)
     console.print(
         header(
             lm.name,
@@ -81,7 +83,7 @@ def evaluate_command(
     )
     frame = evaluate(lm, c.lengths, c.tasks, c.mitigations, text=c.text, calibration_text=c.calibration_text,
                      out=c.out, batch=c.batch, seed=c.seed, progress=console.is_terminal)  # fmt: skip
-    for part in table(frame, width=console.width if console.is_terminal else 110):
+    for part in table(frame, width=console.width):
         console.print(part)
     plots = plot_all(frame, c.out)
     console.print(f"{c.out}: results.parquet, results.csv, {', '.join(p.name for p in plots)}")

@@ -83,7 +83,7 @@ def scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *, dt_bias: Ten
             policy=policy, carry=carry, reset=reset, mask=mask, counts=counts, drop=drop,
         )  # fmt: skip
         if D is not None:
-            y = y + (D if D.ndim == 2 else D[:, None]).to(dtype) * x.to(dtype)
+            y = torch.addcmul(y, x.to(dtype), (D if D.ndim == 2 else D[:, None]).to(dtype))
     new.position = counts[:, -1].clone()
     return y.to(x.dtype), new
 
@@ -115,7 +115,7 @@ def _torch(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *, dt_bias: T
         dt, A, dt_bias=dt_bias, dt_softplus=dt_softplus, dt_limit=dt_limit, policy=policy, mask=mask
     )
     run = step if x.shape[1] == 1 and policy.window is None else chunked_scan
-    y, new = run(x.contiguous(), log_decay, scale, B, C, policy=policy, carry=carry, counts=counts, drop=drop)
+    y, new = run(x, log_decay, scale, B, C, policy=policy, carry=carry, counts=counts, drop=drop)
     new.log_decay = _total(carry.log_decay, log_decay, reset)
     return y, new
 

@@ -12,6 +12,7 @@ share their products; where it forgets more, differences are masked before the e
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import pairwise
 
 import torch
@@ -23,6 +24,7 @@ from rnn_longctx.ssd.policy import ScanPolicy
 from rnn_longctx.ssd.window import window_scan
 
 CHUNK = 64  # the best on CPU among 32, 64, 128, 256
+BLOCK = 16  # pieces that are worked out together; a block's memory is that of its inputs times d_state / CHUNK
 CHUNK_PER_CHANNEL = 16  # the decays of a piece are (H, c, c, N) numbers there
 FACTOR = 60.0  # nats; exp(60) = 1e26 leaves float32 room for a factor of 1e12
 # Caps that apply more often than this are found token by token inside a piece instead of cutting it.
@@ -51,26 +53,96 @@ def chunked_scan(x: Tensor, log_decay: Tensor, scale: Tensor, B: Tensor, C: Tens
 
     state, outputs = carry.state, []
     start = policy.start_state(state) if drop is not None else None
-    chunk = CHUNK if log_decay.ndim == 3 else CHUNK_PER_CHANNEL
-    edges = sorted({*ends, *(t + k for t, u in pairwise([0, *sorted(ends)]) for k in range(0, u - t, chunk))})
-    sizes = [u - t for t, u in pairwise(edges)]
+    edges = [0, *sorted(ends)]
     # split, not slices: the gradient of each slice would be as large as the whole
-    xs, lds, ws, Bs, Cs = (v.split(sizes, 1) for v in (x, log_decay, scale, B, C))
-    for i, (t, u) in enumerate(pairwise(edges)):
-        part = xs[i], lds[i], ws[i], Bs[i], Cs[i]
+    parts = _split((x, log_decay, scale, B, C), [u - t for t, u in pairwise(edges)])
+    for (t, u), part in zip(pairwise(edges), parts, strict=True):
         if drop is not None and start is not None and drop[:, t].any():
             state = torch.where(drop[:, t].to(state.device)[:, None, None, None], start, state)
         if caps is not None and dense:
-            ld, w = capped_gates(*part[:4], state, caps[:, t:u])
-            y, state = piece(part[0], ld, w, *part[3:], state)
+            y, state = _densely_capped(*part, state, caps[:, t:u])
         else:
-            y, state = piece(*part, state)
-            if caps is not None and u in ends and torch.isfinite(caps[:, u - 1]).any():
+            y, state = stretch(*part, state)
+            if caps is not None and torch.isfinite(caps[:, u - 1]).any():
                 r = clip_factor(state, caps[:, u - 1])  # (B, H)
                 state = state * r[..., None, None]
                 y = torch.cat([y[:, :-1], y[:, -1:] * r[:, None, :, None]], 1)
         outputs.append(y)
-    return torch.cat(outputs, 1), ScanCarry(state, carry.position, carry.log_decay)
+    return _joined(outputs), ScanCarry(state, carry.position, carry.log_decay)
+
+
+def _joined(outputs: list[Tensor]) -> Tensor:
+    return torch.cat(outputs, 1) if len(outputs) > 1 else outputs[0]
+
+
+def _split(tensors: tuple[Tensor, ...], sizes: list[int]) -> Iterator[tuple[Tensor, ...]]:
+    return zip(*(v.split(sizes, 1) for v in tensors), strict=True)
+
+
+def _sizes(length: int, most: int) -> list[int]:
+    return [most] * (length // most) + ([length % most] if length % most else [])
+
+
+def _densely_capped(x: Tensor, log_decay: Tensor, scale: Tensor, B: Tensor, C: Tensor, state: Tensor,
+                    caps: Tensor) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Caps found token by token: each piece hangs on the capped state that the one before it leaves."""
+    outputs = []
+    chunk = CHUNK if log_decay.ndim == 3 else CHUNK_PER_CHANNEL
+    for part in _split((x, log_decay, scale, B, C, caps), _sizes(x.shape[1], chunk)):
+        ld, w = capped_gates(*part[:4], state, part[5])
+        y, state = piece(part[0], ld, w, part[3], part[4], state)
+        outputs.append(y)
+    return _joined(outputs), state
+
+
+def stretch(x: Tensor, log_decay: Tensor, scale: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens with nothing in between, any number: outputs (B,T,H,P) and the state after them."""
+    outputs = []
+    per_channel = log_decay.ndim == 4
+    whole = 0 if per_channel else x.shape[1] // CHUNK * CHUNK  # in blocks of whole pieces, then what is left
+    sizes = _sizes(whole, BLOCK * CHUNK) + _sizes(x.shape[1] - whole, CHUNK_PER_CHANNEL if per_channel else CHUNK)
+    for part in _split((x, log_decay, scale, B, C), sizes):
+        y, state = (piece if per_channel or part[0].shape[1] % CHUNK else block)(*part, state)
+        outputs.append(y)
+    return _joined(outputs), state
+
+
+def block(x: Tensor, log_decay: Tensor, scale: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """n whole pieces of CHUNK tokens: what does not hang on the state, for all of them in one product."""
+    n = x.shape[1] // CHUNK
+    cum = log_decay.unflatten(1, (n, CHUNK)).cumsum(2)  # (B, n, c, H)
+    if n == 1 or float(cum.detach().abs().amax()) >= FACTOR:
+        outputs = []
+        for part in _split((x, log_decay, scale, B, C), [CHUNK] * n):
+            y, state = piece(*part, state)
+            outputs.append(y)
+        return _joined(outputs), state
+    batch, _, heads, headdim = x.shape
+    groups, d_state = B.shape[2:]
+    grow = cum.exp()
+    weighted = x * (scale.unflatten(1, (n, CHUNK)) / grow).flatten(1, 2)[..., None]
+    weighted, B, C = (_by_group(v, n, groups) for v in (weighted, B, C))  # (B*n*G, c, R*P or N)
+    y = (C @ B.mT).tril() @ weighted
+    added = (weighted.mT @ B).view(batch, n, heads, headdim, d_state)
+    last = grow[:, :, -1, :, None, None]  # (B, n, H, 1, 1)
+    before = []
+    for i in range(n):
+        before.append(state)
+        state = (state + added[:, i]) * last[:, i]
+    states = torch.stack(before, 1).view(batch * n * groups, -1, d_state)
+    y = (
+        y.baddbmm_(C, states.mT)
+        .view(batch, n, groups, CHUNK, -1)
+        .transpose(2, 3)
+        .reshape(batch, n, CHUNK, heads, headdim)
+    )
+    return (y * grow[..., None]).flatten(1, 2), state
+
+
+def _by_group(v: Tensor, n: int, groups: int) -> Tensor:
+    """(B, n*c, G or H, X) to (B*n*G, c, everything else)."""
+    v = v.reshape(v.shape[0], n, CHUNK, groups, -1).transpose(2, 3)
+    return v.reshape(-1, CHUNK, v.shape[-1])
 
 
 def piece(x: Tensor, log_decay: Tensor, scale: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
