@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ CHUNK_PER_CHANNEL = 16  # the decays of a piece are (H, c, c, N) numbers there
 FACTOR = 60.0  # nats; exp(60) = 1e26 leaves float32 room for a factor of 1e12
 # Caps that apply more often than this are found token by token inside a piece instead of cutting it.
 DENSE_CAP = 32
+Part = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # x, log_decay, scale, B, C of some tokens
 
 
 def chunked_scan(x: Tensor, log_decay: Tensor, scale: Tensor, B: Tensor, C: Tensor, *, policy: ScanPolicy,
@@ -56,6 +58,7 @@ def chunked_scan(x: Tensor, log_decay: Tensor, scale: Tensor, B: Tensor, C: Tens
     edges = [0, *sorted(ends)]
     # split, not slices: the gradient of each slice would be as large as the whole
     parts = _split((x, log_decay, scale, B, C), [u - t for t, u in pairwise(edges)])
+    part: Part
     for (t, u), part in zip(pairwise(edges), parts, strict=True):
         if drop is not None and start is not None and drop[:, t].any():
             state = torch.where(drop[:, t].to(state.device)[:, None, None, None], start, state)
@@ -75,7 +78,7 @@ def _joined(outputs: list[Tensor]) -> Tensor:
     return torch.cat(outputs, 1) if len(outputs) > 1 else outputs[0]
 
 
-def _split(tensors: tuple[Tensor, ...], sizes: list[int]) -> Iterator[tuple[Tensor, ...]]:
+def _split(tensors: tuple[Tensor, ...], sizes: list[int]) -> Iterator[Any]:
     return zip(*(v.split(sizes, 1) for v in tensors), strict=True)
 
 
@@ -88,9 +91,9 @@ def _densely_capped(x: Tensor, log_decay: Tensor, scale: Tensor, B: Tensor, C: T
     """Caps found token by token: each piece hangs on the capped state that the one before it leaves."""
     outputs = []
     chunk = CHUNK if log_decay.ndim == 3 else CHUNK_PER_CHANNEL
-    for part in _split((x, log_decay, scale, B, C, caps), _sizes(x.shape[1], chunk)):
-        ld, w = capped_gates(*part[:4], state, part[5])
-        y, state = piece(part[0], ld, w, part[3], part[4], state)
+    for some, ld, w, b, c, cap in _split((x, log_decay, scale, B, C, caps), _sizes(x.shape[1], chunk)):
+        ld, w = capped_gates(some, ld, w, b, state, cap)
+        y, state = piece(some, ld, w, b, c, state)
         outputs.append(y)
     return _joined(outputs), state
 
@@ -101,6 +104,7 @@ def stretch(x: Tensor, log_decay: Tensor, scale: Tensor, B: Tensor, C: Tensor, s
     per_channel = log_decay.ndim == 4
     whole = 0 if per_channel else x.shape[1] // CHUNK * CHUNK  # in blocks of whole pieces, then what is left
     sizes = _sizes(whole, BLOCK * CHUNK) + _sizes(x.shape[1] - whole, CHUNK_PER_CHANNEL if per_channel else CHUNK)
+    part: Part
     for part in _split((x, log_decay, scale, B, C), sizes):
         y, state = (piece if per_channel or part[0].shape[1] % CHUNK else block)(*part, state)
         outputs.append(y)
@@ -113,6 +117,7 @@ def block(x: Tensor, log_decay: Tensor, scale: Tensor, B: Tensor, C: Tensor, sta
     cum = log_decay.unflatten(1, (n, CHUNK)).cumsum(2)  # (B, n, c, H)
     if n == 1 or float(cum.detach().abs().amax()) >= FACTOR:
         outputs = []
+        part: Part
         for part in _split((x, log_decay, scale, B, C), [CHUNK] * n):
             y, state = piece(*part, state)
             outputs.append(y)
