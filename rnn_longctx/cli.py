@@ -47,9 +47,10 @@ def evaluate_command(
     from rich.console import Console
 
     from rnn_longctx.config import from_dict, load_yaml, parse_length, parse_lengths, to_dict
-    from rnn_longctx.eval import EvalConfig, Results, evaluate
+    from rnn_longctx.eval import EvalConfig, Results, evaluate, parse_task
     from rnn_longctx.eval.plots import plot_all
     from rnn_longctx.eval.report import header, table
+    from rnn_longctx.mitigations import parse_remedy
 
     given = {
         "model": model, "lengths": lengths and parse_lengths(lengths), "tasks": task or None,
@@ -63,7 +64,11 @@ def evaluate_command(
     base = to_dict(load_yaml(EvalConfig, config)) if config else {}
     c = from_dict(EvalConfig, base | given, "eval")
 
-    Results(c.out)  # an unwritable folder shows before anything is loaded
+    for words in c.tasks:  # a misspelt name shows before anything is loaded, and so does an unwritable folder
+        parse_task(words)
+    for words in c.mitigations:
+        parse_remedy(words)
+    Results(c.out)
     lm = _load(c.model, c.device, c.dtype, c.tokenizer, c.train_length)
     lm.use_backend(c.backend)
     console = Console()
