@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class StateNorm(Remedy):
     """every: tokens between two caps; 1 is exact, more is cheaper. quantile: of the slices' largest norms, in [0, 1]; 1
-    leaves alone what was ever seen in training, less caps tighter."""
+    caps at the largest of all, less caps tighter."""
 
     name = "state-norm"
     every: int = quiet(1)

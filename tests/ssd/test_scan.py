@@ -90,11 +90,11 @@ def test_definition(name, per_channel):
     ScanPolicy(caps=(Cap(0.5, 256),)), ScanPolicy(window=100), ScanPolicy(caps=(Cap(0.3, 1),), add=-0.001),
 ], ids=["cap every 256", "window 100", "most tokens clipped"])  # fmt: skip
 def test_long_streams_in_odd_parts(policy):
-    x, more = inputs(length=701)
+    x, more = inputs(length=1301)  # more than one block of pieces
     expected, *_ = reference.scan(**x, **more, policy=policy)
     plain, *_ = reference.scan(**x, **more)
     assert (expected - plain).abs().max() > 0.1  # the policy has something to do
-    cuts = sorted({1, 2, 255, 256, 257, *torch.randint(1, 701, (5,)).tolist()})
+    cuts = sorted({1, 2, 255, 256, 257, *torch.randint(1, 1301, (5,)).tolist()})
     for y, _ in (scan(**x, **more, policy=policy), in_parts(x, more, cuts, policy=policy)):
         torch.testing.assert_close(y, expected, rtol=0, atol=1e-10)
 
