@@ -168,6 +168,31 @@ def bench_cpu(
     typer.echo(cpu(_load(model, "cpu", "float32", None, None), batch, parse_length(length), repeats))
 
 
+@bench.command("scan")
+def bench_scan(
+    lengths: Annotated[str, typer.Option(help="Tokens of the forward rows, batch 1.")] = "16k,64k,1m",
+    train: Annotated[str, typer.Option(help="Batch x tokens of the forward and backward rows.")] = "8x8k",
+    out: Annotated[Optional[Path], typer.Option(help="CSV file to write the table to.")] = None,  # noqa: UP045
+) -> None:
+    """The scan on a GPU against mamba-ssm's and flash-linear-attention's kernels, where those are installed."""
+    import csv
+
+    from rnn_longctx.config import parse_length, parse_lengths
+    from rnn_longctx.eval.bench_scan import scan_rows
+
+    pairs = [word.split("x") for word in train.split(",") if word]
+    rows: list[dict[str, Any]] = []
+    for row in scan_rows(parse_lengths(lengths), [(int(b), parse_length(n)) for b, n in pairs]):
+        rows.append({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()})
+        typer.echo("  ".join(f"{k} {v}" for k, v in rows[-1].items() if k not in ("device", "versions", "dtype")))
+        if out:  # after each row: what is measured is kept
+            out.parent.mkdir(parents=True, exist_ok=True)
+            with out.open("w", newline="") as file:
+                writer = csv.DictWriter(file, rows[0].keys())
+                writer.writeheader()
+                writer.writerows(rows)
+
+
 def _load(model: str, device: str, dtype: str, tokenizer: str | None, train_length: Any) -> Any:
     import torch
 

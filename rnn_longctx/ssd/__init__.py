@@ -15,16 +15,13 @@ import torch
 from torch import Tensor
 
 from rnn_longctx.errors import InputError
-from rnn_longctx.ssd import reference
-from rnn_longctx.ssd.backends import Backend, choose, register
+from rnn_longctx.ssd import fused, pytorch, reference
+from rnn_longctx.ssd.backends import Backend, Call, choose, register
 from rnn_longctx.ssd.carry import ScanCarry, WindowCarry, tree_map
-from rnn_longctx.ssd.chunked import chunked_scan
-from rnn_longctx.ssd.gates import gates
 from rnn_longctx.ssd.policy import PLAIN, Cap, ScanPolicy
-from rnn_longctx.ssd.step import step
 from rnn_longctx.ssd.window import window_state
 
-__all__ = ["PLAIN", "Backend", "Cap", "ScanCarry", "ScanPolicy", "WindowCarry", "choose", "row_counts", "scan",
+__all__ = ["PLAIN", "Backend", "Call", "Cap", "ScanCarry", "ScanPolicy", "WindowCarry", "choose", "row_counts", "scan",
            "tree_map", "window_state"]  # fmt: skip
 
 
@@ -52,8 +49,8 @@ def scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *, dt_bias: Ten
             policy, padding after a row's first token, a window switched on in mid-stream.
     """
     _check_shapes(x, dt, A, B, C)
-    chosen = choose(policy, backend)
     batch, length, heads, headdim = x.shape
+    chosen = choose(policy, backend, Call(x.device, x.dtype, A.ndim == 2, headdim, B.shape[3]))
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     fresh = carry is None
     if carry is None:
@@ -74,18 +71,19 @@ def scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *, dt_bias: Ten
         carry = ScanCarry(policy.start_state(carry.state), carry.position, carry.log_decay)
     if mask is not None:
         mask = _check_mask(mask, carry.position)
-    counts, drop = row_counts(carry.position, length, mask=mask, reset=reset, every=policy.reset)
+    if reset is not None and not bool(reset.any()):
+        reset = None
+    counts = drop = None
+    if mask is not None or reset is not None or policy.reset is not None or policy.caps:
+        counts, drop = row_counts(carry.position, length, mask=mask, reset=reset, every=policy.reset)
 
     with torch.autocast(x.device.type, enabled=False):
         y, new = chosen.run(
-            x.to(dtype), dt.to(dtype), A.to(dtype), B.to(dtype), C.to(dtype),
-            dt_bias=None if dt_bias is None else dt_bias.to(dtype), dt_softplus=dt_softplus, dt_limit=dt_limit,
-            policy=policy, carry=carry, reset=reset, mask=mask, counts=counts, drop=drop,
+            x, dt, A, B, C, dt_bias=dt_bias, dt_softplus=dt_softplus, dt_limit=dt_limit, D=D, policy=policy,
+            carry=carry, reset=reset, mask=mask, counts=counts, drop=drop,
         )  # fmt: skip
-        if D is not None:
-            y = torch.addcmul(y, x.to(dtype), (D if D.ndim == 2 else D[:, None]).to(dtype))
-    new.position = counts[:, -1].clone()
-    return y.to(x.dtype), new
+    new.position = carry.position + length if counts is None else counts[:, -1].clone()
+    return y, new
 
 
 def row_counts(position: Tensor, length: int, *, mask: Tensor | None = None, reset: Tensor | None = None,
@@ -108,29 +106,7 @@ def row_counts(position: Tensor, length: int, *, mask: Tensor | None = None, res
     return counts, drop if drop is not None and bool(drop.any()) else None
 
 
-def _torch(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *, dt_bias: Tensor | None, dt_softplus: bool,
-           dt_limit: tuple[float, float], policy: ScanPolicy, carry: ScanCarry, reset: Tensor | None,
-           mask: Tensor | None, counts: Tensor, drop: Tensor | None) -> tuple[Tensor, ScanCarry]:  # fmt: skip
-    log_decay, scale = gates(
-        dt, A, dt_bias=dt_bias, dt_softplus=dt_softplus, dt_limit=dt_limit, policy=policy, mask=mask
-    )
-    run = step if x.shape[1] == 1 and policy.window is None else chunked_scan
-    y, new = run(x, log_decay, scale, B, C, policy=policy, carry=carry, counts=counts, drop=drop)
-    new.log_decay = _total(carry.log_decay, log_decay, reset)
-    return y, new
-
-
-@torch.no_grad()
-def _total(before: Tensor, log_decay: Tensor, reset: Tensor | None) -> Tensor:
-    if reset is not None and bool(reset.any()):
-        began = reset.to(log_decay.device).long().cumsum(1)
-        kept = began == began[:, -1:]  # tokens after a row's last reset
-        log_decay = log_decay * kept.view(*kept.shape, *(1,) * (log_decay.ndim - 2))
-        before = torch.where(reset.to(before.device).any(1).view(-1, *(1,) * (before.ndim - 1)), 0.0, before)
-    return before + log_decay.sum(1, dtype=torch.float64)
-
-
-def _reference(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *, carry: ScanCarry, counts: Tensor,
+def _reference(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *, carry: ScanCarry, counts: Tensor | None,
                drop: Tensor | None, **settings) -> tuple[Tensor, ScanCarry]:  # fmt: skip
     if settings["policy"].window is not None and bool((carry.position > 0).any()):
         raise InputError("backend 'reference' reads a windowed stream in one call only")
@@ -168,5 +144,9 @@ def _check_mask(mask: Tensor, position: Tensor) -> Tensor | None:
     return mask
 
 
-register(Backend("torch", _torch, lambda: None, lambda policy: None))
-register(Backend("reference", _reference, lambda: None, lambda policy: None))
+_fused = Backend("triton", fused.run, fused.missing, fused.refuses)
+if not fused.interpreted():  # Triton's interpreter is for tests: only when asked for
+    register(_fused)
+register(Backend("torch", pytorch.run, lambda: None, lambda policy, call: None))
+register(_fused)
+register(Backend("reference", _reference, lambda: None, lambda policy, call: None))

@@ -5,18 +5,32 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+
 from rnn_longctx.errors import InputError, nearest
 from rnn_longctx.ssd.policy import ScanPolicy
 
 
 @dataclass(frozen=True)
+class Call:
+    """What a scan is asked to read."""
+
+    device: torch.device
+    dtype: torch.dtype
+    per_channel: bool
+    headdim: int
+    d_state: int
+
+
+@dataclass(frozen=True)
 class Backend:
-    """`missing()` says in words why it cannot run here, `refuses(policy)` why not with this policy; None is yes."""
+    """`missing()` says in words why it cannot run here, `refuses(policy, call)` why not with this policy and (unless
+    the call is None) these inputs; None is yes."""
 
     name: str
     run: Callable
     missing: Callable[[], str | None]
-    refuses: Callable[[ScanPolicy], str | None]
+    refuses: Callable[[ScanPolicy, Call | None], str | None]
 
 
 _BACKENDS: dict[str, Backend] = {}  # the first that can run is taken, so registration order is preference
@@ -27,8 +41,8 @@ def register(backend: Backend) -> Backend:
     return backend
 
 
-def choose(policy: ScanPolicy, forced: str | None = None) -> Backend:
-    """The backend for a policy.
+def choose(policy: ScanPolicy, forced: str | None = None, call: Call | None = None) -> Backend:
+    """The backend for a policy and, where given, what it is to read.
 
     Raises:
         InputError: a forced backend that is unknown, missing here, or does not support the policy. Nothing falls
@@ -36,13 +50,13 @@ def choose(policy: ScanPolicy, forced: str | None = None) -> Backend:
     """
     if forced is None:
         for backend in _BACKENDS.values():
-            if not backend.missing() and not backend.refuses(policy):
+            if not backend.missing() and not backend.refuses(policy, call):
                 return backend
         raise InputError(f"no backend here supports the policy {policy.to_dict()}")
     if forced not in _BACKENDS:
         raise InputError(f"unknown backend {forced!r}{nearest(forced, _BACKENDS)}")
     backend = _BACKENDS[forced]
-    reason = backend.missing() or backend.refuses(policy)
+    reason = backend.missing() or backend.refuses(policy, call)
     if reason:
         raise InputError(f"backend {forced!r}: {reason}")
     return backend

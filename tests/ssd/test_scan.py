@@ -196,8 +196,8 @@ def test_total_log_decay_is_what_is_left_of_the_first_token():
 
 def test_refusals():
     x, more = inputs(length=10)
-    with pytest.raises(InputError, match="unknown backend 'triton'"):
-        scan(**x, **more, backend="triton")
+    with pytest.raises(InputError, match="unknown backend 'pytorch'"):
+        scan(**x, **more, backend="pytorch")
     with pytest.raises(InputError, match=r"B must be \(B, T, G, N\)"):
         scan(**{**x, "B": x["B"][:, :5]}, **more)
     with pytest.raises(InputError, match="heads must divide into groups"):
@@ -213,7 +213,7 @@ def test_refusals():
 def test_a_backend_that_cannot_is_refused():
     from rnn_longctx.ssd import backends
 
-    backend = ssd.Backend("picky", None, lambda: None, lambda p: "no windows" if p.window else None)
+    backend = ssd.Backend("picky", None, lambda: None, lambda p, call: "no windows" if p.window else None)
     backends._BACKENDS["picky"] = backend
     try:
         assert ssd.choose(ScanPolicy(), "picky").name == "picky"

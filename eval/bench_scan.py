@@ -1,0 +1,202 @@
+"""Speed of the scan on a GPU, side by side with the kernels people use, in one run: the time, the memory, the error and
+the two floors (every input and output moved once; every product at the matrix units' rate), both measured here."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rnn_longctx.errors import InputError
+from rnn_longctx.ssd import ScanPolicy, scan
+
+CHUNK = 64  # tokens: what the floor's products are counted with
+MEASURED = ("ms", "graphed_ms", "extra_mib", "first_seconds", "error")
+NOT_TRAINED = ("mamba-ssm, chunk 128", "rnn-longctx, rri")  # a minute and more of autotuning; the same kernels
+System = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """B batch, T tokens, H heads, P headdim, N d_state, one group; bfloat16."""
+
+    batch: int
+    length: int
+    heads: int = 32
+    headdim: int = 64
+    d_state: int = 128
+
+    def inputs(self, train: bool = False) -> dict[str, Tensor]:
+        """Random tensors with Mamba-2's initial gates: A from -16 to -1, steps from 0.001 to 0.1, log-uniform."""
+        b, t, h, p, n = self.batch, self.length, self.heads, self.headdim, self.d_state
+        step = torch.exp(torch.empty(h, device="cuda").uniform_(math.log(1e-3), math.log(1e-1)))
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
+
+        made = {
+            "x": normal(b, t, h, p), "dt": normal(b, t, h) * 0.5, "A": -torch.empty(h, device="cuda").uniform_(1, 16),
+            "B": normal(b, t, 1, n), "C": normal(b, t, 1, n), "D": torch.ones(h, device="cuda"),
+            "dt_bias": step + torch.log(-torch.expm1(-step)),
+        }  # fmt: skip
+        return {k: v.requires_grad_(train) for k, v in made.items()}
+
+    @property
+    def moved(self) -> int:
+        """Bytes: x, dt, B and C read once, y written once."""
+        return self.batch * self.length * 2 * (2 * self.heads * self.headdim + self.heads + 2 * self.d_state)
+
+    @property
+    def operations(self) -> int:
+        """Of the chunked scan with C B^T shared by the heads (arXiv 2405.21060, section 6)."""
+        head = 2 * self.headdim * (2 * self.d_state + CHUNK)
+        return self.batch * self.length * (self.heads * head + 2 * CHUNK * self.d_state)
+
+
+def ours(policy: ScanPolicy | None = None) -> System:
+    def run(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor) -> Tensor:
+        return scan(x, dt, A, B, C, D=D, dt_bias=dt_bias, policy=policy or ScanPolicy(), backend="triton")[0]
+
+    return run
+
+
+def systems() -> dict[str, System]:
+    """This project, with a remedy of the gates too, and of the others what is installed."""
+    found = {"rnn-longctx": ours(), "rnn-longctx, rri": ours(ScanPolicy(add=math.log(0.999), gain=0.75))}
+    try:
+        from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+    except ImportError:
+        pass
+    else:
+        for chunk in (128, 256):
+
+            def mamba(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor,
+                      chunk: int = chunk) -> Tensor:  # fmt: skip
+                return mamba_chunk_scan_combined(x, dt, A, B, C, chunk, D=D, dt_bias=dt_bias, dt_softplus=True)
+
+            found[f"mamba-ssm, chunk {chunk}"] = mamba
+    try:
+        from fla.ops.simple_gla import chunk_simple_gla
+    except ImportError:
+        pass
+    else:
+
+        def gla(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor) -> Tensor:
+            step = F.softplus(dt.float() + dt_bias)
+            heads = x.shape[2]
+            y = chunk_simple_gla(
+                C.expand(-1, -1, heads, -1), B.expand(-1, -1, heads, -1), (x * step[..., None]).to(x.dtype),
+                g=step * A, scale=1.0,
+            )[0]  # fmt: skip
+            return y + (x * D[:, None]).to(y.dtype)
+
+        found["fla simple_gla"] = gla
+    return found
+
+
+def scan_rows(forward: list[int], backward: list[tuple[int, int]]) -> Iterator[dict[str, Any]]:
+    """A row a system and size, as it is measured: forward at batch 1 of each length, forward and backward of each
+    (batch, length).
+
+    Raises:
+        InputError: there is no CUDA device.
+    """
+    if not torch.cuda.is_available():
+        raise InputError("bench scan needs a CUDA device")
+    bandwidth, rate = _ceilings()
+    versions = "; ".join(f"{p} {v}" for p in ("torch", "triton", "mamba_ssm", "fla-core") if (v := _version(p)))
+    common = {
+        "dtype": "bfloat16", "bandwidth_tb_s": bandwidth / 1e12, "matrix_tflop_s": rate / 1e12,
+        "device": torch.cuda.get_device_name(), "versions": versions,
+    }  # fmt: skip
+    for shape, train in [(Shape(1, n), False) for n in forward] + [(Shape(b, n), True) for b, n in backward]:
+        floor = max(shape.moved / bandwidth, shape.operations / rate) * 1e3
+        for name, measured in _measure(shape, train):
+            yield {
+                "what": "forward + backward" if train else "forward", "batch": shape.batch, "length": shape.length,
+                "system": name, **measured, "floor_ms": math.nan if train else floor, **common,
+            }  # fmt: skip
+
+
+def _measure(shape: Shape, train: bool) -> Iterator[tuple[str, dict[str, Any]]]:
+    from triton.testing import do_bench
+
+    inputs = shape.inputs(train)
+    leaves, weight = list(inputs.values()), torch.randn_like(inputs["x"])
+    for name, run in systems().items():
+        if train and name in NOT_TRAINED:
+            continue
+
+        def call(run: System = run) -> Any:
+            y = run(**inputs)
+            return torch.autograd.grad(y, leaves, weight) if train else y
+
+        with torch.set_grad_enabled(train):
+            try:
+                began = time.perf_counter()
+                call()
+                torch.cuda.synchronize()
+                first = time.perf_counter() - began
+                before = torch.cuda.memory_allocated()
+                torch.cuda.reset_peak_memory_stats()
+                call()
+                extra = torch.cuda.max_memory_allocated() - before - weight.nbytes
+                eager = do_bench(call, warmup=50, rep=200, return_mode="median")
+                graphed = math.nan if train else _graphed(call)
+            except (RuntimeError, ValueError, TypeError) as problem:  # what another library does with this size
+                yield (
+                    name,
+                    {**dict.fromkeys(MEASURED, math.nan), "note": f"{type(problem).__name__}: {str(problem)[:80]}"},
+                )
+                continue
+        error = math.nan if train else _error(run, shape)
+        yield name, {**dict(zip(MEASURED, (eager, graphed, extra / 2**20, first, error))), "note": ""}
+
+
+def _graphed(call: Callable[[], Any]) -> float:
+    """Milliseconds of the same launches replayed from a CUDA graph: without the time Python takes to make them."""
+    from triton.testing import do_bench
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = call()
+    took = do_bench(graph.replay, warmup=50, rep=200, return_mode="median")
+    del kept
+    return took
+
+
+def _error(run: System, shape: Shape, length: int = 3001) -> float:
+    """Relative error of a short stream's outputs against float64."""
+    small = Shape(1, length, shape.heads, shape.headdim, shape.d_state).inputs()
+    expected, _ = scan(*(small[k].double() for k in ("x", "dt", "A", "B", "C")), D=small["D"].double(),
+                       dt_bias=small["dt_bias"].double(), backend="torch")  # fmt: skip
+    return ((run(**small).double() - expected).norm() / expected.norm()).item()
+
+
+def _ceilings() -> tuple[float, float]:
+    """Bytes a second of a large copy (read and written) and operations a second of a large bfloat16 product."""
+    from triton.testing import do_bench
+
+    a = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    b = torch.empty_like(a)
+    bandwidth = 2 * a.nbytes / (do_bench(lambda: b.copy_(a), return_mode="median") / 1e3)
+    m = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    return bandwidth, 2 * 8192**3 / (do_bench(lambda: m @ m, return_mode="median") / 1e3)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

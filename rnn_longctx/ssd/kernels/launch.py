@@ -1,0 +1,212 @@
+"""Which blocks the kernels run with, and their launches. Tensors in, tensors out; no policy is read here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from rnn_longctx.ssd.kernels import backward, forward, prepare
+
+LIMIT = {torch.float16: 4.0}  # nats by which a factor of `chunk_scan` may leave 1; float16 ends at exp(11)
+WIDE = 60.0
+DESCRIBED = 2**27  # elements of x from which describing the arrays to the copy engine pays
+
+
+@dataclass(frozen=True)
+class Blocks:
+    Q: int  # tokens a chunk
+    BP: int  # rows of the state that a program holds
+    BN: int  # its columns: all of d_state
+    warps: int
+    stages: int
+
+
+class Prepared(NamedTuple):
+    """What forward and backward share. float32 but for gram."""
+
+    cum: Tensor  # (B, H, chunks, Q) running sums of log-decay
+    scale: Tensor  # (B, H, chunks, Q) input scales
+    totals: Tensor  # (B, H, chunks) log-decay of a chunk
+    gram: Tensor  # (B, G, chunks, Q, Q): C_t . B_s at [s, t], in the inputs' type
+    wild: Tensor  # (B, H, segments) int32
+    segment_chunks: int
+
+
+def blocks(headdim: int, d_state: int, dtype: torch.dtype) -> Blocks:
+    """Fixed by shape and type, not searched for: a new shape costs one compilation and no timing."""
+    BN = max(16, triton.next_power_of_2(d_state))
+    BP = min(max(16, triton.next_power_of_2(headdim)), 64)
+    if dtype == torch.float32:
+        return Blocks(32, min(BP, 32 if BN <= 128 else 16), BN, 4, 1)
+    if BN >= 256:
+        return Blocks(32, BP, BN, 8, 2 if BN == 256 else 1)
+    return Blocks(64, BP, BN, 4, 2)
+
+
+@cache
+def _slots(device: torch.device) -> int:
+    """Programs of `chunk_scan` that run at once: two on a processor."""
+    return 2 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def segment_chunks(rows: int, chunks: int, device: torch.device) -> int:
+    """Chunks a segment, for `rows` programs a segment: the count of segments that leaves the fewest slots idle, with
+    2% added for each since a segment's first state must be found; never under 4 chunks."""
+    slots = _slots(device)
+    best = min(range(1, 65), key=lambda n: (-(-rows * n // slots) * slots / (rows * n)) * (1 + 0.02 * n))
+    return max(-(-chunks // best), min(4, chunks))
+
+
+def prepare_chunks(dt: Tensor, A: Tensor, B: Tensor, C: Tensor, dt_bias: Tensor | None, table: Tensor,
+                   pad: Tensor | None, drop: Tensor | None, low: float, high: float, softplus: bool, headdim: int,
+                   c: Blocks, per_segment: int | None = None) -> Prepared:  # fmt: skip
+    batch, length, heads = dt.shape
+    groups, d_state = B.shape[2:]
+    chunks = triton.cdiv(length, c.Q)
+    size = per_segment or segment_chunks(batch * heads * triton.cdiv(headdim, c.BP), chunks, dt.device)
+    segments = triton.cdiv(chunks, size)
+    empty = partial(torch.empty, dtype=torch.float32, device=dt.device)
+    cum, scale = empty(2, batch, heads, chunks, c.Q)
+    totals = empty(batch, heads, chunks)
+    wild = torch.zeros(batch, heads, segments, dtype=torch.int32, device=dt.device)
+    gram = torch.empty(batch, groups, chunks, c.Q, c.Q, dtype=B.dtype, device=dt.device)
+    BH = min(32, triton.next_power_of_2(heads))
+    prepare.prepare_chunk[(chunks, groups + triton.cdiv(heads, BH), batch)](
+        dt, A, table if dt_bias is None else dt_bias, table, table if pad is None else pad, B, C,
+        table if drop is None else drop, cum, scale, totals, wild, gram, low, high, LIMIT.get(B.dtype, WIDE),
+        *dt.stride(), *B.stride()[:3], *C.stride()[:3], length, heads, d_state, groups, chunks, size, segments,
+        Q=c.Q, BH=BH, BN=c.BN, HAS_BIAS=dt_bias is not None, SOFTPLUS=softplus, HAS_PAD=pad is not None,
+        HAS_DROP=drop is not None, FULL=B.dtype == torch.float32, num_warps=4,
+    )  # fmt: skip
+    return Prepared(cum, scale, totals, gram, wild, size)
+
+
+def scan_forward(x: Tensor, B: Tensor, C: Tensor, D: Tensor | None, A: Tensor, table: Tensor, drop: Tensor | None,
+                 initial: Tensor | None, low: float, ready: Prepared, c: Blocks) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """y (B,T,H,P) as x and the final state (B,H,P,N), float32."""
+    batch, length, heads, headdim = x.shape
+    groups, d_state = B.shape[2:]
+    chunks, segments = ready.totals.shape[2], ready.wild.shape[2]
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    empty = partial(torch.empty, dtype=torch.float32, device=x.device)
+    states = empty(batch, heads, segments - 1, headdim, d_state)
+    final = empty(batch, heads, headdim, d_state)
+    full, parts = x.dtype == torch.float32, batch * triton.cdiv(headdim, c.BP)
+    shared = {"Q": c.Q, "BP": c.BP, "BN": c.BN, "HAS_DROP": drop is not None, "FULL": full, "num_warps": c.warps}
+    sizes = (length, heads, headdim, d_state, groups, chunks, ready.segment_chunks, segments)
+    mark = table if drop is None else drop
+    ends = empty(batch, heads, segments - 1)
+    if segments > 1:
+        forward.segment_states[(segments - 1, heads, parts)](
+            x, B, A, table, mark, ready.cum, ready.scale, ready.totals, states, ends, *x.stride()[:3], *B.stride()[:3],
+            low, *sizes, **shared,
+        )  # fmt: skip
+    Ds = (0, 0) if D is None else (D.stride(0), D.stride(1) if D.ndim == 2 else 0)
+    strides = (*x.stride()[:3], *B.stride()[:3], *C.stride()[:3], *y.stride()[:3], *Ds)
+    for wild in (False, True):
+        gram, arrays, described = ready.gram, (x, B, C, y), False
+        if not wild and x.numel() >= DESCRIBED and all(_describable(t) for t in arrays):
+            described = True
+            gram = TensorDescriptor.from_tensor(gram.flatten(2, 3).transpose(1, 2), [1, c.Q, 1, c.Q])
+            widths = (c.BP, c.BN, c.BN, c.BP)
+            arrays = tuple(TensorDescriptor.from_tensor(t, [1, c.Q, 1, w]) for t, w in zip(arrays, widths))
+        forward.chunk_scan[(segments, heads, parts)](
+            *arrays[:3], gram, arrays[3], ready.cum, ready.scale, ready.totals, table if D is None else D, mark,
+            table if initial is None else initial, states, ends, final, ready.wild, *strides, *sizes, **shared,
+            HAS_D=D is not None, HAS_INITIAL=initial is not None, WILD=wild, TMA=described, STAGES=c.stages,
+        )  # fmt: skip
+    return y, final
+
+
+def _describable(t: Tensor) -> bool:
+    """Whether Hopper's copy engine can read it: 16-byte strides, in 16-bit types (float32 tiles leave no room)."""
+    if t.device.type != "cuda" or torch.cuda.get_device_capability(t.device)[0] < 9:
+        return False
+    bytes_ = t.element_size()
+    return bytes_ == 2 and t.data_ptr() % 16 == 0 and all(s * bytes_ % 16 == 0 for s in t.stride()[:-1])
+
+
+class Grads(NamedTuple):
+    x: Tensor  # as x
+    B: Tensor  # (B, T, G, N) float32
+    C: Tensor
+    D: Tensor  # (H, P) float32
+    log_decay: Tensor  # (B, T, H) float32
+    scale: Tensor
+    initial: Tensor  # (B, H, P, N) float32
+
+
+BACKWARD_CHUNKS = 16  # a segment; each costs two states (P, N) in float32
+
+
+def grad_warps(c: Blocks) -> int:
+    return 8 if c.BP * c.BN > 8192 else 4
+
+
+def scan_backward(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, dt_bias: Tensor | None,
+                  table: Tensor, pad: Tensor | None, drop: Tensor | None, initial: Tensor | None, low: float,
+                  high: float, softplus: bool, dy: Tensor, dfinal: Tensor | None, c: Blocks) -> Grads:  # fmt: skip
+    batch, length, heads, headdim = x.shape
+    groups, d_state = B.shape[2:]
+    ready = prepare_chunks(dt, A, B, C, dt_bias, table, pad, drop, low, high, softplus, headdim, c, BACKWARD_CHUNKS)
+    chunks, segments, size = ready.totals.shape[2], ready.wild.shape[2], ready.segment_chunks
+    empty = partial(torch.empty, dtype=torch.float32, device=x.device)
+    full, blocks_P = x.dtype == torch.float32, triton.cdiv(headdim, c.BP)
+    parts, PN = batch * blocks_P, headdim * d_state
+    shared = {"Q": c.Q, "BP": c.BP, "BN": c.BN, "HAS_DROP": drop is not None, "FULL": full}
+    sizes = (length, heads, headdim, d_state, groups, chunks, size, segments)
+    mark, folded = table if drop is None else drop, (triton.cdiv(PN, 1024), batch * heads)
+    states = empty(batch, heads, segments - 1, headdim, d_state)
+    if segments > 1:
+        ends = empty(batch, heads, segments - 1)
+        forward.segment_states[(segments - 1, heads, parts)](
+            x, B, A, table, mark, ready.cum, ready.scale, ready.totals, states, ends, *x.stride()[:3], *B.stride()[:3],
+            low, *sizes, **shared, num_warps=c.warps,
+        )  # fmt: skip
+        backward.fold_states[folded](
+            table if initial is None else initial, states, ends, segments, PN, initial is not None, 1024
+        )
+    grads, ends = (
+        empty(batch, heads, segments, headdim, d_state),
+        empty(batch, heads, segments),
+    )
+    backward.segment_grads[(segments, heads, parts)](
+        dy, C, A, table, mark, ready.cum, ready.totals, grads, ends, *dy.stride()[:3], *C.stride()[:3], low, *sizes,
+        **shared, num_warps=c.warps,
+    )  # fmt: skip
+    first = empty(batch, heads, headdim, d_state)
+    backward.fold_grads[folded](
+        table if dfinal is None else dfinal, grads, ends, first, segments, PN, dfinal is not None, 1024
+    )
+
+    items = parts * heads * segments
+    programs = min(items, _slots(x.device))
+    scratch = torch.empty(programs, size, c.BP, c.BN, dtype=x.dtype, device=x.device)
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    dB, dC = empty(2, batch, groups, chunks * c.Q, c.BN).zero_()
+    dgram = empty(ready.gram.shape).zero_()
+    dlog_decay, dscale = empty(2, batch, heads, chunks * c.Q).zero_()
+    dD = empty(heads, headdim).zero_()
+    Ds = (0, 0) if D is None else (D.stride(0), D.stride(1) if D.ndim == 2 else 0)
+    backward.chunk_grads[(programs,)](
+        x, B, C, ready.gram, dy, ready.cum, ready.scale, ready.totals, table if D is None else D, mark,
+        table if initial is None else initial, states, grads, scratch, dx, dB, dC, dgram, dlog_decay, dscale, dD,
+        *x.stride()[:3], *B.stride()[:3], *C.stride()[:3], *dy.stride()[:3], *Ds, *sizes, items, **shared,
+        HAS_D=D is not None, HAS_INITIAL=initial is not None, num_warps=grad_warps(c),
+    )  # fmt: skip
+
+    def tokens(t: Tensor) -> Tensor:
+        return t[:, :, :length].transpose(1, 2)
+
+    dgram = dgram.to(B.dtype)
+    dB, dC = dB[..., :d_state], dC[..., :d_state]
+    for total, other, inner in ((dB, C, dgram), (dC, B, dgram.mT)):  # once a group: what came through gram
+        padded = torch.nn.functional.pad(other.transpose(1, 2), (0, 0, 0, chunks * c.Q - length))
+        total += (inner @ padded.unflatten(2, (chunks, c.Q))).flatten(2, 3)
+    return Grads(dx, tokens(dB), tokens(dC), dD, tokens(dlog_decay), tokens(dscale), first)

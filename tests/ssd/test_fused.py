@@ -1,0 +1,198 @@
+"""The Triton scan against the float64 definition: forward and gradients, any cut of the stream, documents, padding.
+
+Without a GPU the kernels run in Triton's interpreter: float32, small blocks, short streams. On a GPU the same tests run
+on it, and those marked `gpu` beside them: pytest -m gpu tests/ssd/test_fused.py
+"""
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from rnn_longctx import ssd
+from rnn_longctx.errors import InputError
+from rnn_longctx.ssd import Call, Cap, ScanPolicy, choose, fused, reference, scan
+
+if fused.missing():
+    pytest.skip(fused.missing(), allow_module_level=True)
+
+from rnn_longctx.ssd.kernels import launch
+
+DEVICE = "cpu" if fused.interpreted() else "cuda"
+H, P, G, N = 4, 20, 2, 24  # not powers of two: part of every tile lies outside
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    """Many chunks and segments in a short stream."""
+    if DEVICE == "cpu":
+        monkeypatch.setattr(launch, "blocks", lambda *_: launch.Blocks(16, 16, 32, 4, 1))
+        monkeypatch.setattr(launch, "BACKWARD_CHUNKS", 2)
+        monkeypatch.setattr(launch, "segment_chunks", lambda *_: 2)
+
+
+def inputs(length, batch=2, decay=0.5, dtype=torch.float32, sizes=(H, P, G, N)):
+    h, p, g, n = sizes
+
+    def normal(*shape):
+        return torch.randn(*shape, device=DEVICE).to(dtype)
+
+    x = {"x": normal(batch, length, h, p), "dt": normal(batch, length, h), "A": -torch.rand(h, device=DEVICE) * decay,
+         "B": normal(batch, length, g, n), "C": normal(batch, length, g, n)}  # fmt: skip
+    return x, {
+        "dt_bias": torch.randn(h, device=DEVICE) - 1,
+        "dt_limit": (0.01, 2.0),
+        "D": torch.randn(h, device=DEVICE),
+    }
+
+
+def error(ours, expected):
+    ours, expected = ours.double().cpu(), expected.double().cpu()
+    return ((ours - expected).norm() / expected.norm()).item()
+
+
+def documents(length):
+    reset = torch.zeros(2, length, dtype=torch.bool)
+    reset[0, length // 2] = reset[0, length // 2 + 1] = reset[1, length // 3] = True
+    return reset
+
+
+def on_cpu(values):
+    return {k: v.cpu() if isinstance(v, torch.Tensor) else v for k, v in values.items()}
+
+
+POLICIES = {
+    "plain": ScanPolicy(),
+    "rri": ScanPolicy(add=math.log(0.99), gain=0.75),
+    "scaled, filtered": ScanPolicy(mul=(0.5, 1.0, 2.0, 0.1), min_dt=0.1, gain=(1.0, 0.5, 2.0, 1.0)),
+    "never forget": ScanPolicy(mul=0.0),
+    "growing": ScanPolicy(add=0.01),
+    "reset": ScanPolicy(reset=37),
+}
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_definition(name):
+    """One call and many, with padding and new documents too."""
+    length = 61
+    mask = torch.ones(2, length, dtype=torch.bool)
+    mask[1, :7] = False
+    for m, r in ((None, None), (mask, documents(length))):
+        x, more = inputs(length)
+        expected, state, total = reference.scan(**on_cpu(x), **on_cpu(more), policy=POLICIES[name], mask=m, reset=r)
+        whole = {"mask": None if m is None else m.to(DEVICE), "reset": r}
+        expected_position = scan(**x, **more, **whole, backend="torch")[1].position.tolist()
+        for cuts in ([], [1, 37]):
+            carry, ys = None, []
+            for i, j in zip([0, *cuts], [*cuts, length]):
+                part = {k: v if k == "A" else v[:, i:j] for k, v in x.items()}
+                marks = {"mask": None if m is None else m[:, i:j].to(DEVICE), "reset": None if r is None else r[:, i:j]}
+                y, carry = scan(**part, **more, **marks, policy=POLICIES[name], carry=carry, backend="triton")
+                ys.append(y)
+            real = torch.ones(2, length, dtype=torch.bool) if m is None else m
+            assert error(torch.cat(ys, 1).cpu()[real], expected[real]) < 1e-5
+            assert error(carry.state, state) < 1e-5
+            torch.testing.assert_close(carry.log_decay.cpu(), total, rtol=1e-5, atol=1e-5)
+            assert carry.position.tolist() == expected_position
+
+
+@pytest.mark.parametrize("decay", [1e-4, 40.0, 1e3])
+def test_decays_of_any_size(decay):
+    x, more = inputs(70, decay=decay)
+    expected, state, _ = reference.scan(**on_cpu(x), **on_cpu(more))
+    y, carry = scan(**x, **more, backend="triton")
+    most = 1e-5 if decay < 1 else 1e-4  # differences of float32 sums of log-decay: 6e-8 times hundreds of nats
+    assert error(y, expected) < most and error(carry.state, state) < most
+
+
+@pytest.mark.parametrize("resets", [False, True], ids=["one document", "documents"])
+@pytest.mark.parametrize("decay", [0.5, 40.0])
+@pytest.mark.parametrize("name", ["plain", "scaled, filtered"])
+def test_gradients(name, decay, resets):
+    """To every input and to the initial state, through outputs and the final state."""
+    length = 75
+    x, more = inputs(length, decay=decay)
+    leaves = [*x.values(), more["dt_bias"], more["D"], torch.randn(2, H, P, N, device=DEVICE)]
+    y_weight, state_weight = torch.randn(2, length, H, P, device=DEVICE), torch.randn(2, H, P, N, device=DEVICE)
+    grads = []
+    for backend, dtype in (("triton", torch.float32), ("torch", torch.float64)):
+        own = [t.detach().to(dtype).requires_grad_() for t in leaves]
+        carry = ssd.ScanCarry(own[7], torch.full((2,), 5), torch.zeros(2, H, dtype=torch.float64, device=DEVICE))
+        y, after = scan(
+            *own[:5], dt_bias=own[5], D=own[6], dt_limit=(0.01, 2.0), carry=carry, policy=POLICIES[name],
+            reset=documents(length) if resets else None, backend=backend,
+        )  # fmt: skip
+        loss = (y * y_weight.to(dtype)).sum() + (after.state * state_weight.to(dtype)).sum()
+        grads.append(torch.autograd.grad(loss, own))
+    most = 1e-5 if decay < 1 else 1e-3  # as above; and A's gradient is a small sum of large terms there
+    for what, ours, expected in zip(["x", "dt", "A", "B", "C", "dt_bias", "D", "initial state"], *grads):
+        assert error(ours, expected) < most, what
+
+
+def test_what_it_refuses():
+    call = Call(torch.device(DEVICE), torch.float32, False, P, N)
+    for policy, word in ((ScanPolicy(caps=(Cap(1.0),)), "caps"), (ScanPolicy(window=5), "window")):
+        with pytest.raises(InputError, match=f"backend 'triton': .*{word}"):
+            choose(policy, "triton", call)
+        assert choose(policy, None, call).name == "torch"
+    for wrong in ({"dtype": torch.float64}, {"per_channel": True}, {"d_state": 1024}):
+        with pytest.raises(InputError, match="backend 'triton'"):
+            choose(ScanPolicy(), "triton", Call(**{**call.__dict__, **wrong}))
+    assert choose(ScanPolicy(), None, Call(torch.device("cpu"), torch.float32, False, P, N)).name == "torch"
+
+
+def test_nan_ends():
+    """No hang, and nothing but what comes in the same chunk or later, of the same head, is touched."""
+    x, more = inputs(150)
+    chunk = launch.blocks(P, N, torch.float32).Q
+    x["x"][0, 100, 0, 0] = float("nan")
+    x["dt"][1, 100, 1] = float("nan")
+    y, _ = scan(**x, **more, backend="triton")
+    before = 100 // chunk * chunk
+    assert before > 0 and y[:, :before].isfinite().all() and y[:, :, 2:].isfinite().all()
+    assert y[0, 100, 0, 0].isnan() and y[1, 100, 1].isnan().any()
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="compiled on the device itself")
+@pytest.mark.parametrize("capability", [80, 90])
+def test_compiles_ahead_of_time(capability):
+    """For devices that are not here, in the sizes of published models; shared memory fits."""
+    run = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("compile_kernels.py")), str(capability)],
+        capture_output=True, text=True, env={"PATH": "", "TRITON_INTERPRET": "0", "HOME": str(Path.home())},
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-2000:]
+    most = {80: 163, 90: 227}[capability] * 1024
+    lines = run.stdout.splitlines()
+    assert len(lines) >= 8
+    for line in lines:
+        assert int(line.split()[-1]) <= most, line
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "most"), [(torch.bfloat16, 5e-3), (torch.float16, 1e-3), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("sizes", [(4, 64, 1, 128), (4, 32, 2, 64), (2, 128, 1, 256), (2, 48, 1, 20)])
+def test_on_the_device(sizes, dtype, most):
+    x, more = inputs(3333, dtype=dtype, sizes=sizes)
+    double = {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in {**x, **more}.items()}
+    expected, carry = scan(**double, backend="torch")
+    y, ours = scan(**x, **more, backend="triton")
+    assert error(y, expected) < most and error(ours.state, carry.state) < most
+
+
+@pytest.mark.gpu
+def test_more_elements_than_int32():
+    """x has more than 2^31 elements: the end of the stream is right."""
+    length = 2**20 + 4321
+    x, more = inputs(length, batch=1, dtype=torch.bfloat16, sizes=(32, 64, 1, 128), decay=0.05)
+    y, carry = scan(**x, **more, backend="triton")
+    first = 2**20
+    _, middle = scan(**{k: v if k == "A" else v[:, :first] for k, v in x.items()}, **more, backend="triton")
+    tail = {k: v if k == "A" else v[:, first:] for k, v in x.items()}
+    expected, after = scan(**tail, **more, carry=middle, backend="torch")
+    assert error(y[:, first:], expected) < 5e-3 and error(carry.state, after.state) < 5e-3
