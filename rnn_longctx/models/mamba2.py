@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from rnn_longctx.errors import InputError
 from rnn_longctx.models.cache import Cache, Carry
+from rnn_longctx.models.layers import RMSNorm, causal_conv
 from rnn_longctx.models.restart import Restart, read_restarting
-from rnn_longctx.ssd import PLAIN, ScanPolicy, choose, scan
+from rnn_longctx.ssd import PLAIN, Call, ScanPolicy, choose, scan
 
 LOGITS = 2**22  # the most logits held at once
 
@@ -78,28 +79,6 @@ class Mamba2Config:
         return self.n_layer * self.conv_dim * (self.d_conv - 1)
 
 
-class RMSNorm(nn.Module):
-    """Over the last axis, or over each of `groups` equal parts of it; gated by silu(z) before (arXiv 2405.21060)."""
-
-    def __init__(self, dim: int, eps: float, groups: int = 1):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
-        self.eps, self.groups = eps, groups
-
-    def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
-        dtype = x.dtype
-        x = x.to(torch.promote_types(dtype, torch.float32))
-        if z is not None:
-            x = x * F.silu(z.to(x.dtype))
-        if self.groups == 1:
-            x = F.rms_norm(x, x.shape[-1:], None, self.eps)
-        else:
-            x = F.rms_norm(x.unflatten(-1, (self.groups, -1)), (x.shape[-1] // self.groups,), None, self.eps).flatten(
-                -2
-            )
-        return (x * self.weight).to(dtype)
-
-
 class Mamba2(nn.Module):
     """One mixer. `policy` is data: set it, and the next token follows it."""
 
@@ -138,7 +117,7 @@ class Mamba2(nn.Module):
         z, xBC, dt = self.in_proj(u).split([c.d_inner, c.conv_dim, c.nheads], -1)
         if mask is not None:
             xBC = xBC * mask[..., None]
-        xBC, conv = self._convolve(xBC, carry.conv if carry else None, reset)
+        xBC, conv = causal_conv(xBC, self.conv1d, carry.conv if carry else None, reset)
         x, B, C = xBC.split([c.d_inner, c.ngroups * c.d_state, c.ngroups * c.d_state], -1)
         groups = (c.ngroups, c.d_state)
         A = -self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)).exp()
@@ -149,45 +128,14 @@ class Mamba2(nn.Module):
         )  # fmt: skip
         return self.out_proj(self.norm(y.flatten(-2), z)), Carry(conv, scanned)
 
-    def _convolve(self, x: Tensor, before: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Causal depthwise convolution and SiLU, (B, T, channels), and the d_conv - 1 inputs for the next call.
-
-        A sum over taps in this layout: on a CPU twice as fast as turning channels first for a library call."""
-        taps, length = self.config.d_conv - 1, x.shape[1]
-        before = x.new_zeros(x.shape[0], x.shape[2], taps) if before is None else before.to(x.dtype)
-        whole = torch.cat([before.transpose(1, 2), x], 1)  # (B, taps + T, channels)
-        weight = self.conv1d.weight[:, 0].t().to(x.dtype).contiguous()  # (d_conv, channels)
-        bias = self.conv1d.bias.to(x.dtype) if self.conv1d.bias is not None else x.new_zeros(x.shape[2])
-        # a tap that reaches back over a document's beginning reads zero
-        document = None if reset is None else F.pad(reset.long().cumsum(1), (taps, 0))[..., None]  # (B, taps + T, 1)
-        y = bias.expand_as(x)
-        for k in range(taps + 1):
-            tap = whole[:, k : k + length]
-            if document is not None:
-                tap = tap * (document[:, k : k + length] == document[:, taps:])
-            y = torch.addcmul(y, tap, weight[k])
-        after = whole[:, length:]
-        if document is not None:
-            after = after * (document[:, length:] == document[:, -1:])
-        return F.silu(y), after.transpose(1, 2).contiguous()
-
 
 class Block(nn.Module):
-    """Pre-norm residual block."""
+    """Pre-norm residual block: h <- h + mixer(norm(h)). The sum is made together with the norm after it."""
 
     def __init__(self, config: Mamba2Config):
         super().__init__()
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.mixer = Mamba2(config)
-        self.residual_in_fp32 = config.residual_in_fp32
-
-    def forward(
-        self, h: Tensor, carry: Carry | None, mask: Tensor | None, reset: Tensor | None
-    ) -> tuple[Tensor, Carry]:
-        out, carry = self.mixer(self.norm(h.to(self.norm.weight.dtype)), carry, mask, reset)
-        if self.residual_in_fp32 and h.dtype != torch.float64:
-            h = h.float()
-        return h + out, carry
 
 
 class Backbone(nn.Module):
@@ -196,6 +144,10 @@ class Backbone(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm_f = RMSNorm(config.d_model, config.norm_eps)
+
+    @property
+    def blocks(self) -> list[Block]:
+        return list(self.layers)  # type: ignore[arg-type]
 
 
 class Mamba2LM(nn.Module):
@@ -227,12 +179,13 @@ class Mamba2LM(nn.Module):
     @property
     def mixers(self) -> list[Mamba2]:
         """The recurrent layers, in order."""
-        return [block.mixer for block in self.backbone.layers]  # type: ignore[misc]
+        return [block.mixer for block in self.backbone.blocks]
 
     @property
     def backend(self) -> str:
         """The scan that the present policies choose here."""
-        return "+".join(sorted({choose(m.policy, m.backend).name for m in self.mixers}))
+        call = Call(self.device, self.dtype, False, self.config.headdim, self.config.d_state)
+        return "+".join(sorted({choose(m.policy, m.backend, call).name for m in self.mixers}))
 
     def use_backend(self, name: str | None) -> None:
         """Force one scan backend for every layer (None: choose). Raises InputError if it is missing here."""
@@ -274,15 +227,15 @@ class Mamba2LM(nn.Module):
             return self.backbone.embedding.weight.new_zeros(*ids.shape, self.config.d_model)
         if mask is not None and bool(mask.all()):
             mask = None
-        h = self.backbone.embedding(ids)
-        carries = []
-        for i, block in enumerate(self.backbone.layers):
-            h, carry = block(h, cache.layers[i] if cache.layers else None, mask, reset)
+        h, out, carries = self.backbone.embedding(ids), None, []
+        for i, block in enumerate(self.backbone.blocks):
+            normed, h = block.norm.add(h, out, self.config.residual_in_fp32)
+            out, carry = block.mixer(normed, cache.layers[i] if cache.layers else None, mask, reset)
             carries.append(carry)
         read = torch.full((len(ids),), ids.shape[1]) if mask is None else mask.sum(1).cpu()
         cache.position = read + (cache.position if cache.layers else 0)
         cache.layers = carries
-        return self.backbone.norm_f(h.to(self.backbone.norm_f.weight.dtype))
+        return self.backbone.norm_f.add(h, out, self.config.residual_in_fp32)[0]
 
     def stream(self, ids: Tensor, cache: Cache | None = None, segment: int = 4096) -> Iterator[Tensor]:
         """Hidden states of ids (B, T), a segment at a time, in the memory of one segment."""

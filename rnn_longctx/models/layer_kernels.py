@@ -1,0 +1,93 @@
+"""What stands around the scan in a layer, one pass over memory each: convolution with SiLU, and the norms."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def _conv_silu(x, weight, bias, before, y, after, sxb, sxt, T, channels,
+               TAPS: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, HAS_BIAS: tl.constexpr,
+               HAS_BEFORE: tl.constexpr):  # fmt: skip
+    b = tl.program_id(2).to(tl.int64)
+    t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
+    c = tl.program_id(1) * BC + tl.arange(0, BC)
+    here = c < channels
+    x += b * sxb
+    before += b * channels * (TAPS - 1)
+    total = tl.zeros((BT, BC), tl.float32)
+    if HAS_BIAS:
+        total += tl.load(bias + c, mask=here, other=0.0).to(tl.float32)[None, :]
+    for k in tl.static_range(TAPS):
+        u = t + k - (TAPS - 1)
+        tap = tl.load(x + u[:, None] * sxt + c[None, :], mask=((u >= 0) & (u < T))[:, None] & here[None, :], other=0.0)
+        if HAS_BEFORE:
+            early = tl.load(before + c[None, :] * (TAPS - 1) + (u + TAPS - 1)[:, None],
+                            mask=(u < 0)[:, None] & here[None, :], other=0.0)  # fmt: skip
+            tap += early
+        total += tap.to(tl.float32) * tl.load(weight + c * TAPS + k, mask=here, other=0.0).to(tl.float32)[None, :]
+    total *= tl.sigmoid(total)
+    at = (b * T + t)[:, None] * channels + c[None, :]
+    tl.store(y + at, total.to(y.dtype.element_ty), mask=(t < T)[:, None] & here[None, :])
+    if tl.program_id(0) == tl.num_programs(0) - 1:  # the inputs that the next call's first tokens still need
+        for k in tl.static_range(TAPS - 1):
+            u = T - (TAPS - 1) + k
+            last = tl.load(x + u * sxt + c, mask=here & (c * 0 + u >= 0), other=0.0)
+            if HAS_BEFORE:
+                last += tl.load(before + c * (TAPS - 1) + u + TAPS - 1, mask=here & (c * 0 + u < 0), other=0.0)
+            tl.store(after + (b * channels + c) * (TAPS - 1) + k, last, mask=here)
+
+
+def conv_silu(x: Tensor, weight: Tensor, bias: Tensor | None, before: Tensor | None) -> tuple[Tensor, Tensor]:
+    """x (B,T,channels) with any strides over B and T, weight (channels, taps), before (B,channels,taps-1). Returns
+    (B,T,channels) and the inputs (B,channels,taps-1) to go on from."""
+    batch, length, channels = x.shape
+    taps = weight.shape[1]
+    x = x if x.stride(2) == 1 else x.contiguous()
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    after = torch.empty(batch, channels, taps - 1, dtype=x.dtype, device=x.device)
+    BT, BC = 32, min(128, triton.next_power_of_2(channels))
+    _conv_silu[(triton.cdiv(length, BT), triton.cdiv(channels, BC), batch)](
+        x, weight.contiguous(), weight if bias is None else bias, weight if before is None else before.to(x.dtype), y,
+        after, *x.stride()[:2], length, channels, TAPS=taps, BT=BT, BC=BC, HAS_BIAS=bias is not None,
+        HAS_BEFORE=before is not None,
+    )  # fmt: skip
+    return y, after
+
+
+@triton.jit
+def _norm(x, add, gate, weight, total, y, sx, sa, sg, width, eps,
+          BLOCK: tl.constexpr, HAS_ADD: tl.constexpr, HAS_GATE: tl.constexpr):  # fmt: skip
+    row, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    e = tl.arange(0, BLOCK)
+    here, at = e < width, group * width + e
+    v = tl.load(x + row * sx + at, mask=here, other=0.0).to(tl.float32)
+    if HAS_ADD:
+        v += tl.load(add + row * sa + at, mask=here, other=0.0).to(tl.float32)
+        tl.store(total + row * sx + at, v.to(total.dtype.element_ty), mask=here)
+    if HAS_GATE:
+        z = tl.load(gate + row * sg + at, mask=here, other=0.0).to(tl.float32)
+        v *= z * tl.sigmoid(z)
+    v *= tl.rsqrt(tl.sum(v * v, 0) / width + eps)
+    v *= tl.load(weight + at, mask=here, other=0.0).to(tl.float32)
+    tl.store(y + row * tl.num_programs(1) * width + at, v.to(y.dtype.element_ty), mask=here)
+
+
+def norm(x: Tensor, weight: Tensor, eps: float, groups: int = 1, gate: Tensor | None = None,
+         add: Tensor | None = None, total: torch.dtype | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """RMSNorm of x (..., dim) (+ add) (* silu(gate)), over each of `groups` equal parts, times weight, in weight's
+    type. Returns it and x + add (in type `total`; x itself without add)."""
+    shape, width = x.shape, x.shape[-1] // groups
+    flat = x.contiguous().reshape(-1, shape[-1])
+    added, gates = (weight[None] if t is None else t.reshape(-1, shape[-1]) for t in (add, gate))
+    y = torch.empty(shape, dtype=weight.dtype, device=x.device)
+    after = x if add is None else torch.empty(shape, dtype=total or x.dtype, device=x.device)
+    BLOCK = triton.next_power_of_2(width)
+    _norm[(flat.shape[0], groups)](
+        flat, added, gates, weight, after, y, flat.stride(0), added.stride(0), gates.stride(0), width, eps,
+        BLOCK=BLOCK, HAS_ADD=add is not None, HAS_GATE=gate is not None, num_warps=min(8, max(1, BLOCK // 256)),
+    )  # fmt: skip
+    return y, after
