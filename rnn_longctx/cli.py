@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import ctypes
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -168,29 +170,62 @@ def bench_cpu(
     typer.echo(cpu(_load(model, "cpu", "float32", None, None), batch, parse_length(length), repeats))
 
 
+OUT = typer.Option(help="CSV file to write the table to.")
+
+
 @bench.command("scan")
 def bench_scan(
     lengths: Annotated[str, typer.Option(help="Tokens of the forward rows, batch 1.")] = "16k,64k,1m",
     train: Annotated[str, typer.Option(help="Batch x tokens of the forward and backward rows.")] = "8x8k",
-    out: Annotated[Optional[Path], typer.Option(help="CSV file to write the table to.")] = None,  # noqa: UP045
+    out: Annotated[Optional[Path], OUT] = None,  # noqa: UP045
 ) -> None:
     """The scan on a GPU against mamba-ssm's and flash-linear-attention's kernels, where those are installed."""
-    import csv
-
     from rnn_longctx.config import parse_length, parse_lengths
     from rnn_longctx.eval.bench_scan import scan_rows
 
     pairs = [word.split("x") for word in train.split(",") if word]
-    rows: list[dict[str, Any]] = []
-    for row in scan_rows(parse_lengths(lengths), [(int(b), parse_length(n)) for b, n in pairs]):
-        rows.append({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()})
-        typer.echo("  ".join(f"{k} {v}" for k, v in rows[-1].items() if k not in ("device", "versions", "dtype")))
-        if out:  # after each row: what is measured is kept
+    if any(len(pair) != 2 or not pair[0].isdigit() for pair in pairs):
+        raise InputError(f"train: expected batch x tokens, such as 8x8k, got {train!r}")
+    _record(scan_rows(parse_lengths(lengths), [(int(b), parse_length(n)) for b, n in pairs]), out)
+
+
+@bench.command("model")
+def bench_model(
+    lengths: Annotated[str, typer.Option(help="Tokens of the prompts.")] = "64k,1m",
+    segment: Annotated[str, typer.Option(help="Tokens read at once.")] = "64k",
+    out: Annotated[Optional[Path], OUT] = None,  # noqa: UP045
+) -> None:
+    """Reading a prompt with a model of 370M parameters on a GPU, here and in mamba-ssm, where that is installed."""
+    from rnn_longctx.config import parse_length, parse_lengths
+    from rnn_longctx.eval.bench_model import prefill_rows
+
+    _record(prefill_rows(parse_lengths(lengths), parse_length(segment)), out)
+
+
+@bench.command("decode")
+def bench_decode(
+    tokens: Annotated[int, typer.Option(min=1)] = 500,
+    batch: Annotated[int, typer.Option(min=1)] = 1,
+    out: Annotated[Optional[Path], OUT] = None,  # noqa: UP045
+) -> None:
+    """Tokens per second of a model of 370M parameters on a GPU, with and without a remedy."""
+    from rnn_longctx.eval.bench_model import decode_rows
+
+    _record(decode_rows(tokens, batch), out)
+
+
+def _record(rows: Iterator[dict[str, Any]], out: Path | None) -> None:
+    """Print each row as it is measured, and keep those there are in a CSV file."""
+    kept: list[dict[str, Any]] = []
+    for row in rows:
+        kept.append({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()})
+        typer.echo("  ".join(f"{k} {v}" for k, v in kept[-1].items() if k not in ("device", "versions", "dtype")))
+        if out:
             out.parent.mkdir(parents=True, exist_ok=True)
             with out.open("w", newline="") as file:
-                writer = csv.DictWriter(file, rows[0].keys())
+                writer = csv.DictWriter(file, kept[0].keys())
                 writer.writeheader()
-                writer.writerows(rows)
+                writer.writerows(kept)
 
 
 def _load(model: str, device: str, dtype: str, tokenizer: str | None, train_length: Any) -> Any:

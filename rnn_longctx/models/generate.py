@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from rnn_longctx.models.cache import Cache
+from rnn_longctx.models.decode import Decoder
 from rnn_longctx.models.mamba2 import Mamba2LM
+from rnn_longctx.ssd import fused
 
 SEGMENT = 4096
 
@@ -32,7 +34,9 @@ def prefill(model: Mamba2LM, ids: Tensor, cache: Cache | None = None, segment: i
 @torch.no_grad()
 def continuation(model: Mamba2LM, logits: Tensor, cache: Cache, temperature: float = 0.0,
                  generator: torch.Generator | None = None) -> Iterator[Tensor]:  # fmt: skip
-    """Token after token, (B,) each, after `prefill`; greedy where temperature is 0. Endless."""
+    """Token after token, (B,) each, after `prefill`; greedy where temperature is 0. Endless. The cache is moved on, but
+    where a `Decoder` steps on a GPU."""
+    step = None if Decoder.refuses(model, cache) or fused.interpreted() else Decoder(model, cache)
     while True:
         if temperature > 0:
             probabilities = (logits / temperature).softmax(-1)
@@ -40,7 +44,7 @@ def continuation(model: Mamba2LM, logits: Tensor, cache: Cache, temperature: flo
         else:
             token = logits.argmax(-1)
         yield token
-        logits = model.logits(model(token[:, None], cache)[:, -1])
+        logits = step(token) if step else model.logits(model(token[:, None], cache)[:, -1])
 
 
 def generate(model: Mamba2LM, ids: Tensor, max_new_tokens: int = 64, *, temperature: float = 0.0,

@@ -34,10 +34,10 @@ def _conv_silu(x, weight, bias, before, y, after, sxb, sxt, T, channels,
     tl.store(y + at, total.to(y.dtype.element_ty), mask=(t < T)[:, None] & here[None, :])
     if tl.program_id(0) == tl.num_programs(0) - 1:  # the inputs that the next call's first tokens still need
         for k in tl.static_range(TAPS - 1):
-            u = T - (TAPS - 1) + k
-            last = tl.load(x + u * sxt + c, mask=here & (c * 0 + u >= 0), other=0.0)
+            late = b * 0 + T - (TAPS - 1) + k
+            last = tl.load(x + late * sxt + c, mask=here & (c * 0 + late >= 0), other=0.0)
             if HAS_BEFORE:
-                last += tl.load(before + c * (TAPS - 1) + u + TAPS - 1, mask=here & (c * 0 + u < 0), other=0.0)
+                last += tl.load(before + c * (TAPS - 1) + late + TAPS - 1, mask=here & (c * 0 + late < 0), other=0.0)
             tl.store(after + (b * channels + c) * (TAPS - 1) + k, last, mask=here)
 
 
@@ -50,11 +50,12 @@ def conv_silu(x: Tensor, weight: Tensor, bias: Tensor | None, before: Tensor | N
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     after = torch.empty(batch, channels, taps - 1, dtype=x.dtype, device=x.device)
     BT, BC = 32, min(128, triton.next_power_of_2(channels))
-    _conv_silu[(triton.cdiv(length, BT), triton.cdiv(channels, BC), batch)](
-        x, weight.contiguous(), weight if bias is None else bias, weight if before is None else before.to(x.dtype), y,
-        after, *x.stride()[:2], length, channels, TAPS=taps, BT=BT, BC=BC, HAS_BIAS=bias is not None,
-        HAS_BEFORE=before is not None,
-    )  # fmt: skip
+    with torch.cuda.device_of(x):
+        _conv_silu[(triton.cdiv(length, BT), triton.cdiv(channels, BC), batch)](
+            x, weight.contiguous(), weight if bias is None else bias, x if before is None else before.to(x.dtype), y,
+            after, *x.stride()[:2], length, channels, TAPS=taps, BT=BT, BC=BC, HAS_BIAS=bias is not None,
+            HAS_BEFORE=before is not None,
+        )  # fmt: skip
     return y, after
 
 
@@ -77,17 +78,19 @@ def _norm(x, add, gate, weight, total, y, sx, sa, sg, width, eps,
 
 
 def norm(x: Tensor, weight: Tensor, eps: float, groups: int = 1, gate: Tensor | None = None,
-         add: Tensor | None = None, total: torch.dtype | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """RMSNorm of x (..., dim) (+ add) (* silu(gate)), over each of `groups` equal parts, times weight, in weight's
-    type. Returns it and x + add (in type `total`; x itself without add)."""
+         add: Tensor | None = None, dtype: torch.dtype | None = None,
+         total: torch.dtype | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """RMSNorm of x (..., dim) (+ add) (* silu(gate)), over each of `groups` equal parts, times weight; in `dtype`, or
+    x's. Returns it and x + add (in type `total`, or x's; x itself without add)."""
     shape, width = x.shape, x.shape[-1] // groups
     flat = x.contiguous().reshape(-1, shape[-1])
     added, gates = (weight[None] if t is None else t.reshape(-1, shape[-1]) for t in (add, gate))
-    y = torch.empty(shape, dtype=weight.dtype, device=x.device)
+    y = torch.empty(shape, dtype=dtype or x.dtype, device=x.device)
     after = x if add is None else torch.empty(shape, dtype=total or x.dtype, device=x.device)
     BLOCK = triton.next_power_of_2(width)
-    _norm[(flat.shape[0], groups)](
-        flat, added, gates, weight, after, y, flat.stride(0), added.stride(0), gates.stride(0), width, eps,
-        BLOCK=BLOCK, HAS_ADD=add is not None, HAS_GATE=gate is not None, num_warps=min(8, max(1, BLOCK // 256)),
-    )  # fmt: skip
+    with torch.cuda.device_of(x):
+        _norm[(flat.shape[0], groups)](
+            flat, added, gates, weight, after, y, flat.stride(0), added.stride(0), gates.stride(0), width, eps,
+            BLOCK=BLOCK, HAS_ADD=add is not None, HAS_GATE=gate is not None, num_warps=min(8, max(1, BLOCK // 256)),
+        )  # fmt: skip
     return y, after

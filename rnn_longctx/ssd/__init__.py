@@ -48,7 +48,7 @@ def scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *, dt_bias: Ten
         InputError: shapes that do not fit (which axis is named), a backend that is missing or does not support the
             policy, padding after a row's first token, a window switched on in mid-stream.
     """
-    _check_shapes(x, dt, A, B, C)
+    _check_shapes(x, dt, A, B, C, D, dt_bias, carry)
     batch, length, heads, headdim = x.shape
     chosen = choose(policy, backend, Call(x.device, x.dtype, A.ndim == 2, headdim, B.shape[3]))
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -74,7 +74,7 @@ def scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *, dt_bias: Ten
     if reset is not None and not bool(reset.any()):
         reset = None
     counts = drop = None
-    if mask is not None or reset is not None or policy.reset is not None or policy.caps:
+    if mask is not None or reset is not None or policy.reset is not None:
         counts, drop = row_counts(carry.position, length, mask=mask, reset=reset, every=policy.reset)
 
     with torch.autocast(x.device.type, enabled=False):
@@ -117,10 +117,11 @@ def _reference(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *, carry:
     return y.to(x.dtype), ScanCarry(state.to(carry.state.dtype), carry.position, before + total)
 
 
-def _check_shapes(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> None:
+def _check_shapes(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, dt_bias: Tensor | None,
+                  carry: ScanCarry | None) -> None:  # fmt: skip
     if x.ndim != 4:
         raise InputError(f"x must be (B, T, H, P), got shape {tuple(x.shape)}")
-    batch, length, heads, _ = x.shape
+    batch, length, heads, headdim = x.shape
     if dt.shape != (batch, length, heads):
         raise InputError(f"dt must be (B, T, H) = {(batch, length, heads)} to go with x, got {tuple(dt.shape)}")
     for name, t in (("B", B), ("C", C)):
@@ -132,6 +133,13 @@ def _check_shapes(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Non
         raise InputError(f"heads must divide into groups: H={heads} heads, G={B.shape[2]} groups")
     if A.shape not in ((heads,), (heads, B.shape[3])):
         raise InputError(f"A must be (H,) = ({heads},) or (H, N) = {(heads, B.shape[3])}, got {tuple(A.shape)}")
+    if dt_bias is not None and dt_bias.shape != (heads,):
+        raise InputError(f"dt_bias must be (H,) = ({heads},), got {tuple(dt_bias.shape)}")
+    if D is not None and D.shape not in ((heads,), (heads, headdim)):
+        raise InputError(f"D must be (H,) = ({heads},) or (H, P) = {(heads, headdim)}, got {tuple(D.shape)}")
+    if carry is not None and carry.state.shape != (batch, heads, headdim, B.shape[3]):
+        expected = (batch, heads, headdim, B.shape[3])
+        raise InputError(f"the carry's state must be (B, H, P, N) = {expected}, got {tuple(carry.state.shape)}")
 
 
 def _check_mask(mask: Tensor, position: Tensor) -> Tensor | None:

@@ -18,7 +18,7 @@ def gates(dt: Tensor, A: Tensor, *, dt_bias: Tensor | None, dt_softplus: bool, d
     dt = dt if dt_bias is None else dt + dt_bias
     if dt_softplus:
         dt = F.softplus(dt)
-    if dt_limit != (0.0, float("inf")):
+    if dt_limit != (0.0, float("inf")) or not dt_softplus:  # softplus is above 0 by itself
         dt = dt.clamp(*dt_limit)
     heads = dt.shape[-1]
     per_channel = A.ndim == 2

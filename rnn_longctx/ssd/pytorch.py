@@ -16,6 +16,8 @@ def run(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *, dt_bias: Tens
         dt_limit: tuple[float, float], D: Tensor | None, policy: ScanPolicy, carry: ScanCarry, reset: Tensor | None,
         mask: Tensor | None, counts: Tensor | None, drop: Tensor | None) -> tuple[Tensor, ScanCarry]:  # fmt: skip
     inputs, dtype = x, carry.state.dtype
+    if counts is None and policy.caps:
+        counts = carry.position[:, None] + torch.arange(1, x.shape[1] + 1)
     x, dt, A, B, C = (t.to(dtype) for t in (x, dt, A, B, C))
     dt_bias = None if dt_bias is None else dt_bias.to(dtype)
     log_decay, scale = gates(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 
 import pytest
 import torch
@@ -13,13 +12,8 @@ from rnn_longctx.models import Mamba2Config, Mamba2LM
 
 
 @pytest.fixture(autouse=True)
-def seed():
-    """A fresh seed for every test; pytest shows it when the test fails."""
+def _one_thread():
     torch.set_num_threads(1)
-    value = int.from_bytes(os.urandom(4), "big")
-    print(f"seed {value}")
-    torch.manual_seed(value)
-    return value
 
 
 @torch.no_grad()

@@ -11,12 +11,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from rnn_longctx.ssd.kernels import backward, forward, launch, prepare
+from rnn_longctx.models import layer_kernels
+from rnn_longctx.ssd.kernels import backward, decode, forward, launch, prepare
 
 POINTERS = {"dt": "x", "x": "x", "B": "x", "C": "x", "y": "x", "gram": "x", "dy": "x", "dx": "x", "scratch": "x",
-            "drop": "i8", "pad": "i32", "wild": "i32"}  # fmt: skip
-FLOATS = ("A", "D", "dt_bias", "table", "cum", "scale", "totals", "initial", "states", "final", "grads", "ends", "dB",
-          "dC", "dgram", "dlog_decay", "dscale", "dD")  # fmt: skip
+            "weight": "x", "bias": "x", "before": "x", "after": "x", "add": "x", "gate": "x", "projected": "x",
+            "drop": "i8", "pad": "i32", "wild": "i32", "position": "i64", "log_decay": "fp64"}  # fmt: skip
+FLOATS = ("A", "D", "dt_bias", "table", "cum", "scale", "totals", "initial", "states", "final", "caps", "S", "factors",
+          "spent", "total", "grads", "ends", "dB", "dC", "dgram", "dlog_decay", "dscale", "dD")  # fmt: skip
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
@@ -27,12 +29,15 @@ def compile_one(kernel, capability, dtype, warps, **constants):
     for name in names:
         if name in constants:
             signature[name] = "constexpr"
+        elif constants.get("TMA") and name in ("x", "B", "C", "gram", "y"):
+            width = {"gram": constants["Q"], "x": constants["BP"], "y": constants["BP"]}.get(name, constants["BN"])
+            signature[name] = f"tensordesc<{NAMES[dtype]}[1, {constants['Q']}, 1, {width}]>"
         elif name in POINTERS:
             signature[name] = "*" + POINTERS[name].replace("x", NAMES[dtype])
         elif name in FLOATS:
             signature[name] = "*fp32"
         else:
-            signature[name] = "fp32" if name in ("low", "high", "limit") else "i32"
+            signature[name] = "fp32" if name in ("low", "high", "limit", "eps") else "i32"
     aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n][0] == "*"}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
@@ -40,7 +45,8 @@ def compile_one(kernel, capability, dtype, warps, **constants):
 
 if __name__ == "__main__":
     capability = int(sys.argv[1])
-    for dtype, headdim, d_state in ((torch.bfloat16, 64, 128), (torch.float32, 64, 128)):
+    sizes = ((torch.bfloat16, 64, 128), (torch.bfloat16, 64, 256), (torch.float32, 64, 128))
+    for dtype, headdim, d_state in sizes:
         c = launch.blocks(headdim, d_state, dtype)
         flags = {"HAS_BIAS": True, "HAS_D": True, "HAS_INITIAL": True, "HAS_FINAL": True, "SOFTPLUS": True,
                  "HAS_PAD": False, "HAS_DROP": False, "WILD": False, "TMA": False, "FULL": dtype == torch.float32,
@@ -48,13 +54,24 @@ if __name__ == "__main__":
         cases = [
             (prepare.prepare_chunk, 4, {}),
             (forward.segment_states, c.warps, {}),
+            (forward.cap_chain, 8, {}),
             (forward.chunk_scan, c.warps, {}),
             (forward.chunk_scan, c.warps, {"WILD": True, "HAS_DROP": True}),
             (backward.segment_grads, c.warps, {}),
             (backward.chunk_grads, launch.grad_warps(c), {}),
         ]
-        if dtype == torch.bfloat16:
-            cases += [(backward.fold_states, 4, {}), (backward.fold_grads, 4, {})]
+        if dtype == torch.bfloat16 and capability >= 90:
+            cases.append((forward.chunk_scan, c.warps, {"TMA": True}))
+        if (dtype, d_state) == (torch.bfloat16, 128):
+            cases += [
+                (prepare.prepare_chunk, 4, {"HAS_PAD": True, "HAS_DROP": True}),
+                (backward.fold_states, 4, {}),
+                (backward.fold_grads, 4, {}),
+                (backward.chunk_grads, launch.grad_warps(c), {"HAS_DROP": True}),
+                (layer_kernels._conv_silu, 4, {"TAPS": 4, "BT": 32, "BC": 128, "HAS_BEFORE": True}),
+                (layer_kernels._norm, 8, {"BLOCK": 2048, "HAS_ADD": True, "HAS_GATE": True}),
+                (decode._decode, 8, {"TAPS": 4, "HAS_CAP": True, "HAS_DROP": True}),
+            ]
         for kernel, warps, changed in cases:
             made = compile_one(kernel, capability, dtype, warps, **{**flags, **changed})
-            print(kernel.fn.__name__, NAMES[dtype], changed, made.metadata.shared)
+            print(kernel.fn.__name__, NAMES[dtype], d_state, changed, made.metadata.shared)

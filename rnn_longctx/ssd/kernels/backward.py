@@ -1,4 +1,5 @@
-"""Gradients of the scan, recomputed instead of stored. Segments of a few chunks, each a piece of work of its own:
+"""Gradients of the scan, recomputed instead of stored. Segments of a few chunks, each a piece of work of its own. Sums
+over heads are added up by atomics, so the last bits of dB and dC vary from run to run:
 
 1. `segment_states` (forward.py), `fold_states`: the state at the beginning of each segment.
 2. `segment_grads`, `fold_grads`: the gradient of the state at the end of each, the same thing run backwards.
@@ -20,13 +21,11 @@ from rnn_longctx.ssd.kernels.prepare import add_product, product
 
 
 @triton.jit
-def fold_states(initial, states, ends, segments, PN, HAS_INITIAL: tl.constexpr, BLOCK: tl.constexpr):
-    """states[..., i] becomes the state at the end of segment i, in place. Grid (P * N / BLOCK, B * H)."""
-    row = tl.program_id(1).to(tl.int64)
-    e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    S = tl.zeros((BLOCK,), tl.float32)
-    if HAS_INITIAL:
-        S = tl.load(initial + row * PN + e, mask=e < PN, other=0.0)
+def fold_states(initial, states, ends, segments, PN, BLOCK: tl.constexpr):
+    """states[..., i] becomes the state at the end of segment i, in place. Grid (B * H, P * N / BLOCK)."""
+    row = tl.program_id(0).to(tl.int64)
+    e = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    S = tl.load(initial + row * PN + e, mask=e < PN, other=0.0)
     for i in range(segments - 1):
         at = row * (segments - 1) + i
         S = S * tl.exp(tl.load(ends + at)) + tl.load(states + at * PN + e, mask=e < PN, other=0.0)
@@ -40,7 +39,7 @@ def segment_grads(dy, C, A, table, drop, cum, totals, grads, ends, sdyb, sdyt, s
                   FULL: tl.constexpr):  # fmt: skip
     """grads (B,H,segments,P,N): what a segment's own outputs add to the gradient of the state before it; ends
     (B,H,segments): its log-decay. Grid (segments, H, B * P / BP)."""
-    segment, h = tl.program_id(0), tl.program_id(1)
+    segment, h = tl.program_id(0), tl.program_id(1).to(tl.int64)
     blocks = tl.cdiv(P, BP)
     b, block = (tl.program_id(2) // blocks).to(tl.int64), tl.program_id(2) % blocks
     q, p, n = tl.arange(0, Q), block * BP + tl.arange(0, BP), tl.arange(0, BN)
@@ -77,14 +76,12 @@ def segment_grads(dy, C, A, table, drop, cum, totals, grads, ends, sdyb, sdyt, s
 
 
 @triton.jit
-def fold_grads(final, grads, ends, initial, segments, PN, HAS_FINAL: tl.constexpr, BLOCK: tl.constexpr):
+def fold_grads(final, grads, ends, initial, segments, PN, BLOCK: tl.constexpr):
     """grads[..., i] becomes the gradient of the state at the end of segment i, in place; initial that of the first
-    state. Grid (P * N / BLOCK, B * H)."""
-    row = tl.program_id(1).to(tl.int64)
-    e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    dS = tl.zeros((BLOCK,), tl.float32)
-    if HAS_FINAL:
-        dS = tl.load(final + row * PN + e, mask=e < PN, other=0.0)
+    state. Grid (B * H, P * N / BLOCK)."""
+    row = tl.program_id(0).to(tl.int64)
+    e = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    dS = tl.load(final + row * PN + e, mask=e < PN, other=0.0)
     for j in range(segments):
         at = row * segments + segments - 1 - j
         own = tl.load(grads + at * PN + e, mask=e < PN, other=0.0)
@@ -99,7 +96,7 @@ def chunk_grads(x, B, C, gram, dy, cum, scale, totals, D, drop, initial, states,
                 sxb, sxt, sxh, sBb, sBt, sBg, sCb, sCt, sCg, sdyb, sdyt, sdyh, sDh, sDp,
                 T, H, P, N, G, chunks, segment_chunks, segments, items,
                 Q: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, HAS_D: tl.constexpr, HAS_DROP: tl.constexpr,
-                HAS_INITIAL: tl.constexpr, FULL: tl.constexpr):  # fmt: skip
+                FULL: tl.constexpr):  # fmt: skip
     """dx (B,T,H,P); sums over heads, added up in float32: dB, dC (B,G,chunks*Q,BN) without what comes through gram,
     dgram (B,G,chunks,Q,Q); dlog_decay, dscale (B,H,chunks,Q); dD (H,P). A grid of programs that share `items`."""
     q, n = tl.arange(0, Q), tl.arange(0, BN)
@@ -108,7 +105,7 @@ def chunk_grads(x, B, C, gram, dy, cum, scale, totals, D, drop, initial, states,
     local = tl.arange(0, BP)[:, None] * BN + n[None, :]
     for item in range(tl.program_id(0), items, tl.num_programs(0)):
         segment = item % segments
-        h = (item // segments) % H
+        h = (item // segments) % H + tl.program_id(0).to(tl.int64) * 0
         block = (item // segments // H) % blocks
         b = (item // segments // H // blocks).to(tl.int64)
         g = h // (H // G)
@@ -126,7 +123,7 @@ def chunk_grads(x, B, C, gram, dy, cum, scale, totals, D, drop, initial, states,
         cums, scales, all_totals = (cum + (row * chunks + first) * Q, scale + (row * chunks + first) * Q,
                                     totals + row * chunks + first)  # fmt: skip
 
-        S = first_state(initial, states, states, row, segment, segments, p, n, P, N, HAS_INITIAL, True)
+        S = first_state(initial, states, states, row, segment, segments, p, n, P, N, True)
         for i in tl.range(count, num_stages=1):
             tl.store(scratch + i * BP * BN + local, S.to(scratch.dtype.element_ty))
             if i + 1 < count:

@@ -11,7 +11,7 @@ z_s = scale_s exp(m - cum_s),
     y_t = o_t (exp(m) S C_t + sum_s z_s x_s G[s, t])         S <- exp(total - m) (exp(m) S + sum_s z_s x_s B_s^T)
 
 so the heads of a group share G, and both sums take the same left factor. Where o or z would leave the range of the
-inputs' type the segment is `wild` and `chunk_scan_wild` reads it, differences before exponentials. Offsets are int64.
+inputs' type the segment is `wild`, and a second launch reads it, differences before exponentials. Offsets are int64.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ HORIZON = tl.constexpr(40.0)  # nats: exp(-40) = 4e-18 is nothing beside float32
 
 @triton.jit
 def segment_states(x, B, A, table, drop, cum, scale, totals, states, ends, sxb, sxt, sxh, sBb, sBt, sBg, low,
-                   T, H, P, N, G, chunks, segment_chunks, segments,
+                   T, H, P, N, G, chunks, segment_chunks, segments, offset,
                    Q: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, HAS_DROP: tl.constexpr,
                    FULL: tl.constexpr):  # fmt: skip
     """states (B,H,segments-1,P,N): what each segment but the last (they are full) adds; ends (B,H,segments-1): its
-    log-decay. Grid (segments - 1, H, B * P / BP)."""
-    segment, h = tl.program_id(0), tl.program_id(1)
+    log-decay. The first begins at chunk `offset`. Grid (segments - 1, H, B * P / BP)."""
+    segment, h = tl.program_id(0), tl.program_id(1).to(tl.int64)
     blocks = tl.cdiv(P, BP)
     b, block = (tl.program_id(2) // blocks).to(tl.int64), tl.program_id(2) % blocks
     q, p, n = tl.arange(0, Q), block * BP + tl.arange(0, BP), tl.arange(0, BN)
     rate = tl.load(A + h).to(tl.float32) * tl.load(table + h)
     only_forgets = (rate <= 0.0) & (tl.load(table + H + h) <= 0.0) & (low >= 0.0)
     horizon = tl.where(only_forgets, -HORIZON, float("-inf"))
-    first = segment.to(tl.int64) * segment_chunks
+    first = offset + segment.to(tl.int64) * segment_chunks
     row = (b * H + h) * chunks
     x += b * sxb + h * sxh
     B += b * sBb + (h // (H // G)) * sBg
@@ -71,7 +71,30 @@ def segment_states(x, B, A, table, drop, cum, scale, totals, states, ends, sxb, 
 
 
 @triton.jit
-def first_state(initial, states, ends, row, segment, segments, p, n, P, N, HAS_INITIAL: tl.constexpr,
+def cap_chain(states, ends, caps, S, factors, H, P, N, pieces, offset, all_pieces,
+              BP: tl.constexpr, BN: tl.constexpr):  # fmt: skip
+    """factors (B,H,all_pieces) from `offset` on: by how much the state is cut back to its cap at the end of each of
+    `pieces` pieces of the stream, which add `states` (B,H,pieces,P,N) and forget `ends`. S (B,H,P,N) is the state
+    before the first and becomes that after the last. Grid (B * H): here the stream is walked in order."""
+    row = tl.program_id(0).to(tl.int64)
+    p, n = tl.arange(0, BP), tl.arange(0, BN)
+    inside = (p[:, None] < P) & (n[None, :] < N)
+    here = p[:, None] * N + n[None, :]
+    cap = tl.load(caps + tl.program_id(0) % H)
+    S_PN = tl.load(S + row * P * N + here, mask=inside, other=0.0)
+    for i in range(pieces):
+        at = row * pieces + i
+        added = tl.load(states + at * P * N + here, mask=inside, other=0.0)
+        S_PN = S_PN * tl.exp(tl.load(ends + at)) + added
+        norm = tl.sqrt(tl.sum(S_PN * S_PN))
+        factor = tl.where(norm > cap, cap / norm, 1.0)
+        tl.store(factors + row * all_pieces + offset + i, factor)
+        S_PN *= factor
+    tl.store(S + row * P * N + here, S_PN, mask=inside)
+
+
+@triton.jit
+def first_state(initial, states, ends, row, segment, segments, p, n, P, N,
                 FOLDED: tl.constexpr):  # fmt: skip
     """The state (BP, BN) at the beginning of a segment: read, or folded here from what the segments before it add."""
     inside = (p[:, None] < P) & (n[None, :] < N)
@@ -79,12 +102,9 @@ def first_state(initial, states, ends, row, segment, segments, p, n, P, N, HAS_I
     if FOLDED:
         at = segment + tl.zeros_like(here)
         S = tl.load(states + (row * (segments - 1) + segment - 1) * P * N + here, mask=inside & (at > 0), other=0.0)
-        if HAS_INITIAL:
-            S += tl.load(initial + row * P * N + here, mask=inside & (at == 0), other=0.0)
+        S += tl.load(initial + row * P * N + here, mask=inside & (at == 0), other=0.0)
     else:
-        S = tl.zeros((p.shape[0], n.shape[0]), tl.float32)
-        if HAS_INITIAL:
-            S = tl.load(initial + row * P * N + here, mask=inside, other=0.0)
+        S = tl.load(initial + row * P * N + here, mask=inside, other=0.0)
         for i in range(segment):
             at = row * (segments - 1) + i
             S = S * tl.exp(tl.load(ends + at)) + tl.load(states + at * P * N + here, mask=inside, other=0.0)
@@ -96,7 +116,7 @@ def tile(source, stride_b, stride_t, stride_h, b, t0, h, column, T, columns, Q: 
          TMA: tl.constexpr):  # fmt: skip
     """Q tokens of one head's (or group's) rows, W columns from `column` on; zeros beyond the array."""
     if TMA:
-        values = source.load([b.to(tl.int32), t0, h, column]).reshape(Q, W)
+        values = source.load([b.to(tl.int32), t0, h.to(tl.int32), column]).reshape(Q, W)
     else:
         t, c = t0.to(tl.int64) + tl.arange(0, Q), column + tl.arange(0, W)
         at = b * stride_b + h * stride_h + t[:, None] * stride_t + c[None, :]
@@ -109,10 +129,10 @@ def chunk_scan(x, B, C, gram, y, cum, scale, totals, D, drop, initial, states, e
                sxb, sxt, sxh, sBb, sBt, sBg, sCb, sCt, sCg, syb, syt, syh, sDh, sDp,
                T, H, P, N, G, chunks, segment_chunks, segments,
                Q: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, HAS_D: tl.constexpr, HAS_DROP: tl.constexpr,
-               HAS_INITIAL: tl.constexpr, FULL: tl.constexpr, WILD: tl.constexpr, TMA: tl.constexpr,
+               FULL: tl.constexpr, WILD: tl.constexpr, TMA: tl.constexpr,
                STAGES: tl.constexpr):  # fmt: skip
     """y (B,T,H,P) and final (B,H,P,N), of the segments that are wild or of those that are not."""
-    segment, h = tl.program_id(0), tl.program_id(1)
+    segment, h = tl.program_id(0), tl.program_id(1).to(tl.int64)
     blocks = tl.cdiv(P, BP)
     b, block = (tl.program_id(2) // blocks).to(tl.int64), tl.program_id(2) % blocks
     row = b * H + h
@@ -120,7 +140,7 @@ def chunk_scan(x, B, C, gram, y, cum, scale, totals, D, drop, initial, states, e
         return
     q, p, n = tl.arange(0, Q), block * BP + tl.arange(0, BP), tl.arange(0, BN)
     g = h // (H // G)
-    S = first_state(initial, states, ends, row, segment, segments, p, n, P, N, HAS_INITIAL, False)
+    S = first_state(initial, states, ends, row, segment, segments, p, n, P, N, False)
     if HAS_D:
         D_P = tl.load(D + h * sDh + p * sDp, mask=p < P, other=0.0).to(tl.float32)
     carry = 0.0  # S is still to be multiplied by exp(carry)
@@ -130,7 +150,8 @@ def chunk_scan(x, B, C, gram, y, cum, scale, totals, D, drop, initial, states, e
         C_QN = tile(C, sCb, sCt, sCg, b, t0, g, 0, T, N, Q, BN, TMA)
         B_QN = tile(B, sBb, sBt, sBg, b, t0, g, 0, T, N, Q, BN, TMA)
         x_QP = tile(x, sxb, sxt, sxh, b, t0, h, block * BP, T, P, Q, BP, TMA)
-        G_QQ = tile(gram, G * chunks * Q * Q, Q, chunks * Q * Q, b, t0, g, 0, chunks * Q, Q, Q, Q, TMA)
+        square = h * 0 + chunks * Q  # 64-bit
+        G_QQ = tile(gram, square * G * Q, Q, square * Q, b, t0, g, 0, chunks * Q, Q, Q, Q, TMA)
         at = row * chunks + chunk
         total = tl.load(totals + at)
         c = tl.load(cum + at * Q + q)
@@ -162,7 +183,7 @@ def chunk_scan(x, B, C, gram, y, cum, scale, totals, D, drop, initial, states, e
         if HAS_D:
             y_QP += x_QP * D_P[None, :]
         if TMA:
-            y.store([b.to(tl.int32), t0, h, block * BP], y_QP.to(x_QP.dtype).reshape(1, Q, 1, BP))
+            y.store([b.to(tl.int32), t0, h.to(tl.int32), block * BP], y_QP.to(x_QP.dtype).reshape(1, Q, 1, BP))
         else:
             t = t0.to(tl.int64) + q
             tl.store(y + b * syb + h * syh + t[:, None] * syt + p[None, :], y_QP.to(x_QP.dtype),

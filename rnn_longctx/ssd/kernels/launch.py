@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import NamedTuple
 
@@ -13,8 +13,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from rnn_longctx.ssd.kernels import backward, forward, prepare
 
-LIMIT = {torch.float16: 4.0}  # nats by which a factor of `chunk_scan` may leave 1; float16 ends at exp(11)
-WIDE = 60.0
+LIMIT = 60.0  # nats by which a factor of `chunk_scan` may leave 1; bfloat16 and float32 end at exp(88)
+STEEP = 20.0  # nats by which a cap may cut a state back at once before the segment counts as wild
 DESCRIBED = 2**27  # elements of x from which describing the arrays to the copy engine pays
 
 
@@ -32,14 +32,21 @@ class Prepared(NamedTuple):
 
     cum: Tensor  # (B, H, chunks, Q) running sums of log-decay
     scale: Tensor  # (B, H, chunks, Q) input scales
-    totals: Tensor  # (B, H, chunks) log-decay of a chunk
+    totals: Tensor  # (B, H, chunks) log-decay of a chunk, FLOOR at a token at least
+    spent: Tensor  # (B, H, chunks) the same without FLOOR
     gram: Tensor  # (B, G, chunks, Q, Q): C_t . B_s at [s, t], in the inputs' type
     wild: Tensor  # (B, H, segments) int32
     segment_chunks: int
 
 
-def blocks(headdim: int, d_state: int, dtype: torch.dtype) -> Blocks:
-    """Fixed by shape and type, not searched for: a new shape costs one compilation and no timing."""
+def blocks(headdim: int, d_state: int, dtype: torch.dtype, every: int | None = None) -> Blocks:
+    """Fixed by shape and type, not searched for: a new shape costs one compilation and no timing. `every` tokens a cap
+    applies: whole chunks."""
+    c = _blocks(headdim, d_state, dtype)
+    return c if every is None else replace(c, Q=min(c.Q, every & -every))
+
+
+def _blocks(headdim: int, d_state: int, dtype: torch.dtype) -> Blocks:
     BN = max(16, triton.next_power_of_2(d_state))
     BP = min(max(16, triton.next_power_of_2(headdim)), 64)
     if dtype == torch.float32:
@@ -65,30 +72,71 @@ def segment_chunks(rows: int, chunks: int, device: torch.device) -> int:
 
 def prepare_chunks(dt: Tensor, A: Tensor, B: Tensor, C: Tensor, dt_bias: Tensor | None, table: Tensor,
                    pad: Tensor | None, drop: Tensor | None, low: float, high: float, softplus: bool, headdim: int,
-                   c: Blocks, per_segment: int | None = None) -> Prepared:  # fmt: skip
+                   c: Blocks, per_segment: int | None = None, capped: bool = False) -> Prepared:  # fmt: skip
     batch, length, heads = dt.shape
     groups, d_state = B.shape[2:]
+    limit = LIMIT - STEEP if capped else LIMIT
     chunks = triton.cdiv(length, c.Q)
     size = per_segment or segment_chunks(batch * heads * triton.cdiv(headdim, c.BP), chunks, dt.device)
     segments = triton.cdiv(chunks, size)
     empty = partial(torch.empty, dtype=torch.float32, device=dt.device)
     cum, scale = empty(2, batch, heads, chunks, c.Q)
-    totals = empty(batch, heads, chunks)
+    totals, spent = empty(2, batch, heads, chunks)
     wild = torch.zeros(batch, heads, segments, dtype=torch.int32, device=dt.device)
     gram = torch.empty(batch, groups, chunks, c.Q, c.Q, dtype=B.dtype, device=dt.device)
     BH = min(32, triton.next_power_of_2(heads))
     prepare.prepare_chunk[(chunks, groups + triton.cdiv(heads, BH), batch)](
         dt, A, table if dt_bias is None else dt_bias, table, table if pad is None else pad, B, C,
-        table if drop is None else drop, cum, scale, totals, wild, gram, low, high, LIMIT.get(B.dtype, WIDE),
+        table if drop is None else drop, cum, scale, totals, spent, wild, gram, low, high, limit,
         *dt.stride(), *B.stride()[:3], *C.stride()[:3], length, heads, d_state, groups, chunks, size, segments,
         Q=c.Q, BH=BH, BN=c.BN, HAS_BIAS=dt_bias is not None, SOFTPLUS=softplus, HAS_PAD=pad is not None,
         HAS_DROP=drop is not None, FULL=B.dtype == torch.float32, num_warps=4,
     )  # fmt: skip
-    return Prepared(cum, scale, totals, gram, wild, size)
+    return Prepared(cum, scale, totals, spent, gram, wild, size)
+
+
+PIECES = 256  # that a chain of caps takes up at once: their states are what it costs in memory
+
+
+def cap_factors(x: Tensor, B: Tensor, A: Tensor, table: Tensor, initial: Tensor, low: float, caps: Tensor, every: int,
+                ready: Prepared, c: Blocks) -> Tensor:  # fmt: skip
+    """(B, H, T // every): the factor by which the state is cut back to `caps` (H) after every `every`-th token. A piece
+    of `every` tokens is whole chunks; what each piece adds is found side by side, and only the chain walks in order."""
+    batch, length, heads, headdim = x.shape
+    groups, d_state = B.shape[2:]
+    pieces, piece_chunks, chunks = length // every, every // c.Q, ready.totals.shape[2]
+    empty = partial(torch.empty, dtype=torch.float32, device=x.device)
+    factors, S = empty(batch, heads, pieces), initial.clone()
+    for first in range(0, pieces, PIECES):
+        count = min(PIECES, pieces - first)
+        states, ends = empty(batch, heads, count, headdim, d_state), empty(batch, heads, count)
+        forward.segment_states[(count, heads, batch * triton.cdiv(headdim, c.BP))](
+            x, B, A, table, table, ready.cum, ready.scale, ready.totals, states, ends, *x.stride()[:3],
+            *B.stride()[:3], low, length, heads, headdim, d_state, groups, chunks, piece_chunks, count + 1,
+            first * piece_chunks, Q=c.Q, BP=c.BP, BN=c.BN, HAS_DROP=False, FULL=x.dtype == torch.float32,
+            num_warps=c.warps,
+        )  # fmt: skip
+        BP = max(16, triton.next_power_of_2(headdim))
+        forward.cap_chain[(batch * heads,)](
+            states, ends, caps, S, factors, heads, headdim, d_state, count, first, pieces, BP=BP, BN=c.BN,
+            num_warps=min(16, max(4, BP * c.BN // 1024)),
+        )  # fmt: skip
+    return factors
+
+
+def cut_back(ready: Prepared, factors: Tensor, every: int) -> None:
+    """Make the factors part of the gates, in place: a capped recurrence is a plain one with other gates."""
+    Q = ready.cum.shape[3]
+    last = slice(every // Q - 1, factors.shape[2] * (every // Q), every // Q)  # the chunks that pieces end with
+    logs = factors.log()
+    ready.cum[:, :, last, -1] += logs
+    ready.totals[:, :, last] += logs
+    ready.scale[:, :, last, -1] *= factors
+    ready.wild.logical_or_(logs.amin(2, keepdim=True) < -STEEP)
 
 
 def scan_forward(x: Tensor, B: Tensor, C: Tensor, D: Tensor | None, A: Tensor, table: Tensor, drop: Tensor | None,
-                 initial: Tensor | None, low: float, ready: Prepared, c: Blocks) -> tuple[Tensor, Tensor]:  # fmt: skip
+                 initial: Tensor, low: float, ready: Prepared, c: Blocks) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y (B,T,H,P) as x and the final state (B,H,P,N), float32."""
     batch, length, heads, headdim = x.shape
     groups, d_state = B.shape[2:]
@@ -105,7 +153,7 @@ def scan_forward(x: Tensor, B: Tensor, C: Tensor, D: Tensor | None, A: Tensor, t
     if segments > 1:
         forward.segment_states[(segments - 1, heads, parts)](
             x, B, A, table, mark, ready.cum, ready.scale, ready.totals, states, ends, *x.stride()[:3], *B.stride()[:3],
-            low, *sizes, **shared,
+            low, *sizes, 0, **shared,
         )  # fmt: skip
     Ds = (0, 0) if D is None else (D.stride(0), D.stride(1) if D.ndim == 2 else 0)
     strides = (*x.stride()[:3], *B.stride()[:3], *C.stride()[:3], *y.stride()[:3], *Ds)
@@ -118,8 +166,8 @@ def scan_forward(x: Tensor, B: Tensor, C: Tensor, D: Tensor | None, A: Tensor, t
             arrays = tuple(TensorDescriptor.from_tensor(t, [1, c.Q, 1, w]) for t, w in zip(arrays, widths))
         forward.chunk_scan[(segments, heads, parts)](
             *arrays[:3], gram, arrays[3], ready.cum, ready.scale, ready.totals, table if D is None else D, mark,
-            table if initial is None else initial, states, ends, final, ready.wild, *strides, *sizes, **shared,
-            HAS_D=D is not None, HAS_INITIAL=initial is not None, WILD=wild, TMA=described, STAGES=c.stages,
+            initial, states, ends, final, ready.wild, *strides, *sizes, **shared,
+            HAS_D=D is not None, WILD=wild, TMA=described, STAGES=c.stages,
         )  # fmt: skip
     return y, final
 
@@ -129,7 +177,7 @@ def _describable(t: Tensor) -> bool:
     if t.device.type != "cuda" or torch.cuda.get_device_capability(t.device)[0] < 9:
         return False
     bytes_ = t.element_size()
-    return bytes_ == 2 and t.data_ptr() % 16 == 0 and all(s * bytes_ % 16 == 0 for s in t.stride()[:-1])
+    return bytes_ == 2 and t.data_ptr() % 16 == 0 and all(s > 0 and s * bytes_ % 16 == 0 for s in t.stride()[:-1])
 
 
 class Grads(NamedTuple):
@@ -150,28 +198,29 @@ def grad_warps(c: Blocks) -> int:
 
 
 def scan_backward(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, dt_bias: Tensor | None,
-                  table: Tensor, pad: Tensor | None, drop: Tensor | None, initial: Tensor | None, low: float,
-                  high: float, softplus: bool, dy: Tensor, dfinal: Tensor | None, c: Blocks) -> Grads:  # fmt: skip
+                  table: Tensor, pad: Tensor | None, drop: Tensor | None, initial: Tensor, low: float,
+                  high: float, softplus: bool, dy: Tensor, dfinal: Tensor, c: Blocks,
+                  factors: Tensor | None = None, every: int | None = None) -> Grads:  # fmt: skip
     batch, length, heads, headdim = x.shape
     groups, d_state = B.shape[2:]
     ready = prepare_chunks(dt, A, B, C, dt_bias, table, pad, drop, low, high, softplus, headdim, c, BACKWARD_CHUNKS)
+    if factors is not None and every is not None:
+        cut_back(ready, factors, every)
     chunks, segments, size = ready.totals.shape[2], ready.wild.shape[2], ready.segment_chunks
     empty = partial(torch.empty, dtype=torch.float32, device=x.device)
     full, blocks_P = x.dtype == torch.float32, triton.cdiv(headdim, c.BP)
     parts, PN = batch * blocks_P, headdim * d_state
     shared = {"Q": c.Q, "BP": c.BP, "BN": c.BN, "HAS_DROP": drop is not None, "FULL": full}
     sizes = (length, heads, headdim, d_state, groups, chunks, size, segments)
-    mark, folded = table if drop is None else drop, (triton.cdiv(PN, 1024), batch * heads)
+    mark, folded = table if drop is None else drop, (batch * heads, triton.cdiv(PN, 1024))
     states = empty(batch, heads, segments - 1, headdim, d_state)
     if segments > 1:
         ends = empty(batch, heads, segments - 1)
         forward.segment_states[(segments - 1, heads, parts)](
             x, B, A, table, mark, ready.cum, ready.scale, ready.totals, states, ends, *x.stride()[:3], *B.stride()[:3],
-            low, *sizes, **shared, num_warps=c.warps,
+            low, *sizes, 0, **shared, num_warps=c.warps,
         )  # fmt: skip
-        backward.fold_states[folded](
-            table if initial is None else initial, states, ends, segments, PN, initial is not None, 1024
-        )
+        backward.fold_states[folded](initial, states, ends, segments, PN, 1024)
     grads, ends = (
         empty(batch, heads, segments, headdim, d_state),
         empty(batch, heads, segments),
@@ -181,9 +230,7 @@ def scan_backward(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Ten
         **shared, num_warps=c.warps,
     )  # fmt: skip
     first = empty(batch, heads, headdim, d_state)
-    backward.fold_grads[folded](
-        table if dfinal is None else dfinal, grads, ends, first, segments, PN, dfinal is not None, 1024
-    )
+    backward.fold_grads[folded](dfinal, grads, ends, first, segments, PN, 1024)
 
     items = parts * heads * segments
     programs = min(items, _slots(x.device))
@@ -196,14 +243,16 @@ def scan_backward(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Ten
     Ds = (0, 0) if D is None else (D.stride(0), D.stride(1) if D.ndim == 2 else 0)
     backward.chunk_grads[(programs,)](
         x, B, C, ready.gram, dy, ready.cum, ready.scale, ready.totals, table if D is None else D, mark,
-        table if initial is None else initial, states, grads, scratch, dx, dB, dC, dgram, dlog_decay, dscale, dD,
+        initial, states, grads, scratch, dx, dB, dC, dgram, dlog_decay, dscale, dD,
         *x.stride()[:3], *B.stride()[:3], *C.stride()[:3], *dy.stride()[:3], *Ds, *sizes, items, **shared,
-        HAS_D=D is not None, HAS_INITIAL=initial is not None, num_warps=grad_warps(c),
+        HAS_D=D is not None, num_warps=grad_warps(c),
     )  # fmt: skip
 
     def tokens(t: Tensor) -> Tensor:
         return t[:, :, :length].transpose(1, 2)
 
+    if factors is not None and every is not None:  # the gradient to the scale before it was cut back
+        dscale[..., every - 1 : factors.shape[2] * every : every] *= factors
     dgram = dgram.to(B.dtype)
     dB, dC = dB[..., :d_state], dC[..., :d_state]
     for total, other, inner in ((dB, C, dgram), (dC, B, dgram.mT)):  # once a group: what came through gram

@@ -9,7 +9,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-FLOOR = tl.constexpr(-60.0)  # nats a token: nothing is left of the state, and sums over a chunk keep their digits
+# Nats a token: exp(-25) = 1e-11 is nothing beside float32's 6e-8, and sums over a chunk keep their digits: differences
+# of them, which the weights are the exponentials of, are right to 6e-8 times 25 times the chunk.
+FLOOR = tl.constexpr(-25.0)
 
 
 @triton.jit
@@ -41,7 +43,7 @@ def step_size(raw, low, high, SOFTPLUS: tl.constexpr):
 
 
 @triton.jit
-def prepare_chunk(dt, A, dt_bias, table, pad, B, C, drop, cum, scale, totals, wild, gram, low, high, limit,
+def prepare_chunk(dt, A, dt_bias, table, pad, B, C, drop, cum, scale, totals, spent, wild, gram, low, high, limit,
                   sdb, sdt, sdh, sBb, sBt, sBg, sCb, sCt, sCg, T, H, N, G, chunks, segment_chunks, segments,
                   Q: tl.constexpr, BH: tl.constexpr, BN: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr,
                   HAS_PAD: tl.constexpr, HAS_DROP: tl.constexpr, FULL: tl.constexpr):  # fmt: skip
@@ -52,21 +54,22 @@ def prepare_chunk(dt, A, dt_bias, table, pad, B, C, drop, cum, scale, totals, wi
             B, C, drop, gram, sBb, sBt, sBg, sCb, sCt, sCg, T, N, G, chunks, chunk, part, b, Q, BN, HAS_DROP, FULL
         )
     else:
-        chunk_gates(dt, A, dt_bias, table, pad, cum, scale, totals, wild, low, high, limit, sdb, sdt, sdh, T, H, chunks,
-                    segment_chunks, segments, chunk, part - G, b, Q, BH, HAS_BIAS, SOFTPLUS, HAS_PAD)  # fmt: skip
+        chunk_gates(dt, A, dt_bias, table, pad, cum, scale, totals, spent, wild, low, high, limit, sdb, sdt, sdh,
+                    T, H, chunks, segment_chunks, segments, chunk, part - G, b, Q, BH, HAS_BIAS, SOFTPLUS,
+                    HAS_PAD)  # fmt: skip
 
 
 @triton.jit
-def chunk_gates(dt, A, dt_bias, table, pad, cum, scale, totals, wild, low, high, limit, sdb, sdt, sdh,
+def chunk_gates(dt, A, dt_bias, table, pad, cum, scale, totals, spent, wild, low, high, limit, sdb, sdt, sdh,
                 T, H, chunks, segment_chunks, segments, chunk, part, b,
                 Q: tl.constexpr, BH: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr,
                 HAS_PAD: tl.constexpr):  # fmt: skip
     """Of a chunk and BH heads: the running sum of log-decay and the input scale, (B,H,chunks,Q), the total
-    (B,H,chunks), and whether it forgets too much for `chunk_scan` (see there).
+    (B,H,chunks), the same without FLOOR, and whether it forgets too much for `chunk_scan` (see there).
 
     table (4, H): the policy's mul, add, gain, min_dt. pad (B): leading tokens of a row to leave out.
     """
-    h, q = part * BH + tl.arange(0, BH), tl.arange(0, Q)
+    h, q = part.to(tl.int64) * BH + tl.arange(0, BH), tl.arange(0, Q)
     ok = h < H
     t = chunk * Q + q
     real = t < T
@@ -83,14 +86,15 @@ def chunk_gates(dt, A, dt_bias, table, pad, cum, scale, totals, wild, low, high,
 
     step = step_size(raw, low, high, SOFTPLUS)
     keep = real[None, :] & ((step < min_dt[:, None]) == 0)
-    log_decay = tl.maximum(step * rate[:, None] + add[:, None], FLOOR, propagate_nan=tl.PropagateNan.ALL)
-    log_decay = tl.where(keep, log_decay, 0.0)
+    exact = tl.where(keep, step * rate[:, None] + add[:, None], 0.0)
+    log_decay = tl.maximum(exact, FLOOR, propagate_nan=tl.PropagateNan.ALL)
     c = tl.cumsum(log_decay, 1)
     total = tl.sum(log_decay, 1)
     at = (b * H + h) * chunks + chunk
     tl.store(cum + at[:, None] * Q + q[None, :], c, mask=ok[:, None])
     tl.store(scale + at[:, None] * Q + q[None, :], tl.where(keep, step * gain[:, None], 0.0), mask=ok[:, None])
     tl.store(totals + at, total, mask=ok)
+    tl.store(spent + at, tl.sum(exact, 1), mask=ok)
     far = tl.max(tl.abs(c - 0.5 * total[:, None]), 1) > limit
     tl.atomic_max(wild + (b * H + h) * segments + chunk // segment_chunks, far.to(tl.int32), mask=ok & far)
 
@@ -102,8 +106,8 @@ def chunk_gram(B, C, drop, gram, sBb, sBt, sBg, sCb, sCt, sCg, T, N, G, chunks, 
     q, n = tl.arange(0, Q), tl.arange(0, BN)
     t = chunk * Q + q
     inside = (t < T)[:, None] & (n < N)[None, :]
-    B_QN = tl.load(B + b * sBb + g * sBg + t[:, None] * sBt + n[None, :], mask=inside, other=0.0)
-    C_QN = tl.load(C + b * sCb + g * sCg + t[:, None] * sCt + n[None, :], mask=inside, other=0.0)
+    B_QN = tl.load(B + b * sBb + g.to(tl.int64) * sBg + t[:, None] * sBt + n[None, :], mask=inside, other=0.0)
+    C_QN = tl.load(C + b * sCb + g.to(tl.int64) * sCg + t[:, None] * sCt + n[None, :], mask=inside, other=0.0)
     seen = q[:, None] <= q[None, :]
     if HAS_DROP:
         document = tl.cumsum(tl.load(drop + b * T + t, mask=t < T, other=0).to(tl.int32), 0)

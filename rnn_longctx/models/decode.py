@@ -1,0 +1,131 @@
+"""One token at a time on a GPU: a step without Python in it, replayed from a CUDA graph, with policies active."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rnn_longctx.models.cache import Cache, Carry
+from rnn_longctx.models.mamba2 import Mamba2LM
+from rnn_longctx.ssd import ScanCarry, fused
+
+
+class Decoder:
+    """Goes on from a cache: call it with the next tokens (B), get their logits (B, vocab).
+
+    The state lives in buffers of this object from then on; `cache()` copies it out. A layer's policy may be changed
+    between two tokens.
+
+    Raises:
+        ValueError: `Decoder.refuses` says why.
+    """
+
+    def __init__(self, model: Mamba2LM, cache: Cache):
+        if reason := self.refuses(model, cache):
+            raise ValueError(f"a decoder {reason}")
+        self.model, device = model, model.device
+        self._token = torch.zeros(len(cache.position), dtype=torch.int64, device=device)
+        self._position = cache.position.to(device)
+        self._rows = cache.position.clone()
+        self._tokens = 0
+        convs = [c.conv.to(model.dtype).contiguous() for c in cache.layers]
+        self._conv = [(conv.clone(), torch.empty_like(conv)) for conv in convs]  # read from one, written to the other
+        self._states = [c.scan.state.clone() for c in cache.layers]
+        self._log_decay = [c.scan.log_decay.to(torch.float64).clone() for c in cache.layers]
+        self._prepare()
+
+    @staticmethod
+    def refuses(model: Mamba2LM, cache: Cache) -> str | None:
+        """Why not, or None."""
+        if fused.missing() is not None or not (model.device.type == "cuda" or fused.interpreted()):
+            return "needs a CUDA device and Triton"
+        if model.dtype not in fused.DTYPES:
+            return f"steps bfloat16, float16 and float32, not {model.dtype}"
+        if not cache.layers:
+            return "goes on from a prompt, and nothing has been read"
+        if model.restart is not None:
+            return f"does not restart: {model.restart}"
+        for mixer, carry in zip(model.mixers, cache.layers):
+            policy = mixer.policy
+            if policy.window is not None or carry.scan.window is not None:
+                return "has no sliding window"
+            if policy.start is not None and policy.reset is not None:
+                return "has no stored start after a reset"
+            if len(policy.caps) > 1:
+                return "has one norm cap a layer"
+            if policy.caps and mixer.config.headdim * mixer.config.d_state > 2**14:
+                return "has norm caps for states of up to 16384 numbers a head"
+        return None
+
+    def __call__(self, token: Tensor) -> Tensor:
+        if self._policies != [m.policy for m in self.model.mixers]:
+            self._prepare()
+        self._token.copy_(token)
+        turn = self._tokens % 2
+        if self.model.device.type != "cuda":
+            logits = self._step(turn)
+        else:
+            if self._graphs[turn] is None:
+                self._capture(turn)
+            graph, logits = self._graphs[turn]  # type: ignore[misc]
+            graph.replay()
+        self._tokens += 1
+        return logits.clone()
+
+    def cache(self) -> Cache:
+        """What was read so far, as a cache of its own."""
+        rows = self._rows + self._tokens
+        layers = [
+            Carry(conv[self._tokens % 2].clone(), ScanCarry(state.clone(), rows.clone(), log_decay.clone()))
+            for conv, state, log_decay in zip(self._conv, self._states, self._log_decay)
+        ]
+        return Cache(layers, rows)
+
+    def _prepare(self) -> None:
+        mixers = self.model.mixers
+        self._policies = [m.policy for m in mixers]
+        heads, device = self.model.config.nheads, self.model.device
+        self._tables = [fused.gate_table(m.policy, heads, device) for m in mixers]
+        self._caps = [fused.cap_table(m.policy, heads, device) if m.policy.caps else None for m in mixers]
+        self._A = [-m.A_log.detach().float().exp() for m in mixers]
+        self._graphs: list[tuple[torch.cuda.CUDAGraph, Tensor] | None] = [None, None]
+
+    @torch.no_grad()
+    def _capture(self, turn: int) -> None:
+        """Record one step. What the steps before it on a side stream do to the state is undone."""
+        kept = [t.clone() for t in self._buffers()]
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            self._step(turn)  # compiles and allocates
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = self._step(turn)
+        for buffer, before in zip(self._buffers(), kept):
+            buffer.copy_(before)
+        self._graphs[turn] = (graph, logits)
+
+    def _buffers(self) -> list[Tensor]:
+        return [self._position, *self._states, *self._log_decay, *(c for pair in self._conv for c in pair)]
+
+    @torch.no_grad()
+    def _step(self, turn: int) -> Tensor:
+        from rnn_longctx.ssd.kernels import decode
+
+        model, c = self.model, self.model.config
+        h, out = model.backbone.embedding(self._token), None
+        for i, block in enumerate(model.backbone.blocks):
+            normed, h = block.norm.add(h, out, c.residual_in_fp32)
+            m, policy = block.mixer, block.mixer.policy
+            projected = m.in_proj(normed)
+            y = projected.new_empty(len(projected), c.d_inner)
+            decode.decode(
+                projected, m.conv1d.weight[:, 0], m.conv1d.bias, self._conv[i][turn], self._conv[i][1 - turn],
+                self._A[i], m.dt_bias, m.D, self._tables[i], self._caps[i], self._position, self._states[i],
+                self._log_decay[i], y, c.ngroups, c.dt_limit, policy.caps[0].every if policy.caps else 1, policy.reset,
+            )  # fmt: skip
+            out = m.out_proj(m.norm(y, projected[:, : c.d_inner]))
+        hidden = model.backbone.norm_f.add(h, out, c.residual_in_fp32)[0]
+        self._position += 1
+        return model.logits(hidden)

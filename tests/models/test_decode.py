@@ -1,0 +1,90 @@
+"""The decoder against the model's own step, which tests/models/test_mamba2.py holds to the definition."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from rnn_longctx.models import Cache, Mamba2Config, Mamba2LM, Restart
+from rnn_longctx.models.decode import Decoder
+from rnn_longctx.ssd import Cap, ScanPolicy, fused
+
+if fused.missing():
+    pytest.skip(fused.missing(), allow_module_level=True)
+
+DEVICE = "cpu" if fused.interpreted() else "cuda"
+POLICIES = {
+    "plain": ScanPolicy(),
+    "rri": ScanPolicy(add=-0.01, gain=0.75, mul=0.5),
+    "filtered": ScanPolicy(min_dt=0.02),
+    "cap a token": ScanPolicy(caps=(Cap(0.3),)),
+    "cap every 3, per head": ScanPolicy(caps=(Cap((0.2, 0.4, 0.2, 9.0), 3),)),
+    "reset": ScanPolicy(reset=5),
+}
+
+
+def small(ngroups=2):
+    torch.manual_seed(1)
+    config = Mamba2Config(d_model=20, n_layer=2, vocab_size=50, d_state=12, headdim=10, ngroups=ngroups)
+    return Mamba2LM(config).to(DEVICE).eval()
+
+
+@torch.no_grad()
+def both(model, cache, tokens):
+    """The logits of tokens (B, T), stepped by the decoder and by the model."""
+    decoder = Decoder(model, cache.clone())
+    ours = torch.stack([decoder(tokens[:, i]) for i in range(tokens.shape[1])], 1)
+    return (
+        ours,
+        torch.stack([model.logits(model(tokens[:, i : i + 1], cache)[:, 0]) for i in range(tokens.shape[1])], 1),
+        decoder,
+    )
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_steps_as_the_model_does(name):
+    model, tokens = small(), torch.randint(50, (2, 9), device=DEVICE)
+    for mixer in model.mixers:
+        mixer.policy = POLICIES[name]
+    cache, prompt = Cache(), torch.randint(50, (2, 7), device=DEVICE)
+    mask = torch.ones(2, 7, dtype=torch.bool, device=DEVICE)
+    mask[1, :4] = False  # rows that stand at different positions
+    with torch.no_grad():
+        model(prompt, cache, mask)
+    ours, expected, decoder = both(model, cache, tokens)
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+    out = decoder.cache()
+    assert out.position.tolist() == cache.position.tolist() == [16, 12]
+    for a, b in zip(out.layers, cache.layers):
+        torch.testing.assert_close(a.conv, b.conv, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(a.scan.state, b.scan.state, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(a.scan.log_decay, b.scan.log_decay, rtol=1e-4, atol=1e-5)
+
+
+def test_a_policy_may_change_between_tokens():
+    model, cache = small(ngroups=1), Cache()
+    tokens = torch.randint(50, (1, 6), device=DEVICE)
+    with torch.no_grad():
+        model(tokens, cache)
+        decoder = Decoder(model, cache.clone())
+        for i in range(6):
+            if i == 3:
+                for mixer in model.mixers:
+                    mixer.policy = POLICIES["rri"]
+            expected = model.logits(model(tokens[:, i : i + 1], cache)[:, 0])
+            torch.testing.assert_close(decoder(tokens[:, i]), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_what_it_refuses():
+    model, cache = small(), Cache()
+    assert "nothing has been read" in Decoder.refuses(model, cache)
+    with torch.no_grad():
+        model(torch.randint(50, (1, 3), device=DEVICE), cache)
+    assert Decoder.refuses(model, cache) is None
+    model.mixers[1].policy = ScanPolicy(window=4)
+    assert "window" in Decoder.refuses(model, cache)
+    model.mixers[1].policy = ScanPolicy()
+    model.restart = Restart(every=4, overlap=1)
+    assert "restart" in Decoder.refuses(model, cache)
+    with pytest.raises(ValueError, match="restart"):
+        Decoder(model, cache)
