@@ -34,6 +34,8 @@ def compile_one(kernel, capability, dtype, warps, **constants):
             signature[name] = f"tensordesc<{NAMES[dtype]}[1, {constants['Q']}, 1, {width}]>"
         elif name in POINTERS:
             signature[name] = "*" + POINTERS[name].replace("x", NAMES[dtype])
+        elif name in ("cum", "totals") and dtype == torch.float32:
+            signature[name] = "*fp64"
         elif name in FLOATS:
             signature[name] = "*fp32"
         else:

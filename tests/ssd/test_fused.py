@@ -108,8 +108,7 @@ def test_decays_of_any_size(decay):
     x, more = inputs(70, decay=decay)
     expected, state, _ = reference.scan(**on_cpu(x), **on_cpu(more))
     y, carry = scan(**x, **more, backend="triton")
-    most = 1e-5 if decay < 1 else 1e-4  # differences of float32 sums: 6e-8 times 25 nats times a chunk of 16 or 32
-    assert error(y, expected) < most and error(carry.state, state) < most
+    assert error(y, expected) < 1e-5 and error(carry.state, state) < 1e-5
 
 
 @pytest.mark.parametrize("resets", [False, True], ids=["one document", "documents"])
@@ -131,7 +130,7 @@ def test_gradients(name, decay, resets):
         )  # fmt: skip
         loss = (y * y_weight.to(dtype)).sum() + (after.state * state_weight.to(dtype)).sum()
         grads.append(torch.autograd.grad(loss, own))
-    most = 1e-5 if decay < 1 else 1e-3  # as above; and A's gradient is a small sum of large terms there
+    most = 1e-5 if decay < 1 else 1e-4  # A's gradient is a small sum of large terms there
     for what, ours, expected in zip(["x", "dt", "A", "B", "C", "dt_bias", "D", "initial state"], *grads):
         assert error(ours, expected) < most, what
 

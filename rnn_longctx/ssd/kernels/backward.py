@@ -57,8 +57,8 @@ def segment_grads(dy, C, A, table, drop, cum, totals, grads, ends, sdyb, sdyt, s
     while (chunk < stop) & (prefix > horizon):
         t = chunk * Q + q
         here = (t < T)[:, None]
-        weight = tl.exp(tl.load(cum + (row + chunk) * Q + q) + prefix)
-        prefix += tl.load(totals + row + chunk)
+        weight = tl.exp(tl.load(cum + (row + chunk) * Q + q).to(tl.float32) + prefix)
+        prefix += tl.load(totals + row + chunk).to(tl.float32)
         if HAS_DROP:
             document = tl.cumsum(tl.load(drop + b * T + t, mask=t < T, other=0).to(tl.int32), 0)
             weight = tl.where(document == 0, weight, 0.0)
@@ -129,7 +129,7 @@ def chunk_grads(x, B, C, gram, dy, cum, scale, totals, D, drop, initial, states,
             if i + 1 < count:
                 t = i * Q + q
                 total = tl.load(all_totals + i)
-                into = tl.load(scales + t) * tl.exp(total - tl.load(cums + t))
+                into = tl.load(scales + t) * tl.exp((total - tl.load(cums + t)).to(tl.float32))
                 if HAS_DROP:
                     document = tl.cumsum(tl.load(drops + t).to(tl.int32), 0)
                     latest = tl.max(document, 0)
@@ -138,7 +138,7 @@ def chunk_grads(x, B, C, gram, dy, cum, scale, totals, D, drop, initial, states,
                 x_QP = tl.load(xs + t[:, None] * sxt + p[None, :], mask=p[None, :] < P, other=0.0)
                 B_QN = tl.load(Bs + t[:, None] * sBt + n[None, :], mask=n[None, :] < N, other=0.0)
                 xw = (tl.trans(x_QP) * into[None, :]).to(x_QP.dtype)
-                S = add_product(xw, B_QN, S * tl.exp(total), FULL)
+                S = add_product(xw, B_QN, S * tl.exp(total.to(tl.float32)), FULL)
         tl.debug_barrier()
 
         dS = tl.load(grads + (row * segments + segment) * P * N + p[:, None] * N + n[None, :], mask=inside, other=0.0)
@@ -152,7 +152,8 @@ def chunk_grads(x, B, C, gram, dy, cum, scale, totals, D, drop, initial, states,
             of_x = here[:, None] & (p[None, :] < P)
             of_B = here[:, None] & (n[None, :] < N)
             total, c, s = tl.load(all_totals + i), tl.load(cums + t), tl.load(scales + t)
-            out, left, kept = tl.exp(c), tl.exp(total - c), tl.exp(total)
+            out, left = tl.exp(c.to(tl.float32)), tl.exp((total - c).to(tl.float32))
+            kept = tl.exp(total.to(tl.float32))
             seen = q[:, None] <= q[None, :]  # [s, t]
             if HAS_DROP:
                 document = tl.cumsum(tl.load(drops + t, mask=here, other=0).to(tl.int32), 0)
@@ -167,7 +168,7 @@ def chunk_grads(x, B, C, gram, dy, cum, scale, totals, D, drop, initial, states,
             # inside the chunk
             square = (group + i) * Q * Q + q[:, None] * Q + q[None, :]
             wide = (group + i) * Q * BN + q[:, None] * BN + n[None, :]
-            decay = tl.exp(tl.where(seen, c[None, :] - c[:, None], float("-inf")))
+            decay = tl.exp(tl.where(seen, (c[None, :] - c[:, None]).to(tl.float32), float("-inf")))
             inner = product(x_QP, tl.trans(dy_QP), FULL) * decay
             tl.atomic_add(dgram + square, inner * s[:, None], sem="relaxed")
             G_QQ = tl.load(gram + square)

@@ -51,8 +51,8 @@ def segment_states(x, B, A, table, drop, cum, scale, totals, states, ends, sxb, 
         at = (row + chunk) * Q + q
         t = chunk * Q + q
         total = tl.load(totals + row + chunk)
-        weight = tl.load(scale + at) * tl.exp(total - tl.load(cum + at) + suffix)
-        suffix += total
+        weight = tl.load(scale + at) * tl.exp((total - tl.load(cum + at)).to(tl.float32) + suffix)
+        suffix += total.to(tl.float32)
         if HAS_DROP:
             document = tl.cumsum(tl.load(drop + b * T + t).to(tl.int32), 0)
             latest = tl.max(document, 0)
@@ -157,12 +157,16 @@ def chunk_scan(x, B, C, gram, y, cum, scale, totals, D, drop, initial, states, e
         c = tl.load(cum + at * Q + q)
         s = tl.load(scale + at * Q + q)
         middle = total if WILD else 0.5 * total
-        into = s * tl.exp(middle - c)  # of a token into the state, which is handed on times exp(middle - total)
-        out = tl.exp(c if WILD else c - middle)
-        S *= tl.exp(carry if WILD else carry + middle)
-        carry = total - middle
+        # of a token into the state, which is handed on times exp(middle - total)
+        into = s * tl.exp((middle - c).to(tl.float32))
+        out = tl.exp((c if WILD else c - middle).to(tl.float32))
         Z = (tl.trans(x_QP) * into[None, :]).to(x_QP.dtype)
         Y = product(S.to(x_QP.dtype), tl.trans(C_QN), FULL)  # (P, Q): tokens along the columns
+        middle = middle.to(tl.float32)
+        if not WILD:
+            Y = Y * tl.exp(carry) * tl.exp(middle)  # one after the other: exp of their sum may underflow
+        S *= tl.exp(carry + middle)  # here it may: what is added is larger by as much
+        carry = 0.0 if WILD else total.to(tl.float32) - middle
         if HAS_DROP:
             t = t0.to(tl.int64) + q
             document = tl.cumsum(tl.load(drop + b * T + t, mask=t < T, other=0).to(tl.int32), 0)
@@ -170,10 +174,9 @@ def chunk_scan(x, B, C, gram, y, cum, scale, totals, D, drop, initial, states, e
             Y = tl.where((document == 0)[None, :], Y, 0.0)
             S = tl.where(latest > 0, 0.0, S)
         if WILD:
-            decay = tl.where(q[:, None] <= q[None, :], c[None, :] - c[:, None], 0.0)
+            decay = tl.where(q[:, None] <= q[None, :], (c[None, :] - c[:, None]).to(tl.float32), 0.0)
             weights = (G_QQ * tl.exp(decay) * s[:, None]).to(x_QP.dtype)
             Y = add_product(tl.trans(x_QP), weights, Y * out[None, :], FULL)
-            S *= tl.exp(total)
         else:
             Y = add_product(Z, G_QQ, Y, FULL) * out[None, :]
         if HAS_DROP:

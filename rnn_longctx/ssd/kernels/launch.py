@@ -28,7 +28,7 @@ class Blocks:
 
 
 class Prepared(NamedTuple):
-    """What forward and backward share. float32 but for gram."""
+    """What forward and backward share. float32 but for gram, and for the sums of float32 inputs, which are float64."""
 
     cum: Tensor  # (B, H, chunks, Q) running sums of log-decay
     scale: Tensor  # (B, H, chunks, Q) input scales
@@ -80,8 +80,9 @@ def prepare_chunks(dt: Tensor, A: Tensor, B: Tensor, C: Tensor, dt_bias: Tensor 
     size = per_segment or segment_chunks(batch * heads * triton.cdiv(headdim, c.BP), chunks, dt.device)
     segments = triton.cdiv(chunks, size)
     empty = partial(torch.empty, dtype=torch.float32, device=dt.device)
-    cum, scale = empty(2, batch, heads, chunks, c.Q)
-    totals, spent = empty(2, batch, heads, chunks)
+    sums = torch.float64 if B.dtype == torch.float32 else torch.float32
+    cum, totals = empty(batch, heads, chunks, c.Q, dtype=sums), empty(batch, heads, chunks, dtype=sums)
+    scale, spent = empty(batch, heads, chunks, c.Q), empty(batch, heads, chunks)
     wild = torch.zeros(batch, heads, segments, dtype=torch.int32, device=dt.device)
     gram = torch.empty(batch, groups, chunks, c.Q, c.Q, dtype=B.dtype, device=dt.device)
     BH = min(32, triton.next_power_of_2(heads))

@@ -9,8 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Nats a token: exp(-25) = 1e-11 is nothing beside float32's 6e-8, and sums over a chunk keep their digits: differences
-# of them, which the weights are the exponentials of, are right to 6e-8 times 25 times the chunk.
+# Nats a token: exp(-25) = 1e-11 is nothing beside float32's 6e-8, and sums over a chunk, whose differences the weights
+# are exponentials of, keep their digits. For float32 inputs the sums are float64.
 FLOOR = tl.constexpr(-25.0)
 
 
@@ -88,8 +88,9 @@ def chunk_gates(dt, A, dt_bias, table, pad, cum, scale, totals, spent, wild, low
     keep = real[None, :] & ((step < min_dt[:, None]) == 0)
     exact = tl.where(keep, step * rate[:, None] + add[:, None], 0.0)
     log_decay = tl.maximum(exact, FLOOR, propagate_nan=tl.PropagateNan.ALL)
-    c = tl.cumsum(log_decay, 1)
-    total = tl.sum(log_decay, 1)
+    sums = log_decay.to(cum.dtype.element_ty)
+    c = tl.cumsum(sums, 1)
+    total = tl.sum(sums, 1)
     at = (b * H + h) * chunks + chunk
     tl.store(cum + at[:, None] * Q + q[None, :], c, mask=ok[:, None])
     tl.store(scale + at[:, None] * Q + q[None, :], tl.where(keep, step * gain[:, None], 0.0), mask=ok[:, None])
