@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rnn_longctx.errors import InputError
-from rnn_longctx.ssd import fused, pytorch, reference
+from rnn_longctx.ssd import fused, official, pytorch, reference
 from rnn_longctx.ssd.backends import Backend, Call, choose, register
 from rnn_longctx.ssd.carry import ScanCarry, WindowCarry, tree_map
 from rnn_longctx.ssd.policy import PLAIN, Cap, ScanPolicy
@@ -157,4 +157,5 @@ if not fused.interpreted():  # Triton's interpreter is for tests: only when aske
     register(_fused)
 register(Backend("torch", pytorch.run, lambda: None, lambda policy, call: None))
 register(_fused)
+register(Backend("mamba_ssm", official.run, official.missing, official.refuses))
 register(Backend("reference", _reference, lambda: None, lambda policy, call: None))

@@ -130,8 +130,9 @@ def test_gradients(name, decay, resets):
         )  # fmt: skip
         loss = (y * y_weight.to(dtype)).sum() + (after.state * state_weight.to(dtype)).sum()
         grads.append(torch.autograd.grad(loss, own))
-    most = 1e-5 if decay < 1 else 1e-4  # A's gradient is a small sum of large terms there
     for what, ours, expected in zip(["x", "dt", "A", "B", "C", "dt_bias", "D", "initial state"], *grads):
+        # Strong decay leaves A a gradient far below the terms it is the difference of, and their rounding with it
+        most = 1e-5 if decay < 1 else 3e-3 if what == "A" else 1e-4
         assert error(ours, expected) < most, what
 
 

@@ -90,7 +90,7 @@ def test_definition(name, per_channel):
     ScanPolicy(caps=(Cap(0.5, 256),)), ScanPolicy(window=100), ScanPolicy(caps=(Cap(0.3, 1),), add=-0.001),
 ], ids=["cap every 256", "window 100", "most tokens clipped"])  # fmt: skip
 def test_long_streams_in_odd_parts(policy):
-    x, more = inputs(length=1301)  # more than one block of pieces
+    x, more = inputs(length=1301, decay=0.02)  # more than one block of pieces; slow enough for every policy to matter
     expected, *_ = reference.scan(**x, **more, policy=policy)
     plain, *_ = reference.scan(**x, **more)
     assert (expected - plain).abs().max() > 0.1  # the policy has something to do
@@ -231,3 +231,29 @@ def test_the_reference_as_a_backend():
     expected, ours = scan(**x, **more, policy=policy)
     torch.testing.assert_close(y, expected, rtol=0, atol=1e-10)
     torch.testing.assert_close(carry.log_decay, ours.log_decay, rtol=0, atol=1e-10)
+
+
+def test_the_official_scan_says_what_it_cannot_do():
+    from rnn_longctx.ssd import Call, official
+
+    cuda = Call(torch.device("cuda"), torch.bfloat16, False, 64, 128)
+    assert "policy" in official.refuses(ScanPolicy(add=-0.1), cuda)
+    assert "CUDA" in official.refuses(ScanPolicy(), Call(torch.device("cpu"), torch.float32, False, 64, 128))
+    assert official.refuses(ScanPolicy(), cuda) is None
+    if official.missing():
+        x, more = inputs(length=10)
+        with pytest.raises(InputError, match="backend 'mamba_ssm': needs"):
+            scan(**x, **more, backend="mamba_ssm")
+
+
+@pytest.mark.gpu
+def test_the_official_scan():
+    pytest.importorskip("mamba_ssm")
+    x, more = inputs(length=300, dtype=torch.float32)
+    x, more = ({k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in d.items()} for d in (x, more))
+    expected, state = scan(**x, **more, backend="torch")
+    first, carry = scan(**cut(x, 0, 130), **more, backend="mamba_ssm")
+    rest, carry = scan(**cut(x, 130, 300), **more, backend="mamba_ssm", carry=carry)
+    y = torch.cat([first, rest], 1)
+    assert (y - expected).norm() / expected.norm() < 5e-3  # its products are tf32
+    torch.testing.assert_close(carry.log_decay, state.log_decay, rtol=1e-4, atol=1e-4)
