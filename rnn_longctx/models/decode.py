@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rnn_longctx.errors import InputError
 from rnn_longctx.models.cache import Cache, Carry
 from rnn_longctx.models.mamba2 import Mamba2LM
 from rnn_longctx.ssd import ScanCarry, fused
@@ -17,12 +18,12 @@ class Decoder:
     between two tokens.
 
     Raises:
-        ValueError: `Decoder.refuses` says why.
+        InputError: `Decoder.refuses` says why.
     """
 
     def __init__(self, model: Mamba2LM, cache: Cache):
         if reason := self.refuses(model, cache):
-            raise ValueError(f"a decoder {reason}")
+            raise InputError(f"a decoder {reason}")
         self.model, device = model, model.device
         self._token = torch.zeros(len(cache.position), dtype=torch.int64, device=device)
         self._position = cache.position.to(device)

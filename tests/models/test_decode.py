@@ -5,6 +5,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from rnn_longctx.errors import InputError
 from rnn_longctx.models import Cache, Mamba2Config, Mamba2LM, Restart
 from rnn_longctx.models.decode import Decoder
 from rnn_longctx.ssd import Cap, ScanPolicy, fused
@@ -86,5 +87,5 @@ def test_what_it_refuses():
     model.mixers[1].policy = ScanPolicy()
     model.restart = Restart(every=4, overlap=1)
     assert "restart" in Decoder.refuses(model, cache)
-    with pytest.raises(ValueError, match="restart"):
+    with pytest.raises(InputError, match="restart"):
         Decoder(model, cache)

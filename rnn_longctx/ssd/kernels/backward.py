@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from rnn_longctx.ssd.kernels.forward import HORIZON, first_state
+from rnn_longctx.ssd.kernels.forward import first_state, reach
 from rnn_longctx.ssd.kernels.prepare import add_product, product
 
 
@@ -43,9 +43,7 @@ def segment_grads(dy, C, A, table, drop, cum, totals, grads, ends, sdyb, sdyt, s
     blocks = tl.cdiv(P, BP)
     b, block = (tl.program_id(2) // blocks).to(tl.int64), tl.program_id(2) % blocks
     q, p, n = tl.arange(0, Q), block * BP + tl.arange(0, BP), tl.arange(0, BN)
-    rate = tl.load(A + h).to(tl.float32) * tl.load(table + h)
-    only_forgets = (rate <= 0.0) & (tl.load(table + H + h) <= 0.0) & (low >= 0.0)
-    horizon = tl.where(only_forgets, -HORIZON, float("-inf"))
+    horizon = reach(A, table, h, H, low)
     row = (b * H + h) * chunks
     dy += b * sdyb + h * sdyh
     C += b * sCb + (h // (H // G)) * sCg

@@ -25,6 +25,14 @@ HORIZON = tl.constexpr(40.0)  # nats: exp(-40) = 4e-18 is nothing beside float32
 
 
 @triton.jit
+def reach(A, table, h, H, low):
+    """The log-decay beyond which a head's past is nothing. A head that may also grow has no such point."""
+    rate = tl.load(A + h).to(tl.float32) * tl.load(table + h)
+    only_forgets = (rate <= 0.0) & (tl.load(table + H + h) <= 0.0) & (low >= 0.0)
+    return tl.where(only_forgets, -HORIZON, float("-inf"))
+
+
+@triton.jit
 def segment_states(x, B, A, table, drop, cum, scale, totals, states, ends, sxb, sxt, sxh, sBb, sBt, sBg, low,
                    T, H, P, N, G, chunks, segment_chunks, segments, offset,
                    Q: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, HAS_DROP: tl.constexpr,
@@ -35,9 +43,7 @@ def segment_states(x, B, A, table, drop, cum, scale, totals, states, ends, sxb, 
     blocks = tl.cdiv(P, BP)
     b, block = (tl.program_id(2) // blocks).to(tl.int64), tl.program_id(2) % blocks
     q, p, n = tl.arange(0, Q), block * BP + tl.arange(0, BP), tl.arange(0, BN)
-    rate = tl.load(A + h).to(tl.float32) * tl.load(table + h)
-    only_forgets = (rate <= 0.0) & (tl.load(table + H + h) <= 0.0) & (low >= 0.0)
-    horizon = tl.where(only_forgets, -HORIZON, float("-inf"))
+    horizon = reach(A, table, h, H, low)
     first = offset + segment.to(tl.int64) * segment_chunks
     row = (b * H + h) * chunks
     x += b * sxb + h * sxh
