@@ -8,16 +8,13 @@ and then the scan is a plain one (`rnn_longctx.ssd.caps`). `refuses` says what t
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from functools import cache, lru_cache
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from rnn_longctx.ssd import pytorch
+from rnn_longctx.ssd import ops, pytorch
 from rnn_longctx.ssd.backends import Call
 from rnn_longctx.ssd.caps import clip_factor
 from rnn_longctx.ssd.carry import ScanCarry
@@ -86,43 +83,47 @@ def run(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *, dt_bias: Tens
                        dt_limit=dt_limit, D=D, policy=policy, carry=carry, reset=reset, mask=mask, counts=counts,
                        drop=drop)  # fmt: skip
         return y.to(x.dtype), after
-    together = mask is None and reset is None and bool((carry.position == carry.position[0]).all())
-    if x.shape[1] == 1 or (policy.caps and not together):
-        # One token is a handful of small products: nothing to fuse. Rows that stand at different places reach a cap at
-        # different tokens, which chunks do not follow.
+    # Rows that stand at different places reach a cap at different tokens, which chunks do not follow.
+    ragged = policy.caps and (mask is not None or reset is not None or bool((carry.position != carry.position[0]).any()))
+    if x.shape[1] == 1 or ragged:  # one token is a handful of small products: nothing to fuse
         return pytorch.run(x, dt, A, B, C, dt_bias=dt_bias, dt_softplus=dt_softplus, dt_limit=dt_limit, D=D,
                            policy=policy, carry=carry, reset=reset, mask=mask, counts=counts, drop=drop)  # fmt: skip
     pad = None if mask is None else (~mask).sum(1, dtype=torch.int32).to(x.device)
-    drop = None if drop is None else drop.to(x.device, torch.int8).contiguous()
+    marks = None if drop is None else drop.to(x.device, torch.int8).contiguous()
     table = gate_table(policy, x.shape[2], x.device)
-    shared = (pad, drop, float(dt_limit[0]), float(dt_limit[1]), dt_softplus, policy, reset)
+    x, B, C = (t if t.stride(-1) == 1 else t.contiguous() for t in (x, B.to(x.dtype), C.to(x.dtype)))
+    A, dt_bias = A.contiguous(), None if dt_bias is None else dt_bias.contiguous()
+    asked = (x, dt, A, B, C, D, dt_bias, carry.state)
+    graded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in asked)
+    op = ops.scan if graded or torch.compiler.is_compiling() else ops.forward
 
-    def read(part: slice, state: Tensor, capped: bool) -> tuple[Tensor, Tensor, Tensor]:
-        with torch.cuda.device_of(x):  # Triton launches on the current device
-            return _Scan.apply(x[:, part], dt[:, part], A, B[:, part], C[:, part], D, dt_bias, state, table,
-                               (*shared, capped))  # fmt: skip
+    def read(part: slice, state: Tensor, caps: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        return op(x[:, part], dt[:, part], A, B[:, part], C[:, part], D, dt_bias, state.contiguous(), table, pad,
+                  marks, caps, float(dt_limit[0]), float(dt_limit[1]), dt_softplus,
+                  policy.caps[0].every if policy.caps else 1)[:3]  # fmt: skip
 
-    before = carry.log_decay
-    if reset is not None:
-        before = torch.where(reset.to(before.device).any(1)[:, None], 0.0, before)
-    state, parts = carry.state, []
-    lead = _until_cap(policy, int(carry.position[0]), x.shape[1])
+    if not policy.caps:
+        y, state, total = read(slice(None), carry.state, None)
+        before = carry.log_decay
+        if reset is not None:
+            total = _of_last_document(dt, A, dt_bias, dt_softplus, dt_limit, policy, mask, reset)
+            before = torch.where(reset.to(before.device).any(1)[:, None], 0.0, before)
+        return y, ScanCarry(state, carry.position, before + total)
+
+    every, position, length = policy.caps[0].every, int(carry.position[0]), x.shape[1]
+    before, state, parts = carry.log_decay, carry.state, []
+    lead = min(length, -position % every)
     if lead:  # up to where pieces of k tokens begin, so that each is whole chunks
-        y, state, total = read(slice(0, lead), state, False)
+        y, state, total = read(slice(0, lead), state, None)
         before = before + total
-        if (int(carry.position[0]) + lead) % policy.caps[0].every == 0:
+        if (position + lead) % every == 0:
             y, state = _cut(y, state, x, C, D, policy, lead - 1)
         parts.append(y)
-    if lead < x.shape[1]:
-        y, state, total = read(slice(lead, None), state, bool(policy.caps))
+    if lead < length:
+        y, state, total = read(slice(lead, None), state, cap_table(policy, x.shape[2], x.device))
         before = before + total
         parts.append(y)
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1), ScanCarry(state, carry.position, before)
-
-
-def _until_cap(policy: ScanPolicy, position: int, length: int) -> int:
-    """Tokens to read until a piece between two caps begins."""
-    return min(length, -position % policy.caps[0].every) if policy.caps else 0
 
 
 def _cut(y: Tensor, state: Tensor, x: Tensor, C: Tensor, D: Tensor | None, policy: ScanPolicy,
@@ -136,72 +137,15 @@ def _cut(y: Tensor, state: Tensor, x: Tensor, C: Tensor, D: Tensor | None, polic
     return torch.cat([y[:, :-1], last[:, None].to(y.dtype)], 1), state
 
 
-class _Scan(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
-                dt_bias: Tensor | None, initial: Tensor, table: Tensor, settings: tuple) -> tuple:  # fmt: skip
-        from rnn_longctx.ssd.kernels import launch
-
-        pad, drop, low, high, softplus, policy, reset, capped = settings
-        every = policy.caps[0].every if capped else None
-        x, B, C = (t if t.stride(-1) == 1 else t.contiguous() for t in (x, B, C))
-        B, C = B.to(x.dtype), C.to(x.dtype)
-        A, initial = A.contiguous(), initial.contiguous()
-        dt_bias = None if dt_bias is None else dt_bias.contiguous()
-        c = launch.blocks(x.shape[3], B.shape[3], x.dtype, every)
-        ready = launch.prepare_chunks(
-            dt, A, B, C, dt_bias, table, pad, drop, low, high, softplus, x.shape[3], c, capped=capped
-        )
-        total, factors = _total(ready, reset, lambda: _gates(dt, A, dt_bias, low, high, softplus, policy, pad)[0]), None
-        if every is not None and x.shape[1] >= every:
-            caps = cap_table(policy, x.shape[2], x.device)
-            factors = launch.cap_factors(x, B, A, table, initial, low, caps, every, ready, c)
-            launch.cut_back(ready, factors, every)
-        y, final = launch.scan_forward(x, B, C, D, A, table, drop, initial, low, ready, c)
-        ctx.save_for_backward(x, dt, A, B, C, D, dt_bias, initial, table, pad, drop, factors)
-        ctx.settings = (low, high, softplus, policy, every)
-        ctx.mark_non_differentiable(total)
-        return y, final, total
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple:
-        from rnn_longctx.ssd.kernels import launch
-
-        x, dt, A, B, C, D, dt_bias, initial, table, pad, drop, factors = ctx.saved_tensors
-        low, high, softplus, policy, every = ctx.settings
-        dy, dfinal = grads[0].contiguous(), grads[1].contiguous()
-        c = launch.blocks(x.shape[3], B.shape[3], x.dtype, every)
-        with torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False):
-            g = launch.scan_backward(
-                x, dt, A, B, C, D, dt_bias, table, pad, drop, initial, low, high, softplus, dy, dfinal, c,
-                factors, every,
-            )  # fmt: skip
-        # the gates are small and simple: PyTorch differentiates them
-        with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
-            leaves = [t.detach().float().requires_grad_() for t in (dt, A) + (() if dt_bias is None else (dt_bias,))]
-            bias = None if dt_bias is None else leaves[2]
-            made = _gates(leaves[0], leaves[1], bias, low, high, softplus, policy, pad)
-            made_from = torch.autograd.grad(made, leaves, (g.log_decay, g.scale))
-        dbias = None if dt_bias is None else made_from[2].to(dt_bias.dtype)
-        dD = None if D is None else (g.D if D.ndim == 2 else g.D.sum(1)).to(D.dtype)
-        return (g.x, made_from[0].to(dt.dtype), made_from[1].to(A.dtype), g.B.to(B.dtype), g.C.to(C.dtype), dD, dbias,
-                g.initial.to(initial.dtype), None, None)  # fmt: skip
-
-
-def _gates(dt: Tensor, A: Tensor, dt_bias: Tensor | None, low: float, high: float, softplus: bool, policy: ScanPolicy,
-           pad: Tensor | None) -> tuple[Tensor, Tensor]:  # fmt: skip
-    mask = None if pad is None else torch.arange(dt.shape[1], device=dt.device) >= pad[:, None]
-    dt, A, dt_bias = dt.float(), A.float(), None if dt_bias is None else dt_bias.float()
-    return gates(dt, A, dt_bias=dt_bias, dt_softplus=softplus, dt_limit=(low, high), policy=policy, mask=mask)
-
-
-def _total(ready: Any, reset: Tensor | None, log_decay: Callable[[], Tensor]) -> Tensor:
-    """Log-decay (B, H) float64 of each row's last document."""
-    if reset is None:
-        return ready.spent.sum(2, dtype=torch.float64)
-    began = reset.to(ready.spent.device).long().cumsum(1)
-    return (log_decay() * (began == began[:, -1:])[..., None]).sum(1, dtype=torch.float64)
+def _of_last_document(dt: Tensor, A: Tensor, dt_bias: Tensor | None, dt_softplus: bool, dt_limit: tuple[float, float],
+                      policy: ScanPolicy, mask: Tensor | None, reset: Tensor) -> Tensor:  # fmt: skip
+    """Log-decay (B, H) float64 of each row since its last document began."""
+    with torch.no_grad():
+        bias = None if dt_bias is None else dt_bias.float()
+        log_decay, _ = gates(dt.float(), A.float(), dt_bias=bias, dt_softplus=dt_softplus, dt_limit=dt_limit,
+                             policy=policy, mask=mask)  # fmt: skip
+        began = reset.to(dt.device).long().cumsum(1)
+        return (log_decay * (began == began[:, -1:])[..., None]).sum(1, dtype=torch.float64)
 
 
 @lru_cache(maxsize=256)

@@ -14,11 +14,12 @@ from triton.compiler import ASTSource
 from rnn_longctx.models import layer_kernels
 from rnn_longctx.ssd.kernels import backward, decode, forward, launch, prepare
 
-POINTERS = {"dt": "x", "x": "x", "B": "x", "C": "x", "y": "x", "gram": "x", "dy": "x", "dx": "x", "scratch": "x",
+POINTERS = {"dt": "x", "x": "x", "B": "x", "C": "x", "y": "x", "gram": "x", "dy": "x", "dx": "x", "out": "x", "ddt": "x",
             "weight": "x", "bias": "x", "before": "x", "after": "x", "add": "x", "gate": "x", "projected": "x",
             "drop": "i8", "pad": "i32", "wild": "i32", "position": "i64", "log_decay": "fp64"}  # fmt: skip
 FLOATS = ("A", "D", "dt_bias", "table", "cum", "scale", "totals", "initial", "states", "final", "caps", "S", "factors",
-          "spent", "total", "grads", "ends", "dB", "dC", "dgram", "dlog_decay", "dscale", "dD")  # fmt: skip
+          "spent", "total", "grads", "ends", "dB", "dC", "dlog_decay", "dscale", "dD", "dA",
+          "dbias")  # fmt: skip
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
@@ -32,8 +33,8 @@ def compile_one(kernel, capability, dtype, warps, **constants):
         elif constants.get("TMA") and name in ("x", "B", "C", "gram", "y"):
             width = {"gram": constants["Q"], "x": constants["BP"], "y": constants["BP"]}.get(name, constants["BN"])
             signature[name] = f"tensordesc<{NAMES[dtype]}[1, {constants['Q']}, 1, {width}]>"
-        elif name in POINTERS:
-            signature[name] = "*" + POINTERS[name].replace("x", NAMES[dtype])
+        elif name in POINTERS or (kernel is backward.chunk_grads and name in ("states", "grads")):
+            signature[name] = "*" + POINTERS.get(name, "x").replace("x", NAMES[dtype])
         elif name in ("cum", "totals") and dtype == torch.float32:
             signature[name] = "*fp64"
         elif name in FLOATS:
@@ -60,7 +61,9 @@ if __name__ == "__main__":
             (forward.chunk_scan, c.warps, {}),
             (forward.chunk_scan, c.warps, {"WILD": True, "HAS_DROP": True}),
             (backward.segment_grads, c.warps, {}),
-            (backward.chunk_grads, launch.grad_warps(c), {}),
+            (backward.chunk_states, c.warps, {}),
+            (backward.chunk_state_grads, c.warps, {}),
+            (backward.chunk_grads, launch.GRAD_WARPS, {}),
         ]
         if dtype == torch.bfloat16 and capability >= 90:
             cases.append((forward.chunk_scan, c.warps, {"TMA": True}))
@@ -69,7 +72,8 @@ if __name__ == "__main__":
                 (prepare.prepare_chunk, 4, {"HAS_PAD": True, "HAS_DROP": True}),
                 (backward.fold_states, 4, {}),
                 (backward.fold_grads, 4, {}),
-                (backward.chunk_grads, launch.grad_warps(c), {"HAS_DROP": True}),
+                (backward.chunk_grads, launch.GRAD_WARPS, {"HAS_DROP": True}),
+                (backward.gate_grads, 4, {"BT": 128, "BH": 8, "HAS_PAD": True}),
                 (layer_kernels._conv_silu, 4, {"TAPS": 4, "BT": 32, "BC": 128, "HAS_BEFORE": True}),
                 (layer_kernels._norm, 8, {"BLOCK": 2048, "HAS_ADD": True, "HAS_GATE": True}),
                 (decode._decode, 8, {"TAPS": 4, "HAS_CAP": True, "HAS_DROP": True}),

@@ -1,10 +1,11 @@
-"""Gradients of the scan, recomputed instead of stored. Segments of a few chunks, each a piece of work of its own. Sums
-over heads are added up by atomics, so the last bits of dB and dC vary from run to run:
+"""Gradients of the scan, recomputed instead of stored, and the same in every run (no atomics).
 
-1. `segment_states` (forward.py), `fold_states`: the state at the beginning of each segment.
+1. `segment_states` (forward.py), `fold_states`: the state at the beginning of each segment of a few chunks.
 2. `segment_grads`, `fold_grads`: the gradient of the state at the end of each, the same thing run backwards.
-3. `chunk_grads`: a program walks a segment forwards for the states at its chunks, which it keeps in a scratch of its
-   own (as many scratches as programs run at once, so memory does not grow with the stream), then backwards.
+3. `chunk_states`, `chunk_state_grads`: from those the state before each chunk and the gradient of that after it, in the
+   inputs' type, of a slab of segments at a time, so that memory does not grow with the stream.
+4. `chunk_grads`: a chunk then depends on no other. A program takes one and walks its heads, which share B, C and gram.
+5. `gate_grads`: from the gradients of log-decay and input scale to those of dt, A and dt_bias.
 
 With L[s, t] = exp(cum_t - cum_s), M[s, t] = scale_s L G x_s . dy_t, and S, dS the state before and its gradient after a
 chunk, d cum_t gets what output t weighs less what input t weighs, and d log_decay_t is the sum of d cum from t on. The
@@ -17,7 +18,7 @@ import triton
 import triton.language as tl
 
 from rnn_longctx.ssd.kernels.forward import first_state, reach
-from rnn_longctx.ssd.kernels.prepare import add_product, product
+from rnn_longctx.ssd.kernels.prepare import add_product, product, step_size
 
 
 @triton.jit
@@ -89,121 +90,194 @@ def fold_grads(final, grads, ends, initial, segments, PN, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def chunk_grads(x, B, C, gram, dy, cum, scale, totals, D, drop, initial, states, grads, scratch,
-                dx, dB, dC, dgram, dlog_decay, dscale, dD,
-                sxb, sxt, sxh, sBb, sBt, sBg, sCb, sCt, sCg, sdyb, sdyt, sdyh, sDh, sDp,
-                T, H, P, N, G, chunks, segment_chunks, segments, items,
-                Q: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, HAS_D: tl.constexpr, HAS_DROP: tl.constexpr,
-                FULL: tl.constexpr):  # fmt: skip
-    """dx (B,T,H,P); sums over heads, added up in float32: dB, dC (B,G,chunks*Q,BN) without what comes through gram,
-    dgram (B,G,chunks,Q,Q); dlog_decay, dscale (B,H,chunks,Q); dD (H,P). A grid of programs that share `items`."""
-    q, n = tl.arange(0, Q), tl.arange(0, BN)
+def chunk_states(x, B, drop, cum, scale, totals, initial, states, out, sxb, sxt, sxh, sBb, sBt, sBg,
+                 T, H, P, N, G, chunks, segment_chunks, segments, slab, width,
+                 Q: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, HAS_DROP: tl.constexpr,
+                 FULL: tl.constexpr):  # fmt: skip
+    """out (B,H,P/BP,width,BP,BN): the state before each of `width` chunks from segment `slab` on. `states` are folded.
+    Grid (segments of the slab, H, B * P / BP)."""
+    segment, h = slab + tl.program_id(0), tl.program_id(1).to(tl.int64)
     blocks = tl.cdiv(P, BP)
-    scratch += tl.program_id(0).to(tl.int64) * segment_chunks * BP * BN
-    local = tl.arange(0, BP)[:, None] * BN + n[None, :]
-    for item in range(tl.program_id(0), items, tl.num_programs(0)):
-        segment = item % segments
-        h = (item // segments) % H + tl.program_id(0).to(tl.int64) * 0
-        block = (item // segments // H) % blocks
-        b = (item // segments // H // blocks).to(tl.int64)
-        g = h // (H // G)
+    b, block = (tl.program_id(2) // blocks).to(tl.int64), tl.program_id(2) % blocks
+    q, p, n = tl.arange(0, Q), block * BP + tl.arange(0, BP), tl.arange(0, BN)
+    row = b * H + h
+    x += b * sxb + h * sxh
+    B += b * sBb + (h // (H // G)) * sBg
+    out += (row * blocks + block) * width * BP * BN + tl.arange(0, BP)[:, None] * BN + n[None, :]
+    S = first_state(initial, states, states, row, segment, segments, p, n, P, N, True)
+    first = segment * segment_chunks
+    for chunk in tl.range(first, tl.minimum(first + segment_chunks, chunks), num_stages=2):
+        tl.store(out + (h * 0 + chunk - slab * segment_chunks) * BP * BN, S.to(out.dtype.element_ty))
+        t = (h * 0 + chunk) * Q + q  # 64-bit
+        here = t < T
+        at = (row * chunks + chunk) * Q + q
+        total = tl.load(totals + row * chunks + chunk)
+        into = tl.load(scale + at) * tl.exp((total - tl.load(cum + at)).to(tl.float32))
+        if HAS_DROP:
+            document = tl.cumsum(tl.load(drop + b * T + t, mask=here, other=0).to(tl.int32), 0)
+            latest = tl.max(document, 0)
+            into = tl.where(document == latest, into, 0.0)
+            S = tl.where(latest > 0, 0.0, S)
+        x_QP = tl.load(x + t[:, None] * sxt + p[None, :], mask=here[:, None] & (p[None, :] < P), other=0.0)
+        B_QN = tl.load(B + t[:, None] * sBt + n[None, :], mask=here[:, None] & (n[None, :] < N), other=0.0)
+        xw = (tl.trans(x_QP) * into[None, :]).to(x_QP.dtype)
+        S = add_product(xw, B_QN, S * tl.exp(total.to(tl.float32)), FULL)
+
+
+@triton.jit
+def chunk_state_grads(dy, C, drop, cum, totals, grads, out, sdyb, sdyt, sdyh, sCb, sCt, sCg,
+                      T, H, P, N, G, chunks, segment_chunks, segments, slab, width,
+                      Q: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, HAS_DROP: tl.constexpr,
+                      FULL: tl.constexpr):  # fmt: skip
+    """out as in `chunk_states`: the gradient of the state after each chunk. `grads` are folded. Same grid."""
+    segment, h = slab + tl.program_id(0), tl.program_id(1).to(tl.int64)
+    blocks = tl.cdiv(P, BP)
+    b, block = (tl.program_id(2) // blocks).to(tl.int64), tl.program_id(2) % blocks
+    q, p, n = tl.arange(0, Q), block * BP + tl.arange(0, BP), tl.arange(0, BN)
+    row = b * H + h
+    dy += b * sdyb + h * sdyh
+    C += b * sCb + (h // (H // G)) * sCg
+    out += (row * blocks + block) * width * BP * BN + tl.arange(0, BP)[:, None] * BN + n[None, :]
+    inside = (p[:, None] < P) & (n[None, :] < N)
+    dS = tl.load(grads + (row * segments + segment) * P * N + p[:, None] * N + n[None, :], mask=inside, other=0.0)
+    first = segment * segment_chunks
+    last = tl.minimum(first + segment_chunks, chunks) - 1
+    for i in tl.range(0, last - first + 1, num_stages=2):
+        chunk = last - i
+        tl.store(out + (h * 0 + chunk - slab * segment_chunks) * BP * BN, dS.to(out.dtype.element_ty))
+        t = (h * 0 + chunk) * Q + q  # 64-bit
+        here = t < T
+        kept = tl.exp(tl.load(totals + row * chunks + chunk).to(tl.float32))
+        weight = tl.exp(tl.load(cum + (row * chunks + chunk) * Q + q).to(tl.float32))
+        if HAS_DROP:
+            document = tl.cumsum(tl.load(drop + b * T + t, mask=here, other=0).to(tl.int32), 0)
+            weight = tl.where(document == 0, weight, 0.0)
+            kept = tl.where(tl.max(document, 0) > 0, 0.0, kept)
+        dy_QP = tl.load(dy + t[:, None] * sdyt + p[None, :], mask=here[:, None] & (p[None, :] < P), other=0.0)
+        C_QN = tl.load(C + t[:, None] * sCt + n[None, :], mask=here[:, None] & (n[None, :] < N), other=0.0)
+        dyw = (tl.trans(dy_QP) * weight[None, :]).to(C_QN.dtype)
+        dS = add_product(dyw, C_QN, dS * kept, FULL)
+
+
+@triton.jit
+def chunk_grads(x, B, C, gram, dy, cum, scale, totals, D, drop, states, grads,
+                dx, dB, dC, dlog_decay, dscale, dD,
+                sxb, sxt, sxh, sBb, sBt, sBg, sCb, sCt, sCg, sdyb, sdyt, sdyh, sDh, sDp,
+                T, H, P, N, G, chunks, first, width, splits,
+                Q: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, HAS_D: tl.constexpr, HAS_DROP: tl.constexpr,
+                FULL: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+    """Of chunk `first` + program_id(0): dx (B,T,H,P); dB, dC (splits,B,T,G,N), a group's heads split over programs;
+    dlog_decay, dscale (P/BP,B,H,chunks*Q); dD (B,width,H,P). Grid (chunks of the slab, splits * G, B)."""
+    local, b = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
+    g, split = (tl.program_id(1) // splits).to(tl.int64), (tl.program_id(1) % splits).to(tl.int64)
+    blocks, batch = tl.cdiv(P, BP), tl.num_programs(2)
+    chunk = first + local
+    q, n = tl.arange(0, Q), tl.arange(0, BN)
+    t = chunk * Q + q
+    here = t < T
+    of_B = here[:, None] & (n[None, :] < N)
+    B_QN = tl.load(B + b * sBb + g * sBg + t[:, None] * sBt + n[None, :], mask=of_B, other=0.0)
+    C_QN = tl.load(C + b * sCb + g * sCg + t[:, None] * sCt + n[None, :], mask=of_B, other=0.0)
+    G_QQ = tl.load(gram + ((b * G + g) * chunks + chunk) * Q * Q + q[:, None] * Q + q[None, :])
+    seen = q[:, None] <= q[None, :]  # [s, t]
+    if HAS_DROP:
+        document = tl.cumsum(tl.load(drop + b * T + t, mask=here, other=0).to(tl.int32), 0)
+        latest = tl.max(document, 0)
+        seen = seen & (document[:, None] == document[None, :])
+    dB_QN = tl.zeros((Q, BN), tl.float32)
+    dC_QN = tl.zeros((Q, BN), tl.float32)
+    dgram = tl.zeros((Q, Q), tl.float32)
+    square = tl.arange(0, BP)[:, None] * BN + n[None, :]
+    per_group = H // G
+    low, high = split * per_group // splits, (split + 1) * per_group // splits
+    for item in tl.range(low * blocks, high * blocks, num_stages=STAGES):
+        h, block = g * per_group + item // blocks, item % blocks
         p = block * BP + tl.arange(0, BP)
-        inside = (p[:, None] < P) & (n[None, :] < N)
         row = b * H + h
-        first = segment * segment_chunks
-        count = tl.minimum(segment_chunks, chunks - first)
-        # a segment's tokens at scalar addresses, so that offsets inside it are 32-bit
-        begin = first.to(tl.int64) * Q
-        xs, dys = x + b * sxb + h * sxh + begin * sxt, dy + b * sdyb + h * sdyh + begin * sdyt
-        Bs, Cs = B + b * sBb + g * sBg + begin * sBt, C + b * sCb + g * sCg + begin * sCt
-        dxs, drops, tokens = dx + ((b * T + begin) * H + h) * P, drop + b * T + begin, T - begin
-        group = (b * G + g) * chunks + first
-        cums, scales, all_totals = (cum + (row * chunks + first) * Q, scale + (row * chunks + first) * Q,
-                                    totals + row * chunks + first)  # fmt: skip
+        at = (row * chunks + chunk) * Q + q
+        of_x = here[:, None] & (p[None, :] < P)
+        x_QP = tl.load(x + b * sxb + h * sxh + t[:, None] * sxt + p[None, :], mask=of_x, other=0.0)
+        dy_QP = tl.load(dy + b * sdyb + h * sdyh + t[:, None] * sdyt + p[None, :], mask=of_x, other=0.0)
+        tile = ((row * blocks + block) * width + local) * BP * BN + square
+        S_PN, dS_PN = tl.load(states + tile), tl.load(grads + tile)
+        total, c, s = tl.load(totals + row * chunks + chunk), tl.load(cum + at), tl.load(scale + at)
+        out, left = tl.exp(c.to(tl.float32)), tl.exp((total - c).to(tl.float32))
+        kept = tl.exp(total.to(tl.float32))
+        if HAS_DROP:
+            out = tl.where(document == 0, out, 0.0)
+            left = tl.where(document == latest, left, 0.0)
+            kept = tl.where(latest > 0, 0.0, kept)
 
-        S = first_state(initial, states, states, row, segment, segments, p, n, P, N, True)
-        for i in tl.range(count, num_stages=1):
-            tl.store(scratch + i * BP * BN + local, S.to(scratch.dtype.element_ty))
-            if i + 1 < count:
-                t = i * Q + q
-                total = tl.load(all_totals + i)
-                into = tl.load(scales + t) * tl.exp((total - tl.load(cums + t)).to(tl.float32))
-                if HAS_DROP:
-                    document = tl.cumsum(tl.load(drops + t).to(tl.int32), 0)
-                    latest = tl.max(document, 0)
-                    into = tl.where(document == latest, into, 0.0)
-                    S = tl.where(latest > 0, 0.0, S)
-                x_QP = tl.load(xs + t[:, None] * sxt + p[None, :], mask=p[None, :] < P, other=0.0)
-                B_QN = tl.load(Bs + t[:, None] * sBt + n[None, :], mask=n[None, :] < N, other=0.0)
-                xw = (tl.trans(x_QP) * into[None, :]).to(x_QP.dtype)
-                S = add_product(xw, B_QN, S * tl.exp(total.to(tl.float32)), FULL)
-        tl.debug_barrier()
+        # inside the chunk
+        decay = tl.exp(tl.where(seen, (c[None, :] - c[:, None]).to(tl.float32), float("-inf")))
+        inner = product(x_QP, tl.trans(dy_QP), FULL) * decay
+        dgram += inner * s[:, None]
+        weights = (G_QQ * decay * s[:, None]).to(x_QP.dtype)
+        inner *= G_QQ
+        ds = tl.sum(inner, 1)
+        dcum = tl.sum(inner * s[:, None], 0) - s * ds
+        dx_QP = product(weights, dy_QP, FULL)
 
-        dS = tl.load(grads + (row * segments + segment) * P * N + p[:, None] * N + n[None, :], mask=inside, other=0.0)
+        # through the state after it
+        u_QP = product(B_QN, tl.trans(dS_PN), FULL)
+        dleft = tl.sum(u_QP * x_QP, 1) * left
+        ds += dleft
+        dcum -= dleft * s
+        dtotal = tl.sum(dleft * s, 0) + kept * tl.sum(dS_PN.to(tl.float32) * S_PN)
+        dx_QP += u_QP * (left * s)[:, None]
         if HAS_D:
             D_P = tl.load(D + h * sDh + p * sDp, mask=p < P, other=0.0).to(tl.float32)
-            dD_P = tl.zeros((BP,), tl.float32)
-        for j in tl.range(count, num_stages=1):
-            i = count - 1 - j
-            t = i * Q + q
-            here = t < tokens
-            of_x = here[:, None] & (p[None, :] < P)
-            of_B = here[:, None] & (n[None, :] < N)
-            total, c, s = tl.load(all_totals + i), tl.load(cums + t), tl.load(scales + t)
-            out, left = tl.exp(c.to(tl.float32)), tl.exp((total - c).to(tl.float32))
-            kept = tl.exp(total.to(tl.float32))
-            seen = q[:, None] <= q[None, :]  # [s, t]
-            if HAS_DROP:
-                document = tl.cumsum(tl.load(drops + t, mask=here, other=0).to(tl.int32), 0)
-                latest = tl.max(document, 0)
-                out = tl.where(document == 0, out, 0.0)
-                left = tl.where(document == latest, left, 0.0)
-                kept = tl.where(latest > 0, 0.0, kept)
-                seen = seen & (document[:, None] == document[None, :])
-            x_QP = tl.load(xs + t[:, None] * sxt + p[None, :], mask=of_x, other=0.0)
-            dy_QP = tl.load(dys + t[:, None] * sdyt + p[None, :], mask=of_x, other=0.0).to(x_QP.dtype)
+            dx_QP += dy_QP * D_P[None, :]
+            dD_P = tl.sum(dy_QP.to(tl.float32) * x_QP, 0)
+            tl.store(dD + ((b * width + local) * H + h) * P + p, dD_P, mask=p < P)
+        tl.store(dx + ((b * T + t)[:, None] * H + h) * P + p[None, :], dx_QP.to(dx.dtype.element_ty), mask=of_x)
+        xw = (x_QP * (left * s)[:, None]).to(x_QP.dtype)
+        dB_QN = add_product(xw, dS_PN, dB_QN, FULL)
 
-            # inside the chunk
-            square = (group + i) * Q * Q + q[:, None] * Q + q[None, :]
-            wide = (group + i) * Q * BN + q[:, None] * BN + n[None, :]
-            decay = tl.exp(tl.where(seen, (c[None, :] - c[:, None]).to(tl.float32), float("-inf")))
-            inner = product(x_QP, tl.trans(dy_QP), FULL) * decay
-            tl.atomic_add(dgram + square, inner * s[:, None], sem="relaxed")
-            G_QQ = tl.load(gram + square)
-            weights = (G_QQ * decay * s[:, None]).to(x_QP.dtype)
-            inner *= G_QQ
-            ds = tl.sum(inner, 1)
-            dcum = tl.sum(inner * s[:, None], 0) - s * ds
-            dx_QP = product(weights, dy_QP, FULL)
+        # through the state before it
+        dyo = (dy_QP * out[:, None]).to(x_QP.dtype)
+        of_head = product(dyo, S_PN, FULL)
+        dC_QN += of_head
+        dcum += tl.sum(of_head * C_QN, 1)
+        at += block * batch * H * chunks * Q
+        tl.store(dlog_decay + at, tl.cumsum(dcum, 0, reverse=True) + dtotal)
+        tl.store(dscale + at, ds)
+    dgram = dgram.to(B_QN.dtype)
+    dB_QN = add_product(dgram, C_QN, dB_QN, FULL)
+    dC_QN = add_product(tl.trans(dgram), B_QN, dC_QN, FULL)
+    to = (((split * batch + b) * T + t)[:, None] * G + g) * N + n[None, :]
+    tl.store(dB + to, dB_QN, mask=of_B)
+    tl.store(dC + to, dC_QN, mask=of_B)
 
-            # through the state after it
-            B_QN = tl.load(Bs + t[:, None] * sBt + n[None, :], mask=of_B, other=0.0)
-            u_QP = product(B_QN, tl.trans(dS.to(x_QP.dtype)), FULL)
-            dleft = tl.sum(u_QP * x_QP, 1) * left
-            ds += dleft
-            dcum -= dleft * s
-            dtotal = tl.sum(dleft * s, 0)
-            dx_QP += u_QP * (left * s)[:, None]
-            if HAS_D:
-                dx_QP += dy_QP * D_P[None, :]
-                dD_P += tl.sum(dy_QP.to(tl.float32) * x_QP, 0)
-            tl.store(dxs + t[:, None] * (H * P) + p[None, :], dx_QP.to(dx.dtype.element_ty), mask=of_x)
-            xw = (x_QP * (left * s)[:, None]).to(x_QP.dtype)
-            tl.atomic_add(dB + wide, product(xw, dS.to(x_QP.dtype), FULL), sem="relaxed")
 
-            # through the state before it
-            S_PN = tl.load(scratch + i * BP * BN + local).to(x_QP.dtype)
-            dtotal += kept * tl.sum(dS * S_PN)
-            dyo = (dy_QP * out[:, None]).to(x_QP.dtype)
-            dC_QN = product(dyo, S_PN, FULL)
-            tl.atomic_add(dC + wide, dC_QN, sem="relaxed")
-            C_QN = tl.load(Cs + t[:, None] * sCt + n[None, :], mask=of_B, other=0.0)
-            dcum += tl.sum(dC_QN * C_QN, 1)
-            dS = add_product(tl.trans(dyo), C_QN, dS * kept, FULL)
-
-            at = (row * chunks + first) * Q + t
-            tl.atomic_add(dlog_decay + at, tl.cumsum(dcum, 0, reverse=True) + dtotal, sem="relaxed")
-            tl.atomic_add(dscale + at, ds, sem="relaxed")
-        if HAS_D:
-            tl.atomic_add(dD + h * P + p, dD_P, mask=p < P, sem="relaxed")
-        tl.debug_barrier()  # before the scratch is written again
+@triton.jit
+def gate_grads(dt, A, dt_bias, table, pad, dlog_decay, dscale, ddt, dA, dbias, low, high, sdb, sdt, sdh,
+               T, H, stride, BT: tl.constexpr, BH: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr,
+               HAS_PAD: tl.constexpr):  # fmt: skip
+    """ddt (B,T,H), and of BT tokens each dA, dbias (B,T/BT,H), from dlog_decay, dscale (B,H,stride), stride >= T. The
+    gates: see `chunk_gates`. Grid (T / BT, H / BH, B)."""
+    h = tl.program_id(1).to(tl.int64) * BH + tl.arange(0, BH)
+    t, b = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT), tl.program_id(2).to(tl.int64)
+    ok = h < H
+    real = t < T
+    here = real[None, :] & ok[:, None]
+    raw = tl.load(dt + b * sdb + t[None, :] * sdt + h[:, None] * sdh, mask=here, other=0.0).to(tl.float32)
+    at = (b * H + h)[:, None] * stride + t[None, :]
+    of_decay, of_scale = tl.load(dlog_decay + at, mask=here, other=0.0), tl.load(dscale + at, mask=here, other=0.0)
+    if HAS_BIAS:
+        raw += tl.load(dt_bias + h, mask=ok, other=0.0).to(tl.float32)[:, None]
+    if HAS_PAD:
+        real = real & (t >= tl.load(pad + b))
+    mul, rate = tl.load(table + h, mask=ok, other=0.0), tl.load(A + h, mask=ok, other=0.0).to(tl.float32)
+    gain, min_dt = tl.load(table + 2 * H + h, mask=ok, other=0.0), tl.load(table + 3 * H + h, mask=ok, other=0.0)
+    step = step_size(raw, float("-inf"), float("inf"), SOFTPLUS)
+    within = (step >= low) & (step <= high)
+    clipped = step_size(raw, low, high, SOFTPLUS)
+    keep = real[None, :] & ((clipped < min_dt[:, None]) == 0)
+    dstep = tl.where(keep & within, of_decay * (rate * mul)[:, None] + of_scale * gain[:, None], 0.0)
+    if SOFTPLUS:
+        dstep *= tl.sigmoid(raw)
+    tl.store(ddt + (b * T + t)[None, :] * H + h[:, None], dstep.to(ddt.dtype.element_ty), mask=here)
+    part = (b * tl.num_programs(0) + tl.program_id(0)) * H + h
+    tl.store(dA + part, tl.sum(tl.where(keep, of_decay * clipped, 0.0), 1) * mul, mask=ok)
+    tl.store(dbias + part, tl.sum(dstep, 1), mask=ok)

@@ -183,19 +183,17 @@ def _describable(t: Tensor) -> bool:
 
 class Grads(NamedTuple):
     x: Tensor  # as x
-    B: Tensor  # (B, T, G, N) float32
+    dt: Tensor  # as dt
+    A: Tensor  # (H) float32, and so the rest
+    B: Tensor  # (B, T, G, N)
     C: Tensor
-    D: Tensor  # (H, P) float32
-    log_decay: Tensor  # (B, T, H) float32
-    scale: Tensor
-    initial: Tensor  # (B, H, P, N) float32
+    D: Tensor  # (H, P)
+    dt_bias: Tensor  # (H)
+    initial: Tensor  # (B, H, P, N)
 
 
 BACKWARD_CHUNKS = 16  # a segment; each costs two states (P, N) in float32
-
-
-def grad_warps(c: Blocks) -> int:
-    return 8 if c.BP * c.BN > 8192 else 4
+SLAB = 2**29  # bytes that the states and their gradients at a slab's chunks may take
 
 
 def scan_backward(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, dt_bias: Tensor | None,
@@ -211,52 +209,66 @@ def scan_backward(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Ten
     empty = partial(torch.empty, dtype=torch.float32, device=x.device)
     full, blocks_P = x.dtype == torch.float32, triton.cdiv(headdim, c.BP)
     parts, PN = batch * blocks_P, headdim * d_state
-    shared = {"Q": c.Q, "BP": c.BP, "BN": c.BN, "HAS_DROP": drop is not None, "FULL": full}
+    shared = {"Q": c.Q, "BP": c.BP, "BN": c.BN, "HAS_DROP": drop is not None, "FULL": full, "num_warps": c.warps}
     sizes = (length, heads, headdim, d_state, groups, chunks, size, segments)
     mark, folded = table if drop is None else drop, (batch * heads, triton.cdiv(PN, 1024))
-    states = empty(batch, heads, segments - 1, headdim, d_state)
+    states, ends = empty(batch, heads, segments - 1, headdim, d_state), empty(batch, heads, segments)
     if segments > 1:
-        ends = empty(batch, heads, segments - 1)
         forward.segment_states[(segments - 1, heads, parts)](
             x, B, A, table, mark, ready.cum, ready.scale, ready.totals, states, ends, *x.stride()[:3], *B.stride()[:3],
-            low, *sizes, 0, **shared, num_warps=c.warps,
+            low, *sizes, 0, **shared,
         )  # fmt: skip
         backward.fold_states[folded](initial, states, ends, segments, PN, 1024)
-    grads, ends = (
-        empty(batch, heads, segments, headdim, d_state),
-        empty(batch, heads, segments),
-    )
+    grads = empty(batch, heads, segments, headdim, d_state)
     backward.segment_grads[(segments, heads, parts)](
         dy, C, A, table, mark, ready.cum, ready.totals, grads, ends, *dy.stride()[:3], *C.stride()[:3], low, *sizes,
-        **shared, num_warps=c.warps,
+        **shared,
     )  # fmt: skip
     first = empty(batch, heads, headdim, d_state)
     backward.fold_grads[folded](dfinal, grads, ends, first, segments, PN, 1024)
 
-    items = parts * heads * segments
-    programs = min(items, _slots(x.device))
-    scratch = torch.empty(programs, size, c.BP, c.BN, dtype=x.dtype, device=x.device)
+    slab = min(segments, max(1, SLAB // (2 * parts * heads * size * c.BP * c.BN * x.element_size())))
+    width, splits = min(slab * size, chunks), 1
+    while batch * groups * splits * width < 4 * _slots(x.device) and splits < heads // groups:
+        splits *= 2
+    at_chunks = torch.empty(2, batch, heads, blocks_P, width, c.BP, c.BN, dtype=x.dtype, device=x.device)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    dB, dC = empty(2, batch, groups, chunks * c.Q, c.BN).zero_()
-    dgram = empty(ready.gram.shape).zero_()
-    dlog_decay, dscale = empty(2, batch, heads, chunks * c.Q).zero_()
-    dD = empty(heads, headdim).zero_()
+    dB, dC = empty(2, splits, batch, length, groups, d_state)
+    gates = empty(2, blocks_P, batch, heads, chunks * c.Q)
+    dD, dD_chunks = empty(heads, headdim).zero_(), empty(batch, width, heads, headdim)
     Ds = (0, 0) if D is None else (D.stride(0), D.stride(1) if D.ndim == 2 else 0)
-    backward.chunk_grads[(programs,)](
-        x, B, C, ready.gram, dy, ready.cum, ready.scale, ready.totals, table if D is None else D, mark,
-        initial, states, grads, scratch, dx, dB, dC, dgram, dlog_decay, dscale, dD,
-        *x.stride()[:3], *B.stride()[:3], *C.stride()[:3], *dy.stride()[:3], *Ds, *sizes, items, **shared,
-        HAS_D=D is not None, num_warps=grad_warps(c),
-    )  # fmt: skip
-
-    def tokens(t: Tensor) -> Tensor:
-        return t[:, :, :length].transpose(1, 2)
-
+    for at in range(0, segments, slab):
+        here = min(slab, segments - at)
+        backward.chunk_states[(here, heads, parts)](
+            x, B, mark, ready.cum, ready.scale, ready.totals, initial, states, at_chunks[0], *x.stride()[:3],
+            *B.stride()[:3], *sizes, at, width, **shared,
+        )  # fmt: skip
+        backward.chunk_state_grads[(here, heads, parts)](
+            dy, C, mark, ready.cum, ready.totals, grads, at_chunks[1], *dy.stride()[:3], *C.stride()[:3], *sizes, at,
+            width, **shared,
+        )  # fmt: skip
+        count = min(here * size, chunks - at * size)
+        backward.chunk_grads[(count, splits * groups, batch)](
+            x, B, C, ready.gram, dy, ready.cum, ready.scale, ready.totals, table if D is None else D, mark,
+            *at_chunks, dx, dB, dC, *gates, dD_chunks, *x.stride()[:3], *B.stride()[:3], *C.stride()[:3],
+            *dy.stride()[:3], *Ds, *sizes[:6], at * size, width, splits,
+            **{**shared, "num_warps": GRAD_WARPS}, HAS_D=D is not None, STAGES=c.stages,
+        )  # fmt: skip
+        if D is not None:
+            dD += dD_chunks[:, :count].sum((0, 1))
+    of_gates = gates.sum(1) if blocks_P > 1 else gates[:, 0]  # (2, B, H, chunks * Q)
     if factors is not None and every is not None:  # the gradient to the scale before it was cut back
-        dscale[..., every - 1 : factors.shape[2] * every : every] *= factors
-    dgram = dgram.to(B.dtype)
-    dB, dC = dB[..., :d_state], dC[..., :d_state]
-    for total, other, inner in ((dB, C, dgram), (dC, B, dgram.mT)):  # once a group: what came through gram
-        padded = torch.nn.functional.pad(other.transpose(1, 2), (0, 0, 0, chunks * c.Q - length))
-        total += (inner @ padded.unflatten(2, (chunks, c.Q))).flatten(2, 3)
-    return Grads(dx, tokens(dB), tokens(dC), dD, tokens(dlog_decay), tokens(dscale), first)
+        of_gates[1, ..., every - 1 : factors.shape[2] * every : every] *= factors
+    BT, BH = 128, min(8, triton.next_power_of_2(heads))
+    ddt = torch.empty(dt.shape, dtype=dt.dtype, device=dt.device)
+    sums = empty(2, batch, triton.cdiv(length, BT), heads)
+    backward.gate_grads[(triton.cdiv(length, BT), triton.cdiv(heads, BH), batch)](
+        dt, A, table if dt_bias is None else dt_bias, table, table if pad is None else pad, *of_gates, ddt, *sums,
+        low, high, *dt.stride(), length, heads, chunks * c.Q, BT=BT, BH=BH, HAS_BIAS=dt_bias is not None,
+        SOFTPLUS=softplus, HAS_PAD=pad is not None, num_warps=4,
+    )  # fmt: skip
+    dA, dbias = (part.sum((0, 1)) for part in sums)
+    return Grads(dx, ddt, dA, dB.sum(0), dC.sum(0), dD, dbias, first)
+
+
+GRAD_WARPS = 8  # of `chunk_grads`, which sums three products over the heads in registers

@@ -1,0 +1,100 @@
+"""The fused scan as torch operators, `rnn_longctx::scan` and its gradient, so that torch.compile and torch.export see
+one operator with known shapes where there are many kernels. Without gradients, and not being compiled, the functions
+below are called as they are: an operator's dispatch costs as much time as the launches.
+
+Shapes: see `rnn_longctx.ssd`. table (4, H): the policy's mul, add, gain, min_dt. pad (B): leading tokens of a row to
+leave out. drop (B, T) int8: 1 where the state is dropped before the token. caps (H): the norm's cap, after every
+`every`-th token. No policy is known here.
+"""
+
+# no `from __future__ import annotations`: torch reads the types
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+
+Maybe = Optional[Tensor]
+
+
+def forward(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Maybe, dt_bias: Maybe, initial: Tensor,
+            table: Tensor, pad: Maybe, drop: Maybe, caps: Maybe, low: float, high: float, softplus: bool,
+            every: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """y as x; the final state (B,H,P,N) float32; log-decay (B,H) float64, summed; the factors (B,H,T//every) by which
+    the state was cut back, 0 columns without caps."""
+    from rnn_longctx.ssd.kernels import launch
+
+    with torch.cuda.device_of(x):  # Triton launches on the current device
+        c = launch.blocks(x.shape[3], B.shape[3], x.dtype, every if caps is not None else None)
+        ready = launch.prepare_chunks(dt, A, B, C, dt_bias, table, pad, drop, low, high, softplus, x.shape[3], c,
+                                      capped=caps is not None)  # fmt: skip
+        if caps is None or x.shape[1] < every:
+            factors = x.new_empty(x.shape[0], x.shape[2], 0, dtype=torch.float32)
+        else:
+            factors = launch.cap_factors(x, B, A, table, initial, low, caps, every, ready, c)
+            launch.cut_back(ready, factors, every)
+        y, final = launch.scan_forward(x, B, C, D, A, table, drop, initial, low, ready, c)
+        return y, final, ready.spent.sum(2, dtype=torch.float64), factors
+
+
+def backward(dy: Tensor, dfinal: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Maybe,
+             dt_bias: Maybe, initial: Tensor, table: Tensor, pad: Maybe, drop: Maybe, factors: Tensor, low: float,
+             high: float, softplus: bool, every: int) -> list[Tensor]:  # fmt: skip
+    """The gradients of x, dt (as they are), A (H), B, C (B,T,G,N), D (H,P), dt_bias (H) and initial (float32)."""
+    from rnn_longctx.ssd.kernels import launch
+
+    with torch.cuda.device_of(x):
+        capped = factors.shape[2] > 0
+        c = launch.blocks(x.shape[3], B.shape[3], x.dtype, every if capped else None)
+        made = launch.scan_backward(
+            x, dt, A, B, C, D, dt_bias, table, pad, drop, initial, low, high, softplus, dy.contiguous(),
+            dfinal.contiguous(), c, factors if capped else None, every,
+        )  # fmt: skip
+    return list(made)
+
+
+scan = torch.library.custom_op("rnn_longctx::scan", forward, mutates_args=())
+scan_backward = torch.library.custom_op("rnn_longctx::scan_backward", backward, mutates_args=())
+
+
+@scan.register_fake
+def _(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Maybe, dt_bias: Maybe, initial: Tensor,
+      table: Tensor, pad: Maybe, drop: Maybe, caps: Maybe, low: float, high: float, softplus: bool,
+      every: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    batch, length, heads, _ = x.shape
+    cuts = 0 if caps is None else length // every
+    return (
+        x.new_empty(x.shape), torch.empty_like(initial), x.new_empty(batch, heads, dtype=torch.float64),
+        x.new_empty(batch, heads, cuts, dtype=torch.float32),
+    )  # fmt: skip
+
+
+@scan_backward.register_fake
+def _(dy: Tensor, dfinal: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Maybe, dt_bias: Maybe,
+      initial: Tensor, table: Tensor, pad: Maybe, drop: Maybe, factors: Tensor, low: float, high: float,
+      softplus: bool, every: int) -> list[Tensor]:  # fmt: skip
+    heads, headdim = x.shape[2:]
+    wide = (B.shape, C.shape, (heads, headdim), (heads,), initial.shape)
+    return [
+        x.new_empty(x.shape), dt.new_empty(dt.shape), x.new_empty(heads, dtype=torch.float32),
+        *(x.new_empty(shape, dtype=torch.float32) for shape in wide),
+    ]  # fmt: skip
+
+
+def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
+    ctx.save_for_backward(*inputs[:11], output[3])
+    ctx.settings = (*inputs[12:15], inputs[15])
+    ctx.mark_non_differentiable(output[2], output[3])
+
+
+def _differentiate(ctx: Any, dy: Tensor, dfinal: Tensor, *_: Tensor) -> tuple:
+    x, dt, A, B, C, D, dt_bias, initial, table, pad, drop, factors = ctx.saved_tensors
+    dx, ddt, dA, dB, dC, dD, dbias, dinitial = scan_backward(
+        dy, dfinal, x, dt, A, B, C, D, dt_bias, initial, table, pad, drop, factors, *ctx.settings
+    )
+    dD = None if D is None else (dD if D.ndim == 2 else dD.sum(1)).to(D.dtype)
+    dbias = None if dt_bias is None else dbias.to(dt_bias.dtype)
+    return (dx, ddt, dA.to(A.dtype), dB.to(B.dtype), dC.to(C.dtype), dD, dbias, dinitial.to(initial.dtype),
+            *[None] * 8)  # fmt: skip
+
+
+scan.register_autograd(_differentiate, setup_context=_save)
