@@ -14,12 +14,15 @@ from triton.compiler import ASTSource
 from rnn_longctx.models import layer_kernels
 from rnn_longctx.ssd.kernels import backward, decode, forward, launch, prepare
 
-POINTERS = {"dt": "x", "x": "x", "B": "x", "C": "x", "y": "x", "gram": "x", "dy": "x", "dx": "x", "out": "x", "ddt": "x",
+POINTERS = {"dt": "x", "x": "x", "B": "x", "C": "x", "y": "x", "gram": "x", "dy": "x", "dx": "x", "ddt": "x",
             "weight": "x", "bias": "x", "before": "x", "after": "x", "add": "x", "gate": "x", "projected": "x",
             "drop": "i8", "pad": "i32", "wild": "i32", "position": "i64", "log_decay": "fp64"}  # fmt: skip
 FLOATS = ("A", "D", "dt_bias", "table", "cum", "scale", "totals", "initial", "states", "final", "caps", "S", "factors",
           "spent", "total", "grads", "ends", "dB", "dC", "dlog_decay", "dscale", "dD", "dA",
+          "dcum", "dtotal",
           "dbias")  # fmt: skip
+OF_CHUNKS = {(backward.output_grads, "states"), (backward.input_grads, "grads"), (backward.chunk_states, "out"),
+             (backward.chunk_state_grads, "out"), (backward.chunk_state_grads, "at_chunks")}  # fmt: skip
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
@@ -33,7 +36,7 @@ def compile_one(kernel, capability, dtype, warps, **constants):
         elif constants.get("TMA") and name in ("x", "B", "C", "gram", "y"):
             width = {"gram": constants["Q"], "x": constants["BP"], "y": constants["BP"]}.get(name, constants["BN"])
             signature[name] = f"tensordesc<{NAMES[dtype]}[1, {constants['Q']}, 1, {width}]>"
-        elif name in POINTERS or (kernel is backward.chunk_grads and name in ("states", "grads")):
+        elif name in POINTERS or (kernel, name) in OF_CHUNKS:
             signature[name] = "*" + POINTERS.get(name, "x").replace("x", NAMES[dtype])
         elif name in ("cum", "totals") and dtype == torch.float32:
             signature[name] = "*fp64"
@@ -63,7 +66,8 @@ if __name__ == "__main__":
             (backward.segment_grads, c.warps, {}),
             (backward.chunk_states, c.warps, {}),
             (backward.chunk_state_grads, c.warps, {}),
-            (backward.chunk_grads, launch.GRAD_WARPS, {}),
+            (backward.output_grads, launch.GRAD_WARPS, {}),
+            (backward.input_grads, launch.GRAD_WARPS, {}),
         ]
         if dtype == torch.bfloat16 and capability >= 90:
             cases.append((forward.chunk_scan, c.warps, {"TMA": True}))
@@ -72,7 +76,8 @@ if __name__ == "__main__":
                 (prepare.prepare_chunk, 4, {"HAS_PAD": True, "HAS_DROP": True}),
                 (backward.fold_states, 4, {}),
                 (backward.fold_grads, 4, {}),
-                (backward.chunk_grads, launch.GRAD_WARPS, {"HAS_DROP": True}),
+                (backward.output_grads, launch.GRAD_WARPS, {"HAS_DROP": True}),
+                (backward.input_grads, launch.GRAD_WARPS, {"HAS_DROP": True}),
                 (backward.gate_grads, 4, {"BT": 128, "BH": 8, "HAS_PAD": True}),
                 (layer_kernels._conv_silu, 4, {"TAPS": 4, "BT": 32, "BC": 128, "HAS_BEFORE": True}),
                 (layer_kernels._norm, 8, {"BLOCK": 2048, "HAS_ADD": True, "HAS_GATE": True}),

@@ -4,7 +4,8 @@
 2. `segment_grads`, `fold_grads`: the gradient of the state at the end of each, the same thing run backwards.
 3. `chunk_states`, `chunk_state_grads`: from those the state before each chunk and the gradient of that after it, in the
    inputs' type, of a slab of segments at a time, so that memory does not grow with the stream.
-4. `chunk_grads`: a chunk then depends on no other. A program takes one and walks its heads, which share B, C and gram.
+4. `output_grads`, `input_grads`: a chunk then depends on no other. A program takes one and walks its heads, which
+   share B, C and gram. Two kernels, because the sums of both do not fit into one's registers.
 5. `gate_grads`: from the gradients of log-decay and input scale to those of dt, A and dt_bias.
 
 With L[s, t] = exp(cum_t - cum_s), M[s, t] = scale_s L G x_s . dy_t, and S, dS the state before and its gradient after a
@@ -125,11 +126,12 @@ def chunk_states(x, B, drop, cum, scale, totals, initial, states, out, sxb, sxt,
 
 
 @triton.jit
-def chunk_state_grads(dy, C, drop, cum, totals, grads, out, sdyb, sdyt, sdyh, sCb, sCt, sCg,
+def chunk_state_grads(dy, C, drop, cum, totals, grads, at_chunks, out, dtotal, sdyb, sdyt, sdyh, sCb, sCt, sCg,
                       T, H, P, N, G, chunks, segment_chunks, segments, slab, width,
                       Q: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, HAS_DROP: tl.constexpr,
                       FULL: tl.constexpr):  # fmt: skip
-    """out as in `chunk_states`: the gradient of the state after each chunk. `grads` are folded. Same grid."""
+    """out as at_chunks, which `chunk_states` made: the gradient of the state after each chunk; dtotal (P/BP,B,H,chunks):
+    that of the chunk's log-decay by the state before it. `grads` are folded. Same grid."""
     segment, h = slab + tl.program_id(0), tl.program_id(1).to(tl.int64)
     blocks = tl.cdiv(P, BP)
     b, block = (tl.program_id(2) // blocks).to(tl.int64), tl.program_id(2) % blocks
@@ -137,14 +139,17 @@ def chunk_state_grads(dy, C, drop, cum, totals, grads, out, sdyb, sdyt, sdyh, sC
     row = b * H + h
     dy += b * sdyb + h * sdyh
     C += b * sCb + (h // (H // G)) * sCg
-    out += (row * blocks + block) * width * BP * BN + tl.arange(0, BP)[:, None] * BN + n[None, :]
+    square = (row * blocks + block) * width * BP * BN + tl.arange(0, BP)[:, None] * BN + n[None, :]
     inside = (p[:, None] < P) & (n[None, :] < N)
     dS = tl.load(grads + (row * segments + segment) * P * N + p[:, None] * N + n[None, :], mask=inside, other=0.0)
     first = segment * segment_chunks
     last = tl.minimum(first + segment_chunks, chunks) - 1
     for i in tl.range(0, last - first + 1, num_stages=2):
         chunk = last - i
-        tl.store(out + (h * 0 + chunk - slab * segment_chunks) * BP * BN, dS.to(out.dtype.element_ty))
+        tile = square + (h * 0 + chunk - slab * segment_chunks) * BP * BN
+        rounded = dS.to(out.dtype.element_ty)
+        tl.store(out + tile, rounded)
+        S_PN = tl.load(at_chunks + tile)
         t = (h * 0 + chunk) * Q + q  # 64-bit
         here = t < T
         kept = tl.exp(tl.load(totals + row * chunks + chunk).to(tl.float32))
@@ -153,6 +158,8 @@ def chunk_state_grads(dy, C, drop, cum, totals, grads, out, sdyb, sdyt, sdyh, sC
             document = tl.cumsum(tl.load(drop + b * T + t, mask=here, other=0).to(tl.int32), 0)
             weight = tl.where(document == 0, weight, 0.0)
             kept = tl.where(tl.max(document, 0) > 0, 0.0, kept)
+        both = tl.sum(rounded.to(tl.float32) * S_PN)
+        tl.store(dtotal + ((block * (tl.num_programs(2) // blocks) + b) * H + h) * chunks + chunk, kept * both)
         dy_QP = tl.load(dy + t[:, None] * sdyt + p[None, :], mask=here[:, None] & (p[None, :] < P), other=0.0)
         C_QN = tl.load(C + t[:, None] * sCt + n[None, :], mask=here[:, None] & (n[None, :] < N), other=0.0)
         dyw = (tl.trans(dy_QP) * weight[None, :]).to(C_QN.dtype)
@@ -160,24 +167,79 @@ def chunk_state_grads(dy, C, drop, cum, totals, grads, out, sdyb, sdyt, sdyh, sC
 
 
 @triton.jit
-def chunk_grads(x, B, C, gram, dy, cum, scale, totals, D, drop, states, grads,
-                dx, dB, dC, dlog_decay, dscale, dD,
-                sxb, sxt, sxh, sBb, sBt, sBg, sCb, sCt, sCg, sdyb, sdyt, sdyh, sDh, sDp,
+def output_grads(x, B, C, gram, dy, cum, scale, drop, states, dB, dC, dcum, dscale,
+                 sxb, sxt, sxh, sBb, sBt, sBg, sCb, sCt, sCg, sdyb, sdyt, sdyh,
+                 T, H, P, N, G, chunks, first, width, splits,
+                 Q: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, HAS_DROP: tl.constexpr, FULL: tl.constexpr,
+                 STAGES: tl.constexpr):  # fmt: skip
+    """What the outputs of chunk `first` + program_id(0) weigh, from inside the chunk and through the state before it:
+    dB, dC (splits,B,T,G,N), a group's heads split over programs; dcum, dscale (P/BP,B,H,chunks*Q). Grid (chunks of the
+    slab, splits * G, B)."""
+    local, b = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
+    g, split = (tl.program_id(1) // splits).to(tl.int64), (tl.program_id(1) % splits).to(tl.int64)
+    blocks, batch, per_group = tl.cdiv(P, BP), tl.num_programs(2), H // G
+    chunk = first + local
+    q, n = tl.arange(0, Q), tl.arange(0, BN)
+    t = chunk * Q + q
+    here = t < T
+    of_C = here[:, None] & (n[None, :] < N)
+    C_QN = tl.load(C + b * sCb + g * sCg + t[:, None] * sCt + n[None, :], mask=of_C, other=0.0)
+    G_QQ = tl.load(gram + ((b * G + g) * chunks + chunk) * Q * Q + q[:, None] * Q + q[None, :])
+    seen = q[:, None] <= q[None, :]  # [s, t]
+    if HAS_DROP:
+        document = tl.cumsum(tl.load(drop + b * T + t, mask=here, other=0).to(tl.int32), 0)
+        seen = seen & (document[:, None] == document[None, :])
+    dC_QN = tl.zeros((Q, BN), tl.float32)
+    dgram = tl.zeros((Q, Q), tl.float32)
+    square = tl.arange(0, BP)[:, None] * BN + n[None, :]
+    low, high = split * per_group // splits, (split + 1) * per_group // splits
+    for item in tl.range(low * blocks, high * blocks, num_stages=STAGES):
+        h, block = g * per_group + item // blocks, item % blocks
+        p = block * BP + tl.arange(0, BP)
+        at = ((b * H + h) * chunks + chunk) * Q + q
+        of_x = here[:, None] & (p[None, :] < P)
+        x_QP = tl.load(x + b * sxb + h * sxh + t[:, None] * sxt + p[None, :], mask=of_x, other=0.0)
+        dy_QP = tl.load(dy + b * sdyb + h * sdyh + t[:, None] * sdyt + p[None, :], mask=of_x, other=0.0)
+        S_PN = tl.load(states + (((b * H + h) * blocks + block) * width + local) * BP * BN + square)
+        c, s = tl.load(cum + at).to(tl.float32), tl.load(scale + at)
+        out = tl.exp(c)
+        if HAS_DROP:
+            out = tl.where(document == 0, out, 0.0)
+        y_QP = product(C_QN, tl.trans(S_PN), FULL)
+        dC_QN = add_product((dy_QP * out[:, None]).to(C_QN.dtype), S_PN, dC_QN, FULL)
+        inner = product(x_QP, tl.trans(dy_QP), FULL) * tl.exp(tl.where(seen, c[None, :] - c[:, None], float("-inf")))
+        dgram += inner * s[:, None]
+        inner *= G_QQ
+        ds = tl.sum(inner, 1)
+        at += block * batch * H * chunks * Q
+        tl.store(dcum + at, tl.sum(y_QP * dy_QP, 1) * out + tl.sum(inner * s[:, None], 0) - s * ds)
+        tl.store(dscale + at, ds)
+    dgram = dgram.to(C_QN.dtype)
+    B_QN = tl.load(B + b * sBb + g * sBg + t[:, None] * sBt + n[None, :], mask=of_C, other=0.0)
+    dC_QN = add_product(tl.trans(dgram), B_QN, dC_QN, FULL)
+    to = (((split * batch + b) * T + t)[:, None] * G + g) * N + n[None, :]
+    tl.store(dC + to, dC_QN, mask=of_C)
+    tl.store(dB + to, product(dgram, C_QN, FULL), mask=of_C)
+
+
+@triton.jit
+def input_grads(x, B, gram, dy, cum, scale, totals, D, drop, grads, dtotal,
+                dx, dB, dcum, dscale, dD,
+                sxb, sxt, sxh, sBb, sBt, sBg, sdyb, sdyt, sdyh, sDh, sDp,
                 T, H, P, N, G, chunks, first, width, splits,
                 Q: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, HAS_D: tl.constexpr, HAS_DROP: tl.constexpr,
                 FULL: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
-    """Of chunk `first` + program_id(0): dx (B,T,H,P); dB, dC (splits,B,T,G,N), a group's heads split over programs;
-    dlog_decay, dscale (P/BP,B,H,chunks*Q); dD (B,width,H,P). Grid (chunks of the slab, splits * G, B)."""
+    """What the inputs of a chunk weigh, dx (B,T,H,P) and dD (B,width,H,P), and the rest of dB and dscale, through the
+    state after the chunk; dcum becomes the gradient of log-decay. Same grid."""
     local, b = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
     g, split = (tl.program_id(1) // splits).to(tl.int64), (tl.program_id(1) % splits).to(tl.int64)
-    blocks, batch = tl.cdiv(P, BP), tl.num_programs(2)
+    blocks, batch, per_group = tl.cdiv(P, BP), tl.num_programs(2), H // G
     chunk = first + local
     q, n = tl.arange(0, Q), tl.arange(0, BN)
     t = chunk * Q + q
     here = t < T
     of_B = here[:, None] & (n[None, :] < N)
     B_QN = tl.load(B + b * sBb + g * sBg + t[:, None] * sBt + n[None, :], mask=of_B, other=0.0)
-    C_QN = tl.load(C + b * sCb + g * sCg + t[:, None] * sCt + n[None, :], mask=of_B, other=0.0)
     G_QQ = tl.load(gram + ((b * G + g) * chunks + chunk) * Q * Q + q[:, None] * Q + q[None, :])
     seen = q[:, None] <= q[None, :]  # [s, t]
     if HAS_DROP:
@@ -185,69 +247,40 @@ def chunk_grads(x, B, C, gram, dy, cum, scale, totals, D, drop, states, grads,
         latest = tl.max(document, 0)
         seen = seen & (document[:, None] == document[None, :])
     dB_QN = tl.zeros((Q, BN), tl.float32)
-    dC_QN = tl.zeros((Q, BN), tl.float32)
-    dgram = tl.zeros((Q, Q), tl.float32)
     square = tl.arange(0, BP)[:, None] * BN + n[None, :]
-    per_group = H // G
     low, high = split * per_group // splits, (split + 1) * per_group // splits
     for item in tl.range(low * blocks, high * blocks, num_stages=STAGES):
         h, block = g * per_group + item // blocks, item % blocks
         p = block * BP + tl.arange(0, BP)
         row = b * H + h
         at = (row * chunks + chunk) * Q + q
+        own = block * batch * H * chunks
         of_x = here[:, None] & (p[None, :] < P)
         x_QP = tl.load(x + b * sxb + h * sxh + t[:, None] * sxt + p[None, :], mask=of_x, other=0.0)
         dy_QP = tl.load(dy + b * sdyb + h * sdyh + t[:, None] * sdyt + p[None, :], mask=of_x, other=0.0)
-        tile = ((row * blocks + block) * width + local) * BP * BN + square
-        S_PN, dS_PN = tl.load(states + tile), tl.load(grads + tile)
+        dS_PN = tl.load(grads + ((row * blocks + block) * width + local) * BP * BN + square)
         total, c, s = tl.load(totals + row * chunks + chunk), tl.load(cum + at), tl.load(scale + at)
-        out, left = tl.exp(c.to(tl.float32)), tl.exp((total - c).to(tl.float32))
-        kept = tl.exp(total.to(tl.float32))
+        left = tl.exp((total - c).to(tl.float32))
         if HAS_DROP:
-            out = tl.where(document == 0, out, 0.0)
             left = tl.where(document == latest, left, 0.0)
-            kept = tl.where(latest > 0, 0.0, kept)
-
-        # inside the chunk
-        decay = tl.exp(tl.where(seen, (c[None, :] - c[:, None]).to(tl.float32), float("-inf")))
-        inner = product(x_QP, tl.trans(dy_QP), FULL) * decay
-        dgram += inner * s[:, None]
-        weights = (G_QQ * decay * s[:, None]).to(x_QP.dtype)
-        inner *= G_QQ
-        ds = tl.sum(inner, 1)
-        dcum = tl.sum(inner * s[:, None], 0) - s * ds
-        dx_QP = product(weights, dy_QP, FULL)
-
-        # through the state after it
         u_QP = product(B_QN, tl.trans(dS_PN), FULL)
+        dB_QN = add_product((x_QP * (left * s)[:, None]).to(x_QP.dtype), dS_PN, dB_QN, FULL)
         dleft = tl.sum(u_QP * x_QP, 1) * left
-        ds += dleft
-        dcum -= dleft * s
-        dtotal = tl.sum(dleft * s, 0) + kept * tl.sum(dS_PN.to(tl.float32) * S_PN)
-        dx_QP += u_QP * (left * s)[:, None]
+        ended = tl.load(dcum + own * Q + at) - dleft * s
+        after = tl.load(dtotal + own + row * chunks + chunk) + tl.sum(dleft * s, 0)
+        tl.store(dcum + own * Q + at, tl.cumsum(ended, 0, reverse=True) + after)
+        tl.store(dscale + own * Q + at, tl.load(dscale + own * Q + at) + dleft)
+
+        decay = tl.exp(tl.where(seen, (c[None, :] - c[:, None]).to(tl.float32), float("-inf")))
+        weights = (G_QQ * decay * s[:, None]).to(x_QP.dtype)
+        dx_QP = product(weights, dy_QP, FULL) + u_QP * (left * s)[:, None]
         if HAS_D:
             D_P = tl.load(D + h * sDh + p * sDp, mask=p < P, other=0.0).to(tl.float32)
+            tl.store(dD + ((b * width + local) * H + h) * P + p, tl.sum(dy_QP.to(tl.float32) * x_QP, 0), mask=p < P)
             dx_QP += dy_QP * D_P[None, :]
-            dD_P = tl.sum(dy_QP.to(tl.float32) * x_QP, 0)
-            tl.store(dD + ((b * width + local) * H + h) * P + p, dD_P, mask=p < P)
         tl.store(dx + ((b * T + t)[:, None] * H + h) * P + p[None, :], dx_QP.to(dx.dtype.element_ty), mask=of_x)
-        xw = (x_QP * (left * s)[:, None]).to(x_QP.dtype)
-        dB_QN = add_product(xw, dS_PN, dB_QN, FULL)
-
-        # through the state before it
-        dyo = (dy_QP * out[:, None]).to(x_QP.dtype)
-        of_head = product(dyo, S_PN, FULL)
-        dC_QN += of_head
-        dcum += tl.sum(of_head * C_QN, 1)
-        at += block * batch * H * chunks * Q
-        tl.store(dlog_decay + at, tl.cumsum(dcum, 0, reverse=True) + dtotal)
-        tl.store(dscale + at, ds)
-    dgram = dgram.to(B_QN.dtype)
-    dB_QN = add_product(dgram, C_QN, dB_QN, FULL)
-    dC_QN = add_product(tl.trans(dgram), B_QN, dC_QN, FULL)
     to = (((split * batch + b) * T + t)[:, None] * G + g) * N + n[None, :]
-    tl.store(dB + to, dB_QN, mask=of_B)
-    tl.store(dC + to, dC_QN, mask=of_B)
+    tl.store(dB + to, tl.load(dB + to, mask=of_B, other=0.0) + dB_QN, mask=of_B)
 
 
 @triton.jit

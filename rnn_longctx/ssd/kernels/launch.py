@@ -234,25 +234,29 @@ def scan_backward(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Ten
     at_chunks = torch.empty(2, batch, heads, blocks_P, width, c.BP, c.BN, dtype=x.dtype, device=x.device)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     dB, dC = empty(2, splits, batch, length, groups, d_state)
-    gates = empty(2, blocks_P, batch, heads, chunks * c.Q)
+    gates, dtotal = empty(2, blocks_P, batch, heads, chunks * c.Q), empty(blocks_P, batch, heads, chunks)
     dD, dD_chunks = empty(heads, headdim).zero_(), empty(batch, width, heads, headdim)
-    Ds = (0, 0) if D is None else (D.stride(0), D.stride(1) if D.ndim == 2 else 0)
+    of_x, of_B, of_C, of_y = (t.stride()[:3] for t in (x, B, C, dy))
+    of_D = (0, 0) if D is None else (D.stride(0), D.stride(1) if D.ndim == 2 else 0)
+    halves = {**shared, "num_warps": GRAD_WARPS, "STAGES": c.stages}
     for at in range(0, segments, slab):
         here = min(slab, segments - at)
         backward.chunk_states[(here, heads, parts)](
-            x, B, mark, ready.cum, ready.scale, ready.totals, initial, states, at_chunks[0], *x.stride()[:3],
-            *B.stride()[:3], *sizes, at, width, **shared,
-        )  # fmt: skip
-        backward.chunk_state_grads[(here, heads, parts)](
-            dy, C, mark, ready.cum, ready.totals, grads, at_chunks[1], *dy.stride()[:3], *C.stride()[:3], *sizes, at,
+            x, B, mark, ready.cum, ready.scale, ready.totals, initial, states, at_chunks[0], *of_x, *of_B, *sizes, at,
             width, **shared,
         )  # fmt: skip
+        backward.chunk_state_grads[(here, heads, parts)](
+            dy, C, mark, ready.cum, ready.totals, grads, *at_chunks, dtotal, *of_y, *of_C, *sizes, at, width, **shared,
+        )  # fmt: skip
         count = min(here * size, chunks - at * size)
-        backward.chunk_grads[(count, splits * groups, batch)](
-            x, B, C, ready.gram, dy, ready.cum, ready.scale, ready.totals, table if D is None else D, mark,
-            *at_chunks, dx, dB, dC, *gates, dD_chunks, *x.stride()[:3], *B.stride()[:3], *C.stride()[:3],
-            *dy.stride()[:3], *Ds, *sizes[:6], at * size, width, splits,
-            **{**shared, "num_warps": GRAD_WARPS}, HAS_D=D is not None, STAGES=c.stages,
+        where = (*sizes[:6], at * size, width, splits)
+        backward.output_grads[(count, splits * groups, batch)](
+            x, B, C, ready.gram, dy, ready.cum, ready.scale, mark, at_chunks[0], dB, dC, *gates, *of_x, *of_B, *of_C,
+            *of_y, *where, **halves,
+        )  # fmt: skip
+        backward.input_grads[(count, splits * groups, batch)](
+            x, B, ready.gram, dy, ready.cum, ready.scale, ready.totals, table if D is None else D, mark, at_chunks[1],
+            dtotal, dx, dB, *gates, dD_chunks, *of_x, *of_B, *of_y, *of_D, *where, **halves, HAS_D=D is not None,
         )  # fmt: skip
         if D is not None:
             dD += dD_chunks[:, :count].sum((0, 1))
@@ -271,4 +275,4 @@ def scan_backward(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Ten
     return Grads(dx, ddt, dA, dB.sum(0), dC.sum(0), dD, dbias, first)
 
 
-GRAD_WARPS = 8  # of `chunk_grads`, which sums three products over the heads in registers
+GRAD_WARPS = 8  # of the kernels that sum over heads in registers
