@@ -91,12 +91,20 @@ def fold_grads(final, grads, ends, initial, segments, PN, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def chunk_states(x, B, drop, cum, scale, totals, initial, states, out, sxb, sxt, sxh, sBb, sBt, sBg,
+def half(wild, totals, row, chunk, chunks, segment_chunks, segments):
+    """Half a chunk's log-decay, which the factors of `output_grads` and `input_grads` leave to the state; 0 where they
+    take differences instead."""
+    tame = tl.load(wild + row * segments + chunk // segment_chunks) == 0
+    return tl.where(tame, 0.5 * tl.load(totals + row * chunks + chunk).to(tl.float32), 0.0)
+
+
+@triton.jit
+def chunk_states(x, B, drop, cum, scale, totals, wild, initial, states, out, sxb, sxt, sxh, sBb, sBt, sBg,
                  T, H, P, N, G, chunks, segment_chunks, segments, slab, width,
                  Q: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, HAS_DROP: tl.constexpr,
                  FULL: tl.constexpr):  # fmt: skip
-    """out (B,H,P/BP,width,BP,BN): the state before each of `width` chunks from segment `slab` on. `states` are folded.
-    Grid (segments of the slab, H, B * P / BP)."""
+    """out (B,H,P/BP,width,BP,BN): the state before each chunk from segment `slab` on, times exp(`half`). `states` are
+    folded. Grid (segments of the slab, H, B * P / BP)."""
     segment, h = slab + tl.program_id(0), tl.program_id(1).to(tl.int64)
     blocks = tl.cdiv(P, BP)
     b, block = (tl.program_id(2) // blocks).to(tl.int64), tl.program_id(2) % blocks
@@ -107,8 +115,10 @@ def chunk_states(x, B, drop, cum, scale, totals, initial, states, out, sxb, sxt,
     out += (row * blocks + block) * width * BP * BN + tl.arange(0, BP)[:, None] * BN + n[None, :]
     S = first_state(initial, states, states, row, segment, segments, p, n, P, N, True)
     first = segment * segment_chunks
-    for chunk in tl.range(first, tl.minimum(first + segment_chunks, chunks), num_stages=2):
-        tl.store(out + (h * 0 + chunk - slab * segment_chunks) * BP * BN, S.to(out.dtype.element_ty))
+    last = tl.minimum(first + segment_chunks, chunks)
+    for chunk in tl.range(first, last, num_stages=2):
+        factor = tl.exp(half(wild, totals, row, chunk, chunks, segment_chunks, segments))
+        tl.store(out + (h * 0 + chunk - slab * segment_chunks) * BP * BN, (S * factor).to(out.dtype.element_ty))
         t = (h * 0 + chunk) * Q + q  # 64-bit
         here = t < T
         at = (row * chunks + chunk) * Q + q
@@ -126,12 +136,12 @@ def chunk_states(x, B, drop, cum, scale, totals, initial, states, out, sxb, sxt,
 
 
 @triton.jit
-def chunk_state_grads(dy, C, drop, cum, totals, grads, at_chunks, out, dtotal, sdyb, sdyt, sdyh, sCb, sCt, sCg,
+def chunk_state_grads(dy, C, drop, cum, totals, wild, grads, at_chunks, out, dtotal, sdyb, sdyt, sdyh, sCb, sCt, sCg,
                       T, H, P, N, G, chunks, segment_chunks, segments, slab, width,
                       Q: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, HAS_DROP: tl.constexpr,
                       FULL: tl.constexpr):  # fmt: skip
-    """out as at_chunks, which `chunk_states` made: the gradient of the state after each chunk; dtotal (P/BP,B,H,chunks):
-    that of the chunk's log-decay by the state before it. `grads` are folded. Same grid."""
+    """out as at_chunks, which `chunk_states` made: the gradient of the state after each chunk times exp(`half`); dtotal
+    (P/BP,B,H,chunks): that of the chunk's log-decay by the state before it. `grads` are folded. Same grid."""
     segment, h = slab + tl.program_id(0), tl.program_id(1).to(tl.int64)
     blocks = tl.cdiv(P, BP)
     b, block = (tl.program_id(2) // blocks).to(tl.int64), tl.program_id(2) % blocks
@@ -147,19 +157,22 @@ def chunk_state_grads(dy, C, drop, cum, totals, grads, at_chunks, out, dtotal, s
     for i in tl.range(0, last - first + 1, num_stages=2):
         chunk = last - i
         tile = square + (h * 0 + chunk - slab * segment_chunks) * BP * BN
-        rounded = dS.to(out.dtype.element_ty)
-        tl.store(out + tile, rounded)
+        own = half(wild, totals, row, chunk, chunks, segment_chunks, segments)
+        scaled = (dS * tl.exp(own)).to(out.dtype.element_ty)
+        tl.store(out + tile, scaled)
         S_PN = tl.load(at_chunks + tile)
+        total = tl.load(totals + row * chunks + chunk).to(tl.float32)
+        both = tl.sum(scaled.to(tl.float32) * S_PN) * tl.exp(total - 2 * own)
         t = (h * 0 + chunk) * Q + q  # 64-bit
         here = t < T
-        kept = tl.exp(tl.load(totals + row * chunks + chunk).to(tl.float32))
+        kept = tl.exp(total)
         weight = tl.exp(tl.load(cum + (row * chunks + chunk) * Q + q).to(tl.float32))
         if HAS_DROP:
             document = tl.cumsum(tl.load(drop + b * T + t, mask=here, other=0).to(tl.int32), 0)
             weight = tl.where(document == 0, weight, 0.0)
             kept = tl.where(tl.max(document, 0) > 0, 0.0, kept)
-        both = tl.sum(rounded.to(tl.float32) * S_PN)
-        tl.store(dtotal + ((block * (tl.num_programs(2) // blocks) + b) * H + h) * chunks + chunk, kept * both)
+            both = tl.where(tl.max(document, 0) > 0, 0.0, both)
+        tl.store(dtotal + ((block * (tl.num_programs(2) // blocks) + b) * H + h) * chunks + chunk, both)
         dy_QP = tl.load(dy + t[:, None] * sdyt + p[None, :], mask=here[:, None] & (p[None, :] < P), other=0.0)
         C_QN = tl.load(C + t[:, None] * sCt + n[None, :], mask=here[:, None] & (n[None, :] < N), other=0.0)
         dyw = (tl.trans(dy_QP) * weight[None, :]).to(C_QN.dtype)
@@ -167,117 +180,168 @@ def chunk_state_grads(dy, C, drop, cum, totals, grads, at_chunks, out, dtotal, s
 
 
 @triton.jit
-def output_grads(x, B, C, gram, dy, cum, scale, drop, states, dB, dC, dcum, dscale,
+def nothing_wild(wild, low, high, segments, BH: tl.constexpr):
+    h = low + tl.arange(0, BH)
+    return tl.max(tl.load(wild + h * segments, mask=h < high, other=0), 0) == 0
+
+
+@triton.jit
+def output_grads(x, B, C, gram, dy, cum, scale, totals, drop, wild, states, dB, dC, dcum,
                  sxb, sxt, sxh, sBb, sBt, sBg, sCb, sCt, sCg, sdyb, sdyt, sdyh,
-                 T, H, P, N, G, chunks, first, width, splits,
+                 T, H, P, N, G, chunks, segment_chunks, segments, first, width, splits,
                  Q: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, HAS_DROP: tl.constexpr, FULL: tl.constexpr,
-                 STAGES: tl.constexpr):  # fmt: skip
-    """What the outputs of chunk `first` + program_id(0) weigh, from inside the chunk and through the state before it:
-    dB, dC (splits,B,T,G,N), a group's heads split over programs; dcum, dscale (P/BP,B,H,chunks*Q). Grid (chunks of the
-    slab, splits * G, B)."""
+                 WILD: tl.constexpr, BH: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+    """Of the outputs of chunk `first` + program_id(0): dC (splits,B,T,G,N), a group's heads split over programs; dB as
+    it comes through gram; dcum (P/BP,B,H,chunks*Q), what an output weighs beside its own token's part. Grid (chunks of
+    the slab, splits * G, B)."""
     local, b = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
     g, split = (tl.program_id(1) // splits).to(tl.int64), (tl.program_id(1) % splits).to(tl.int64)
     blocks, batch, per_group = tl.cdiv(P, BP), tl.num_programs(2), H // G
     chunk = first + local
+    low, high = split * per_group // splits, (split + 1) * per_group // splits
+    wild += (b * H + g * per_group) * segments + chunk // segment_chunks
+    if WILD:
+        if nothing_wild(wild, low, high, segments, BH):
+            return
     q, n = tl.arange(0, Q), tl.arange(0, BN)
     t = chunk * Q + q
     here = t < T
     of_C = here[:, None] & (n[None, :] < N)
     C_QN = tl.load(C + b * sCb + g * sCg + t[:, None] * sCt + n[None, :], mask=of_C, other=0.0)
-    G_QQ = tl.load(gram + ((b * G + g) * chunks + chunk) * Q * Q + q[:, None] * Q + q[None, :])
-    seen = q[:, None] <= q[None, :]  # [s, t]
+    square = ((b * G + g) * chunks + chunk) * Q * Q + q[:, None] * Q + q[None, :]
+    G_QQ = tl.load(gram + square, mask=q[:, None] != q[None, :], other=0.0)  # [s, t], s < t
+    seen = q[:, None] <= q[None, :]
     if HAS_DROP:
         document = tl.cumsum(tl.load(drop + b * T + t, mask=here, other=0).to(tl.int32), 0)
         seen = seen & (document[:, None] == document[None, :])
     dC_QN = tl.zeros((Q, BN), tl.float32)
     dgram = tl.zeros((Q, Q), tl.float32)
-    square = tl.arange(0, BP)[:, None] * BN + n[None, :]
-    low, high = split * per_group // splits, (split + 1) * per_group // splits
+    tile = tl.arange(0, BP)[:, None] * BN + n[None, :]
     for item in tl.range(low * blocks, high * blocks, num_stages=STAGES):
         h, block = g * per_group + item // blocks, item % blocks
         p = block * BP + tl.arange(0, BP)
-        at = ((b * H + h) * chunks + chunk) * Q + q
-        of_x = here[:, None] & (p[None, :] < P)
+        row = b * H + h
+        flag = tl.load(wild + (item // blocks) * segments)
+        mine = (flag + q * 0 != 0) if WILD else (flag + q * 0 == 0)
+        at = (row * chunks + chunk) * Q + q
+        of_x = (here & mine)[:, None] & (p[None, :] < P)
         x_QP = tl.load(x + b * sxb + h * sxh + t[:, None] * sxt + p[None, :], mask=of_x, other=0.0)
         dy_QP = tl.load(dy + b * sdyb + h * sdyh + t[:, None] * sdyt + p[None, :], mask=of_x, other=0.0)
-        S_PN = tl.load(states + (((b * H + h) * blocks + block) * width + local) * BP * BN + square)
-        c, s = tl.load(cum + at).to(tl.float32), tl.load(scale + at)
-        out = tl.exp(c)
+        S_PN = tl.load(states + ((row * blocks + block) * width + local) * BP * BN + tile)
+        c, s = tl.load(cum + at), tl.load(scale + at)
+        total = tl.load(totals + row * chunks + chunk)
+        out = tl.where(mine, tl.exp((c if WILD else c - 0.5 * total).to(tl.float32)), 0.0)
+        if WILD:
+            z_QP, o_QP = (x_QP * s[:, None]).to(x_QP.dtype), (dy_QP * out[:, None]).to(x_QP.dtype)
+            decay = tl.exp(tl.where(seen, (c[None, :] - c[:, None]).to(tl.float32), float("-inf")))
+            weights = (G_QQ * decay).to(x_QP.dtype)
+            dgram += product(z_QP, tl.trans(dy_QP).to(x_QP.dtype), FULL) * decay
+            y_QP = product(C_QN, tl.trans(S_PN), FULL) * out[:, None]
+            out = 1.0
+        else:
+            into = tl.where(mine, s * tl.exp((0.5 * total - c).to(tl.float32)), 0.0)
+            z_QP, o_QP = (x_QP * into[:, None]).to(x_QP.dtype), (dy_QP * out[:, None]).to(x_QP.dtype)
+            weights = G_QQ
+            dgram = add_product(z_QP, tl.trans(o_QP), dgram, FULL)  # what no token sees may overflow
+            y_QP = product(C_QN, tl.trans(S_PN), FULL)
         if HAS_DROP:
-            out = tl.where(document == 0, out, 0.0)
-        y_QP = product(C_QN, tl.trans(S_PN), FULL)
-        dC_QN = add_product((dy_QP * out[:, None]).to(C_QN.dtype), S_PN, dC_QN, FULL)
-        inner = product(x_QP, tl.trans(dy_QP), FULL) * tl.exp(tl.where(seen, c[None, :] - c[:, None], float("-inf")))
-        dgram += inner * s[:, None]
-        inner *= G_QQ
-        ds = tl.sum(inner, 1)
-        at += block * batch * H * chunks * Q
-        tl.store(dcum + at, tl.sum(y_QP * dy_QP, 1) * out + tl.sum(inner * s[:, None], 0) - s * ds)
-        tl.store(dscale + at, ds)
-    dgram = dgram.to(C_QN.dtype)
+            y_QP = tl.where((document == 0)[:, None], y_QP, 0.0)
+            o_QP = tl.where((document == 0)[:, None], o_QP, 0.0)
+        y_QP = add_product(tl.trans(weights), z_QP, y_QP, FULL)
+        tl.store(dcum + block * batch * H * chunks * Q + at, tl.sum(y_QP * dy_QP, 1) * out, mask=here & mine)
+        dC_QN = add_product(o_QP, S_PN, dC_QN, FULL)
+    dgram = tl.where(seen, dgram, 0.0).to(C_QN.dtype)
     B_QN = tl.load(B + b * sBb + g * sBg + t[:, None] * sBt + n[None, :], mask=of_C, other=0.0)
     dC_QN = add_product(tl.trans(dgram), B_QN, dC_QN, FULL)
     to = (((split * batch + b) * T + t)[:, None] * G + g) * N + n[None, :]
+    dB_QN = product(dgram, C_QN, FULL)
+    if WILD:
+        dC_QN += tl.load(dC + to, mask=of_C, other=0.0)
+        dB_QN += tl.load(dB + to, mask=of_C, other=0.0)
     tl.store(dC + to, dC_QN, mask=of_C)
-    tl.store(dB + to, product(dgram, C_QN, FULL), mask=of_C)
+    tl.store(dB + to, dB_QN, mask=of_C)
 
 
 @triton.jit
-def input_grads(x, B, gram, dy, cum, scale, totals, D, drop, grads, dtotal,
+def input_grads(x, B, gram, dy, cum, scale, totals, D, drop, wild, grads, dtotal,
                 dx, dB, dcum, dscale, dD,
                 sxb, sxt, sxh, sBb, sBt, sBg, sdyb, sdyt, sdyh, sDh, sDp,
-                T, H, P, N, G, chunks, first, width, splits,
+                T, H, P, N, G, chunks, segment_chunks, segments, first, width, splits,
                 Q: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, HAS_D: tl.constexpr, HAS_DROP: tl.constexpr,
-                FULL: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
-    """What the inputs of a chunk weigh, dx (B,T,H,P) and dD (B,width,H,P), and the rest of dB and dscale, through the
-    state after the chunk; dcum becomes the gradient of log-decay. Same grid."""
+                FULL: tl.constexpr, WILD: tl.constexpr, BH: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+    """Of a chunk's inputs: dx (B,T,H,P), dD (B,width,H,P), dscale as dcum, and the rest of dB; dcum becomes the gradient
+    of log-decay. Same grid."""
     local, b = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
     g, split = (tl.program_id(1) // splits).to(tl.int64), (tl.program_id(1) % splits).to(tl.int64)
     blocks, batch, per_group = tl.cdiv(P, BP), tl.num_programs(2), H // G
     chunk = first + local
+    low, high = split * per_group // splits, (split + 1) * per_group // splits
+    wild += (b * H + g * per_group) * segments + chunk // segment_chunks
+    if WILD:
+        if nothing_wild(wild, low, high, segments, BH):
+            return
     q, n = tl.arange(0, Q), tl.arange(0, BN)
     t = chunk * Q + q
     here = t < T
     of_B = here[:, None] & (n[None, :] < N)
     B_QN = tl.load(B + b * sBb + g * sBg + t[:, None] * sBt + n[None, :], mask=of_B, other=0.0)
-    G_QQ = tl.load(gram + ((b * G + g) * chunks + chunk) * Q * Q + q[:, None] * Q + q[None, :])
-    seen = q[:, None] <= q[None, :]  # [s, t]
+    square = ((b * G + g) * chunks + chunk) * Q * Q
+    G_QQ = tl.load(gram + square + q[:, None] * Q + q[None, :], mask=q[:, None] != q[None, :], other=0.0)
+    own = tl.load(gram + square + q * Q + q).to(tl.float32)  # C_t . B_t
+    seen = q[:, None] < q[None, :]  # [s, t]
     if HAS_DROP:
         document = tl.cumsum(tl.load(drop + b * T + t, mask=here, other=0).to(tl.int32), 0)
         latest = tl.max(document, 0)
         seen = seen & (document[:, None] == document[None, :])
     dB_QN = tl.zeros((Q, BN), tl.float32)
-    square = tl.arange(0, BP)[:, None] * BN + n[None, :]
-    low, high = split * per_group // splits, (split + 1) * per_group // splits
+    tile = tl.arange(0, BP)[:, None] * BN + n[None, :]
     for item in tl.range(low * blocks, high * blocks, num_stages=STAGES):
         h, block = g * per_group + item // blocks, item % blocks
         p = block * BP + tl.arange(0, BP)
         row = b * H + h
+        flag = tl.load(wild + (item // blocks) * segments)
+        mine = (flag + q * 0 != 0) if WILD else (flag + q * 0 == 0)
         at = (row * chunks + chunk) * Q + q
-        own = block * batch * H * chunks
-        of_x = here[:, None] & (p[None, :] < P)
+        to = block * batch * H * chunks * Q + at
+        of_x = (here & mine)[:, None] & (p[None, :] < P)
         x_QP = tl.load(x + b * sxb + h * sxh + t[:, None] * sxt + p[None, :], mask=of_x, other=0.0)
         dy_QP = tl.load(dy + b * sdyb + h * sdyh + t[:, None] * sdyt + p[None, :], mask=of_x, other=0.0)
-        dS_PN = tl.load(grads + ((row * blocks + block) * width + local) * BP * BN + square)
-        total, c, s = tl.load(totals + row * chunks + chunk), tl.load(cum + at), tl.load(scale + at)
-        left = tl.exp((total - c).to(tl.float32))
-        if HAS_DROP:
-            left = tl.where(document == latest, left, 0.0)
+        dS_PN = tl.load(grads + ((row * blocks + block) * width + local) * BP * BN + tile)
+        c, s = tl.load(cum + at), tl.load(scale + at)
+        total = tl.load(totals + row * chunks + chunk)
+        into = tl.where(mine, tl.exp((total - c if WILD else 0.5 * total - c).to(tl.float32)), 0.0)
+        if WILD:
+            decay = tl.exp(tl.where(seen, (c[None, :] - c[:, None]).to(tl.float32), float("-inf")))
+            weights, o_QP = (G_QQ * decay).to(x_QP.dtype), dy_QP.to(x_QP.dtype)
+        else:
+            weights = G_QQ
+            out = tl.where(mine, tl.exp((c - 0.5 * total).to(tl.float32)), 0.0)
+            o_QP = (dy_QP * out[:, None]).to(x_QP.dtype)
+        z_QP = (x_QP * (into * s)[:, None]).to(x_QP.dtype)
         u_QP = product(B_QN, tl.trans(dS_PN), FULL)
-        dB_QN = add_product((x_QP * (left * s)[:, None]).to(x_QP.dtype), dS_PN, dB_QN, FULL)
-        dleft = tl.sum(u_QP * x_QP, 1) * left
-        ended = tl.load(dcum + own * Q + at) - dleft * s
-        after = tl.load(dtotal + own + row * chunks + chunk) + tl.sum(dleft * s, 0)
-        tl.store(dcum + own * Q + at, tl.cumsum(ended, 0, reverse=True) + after)
-        tl.store(dscale + own * Q + at, tl.load(dscale + own * Q + at) + dleft)
-
-        decay = tl.exp(tl.where(seen, (c[None, :] - c[:, None]).to(tl.float32), float("-inf")))
-        weights = (G_QQ * decay * s[:, None]).to(x_QP.dtype)
-        dx_QP = product(weights, dy_QP, FULL) + u_QP * (left * s)[:, None]
+        if HAS_DROP:
+            u_QP = tl.where((document == latest)[:, None], u_QP, 0.0)
+            z_QP = tl.where((document == latest)[:, None], z_QP, 0.0)
+        dB_QN = add_product(z_QP, dS_PN, dB_QN, FULL)
+        if WILD:
+            u_QP = u_QP * into[:, None]
+            into = 1.0
+        through = tl.sum(u_QP * x_QP, 1) * into * s
+        ended = tl.load(dtotal + block * batch * H * chunks + row * chunks + chunk) + tl.sum(through, 0)
+        u_QP = add_product(weights, o_QP, u_QP, FULL)
+        all_but_own = tl.sum(u_QP * x_QP, 1) * into
+        together = tl.sum(x_QP.to(tl.float32) * dy_QP, 1)
+        dcum_Q = tl.load(dcum + to, mask=here & mine, other=0.0) - all_but_own * s
+        tl.store(dscale + to, all_but_own + own * together, mask=here & mine)
+        tl.store(dcum + to, tl.cumsum(dcum_Q, 0, reverse=True) + ended, mask=here & mine)
+        direct = own * s
         if HAS_D:
             D_P = tl.load(D + h * sDh + p * sDp, mask=p < P, other=0.0).to(tl.float32)
-            tl.store(dD + ((b * width + local) * H + h) * P + p, tl.sum(dy_QP.to(tl.float32) * x_QP, 0), mask=p < P)
-            dx_QP += dy_QP * D_P[None, :]
+            tl.store(dD + ((b * width + local) * H + h) * P + p, tl.sum(dy_QP.to(tl.float32) * x_QP, 0),
+                     mask=(p < P) & ((flag + p * 0 != 0) if WILD else (flag + p * 0 == 0)))  # fmt: skip
+            dx_QP = u_QP * (into * s)[:, None] + dy_QP * (direct[:, None] + D_P[None, :])
+        else:
+            dx_QP = u_QP * (into * s)[:, None] + dy_QP * direct[:, None]
         tl.store(dx + ((b * T + t)[:, None] * H + h) * P + p[None, :], dx_QP.to(dx.dtype.element_ty), mask=of_x)
     to = (((split * batch + b) * T + t)[:, None] * G + g) * N + n[None, :]
     tl.store(dB + to, tl.load(dB + to, mask=of_B, other=0.0) + dB_QN, mask=of_B)

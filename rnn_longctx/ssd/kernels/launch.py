@@ -238,26 +238,30 @@ def scan_backward(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Ten
     dD, dD_chunks = empty(heads, headdim).zero_(), empty(batch, width, heads, headdim)
     of_x, of_B, of_C, of_y = (t.stride()[:3] for t in (x, B, C, dy))
     of_D = (0, 0) if D is None else (D.stride(0), D.stride(1) if D.ndim == 2 else 0)
-    halves = {**shared, "num_warps": GRAD_WARPS, "STAGES": c.stages}
+    halves = {**shared, "num_warps": GRAD_WARPS, "STAGES": GRAD_STAGES or c.stages, "BH": triton.next_power_of_2(heads)}
     for at in range(0, segments, slab):
         here = min(slab, segments - at)
         backward.chunk_states[(here, heads, parts)](
-            x, B, mark, ready.cum, ready.scale, ready.totals, initial, states, at_chunks[0], *of_x, *of_B, *sizes, at,
-            width, **shared,
+            x, B, mark, ready.cum, ready.scale, ready.totals, ready.wild, initial, states, at_chunks[0], *of_x, *of_B,
+            *sizes, at, width, **shared,
         )  # fmt: skip
         backward.chunk_state_grads[(here, heads, parts)](
-            dy, C, mark, ready.cum, ready.totals, grads, *at_chunks, dtotal, *of_y, *of_C, *sizes, at, width, **shared,
+            dy, C, mark, ready.cum, ready.totals, ready.wild, grads, *at_chunks, dtotal, *of_y, *of_C, *sizes, at,
+            width, **shared,
         )  # fmt: skip
         count = min(here * size, chunks - at * size)
-        where = (*sizes[:6], at * size, width, splits)
-        backward.output_grads[(count, splits * groups, batch)](
-            x, B, C, ready.gram, dy, ready.cum, ready.scale, mark, at_chunks[0], dB, dC, *gates, *of_x, *of_B, *of_C,
-            *of_y, *where, **halves,
-        )  # fmt: skip
-        backward.input_grads[(count, splits * groups, batch)](
-            x, B, ready.gram, dy, ready.cum, ready.scale, ready.totals, table if D is None else D, mark, at_chunks[1],
-            dtotal, dx, dB, *gates, dD_chunks, *of_x, *of_B, *of_y, *of_D, *where, **halves, HAS_D=D is not None,
-        )  # fmt: skip
+        grid, where = (count, splits * groups, batch), (*sizes, at * size, width, splits)
+        for wild in (False, True):
+            backward.output_grads[grid](
+                x, B, C, ready.gram, dy, ready.cum, ready.scale, ready.totals, mark, ready.wild, at_chunks[0], dB, dC,
+                gates[0], *of_x, *of_B, *of_C, *of_y, *where, **halves, WILD=wild,
+            )  # fmt: skip
+        for wild in (False, True):
+            backward.input_grads[grid](
+                x, B, ready.gram, dy, ready.cum, ready.scale, ready.totals, table if D is None else D, mark, ready.wild,
+                at_chunks[1], dtotal, dx, dB, *gates, dD_chunks, *of_x, *of_B, *of_y, *of_D, *where, **halves,
+                WILD=wild, HAS_D=D is not None,
+            )  # fmt: skip
         if D is not None:
             dD += dD_chunks[:, :count].sum((0, 1))
     of_gates = gates.sum(1) if blocks_P > 1 else gates[:, 0]  # (2, B, H, chunks * Q)
@@ -275,4 +279,5 @@ def scan_backward(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Ten
     return Grads(dx, ddt, dA, dB.sum(0), dC.sum(0), dD, dbias, first)
 
 
+GRAD_STAGES = 0
 GRAD_WARPS = 8  # of the kernels that sum over heads in registers
