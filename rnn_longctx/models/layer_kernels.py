@@ -7,7 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rnn_longctx.ssd.kernels.launcher import Launched
 
+
+@Launched
 @triton.jit
 def _conv_silu(x, weight, bias, before, y, after, sxb, sxt, T, channels,
                TAPS: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, HAS_BIAS: tl.constexpr,
@@ -59,6 +62,7 @@ def conv_silu(x: Tensor, weight: Tensor, bias: Tensor | None, before: Tensor | N
     return y, after
 
 
+@Launched
 @triton.jit
 def _norm(x, add, gate, weight, total, y, sx, sa, sg, width, eps,
           BLOCK: tl.constexpr, HAS_ADD: tl.constexpr, HAS_GATE: tl.constexpr):  # fmt: skip

@@ -10,6 +10,7 @@ Log-decays are natural logs. Per head, with a state S of shape (P, N):
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -77,7 +78,9 @@ def scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *, dt_bias: Ten
     if mask is not None or reset is not None or policy.reset is not None:
         counts, drop = row_counts(carry.position, length, mask=mask, reset=reset, every=policy.reset)
 
-    with torch.autocast(x.device.type, enabled=False):
+    with (
+        nullcontext() if not torch.is_autocast_enabled(x.device.type) else torch.autocast(x.device.type, enabled=False)
+    ):
         y, new = chosen.run(
             x, dt, A, B, C, dt_bias=dt_bias, dt_softplus=dt_softplus, dt_limit=dt_limit, D=D, policy=policy,
             carry=carry, reset=reset, mask=mask, counts=counts, drop=drop,

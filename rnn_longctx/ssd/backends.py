@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -38,9 +39,11 @@ _BACKENDS: dict[str, Backend] = {}  # the first that can run is taken, so regist
 
 def register(backend: Backend) -> Backend:
     _BACKENDS[backend.name] = backend
+    choose.cache_clear()
     return backend
 
 
+@lru_cache(maxsize=1024)  # asked at every scan
 def choose(policy: ScanPolicy, forced: str | None = None, call: Call | None = None) -> Backend:
     """The backend for a policy and, where given, what it is to read.
 

@@ -84,7 +84,9 @@ def run(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *, dt_bias: Tens
                        drop=drop)  # fmt: skip
         return y.to(x.dtype), after
     # Rows that stand at different places reach a cap at different tokens, which chunks do not follow.
-    ragged = policy.caps and (mask is not None or reset is not None or bool((carry.position != carry.position[0]).any()))
+    ragged = policy.caps and (
+        mask is not None or reset is not None or bool((carry.position != carry.position[0]).any())
+    )
     if x.shape[1] == 1 or ragged:  # one token is a handful of small products: nothing to fuse
         return pytorch.run(x, dt, A, B, C, dt_bias=dt_bias, dt_softplus=dt_softplus, dt_limit=dt_limit, D=D,
                            policy=policy, carry=carry, reset=reset, mask=mask, counts=counts, drop=drop)  # fmt: skip
@@ -97,30 +99,31 @@ def run(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *, dt_bias: Tens
     graded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in asked)
     op = ops.scan if graded or torch.compiler.is_compiling() else ops.forward
 
-    def read(part: slice, state: Tensor, caps: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        return op(x[:, part], dt[:, part], A, B[:, part], C[:, part], D, dt_bias, state.contiguous(), table, pad,
-                  marks, caps, float(dt_limit[0]), float(dt_limit[1]), dt_softplus,
-                  policy.caps[0].every if policy.caps else 1)[:3]  # fmt: skip
+    every = policy.caps[0].every if policy.caps else 1
+
+    def read(x: Tensor, dt: Tensor, B: Tensor, C: Tensor, state: Tensor, caps: Tensor | None) -> tuple:
+        return op(x, dt, A, B, C, D, dt_bias, state.contiguous(), table, pad, marks, caps, float(dt_limit[0]),
+                  float(dt_limit[1]), dt_softplus, every)[:3]  # fmt: skip
 
     if not policy.caps:
-        y, state, total = read(slice(None), carry.state, None)
+        y, state, total = read(x, dt, B, C, carry.state, None)
         before = carry.log_decay
         if reset is not None:
             total = _of_last_document(dt, A, dt_bias, dt_softplus, dt_limit, policy, mask, reset)
             before = torch.where(reset.to(before.device).any(1)[:, None], 0.0, before)
         return y, ScanCarry(state, carry.position, before + total)
 
-    every, position, length = policy.caps[0].every, int(carry.position[0]), x.shape[1]
+    position, length = int(carry.position[0]), x.shape[1]
     before, state, parts = carry.log_decay, carry.state, []
     lead = min(length, -position % every)
     if lead:  # up to where pieces of k tokens begin, so that each is whole chunks
-        y, state, total = read(slice(0, lead), state, None)
+        y, state, total = read(*(t[:, :lead] for t in (x, dt, B, C)), state, None)
         before = before + total
         if (position + lead) % every == 0:
             y, state = _cut(y, state, x, C, D, policy, lead - 1)
         parts.append(y)
     if lead < length:
-        y, state, total = read(slice(lead, None), state, cap_table(policy, x.shape[2], x.device))
+        y, state, total = read(*(t[:, lead:] for t in (x, dt, B, C)), state, cap_table(policy, x.shape[2], x.device))
         before = before + total
         parts.append(y)
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1), ScanCarry(state, carry.position, before)

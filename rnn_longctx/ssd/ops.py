@@ -8,12 +8,12 @@ leave out. drop (B, T) int8: 1 where the state is dropped before the token. caps
 """
 
 # no `from __future__ import annotations`: torch reads the types
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from torch import Tensor
 
-Maybe = Optional[Tensor]
+Maybe = Tensor | None
 
 
 def forward(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Maybe, dt_bias: Maybe, initial: Tensor,

@@ -27,6 +27,7 @@ NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
 def compile_one(kernel, capability, dtype, warps, **constants):
+    kernel, named = kernel.jit, kernel
     names = list(inspect.signature(kernel.fn).parameters)
     constants = {k: v for k, v in constants.items() if k in names}
     signature = {}
@@ -36,7 +37,7 @@ def compile_one(kernel, capability, dtype, warps, **constants):
         elif constants.get("TMA") and name in ("x", "B", "C", "gram", "y"):
             width = {"gram": constants["Q"], "x": constants["BP"], "y": constants["BP"]}.get(name, constants["BN"])
             signature[name] = f"tensordesc<{NAMES[dtype]}[1, {constants['Q']}, 1, {width}]>"
-        elif name in POINTERS or (kernel, name) in OF_CHUNKS:
+        elif name in POINTERS or (named, name) in OF_CHUNKS:
             signature[name] = "*" + POINTERS.get(name, "x").replace("x", NAMES[dtype])
         elif name in ("cum", "totals") and dtype == torch.float32:
             signature[name] = "*fp64"
@@ -85,4 +86,4 @@ if __name__ == "__main__":
             ]
         for kernel, warps, changed in cases:
             made = compile_one(kernel, capability, dtype, warps, **{**flags, **changed})
-            print(kernel.fn.__name__, NAMES[dtype], d_state, changed, made.metadata.shared)
+            print(kernel.jit.fn.__name__, NAMES[dtype], d_state, changed, made.metadata.shared)

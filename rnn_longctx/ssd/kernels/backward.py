@@ -19,9 +19,11 @@ import triton
 import triton.language as tl
 
 from rnn_longctx.ssd.kernels.forward import first_state, reach
+from rnn_longctx.ssd.kernels.launcher import Launched
 from rnn_longctx.ssd.kernels.prepare import add_product, product, step_size
 
 
+@Launched
 @triton.jit
 def fold_states(initial, states, ends, segments, PN, BLOCK: tl.constexpr):
     """states[..., i] becomes the state at the end of segment i, in place. Grid (B * H, P * N / BLOCK)."""
@@ -34,6 +36,7 @@ def fold_states(initial, states, ends, segments, PN, BLOCK: tl.constexpr):
         tl.store(states + at * PN + e, S, mask=e < PN)
 
 
+@Launched
 @triton.jit
 def segment_grads(dy, C, A, table, drop, cum, totals, grads, ends, sdyb, sdyt, sdyh, sCb, sCt, sCg, low,
                   T, H, P, N, G, chunks, segment_chunks, segments,
@@ -75,6 +78,7 @@ def segment_grads(dy, C, A, table, drop, cum, totals, grads, ends, sdyb, sdyt, s
         tl.store(ends + at, prefix)
 
 
+@Launched
 @triton.jit
 def fold_grads(final, grads, ends, initial, segments, PN, BLOCK: tl.constexpr):
     """grads[..., i] becomes the gradient of the state at the end of segment i, in place; initial that of the first
@@ -98,6 +102,7 @@ def half(wild, totals, row, chunk, chunks, segment_chunks, segments):
     return tl.where(tame, 0.5 * tl.load(totals + row * chunks + chunk).to(tl.float32), 0.0)
 
 
+@Launched
 @triton.jit
 def chunk_states(x, B, drop, cum, scale, totals, wild, initial, states, out, sxb, sxt, sxh, sBb, sBt, sBg,
                  T, H, P, N, G, chunks, segment_chunks, segments, slab, width,
@@ -135,6 +140,7 @@ def chunk_states(x, B, drop, cum, scale, totals, wild, initial, states, out, sxb
         S = add_product(xw, B_QN, S * tl.exp(total.to(tl.float32)), FULL)
 
 
+@Launched
 @triton.jit
 def chunk_state_grads(dy, C, drop, cum, totals, wild, grads, at_chunks, out, dtotal, sdyb, sdyt, sdyh, sCb, sCt, sCg,
                       T, H, P, N, G, chunks, segment_chunks, segments, slab, width,
@@ -185,6 +191,7 @@ def nothing_wild(wild, low, high, segments, BH: tl.constexpr):
     return tl.max(tl.load(wild + h * segments, mask=h < high, other=0), 0) == 0
 
 
+@Launched
 @triton.jit
 def output_grads(x, B, C, gram, dy, cum, scale, totals, drop, wild, states, dB, dC, dcum,
                  sxb, sxt, sxh, sBb, sBt, sBg, sCb, sCt, sCg, sdyb, sdyt, sdyh,
@@ -200,7 +207,7 @@ def output_grads(x, B, C, gram, dy, cum, scale, totals, drop, wild, states, dB, 
     chunk = first + local
     low, high = split * per_group // splits, (split + 1) * per_group // splits
     wild += (b * H + g * per_group) * segments + chunk // segment_chunks
-    if WILD:
+    if WILD:  # noqa: SIM102 (a constant and a value)
         if nothing_wild(wild, low, high, segments, BH):
             return
     q, n = tl.arange(0, Q), tl.arange(0, BN)
@@ -262,6 +269,7 @@ def output_grads(x, B, C, gram, dy, cum, scale, totals, drop, wild, states, dB, 
     tl.store(dB + to, dB_QN, mask=of_C)
 
 
+@Launched
 @triton.jit
 def input_grads(x, B, gram, dy, cum, scale, totals, D, drop, wild, grads, dtotal,
                 dx, dB, dcum, dscale, dD,
@@ -269,15 +277,15 @@ def input_grads(x, B, gram, dy, cum, scale, totals, D, drop, wild, grads, dtotal
                 T, H, P, N, G, chunks, segment_chunks, segments, first, width, splits,
                 Q: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, HAS_D: tl.constexpr, HAS_DROP: tl.constexpr,
                 FULL: tl.constexpr, WILD: tl.constexpr, BH: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
-    """Of a chunk's inputs: dx (B,T,H,P), dD (B,width,H,P), dscale as dcum, and the rest of dB; dcum becomes the gradient
-    of log-decay. Same grid."""
+    """Of a chunk's inputs: dx (B,T,H,P), dD (B,width,H,P), dscale as dcum, and the rest of dB; dcum becomes the
+    gradient of log-decay. Same grid."""
     local, b = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
     g, split = (tl.program_id(1) // splits).to(tl.int64), (tl.program_id(1) % splits).to(tl.int64)
     blocks, batch, per_group = tl.cdiv(P, BP), tl.num_programs(2), H // G
     chunk = first + local
     low, high = split * per_group // splits, (split + 1) * per_group // splits
     wild += (b * H + g * per_group) * segments + chunk // segment_chunks
-    if WILD:
+    if WILD:  # noqa: SIM102 (a constant and a value)
         if nothing_wild(wild, low, high, segments, BH):
             return
     q, n = tl.arange(0, Q), tl.arange(0, BN)
@@ -347,6 +355,7 @@ def input_grads(x, B, gram, dy, cum, scale, totals, D, drop, wild, grads, dtotal
     tl.store(dB + to, tl.load(dB + to, mask=of_B, other=0.0) + dB_QN, mask=of_B)
 
 
+@Launched
 @triton.jit
 def gate_grads(dt, A, dt_bias, table, pad, dlog_decay, dscale, ddt, dA, dbias, low, high, sdb, sdt, sdh,
                T, H, stride, BT: tl.constexpr, BH: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr,

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rnn_longctx.ssd.kernels.launcher import Launched
 from rnn_longctx.ssd.kernels.prepare import FLOOR, step_size
 
 
@@ -31,6 +32,7 @@ def _convolved(
     return total * tl.sigmoid(total)
 
 
+@Launched
 @triton.jit
 def _decode(projected, weight, bias, before, after, A, dt_bias, D, table, caps, position, S, log_decay, y,
             low, high, stride, H, P, N, G, every, restart,

@@ -19,6 +19,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from rnn_longctx.ssd.kernels.launcher import Launched
 from rnn_longctx.ssd.kernels.prepare import add_product, product
 
 HORIZON = tl.constexpr(40.0)  # nats: exp(-40) = 4e-18 is nothing beside float32's 6e-8
@@ -32,6 +33,7 @@ def reach(A, table, h, H, low):
     return tl.where(only_forgets, -HORIZON, float("-inf"))
 
 
+@Launched
 @triton.jit
 def segment_states(x, B, A, table, drop, cum, scale, totals, states, ends, sxb, sxt, sxh, sBb, sBt, sBg, low,
                    T, H, P, N, G, chunks, segment_chunks, segments, offset,
@@ -76,6 +78,7 @@ def segment_states(x, B, A, table, drop, cum, scale, totals, states, ends, sxb, 
         tl.store(ends + at, suffix)
 
 
+@Launched
 @triton.jit
 def cap_chain(states, ends, caps, S, factors, H, P, N, pieces, offset, all_pieces,
               BP: tl.constexpr, BN: tl.constexpr):  # fmt: skip
@@ -130,6 +133,7 @@ def tile(source, stride_b, stride_t, stride_h, b, t0, h, column, T, columns, Q: 
     return values
 
 
+@Launched
 @triton.jit
 def chunk_scan(x, B, C, gram, y, cum, scale, totals, D, drop, initial, states, ends, final, wild,
                sxb, sxt, sxh, sBb, sBt, sBg, sCb, sCt, sCg, syb, syt, syh, sDh, sDp,

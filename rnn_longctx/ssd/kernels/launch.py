@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from typing import NamedTuple
 
 import torch
@@ -39,6 +39,7 @@ class Prepared(NamedTuple):
     segment_chunks: int
 
 
+@cache
 def blocks(headdim: int, d_state: int, dtype: torch.dtype, every: int | None = None) -> Blocks:
     """Fixed by shape and type, not searched for: a new shape costs one compilation and no timing. `every` tokens a cap
     applies: whole chunks."""
@@ -62,6 +63,7 @@ def _slots(device: torch.device) -> int:
     return 2 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
+@lru_cache(maxsize=4096)
 def segment_chunks(rows: int, chunks: int, device: torch.device) -> int:
     """Chunks a segment, for `rows` programs a segment: the count of segments that leaves the fewest slots idle, with
     2% added for each since a segment's first state must be found; never under 4 chunks."""

@@ -9,6 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from rnn_longctx.ssd.kernels.launcher import Launched
+
 # Nats a token: exp(-25) = 1e-11 is nothing beside float32's 6e-8, and sums over a chunk, whose differences the weights
 # are exponentials of, keep their digits. For float32 inputs the sums are float64.
 FLOOR = tl.constexpr(-25.0)
@@ -42,6 +44,7 @@ def step_size(raw, low, high, SOFTPLUS: tl.constexpr):
     return tl.minimum(v, high, propagate_nan=tl.PropagateNan.ALL)
 
 
+@Launched
 @triton.jit
 def prepare_chunk(dt, A, dt_bias, table, pad, B, C, drop, cum, scale, totals, spent, wild, gram, low, high, limit,
                   sdb, sdt, sdh, sBb, sBt, sBg, sCb, sCt, sCg, T, H, N, G, chunks, segment_chunks, segments,
