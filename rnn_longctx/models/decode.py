@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rnn_longctx.errors import InputError
 from rnn_longctx.models.cache import Cache, Carry
+from rnn_longctx.models.layers import RMSNorm
 from rnn_longctx.models.mamba2 import Mamba2LM
 from rnn_longctx.ssd import ScanCarry, fused
 
@@ -71,7 +72,7 @@ class Decoder:
             graph, logits = self._graphs[turn]  # type: ignore[misc]
             graph.replay()
         self._tokens += 1
-        return logits.clone()
+        return logits.to(torch.float32, copy=True)
 
     def cache(self) -> Cache:
         """What was read so far, as a cache of its own."""
@@ -117,16 +118,28 @@ class Decoder:
         model, c = self.model, self.model.config
         h, out = model.backbone.embedding(self._token), None
         for i, block in enumerate(model.backbone.blocks):
-            normed, h = block.norm.add(h, out, c.residual_in_fp32)
             m, policy = block.mixer, block.mixer.policy
-            projected = m.in_proj(normed)
-            y = projected.new_empty(len(projected), c.d_inner)
+            projected, h = _project(block.norm, m.in_proj, h, out, c.residual_in_fp32)
+            y = projected.new_empty(len(projected), c.d_inner, dtype=torch.float32)
             decode.decode(
                 projected, m.conv1d.weight[:, 0], m.conv1d.bias, self._conv[i][turn], self._conv[i][1 - turn],
                 self._A[i], m.dt_bias, m.D, self._tables[i], self._caps[i], self._position, self._states[i],
                 self._log_decay[i], y, c.ngroups, c.dt_limit, policy.caps[0].every if policy.caps else 1, policy.reset,
             )  # fmt: skip
-            out = m.out_proj(m.norm(y, projected[:, : c.d_inner]))
-        hidden = model.backbone.norm_f.add(h, out, c.residual_in_fp32)[0]
+            out = _project(m.norm, m.out_proj, y)[0]
+        logits = _project(model.backbone.norm_f, model.lm_head, h, out, c.residual_in_fp32)[0]
         self._position += 1
-        return model.logits(hidden)
+        return logits
+
+
+def _project(
+    norm: RMSNorm, linear: nn.Linear, x: Tensor, add: Tensor | None = None, in_fp32: bool = False
+) -> tuple[Tensor, Tensor]:
+    """`linear` (B, out) of the norm of x (B, dim) + add, and x + add, float32 if asked for."""
+    from rnn_longctx.models import matvec
+
+    if len(x) <= matvec.MOST:
+        total = torch.float32 if in_fp32 else x.dtype
+        return matvec.norm_linear(x, norm.weight, linear.weight, linear.bias, norm.eps, norm.groups, add, total)
+    normed, x = norm.add(x, add, in_fp32)
+    return linear(normed), x

@@ -33,8 +33,6 @@ class RMSNorm(nn.Module):
         """The norm of x + more, in the weight's type, and x + more itself: float32 if asked for (float64 stays). The
         sum is normed as it is, not rounded to the weight's type first as in transformers: in bf16 that rounding is the
         difference."""
-        if more is None:
-            return (self(x) if x.dtype == self.weight.dtype else self._norm(x, None).to(self.weight.dtype)), x
         wide = torch.float32 if in_fp32 and x.dtype != torch.float64 else x.dtype
         if _kernels(x):
             from rnn_longctx.models import layer_kernels
@@ -42,7 +40,8 @@ class RMSNorm(nn.Module):
             return layer_kernels.norm(
                 x, self.weight, self.eps, self.groups, add=more, dtype=self.weight.dtype, total=wide
             )
-        x = x.to(wide) + more
+        if more is not None:
+            x = x.to(wide) + more
         return self._norm(x, None).to(self.weight.dtype), x
 
     def _norm(self, x: Tensor, gate: Tensor | None) -> Tensor:

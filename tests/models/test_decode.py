@@ -13,6 +13,9 @@ from rnn_longctx.ssd import Cap, ScanPolicy, fused
 if fused.missing():
     pytest.skip(fused.missing(), allow_module_level=True)
 
+from rnn_longctx.models import matvec
+from rnn_longctx.ssd.kernels import decode
+
 DEVICE = "cpu" if fused.interpreted() else "cuda"
 POLICIES = {
     "plain": ScanPolicy(),
@@ -24,9 +27,9 @@ POLICIES = {
 }
 
 
-def small(ngroups=2):
+def small(ngroups=2, bias=False):
     torch.manual_seed(1)
-    config = Mamba2Config(d_model=20, n_layer=2, vocab_size=50, d_state=12, headdim=10, ngroups=ngroups)
+    config = Mamba2Config(d_model=20, n_layer=2, vocab_size=50, d_state=12, headdim=10, ngroups=ngroups, bias=bias)
     return Mamba2LM(config).to(DEVICE).eval()
 
 
@@ -42,20 +45,20 @@ def both(model, cache, tokens):
     )
 
 
-@pytest.mark.parametrize("name", POLICIES)
-def test_steps_as_the_model_does(name):
-    model, tokens = small(), torch.randint(50, (2, 9), device=DEVICE)
+@pytest.mark.parametrize(("name", "rows"), [*((name, 2) for name in POLICIES), ("rri", matvec.MOST + 1)])
+def test_steps_as_the_model_does(name, rows):
+    model, tokens = small(bias=name == "rri"), torch.randint(50, (rows, 9), device=DEVICE)
     for mixer in model.mixers:
         mixer.policy = POLICIES[name]
-    cache, prompt = Cache(), torch.randint(50, (2, 7), device=DEVICE)
-    mask = torch.ones(2, 7, dtype=torch.bool, device=DEVICE)
+    cache, prompt = Cache(), torch.randint(50, (rows, 7), device=DEVICE)
+    mask = torch.ones(rows, 7, dtype=torch.bool, device=DEVICE)
     mask[1, :4] = False  # rows that stand at different positions
     with torch.no_grad():
         model(prompt, cache, mask)
     ours, expected, decoder = both(model, cache, tokens)
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
     out = decoder.cache()
-    assert out.position.tolist() == cache.position.tolist() == [16, 12]
+    assert out.position.tolist() == cache.position.tolist() == [16, 12, *[16] * (rows - 2)]
     for a, b in zip(out.layers, cache.layers):
         torch.testing.assert_close(a.conv, b.conv, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(a.scan.state, b.scan.state, rtol=1e-4, atol=1e-5)
@@ -89,3 +92,21 @@ def test_what_it_refuses():
     assert "restart" in Decoder.refuses(model, cache)
     with pytest.raises(InputError, match="restart"):
         Decoder(model, cache)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 3])
+def test_launches_of_every_kind_agree(rows, monkeypatch):
+    """In bfloat16: a matrix product after a norm of its own, and one launch for both, dependent or not."""
+    torch.manual_seed(1)
+    model = Mamba2LM(Mamba2Config(d_model=1024, n_layer=4, vocab_size=999, bias=True)).to(DEVICE, torch.bfloat16).eval()
+    tokens, cache, logits = torch.randint(999, (rows, 300), device=DEVICE), Cache(), []
+    with torch.no_grad():
+        model(tokens, cache)
+    for most, dependent in ((0, False), (4, False), (4, True)):
+        monkeypatch.setattr(matvec, "MOST", most)
+        monkeypatch.setattr(decode, "DEPENDENT", dependent)
+        decoder = Decoder(model, cache.clone())
+        logits.append(torch.stack([decoder(tokens[:, i]) for i in range(300)]))
+    assert torch.equal(logits[1], logits[2])
+    assert (logits[1] - logits[0]).norm() < 0.02 * logits[0].norm()

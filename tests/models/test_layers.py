@@ -12,7 +12,7 @@ from rnn_longctx.ssd import fused
 if fused.missing():
     pytest.skip(fused.missing(), allow_module_level=True)
 
-from rnn_longctx.models import layer_kernels
+from rnn_longctx.models import layer_kernels, matvec
 
 DEVICE = "cpu" if fused.interpreted() else "cuda"
 
@@ -47,6 +47,40 @@ def test_norm(groups, gated, added):
     expected = (v / (v.square().mean(-1, keepdim=True) + 1e-5).sqrt()).flatten(-2) * weight
     torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(total, expected_total)
+
+
+@pytest.mark.parametrize(
+    ("rows", "dim", "outs", "groups"), [(1, 45, 77, 1), (3, 45, 5, 3), (5, 600, 33, 1), (1, 64, 64, 2)]
+)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("added", [True, False])
+def test_norm_and_projection(rows, dim, outs, groups, bias, added):
+    x, more = torch.randn(2, rows, dim, device=DEVICE).unbind(0)
+    linear = torch.nn.Linear(dim, outs, bias, device=DEVICE)
+    scale = torch.randn(dim, device=DEVICE)
+    y, total = matvec.norm_linear(x, scale, linear.weight, linear.bias, 1e-5, groups, more if added else None)
+    expected_total = x + more if added else x
+    v = expected_total.unflatten(-1, (groups, -1)).double()
+    normed = (v / (v.square().mean(-1, keepdim=True) + 1e-5).sqrt()).flatten(-2) * scale
+    torch.testing.assert_close(y.double(), linear.double()(normed), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(total, expected_total)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("dim", "groups"), [(1024, 1), (2048, 2), (1000, 1)])
+def test_norm_and_projection_in_half(dim, groups, dtype):
+    """As two launches round: the norm to the weight's type, the sum and the product from float32."""
+    x, more = torch.randn(2, dim, device=DEVICE), torch.randn(2, dim, device=DEVICE, dtype=dtype)
+    norm = layers.RMSNorm(dim, 1e-5, groups).to(DEVICE, dtype)
+    linear = torch.nn.Linear(dim, 333, device=DEVICE, dtype=dtype)
+    with torch.no_grad():
+        normed, total = norm.add(x, more, in_fp32=True)
+        expected = linear.double()(normed.double())
+        linear = linear.to(dtype)
+        y, ours = matvec.norm_linear(x, norm.weight, linear.weight, linear.bias, 1e-5, groups, more)
+    assert torch.equal(ours, total)
+    torch.testing.assert_close(y.double(), expected, rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.gpu

@@ -11,12 +11,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from rnn_longctx.models import layer_kernels
+from rnn_longctx.models import layer_kernels, matvec
 from rnn_longctx.ssd.kernels import backward, decode, forward, launch, prepare
 
 POINTERS = {"dt": "x", "x": "x", "B": "x", "C": "x", "y": "x", "gram": "x", "dy": "x", "dx": "x", "ddt": "x",
-            "weight": "x", "bias": "x", "before": "x", "after": "x", "add": "x", "gate": "x", "projected": "x",
-            "drop": "i8", "pad": "i32", "wild": "i32", "position": "i64", "log_decay": "fp64"}  # fmt: skip
+            "weight": "x", "norm": "x", "bias": "x", "before": "x", "after": "x", "add": "x", "gate": "x",
+            "projected": "x", "drop": "i8", "pad": "i32", "wild": "i32", "position": "i64",
+            "log_decay": "fp64"}  # fmt: skip
 FLOATS = ("A", "D", "dt_bias", "table", "cum", "scale", "totals", "initial", "states", "final", "caps", "S", "factors",
           "spent", "total", "grads", "ends", "dB", "dC", "dlog_decay", "dscale", "dD", "dA",
           "dcum", "dtotal",
@@ -45,9 +46,11 @@ def compile_one(kernel, capability, dtype, warps, **constants):
             signature[name] = "*fp32"
         else:
             signature[name] = "fp32" if name in ("low", "high", "limit", "eps") else "i32"
-    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n][0] == "*"}
+    even = [n for n in names if signature[n][0] == "*" or n in ("sx", "sa", "dim")]  # what sizes of 16 make of a stride
+    aligned = {(names.index(n),): [["tt.divisibility", 16]] for n in even}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+    options = {"num_warps": warps, "launch_pdl": constants.get("PDL", False)}
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
 if __name__ == "__main__":
@@ -57,7 +60,8 @@ if __name__ == "__main__":
         c = launch.blocks(headdim, d_state, dtype)
         flags = {"HAS_BIAS": True, "HAS_D": True, "HAS_INITIAL": True, "HAS_FINAL": True, "SOFTPLUS": True,
                  "HAS_PAD": False, "HAS_DROP": False, "WILD": False, "TMA": False, "FULL": dtype == torch.float32,
-                 "Q": c.Q, "BP": c.BP, "BN": c.BN, "BH": 32, "BLOCK": 1024, "STAGES": c.stages}  # fmt: skip
+                 "Q": c.Q, "BP": c.BP, "BN": c.BN, "BH": 32, "BLOCK": 1024, "STAGES": c.stages,
+                 "PDL": capability >= 90}  # fmt: skip
         cases = [
             (prepare.prepare_chunk, 4, {}),
             (forward.segment_states, c.warps, {}),
@@ -83,7 +87,12 @@ if __name__ == "__main__":
                 (layer_kernels._conv_silu, 4, {"TAPS": 4, "BT": 32, "BC": 128, "HAS_BEFORE": True}),
                 (layer_kernels._norm, 8, {"BLOCK": 2048, "HAS_ADD": True, "HAS_GATE": True}),
                 (decode._decode, 8, {"TAPS": 4, "HAS_CAP": True, "HAS_DROP": True}),
+                (decode._decode, 4, {"TAPS": 4, "BP": 16, "HAS_CAP": False}),
             ]
+            for block, batch, groups in ((1024, 1, 1), (2048, 1, 1), (2048, 4, 1), (8192, 1, 8)):
+                rows = matvec.rows_of(block, 2)
+                sizes = {"BLOCK": block, "BATCH": batch, "GROUPS": groups, "ROWS": rows, "HAS_ADD": block == 1024}
+                cases.append((matvec._norm_linear, matvec.warps_of(rows, block, 2), sizes))
         for kernel, warps, changed in cases:
             made = compile_one(kernel, capability, dtype, warps, **{**flags, **changed})
             print(kernel.jit.fn.__name__, NAMES[dtype], d_state, changed, made.metadata.shared)
