@@ -16,8 +16,8 @@ from rnn_longctx.ssd.kernels.decode import dependent
 from rnn_longctx.ssd.kernels.launcher import Launched
 
 MOST = 4  # rows of the input; with more of them a matrix product is faster
-BYTES = 2**14  # of weights that a program holds, if that is 2 to 32 rows of them
-SHARE = 128  # of these bytes, what a thread holds
+BYTES = 2**15  # of weights a program reads
+SHARE = 256  # of them a thread
 
 
 @Launched
