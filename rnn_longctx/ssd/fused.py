@@ -1,8 +1,9 @@
 """The scan on a GPU, as a backend: what a policy and a carry mean to the Triton kernels (`rnn_longctx.ssd.kernels`).
 
-The kernels take the raw dt and a policy's affine gates; resets and padding are positions. A norm cap every k tokens, k
-a multiple of 16, is made part of the gates: the factors by which states are cut back are found first, piece by piece,
-and then the scan is a plain one (`rnn_longctx.ssd.caps`). `refuses` says what the kernels cannot do.
+The kernels take the raw dt and a policy's affine gates; resets and padding are positions. Norm caps are made part of
+the gates: the factors by which states are cut back are found first, piece by piece where a cap is due every k tokens, k
+a multiple of 16, token by token otherwise, and then the scan is a plain one (`rnn_longctx.ssd.caps`). `refuses` says
+what the kernels cannot do.
 """
 
 from __future__ import annotations
@@ -46,8 +47,10 @@ def missing() -> str | None:
 
 
 def refuses(policy: ScanPolicy, call: Call | None) -> str | None:
-    if policy.caps and (len(policy.caps) > 1 or policy.caps[0].every % 16 or policy.reset is not None):
-        return "has one norm cap, every k tokens with k a multiple of 16, without resets"
+    if len(policy.caps) > 2:
+        return f"has two norm caps, not {len(policy.caps)}"
+    if policy.caps and policy.reset is not None:
+        return "has norm caps without resets"
     if policy.window is not None:
         return "has no sliding window yet"
     if policy.start is not None:
@@ -72,6 +75,8 @@ def refuses(policy: ScanPolicy, call: Call | None) -> str | None:
             return f"has d_state up to 256 in the {here} bytes of shared memory of {call.device}"
     if policy.caps and call.headdim * call.d_state > 2**14:
         return f"has norm caps for states of up to 16384 numbers a head, not {call.headdim} x {call.d_state}"
+    if policy.caps and not _in_pieces(policy) and call.d_state > 256:
+        return f"has norm caps token by token with d_state up to 256, not {call.d_state}"
     return None
 
 
@@ -99,34 +104,36 @@ def run(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *, dt_bias: Tens
     graded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in asked)
     op = ops.scan if graded or torch.compiler.is_compiling() else ops.forward
 
-    every = policy.caps[0].every if policy.caps else 1
+    every = policy.caps[0].every if _in_pieces(policy) else 0
+    due = [cap.every for cap in policy.caps]
+    position = int(carry.position[0]) if policy.caps else 0
 
-    def read(x: Tensor, dt: Tensor, B: Tensor, C: Tensor, state: Tensor, caps: Tensor | None) -> tuple:
+    def read(x: Tensor, dt: Tensor, B: Tensor, C: Tensor, state: Tensor, capped: bool) -> tuple:
+        caps = cap_table(policy, x.shape[2], x.device) if capped else None
         return op(x, dt, A, B, C, D, dt_bias, state.contiguous(), table, pad, marks, caps, float(dt_limit[0]),
-                  float(dt_limit[1]), dt_softplus, every)[:3]  # fmt: skip
+                  float(dt_limit[1]), dt_softplus, every, due, position)[:3]  # fmt: skip
 
-    if not policy.caps:
-        y, state, total = read(x, dt, B, C, carry.state, None)
-        before = carry.log_decay
+    before, lead = carry.log_decay, min(x.shape[1], -position % every) if every else 0
+    if not lead:
+        y, state, total = read(x, dt, B, C, carry.state, bool(policy.caps))
         if reset is not None:
             total = _of_last_document(dt, A, dt_bias, dt_softplus, dt_limit, policy, mask, reset)
             before = torch.where(reset.to(before.device).any(1)[:, None], 0.0, before)
         return y, ScanCarry(state, carry.position, before + total)
 
-    position, length = int(carry.position[0]), x.shape[1]
-    before, state, parts = carry.log_decay, carry.state, []
-    lead = min(length, -position % every)
-    if lead:  # up to where pieces of k tokens begin, so that each is whole chunks
-        y, state, total = read(*(t[:, :lead] for t in (x, dt, B, C)), state, None)
-        before = before + total
-        if (position + lead) % every == 0:
-            y, state = _cut(y, state, x, C, D, policy, lead - 1)
-        parts.append(y)
-    if lead < length:
-        y, state, total = read(*(t[:, lead:] for t in (x, dt, B, C)), state, cap_table(policy, x.shape[2], x.device))
-        before = before + total
-        parts.append(y)
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 1), ScanCarry(state, carry.position, before)
+    # first up to where pieces of k tokens begin, so that each is whole chunks
+    y, state, total = read(*(t[:, :lead] for t in (x, dt, B, C)), carry.state, False)
+    if (position + lead) % every == 0:
+        y, state = _cut(y, state, x, C, D, policy, lead - 1)
+    if lead < x.shape[1]:
+        rest, state, more = read(*(t[:, lead:] for t in (x, dt, B, C)), state, True)
+        y, total = torch.cat([y, rest], 1), total + more
+    return y, ScanCarry(state, carry.position, before + total)
+
+
+def _in_pieces(policy: ScanPolicy) -> bool:
+    """Whether a cap is due after whole chunks only; otherwise its factors are found token by token."""
+    return len(policy.caps) == 1 and policy.caps[0].every % 16 == 0
 
 
 def _cut(y: Tensor, state: Tensor, x: Tensor, C: Tensor, D: Tensor | None, policy: ScanPolicy,
@@ -159,8 +166,8 @@ def gate_table(policy: ScanPolicy, heads: int, device: torch.device) -> Tensor:
 
 @lru_cache(maxsize=256)
 def cap_table(policy: ScanPolicy, heads: int, device: torch.device) -> Tensor:
-    """(H) float32."""
-    return _rows([policy.caps[0].norm], heads, device)[0]
+    """(caps, H) float32."""
+    return _rows([cap.norm for cap in policy.caps], heads, device)
 
 
 def _rows(values: list[PerHead], heads: int, device: torch.device) -> Tensor:

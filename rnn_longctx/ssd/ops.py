@@ -3,8 +3,9 @@ one operator with known shapes where there are many kernels. Without gradients, 
 below are called as they are: an operator's dispatch costs as much time as the launches.
 
 Shapes: see `rnn_longctx.ssd`. table (4, H): the policy's mul, add, gain, min_dt. pad (B): leading tokens of a row to
-leave out. drop (B, T) int8: 1 where the state is dropped before the token. caps (H): the norm's cap, after every
-`every`-th token. No policy is known here.
+leave out. drop (B, T) int8: 1 where the state is dropped before the token. caps (n, H): norm caps; with `every` > 0
+there is one, after each `every`-th token, whole chunks; otherwise one is due after token t where every[i] divides
+position + t + 1. No policy is known here.
 """
 
 # no `from __future__ import annotations`: torch reads the types
@@ -17,21 +18,23 @@ Maybe = Tensor | None
 
 
 def forward(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Maybe, dt_bias: Maybe, initial: Tensor,
-            table: Tensor, pad: Maybe, drop: Maybe, caps: Maybe, low: float, high: float, softplus: bool,
-            every: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """y as x; the final state (B,H,P,N) float32; log-decay (B,H) float64, summed; the factors (B,H,T//every) by which
-    the state was cut back, 0 columns without caps."""
-    from rnn_longctx.ssd.kernels import launch
+            table: Tensor, pad: Maybe, drop: Maybe, caps: Maybe, low: float, high: float, softplus: bool, every: int,
+            due: list[int], position: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """y as x; the final state (B,H,P,N) float32; log-decay (B,H) float64, summed; the factors by which the state was
+    cut back, of `_factors_shape`."""
+    from rnn_longctx.ssd.kernels import launch, launch_caps
 
     with torch.cuda.device_of(x):  # Triton launches on the current device
-        c = launch.blocks(x.shape[3], B.shape[3], x.dtype, every if caps is not None else None)
-        ready = launch.prepare_chunks(dt, A, B, C, dt_bias, table, pad, drop, low, high, softplus, x.shape[3], c,
-                                      capped=caps is not None)  # fmt: skip
+        c = launch.blocks(x.shape[3], B.shape[3], x.dtype, every)
+        ready = launch.prepare_chunks(dt, A, B, C, dt_bias, table, pad, drop, low, high, softplus, x.shape[3], c)
         if caps is None or x.shape[1] < every:
             factors = x.new_empty(x.shape[0], x.shape[2], 0, dtype=torch.float32)
+        elif every:
+            factors = launch_caps.cap_factors(x, B, A, table, initial, low, caps[0], every, ready, c)
+            launch_caps.cut_back(ready, factors, every)
         else:
-            factors = launch.cap_factors(x, B, A, table, initial, low, caps, every, ready, c)
-            launch.cut_back(ready, factors, every)
+            factors = launch_caps.token_factors(x, B, initial, caps, [(k, position) for k in due], ready, c)
+            launch_caps.cut_back_tokens(ready, factors)
         y, final = launch.scan_forward(x, B, C, D, A, table, drop, initial, low, ready, c)
         return y, final, ready.spent.sum(2, dtype=torch.float64), factors
 
@@ -40,14 +43,13 @@ def backward(dy: Tensor, dfinal: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Te
              dt_bias: Maybe, initial: Tensor, table: Tensor, pad: Maybe, drop: Maybe, factors: Tensor, low: float,
              high: float, softplus: bool, every: int) -> list[Tensor]:  # fmt: skip
     """The gradients of x, dt (as they are), A (H), B, C (B,T,G,N), D (H,P), dt_bias (H) and initial (float32)."""
-    from rnn_longctx.ssd.kernels import launch
+    from rnn_longctx.ssd.kernels import launch, launch_grads
 
     with torch.cuda.device_of(x):
-        capped = factors.shape[2] > 0
-        c = launch.blocks(x.shape[3], B.shape[3], x.dtype, every if capped else None)
-        made = launch.scan_backward(
+        made = launch_grads.scan_backward(
             x, dt, A, B, C, D, dt_bias, table, pad, drop, initial, low, high, softplus, dy.contiguous(),
-            dfinal.contiguous(), c, factors if capped else None, every,
+            dfinal.contiguous(), launch.blocks(x.shape[3], B.shape[3], x.dtype, every),
+            factors if factors.shape[2] else None, every,
         )  # fmt: skip
     return list(made)
 
@@ -58,14 +60,25 @@ scan_backward = torch.library.custom_op("rnn_longctx::scan_backward", backward, 
 
 @scan.register_fake
 def _(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Maybe, dt_bias: Maybe, initial: Tensor,
-      table: Tensor, pad: Maybe, drop: Maybe, caps: Maybe, low: float, high: float, softplus: bool,
-      every: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    batch, length, heads, _ = x.shape
-    cuts = 0 if caps is None else length // every
+      table: Tensor, pad: Maybe, drop: Maybe, caps: Maybe, low: float, high: float, softplus: bool, every: int,
+      due: list[int], position: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    batch, length, heads, headdim = x.shape
     return (
         x.new_empty(x.shape), torch.empty_like(initial), x.new_empty(batch, heads, dtype=torch.float64),
-        x.new_empty(batch, heads, cuts, dtype=torch.float32),
+        x.new_empty(_factors_shape(batch, length, heads, headdim, B.shape[3], x.dtype, caps, every),
+                    dtype=torch.float32),
     )  # fmt: skip
+
+
+def _factors_shape(batch: int, length: int, heads: int, headdim: int, d_state: int, dtype: torch.dtype, caps: Maybe,
+                   every: int) -> tuple[int, ...]:  # fmt: skip
+    """(B, H, T // every) for a cap after pieces, (B, H, chunks, Q) for caps of every token, no column without."""
+    if caps is None or every:
+        return batch, heads, 0 if caps is None else length // every
+    from rnn_longctx.ssd.kernels import launch
+
+    Q = launch.blocks(headdim, d_state, dtype, every).Q
+    return batch, heads, -(-length // Q), Q
 
 
 @scan_backward.register_fake
@@ -94,7 +107,7 @@ def _differentiate(ctx: Any, dy: Tensor, dfinal: Tensor, *_: Tensor) -> tuple:
     dD = None if D is None else (dD if D.ndim == 2 else dD.sum(1)).to(D.dtype)
     dbias = None if dt_bias is None else dbias.to(dt_bias.dtype)
     return (dx, ddt, dA.to(A.dtype), dB.to(B.dtype), dC.to(C.dtype), dD, dbias, dinitial.to(initial.dtype),
-            *[None] * 8)  # fmt: skip
+            *[None] * 10)  # fmt: skip
 
 
 scan.register_autograd(_differentiate, setup_context=_save)

@@ -12,22 +12,21 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from rnn_longctx.models import layer_kernels, matvec
-from rnn_longctx.ssd.kernels import backward, decode, forward, launch, prepare
+from rnn_longctx.ssd.kernels import backward, caps, decode, forward, launch, launch_caps, launch_grads, prepare
 
 POINTERS = {"dt": "x", "x": "x", "B": "x", "C": "x", "y": "x", "gram": "x", "dy": "x", "dx": "x", "ddt": "x",
             "weight": "x", "norm": "x", "bias": "x", "before": "x", "after": "x", "add": "x", "gate": "x",
             "projected": "x", "drop": "i8", "pad": "i32", "wild": "i32", "position": "i64",
             "log_decay": "fp64"}  # fmt: skip
 FLOATS = ("A", "D", "dt_bias", "table", "cum", "scale", "totals", "initial", "states", "final", "caps", "S", "factors",
-          "spent", "total", "grads", "ends", "dB", "dC", "dlog_decay", "dscale", "dD", "dA",
-          "dcum", "dtotal",
-          "dbias")  # fmt: skip
+          "spent", "total", "grads", "ends", "dB", "dC", "dlog_decay", "dscale", "dD", "dA", "dcum", "dtotal", "dbias",
+          "room")  # fmt: skip
 OF_CHUNKS = {(backward.output_grads, "states"), (backward.input_grads, "grads"), (backward.chunk_states, "out"),
              (backward.chunk_state_grads, "out"), (backward.chunk_state_grads, "at_chunks")}  # fmt: skip
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
-def compile_one(kernel, capability, dtype, warps, **constants):
+def compile_one(kernel, capability, dtype, warps, like_x=(), **constants):
     kernel, named = kernel.jit, kernel
     names = list(inspect.signature(kernel.fn).parameters)
     constants = {k: v for k, v in constants.items() if k in names}
@@ -38,7 +37,7 @@ def compile_one(kernel, capability, dtype, warps, **constants):
         elif constants.get("TMA") and name in ("x", "B", "C", "gram", "y"):
             width = {"gram": constants["Q"], "x": constants["BP"], "y": constants["BP"]}.get(name, constants["BN"])
             signature[name] = f"tensordesc<{NAMES[dtype]}[1, {constants['Q']}, 1, {width}]>"
-        elif name in POINTERS or (named, name) in OF_CHUNKS:
+        elif name in POINTERS or name in like_x or (named, name) in OF_CHUNKS:
             signature[name] = "*" + POINTERS.get(name, "x").replace("x", NAMES[dtype])
         elif name in ("cum", "totals") and dtype == torch.float32:
             signature[name] = "*fp64"
@@ -57,32 +56,41 @@ if __name__ == "__main__":
     capability = int(sys.argv[1])
     sizes = ((torch.bfloat16, 64, 128), (torch.bfloat16, 64, 256), (torch.float32, 64, 128))
     for dtype, headdim, d_state in sizes:
-        c = launch.blocks(headdim, d_state, dtype)
+        c = launch.blocks(headdim, d_state, dtype, 0)
+        token_warps = launch_caps.token_warps(64, c.BN, dtype)
         flags = {"HAS_BIAS": True, "HAS_D": True, "HAS_INITIAL": True, "HAS_FINAL": True, "SOFTPLUS": True,
                  "HAS_PAD": False, "HAS_DROP": False, "WILD": False, "TMA": False, "FULL": dtype == torch.float32,
                  "Q": c.Q, "BP": c.BP, "BN": c.BN, "BH": 32, "BLOCK": 1024, "STAGES": c.stages,
-                 "PDL": capability >= 90}  # fmt: skip
+                 "PDL": capability >= 90, "LANES": 32, "DENSE": True}  # fmt: skip
         cases = [
             (prepare.prepare_chunk, 4, {}),
             (forward.segment_states, c.warps, {}),
-            (forward.cap_chain, 8, {}),
+            (forward.segment_states, c.warps, {"like_x": ("states",)}),
+            (
+                caps.cap_chain,
+                8,
+                {"BP": 64, "STAGES": launch_caps.chain_stages(64 * c.BN, dtype), "like_x": ("states",)},
+            ),
+            (caps.cap_tokens, token_warps, {"BP": 64, "W": token_warps}),
             (forward.chunk_scan, c.warps, {}),
             (forward.chunk_scan, c.warps, {"WILD": True, "HAS_DROP": True}),
             (backward.segment_grads, c.warps, {}),
             (backward.chunk_states, c.warps, {}),
             (backward.chunk_state_grads, c.warps, {}),
-            (backward.output_grads, launch.GRAD_WARPS, {}),
-            (backward.input_grads, launch.GRAD_WARPS, {}),
+            (backward.output_grads, launch_grads.GRAD_WARPS, {}),
+            (backward.input_grads, launch_grads.GRAD_WARPS, {}),
         ]
         if dtype == torch.bfloat16 and capability >= 90:
             cases.append((forward.chunk_scan, c.warps, {"TMA": True}))
         if (dtype, d_state) == (torch.bfloat16, 128):
             cases += [
                 (prepare.prepare_chunk, 4, {"HAS_PAD": True, "HAS_DROP": True}),
+                (caps.cap_tokens, 4, {"W": 4, "DENSE": False}),
+                (caps.cut_tokens, 4, {"ROWS": 16}),
                 (backward.fold_states, 4, {}),
                 (backward.fold_grads, 4, {}),
-                (backward.output_grads, launch.GRAD_WARPS, {"HAS_DROP": True}),
-                (backward.input_grads, launch.GRAD_WARPS, {"HAS_DROP": True}),
+                (backward.output_grads, launch_grads.GRAD_WARPS, {"HAS_DROP": True}),
+                (backward.input_grads, launch_grads.GRAD_WARPS, {"HAS_DROP": True}),
                 (backward.gate_grads, 4, {"BT": 128, "BH": 8, "HAS_PAD": True}),
                 (layer_kernels._conv_silu, 4, {"TAPS": 4, "BT": 32, "BC": 128, "HAS_BEFORE": True}),
                 (layer_kernels._norm, 8, {"BLOCK": 2048, "HAS_ADD": True, "HAS_GATE": True}),

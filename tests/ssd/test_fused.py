@@ -21,7 +21,7 @@ from rnn_longctx.ssd import Call, Cap, ScanPolicy, choose, fused, reference, sca
 if fused.missing():
     pytest.skip(fused.missing(), allow_module_level=True)
 
-from rnn_longctx.ssd.kernels import launch
+from rnn_longctx.ssd.kernels import launch, launch_caps, launch_grads
 
 DEVICE = "cpu" if fused.interpreted() else "cuda"
 H, P, G, N = 4, 20, 2, 24  # not powers of two: part of every tile lies outside
@@ -32,8 +32,9 @@ def small_blocks(monkeypatch):
     """Many chunks and segments in a short stream."""
     if DEVICE == "cpu":
         monkeypatch.setattr(launch, "blocks", lambda *_: launch.Blocks(16, 16, 32, 4, 1))
-        monkeypatch.setattr(launch, "BACKWARD_CHUNKS", 2)
+        monkeypatch.setattr(launch_grads, "BACKWARD_CHUNKS", 2)
         monkeypatch.setattr(launch, "segment_chunks", lambda *_: 2)
+        monkeypatch.setattr(launch_caps, "LANES", 8)
 
 
 def inputs(length, batch=2, decay=0.5, dtype=torch.float32, sizes=(H, P, G, N)):
@@ -74,6 +75,7 @@ POLICIES = {
     "growing": ScanPolicy(add=0.01),
     "reset": ScanPolicy(reset=37),
     "cap every 16": ScanPolicy(caps=(Cap(1.5, 16),)),
+    "cap every token": ScanPolicy(caps=(Cap(1.5),)),
     "cap every 48, some heads": ScanPolicy(caps=(Cap((0.5, 1.0, 900.0, 2.0), 48),), add=-0.001),
 }
 
@@ -103,6 +105,56 @@ def test_definition(name):
             assert carry.position.tolist() == expected_position
 
 
+CAPS = {
+    "some heads": ScanPolicy(caps=(Cap((0.5, 8.0, 900.0, 2.0)),)),
+    "no head": ScanPolicy(caps=(Cap(1e4),)),
+    "nearly nothing left": ScanPolicy(caps=(Cap(1e-30),)),
+    "every 3": ScanPolicy(caps=(Cap(1.5, 3),)),
+    "every 25": ScanPolicy(caps=(Cap(1.5, 25),)),
+    "two": ScanPolicy(caps=(Cap(9.0, 1), Cap((0.5, 8.0, 2.0, 2.0), 16))),
+    "never forget": ScanPolicy(mul=0.0, caps=(Cap(3.0),)),
+    "growing": ScanPolicy(add=0.01, caps=(Cap(3.0),)),
+}
+
+
+@pytest.mark.parametrize(("name", "lanes"), [*((name, 8) for name in CAPS), ("two", 16)])
+def test_caps_token_by_token(name, lanes, monkeypatch):
+    """Whole and in parts, from a state that may be beyond its cap; a chunk in two registers of a warp, and in one."""
+    if DEVICE == "cpu":
+        monkeypatch.setattr(launch, "LANES", lanes)
+    length = 61
+    for decay, cuts in ((0.5, [1, 38]), (40.0, [])):
+        x, more = inputs(length, batch=1, decay=decay)
+        start, position = 5 * torch.randn(1, H, P, N), torch.full((1,), 7)
+        expected, state, _ = reference.scan(
+            **on_cpu(x), **on_cpu(more), policy=CAPS[name], state=start, position=position
+        )
+        carry = ssd.ScanCarry(start.to(DEVICE), position, torch.zeros(1, H, dtype=torch.float64, device=DEVICE))
+        ys = []
+        for i, j in zip([0, *cuts], [*cuts, length]):
+            part = {k: v if k == "A" else v[:, i:j] for k, v in x.items()}
+            y, carry = scan(**part, **more, policy=CAPS[name], carry=carry, backend="triton")
+            ys.append(y)
+        assert error(torch.cat(ys, 1), expected) < 1e-5
+        assert error(carry.state, state) < 1e-5
+
+
+def test_a_cap_of_zero():
+    """No policy has one; the kernel leaves nothing, and no NaN."""
+    x, _ = inputs(40)
+    c = launch.blocks(P, N, torch.float32, 0)
+    table = fused.gate_table(ScanPolicy(), H, torch.device(DEVICE))
+    ready = launch.prepare_chunks(
+        x["dt"], x["A"], x["B"], x["C"], None, table, None, None, 0.0, 2.0, True, P, c
+    )  # fmt: skip
+    x["x"][0] = 0.0
+    start = torch.zeros(2, H, P, N, device=DEVICE)
+    factors = launch_caps.token_factors(x["x"], x["B"], start, torch.zeros(1, H, device=DEVICE), ((1, 0),), ready, c)
+    assert (factors[0] == 1).all() and (factors[1].flatten(1)[:, :40] == 0).all()
+    launch_caps.cut_back_tokens(ready, factors)
+    assert not ready.cum.isnan().any() and (ready.scale[1] == 0).all() and (ready.wild[1, :, 0] == 1).all()
+
+
 @pytest.mark.parametrize("decay", [1e-4, 40.0, 1e3])
 def test_decays_of_any_size(decay):
     x, more = inputs(70, decay=decay)
@@ -113,7 +165,7 @@ def test_decays_of_any_size(decay):
 
 @pytest.mark.parametrize("resets", [False, True], ids=["one document", "documents"])
 @pytest.mark.parametrize("decay", [0.5, 40.0])
-@pytest.mark.parametrize("name", ["plain", "scaled, filtered", "cap every 16"])
+@pytest.mark.parametrize("name", ["plain", "scaled, filtered", "cap every 16", "cap every token"])
 def test_gradients(name, decay, resets):
     """To every input and to the initial state, through outputs and the final state."""
     length = 75
@@ -138,23 +190,31 @@ def test_gradients(name, decay, resets):
 
 def test_what_it_refuses():
     call = Call(torch.device(DEVICE), torch.float32, False, P, N)
-    for policy, word in ((ScanPolicy(caps=(Cap(1.0),)), "cap"), (ScanPolicy(window=5), "window")):
+    caps = (Cap(1.0), Cap(1.0, 5), Cap(1.0, 7))
+    for policy, word in (
+        (ScanPolicy(caps=caps), "two norm caps"),
+        (ScanPolicy(caps=caps[:1], reset=5), "cap"),
+        (ScanPolicy(window=5), "window"),
+    ):
         with pytest.raises(InputError, match=f"backend 'triton': .*{word}"):
             choose(policy, "triton", call)
         assert choose(policy, None, call).name == "torch"
     for wrong in ({"dtype": torch.float64}, {"per_channel": True}, {"d_state": 1024}):
         with pytest.raises(InputError, match="backend 'triton'"):
             choose(ScanPolicy(), "triton", Call(**{**call.__dict__, **wrong}))
+    wide = Call(torch.device(DEVICE), torch.float32, False, 16, 512)
+    assert "token by token" in fused.refuses(ScanPolicy(caps=caps[:1]), wide)
     assert choose(ScanPolicy(), None, Call(torch.device("cpu"), torch.float32, False, P, N)).name == "torch"
 
 
-def test_nan_ends():
+@pytest.mark.parametrize("policy", [ScanPolicy(), ScanPolicy(caps=(Cap(1.5),))], ids=["plain", "cap"])
+def test_nan_ends(policy):
     """No hang, and nothing but what comes in the same chunk or later, of the same head, is touched."""
     x, more = inputs(150)
-    chunk = launch.blocks(P, N, torch.float32).Q
+    chunk = launch.blocks(P, N, torch.float32, 0).Q
     x["x"][0, 100, 0, 0] = float("nan")
     x["dt"][1, 100, 1] = float("nan")
-    y, _ = scan(**x, **more, backend="triton")
+    y, _ = scan(**x, **more, policy=policy, backend="triton")
     before = 100 // chunk * chunk
     assert before > 0 and y[:, :before].isfinite().all() and y[:, :, 2:].isfinite().all()
     assert y[0, 100, 0, 0].isnan() and y[1, 100, 1].isnan().any()
@@ -184,6 +244,22 @@ def test_on_the_device(sizes, dtype, most):
     double = {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in {**x, **more}.items()}
     expected, carry = scan(**double, backend="torch")
     y, ours = scan(**x, **more, backend="triton")
+    assert error(y, expected) < most and error(ours.state, carry.state) < most
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "most"), [(torch.bfloat16, 5e-3), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("sizes", [(4, 64, 1, 128), (4, 32, 2, 64), (2, 128, 1, 128), (2, 48, 1, 20)])
+@pytest.mark.parametrize("every", [1, 3, 256])
+def test_caps_on_the_device(every, sizes, dtype, most):
+    x, more = inputs(3333, dtype=dtype, sizes=sizes)
+    double = {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in {**x, **more}.items()}
+    _, plain = scan(**double, backend="torch")
+    norms = plain.state.flatten(2).norm(dim=-1).mean(0)
+    norms[0] *= 100  # a head that stays below it
+    policy = ScanPolicy(caps=(Cap(tuple((norms / 4).tolist()), every),))
+    expected, carry = scan(**double, policy=policy, backend="torch")
+    y, ours = scan(**x, **more, policy=policy, backend="triton")
     assert error(y, expected) < most and error(ours.state, carry.state) < most
 
 

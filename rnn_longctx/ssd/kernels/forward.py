@@ -78,30 +78,6 @@ def segment_states(x, B, A, table, drop, cum, scale, totals, states, ends, sxb, 
         tl.store(ends + at, suffix)
 
 
-@Launched
-@triton.jit
-def cap_chain(states, ends, caps, S, factors, H, P, N, pieces, offset, all_pieces,
-              BP: tl.constexpr, BN: tl.constexpr):  # fmt: skip
-    """factors (B,H,all_pieces) from `offset` on: by how much the state is cut back to its cap at the end of each of
-    `pieces` pieces of the stream, which add `states` (B,H,pieces,P,N) and forget `ends`. S (B,H,P,N) is the state
-    before the first and becomes that after the last. Grid (B * H): here the stream is walked in order."""
-    row = tl.program_id(0).to(tl.int64)
-    p, n = tl.arange(0, BP), tl.arange(0, BN)
-    inside = (p[:, None] < P) & (n[None, :] < N)
-    here = p[:, None] * N + n[None, :]
-    cap = tl.load(caps + tl.program_id(0) % H)
-    S_PN = tl.load(S + row * P * N + here, mask=inside, other=0.0)
-    for i in range(pieces):
-        at = row * pieces + i
-        added = tl.load(states + at * P * N + here, mask=inside, other=0.0)
-        S_PN = S_PN * tl.exp(tl.load(ends + at)) + added
-        norm = tl.sqrt(tl.sum(S_PN * S_PN))
-        factor = tl.where(norm > cap, cap / norm, 1.0)
-        tl.store(factors + row * all_pieces + offset + i, factor)
-        S_PN *= factor
-    tl.store(S + row * P * N + here, S_PN, mask=inside)
-
-
 @triton.jit
 def first_state(initial, states, ends, row, segment, segments, p, n, P, N,
                 FOLDED: tl.constexpr):  # fmt: skip

@@ -11,10 +11,9 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from rnn_longctx.ssd.kernels import backward, forward, prepare
+from rnn_longctx.ssd.kernels import forward, prepare
 
-LIMIT = 60.0  # nats by which a factor of `chunk_scan` may leave 1; bfloat16 and float32 end at exp(88)
-STEEP = 20.0  # nats by which a cap may cut a state back at once before the segment counts as wild
+LIMIT = 60.0  # nats by which a factor of `chunk_scan` may leave 1 (15 more with caps); float32 ends at exp(88)
 DESCRIBED = 2**27  # elements of x from which describing the arrays to the copy engine pays
 
 
@@ -40,11 +39,11 @@ class Prepared(NamedTuple):
 
 
 @cache
-def blocks(headdim: int, d_state: int, dtype: torch.dtype, every: int | None = None) -> Blocks:
-    """Fixed by shape and type, not searched for: a new shape costs one compilation and no timing. `every` tokens a cap
-    applies: whole chunks."""
+def blocks(headdim: int, d_state: int, dtype: torch.dtype, every: int) -> Blocks:
+    """Fixed by shape and type, not searched for: a new shape costs one compilation and no timing. `every` (or 0)
+    tokens a cap applies: whole chunks."""
     c = _blocks(headdim, d_state, dtype)
-    return c if every is None else replace(c, Q=min(c.Q, every & -every))
+    return replace(c, Q=min(c.Q, every & -every)) if every else c
 
 
 def _blocks(headdim: int, d_state: int, dtype: torch.dtype) -> Blocks:
@@ -74,10 +73,9 @@ def segment_chunks(rows: int, chunks: int, device: torch.device) -> int:
 
 def prepare_chunks(dt: Tensor, A: Tensor, B: Tensor, C: Tensor, dt_bias: Tensor | None, table: Tensor,
                    pad: Tensor | None, drop: Tensor | None, low: float, high: float, softplus: bool, headdim: int,
-                   c: Blocks, per_segment: int | None = None, capped: bool = False) -> Prepared:  # fmt: skip
+                   c: Blocks, per_segment: int | None = None) -> Prepared:  # fmt: skip
     batch, length, heads = dt.shape
     groups, d_state = B.shape[2:]
-    limit = LIMIT - STEEP if capped else LIMIT
     chunks = triton.cdiv(length, c.Q)
     size = per_segment or segment_chunks(batch * heads * triton.cdiv(headdim, c.BP), chunks, dt.device)
     segments = triton.cdiv(chunks, size)
@@ -90,52 +88,12 @@ def prepare_chunks(dt: Tensor, A: Tensor, B: Tensor, C: Tensor, dt_bias: Tensor 
     BH = min(32, triton.next_power_of_2(heads))
     prepare.prepare_chunk[(chunks, groups + triton.cdiv(heads, BH), batch)](
         dt, A, table if dt_bias is None else dt_bias, table, table if pad is None else pad, B, C,
-        table if drop is None else drop, cum, scale, totals, spent, wild, gram, low, high, limit,
+        table if drop is None else drop, cum, scale, totals, spent, wild, gram, low, high, LIMIT,
         *dt.stride(), *B.stride()[:3], *C.stride()[:3], length, heads, d_state, groups, chunks, size, segments,
         Q=c.Q, BH=BH, BN=c.BN, HAS_BIAS=dt_bias is not None, SOFTPLUS=softplus, HAS_PAD=pad is not None,
         HAS_DROP=drop is not None, FULL=B.dtype == torch.float32, num_warps=4,
     )  # fmt: skip
     return Prepared(cum, scale, totals, spent, gram, wild, size)
-
-
-PIECES = 256  # that a chain of caps takes up at once: their states are what it costs in memory
-
-
-def cap_factors(x: Tensor, B: Tensor, A: Tensor, table: Tensor, initial: Tensor, low: float, caps: Tensor, every: int,
-                ready: Prepared, c: Blocks) -> Tensor:  # fmt: skip
-    """(B, H, T // every): the factor by which the state is cut back to `caps` (H) after every `every`-th token. A piece
-    of `every` tokens is whole chunks; what each piece adds is found side by side, and only the chain walks in order."""
-    batch, length, heads, headdim = x.shape
-    groups, d_state = B.shape[2:]
-    pieces, piece_chunks, chunks = length // every, every // c.Q, ready.totals.shape[2]
-    empty = partial(torch.empty, dtype=torch.float32, device=x.device)
-    factors, S = empty(batch, heads, pieces), initial.clone()
-    for first in range(0, pieces, PIECES):
-        count = min(PIECES, pieces - first)
-        states, ends = empty(batch, heads, count, headdim, d_state), empty(batch, heads, count)
-        forward.segment_states[(count, heads, batch * triton.cdiv(headdim, c.BP))](
-            x, B, A, table, table, ready.cum, ready.scale, ready.totals, states, ends, *x.stride()[:3],
-            *B.stride()[:3], low, length, heads, headdim, d_state, groups, chunks, piece_chunks, count + 1,
-            first * piece_chunks, Q=c.Q, BP=c.BP, BN=c.BN, HAS_DROP=False, FULL=x.dtype == torch.float32,
-            num_warps=c.warps,
-        )  # fmt: skip
-        BP = max(16, triton.next_power_of_2(headdim))
-        forward.cap_chain[(batch * heads,)](
-            states, ends, caps, S, factors, heads, headdim, d_state, count, first, pieces, BP=BP, BN=c.BN,
-            num_warps=min(16, max(4, BP * c.BN // 1024)),
-        )  # fmt: skip
-    return factors
-
-
-def cut_back(ready: Prepared, factors: Tensor, every: int) -> None:
-    """Make the factors part of the gates, in place: a capped recurrence is a plain one with other gates."""
-    Q = ready.cum.shape[3]
-    last = slice(every // Q - 1, factors.shape[2] * (every // Q), every // Q)  # the chunks that pieces end with
-    logs = factors.log()
-    ready.cum[:, :, last, -1] += logs
-    ready.totals[:, :, last] += logs
-    ready.scale[:, :, last, -1] *= factors
-    ready.wild.logical_or_(logs.amin(2, keepdim=True) < -STEEP)
 
 
 def scan_forward(x: Tensor, B: Tensor, C: Tensor, D: Tensor | None, A: Tensor, table: Tensor, drop: Tensor | None,
@@ -181,105 +139,3 @@ def _describable(t: Tensor) -> bool:
         return False
     bytes_ = t.element_size()
     return bytes_ == 2 and t.data_ptr() % 16 == 0 and all(s > 0 and s * bytes_ % 16 == 0 for s in t.stride()[:-1])
-
-
-class Grads(NamedTuple):
-    x: Tensor  # as x
-    dt: Tensor  # as dt
-    A: Tensor  # (H) float32, and so the rest
-    B: Tensor  # (B, T, G, N)
-    C: Tensor
-    D: Tensor  # (H, P)
-    dt_bias: Tensor  # (H)
-    initial: Tensor  # (B, H, P, N)
-
-
-BACKWARD_CHUNKS = 16  # a segment; each costs two states (P, N) in float32
-SLAB = 2**29  # bytes that the states and their gradients at a slab's chunks may take
-
-
-def scan_backward(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, dt_bias: Tensor | None,
-                  table: Tensor, pad: Tensor | None, drop: Tensor | None, initial: Tensor, low: float,
-                  high: float, softplus: bool, dy: Tensor, dfinal: Tensor, c: Blocks,
-                  factors: Tensor | None = None, every: int | None = None) -> Grads:  # fmt: skip
-    batch, length, heads, headdim = x.shape
-    groups, d_state = B.shape[2:]
-    ready = prepare_chunks(dt, A, B, C, dt_bias, table, pad, drop, low, high, softplus, headdim, c, BACKWARD_CHUNKS)
-    if factors is not None and every is not None:
-        cut_back(ready, factors, every)
-    chunks, segments, size = ready.totals.shape[2], ready.wild.shape[2], ready.segment_chunks
-    empty = partial(torch.empty, dtype=torch.float32, device=x.device)
-    full, blocks_P = x.dtype == torch.float32, triton.cdiv(headdim, c.BP)
-    parts, PN = batch * blocks_P, headdim * d_state
-    shared = {"Q": c.Q, "BP": c.BP, "BN": c.BN, "HAS_DROP": drop is not None, "FULL": full, "num_warps": c.warps}
-    sizes = (length, heads, headdim, d_state, groups, chunks, size, segments)
-    mark, folded = table if drop is None else drop, (batch * heads, triton.cdiv(PN, 1024))
-    states, ends = empty(batch, heads, segments - 1, headdim, d_state), empty(batch, heads, segments)
-    if segments > 1:
-        forward.segment_states[(segments - 1, heads, parts)](
-            x, B, A, table, mark, ready.cum, ready.scale, ready.totals, states, ends, *x.stride()[:3], *B.stride()[:3],
-            low, *sizes, 0, **shared,
-        )  # fmt: skip
-        backward.fold_states[folded](initial, states, ends, segments, PN, 1024)
-    grads = empty(batch, heads, segments, headdim, d_state)
-    backward.segment_grads[(segments, heads, parts)](
-        dy, C, A, table, mark, ready.cum, ready.totals, grads, ends, *dy.stride()[:3], *C.stride()[:3], low, *sizes,
-        **shared,
-    )  # fmt: skip
-    first = empty(batch, heads, headdim, d_state)
-    backward.fold_grads[folded](dfinal, grads, ends, first, segments, PN, 1024)
-
-    slab = min(segments, max(1, SLAB // (2 * parts * heads * size * c.BP * c.BN * x.element_size())))
-    width, splits = min(slab * size, chunks), 1
-    while batch * groups * splits * width < 4 * _slots(x.device) and splits < heads // groups:
-        splits *= 2
-    at_chunks = torch.empty(2, batch, heads, blocks_P, width, c.BP, c.BN, dtype=x.dtype, device=x.device)
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    dB, dC = empty(2, splits, batch, length, groups, d_state)
-    gates, dtotal = empty(2, blocks_P, batch, heads, chunks * c.Q), empty(blocks_P, batch, heads, chunks)
-    dD, dD_chunks = empty(heads, headdim).zero_(), empty(batch, width, heads, headdim)
-    of_x, of_B, of_C, of_y = (t.stride()[:3] for t in (x, B, C, dy))
-    of_D = (0, 0) if D is None else (D.stride(0), D.stride(1) if D.ndim == 2 else 0)
-    halves = {**shared, "num_warps": GRAD_WARPS, "STAGES": GRAD_STAGES or c.stages, "BH": triton.next_power_of_2(heads)}
-    for at in range(0, segments, slab):
-        here = min(slab, segments - at)
-        backward.chunk_states[(here, heads, parts)](
-            x, B, mark, ready.cum, ready.scale, ready.totals, ready.wild, initial, states, at_chunks[0], *of_x, *of_B,
-            *sizes, at, width, **shared,
-        )  # fmt: skip
-        backward.chunk_state_grads[(here, heads, parts)](
-            dy, C, mark, ready.cum, ready.totals, ready.wild, grads, *at_chunks, dtotal, *of_y, *of_C, *sizes, at,
-            width, **shared,
-        )  # fmt: skip
-        count = min(here * size, chunks - at * size)
-        grid, where = (count, splits * groups, batch), (*sizes, at * size, width, splits)
-        for wild in (False, True):
-            backward.output_grads[grid](
-                x, B, C, ready.gram, dy, ready.cum, ready.scale, ready.totals, mark, ready.wild, at_chunks[0], dB, dC,
-                gates[0], *of_x, *of_B, *of_C, *of_y, *where, **halves, WILD=wild,
-            )  # fmt: skip
-        for wild in (False, True):
-            backward.input_grads[grid](
-                x, B, ready.gram, dy, ready.cum, ready.scale, ready.totals, table if D is None else D, mark, ready.wild,
-                at_chunks[1], dtotal, dx, dB, *gates, dD_chunks, *of_x, *of_B, *of_y, *of_D, *where, **halves,
-                WILD=wild, HAS_D=D is not None,
-            )  # fmt: skip
-        if D is not None:
-            dD += dD_chunks[:, :count].sum((0, 1))
-    of_gates = gates.sum(1) if blocks_P > 1 else gates[:, 0]  # (2, B, H, chunks * Q)
-    if factors is not None and every is not None:  # the gradient to the scale before it was cut back
-        of_gates[1, ..., every - 1 : factors.shape[2] * every : every] *= factors
-    BT, BH = 128, min(8, triton.next_power_of_2(heads))
-    ddt = torch.empty(dt.shape, dtype=dt.dtype, device=dt.device)
-    sums = empty(2, batch, triton.cdiv(length, BT), heads)
-    backward.gate_grads[(triton.cdiv(length, BT), triton.cdiv(heads, BH), batch)](
-        dt, A, table if dt_bias is None else dt_bias, table, table if pad is None else pad, *of_gates, ddt, *sums,
-        low, high, *dt.stride(), length, heads, chunks * c.Q, BT=BT, BH=BH, HAS_BIAS=dt_bias is not None,
-        SOFTPLUS=softplus, HAS_PAD=pad is not None, num_warps=4,
-    )  # fmt: skip
-    dA, dbias = (part.sum((0, 1)) for part in sums)
-    return Grads(dx, ddt, dA, dB.sum(0), dC.sum(0), dD, dbias, first)
-
-
-GRAD_STAGES = 0
-GRAD_WARPS = 8  # of the kernels that sum over heads in registers
