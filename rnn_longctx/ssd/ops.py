@@ -9,6 +9,7 @@ position + t + 1. No policy is known here.
 """
 
 # no `from __future__ import annotations`: torch reads the types
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,26 +18,49 @@ from torch import Tensor
 Maybe = Tensor | None
 
 
+_SEEN: set[tuple] = set()
+
+
+def _run(function: Callable, x: Tensor, B: Tensor, every: int, maybe: tuple[Maybe, ...], args: tuple) -> Any:
+    """Call function(*args) on x's device. The first time with these types, sizes and arguments, compile its kernels
+    side by side before."""
+    kind = (function, x.device, x.dtype, x.shape[3], B.shape[2:], every, *(t is None for t in maybe))
+    with torch.cuda.device_of(x):  # Triton launches on the current device
+        if kind not in _SEEN:
+            from rnn_longctx.ssd.kernels.launcher import compiling_only
+
+            with compiling_only():
+                function(*args)
+            _SEEN.add(kind)
+        return function(*args)
+
+
 def forward(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Maybe, dt_bias: Maybe, initial: Tensor,
             table: Tensor, pad: Maybe, drop: Maybe, caps: Maybe, low: float, high: float, softplus: bool, every: int,
             due: list[int], position: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """y as x; the final state (B,H,P,N) float32; log-decay (B,H) float64, summed; the factors by which the state was
     cut back, of `_factors_shape`."""
+    args = (x, dt, A, B, C, D, dt_bias, initial, table, pad, drop, caps, low, high, softplus, every, due, position)
+    return _run(_forward, x, B, every, (D, dt_bias, pad, drop, caps), args)
+
+
+def _forward(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Maybe, dt_bias: Maybe, initial: Tensor,
+             table: Tensor, pad: Maybe, drop: Maybe, caps: Maybe, low: float, high: float, softplus: bool, every: int,
+             due: list[int], position: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     from rnn_longctx.ssd.kernels import launch, launch_caps
 
-    with torch.cuda.device_of(x):  # Triton launches on the current device
-        c = launch.blocks(x.shape[3], B.shape[3], x.dtype, every)
-        ready = launch.prepare_chunks(dt, A, B, C, dt_bias, table, pad, drop, low, high, softplus, x.shape[3], c)
-        if caps is None or x.shape[1] < every:
-            factors = x.new_empty(x.shape[0], x.shape[2], 0, dtype=torch.float32)
-        elif every:
-            factors = launch_caps.cap_factors(x, B, A, table, initial, low, caps[0], every, ready, c)
-            launch_caps.cut_back(ready, factors, every)
-        else:
-            factors = launch_caps.token_factors(x, B, initial, caps, [(k, position) for k in due], ready, c)
-            launch_caps.cut_back_tokens(ready, factors)
-        y, final = launch.scan_forward(x, B, C, D, A, table, drop, initial, low, ready, c)
-        return y, final, ready.spent.sum(2, dtype=torch.float64), factors
+    c = launch.blocks(x.shape[3], B.shape[3], x.dtype, every)
+    ready = launch.prepare_chunks(dt, A, B, C, dt_bias, table, pad, drop, low, high, softplus, x.shape[3], c)
+    if caps is None or x.shape[1] < every:
+        factors = x.new_empty(x.shape[0], x.shape[2], 0, dtype=torch.float32)
+    elif every:
+        factors = launch_caps.cap_factors(x, B, A, table, initial, low, caps[0], every, ready, c)
+        launch_caps.cut_back(ready, factors, every)
+    else:
+        factors = launch_caps.token_factors(x, B, initial, caps, [(k, position) for k in due], ready, c)
+        launch_caps.cut_back_tokens(ready, factors)
+    y, final = launch.scan_forward(x, B, C, D, A, table, drop, initial, low, ready, c)
+    return y, final, ready.spent.sum(2, dtype=torch.float64), factors
 
 
 def backward(dy: Tensor, dfinal: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Maybe,
@@ -45,13 +69,10 @@ def backward(dy: Tensor, dfinal: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Te
     """The gradients of x, dt (as they are), A (H), B, C (B,T,G,N), D (H,P), dt_bias (H) and initial (float32)."""
     from rnn_longctx.ssd.kernels import launch, launch_grads
 
-    with torch.cuda.device_of(x):
-        made = launch_grads.scan_backward(
-            x, dt, A, B, C, D, dt_bias, table, pad, drop, initial, low, high, softplus, dy.contiguous(),
+    args = (x, dt, A, B, C, D, dt_bias, table, pad, drop, initial, low, high, softplus, dy.contiguous(),
             dfinal.contiguous(), launch.blocks(x.shape[3], B.shape[3], x.dtype, every),
-            factors if factors.shape[2] else None, every,
-        )  # fmt: skip
-    return list(made)
+            factors if factors.shape[2] else None, every)  # fmt: skip
+    return list(_run(launch_grads.scan_backward, x, B, every, (D, dt_bias, pad, drop, args[-2]), args))
 
 
 scan = torch.library.custom_op("rnn_longctx::scan", forward, mutates_args=())

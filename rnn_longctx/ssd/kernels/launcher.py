@@ -2,12 +2,14 @@
 
 Triton looks at every argument of every launch to find the compiled kernel: 40 microseconds for those here, which take
 fifty arguments. Short scans would wait for Python. A launch like one before (the same numbers, types and alignments)
-goes straight to the kernel that one used.
+goes straight to the kernel that one used. And what a function launches for the first time can be compiled side by side.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,6 +19,24 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from rnn_longctx.ssd import fused
 
 KNOWN = 4096  # launches remembered
+_compiling: tuple[ThreadPoolExecutor, dict[tuple, Future]] | None = None
+
+
+@contextmanager
+def compiling_only() -> Iterator[None]:
+    """Inside, launches compile, in threads, and launch nothing. It ends when all are compiled.
+
+    Raises: what the first compilation that failed did.
+    """
+    global _compiling
+    with ThreadPoolExecutor() as pool:
+        _compiling = pool, {}
+        try:
+            yield
+            for future in _compiling[1].values():
+                future.result()
+        finally:
+            _compiling = None
 
 
 class Launched:
@@ -33,6 +53,11 @@ class Launched:
                 self.jit[grid](*args, **options)
                 return
             key = (torch.cuda.current_device(), *options.values(), *map(_kind, args))
+            if _compiling is not None:
+                pool, begun = _compiling
+                if (self, *key) not in begun:
+                    begun[self, *key] = pool.submit(self._compile, key[0], grid, args, options)
+                return
             kernel = self.known.get(key)
             if kernel is not None:
                 kernel[grid + (1,) * (3 - len(grid))](*args, *[options[name] for name in self.constants])
@@ -42,6 +67,10 @@ class Launched:
             self.known[key] = self.jit[grid](*args, **options)
 
         return launch
+
+    def _compile(self, device: int, grid: tuple[int, ...], args: tuple, options: dict[str, Any]) -> None:
+        torch.cuda.set_device(device)  # of this thread
+        self.jit.warmup(*args, grid=grid, **options)
 
 
 def _kind(value: Any) -> Any:
