@@ -2,8 +2,8 @@
 
 The kernels take the raw dt and a policy's affine gates; resets and padding are positions. Norm caps are made part of
 the gates: the factors by which states are cut back are found first, piece by piece where a cap is due every k tokens, k
-a multiple of 16, token by token otherwise, and then the scan is a plain one (`rnn_longctx.ssd.caps`). `refuses` says
-what the kernels cannot do.
+a multiple of 16, token by token otherwise, and then the scan is a plain one (`rnn_longctx.ssd.caps`). A sliding window
+is made of scans of its blocks (`rnn_longctx.ssd.fused_window`). `refuses` says what the kernels cannot do.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 from torch import Tensor
 
-from rnn_longctx.ssd import ops, pytorch
+from rnn_longctx.ssd import fused_window, ops, pytorch
 from rnn_longctx.ssd.backends import Call
 from rnn_longctx.ssd.caps import clip_factor
 from rnn_longctx.ssd.carry import ScanCarry
@@ -51,8 +51,6 @@ def refuses(policy: ScanPolicy, call: Call | None) -> str | None:
         return f"has two norm caps, not {len(policy.caps)}"
     if policy.caps and policy.reset is not None:
         return "has norm caps without resets"
-    if policy.window is not None:
-        return "has no sliding window yet"
     if policy.start is not None:
         return "has no stored initial state yet"
     if call is None:
@@ -88,6 +86,10 @@ def run(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *, dt_bias: Tens
                        dt_limit=dt_limit, D=D, policy=policy, carry=carry, reset=reset, mask=mask, counts=counts,
                        drop=drop)  # fmt: skip
         return y.to(x.dtype), after
+    if policy.window is not None:
+        return fused_window.run(x, dt, A, B, C, dt_bias=dt_bias, dt_softplus=dt_softplus, dt_limit=dt_limit, D=D,
+                                policy=policy, carry=carry, reset=reset, mask=mask, counts=counts, drop=drop,
+                                table=gate_table(policy, x.shape[2], x.device))  # fmt: skip
     # Rows that stand at different places reach a cap at different tokens, which chunks do not follow.
     ragged = policy.caps and (
         mask is not None or reset is not None or bool((carry.position != carry.position[0]).any())
@@ -122,11 +124,11 @@ def run(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *, dt_bias: Tens
         return y, ScanCarry(state, carry.position, before + total)
 
     # first up to where pieces of k tokens begin, so that each is whole chunks
-    y, state, total = read(*(t[:, :lead] for t in (x, dt, B, C)), carry.state, False)
+    y, state, total = read(x[:, :lead], dt[:, :lead], B[:, :lead], C[:, :lead], carry.state, False)
     if (position + lead) % every == 0:
         y, state = _cut(y, state, x, C, D, policy, lead - 1)
     if lead < x.shape[1]:
-        rest, state, more = read(*(t[:, lead:] for t in (x, dt, B, C)), state, True)
+        rest, state, more = read(x[:, lead:], dt[:, lead:], B[:, lead:], C[:, lead:], state, True)
         y, total = torch.cat([y, rest], 1), total + more
     return y, ScanCarry(state, carry.position, before + total)
 

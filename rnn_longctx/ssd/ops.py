@@ -57,7 +57,7 @@ def _forward(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Maybe, d
         factors = launch_caps.cap_factors(x, B, A, table, initial, low, caps[0], every, ready, c)
         launch_caps.cut_back(ready, factors, every)
     else:
-        factors = launch_caps.token_factors(x, B, initial, caps, [(k, position) for k in due], ready, c)
+        factors = launch_caps.token_factors(x, B, initial, caps, tuple((k, position) for k in due), ready, c)
         launch_caps.cut_back_tokens(ready, factors)
     y, final = launch.scan_forward(x, B, C, D, A, table, drop, initial, low, ready, c)
     return y, final, ready.spent.sum(2, dtype=torch.float64), factors

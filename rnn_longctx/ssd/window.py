@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from rnn_longctx.ssd.carry import ScanCarry, WindowCarry
@@ -28,7 +29,7 @@ def window_scan(x: Tensor, log_decay: Tensor, scale: Tensor, B: Tensor, C: Tenso
                 drop: Tensor | None, piece: Piece) -> tuple[Tensor, ScanCarry]:  # fmt: skip
     """As `chunked_scan`, each token seeing itself and the `size` - 1 tokens before it."""
     length = x.shape[1]
-    w = carry.window or _empty(x, log_decay, B, size, carry)
+    w = carry.window or empty(x, log_decay, B, size, carry)
     marks = drop.any(0).nonzero().flatten().tolist() if drop is not None else []
     outputs, t = [], 0
     while t < length:
@@ -48,15 +49,7 @@ def window_scan(x: Tensor, log_decay: Tensor, scale: Tensor, B: Tensor, C: Tenso
         y = y + _before(C_part, head, w.x_before[:, rest], w.B_before[:, rest], w.after[:, chunk], later)
 
         outputs.append(y)
-        w = WindowCarry(
-            size, block, head[:, -1],
-            torch.cat([w.x, x[:, t:u] * scale[:, t:u, :, None]], 1),
-            torch.cat([w.B, B[:, t:u]], 1),
-            torch.cat([w.log_decay, ld], 1),
-            w.x_before, w.B_before, w.after,
-        )  # fmt: skip
-        if w.x.shape[1] == size:
-            w = _turn(w)
+        w = extend(w, block, x[:, t:u] * scale[:, t:u, :, None], B[:, t:u], ld)
         t = u
     return torch.cat(outputs, 1), ScanCarry(w.block, carry.position, carry.log_decay, w)
 
@@ -86,6 +79,17 @@ def _before(C: Tensor, head: Tensor, x: Tensor, B: Tensor, after: Tensor, later:
     return torch.einsum("bhts,bshp->bthp", weights, x) + torch.einsum("bthn,bhpn->bthp", C, after)
 
 
+def extend(w: WindowCarry, block: Tensor, x: Tensor, B: Tensor, log_decay: Tensor) -> WindowCarry:
+    """The carry after c more tokens of its block: the block's state, x (B,c,H,P) times the input scale, B (B,c,G,N),
+    log_decay (B,c,H[,N])."""
+    w = WindowCarry(
+        w.size, block, w.head + log_decay.sum(1),
+        torch.cat([w.x, x], 1), torch.cat([w.B, B], 1), torch.cat([w.log_decay, log_decay], 1),
+        w.x_before, w.B_before, w.after,
+    )  # fmt: skip
+    return _turn(w) if w.x.shape[1] == w.size else w
+
+
 def _turn(w: WindowCarry) -> WindowCarry:
     """The full block becomes the block before, and a new one begins."""
     tail = _after_each(w.log_decay)  # (B, r, H[, N])
@@ -94,17 +98,16 @@ def _turn(w: WindowCarry) -> WindowCarry:
         x, B = w.x * tail.exp()[..., None], w.B
     else:
         x, B = w.x, w.B.repeat_interleave(heads // w.B.shape[2], 2) * tail.exp()
-    state = torch.zeros_like(w.block)
-    after = [state]
-    chunks = range(0, w.size, CHUNK)
-    for start in reversed(chunks[1:]):
-        part = slice(start, start + CHUNK)
-        B_part = B[:, part].repeat_interleave(heads // B.shape[2], 2)
-        state = state + torch.einsum("bshp,bshn->bhpn", x[:, part], B_part)
-        after.append(state)
+    # every chunk but the first, and one of zeros: each adds to the states of all chunks before it
+    chunks = -(-w.size // CHUNK)
+    x_KC, B_KC = (
+        F.pad(v[:, CHUNK:], (0, 0, 0, 0, 0, chunks * CHUNK - max(0, w.size - CHUNK))).unflatten(1, (chunks, CHUNK))
+        for v in (x, B)
+    )
+    added = torch.einsum("bkcgrp,bkcgn->bkgrpn", x_KC.unflatten(3, (B.shape[2], -1)), B_KC).flatten(2, 3)
     return WindowCarry(
         w.size, torch.zeros_like(w.block), torch.zeros_like(w.head),
-        w.x[:, :0], w.B[:, :0], w.log_decay[:, :0], x, B, torch.stack(after[::-1], 1),
+        w.x[:, :0], w.B[:, :0], w.log_decay[:, :0], x, B, added.flip(1).cumsum(1).flip(1),
     )  # fmt: skip
 
 
@@ -114,7 +117,8 @@ def _after_each(log_decay: Tensor) -> Tensor:
     return later.flip(1).cumsum(1).flip(1)
 
 
-def _empty(x: Tensor, log_decay: Tensor, B: Tensor, size: int, carry: ScanCarry) -> WindowCarry:
+def empty(x: Tensor, log_decay: Tensor, B: Tensor, size: int, carry: ScanCarry) -> WindowCarry:
+    """The carry before a row's first token; x, log_decay and B are the tokens' that follow."""
     batch, _, heads, headdim = x.shape
     zeros = x.new_zeros
     per_channel = log_decay.ndim == 4

@@ -12,15 +12,25 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from rnn_longctx.models import layer_kernels, matvec
-from rnn_longctx.ssd.kernels import backward, caps, decode, forward, launch, launch_caps, launch_grads, prepare
+from rnn_longctx.ssd.kernels import (
+    backward,
+    caps,
+    decode,
+    forward,
+    launch,
+    launch_caps,
+    launch_grads,
+    prepare,
+    window,
+)  # fmt: skip
 
 POINTERS = {"dt": "x", "x": "x", "B": "x", "C": "x", "y": "x", "gram": "x", "dy": "x", "dx": "x", "ddt": "x",
             "weight": "x", "norm": "x", "bias": "x", "before": "x", "after": "x", "add": "x", "gate": "x",
-            "projected": "x", "drop": "i8", "pad": "i32", "wild": "i32", "position": "i64",
-            "log_decay": "fp64"}  # fmt: skip
+            "projected": "x", "drop": "i8", "pad": "i32", "wild": "i32", "near": "i32", "kept": "i32",
+            "position": "i64", "log_decay": "fp64"}  # fmt: skip
 FLOATS = ("A", "D", "dt_bias", "table", "cum", "scale", "totals", "initial", "states", "final", "caps", "S", "factors",
           "spent", "total", "grads", "ends", "dB", "dC", "dlog_decay", "dscale", "dD", "dA", "dcum", "dtotal", "dbias",
-          "room")  # fmt: skip
+          "room", "head", "x_before", "B_before", "until", "rest")  # fmt: skip
 OF_CHUNKS = {(backward.output_grads, "states"), (backward.input_grads, "grads"), (backward.chunk_states, "out"),
              (backward.chunk_state_grads, "out"), (backward.chunk_state_grads, "at_chunks")}  # fmt: skip
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -39,7 +49,7 @@ def compile_one(kernel, capability, dtype, warps, like_x=(), **constants):
             signature[name] = f"tensordesc<{NAMES[dtype]}[1, {constants['Q']}, 1, {width}]>"
         elif name in POINTERS or name in like_x or (named, name) in OF_CHUNKS:
             signature[name] = "*" + POINTERS.get(name, "x").replace("x", NAMES[dtype])
-        elif name in ("cum", "totals") and dtype == torch.float32:
+        elif name in ("cum", "totals", "until", "rest") and dtype == torch.float32:
             signature[name] = "*fp64"
         elif name in FLOATS:
             signature[name] = "*fp32"
@@ -61,7 +71,8 @@ if __name__ == "__main__":
         flags = {"HAS_BIAS": True, "HAS_D": True, "HAS_INITIAL": True, "HAS_FINAL": True, "SOFTPLUS": True,
                  "HAS_PAD": False, "HAS_DROP": False, "WILD": False, "TMA": False, "FULL": dtype == torch.float32,
                  "Q": c.Q, "BP": c.BP, "BN": c.BN, "BH": 32, "BLOCK": 1024, "STAGES": c.stages,
-                 "PDL": capability >= 90, "LANES": 32, "DENSE": True}  # fmt: skip
+                 "PDL": capability >= 90, "LANES": 32, "DENSE": True, "ALONE": False, "EACH": 64,
+                 "SPAN": window.SPAN}  # fmt: skip
         cases = [
             (prepare.prepare_chunk, 4, {}),
             (forward.segment_states, c.warps, {}),
@@ -74,6 +85,11 @@ if __name__ == "__main__":
             (caps.cap_tokens, token_warps, {"BP": 64, "W": token_warps}),
             (forward.chunk_scan, c.warps, {}),
             (forward.chunk_scan, c.warps, {"WILD": True, "HAS_DROP": True}),
+            (forward.chunk_scan, c.warps, {"ALONE": True}),
+            (window.block_spans, 4, {}),
+            (window.add_block_before, window.WARPS, {}),
+            (window.add_carried, window.WARPS, {"BP": min(c.BP, 32)}),
+            (window.turn_block, c.warps, {"BP": 16}),
             (backward.segment_grads, c.warps, {}),
             (backward.chunk_states, c.warps, {}),
             (backward.chunk_state_grads, c.warps, {}),
@@ -82,6 +98,7 @@ if __name__ == "__main__":
         ]
         if dtype == torch.bfloat16 and capability >= 90:
             cases.append((forward.chunk_scan, c.warps, {"TMA": True}))
+            cases.append((forward.chunk_scan, c.warps, {"TMA": True, "ALONE": True}))
         if (dtype, d_state) == (torch.bfloat16, 128):
             cases += [
                 (prepare.prepare_chunk, 4, {"HAS_PAD": True, "HAS_DROP": True}),

@@ -194,7 +194,6 @@ def test_what_it_refuses():
     for policy, word in (
         (ScanPolicy(caps=caps), "two norm caps"),
         (ScanPolicy(caps=caps[:1], reset=5), "cap"),
-        (ScanPolicy(window=5), "window"),
     ):
         with pytest.raises(InputError, match=f"backend 'triton': .*{word}"):
             choose(policy, "triton", call)

@@ -80,8 +80,9 @@ def segment_states(x, B, A, table, drop, cum, scale, totals, states, ends, sxb, 
 
 @triton.jit
 def first_state(initial, states, ends, row, segment, segments, p, n, P, N,
-                FOLDED: tl.constexpr):  # fmt: skip
-    """The state (BP, BN) at the beginning of a segment: read, or folded here from what the segments before it add."""
+                FOLDED: tl.constexpr, ALONE: tl.constexpr = False):  # fmt: skip
+    """The state (BP, BN) at the beginning of a segment: read, or folded here from what the segments before it add.
+    ALONE: rows begin at zero."""
     inside = (p[:, None] < P) & (n[None, :] < N)
     here = p[:, None] * N + n[None, :]
     if FOLDED:
@@ -89,7 +90,10 @@ def first_state(initial, states, ends, row, segment, segments, p, n, P, N,
         S = tl.load(states + (row * (segments - 1) + segment - 1) * P * N + here, mask=inside & (at > 0), other=0.0)
         S += tl.load(initial + row * P * N + here, mask=inside & (at == 0), other=0.0)
     else:
-        S = tl.load(initial + row * P * N + here, mask=inside, other=0.0)
+        if ALONE:
+            S = tl.zeros_like(here).to(tl.float32)
+        else:
+            S = tl.load(initial + row * P * N + here, mask=inside, other=0.0)
         for i in range(segment):
             at = row * (segments - 1) + i
             S = S * tl.exp(tl.load(ends + at)) + tl.load(states + at * P * N + here, mask=inside, other=0.0)
@@ -116,8 +120,9 @@ def chunk_scan(x, B, C, gram, y, cum, scale, totals, D, drop, initial, states, e
                T, H, P, N, G, chunks, segment_chunks, segments,
                Q: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, HAS_D: tl.constexpr, HAS_DROP: tl.constexpr,
                FULL: tl.constexpr, WILD: tl.constexpr, TMA: tl.constexpr,
-               STAGES: tl.constexpr):  # fmt: skip
-    """y (B,T,H,P) and final (B,H,P,N), of the segments that are wild or of those that are not."""
+               STAGES: tl.constexpr, ALONE: tl.constexpr = False):  # fmt: skip
+    """y (B,T,H,P) and final (B,H,P,N), of the segments that are wild or of those that are not. ALONE: rows begin at
+    zero and nothing follows them, initial and final are not touched."""
     segment, h = tl.program_id(0), tl.program_id(1).to(tl.int64)
     blocks = tl.cdiv(P, BP)
     b, block = (tl.program_id(2) // blocks).to(tl.int64), tl.program_id(2) % blocks
@@ -126,7 +131,7 @@ def chunk_scan(x, B, C, gram, y, cum, scale, totals, D, drop, initial, states, e
         return
     q, p, n = tl.arange(0, Q), block * BP + tl.arange(0, BP), tl.arange(0, BN)
     g = h // (H // G)
-    S = first_state(initial, states, ends, row, segment, segments, p, n, P, N, False)
+    S = first_state(initial, states, ends, row, segment, segments, p, n, P, N, False, ALONE)
     if HAS_D:
         D_P = tl.load(D + h * sDh + p * sDp, mask=p < P, other=0.0).to(tl.float32)
     carry = 0.0  # S is still to be multiplied by exp(carry)
@@ -178,7 +183,7 @@ def chunk_scan(x, B, C, gram, y, cum, scale, totals, D, drop, initial, states, e
             tl.store(y + b * syb + h * syh + t[:, None] * syt + p[None, :], y_QP.to(x_QP.dtype),
                      mask=(t < T)[:, None] & (p < P)[None, :])  # fmt: skip
 
-    if segment == segments - 1:
+    if not ALONE and segment == segments - 1:
         S *= tl.exp(carry)
         inside = (p[:, None] < P) & (n[None, :] < N)
         tl.store(final + row * P * N + p[:, None] * N + n[None, :], S, mask=inside)

@@ -14,7 +14,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from rnn_longctx.ssd.kernels import forward, prepare
 
 LIMIT = 60.0  # nats by which a factor of `chunk_scan` may leave 1 (15 more with caps); float32 ends at exp(88)
-DESCRIBED = 2**27  # elements of x from which describing the arrays to the copy engine pays
+DESCRIBED = 2**28  # elements of x from which describing the arrays to the copy engine pays
 
 
 @dataclass(frozen=True)
@@ -97,15 +97,17 @@ def prepare_chunks(dt: Tensor, A: Tensor, B: Tensor, C: Tensor, dt_bias: Tensor 
 
 
 def scan_forward(x: Tensor, B: Tensor, C: Tensor, D: Tensor | None, A: Tensor, table: Tensor, drop: Tensor | None,
-                 initial: Tensor, low: float, ready: Prepared, c: Blocks) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """y (B,T,H,P) as x and the final state (B,H,P,N), float32."""
+                 initial: Tensor | None, low: float, ready: Prepared, c: Blocks,
+                 y: Tensor | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """y (B,T,H,P) as x, or where it is to be written, and the final state (B,H,P,N), float32. Without an initial state
+    rows begin at zero and their final states are not made."""
     batch, length, heads, headdim = x.shape
     groups, d_state = B.shape[2:]
     chunks, segments = ready.totals.shape[2], ready.wild.shape[2]
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device) if y is None else y
     empty = partial(torch.empty, dtype=torch.float32, device=x.device)
     states = empty(batch, heads, segments - 1, headdim, d_state)
-    final = empty(batch, heads, headdim, d_state)
+    final = empty(0 if initial is None else batch, heads, headdim, d_state)
     full, parts = x.dtype == torch.float32, batch * triton.cdiv(headdim, c.BP)
     shared = {"Q": c.Q, "BP": c.BP, "BN": c.BN, "HAS_DROP": drop is not None, "FULL": full, "num_warps": c.warps}
     sizes = (length, heads, headdim, d_state, groups, chunks, ready.segment_chunks, segments)
@@ -127,8 +129,8 @@ def scan_forward(x: Tensor, B: Tensor, C: Tensor, D: Tensor | None, A: Tensor, t
             arrays = tuple(TensorDescriptor.from_tensor(t, [1, c.Q, 1, w]) for t, w in zip(arrays, widths))
         forward.chunk_scan[(segments, heads, parts)](
             *arrays[:3], gram, arrays[3], ready.cum, ready.scale, ready.totals, table if D is None else D, mark,
-            initial, states, ends, final, ready.wild, *strides, *sizes, **shared,
-            HAS_D=D is not None, WILD=wild, TMA=described, STAGES=c.stages,
+            table if initial is None else initial, states, ends, final, ready.wild, *strides, *sizes, **shared,
+            HAS_D=D is not None, WILD=wild, TMA=described, STAGES=c.stages, ALONE=initial is None,
         )  # fmt: skip
     return y, final
 
