@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,16 +21,18 @@ from rnn_longctx.ssd import fused, official, pytorch, reference
 from rnn_longctx.ssd.backends import Backend, Call, choose, register
 from rnn_longctx.ssd.carry import ScanCarry, WindowCarry, tree_map
 from rnn_longctx.ssd.policy import PLAIN, Cap, ScanPolicy
+from rnn_longctx.ssd.statistics import Observer, Statistics
 from rnn_longctx.ssd.window import window_state
 
-__all__ = ["PLAIN", "Backend", "Call", "Cap", "ScanCarry", "ScanPolicy", "WindowCarry", "choose", "row_counts", "scan",
-           "tree_map", "window_state"]  # fmt: skip
+__all__ = ["PLAIN", "Backend", "Call", "Cap", "Observer", "ScanCarry", "ScanPolicy", "Statistics", "WindowCarry",
+           "choose", "row_counts", "scan", "tree_map", "window_state"]  # fmt: skip
 
 
 def scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *, dt_bias: Tensor | None = None,
          dt_softplus: bool = True, dt_limit: tuple[float, float] = (0.0, math.inf), D: Tensor | None = None,
          policy: ScanPolicy = PLAIN, carry: ScanCarry | None = None, reset: Tensor | None = None,
-         mask: Tensor | None = None, backend: str | None = None) -> tuple[Tensor, ScanCarry]:  # fmt: skip
+         mask: Tensor | None = None, backend: str | None = None,
+         observer: Observer | None = None) -> tuple[Tensor, ScanCarry]:  # fmt: skip
     """Read T tokens: raw projections and a policy in, outputs and the carry out. How a stream is cut into calls
     changes nothing.
 
@@ -43,13 +46,61 @@ def scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *, dt_bias: Ten
         reset: (B, T) bool, True where a new row (document) begins: state and position start again.
         mask: (B, T) bool, False where a token is padding. Padding may stand only before a row's first token.
         backend: the name of one, or None for the first that supports the policy here.
+        observer: is shown the state's statistics at the positions that `observer.every` divides.
     Returns:
         y (B, T, H, P) in x's dtype, and the carry. States are float32 (float64 for float64 inputs).
     Raises:
         InputError: shapes that do not fit (which axis is named), a backend that is missing or does not support the
-            policy, padding after a row's first token, a window switched on in mid-stream.
+            policy, padding after a row's first token, a window switched on in mid-stream, an observer of rows that
+            stand at different positions.
     """
     _check_shapes(x, dt, A, B, C, D, dt_bias, carry)
+    shared: dict[str, Any] = {
+        "dt_bias": dt_bias, "dt_softplus": dt_softplus, "dt_limit": dt_limit, "D": D, "policy": policy,
+    }  # fmt: skip
+    if observer is None:
+        return _read(x, dt, A, B, C, **shared, carry=carry, reset=reset, mask=mask, backend=backend)
+    if (mask is not None and not bool(mask.all())) or (reset is not None and bool(reset.any())):
+        raise InputError("an observer follows rows that stand at one position: no padding, no documents")
+    return _observed(x, dt, A, B, C, carry, backend, observer, shared)
+
+
+def _observed(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, carry: ScanCarry | None, backend: str | None,
+              observer: Observer, shared: dict[str, Any]) -> tuple[Tensor, ScanCarry]:  # fmt: skip
+    """Cut where the observer looks, unless the backend can look from inside."""
+    position, length, k = 0, x.shape[1], observer.every
+    if carry is not None and len(carry.position):
+        position = int(carry.position[0])
+        if bool((carry.position != position).any()):
+            raise InputError(f"an observer follows rows that stand at one position, not {carry.position.tolist()}")
+    call = Call(x.device, x.dtype, A.ndim == 2, x.shape[3], B.shape[3])
+    inside = choose(shared["policy"], backend, call).observes(shared["policy"], call, k)
+    graded = torch.is_grad_enabled() and any(t.requires_grad for t in (x, dt, A, B, C))
+    inside = inside and not graded and not torch.compiler.is_compiling()
+    outputs, seen, t = [], [], 0
+    while t < length:
+        lead = -(position + t) % k
+        whole = (length - t) // k * k
+        u = length if inside and not lead and whole else min(length, t + (lead or k))
+        looks: list[Statistics] | None = [] if u - t > k or (inside and u - t == k and not lead) else None
+        y, carry = _read(x[:, t:u], dt[:, t:u], A, B[:, t:u], C[:, t:u], **shared, carry=carry, reset=None, mask=None,
+                         backend=backend, looks=None if looks is None else (k, looks))  # fmt: skip
+        outputs.append(y)
+        if looks is not None:
+            seen += looks
+        elif (position + u) % k == 0:
+            seen.append(Statistics.of(window_state(carry), carry.position[0], carry.log_decay))
+        t = u
+    if seen:
+        observer(Statistics.join(seen))
+    assert carry is not None
+    return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)), carry
+
+
+def _read(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *, dt_bias: Tensor | None, dt_softplus: bool,
+          dt_limit: tuple[float, float], D: Tensor | None, policy: ScanPolicy, carry: ScanCarry | None,
+          reset: Tensor | None, mask: Tensor | None, backend: str | None,
+          looks: tuple[int, list[Statistics]] | None = None) -> tuple[Tensor, ScanCarry]:  # fmt: skip
     batch, length, heads, headdim = x.shape
     chosen = choose(policy, backend, Call(x.device, x.dtype, A.ndim == 2, headdim, B.shape[3]))
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -78,12 +129,13 @@ def scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *, dt_bias: Ten
     if mask is not None or reset is not None or policy.reset is not None:
         counts, drop = row_counts(carry.position, length, mask=mask, reset=reset, every=policy.reset)
 
+    inside = {} if looks is None else {"looks": looks}
     with (
         nullcontext() if not torch.is_autocast_enabled(x.device.type) else torch.autocast(x.device.type, enabled=False)
     ):
         y, new = chosen.run(
             x, dt, A, B, C, dt_bias=dt_bias, dt_softplus=dt_softplus, dt_limit=dt_limit, D=D, policy=policy,
-            carry=carry, reset=reset, mask=mask, counts=counts, drop=drop,
+            carry=carry, reset=reset, mask=mask, counts=counts, drop=drop, **inside,
         )  # fmt: skip
     new.position = carry.position + length if counts is None else counts[:, -1].clone()
     return y, new
@@ -155,7 +207,7 @@ def _check_mask(mask: Tensor, position: Tensor) -> Tensor | None:
     return mask
 
 
-_fused = Backend("triton", fused.run, fused.missing, fused.refuses)
+_fused = Backend("triton", fused.run, fused.missing, fused.refuses, fused.observes)
 if not fused.interpreted():  # Triton's interpreter is for tests: only when asked for
     register(_fused)
 register(Backend("torch", pytorch.run, lambda: None, lambda policy, call: None))

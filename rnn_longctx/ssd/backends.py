@@ -26,12 +26,14 @@ class Call:
 @dataclass(frozen=True)
 class Backend:
     """`missing()` says in words why it cannot run here, `refuses(policy, call)` why not with this policy and (unless
-    the call is None) these inputs; None is yes."""
+    the call is None) these inputs; None is yes. `observes(policy, call, k)`: whether it shows the state every k tokens
+    from inside a scan."""
 
     name: str
     run: Callable
     missing: Callable[[], str | None]
     refuses: Callable[[ScanPolicy, Call | None], str | None]
+    observes: Callable[[ScanPolicy, Call, int], bool] = lambda policy, call, every: False
 
 
 _BACKENDS: dict[str, Backend] = {}  # the first that can run is taken, so registration order is preference

@@ -21,6 +21,7 @@ from rnn_longctx.ssd.caps import clip_factor
 from rnn_longctx.ssd.carry import ScanCarry
 from rnn_longctx.ssd.gates import gates
 from rnn_longctx.ssd.policy import PerHead, ScanPolicy, per_head
+from rnn_longctx.ssd.statistics import Statistics
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SHARED = 2**17 + 2**14  # bytes of shared memory that states of more than 256 columns take
@@ -78,13 +79,27 @@ def refuses(policy: ScanPolicy, call: Call | None) -> str | None:
     return None
 
 
+def observes(policy: ScanPolicy, call: Call, every: int) -> bool:
+    """Whether statistics every k tokens fall on chunks' ends."""
+    if policy.window is not None or call.dtype not in DTYPES:
+        return False
+    if _in_pieces(policy):
+        return every % policy.caps[0].every == 0
+    from rnn_longctx.ssd.kernels import launch
+
+    dtype = torch.float32 if call.dtype == torch.float16 else call.dtype
+    return every % launch.blocks(call.headdim, call.d_state, dtype, 0).Q == 0
+
+
 def run(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *, dt_bias: Tensor | None, dt_softplus: bool,
         dt_limit: tuple[float, float], D: Tensor | None, policy: ScanPolicy, carry: ScanCarry, reset: Tensor | None,
-        mask: Tensor | None, counts: Tensor | None, drop: Tensor | None) -> tuple[Tensor, ScanCarry]:  # fmt: skip
+        mask: Tensor | None, counts: Tensor | None, drop: Tensor | None,
+        looks: tuple[int, list[Statistics]] | None = None) -> tuple[Tensor, ScanCarry]:  # fmt: skip
+    """`looks`: (k, where to leave the statistics every k tokens); see `observes`."""
     if x.dtype == torch.float16:  # its products with a state that grows leave its range
         y, after = run(x.float(), dt, A, B.float(), C.float(), dt_bias=dt_bias, dt_softplus=dt_softplus,
                        dt_limit=dt_limit, D=D, policy=policy, carry=carry, reset=reset, mask=mask, counts=counts,
-                       drop=drop)  # fmt: skip
+                       drop=drop, looks=looks)  # fmt: skip
         return y.to(x.dtype), after
     if policy.window is not None:
         return fused_window.run(x, dt, A, B, C, dt_bias=dt_bias, dt_softplus=dt_softplus, dt_limit=dt_limit, D=D,
@@ -116,6 +131,17 @@ def run(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *, dt_bias: Tens
                   float(dt_limit[1]), dt_softplus, every, due, position)[:3]  # fmt: skip
 
     before, lead = carry.log_decay, min(x.shape[1], -position % every) if every else 0
+    if looks is not None:
+        caps = cap_table(policy, x.shape[2], x.device) if policy.caps else None
+        y, state, spent, sums = ops.observed(
+            x, dt, A, B, C, D, dt_bias, carry.state.contiguous(), table, pad, marks, caps, float(dt_limit[0]),
+            float(dt_limit[1]), dt_softplus, every, due, position, looks[0],
+        )  # fmt: skip
+        positions = int(carry.position[0]) + looks[0] * torch.arange(1, sums.shape[-1] + 1)
+        elements = x.shape[3] * B.shape[3]
+        log_decay = before[..., None] + spent[..., : sums.shape[-1]]
+        looks[1].append(Statistics(positions, elements, sums[0], sums[1], sums[2], log_decay))
+        return y, ScanCarry(state, carry.position, before + spent[..., -1])
     if not lead:
         y, state, total = read(x, dt, B, C, carry.state, bool(policy.caps))
         if reset is not None:

@@ -46,7 +46,7 @@ def forward(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Maybe, dt
 
 def _forward(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Maybe, dt_bias: Maybe, initial: Tensor,
              table: Tensor, pad: Maybe, drop: Maybe, caps: Maybe, low: float, high: float, softplus: bool, every: int,
-             due: list[int], position: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+             due: list[int], position: int, look: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     from rnn_longctx.ssd.kernels import launch, launch_caps
 
     c = launch.blocks(x.shape[3], B.shape[3], x.dtype, every)
@@ -59,8 +59,21 @@ def _forward(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Maybe, d
     else:
         factors = launch_caps.token_factors(x, B, initial, caps, tuple((k, position) for k in due), ready, c)
         launch_caps.cut_back_tokens(ready, factors)
-    y, final = launch.scan_forward(x, B, C, D, A, table, drop, initial, low, ready, c)
-    return y, final, ready.spent.sum(2, dtype=torch.float64), factors
+    if not look:
+        y, final = launch.scan_forward(x, B, C, D, A, table, drop, initial, low, ready, c)
+        return y, final, ready.spent.sum(2, dtype=torch.float64), factors
+    sums = launch.look_sums(x, c, look)
+    y, final = launch.scan_forward(x, B, C, D, A, table, drop, initial, low, ready, c, sums=sums, look=look)
+    per_look = torch.nn.functional.pad(ready.spent, (0, -ready.spent.shape[2] % (look // c.Q)))
+    spent = per_look.unflatten(2, (-1, look // c.Q)).sum(3, dtype=torch.float64).cumsum(2)
+    return y, final, spent, torch.stack([sums[0].sum(2), sums[1].sum(2), sums[2].amax(2)])
+
+
+def observed(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`forward` with one more argument, k: log-decay (B,H,ceil(T/k)) float64 up to every k-th token and to the last,
+    and, instead of factors, (3,B,H,T//k): sum, sum of squares and largest size of the state there."""
+    x, B, every, maybe = args[0], args[3], args[15], (args[5], args[6], args[9], args[10], args[11])
+    return _run(_forward, x, B, every, (*maybe, x), args)
 
 
 def backward(dy: Tensor, dfinal: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Maybe,

@@ -30,7 +30,7 @@ POINTERS = {"dt": "x", "x": "x", "B": "x", "C": "x", "y": "x", "gram": "x", "dy"
             "position": "i64", "log_decay": "fp64"}  # fmt: skip
 FLOATS = ("A", "D", "dt_bias", "table", "cum", "scale", "totals", "initial", "states", "final", "caps", "S", "factors",
           "spent", "total", "grads", "ends", "dB", "dC", "dlog_decay", "dscale", "dD", "dA", "dcum", "dtotal", "dbias",
-          "room", "head", "x_before", "B_before", "until", "rest")  # fmt: skip
+          "room", "sums", "head", "x_before", "B_before", "until", "rest")  # fmt: skip
 OF_CHUNKS = {(backward.output_grads, "states"), (backward.input_grads, "grads"), (backward.chunk_states, "out"),
              (backward.chunk_state_grads, "out"), (backward.chunk_state_grads, "at_chunks")}  # fmt: skip
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -71,7 +71,7 @@ if __name__ == "__main__":
         flags = {"HAS_BIAS": True, "HAS_D": True, "HAS_INITIAL": True, "HAS_FINAL": True, "SOFTPLUS": True,
                  "HAS_PAD": False, "HAS_DROP": False, "WILD": False, "TMA": False, "FULL": dtype == torch.float32,
                  "Q": c.Q, "BP": c.BP, "BN": c.BN, "BH": 32, "BLOCK": 1024, "STAGES": c.stages,
-                 "PDL": capability >= 90, "LANES": 32, "DENSE": True, "ALONE": False, "EACH": 64,
+                 "PDL": capability >= 90, "LANES": 32, "DENSE": True, "ALONE": False, "HAS_LOOK": False, "EACH": 64,
                  "SPAN": window.SPAN}  # fmt: skip
         cases = [
             (prepare.prepare_chunk, 4, {}),
@@ -84,6 +84,7 @@ if __name__ == "__main__":
             ),
             (caps.cap_tokens, token_warps, {"BP": 64, "W": token_warps}),
             (forward.chunk_scan, c.warps, {}),
+            (forward.chunk_scan, c.warps, {"HAS_LOOK": True}),
             (forward.chunk_scan, c.warps, {"WILD": True, "HAS_DROP": True}),
             (forward.chunk_scan, c.warps, {"ALONE": True}),
             (window.block_spans, 4, {}),

@@ -115,14 +115,15 @@ def tile(source, stride_b, stride_t, stride_h, b, t0, h, column, T, columns, Q: 
 
 @Launched
 @triton.jit
-def chunk_scan(x, B, C, gram, y, cum, scale, totals, D, drop, initial, states, ends, final, wild,
+def chunk_scan(x, B, C, gram, y, cum, scale, totals, D, drop, initial, states, ends, final, wild, sums,
                sxb, sxt, sxh, sBb, sBt, sBg, sCb, sCt, sCg, syb, syt, syh, sDh, sDp,
-               T, H, P, N, G, chunks, segment_chunks, segments,
+               T, H, P, N, G, chunks, segment_chunks, segments, looks, look_chunks,
                Q: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, HAS_D: tl.constexpr, HAS_DROP: tl.constexpr,
-               FULL: tl.constexpr, WILD: tl.constexpr, TMA: tl.constexpr,
+               FULL: tl.constexpr, WILD: tl.constexpr, TMA: tl.constexpr, HAS_LOOK: tl.constexpr,
                STAGES: tl.constexpr, ALONE: tl.constexpr = False):  # fmt: skip
     """y (B,T,H,P) and final (B,H,P,N), of the segments that are wild or of those that are not. ALONE: rows begin at
-    zero and nothing follows them, initial and final are not touched."""
+    zero and nothing follows them, initial and final are not touched. sums (3,B,H,P/BP,looks): of the state after every
+    `look_chunks` chunks."""
     segment, h = tl.program_id(0), tl.program_id(1).to(tl.int64)
     blocks = tl.cdiv(P, BP)
     b, block = (tl.program_id(2) // blocks).to(tl.int64), tl.program_id(2) % blocks
@@ -182,6 +183,15 @@ def chunk_scan(x, B, C, gram, y, cum, scale, totals, D, drop, initial, states, e
             t = t0.to(tl.int64) + q
             tl.store(y + b * syb + h * syh + t[:, None] * syt + p[None, :], y_QP.to(x_QP.dtype),
                      mask=(t < T)[:, None] & (p < P)[None, :])  # fmt: skip
+
+        if HAS_LOOK:  # noqa: SIM102 (a constant and a value)
+            if ((chunk + 1) % look_chunks == 0) & (t0 + Q <= T):
+                E = S * tl.exp(carry)
+                here = (row * blocks + block) * looks + (chunk + 1) // look_chunks - 1
+                apart = h * 0 + tl.num_programs(2) * H * looks  # 64-bit
+                tl.store(sums + here, tl.sum(E))
+                tl.store(sums + apart + here, tl.sum(E * E))
+                tl.store(sums + 2 * apart + here, tl.max(tl.abs(E)))
 
     if not ALONE and segment == segments - 1:
         S *= tl.exp(carry)

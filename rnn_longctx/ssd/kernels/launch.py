@@ -96,11 +96,18 @@ def prepare_chunks(dt: Tensor, A: Tensor, B: Tensor, C: Tensor, dt_bias: Tensor 
     return Prepared(cum, scale, totals, spent, gram, wild, size)
 
 
+def look_sums(x: Tensor, c: Blocks, look: int) -> Tensor:
+    """(3,B,H,P/BP,T//look): room for sum, sum of squares and largest size of a block of the state."""
+    batch, length, heads, headdim = x.shape
+    shape = (3, batch, heads, triton.cdiv(headdim, c.BP), length // look)
+    return torch.empty(shape, dtype=torch.float32, device=x.device)
+
+
 def scan_forward(x: Tensor, B: Tensor, C: Tensor, D: Tensor | None, A: Tensor, table: Tensor, drop: Tensor | None,
-                 initial: Tensor | None, low: float, ready: Prepared, c: Blocks,
-                 y: Tensor | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
+                 initial: Tensor | None, low: float, ready: Prepared, c: Blocks, y: Tensor | None = None,
+                 sums: Tensor | None = None, look: int = 0) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y (B,T,H,P) as x, or where it is to be written, and the final state (B,H,P,N), float32. Without an initial state
-    rows begin at zero and their final states are not made."""
+    rows begin at zero and their final states are not made. sums: of `look_sums`, to be filled every `look` tokens."""
     batch, length, heads, headdim = x.shape
     groups, d_state = B.shape[2:]
     chunks, segments = ready.totals.shape[2], ready.wild.shape[2]
@@ -119,6 +126,7 @@ def scan_forward(x: Tensor, B: Tensor, C: Tensor, D: Tensor | None, A: Tensor, t
             low, *sizes, 0, **shared,
         )  # fmt: skip
     Ds = (0, 0) if D is None else (D.stride(0), D.stride(1) if D.ndim == 2 else 0)
+    looks = (1, 1) if sums is None else (sums.shape[4], look // c.Q)
     strides = (*x.stride()[:3], *B.stride()[:3], *C.stride()[:3], *y.stride()[:3], *Ds)
     for wild in (False, True):
         gram, arrays, described = ready.gram, (x, B, C, y), False
@@ -129,8 +137,9 @@ def scan_forward(x: Tensor, B: Tensor, C: Tensor, D: Tensor | None, A: Tensor, t
             arrays = tuple(TensorDescriptor.from_tensor(t, [1, c.Q, 1, w]) for t, w in zip(arrays, widths))
         forward.chunk_scan[(segments, heads, parts)](
             *arrays[:3], gram, arrays[3], ready.cum, ready.scale, ready.totals, table if D is None else D, mark,
-            table if initial is None else initial, states, ends, final, ready.wild, *strides, *sizes, **shared,
-            HAS_D=D is not None, WILD=wild, TMA=described, STAGES=c.stages, ALONE=initial is None,
+            table if initial is None else initial, states, ends, final, ready.wild, table if sums is None else sums,
+            *strides, *sizes, *looks, **shared, HAS_D=D is not None, WILD=wild, TMA=described,
+            HAS_LOOK=sums is not None, STAGES=c.stages, ALONE=initial is None,
         )  # fmt: skip
     return y, final
 

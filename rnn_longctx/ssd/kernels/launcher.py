@@ -44,7 +44,7 @@ class Launched:
 
     def __init__(self, jit: Any):
         self.jit = jit
-        self.constants = [p.name for p in jit.params if p.is_constexpr] if hasattr(jit, "params") else []
+        self.names = list(jit.arg_names)
         self.known: dict[tuple, Any] = {}
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable:
@@ -60,7 +60,7 @@ class Launched:
                 return
             kernel = self.known.get(key)
             if kernel is not None:
-                kernel[grid + (1,) * (3 - len(grid))](*args, *[options[name] for name in self.constants])
+                kernel[grid + (1,) * (3 - len(grid))](*args, *[options[name] for name in self.names[len(args) :]])
                 return
             if len(self.known) >= KNOWN:
                 self.known.clear()

@@ -29,7 +29,7 @@ from rnn_longctx.ssd.kernels.launcher import Launched
 from rnn_longctx.ssd.kernels.prepare import add_product, product
 
 SPAN = 128  # chunks whose log-decays are summed at once
-WARPS = 8  # of the two kernels that add to y: with fewer their registers overflow
+WARPS = 4
 
 
 @Launched

@@ -1,0 +1,66 @@
+"""What an observer sees of a state every k tokens of a stream, without a copy of it: sums, and the log-decay so far."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Of the states (P, N) after some tokens. n boundaries.
+
+    Attributes:
+        position: (n,) int64 on the CPU: tokens a row has read since it began.
+        elements: numbers in a state, P * N.
+        total, square, peak: (B, H, n): the sum of a state's numbers, of their squares, and the largest size of one.
+        log_decay: (B, H, n) or (B, H, N, n) float64, in nats, since the row began: exp of it is what is left of its
+            first token.
+    """
+
+    position: Tensor
+    elements: int
+    total: Tensor
+    square: Tensor
+    peak: Tensor
+    log_decay: Tensor
+
+    @property
+    def norm(self) -> Tensor:
+        """(B, H, n): the Frobenius norm."""
+        return self.square.sqrt()
+
+    @property
+    def mean(self) -> Tensor:
+        return self.total / self.elements
+
+    @property
+    def rms(self) -> Tensor:
+        return (self.square / self.elements).sqrt()
+
+    @classmethod
+    def of(cls, state: Tensor, position: Tensor, log_decay: Tensor) -> Statistics:
+        """Of one state (B, H, P, N), after `position` tokens (one number)."""
+        flat = state.detach().flatten(-2)
+        return cls(
+            position.reshape(1), flat.shape[-1], flat.sum(-1)[..., None], flat.square().sum(-1)[..., None],
+            flat.abs().amax(-1)[..., None], log_decay[..., None],
+        )  # fmt: skip
+
+    @classmethod
+    def join(cls, parts: list[Statistics]) -> Statistics:
+        def along(name: str) -> Tensor:
+            return torch.cat([getattr(part, name) for part in parts], -1)
+
+        return cls(along("position"), parts[0].elements, *map(along, ("total", "square", "peak", "log_decay")))
+
+
+class Observer(Protocol):
+    """Called by a scan with the statistics of the tokens it has read whose position is a multiple of `every`."""
+
+    every: int
+
+    def __call__(self, statistics: Statistics) -> None: ...
