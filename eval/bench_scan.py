@@ -15,19 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rnn_longctx.errors import InputError
-from rnn_longctx.ssd import PLAIN, Cap, ScanPolicy, scan
+from rnn_longctx.ssd import PLAIN, Cap, Observer, ScanPolicy, Statistics, scan
 
 CHUNK = 64  # tokens: what the floor's products are counted with
 MEASURED = ("ms", "graphed_ms", "extra_mib", "first_seconds", "error")
-REMEDIES = {
-    "": PLAIN,
-    ", rri": ScanPolicy(add=math.log(0.999), gain=0.75),
-    ", cap every 256": ScanPolicy(caps=(Cap(30.0, 256),)),
-}
-NOT_TRAINED = (
-    "mamba-ssm, chunk 128",
-    *(f"rnn-longctx{name}" for name in REMEDIES if name),
-)  # a minute and more of autotuning; the same kernels
+PLAIN_NAME = "rnn-longctx"
+EVERY = 256  # tokens between caps, and between looks
 System = Callable[..., Tensor]
 
 
@@ -68,28 +61,61 @@ class Shape:
         return self.batch * self.length * (self.heads * head + 2 * CHUNK * self.d_state)
 
 
-def ours(policy: ScanPolicy = PLAIN) -> System:
+def ours(policy: ScanPolicy = PLAIN, observer: Observer | None = None) -> System:
     def run(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor) -> Tensor:
-        return scan(x, dt, A, B, C, D=D, dt_bias=dt_bias, policy=policy, backend="triton")[0]
+        return scan(x, dt, A, B, C, D=D, dt_bias=dt_bias, policy=policy, backend="triton", observer=observer)[0]
 
     return run
 
 
-def systems() -> dict[str, System]:
-    """This project, with a remedy of the gates too, and of the others what is installed."""
-    found = {f"rnn-longctx{name}": ours(policy) for name, policy in REMEDIES.items()}
+class Look:
+    """An observer that keeps nothing."""
+
+    every = EVERY
+
+    def __call__(self, statistics: Statistics) -> None:
+        pass
+
+
+def remedies(inputs: dict[str, Tensor]) -> dict[str, ScanPolicy]:
+    """Policies by what they cost. Caps are a quarter of the norm that a plain stream ends with, so that each clips."""
+    with torch.no_grad():
+        _, carry = scan(**inputs, backend="triton")
+    norms = (carry.state.flatten(-2).norm(dim=-1).amin(0) / 4).tolist()
+    few = tuple(n if h % 10 == 0 and h < 30 else 1e30 for h, n in enumerate(norms))  # 3 of 32 heads
+    every = tuple(norms)
+    if inputs["x"].shape[1] <= 2**17:
+        return {"cap every token": ScanPolicy(caps=(Cap(every),))}
+    return {
+        "rri": ScanPolicy(add=math.log(0.999), gain=0.75),
+        "delta and A scaled, filtered": ScanPolicy(mul=0.7, gain=0.9, min_dt=1e-3),
+        f"cap every {EVERY}": ScanPolicy(caps=(Cap(every, EVERY),)),
+        f"cap every {EVERY}, 3 heads": ScanPolicy(caps=(Cap(few, EVERY),)),
+        "window 4096": ScanPolicy(window=4096),
+        "window 5000": ScanPolicy(window=5000),
+    }
+
+
+def systems(inputs: dict[str, Tensor], train: bool, what: str) -> dict[str, tuple[System, ScanPolicy]]:
+    """This project, with remedies where `what` says so, and of the others what is installed."""
+    found = {PLAIN_NAME: (ours(), PLAIN)}
+    if what == "remedies":
+        found |= {f"{PLAIN_NAME}, {name}": (ours(policy), policy) for name, policy in remedies(inputs).items()}
+        if inputs["x"].shape[1] > 2**17:
+            found[f"{PLAIN_NAME}, statistics every {EVERY}"] = (ours(observer=Look()), PLAIN)
+        return found
     try:
         from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
     except ImportError:
         pass
     else:
-        for chunk in (128, 256):
+        for chunk in (256,) if train else (128, 256):  # autotuning its gradients takes minutes
 
             def mamba(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor,
                       chunk: int = chunk) -> Tensor:  # fmt: skip
                 return mamba_chunk_scan_combined(x, dt, A, B, C, chunk, D=D, dt_bias=dt_bias, dt_softplus=True)
 
-            found[f"mamba-ssm, chunk {chunk}"] = mamba
+            found[f"mamba-ssm, chunk {chunk}"] = mamba, PLAIN
     try:
         from fla.ops.simple_gla import chunk_simple_gla
     except ImportError:
@@ -105,13 +131,14 @@ def systems() -> dict[str, System]:
             )[0]  # fmt: skip
             return y + (x * D[:, None]).to(y.dtype)
 
-        found["fla simple_gla"] = gla
+        found["fla simple_gla"] = gla, PLAIN
     return found
 
 
-def scan_rows(forward: list[int], backward: list[tuple[int, int]]) -> Iterator[dict[str, Any]]:
+def scan_rows(forward: list[int], backward: list[tuple[int, int]],
+              remedied: list[tuple[int, int]]) -> Iterator[dict[str, Any]]:  # fmt: skip
     """A row a system and size, as it is measured: forward at batch 1 of each length, forward and backward of each
-    (batch, length).
+    (batch, length), and what remedies add to the plain scan, forward, of each (batch, length).
 
     Raises:
         InputError: there is no CUDA device.
@@ -124,23 +151,25 @@ def scan_rows(forward: list[int], backward: list[tuple[int, int]]) -> Iterator[d
         "dtype": "bfloat16", "bandwidth_tb_s": bandwidth / 1e12, "matrix_tflop_s": rate / 1e12,
         "device": torch.cuda.get_device_name(), "versions": versions,
     }  # fmt: skip
-    for shape, train in [(Shape(1, n), False) for n in forward] + [(Shape(b, n), True) for b, n in backward]:
+    cases = [("forward", Shape(1, n)) for n in forward] + [("remedies", Shape(*size)) for size in remedied]
+    for what, shape in cases + [("forward + backward", Shape(*size)) for size in backward]:
         floor = max(shape.moved / bandwidth, shape.operations / rate) * 1e3
-        for name, measured in _measure(shape, train):
+        plain = math.nan
+        for name, measured in _measure(shape, what):
+            plain = measured["ms"] if name == PLAIN_NAME else plain
             yield {
-                "what": "forward + backward" if train else "forward", "batch": shape.batch, "length": shape.length,
-                "system": name, **measured, "floor_ms": math.nan if train else floor, **common,
+                "what": what, "batch": shape.batch, "length": shape.length, "system": name, **measured,
+                "of_plain": measured["ms"] / plain, "floor_ms": math.nan if "backward" in what else floor, **common,
             }  # fmt: skip
 
 
-def _measure(shape: Shape, train: bool) -> Iterator[tuple[str, dict[str, Any]]]:
+def _measure(shape: Shape, what: str) -> Iterator[tuple[str, dict[str, Any]]]:
     from triton.testing import do_bench
 
+    train = "backward" in what
     inputs = shape.inputs(train)
     leaves, weight = list(inputs.values()), torch.randn_like(inputs["x"])
-    for name, run in systems().items():
-        if train and name in NOT_TRAINED:
-            continue
+    for name, (run, policy) in systems(inputs, train, what).items():
 
         def call(run: System = run) -> Any:
             y = run(**inputs)
@@ -157,9 +186,8 @@ def _measure(shape: Shape, train: bool) -> Iterator[tuple[str, dict[str, Any]]]:
                 call()
                 extra = torch.cuda.max_memory_allocated() - before - weight.nbytes  # y, or x's gradient, is wanted
                 eager = do_bench(call, warmup=50, rep=200, return_mode="median")
-                graphed = math.nan if train else _graphed(call)
-                policy = REMEDIES.get(name.removeprefix("rnn-longctx"), PLAIN)
-                error = math.nan if train else _error(run, shape, policy)
+                graphed = _graphed(call) if what == "forward" else math.nan
+                error = _error(run, shape, policy, train)
             except Exception as problem:  # whatever another library does with this size, the others are measured
                 yield (
                     name,
@@ -185,12 +213,17 @@ def _graphed(call: Callable[[], Any]) -> float:
     return took
 
 
-def _error(run: System, shape: Shape, policy: ScanPolicy, length: int = 3001) -> float:
-    """Relative error of a short stream's outputs against float64."""
-    small = Shape(1, length, shape.heads, shape.headdim, shape.d_state).inputs()
-    expected, _ = scan(*(small[k].double() for k in ("x", "dt", "A", "B", "C")), D=small["D"].double(),
-                       dt_bias=small["dt_bias"].double(), policy=policy, backend="torch")  # fmt: skip
-    return ((run(**small).double() - expected).norm() / expected.norm()).item()
+def _error(run: System, shape: Shape, policy: ScanPolicy, train: bool, length: int = 3001) -> float:
+    """Relative error of a short stream's outputs, or of the worst of its gradients, against float64."""
+    small = Shape(1, length, shape.heads, shape.headdim, shape.d_state).inputs(train)
+    wide = {k: v.detach().double().requires_grad_(train) for k, v in small.items()}
+    ours, (expected, _) = run(**small), scan(**wide, policy=policy, backend="torch")
+    pairs = [(ours, expected)]
+    if train:
+        weight = torch.randn_like(ours)
+        found = torch.autograd.grad(ours, list(small.values()), weight)
+        pairs = list(zip(found, torch.autograd.grad(expected, list(wide.values()), weight.double())))
+    return max(((a.double() - b).norm() / b.norm()).item() for a, b in pairs)
 
 
 def _ceilings() -> tuple[float, float]:

@@ -177,16 +177,24 @@ OUT = typer.Option(help="CSV file to write the table to.")
 def bench_scan(
     lengths: Annotated[str, typer.Option(help="Tokens of the forward rows, batch 1.")] = "16k,64k,1m",
     train: Annotated[str, typer.Option(help="Batch x tokens of the forward and backward rows.")] = "8x8k",
+    remedies: Annotated[str, typer.Option(help="Batch x tokens of the rows with remedies.")] = "1x1m,1x128k,9x32k",
     out: Annotated[Optional[Path], OUT] = None,  # noqa: UP045
 ) -> None:
     """The scan on a GPU against mamba-ssm's and flash-linear-attention's kernels, where those are installed."""
-    from rnn_longctx.config import parse_length, parse_lengths
+    from rnn_longctx.config import parse_lengths
     from rnn_longctx.eval.bench_scan import scan_rows
 
-    pairs = [word.split("x") for word in train.split(",") if word]
+    forward = parse_lengths(lengths) if lengths else []
+    _record(scan_rows(forward, _sizes("train", train), _sizes("remedies", remedies)), out)
+
+
+def _sizes(name: str, text: str) -> list[tuple[int, int]]:
+    from rnn_longctx.config import parse_length
+
+    pairs = [word.split("x") for word in text.split(",") if word]
     if any(len(pair) != 2 or not pair[0].isdigit() for pair in pairs):
-        raise InputError(f"train: expected batch x tokens, such as 8x8k, got {train!r}")
-    _record(scan_rows(parse_lengths(lengths), [(int(b), parse_length(n)) for b, n in pairs]), out)
+        raise InputError(f"{name}: expected batch x tokens, such as 8x8k, got {text!r}")
+    return [(int(batch), parse_length(length)) for batch, length in pairs]
 
 
 @bench.command("model")
