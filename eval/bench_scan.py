@@ -77,12 +77,12 @@ class Look:
         pass
 
 
-def remedies(inputs: dict[str, Tensor]) -> dict[str, ScanPolicy]:
+def remedies(inputs: dict[str, Any]) -> dict[str, ScanPolicy]:
     """Policies by what they cost. Caps are a quarter of the norm that a plain stream ends with, so that each clips."""
     with torch.no_grad():
         _, carry = scan(**inputs, backend="triton")
     norms = (carry.state.flatten(-2).norm(dim=-1).amin(0) / 4).tolist()
-    few = tuple(n if h % 10 == 0 and h < 30 else 1e30 for h, n in enumerate(norms))  # 3 of 32 heads
+    few = tuple(n if h % 10 == 0 and h < 30 else math.inf for h, n in enumerate(norms))  # 3 of 32 heads
     every = tuple(norms)
     if inputs["x"].shape[1] <= 2**17:
         return {"cap every token": ScanPolicy(caps=(Cap(every),))}
@@ -96,7 +96,7 @@ def remedies(inputs: dict[str, Tensor]) -> dict[str, ScanPolicy]:
     }
 
 
-def systems(inputs: dict[str, Tensor], train: bool, what: str) -> dict[str, tuple[System, ScanPolicy]]:
+def systems(inputs: dict[str, Any], train: bool, what: str) -> dict[str, tuple[System, ScanPolicy]]:
     """This project, with remedies where `what` says so, and of the others what is installed."""
     found = {PLAIN_NAME: (ours(), PLAIN)}
     if what == "remedies":
@@ -216,7 +216,7 @@ def _graphed(call: Callable[[], Any]) -> float:
 def _error(run: System, shape: Shape, policy: ScanPolicy, train: bool, length: int = 3001) -> float:
     """Relative error of a short stream's outputs, or of the worst of its gradients, against float64."""
     small = Shape(1, length, shape.heads, shape.headdim, shape.d_state).inputs(train)
-    wide = {k: v.detach().double().requires_grad_(train) for k, v in small.items()}
+    wide: dict[str, Any] = {k: v.detach().double().requires_grad_(train) for k, v in small.items()}
     ours, (expected, _) = run(**small), scan(**wide, policy=policy, backend="torch")
     pairs = [(ours, expected)]
     if train:

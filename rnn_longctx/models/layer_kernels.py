@@ -52,12 +52,12 @@ def conv_silu(x: Tensor, weight: Tensor, bias: Tensor | None, before: Tensor | N
     x = x if x.stride(2) == 1 else x.contiguous()
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     after = torch.empty(batch, channels, taps - 1, dtype=x.dtype, device=x.device)
-    BT, BC = 32, min(128, triton.next_power_of_2(channels))
+    BT, BC = 16, min(64, triton.next_power_of_2(channels))
     with torch.cuda.device_of(x):
         _conv_silu[(triton.cdiv(length, BT), triton.cdiv(channels, BC), batch)](
             x, weight.contiguous(), weight if bias is None else bias, x if before is None else before.to(x.dtype), y,
             after, *x.stride()[:2], length, channels, TAPS=taps, BT=BT, BC=BC, HAS_BIAS=bias is not None,
-            HAS_BEFORE=before is not None,
+            HAS_BEFORE=before is not None, num_warps=2,
         )  # fmt: skip
     return y, after
 

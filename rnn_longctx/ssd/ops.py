@@ -62,11 +62,11 @@ def _forward(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Maybe, d
     if not look:
         y, final = launch.scan_forward(x, B, C, D, A, table, drop, initial, low, ready, c)
         return y, final, ready.spent.sum(2, dtype=torch.float64), factors
-    sums = launch.look_sums(x, c, look)
+    sums = launch.look_sums(x, look)
     y, final = launch.scan_forward(x, B, C, D, A, table, drop, initial, low, ready, c, sums=sums, look=look)
     per_look = torch.nn.functional.pad(ready.spent, (0, -ready.spent.shape[2] % (look // c.Q)))
     spent = per_look.unflatten(2, (-1, look // c.Q)).sum(3, dtype=torch.float64).cumsum(2)
-    return y, final, spent, torch.stack([sums[0].sum(2), sums[1].sum(2), sums[2].amax(2)])
+    return y, final, spent, torch.cat([sums[:2].sum(4), sums[2:].amax(4)])
 
 
 def observed(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -79,7 +79,7 @@ def observed(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def backward(dy: Tensor, dfinal: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Maybe,
              dt_bias: Maybe, initial: Tensor, table: Tensor, pad: Maybe, drop: Maybe, factors: Tensor, low: float,
              high: float, softplus: bool, every: int) -> list[Tensor]:  # fmt: skip
-    """The gradients of x, dt (as they are), A (H), B, C (B,T,G,N), D (H,P), dt_bias (H) and initial (float32)."""
+    """The gradients of x, dt (as they are), A (H), B, C (B,T,G,N), D, dt_bias (H) and initial (float32)."""
     from rnn_longctx.ssd.kernels import launch, launch_grads
 
     args = (x, dt, A, B, C, D, dt_bias, table, pad, drop, initial, low, high, softplus, dy.contiguous(),
@@ -119,8 +119,8 @@ def _factors_shape(batch: int, length: int, heads: int, headdim: int, d_state: i
 def _(dy: Tensor, dfinal: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Maybe, dt_bias: Maybe,
       initial: Tensor, table: Tensor, pad: Maybe, drop: Maybe, factors: Tensor, low: float, high: float,
       softplus: bool, every: int) -> list[Tensor]:  # fmt: skip
-    heads, headdim = x.shape[2:]
-    wide = (B.shape, C.shape, (heads, headdim), (heads,), initial.shape)
+    heads = x.shape[2]
+    wide = (B.shape, C.shape, (heads,) if D is None else D.shape, (heads,), initial.shape)
     return [
         x.new_empty(x.shape), dt.new_empty(dt.shape), x.new_empty(heads, dtype=torch.float32),
         *(x.new_empty(shape, dtype=torch.float32) for shape in wide),
@@ -138,7 +138,7 @@ def _differentiate(ctx: Any, dy: Tensor, dfinal: Tensor, *_: Tensor) -> tuple:
     dx, ddt, dA, dB, dC, dD, dbias, dinitial = scan_backward(
         dy, dfinal, x, dt, A, B, C, D, dt_bias, initial, table, pad, drop, factors, *ctx.settings
     )
-    dD = None if D is None else (dD if D.ndim == 2 else dD.sum(1)).to(D.dtype)
+    dD = None if D is None else dD.to(D.dtype)
     dbias = None if dt_bias is None else dbias.to(dt_bias.dtype)
     return (dx, ddt, dA.to(A.dtype), dB.to(B.dtype), dC.to(C.dtype), dD, dbias, dinitial.to(initial.dtype),
             *[None] * 10)  # fmt: skip

@@ -19,7 +19,6 @@ from rnn_longctx.ssd.kernels import (
     forward,
     launch,
     launch_caps,
-    launch_grads,
     prepare,
     window,
 )  # fmt: skip
@@ -71,8 +70,8 @@ if __name__ == "__main__":
         flags = {"HAS_BIAS": True, "HAS_D": True, "HAS_INITIAL": True, "HAS_FINAL": True, "SOFTPLUS": True,
                  "HAS_PAD": False, "HAS_DROP": False, "WILD": False, "TMA": False, "FULL": dtype == torch.float32,
                  "Q": c.Q, "BP": c.BP, "BN": c.BN, "BH": 32, "BLOCK": 1024, "STAGES": c.stages,
-                 "PDL": capability >= 90, "LANES": 32, "DENSE": True, "ALONE": False, "HAS_LOOK": False, "EACH": 64,
-                 "SPAN": window.SPAN}  # fmt: skip
+                 "PDL": capability >= 90, "LANES": 32, "DENSE": True, "ALONE": False, "HAS_LOOK": False, "HAS_CAPS": False,
+                 "EACH": 64, "SPAN": window.SPAN}  # fmt: skip
         cases = [
             (prepare.prepare_chunk, 4, {}),
             (forward.segment_states, c.warps, {}),
@@ -94,8 +93,8 @@ if __name__ == "__main__":
             (backward.segment_grads, c.warps, {}),
             (backward.chunk_states, c.warps, {}),
             (backward.chunk_state_grads, c.warps, {}),
-            (backward.output_grads, launch_grads.GRAD_WARPS, {}),
-            (backward.input_grads, launch_grads.GRAD_WARPS, {}),
+            (backward.output_grads, c.warps, {}),
+            (backward.input_grads, c.warps, {}),
         ]
         if dtype == torch.bfloat16 and capability >= 90:
             cases.append((forward.chunk_scan, c.warps, {"TMA": True}))
@@ -107,8 +106,8 @@ if __name__ == "__main__":
                 (caps.cut_tokens, 4, {"ROWS": 16}),
                 (backward.fold_states, 4, {}),
                 (backward.fold_grads, 4, {}),
-                (backward.output_grads, launch_grads.GRAD_WARPS, {"HAS_DROP": True}),
-                (backward.input_grads, launch_grads.GRAD_WARPS, {"HAS_DROP": True}),
+                (backward.output_grads, c.warps, {"HAS_DROP": True}),
+                (backward.input_grads, c.warps, {"HAS_DROP": True}),
                 (backward.gate_grads, 4, {"BT": 128, "BH": 8, "HAS_PAD": True}),
                 (layer_kernels._conv_silu, 4, {"TAPS": 4, "BT": 32, "BC": 128, "HAS_BEFORE": True}),
                 (layer_kernels._norm, 8, {"BLOCK": 2048, "HAS_ADD": True, "HAS_GATE": True}),

@@ -121,7 +121,7 @@ CAPS = {
 def test_caps_token_by_token(name, lanes, monkeypatch):
     """Whole and in parts, from a state that may be beyond its cap; a chunk in two registers of a warp, and in one."""
     if DEVICE == "cpu":
-        monkeypatch.setattr(launch, "LANES", lanes)
+        monkeypatch.setattr(launch_caps, "LANES", lanes)
     length = 61
     for decay, cuts in ((0.5, [1, 38]), (40.0, [])):
         x, more = inputs(length, batch=1, decay=decay)

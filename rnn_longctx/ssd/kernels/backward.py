@@ -193,14 +193,14 @@ def nothing_wild(wild, low, high, segments, BH: tl.constexpr):
 
 @Launched
 @triton.jit
-def output_grads(x, B, C, gram, dy, cum, scale, totals, drop, wild, states, dB, dC, dcum,
+def output_grads(x, B, C, gram, dy, cum, scale, totals, drop, wild, states, dB, dC, dcum, dscale,
                  sxb, sxt, sxh, sBb, sBt, sBg, sCb, sCt, sCg, sdyb, sdyt, sdyh,
                  T, H, P, N, G, chunks, segment_chunks, segments, first, width, splits,
                  Q: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, HAS_DROP: tl.constexpr, FULL: tl.constexpr,
                  WILD: tl.constexpr, BH: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """Of the outputs of chunk `first` + program_id(0): dC (splits,B,T,G,N), a group's heads split over programs; dB as
-    it comes through gram; dcum (P/BP,B,H,chunks*Q), what an output weighs beside its own token's part. Grid (chunks of
-    the slab, splits * G, B)."""
+    it comes through gram; dcum (P/BP,B,H,chunks*Q), what an output weighs beside its own token's part, and x . dy, of
+    which `input_grads` makes dscale. Grid (chunks of the slab, splits * G, B)."""
     local, b = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
     g, split = (tl.program_id(1) // splits).to(tl.int64), (tl.program_id(1) % splits).to(tl.int64)
     blocks, batch, per_group = tl.cdiv(P, BP), tl.num_programs(2), H // G
@@ -255,7 +255,9 @@ def output_grads(x, B, C, gram, dy, cum, scale, totals, drop, wild, states, dB, 
             y_QP = tl.where((document == 0)[:, None], y_QP, 0.0)
             o_QP = tl.where((document == 0)[:, None], o_QP, 0.0)
         y_QP = add_product(tl.trans(weights), z_QP, y_QP, FULL)
-        tl.store(dcum + block * batch * H * chunks * Q + at, tl.sum(y_QP * dy_QP, 1) * out, mask=here & mine)
+        at += block * batch * H * chunks * Q
+        tl.store(dcum + at, tl.sum(y_QP * dy_QP, 1) * out, mask=here & mine)
+        tl.store(dscale + at, tl.sum(x_QP.to(tl.float32) * dy_QP, 1), mask=here & mine)
         dC_QN = add_product(o_QP, S_PN, dC_QN, FULL)
     dgram = tl.where(seen, dgram, 0.0).to(C_QN.dtype)
     B_QN = tl.load(B + b * sBb + g * sBg + t[:, None] * sBt + n[None, :], mask=of_C, other=0.0)
@@ -273,12 +275,12 @@ def output_grads(x, B, C, gram, dy, cum, scale, totals, drop, wild, states, dB, 
 @triton.jit
 def input_grads(x, B, gram, dy, cum, scale, totals, D, drop, wild, grads, dtotal,
                 dx, dB, dcum, dscale, dD,
-                sxb, sxt, sxh, sBb, sBt, sBg, sdyb, sdyt, sdyh, sDh, sDp,
+                sxb, sxt, sxh, sBb, sBt, sBg, sdyb, sdyt, sdyh,
                 T, H, P, N, G, chunks, segment_chunks, segments, first, width, splits,
                 Q: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, HAS_D: tl.constexpr, HAS_DROP: tl.constexpr,
                 FULL: tl.constexpr, WILD: tl.constexpr, BH: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
-    """Of a chunk's inputs: dx (B,T,H,P), dD (B,width,H,P), dscale as dcum, and the rest of dB; dcum becomes the
-    gradient of log-decay. Same grid."""
+    """Of a chunk's inputs: dx (B,T,H,P), dD (P/BP,B,H,chunks) of D (H), dscale as dcum, and the rest of dB; dcum
+    becomes the gradient of log-decay. Same grid."""
     local, b = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
     g, split = (tl.program_id(1) // splits).to(tl.int64), (tl.program_id(1) % splits).to(tl.int64)
     blocks, batch, per_group = tl.cdiv(P, BP), tl.num_programs(2), H // G
@@ -338,18 +340,16 @@ def input_grads(x, B, gram, dy, cum, scale, totals, D, drop, wild, grads, dtotal
         ended = tl.load(dtotal + block * batch * H * chunks + row * chunks + chunk) + tl.sum(through, 0)
         u_QP = add_product(weights, o_QP, u_QP, FULL)
         all_but_own = tl.sum(u_QP * x_QP, 1) * into
-        together = tl.sum(x_QP.to(tl.float32) * dy_QP, 1)
+        together = tl.load(dscale + to, mask=here & mine, other=0.0)
         dcum_Q = tl.load(dcum + to, mask=here & mine, other=0.0) - all_but_own * s
         tl.store(dscale + to, all_but_own + own * together, mask=here & mine)
         tl.store(dcum + to, tl.cumsum(dcum_Q, 0, reverse=True) + ended, mask=here & mine)
         direct = own * s
         if HAS_D:
-            D_P = tl.load(D + h * sDh + p * sDp, mask=p < P, other=0.0).to(tl.float32)
-            tl.store(dD + ((b * width + local) * H + h) * P + p, tl.sum(dy_QP.to(tl.float32) * x_QP, 0),
-                     mask=(p < P) & ((flag + p * 0 != 0) if WILD else (flag + p * 0 == 0)))  # fmt: skip
-            dx_QP = u_QP * (into * s)[:, None] + dy_QP * (direct[:, None] + D_P[None, :])
-        else:
-            dx_QP = u_QP * (into * s)[:, None] + dy_QP * direct[:, None]
+            direct += tl.load(D + h).to(tl.float32)
+            at_D = (block * batch * H + row) * chunks + chunk + q
+            tl.store(dD + at_D, tl.sum(together, 0) + q * 0.0, mask=mine & (q == 0))
+        dx_QP = u_QP * (into * s)[:, None] + dy_QP * direct[:, None]
         tl.store(dx + ((b * T + t)[:, None] * H + h) * P + p[None, :], dx_QP.to(dx.dtype.element_ty), mask=of_x)
     to = (((split * batch + b) * T + t)[:, None] * G + g) * N + n[None, :]
     tl.store(dB + to, tl.load(dB + to, mask=of_B, other=0.0) + dB_QN, mask=of_B)

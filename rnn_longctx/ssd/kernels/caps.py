@@ -26,20 +26,23 @@ LEAST = tl.constexpr(-100.0)  # nats: the log of a factor of 0
 
 @Launched
 @triton.jit
-def cap_chain(states, ends, caps, S, factors, H, P, N, pieces, offset, all_pieces,
+def cap_chain(states, ends, caps, S, factors, H, P, N, pieces, room, offset, all_pieces,
               BP: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """factors (B,H,all_pieces) from `offset` on: by how much the state is cut back to its cap at the end of each of
-    `pieces` pieces of the stream, which add `states` (B,H,pieces,P,N) and forget `ends`. S (B,H,P,N) is the state
-    before the first and becomes that after the last. Grid (B * H): here the stream is walked in order."""
+    `pieces` pieces of the stream, which add `states` (B,H,room,P,N) and forget `ends`. S (B,H,P,N) is the state before
+    the first and becomes that after the last. Heads without a cap are left as they are. Grid (B * H): here the stream
+    is walked in order."""
     row = tl.program_id(0).to(tl.int64)
     p, n = tl.arange(0, BP), tl.arange(0, BN)
     inside = (p[:, None] < P) & (n[None, :] < N)
     here = p[:, None] * N + n[None, :]
     cap = tl.load(caps + tl.program_id(0) % H)
+    if cap == float("inf"):
+        return
     S_PN = tl.load(S + row * P * N + here, mask=inside, other=0.0)
     factor = cap * 0.0 + 1.0  # S_PN is still to be multiplied by it
     for i in tl.range(0, pieces, num_stages=STAGES):
-        at = row * pieces + i
+        at = row * room + i
         added = tl.load(states + at * P * N + here, mask=inside, other=0.0)
         S_PN = S_PN * (factor * tl.exp(tl.load(ends + at))) + added.to(tl.float32)
         norm = tl.sqrt(tl.sum(S_PN * S_PN))

@@ -33,36 +33,25 @@ def reach(A, table, h, H, low):
     return tl.where(only_forgets, -HORIZON, float("-inf"))
 
 
-@Launched
 @triton.jit
-def segment_states(x, B, A, table, drop, cum, scale, totals, states, ends, sxb, sxt, sxh, sBb, sBt, sBg, low,
-                   T, H, P, N, G, chunks, segment_chunks, segments, offset,
-                   Q: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, HAS_DROP: tl.constexpr,
-                   FULL: tl.constexpr):  # fmt: skip
-    """states (B,H,segments-1,P,N): what each segment but the last (they are full) adds; ends (B,H,segments-1): its
-    log-decay. The first begins at chunk `offset`. Grid (segments - 1, H, B * P / BP)."""
-    segment, h = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    blocks = tl.cdiv(P, BP)
-    b, block = (tl.program_id(2) // blocks).to(tl.int64), tl.program_id(2) % blocks
-    q, p, n = tl.arange(0, Q), block * BP + tl.arange(0, BP), tl.arange(0, BN)
-    horizon = reach(A, table, h, H, low)
-    first = offset + segment.to(tl.int64) * segment_chunks
-    row = (b * H + h) * chunks
-    x += b * sxb + h * sxh
-    B += b * sBb + (h // (H // G)) * sBg
-
+def walk_back(x, B, drop, cum, scale, totals, sxt, sBt, row, chunk, count, horizon, p, n, P, N,
+              Q: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, HAS_DROP: tl.constexpr,
+              FULL: tl.constexpr):  # fmt: skip
+    """What the `count` full chunks before `chunk` add to the state there, (BP, BN), and their log-decay. x, B, drop: at
+    the row's beginning. Left where what is still unread has decayed to nothing."""
+    q = tl.arange(0, Q)
     S = tl.zeros((BP, BN), tl.float32)
     suffix = 0.0
-    i = segment_chunks - 1
-    while (i >= 0) & (suffix > horizon):
-        chunk = first + i
-        at = (row + chunk) * Q + q
-        t = chunk * Q + q
-        total = tl.load(totals + row + chunk)
+    i = 0
+    while (i < count) & (suffix > horizon):
+        i += 1
+        at = (row + chunk - i) * Q + q
+        t = (chunk - i) * Q + q
+        total = tl.load(totals + row + chunk - i)
         weight = tl.load(scale + at) * tl.exp((total - tl.load(cum + at)).to(tl.float32) + suffix)
         suffix += total.to(tl.float32)
         if HAS_DROP:
-            document = tl.cumsum(tl.load(drop + b * T + t).to(tl.int32), 0)
+            document = tl.cumsum(tl.load(drop + t).to(tl.int32), 0)
             latest = tl.max(document, 0)
             weight = tl.where(document == latest, weight, 0.0)
             suffix = tl.where(latest > 0, float("-inf"), suffix)
@@ -70,8 +59,30 @@ def segment_states(x, B, A, table, drop, cum, scale, totals, states, ends, sxb, 
         B_QN = tl.load(B + t[:, None] * sBt + n[None, :], mask=n[None, :] < N, other=0.0)
         xw = (tl.trans(x_QP) * weight[None, :]).to(x_QP.dtype)
         S += product(xw, B_QN, FULL)
-        i -= 1
+    return S, suffix
 
+
+@Launched
+@triton.jit
+def segment_states(x, B, A, table, drop, cum, scale, totals, states, ends, caps, sxb, sxt, sxh, sBb, sBt, sBg, low,
+                   T, H, P, N, G, chunks, segment_chunks, segments, offset,
+                   Q: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, HAS_DROP: tl.constexpr, HAS_CAPS: tl.constexpr,
+                   FULL: tl.constexpr):  # fmt: skip
+    """states (B,H,segments-1,P,N): what each segment but the last (they are full) adds; ends (B,H,segments-1): its
+    log-decay. The first begins at chunk `offset`. With caps (H): not of heads without one. Grid (segments - 1 or fewer,
+    H, B * P / BP)."""
+    segment, h = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    if HAS_CAPS:  # noqa: SIM102 (a constant and a value)
+        if tl.load(caps + h) == float("inf"):
+            return
+    blocks = tl.cdiv(P, BP)
+    b, block = (tl.program_id(2) // blocks).to(tl.int64), tl.program_id(2) % blocks
+    p, n = block * BP + tl.arange(0, BP), tl.arange(0, BN)
+    S, suffix = walk_back(
+        x + b * sxb + h * sxh, B + b * sBb + (h // (H // G)) * sBg, drop + b * T, cum, scale, totals, sxt, sBt,
+        (b * H + h) * chunks, offset + (segment.to(tl.int64) + 1) * segment_chunks, segment_chunks,
+        reach(A, table, h, H, low), p, n, P, N, Q, BP, BN, HAS_DROP, FULL,
+    )  # fmt: skip
     at = (b * H + h) * (segments - 1) + segment
     tl.store(states + at * P * N + p[:, None] * N + n[None, :], S, mask=(p[:, None] < P) & (n[None, :] < N))
     if block == 0:
@@ -115,16 +126,16 @@ def tile(source, stride_b, stride_t, stride_h, b, t0, h, column, T, columns, Q: 
 
 @Launched
 @triton.jit
-def chunk_scan(x, B, C, gram, y, cum, scale, totals, D, drop, initial, states, ends, final, wild, sums,
+def chunk_scan(x, B, C, gram, y, A, table, cum, scale, totals, D, drop, initial, states, ends, final, wild, sums, low,
                sxb, sxt, sxh, sBb, sBt, sBg, sCb, sCt, sCg, syb, syt, syh, sDh, sDp,
-               T, H, P, N, G, chunks, segment_chunks, segments, looks, look_chunks,
+               T, H, P, N, G, chunks, segment_chunks, segments, parts, looks, look_chunks,
                Q: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, HAS_D: tl.constexpr, HAS_DROP: tl.constexpr,
                FULL: tl.constexpr, WILD: tl.constexpr, TMA: tl.constexpr, HAS_LOOK: tl.constexpr,
                STAGES: tl.constexpr, ALONE: tl.constexpr = False):  # fmt: skip
-    """y (B,T,H,P) and final (B,H,P,N), of the segments that are wild or of those that are not. ALONE: rows begin at
-    zero and nothing follows them, initial and final are not touched. sums (3,B,H,P/BP,looks): of the state after every
-    `look_chunks` chunks."""
-    segment, h = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    """y (B,T,H,P) and final (B,H,P,N), of the segments that are wild or of those that are not, in `parts` each: where
+    one head alone is wild, the device would wait for its few programs. ALONE: rows begin at zero and nothing follows
+    them, initial and final are not touched. sums (3,B,H,looks,P): of the state after every `look_chunks` chunks."""
+    segment, h = tl.program_id(0) // parts, tl.program_id(1).to(tl.int64)
     blocks = tl.cdiv(P, BP)
     b, block = (tl.program_id(2) // blocks).to(tl.int64), tl.program_id(2) % blocks
     row = b * H + h
@@ -137,7 +148,18 @@ def chunk_scan(x, B, C, gram, y, cum, scale, totals, D, drop, initial, states, e
         D_P = tl.load(D + h * sDh + p * sDp, mask=p < P, other=0.0).to(tl.float32)
     carry = 0.0  # S is still to be multiplied by exp(carry)
     first = segment * segment_chunks
-    for chunk in tl.range(first, tl.minimum(first + segment_chunks, chunks), num_stages=STAGES):
+    stop = tl.minimum(first + segment_chunks, chunks)
+    if WILD:
+        each = tl.cdiv(segment_chunks, parts)
+        skipped = tl.minimum((tl.program_id(0) % parts) * each, stop - first)
+        first += skipped
+        stop = tl.minimum(first + each, stop)
+        added, suffix = walk_back(
+            x + b * sxb + h * sxh, B + b * sBb + g * sBg, drop + b * T, cum, scale, totals, sxt, sBt, row * chunks,
+            row * 0 + first, skipped, reach(A, table, h, H, low), p, n, P, N, Q, BP, BN, HAS_DROP, FULL,
+        )  # fmt: skip
+        S = tl.where(suffix > float("-inf"), S * tl.exp(suffix), 0.0) + added
+    for chunk in tl.range(first, stop, num_stages=STAGES):
         t0 = chunk * Q
         C_QN = tile(C, sCb, sCt, sCg, b, t0, g, 0, T, N, Q, BN, TMA)
         B_QN = tile(B, sBb, sBt, sBg, b, t0, g, 0, T, N, Q, BN, TMA)
@@ -186,14 +208,15 @@ def chunk_scan(x, B, C, gram, y, cum, scale, totals, D, drop, initial, states, e
 
         if HAS_LOOK:  # noqa: SIM102 (a constant and a value)
             if ((chunk + 1) % look_chunks == 0) & (t0 + Q <= T):
+                # of each row of the state: the rest costs less outside than barriers here
                 E = S * tl.exp(carry)
-                here = (row * blocks + block) * looks + (chunk + 1) // look_chunks - 1
-                apart = h * 0 + tl.num_programs(2) * H * looks  # 64-bit
-                tl.store(sums + here, tl.sum(E))
-                tl.store(sums + apart + here, tl.sum(E * E))
-                tl.store(sums + 2 * apart + here, tl.max(tl.abs(E)))
+                here = (row * looks + (chunk + 1) // look_chunks - 1) * P + p
+                apart = h * 0 + tl.num_programs(2) // blocks * H * looks * P  # 64-bit
+                tl.store(sums + here, tl.sum(E, 1), mask=p < P)
+                tl.store(sums + apart + here, tl.sum(E * E, 1), mask=p < P)
+                tl.store(sums + 2 * apart + here, tl.max(tl.abs(E), 1), mask=p < P)
 
-    if not ALONE and segment == segments - 1:
+    if not ALONE and (stop == chunks) & (first < stop):
         S *= tl.exp(carry)
         inside = (p[:, None] < P) & (n[None, :] < N)
         tl.store(final + row * P * N + p[:, None] * N + n[None, :], S, mask=inside)

@@ -14,6 +14,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from rnn_longctx.ssd.kernels import forward, prepare
 
 LIMIT = 60.0  # nats by which a factor of `chunk_scan` may leave 1 (15 more with caps); float32 ends at exp(88)
+WILD_PARTS = 32  # programs of a wild segment, of 16 chunks at least
 DESCRIBED = 2**28  # elements of x from which describing the arrays to the copy engine pays
 
 
@@ -96,11 +97,10 @@ def prepare_chunks(dt: Tensor, A: Tensor, B: Tensor, C: Tensor, dt_bias: Tensor 
     return Prepared(cum, scale, totals, spent, gram, wild, size)
 
 
-def look_sums(x: Tensor, c: Blocks, look: int) -> Tensor:
-    """(3,B,H,P/BP,T//look): room for sum, sum of squares and largest size of a block of the state."""
+def look_sums(x: Tensor, look: int) -> Tensor:
+    """(3,B,H,T//look,P): room for sum, sum of squares and largest size of the rows of the state."""
     batch, length, heads, headdim = x.shape
-    shape = (3, batch, heads, triton.cdiv(headdim, c.BP), length // look)
-    return torch.empty(shape, dtype=torch.float32, device=x.device)
+    return torch.empty(3, batch, heads, length // look, headdim, dtype=torch.float32, device=x.device)
 
 
 def scan_forward(x: Tensor, B: Tensor, C: Tensor, D: Tensor | None, A: Tensor, table: Tensor, drop: Tensor | None,
@@ -122,11 +122,11 @@ def scan_forward(x: Tensor, B: Tensor, C: Tensor, D: Tensor | None, A: Tensor, t
     ends = empty(batch, heads, segments - 1)
     if segments > 1:
         forward.segment_states[(segments - 1, heads, parts)](
-            x, B, A, table, mark, ready.cum, ready.scale, ready.totals, states, ends, *x.stride()[:3], *B.stride()[:3],
-            low, *sizes, 0, **shared,
+            x, B, A, table, mark, ready.cum, ready.scale, ready.totals, states, ends, table, *x.stride()[:3],
+            *B.stride()[:3], low, *sizes, 0, HAS_CAPS=False, **shared,
         )  # fmt: skip
     Ds = (0, 0) if D is None else (D.stride(0), D.stride(1) if D.ndim == 2 else 0)
-    looks = (1, 1) if sums is None else (sums.shape[4], look // c.Q)
+    looks = (1, 1) if sums is None else (sums.shape[3], look // c.Q)
     strides = (*x.stride()[:3], *B.stride()[:3], *C.stride()[:3], *y.stride()[:3], *Ds)
     for wild in (False, True):
         gram, arrays, described = ready.gram, (x, B, C, y), False
@@ -135,11 +135,12 @@ def scan_forward(x: Tensor, B: Tensor, C: Tensor, D: Tensor | None, A: Tensor, t
             gram = TensorDescriptor.from_tensor(gram.flatten(2, 3).transpose(1, 2), [1, c.Q, 1, c.Q])
             widths = (c.BP, c.BN, c.BN, c.BP)
             arrays = tuple(TensorDescriptor.from_tensor(t, [1, c.Q, 1, w]) for t, w in zip(arrays, widths))
-        forward.chunk_scan[(segments, heads, parts)](
-            *arrays[:3], gram, arrays[3], ready.cum, ready.scale, ready.totals, table if D is None else D, mark,
-            table if initial is None else initial, states, ends, final, ready.wild, table if sums is None else sums,
-            *strides, *sizes, *looks, **shared, HAS_D=D is not None, WILD=wild, TMA=described,
-            HAS_LOOK=sums is not None, STAGES=c.stages, ALONE=initial is None,
+        pieces = min(WILD_PARTS, triton.cdiv(ready.segment_chunks, 16)) if wild else 1
+        forward.chunk_scan[(segments * pieces, heads, parts)](
+            *arrays[:3], gram, arrays[3], A, table, ready.cum, ready.scale, ready.totals, table if D is None else D,
+            mark, table if initial is None else initial, states, ends, final, ready.wild,
+            table if sums is None else sums, low, *strides, *sizes, pieces, *looks, **shared, HAS_D=D is not None,
+            WILD=wild, TMA=described, HAS_LOOK=sums is not None, STAGES=c.stages, ALONE=initial is None,
         )  # fmt: skip
     return y, final
 

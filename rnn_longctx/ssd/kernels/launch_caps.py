@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import triton
@@ -13,7 +14,7 @@ from rnn_longctx.ssd.kernels.forward import segment_states
 from rnn_longctx.ssd.kernels.launch import LIMIT, Blocks, Prepared
 
 STEEP = 15.0  # nats by which a cap may cut a state back at once before the segment counts as wild
-GROUP = 2**28  # bytes of states that a chain of caps takes up at once
+GROUP = 2**27  # bytes of states that a chain of caps takes up at once
 
 
 def cap_factors(x: Tensor, B: Tensor, A: Tensor, table: Tensor, initial: Tensor, low: float, caps: Tensor, every: int,
@@ -23,26 +24,54 @@ def cap_factors(x: Tensor, B: Tensor, A: Tensor, table: Tensor, initial: Tensor,
     batch, length, heads, headdim = x.shape
     groups, d_state = B.shape[2:]
     pieces, piece_chunks, chunks = length // every, every // c.Q, ready.totals.shape[2]
-    empty = partial(torch.empty, dtype=torch.float32, device=x.device)
-    factors, S = empty(batch, heads, pieces), initial.clone()
-    most = max(1, GROUP // (batch * heads * headdim * d_state * x.element_size()))
-    BP = max(16, triton.next_power_of_2(headdim))
-    for first in range(0, pieces, most):
+    factors = torch.ones(batch, heads, pieces, dtype=torch.float32, device=x.device)
+    most = min(pieces, max(1, GROUP // (batch * heads * headdim * d_state * x.element_size())))
+    S, BP = initial.clone(), max(16, triton.next_power_of_2(headdim))
+    # Two groups' states, in the inputs' type: only the norm of thousands of numbers, each rounded by itself, is asked
+    # for. The chain keeps few processors busy, so the next group's states are made beside it.
+    states = torch.empty(2, batch, heads, most, headdim, d_state, dtype=x.dtype, device=x.device)
+    ends = torch.empty(2, batch, heads, most, dtype=torch.float32, device=x.device)
+    beside = _Beside(x.device)
+    for i, first in enumerate(range(0, pieces, most)):
         count = min(most, pieces - first)
-        # in the inputs' type: only the norm of thousands of numbers, each rounded by itself, is asked for
-        states = empty(batch, heads, count, headdim, d_state, dtype=x.dtype)
-        ends = empty(batch, heads, count)
+        beside.wait(i - 2)
         segment_states[(count, heads, batch * triton.cdiv(headdim, c.BP))](
-            x, B, A, table, table, ready.cum, ready.scale, ready.totals, states, ends, *x.stride()[:3],
-            *B.stride()[:3], low, length, heads, headdim, d_state, groups, chunks, piece_chunks, count + 1,
-            first * piece_chunks, Q=c.Q, BP=c.BP, BN=c.BN, HAS_DROP=False, FULL=x.dtype == torch.float32,
-            num_warps=c.warps,
+            x, B, A, table, table, ready.cum, ready.scale, ready.totals, states[i % 2], ends[i % 2], caps,
+            *x.stride()[:3], *B.stride()[:3], low, length, heads, headdim, d_state, groups, chunks, piece_chunks,
+            most + 1, first * piece_chunks, Q=c.Q, BP=c.BP, BN=c.BN, HAS_DROP=False, HAS_CAPS=True,
+            FULL=x.dtype == torch.float32, num_warps=c.warps,
         )  # fmt: skip
-        caps_.cap_chain[(batch * heads,)](
-            states, ends, caps, S, factors, heads, headdim, d_state, count, first, pieces, BP=BP, BN=c.BN,
-            STAGES=chain_stages(BP * c.BN, x.dtype), num_warps=min(16, max(4, BP * c.BN // 1024)),
-        )  # fmt: skip
+        with beside.next():
+            caps_.cap_chain[(batch * heads,)](
+                states[i % 2], ends[i % 2], caps, S, factors, heads, headdim, d_state, count, most, first, pieces,
+                BP=BP, BN=c.BN, STAGES=chain_stages(BP * c.BN, x.dtype), num_warps=min(16, max(4, BP * c.BN // 1024)),
+            )  # fmt: skip
+    beside.wait(-1)
     return factors
+
+
+class _Beside:
+    """Launches on a second stream, each after what the first one holds by then; nothing of the kind on a CPU."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.ends: list[torch.cuda.Event] = []
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    @contextmanager
+    def next(self) -> Iterator[None]:
+        if self.stream is None:
+            yield
+            return
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.stream):
+            yield
+            self.ends.append(self.stream.record_event())
+
+    def wait(self, launch: int) -> None:
+        """Let the first stream wait for the `launch`-th of these, where there is one; -1 is the last."""
+        if self.ends and launch >= -1:
+            torch.cuda.current_stream(self.device).wait_event(self.ends[launch])
 
 
 def chain_stages(size: int, dtype: torch.dtype) -> int:

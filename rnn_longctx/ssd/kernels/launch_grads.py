@@ -21,13 +21,13 @@ class Grads(NamedTuple):
     A: Tensor  # (H) float32, and so the rest
     B: Tensor  # (B, T, G, N)
     C: Tensor
-    D: Tensor  # (H, P)
+    D: Tensor  # as D
     dt_bias: Tensor  # (H)
     initial: Tensor  # (B, H, P, N)
 
 
-BACKWARD_CHUNKS = 16  # a segment; each costs two states (P, N) in float32
-SLAB = 2**29  # bytes that the states and their gradients at a slab's chunks may take
+BACKWARD_CHUNKS = 16  # a segment, or twice as many; each costs two states (P, N) in float32
+SLAB = 2**30  # bytes that the states and their gradients at a slab's chunks may take
 
 
 def scan_backward(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, dt_bias: Tensor | None,
@@ -36,7 +36,9 @@ def scan_backward(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Ten
                   factors: Tensor | None, every: int) -> Grads:  # fmt: skip
     batch, length, heads, headdim = x.shape
     groups, d_state = B.shape[2:]
-    ready = prepare_chunks(dt, A, B, C, dt_bias, table, pad, drop, low, high, softplus, headdim, c, BACKWARD_CHUNKS)
+    many = batch * heads * triton.cdiv(length, 2 * BACKWARD_CHUNKS * c.Q) >= 2 * _slots(x.device)
+    per_segment = (1 + many) * BACKWARD_CHUNKS
+    ready = prepare_chunks(dt, A, B, C, dt_bias, table, pad, drop, low, high, softplus, headdim, c, per_segment)
     if factors is not None:  # of pieces of `every` tokens, or of every token
         if every:
             cut_back(ready, factors, every)
@@ -52,8 +54,8 @@ def scan_backward(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Ten
     states, ends = empty(batch, heads, segments - 1, headdim, d_state), empty(batch, heads, segments)
     if segments > 1:
         segment_states[(segments - 1, heads, parts)](
-            x, B, A, table, mark, ready.cum, ready.scale, ready.totals, states, ends, *x.stride()[:3], *B.stride()[:3],
-            low, *sizes, 0, **shared,
+            x, B, A, table, mark, ready.cum, ready.scale, ready.totals, states, ends, table, *x.stride()[:3],
+            *B.stride()[:3], low, *sizes, 0, HAS_CAPS=False, **shared,
         )  # fmt: skip
         backward.fold_states[folded](initial, states, ends, segments, PN, 1024)
     grads = empty(batch, heads, segments, headdim, d_state)
@@ -66,16 +68,16 @@ def scan_backward(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Ten
 
     slab = min(segments, max(1, SLAB // (2 * parts * heads * size * c.BP * c.BN * x.element_size())))
     width, splits = min(slab * size, chunks), 1
-    while batch * groups * splits * width < 4 * _slots(x.device) and splits < heads // groups:
+    while batch * groups * splits * width < 3 * _slots(x.device) and splits < heads // groups:
         splits *= 2
     at_chunks = torch.empty(2, batch, heads, blocks_P, width, c.BP, c.BN, dtype=x.dtype, device=x.device)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    dB, dC = empty(2, splits, batch, length, groups, d_state)
+    dB, dC = (empty(splits, batch, length, groups, d_state) for _ in range(2))
     gates, dtotal = empty(2, blocks_P, batch, heads, chunks * c.Q), empty(blocks_P, batch, heads, chunks)
-    dD, dD_chunks = empty(heads, headdim).zero_(), empty(batch, width, heads, headdim)
+    has_D = D is not None and D.ndim == 1
+    dD = empty(blocks_P, batch, heads, chunks if has_D else 0)
     of_x, of_B, of_C, of_y = (t.stride()[:3] for t in (x, B, C, dy))
-    of_D = (0, 0) if D is None else (D.stride(0), D.stride(1) if D.ndim == 2 else 0)
-    halves = {**shared, "num_warps": GRAD_WARPS, "STAGES": GRAD_STAGES or c.stages, "BH": triton.next_power_of_2(heads)}
+    halves = {**shared, "STAGES": c.stages, "BH": triton.next_power_of_2(heads)}
     for at in range(0, segments, slab):
         here = min(slab, segments - at)
         backward.chunk_states[(here, heads, parts)](
@@ -91,16 +93,19 @@ def scan_backward(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Ten
         for wild in (False, True):
             backward.output_grads[grid](
                 x, B, C, ready.gram, dy, ready.cum, ready.scale, ready.totals, mark, ready.wild, at_chunks[0], dB, dC,
-                gates[0], *of_x, *of_B, *of_C, *of_y, *where, **halves, WILD=wild,
+                *gates, *of_x, *of_B, *of_C, *of_y, *where, **halves, WILD=wild,
             )  # fmt: skip
         for wild in (False, True):
             backward.input_grads[grid](
-                x, B, ready.gram, dy, ready.cum, ready.scale, ready.totals, table if D is None else D, mark, ready.wild,
-                at_chunks[1], dtotal, dx, dB, *gates, dD_chunks, *of_x, *of_B, *of_y, *of_D, *where, **halves,
-                WILD=wild, HAS_D=D is not None,
+                x, B, ready.gram, dy, ready.cum, ready.scale, ready.totals, D if has_D else table, mark, ready.wild,
+                at_chunks[1], dtotal, dx, dB , *gates, dD, *of_x, *of_B, *of_y, *where, **halves,
+                WILD=wild, HAS_D=has_D,
             )  # fmt: skip
-        if D is not None:
-            dD += dD_chunks[:, :count].sum((0, 1))
+    if D is not None and D.ndim == 2:  # rare: a pass of its own
+        dx += dy * D.to(dy.dtype)
+        dD = (dy.float() * x).sum((0, 1))
+    else:
+        dD = dD.sum((0, 1, 3))
     of_gates = gates.sum(1) if blocks_P > 1 else gates[:, 0]  # (2, B, H, chunks * Q)
     if factors is not None:  # the gradient to the scale before it was cut back
         if every:
@@ -116,8 +121,5 @@ def scan_backward(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Ten
         SOFTPLUS=softplus, HAS_PAD=pad is not None, num_warps=4,
     )  # fmt: skip
     dA, dbias = (part.sum((0, 1)) for part in sums)
-    return Grads(dx, ddt, dA, dB.sum(0), dC.sum(0), dD, dbias, first)
-
-
-GRAD_STAGES = 0
-GRAD_WARPS = 8  # of the kernels that sum over heads in registers
+    dB, dC = (part.sum(0) if splits > 1 else part[0] for part in (dB, dC))
+    return Grads(dx, ddt, dA, dB, dC, dD, dbias, first)
