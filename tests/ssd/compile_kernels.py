@@ -70,15 +70,15 @@ if __name__ == "__main__":
         flags = {"HAS_BIAS": True, "HAS_D": True, "HAS_INITIAL": True, "HAS_FINAL": True, "SOFTPLUS": True,
                  "HAS_PAD": False, "HAS_DROP": False, "WILD": False, "TMA": False, "FULL": dtype == torch.float32,
                  "Q": c.Q, "BP": c.BP, "BN": c.BN, "BH": 32, "BLOCK": 1024, "STAGES": c.stages,
-                 "PDL": capability >= 90, "LANES": 32, "DENSE": True, "ALONE": False, "HAS_LOOK": False, "HAS_CAPS": False,
-                 "EACH": 64, "SPAN": window.SPAN}  # fmt: skip
+                 "PDL": capability >= 90, "LANES": 32, "DENSE": True, "ALONE": False, "HAS_LOOK": False,
+                 "HAS_CAPS": False, "EACH": 64, "SPAN": window.SPAN}  # fmt: skip
         cases = [
             (prepare.prepare_chunk, 4, {}),
             (forward.segment_states, c.warps, {}),
             (forward.segment_states, c.warps, {"like_x": ("states",)}),
             (
                 caps.cap_chain,
-                8,
+                launch_caps.chain_warps(64 * c.BN),
                 {"BP": 64, "STAGES": launch_caps.chain_stages(64 * c.BN, dtype), "like_x": ("states",)},
             ),
             (caps.cap_tokens, token_warps, {"BP": 64, "W": token_warps}),

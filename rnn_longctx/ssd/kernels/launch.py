@@ -15,7 +15,7 @@ from rnn_longctx.ssd.kernels import forward, prepare
 
 LIMIT = 60.0  # nats by which a factor of `chunk_scan` may leave 1 (15 more with caps); float32 ends at exp(88)
 WILD_PARTS = 32  # programs of a wild segment, of 16 chunks at least
-DESCRIBED = 2**28  # elements of x from which describing the arrays to the copy engine pays
+DESCRIBED = 2**27  # elements of x from which describing the arrays to the copy engine pays
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ def cap_factors(x: Tensor, B: Tensor, A: Tensor, table: Tensor, initial: Tensor,
         with beside.next():
             caps_.cap_chain[(batch * heads,)](
                 states[i % 2], ends[i % 2], caps, S, factors, heads, headdim, d_state, count, most, first, pieces,
-                BP=BP, BN=c.BN, STAGES=chain_stages(BP * c.BN, x.dtype), num_warps=min(16, max(4, BP * c.BN // 1024)),
+                BP=BP, BN=c.BN, STAGES=chain_stages(BP * c.BN, x.dtype), num_warps=chain_warps(BP * c.BN),
             )  # fmt: skip
     beside.wait(-1)
     return factors
@@ -74,9 +74,13 @@ class _Beside:
             torch.cuda.current_stream(self.device).wait_event(self.ends[launch])
 
 
+def chain_warps(size: int) -> int:
+    return min(16, max(4, size // 512))
+
+
 def chain_stages(size: int, dtype: torch.dtype) -> int:
-    """Pieces of `size` numbers that `cap_chain` has on their way at once: 48 KiB of shared memory, 64 at most."""
-    return 1 + max(1, min(3, 3 * 2**14 // (size * dtype.itemsize)))
+    """Whether `cap_chain` has the next four pieces, of `size` numbers each, on their way: up to 128 KiB."""
+    return 2 if 8 * size * dtype.itemsize <= 2**17 else 1
 
 
 LANES = 32  # of a warp: tokens that `cap_tokens` holds in one register
