@@ -109,13 +109,11 @@ def systems(inputs: dict[str, Any], train: bool, what: str) -> dict[str, tuple[S
     except ImportError:
         pass
     else:
-        for chunk in (256,) if train else (128, 256):  # autotuning its gradients takes minutes
 
-            def mamba(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor,
-                      chunk: int = chunk) -> Tensor:  # fmt: skip
-                return mamba_chunk_scan_combined(x, dt, A, B, C, chunk, D=D, dt_bias=dt_bias, dt_softplus=True)
+        def mamba(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor) -> Tensor:
+            return mamba_chunk_scan_combined(x, dt, A, B, C, 128, D=D, dt_bias=dt_bias, dt_softplus=True)
 
-            found[f"mamba-ssm, chunk {chunk}"] = mamba, PLAIN
+        found["mamba-ssm, chunk 128"] = mamba, PLAIN  # its fastest here
     try:
         from fla.ops.simple_gla import chunk_simple_gla
     except ImportError:

@@ -49,14 +49,15 @@ def _forward(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Maybe, d
              due: list[int], position: int, look: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     from rnn_longctx.ssd.kernels import launch, launch_caps
 
+    if caps is not None and 0 < every <= x.shape[1] and not look:
+        return _forward_in_stretches(x, dt, A, B, C, D, dt_bias, initial, table, caps[0], low, high, softplus, every)
     c = launch.blocks(x.shape[3], B.shape[3], x.dtype, every)
     ready = launch.prepare_chunks(dt, A, B, C, dt_bias, table, pad, drop, low, high, softplus, x.shape[3], c)
-    if caps is None or x.shape[1] < every:
-        factors = x.new_empty(x.shape[0], x.shape[2], 0, dtype=torch.float32)
-    elif every:
-        factors = launch_caps.cap_factors(x, B, A, table, initial, low, caps[0], every, ready, c)
+    factors = x.new_empty(x.shape[0], x.shape[2], 0, dtype=torch.float32)
+    if caps is not None and 0 < every <= x.shape[1]:
+        factors = launch_caps.cap_factors(x, B, A, table, initial.clone(), low, caps[0], every, ready, c)
         launch_caps.cut_back(ready, factors, every)
-    else:
+    elif caps is not None and not every:
         factors = launch_caps.token_factors(x, B, initial, caps, tuple((k, position) for k in due), ready, c)
         launch_caps.cut_back_tokens(ready, factors)
     if not look:
@@ -67,6 +68,44 @@ def _forward(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Maybe, d
     per_look = torch.nn.functional.pad(ready.spent, (0, -ready.spent.shape[2] % (look // c.Q)))
     spent = per_look.unflatten(2, (-1, look // c.Q)).sum(3, dtype=torch.float64).cumsum(2)
     return y, final, spent, torch.cat([sums[:2].sum(4), sums[2:].amax(4)])
+
+
+STRETCH = 2**18  # tokens
+
+
+def _forward_in_stretches(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Maybe, dt_bias: Maybe,
+                          initial: Tensor, table: Tensor, caps: Tensor, low: float, high: float, softplus: bool,
+                          every: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """With a cap (H) every `every` tokens. The chain of caps leaves most of the device idle: while one stretch is
+    scanned, the factors of the next are found beside it."""
+    from rnn_longctx.ssd.kernels import launch, launch_caps
+
+    batch, length, _, headdim = x.shape
+    c = launch.blocks(headdim, B.shape[3], x.dtype, every)
+    size = max(every, STRETCH // (batch * every) * every)
+    parts = [slice(t, t + size) for t in range(0, length - length % every, size)]
+    parts[-1] = slice(parts[-1].start, length)
+    beside, ready, factors = launch_caps.Beside(x.device), [], []
+    y, state, walked = torch.empty(x.shape, dtype=x.dtype, device=x.device), initial, initial.clone()
+
+    def find(part: slice) -> None:
+        own = (dt[:, part], A, B[:, part], C[:, part], dt_bias, table, None, None, low, high, softplus, headdim, c)
+        ready.append(launch.prepare_chunks(*own))
+        found = launch_caps.cap_factors(x[:, part], B[:, part], A, table, walked, low, caps, every, ready[-1], c)
+        launch_caps.cut_back(ready[-1], found, every)
+        factors.append(found)
+
+    with beside():
+        find(parts[0])
+    for i, part in enumerate(parts):
+        beside.join()
+        if i + 1 < len(parts):
+            with beside():
+                find(parts[i + 1])
+        _, state = launch.scan_forward(x[:, part], B[:, part], C[:, part], D, A, table, None, state, low, ready[i], c,
+                                       y[:, part])  # fmt: skip
+    spent = torch.stack([part.spent.sum(2, dtype=torch.float64) for part in ready]).sum(0)
+    return y, state, spent, torch.cat(factors, 2)
 
 
 def observed(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -78,7 +78,7 @@ if __name__ == "__main__":
             (forward.segment_states, c.warps, {"like_x": ("states",)}),
             (
                 caps.cap_chain,
-                launch_caps.chain_warps(64 * c.BN),
+                8,
                 {"BP": 64, "STAGES": launch_caps.chain_stages(64 * c.BN, dtype), "like_x": ("states",)},
             ),
             (caps.cap_tokens, token_warps, {"BP": 64, "W": token_warps}),

@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 
 from rnn_longctx import ssd
 from rnn_longctx.errors import InputError
-from rnn_longctx.ssd import Call, Cap, ScanPolicy, choose, fused, reference, scan
+from rnn_longctx.ssd import Call, Cap, ScanPolicy, choose, fused, ops, reference, scan
 
 if fused.missing():
     pytest.skip(fused.missing(), allow_module_level=True)
@@ -35,6 +35,7 @@ def small_blocks(monkeypatch):
         monkeypatch.setattr(launch_grads, "BACKWARD_CHUNKS", 2)
         monkeypatch.setattr(launch, "segment_chunks", lambda *_: 2)
         monkeypatch.setattr(launch_caps, "LANES", 8)
+        monkeypatch.setattr(ops, "STRETCH", 64)
 
 
 def inputs(length, batch=2, decay=0.5, dtype=torch.float32, sizes=(H, P, G, N)):
@@ -221,6 +222,26 @@ def test_nan_ends(policy):
     assert y[0, 100, 0, 0].isnan() and y[1, 100, 1].isnan().any()
 
 
+def test_compile_and_export_see_one_operator():
+    """And the gradients are those of the kernels."""
+    x, more = inputs(40)
+
+    def run(x, dt, A, B, C):
+        return scan(x, dt, A, B, C, **more, backend="triton")[0]
+
+    found = []
+    for function in (run, torch.compile(run, backend="aot_eager", fullgraph=True)):
+        leaves = [v.clone().requires_grad_() for v in x.values()]
+        y = function(*leaves)
+        found.append([y, *torch.autograd.grad(y.square().sum(), leaves)])
+    for plain, compiled in zip(*found):
+        torch.testing.assert_close(plain, compiled)
+    module = torch.nn.Module()
+    module.forward = run
+    graph = torch.export.export(module, tuple(x.values())).graph
+    assert [n for n in graph.nodes if n.target == torch.ops.rnn_longctx.scan.default]
+
+
 @pytest.mark.skipif(DEVICE == "cuda", reason="compiled on the device itself")
 @pytest.mark.parametrize("capability", [80, 90])
 def test_compiles_ahead_of_time(capability):
@@ -262,6 +283,18 @@ def test_caps_on_the_device(every, sizes, dtype, most):
     expected, carry = scan(**double, policy=policy, backend="torch")
     y, ours = scan(**x, **more, policy=policy, backend="triton")
     assert error(y, expected) < most and error(ours.state, carry.state) < most
+
+
+@pytest.mark.gpu
+def test_caps_in_stretches(monkeypatch):
+    """Factors found beside the scan of the stretch before: the same, whatever the stretches."""
+    x, more = inputs(9000, batch=1, dtype=torch.bfloat16, sizes=(4, 64, 1, 128))
+    policy = ScanPolicy(caps=(Cap((2.0, 3.0, math.inf, 4.0), 256),))
+    expected, whole = scan(**x, **more, policy=policy, backend="triton")
+    monkeypatch.setattr(ops, "STRETCH", 1024)
+    y, carry = scan(**x, **more, policy=policy, backend="triton")
+    assert error(y, expected) < 1e-3 and error(carry.state, whole.state) < 1e-3
+    torch.testing.assert_close(carry.log_decay, whole.log_decay)
 
 
 @pytest.mark.gpu

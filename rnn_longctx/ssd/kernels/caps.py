@@ -24,32 +24,14 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 LEAST = tl.constexpr(-100.0)  # nats: the log of a factor of 0
 
 
-@triton.jit
-def add_all(a0, a1, a2, a3, a4, a5, a6, a7, a8, a9, a10, a11, a12, a13, a14,
-            b0, b1, b2, b3, b4, b5, b6, b7, b8, b9, b10, b11, b12, b13, b14):  # fmt: skip
-    return (a0 + b0, a1 + b1, a2 + b2, a3 + b3, a4 + b4, a5 + b5, a6 + b6, a7 + b7, a8 + b8, a9 + b9, a10 + b10,
-            a11 + b11, a12 + b12, a13 + b13, a14 + b14)  # fmt: skip
-
-
-@triton.jit
-def piece(states, ends, row, most, i, pieces, here, inside, P, N):
-    """What piece i adds, (BP, BN) float32, and what it leaves of the state before. Past the end: nothing, and all."""
-    at = row * most + i
-    within = inside & (here * 0 + i < pieces)
-    added = tl.load(states + at * P * N + here, mask=within, other=0.0).to(tl.float32)
-    kept = tl.exp(tl.load(ends + row * most + tl.minimum(i, pieces - 1)))
-    return added, tl.where(at * 0 + i < pieces, kept, 1.0)
-
-
 @Launched
 @triton.jit
-def cap_chain(states, ends, caps, S, factors, H, P, N, pieces, most, offset, all_pieces,
+def cap_chain(states, ends, caps, S, factors, H, P, N, pieces, offset, all_pieces,
               BP: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """factors (B,H,all_pieces) from `offset` on: by how much the state is cut back to its cap at the end of each of
-    `pieces` pieces of the stream, which add `states` (B,H,most,P,N) and forget `ends`. S (B,H,P,N) is the state before
-    the first and becomes that after the last. Heads without a cap are left as they are. Grid (B * H): here the stream
-    is walked in order, four pieces at a time: with the inner products of those and of the state before them, the four
-    norms are a matter of single numbers."""
+    `pieces` pieces of the stream, which add `states` (B,H,pieces,P,N) and forget `ends`. S (B,H,P,N) is the state
+    before the first and becomes that after the last. Heads without a cap are left as they are. Grid (B * H): here the
+    stream is walked in order."""
     row = tl.program_id(0).to(tl.int64)
     p, n = tl.arange(0, BP), tl.arange(0, BN)
     inside = (p[:, None] < P) & (n[None, :] < N)
@@ -57,30 +39,16 @@ def cap_chain(states, ends, caps, S, factors, H, P, N, pieces, most, offset, all
     cap = tl.load(caps + tl.program_id(0) % H)
     if cap == float("inf"):
         return
-    V = tl.load(S + row * P * N + here, mask=inside, other=0.0)
-    factors += row * all_pieces + offset
-    for i in tl.range(0, pieces, 4, num_stages=STAGES):
-        U0, e0 = piece(states, ends, row, most, i, pieces, here, inside, P, N)
-        U1, e1 = piece(states, ends, row, most, i + 1, pieces, here, inside, P, N)
-        U2, e2 = piece(states, ends, row, most, i + 2, pieces, here, inside, P, N)
-        U3, e3 = piece(states, ends, row, most, i + 3, pieces, here, inside, P, N)
-        rows = tl.reduce((V * V, V * U0, V * U1, V * U2, V * U3, U0 * U0, U1 * U1, U2 * U2, U3 * U3, U0 * U1, U0 * U2,
-                          U0 * U3, U1 * U2, U1 * U3, U2 * U3), 1, add_all)  # fmt: skip
-        VV, V0, V1, V2, V3, U00, U11, U22, U33, U01, U02, U03, U12, U13, U23 = tl.reduce(rows, 0, add_all)
-        # the state is v V + u0 U0 + u1 U1 + u2 U2 + u3 U3, n2 its squared norm
-        r0, n2 = clip(e0 * (e0 * VV + 2.0 * V0) + U00, cap)
-        v, u0 = e0 * r0, r0
-        r1, n2 = clip(e1 * (e1 * n2 + 2.0 * (v * V1 + u0 * U01)) + U11, cap)
-        v, u0, u1 = v * e1 * r1, u0 * e1 * r1, r1
-        r2, n2 = clip(e2 * (e2 * n2 + 2.0 * (v * V2 + u0 * U02 + u1 * U12)) + U22, cap)
-        v, u0, u1, u2 = v * e2 * r2, u0 * e2 * r2, u1 * e2 * r2, r2
-        r3, n2 = clip(e3 * (e3 * n2 + 2.0 * (v * V3 + u0 * U03 + u1 * U13 + u2 * U23)) + U33, cap)
-        k = e3 * r3
-        V = (v * k) * V + (u0 * k) * U0 + (u1 * k) * U1 + (u2 * k) * U2 + r3 * U3
-        four = tl.arange(0, 4)
-        r = tl.where(four == 0, r0, tl.where(four == 1, r1, tl.where(four == 2, r2, r3)))
-        tl.store(factors + i + four, r, mask=i + four < pieces)
-    tl.store(S + row * P * N + here, V, mask=inside)
+    S_PN = tl.load(S + row * P * N + here, mask=inside, other=0.0)
+    factor = cap * 0.0 + 1.0  # S_PN is still to be multiplied by it
+    for i in tl.range(0, pieces, num_stages=STAGES):
+        at = row * pieces + i
+        added = tl.load(states + at * P * N + here, mask=inside, other=0.0)
+        S_PN = S_PN * (factor * tl.exp(tl.load(ends + at))) + added.to(tl.float32)
+        norm = tl.sqrt(tl.sum(S_PN * S_PN))
+        factor = tl.where(norm > cap, cap / norm, 1.0)
+        tl.store(factors + row * all_pieces + offset + i, factor)
+    tl.store(S + row * P * N + here, S_PN * factor, mask=inside)
 
 
 @triton.jit

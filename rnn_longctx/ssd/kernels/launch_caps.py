@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 
 import torch
 import triton
@@ -17,70 +17,61 @@ STEEP = 15.0  # nats by which a cap may cut a state back at once before the segm
 GROUP = 2**27  # bytes of states that a chain of caps takes up at once
 
 
-def cap_factors(x: Tensor, B: Tensor, A: Tensor, table: Tensor, initial: Tensor, low: float, caps: Tensor, every: int,
+def cap_factors(x: Tensor, B: Tensor, A: Tensor, table: Tensor, S: Tensor, low: float, caps: Tensor, every: int,
                 ready: Prepared, c: Blocks) -> Tensor:  # fmt: skip
-    """(B, H, T // every): the factor by which the state is cut back to `caps` (H) after every `every`-th token. A piece
-    of `every` tokens is whole chunks; what each piece adds is found side by side, and only the chain walks in order."""
+    """(B, H, T // every): the factor by which the state is cut back to `caps` (H) after every `every`-th token, 1 for
+    heads without a cap. A piece of `every` tokens is whole chunks; what each adds is found side by side, and only the
+    chain walks in order. S: the state before, for the chain to move on."""
     batch, length, heads, headdim = x.shape
     groups, d_state = B.shape[2:]
     pieces, piece_chunks, chunks = length // every, every // c.Q, ready.totals.shape[2]
     factors = torch.ones(batch, heads, pieces, dtype=torch.float32, device=x.device)
-    most = min(pieces, max(1, GROUP // (batch * heads * headdim * d_state * x.element_size())))
-    S, BP = initial.clone(), max(16, triton.next_power_of_2(headdim))
-    # Two groups' states, in the inputs' type: only the norm of thousands of numbers, each rounded by itself, is asked
-    # for. The chain keeps few processors busy, so the next group's states are made beside it.
-    states = torch.empty(2, batch, heads, most, headdim, d_state, dtype=x.dtype, device=x.device)
-    ends = torch.empty(2, batch, heads, most, dtype=torch.float32, device=x.device)
-    beside = _Beside(x.device)
-    for i, first in enumerate(range(0, pieces, most)):
+    most = max(1, GROUP // (batch * heads * headdim * d_state * x.element_size()))
+    BP = max(16, triton.next_power_of_2(headdim))
+    for first in range(0, pieces, most):
         count = min(most, pieces - first)
-        beside.wait(i - 2)
+        # in the inputs' type: only the norm of thousands of numbers, each rounded by itself, is asked for
+        states = torch.empty(batch, heads, count, headdim, d_state, dtype=x.dtype, device=x.device)
+        ends = torch.empty(batch, heads, count, dtype=torch.float32, device=x.device)
         segment_states[(count, heads, batch * triton.cdiv(headdim, c.BP))](
-            x, B, A, table, table, ready.cum, ready.scale, ready.totals, states[i % 2], ends[i % 2], caps,
-            *x.stride()[:3], *B.stride()[:3], low, length, heads, headdim, d_state, groups, chunks, piece_chunks,
-            most + 1, first * piece_chunks, Q=c.Q, BP=c.BP, BN=c.BN, HAS_DROP=False, HAS_CAPS=True,
+            x, B, A, table, table, ready.cum, ready.scale, ready.totals, states, ends, caps, *x.stride()[:3],
+            *B.stride()[:3], low, length, heads, headdim, d_state, groups, chunks, piece_chunks, count + 1,
+            first * piece_chunks, Q=c.Q, BP=c.BP, BN=c.BN, HAS_DROP=False, HAS_CAPS=True,
             FULL=x.dtype == torch.float32, num_warps=c.warps,
         )  # fmt: skip
-        with beside.next():
-            caps_.cap_chain[(batch * heads,)](
-                states[i % 2], ends[i % 2], caps, S, factors, heads, headdim, d_state, count, most, first, pieces,
-                BP=BP, BN=c.BN, STAGES=chain_stages(BP * c.BN, x.dtype), num_warps=chain_warps(BP * c.BN),
-            )  # fmt: skip
-    beside.wait(-1)
+        caps_.cap_chain[(batch * heads,)](
+            states, ends, caps, S, factors, heads, headdim, d_state, count, first, pieces, BP=BP, BN=c.BN,
+            STAGES=chain_stages(BP * c.BN, x.dtype), num_warps=min(16, max(4, BP * c.BN // 1024)),
+        )  # fmt: skip
     return factors
 
 
-class _Beside:
-    """Launches on a second stream, each after what the first one holds by then; nothing of the kind on a CPU."""
+@cache
+def _second(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # always the same: memory is kept by stream
+
+
+class Beside:
+    """A second stream, that goes ahead of the first one; on a CPU there is but one."""
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.ends: list[torch.cuda.Event] = []
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.stream = _second(device) if device.type == "cuda" else None
+        if self.stream is not None:
+            self.stream.wait_stream(torch.cuda.current_stream(device))
 
-    @contextmanager
-    def next(self) -> Iterator[None]:
-        if self.stream is None:
-            yield
-            return
-        self.stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self.stream):
-            yield
-            self.ends.append(self.stream.record_event())
+    def __call__(self) -> AbstractContextManager:
+        return nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
 
-    def wait(self, launch: int) -> None:
-        """Let the first stream wait for the `launch`-th of these, where there is one; -1 is the last."""
-        if self.ends and launch >= -1:
-            torch.cuda.current_stream(self.device).wait_event(self.ends[launch])
-
-
-def chain_warps(size: int) -> int:
-    return min(16, max(4, size // 512))
+    def join(self) -> None:
+        """The first stream waits for what the second holds by now."""
+        if self.stream is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self.stream)
 
 
 def chain_stages(size: int, dtype: torch.dtype) -> int:
-    """Whether `cap_chain` has the next four pieces, of `size` numbers each, on their way: up to 128 KiB."""
-    return 2 if 8 * size * dtype.itemsize <= 2**17 else 1
+    """Pieces of `size` numbers that `cap_chain` has on their way at once: 48 KiB of shared memory, 64 at most."""
+    return 1 + max(1, min(3, 3 * 2**14 // (size * dtype.itemsize)))
 
 
 LANES = 32  # of a warp: tokens that `cap_tokens` holds in one register
