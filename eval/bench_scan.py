@@ -144,11 +144,7 @@ def scan_rows(forward: list[int], backward: list[tuple[int, int]],
     if not torch.cuda.is_available():
         raise InputError("bench scan needs a CUDA device")
     bandwidth, rate = _ceilings()
-    versions = "; ".join(f"{p} {v}" for p in ("torch", "triton", "mamba_ssm", "fla-core") if (v := _version(p)))
-    common = {
-        "dtype": "bfloat16", "bandwidth_tb_s": bandwidth / 1e12, "matrix_tflop_s": rate / 1e12,
-        "device": torch.cuda.get_device_name(), "versions": versions,
-    }  # fmt: skip
+    common = {"dtype": "bfloat16", "bandwidth_tb_s": bandwidth / 1e12, "matrix_tflop_s": rate / 1e12}
     cases = [("forward", Shape(1, n)) for n in forward] + [("remedies", Shape(*size)) for size in remedied]
     for what, shape in cases + [("forward + backward", Shape(*size)) for size in backward]:
         floor = max(shape.moved / bandwidth, shape.operations / rate) * 1e3
@@ -233,6 +229,13 @@ def _ceilings() -> tuple[float, float]:
     bandwidth = 2 * a.nbytes / (do_bench(lambda: b.copy_(a), return_mode="median") / 1e3)
     m = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
     return bandwidth, 2 * 8192**3 / (do_bench(lambda: m @ m, return_mode="median") / 1e3)
+
+
+def environment() -> dict[str, str]:
+    """What a figure depends on beside the code."""
+    named = ("torch", "triton", "mamba_ssm", "fla-core")
+    versions = "; ".join(f"{p} {v}" for p in named if (v := _version(p)))
+    return {"device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu", "versions": versions}
 
 
 def _version(package: str) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import ctypes
 import os
+import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -224,10 +225,15 @@ def bench_decode(
 
 def _record(rows: Iterator[dict[str, Any]], out: Path | None) -> None:
     """Print each row as it is measured, and keep those there are in a CSV file."""
+    from rnn_longctx.eval.bench_scan import environment
+
+    words = [w for i, w in enumerate(sys.argv) if i > 0 and w != "--out" and sys.argv[i - 1] != "--out"]
+    about = {**environment(), "command": shlex.join(["rnn-longctx", *words])}
     kept: list[dict[str, Any]] = []
     for row in rows:
-        kept.append({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()})
-        typer.echo("  ".join(f"{k} {v}" for k, v in kept[-1].items() if k not in ("device", "versions", "dtype")))
+        shown = {k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()}
+        typer.echo("  ".join(f"{k} {v}" for k, v in shown.items()))
+        kept.append(shown | about)
         if out:
             out.parent.mkdir(parents=True, exist_ok=True)
             with out.open("w", newline="") as file:

@@ -10,7 +10,9 @@ from rnn_longctx.ssd import fused
 
 
 def _kernels(x: Tensor) -> bool:
-    return x.is_cuda and x.dtype in fused.DTYPES and not torch.is_grad_enabled() and fused.missing() is None
+    if not x.is_cuda or torch.is_grad_enabled() or torch.compiler.is_compiling():  # a compiler fuses these itself
+        return False
+    return x.dtype in fused.DTYPES and fused.missing() is None
 
 
 class RMSNorm(nn.Module):

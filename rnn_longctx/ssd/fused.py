@@ -9,7 +9,7 @@ is made of scans of its blocks (`rnn_longctx.ssd.fused_window`). `refuses` says 
 from __future__ import annotations
 
 import os
-from functools import cache, lru_cache
+from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
@@ -27,24 +27,28 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SHARED = 2**17 + 2**14  # bytes of shared memory that states of more than 256 columns take
 
 
-def interpreted() -> bool:
-    """Whether Triton runs its kernels in Python, on the CPU (TRITON_INTERPRET=1, read when it is imported)."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
-@cache
-def missing() -> str | None:
+def _unfit() -> str | None:
     try:
-        found = tuple(int(part) for part in version("triton").split(".")[:2])
+        found = version("triton")
     except PackageNotFoundError:
         return "needs Triton, which is not installed"
-    if found < (3, 4):
-        return f"needs Triton 3.4, {version('triton')} is installed"
-    if interpreted():
-        return None
-    if not torch.cuda.is_available() or torch.version.hip:
-        return "needs a CUDA device"
-    return None
+    fit = tuple(int(part) for part in found.split(".")[:2]) >= (3, 4)
+    return None if fit else f"needs Triton 3.4, {found} is installed"
+
+
+_UNFIT = _unfit()  # constants, so that torch.compile need not look
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def interpreted() -> bool:
+    """Whether Triton runs its kernels in Python, on the CPU (TRITON_INTERPRET=1, read when it is imported)."""
+    return _INTERPRETED
+
+
+def missing() -> str | None:
+    if _UNFIT is not None or _INTERPRETED:
+        return _UNFIT
+    return None if torch.cuda.is_available() and not torch.version.hip else "needs a CUDA device"
 
 
 def refuses(policy: ScanPolicy, call: Call | None) -> str | None:
