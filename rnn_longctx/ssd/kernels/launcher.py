@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from threading import local
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from rnn_longctx.ssd import fused
 
 KNOWN = 4096  # launches remembered
-_compiling: tuple[ThreadPoolExecutor, dict[tuple, Future]] | None = None
+_here = local()  # of a thread: `compiling`, a pool of threads and what they were given
 
 
 @contextmanager
@@ -28,15 +29,15 @@ def compiling_only() -> Iterator[None]:
 
     Raises: what the first compilation that failed did.
     """
-    global _compiling
+    begun: dict[tuple, Future] = {}
     with ThreadPoolExecutor() as pool:
-        _compiling = pool, {}
+        _here.compiling = pool, begun
         try:
             yield
-            for future in _compiling[1].values():
-                future.result()
         finally:
-            _compiling = None
+            _here.compiling = None
+        for future in begun.values():
+            future.result()
 
 
 class Launched:
@@ -52,9 +53,9 @@ class Launched:
             if fused.interpreted():
                 self.jit[grid](*args, **options)
                 return
-            key = (torch.cuda.current_device(), *options.values(), *map(_kind, args))
-            if _compiling is not None:
-                pool, begun = _compiling
+            key = (torch.cuda.current_device(), *options.items(), *map(_kind, args))
+            if (compiling := getattr(_here, "compiling", None)) is not None:
+                pool, begun = compiling
                 if (self, *key) not in begun:
                     begun[self, *key] = pool.submit(self._compile, key[0], grid, args, options)
                 return
