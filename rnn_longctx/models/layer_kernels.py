@@ -9,6 +9,8 @@ from torch import Tensor
 
 from rnn_longctx.ssd.kernels.launcher import Launched
 
+CONV = (16, 64, 2)  # tokens and channels of a program, and its warps
+
 
 @Launched
 @triton.jit
@@ -52,12 +54,12 @@ def conv_silu(x: Tensor, weight: Tensor, bias: Tensor | None, before: Tensor | N
     x = x if x.stride(2) == 1 else x.contiguous()
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     after = torch.empty(batch, channels, taps - 1, dtype=x.dtype, device=x.device)
-    BT, BC = 16, min(64, triton.next_power_of_2(channels))
+    BT, BC = CONV[0], min(CONV[1], triton.next_power_of_2(channels))
     with torch.cuda.device_of(x):
         _conv_silu[(triton.cdiv(length, BT), triton.cdiv(channels, BC), batch)](
             x, weight.contiguous(), weight if bias is None else bias, x if before is None else before.to(x.dtype), y,
             after, *x.stride()[:2], length, channels, TAPS=taps, BT=BT, BC=BC, HAS_BIAS=bias is not None,
-            HAS_BEFORE=before is not None, num_warps=2,
+            HAS_BEFORE=before is not None, num_warps=CONV[2],
         )  # fmt: skip
     return y, after
 

@@ -58,7 +58,7 @@ def scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *, dt_bias: Ten
     shared: dict[str, Any] = {
         "dt_bias": dt_bias, "dt_softplus": dt_softplus, "dt_limit": dt_limit, "D": D, "policy": policy,
     }  # fmt: skip
-    if observer is None:
+    if observer is None or not x.shape[1]:
         return _read(x, dt, A, B, C, **shared, carry=carry, reset=reset, mask=mask, backend=backend)
     if (mask is not None and not bool(mask.all())) or (reset is not None and bool(reset.any())):
         raise InputError("an observer follows rows that stand at one position: no padding, no documents")
@@ -75,7 +75,8 @@ def _observed(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, carry: Sca
             raise InputError(f"an observer follows rows that stand at one position, not {carry.position.tolist()}")
     call = Call(x.device, x.dtype, A.ndim == 2, x.shape[3], B.shape[3])
     inside = choose(shared["policy"], backend, call).observes(shared["policy"], call, k)
-    graded = torch.is_grad_enabled() and any(t.requires_grad for t in (x, dt, A, B, C))
+    asked = (x, dt, A, B, C, shared["D"], shared["dt_bias"], None if carry is None else carry.state)
+    graded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in asked)
     inside = inside and not graded and not torch.compiler.is_compiling()
     outputs, seen, t = [], [], 0
     while t < length:

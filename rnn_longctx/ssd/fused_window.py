@@ -18,7 +18,7 @@ from rnn_longctx.ssd.gates import gates
 from rnn_longctx.ssd.policy import ScanPolicy
 
 SHORT = 16  # tokens in a call below which PyTorch's few products are as fast
-ROWS = 2**13  # blocks read at once: a grid's last axis ends at 65535 programs
+ROWS = 2**15  # blocks of a window times those of a state: a grid's last axis ends at 65535 programs
 
 
 def run(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *, dt_bias: Tensor | None, dt_softplus: bool,
@@ -31,6 +31,7 @@ def run(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *, dt_bias: Tens
     delay = None if carry.window is None else carry.window.x
     asked = (x, dt, A, B, C, D, dt_bias, carry.state, delay)
     graded = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in asked)
+    graded = graded or torch.compiler.is_compiling()  # which sees no kernels here
     if graded or length < SHORT or size < window.CHUNK or mask is not None or reset is not None or drop is not None:
         return pytorch.run(x, dt, A, B, C, dt_bias=dt_bias, dt_softplus=dt_softplus, dt_limit=dt_limit, D=D,
                            policy=policy, carry=carry, reset=reset, mask=mask, counts=counts, drop=drop)  # fmt: skip
@@ -45,7 +46,7 @@ def run(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *, dt_bias: Tens
                 count = min(size - offset, length - t)
                 held, spent = read.part(t, count, held, carry)
             else:
-                blocks = min((length - t) // size, max(1, ROWS // len(x)))
+                blocks = min((length - t) // size, max(1, ROWS // (len(x) * -(-x.shape[3] // read.blocks.BP))))
                 count = blocks * size
                 held, spent = read.whole(t, blocks, held)
             log_decay, t = log_decay + spent, t + count
@@ -111,7 +112,7 @@ class _Reader:
             kernels.carried(C, y, self.A, self.table, self.low, head, w.x_before, w.B_before, w.after, ready, spans, 0,
                             window.CHUNK, blocks, self.blocks)  # fmt: skip
         x_before, after = kernels.turned(x, B, ready, spans, window.CHUNK, blocks, self.blocks)
-        B_before = arrays[2][:, -size:].float()
+        B_before = arrays[2][:, -size:].to(torch.float32, copy=True)  # the caller keeps its own
         log_decay = head.new_zeros(batch, 0, x.shape[2])
         held = WindowCarry(size, torch.zeros_like(after[:, 0]), head, x_before[:, :0], B_before[:, :0], log_decay,
                            x_before, B_before, after)  # fmt: skip

@@ -85,8 +85,8 @@ def _forward_in_stretches(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor
     size = max(every, STRETCH // (batch * every) * every)
     parts = [slice(t, t + size) for t in range(0, length - length % every, size)]
     parts[-1] = slice(parts[-1].start, length)
-    beside, ready, factors = launch_caps.Beside(x.device), [], []
     y, state, walked = torch.empty(x.shape, dtype=x.dtype, device=x.device), initial, initial.clone()
+    ready, factors, beside = [], [], launch_caps.Beside(x.device)  # which goes on from all that is queued here
 
     def find(part: slice) -> None:
         own = (dt[:, part], A, B[:, part], C[:, part], dt_bias, table, None, None, low, high, softplus, headdim, c)
@@ -98,7 +98,7 @@ def _forward_in_stretches(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor
     with beside():
         find(parts[0])
     for i, part in enumerate(parts):
-        beside.join()
+        beside.join(*ready[i][:-1], factors[i])
         if i + 1 < len(parts):
             with beside():
                 find(parts[i + 1])

@@ -109,7 +109,11 @@ if __name__ == "__main__":
                 (backward.output_grads, c.warps, {"HAS_DROP": True}),
                 (backward.input_grads, c.warps, {"HAS_DROP": True}),
                 (backward.gate_grads, 4, {"BT": 128, "BH": 8, "HAS_PAD": True}),
-                (layer_kernels._conv_silu, 4, {"TAPS": 4, "BT": 32, "BC": 128, "HAS_BEFORE": True}),
+                (
+                    layer_kernels._conv_silu,
+                    layer_kernels.CONV[2],
+                    {"TAPS": 4, "BT": layer_kernels.CONV[0], "BC": layer_kernels.CONV[1], "HAS_BEFORE": True},
+                ),
                 (layer_kernels._norm, 8, {"BLOCK": 2048, "HAS_ADD": True, "HAS_GATE": True}),
                 (decode._decode, 8, {"TAPS": 4, "HAS_CAP": True, "HAS_DROP": True}),
                 (decode._decode, 4, {"TAPS": 4, "BP": 16, "HAS_CAP": False}),

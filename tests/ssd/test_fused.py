@@ -7,6 +7,7 @@ on it, and those marked `gpu` beside them: pytest -m gpu tests/ssd/test_fused.py
 import math
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,11 @@ def error(ours, expected):
     return ((ours - expected).norm() / expected.norm()).item()
 
 
+def worst(ours, expected, heads):
+    """Of heads, along an axis: one must not hide behind another that is larger."""
+    return max(error(a, b) for a, b in zip(ours.unbind(heads), expected.unbind(heads)))
+
+
 def documents(length):
     reset = torch.zeros(2, length, dtype=torch.bool)
     reset[0, length // 2] = reset[0, length // 2 + 1] = reset[1, length // 3] = True
@@ -77,6 +83,7 @@ POLICIES = {
     "reset": ScanPolicy(reset=37),
     "cap every 16": ScanPolicy(caps=(Cap(1.5, 16),)),
     "cap every token": ScanPolicy(caps=(Cap(1.5),)),
+    "two caps": ScanPolicy(caps=(Cap(2.0, 5), Cap(1.5, 7))),
     "cap every 48, some heads": ScanPolicy(caps=(Cap((0.5, 1.0, 900.0, 2.0), 48),), add=-0.001),
 }
 
@@ -100,8 +107,8 @@ def test_definition(name):
                 y, carry = scan(**part, **more, **marks, policy=POLICIES[name], carry=carry, backend="triton")
                 ys.append(y)
             real = torch.ones(2, length, dtype=torch.bool) if m is None else m
-            assert error(torch.cat(ys, 1).cpu()[real], expected[real]) < 1e-5
-            assert error(carry.state, state) < 1e-5
+            assert worst(torch.cat(ys, 1).cpu()[real], expected[real], 1) < 1e-5
+            assert worst(carry.state, state, 1) < 1e-5
             torch.testing.assert_close(carry.log_decay.cpu(), total, rtol=1e-5, atol=1e-5)
             assert carry.position.tolist() == expected_position
 
@@ -156,6 +163,13 @@ def test_a_cap_of_zero():
     assert not ready.cum.isnan().any() and (ready.scale[1] == 0).all() and (ready.wild[1, :, 0] == 1).all()
 
 
+@pytest.mark.parametrize("every", [1, 16])
+def test_a_cap_that_leaves_nothing(every):
+    x, more = inputs(40)
+    y, carry = scan(**x, **more, policy=ScanPolicy(caps=(Cap(1e-44, every),)), backend="triton")
+    assert y.isfinite().all() and carry.state.isfinite().all()
+
+
 @pytest.mark.parametrize("decay", [1e-4, 40.0, 1e3])
 def test_decays_of_any_size(decay):
     x, more = inputs(70, decay=decay)
@@ -168,18 +182,36 @@ def test_decays_of_any_size(decay):
 @pytest.mark.parametrize("decay", [0.5, 40.0])
 @pytest.mark.parametrize("name", ["plain", "scaled, filtered", "cap every 16", "cap every token"])
 def test_gradients(name, decay, resets):
+    compare_gradients(name, decay, reset=documents(75) if resets else None)
+
+
+@pytest.mark.parametrize("decay", [0.5, 40.0])
+@pytest.mark.parametrize("name", ["plain", "growing", "reset", "two caps"])
+def test_gradients_of_other_kinds(name, decay, monkeypatch):
+    """A slab a segment, and D a channel."""
+    monkeypatch.setattr(launch_grads, "SLAB", 1)
+    compare_gradients(name, decay, D=torch.randn(H, P, device=DEVICE))
+
+
+def test_gradients_with_padding():
+    mask = torch.ones(2, 75, dtype=torch.bool)
+    mask[1, :21] = False
+    compare_gradients("plain", 0.5, mask=mask.to(DEVICE), position=0)
+
+
+def compare_gradients(name, decay, reset=None, mask=None, D=None, position=5):
     """To every input and to the initial state, through outputs and the final state."""
     length = 75
     x, more = inputs(length, decay=decay)
-    leaves = [*x.values(), more["dt_bias"], more["D"], torch.randn(2, H, P, N, device=DEVICE)]
+    leaves = [*x.values(), more["dt_bias"], more["D"] if D is None else D, torch.randn(2, H, P, N, device=DEVICE)]
     y_weight, state_weight = torch.randn(2, length, H, P, device=DEVICE), torch.randn(2, H, P, N, device=DEVICE)
     grads = []
     for backend, dtype in (("triton", torch.float32), ("torch", torch.float64)):
         own = [t.detach().to(dtype).requires_grad_() for t in leaves]
-        carry = ssd.ScanCarry(own[7], torch.full((2,), 5), torch.zeros(2, H, dtype=torch.float64, device=DEVICE))
+        carry = ssd.ScanCarry(own[7], torch.full((2,), position), torch.zeros(2, H, dtype=torch.float64, device=DEVICE))
         y, after = scan(
             *own[:5], dt_bias=own[5], D=own[6], dt_limit=(0.01, 2.0), carry=carry, policy=POLICIES[name],
-            reset=documents(length) if resets else None, backend=backend,
+            reset=reset, mask=mask, backend=backend,
         )  # fmt: skip
         loss = (y * y_weight.to(dtype)).sum() + (after.state * state_weight.to(dtype)).sum()
         grads.append(torch.autograd.grad(loss, own))
@@ -253,7 +285,7 @@ def test_compiles_ahead_of_time(capability):
     assert run.returncode == 0, run.stderr[-2000:]
     most = {80: 163, 90: 227}[capability] * 1024
     lines = run.stdout.splitlines()
-    assert len(lines) >= 8
+    assert len(lines) == {80: 70, 90: 74}[capability]  # the copy engine and dependent launches are of 90
     for line in lines:
         assert int(line.split()[-1]) <= most, line
 
@@ -282,7 +314,7 @@ def test_caps_on_the_device(every, sizes, dtype, most):
     policy = ScanPolicy(caps=(Cap(tuple((norms / 4).tolist()), every),))
     expected, carry = scan(**double, policy=policy, backend="torch")
     y, ours = scan(**x, **more, policy=policy, backend="triton")
-    assert error(y, expected) < most and error(ours.state, carry.state) < most
+    assert worst(y, expected, 2) < most and worst(ours.state, carry.state, 1) < most
 
 
 @pytest.mark.gpu
@@ -292,7 +324,9 @@ def test_caps_in_stretches(monkeypatch):
     policy = ScanPolicy(caps=(Cap((2.0, 3.0, math.inf, 4.0), 256),))
     expected, whole = scan(**x, **more, policy=policy, backend="triton")
     monkeypatch.setattr(ops, "STRETCH", 1024)
-    y, carry = scan(**x, **more, policy=policy, backend="triton")
+    for _ in range(20):  # two streams: an order that is missing need not show at once
+        y, carry = scan(**x, **more, policy=policy, backend="triton")
+        assert torch.equal(y, scan(**x, **more, policy=policy, backend="triton")[0])
     assert error(y, expected) < 1e-3 and error(carry.state, whole.state) < 1e-3
     torch.testing.assert_close(carry.log_decay, whole.log_decay)
 
@@ -308,3 +342,33 @@ def test_more_elements_than_int32():
     tail = {k: v if k == "A" else v[:, first:] for k, v in x.items()}
     expected, after = scan(**tail, **more, carry=middle, backend="torch")
     assert error(y[:, first:], expected) < 5e-3 and error(carry.state, after.state) < 5e-3
+
+
+def test_compiling_is_a_thread_of_its_own(monkeypatch):
+    """What another thread launches meanwhile is launched."""
+    from rnn_longctx.ssd.kernels import launcher
+
+    class Kernel:
+        arg_names, launched = ("x",), 0
+
+        def __getitem__(self, grid):
+            def launch(*args, **options):
+                self.launched += 1
+
+            return launch
+
+        def warmup(self, *args, grid, **options):
+            pass
+
+    monkeypatch.setattr(fused, "_INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    kernel = Kernel()
+    launched = launcher.Launched(kernel)
+    with launcher.compiling_only():
+        launched[(1,)](1)
+        assert kernel.launched == 0
+        thread = threading.Thread(target=lambda: launched[(1,)](2))
+        thread.start()
+        thread.join()
+    assert kernel.launched == 1

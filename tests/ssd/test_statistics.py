@@ -93,3 +93,19 @@ def test_rows_must_stand_together():
     _, carry = scan(**x, A=A, mask=mask)
     with pytest.raises(InputError, match="one position"):
         scan(**x, A=A, carry=carry, observer=Kept(4))
+
+
+def test_gradients_are_kept():
+    x, A = inputs(64), -torch.rand(3, device=DEVICE)
+    for name in ("D", "dt_bias"):
+        leaf = torch.rand(3, device=DEVICE, requires_grad=True)
+        y, _ = scan(**x, A=A, **{name: leaf}, observer=Kept(16))
+        assert torch.autograd.grad(y.sum(), leaf)[0].abs().sum() > 0
+
+
+def test_no_tokens():
+    x, A = inputs(3), -torch.rand(3, device=DEVICE)
+    observer = Kept(2)
+    _, carry = scan(**x, A=A, observer=observer)
+    y, after = scan(**part(x, 0, 0), A=A, carry=carry, observer=observer)
+    assert y.shape[1] == 0 and after.position.tolist() == [3, 3] and len(observer.seen) == 1

@@ -13,6 +13,7 @@ from rnn_longctx.ssd.kernels import caps as caps_
 from rnn_longctx.ssd.kernels.forward import segment_states
 from rnn_longctx.ssd.kernels.launch import LIMIT, Blocks, Prepared
 
+LEAST = -100.0  # nats: the log of a factor of 0
 STEEP = 15.0  # nats by which a cap may cut a state back at once before the segment counts as wild
 GROUP = 2**27  # bytes of states that a chain of caps takes up at once
 
@@ -63,10 +64,13 @@ class Beside:
     def __call__(self) -> AbstractContextManager:
         return nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
 
-    def join(self) -> None:
-        """The first stream waits for what the second holds by now."""
+    def join(self, *made: Tensor) -> None:
+        """The first stream waits for what the second holds by now, and will read what was made there."""
         if self.stream is not None:
-            torch.cuda.current_stream(self.device).wait_stream(self.stream)
+            here = torch.cuda.current_stream(self.device)
+            here.wait_stream(self.stream)
+            for t in made:
+                t.record_stream(here)
 
 
 def chain_stages(size: int, dtype: torch.dtype) -> int:
@@ -108,7 +112,7 @@ def cut_back(ready: Prepared, factors: Tensor, every: int) -> None:
     """Make the factors part of the gates, in place: a capped recurrence is a plain one with other gates."""
     Q = ready.cum.shape[3]
     last = slice(every // Q - 1, factors.shape[2] * (every // Q), every // Q)  # the chunks that pieces end with
-    logs = factors.log()
+    logs = factors.log().clamp(min=LEAST)  # of 0 too; a NaN stays
     ready.cum[:, :, last, -1] += logs
     ready.totals[:, :, last] += logs
     ready.scale[:, :, last, -1] *= factors

@@ -25,7 +25,8 @@ _here = local()  # of a thread: `compiling`, a pool of threads and what they wer
 
 @contextmanager
 def compiling_only() -> Iterator[None]:
-    """Inside, launches compile, in threads, and launch nothing. It ends when all are compiled.
+    """Inside, launches of this thread compile, in other threads, and launch nothing. It ends when all are compiled.
+    PyTorch's own operations still run.
 
     Raises: what the first compilation that failed did.
     """
