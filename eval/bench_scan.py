@@ -90,7 +90,7 @@ def remedies(inputs: dict[str, Any]) -> dict[str, ScanPolicy]:
         "rri": ScanPolicy(add=math.log(0.999), gain=0.75),
         "delta and A scaled, filtered": ScanPolicy(mul=0.7, gain=0.9, min_dt=1e-3),
         f"cap every {EVERY}": ScanPolicy(caps=(Cap(every, EVERY),)),
-        f"cap every {EVERY}, 3 heads": ScanPolicy(caps=(Cap(few, EVERY),)),
+        f"cap every {EVERY}, on 3 heads": ScanPolicy(caps=(Cap(few, EVERY),)),
         "window 4096": ScanPolicy(window=4096),
         "window 5000": ScanPolicy(window=5000),
     }
@@ -113,7 +113,7 @@ def systems(inputs: dict[str, Any], train: bool, what: str) -> dict[str, tuple[S
         def mamba(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor) -> Tensor:
             return mamba_chunk_scan_combined(x, dt, A, B, C, 128, D=D, dt_bias=dt_bias, dt_softplus=True)
 
-        found["mamba-ssm, chunk 128"] = mamba, PLAIN  # its fastest here
+        found["mamba-ssm, chunk 128"] = mamba, PLAIN
     try:
         from fla.ops.simple_gla import chunk_simple_gla
     except ImportError:

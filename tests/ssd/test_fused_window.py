@@ -3,12 +3,16 @@ between. Without a GPU the kernels run in Triton's interpreter: float32, small b
 """
 
 import math
+from functools import partial
 from itertools import pairwise
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
+
+import streams
+from streams import DEVICE, error, on_cpu
 
 from rnn_longctx import ssd
 from rnn_longctx.ssd import Call, ScanPolicy, fused, fused_window, reference, scan, window, window_state
@@ -19,8 +23,8 @@ if fused.missing():
 from rnn_longctx.ssd.kernels import launch
 from rnn_longctx.ssd.kernels import window as kernels
 
-DEVICE = "cpu" if fused.interpreted() else "cuda"
-H, P, G, N = 4, 12, 2, 20  # not powers of two: part of every tile lies outside
+H, P, G, N = 4, 12, 2, 20  # one block of P: the interpreter is slow
+inputs = partial(streams.inputs, batch=1, sizes=(H, P, G, N))
 
 
 @pytest.fixture(autouse=True)
@@ -31,30 +35,6 @@ def small_blocks(monkeypatch):
         monkeypatch.setattr(launch, "segment_chunks", lambda *_: 2)
         monkeypatch.setattr(window, "CHUNK", 32)
         monkeypatch.setattr(kernels, "SPAN", 2)
-
-
-def inputs(length, batch=1, decay=0.5, dtype=torch.float32, sizes=(H, P, G, N)):
-    h, p, g, n = sizes
-
-    def normal(*shape):
-        return torch.randn(*shape, device=DEVICE).to(dtype)
-
-    x = {"x": normal(batch, length, h, p), "dt": normal(batch, length, h), "A": -torch.rand(h, device=DEVICE) * decay,
-         "B": normal(batch, length, g, n), "C": normal(batch, length, g, n)}  # fmt: skip
-    return x, {
-        "dt_bias": torch.randn(h, device=DEVICE) - 1,
-        "dt_limit": (0.01, 2.0),
-        "D": torch.randn(h, device=DEVICE),
-    }
-
-
-def error(ours, expected):
-    ours, expected = ours.double().cpu(), expected.double().cpu()
-    return ((ours - expected).norm() / expected.norm()).item()
-
-
-def on_cpu(values):
-    return {k: v.cpu() if isinstance(v, torch.Tensor) else v for k, v in values.items()}
 
 
 def in_parts(x, more, cuts, backends, **settings):

@@ -229,6 +229,7 @@ def output_grads(x, B, C, gram, dy, cum, scale, totals, drop, wild, states, dB, 
         p = block * BP + tl.arange(0, BP)
         row = b * H + h
         flag = tl.load(wild + (item // blocks) * segments)
+        # one for every token: Triton's interpreter takes no single truth value in a mask
         mine = (flag + q * 0 != 0) if WILD else (flag + q * 0 == 0)
         at = (row * chunks + chunk) * Q + q
         of_x = (here & mine)[:, None] & (p[None, :] < P)

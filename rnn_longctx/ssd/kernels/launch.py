@@ -58,7 +58,7 @@ def _blocks(headdim: int, d_state: int, dtype: torch.dtype) -> Blocks:
 
 
 @cache
-def _slots(device: torch.device) -> int:
+def slots(device: torch.device) -> int:
     """Programs of `chunk_scan` that run at once: two on a processor."""
     return 2 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
@@ -67,8 +67,8 @@ def _slots(device: torch.device) -> int:
 def segment_chunks(rows: int, chunks: int, device: torch.device) -> int:
     """Chunks a segment, for `rows` programs a segment: the count of segments that leaves the fewest slots idle, with
     2% added for each since a segment's first state must be found; never under 4 chunks."""
-    slots = _slots(device)
-    best = min(range(1, 65), key=lambda n: (-(-rows * n // slots) * slots / (rows * n)) * (1 + 0.02 * n))
+    room = slots(device)
+    best = min(range(1, 65), key=lambda n: (-(-rows * n // room) * room / (rows * n)) * (1 + 0.02 * n))
     return max(-(-chunks // best), min(4, chunks))
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rnn_longctx.ssd.kernels import backward
 from rnn_longctx.ssd.kernels.forward import segment_states
-from rnn_longctx.ssd.kernels.launch import Blocks, _slots, prepare_chunks
+from rnn_longctx.ssd.kernels.launch import Blocks, prepare_chunks, slots
 from rnn_longctx.ssd.kernels.launch_caps import cut_back, cut_back_tokens
 
 
@@ -36,7 +36,7 @@ def scan_backward(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Ten
                   factors: Tensor | None, every: int) -> Grads:  # fmt: skip
     batch, length, heads, headdim = x.shape
     groups, d_state = B.shape[2:]
-    many = batch * heads * triton.cdiv(length, 2 * BACKWARD_CHUNKS * c.Q) >= 2 * _slots(x.device)
+    many = batch * heads * triton.cdiv(length, 2 * BACKWARD_CHUNKS * c.Q) >= 2 * slots(x.device)
     per_segment = (1 + many) * BACKWARD_CHUNKS
     ready = prepare_chunks(dt, A, B, C, dt_bias, table, pad, drop, low, high, softplus, headdim, c, per_segment)
     if factors is not None:  # of pieces of `every` tokens, or of every token
@@ -68,7 +68,7 @@ def scan_backward(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Ten
 
     slab = min(segments, max(1, SLAB // (2 * parts * heads * size * c.BP * c.BN * x.element_size())))
     width, splits = min(slab * size, chunks), 1
-    while batch * groups * splits * width < 3 * _slots(x.device) and splits < heads // groups:
+    while batch * groups * splits * width < 3 * slots(x.device) and splits < heads // groups:
         splits *= 2
     at_chunks = torch.empty(2, batch, heads, blocks_P, width, c.BP, c.BN, dtype=x.dtype, device=x.device)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)

@@ -1,0 +1,36 @@
+"""What tests of the fused scan share: random inputs of a stream, and how far two results lie apart."""
+
+import torch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+H, P, G, N = 4, 20, 2, 24  # not powers of two: part of every tile lies outside
+
+
+def inputs(length, batch=2, decay=0.5, dtype=torch.float32, sizes=(H, P, G, N)):
+    """The scan's arguments that have a token axis, and A; the others."""
+    h, p, g, n = sizes
+
+    def normal(*shape):
+        return torch.randn(*shape, device=DEVICE).to(dtype)
+
+    x = {"x": normal(batch, length, h, p), "dt": normal(batch, length, h), "A": -torch.rand(h, device=DEVICE) * decay,
+         "B": normal(batch, length, g, n), "C": normal(batch, length, g, n)}  # fmt: skip
+    return x, {
+        "dt_bias": torch.randn(h, device=DEVICE) - 1,
+        "dt_limit": (0.01, 2.0),
+        "D": torch.randn(h, device=DEVICE),
+    }
+
+
+def error(ours, expected):
+    ours, expected = ours.double().cpu(), expected.double().cpu()
+    return ((ours - expected).norm() / expected.norm()).item()
+
+
+def worst(ours, expected, heads):
+    """Of heads, along an axis: one must not hide behind another that is larger."""
+    return max(error(a, b) for a, b in zip(ours.unbind(heads), expected.unbind(heads)))
+
+
+def on_cpu(values):
+    return {k: v.cpu() if isinstance(v, torch.Tensor) else v for k, v in values.items()}
