@@ -1,22 +1,31 @@
-"""Speed of a whole model on a GPU: reading a long prompt, and stepping, here and in mamba-ssm, with random weights."""
+"""Speed of a whole model on a GPU: reading a long prompt, and stepping; here, in mamba-ssm and in transformers, each
+with the same random weights, against float64 and the floor of what the device can do."""
 
 from __future__ import annotations
 
+import copy
 import math
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from statistics import median
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from rnn_longctx.errors import InputError
+from rnn_longctx.eval.bench_scan import ceilings
 from rnn_longctx.models import Cache, Mamba2Config, Mamba2LM
+from rnn_longctx.models.checkpoint import save
 from rnn_longctx.models.decode import Decoder
 from rnn_longctx.ssd import PLAIN, Cap, ScanPolicy
 
 SHAPE_370M = Mamba2Config(d_model=1024, n_layer=48, vocab_size=50288, d_state=128, headdim=64)
+PROMPT = 256  # tokens before the steps that are timed
+CHECKED = 3001  # tokens of the prompt whose last logits are compared
 Row = dict[str, Any]
+Step = Callable[[Tensor], Tensor]  # tokens (B) to the next tokens' logits (B, V)
 
 
 def _model() -> Mamba2LM:
@@ -26,14 +35,38 @@ def _model() -> Mamba2LM:
         return Mamba2LM(SHAPE_370M).bfloat16().eval()
 
 
-def _official() -> Any:
+def _exact(model: Mamba2LM, ids: Tensor) -> Tensor:
+    """The last logits (B, V) in float64."""
+    wide = copy.deepcopy(model).double()
+    wide.use_backend("torch")
+    return wide.logits(wide(ids)[:, -1])
+
+
+def _error(logits: Tensor, expected: Tensor) -> float:
+    return ((logits.double().view_as(expected) - expected).norm() / expected.norm()).item()
+
+
+def _official(model: Mamba2LM) -> Any:
     try:
         from mamba_ssm.models.config_mamba import MambaConfig
         from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel
     except ImportError:
         return None
     config = MambaConfig(d_model=1024, n_layer=48, vocab_size=50288, ssm_cfg={"layer": "Mamba2"})
-    return MambaLMHeadModel(config, device="cuda", dtype=torch.bfloat16).eval()
+    official = MambaLMHeadModel(config, device="cuda", dtype=torch.bfloat16).eval()
+    official.load_state_dict(model.state_dict(), strict=False)  # the head is the embedding
+    return official
+
+
+def _transformers(model: Mamba2LM) -> Any:
+    """With mamba-ssm's kernels, where that is installed."""
+    try:
+        from transformers import Mamba2ForCausalLM
+    except ImportError:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        save(model, folder, layout="transformers")
+        return Mamba2ForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).cuda().eval()
 
 
 @torch.inference_mode()
@@ -41,63 +74,128 @@ def prefill_rows(lengths: list[int], segment: int) -> Iterator[Row]:
     """A row a length and system: seconds to read a prompt of one row to its last token's logits."""
     model = _model()
     ids = torch.randint(SHAPE_370M.vocab_size, (1, max(lengths)), device="cuda")
+    expected = _exact(model, ids[:, :CHECKED])
 
-    def ours(length: int) -> None:
+    def ours(length: int) -> Tensor:
         for hidden in model.stream(ids[:, :length], segment=segment):
             last = hidden[:, -1]
-        model.logits(last)
+        return model.logits(last)
 
-    official = _official()
-    systems: dict[str, Callable[[int], Any]] = {f"rnn-longctx, segments of {segment}": ours}
+    official, other = _official(model), _transformers(model)
+    systems: dict[str, Callable[[int], Tensor]] = {f"rnn-longctx, segments of {segment}": ours}
     if official is not None:
-        systems["mamba-ssm, one call"] = lambda length: official(ids[:, :length], num_last_tokens=1)
-    for length in lengths:
-        for name, run in systems.items():
-            yield {"what": "prefill", "length": length, "system": name, **_seconds(run, length)}
+        systems["mamba-ssm, one call"] = lambda length: official(ids[:, :length], num_last_tokens=1).logits
+    if other is not None:
+        systems["transformers, one call"] = lambda length: other(ids[:, :length], logits_to_keep=1).logits
+    _, rate = ceilings()
+    for name, run in systems.items():  # ours first: a kernel that fails may leave the device unusable
+        for length in lengths:
+            floor = length * _operations(model) / rate
+            yield {"what": "prefill", "length": length, "system": name, **_seconds(run, length, expected),
+                   "floor_seconds": floor, "matrix_tflop_s": rate / 1e12}  # fmt: skip
 
 
-def _seconds(run: Callable[[int], Any], length: int) -> Row:
+def _operations(model: Mamba2LM) -> int:
+    """Of a token: the projections, and the recurrence itself."""
+    c = model.config
+    weights = sum(p.numel() for name, p in model.named_parameters() if "_proj" in name)
+    return 2 * weights + 4 * c.scan_state_elements
+
+
+def _seconds(run: Callable[[int], Tensor], length: int, expected: Tensor) -> Row:
     try:
+        error = _error(run(CHECKED), expected)
         run(min(length, 2**17))  # compiles
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-        times = []
-        for _ in range(3):
+        times: list[float] = []
+        while len(times) < 3 and sum(times) < 10:
             began = time.perf_counter()
             run(length)
             torch.cuda.synchronize()
             times.append(time.perf_counter() - began)
     except (RuntimeError, ValueError) as problem:  # what another library does with this size
-        return {"seconds": math.nan, "tokens_per_second": math.nan, "peak_gib": math.nan, "note": str(problem)[:80]}
-    peak = torch.cuda.max_memory_allocated() / 2**30
-    return {"seconds": median(times), "tokens_per_second": length / median(times), "peak_gib": peak, "note": ""}
+        torch.cuda.empty_cache()
+        missing = dict.fromkeys(("seconds", "tokens_per_second", "peak_gib", "error"), math.nan)
+        return {**missing, "note": str(problem).splitlines()[0][:80]}
+    peak, took = torch.cuda.max_memory_allocated() / 2**30, median(times)
+    return {"seconds": took, "tokens_per_second": length / took, "peak_gib": peak, "error": error, "note": ""}
 
 
 @torch.inference_mode()
 def decode_rows(tokens: int, batch: int) -> Iterator[Row]:
-    """A row a policy: tokens per second and row of `Decoder`, after a short prompt, and of the model's own step."""
+    """A row a system and remedy: tokens per second and row after a short prompt, and the error of the first step."""
     model = _model()
-    cache = Cache()
-    model(torch.randint(SHAPE_370M.vocab_size, (batch, 256), device="cuda"), cache)
+    ids = torch.randint(SHAPE_370M.vocab_size, (batch, PROMPT + 1), device="cuda")
     rri, cap = ScanPolicy(add=math.log(0.999), gain=0.75), ScanPolicy(caps=(Cap(10.0),))
-    policies = {"none": PLAIN, "rri": rri, "cap a token": cap}
-    for name, policy in policies.items():
+    bandwidth, _ = ceilings()
+    floor = bandwidth / sum(p.numel() * p.element_size() for p in model.parameters())
+    shared = {"floor_tokens_per_second": floor, "bandwidth_tb_s": bandwidth / 1e12}
+    for name, policy in {"none": PLAIN, "rri": rri, "cap a token": cap}.items():
         for mixer in model.mixers:
             mixer.policy = policy
-        token = torch.zeros(batch, dtype=torch.int64, device="cuda")
+        expected, cache = _exact(model, ids), Cache()
+        model(ids[:, :-1], cache)
         for system, step in (("graph", Decoder(model, cache.clone())), ("eager", _eager(model, cache.clone()))):
-            count = tokens if system == "graph" else max(1, tokens // 20)
-            for _ in range(3):
-                step(token)
-            torch.cuda.synchronize()
-            began = time.perf_counter()
-            for _ in range(count):
-                token = step(token).argmax(-1)
-            torch.cuda.synchronize()
-            took = time.perf_counter() - began
             yield {"what": "decode", "batch": batch, "system": f"rnn-longctx, {system}", "policy": name,
-                   "tokens_per_second": count / took}  # fmt: skip
+                   **_steps(step, ids, tokens if system == "graph" else 25, expected), **shared}  # fmt: skip
+    for mixer in model.mixers:
+        mixer.policy = PLAIN
+    expected = _exact(model, ids)
+    for system, make in {"mamba-ssm, graph": _official_step, "transformers, eager": _transformers_step}.items():
+        try:
+            step = make(model, ids[:, :-1], tokens)
+        except ImportError:
+            continue
+        count = tokens if "graph" in system else 25
+        yield {"what": "decode", "batch": batch, "system": system, "policy": "none",
+               **_steps(step, ids, count, expected), **shared}  # fmt: skip
 
 
-def _eager(model: Mamba2LM, cache: Cache) -> Callable[[torch.Tensor], torch.Tensor]:
+def _steps(step: Step, ids: Tensor, count: int, expected: Tensor) -> Row:
+    error = _error(step(ids[:, -1]), expected)
+    token = ids[:, -1]
+    for _ in range(3):
+        step(token)
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    for _ in range(count):
+        token = step(token).argmax(-1)
+    torch.cuda.synchronize()
+    return {"tokens_per_second": count / (time.perf_counter() - began), "error": error}
+
+
+def _eager(model: Mamba2LM, cache: Cache) -> Step:
     return lambda token: model.logits(model(token[:, None], cache)[:, -1])
+
+
+def _official_step(model: Mamba2LM, prompt: Tensor, tokens: int) -> Step:
+    """As `mamba_ssm.utils.generation.decode(cg=True)` steps."""
+    official = _official(model)
+    if official is None:
+        raise ImportError
+    from mamba_ssm.utils.generation import update_graph_cache
+
+    batch, length = prompt.shape
+    most = length + tokens + 8
+    graph = update_graph_cache(official, None, batch, length, most)
+    params = graph.inference_params
+    params.reset(most, batch)
+    official(prompt, inference_params=params, num_last_tokens=1)
+    params.seqlen_offset = length
+
+    def step(token: Tensor) -> Tensor:
+        position = torch.full((batch, 1), params.seqlen_offset, dtype=torch.long, device="cuda")
+        logits = graph.run(token[:, None], position, params.seqlen_offset)
+        params.seqlen_offset += 1
+        return logits[:, -1]
+
+    return step
+
+
+def _transformers_step(model: Mamba2LM, prompt: Tensor, tokens: int) -> Step:
+    other = _transformers(model)
+    if other is None:
+        raise ImportError
+    cache = other(prompt, use_cache=True).cache_params
+    return lambda token: other(token[:, None], cache_params=cache, use_cache=True).logits[:, -1]

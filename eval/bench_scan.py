@@ -143,7 +143,7 @@ def scan_rows(forward: list[int], backward: list[tuple[int, int]],
     """
     if not torch.cuda.is_available():
         raise InputError("bench scan needs a CUDA device")
-    bandwidth, rate = _ceilings()
+    bandwidth, rate = ceilings()
     common = {"dtype": "bfloat16", "bandwidth_tb_s": bandwidth / 1e12, "matrix_tflop_s": rate / 1e12}
     cases = [("forward", Shape(1, n)) for n in forward] + [("remedies", Shape(*size)) for size in remedied]
     for what, shape in cases + [("forward + backward", Shape(*size)) for size in backward]:
@@ -220,7 +220,7 @@ def _error(run: System, shape: Shape, policy: ScanPolicy, train: bool, length: i
     return max(((a.double() - b).norm() / b.norm()).item() for a, b in pairs)
 
 
-def _ceilings() -> tuple[float, float]:
+def ceilings() -> tuple[float, float]:
     """Bytes a second of a large copy (read and written) and operations a second of a large bfloat16 product."""
     from triton.testing import do_bench
 

@@ -71,6 +71,18 @@ def _forward(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Maybe, d
 
 
 STRETCH = 2**18  # tokens
+FIRST = 2**16  # tokens: nothing is scanned beside the first stretch
+
+
+def _stretches(batch: int, length: int, every: int) -> list[slice]:
+    """Parts of a stream of caps, which begin with whole pieces: each twice as long as the one before, up to STRETCH."""
+    parts, start, size = [], 0, FIRST
+    while start < length - length % every:
+        stop = start + max(every, size // (batch * every) * every)
+        parts.append(slice(start, stop))
+        start, size = stop, min(2 * size, STRETCH)
+    parts[-1] = slice(parts[-1].start, length)
+    return parts
 
 
 def _forward_in_stretches(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Maybe, dt_bias: Maybe,
@@ -82,9 +94,7 @@ def _forward_in_stretches(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor
 
     batch, length, _, headdim = x.shape
     c = launch.blocks(headdim, B.shape[3], x.dtype, every)
-    size = max(every, STRETCH // (batch * every) * every)
-    parts = [slice(t, t + size) for t in range(0, length - length % every, size)]
-    parts[-1] = slice(parts[-1].start, length)
+    parts = _stretches(batch, length, every)
     y, state, walked = torch.empty(x.shape, dtype=x.dtype, device=x.device), initial, initial.clone()
     ready, factors, beside = [], [], launch_caps.Beside(x.device)  # which goes on from all that is queued here
 

@@ -34,8 +34,8 @@ def small_blocks(monkeypatch):
         monkeypatch.setattr(launch, "blocks", lambda *_: launch.Blocks(16, 16, 32, 4, 1))
         monkeypatch.setattr(launch_grads, "BACKWARD_CHUNKS", 2)
         monkeypatch.setattr(launch, "segment_chunks", lambda *_: 2)
-        monkeypatch.setattr(launch_caps, "LANES", 8)
         monkeypatch.setattr(ops, "STRETCH", 64)
+        monkeypatch.setattr(ops, "FIRST", 32)
 
 
 def documents(length):
@@ -95,11 +95,9 @@ CAPS = {
 }
 
 
-@pytest.mark.parametrize(("name", "lanes"), [*((name, 8) for name in CAPS), ("two", 16)])
-def test_caps_token_by_token(name, lanes, monkeypatch):
-    """Whole and in parts, from a state that may be beyond its cap; a chunk in two registers of a warp, and in one."""
-    if DEVICE == "cpu":
-        monkeypatch.setattr(launch_caps, "LANES", lanes)
+@pytest.mark.parametrize("name", CAPS)
+def test_caps_token_by_token(name):
+    """Whole and in parts, from a state that may be beyond its cap."""
     length = 61
     for decay, cuts in ((0.5, [1, 38]), (40.0, [])):
         x, more = inputs(length, batch=1, decay=decay)
@@ -115,6 +113,17 @@ def test_caps_token_by_token(name, lanes, monkeypatch):
             ys.append(y)
         assert error(torch.cat(ys, 1), expected) < 1e-5
         assert error(carry.state, state) < 1e-5
+
+
+@pytest.mark.parametrize("forgets", [False, True])
+def test_caps_of_the_same_token_again(forgets):
+    """A prompt of newlines: every token adds to the state along one direction, and each cut tells on all after it."""
+    x, more = inputs(61, batch=1, decay=0.05 if forgets else 0.0)
+    x = {k: v if k == "A" else v[:, :1].expand(v.shape).contiguous() for k, v in x.items()}
+    for policy in (ScanPolicy(caps=(Cap(3.0),)), ScanPolicy(caps=(Cap((0.05, 4.0, 30.0, 300.0)),))):
+        expected, state, _ = reference.scan(**on_cpu(x), **on_cpu(more), policy=policy)
+        y, carry = scan(**x, **more, policy=policy, backend="triton")
+        assert error(y, expected) < 1e-5 and worst(carry.state, state, 1) < 1e-5
 
 
 def test_a_cap_of_zero():

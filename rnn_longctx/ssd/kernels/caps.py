@@ -2,14 +2,15 @@
 
 Every k tokens, k whole chunks: `segment_states` (forward.py) finds what each piece adds, side by side, and `cap_chain`
 walks the pieces. Every token: `cap_tokens` walks the chunks, a program a head, with the state before each in registers.
-Inside a chunk, with E_s = x_s B_s^T, scales w and K[s, t] = 2 w_s w_t exp(cum_t - cum_s) <E_s, E_t>,
+Inside a chunk, with E_s = x_s B_s^T, scales w and K[t, s] = 2 w_s w_t exp(cum_t - cum_s) <E_s, E_t>,
 
-    ||S_t||^2 = a_t^2 ||S_{t-1}||^2 + H_t + K[t, t] / 2,     H <- r_t (H + K[t, :]) for the tokens after t,
+    ||S_t||^2 before its cap = a_t^2 ||S_{t-1}||^2 + w_t^2 <E_t, E_t> + H_t
+    H_t = 2 w_t exp(cum_t) <S_0, E_t> r_0 ... r_{t-1} + sum_{s<t} K[t, s] r_s ... r_{t-1}
 
-and H begins as 2 w_t exp(cum_t) <S_0, E_t>. Nothing in it grows but what the gates make grow, so no factor leaves its
-range. 64 such steps, one hanging on the other, are what this costs: K lies in memory, each warp holds all of H, a token
-a lane, and tokens are taken four at a time, those four as scalars. H is kept without its last factor, so that the next
-four are fetched from it while that factor is worked out.
+Given H the norms are a chain of x -> min(a x + b, c), which an associative scan takes in log steps; H is worked out from
+the factors of the turn before, until they stay. H_t asks only for factors before t, so that every turn makes one more
+token right for good; a few turns are enough, since what one factor does to the next H is small. Where tokens resemble
+each other it is not, but mostly through the state's norm, which is known: H is scaled to it (20 turns become 5).
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ import triton.language as tl
 from rnn_longctx.ssd.kernels.launcher import Launched
 from rnn_longctx.ssd.kernels.prepare import add_product, product
 
-LOG2_E = tl.constexpr(1.4426950408889634)
 LEAST = tl.constexpr(-100.0)  # nats: the log of a factor of 0
+MOST = tl.constexpr(1e38)  # no cap, squared
+CLOSE, CLOSE_FULL = tl.constexpr(1e-4), tl.constexpr(4e-6)  # nats: 16-bit inputs are rounded by far more
 
 
 @Launched
@@ -52,71 +54,45 @@ def cap_chain(states, ends, caps, S, factors, H, P, N, pieces, offset, all_piece
 
 
 @triton.jit
-def pick(H, here):
-    """The column of H (W, LANES) float32 that is `here`, (W). A sum of integers, of which all but one are 0: one
-    instruction a warp."""
-    return tl.sum(tl.where(here, H.to(tl.int32, bitcast=True), 0), 1).to(tl.float32, bitcast=True)
+def line_after(a, b, a2, b2):
+    """x -> a x + b, and then the second."""
+    return a2 * a, a2 * b + b2
 
 
 @triton.jit
-def clip(n2, cap):
-    """The factor of a state of squared norm n2, and n2 after it. A NaN is let through as it is."""
-    over = n2 > cap * cap
-    return tl.where(over, cap * tl.rsqrt(n2), 1.0), tl.where(over, cap * cap, n2)
+def bent_after(a, b, c, a2, b2, c2):
+    """x -> min(a x + b, c), and then the second; a >= 0."""
+    return a2 * a, a2 * b + b2, tl.minimum(a2 * c + b2, c2)
 
 
 @triton.jit
-def four_numbers(K, own, decay_sq, t, Q: tl.constexpr):
-    """Of tokens t to t + 3: K between them, and what each alone adds, and their squared decays."""
-    k, e, d = K + t * (Q + 1) + 1, own + t, decay_sq + t
-    return (tl.load(k), tl.load(k + 1), tl.load(k + 2), tl.load(k + Q + 1), tl.load(k + Q + 2), tl.load(k + 2 * Q + 2),
-            tl.load(e), tl.load(e + 1), tl.load(e + 2), tl.load(e + 3),
-            tl.load(d), tl.load(d + 1), tl.load(d + 2), tl.load(d + 3))  # fmt: skip
-
-
-@triton.jit
-def four_caps(capped, t, cap, DENSE: tl.constexpr):
-    if DENSE:
-        return cap, cap, cap, cap
-    else:
-        return tl.load(capped + t), tl.load(capped + t + 1), tl.load(capped + t + 2), tl.load(capped + t + 3)
-
-
-@triton.jit
-def four_rows(rows, t, Q: tl.constexpr):
-    at = rows + t * Q
-    return tl.load(at), tl.load(at + Q), tl.load(at + 2 * Q), tl.load(at + 3 * Q)
-
-
-@triton.jit
-def cap_four(H, r, n2, R, lane, first, numbers, caps):
-    """The four tokens that stand from lane `first` on in H (W, LANES), which is still to be multiplied by r; n2 the
-    squared norm before them. Their factors go into R. Returns those four, n2 and R."""
-    k01, k02, k03, k12, k13, k23, e0, e1, e2, e3, d0, d1, d2, d3 = numbers
-    at = lane[None, :] - first
-    h0, h1, h2, h3 = pick(H, at == 0), pick(H, at == 1), pick(H, at == 2), pick(H, at == 3)
-    # what waits for the factor before it comes last in every sum
-    r0, n2 = clip(r * h0 + (d0 * n2 + e0), caps[0])
-    h1 = r * h1 + k01
-    h2 = r * h2 + k02
-    h3 = r * h3 + k03
-    r1, n2 = clip(r0 * h1 + (d1 * n2 + e1), caps[1])
-    h2 = r0 * h2 + k12
-    h3 = r0 * h3 + k13
-    r2, n2 = clip(r1 * h2 + (d2 * n2 + e2), caps[2])
-    h3 = r1 * h3 + k23
-    r3, n2 = clip(r2 * h3 + (d3 * n2 + e3), caps[3])
-    R = tl.where(at == 0, r0[:, None], R)
-    R = tl.where(at == 1, r1[:, None], R)
-    R = tl.where(at == 2, r2[:, None], R)
-    R = tl.where(at == 3, r3[:, None], R)
-    return r0, r1, r2, r3, n2, R
-
-
-@triton.jit
-def add_four(H, r, r0, r1, r2, rows):
-    """H (W, LANES) with four tokens' rows of K added, each but the last multiplied by its factor."""
-    return (((H * r[:, None] + rows[0]) * r0[:, None] + rows[1]) * r1[:, None] + rows[2]) * r2[:, None] + rows[3]
+def clip_chunk(K, starts, own, decay_sq, n2, cap, before, q, FULL: tl.constexpr):
+    """The logs (Q) of a chunk's factors, given K (Q, Q) and, of each token, what H begins as, what it adds alone, its
+    squared decay, the cap after it and the square of that before it; n2 is the first state's squared norm."""
+    cap_sq = cap * cap
+    close = CLOSE_FULL if FULL else CLOSE
+    logs, norms = q * 0.0, q * 0.0 - 1.0
+    left, change = tl.max(q) + 2, n2 * 0.0 + 1.0
+    while (left > 0) & (change > close):
+        R = tl.cumsum(logs, 0) - logs  # of the tokens before
+        H = starts * tl.exp(R) + tl.sum(K * tl.exp(tl.minimum(R[:, None] - R[None, :], 0.0)), 1)
+        # of the states that such factors would leave, and of those that there will be
+        r2 = tl.exp(2.0 * logs)
+        a, b = tl.associative_scan((decay_sq * r2, (own + H) * r2), 0, line_after)
+        implied = a * n2 + b
+        norms = tl.where(norms < 0.0, tl.minimum(implied, cap_sq), norms)  # the first time
+        ratio = tl.where((implied > 0.0) & (norms > 0.0), norms / implied, 1.0)
+        ratio = tl.sqrt(tl.minimum(tl.maximum(ratio, 0.0625), 16.0))
+        H *= tl.where(q == 0, 1.0, tl.gather(ratio, tl.maximum(q - 1, 0), 0))
+        adds = own + H
+        a, b, c = tl.associative_scan((decay_sq, adds, tl.minimum(decay_sq * before + adds, MOST)), 0, bent_after)
+        seen = tl.minimum(a * n2 + b, c)
+        new = tl.where(seen > cap_sq, tl.maximum(tl.log(cap) - 0.5 * tl.log(seen), LEAST), 0.0)  # NaN: let through
+        norms = tl.minimum(seen, cap_sq)
+        change = tl.max(tl.abs(new - logs), 0)
+        logs = new
+        left -= 1
+    return logs
 
 
 @triton.jit
@@ -137,107 +113,67 @@ def due_cap(caps, h, H, t, T, every, offset, other_every, other_offset):
 
 @Launched
 @triton.jit(do_not_specialize=["offset", "other_offset"])
-def cap_tokens(x, B, cum, scale, totals, caps, initial, factors, room, sxb, sxt, sxh, sBb, sBt, sBg,
+def cap_tokens(x, B, cum, scale, totals, caps, initial, factors, sxb, sxt, sxh, sBb, sBt, sBg,
                T, H, P, N, G, chunks, every, offset, other_every, other_offset,
-               Q: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, W: tl.constexpr, LANES: tl.constexpr,
-               DENSE: tl.constexpr, FULL: tl.constexpr):  # fmt: skip
+               Q: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, FULL: tl.constexpr):  # fmt: skip
     """factors (B,H,chunks,Q): by how much every token's state is cut back to a cap. caps (2,H), each applied after the
-    tokens t for which every divides offset + t + 1; DENSE: the first after every token, and no other. room
-    (B*H, Q*(Q+5)). Q is LANES or twice as many. Grid (B * H): the stream is walked in order, W warps a program."""
+    tokens t for which every divides offset + t + 1. Grid (B * H): the stream is walked in order."""
     row = tl.program_id(0).to(tl.int64)
     b, h = row // H, row % H
     g = h // (H // G)
     q, p, n = tl.arange(0, Q), tl.arange(0, BP), tl.arange(0, BN)
-    lane, warp = tl.arange(0, LANES), tl.arange(0, W)
     inside = (p[:, None] < P) & (n[None, :] < N)
     here = p[:, None] * N + n[None, :]
-    K = room + row * (Q * (Q + 5))
-    starts, own, decay_sq, capped, logs = (K + Q * Q, K + Q * (Q + 1), K + Q * (Q + 2), K + Q * (Q + 3),
-                                           K + Q * (Q + 4))  # fmt: skip
-    lanes = lane[None, :] + warp[:, None] * 0  # (W, LANES): each warp holds all of a row
-    cap = tl.load(caps + h)
-
     S = tl.load(initial + row * P * N + here, mask=inside, other=0.0)
     x, B = x + b * sxb + h * sxh, B + b * sBb + g * sBg
-    x_QP, B_QN = tokens(x, sxt, h * 0, T, q, p, P), tokens(B, sBt, h * 0, T, q, n, N)
     for i in tl.range(0, chunks, num_stages=1):
         chunk = h * 0 + i  # 64-bit
         at = row * chunks + chunk
         cums, scales, total = cum + at * Q + q, scale + at * Q + q, tl.load(totals + at)
         c, s = tl.load(cums), tl.load(scales)
-        # the next chunk is on its way while this one is worked on
-        next_x, next_B = tokens(x, sxt, chunk * Q + Q, T, q, p, P), tokens(B, sBt, chunk * Q + Q, T, q, n, N)
-        log_decay = (c - tl.load(cums - 1, mask=q > 0, other=0.0)).to(tl.float32)
-        if DENSE:
-            lowest = cap
-        else:
-            caps_Q = due_cap(caps, h, H, i * Q + q, T, every, offset, other_every, other_offset)
-            lowest = tl.min(caps_Q)
-        inner = product(x_QP, tl.trans(x_QP), FULL) * product(B_QN, tl.trans(B_QN), FULL)
-        adds = s * s * tl.sum(tl.where(q[:, None] == q[None, :], inner, 0.0), 1)
-        grow = tl.exp(tl.sum(tl.maximum(log_decay, 0.0)))
-        n2, kept, suffix = tl.sum(S * S), cap * 0.0, q * 0.0
-        if (tl.sqrt(n2) + tl.sum(tl.sqrt(adds))) * grow * 1.001 > lowest:  # otherwise no cap can be reached
-            u = tl.sum(product(B_QN, tl.trans(S.to(B_QN.dtype)), FULL) * x_QP, 1)
-            # Below the diagonal this may be anything, and nobody asks.
-            decay = tl.exp2(((c[None, :] - c[:, None]) * LOG2_E).to(tl.float32))
-            tl.debug_barrier()  # everyone has read what the chunk before left in the room
-            tl.store(K + q[:, None] * Q + q[None, :], inner * decay * (2.0 * s)[:, None] * s[None, :])
-            tl.store(starts + q, 2.0 * s * tl.exp(c.to(tl.float32)) * u)
-            tl.store(own + q, adds)
-            tl.store(decay_sq + q, tl.exp(2.0 * log_decay))
-            if not DENSE:
-                tl.store(capped + q, caps_Q)
-            tl.debug_barrier()
-
-            n2_W, r = n2 + warp * 0.0, warp * 0.0 + 1.0
-            low, R = tl.load(starts + lanes), lanes * 0.0
-            if Q > LANES:
-                high, later = tl.load(starts + LANES + lanes), lanes * 0.0
-            # what four tokens need is read while the four before them are worked on; past the end, it is not used
-            numbers, due = four_numbers(K, own, decay_sq, 0, Q), four_caps(capped, 0, cap, DENSE)
-            these = four_rows(K + lanes, 0, Q)
-            if Q > LANES:
-                more = four_rows(K + LANES + lanes, 0, Q)
-            for t in tl.range(0, LANES, 4, num_stages=1, loop_unroll_factor=2):
-                next_numbers, next_due = four_numbers(K, own, decay_sq, t + 4, Q), four_caps(capped, t + 4, cap, DENSE)
-                next_these = four_rows(K + lanes, t + 4, Q)
-                r0, r1, r2, r3, n2_W, R = cap_four(low, r, n2_W, R, lane, t, numbers, due)
-                low = add_four(low, r, r0, r1, r2, these)
-                if Q > LANES:
-                    next_more = four_rows(K + LANES + lanes, t + 4, Q)
-                    high = add_four(high, r, r0, r1, r2, more)
-                    more = next_more
-                r, numbers, due, these = r3, next_numbers, next_due, next_these
-            tl.store(factors + at * Q + lanes, R, mask=warp[:, None] == 0)
-            log_R = tl.where(R > 0.0, tl.log(R), LEAST)
-            if Q > LANES:
-                for t in tl.range(0, LANES, 4, num_stages=1, loop_unroll_factor=2):
-                    ahead = LANES + t + 4
-                    next_numbers = four_numbers(K, own, decay_sq, ahead, Q)
-                    next_due = four_caps(capped, ahead, cap, DENSE)
-                    next_more = four_rows(K + LANES + lanes, ahead, Q)
-                    r0, r1, r2, r3, n2_W, later = cap_four(high, r, n2_W, later, lane, t, numbers, due)
-                    high = add_four(high, r, r0, r1, r2, more)
-                    r, numbers, due, more = r3, next_numbers, next_due, next_more
-                tl.store(factors + at * Q + LANES + lanes, later, mask=warp[:, None] == 0)
-                log_later = tl.where(later > 0.0, tl.log(later), LEAST)
-                tl.store(logs + LANES + lanes, tl.cumsum(log_later, 1, reverse=True), mask=warp[:, None] == 0)
-                after = tl.sum(log_later, 1)
-                tl.store(logs + lanes, tl.cumsum(log_R, 1, reverse=True) + after[:, None], mask=warp[:, None] == 0)
-            else:
-                tl.store(logs + lanes, tl.cumsum(log_R, 1, reverse=True), mask=warp[:, None] == 0)
-            tl.debug_barrier()
-            suffix = tl.load(logs + q)  # of a token's factor and all after it
-            kept = tl.load(logs)
-        else:
-            tl.store(factors + at * Q + q, q * 0.0 + 1.0)
-        # read again, so that they take no registers meanwhile
         x_QP, B_QN = tokens(x, sxt, chunk * Q, T, q, p, P), tokens(B, sBt, chunk * Q, T, q, n, N)
-        weight = s * tl.exp((total - c).to(tl.float32) + suffix)
+        log_decay = (c - tl.load(cums - 1, mask=q > 0, other=0.0)).to(tl.float32)
+        cap = due_cap(caps, h, H, i * Q + q, T, every, offset, other_every, other_offset)
+        inner = product(x_QP, tl.trans(x_QP), FULL) * product(B_QN, tl.trans(B_QN), FULL)
+        own = s * s * tl.sum(tl.where(q[:, None] == q[None, :], inner, 0.0), 1)
+        grow = tl.exp(tl.sum(tl.maximum(log_decay, 0.0)))
+        n2, logs = tl.sum(S * S), q * 0.0
+        if (tl.sqrt(n2) + tl.sum(tl.sqrt(own))) * grow * 1.001 > tl.min(cap):  # otherwise no cap can be reached
+            u = tl.sum(product(B_QN, tl.trans(S.to(B_QN.dtype)), FULL) * x_QP, 1)
+            before = due_cap(caps, h, H, i * Q + q - 1, T, every, offset, other_every, other_offset)
+            before = tl.where(q > 0, before * before, MOST)
+            earlier = q[None, :] < q[:, None]
+            decay = tl.exp(tl.where(earlier, c[:, None] - c[None, :], 0.0).to(tl.float32))
+            K = tl.where(earlier, inner * decay * (2.0 * s)[:, None] * s[None, :], 0.0)
+            starts = 2.0 * s * tl.exp(c.to(tl.float32)) * u
+            logs = clip_chunk(K, starts, own, tl.exp(2.0 * log_decay), n2, cap, before, q, FULL)
+        tl.store(factors + at * Q + q, tl.where(logs > LEAST, tl.exp(logs), 0.0))
+        kept = tl.sum(logs)
+        weight = s * tl.exp((total - c).to(tl.float32) + (kept - tl.cumsum(logs, 0) + logs))
         S *= tl.exp(total.to(tl.float32) + kept)
         S = add_product((tl.trans(x_QP) * weight[None, :]).to(x_QP.dtype), B_QN, S, FULL)
-        x_QP, B_QN = next_x, next_B
+
+
+@Launched
+@triton.jit
+def cut_pieces(factors, cum, scale, totals, wild, steep, pieces, piece_chunks, chunks, segment_chunks, segments,
+               Q: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """The factors (B,H,pieces) after pieces made part of the gates (`chunk_gates` of prepare.py), in place. A segment
+    that is cut back by more than exp(-steep) at once is wild. Grid (pieces / BLOCK, B * H)."""
+    row = tl.program_id(1).to(tl.int64)
+    piece = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    here = piece < pieces
+    chunk = (piece + 1) * piece_chunks - 1
+    at = row * chunks + chunk
+    token = at * Q + Q - 1
+    r = tl.load(factors + row * pieces + piece, mask=here, other=1.0)
+    logs = tl.where(r > 0.0, tl.log(r), tl.where(r == 0.0, LEAST, r))  # NaN stays
+    logs = tl.where(logs < LEAST, LEAST, logs)
+    tl.store(cum + token, tl.load(cum + token, mask=here, other=0.0) + logs, mask=here)
+    tl.store(totals + at, tl.load(totals + at, mask=here, other=0.0) + logs, mask=here)
+    tl.store(scale + token, tl.load(scale + token, mask=here, other=0.0) * r, mask=here)
+    far = here & (logs < -steep)
+    tl.atomic_max(wild + row * segments + chunk // segment_chunks, far.to(tl.int32), mask=far)
 
 
 @Launched

@@ -13,7 +13,6 @@ from rnn_longctx.ssd.kernels import caps as caps_
 from rnn_longctx.ssd.kernels.forward import segment_states
 from rnn_longctx.ssd.kernels.launch import LIMIT, Blocks, Prepared
 
-LEAST = -100.0  # nats: the log of a factor of 0
 STEEP = 15.0  # nats by which a cap may cut a state back at once before the segment counts as wild
 GROUP = 2**27  # bytes of states that a chain of caps takes up at once
 
@@ -78,9 +77,6 @@ def chain_stages(size: int, dtype: torch.dtype) -> int:
     return 1 + max(1, min(3, 3 * 2**14 // (size * dtype.itemsize)))
 
 
-LANES = 32  # of a warp: tokens that `cap_tokens` holds in one register
-
-
 def token_factors(x: Tensor, B: Tensor, initial: Tensor, caps: Tensor, due: tuple[tuple[int, int], ...],
                   ready: Prepared, c: Blocks) -> Tensor:  # fmt: skip
     """(B, H, chunks, Q): the factor by which each token's state is cut back. caps (1 or 2, H); `due` gives for each
@@ -88,17 +84,14 @@ def token_factors(x: Tensor, B: Tensor, initial: Tensor, caps: Tensor, due: tupl
     batch, length, heads, headdim = x.shape
     groups, d_state = B.shape[2:]
     chunks, BP = ready.totals.shape[2], max(16, triton.next_power_of_2(headdim))
-    dense = len(due) == 1 and due[0][0] == 1
     if len(due) == 1:
         caps, due = torch.cat([caps, torch.full_like(caps, float("inf"))]), (*due, (1, 0))
     (every, offset), (other_every, other_offset) = ((k, position % k) for k, position in due)
-    factors, warps = torch.empty_like(ready.scale), token_warps(BP, c.BN, x.dtype)
-    room = torch.empty(batch * heads, c.Q * (c.Q + 5), dtype=torch.float32, device=x.device)
+    factors = torch.empty_like(ready.scale)
     caps_.cap_tokens[(batch * heads,)](
-        x, B, ready.cum, ready.scale, ready.totals, caps, initial, factors, room, *x.stride()[:3], *B.stride()[:3],
+        x, B, ready.cum, ready.scale, ready.totals, caps, initial, factors, *x.stride()[:3], *B.stride()[:3],
         length, heads, headdim, d_state, groups, chunks, every, offset, other_every, other_offset,
-        Q=c.Q, BP=BP, BN=c.BN, W=warps, LANES=min(c.Q, LANES), DENSE=dense, FULL=x.dtype == torch.float32,
-        num_warps=warps,
+        Q=c.Q, BP=BP, BN=c.BN, FULL=x.dtype == torch.float32, num_warps=token_warps(BP, c.BN, x.dtype),
     )  # fmt: skip
     return factors
 
@@ -110,13 +103,12 @@ def token_warps(BP: int, BN: int, dtype: torch.dtype) -> int:
 
 def cut_back(ready: Prepared, factors: Tensor, every: int) -> None:
     """Make the factors part of the gates, in place: a capped recurrence is a plain one with other gates."""
-    Q = ready.cum.shape[3]
-    last = slice(every // Q - 1, factors.shape[2] * (every // Q), every // Q)  # the chunks that pieces end with
-    logs = factors.log().clamp(min=LEAST)  # of 0 too; a NaN stays
-    ready.cum[:, :, last, -1] += logs
-    ready.totals[:, :, last] += logs
-    ready.scale[:, :, last, -1] *= factors
-    ready.wild.logical_or_(logs.amin(2, keepdim=True) < -STEEP)
+    batch, heads, chunks, Q = ready.cum.shape
+    pieces, BLOCK = factors.shape[2], 128
+    caps_.cut_pieces[(triton.cdiv(pieces, BLOCK), batch * heads)](
+        factors, ready.cum, ready.scale, ready.totals, ready.wild, STEEP, pieces, every // Q, chunks,
+        ready.segment_chunks, ready.wild.shape[2], Q=Q, BLOCK=BLOCK, num_warps=4,
+    )  # fmt: skip
 
 
 def cut_back_tokens(ready: Prepared, factors: Tensor) -> None:

@@ -54,7 +54,8 @@ class Launched:
             if fused.interpreted():
                 self.jit[grid](*args, **options)
                 return
-            key = (torch.cuda.current_device(), *options.items(), *map(_kind, args))
+            kinds = [a if (c := a.__class__) is int or c is float else _kind(a) for a in args]  # most are numbers
+            key = (torch.cuda.current_device(), *options.items(), *kinds)
             if (compiling := getattr(_here, "compiling", None)) is not None:
                 pool, begun = compiling
                 if (self, *key) not in begun:
