@@ -7,8 +7,8 @@ Inside a chunk, with E_s = x_s B_s^T, scales w and K[t, s] = 2 w_s w_t exp(cum_t
     ||S_t||^2 before its cap = a_t^2 ||S_{t-1}||^2 + w_t^2 <E_t, E_t> + H_t
     H_t = 2 w_t exp(cum_t) <S_0, E_t> r_0 ... r_{t-1} + sum_{s<t} K[t, s] r_s ... r_{t-1}
 
-Given H the norms are a chain of x -> min(a x + b, c), which an associative scan takes in log steps; H is worked out from
-the factors of the turn before, until they stay. H_t asks only for factors before t, so that every turn makes one more
+Given H the norms are a chain of x -> min(a x + b, c), which an associative scan takes in few steps; H is found from the
+factors of the turn before, until they stay. H_t asks only for factors before t, so that every turn makes one more
 token right for good; a few turns are enough, since what one factor does to the next H is small. Where tokens resemble
 each other it is not, but mostly through the state's norm, which is known: H is scaled to it (20 turns become 5).
 """
