@@ -25,6 +25,7 @@ SHAPE_370M = Mamba2Config(d_model=1024, n_layer=48, vocab_size=50288, d_state=12
 PROMPT = 256  # tokens before the steps that are timed
 CHECKED = 3001  # tokens of the prompt whose last logits are compared
 Row = dict[str, Any]
+Read = Callable[[Tensor], Tensor]  # ids (B, T) to the last logits (B, V)
 Step = Callable[[Tensor], Tensor]  # tokens (B) to the next tokens' logits (B, V)
 
 
@@ -62,11 +63,15 @@ def _transformers(model: Mamba2LM) -> Any:
     """With mamba-ssm's kernels, where that is installed."""
     try:
         from transformers import Mamba2ForCausalLM
+        from transformers import logging as transformers_logging
     except ImportError:
         return None
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
         save(model, folder, layout="transformers")
-        return Mamba2ForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).cuda().eval()
+        other: Any = Mamba2ForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+        return other.cuda().eval()
 
 
 @torch.inference_mode()
@@ -76,23 +81,42 @@ def prefill_rows(lengths: list[int], segment: int) -> Iterator[Row]:
     ids = torch.randint(SHAPE_370M.vocab_size, (1, max(lengths)), device="cuda")
     expected = _exact(model, ids[:, :CHECKED])
 
-    def ours(length: int) -> Tensor:
-        for hidden in model.stream(ids[:, :length], segment=segment):
-            last = hidden[:, -1]
-        return model.logits(last)
-
-    official, other = _official(model), _transformers(model)
-    systems: dict[str, Callable[[int], Tensor]] = {f"rnn-longctx, segments of {segment}": ours}
-    if official is not None:
-        systems["mamba-ssm, one call"] = lambda length: official(ids[:, :length], num_last_tokens=1).logits
-    if other is not None:
-        systems["transformers, one call"] = lambda length: other(ids[:, :length], logits_to_keep=1).logits
     _, rate = ceilings()
-    for name, run in systems.items():  # ours first: a kernel that fails may leave the device unusable
+    # ours first: a kernel that fails may leave the device unusable; one model at a time, for its memory's sake
+    systems = {f"rnn-longctx, segments of {segment}": _stream(segment), "mamba-ssm, one call": _official_prefill,
+               "transformers, one call": _transformers_prefill}  # fmt: skip
+    for name, make in systems.items():
+        read = make(model)
+        if read is None:
+            continue
         for length in lengths:
-            floor = length * _operations(model) / rate
-            yield {"what": "prefill", "length": length, "system": name, **_seconds(run, length, expected),
-                   "floor_seconds": floor, "matrix_tflop_s": rate / 1e12}  # fmt: skip
+            floor = {"floor_seconds": length * _operations(model) / rate, "matrix_tflop_s": rate / 1e12}
+            measured = _seconds(read, ids[:, :length], ids, expected)
+            yield {"what": "prefill", "length": length, "system": name, **measured, **floor}
+        del read
+        torch.cuda.empty_cache()
+
+
+def _stream(segment: int) -> Callable[[Mamba2LM], Read]:
+    def make(model: Mamba2LM) -> Read:
+        def read(ids: Tensor) -> Tensor:
+            for hidden in model.stream(ids, segment=segment):
+                last = hidden[:, -1]
+            return model.logits(last)
+
+        return read
+
+    return make
+
+
+def _official_prefill(model: Mamba2LM) -> Read | None:
+    official = _official(model)
+    return None if official is None else lambda ids: official(ids, num_last_tokens=1).logits
+
+
+def _transformers_prefill(model: Mamba2LM) -> Read | None:
+    other = _transformers(model)
+    return None if other is None else lambda ids: other(ids, logits_to_keep=1).logits
 
 
 def _operations(model: Mamba2LM) -> int:
@@ -102,16 +126,16 @@ def _operations(model: Mamba2LM) -> int:
     return 2 * weights + 4 * c.scan_state_elements
 
 
-def _seconds(run: Callable[[int], Tensor], length: int, expected: Tensor) -> Row:
+def _seconds(read: Read, prompt: Tensor, ids: Tensor, expected: Tensor) -> Row:
     try:
-        error = _error(run(CHECKED), expected)
-        run(min(length, 2**17))  # compiles
+        error = _error(read(ids[:, :CHECKED]), expected)
+        read(prompt[:, : 2**17])  # compiles
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         times: list[float] = []
         while len(times) < 3 and sum(times) < 10:
             began = time.perf_counter()
-            run(length)
+            read(prompt)
             torch.cuda.synchronize()
             times.append(time.perf_counter() - began)
     except (RuntimeError, ValueError) as problem:  # what another library does with this size
@@ -119,7 +143,7 @@ def _seconds(run: Callable[[int], Tensor], length: int, expected: Tensor) -> Row
         missing = dict.fromkeys(("seconds", "tokens_per_second", "peak_gib", "error"), math.nan)
         return {**missing, "note": str(problem).splitlines()[0][:80]}
     peak, took = torch.cuda.max_memory_allocated() / 2**30, median(times)
-    return {"seconds": took, "tokens_per_second": length / took, "peak_gib": peak, "error": error, "note": ""}
+    return {"seconds": took, "tokens_per_second": prompt.shape[1] / took, "peak_gib": peak, "error": error, "note": ""}
 
 
 @torch.inference_mode()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from inspect import signature
+
 import pytest
 import torch
 from transformers import Mamba2Config as TheirConfig
 from transformers import Mamba2ForCausalLM
+from transformers.models.mamba2.modeling_mamba2 import MambaRMSNormGated
 
 from rnn_longctx.models import Cache, checkpoint
 
@@ -23,6 +26,8 @@ TOLERANCE = {"rtol": 0, "atol": 1e-4}
 @pytest.fixture(params=CASES.values(), ids=CASES.keys())
 def pair(request, randomise, tmp_path):
     """(theirs, ours), float32, by way of a file that transformers wrote."""
+    if request.param["n_groups"] > 1 and "group_size" not in signature(MambaRMSNormGated).parameters:
+        pytest.skip("this transformers takes the norm over all groups together")
     shape = {"hidden_size": 32, "num_heads": 8, "head_dim": 8, "state_size": 16, "vocab_size": 97}
     config = TheirConfig(**shape, num_hidden_layers=3, chunk_size=16, **request.param)
     theirs = randomise(Mamba2ForCausalLM(config)).eval()

@@ -94,13 +94,13 @@ def test_decays_of_any_size(decay):
 
 def test_heads_that_hear_a_part_of_the_block_before():
     """Chunks beyond the horizon are left out, from either side; nothing changes."""
-    length, size = 160, 80
-    x, more = inputs(length)
+    c = launch.blocks(P, N, torch.float32, 0)
+    size = 5 * c.Q
+    x, more = inputs(2 * size)
     x["dt"].zero_()
     x["A"] = -torch.tensor([0.0, 0.3, 1.0, 4.0], device=DEVICE)
     settings = {"dt_softplus": False, "dt_limit": (0.9, 1.0), "D": None}
     check(x, {**more, **settings, "dt_bias": None}, ScanPolicy(window=size), ([], ["triton"]))
-    c = launch.blocks(P, N, torch.float32, 0)
     table = fused.gate_table(ScanPolicy(), H, torch.device(DEVICE))
     rows = {k: x[k].view(2, size, *x[k].shape[2:]) for k in ("dt", "B", "C")}
     ready = launch.prepare_chunks(

@@ -219,7 +219,8 @@ def test_a_backend_that_cannot_is_refused():
         assert ssd.choose(ScanPolicy(), "picky").name == "picky"
         with pytest.raises(InputError, match="no windows"):
             ssd.choose(ScanPolicy(window=3), "picky")
-        assert ssd.choose(ScanPolicy(window=3)).name == "torch"
+        on_cpu = ssd.Call(torch.device("cpu"), torch.float32, False, 4, 4)
+        assert ssd.choose(ScanPolicy(window=3), call=on_cpu).name == "torch"
     finally:
         del backends._BACKENDS["picky"]
 
