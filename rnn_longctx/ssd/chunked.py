@@ -125,7 +125,7 @@ def block(x: Tensor, log_decay: Tensor, scale: Tensor, B: Tensor, C: Tensor, sta
     batch, _, heads, headdim = x.shape
     groups, d_state = B.shape[2:]
     grow = cum.exp()
-    weighted = x * (scale.unflatten(1, (n, CHUNK)) / grow).flatten(1, 2)[..., None]
+    weighted = x * (scale.unflatten(1, (n, CHUNK)) * (-cum).exp()).flatten(1, 2)[..., None]
     weighted, B, C = (_by_group(v, n, groups) for v in (weighted, B, C))  # (B*n*G, c, R*P or N)
     y = (C @ B.mT).tril() @ weighted
     added = (weighted.mT @ B).view(batch, n, heads, headdim, d_state)

@@ -206,6 +206,36 @@ def compare_gradients(name, decay, reset=None, mask=None, D=None, position=5):
         assert error(ours, expected) < max(1e-5, 10 * error(pytorchs, expected)), what
 
 
+def test_gradients_of_rounded_operands():
+    """Between the tokens of a chunk most of a forgetting head's gradient cancels, to what both sides were rounded to.
+    float16 stands in for bfloat16, which the interpreter lacks."""
+    dtype = torch.float16 if DEVICE == "cpu" else torch.bfloat16
+    x, _ = inputs(192)
+    x["A"] = torch.full_like(x["A"], -10.0)
+    x["dt"] = 0.05 + 0.1 * torch.rand_like(x["dt"])
+    x |= {k: x[k].to(dtype).float() for k in ("x", "B", "C")}
+    weight = torch.randn_like(x["x"]).to(dtype).float()
+    table, start = fused.gate_table(ScanPolicy(), H, torch.device(DEVICE)), torch.zeros(2, H, P, N, device=DEVICE)
+
+    def kernels(x, dt, A, B, C):
+        x, B, C = (t.to(dtype) for t in (x, B, C))
+        y, *_ = ops.scan(
+            x, dt, A, B, C, None, None, start, table, None, None, None, 0.0, math.inf, False, 0, [], 0
+        )  # fmt: skip
+        return y
+
+    def definition(x, dt, A, B, C):
+        return scan(x, dt, A, B, C, dt_softplus=False, backend="torch")[0]
+
+    found = []
+    for run, wide in ((kernels, torch.float32), (definition, torch.float64)):
+        leaves = [t.to(wide).detach().requires_grad_() for t in x.values()]
+        found.append(torch.autograd.grad((run(*leaves).to(wide) * weight.to(wide)).sum(), leaves))
+    rounding = 1 if dtype == torch.float16 else 8
+    for name, ours, expected in zip(x, *found):
+        assert error(ours, expected) < rounding * (3.4e-4 if name == "dt" else 1.5e-3), name
+
+
 def test_what_it_refuses():
     call = Call(torch.device(DEVICE), torch.float32, False, P, N)
     caps = (Cap(1.0), Cap(1.0, 5), Cap(1.0, 7))

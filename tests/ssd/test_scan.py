@@ -210,6 +210,20 @@ def test_refusals():
         scan(**x, **more, policy=ScanPolicy(gain=(1.0, 2.0)))
 
 
+@pytest.mark.parametrize("forgets", [20.0, 44.0, 52.0, 59.0, 70.0])
+def test_gradients_of_pieces_that_forget(forgets):
+    """Nats a piece of 64 tokens, up to where factors give way to differences: their own gradients must not overflow."""
+    x, _ = inputs(length=192)
+    x |= {"dt": torch.full_like(x["dt"], 0.1), "A": torch.full_like(x["A"], -forgets / 6.4)}
+    grads = []
+    for dtype in (torch.float32, torch.float64):
+        leaves = {k: v.to(dtype).detach().requires_grad_() for k, v in x.items()}
+        y, _ = scan(**leaves, dt_softplus=False, backend="torch")
+        grads.append(torch.autograd.grad(y.sum(), list(leaves.values())))
+    for ours, expected in zip(*grads):
+        torch.testing.assert_close(ours.double(), expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
+
+
 def test_a_backend_that_cannot_is_refused():
     from rnn_longctx.ssd import backends
 
