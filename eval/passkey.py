@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from rnn_longctx.data import PasskeyPrompt, passkey_batch
+from rnn_longctx.data import PasskeyPrompt, multikey_batch, passkey_batch, words_batch
 from rnn_longctx.errors import InputError
 from rnn_longctx.eval.results import Row
 from rnn_longctx.eval.task import Context, Task, peak_bytes
@@ -29,6 +29,7 @@ class Passkey(Task):
     length measured."""
 
     name = "passkey"
+    asks = True
     n: int = 60
     least: int = 10
     tokens: int = 256 * 1024
@@ -42,8 +43,14 @@ class Passkey(Task):
         fit = self.tokens // length
         return min(self.n, max(self.least, fit // 10 * 10 or fit))  # whole rounds of the ten depths
 
+    def prompts(self, context: Context, length: int, n: int) -> list[PasskeyPrompt]:
+        return passkey_batch(context.model.tokenizer, length, n, context.seed)
+
+    def right(self, said: str, answer: str) -> bool:
+        return re.match(r"\d*", said)[0] == answer  # type: ignore[index]
+
     def check(self, context: Context, lengths: list[int]) -> None:
-        passkey_batch(context.model.tokenizer, min(lengths), 1, context.seed)
+        self.prompts(context, min(lengths), 1)
 
     def cost(self, context: Context, lengths: list[int]) -> int:
         restart = context.model.restart
@@ -56,18 +63,18 @@ class Passkey(Task):
             yield from self._run(context, length)
 
     def _todo(self, context: Context, lengths: list[int]) -> list[int]:
-        return [n for n in lengths if not context.done(self, "passkey", n, "accuracy", self.count(n))]
+        return [n for n in lengths if not context.done(self, self.name, n, "accuracy", self.count(n))]
 
     @torch.inference_mode()
     def _run(self, context: Context, length: int) -> Iterator[Row]:
         n, began = self.count(length), time.perf_counter()
-        prompts = passkey_batch(context.model.tokenizer, length, n, context.seed)
+        prompts = self.prompts(context, length, n)
         right: list[float] = []
         first = following = 0.0
         batch = min(n, context.batch)
         for i in range(0, n, batch):
             answers, seconds = _answer(context, prompts[i : i + batch])
-            right += [float(_number(a) == p.answer) for a, p in zip(answers, prompts[i : i + batch])]
+            right += [float(self.right(a, p.answer)) for a, p in zip(answers, prompts[i : i + batch])]
             first, following = first + seconds[0], following + seconds[1]
         seconds_all = time.perf_counter() - began
         cost = {
@@ -76,14 +83,33 @@ class Passkey(Task):
         }  # fmt: skip
         for depth in sorted({p.depth for p in prompts}):
             at = [r for r, p in zip(right, prompts) if p.depth == depth]
-            yield context.row(self, "passkey", length, "accuracy", at, depth, **cost)
+            yield context.row(self, self.name, length, "accuracy", at, depth, **cost)
         # the row of the whole length is written last: it says that the others are there
-        yield context.row(self, "passkey", length, "accuracy", right, **cost)
+        yield context.row(self, self.name, length, "accuracy", right, **cost)
 
 
-def _number(said: str) -> str:
-    """The digits that an answer begins with."""
-    return re.match(r"\d*", said)[0]  # type: ignore[index]
+@dataclass(frozen=True)
+class MultiKey(Passkey):
+    """`keys` labelled keys, one of which is asked for."""
+
+    name = "multikey"
+    keys: int = 4
+
+    def prompts(self, context: Context, length: int, n: int) -> list[PasskeyPrompt]:
+        return multikey_batch(context.model.tokenizer, length, n, context.seed, self.keys)
+
+
+@dataclass(frozen=True)
+class Words(Passkey):
+    """The key is a word."""
+
+    name = "words"
+
+    def prompts(self, context: Context, length: int, n: int) -> list[PasskeyPrompt]:
+        return words_batch(context.model.tokenizer, length, n, context.seed)
+
+    def right(self, said: str, answer: str) -> bool:
+        return re.match(r"\w*", said)[0] == answer  # type: ignore[index]
 
 
 def _answer(context: Context, prompts: list[PasskeyPrompt]) -> tuple[list[str], tuple[float, float]]:

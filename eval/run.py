@@ -13,14 +13,14 @@ from rnn_longctx.config import parse_lengths
 from rnn_longctx.data import load_text
 from rnn_longctx.errors import InputError
 from rnn_longctx.eval.lm import LanguageModel
-from rnn_longctx.eval.passkey import Passkey
+from rnn_longctx.eval.passkey import MultiKey, Passkey, Words
 from rnn_longctx.eval.results import Results, Row, to_frame
 from rnn_longctx.eval.task import Context, Task
-from rnn_longctx.mitigations import Remedy, active, mitigate, parse_remedy
+from rnn_longctx.mitigations import Remedy, active, mitigate, parse_remedy, standard
 from rnn_longctx.models import Mamba2LM
 from rnn_longctx.spec import parse
 
-TASKS: dict[str, type[Task]] = {t.name: t for t in (LanguageModel, Passkey)}
+TASKS: dict[str, type[Task]] = {t.name: t for t in (LanguageModel, Passkey, MultiKey, Words)}
 # Tokens read in one call. On a CPU a call's activations should stay near its caches.
 SEGMENT = {"cpu": 4096, "cuda": 65536}
 
@@ -58,7 +58,8 @@ def evaluate(model: Mamba2LM, lengths: Sequence[int | str] | str, tasks: Sequenc
 
     Args:
         lengths: in tokens; "4k" and "1m" are read too.
-        mitigations: each is put on top of what is on the model already; None measures the model as it is.
+        mitigations: each is put on top of what is on the model already; None measures the model as it is; "all" stands
+            for every remedy (`rnn_longctx.mitigations.standard`) and the controls.
         text: evaluated on: "stdlib", a file, a directory, "hf:dataset[:split[:column]]".
         calibration_text: for remedies that are calibrated; None takes what is kept with the checkpoint.
         out: a folder for cells, snapshots, results.parquet and results.csv; finished cells there are not measured
@@ -72,9 +73,9 @@ def evaluate(model: Mamba2LM, lengths: Sequence[int | str] | str, tasks: Sequenc
         raise InputError(f"batch must be at least 1 stream, got {batch}")
     wanted = sorted(set(parse_lengths(list(lengths) if not isinstance(lengths, str) else lengths)))
     jobs = [parse_task(t) for t in tasks]
-    remedies = list(
-        {str(r): r for r in map(parse_remedy, mitigations if mitigations is not None else ["none"])}.values()
-    )
+    named = mitigations if mitigations is not None else ["none"]
+    named = [w for name in named for w in (standard(model.train_length) if name == "all" else [name])]
+    remedies = list({str(r): r for r in map(parse_remedy, named)}.values())
     if not wanted or not jobs or not remedies:
         raise InputError("evaluate needs at least one length, one task and one mitigation")
     results = Results(out) if out else None
@@ -106,7 +107,8 @@ def _plan(model: Mamba2LM, remedies: list[Remedy], jobs: list[Task], lengths: li
             mine = job.lengths(lengths, model.train_length)
             for some in [[n] for n in mine] if remedy.per_length else [mine] if mine else []:
                 with _mitigated(model, remedy, max(some), calibration, context):
-                    yield remedy, job, some, job.cost(context, some)
+                    if model.reader is None or job.asks:  # it has no loss of tokens that it does not read
+                        yield remedy, job, some, job.cost(context, some)
 
 
 @contextmanager

@@ -88,6 +88,7 @@ class Task:
     """Base of the tasks. The fields of the dataclass are its parameters, `name:key=value,...`."""
 
     name: ClassVar[str] = ""
+    asks: ClassVar[bool] = False  # about a prompt as a whole: remedies that read it otherwise can be measured
 
     def lengths(self, asked: list[int], train_length: int | None) -> list[int]:
         """Which of the lengths asked for this task measures."""

@@ -7,11 +7,20 @@ from functools import reduce
 from typing import TYPE_CHECKING, Any
 
 from rnn_longctx.errors import InputError
+from rnn_longctx.mitigations.a_scale import AScale
+from rnn_longctx.mitigations.a_winsor import AWinsor
 from rnn_longctx.mitigations.base import NotApplicable, Plan, Remedy
+from rnn_longctx.mitigations.chunk_select import ChunkSelect
 from rnn_longctx.mitigations.controls import Recompute, Reset
+from rnn_longctx.mitigations.decimate import Decimate
+from rnn_longctx.mitigations.delta_scale import DeltaScale
+from rnn_longctx.mitigations.noise_start import NoiseStart
 from rnn_longctx.mitigations.none import Nothing
 from rnn_longctx.mitigations.rri import RRI
 from rnn_longctx.mitigations.state_norm import StateNorm
+from rnn_longctx.mitigations.stored import Stored
+from rnn_longctx.mitigations.stored_start import StoredStart
+from rnn_longctx.mitigations.token_filter import TokenFilter
 from rnn_longctx.mitigations.window import Window
 from rnn_longctx.spec import parse
 from rnn_longctx.ssd import PLAIN, ScanPolicy
@@ -20,9 +29,15 @@ if TYPE_CHECKING:
     from rnn_longctx.data import Text
     from rnn_longctx.models import Mamba2LM
 
-__all__ = ["REMEDIES", "Handle", "NotApplicable", "Plan", "Remedy", "active", "mitigate", "parse_remedy"]
+__all__ = ["REMEDIES", "Handle", "NotApplicable", "Plan", "Remedy", "active", "mitigate", "parse_remedy", "standard"]
 
-REMEDIES: dict[str, type[Remedy]] = {r.name: r for r in (Nothing, StateNorm, RRI, Window, Reset, Recompute)}
+REMEDIES: dict[str, type[Remedy]] = {
+    r.name: r
+    for r in (
+        Nothing, StateNorm, RRI, Window, DeltaScale, AScale, AWinsor, TokenFilter, Decimate, ChunkSelect,
+        NoiseStart, StoredStart, Reset, Recompute,
+    )
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -48,18 +63,41 @@ class Composite(Remedy):
 
 
 def parse_remedy(text: str | Remedy) -> Remedy:
-    """A remedy from `name:key=value,...`, or several from `a+b`.
+    """A remedy from `name:key=value,...`, from a file that `calibrate` wrote, or several from `a+b`.
 
     Raises InputError: unknown names and parameters (with the nearest one), values out of range, a composition that
     means nothing (two controls; a norm cap with a window).
     """
     if isinstance(text, Remedy):
         return text
-    parts = [parse(part, REMEDIES, "mitigation") for part in text.split("+")]
+    parts = [_one(part.strip()) for part in text.split("+")]
     if len(parts) == 1:
         return parts[0]
     parts = [p for p in parts if not isinstance(p, Nothing)]
     return Composite(tuple(parts))
+
+
+def _one(text: str) -> Remedy:
+    if text.partition("@")[0].endswith((".yaml", ".yml")):
+        return Stored.read(text)
+    return parse(text, REMEDIES, "mitigation")
+
+
+def standard(train: int | None) -> list[str]:
+    """What `--mitigation all` measures: every remedy at its published or plainest setting, and the controls. Those that
+    need the training length are left out where it is not known."""
+    some = ["none", "rri", "rri:alpha=0.999,beta=1", "a-winsor", "a-scale:scale=1.5", "delta-scale:scale=0.7",
+            "decimate", "chunk-select"]  # fmt: skip
+    if train is None:
+        return [*some, "recompute:last=512", "recompute:last=2048", "reset:every=512"]
+    known = [
+        "state-norm",
+        "state-norm:every=64",
+        f"window:tokens={train}",
+        f"window:tokens={4 * train}",
+        "token-filter",
+    ]
+    return [*some, *known, f"recompute:last={train // 2 * 2}", f"recompute:last={2 * train}", f"reset:every={train}"]
 
 
 class Handle:
@@ -119,13 +157,17 @@ def active(model: Mamba2LM) -> tuple[str, str | None]:
 
 
 def combine(plans: list[Plan], model: Mamba2LM) -> Plan:
-    """Plans for one model, one after the other. InputError if two restart."""
+    """Plans for one model, one after the other. InputError if two say how a prompt is read."""
     restarts = [p.restart for p in plans if p.restart]
     if len(restarts) > 1:
         raise InputError(f"{' and '.join(map(str, restarts))} cannot be combined")
+    readers = [p.reader for p in plans if p.reader]
+    if len(readers) > 1 or (readers and restarts):
+        raise InputError("of the ways to read a prompt (decimate, chunk-select, reset, recompute) one can be taken")
     policies = [reduce(ScanPolicy.then, layer, PLAIN) for layer in zip(*(p.policies for p in plans))]
     calibration = "; ".join(p.calibration for p in plans if p.calibration) or None
-    return Plan(tuple(policies or [PLAIN] * len(model.mixers)), restarts[0] if restarts else None, calibration)
+    policies = policies or [PLAIN] * len(model.mixers)
+    return Plan(tuple(policies), restarts[0] if restarts else None, calibration, readers[0] if readers else None)
 
 
 class _bare:
@@ -153,3 +195,4 @@ def _set(model: Mamba2LM, plan: Plan) -> None:
     for mixer, policy in zip(model.mixers, plan.policies):
         mixer.policy = policy
     model.restart = plan.restart
+    model.reader = plan.reader

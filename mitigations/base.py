@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from rnn_longctx.errors import InputError
-from rnn_longctx.models import Restart
+from rnn_longctx.models import Reader, Restart
 from rnn_longctx.spec import canonical
 from rnn_longctx.ssd import PLAIN, ScanPolicy
 
@@ -21,11 +21,13 @@ class NotApplicable(InputError):
 
 @dataclass(frozen=True)
 class Plan:
-    """A remedy worked out for one model: a policy a layer, a reader's control, and what it was calibrated on."""
+    """A remedy worked out for one model: a policy a layer, a reader's control, what it was calibrated on, and how it
+    reads a prompt where that is not token after token."""
 
     policies: tuple[ScanPolicy, ...]
     restart: Restart | None = None
     calibration: str | None = None
+    reader: Reader | None = None
 
 
 @dataclass(frozen=True)
@@ -66,3 +68,22 @@ def train_length(model: Mamba2LM, remedy: str) -> int:
     if model.train_length is None:
         raise NotApplicable(f"{remedy} needs the training length, which {model.name} does not say: give --train-length")
     return model.train_length
+
+
+def above_zero(remedy: str, name: str, value: float | str) -> list[float]:
+    """The numbers of `0.7` or `0.7/0.8/...`. Raises InputError where one is none, or not above 0."""
+    try:
+        numbers = [float(part) for part in str(value).split("/")]
+    except ValueError:
+        raise InputError(f"{remedy}: {name} is a number, or one a layer as in 0.7/0.8, got {value!r}") from None
+    if not all(0 < number < float("inf") for number in numbers):
+        raise InputError(f"{remedy}: {name} must be above 0, got {value}")
+    return numbers
+
+
+def per_layer(remedy: str, value: float | str, model: Mamba2LM) -> list[float]:
+    """One number a layer of the model."""
+    numbers, layers = above_zero(remedy, "the value", value), len(model.mixers)
+    if len(numbers) not in (1, layers):
+        raise InputError(f"{remedy}: {len(numbers)} values are given, the model has {layers} recurrent layers")
+    return numbers * layers if len(numbers) == 1 else numbers

@@ -33,7 +33,7 @@ def evaluate_command(
     lengths: Annotated[str | None, typer.Option(help="Tokens: 256,1k,64k,1m (k = 1024, m = 1024^2).")] = None,
     task: Annotated[Many, typer.Option(help="lm, passkey, or passkey:n=100,max=8k; again for more.")] = None,
     mitigation: Annotated[
-        Many, typer.Option(help="none, state-norm, rri:alpha=0.999,beta=0.75, a+b; again for more.")
+        Many, typer.Option(help="none, all, state-norm, rri:alpha=0.999,beta=0.75, FILE.yaml, a+b; again for more.")
     ] = None,
     text: Annotated[str | None, typer.Option(help="stdlib, a file, a directory, hf:dataset[:split[:column]].")] = None,
     calibration_text: Annotated[str | None, typer.Option(help="Text for remedies that are calibrated.")] = None,
@@ -51,6 +51,7 @@ def evaluate_command(
 
     from rnn_longctx.config import from_dict, load_yaml, parse_length, parse_lengths, to_dict
     from rnn_longctx.eval import EvalConfig, Results, evaluate, parse_task
+    from rnn_longctx.eval.leaderboard import board_tables, leaderboard
     from rnn_longctx.eval.plots import plot_all
     from rnn_longctx.eval.report import header, table
     from rnn_longctx.mitigations import parse_remedy
@@ -70,7 +71,8 @@ def evaluate_command(
     for words in c.tasks:  # a misspelt name shows before anything is loaded, and so does an unwritable folder
         parse_task(words)
     for words in c.mitigations:
-        parse_remedy(words)
+        if words != "all":
+            parse_remedy(words)
     Results(c.out)
     lm = _load(c.model, c.device, c.dtype, c.tokenizer, c.train_length)
     lm.use_backend(c.backend)
@@ -93,6 +95,10 @@ def evaluate_command(
                      out=c.out, batch=c.batch, seed=c.seed, progress=console.is_terminal)  # fmt: skip
     for part in table(frame, width=console.width):
         console.print(part)
+    if len(frame["mitigation"].unique()) > 1:
+        leaderboard(frame).to_csv(Path(c.out) / "leaderboard.csv", index=False)
+    for part in board_tables(frame) if "all" in c.mitigations else []:
+        console.print(part)
     plots = plot_all(frame, c.out)
     console.print(f"{c.out}: results.parquet, results.csv, {', '.join(p.name for p in plots)}")
 
@@ -113,11 +119,38 @@ def train_command(
         raise typer.Exit(1) from None
 
 
+@app.command("calibrate")
+def calibrate_command(
+    model: Annotated[str, MODEL],
+    mitigation: Annotated[str, typer.Option(help="rri, window, state-norm, token-filter, a-winsor, ...")],
+    target: Annotated[str, typer.Option(help="Tokens to be read, such as 32k.")],
+    text: Annotated[str, typer.Option(help="Found on this; never what is to be evaluated.")] = "builtin",
+    out: Annotated[Path, typer.Option(help="YAML file, for --mitigation FILE.")] = Path("remedy.yaml"),
+    slices: Annotated[int, typer.Option(min=1, help="Of the text.")] = 4,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    train_length: Annotated[Optional[str], typer.Option()] = None,  # noqa: UP045
+    tokenizer: Annotated[Optional[str], typer.Option()] = None,  # noqa: UP045
+    device: Annotated[str, typer.Option()] = "auto",
+    dtype: Annotated[str, typer.Option()] = "float32",
+) -> None:
+    """Find a remedy's settings: the least loss at the target length that keeps the model's recall."""
+    from rnn_longctx.config import parse_length
+    from rnn_longctx.data import load_text
+    from rnn_longctx.eval import calibrate
+
+    lm, goal = _load(model, device, dtype, tokenizer, train_length), parse_length(target)
+    found = calibrate(lm, mitigation, goal, load_text(text), seed=seed, slices=slices, say=typer.echo)
+    found.save(out)
+    typer.echo(f"{out}: {found.remedy}")
+
+
 @app.command("generate")
 def generate_command(
     model: Annotated[str, MODEL],
     prompt: Annotated[str, typer.Option(help="Text to continue; - reads it from standard input.")],
     mitigation: Annotated[str, typer.Option()] = "none",
+    load_state: Annotated[Optional[Path], typer.Option(help="Go on from what --save-state kept.")] = None,  # noqa: UP045
+    save_state: Annotated[Optional[Path], typer.Option(help="Keep what the prompt left, to ask it again.")] = None,  # noqa: UP045
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
     seed: Annotated[int, typer.Option()] = 0,
@@ -129,16 +162,24 @@ def generate_command(
     """Continue a prompt of any length, with a remedy on the model."""
     import torch
 
-    from rnn_longctx import generate, mitigate
+    from rnn_longctx import mitigate
+    from rnn_longctx.mitigations import parse_remedy
+    from rnn_longctx.models import state
+    from rnn_longctx.models.generate import continuation, prefill
 
-    lm = _load(model, device, dtype, tokenizer, train_length)
+    remedy, lm = parse_remedy(mitigation), _load(model, device, dtype, tokenizer, train_length)
     raw = sys.stdin.buffer.read() if prompt == "-" else prompt.encode("utf-8", "surrogateescape")
     ids = torch.from_numpy(lm.tokenizer.encode(raw))[None]
     if ids.shape[1] == 0:
         raise InputError("the prompt is empty")
-    with mitigate(lm, mitigation, target_length=ids.shape[1] + max_new_tokens):
-        new = generate(lm, ids, max_new_tokens, temperature=temperature, seed=seed)
-    typer.echo(lm.tokenizer.decode(new[0].tolist()))
+    with mitigate(lm, remedy, target_length=ids.shape[1] + max_new_tokens):
+        logits, cache = prefill(lm, ids, state.load_state(load_state, lm) if load_state else None)
+        if save_state:
+            state.save_state(save_state, cache, lm, str(remedy))
+        draw = torch.Generator(lm.device).manual_seed(seed)
+        said = continuation(lm, logits, cache, temperature, draw)
+        new = [int(next(said)) for _ in range(max_new_tokens)]
+    typer.echo(lm.tokenizer.decode(new))
 
 
 @app.command("plot")

@@ -1,6 +1,13 @@
 """Tokenizers, texts and synthetic tasks. Knows nothing of models."""
 
-from rnn_longctx.data.passkey import PasskeyPrompt, make_passkey, passkey_batch, training_sequence
+from rnn_longctx.data.passkey import (
+    PasskeyPrompt,
+    make_passkey,
+    multikey_batch,
+    passkey_batch,
+    training_sequence,
+    words_batch,
+)
 from rnn_longctx.data.text import Text, load_text, tokens
 from rnn_longctx.data.tokenizers import ByteTokenizer, HFTokenizer, Tokenizer, load_tokenizer
 
@@ -13,7 +20,9 @@ __all__ = [
     "load_text",
     "load_tokenizer",
     "make_passkey",
+    "multikey_batch",
     "passkey_batch",
     "tokens",
     "training_sequence",
+    "words_batch",
 ]

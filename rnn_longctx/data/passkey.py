@@ -30,6 +30,11 @@ PAPER = Style(
     "\nWhat is the passkey? The passkey is",
 )
 HEADERLESS = Style("", PAPER.key, PAPER.question)
+LABELS = ("red", "blue", "green", "black", "white", "yellow", "brown", "pink")
+WORDS = (
+    *("apple", "brick", "chair", "delta", "eagle", "flame", "grape", "house", "ivory", "jolly", "knife", "lemon"),
+    *("mango", "night", "ocean", "piano", "queen", "river", "stone", "tiger", "uncle", "violin", "whale", "zebra"),
+)
 STYLES = {"paper": PAPER, "headerless": HEADERLESS}
 SHORTEST_PAPER = 1024  # "auto": below this the header would crowd out the filler
 
@@ -64,6 +69,33 @@ def passkey_batch(tokenizer: Tokenizer, length: int, n: int, seed: int, style: s
     return [make_passkey(tokenizer, length, (i % bins + 0.5) / bins, rng, style) for i, rng in enumerate(rngs)]
 
 
+def multikey_batch(tokenizer: Tokenizer, length: int, n: int, seed: int, keys: int = 4) -> list[PasskeyPrompt]:
+    """`passkey_batch` with `keys` labelled keys ("The red passkey is ..."), 2 to 8, one of which is asked for; it
+    stands at the prompt's depth, the others anywhere. Raises InputError when `length` is too small for them."""
+    if not 2 <= keys <= len(LABELS):
+        raise InputError(f"a prompt holds 2 to {len(LABELS)} keys, not {keys}")
+    made = []
+    for i in range(n):
+        rng = np.random.default_rng([seed, length, i, keys])
+        labels, answers = rng.permutation(LABELS)[:keys], [_draw(rng) for _ in range(keys)]
+        depths = [(i % min(n, 10) + 0.5) / min(n, 10), *rng.random(keys - 1)]
+        said = [f"\nThe {w} passkey is {a}. Remember it. {a} is the {w} passkey.\n" for w, a in zip(labels, answers)]
+        question = f"\nWhat is the {labels[0]} passkey? The {labels[0]} passkey is"
+        made.append(_filled(tokenizer, length, _header(length), question, list(zip(depths, said)), answers[0]))
+    return made
+
+
+def words_batch(tokenizer: Tokenizer, length: int, n: int, seed: int) -> list[PasskeyPrompt]:
+    """`passkey_batch` with a word of `WORDS` for the key."""
+    made = []
+    for i in range(n):
+        word = str(np.random.default_rng([seed, length, i]).choice(WORDS))
+        said, depth = f"\nThe secret word is {word}. Remember it. {word} is the secret word.\n", (i % min(n, 10) + 0.5)
+        question = "\nWhat is the secret word? The secret word is"
+        made.append(_filled(tokenizer, length, _header(length), question, [(depth / min(n, 10), said)], word))
+    return made
+
+
 def training_sequence(
     tokenizer: Tokenizer, length: int, rng: np.random.Generator, style: str = "headerless"
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -83,15 +115,32 @@ def _prompt(tokenizer: Tokenizer, length: int, depth: float, answer: str, style:
     if style not in STYLES:
         raise InputError(f"unknown passkey style {style!r}{nearest(style, [*STYLES, 'auto'])}")
     wording = STYLES[style]
-    header, question = tokenizer.encode(wording.header), tokenizer.encode(wording.question)
-    key = tokenizer.encode(wording.key.format(answer))
-    room = length - len(header) - len(key) - len(question)
+    said = [(depth, wording.key.format(answer))]
+    return _filled(tokenizer, length, wording.header, wording.question, said, answer, f"a {style} passkey prompt")
+
+
+def _header(length: int) -> str:
+    return "" if length < SHORTEST_PAPER else PAPER.header
+
+
+def _filled(tokenizer: Tokenizer, length: int, header: str, question: str, said: list[tuple[float, str]], answer: str,
+            what: str = "a prompt") -> PasskeyPrompt:  # fmt: skip
+    """Sentences each at a depth of the filler; the first of them holds the answer."""
+    opening, asked = tokenizer.encode(header), tokenizer.encode(question)
+    sentences = [tokenizer.encode(text) for _, text in said]
+    room = length - len(opening) - len(asked) - sum(map(len, sentences))
     if room < 0:
-        raise InputError(f"a {style} passkey prompt takes at least {length - room} tokens; {length} were asked for")
-    before = round(depth * room)
-    filler = tokenizer.encode(FILLER)
-    ids = np.concatenate([header, _last(filler, before), key, _last(filler, room - before), question])
-    return PasskeyPrompt(ids, answer, depth, len(header) + before)
+        raise InputError(f"{what} takes at least {length - room} tokens; {length} were asked for")
+    filler, parts, done, position = tokenizer.encode(FILLER), [opening], 0, 0
+    for i in sorted(range(len(said)), key=lambda i: said[i][0]):
+        before = round(said[i][0] * room)
+        parts.append(_last(filler, before - done))
+        done = before
+        if i == 0:
+            position = sum(map(len, parts))
+        parts.append(sentences[i])
+    ids = np.concatenate([*parts, _last(filler, room - done), asked])
+    return PasskeyPrompt(ids, answer, said[0][0], position)
 
 
 def _draw(rng: np.random.Generator) -> str:

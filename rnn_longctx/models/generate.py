@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from rnn_longctx.errors import InputError
 from rnn_longctx.models.cache import Cache
 from rnn_longctx.models.decode import Decoder
 from rnn_longctx.models.mamba2 import Mamba2LM
@@ -21,6 +22,10 @@ def prefill(model: Mamba2LM, ids: Tensor, cache: Cache | None = None, segment: i
 
     Under a control only the tokens that its state depends on are read.
     """
+    if model.reader is not None:
+        if cache is not None:
+            raise InputError("a remedy that reads a whole prompt cannot go on from what was read before")
+        return model.reader(model, ids, segment)
     if cache is None:
         cache = Cache()
         if model.restart is not None and (start := model.restart.block_start(ids.shape[1])):

@@ -7,7 +7,7 @@ Parameter names are those of the official checkpoints. A layer's `policy` is wha
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,8 @@ from rnn_longctx.models.layers import RMSNorm, causal_conv
 from rnn_longctx.models.restart import Restart, read_restarting
 from rnn_longctx.ssd import PLAIN, Call, ScanPolicy, choose, scan
 
+# (model, ids (B, T), segment) to the logits (B, vocab) after the last token, and the cache
+Reader = Callable[[Any, Tensor, int], tuple[Tensor, Cache]]
 LOGITS = 2**22  # the most logits held at once
 
 
@@ -109,6 +111,27 @@ class Mamba2(nn.Module):
         nn.init.kaiming_uniform_(self.out_proj.weight, a=math.sqrt(5))
         self.out_proj.weight /= math.sqrt(c.n_layer)
 
+    @property
+    def A(self) -> Tensor:
+        """(H), at least float32: the rate at which each head decays, below 0."""
+        return -self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)).exp()
+
+    @property
+    def heads(self) -> int:
+        return self.config.nheads
+
+    @property
+    def headdim(self) -> int:
+        return self.config.headdim
+
+    @property
+    def d_state(self) -> int:
+        return self.config.d_state
+
+    def steps(self, projected: Tensor) -> Tensor:
+        """dt (B, T, H), after softplus and clamp, from what `in_proj` gives (B, T, ...)."""
+        return F.softplus(projected[..., -self.heads :] + self.dt_bias).clamp(*self.config.dt_limit)
+
     def forward(
         self, u: Tensor, carry: Carry | None, mask: Tensor | None, reset: Tensor | None
     ) -> tuple[Tensor, Carry]:
@@ -120,9 +143,8 @@ class Mamba2(nn.Module):
         xBC, conv = causal_conv(xBC, self.conv1d, carry.conv if carry else None, reset)
         x, B, C = xBC.split([c.d_inner, c.ngroups * c.d_state, c.ngroups * c.d_state], -1)
         groups = (c.ngroups, c.d_state)
-        A = -self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)).exp()
         y, scanned = scan(
-            x.unflatten(-1, (c.nheads, c.headdim)), dt, A,
+            x.unflatten(-1, (c.nheads, c.headdim)), dt, self.A,
             B.unflatten(-1, groups), C.unflatten(-1, groups), dt_bias=self.dt_bias, dt_limit=c.dt_limit, D=self.D,
             policy=self.policy, carry=carry.scan if carry else None, reset=reset, mask=mask, backend=self.backend,
         )  # fmt: skip
@@ -156,6 +178,7 @@ class Mamba2LM(nn.Module):
     Attributes:
         name, weights_hash, train_length, tokenizer: filled in by `rnn_longctx.load`.
         restart: a control that drops the state and reads the last tokens again, or None.
+        reader: how a prompt is read where that is not token after token, or None.
     """
 
     def __init__(self, config: Mamba2Config):
@@ -173,6 +196,7 @@ class Mamba2LM(nn.Module):
         self.provenance: dict = {}
         self.calibration: dict | None = None
         self.restart: Restart | None = None
+        self.reader: Reader | None = None
 
     # --- the layer interface that remedies and probes use
 

@@ -86,7 +86,7 @@ class ScanPolicy:
         if self.window is not None and self.start is not None:
             raise InputError("a window forgets its start: a stored initial state cannot be combined with it")
         if isinstance(self.start, Tensor):
-            object.__setattr__(self, "start", _nested(self.start))
+            object.__setattr__(self, "start", nested(self.start))
 
     @property
     def changes_gates(self) -> bool:
@@ -171,7 +171,8 @@ def _combine(function: Any, *values: PerHead) -> PerHead:
     return tuple(function(*row) for row in zip(*(v if isinstance(v, tuple) else (v,) * heads for v in values)))
 
 
-def _nested(tensor: Tensor) -> tuple:
+def nested(tensor: Tensor) -> tuple:
+    """A state as plain data, for `ScanPolicy.start`."""
     return _tuples(tensor.tolist())
 
 

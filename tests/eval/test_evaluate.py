@@ -327,8 +327,10 @@ def test_a_passkey_answer_is_read_whole(model, monkeypatch):
     """Digits may be cut into tokens anyhow; five right ones followed by a sixth are wrong."""
     from rnn_longctx.eval import passkey
 
-    assert passkey._number("34847 and more") == "34847" and passkey._number("348471") == "348471"
-    assert passkey._number("") == "" == passkey._number("x1")
+    right = passkey.Passkey().right
+    assert right("34847 and more", "34847") and not right("348471", "34847")
+    assert not right("", "34847") and not right("x34847", "34847")
+    assert passkey.Words().right("apple.", "apple") and not passkey.Words().right("apples", "apple")
     asked = []
 
     class Pairs(ByteTokenizer):  # repeated digits are one token, others several
@@ -380,4 +382,4 @@ def test_a_stream_goes_on_from_its_snapshot_and_torn_ones_are_ignored(model, tex
 def test_tasks_have_canonical_texts():
     assert str(parse_task("lm:slices=2")) == str(parse_task(str(parse_task("lm:slices=2"))))
     assert isinstance(parse_task("passkey:max=8k,n=7,least=1"), Task) and parse_task("passkey:max=8k").max == 8192
-    assert set(run_module.TASKS) == {"lm", "passkey"}
+    assert set(run_module.TASKS) == {"lm", "passkey", "multikey", "words"}

@@ -1,0 +1,180 @@
+"""Finding a remedy's settings for a model and a length, on a text that is not evaluated on.
+
+    objective   mean loss over positions (L/2, L] of some slices of the text
+    guard       passkey and multi-key recall at the training length and at twice that: no setting may fall below the
+                bare model's by more than GUARD
+
+Three searches behind one interface: `grid` over a remedy's parameters; `quantile` over the quantiles of what was
+measured on the text (norms, steps); `spsa`, simultaneous perturbation (Spall 1992; MambaExtend's), of one factor a
+layer, begun at the best single factor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import numpy as np
+import torch
+
+from rnn_longctx.data import Text, tokens
+from rnn_longctx.errors import InputError, nearest
+from rnn_longctx.eval.passkey import MultiKey, Passkey
+from rnn_longctx.eval.run import SEGMENT
+from rnn_longctx.eval.task import Context, Task
+from rnn_longctx.mitigations import mitigate
+from rnn_longctx.mitigations.base import train_length
+from rnn_longctx.mitigations.stored import Found, shape_of
+from rnn_longctx.models import Mamba2LM
+
+GUARD = 0.1  # of recall
+FACTORS = (0.3, 0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 3.0)
+LEAST = 0.01  # the smallest factor (MambaExtend)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A setting, its loss in nats per token and its recall; `kept`: whether the guard lets it pass."""
+
+    remedy: str
+    loss: float
+    recall: dict[str, float]
+    kept: bool
+
+
+def grid_of(name: str, train: int) -> dict[str, list[Any]]:
+    """The values that are tried of a remedy's parameters. Raises InputError: it has none to calibrate."""
+    grids: dict[str, dict[str, list[Any]]] = {
+        "rri": {"alpha": [1.0, 0.9999, 0.999, 0.996, 0.99], "beta": [1.0, 0.75, 0.5]},
+        "window": {"tokens": [train // 2, train, 2 * train, 4 * train]},
+        "state-norm": {"quantile": [1.0, 0.9, 0.75, 0.5, 0.0]},
+        "token-filter": {"theta": [0.01, 0.05, 0.2], "clamp": [0.0, 0.05]},
+        "a-winsor": {"share": [0.02, 0.05, 0.08, 0.15, 0.25]},
+        "delta-scale": {"scale": list(FACTORS)},
+        "a-scale": {"scale": list(FACTORS)},
+    }
+    if name not in grids:
+        raise InputError(f"{name!r} cannot be calibrated{nearest(name, grids)}; these can: {', '.join(grids)}")
+    return grids[name]
+
+
+METHODS = {"state-norm": "quantile", "token-filter": "quantile", "delta-scale": "spsa", "a-scale": "spsa"}
+
+
+def calibrate(model: Mamba2LM, name: str, target: int, text: Text, *, seed: int = 0, slices: int = 4, prompts: int = 20,
+              steps: int = 50, say: Callable[[str], None] = lambda line: None) -> Found:  # fmt: skip
+    """The setting of the remedy `name` with the least loss at `target` tokens that keeps the model's recall.
+
+    Args:
+        text: what it is found on; not what is to be evaluated.
+        slices, prompts: of the loss, and of each kind and length of the guard.
+        steps: of SPSA, two losses each.
+        say: called with a line a setting.
+    Raises:
+        InputError: a remedy that has nothing to calibrate, a text too short, no setting that keeps recall.
+    """
+    train = train_length(model, "calibration")
+    grid = grid_of(name, train)
+    if target <= train:
+        raise InputError(f"the target of {target} tokens must be above the training length of {train}")
+    objective = _Objective(model, target, text, seed, slices, prompts, train)
+    bare = objective.recall("none")
+    say(f"none: recall {_shown(bare)}, loss {objective.loss('none'):.4f}")
+
+    def score(remedy: str, guarded: bool = True) -> Scored:
+        loss = objective.loss(remedy)
+        recall = objective.recall(remedy) if guarded else {}
+        kept = all(recall[k] >= bare[k] - GUARD for k in recall)
+        say(f"{remedy}: loss {loss:.4f}, recall {_shown(recall)}{'' if kept else ', not kept'}")
+        return Scored(remedy, loss, recall, kept)
+
+    scored = [score(r) for r in _grid(name, grid)]
+    method = METHODS.get(name, "grid")
+    kept = [s for s in scored if s.kept]
+    if not kept:
+        raise InputError(f"{name}: no setting of {len(scored)} keeps the recall of the bare model ({_shown(bare)})")
+    best = min(kept, key=lambda s: s.loss)
+    if method == "spsa":
+        for found in _spsa(name, best, len(model.mixers), lambda r: objective.loss(r), steps, seed):
+            candidate = score(found)
+            scored.append(candidate)
+            if candidate.kept and candidate.loss < best.loss:
+                best = candidate
+    with mitigate(model, best.remedy, target_length=target, text=text) as handle:
+        policies = [p.to_dict() for p in handle.plan.policies]
+    scores = {
+        "loss": best.loss, "loss_without": objective.loss("none"), "recall": best.recall, "recall_without": bare,
+        "tried": [{"remedy": s.remedy, "loss": s.loss, "kept": s.kept} for s in scored],
+    }  # fmt: skip
+    return Found(best.remedy, {"name": model.name, **shape_of(model)}, policies, target, f"{text.name} {text.hash}",
+                 seed, method, scores)  # fmt: skip
+
+
+def _grid(name: str, grid: dict[str, list[Any]]) -> Iterator[str]:
+    for values in product(*grid.values()):
+        yield f"{name}:" + ",".join(f"{k}={v:g}" for k, v in zip(grid, values))
+
+
+def _spsa(name: str, begun: Scored, layers: int, loss: Callable[[str], float], steps: int, seed: int) -> Iterator[str]:
+    """The settings worth a look: the best of the way, and where it ends. One log factor a layer."""
+    rng = np.random.default_rng(seed)
+    theta = np.full(layers, np.log(float(begun.remedy.partition("scale=")[2])))
+    best, least = theta, begun.loss
+
+    def text(point: np.ndarray) -> str:
+        return f"{name}:scale=" + "/".join(f"{max(LEAST, v):.4g}" for v in np.exp(point))
+
+    for k in range(steps):
+        size, reach = 0.5 / (k + 1 + steps / 10) ** 0.602, 0.1 / (k + 1) ** 0.101  # Spall's exponents
+        direction = rng.choice([-1.0, 1.0], layers)
+        up, down = loss(text(theta + reach * direction)), loss(text(theta - reach * direction))
+        for value, point in ((up, theta + reach * direction), (down, theta - reach * direction)):
+            if value < least:
+                best, least = point, value
+        theta = theta - np.clip(size * (up - down) / (2 * reach), -0.2, 0.2) * direction
+    yield from dict.fromkeys((text(best), text(theta)))
+
+
+class _Objective:
+    """Loss and recall of a model under a remedy; each is measured once."""
+
+    def __init__(self, model: Mamba2LM, target: int, text: Text, seed: int, slices: int, prompts: int, train: int):
+        self.model, self.target, self.text = model, target, text
+        rows = range(seed * slices, (seed + 1) * slices)
+        self.ids = torch.stack([torch.from_numpy(tokens(text, model.tokenizer, i, target + 1)[0]) for i in rows])
+        self.context = Context(model, batch=prompts, seed=seed + 1, segment=SEGMENT[model.device.type])
+        self.guards: list[tuple[Task, int]] = [(Passkey(n=prompts), train), (Passkey(n=prompts), 2 * train)]
+        self.guards += [(MultiKey(n=prompts, keys=2), n) for n in (train, 2 * train)]
+        self.losses: dict[str, float] = {}
+
+    @torch.inference_mode()
+    def loss(self, remedy: str) -> float:
+        if remedy not in self.losses:
+            with mitigate(self.model, remedy, target_length=self.target, text=self.text):
+                cache, t, total = self.model.new_cache(), 0, 0.0
+                segment = max(1, SEGMENT[self.model.device.type] // len(self.ids))
+                for hidden in self.model.stream(self.ids[:, :-1], cache, segment):
+                    goal = self.ids[:, 1 + t : 1 + t + hidden.shape[1]].to(hidden.device)
+                    skip = max(0, self.target // 2 - t)
+                    if skip < hidden.shape[1]:
+                        total += float(self.model.losses(hidden[:, skip:], goal[:, skip:]).double().sum())
+                    t += hidden.shape[1]
+            self.losses[remedy] = total / (len(self.ids) * (self.target - self.target // 2))
+        return self.losses[remedy]
+
+    def recall(self, remedy: str) -> dict[str, float]:
+        found = {}
+        for task, length in self.guards:
+            with mitigate(self.model, remedy, target_length=length, text=self.text):
+                try:
+                    *_, row = task.run(self.context, [length])
+                except InputError:  # the prompt is longer than that
+                    continue
+            found[f"{task.name}@{length}"] = float(row["value"])
+        return found
+
+
+def _shown(recall: dict[str, float]) -> str:
+    return ", ".join(f"{k} {v:.2f}" for k, v in recall.items())

@@ -1,0 +1,133 @@
+"""Every remedy against the two controls, per length: what it loses, what it recalls, what it costs; and who gains.
+
+A remedy `wins` at a length where its loss is surely below that of every control measured there (paired by slice), or
+its recall surely above theirs on a task (Wilson's lower end above the best control's value). One that wins nothing only
+forgets: the last few hundred tokens would have done as well.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pandas as pd
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from rnn_longctx.config import format_length
+from rnn_longctx.eval.sheets import SETTING, Sheet, sheets
+from rnn_longctx.eval.stats import paired_bootstrap, wilson
+
+COLUMNS = ["model", "text", "length", "mitigation", "control", "loss", "gain", "gain_low", "gain_high", "change_short",
+           "speed", "memory", "wins"]  # fmt: skip
+
+
+def leaderboard(frame: pd.DataFrame) -> pd.DataFrame:
+    """A row a model, text, length and mitigation, best first.
+
+    gain: the loss of the best control at that length minus the loss, nats per token, with its 95% interval;
+    change_short: loss minus that of no remedy at the longest length within the training length; speed, memory: tokens a
+    second and peak bytes over those of no remedy; a column of accuracy for each recall task; wins: what it beats the
+    controls at.
+    """
+    rows: list[dict[str, Any]] = []
+    everything = sheets(frame)
+    for sheet in (s for s in everything if s.task == "lm"):
+        recalls = [s for s in everything if s.task != "lm" and all(s.where[c] == sheet.where[c] for c in SETTING)]
+        for length in sheet.lengths:
+            rows += _rows(frame, sheet, recalls, length)
+    board = pd.DataFrame(rows)
+    if board.empty:
+        return board
+    order = COLUMNS + [c for c in board if c not in COLUMNS]
+    return board[order].sort_values(["model", "text", "length", "loss"], na_position="last", ignore_index=True)
+
+
+def _rows(frame: pd.DataFrame, sheet: Sheet, recalls: list[Sheet], length: int) -> list[dict[str, Any]]:
+    here = {n: row[length] for n, row in sheet.cells.items() if length in row}
+    controls = [n for n in here if sheet.is_control(n)]
+    rivals = {s.task: [r[length] for n, r in s.cells.items() if s.is_control(n) and length in r] for s in recalls}
+    # remedies that read a prompt otherwise have recall alone
+    names = [*here, *dict.fromkeys(n for s in recalls for n, row in s.cells.items() if length in row and n not in here)]
+    best = min(controls, key=lambda n: here[n].value, default=None)
+    short = max((k for k in sheet.lengths if sheet.train_length and k <= sheet.train_length), default=None)
+    rows = []
+    for name in names:
+        row: dict[str, Any] = {
+            "model": sheet.where["model"], "text": sheet.where["text"], "length": length, "mitigation": name,
+            "control": name in controls, "loss": here[name].value if name in here else math.nan,
+        }  # fmt: skip
+        wins = []
+        if best and name in here:
+            against = [paired_bootstrap(*_paired(here[c].samples, here[name].samples)) for c in controls]
+            gain = against[controls.index(best)]
+            row |= {"gain": gain.value, "gain_low": gain.low, "gain_high": gain.high}
+            if name not in controls and all(g.low > 0 for g in against):
+                wins.append("loss")
+        if short is not None and name in sheet.cells and "none" in sheet.cells:
+            cell, bare = sheet.cells[name].get(short), sheet.cells["none"].get(short)
+            row["change_short"] = cell.value - bare.value if cell and bare else math.nan
+        for recall in recalls:
+            cell = recall.cells.get(name, {}).get(length)
+            row[recall.task] = cell.value if cell else math.nan
+            others = rivals[recall.task]
+            if cell and others and name not in controls:
+                low = wilson(round(cell.value * cell.n), cell.n).low
+                if low > max(o.value for o in others):
+                    wins.append(recall.task)
+        row |= _cost(frame, sheet, name, length)
+        row["wins"] = ", ".join(wins) if controls else "not compared"
+        rows.append(row)
+    return rows
+
+
+def _paired(a: list[float], b: list[float]) -> tuple[list[float], list[float]]:
+    n = min(len(a), len(b))
+    return a[:n], b[:n]
+
+
+def _cost(frame: pd.DataFrame, sheet: Sheet, name: str, length: int) -> dict[str, float]:
+    at = frame[(frame["task"] == "lm") & (frame["length"] == length) & (frame["model"] == sheet.where["model"])]
+    at = at[(at["metric"] == "nats_per_token") & ((at["text"] == sheet.where["text"]) | (sheet.where["text"] is None))]
+    wanted = sheet.mitigations[name][0] if name in sheet.mitigations else name
+    mine, bare = at[at["mitigation"] == wanted], at[at["mitigation"] == "none"]
+    if mine.empty or bare.empty:
+        return {"speed": math.nan, "memory": math.nan}
+    mine, bare = mine.iloc[0], bare.iloc[0]
+    return {
+        "speed": mine["tokens_per_second"] / bare["tokens_per_second"] if bare["tokens_per_second"] else math.nan,
+        "memory": mine["peak_bytes"] / bare["peak_bytes"] if bare["peak_bytes"] else math.nan,
+    }
+
+
+def board_tables(frame: pd.DataFrame) -> list[RenderableType]:
+    """The leaderboard of the longest length of each model and text, for a terminal."""
+    board = leaderboard(frame)
+    if board.empty:
+        return []
+    parts: list[RenderableType] = []
+    for (model, text), some in board.groupby(["model", "text"], sort=False):
+        length = some["length"].max()
+        rows = some[some["length"] == length]
+        tasks = [str(c) for c in board if c not in COLUMNS]
+        grid = Table(box=None, pad_edge=False)
+        grid.add_column("mitigation", overflow="fold", max_width=44)
+        for head in ("loss", "gain", "95%", "short", *tasks, "speed", "wins"):
+            grid.add_column(head, justify="left" if head == "wins" else "right")
+        for _, row in rows.iterrows():
+            name = Text(row["mitigation"] + (" (control)" if row["control"] else ""), "dim" if row["control"] else "")
+            span = "" if math.isnan(row["gain_low"]) else f"{row['gain_low']:+.3f} {row['gain_high']:+.3f}"
+            ends = Text("" if row["control"] else row["wins"] or "nothing", "" if row["wins"] else "red")
+            numbers = [_text(row["loss"], ".3f"), _text(row["gain"], "+.3f"), span, _text(row["change_short"], "+.3f"),
+                       *(_text(row[t], ".2f") for t in tasks), _text(row["speed"], ".2f")]  # fmt: skip
+            grid.add_row(name, *numbers, ends)
+        title = (
+            f"{model} on {text} at {format_length(int(length))}: gain over the best control in nats per token, and wins"
+        )
+        parts += [Text(title, style="bold"), grid, Text("")]
+    return parts
+
+
+def _text(value: Any, form: str) -> str:
+    return "" if value is None or pd.isna(value) else format(float(value), form)

@@ -1,0 +1,45 @@
+"""Scaling the spectrum of A (Mamba Modulation, arXiv 2509.19633), a constant s a layer; the input stays as it is.
+
+    place=rate     A' = s A                      a_t' = exp(dt_t A)^s     the paper's text, and the default
+    place=decay    exp(dt A)' = s exp(dt A)      a_t' = s a_t             of the discretised matrix; s at most 1
+
+Reads nothing of the model. The public code disagrees with itself on the place, so that it is named here. Above 1 (rate)
+or below 1 (decay) a layer forgets more.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from rnn_longctx.errors import InputError
+from rnn_longctx.mitigations.base import Plan, Remedy, above_zero, per_layer
+from rnn_longctx.spec import quiet
+from rnn_longctx.ssd import ScanPolicy
+
+if TYPE_CHECKING:
+    from rnn_longctx.data import Text
+    from rnn_longctx.models import Mamba2LM
+
+
+@dataclass(frozen=True)
+class AScale(Remedy):
+    """scale: above 0; one number, or one a layer: 1.2/1.1/... place: rate or decay."""
+
+    name = "a-scale"
+    scale: float | str
+    place: str = quiet("rate")
+
+    def __post_init__(self) -> None:
+        scales = above_zero("a-scale", "scale", self.scale)
+        if self.place not in ("rate", "decay"):
+            raise InputError(f"a-scale: place is rate or decay, got {self.place!r}")
+        if self.place == "decay" and max(scales) > 1:
+            raise InputError(f"a-scale: decays above 1 grow without end; scale must be at most 1, got {max(scales):g}")
+
+    def plan(self, model: Mamba2LM, target_length: int | None = None, text: Text | None = None) -> Plan:
+        scales = per_layer("a-scale", self.scale, model)
+        if self.place == "rate":
+            return Plan(tuple(ScanPolicy(mul=s) for s in scales))
+        return Plan(tuple(ScanPolicy(add=math.log(s)) for s in scales))

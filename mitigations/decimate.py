@@ -1,0 +1,95 @@
+"""Decimation (DeciMamba, arXiv 2406.14528): from one layer on, a prompt is read by its weightiest tokens only.
+
+    layer l >= first keeps the k_l = max(least, base * beta^(l - first)) tokens of largest ||dt_t||_2 over its heads
+
+and the layers above see the shorter sequence. A strategy for prompts: losses of tokens that were dropped are not
+defined, and what is generated afterwards is read by every layer. The last token is always kept, since the answer hangs
+on it. Reads dt of the prompt itself; changes no recurrence. Below `first` the prompt is streamed, and only the tokens
+kept so far are held, so that memory does not grow with it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from rnn_longctx.errors import InputError
+from rnn_longctx.mitigations.base import NotApplicable, Plan, Remedy, same_everywhere
+from rnn_longctx.models import Cache, Mamba2LM
+from rnn_longctx.spec import quiet
+
+if TYPE_CHECKING:
+    from rnn_longctx.data import Text
+
+
+@dataclass(frozen=True)
+class Decimate(Remedy):
+    """base: tokens that layer `first` keeps (counted from 0; the default is the middle layer); beta: how much fewer
+    each layer after it keeps, in (0, 1]; least: never fewer."""
+
+    name = "decimate"
+    base: int = 2000
+    beta: float = 0.5
+    first: int | None = quiet(None)
+    least: int = quiet(20)
+
+    def __post_init__(self) -> None:
+        if self.base < 1 or self.least < 1:
+            raise InputError(f"decimate: base and least are at least 1 token, got {self.base} and {self.least}")
+        if not 0 < self.beta <= 1:
+            raise InputError(f"decimate: beta must lie in (0, 1], got {self.beta:g}")
+
+    def plan(self, model: Mamba2LM, target_length: int | None = None, text: Text | None = None) -> Plan:
+        if not isinstance(model, Mamba2LM):
+            raise NotApplicable("decimate reads layer by layer, which it can do with this library's own model only")
+        layers = len(model.mixers)
+        first = layers // 2 if self.first is None else self.first
+        if not 0 <= first < layers:
+            raise InputError(f"decimate: first={first} is out of range, the model has layers 0 to {layers - 1}")
+        keep = [max(self.least, round(self.base * self.beta ** (i - first))) for i in range(first, layers)]
+        return Plan(same_everywhere(model), reader=lambda model, ids, segment: read(model, ids, segment, first, keep))
+
+
+@torch.no_grad()
+def read(model: Mamba2LM, ids: Tensor, segment: int, first: int, keep: list[int]) -> tuple[Tensor, Cache]:
+    """Logits (B, vocab) after the last of ids (B, T), and the cache; keep[i]: tokens of layer first + i."""
+    blocks, fp32 = model.backbone.blocks, model.config.residual_in_fp32
+    carries: list = [None] * len(blocks)
+    kept: list[Tensor] = []  # residual (B, k, d), output of the layer below, normed, score (B, k)
+    for t in range(0, ids.shape[1], segment):
+        h, out = model.backbone.embedding(ids[:, t : t + segment].to(model.device)), None
+        for i, block in enumerate(blocks[:first]):
+            normed, h = block.norm.add(h, out, fp32)
+            out, carries[i] = block.mixer(normed, carries[i], None, None)
+        normed, h = blocks[first].norm.add(h, out, fp32)
+        fresh = [h, normed, _score(model, first, normed)]
+        kept = _heaviest([torch.cat(pair, 1) for pair in zip(kept, fresh)] if kept else fresh, keep[0])
+    h, normed = kept[:2]
+    for i, block in enumerate(blocks[first:], first):
+        if i > first:
+            normed, h = block.norm.add(h, out, fp32)
+            h, normed = _heaviest([h, normed, _score(model, i, normed)], keep[i - first])[:2]
+        out, carries[i] = block.mixer(normed, None, None, None)
+    last = model.backbone.norm_f.add(h, out, fp32)[0][:, -1]
+    return model.logits(last), Cache(carries, torch.full((len(ids),), ids.shape[1]))
+
+
+def _score(model: Mamba2LM, layer: int, normed: Tensor) -> Tensor:
+    """||dt_t||_2 over the heads of a layer, (B, T)."""
+    mixer = model.mixers[layer]
+    steps = mixer.steps(mixer.in_proj(normed))
+    return steps.to(torch.promote_types(steps.dtype, torch.float32)).norm(dim=-1)
+
+
+def _heaviest(tensors: list[Tensor], k: int) -> list[Tensor]:
+    """Of tensors (B, T, ...), the last of which are scores (B, T): the last token and the k - 1 others of largest
+    score, in order; the earlier one where two are alike."""
+    score = tensors[-1].clone()
+    if score.shape[1] <= k:
+        return tensors
+    score[:, -1] = float("inf")
+    order = score.sort(dim=1, descending=True, stable=True).indices[:, :k].sort(dim=1).values
+    return [t.gather(1, order.view(*order.shape, *[1] * (t.ndim - 2)).expand(-1, -1, *t.shape[2:])) for t in tensors]

@@ -1,0 +1,88 @@
+"""A calibrated remedy, kept in a small YAML file that `rnn-longctx calibrate` writes and every command reads.
+
+remedy: rri:alpha=0.999,beta=0.75
+model: {name: demo, layers: 6, heads: 8, headdim: 64, d_state: 128}
+policies: [{add: -0.001, gain: 0.75}, ...]          one a layer (`ScanPolicy.to_dict`)
+target, text, seed, method, scores                  how it was found
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from rnn_longctx.config import load_yaml
+from rnn_longctx.errors import InputError
+from rnn_longctx.mitigations.base import Plan, Remedy
+from rnn_longctx.ssd import ScanPolicy
+
+if TYPE_CHECKING:
+    from rnn_longctx.data import Text
+    from rnn_longctx.models import Mamba2LM
+
+
+def shape_of(model: Mamba2LM) -> dict[str, Any]:
+    """What of a model its policies depend on."""
+    m = model.mixers[0]
+    return {"layers": len(model.mixers), "heads": m.heads, "headdim": m.headdim, "d_state": m.d_state}
+
+
+@dataclass(frozen=True)
+class Found:
+    """The file's content."""
+
+    remedy: str
+    model: dict[str, Any]
+    policies: list[dict[str, Any]]
+    target: int
+    text: str
+    seed: int
+    method: str
+    scores: dict[str, Any] = field(default_factory=dict)
+
+    def save(self, path: str | Path) -> None:
+        data = {k: getattr(self, k) for k in self.__dataclass_fields__}
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(yaml.safe_dump(data, sort_keys=False, default_flow_style=None, width=120))
+
+
+@dataclass(frozen=True)
+class Stored(Remedy):
+    """Named by its file, with a hash of its policies: results of two files of one name are kept apart."""
+
+    file: str
+    found: Found
+
+    @classmethod
+    def read(cls, text: str) -> Stored:
+        """From `FILE.yaml` or `FILE.yaml@hash`. Raises InputError: no such file, or not one of these, or changed."""
+        file, _, expected = text.partition("@")
+        remedy = cls(file, load_yaml(Found, file))
+        for policy in remedy.found.policies:
+            ScanPolicy.from_dict(policy)
+        if expected and expected != remedy.hash:
+            raise InputError(f"{file} has changed: its policies are {remedy.hash}, not {expected}")
+        return remedy
+
+    @property
+    def hash(self) -> str:
+        return hashlib.sha256(json.dumps(self.found.policies, sort_keys=True).encode()).hexdigest()[:8]
+
+    def plan(self, model: Mamba2LM, target_length: int | None = None, text: Text | None = None) -> Plan:
+        shape = shape_of(model)
+        for key, value in shape.items():
+            if self.found.model.get(key) != value:
+                had = self.found.model.get(key)
+                raise InputError(f"{self.file} was found for a model of {had} {key}, this one has {value}")
+        if len(self.found.policies) != len(model.mixers):
+            raise InputError(f"{self.file} holds {len(self.found.policies)} policies for {len(model.mixers)} layers")
+        calibration = f"{self.found.text}, {self.found.method}, seed {self.found.seed}"
+        return Plan(tuple(map(ScanPolicy.from_dict, self.found.policies)), calibration=calibration)
+
+    def __str__(self) -> str:
+        return f"{self.file}@{self.hash}"

@@ -1,0 +1,38 @@
+"""Rows that start from a stored state, not from zero: what reading a text of one's choice left behind.
+
+Reads a file of `rnn-longctx generate --save-state` (or `Cache.save`), its first row's scan states. The convolution
+starts empty, as it always does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from rnn_longctx.errors import InputError
+from rnn_longctx.mitigations.base import Plan, Remedy
+from rnn_longctx.models import Cache
+from rnn_longctx.ssd import ScanPolicy, window_state
+from rnn_longctx.ssd.policy import nested
+
+if TYPE_CHECKING:
+    from rnn_longctx.data import Text
+    from rnn_longctx.models import Mamba2LM
+
+
+@dataclass(frozen=True)
+class StoredStart(Remedy):
+    """file: a saved cache of a model of the same shape."""
+
+    name = "stored-start"
+    file: str
+
+    def plan(self, model: Mamba2LM, target_length: int | None = None, text: Text | None = None) -> Plan:
+        states = [window_state(layer.scan)[0] for layer in Cache.load(self.file).layers]
+        shapes = [(m.heads, m.headdim, m.d_state) for m in model.mixers]
+        if [tuple(s.shape) for s in states] != shapes:
+            found = f"{len(states)} layers of {tuple(states[0].shape)}" if states else "no layers"
+            raise InputError(
+                f"stored-start: {self.file} holds {found}, the model has {len(shapes)} of (H, P, N) = {shapes[0]}"
+            )
+        return Plan(tuple(ScanPolicy(start=nested(state)) for state in states))

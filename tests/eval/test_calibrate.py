@@ -1,0 +1,198 @@
+"""Calibration: the guard, the searches, the file it writes and who may read it; saved states; the leaderboard."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from rnn_longctx import cli
+from rnn_longctx.data import ByteTokenizer, Text, multikey_batch, words_batch
+from rnn_longctx.errors import InputError
+from rnn_longctx.eval import calibrate, evaluate
+from rnn_longctx.eval import calibrate as function
+from rnn_longctx.eval.leaderboard import leaderboard
+from rnn_longctx.mitigations import mitigate, parse_remedy
+from rnn_longctx.mitigations.stored import Found
+from rnn_longctx.models import Cache, Mamba2Config, Mamba2LM
+from rnn_longctx.models.generate import generate, prefill
+from rnn_longctx.models.state import load_state, save_state
+
+TEXT = Text("made", bytes(torch.randint(32, 127, (9000,), generator=torch.Generator().manual_seed(1)).tolist()))
+module = __import__("sys").modules[function.__module__]
+
+
+def tiny(layers=2, **more):
+    torch.set_num_threads(1)
+    config = Mamba2Config(d_model=16, n_layer=layers, headdim=16, d_state=8, **more)
+    lm = Mamba2LM(config).eval()
+    lm.train_length, lm.tokenizer, lm.name, lm.weights_hash = 32, ByteTokenizer(), "tiny", f"hash{layers}"
+    return lm
+
+
+def losses(monkeypatch, loss, recall=lambda remedy: 1.0):
+    """An objective of our own, in place of the model's."""
+    monkeypatch.setattr(module._Objective, "loss", lambda self, remedy: loss(remedy))
+    monkeypatch.setattr(module._Objective, "recall", lambda self, remedy: {"passkey@32": recall(remedy)})
+
+
+def scales(remedy):
+    return np.array([float(v) for v in remedy.partition("scale=")[2].split("/")]) if "scale=" in remedy else np.ones(1)
+
+
+def test_the_least_loss_that_keeps_recall(monkeypatch):
+    losses(monkeypatch, lambda r: 1.0 if r == "none" else parse_remedy(r).alpha + parse_remedy(r).beta,
+           lambda r: 0.0 if "beta=0.5" in r else 1.0)  # fmt: skip
+    found = calibrate(tiny(), "rri", 128, TEXT)
+    assert found.remedy == "rri:alpha=0.99,beta=0.75" and found.method == "grid"
+    assert found.scores["loss"] == pytest.approx(1.74) and found.scores["loss_without"] == 1.0
+    assert sum(not t["kept"] for t in found.scores["tried"]) == 5
+    losses(monkeypatch, lambda r: 1.0, lambda r: 1.0 if r == "none" else 0.5)
+    with pytest.raises(InputError, match="no setting of 15 keeps the recall"):
+        calibrate(tiny(), "rri", 128, TEXT)
+
+
+def test_spsa_finds_a_factor_a_layer(monkeypatch):
+    goal = np.log([0.5, 0.9, 1.6])
+    losses(monkeypatch, lambda r: float(((np.log(scales(r)) - goal) ** 2).sum()))
+    found = calibrate(tiny(3), "delta-scale", 128, TEXT, steps=60)
+    single = min(t["loss"] for t in found.scores["tried"] if "/" not in t["remedy"])
+    assert found.method == "spsa" and found.scores["loss"] < 0.3 * single
+    assert [p["mul"] for p in found.policies] == pytest.approx(scales(found.remedy).tolist())
+
+
+@torch.no_grad()
+def test_its_own_objective():
+    """Loss over the second half of the target, of the calibration text alone; recall of both kinds."""
+    lm = tiny()
+    objective = module._Objective(lm, 64, TEXT, 0, 2, 4, 300)
+    ids = objective.ids
+    expected = lm.losses(lm(ids[:, :-1]), ids[:, 1:])[:, 32:].mean()
+    assert objective.loss("none") == pytest.approx(float(expected), rel=1e-5)
+    assert set(objective.recall("none")) == {"passkey@300", "passkey@600", "multikey@300", "multikey@600"}
+    said = []
+    found = calibrate(lm, "state-norm", 64, TEXT, slices=2, prompts=2, say=said.append)
+    assert found.method == "quantile" and len(said) == 6 and "made" in found.text
+
+
+def test_what_cannot_be_calibrated():
+    with pytest.raises(InputError, match="'rrj' cannot be calibrated"):
+        calibrate(tiny(), "rrj", 128, TEXT)
+    with pytest.raises(InputError, match="above the training length"):
+        calibrate(tiny(), "rri", 32, TEXT)
+    with pytest.raises(InputError, match=r"were asked for|has"):
+        calibrate(tiny(), "rri", 10**6, TEXT)
+
+
+def test_the_file(tmp_path, monkeypatch):
+    losses(monkeypatch, lambda r: 1.0 if r == "none" else parse_remedy(r).alpha)
+    found, lm, path = calibrate(tiny(), "rri", 128, TEXT), tiny(), tmp_path / "remedy.yaml"
+    found.save(path)
+    remedy = parse_remedy(str(path))
+    assert remedy.found == found and str(parse_remedy(str(remedy))) == str(remedy)
+    with mitigate(lm, found.remedy):
+        expected = [m.policy for m in lm.mixers]
+    with mitigate(lm, str(path)) as handle:
+        assert [m.policy for m in lm.mixers] == expected and "made" in handle.plan.calibration
+    with pytest.raises(InputError, match="found for a model of 2 layers, this one has 3"):
+        mitigate(tiny(3), str(path))
+    path.write_text(path.read_text().replace("-0.01", "-0.02"))
+    with pytest.raises(InputError, match="has changed"):
+        parse_remedy(str(remedy))
+    path.write_text("remedy: rri\n")
+    with pytest.raises(InputError, match="missing"):
+        parse_remedy(str(path))
+    bad = Found("rri", found.model, [{"mull": 1.0}, {}], 128, "made", 0, "grid")
+    bad.save(path)
+    with pytest.raises(InputError, match="unknown policy field 'mull'"):
+        parse_remedy(str(path))
+
+
+def test_more_keys_and_words():
+    tokenizer = ByteTokenizer()
+    for prompt in multikey_batch(tokenizer, 900, 12, seed=3, keys=4):
+        text = tokenizer.decode(prompt.ids.tolist())
+        assert len(prompt.ids) == 900 and text.count("Remember it.") == 4 and text.count(prompt.answer) == 2
+        label = text.rpartition("The ")[2].split()[0]
+        assert f"The {label} passkey is {prompt.answer}." in text[prompt.position :]
+        assert text[prompt.position :].startswith(f"\nThe {label} passkey")
+    for prompt in words_batch(tokenizer, 1500, 5, seed=3):
+        text = tokenizer.decode(prompt.ids.tolist())
+        assert len(prompt.ids) == 1500 and f"The secret word is {prompt.answer}." in text[prompt.position :]
+    with pytest.raises(InputError, match="takes at least"):
+        multikey_batch(tokenizer, 200, 1, seed=0)
+    with pytest.raises(InputError, match="2 to 8 keys"):
+        multikey_batch(tokenizer, 2000, 1, seed=0, keys=9)
+
+
+@torch.no_grad()
+def test_a_saved_state_goes_on_as_if_never_stopped(tmp_path):
+    lm, ids = tiny(), torch.randint(256, (1, 50))
+    for name in ("none", "rri", "window:tokens=7", "reset:every=8,overlap=3"):
+        with mitigate(lm, name):
+            expected = generate(lm, ids, 6)
+            save_state(tmp_path / "s", prefill(lm, ids[:, :33])[1], lm, name)
+            assert torch.equal(generate(lm, ids[:, 33:], 6, cache=load_state(tmp_path / "s", lm)), expected)
+    with pytest.raises(InputError, match="with the remedy reset:every=8,overlap=3"):
+        load_state(tmp_path / "s", lm)
+    lm.weights_hash = "other"
+    with pytest.raises(InputError, match="was read by tiny hash2, not by tiny other"):
+        load_state(tmp_path / "s", lm)
+    Cache().save(tmp_path / "c")
+    with pytest.raises(InputError, match="does not say which weights"):
+        load_state(tmp_path / "c", lm)
+    with pytest.raises(InputError, match="not a saved cache"):
+        load_state(tmp_path / "none", lm)
+
+
+def test_generate_command_keeps_and_loads_a_state(tmp_path):
+    run, state = CliRunner().invoke, str(tmp_path / "s.state")
+    whole = run(cli.app, ["generate", "demo", "--prompt", "def f(x):\n    return", "--max-new-tokens", "5"])
+    first = run(
+        cli.app, ["generate", "demo", "--prompt", "def f(x):\n", "--save-state", state, "--max-new-tokens", "1"]
+    )
+    second = run(
+        cli.app, ["generate", "demo", "--prompt", "    return", "--load-state", state, "--max-new-tokens", "5"]
+    )
+    assert first.exit_code == second.exit_code == 0 and second.stdout == whole.stdout
+
+
+def test_leaderboard():
+    """Loss surely below every control's, recall surely above theirs, and the rest."""
+    rng, rows = np.random.default_rng(0), []
+
+    def put(mitigation, task, metric, length, samples):
+        rows.append({"model": "m", "weights_hash": "h", "mitigation": mitigation, "calibration": None, "task": task,
+                     "text": "t" if task == "lm" else None, "text_hash": "x" if task == "lm" else None,
+                     "tokenizer": "bytes", "length": length, "depth": None, "metric": metric, "batch": 1,
+                     "dtype": "float32", "backend": "torch", "device": "cpu", "seed": 0, "value": np.mean(samples),
+                     "stderr": 0.0, "n": len(samples), "samples": list(samples), "train_length": 32, "seconds": 1.0,
+                     "tokens_per_second": 50.0 if mitigation == "rri" else 100.0, "peak_bytes": 10})  # fmt: skip
+
+    hard = rng.normal(0, 0.5, 24)
+    for name, loss in (
+        ("none", 4.0),
+        ("rri", 1.0),
+        ("a-winsor", 2.2),
+        ("reset:every=8", 2.0),
+        ("recompute:last=8", 1.5),
+    ):
+        put(name, "lm", "nats_per_token", 32, 1.0 + (name == "rri") * 0.1 + hard)
+        put(name, "lm", "nats_per_token", 128, loss + hard + rng.normal(0, 0.05, 24))
+        put(name, "passkey", "accuracy", 128, [1.0] * 20 if name == "a-winsor" else [0.0] * 20)
+    put("decimate", "passkey", "accuracy", 128, [1.0] * 20)
+    board = leaderboard(pd.DataFrame(rows))
+    at = board[board["length"] == 128].set_index("mitigation")
+    assert at.loc["rri", "wins"] == "loss" and at.loc["a-winsor", "wins"] == "passkey" and at.loc["none", "wins"] == ""
+    assert at.loc["rri", "gain"] == pytest.approx(0.5, abs=0.05) and at.loc["rri", "speed"] == 0.5
+    assert at.loc["rri", "change_short"] == pytest.approx(0.1) and at.index[0] == "rri"
+    assert at.loc["decimate", "wins"] == "passkey" and np.isnan(at.loc["decimate", "loss"])
+    assert at.loc["reset:every=8", "control"] and not at.loc["rri", "control"]
+
+
+def test_remedies_that_read_a_prompt_have_no_loss(tmp_path):
+    (tmp_path / "t.txt").write_bytes(TEXT.data)
+    frame = evaluate(tiny(), [150, 300], ["lm:slices=2,tokens=1", "words:n=2"], ["none", "decimate"],
+                     text=str(tmp_path / "t.txt"))  # fmt: skip
+    assert set(frame[frame["task"] == "lm"]["mitigation"]) == {"none"}
+    assert any(m.startswith("decimate") for m in frame[frame["task"] == "words"]["mitigation"])
