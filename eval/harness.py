@@ -43,9 +43,9 @@ class HarnessLM(TemplateLM):
     token (NUL in bytes), or a newline where it has none.
 
     Args:
-        model: a loaded model, or what `rnn_longctx.load` reads, for `lm_eval --model rnn-longctx --model_args model=...`.
+        model: a loaded model, or what `rnn_longctx.load` reads (`--model_args model=...` of lm-eval).
         max_length: the most tokens a request may read; longer ones are refused, never cut. Only whole texts
-            (`loglikelihood_rolling`) are read in windows of this length, which is how lm-eval defines them. None: no limit.
+            (`loglikelihood_rolling`) are read in windows of it, as lm-eval defines them. None: no limit.
         batch_size: the most rows of equal length side by side.
         segment: tokens of all rows read in one call; None chooses for the device.
         mitigation, target_length, dtype, tokenizer, device: for a model that is loaded here.

@@ -1,6 +1,6 @@
 """lm-eval's tasks on this library's models, at chosen lengths and with remedies: one table, one JSON file.
 
-A task that makes its own data from metadata (`custom_dataset`: RULER's, this library's passkey) is run once a length; any
+A task that makes its data from metadata (`custom_dataset`: RULER's, this library's passkey) is run once a length; any
 other is run once, as it is. Out come OUT/lm_eval.json (lm-eval's own results, and what was said to each document) and
 OUT/lm_eval.csv (the columns of COLUMNS).
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -66,11 +67,12 @@ def lm_eval_table(model: Any, tasks: Sequence[str], lengths: Sequence[int | str]
     with tempfile.TemporaryDirectory() as folder:
         save_tokenizer(model.tokenizer, Path(folder))
         shared = {"tokenizer": folder, "data": data, "limit": limit, "seed": seed}
-        for length, loaded in _loaded(names, wanted, paths, {k: v for k, v in shared.items() if v is not None}):
+        metadata = {k: v for k, v in shared.items() if v is not None}
+        for length, loaded, manager in _loaded(names, wanted, paths, metadata):
             for remedy in remedies:
                 with mitigate(model, remedy, target_length=length or wanted[-1]):
                     mitigation = active(model)[0]
-                    results = _evaluate(harness, loaded, limit)
+                    results = _evaluate(harness, loaded, manager, limit)
                 about = {"mitigation": mitigation, "model": model.name, "weights_hash": model.weights_hash}
                 rows += [{"length": length} | row | about for row in _rows(results, length)]
                 runs.append({"length": length} | about | _kept(results, folder))
@@ -96,10 +98,11 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
 
 
-def _loaded(names: list[str], lengths: list[int], paths: list[str], shared: dict[str, Any]) -> Iterator[
-    tuple[int | None, list[Any]]
-]:  # fmt: skip
-    """(length, its tasks); those of a fixed length first, with None. A length's data is made when its turn comes."""
+def _loaded(
+    names: list[str], lengths: list[int], paths: list[str], shared: dict[str, Any]
+) -> Iterator[tuple[int | None, list[Any], Any]]:
+    """(length, its tasks, their manager); those of a fixed length first, with None. A length's data is made when its
+    turn comes."""
     from lm_eval.tasks import TaskManager
 
     def manager(length: int) -> Any:
@@ -114,12 +117,12 @@ def _loaded(names: list[str], lengths: list[int], paths: list[str], shared: dict
             raise InputError(f"lm-eval knows no task {name!r}{_near(name, known.all_tasks)}")
     first = {name: _load(known, name) for name in names}
     if fixed := [task for some in first.values() for task in some if not _by_length(task)]:
-        yield None, fixed
+        yield None, fixed, known
     again = [name for name, some in first.items() if any(map(_by_length, some))]
     for length in lengths if again else ():
         here = known if length == lengths[0] else manager(length)
         some = [task for name in again for task in (first[name] if here is known else _load(here, name))]
-        yield length, [task for task in some if _by_length(task)]
+        yield length, [task for task in some if _by_length(task)], here
 
 
 def _load(manager: Any, name: str) -> list[Any]:
@@ -142,10 +145,11 @@ def _near(name: str, known: Sequence[str]) -> str:
     return f"; the nearest: {', '.join(close)}" if close else "; `lm-eval ls tasks` lists them"
 
 
-def _evaluate(harness: HarnessLM, tasks: list[Any], limit: int | None) -> Any:
+def _evaluate(harness: HarnessLM, tasks: list[Any], manager: Any, limit: int | None) -> Any:
     import lm_eval
 
-    return lm_eval.simple_evaluate(harness, tasks=tasks, limit=limit, bootstrap_iters=1000, log_samples=True)
+    # with the manager at hand lm-eval does not read its thousands of task files again
+    return lm_eval.simple_evaluate(harness, tasks=tasks, limit=limit, task_manager=manager, bootstrap_iters=1000)
 
 
 def _rows(results: Any, length: int | None) -> Iterator[dict[str, Any]]:
@@ -171,8 +175,9 @@ def _stderr(samples: list[Any], value: float) -> float | None:
     """Of a mean over documents, where lm-eval does not know that the metric is one."""
     if len(samples) < 2 or not all(isinstance(s, int | float) for s in samples):
         return None
-    series = pd.Series(samples, dtype="float64")
-    return float(series.sem()) if abs(series.mean() - value) < 1e-9 else None
+    mean, n = sum(samples) / len(samples), len(samples)
+    spread = math.sqrt(sum((s - mean) ** 2 for s in samples) / (n - 1))
+    return spread / math.sqrt(n) if abs(mean - value) < 1e-9 else None
 
 
 def _kept(results: Any, folder: str) -> dict[str, Any]:

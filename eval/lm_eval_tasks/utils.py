@@ -18,8 +18,8 @@ Docs = dict[str, datasets.Dataset]
 
 def passkey(tokenizer: str = "bytes", max_seq_lengths: Any = (4096,), limit: int = 60, seed: int = 0,
             **_: Any) -> Docs:  # fmt: skip
-    """`limit` prompts of `rnn_longctx.data.passkey` at each length, their depths spread evenly. Lengths are in tokens of
-    `tokenizer` ("bytes", a folder, a hub id), before the prompt is made text."""
+    """`limit` prompts of `rnn_longctx.data.passkey` at each length, their depths spread evenly. Lengths are in tokens
+    of `tokenizer` ("bytes", a folder, a hub id), before the prompt is made text."""
     cutter = load_tokenizer(tokenizer)
     prompts = [(n, p) for n in max_seq_lengths for p in passkey_batch(cutter, n, limit, seed)]
     return _docs([
