@@ -281,3 +281,14 @@ def test_without_lm_eval_one_line_says_what_to_install(capsys, monkeypatch):
     with pytest.raises(SystemExit) as stopped:
         cli.main()
     assert stopped.value.code == 2 and "pip install 'rnn-longctx[eval]'" in capsys.readouterr().err
+
+
+def test_lm_eval_finds_the_model_by_its_name(bytes_model, tmp_path):
+    from lm_eval.api.registry import get_model
+
+    checkpoint.save(bytes_model, tmp_path / "m", dtype="float32")
+    made = get_model("rnn-longctx").create_from_arg_string(
+        f"model={tmp_path / 'm'},mitigation=window:tokens=50,max_length=99", {"batch_size": 2, "device": "cpu"}
+    )
+    assert isinstance(made, HarnessLM) and (made.max_length, made.batch_size) == (99, 2)
+    assert made.model.mixers[0].policy.window == 50
