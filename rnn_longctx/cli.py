@@ -182,6 +182,47 @@ def generate_command(
     typer.echo(lm.tokenizer.decode(new))
 
 
+@app.command("lm-eval")
+def lm_eval_command(
+    model: Annotated[str, typer.Option(help='"demo", a directory, or a Hugging Face hub id.')],
+    tasks: Annotated[str, typer.Option(help="rnn_longctx_passkey,niah_single_1,lambada_openai: names of lm-eval's.")],
+    lengths: Annotated[str, typer.Option(help="Tokens, for tasks that make data of a length: 4k,16k,64k.")] = "4k",
+    mitigation: Annotated[Many, typer.Option(help="none, state-norm, a+b; again for more.")] = None,
+    limit: Annotated[Optional[int], typer.Option(min=1, help="The most documents of a task and length.")] = None,  # noqa: UP045
+    include_path: Annotated[Optional[str], typer.Option(help="A folder with more task files.")] = None,  # noqa: UP045
+    data: Annotated[Optional[str], typer.Option(help="JSONL file for rnn_longctx_qa or _summary.")] = None,  # noqa: UP045
+    out: Annotated[str, typer.Option(help="Folder for lm_eval.json and lm_eval.csv.")] = "runs/lm-eval",
+    batch: Annotated[int, typer.Option(min=1, help="The most rows of equal length side by side.")] = 8,
+    max_length: Annotated[Optional[str], typer.Option(help="Refuse longer requests. Default: no limit.")] = None,  # noqa: UP045
+    train_length: Annotated[Optional[str], typer.Option(help="Where the checkpoint does not say.")] = None,  # noqa: UP045
+    tokenizer: Annotated[Optional[str], typer.Option(help='"bytes", a directory, or a hub id.')] = None,  # noqa: UP045
+    seed: Annotated[int, typer.Option()] = 0,
+    device: Annotated[str, typer.Option()] = "auto",
+    dtype: Annotated[str, typer.Option()] = "float32",
+) -> None:
+    """Tasks of EleutherAI's lm-eval at chosen lengths, without and with remedies: a table, JSON and CSV."""
+    import logging
+
+    from rnn_longctx.config import parse_length, parse_lengths
+    from rnn_longctx.mitigations import parse_remedy
+
+    names, remedies = [t.strip() for t in tasks.split(",") if t.strip()], mitigation or ["none"]
+    parse_lengths(lengths)
+    for words in remedies:  # a misspelt name shows before anything is loaded
+        parse_remedy(words)
+    from rnn_longctx.eval.harness_run import lm_eval_table
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    frame = lm_eval_table(
+        _load(model, device, dtype, tokenizer, train_length), names, lengths, remedies, limit=limit,
+        include_path=include_path, data=data, out=out, batch=batch, seed=seed,
+        max_length=None if max_length is None else parse_length(max_length), progress=sys.stderr.isatty(),
+    )  # fmt: skip
+    shown = frame.drop(columns=["model", "weights_hash"])
+    typer.echo(shown.to_string(index=False, na_rep="-", float_format=lambda v: f"{v:.4g}"))
+    typer.echo(f"{out}: lm_eval.json, lm_eval.csv")
+
+
 @app.command("plot")
 def plot_command(
     directory: Annotated[Path, typer.Argument(help="A folder with results.parquet or results.csv.")],

@@ -1,0 +1,258 @@
+"""This library's streaming models for lm-eval: `HarnessLM`, registered there as "rnn-longctx".
+
+lm-eval asks for three things: the log-likelihood of a continuation, that of a whole text, and a continuation. All
+three read their text as a stream, so a context of any length takes the memory of one segment, and every request starts
+from an empty state. Importing this file without lm-eval is an InputError.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rnn_longctx.errors import InputError
+
+try:
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.api.registry import register_model
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+except ImportError as missing:
+    raise InputError(f"this needs lm-eval ({missing}): pip install 'rnn-longctx[eval]'") from None
+from tqdm import tqdm
+
+from rnn_longctx.eval.run import SEGMENT
+from rnn_longctx.mitigations import mitigate
+from rnn_longctx.models.generate import continuation, prefill
+from rnn_longctx.models.mamba2 import LOGITS
+
+NEW_TOKENS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # first found wins
+Scored = tuple[float, bool]
+
+
+@register_model("rnn-longctx")
+class HarnessLM(TemplateLM):
+    """A model of this library, with whatever remedy is on it, as lm-eval wants it.
+
+    Text is cut into tokens as by lm-eval's own HFLM: context and continuation as one, split after the context's tokens.
+    No BOS is added, and text is never read as a special token. An empty context is the tokenizer's end-of-document
+    token (NUL in bytes), or a newline where it has none.
+
+    Args:
+        model: a loaded model, or what `rnn_longctx.load` reads (`--model_args model=...` of lm-eval).
+        max_length: the most tokens a request may read; longer ones are refused, never cut. Only whole texts
+            (`loglikelihood_rolling`) are read in windows of it, as lm-eval defines them. None: no limit.
+        batch_size: the most rows of equal length side by side.
+        segment: tokens of all rows read in one call; None chooses for the device.
+        mitigation, target_length, dtype, tokenizer, device: for a model that is loaded here.
+        seed: of sampling, together with the number of the request.
+    Raises:
+        InputError: a model that cannot be loaded, or a setting out of range.
+    """
+
+    def __init__(self, model: Any, *, max_length: int | None = None, batch_size: int | str = 1,
+                 max_batch_size: Any = None, segment: int | None = None, mitigation: str = "none",
+                 target_length: int | None = None, dtype: str = "float32", tokenizer: str | None = None,
+                 device: str | None = None, seed: int = 0, progress: bool = False):  # fmt: skip
+        super().__init__()
+        if isinstance(model, str):
+            from rnn_longctx import load
+
+            model = load(model, device=device or "cpu", dtype=dtype, tokenizer=tokenizer)
+            mitigate(model, mitigation, target_length=target_length)
+        if not str(batch_size).isdigit() or int(batch_size) < 1:
+            raise InputError(f"batch_size: expected at least 1 row, got {batch_size!r}")
+        if max_length is not None and max_length < 1:
+            raise InputError(f"max_length: expected at least 1 token, got {max_length}")
+        self.model, self.tokenizer, self.seed, self.progress = model, model.tokenizer, seed, progress
+        self.max_length, self.batch_size = max_length, int(batch_size)
+        self.segment = segment or SEGMENT[model.device.type]
+        self._device = model.device
+
+    # --- tokens
+
+    @property
+    def eot_token_id(self) -> int:
+        eos = self.model.tokenizer.eos_id
+        return int(self.model.tokenizer.encode("\n")[0]) if eos is None else eos
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        return self.model.tokenizer.encode(string).tolist()
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self.model.tokenizer.name
+
+    # --- log-likelihoods
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[Scored]:
+        """(log p of the continuation in nats, whether greedy decoding would say it), one a request."""
+        return super().loglikelihood(requests, disable_tqdm=True)
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> list[float]:
+        """log p in nats of each whole text, every token of it predicted once."""
+        windows, owners = [], []
+        for i, request in enumerate(requests):
+            ids = self.tok_encode(request.args[0])
+            size = self.max_length or max(1, len(ids))
+            for pair in get_rolling_token_windows(ids, self.eot_token_id, size, 1):
+                windows.append((None, *make_disjoint_window(pair)))
+                owners.append(i)
+        totals = [0.0] * len(requests)
+        for i, (value, _) in zip(owners, self._loglikelihood_tokens(windows)):
+            totals[i] += value
+        for request, total in zip(requests, totals):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
+
+    @torch.inference_mode()
+    def _loglikelihood_tokens(self, requests: list[Any], **kwargs: Any) -> list[Scored]:
+        """A context that several continuations share (the choices of a question) is read once, and its state copied;
+        the others go side by side where they are equally long."""
+        for _, context, rest in requests:
+            self._fits(len(context) + len(rest) - 1)
+        shared: dict[tuple[int, ...], list[int]] = {}
+        for i, (_, context, _) in enumerate(requests):
+            shared.setdefault(tuple(context), []).append(i)
+        apart: list[int] = []
+        scores: dict[int, Scored] = {}
+
+        with self._bar(requests) as bar:
+            for prefix, rows in shared.items():
+                if len(rows) == 1 or len(prefix) == 1:
+                    apart += rows
+                    continue
+                cache = self.model.new_cache()
+                for hidden in self.model.stream(torch.tensor([prefix[:-1]]), cache, self.segment):
+                    bar.update(hidden.shape[1])
+                for some in self._batches(rows, lambda i: len(requests[i][2])):
+                    pairs = [(prefix[-1:], tuple(requests[i][2])) for i in some]
+                    scores |= zip(some, self._score(pairs, cache.rows([0] * len(some)), bar))
+            for some in self._batches(apart, lambda i: len(requests[i][1]) + len(requests[i][2])):
+                pairs = [(tuple(requests[i][1]), tuple(requests[i][2])) for i in some]
+                scores |= zip(some, self._score(pairs, self.model.new_cache(), bar))
+
+        for i, (text, *_) in enumerate(requests):
+            if text is not None:
+                self.cache_hook.add_partial("loglikelihood", text, scores[i])
+        return [scores[i] for i in range(len(requests))]
+
+    def _score(self, pairs: list[tuple[tuple[int, ...], tuple[int, ...]]], cache: Any, bar: Any) -> list[Scored]:
+        """Rows of one length in all, (what goes before, what is scored), from the state in `cache`."""
+        whole = torch.tensor([before + scored for before, scored in pairs])  # (B, T + 1)
+        first = torch.tensor([len(before) for before, _ in pairs])[:, None]  # (B, 1)
+        start = int(first.min()) - 1  # nothing before this position is scored in any row
+        total, greedy, t = torch.zeros(len(pairs), dtype=torch.float64), torch.ones(len(pairs), dtype=torch.bool), 0
+        for hidden in self.model.stream(whole[:, :-1], cache, max(1, self.segment // len(pairs))):
+            u, a = t + hidden.shape[1], max(t, start)
+            if a < u:
+                losses, hits = self._losses(hidden[:, a - t :], whole[:, a + 1 : u + 1])
+                counts = torch.arange(a + 1, u + 1) >= first
+                total += losses.masked_fill(~counts, 0).sum(1)
+                greedy &= (hits | ~counts).all(1)
+            bar.update(hidden.shape[1] * len(pairs))
+            t = u
+        return list(zip((-total).tolist(), greedy.tolist()))
+
+    def _losses(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """-log p(target) in nats and whether it is the likeliest token, (B, T) on the CPU; never all logits at once."""
+        flat, goal = hidden.flatten(0, 1), targets.flatten().to(hidden.device)
+        rows = max(1, LOGITS // self.model.config.vocab_size)
+        losses, hits = [], []
+        for i in range(0, len(flat), rows):
+            logits, part = self.model.logits(flat[i : i + rows]), goal[i : i + rows]
+            losses.append(F.cross_entropy(logits, part, reduction="none").double().cpu())
+            hits.append((logits.argmax(-1) == part).cpu())
+        return torch.cat(losses).view(targets.shape), torch.cat(hits).view(targets.shape)
+
+    # --- generation
+
+    @torch.inference_mode()
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
+        """What the model says after each context, up to its stop sequences, end of document or max_gen_toks."""
+        prompts = [self.tok_encode(request.args[0]) or [self.eot_token_id] for request in requests]
+        settings = [_settings(request.args[1]) for request in requests]
+        for prompt, (_, new, _) in zip(prompts, settings):
+            self._fits(len(prompt) + new)
+        said: dict[int, str] = {}
+        with self._bar([(None, prompt, [0]) for prompt in prompts]) as bar:
+            # what is drawn must not depend on who sits beside: sampled rows go alone
+            for some in self._batches(
+                list(range(len(requests))),
+                lambda i: (len(prompts[i]), json.dumps(settings[i]), i if settings[i][2] else None),
+            ):
+                said |= zip(some, self._continue([prompts[i] for i in some], *settings[some[0]], self.seed + some[0]))
+                bar.update(sum(len(prompts[i]) for i in some))
+        for i, request in enumerate(requests):
+            self.cache_hook.add_partial("generate_until", request.args, said[i])
+        return [said[i] for i in range(len(requests))]
+
+    def _continue(self, prompts: list[list[int]], until: list[str], new: int, temperature: float,
+                  seed: int) -> list[str]:  # fmt: skip
+        """Prompts of one length, side by side until the last of them has stopped."""
+        generator = torch.Generator(self.model.device).manual_seed(seed) if temperature else None
+        logits, cache = prefill(self.model, torch.tensor(prompts), segment=max(1, self.segment // len(prompts)))
+        stream = continuation(self.model, logits, cache, temperature, generator)
+        ids: list[list[int]] = [[] for _ in prompts]
+        texts, going = [""] * len(prompts), set(range(len(prompts)))
+        for _ in range(new):
+            for row, token in enumerate(next(stream).tolist()):
+                if row not in going:
+                    continue
+                if token == self.model.tokenizer.eos_id:
+                    going.discard(row)
+                    continue
+                ids[row].append(token)
+                texts[row] = self.model.tokenizer.decode(ids[row])
+                ends = [at for stop in until if (at := texts[row].find(stop)) >= 0]
+                if ends:
+                    texts[row] = texts[row][: min(ends)]
+                    going.discard(row)
+            if not going:
+                break
+        return texts
+
+    # --- both
+
+    def _batches(self, rows: list[int], key: Any) -> Iterator[list[int]]:
+        """Rows of equal keys, `batch_size` at a time, those with the greatest keys first (the longest)."""
+        groups: dict[Any, list[int]] = {}
+        for i in rows:
+            groups.setdefault(key(i), []).append(i)
+        for _, group in sorted(groups.items(), key=lambda kv: kv[0] if isinstance(kv[0], int) else kv[0][0])[::-1]:
+            for i in range(0, len(group), self.batch_size):
+                yield group[i : i + self.batch_size]
+
+    def _fits(self, tokens: int) -> None:
+        if self.max_length is not None and tokens > self.max_length:
+            raise InputError(f"a request reads {tokens} tokens, more than max_length = {self.max_length}")
+
+    def _bar(self, requests: list[Any]) -> Any:
+        total = sum(len(context) + len(rest) - 1 for _, context, rest in requests)
+        return tqdm(total=total, unit="token", unit_scale=True, disable=not self.progress)
+
+
+def _settings(given: dict[str, Any]) -> tuple[list[str], int, float]:
+    """Stop sequences, the most new tokens, and the temperature (0: greedy) of a request.
+
+    Raises InputError for settings that would change what is said and that these models do not have.
+    """
+    kwargs = dict(given)
+    until = kwargs.pop("until", None) or []
+    until = [until] if isinstance(until, str) else [stop for stop in until if stop]
+    limits = [int(kwargs.pop(name)) for name in NEW_TOKENS if kwargs.get(name) is not None]
+    temperature, sample = kwargs.pop("temperature", None), kwargs.pop("do_sample", None)
+    temperature = float((1.0 if sample else 0.0) if temperature is None else temperature)
+    if sample is False:
+        temperature = 0.0
+    new = limits[0] if limits else 256  # 256: what lm-eval takes
+    unknown = sorted(k for k, v in kwargs.items() if k in ("top_p", "top_k", "min_p", "repetition_penalty") and v)
+    if (unknown and temperature) or kwargs.get("num_beams", 1) != 1:
+        raise InputError(f"generation here is greedy or by temperature, without {', '.join(unknown) or 'beams'}")
+    if new < 1 or temperature < 0:
+        raise InputError(f"generation needs max_gen_toks >= 1 and temperature >= 0, got {new} and {temperature}")
+    return until, new, temperature
