@@ -53,7 +53,7 @@ class LanguageModel(Task):
 
     def check(self, context: Context, lengths: list[int]) -> None:
         """Refuse lengths that the text does not have, before anything is read."""
-        text, tokenizer = _text(context), context.model.tokenizer
+        text, tokenizer = text_of(context), context.model.tokenizer
         tokens(text, tokenizer, 0, max(lengths) + 1)
         if tokenizer.name != "bytes":
             try:
@@ -69,7 +69,7 @@ class LanguageModel(Task):
         todo = self._todo(context, lengths)
         if not todo:
             return
-        text, train = _text(context), context.model.train_length
+        text, train = text_of(context), context.model.train_length
         marks = sorted(
             {m for length in todo for m in (length // 2, length)} | set(_bins(train) if train in todo else ())
         )
@@ -110,7 +110,7 @@ class LanguageModel(Task):
             context.results.forget_snapshots(_stream(context, text))
 
     def _todo(self, context: Context, lengths: list[int]) -> list[int]:
-        text = _text(context)
+        text = text_of(context)
         train, found = context.model.train_length, []
         for n in lengths:
             metrics = ["nats_per_token", *(["nats_per_token_peak"] if n == train else [])]
@@ -203,5 +203,5 @@ def _bins(length: int | None) -> list[int]:
     return [length * k // PEAK_BINS for k in range(PEAK_BINS + 1)] if length else []
 
 
-def _text(context: Context) -> Text:
+def text_of(context: Context) -> Text:
     return context.memo(("text", context.text), lambda: load_text(context.text))

@@ -12,11 +12,12 @@ import pandas as pd
 from rnn_longctx.config import parse_lengths
 from rnn_longctx.data import load_text
 from rnn_longctx.errors import InputError
-from rnn_longctx.eval.lm import LanguageModel
+from rnn_longctx.eval.lm import LanguageModel, text_of
 from rnn_longctx.eval.passkey import MultiKey, Passkey, Words
 from rnn_longctx.eval.results import Results, Row, to_frame
 from rnn_longctx.eval.task import Context, Task
 from rnn_longctx.mitigations import Remedy, active, mitigate, parse_remedy, standard
+from rnn_longctx.mitigations.stored import Stored
 from rnn_longctx.models import Mamba2LM
 from rnn_longctx.spec import parse
 
@@ -85,6 +86,7 @@ def evaluate(model: Mamba2LM, lengths: Sequence[int | str] | str, tasks: Sequenc
     for job in jobs:
         if lengths_of_job := job.lengths(wanted, model.train_length):
             job.check(context, lengths_of_job)
+    _unseen(remedies, jobs, context)
     calibration = load_text(calibration_text) if calibration_text else None
 
     rows: list[Row] = []
@@ -97,6 +99,17 @@ def evaluate(model: Mamba2LM, lengths: Sequence[int | str] | str, tasks: Sequenc
                 context.progress = bar.advance
                 rows += job.run(context, some)
     return results.gather() if results else to_frame(rows)
+
+
+def _unseen(remedies: list[Remedy], jobs: list[Task], context: Context) -> None:
+    """Refuse a remedy that was found on the text whose loss it is to be measured on."""
+    if any(isinstance(job, LanguageModel) for job in jobs):
+        for part in (p for r in remedies for p in getattr(r, "parts", (r,)) if isinstance(p, Stored)):
+            text = text_of(context)
+            if part.found.text == f"{text.name} {text.hash}":
+                raise InputError(
+                    f"{part} was calibrated on {text.name}, which is to be evaluated: that would flatter it"
+                )
 
 
 def _plan(model: Mamba2LM, remedies: list[Remedy], jobs: list[Task], lengths: list[int], calibration: Any,

@@ -7,7 +7,7 @@ import torch
 from typer.testing import CliRunner
 
 from rnn_longctx import cli
-from rnn_longctx.data import ByteTokenizer, Text, multikey_batch, words_batch
+from rnn_longctx.data import ByteTokenizer, Text, load_text, multikey_batch, words_batch
 from rnn_longctx.errors import InputError
 from rnn_longctx.eval import calibrate, evaluate
 from rnn_longctx.eval import calibrate as function
@@ -106,6 +106,15 @@ def test_the_file(tmp_path, monkeypatch):
     bad.save(path)
     with pytest.raises(InputError, match="unknown policy field 'mull'"):
         parse_remedy(str(path))
+
+
+def test_no_evaluation_on_the_text_of_a_calibration(tmp_path, monkeypatch):
+    losses(monkeypatch, lambda r: 1.0 if r == "none" else parse_remedy(r).alpha)
+    (tmp_path / "t.txt").write_bytes(TEXT.data)
+    text = load_text(str(tmp_path / "t.txt"))
+    calibrate(tiny(), "rri", 128, text).save(tmp_path / "remedy.yaml")
+    with pytest.raises(InputError, match="which is to be evaluated"):
+        evaluate(tiny(), [64], ["lm"], [f"{tmp_path / 'remedy.yaml'}+none"], text=str(tmp_path / "t.txt"))
 
 
 def test_more_keys_and_words():
