@@ -86,7 +86,7 @@ class Adopted:
         if not found:
             raise InputError(_nothing_found(model))
         self.mixers = [AdoptedMixer(m, name) for name, m in found]
-        config = model.config
+        config: Any = model.config
         self.config: Any = config.get_text_config() if hasattr(config, "get_text_config") else config
         self.name = str(getattr(config, "_name_or_path", "") or type(model).__name__)
         self.train_length: int | None = None
@@ -103,7 +103,8 @@ class Adopted:
         found = hashlib.sha256()
         for name, t in sorted(self.model.state_dict().items()):
             found.update(f"{name} {t.dtype} {list(t.shape)}".encode())
-            found.update(memoryview(t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()))  # type: ignore
+            raw = t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+            found.update(memoryview(raw))
         return found.hexdigest()[:16]
 
     @property

@@ -44,8 +44,8 @@ class AdoptedMixer:
 
     def __init__(self, module: nn.Module, name: str, time_step_limit_in_decode: bool = False):
         m: Any = module
-        self.module, self.name, self.backend = m, name, None
-        self.names = inspect.unwrap(type(module).forward).__globals__  # what its forward calls is looked up here
+        self.module, self.name = m, name
+        self.backend: str | None = None
         missing = [n for n in (SCAN, STEP) if n not in self.names]
         if missing:
             raise InputError(
@@ -60,6 +60,11 @@ class AdoptedMixer:
         self._forward: Callable | None = None  # the mixer's own, while ours stands before it
         self._had: Callable | None = None  # what the instance itself held (a hook of accelerate)
         self.policy = PLAIN
+
+    @property
+    def names(self) -> dict[str, Any]:
+        """Where the mixer's forward looks up what it calls: its modeling file's globals."""
+        return inspect.unwrap(type(self.module).forward).__globals__
 
     @property
     def A(self) -> Tensor:
@@ -172,7 +177,7 @@ def _scan(call: _Call, hidden_states: Tensor, dt: Tensor, A: Tensor, B: Tensor, 
           cu_seqlens: Tensor | None = None, **_: Any) -> Any:  # fmt: skip
     if cu_seqlens is not None and seq_idx is None:
         raise InputError("packed sequences need seq_idx beside cu_seqlens")
-    y, state = call.mixer.read(call, hidden_states, dt, B, C, initial_states, tuple(dt_limit), seq_idx)
+    y, state = call.mixer.read(call, hidden_states, dt, B, C, initial_states, dt_limit, seq_idx)
     if z is not None:
         y = y * F.silu(z)
     return (y, state) if return_final_states else y
@@ -219,7 +224,7 @@ def _replaced(names: dict[str, Any]) -> Iterator[None]:
                 del _users[key]
 
 
-def _dispatch(original: Callable, ours: Callable) -> Callable:
+def _dispatch(original: Callable, ours: Any) -> Callable:
     @functools.wraps(original)
     def call(*args: Any, **kwargs: Any) -> Any:
         now = _running.get()
@@ -242,58 +247,56 @@ class Beside:
 
 
 def _keep(layer: Any, beside: Beside) -> None:
-    if not isinstance(layer, _Following):
-        layer.__class__ = _following(type(layer))
+    if not hasattr(layer, "beside"):
+        layer.__class__ = _following(type(layer))  # type: ignore[arg-type]
     layer.beside = beside
 
 
-class _Following:
-    """Mixed into the class of one cache layer: `beside` moves with its rows."""
-
-    is_compileable = False
-    beside: Beside | None = None
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        super().reorder_cache(beam_idx)  # type: ignore[misc]
-        self._select(beam_idx)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self._move("batch_repeat_interleave", repeats, torch.arange(self._rows).repeat_interleave(repeats))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        chosen = torch.arange(self._rows)[indices.cpu()]  # (indices may be bool)
-        self._move("batch_select_indices", indices, chosen)
-
-    def reset(self) -> None:
-        super().reset()  # type: ignore[misc]
-        self.beside = None
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return _rebuild, (type(self).__bases__[1],), self.__dict__
-
-    @property
-    def _rows(self) -> int:
-        return len(self.recurrent_states[0])  # type: ignore[attr-defined]
-
-    def _move(self, how: str, argument: Any, rows: Tensor) -> None:
-        """The library moves keys and values, and leaves the states of a recurrent layer where they are."""
-        from transformers.cache_utils import LinearAttentionLayer
-
-        before = self.recurrent_states[0]  # type: ignore[attr-defined]
-        if method := getattr(super(), how, None):
-            method(argument)
-        if self.recurrent_states[0] is before:  # type: ignore[attr-defined]
-            LinearAttentionLayer.reorder_cache(self, rows)
-        self._select(rows)
-
-    def _select(self, rows: Tensor) -> None:
-        if self.beside is not None:
-            self.beside = tree_map(lambda t: t[rows.to(t.device)], self.beside)
-
-
 @functools.cache
-def _following(base: type) -> type:
-    return type(base.__name__, (_Following, base), {})
+def _following(base: Any) -> Any:
+    """The class of a cache's layer, with a `beside` that moves with its rows. (Made from one base, since an object
+    can change its class only to one of the same layout.)"""
+
+    class Following(base):
+        is_compileable = False
+        beside: Beside | None = None
+
+        def reorder_cache(self, beam_idx: Tensor) -> None:
+            super().reorder_cache(beam_idx)
+            self._select(beam_idx)
+
+        def batch_repeat_interleave(self, repeats: int) -> None:
+            rows = torch.arange(len(self.recurrent_states[0])).repeat_interleave(repeats)
+            self._move("batch_repeat_interleave", repeats, rows)
+
+        def batch_select_indices(self, indices: Tensor) -> None:
+            rows = torch.arange(len(self.recurrent_states[0]))[indices.cpu()]  # (indices may be bool)
+            self._move("batch_select_indices", indices, rows)
+
+        def reset(self) -> None:
+            super().reset()
+            self.beside = None
+
+        def __reduce_ex__(self, protocol: Any) -> Any:
+            return _rebuild, (base,), self.__dict__
+
+        def _move(self, how: str, argument: Any, rows: Tensor) -> None:
+            """The library moves keys and values, and leaves the states of a recurrent layer where they are."""
+            from transformers.cache_utils import LinearAttentionLayer
+
+            before = self.recurrent_states[0]
+            if method := getattr(super(), how, None):
+                method(argument)
+            if self.recurrent_states[0] is before:
+                LinearAttentionLayer.reorder_cache(self, rows)  # type: ignore[arg-type]
+            self._select(rows)
+
+        def _select(self, rows: Tensor) -> None:
+            if self.beside is not None:
+                self.beside = tree_map(lambda t: t[rows.to(t.device)], self.beside)
+
+    Following.__name__ = Following.__qualname__ = base.__name__
+    return Following
 
 
 def _rebuild(base: type) -> Any:

@@ -60,8 +60,9 @@ def _nemotron():
 def _zamba2():
     return hf.Zamba2Config(
         **COMMON, **ATTENTION, num_hidden_layers=3, n_mamba_heads=8, mamba_headdim=8, mamba_d_state=16,
-        mamba_ngroups=1, mamba_expand=2, chunk_size=8, hybrid_layer_ids=[1],
-        layers_block_type=["mamba", "hybrid", "mamba"], num_mem_blocks=1, adapter_rank=4, attention_head_dim=16, time_step_min=1e-3, use_mem_rope=True,
+        mamba_ngroups=1, mamba_expand=2, chunk_size=8, hybrid_layer_ids=[1], use_mem_rope=True, time_step_min=1e-3,
+        layers_block_type=["mamba", "hybrid", "mamba"], num_mem_blocks=1, adapter_rank=4,
+        attention_head_dim=16,
     )  # fmt: skip
 
 
@@ -90,6 +91,10 @@ def family(request):
 def build(randomise):
     def made(family):
         model = randomise(hf.AutoModelForCausalLM.from_config(FAMILIES[family]())).eval()
+        for m in model.modules():
+            if isinstance(m, nn.Linear):  # so that every layer matters
+                nn.init.normal_(m.weight, std=m.in_features**-0.5)
+        randomise(model)
         model.generation_config.eos_token_id = None
         return model
 
