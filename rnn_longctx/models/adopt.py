@@ -151,7 +151,9 @@ class Adopted:
         if mask is not None and bool(mask.all()):
             mask = None
         if self.restart is not None:
-            return read_restarting(self.read, self.restart, ids, cache, mask)  # type: ignore[arg-type]
+            if mask is not None or len(set(cache.position.tolist())) > 1:
+                raise InputError(f"the control {self.restart} needs rows of equal lengths in an adopted model")
+            return read_restarting(self.read, self.restart, ids, cache, None)  # type: ignore[arg-type]
         return self.read(ids, cache, mask)
 
     def read(self, ids: Tensor, cache: AdoptedCache, mask: Tensor | None = None) -> Tensor:
@@ -277,10 +279,6 @@ class AdoptedCache:
         new.padding = self.padding if self.padding is None else self.padding[index.cpu()]
         new.tail = self.tail if self.tail is None else self.tail[index.to(self.tail.device)]
         return new
-
-    @staticmethod
-    def concat(parts: list[AdoptedCache], order: list[int]) -> AdoptedCache:
-        raise InputError("a control reads rows of unequal lengths one by one in an adopted model: give one at a time")
 
 
 def _nothing_found(model: nn.Module) -> str:

@@ -82,6 +82,9 @@ class AdoptedMixer:
         self._policy = policy
         active = policy != PLAIN or (self.limit_in_decode and tuple(self.module.time_step_limit) != UNLIMITED)
         if active and self._forward is None:
+            if isinstance(getattr(self.module.forward, "__self__", None), AdoptedMixer):
+                self._policy = PLAIN
+                raise InputError(f"{self.name} is under a remedy already, by way of another model that holds it")
             self._era = next(_eras)
             self._had, self._forward = self.module.__dict__.get("forward"), self.module.forward
             self.module.forward = self.forward

@@ -76,7 +76,8 @@ def read_restarting(read: Read, restart: Restart, ids: Tensor, cache: Cache, mas
             p.tail = torch.nn.functional.pad(p.tail, (width - p.tail.shape[1], 0))
     if len({layer.scan.window.x.shape[1] for p in parts for layer in p.layers if layer.scan.window}) > 1:
         raise InputError(f"the control {restart} cannot be combined with a sliding window in rows of unequal lengths")
-    vars(cache).update(vars(cache.concat(parts, order)))
+    whole = Cache.concat(parts, order)
+    cache.layers, cache.position, cache.tail = whole.layers, whole.position, whole.tail
     assert hidden is not None
     return hidden
 

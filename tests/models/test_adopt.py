@@ -390,6 +390,14 @@ def test_what_the_library_sees_of_a_window(build):
     torch.testing.assert_close(first.layers[0].scan.state, states[0], **NEAR)
 
 
+def test_one_mixer_under_two_models_is_refused(build):
+    model = build("mamba2")
+    with mitigate(model, "rri"), pytest.raises(InputError, match="already, by way of another model"):
+        mitigate(model.backbone, "rri")
+    with mitigate(model.backbone, "rri"):
+        pass
+
+
 def test_training_takes_no_shortcut_and_has_gradients(build):
     model = build("mamba2").train()
     ids = _ids()
@@ -412,7 +420,10 @@ def test_controls(model):
         expected = [_logits(model, ids[:, :6]), *(_logits(model, ids[:, t - 2 : t + 6])[:, 2:] for t in (6, 12, 18))]
         torch.testing.assert_close(cut, torch.cat(expected, 1), **NEAR)
         assert cache.position.tolist() == [20, 20]
-    assert generate(adopted, ids, 4).shape == (2, 4)
+        with pytest.raises(InputError, match="rows of equal lengths"):
+            adopted(ids, mask=torch.arange(20) >= torch.tensor([[3], [0]]))
+        assert generate(adopted, ids, 4).shape == (2, 4)
+    assert torch.equal(generate(adopted, ids, 4), model.generate(ids, max_new_tokens=4, do_sample=False)[:, 20:])
 
 
 @torch.no_grad()
