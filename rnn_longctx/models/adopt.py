@@ -14,8 +14,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import inspect
-import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import Any
 
@@ -24,7 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rnn_longctx.errors import InputError
-from rnn_longctx.models.adopt_transformers import AdoptedMixer, is_mamba1, is_mamba2
+from rnn_longctx.models.adopt_mamba1 import AdoptedMamba1, is_mamba1
+from rnn_longctx.models.adopt_transformers import AdoptedMixer, is_mamba2
 from rnn_longctx.models.cache import Carry
 from rnn_longctx.models.mamba2 import LOGITS
 from rnn_longctx.models.restart import Restart, read_restarting
@@ -37,7 +37,8 @@ def adopt(model: nn.Module, *, name: str | None = None, tokenizer: Any = None, t
           time_step_limit_in_decode: bool = False) -> Adopted:  # fmt: skip
     """Put a model of another library behind the interface that remedies, probes and evaluation use.
 
-    Families: those of transformers with Mamba-2 mixers (Mamba2, Bamba, FalconH1, GraniteMoeHybrid, NemotronH, Zamba2).
+    Families: those of transformers with Mamba-2 mixers (Mamba2, Bamba, FalconH1, GraniteMoeHybrid, NemotronH, Zamba2),
+    and with Mamba-1's (Mamba, FalconMamba, Jamba), each of whose channels is a head.
     Adopting a model again returns the same object, with what is newly given filled in.
 
     Args:
@@ -48,7 +49,7 @@ def adopt(model: nn.Module, *, name: str | None = None, tokenizer: Any = None, t
             cached token and the same token in a prompt differ where the limits bite. Our step runs then, under any
             policy.
     Raises:
-        InputError: no Mamba-2 mixer in it, or a transformers older than 5.15.
+        InputError: no such mixer in it, or a transformers older than 5.15.
     """
     found = model if isinstance(model, Adopted) else adopted(model) or Adopted(model)
     found.model.__dict__[_KEY] = found
@@ -82,10 +83,10 @@ class Adopted:
 
     def __init__(self, model: nn.Module):
         self.model: Any = model
-        found = [(name, m) for name, m in model.named_modules() if is_mamba2(m)]
-        if not found:
+        kinds: list[tuple[Callable, type[AdoptedMixer]]] = [(is_mamba2, AdoptedMixer), (is_mamba1, AdoptedMamba1)]
+        self.mixers = [make(m, name) for name, m in model.named_modules() for fits, make in kinds if fits(m)]
+        if not self.mixers:
             raise InputError(_nothing_found(model))
-        self.mixers = [AdoptedMixer(m, name) for name, m in found]
         config: Any = model.config
         self.config: Any = config.get_text_config() if hasattr(config, "get_text_config") else config
         self.name = str(getattr(config, "_name_or_path", "") or type(model).__name__)
@@ -112,7 +113,7 @@ class Adopted:
         """The scan that the present policies choose here; `transformers` where its own runs."""
         names = set()
         for m in self.mixers:
-            call = Call(self.device, self.dtype, False, m.headdim, m.d_state)
+            call = Call(self.device, self.dtype, isinstance(m, AdoptedMamba1), m.headdim, m.d_state)
             names.add(choose(m.policy, m.backend, call).name if m.active else "transformers")
         return "+".join(sorted(names))
 
@@ -176,17 +177,26 @@ class Adopted:
             padding = padding + length - read
         total = cache.seen + length
         given: dict[str, Any] = {}
-        if bool(padding.any()):
-            given["attention_mask"] = (torch.arange(total) >= padding[:, None]).long().to(ids.device)
+        key = "cache_params" if "cache_params" in self._takes else "past_key_values"
+        attends = key == "past_key_values"  # a pure model's mask is of this call's tokens, a hybrid's of all
+        if bool(padding.any()) and (attends or mask is not None):
+            columns = torch.arange(0 if attends else cache.seen, total)
+            given["attention_mask"] = (columns >= padding[:, None]).long().to(ids.device)
         if "position_ids" in self._takes:  # some families count a cached call's tokens from 0
             at = (torch.arange(cache.seen, total) - padding[:, None]).clamp(min=0)
             given["position_ids"] = at.to(ids.device)
-        key = "cache_params" if "cache_params" in self._takes else "past_key_values"
-        if cache.library is not None:
-            for mixer in self.mixers:
-                if mixer.active:
-                    mixer.place(cache.library.layers[mixer.module.layer_idx], before)
-        out = self.base(input_ids=ids, use_cache=True, return_dict=True, **{key: cache.library}, **given)
+        forgetful = [m for m in self.mixers if isinstance(m, AdoptedMamba1) and cache.seen and length > 1]
+        try:
+            for each in forgetful:
+                each.continue_stream(True)
+            if cache.library is not None:
+                for mixer in self.mixers:
+                    if mixer.active:
+                        mixer.place(cache.library.layers[mixer.module.layer_idx], before)
+            out = self.base(input_ids=ids, use_cache=True, return_dict=True, **{key: cache.library}, **given)
+        finally:
+            for each in forgetful:
+                each.continue_stream(False)
         cache.library = out[key]
         cache.seen, cache.padding, cache.position = total, padding, before + read
         return out[0]
@@ -251,10 +261,10 @@ class AdoptedCache:
         for mixer in self.mixers:
             layer = self.library.layers[mixer.module.layer_idx]
             # (a copy: the library writes into its own)
-            state, beside = layer.recurrent_states[0].clone(), getattr(layer, "beside", None)
+            state, beside = mixer.state_of(layer).clone(), getattr(layer, "beside", None)
             total = beside.log_decay if beside is not None else None
             if total is None:
-                total = torch.full(state.shape[:2], math.nan, dtype=torch.float64, device=state.device)
+                total = mixer.no_log_decay(state)
             carries.append(Carry(layer.conv_states[0], ScanCarry(state, self.position, total)))
         return carries
 
@@ -282,10 +292,7 @@ class AdoptedCache:
 
 
 def _nothing_found(model: nn.Module) -> str:
-    looked = "no Mamba-2 mixer (A_log with one value a head, dt_bias, in_proj, conv1d)"
-    old = next((type(m).__name__ for m in model.modules() if is_mamba1(m)), None)
-    if old:
-        return f"{type(model).__name__} has {looked}: its {old} is Mamba-1, with one A a channel"
+    looked = "no Mamba-2 mixer (A_log with one value a head, dt_bias, in_proj, conv1d), nor one of Mamba-1"
     kinds = sorted({type(m).__name__ for m in model.modules() if m is not model and list(m.children())})
     return f"{type(model).__name__} has {looked}; found {', '.join(kinds[:6]) or 'no submodules'}"
 

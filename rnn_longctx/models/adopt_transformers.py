@@ -27,7 +27,6 @@ from torch import Tensor, nn
 from rnn_longctx.errors import InputError
 from rnn_longctx.ssd import PLAIN, ScanCarry, ScanPolicy, WindowCarry, scan, tree_map, window_state
 
-SCAN, STEP, FUSED = "mamba2_chunk_scan", "mamba2_selective_state_update", "mamba2_split_conv1d_scan_combined"
 UNLIMITED = (0.0, math.inf)
 UNKNOWN = -(2**30)  # the position of a row that was read before a policy was there to count; below 0 for a long time
 
@@ -47,13 +46,13 @@ class AdoptedMixer:
         m: Any = module
         self.module, self.name = m, name
         self.backend: str | None = None
-        missing = [n for n in (SCAN, STEP) if n not in self.names]
+        missing = [n for n in list(self.functions())[:2] if n not in self.names]
         if missing:
             raise InputError(
-                f"{name} is a Mamba-2 mixer ({type(module).__name__}) that does not call {' and '.join(missing)}: "
+                f"{name} is a mixer ({type(module).__name__}) that does not call {' and '.join(missing)}: "
                 f"transformers 5.15 or newer is needed, and a model of its own code"
             )
-        self.heads, self.headdim, self.d_state = m.num_heads, m.head_dim, m.ssm_state_size
+        self.heads, self.headdim, self.d_state = self.shape
         self.limit_in_decode = time_step_limit_in_decode
         self._arguments = list(inspect.signature(type(module).forward).parameters)[1:]
         self._policy = PLAIN
@@ -61,6 +60,16 @@ class AdoptedMixer:
         self._forward: Callable | None = None  # the mixer's own, while ours stands before it
         self._had: Callable | None = None  # what the instance itself held (a hook of accelerate)
         self.policy = PLAIN
+
+    @staticmethod
+    def functions() -> dict[str, Any]:
+        """What stands in the place of the modeling file's scan, its step, and its shortcut in training."""
+        return {"mamba2_chunk_scan": _scan, "mamba2_selective_state_update": _step,
+                "mamba2_split_conv1d_scan_combined": _fused}  # fmt: skip
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.module.num_heads, self.module.head_dim, self.module.ssm_state_size
 
     @property
     def names(self) -> dict[str, Any]:
@@ -70,7 +79,7 @@ class AdoptedMixer:
 
     @property
     def A(self) -> Tensor:
-        """(H,) float32, the decay rates: -exp(A_log)."""
+        """(H,) or (H, N) float32, the decay rates: -exp(A_log)."""
         return -self.module.A_log.detach().float().exp()
 
     @property
@@ -80,7 +89,7 @@ class AdoptedMixer:
     @policy.setter
     def policy(self, policy: ScanPolicy) -> None:
         self._policy = policy
-        active = policy != PLAIN or (self.limit_in_decode and tuple(self.module.time_step_limit) != UNLIMITED)
+        active = self._needed
         if active and self._forward is None:
             if isinstance(getattr(self.module.forward, "__self__", None), AdoptedMixer):
                 self._policy = PLAIN
@@ -98,7 +107,15 @@ class AdoptedMixer:
 
     @property
     def active(self) -> bool:
-        return self._forward is not None and (self._policy != PLAIN or self.limit_in_decode)
+        return self._forward is not None and self._needed
+
+    @property
+    def _needed(self) -> bool:
+        return self._policy != PLAIN or (self.limit_in_decode and tuple(self.module.time_step_limit) != UNLIMITED)
+
+    def state_of(self, layer: Any) -> Tensor:
+        """The state (B, H, P, N) in a layer of the library's cache."""
+        return layer.recurrent_states[0]
 
     @torch.compiler.disable
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -110,9 +127,10 @@ class AdoptedMixer:
         cache = given["cache_params"] if "cache_params" in given else given.get("past_key_values")
         mask = given.get("attention_mask")
         layer = None if cache is None else cache.layers[self.module.layer_idx]
-        token = _running.set(_Call(self, layer, None if mask is None or mask.ndim != 2 else mask.bool()))
+        fresh = cache is None or not cache.has_previous_state(self.module.layer_idx)
+        token = _running.set(_Call(self, layer, None if mask is None or mask.ndim != 2 else mask.bool(), fresh))
         try:
-            with _replaced(self.names):
+            with _replaced(self.names, self.functions()):
                 return self._forward(*args, **kwargs)
         finally:
             _running.reset(token)
@@ -136,8 +154,11 @@ class AdoptedMixer:
         elif torch.is_grad_enabled():
             state = state.clone()  # the library writes into it, and a backward pass reads it later
         if beside.log_decay is None:
-            beside.log_decay = torch.full(state.shape[:2], math.nan, dtype=torch.float64, device=state.device)
+            beside.log_decay = self.no_log_decay(state)
         return ScanCarry(state, beside.position, beside.log_decay, beside.window)
+
+    def no_log_decay(self, state: Tensor) -> Tensor:
+        return torch.full(state.shape[:2], math.nan, dtype=torch.float64, device=state.device)
 
     def place(self, layer: Any, position: Tensor) -> None:
         """Say where the rows of a layer stand, unless it is known. position: (B,) on the CPU."""
@@ -171,6 +192,7 @@ class _Call:
     mixer: AdoptedMixer
     layer: Any
     mask: Tensor | None
+    fresh: bool = True
 
 
 _running: ContextVar[_Call | None] = ContextVar("running", default=None)
@@ -210,15 +232,14 @@ _originals: dict[int, dict[str, Any]] = {}
 
 
 @contextmanager
-def _replaced(names: dict[str, Any]) -> Iterator[None]:
+def _replaced(names: dict[str, Any], ours: dict[str, Any]) -> Iterator[None]:
     """Dispatchers in the place of a modeling file's functions, for as long as a mixer with a policy runs."""
     key = id(names)
     with _lock:
         _users[key] = _users.get(key, 0) + 1
         if _users[key] == 1:
-            _originals[key] = {n: names[n] for n in (SCAN, STEP, FUSED) if n in names}
-            names.update({n: _dispatch(f, {SCAN: _scan, STEP: _step, FUSED: _fused}[n])
-                          for n, f in _originals[key].items()})  # fmt: skip
+            _originals[key] = {n: names[n] for n in ours if n in names}
+            names.update({n: _dispatch(f, ours[n]) for n, f in _originals[key].items()})
     try:
         yield
     finally:
@@ -317,8 +338,3 @@ def is_mamba2(module: nn.Module) -> bool:
     return isinstance(A_log, Tensor) and A_log.ndim == 1 and all(
         hasattr(module, part) for part in ("dt_bias", "in_proj", "conv1d")
     )  # fmt: skip
-
-
-def is_mamba1(module: nn.Module) -> bool:
-    A_log = getattr(module, "A_log", None)
-    return isinstance(A_log, Tensor) and A_log.ndim == 2 and hasattr(module, "conv1d")
