@@ -170,6 +170,31 @@ def test_plain_is_bit_for_bit_theirs(model, family):
         assert torch.equal(mixer.A, -mixer.module.A_log.detach().exp()) and mixer.backend is None
 
 
+@torch.no_grad()
+def test_a_policy_of_next_to_nothing_reads_as_theirs(model):
+    """Our scan and step, with all that the library gives them, against the library's."""
+    ids, mask = _ids(), torch.ones(2, 20, dtype=torch.long)
+    mask[0, :6] = 0
+    expected, padded = _logits(model, ids), _logits(model, ids, attention_mask=mask)
+    tokens = model.generate(ids, max_new_tokens=6, do_sample=False)
+    _set(adopt(model), ScanPolicy(gain=1 + 1e-7))
+    torch.testing.assert_close(_logits(model, ids), expected, **NEAR)
+    torch.testing.assert_close(_logits(model, ids, attention_mask=mask)[mask > 0], padded[mask > 0], **NEAR)
+    assert torch.equal(model.generate(ids, max_new_tokens=6, do_sample=False), tokens)
+
+
+@torch.no_grad()
+def test_bfloat16(model):
+    ids = _ids()
+    adopted = adopt(model)
+    _set(adopted, POLICIES["window"])
+    expected = _logits(model, ids)
+    model.to(torch.bfloat16)
+    found, cache = _stream(adopted, ids, [9, 1, 10])
+    assert found.dtype == torch.float32 and cache.layers[0].scan.state.dtype == torch.float32
+    assert (found - expected).abs().mean() < 0.1 * expected.std()
+
+
 @pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES.keys())
 def test_how_a_stream_is_cut_changes_nothing(model, policy):
     adopted = adopt(model, time_step_limit_in_decode=True)  # (so that a step is what a prompt is)
