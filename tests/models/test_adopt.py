@@ -99,7 +99,7 @@ RECURRENT = {
 MAMBA1 = ("mamba", "falcon_mamba", "jamba")
 POLICIES = {
     "gates": ScanPolicy(mul=0.7, add=-0.1, gain=0.75),
-    "filter": ScanPolicy(min_dt=0.15),
+    "filter": ScanPolicy(min_dt=0.5),
     "cap every token": ScanPolicy(caps=(Cap(0.5),)),
     "cap every 7": ScanPolicy(caps=(Cap(0.4, 7),)),
     "window": ScanPolicy(window=5),
