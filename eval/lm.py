@@ -151,7 +151,7 @@ class _Pass:
         self.sums = {0: zeros}
         del pairs, byte_sums
 
-        cache, t, total = self._resume() or (Cache(), 0, zeros)
+        cache, t, total = self._resume() or (c.model.new_cache(), 0, zeros)
         segment = max(1, c.segment // size)
         began = saved = time.perf_counter()
         done_before = self.seconds
@@ -170,7 +170,8 @@ class _Pass:
             self.seconds = done_before + now - began
             self.times |= {m: self.seconds for m in self.marks if t < m <= u}
             t = u
-            if self.path and (now - saved > c.snapshot_seconds or t == reach):
+            late = now - saved > c.snapshot_seconds and isinstance(cache, Cache)  # (another library's is not kept)
+            if self.path and (late or t == reach):
                 self._save(cache if t < reach else Cache(), t, total)
                 saved = time.perf_counter()
 

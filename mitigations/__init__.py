@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import reduce
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from rnn_longctx.errors import InputError
 from rnn_longctx.mitigations.a_scale import AScale
@@ -22,10 +22,13 @@ from rnn_longctx.mitigations.stored import Stored
 from rnn_longctx.mitigations.stored_start import StoredStart
 from rnn_longctx.mitigations.token_filter import TokenFilter
 from rnn_longctx.mitigations.window import Window
+from rnn_longctx.models.adopt import Adopted, adopt, adopted
 from rnn_longctx.spec import parse
 from rnn_longctx.ssd import PLAIN, ScanPolicy
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from rnn_longctx.data import Text
     from rnn_longctx.models import Mamba2LM
 
@@ -120,7 +123,7 @@ class Handle:
         self.remove()
 
 
-def mitigate(model: Mamba2LM, remedy: str | Remedy, *, target_length: int | None = None,
+def mitigate(model: Mamba2LM | Adopted | nn.Module, remedy: str | Remedy, *, target_length: int | None = None,
              text: Text | None = None) -> Handle:  # fmt: skip
     """Put a remedy on a model, for all that it reads and generates from now on.
 
@@ -128,7 +131,8 @@ def mitigate(model: Mamba2LM, remedy: str | Remedy, *, target_length: int | None
             ...
         handle = rnn_longctx.mitigate(model, "rri:alpha=0.999,beta=0.75"); ...; handle.remove()
 
-    A second remedy composes with the first, as `a+b` does.
+    A second remedy composes with the first, as `a+b` does. A model of another library is adopted
+    (`rnn_longctx.adopt`), and follows the remedy in its own forward and generate.
 
     Args:
         target_length: tokens to be read, for remedies that depend on it.
@@ -138,8 +142,14 @@ def mitigate(model: Mamba2LM, remedy: str | Remedy, *, target_length: int | None
         InputError: see `parse_remedy`; NotApplicable: the model lacks what the remedy needs.
     """
     remedy = parse_remedy(remedy)
+    given, model = model, _ours(model)
     with _bare(model):
         handle = Handle(model, remedy, remedy.plan(model, target_length, text))
+    if handle.plan.restart and model is not given:
+        raise NotApplicable(
+            f"{remedy} restarts a reader, which {type(given).__name__} is not: put it on rnn_longctx.adopt(model), "
+            "and read with rnn_longctx.generate or rnn_longctx.evaluate"
+        )
     _handles(model).append(handle)
     try:
         _apply(model)
@@ -149,9 +159,10 @@ def mitigate(model: Mamba2LM, remedy: str | Remedy, *, target_length: int | None
     return handle
 
 
-def active(model: Mamba2LM) -> tuple[str, str | None]:
+def active(model: Mamba2LM | Adopted | nn.Module) -> tuple[str, str | None]:
     """The canonical text of what is on a model, `none` if nothing is, and what it was calibrated on."""
-    handles = [h for h in _handles(model) if not isinstance(h.remedy, Nothing)]
+    found = adopted(model) or model
+    handles = [h for h in found.__dict__.get("_remedies", []) if not isinstance(h.remedy, Nothing)]
     calibration = "; ".join(h.plan.calibration for h in handles if h.plan.calibration)
     return "+".join(str(h.remedy) for h in handles) or "none", calibration or None
 
@@ -181,6 +192,10 @@ class _bare:
 
     def __exit__(self, *error: Any) -> None:
         _apply(self.model)
+
+
+def _ours(model: Any) -> Mamba2LM:
+    return model if hasattr(model, "mixers") else cast("Mamba2LM", adopt(model))
 
 
 def _handles(model: Mamba2LM) -> list[Handle]:

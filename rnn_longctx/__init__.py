@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Cache", "InputError", "evaluate", "generate", "load", "load_text", "mitigate"]
+__all__ = ["Cache", "InputError", "adopt", "evaluate", "generate", "load", "load_text", "mitigate"]
 
 # Imported on first use: `import rnn_longctx` alone stays light.
 _WHERE = {
     "Cache": "rnn_longctx.models",
     "InputError": "rnn_longctx.errors",
+    "adopt": "rnn_longctx.models.adopt",
     "evaluate": "rnn_longctx.eval",
     "generate": "rnn_longctx.models.generate",
     "load": "rnn_longctx.models.checkpoint",
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from rnn_longctx.eval import evaluate
     from rnn_longctx.mitigations import mitigate
     from rnn_longctx.models import Cache
+    from rnn_longctx.models.adopt import adopt
     from rnn_longctx.models.checkpoint import load
     from rnn_longctx.models.generate import generate
 

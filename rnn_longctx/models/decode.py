@@ -39,6 +39,8 @@ class Decoder:
     @staticmethod
     def refuses(model: Mamba2LM, cache: Cache) -> str | None:
         """Why not, or None."""
+        if not isinstance(model, Mamba2LM):
+            return "steps this library's own models"
         if fused.missing() is not None or not (model.device.type == "cuda" or fused.interpreted()):
             return "needs a CUDA device and Triton"
         if model.dtype not in fused.DTYPES:

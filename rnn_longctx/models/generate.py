@@ -27,7 +27,7 @@ def prefill(model: Mamba2LM, ids: Tensor, cache: Cache | None = None, segment: i
             raise InputError("a remedy that reads a whole prompt cannot go on from what was read before")
         return model.reader(model, ids, segment)
     if cache is None:
-        cache = Cache()
+        cache = model.new_cache()
         if model.restart is not None and (start := model.restart.block_start(ids.shape[1])):
             cache.position = torch.full((len(ids),), start, dtype=torch.int64)
             cache.tail = ids[:, max(0, start - model.restart.overlap) : start].to(model.device)

@@ -263,7 +263,7 @@ class Mamba2LM(nn.Module):
 
     def stream(self, ids: Tensor, cache: Cache | None = None, segment: int = 4096) -> Iterator[Tensor]:
         """Hidden states of ids (B, T), a segment at a time, in the memory of one segment."""
-        cache = cache if cache is not None else Cache()
+        cache = cache if cache is not None else self.new_cache()
         for t in range(0, ids.shape[1], segment):
             yield self(ids[:, t : t + segment].to(self.device), cache)
 

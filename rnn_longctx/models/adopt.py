@@ -1,0 +1,303 @@
+"""Models of other libraries behind this library's interface: `adopt(model)`.
+
+    model = AutoModelForCausalLM.from_pretrained(...)
+    with rnn_longctx.mitigate(model, "rri:alpha=0.999,beta=0.75"):  # adopts it
+        model.generate(...)
+    rnn_longctx.evaluate(rnn_longctx.adopt(model, tokenizer=tokenizer, train_length=2048), ...)
+
+The model stays as it is: its mixers, norms, masks and attention are its own. Where a policy is active, a mixer's scan
+and step are ours (`rnn_longctx.models.adopt_transformers`).
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import inspect
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rnn_longctx.errors import InputError
+from rnn_longctx.models.adopt_mamba1 import AdoptedMamba1, is_mamba1
+from rnn_longctx.models.adopt_transformers import AdoptedMixer, is_mamba2
+from rnn_longctx.models.cache import Carry
+from rnn_longctx.models.mamba2 import LOGITS
+from rnn_longctx.models.restart import Restart, read_restarting
+from rnn_longctx.ssd import PLAIN, Call, ScanCarry, choose
+
+_KEY = "_rnn_longctx_adopted"
+
+
+def adopt(model: nn.Module, *, name: str | None = None, tokenizer: Any = None, train_length: int | None = None,
+          time_step_limit_in_decode: bool = False) -> Adopted:  # fmt: skip
+    """Put a model of another library behind the interface that remedies, probes and evaluation use.
+
+    Families: those of transformers with Mamba-2 mixers (Mamba2, Bamba, FalconH1, GraniteMoeHybrid, NemotronH, Zamba2),
+    and with Mamba-1's (Mamba, FalconMamba, Jamba), each of whose channels is a head.
+    Adopting a model again returns the same object, with what is newly given filled in.
+
+    Args:
+        name: for results; None takes the one in its config.
+        tokenizer: ours, or a fast one of transformers.
+        train_length: tokens a context had in training, which its config does not say.
+        time_step_limit_in_decode: let single-token steps respect the limits of dt. The library does not, so that a
+            cached token and the same token in a prompt differ where the limits bite. Our step runs then, under any
+            policy.
+    Raises:
+        InputError: no such mixer in it, or a transformers older than 5.15.
+    """
+    found = model if isinstance(model, Adopted) else adopted(model) or Adopted(model)
+    found.model.__dict__[_KEY] = found
+    if train_length is not None and train_length < 1:
+        raise InputError(f"train_length: expected at least 1 token, got {train_length}")
+    found.name = name or found.name
+    found.train_length = train_length or found.train_length
+    if tokenizer is not None:
+        found.tokenizer = _tokenizer(tokenizer)
+    if time_step_limit_in_decode:
+        for mixer in found.mixers:
+            mixer.limit_in_decode = True
+            mixer.policy = mixer.policy
+    return found
+
+
+def adopted(model: Any) -> Adopted | None:
+    """What `adopt` made of a model, or None if it has not been adopted."""
+    known = getattr(model, "__dict__", {}).get(_KEY)
+    return known if known is not None and known.model is model else None
+
+
+class Adopted:
+    """A model of another library as a stream. The interface is `Mamba2LM`'s.
+
+    Attributes:
+        model: the library's, as it was given.
+        mixers: its recurrent layers, in order.
+        name, train_length, tokenizer, calibration, restart: as in `Mamba2LM`.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model: Any = model
+        kinds: list[tuple[Callable, type[AdoptedMixer]]] = [(is_mamba2, AdoptedMixer), (is_mamba1, AdoptedMamba1)]
+        self.mixers = [make(m, name) for name, m in model.named_modules() for fits, make in kinds if fits(m)]
+        if not self.mixers:
+            raise InputError(_nothing_found(model))
+        config: Any = model.config
+        self.config: Any = config.get_text_config() if hasattr(config, "get_text_config") else config
+        self.name = str(getattr(config, "_name_or_path", "") or type(model).__name__)
+        self.train_length: int | None = None
+        self.tokenizer: Any = None
+        self.calibration: dict | None = None
+        self.provenance: dict = {}
+        self.restart: Restart | None = None
+        self.base: Any = getattr(model, "base_model", model)  # without the head
+        self._takes = set(inspect.signature(self.base.forward).parameters)
+
+    @cached_property
+    def weights_hash(self) -> str:
+        """First 16 hex digits of a sha256 over each tensor's name, dtype, shape and bytes."""
+        found = hashlib.sha256()
+        for name, t in sorted(self.model.state_dict().items()):
+            found.update(f"{name} {t.dtype} {list(t.shape)}".encode())
+            raw = t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+            found.update(memoryview(raw))
+        return found.hexdigest()[:16]
+
+    @property
+    def backend(self) -> str:
+        """The scan that the present policies choose here; `transformers` where its own runs."""
+        names = set()
+        for m in self.mixers:
+            call = Call(self.device, self.dtype, isinstance(m, AdoptedMamba1), m.headdim, m.d_state)
+            names.add(choose(m.policy, m.backend, call).name if m.active else "transformers")
+        return "+".join(sorted(names))
+
+    def use_backend(self, name: str | None) -> None:
+        """Force one scan backend for every layer (None: choose), wherever a policy is active."""
+        choose(PLAIN, name)
+        for mixer in self.mixers:
+            mixer.backend = name
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.get_input_embeddings().weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.get_input_embeddings().weight.dtype
+
+    # --- reading
+
+    def __call__(self, ids: Tensor, cache: AdoptedCache | None = None, mask: Tensor | None = None,
+                 reset: Tensor | None = None) -> Tensor:  # fmt: skip
+        return self.forward(ids, cache, mask, reset)
+
+    def forward(self, ids: Tensor, cache: AdoptedCache | None = None, mask: Tensor | None = None,
+                reset: Tensor | None = None) -> Tensor:  # fmt: skip
+        """Read ids (B, T) and return the hidden states (B, T, d_model) after the last norm.
+
+        Args:
+            cache: what the stream has read so far; it is moved on in place. None starts and forgets a stream.
+            mask: (B, T) bool, False at left padding (only before a row's first token).
+            reset: refused: the model's own convolution and attention know no document boundaries in a stream.
+        """
+        if reset is not None and bool(reset.any()):
+            raise InputError(f"{self.name} is adopted, and reads no documents packed into one row: give one a row")
+        cache = cache if cache is not None else self.new_cache()
+        if mask is not None and bool(mask.all()):
+            mask = None
+        if self.restart is not None:
+            if mask is not None or len(set(cache.position.tolist())) > 1:
+                raise InputError(f"the control {self.restart} needs rows of equal lengths in an adopted model")
+            return read_restarting(self.read, self.restart, ids, cache, None)  # type: ignore[arg-type]
+        return self.read(ids, cache, mask)
+
+    def read(self, ids: Tensor, cache: AdoptedCache, mask: Tensor | None = None) -> Tensor:
+        """`forward` without the reader's control."""
+        batch, length = ids.shape
+        if cache.seen and len(cache.position) != batch:
+            raise InputError(f"the cache holds {len(cache.position)} rows, the ids {batch}")
+        if not length:
+            weight = self.model.get_input_embeddings().weight
+            return weight.new_zeros(batch, 0, self.config.hidden_size)
+        before = cache.position if cache.seen else torch.zeros(batch, dtype=torch.int64)
+        padding = cache.padding if cache.padding is not None else torch.zeros(batch, dtype=torch.int64)
+        read = torch.full((batch,), length) if mask is None else mask.sum(1).cpu()
+        if mask is not None:
+            begun = torch.arange(length) >= length - read[:, None]
+            if bool((begun != mask.cpu().bool()).any()) or bool(((read < length) & (before > 0)).any()):
+                raise InputError("padding may stand only before a row's first token (left padding)")
+            if length == 1:
+                raise InputError("padding is read together with at least one token more: the library does not mask one")
+            padding = padding + length - read
+        total = cache.seen + length
+        given: dict[str, Any] = {}
+        key = "cache_params" if "cache_params" in self._takes else "past_key_values"
+        attends = key == "past_key_values"  # a pure model's mask is of this call's tokens, a hybrid's of all
+        if bool(padding.any()) and (attends or mask is not None):
+            columns = torch.arange(0 if attends else cache.seen, total)
+            given["attention_mask"] = (columns >= padding[:, None]).long().to(ids.device)
+        if "position_ids" in self._takes:  # some families count a cached call's tokens from 0
+            at = (torch.arange(cache.seen, total) - padding[:, None]).clamp(min=0)
+            given["position_ids"] = at.to(ids.device)
+        forgetful = [m for m in self.mixers if isinstance(m, AdoptedMamba1) and cache.seen and length > 1]
+        try:
+            for each in forgetful:
+                each.continue_stream(True)
+            if cache.library is not None:
+                for mixer in self.mixers:
+                    if mixer.active:
+                        mixer.place(cache.library.layers[mixer.module.layer_idx], before)
+            out = self.base(input_ids=ids, use_cache=True, return_dict=True, **{key: cache.library}, **given)
+        finally:
+            for each in forgetful:
+                each.continue_stream(False)
+        cache.library = out[key]
+        cache.seen, cache.padding, cache.position = total, padding, before + read
+        return out[0]
+
+    def stream(self, ids: Tensor, cache: AdoptedCache | None = None, segment: int = 4096) -> Iterator[Tensor]:
+        """Hidden states of ids (B, T), a segment at a time, in the memory of one segment (and attention's cache)."""
+        cache = cache if cache is not None else self.new_cache()
+        for t in range(0, ids.shape[1], segment):
+            yield self(ids[:, t : t + segment].to(self.device), cache)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., vocab) float32 from hidden states (..., d_model)."""
+        head = self.model.get_output_embeddings()
+        if head is None:
+            raise InputError(f"{type(self.model).__name__} has no head for logits: load it as a causal language model")
+        logits = head(hidden.to(head.weight.dtype))
+        if (factor := getattr(self.config, "lm_head_multiplier", None)) is not None:  # FalconH1
+            logits = logits * factor
+        if (divisor := getattr(self.config, "logits_scaling", None)) is not None:  # GraniteMoeHybrid
+            logits = logits / divisor
+        return logits if logits.dtype == torch.float64 else logits.float()
+
+    def losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """-log p(target) in nats, (B, T), from hidden states (B, T, d_model); never all logits at once."""
+        flat, goal = hidden.flatten(0, 1), targets.flatten()
+        rows = max(1, LOGITS // self.config.vocab_size)
+        parts = [
+            F.cross_entropy(self.logits(flat[i : i + rows]), goal[i : i + rows], reduction="none")
+            for i in range(0, len(flat), rows)
+        ]
+        return torch.cat(parts).view(targets.shape)
+
+    def new_cache(self) -> AdoptedCache:
+        return AdoptedCache(self.mixers)
+
+
+class AdoptedCache:
+    """A library's cache as a stream's: recurrent layers as carries, attention's beside them.
+
+    Attributes:
+        library: the library's own, or None before the first token.
+        position: (B,) int64 on the CPU, tokens each row has read.
+        seen, padding: columns read since the library's cache was new, and how many of them are a row's padding (B,).
+        tail: see `Cache`.
+    """
+
+    def __init__(self, mixers: list[AdoptedMixer]):
+        self.mixers = mixers
+        self.library: Any = None
+        self.position = torch.zeros(0, dtype=torch.int64)
+        self.seen = 0
+        self.padding: Tensor | None = None
+        self.tail: Tensor | None = None
+
+    @property
+    def layers(self) -> list[Carry]:
+        """The recurrent layers' carries, in order; empty before the first token. `scan.state` is what the library
+        holds (the windowed state under a window); `log_decay` is not a number where no policy was active."""
+        if self.library is None:
+            return []
+        carries = []
+        for mixer in self.mixers:
+            layer = self.library.layers[mixer.module.layer_idx]
+            # (a copy: the library writes into its own)
+            state, beside = mixer.state_of(layer).clone(), getattr(layer, "beside", None)
+            total = beside.log_decay if beside is not None else None
+            if total is None:
+                total = mixer.no_log_decay(state)
+            carries.append(Carry(layer.conv_states[0], ScanCarry(state, self.position, total)))
+        return carries
+
+    @layers.setter
+    def layers(self, layers: list[Carry]) -> None:
+        if layers:
+            raise InputError("the layers of an adopted model's cache can be dropped, not replaced")
+        self.library, self.seen, self.padding = None, 0, None
+
+    def clone(self) -> AdoptedCache:
+        new = copy.copy(self)
+        new.library = copy.deepcopy(self.library)
+        return new
+
+    def rows(self, index: Tensor | list[int]) -> AdoptedCache:
+        """The cache of some rows, in that order (beam search, ragged batches)."""
+        index = torch.as_tensor(index)
+        new = self.clone()
+        if new.library is not None:
+            new.library.reorder_cache(index.to(self.layers[0].scan.state.device))
+        new.position = self.position[index.cpu()]
+        new.padding = self.padding if self.padding is None else self.padding[index.cpu()]
+        new.tail = self.tail if self.tail is None else self.tail[index.to(self.tail.device)]
+        return new
+
+
+def _nothing_found(model: nn.Module) -> str:
+    looked = "no Mamba-2 mixer (A_log with one value a head, dt_bias, in_proj, conv1d), nor one of Mamba-1"
+    kinds = sorted({type(m).__name__ for m in model.modules() if m is not model and list(m.children())})
+    return f"{type(model).__name__} has {looked}; found {', '.join(kinds[:6]) or 'no submodules'}"
+
+
+def _tokenizer(tokenizer: Any) -> Any:
+    from rnn_longctx.data.tokenizers import HFTokenizer
+
+    return tokenizer if hasattr(tokenizer, "encode_with_bytes") else HFTokenizer(tokenizer)

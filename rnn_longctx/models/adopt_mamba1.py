@@ -1,0 +1,87 @@
+"""Mamba-1 mixers of transformers (Mamba, FalconMamba, Jamba) under our policies.
+
+A channel is a head of headdim 1 whose decays are one a channel of the state, A (H, N): the scan's other form. The
+library's own scan drops the state of a cached call of several tokens, so such calls of a stream are ours always.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rnn_longctx.models.adopt_transformers import UNLIMITED, AdoptedMixer, Beside, _Call, _fused, _keep
+from rnn_longctx.ssd import PLAIN, scan, window_state
+
+
+class AdoptedMamba1(AdoptedMixer):
+    """See `AdoptedMixer`. `continuing` says that a stream goes on with several tokens: our scan runs then."""
+
+    continuing = False
+
+    @staticmethod
+    def functions() -> dict[str, Any]:
+        return {"mamba_selective_scan": _scan, "mamba_selective_state_update": _step, "mamba_inner_fn": _fused}
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.module.A_log.shape[0], 1, self.module.A_log.shape[1]
+
+    @property
+    def _needed(self) -> bool:
+        return self._policy != PLAIN or self.continuing
+
+    def continue_stream(self, on: bool) -> None:
+        self.continuing = on
+        self.policy = self.policy
+
+    def state_of(self, layer: Any) -> Tensor:
+        return layer.recurrent_states[0].unsqueeze(2)
+
+    def no_log_decay(self, state: Tensor) -> Tensor:
+        shape = (*state.shape[:2], state.shape[3])
+        return torch.full(shape, math.nan, dtype=torch.float64, device=state.device)
+
+    def read_channels(self, call: _Call, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, z: Tensor | None,
+                      bias: Tensor | None) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """x, dt, z (B,T,H), B and C (B,T,N); returns y (B,T,H) and the state (B,H,N) after."""
+        m = self.module
+        y, new = scan(
+            x[..., None], dt, -m.A_log.to(torch.promote_types(m.A_log.dtype, torch.float32)).exp(), B[:, :, None],
+            C[:, :, None], dt_bias=bias, dt_limit=UNLIMITED, D=m.D, policy=self.policy, mask=call.mask,
+            backend=self.backend, carry=None if call.fresh else self.carry(call.layer, self.state_of(call.layer)),
+        )  # fmt: skip
+        if call.layer is not None:
+            _keep(call.layer, Beside(self._era, new.position, new.log_decay, new.window))
+        y = y[..., 0]
+        return (y if z is None else y * F.silu(z)), window_state(new)[:, :, 0]
+
+
+def _scan(call: _Call, hidden_states: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None,
+          z: Tensor | None = None, delta_bias: Tensor | None = None, delta_softplus: bool = False,
+          return_last_state: bool = False, **_: Any) -> Any:  # fmt: skip
+    mixer: Any = call.mixer
+    x, dt, B, C = (t.transpose(1, 2) for t in (hidden_states, dt, B, C))
+    y, state = mixer.read_channels(call, x, dt, B, C, None if z is None else z.transpose(1, 2), delta_bias)
+    y = y.transpose(1, 2)
+    return (y, state) if return_last_state else y
+
+
+def _step(call: _Call, state: Tensor, hidden_states: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor,
+          D: Tensor | None = None, dt_bias: Tensor | None = None, dt_softplus: bool = False, z: Tensor | None = None,
+          **_: Any) -> Tensor:  # fmt: skip
+    mixer: Any = call.mixer
+    x, dt, B, C = (t[:, None] for t in (hidden_states, dt, B, C))
+    y, new = mixer.read_channels(call, x, dt, B, C, None if z is None else z[:, None], dt_bias)
+    state.copy_(new)
+    return y[:, 0]
+
+
+def is_mamba1(module: nn.Module) -> bool:
+    A_log = getattr(module, "A_log", None)
+    return isinstance(A_log, Tensor) and A_log.ndim == 2 and all(
+        hasattr(module, part) for part in ("dt_proj", "x_proj", "in_proj", "conv1d")
+    )  # fmt: skip

@@ -1,0 +1,340 @@
+"""Mamba-2 mixers of transformers (Mamba2, Bamba, FalconH1, GraniteMoeHybrid, NemotronH, Zamba2) under our policies.
+
+In each modeling file the mixer's forward calls two functions of the module, the scan and the step. While a mixer with
+a policy runs, and only then, dispatchers stand in their place; a context variable tells them whose call it is, so that
+other mixers (and other threads) get the originals. Everything else of the mixer stays as it is. What a policy needs
+beside the state (position, delay line) lies in the layer of the library's cache, and moves with its rows.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import itertools
+import math
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rnn_longctx.errors import InputError
+from rnn_longctx.ssd import PLAIN, ScanCarry, ScanPolicy, WindowCarry, scan, tree_map, window_state
+
+UNLIMITED = (0.0, math.inf)
+UNKNOWN = -(2**30)  # the position of a row that was read before a policy was there to count; below 0 for a long time
+
+_eras = itertools.count(1)
+
+
+class AdoptedMixer:
+    """One mixer of another library, behind the interface that remedies use.
+
+    Attributes:
+        name: its path in the model.
+        heads, headdim, d_state: its shape.
+        backend: the scan to force, or None.
+    """
+
+    def __init__(self, module: nn.Module, name: str, time_step_limit_in_decode: bool = False):
+        m: Any = module
+        self.module, self.name = m, name
+        self.backend: str | None = None
+        missing = [n for n in list(self.functions())[:2] if n not in self.names]
+        if missing:
+            raise InputError(
+                f"{name} is a mixer ({type(module).__name__}) that does not call {' and '.join(missing)}: "
+                f"transformers 5.15 or newer is needed, and a model of its own code"
+            )
+        self.heads, self.headdim, self.d_state = self.shape
+        self.limit_in_decode = time_step_limit_in_decode
+        self._arguments = list(inspect.signature(type(module).forward).parameters)[1:]
+        self._policy = PLAIN
+        self._era = 0
+        self._forward: Callable | None = None  # the mixer's own, while ours stands before it
+        self._had: Callable | None = None  # what the instance itself held (a hook of accelerate)
+        self.policy = PLAIN
+
+    @staticmethod
+    def functions() -> dict[str, Any]:
+        """What stands in the place of the modeling file's scan, its step, and its shortcut in training."""
+        return {"mamba2_chunk_scan": _scan, "mamba2_selective_state_update": _step,
+                "mamba2_split_conv1d_scan_combined": _fused}  # fmt: skip
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.module.num_heads, self.module.head_dim, self.module.ssm_state_size
+
+    @property
+    def names(self) -> dict[str, Any]:
+        """Where the mixer's forward looks up what it calls: the globals of the file of the class that defines it."""
+        home = next(c for c in type(self.module).__mro__ if "forward" in vars(c))
+        return vars(sys.modules[home.__module__])
+
+    @property
+    def A(self) -> Tensor:
+        """(H,) or (H, N) float32, the decay rates: -exp(A_log)."""
+        return -self.module.A_log.detach().float().exp()
+
+    @property
+    def policy(self) -> ScanPolicy:
+        return self._policy
+
+    @policy.setter
+    def policy(self, policy: ScanPolicy) -> None:
+        self._policy = policy
+        active = self._needed
+        if active and self._forward is None:
+            if isinstance(getattr(self.module.forward, "__self__", None), AdoptedMixer):
+                self._policy = PLAIN
+                raise InputError(f"{self.name} is under a remedy already, by way of another model that holds it")
+            self._era = next(_eras)
+            self._had, self._forward = self.module.__dict__.get("forward"), self.module.forward
+            self.module.forward = self.forward
+        elif not active and self._forward is not None and self.module.__dict__.get("forward") == self.forward:
+            # (a hook that was put before ours in the meantime stays, and ours behind it passes everything on)
+            if self._had is None:
+                del self.module.forward
+            else:
+                self.module.forward = self._had
+            self._forward = self._had = None
+
+    @property
+    def active(self) -> bool:
+        return self._forward is not None and self._needed
+
+    @property
+    def _needed(self) -> bool:
+        return self._policy != PLAIN or (self.limit_in_decode and tuple(self.module.time_step_limit) != UNLIMITED)
+
+    def state_of(self, layer: Any) -> Tensor:
+        """The state (B, H, P, N) in a layer of the library's cache."""
+        return layer.recurrent_states[0]
+
+    @torch.compiler.disable
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The mixer's own forward, its scan and step ours."""
+        assert self._forward is not None
+        if not self.active:
+            return self._forward(*args, **kwargs)
+        given = dict(zip(self._arguments, args)) | kwargs
+        cache = given["cache_params"] if "cache_params" in given else given.get("past_key_values")
+        mask = given.get("attention_mask")
+        layer = None if cache is None else cache.layers[self.module.layer_idx]
+        fresh = cache is None or not cache.has_previous_state(self.module.layer_idx)
+        token = _running.set(_Call(self, layer, None if mask is None or mask.ndim != 2 else mask.bool(), fresh))
+        try:
+            with _replaced(self.names, self.functions()):
+                return self._forward(*args, **kwargs)
+        finally:
+            _running.reset(token)
+
+    # --- what lies beside the state in a cache's layer
+
+    def carry(self, layer: Any, state: Tensor) -> ScanCarry:
+        """The carry of a layer that has read something; state (B, H, P, N) is the library's."""
+        beside = getattr(layer, "beside", None)
+        if beside is None or beside.era != self._era:
+            self.place(layer, torch.full((len(state),), UNKNOWN, dtype=torch.int64))
+            beside = layer.beside
+        p = self._policy
+        placed = p.window is not None or p.reset is not None or any(c.every > 1 for c in p.caps)
+        if placed and bool((beside.position < 0).any()):
+            raise InputError(
+                "this policy counts tokens, and the cache holds tokens read before it was there: start a new cache"
+            )
+        if beside.window is not None:
+            state = beside.window.block
+        elif torch.is_grad_enabled():
+            state = state.clone()  # the library writes into it, and a backward pass reads it later
+        if beside.log_decay is None:
+            beside.log_decay = self.no_log_decay(state)
+        return ScanCarry(state, beside.position, beside.log_decay, beside.window)
+
+    def no_log_decay(self, state: Tensor) -> Tensor:
+        return torch.full(state.shape[:2], math.nan, dtype=torch.float64, device=state.device)
+
+    def place(self, layer: Any, position: Tensor) -> None:
+        """Say where the rows of a layer stand, unless it is known. position: (B,) on the CPU."""
+        beside = getattr(layer, "beside", None)
+        if beside is None or beside.era != self._era:
+            _keep(layer, Beside(self._era, position.clone(), None, None))
+
+    def read(self, call: _Call, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, state: Tensor | None,
+             dt_limit: tuple[float, float], seq_idx: Tensor | None) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """x (B,T,H,P), dt (B,T,H), B and C (B,T,G,N), the library's state; returns y like x, and the state after."""
+        m, reset = self.module, None
+        if seq_idx is not None:
+            reset = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0))
+        y, new = scan(
+            x, dt, -m.A_log.to(torch.promote_types(m.A_log.dtype, torch.float32)).exp(), B, C, dt_bias=m.dt_bias,
+            dt_limit=dt_limit, D=m.D, policy=self._policy, mask=call.mask, reset=reset, backend=self.backend,
+            carry=None if state is None else self.carry(call.layer, state),
+        )  # fmt: skip
+        if call.layer is not None:
+            _keep(call.layer, Beside(self._era, new.position, new.log_decay, new.window))
+        return y.contiguous(), window_state(new)
+
+
+# --- the two functions
+
+
+@dataclass
+class _Call:
+    """A mixer's forward on its way: mask (B, T) is False at padding."""
+
+    mixer: AdoptedMixer
+    layer: Any
+    mask: Tensor | None
+    fresh: bool = True
+
+
+_running: ContextVar[_Call | None] = ContextVar("running", default=None)
+
+
+def _scan(call: _Call, hidden_states: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk_size: int,
+          initial_states: Tensor | None = None, dt_limit: tuple[float, float] = UNLIMITED,
+          return_final_states: bool = False, z: Tensor | None = None, seq_idx: Tensor | None = None,
+          cu_seqlens: Tensor | None = None, **_: Any) -> Any:  # fmt: skip
+    if cu_seqlens is not None and seq_idx is None:
+        raise InputError("packed sequences need seq_idx beside cu_seqlens")
+    y, state = call.mixer.read(call, hidden_states, dt, B, C, initial_states, dt_limit, seq_idx)
+    if z is not None:
+        y = y * F.silu(z)
+    return (y, state) if return_final_states else y
+
+
+def _step(call: _Call, state: Tensor, hidden_states: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor,
+          D: Tensor | None = None, dt_bias: Tensor | None = None, dt_softplus: bool = False,
+          z: Tensor | None = None, **_: Any) -> Tensor:  # fmt: skip
+    # One head's dt, D and dt_bias come repeated headdim times. The library's step ignores the limit of dt.
+    limit = tuple(call.mixer.module.time_step_limit) if call.mixer.limit_in_decode else UNLIMITED
+    y, new = call.mixer.read(
+        call, hidden_states[:, None], dt[:, None, :, 0], B[:, None], C[:, None], state, limit, None
+    )
+    state.copy_(new)
+    return y[:, 0] if z is None else y[:, 0] * F.silu(z)
+
+
+def _fused(call: _Call, *_: Any, **__: Any) -> None:
+    """The kernel that training takes instead of all of a mixer: None says that there is none."""
+
+
+_lock = threading.Lock()
+_users: dict[int, int] = {}
+_originals: dict[int, dict[str, Any]] = {}
+
+
+@contextmanager
+def _replaced(names: dict[str, Any], ours: dict[str, Any]) -> Iterator[None]:
+    """Dispatchers in the place of a modeling file's functions, for as long as a mixer with a policy runs."""
+    key = id(names)
+    with _lock:
+        _users[key] = _users.get(key, 0) + 1
+        if _users[key] == 1:
+            _originals[key] = {n: names[n] for n in ours if n in names}
+            names.update({n: _dispatch(f, ours[n]) for n, f in _originals[key].items()})
+    try:
+        yield
+    finally:
+        with _lock:
+            _users[key] -= 1
+            if not _users[key]:
+                names.update(_originals.pop(key))
+                del _users[key]
+
+
+def _dispatch(original: Callable, ours: Any) -> Callable:
+    @functools.wraps(original)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        now = _running.get()
+        return original(*args, **kwargs) if now is None else ours(now, *args, **kwargs)
+
+    return call
+
+
+# --- the cache
+
+
+@dataclass
+class Beside:
+    """What a carry holds beside the state. `era`: since when the mixer counts without a gap."""
+
+    era: int
+    position: Tensor  # (B,) int64 on the CPU
+    log_decay: Tensor | None  # (B, H), not a number where the beginning was not counted
+    window: WindowCarry | None
+
+
+def _keep(layer: Any, beside: Beside) -> None:
+    if not hasattr(layer, "beside"):
+        layer.__class__ = _following(type(layer))  # type: ignore[arg-type]
+    layer.beside = beside
+
+
+@functools.cache
+def _following(base: Any) -> Any:
+    """The class of a cache's layer, with a `beside` that moves with its rows. (Made from one base, since an object
+    can change its class only to one of the same layout.)"""
+
+    class Following(base):
+        is_compileable = False
+        beside: Beside | None = None
+
+        def reorder_cache(self, beam_idx: Tensor) -> None:
+            super().reorder_cache(beam_idx)
+            self._select(beam_idx)
+
+        def batch_repeat_interleave(self, repeats: int) -> None:
+            rows = torch.arange(len(self.recurrent_states[0])).repeat_interleave(repeats)
+            self._move("batch_repeat_interleave", repeats, rows)
+
+        def batch_select_indices(self, indices: Tensor) -> None:
+            rows = torch.arange(len(self.recurrent_states[0]))[indices.cpu()]  # (indices may be bool)
+            self._move("batch_select_indices", indices, rows)
+
+        def reset(self) -> None:
+            super().reset()
+            self.beside = None
+
+        def __reduce_ex__(self, protocol: Any) -> Any:
+            return _rebuild, (base,), self.__dict__
+
+        def _move(self, how: str, argument: Any, rows: Tensor) -> None:
+            """The library moves keys and values, and leaves the states of a recurrent layer where they are."""
+            from transformers.cache_utils import LinearAttentionLayer
+
+            before = self.recurrent_states[0]
+            if method := getattr(super(), how, None):
+                method(argument)
+            if self.recurrent_states[0] is before:
+                LinearAttentionLayer.reorder_cache(self, rows)  # type: ignore[arg-type]
+            self._select(rows)
+
+        def _select(self, rows: Tensor) -> None:
+            if self.beside is not None:
+                self.beside = tree_map(lambda t: t[rows.to(t.device)], self.beside)
+
+    Following.__name__ = Following.__qualname__ = base.__name__
+    return Following
+
+
+def _rebuild(base: type) -> Any:
+    return object.__new__(_following(base))
+
+
+# --- finding mixers
+
+
+def is_mamba2(module: nn.Module) -> bool:
+    """By its parts: isinstance across families fails."""
+    A_log = getattr(module, "A_log", None)
+    return isinstance(A_log, Tensor) and A_log.ndim == 1 and all(
+        hasattr(module, part) for part in ("dt_bias", "in_proj", "conv1d")
+    )  # fmt: skip
