@@ -145,10 +145,10 @@ def mitigate(model: Mamba2LM | Adopted | nn.Module, remedy: str | Remedy, *, tar
     given, model = model, _ours(model)
     with _bare(model):
         handle = Handle(model, remedy, remedy.plan(model, target_length, text))
-    if handle.plan.restart and model is not given:
+    if (handle.plan.restart or handle.plan.reader) and model is not given:
         raise NotApplicable(
-            f"{remedy} restarts a reader, which {type(given).__name__} is not: put it on rnn_longctx.adopt(model), "
-            "and read with rnn_longctx.generate or rnn_longctx.evaluate"
+            f"{remedy} is a way to read, which {type(given).__name__} has of its own: put it on "
+            "rnn_longctx.adopt(model), and read with rnn_longctx.generate or rnn_longctx.evaluate"
         )
     _handles(model).append(handle)
     try:

@@ -48,6 +48,8 @@ class TokenFilter(Remedy):
         length = train_length(model, "token-filter")
         if target_length is None:
             raise NotApplicable("token-filter needs the length to be read: give target_length")
+        if not all(hasattr(mixer, "steps") for mixer in model.mixers):
+            raise NotApplicable(f"token-filter reads step sizes, which {model.name} does not show: it is adopted")
         steps, label = steps_of(model, length, text)
         if target_length <= length:
             return Plan(same_everywhere(model), calibration=label)

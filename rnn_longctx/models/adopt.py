@@ -78,7 +78,7 @@ class Adopted:
     Attributes:
         model: the library's, as it was given.
         mixers: its recurrent layers, in order.
-        name, train_length, tokenizer, calibration, restart: as in `Mamba2LM`.
+        name, train_length, tokenizer, calibration, restart, reader: as in `Mamba2LM`.
     """
 
     def __init__(self, model: nn.Module):
@@ -95,6 +95,7 @@ class Adopted:
         self.calibration: dict | None = None
         self.provenance: dict = {}
         self.restart: Restart | None = None
+        self.reader: Any = None
         self.base: Any = getattr(model, "base_model", model)  # without the head
         self._takes = set(inspect.signature(self.base.forward).parameters)
 

@@ -17,7 +17,7 @@ from rnn_longctx.mitigations import NotApplicable, active, mitigate
 from rnn_longctx.models import checkpoint
 from rnn_longctx.models.adopt import adopt
 from rnn_longctx.models.adopt_transformers import _Call, _scan
-from rnn_longctx.models.generate import generate
+from rnn_longctx.models.generate import generate, prefill
 from rnn_longctx.probes.envelope import measure_envelope
 from rnn_longctx.ssd import PLAIN, Cap, ScanPolicy
 
@@ -523,3 +523,26 @@ def test_right_padding_is_refused_under_a_policy(build):
 def test_policies_are_plain_after_all(build):
     adopted = adopt(build("bamba"))
     assert all(m.policy == PLAIN and "forward" not in m.module.__dict__ for m in adopted.mixers)
+
+
+@torch.no_grad()
+def test_remedies_that_need_more_than_a_scan(build):
+    """A prompt can be read otherwise through this library's interface; what an adopted model cannot show is refused."""
+    theirs = build("mamba2")
+    ours = rnn_longctx.adopt(theirs, train_length=8)
+    ids = _ids(1, 30)
+    with mitigate(ours, "chunk-select:chunk=7,query=4"):
+        logits, _ = prefill(ours, ids)
+    each = [ours.logits(ours(torch.cat([ids[:, max(0, e - 7) : e], ids[:, -4:]], 1)))[:, -1] for e in range(26, 0, -7)]
+    entropies = [torch.distributions.Categorical(logits=v).entropy() for v in each]
+    torch.testing.assert_close(logits, each[int(torch.cat(entropies).argmin())], **NEAR)
+    for remedy, message in (("decimate", "own model only"), ("token-filter", "it is adopted")):
+        with pytest.raises(NotApplicable, match=message):
+            mitigate(ours, remedy, target_length=64)
+    for remedy in ("chunk-select", "reset:every=8"):
+        with pytest.raises(NotApplicable, match="is a way to read"):
+            mitigate(theirs, remedy)
+    for remedy in ("a-winsor:share=0.2", "delta-scale:scale=0.5", "noise-start:std=0.1"):
+        with mitigate(theirs, remedy):
+            changed = _logits(theirs, ids)
+        assert not torch.allclose(changed, _logits(theirs, ids))
