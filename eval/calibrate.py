@@ -50,7 +50,7 @@ def grid_of(name: str, train: int) -> dict[str, list[Any]]:
         "rri": {"alpha": [1.0, 0.9999, 0.999, 0.996, 0.99], "beta": [1.0, 0.75, 0.5]},
         "window": {"tokens": [train // 2, train, 2 * train, 4 * train]},
         "state-norm": {"quantile": [1.0, 0.9, 0.75, 0.5, 0.0]},
-        "token-filter": {"theta": [0.01, 0.05, 0.2], "clamp": [0.0, 0.05]},
+        "token-filter": {"theta": [0.01, 0.05, 0.2, 0.5]},
         "a-winsor": {"share": [0.02, 0.05, 0.08, 0.15, 0.25]},
         "delta-scale": {"scale": list(FACTORS)},
         "a-scale": {"scale": list(FACTORS)},
@@ -81,6 +81,8 @@ def calibrate(model: Mamba2LM, name: str, target: int, text: Text, *, seed: int 
         raise InputError(f"the target of {target} tokens must be above the training length of {train}")
     objective = _Objective(model, target, text, seed, slices, prompts, train)
     bare = objective.recall("none")
+    if not bare:
+        raise InputError(f"no prompt of the guard fits into {train} or {2 * train} tokens: nothing would guard recall")
     say(f"none: recall {_shown(bare)}, loss {objective.loss('none'):.4f}")
 
     def score(remedy: str, guarded: bool = True) -> Scored:
@@ -144,7 +146,7 @@ class _Objective:
         self.model, self.target, self.text = model, target, text
         rows = range(seed * slices, (seed + 1) * slices)
         self.ids = torch.stack([torch.from_numpy(tokens(text, model.tokenizer, i, target + 1)[0]) for i in rows])
-        self.context = Context(model, batch=prompts, seed=seed + 1, segment=SEGMENT[model.device.type])
+        self.context = Context(model, batch=prompts, seed=seed + 10**6, segment=SEGMENT[model.device.type])
         self.guards: list[tuple[Task, int]] = [(Passkey(n=prompts), train), (Passkey(n=prompts), 2 * train)]
         self.guards += [(MultiKey(n=prompts, keys=2), n) for n in (train, 2 * train)]
         self.losses: dict[str, float] = {}
@@ -167,7 +169,7 @@ class _Objective:
     def recall(self, remedy: str) -> dict[str, float]:
         found = {}
         for task, length in self.guards:
-            with mitigate(self.model, remedy, target_length=length, text=self.text):
+            with mitigate(self.model, remedy, target_length=self.target, text=self.text):  # as it will be used
                 try:
                     *_, row = task.run(self.context, [length])
                 except InputError:  # the prompt is longer than that

@@ -113,6 +113,8 @@ class HarnessLM(TemplateLM):
     def _loglikelihood_tokens(self, requests: list[Any], **kwargs: Any) -> list[Scored]:
         """A context that several continuations share (the choices of a question) is read once, and its state copied;
         the others go side by side where they are equally long."""
+        if self.model.reader is not None:
+            raise InputError("a remedy that reads prompts its own way has no log-likelihood of a text; it can generate")
         for _, context, rest in requests:
             self._fits(len(context) + len(rest) - 1)
         shared: dict[tuple[int, ...], list[int]] = {}

@@ -1,8 +1,8 @@
 """Every remedy against the two controls, per length: what it loses, what it recalls, what it costs; and who gains.
 
-A remedy `wins` at a length where its loss is surely below that of every control measured there (paired by slice), or
-its recall surely above theirs on a task (Wilson's lower end above the best control's value). One that wins nothing only
-forgets: the last few hundred tokens would have done as well.
+A remedy `wins` at a length where its loss is surely below that of every control measured there, or its recall on a task
+surely above theirs: the 95% interval of the difference, paired by slice or prompt, lies above 0. One that wins nothing
+only forgets: the last few hundred tokens would have done as well. Models without a measured loss are left out.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from rich.text import Text
 
 from rnn_longctx.config import format_length
 from rnn_longctx.eval.sheets import SETTING, Sheet, sheets
-from rnn_longctx.eval.stats import paired_bootstrap, wilson
+from rnn_longctx.eval.stats import paired_bootstrap
 
 COLUMNS = ["model", "text", "length", "mitigation", "control", "loss", "gain", "gain_low", "gain_high", "change_short",
            "speed", "memory", "wins"]  # fmt: skip
@@ -28,8 +28,8 @@ def leaderboard(frame: pd.DataFrame) -> pd.DataFrame:
 
     gain: the loss of the best control at that length minus the loss, nats per token, with its 95% interval;
     change_short: loss minus that of no remedy at the longest length within the training length; speed, memory: tokens a
-    second and peak bytes over those of no remedy; a column of accuracy for each recall task; wins: what it beats the
-    controls at.
+    second and (on a GPU) peak bytes over those of no remedy; a column of accuracy for each recall task; wins: what it
+    beats the controls at.
     """
     rows: list[dict[str, Any]] = []
     everything = sheets(frame)
@@ -41,7 +41,9 @@ def leaderboard(frame: pd.DataFrame) -> pd.DataFrame:
     if board.empty:
         return board
     order = COLUMNS + [c for c in board if c not in COLUMNS]
-    return board[order].sort_values(["model", "text", "length", "loss"], na_position="last", ignore_index=True)
+    return board.reindex(columns=order).sort_values(
+        ["model", "text", "length", "loss"], na_position="last", ignore_index=True
+    )
 
 
 def _rows(frame: pd.DataFrame, sheet: Sheet, recalls: list[Sheet], length: int) -> list[dict[str, Any]]:
@@ -72,10 +74,9 @@ def _rows(frame: pd.DataFrame, sheet: Sheet, recalls: list[Sheet], length: int) 
             cell = recall.cells.get(name, {}).get(length)
             row[recall.task] = cell.value if cell else math.nan
             others = rivals[recall.task]
-            if cell and others and name not in controls:
-                low = wilson(round(cell.value * cell.n), cell.n).low
-                if low > max(o.value for o in others):
-                    wins.append(recall.task)
+            surer = [paired_bootstrap(*_paired(cell.samples, o.samples)) for o in others] if cell else []
+            if surer and name not in controls and all(g.low > 0 for g in surer):
+                wins.append(recall.task)
         row |= _cost(frame, sheet, name, length)
         row["wins"] = ", ".join(wins) if controls else "not compared"
         rows.append(row)
@@ -97,7 +98,8 @@ def _cost(frame: pd.DataFrame, sheet: Sheet, name: str, length: int) -> dict[str
     mine, bare = mine.iloc[0], bare.iloc[0]
     return {
         "speed": mine["tokens_per_second"] / bare["tokens_per_second"] if bare["tokens_per_second"] else math.nan,
-        "memory": mine["peak_bytes"] / bare["peak_bytes"] if bare["peak_bytes"] else math.nan,
+        # of a process the system knows only the highest mark so far, whoever set it
+        "memory": mine["peak_bytes"] / bare["peak_bytes"] if mine["device"] != "cpu" else math.nan,
     }
 
 

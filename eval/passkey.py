@@ -95,6 +95,10 @@ class MultiKey(Passkey):
     name = "multikey"
     keys: int = 4
 
+    @property
+    def label(self) -> str:
+        return f"multikey{self.keys}"
+
     def prompts(self, context: Context, length: int, n: int) -> list[PasskeyPrompt]:
         return multikey_batch(context.model.tokenizer, length, n, context.seed, self.keys)
 

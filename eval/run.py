@@ -102,11 +102,11 @@ def evaluate(model: Mamba2LM, lengths: Sequence[int | str] | str, tasks: Sequenc
 
 
 def _unseen(remedies: list[Remedy], jobs: list[Task], context: Context) -> None:
-    """Refuse a remedy that was found on the text whose loss it is to be measured on."""
+    """Refuse a remedy that was found on the text whose loss it is to be measured on, whatever the file is called."""
     if any(isinstance(job, LanguageModel) for job in jobs):
         for part in (p for r in remedies for p in getattr(r, "parts", (r,)) if isinstance(p, Stored)):
             text = text_of(context)
-            if part.found.text == f"{text.name} {text.hash}":
+            if part.found.text.endswith(f" {text.hash}"):
                 raise InputError(
                     f"{part} was calibrated on {text.name}, which is to be evaluated: that would flatter it"
                 )
@@ -116,6 +116,9 @@ def _plan(model: Mamba2LM, remedies: list[Remedy], jobs: list[Task], lengths: li
           context: Context) -> Iterator[tuple[Remedy, Task, list[int], int]]:  # fmt: skip
     """What is to be run, with its cost in tokens. Putting every remedy on once shows what is wrong before it counts."""
     for remedy in remedies:
+        with _mitigated(model, remedy, max(lengths), calibration, context):
+            if model.reader is not None and not any(job.asks for job in jobs):
+                raise InputError(f"{remedy} reads prompts, and has no loss of a text: give a task such as passkey")
         for job in jobs:
             mine = job.lengths(lengths, model.train_length)
             for some in [[n] for n in mine] if remedy.per_length else [mine] if mine else []:

@@ -54,7 +54,7 @@ class Context:
         device = torch.cuda.get_device_name(m.device) if m.device.type == "cuda" else m.device.type
         return {
             "model": m.name, "weights_hash": m.weights_hash, "mitigation": self.mitigation,
-            "calibration": self.calibration, "task": task.name, "text": text if isinstance(text, str) else text.name,
+            "calibration": self.calibration, "task": task.label, "text": text if isinstance(text, str) else text.name,
             "text_hash": None if isinstance(text, str) else text.hash, "tokenizer": m.tokenizer.name,
             "length": length, "depth": depth, "metric": metric, "batch": self.batch,
             "dtype": str(m.dtype).removeprefix("torch."), "backend": m.backend, "device": device, "seed": self.seed,
@@ -88,6 +88,12 @@ class Task:
     """Base of the tasks. The fields of the dataclass are its parameters, `name:key=value,...`."""
 
     name: ClassVar[str] = ""
+
+    @property
+    def label(self) -> str:
+        """What cells are filed under: tasks that ask for something else are called something else."""
+        return self.name
+
     asks: ClassVar[bool] = False  # about a prompt as a whole: remedies that read it otherwise can be measured
 
     def lengths(self, asked: list[int], train_length: int | None) -> list[int]:

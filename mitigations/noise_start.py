@@ -33,6 +33,8 @@ class NoiseStart(Remedy):
     def __post_init__(self) -> None:
         if not 0 <= self.std < float("inf"):
             raise InputError(f"noise-start: std must be at least 0, got {self.std:g}")
+        if not 0 <= self.seed < 2**63:
+            raise InputError(f"noise-start: seed must lie between 0 and 2^63, got {self.seed}")
 
     def plan(self, model: Mamba2LM, target_length: int | None = None, text: Text | None = None) -> Plan:
         draw = torch.Generator().manual_seed(self.seed)

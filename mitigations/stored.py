@@ -63,8 +63,11 @@ class Stored(Remedy):
         """From `FILE.yaml` or `FILE.yaml@hash`. Raises InputError: no such file, or not one of these, or changed."""
         file, _, expected = text.partition("@")
         remedy = cls(file, load_yaml(Found, file))
-        for policy in remedy.found.policies:
-            ScanPolicy.from_dict(policy)
+        try:
+            for policy in remedy.found.policies:
+                ScanPolicy.from_dict(policy)
+        except (TypeError, AttributeError) as error:
+            raise InputError(f"{file}: a policy in it cannot be read ({error})") from None
         if expected and expected != remedy.hash:
             raise InputError(f"{file} has changed: its policies are {remedy.hash}, not {expected}")
         return remedy

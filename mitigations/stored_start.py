@@ -6,7 +6,9 @@ starts empty, as it always does.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rnn_longctx.errors import InputError
@@ -25,7 +27,22 @@ class StoredStart(Remedy):
     """file: a saved cache of a model of the same shape."""
 
     name = "stored-start"
-    file: str
+    file: str  # or FILE@hash, as results name it
+
+    def __post_init__(self) -> None:
+        file, _, expected = self.file.partition("@")
+        object.__setattr__(self, "file", file)
+        if expected and expected != self.hash:
+            raise InputError(f"stored-start: {file} has changed: it is {self.hash}, not {expected}")
+
+    @property
+    def hash(self) -> str:
+        """Of the file's bytes; empty while there is none."""
+        path = Path(self.file)
+        return hashlib.sha256(path.read_bytes()).hexdigest()[:8] if path.is_file() else ""
+
+    def __str__(self) -> str:
+        return f"stored-start:file={self.file}" + (f"@{self.hash}" if self.hash else "")
 
     def plan(self, model: Mamba2LM, target_length: int | None = None, text: Text | None = None) -> Plan:
         states = [window_state(layer.scan)[0] for layer in Cache.load(self.file).layers]

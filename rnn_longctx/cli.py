@@ -138,6 +138,8 @@ def calibrate_command(
     from rnn_longctx.data import load_text
     from rnn_longctx.eval import calibrate
 
+    if not (out.parent.is_dir() and os.access(out.parent, os.W_OK)) or out.is_dir():
+        raise InputError(f"cannot write {out}: no such folder, or no file of it")
     lm, goal = _load(model, device, dtype, tokenizer, train_length), parse_length(target)
     found = calibrate(lm, mitigation, goal, load_text(text), seed=seed, slices=slices, say=typer.echo)
     found.save(out)
@@ -172,10 +174,12 @@ def generate_command(
     ids = torch.from_numpy(lm.tokenizer.encode(raw))[None]
     if ids.shape[1] == 0:
         raise InputError("the prompt is empty")
-    with mitigate(lm, remedy, target_length=ids.shape[1] + max_new_tokens):
+    target = state.target_of(load_state) if load_state else None
+    target = target or ids.shape[1] + max_new_tokens
+    with mitigate(lm, remedy, target_length=target):
         logits, cache = prefill(lm, ids, state.load_state(load_state, lm) if load_state else None)
         if save_state:
-            state.save_state(save_state, cache, lm, str(remedy))
+            state.save_state(save_state, cache, lm, str(remedy), target)
         draw = torch.Generator(lm.device).manual_seed(seed)
         said = continuation(lm, logits, cache, temperature, draw)
         new = [int(next(said)) for _ in range(max_new_tokens)]

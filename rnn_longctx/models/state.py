@@ -6,16 +6,39 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from rnn_longctx.errors import InputError
 from rnn_longctx.models.cache import Cache
 from rnn_longctx.models.mamba2 import Mamba2LM
 
 
-def save_state(path: str | Path, cache: Cache, model: Mamba2LM, remedy: str = "none") -> None:
-    """Write what `model` has read, as safetensors; `remedy` is named in the message of a load that does not fit."""
-    note = {"weights": model.weights_hash, "model": model.name, "policies": policies_hash(model), "remedy": remedy}
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    cache.save(path, note=note)
+def save_state(
+    path: str | Path, cache: Cache, model: Mamba2LM, remedy: str = "none", target: int | None = None
+) -> None:
+    """Write what `model` has read, as safetensors.
+
+    Args:
+        remedy: named in the message of a load that does not fit.
+        target: the length the remedy was worked out for, for `target_of`.
+    Raises:
+        InputError: a remedy is on that reads prompts its own way, or the file cannot be written.
+    """
+    if model.reader is not None:
+        raise InputError(f"what {remedy} leaves of a prompt cannot be gone on from: its state is not kept")
+    note = {"weights": model.weights_hash, "model": model.name, "policies": policies_hash(model), "remedy": remedy,
+            "target": target}  # fmt: skip
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        cache.save(path, note=note)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def target_of(path: str | Path) -> int | None:
+    """The length that the remedy of a saved state was worked out for, so that it can be worked out again."""
+    note = Cache.load_with(path)[2]
+    return note.get("target") if isinstance(note, dict) else None
 
 
 def load_state(path: str | Path, model: Mamba2LM) -> Cache:

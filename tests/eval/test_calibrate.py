@@ -71,7 +71,8 @@ def test_its_own_objective():
     assert objective.loss("none") == pytest.approx(float(expected), rel=1e-5)
     assert set(objective.recall("none")) == {"passkey@300", "passkey@600", "multikey@300", "multikey@600"}
     said = []
-    found = calibrate(lm, "state-norm", 64, TEXT, slices=2, prompts=2, say=said.append)
+    lm.train_length = 150
+    found = calibrate(lm, "state-norm", 400, TEXT, slices=2, prompts=2, say=said.append)
     assert found.method == "quantile" and len(said) == 6 and "made" in found.text
 
 
@@ -106,6 +107,32 @@ def test_the_file(tmp_path, monkeypatch):
     bad.save(path)
     with pytest.raises(InputError, match="unknown policy field 'mull'"):
         parse_remedy(str(path))
+
+
+def test_bad_files_and_words(tmp_path, monkeypatch):
+    losses(monkeypatch, lambda r: 1.0 if r == "none" else parse_remedy(r).alpha)
+    found = calibrate(tiny(), "rri", 128, TEXT)
+    for policy in ({"window": "x"}, {"caps": 3}, {"caps": [{"norm": 1.0, "ever": 2}]}):
+        Found("rri", found.model, [policy, {}], 128, "made", 0, "grid").save(tmp_path / "bad.yaml")
+        with pytest.raises(InputError) as error:
+            parse_remedy(str(tmp_path / "bad.yaml"))
+        assert "\n" not in str(error.value)
+    with pytest.raises(InputError, match="cannot write"):
+        save_state(tmp_path, Cache(), tiny())
+    with mitigate(tiny(), "decimate") as handle, pytest.raises(InputError, match="cannot be gone on from"):
+        save_state(tmp_path / "s", Cache(), handle.model, "decimate")
+    (tmp_path / "t.txt").write_bytes(TEXT.data)
+    with pytest.raises(InputError, match="has no loss of a text"):
+        evaluate(tiny(), [64], ["lm"], ["decimate"], text=str(tmp_path / "t.txt"))
+    frame = evaluate(tiny(), [64], ["lm:slices=2,tokens=1"], ["none", "rri"], text=str(tmp_path / "t.txt"))
+    assert (leaderboard(frame)["wins"] == "not compared").all()  # without a control
+
+
+def test_nothing_that_guards_is_an_error(monkeypatch):
+    lm = tiny()
+    lm.train_length = 16  # no prompt is so short
+    with pytest.raises(InputError, match="nothing would guard recall"):
+        calibrate(lm, "rri", 64, TEXT)
 
 
 def test_no_evaluation_on_the_text_of_a_calibration(tmp_path, monkeypatch):
