@@ -50,7 +50,7 @@ def grid_of(name: str, train: int) -> dict[str, list[Any]]:
         "rri": {"alpha": [1.0, 0.9999, 0.999, 0.996, 0.99], "beta": [1.0, 0.75, 0.5]},
         "window": {"tokens": [train // 2, train, 2 * train, 4 * train]},
         "state-norm": {"quantile": [1.0, 0.9, 0.75, 0.5, 0.0]},
-        "token-filter": {"theta": [0.01, 0.05, 0.2, 0.5]},
+        "token-filter": {"theta": [0.01, 0.05, 0.2], "clamp": [0.0, 0.05]},
         "a-winsor": {"share": [0.02, 0.05, 0.08, 0.15, 0.25]},
         "delta-scale": {"scale": list(FACTORS)},
         "a-scale": {"scale": list(FACTORS)},

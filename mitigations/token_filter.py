@@ -5,9 +5,10 @@
 
 Reads dt of every head on a calibration text, within the training length, and takes for g the smallest step size with
 which the decay summed over the target length is what training showed over its own: sum over T of dt >= (L / T) * sum
-over T of dt [dt >= g]. (The paper reads g off a table of clamped quantiles; this is what the table is for, without the
-clamp, under which a few large steps would add up to more.) Changes global heads, and nothing at or below the training
-length.
+over T of dt [dt >= g]. The largest `clamp` of the steps (the paper's 5%) count as
+the step at that quantile there, and g never exceeds it: far more is then kept than the sum allows, and recall with it.
+On the demo at 16K, clamp 0.05 finds every passkey at a loss of 1.94, clamp 0 one in five at 1.70. Changes global heads,
+and nothing at or below the training length.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import Tensor
 from rnn_longctx.errors import InputError
 from rnn_longctx.mitigations.base import NotApplicable, Plan, Remedy, same_everywhere, train_length
 from rnn_longctx.probes.gates import steps_of
+from rnn_longctx.spec import quiet
 from rnn_longctx.ssd import ScanPolicy
 
 if TYPE_CHECKING:
@@ -30,15 +32,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TokenFilter(Remedy):
-    """theta: what must be left of the first token for a head to be global, in (0, 1)."""
+    """theta: what must be left of the first token for a head to be global, in (0, 1); clamp: share of the largest
+    steps, in [0, 1)."""
 
     name = "token-filter"
     per_length = True
     theta: float = 0.05
+    clamp: float = quiet(0.05)
 
     def __post_init__(self) -> None:
         if not 0 < self.theta < 1:
             raise InputError(f"token-filter: theta must lie in (0, 1), got {self.theta:g}")
+        if not 0 <= self.clamp < 1:
+            raise InputError(f"token-filter: clamp must lie in [0, 1), got {self.clamp:g}")
 
     def plan(self, model: Mamba2LM, target_length: int | None = None, text: Text | None = None) -> Plan:
         length = train_length(model, "token-filter")
@@ -52,14 +58,16 @@ class TokenFilter(Remedy):
         policies = []
         for mixer, dt in zip(model.mixers, steps):
             far = (dt.sum(1).mean(0) * mixer.A.detach().cpu().float()).exp() > self.theta
-            g = thresholds(dt.flatten(0, 1), length / target_length)
+            g = thresholds(dt.flatten(0, 1), length / target_length, self.clamp)
             policies.append(ScanPolicy(min_dt=tuple(torch.where(far, g, 0.0).tolist())))
         return Plan(tuple(policies), calibration=label)
 
 
-def thresholds(dt: Tensor, share: float) -> Tensor:
-    """g (H) for steps dt (n, H): the smallest step such that those from it on sum to at most `share` of all."""
+def thresholds(dt: Tensor, share: float, clamp: float) -> Tensor:
+    """g (H) for steps dt (n, H), the largest clamped: the smallest such that those from it on sum to at most `share` of
+    all; infinity where not even the largest does."""
     dt = dt.sort(0, descending=True).values
+    dt = dt.minimum(dt[int(clamp * len(dt))])
     sums = dt.cumsum(0)
     kept = (sums <= share * sums[-1]).sum(0)  # the largest few
     smallest = dt.gather(0, (kept - 1).clamp(min=0)[None])[0]

@@ -101,7 +101,7 @@ def test_token_filter(model):
     """Global heads skip small steps, others none; the decay left is what training showed."""
     model.mixers[1].A_log.data.copy_(torch.tensor([-9.0, -8.0, 8.0, 9.0]))
     ids = torch.randint(256, (1, 50))
-    with mitigate(model, "token-filter", target_length=128, text=TEXT) as handle:
+    with mitigate(model, "token-filter:clamp=0", target_length=128, text=TEXT) as handle:
         seen = scans(model, ids)
         assert "made" in handle.plan.calibration
     g = [torch.tensor(m.policy.min_dt) if isinstance(m.policy.min_dt, tuple) else None for m in model.mixers]
@@ -119,10 +119,11 @@ def test_token_filter(model):
 
 def test_thresholds_keep_the_largest_steps():
     dt = torch.tensor([[1.0, 5.0], [4.0, 5.0], [2.0, 5.0], [3.0, 5.0]])
-    assert thresholds(dt, 0.7).tolist() == [3.0, 5.0]  # 4 + 3 of 10; two of four
-    assert thresholds(dt, 0.3)[0] == math.inf  # not even the largest
+    assert thresholds(dt, 0.7, 0.0).tolist() == [3.0, 5.0]  # 4 + 3 of 10; two of four
+    assert thresholds(dt, 0.3, 0.0)[0] == math.inf  # not even the largest
+    assert thresholds(dt, 0.7, 0.3)[0] == 3.0  # 4 counts as 3: 3 + 3 of 9
     n = torch.rand(1000, 3)
-    g = thresholds(n, 0.25)
+    g = thresholds(n, 0.25, 0.0)
     kept = torch.where(n >= g, n, 0.0).sum(0) / n.sum(0)
     assert ((kept <= 0.25) & (kept > 0.24)).all()
 
