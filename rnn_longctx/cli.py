@@ -76,6 +76,7 @@ def evaluate_command(
     Results(c.out)
     lm = _load(c.model, c.device, c.dtype, c.tokenizer, c.train_length)
     lm.use_backend(c.backend)
+    state = lm if hasattr(lm, "scan_state_elements") else lm.config
     console = Console()
     if not console.is_terminal:  # a log: lines as wide as the tables want
         console = Console(width=110)
@@ -83,8 +84,8 @@ def evaluate_command(
         header(
             lm.name,
             sum(p.numel() for p in lm.parameters()),
-            lm.config.scan_state_elements,
-            lm.config.conv_state_elements,
+            state.scan_state_elements,
+            state.conv_state_elements,
             lm.train_length,
             str(lm.device),
             c.dtype,
@@ -337,7 +338,15 @@ def _load(model: str, device: str, dtype: str, tokenizer: str | None, train_leng
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     length = None if train_length is None else parse_length(train_length)
-    return rnn_longctx.load(model, device=device, dtype=dtype, tokenizer=tokenizer, train_length=length)
+    given: dict[str, Any] = {"device": device, "dtype": dtype, "tokenizer": tokenizer, "train_length": length}
+    try:
+        return rnn_longctx.load(model, **given)
+    except InputError:
+        from rnn_longctx.models.adopt import load_adopted
+
+        if (found := load_adopted(model, **given)) is None:
+            raise
+        return found
 
 
 def _tune_cpu() -> None:

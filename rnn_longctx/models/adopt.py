@@ -16,6 +16,7 @@ import hashlib
 import inspect
 from collections.abc import Callable, Iterator
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -66,6 +67,39 @@ def adopt(model: nn.Module, *, name: str | None = None, tokenizer: Any = None, t
     return found
 
 
+FAMILIES = ("bamba", "falcon_h1", "granitemoehybrid", "nemotron_h", "zamba2", "mamba", "falcon_mamba", "jamba")
+
+
+def load_adopted(source: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | str | None = None,
+                 tokenizer: str | None = None, train_length: int | None = None) -> Adopted | None:  # fmt: skip
+    """A checkpoint that transformers reads and this library adopts, from a directory or a hub id; None where it is of
+    no such family. Arguments as of `rnn_longctx.load`.
+
+    Raises:
+        InputError: it names no tokenizer and none is given, or transformers cannot read it.
+    """
+    from rnn_longctx.data import load_tokenizer
+    from rnn_longctx.models.checkpoint import locate
+    from rnn_longctx.models.formats import one_line, read_json
+
+    directory, name, _ = locate(source)
+    config = directory / "config.json"
+    if not config.is_file() or read_json(config).get("model_type") not in FAMILIES:
+        return None
+    beside = any((directory / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json"))
+    spec: Any = tokenizer or (directory if beside else None)
+    if spec is None:
+        raise InputError(f"{name} comes without a tokenizer: name one with --tokenizer")
+    from transformers import AutoModelForCausalLM
+
+    wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype or torch.float32
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=wanted)
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        raise InputError(f"transformers cannot read {name}: {one_line(error)}") from None
+    return adopt(model.to(device).eval(), name=name, tokenizer=load_tokenizer(spec), train_length=train_length)
+
+
 def adopted(model: Any) -> Adopted | None:
     """What `adopt` made of a model, or None if it has not been adopted."""
     known = getattr(model, "__dict__", {}).get(_KEY)
@@ -108,6 +142,18 @@ class Adopted:
             raw = t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
             found.update(memoryview(raw))
         return found.hexdigest()[:16]
+
+    @property
+    def scan_state_elements(self) -> int:
+        return sum(m.heads * m.headdim * m.d_state for m in self.mixers)
+
+    @property
+    def conv_state_elements(self) -> int:
+        convs = [m.module.conv1d for m in self.mixers]
+        return sum(c.in_channels * (c.kernel_size[0] - 1) for c in convs)
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        return self.model.parameters()
 
     @property
     def backend(self) -> str:

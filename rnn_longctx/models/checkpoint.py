@@ -82,7 +82,7 @@ def load(source: str | Path, *, device: torch.device | str = "cpu", dtype: torch
     target, device = _dtype(dtype), _device(device)
     if train_length is not None and train_length < 1:
         raise InputError(f"train_length: expected at least 1 token, got {train_length}")
-    directory, name, provenance = _locate(source)
+    directory, name, provenance = locate(source)
     header = formats.read_header(directory)
     with torch.device("meta"):
         model = Mamba2LM(header.config)
@@ -212,7 +212,7 @@ def _some(names: Iterable[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _locate(source: str | Path) -> tuple[Path, str, dict[str, Any]]:
+def locate(source: str | Path) -> tuple[Path, str, dict[str, Any]]:
     """Where a checkpoint lies, its name (never a whole path) and where it came from."""
     if source == "demo":
         if not DEMO.is_dir():

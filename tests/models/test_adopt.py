@@ -15,7 +15,7 @@ from rnn_longctx.data import ByteTokenizer, Text
 from rnn_longctx.errors import InputError
 from rnn_longctx.mitigations import NotApplicable, active, mitigate
 from rnn_longctx.models import checkpoint
-from rnn_longctx.models.adopt import adopt
+from rnn_longctx.models.adopt import adopt, load_adopted
 from rnn_longctx.models.adopt_transformers import _Call, _scan
 from rnn_longctx.models.generate import generate, prefill
 from rnn_longctx.probes.envelope import measure_envelope
@@ -546,3 +546,19 @@ def test_remedies_that_need_more_than_a_scan(build):
         with mitigate(theirs, remedy):
             changed = _logits(theirs, ids)
         assert not torch.allclose(changed, _logits(theirs, ids))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["bamba", "jamba"])
+def test_a_checkpoint_is_found_and_adopted(build, tmp_path, family):
+    theirs = build(family)
+    theirs.save_pretrained(tmp_path / "kept")
+    ours = load_adopted(tmp_path / "kept", tokenizer="bytes", train_length=64)
+    assert ours.train_length == 64 and ours.name == "kept" and ours.tokenizer.name == "bytes"
+    assert ours.scan_state_elements > 0 and ours.conv_state_elements > 0
+    ids = _ids()
+    torch.testing.assert_close(ours.logits(ours(ids)), _logits(theirs, ids), **NEAR)
+    with pytest.raises(InputError, match="without a tokenizer"):
+        load_adopted(tmp_path / "kept")
+    build("mamba2").save_pretrained(tmp_path / "own")
+    assert load_adopted(tmp_path / "own", tokenizer="bytes") is None  # which `load` reads
