@@ -24,6 +24,8 @@ def save_state(
     Raises:
         InputError: a remedy is on that reads prompts its own way, or the file cannot be written.
     """
+    if not isinstance(cache, Cache):
+        raise InputError(f"the state of {model.name}, which is adopted, cannot be kept in a file yet")
     if model.reader is not None:
         raise InputError(f"what {remedy} leaves of a prompt cannot be gone on from: its state is not kept")
     note = {"weights": model.weights_hash, "model": model.name, "policies": policies_hash(model), "remedy": remedy,
