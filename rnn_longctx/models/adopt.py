@@ -20,14 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rnn_longctx.errors import InputError
 from rnn_longctx.models.adopt_mamba1 import AdoptedMamba1, is_mamba1
 from rnn_longctx.models.adopt_transformers import AdoptedMixer, is_mamba2
 from rnn_longctx.models.cache import Carry
-from rnn_longctx.models.mamba2 import LOGITS
+from rnn_longctx.models.mamba2 import token_losses
 from rnn_longctx.models.restart import Restart, read_restarting
 from rnn_longctx.ssd import PLAIN, Call, ScanCarry, choose
 
@@ -268,13 +267,7 @@ class Adopted:
 
     def losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """-log p(target) in nats, (B, T), from hidden states (B, T, d_model); never all logits at once."""
-        flat, goal = hidden.flatten(0, 1), targets.flatten()
-        rows = max(1, LOGITS // self.config.vocab_size)
-        parts = [
-            F.cross_entropy(self.logits(flat[i : i + rows]), goal[i : i + rows], reduction="none")
-            for i in range(0, len(flat), rows)
-        ]
-        return torch.cat(parts).view(targets.shape)
+        return token_losses(self.logits, self.config.vocab_size, hidden, targets)
 
     def new_cache(self) -> AdoptedCache:
         return AdoptedCache(self.mixers)

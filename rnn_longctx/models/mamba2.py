@@ -26,6 +26,17 @@ Reader = Callable[[Any, Tensor, int], tuple[Tensor, Cache]]
 LOGITS = 2**22  # the most logits held at once
 
 
+def token_losses(logits: Callable[[Tensor], Tensor], vocab: int, hidden: Tensor, targets: Tensor) -> Tensor:
+    """-log p(target) in nats, (B, T), from hidden states (B, T, d_model), with at most LOGITS logits at once."""
+    flat, goal = hidden.flatten(0, 1), targets.flatten()
+    rows = max(1, LOGITS // vocab)
+    parts = [
+        F.cross_entropy(logits(flat[i : i + rows]), goal[i : i + rows], reduction="none")
+        for i in range(0, len(flat), rows)
+    ]
+    return torch.cat(parts).view(targets.shape)
+
+
 @dataclass
 class Mamba2Config:
     """Shape of a model and how to initialise one. Names follow mamba-ssm.
@@ -274,13 +285,7 @@ class Mamba2LM(nn.Module):
 
     def losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """-log p(target) in nats, (B, T), from hidden states (B, T, d_model); never all logits at once."""
-        flat, goal = hidden.flatten(0, 1), targets.flatten()
-        rows = max(1, LOGITS // self.config.vocab_size)
-        parts = [
-            F.cross_entropy(self.logits(flat[i : i + rows]), goal[i : i + rows], reduction="none")
-            for i in range(0, len(flat), rows)
-        ]
-        return torch.cat(parts).view(targets.shape)
+        return token_losses(self.logits, self.config.vocab_size, hidden, targets)
 
     def new_cache(self) -> Cache:
         return Cache()

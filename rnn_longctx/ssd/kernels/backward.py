@@ -11,7 +11,7 @@
 With L[s, t] = exp(cum_t - cum_s), M[s, t] = scale_s L G x_s . dy_t, and S, dS the state before and its gradient after a
 chunk, d cum_t gets what output t weighs less what input t weighs, and d log_decay_t is the sum of d cum from t on. The
 sums run over one chunk only, so that no rounding of far tokens enters; and of the pairs inside it most cancel, so that
-both kernels weigh the same rounded operands (otherwise A's gradient is off by 3% in bfloat16, and by 0.2% so).
+both kernels weigh the same rounded operands (otherwise A's gradient is off by 3% in bfloat16).
 """
 
 from __future__ import annotations
