@@ -5,12 +5,13 @@
                 bare model's by more than GUARD
 
 Three searches behind one interface: `grid` over a remedy's parameters; `quantile` over the quantiles of what was
-measured on the text (norms, steps); `spsa`, simultaneous perturbation (Spall 1992; MambaExtend's), of one factor a
-layer, begun at the best single factor.
+measured on the text (norms, steps); `spsa`, simultaneous perturbation (Spall 1992; MambaExtend's), of one value a
+layer, begun at the best single one: a factor, or what RRI forgets a token, 1 - alpha.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import product
@@ -24,14 +25,16 @@ from rnn_longctx.errors import InputError, nearest
 from rnn_longctx.eval.passkey import MultiKey, Passkey
 from rnn_longctx.eval.run import SEGMENT
 from rnn_longctx.eval.task import Context, Task
-from rnn_longctx.mitigations import mitigate
-from rnn_longctx.mitigations.base import train_length
+from rnn_longctx.mitigations import mitigate, parse_remedy
+from rnn_longctx.mitigations.base import Remedy, train_length
+from rnn_longctx.mitigations.rri import RRI
 from rnn_longctx.mitigations.stored import Found, shape_of
 from rnn_longctx.models import Mamba2LM
 
 GUARD = 0.1  # of recall
 FACTORS = (0.3, 0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 3.0)
 LEAST = 0.01  # the smallest factor (MambaExtend)
+LEAST_FORGOTTEN = 1e-5  # where SPSA begins for an alpha of 1
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ class Scored:
 def grid_of(name: str, train: int) -> dict[str, list[Any]]:
     """The values that are tried of a remedy's parameters. Raises InputError: it has none to calibrate."""
     grids: dict[str, dict[str, list[Any]]] = {
-        "rri": {"alpha": [1.0, 0.9999, 0.999, 0.996, 0.99], "beta": [1.0, 0.75, 0.5]},
+        "rri": {"alpha": [1.0, 0.9999, 0.999, 0.998, 0.996, 0.99], "beta": [1.0, 0.75, 0.5]},
         "window": {"tokens": [train // 2, train, 2 * train, 4 * train]},
         "state-norm": {"quantile": [1.0, 0.9, 0.75, 0.5, 0.0]},
         "token-filter": {"theta": [0.01, 0.05, 0.2], "clamp": [0.0, 0.05]},
@@ -60,7 +63,8 @@ def grid_of(name: str, train: int) -> dict[str, list[Any]]:
     return grids[name]
 
 
-METHODS = {"state-norm": "quantile", "token-filter": "quantile", "delta-scale": "spsa", "a-scale": "spsa"}
+METHODS = {"state-norm": "quantile", "token-filter": "quantile", "delta-scale": "spsa", "a-scale": "spsa",
+           "rri": "spsa"}  # fmt: skip
 
 
 def calibrate(model: Mamba2LM, name: str, target: int, text: Text, *, seed: int = 0, slices: int = 4, prompts: int = 20,
@@ -99,7 +103,7 @@ def calibrate(model: Mamba2LM, name: str, target: int, text: Text, *, seed: int 
         raise InputError(f"{name}: no setting of {len(scored)} keeps the recall of the bare model ({_shown(bare)})")
     best = min(kept, key=lambda s: s.loss)
     if method == "spsa":
-        for found in _spsa(name, best, len(model.mixers), lambda r: objective.loss(r), steps, seed):
+        for found in _spsa(best, len(model.mixers), lambda r: objective.loss(r), steps, seed):
             candidate = score(found)
             scored.append(candidate)
             if candidate.kept and candidate.loss < best.loss:
@@ -119,15 +123,27 @@ def _grid(name: str, grid: dict[str, list[Any]]) -> Iterator[str]:
         yield f"{name}:" + ",".join(f"{k}={v:g}" for k, v in zip(grid, values))
 
 
-def _spsa(name: str, begun: Scored, layers: int, loss: Callable[[str], float], steps: int, seed: int) -> Iterator[str]:
-    """The settings worth a look: the best of the way, and where it ends. One log factor a layer."""
+def _begun(best: Remedy) -> tuple[float, Callable[[np.ndarray], str]]:
+    """Where SPSA begins, as a logarithm that every layer has, and what turns one logarithm a layer into a setting."""
+    if isinstance(best, RRI):
+        alpha, beta = float(best.alpha), best.beta
+
+        def forget(point: np.ndarray) -> str:
+            return "rri:alpha=" + "/".join(f"{1 - v:.7g}" for v in np.exp(point).clip(0, 0.5)) + f",beta={beta:g}"
+
+        return math.log(max(1 - alpha, LEAST_FORGOTTEN)), forget
+    scaled: Any = best
+    return math.log(
+        float(scaled.scale)
+    ), lambda point: f"{scaled.name}:scale=" + "/".join(f"{max(LEAST, v):.4g}" for v in np.exp(point))
+
+
+def _spsa(begun: Scored, layers: int, loss: Callable[[str], float], steps: int, seed: int) -> Iterator[str]:
+    """The settings worth a look: the best of the way, and where it ends. One logarithm a layer."""
     rng = np.random.default_rng(seed)
-    theta = np.full(layers, np.log(float(begun.remedy.partition("scale=")[2])))
+    first, text = _begun(parse_remedy(begun.remedy))
+    theta = np.full(layers, first)
     best, least = theta, begun.loss
-
-    def text(point: np.ndarray) -> str:
-        return f"{name}:scale=" + "/".join(f"{max(LEAST, v):.4g}" for v in np.exp(point))
-
     for k in range(steps):
         size, reach = 0.5 / (k + 1 + steps / 10) ** 0.602, 0.1 / (k + 1) ** 0.101  # Spall's exponents
         direction = rng.choice([-1.0, 1.0], layers)

@@ -3,7 +3,8 @@
     S_t = alpha a_t S_{t-1} + beta w_t x_t B_t^T
 
 Reads nothing of the model and changes the gates of every head: log_decay + log(alpha), input_scale * beta. The
-paper multiplies the decay by alpha (it does not raise it to a power) and takes 0.9999 and 0.75.
+paper multiplies the decay by alpha (it does not raise it to a power) and takes 0.9999 and 0.75. An alpha a layer is
+this project's: `rnn-longctx calibrate` finds them.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rnn_longctx.errors import InputError
-from rnn_longctx.mitigations.base import Plan, Remedy, same_everywhere
+from rnn_longctx.mitigations.base import Plan, Remedy, above_zero, per_layer
 from rnn_longctx.ssd import ScanPolicy
 
 if TYPE_CHECKING:
@@ -23,17 +24,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RRI(Remedy):
-    """alpha: factor on every decay, in (0, 1]; beta: factor on every input, above 0."""
+    """alpha: factor on every decay, in (0, 1], one number or one a layer: 0.999/0.9999/...; beta: factor on every
+    input, above 0."""
 
     name = "rri"
-    alpha: float = 0.9999
+    alpha: float | str = 0.9999
     beta: float = 0.75
 
     def __post_init__(self) -> None:
-        if not 0 < self.alpha <= 1:
-            raise InputError(f"rri: alpha must lie in (0, 1], got {self.alpha:g}")
+        if max(above_zero("rri", "alpha", self.alpha)) > 1:
+            raise InputError(f"rri: alpha must lie in (0, 1], got {self.alpha}")
         if not 0 < self.beta < math.inf:
             raise InputError(f"rri: beta must be above 0, got {self.beta:g}")
 
     def plan(self, model: Mamba2LM, target_length: int | None = None, text: Text | None = None) -> Plan:
-        return Plan(same_everywhere(model, ScanPolicy(add=math.log(self.alpha), gain=self.beta)))
+        alphas = per_layer("rri", self.alpha, model)
+        return Plan(tuple(ScanPolicy(add=math.log(alpha), gain=self.beta) for alpha in alphas))

@@ -40,16 +40,29 @@ def scales(remedy):
     return np.array([float(v) for v in remedy.partition("scale=")[2].split("/")]) if "scale=" in remedy else np.ones(1)
 
 
+def alphas(remedy):
+    return np.array([float(v) for v in str(parse_remedy(remedy).alpha).split("/")])
+
+
 def test_the_least_loss_that_keeps_recall(monkeypatch):
-    losses(monkeypatch, lambda r: 1.0 if r == "none" else parse_remedy(r).alpha + parse_remedy(r).beta,
-           lambda r: 0.0 if "beta=0.5" in r else 1.0)  # fmt: skip
-    found = calibrate(tiny(), "rri", 128, TEXT)
-    assert found.remedy == "rri:alpha=0.99,beta=0.75" and found.method == "grid"
-    assert found.scores["loss"] == pytest.approx(1.74) and found.scores["loss_without"] == 1.0
-    assert sum(not t["kept"] for t in found.scores["tried"]) == 5
+    losses(monkeypatch, lambda r: 1.0 if r == "none" else 1 - parse_remedy(r).share,
+           lambda r: 0.0 if "0.25" in r else 1.0)  # fmt: skip
+    found = calibrate(tiny(), "a-winsor", 128, TEXT)
+    assert found.remedy == "a-winsor:share=0.15" and found.method == "grid"
+    assert found.scores["loss"] == pytest.approx(0.85) and found.scores["loss_without"] == 1.0
+    assert sum(not t["kept"] for t in found.scores["tried"]) == 1
     losses(monkeypatch, lambda r: 1.0, lambda r: 1.0 if r == "none" else 0.5)
-    with pytest.raises(InputError, match="no setting of 15 keeps the recall"):
+    with pytest.raises(InputError, match="no setting of 18 keeps the recall"):
         calibrate(tiny(), "rri", 128, TEXT)
+
+
+def test_spsa_finds_an_alpha_a_layer(monkeypatch):
+    goal = np.log([3e-4, 1e-3, 6e-3])  # of 1 - alpha
+    losses(monkeypatch, lambda r: 9.0 if r == "none" else float(((np.log(1 - alphas(r) + 1e-9) - goal) ** 2).sum()))
+    found = calibrate(tiny(3), "rri", 128, TEXT, steps=60)
+    single = min(t["loss"] for t in found.scores["tried"] if "/" not in t["remedy"])
+    assert found.method == "spsa" and found.scores["loss"] < 0.3 * single
+    assert [p["add"] for p in found.policies] == pytest.approx(np.log(alphas(found.remedy)).tolist())
 
 
 def test_spsa_finds_a_factor_a_layer(monkeypatch):
@@ -86,7 +99,7 @@ def test_what_cannot_be_calibrated():
 
 
 def test_the_file(tmp_path, monkeypatch):
-    losses(monkeypatch, lambda r: 1.0 if r == "none" else parse_remedy(r).alpha)
+    losses(monkeypatch, lambda r: 1.0 if r == "none" else float(alphas(r).mean()))
     found, lm, path = calibrate(tiny(), "rri", 128, TEXT), tiny(), tmp_path / "remedy.yaml"
     found.save(path)
     remedy = parse_remedy(str(path))
@@ -110,7 +123,7 @@ def test_the_file(tmp_path, monkeypatch):
 
 
 def test_bad_files_and_words(tmp_path, monkeypatch):
-    losses(monkeypatch, lambda r: 1.0 if r == "none" else parse_remedy(r).alpha)
+    losses(monkeypatch, lambda r: 1.0 if r == "none" else float(alphas(r).mean()))
     found = calibrate(tiny(), "rri", 128, TEXT)
     for policy in ({"window": "x"}, {"caps": 3}, {"caps": [{"norm": 1.0, "ever": 2}]}):
         Found("rri", found.model, [policy, {}], 128, "made", 0, "grid").save(tmp_path / "bad.yaml")
@@ -136,7 +149,7 @@ def test_nothing_that_guards_is_an_error(monkeypatch):
 
 
 def test_no_evaluation_on_the_text_of_a_calibration(tmp_path, monkeypatch):
-    losses(monkeypatch, lambda r: 1.0 if r == "none" else parse_remedy(r).alpha)
+    losses(monkeypatch, lambda r: 1.0 if r == "none" else float(alphas(r).mean()))
     (tmp_path / "t.txt").write_bytes(TEXT.data)
     text = load_text(str(tmp_path / "t.txt"))
     calibrate(tiny(), "rri", 128, text).save(tmp_path / "remedy.yaml")
