@@ -71,7 +71,7 @@ def ours(policy: ScanPolicy = PLAIN, observer: Observer | None = None) -> System
 class Look:
     """An observer that keeps nothing."""
 
-    every = EVERY
+    every, whole = EVERY, False
 
     def __call__(self, statistics: Statistics) -> None:
         pass

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Cache", "InputError", "adopt", "evaluate", "generate", "load", "load_text", "mitigate"]
+__all__ = ["Cache", "InputError", "adopt", "evaluate", "generate", "load", "load_text", "mitigate", "record"]
 
 # Imported on first use: `import rnn_longctx` alone stays light.
 _WHERE = {
@@ -17,6 +17,7 @@ _WHERE = {
     "load": "rnn_longctx.models.checkpoint",
     "load_text": "rnn_longctx.data",
     "mitigate": "rnn_longctx.mitigations",
+    "record": "rnn_longctx.probes.trace",
 }
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from rnn_longctx.models.adopt import adopt
     from rnn_longctx.models.checkpoint import load
     from rnn_longctx.models.generate import generate
+    from rnn_longctx.probes.trace import record
 
 
 def __getattr__(name: str) -> Any:

@@ -51,6 +51,8 @@ class Decoder:
             return f"does not restart: {model.restart}"
         for mixer, carry in zip(model.mixers, cache.layers):
             policy = mixer.policy
+            if mixer.observer is not None:
+                return "shows nobody its states"
             if policy.window is not None or carry.scan.window is not None:
                 return "has no sliding window"
             if policy.start is not None and policy.reset is not None:

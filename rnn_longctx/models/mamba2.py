@@ -19,7 +19,7 @@ from rnn_longctx.errors import InputError
 from rnn_longctx.models.cache import Cache, Carry
 from rnn_longctx.models.layers import RMSNorm, causal_conv
 from rnn_longctx.models.restart import Restart, read_restarting
-from rnn_longctx.ssd import PLAIN, Call, ScanPolicy, choose, scan
+from rnn_longctx.ssd import PLAIN, Call, Observer, ScanPolicy, choose, scan
 
 # (model, ids (B, T), segment) to the logits (B, vocab) after the last token, and the cache
 Reader = Callable[[Any, Tensor, int], tuple[Tensor, Cache]]
@@ -93,7 +93,7 @@ class Mamba2Config:
 
 
 class Mamba2(nn.Module):
-    """One mixer. `policy` is data: set it, and the next token follows it."""
+    """One mixer. `policy` is data: set it, and the next token follows it. `observer` is shown the states."""
 
     def __init__(self, config: Mamba2Config):
         super().__init__()
@@ -107,6 +107,7 @@ class Mamba2(nn.Module):
         self.out_proj = nn.Linear(c.d_inner, c.d_model, bias=c.bias)
         self.policy: ScanPolicy = PLAIN
         self.backend: str | None = None
+        self.observer: Observer | None = None
         self.reset_parameters()
 
     @torch.no_grad()
@@ -158,6 +159,7 @@ class Mamba2(nn.Module):
             x.unflatten(-1, (c.nheads, c.headdim)), dt, self.A,
             B.unflatten(-1, groups), C.unflatten(-1, groups), dt_bias=self.dt_bias, dt_limit=c.dt_limit, D=self.D,
             policy=self.policy, carry=carry.scan if carry else None, reset=reset, mask=mask, backend=self.backend,
+            observer=self.observer,
         )  # fmt: skip
         return self.out_proj(self.norm(y.flatten(-2), z)), Carry(conv, scanned)
 

@@ -77,7 +77,7 @@ def _observed(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, carry: Sca
     inside = choose(shared["policy"], backend, call).observes(shared["policy"], call, k)
     asked = (x, dt, A, B, C, shared["D"], shared["dt_bias"], None if carry is None else carry.state)
     graded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in asked)
-    inside = inside and not graded and not torch.compiler.is_compiling()
+    inside = inside and not graded and not torch.compiler.is_compiling() and not observer.whole
     outputs, seen, t = [], [], 0
     while t < length:
         lead = -(position + t) % k
@@ -90,7 +90,7 @@ def _observed(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, carry: Sca
         if looks is not None:
             seen += looks
         elif (position + u) % k == 0:
-            seen.append(Statistics.of(window_state(carry), carry.position[0], carry.log_decay))
+            seen.append(Statistics.of(window_state(carry), carry.position[0], carry.log_decay, observer.whole))
         t = u
     if seen:
         observer(Statistics.join(seen))

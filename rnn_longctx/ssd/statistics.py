@@ -19,6 +19,7 @@ class Statistics:
         total, square, peak: (B, H, n): the sum of a state's numbers, of their squares, and the largest size of one.
         log_decay: (B, H, n) or (B, H, N, n) float64, in nats, since the row began: exp of it is what is left of its
             first token.
+        state: (B, H, n, P, N), where the observer asks for it.
     """
 
     position: Tensor
@@ -27,6 +28,7 @@ class Statistics:
     square: Tensor
     peak: Tensor
     log_decay: Tensor
+    state: Tensor | None = None
 
     @property
     def norm(self) -> Tensor:
@@ -42,12 +44,12 @@ class Statistics:
         return (self.square / self.elements).sqrt()
 
     @classmethod
-    def of(cls, state: Tensor, position: Tensor, log_decay: Tensor) -> Statistics:
-        """Of one state (B, H, P, N), after `position` tokens (one number)."""
+    def of(cls, state: Tensor, position: Tensor, log_decay: Tensor, whole: bool = False) -> Statistics:
+        """Of one state (B, H, P, N), after `position` tokens (one number); with the state itself where `whole`."""
         flat = state.detach().flatten(-2)
         return cls(
             position.reshape(1), flat.shape[-1], flat.sum(-1)[..., None], flat.square().sum(-1)[..., None],
-            flat.abs().amax(-1)[..., None], log_decay[..., None],
+            flat.abs().amax(-1)[..., None], log_decay[..., None], state.detach()[:, :, None].clone() if whole else None,
         )  # fmt: skip
 
     @classmethod
@@ -55,12 +57,16 @@ class Statistics:
         def along(name: str) -> Tensor:
             return torch.cat([getattr(part, name) for part in parts], -1)
 
-        return cls(along("position"), parts[0].elements, *map(along, ("total", "square", "peak", "log_decay")))
+        state = None if parts[0].state is None else torch.cat([p.state for p in parts if p.state is not None], 2)
+        total, square, peak, log_decay = map(along, ("total", "square", "peak", "log_decay"))
+        return cls(along("position"), parts[0].elements, total, square, peak, log_decay, state)
 
 
 class Observer(Protocol):
-    """Called by a scan with the statistics of the tokens it has read whose position is a multiple of `every`."""
+    """Called by a scan with the statistics of the tokens it has read whose position is a multiple of `every`; with the
+    states themselves where `whole`."""
 
     every: int
+    whole: bool
 
     def __call__(self, statistics: Statistics) -> None: ...

@@ -22,7 +22,7 @@ POLICIES = {
 
 class Kept:
     def __init__(self, every):
-        self.every, self.seen = every, []
+        self.every, self.whole, self.seen = every, False, []
 
     def __call__(self, statistics):
         self.seen.append(statistics)

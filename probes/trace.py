@@ -1,0 +1,156 @@
+"""What the states of a model do while it reads: `record` watches every layer's scan from inside, in one pass.
+
+    with rnn_longctx.record(model, every=256) as trace:
+        for hidden in model.stream(ids):
+            ...
+    trace.table()
+
+Every `every` tokens the scan says of each head's state S (P, N): sums, the largest size, and the log-decay so far. No
+state is copied unless `whole` asks for it. Everything else is worked out of those:
+
+    mean, variance, rms, max, norm     of the numbers of S; norm is Frobenius'
+    retention                          exp(log_decay): what is left of the stream's first token
+    decay                              mean log-decay a token since the look before, in nats
+    input_scale                        mean input scale since then (of a policy whose gates are affine: dt is decay / A)
+    horizon                            tokens until 1/e is left, at that rate
+    median, channels                   with `whole`: of S, and the rows of S (channels of the head) that hold most
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from rnn_longctx.errors import InputError
+from rnn_longctx.ssd import Statistics
+from rnn_longctx.ssd.policy import per_head
+
+if TYPE_CHECKING:
+    from rnn_longctx.models import Mamba2LM
+
+CHANNELS = 3  # of a head, the ones named with `whole`
+
+
+class Watcher:
+    """The observer of one layer (`rnn_longctx.ssd.Observer`): looks are kept where they are made, one tensor a call."""
+
+    def __init__(self, mixer: Any, layer: int, every: int, whole: bool):
+        self.mixer, self.layer, self.every, self.whole = mixer, layer, every, whole
+        self.looks: list[dict[str, Any]] = []
+        self._last: tuple[int, Tensor] | None = None  # position and log-decay of the look before
+        self._streams = 0
+
+    def __call__(self, s: Statistics) -> None:
+        position = int(s.position[0])
+        if self._last is None or position <= self._last[0]:
+            self._streams += 1
+            self._last = (position - self.every, torch.zeros_like(s.log_decay[..., 0]))
+            fresh = position == self.every
+        else:
+            fresh = position == self._last[0] + self.every
+        steps = torch.diff(s.log_decay, prepend=self._last[1][..., None], dim=-1) / self.every
+        if not fresh:  # the first look at a stream that had begun before
+            steps[..., 0] = float("nan")
+        self._last = (int(s.position[-1]), s.log_decay[..., -1].clone())
+        policy, heads = self.mixer.policy, self.mixer.heads
+        A, decay = self.mixer.A.detach().double(), steps
+        if A.ndim == 2 or steps.ndim == 4:  # a rate a channel of the state: their mean says it
+            A, decay = A.mean(-1), (steps.mean(-2) if steps.ndim == 4 else steps)
+        A = A.to(steps.device)
+        mul, add, gain = (per_head(v, heads, A) for v in (policy.mul, policy.add, policy.gain))
+        rate = torch.as_tensor(mul * A, device=A.device).reshape(-1, 1)
+        shift = torch.as_tensor(add, dtype=A.dtype, device=A.device).reshape(-1, 1)
+        gains = torch.as_tensor(gain, dtype=A.dtype, device=A.device).reshape(-1, 1)
+        known = not policy.caps and policy.min_dt == 0.0 and policy.window is None
+        log_decay = s.log_decay.mean(-2) if s.log_decay.ndim == 4 else s.log_decay
+        look = {
+            "stream": self._streams - 1, "position": s.position, "mean": s.mean, "variance": s.rms**2 - s.mean**2,
+            "rms": s.rms, "max": s.peak, "norm": s.norm, "retention": log_decay.exp(), "decay": decay,
+            "input_scale": gains * (decay - shift) / rate if known else torch.full_like(decay, float("nan")),
+            "horizon": -1 / decay.clamp(max=-1e-12),
+        }  # fmt: skip
+        if s.state is not None:
+            look["median"] = s.state.flatten(-2).median(-1).values.movedim(2, -1)
+            look["channels"] = s.state.norm(dim=-1).topk(min(CHANNELS, s.state.shape[-2]), -1).indices
+        self.looks.append(look)
+
+
+class Trace:
+    """What was seen, a row a look: `table()`."""
+
+    def __init__(self, watchers: list[Watcher]):
+        self._watchers = watchers
+
+    def table(self) -> pd.DataFrame:
+        """Columns stream, row, layer, head, position and those in the module's docstring; positions in tokens,
+        log-decays in nats. A stream is what was read from one fresh cache; a row is one of its batch."""
+        parts = []
+        for watcher in self._watchers:
+            for look in watcher.looks:
+                rows, heads, n = look["norm"].shape
+                frame = {
+                    "stream": look["stream"],
+                    "row": torch.arange(rows).repeat_interleave(heads * n),
+                    "layer": watcher.layer,
+                    "head": torch.arange(heads).repeat_interleave(n).repeat(rows),
+                    "position": look["position"].repeat(rows * heads),
+                }
+                for name, value in look.items():
+                    if name == "channels":  # (B, H, n, k)
+                        frame[name] = [tuple(v) for v in value.flatten(0, 2).tolist()]
+                    elif name not in frame:
+                        frame[name] = value.double().cpu().flatten().numpy()
+                parts.append(pd.DataFrame(frame))
+        if not parts:
+            return pd.DataFrame(columns=["stream", "row", "layer", "head", "position", "norm"])
+        order = ["stream", "row", "layer", "head", "position"]
+        return pd.concat(parts).sort_values(order, ignore_index=True)
+
+
+@contextmanager
+def record(model: Mamba2LM, layers: Iterable[int] | None = None, every: int = 256,
+           whole: bool = False) -> Iterator[Trace]:  # fmt: skip
+    """Watch the states of a model while it reads inside the `with` block.
+
+    Args:
+        model: this library's, or one of another library, which is adopted.
+        layers: which recurrent layers, counted from 0; None watches all.
+        every: tokens between two looks.
+        whole: look at the states themselves too, for their medians and channels: the scan is cut at every look, and
+            slower.
+    Raises:
+        InputError: no such layer, an `every` below 1, a model that is being watched already.
+    """
+    from rnn_longctx.models.adopt import adopt
+    from rnn_longctx.models.mamba2 import Mamba2LM as Own
+
+    lm: Any = model if isinstance(model, Own) or hasattr(model, "mixers") else adopt(model)
+    count = len(lm.mixers)
+    wanted = list(range(count)) if layers is None else list(layers)
+    for layer in wanted:
+        if not 0 <= layer < count:
+            raise InputError(f"layer {layer} is not there: the model has {count} recurrent layers, 0 to {count - 1}")
+    if every < 1:
+        raise InputError(f"every: expected at least 1 token between two looks, got {every}")
+    watchers = [Watcher(lm.mixers[i], i, every, whole) for i in wanted]
+    with watching(watchers):
+        yield Trace(watchers)
+
+
+@contextmanager
+def watching(watchers: list[Any]) -> Iterator[None]:
+    """Each watcher sees its `mixer` inside the block."""
+    if any(w.mixer.observer is not None for w in watchers):
+        raise InputError("the model is being watched already: leave that `record` or monitor first")
+    for w in watchers:
+        w.mixer.observer = w
+    try:
+        yield
+    finally:
+        for w in watchers:
+            w.mixer.observer = None
