@@ -23,13 +23,14 @@ import torch
 from rnn_longctx.data import Text, tokens
 from rnn_longctx.errors import InputError, nearest
 from rnn_longctx.eval.passkey import MultiKey, Passkey
-from rnn_longctx.eval.run import SEGMENT
 from rnn_longctx.eval.task import Context, Task
 from rnn_longctx.mitigations import mitigate, parse_remedy
 from rnn_longctx.mitigations.base import Remedy, train_length
 from rnn_longctx.mitigations.rri import RRI
 from rnn_longctx.mitigations.stored import Found, shape_of
 from rnn_longctx.models import Mamba2LM
+from rnn_longctx.models.generate import SEGMENTS
+from rnn_longctx.probes.ablation import tail_losses
 
 GUARD = 0.1  # of recall
 FACTORS = (0.3, 0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 3.0)
@@ -162,24 +163,15 @@ class _Objective:
         self.model, self.target, self.text = model, target, text
         rows = range(seed * slices, (seed + 1) * slices)
         self.ids = torch.stack([torch.from_numpy(tokens(text, model.tokenizer, i, target + 1)[0]) for i in rows])
-        self.context = Context(model, batch=prompts, seed=seed + 10**6, segment=SEGMENT[model.device.type])
+        self.context = Context(model, batch=prompts, seed=seed + 10**6, segment=SEGMENTS[model.device.type])
         self.guards: list[tuple[Task, int]] = [(Passkey(n=prompts), train), (Passkey(n=prompts), 2 * train)]
         self.guards += [(MultiKey(n=prompts, keys=2), n) for n in (train, 2 * train)]
         self.losses: dict[str, float] = {}
 
-    @torch.inference_mode()
     def loss(self, remedy: str) -> float:
         if remedy not in self.losses:
             with mitigate(self.model, remedy, target_length=self.target, text=self.text):
-                cache, t, total = self.model.new_cache(), 0, 0.0
-                segment = max(1, SEGMENT[self.model.device.type] // len(self.ids))
-                for hidden in self.model.stream(self.ids[:, :-1], cache, segment):
-                    goal = self.ids[:, 1 + t : 1 + t + hidden.shape[1]].to(hidden.device)
-                    skip = max(0, self.target // 2 - t)
-                    if skip < hidden.shape[1]:
-                        total += float(self.model.losses(hidden[:, skip:], goal[:, skip:]).double().sum())
-                    t += hidden.shape[1]
-            self.losses[remedy] = total / (len(self.ids) * (self.target - self.target // 2))
+                self.losses[remedy] = float(tail_losses(self.model, self.ids).mean())
         return self.losses[remedy]
 
     def recall(self, remedy: str) -> dict[str, float]:

@@ -25,9 +25,8 @@ except ImportError as missing:
     raise InputError(f"this needs lm-eval ({missing}): pip install 'rnn-longctx[eval]'") from None
 from tqdm import tqdm
 
-from rnn_longctx.eval.run import SEGMENT
 from rnn_longctx.mitigations import mitigate
-from rnn_longctx.models.generate import continuation, prefill
+from rnn_longctx.models.generate import SEGMENTS, continuation, prefill
 from rnn_longctx.models.mamba2 import LOGITS
 
 NEW_TOKENS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # first found wins
@@ -70,7 +69,7 @@ class HarnessLM(TemplateLM):
             raise InputError(f"max_length: expected at least 1 token, got {max_length}")
         self.model, self.tokenizer, self.seed, self.progress = model, model.tokenizer, seed, progress
         self.max_length, self.batch_size = max_length, int(batch_size)
-        self.segment = segment or SEGMENT[model.device.type]
+        self.segment = segment or SEGMENTS[model.device.type]
         self._device = model.device
 
     # --- tokens

@@ -19,11 +19,10 @@ from rnn_longctx.eval.task import Context, Task
 from rnn_longctx.mitigations import Remedy, active, mitigate, parse_remedy, standard
 from rnn_longctx.mitigations.stored import Stored
 from rnn_longctx.models import Mamba2LM
+from rnn_longctx.models.generate import SEGMENTS
 from rnn_longctx.spec import parse
 
 TASKS: dict[str, type[Task]] = {t.name: t for t in (LanguageModel, Passkey, MultiKey, Words)}
-# Tokens read in one call. On a CPU a call's activations should stay near its caches.
-SEGMENT = {"cpu": 4096, "cuda": 65536}
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,7 @@ def evaluate(model: Mamba2LM, lengths: Sequence[int | str] | str, tasks: Sequenc
     results = Results(out) if out else None
     if results:
         results.relabel(model.name, model.weights_hash, model.train_length)
-    context = Context(model, text=text, batch=batch, seed=seed, results=results, segment=SEGMENT[model.device.type])
+    context = Context(model, text=text, batch=batch, seed=seed, results=results, segment=SEGMENTS[model.device.type])
     for job in jobs:
         if lengths_of_job := job.lengths(wanted, model.train_length):
             job.check(context, lengths_of_job)

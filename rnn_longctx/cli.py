@@ -147,6 +147,44 @@ def calibrate_command(
     typer.echo(f"{out}: {found.remedy}")
 
 
+@app.command("probe")
+def probe_command(
+    model: Annotated[str, MODEL],
+    length: Annotated[str, typer.Option(help="Tokens to be read, such as 64k.")] = "32k",
+    prompt: Annotated[str, typer.Option(help="text, newline or passkey.")] = "text",
+    every: Annotated[int, typer.Option(help="Tokens between two looks at the states.")] = 256,
+    text: Annotated[str, typer.Option(help="stdlib, a file, a directory, hf:dataset[:split[:column]].")] = "stdlib",
+    slices: Annotated[int, typer.Option(min=1, help="Rows read side by side.")] = 1,
+    prove: Annotated[
+        bool, typer.Option(help="Cap the accused heads alone, then others, and measure the loss.")
+    ] = False,
+    mitigation: Annotated[str, typer.Option(help="Watch the model with a remedy on it.")] = "none",
+    out: Annotated[Path, typer.Option(help="Folder for the tables and pictures.")] = Path("runs/probe"),
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    train_length: Annotated[Optional[str], typer.Option()] = None,  # noqa: UP045
+    tokenizer: Annotated[Optional[str], typer.Option()] = None,  # noqa: UP045
+    device: Annotated[str, typer.Option()] = "auto",
+    dtype: Annotated[str, typer.Option()] = "float32",
+) -> None:
+    """Which heads of a model leave the range of their training, when, and whether that is what costs the loss."""
+    from rnn_longctx import mitigate
+    from rnn_longctx.config import parse_length
+    from rnn_longctx.data import load_text
+    from rnn_longctx.mitigations import parse_remedy
+    from rnn_longctx.probes.run import probe
+
+    goal, remedy, source = parse_length(length), parse_remedy(mitigation), load_text(text)
+    lm = _load(model, device, dtype, tokenizer, train_length)
+    with mitigate(lm, remedy, target_length=goal):
+        found = probe(
+            lm, source, goal, prompt=prompt, every=every, slices=slices, seed=seed, prove=prove, say=typer.echo
+        )
+    paths = found.save(out)
+    if found.ablation:
+        typer.echo(str(found.ablation))
+    typer.echo(f"{out}: {', '.join(p.name for p in paths)}")
+
+
 @app.command("generate")
 def generate_command(
     model: Annotated[str, MODEL],

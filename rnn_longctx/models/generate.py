@@ -14,6 +14,9 @@ from rnn_longctx.models.mamba2 import Mamba2LM
 from rnn_longctx.ssd import fused
 
 SEGMENT = 4096
+# Tokens read at once, of all rows together, where a text is only measured. On a CPU a call's activations should stay
+# near its caches.
+SEGMENTS = {"cpu": 4096, "cuda": 65536}
 
 
 @torch.no_grad()

@@ -228,7 +228,7 @@ KILLED = textwrap.dedent("""
     import rnn_longctx.eval.run as run
     made = run.Context
     run.Context = lambda *a, **k: made(*a, **k, snapshot_seconds=0.0)
-    run.SEGMENT["cpu"] = 64
+    run.SEGMENTS["cpu"] = 64
     run.evaluate(make_model(), [64, 512, 3000], ["lm:slices=1,tokens=0"], ["none", "state-norm", "window:tokens=50"],
                  text=sys.argv[1], calibration_text=sys.argv[1], out=sys.argv[2])
     print("finished")

@@ -1,0 +1,165 @@
+"""Which heads leave their range, what is said of it, and whether capping them proves it."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from rnn_longctx.data import ByteTokenizer, Text
+from rnn_longctx.errors import InputError
+from rnn_longctx.models import Mamba2Config, Mamba2LM
+from rnn_longctx.probes.ablation import ablate, capped, tail_losses
+from rnn_longctx.probes.onset import accused, doubling, onsets, verdict
+from rnn_longctx.probes.run import probe
+
+TEXT = Text("made", bytes(torch.randint(32, 127, (6000,), generator=torch.Generator().manual_seed(1)).tolist()))
+
+
+def table(norms, every=10, retention=0.5):
+    """norms: {(layer, head): a norm a look}"""
+    rows = [
+        {"stream": 0, "row": 0, "layer": k[0], "head": k[1], "position": every * (i + 1), "norm": v,
+         "retention": retention}
+        for k, values in norms.items() for i, v in enumerate(values)
+    ]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def tiny(A_init=(1e-6, 1e-5), seed=0, **more):
+    torch.manual_seed(seed)
+    lm = Mamba2LM(
+        Mamba2Config(d_model=16, n_layer=2, headdim=16, d_state=8, A_init=A_init, dt_init=(0.05, 0.1), **more)
+    )
+    lm.train_length, lm.tokenizer, lm.name, lm.weights_hash = 64, ByteTokenizer(), "tiny", "hash"
+    return lm.eval()
+
+
+def test_a_head_leaves_its_range_where_it_does_not_come_back():
+    found = onsets(table({(0, 0): [1, 3, 1, 3, 5], (0, 1): [1, 1, 1, 1, 1], (1, 0): [9, 9, 9, 9, 3]}), [[1, 1], [1]])
+    assert accused(found) == [(0, 0), (1, 0)]
+    at = found.set_index(["layer", "head"])
+    assert at.loc[(0, 0), "onset"] == 40 and at.loc[(1, 0), "onset"] == 10 and np.isnan(at.loc[(0, 1), "onset"])
+    assert at.loc[(1, 0), "worst"] == 9 and at.loc[(1, 0), "ratio"] == 3
+    still = onsets(table({(0, 0): [1, 3, 3, 1]}), [[1]])
+    assert accused(still) == [] and still["worst"][0] == 3
+
+
+def test_a_state_that_is_not_finite_has_left():
+    found = onsets(table({(0, 0): [1, 1, float("nan"), float("nan")], (0, 1): [1, 5, 5, 5]}), [[1, 1]])
+    assert accused(found)[0] == (0, 0) and found["onset"][0] == 30
+    with pytest.raises(InputError, match="shorter than the tokens between"):
+        onsets(table({}), [[1]])
+
+
+def test_the_verdict_in_words():
+    norms = {(3, 1): [1] * 13 + [9] * 3, (3, 4): [1] * 13 + [8] * 3, (5, 0): [1] * 13 + [7] * 3, (5, 1): [1] * 16}
+    found = onsets(table(norms, every=110, retention=0.98), [[1] * 5] * 6)
+    losses = pd.DataFrame({"position": range(110, 1761, 110), "loss": [1.0] * 14 + [2.5] * 2})
+    said = verdict(found, losses, 512)
+    assert said == (
+        "layer 3 heads 1, 4 and layer 5 head 0 leave their range at 1.5K tokens; first token retained 0.98 there; "
+        "loss doubles at 1.61K"
+    )
+    healthy = verdict(onsets(table({(0, 0): [1, 1.2], (0, 1): [1, 1.4]}), [[1, 1]]), losses.head(4), 512)
+    assert healthy == "no head of 2 leaves its range (the furthest stands at 1.4x); the loss does not double"
+    many = {(0, h): [1, 5 + h] for h in range(9)}
+    assert "(the worst 6 of 9)" in verdict(onsets(table(many), [[1] * 9]))
+
+
+def test_where_the_loss_doubles():
+    def at(*values):
+        return doubling(pd.DataFrame({"position": range(10, 10 * len(values) + 1, 10), "loss": values}), 20)
+
+    assert at(1, 1, 3, 1, 3, 3) == 50 and at(1, 1, 1.9) is None and at(1, 3, 9) == 30
+
+
+@torch.no_grad()
+def test_tail_losses_are_of_the_second_half():
+    lm, ids = tiny(), torch.randint(256, (3, 102))
+    wanted = lm.losses(lm(ids[:, :-1]), ids[:, 1:])[:, 50:].mean(1)
+    for segment in (7, 101, None):
+        assert tail_losses(lm, ids, segment).numpy() == pytest.approx(wanted.double().numpy(), rel=1e-5)
+
+
+@torch.no_grad()
+def test_only_the_accused_are_capped():
+    lm, ids = tiny(), torch.randint(256, (1, 128))
+    norms, plain = [[0.01] * lm.mixers[0].heads] * 2, lm.new_cache()
+    lm(ids, plain)
+    before = [m.policy for m in lm.mixers]
+    with capped(lm, [(0, 1)], norms):
+        cache = lm.new_cache()
+        lm(ids, cache)
+    assert [m.policy for m in lm.mixers] == before
+    size = cache.layers[0].scan.state.flatten(-2).norm(dim=-1)[0]
+    free = plain.layers[0].scan.state.flatten(-2).norm(dim=-1)[0]
+    assert float(size[1]) == pytest.approx(0.01, rel=1e-4) and float(size[0]) == pytest.approx(float(free[0]), rel=1e-4)
+
+
+def test_the_fewest_that_recover(monkeypatch):
+    """Of four accused, all heads there are, the worst two carry 90% of the loss."""
+    lm = tiny()
+    ranked = [(0, 0), (1, 1), (0, 1), (1, 0)]
+    weight = {(0, 0): 0.5, (1, 1): 0.4, (0, 1): 0.08, (1, 0): 0.02}
+    now = {"heads": ()}
+
+    class Capped:
+        def __init__(self, model, heads, norms):
+            self.heads = heads
+
+        def __enter__(self):
+            now["heads"] = tuple(self.heads)
+
+        def __exit__(self, *error):
+            now["heads"] = ()
+
+    def loss(model, ids):
+        if model.restart is not None:
+            return torch.tensor([1.0])
+        return torch.tensor([3.0 - 2.0 * sum(weight[h] for h in now["heads"])])
+
+    monkeypatch.setattr("rnn_longctx.probes.ablation.capped", Capped)
+    monkeypatch.setattr("rnn_longctx.probes.ablation.tail_losses", loss)
+    found = ablate(lm, torch.zeros(1, 9, dtype=torch.int64), ranked, [[1, 1]] * 2, 4)
+    assert found.fewest == ranked[:2] and found.recovered == pytest.approx(0.9)
+    assert found.others == pytest.approx([0.1] * 5) and found.all_accused == pytest.approx(1.0)
+    assert "capping 2 heads recovers 90%" in str(found) and lm.restart is None
+    assert ablate(lm, torch.zeros(1, 9, dtype=torch.int64), [], [[1, 1]] * 2, 4).fewest == []
+
+
+def test_probe_of_a_model_that_never_forgets_and_of_one_that_does(tmp_path):
+    sick = probe(tiny(), TEXT, 2048, every=32, calibration_text=TEXT, prove=True)
+    assert len(accused(sick.heads)) == 4 and sick.heads["retained"].min() > 0.9
+    assert sick.trace["position"].max() == 2048 and len(sick.losses) == 64
+    healthy = probe(tiny((4.0, 16.0)), TEXT, 2048, every=32, calibration_text=TEXT)
+    assert accused(healthy.heads) == [] and "no head of 4 leaves" in healthy.verdict
+    paths = sick.save(tmp_path / "p")
+    assert all(p.is_file() for p in paths)
+    kept = json.loads((tmp_path / "p" / "probe.json").read_text())
+    assert kept["verdict"] == sick.verdict and kept["ablation"]["length"] == 2048 and kept["text"] == "made"
+    assert len(pd.read_parquet(paths[0])) == 4 * 64
+
+
+@pytest.mark.parametrize("prompt", ["newline", "passkey"])
+def test_other_prompts(prompt):
+    found = probe(tiny(), TEXT, 512, prompt=prompt, every=64, slices=2, calibration_text=TEXT)
+    assert found.trace["row"].nunique() == 2 and found.about["prompt"] == prompt
+
+
+def test_bad_input(tmp_path):
+    lm = tiny()
+    for arguments, message in (
+        ((100, {"every": 256}), "100 tokens are fewer than one look"),
+        ((512, {"prompt": "newlines"}), "unknown prompt 'newlines'; did you mean \"newline\""),
+        ((10**6, {}), "were asked for|has"),
+    ):
+        with pytest.raises(InputError, match=message):
+            probe(lm, TEXT, arguments[0], calibration_text=TEXT, **arguments[1])
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot write to"):
+        probe(lm, TEXT, 256, calibration_text=TEXT).save(tmp_path / "file")
+    lm.train_length = None
+    with pytest.raises(InputError, match="give --train-length"):
+        probe(lm, TEXT, 512)
