@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rnn_longctx.models.layers import Unscaled
 from rnn_longctx.ssd.kernels.launcher import Launched
 
 CONV = (16, 64, 2)  # tokens and channels of a program, and its warps
@@ -66,14 +67,19 @@ def conv_silu(x: Tensor, weight: Tensor, bias: Tensor | None, before: Tensor | N
 
 @Launched
 @triton.jit
-def _norm(x, add, gate, weight, total, y, sx, sa, sg, width, eps,
-          BLOCK: tl.constexpr, HAS_ADD: tl.constexpr, HAS_GATE: tl.constexpr):  # fmt: skip
+def _norm(x, add, squares, gate, weight, total, y, sx, sa, sg, width, eps, parts, add_width, add_eps,
+          BLOCK: tl.constexpr, HAS_ADD: tl.constexpr, PARTS: tl.constexpr, HAS_GATE: tl.constexpr):  # fmt: skip
     row, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
     e = tl.arange(0, BLOCK)
     here, at = e < width, group * width + e
     v = tl.load(x + row * sx + at, mask=here, other=0.0).to(tl.float32)
     if HAS_ADD:
-        v += tl.load(add + row * sa + at, mask=here, other=0.0).to(tl.float32)
+        more = tl.load(add + row * sa + at, mask=here, other=0.0).to(tl.float32)
+        if PARTS > 0:
+            part = tl.arange(0, PARTS)
+            square = tl.sum(tl.load(squares + row * parts + part, mask=part < parts, other=0.0), 0)
+            more *= tl.rsqrt(square / add_width + add_eps)
+        v += more
         tl.store(total + row * sx + at, v.to(total.dtype.element_ty), mask=here)
     if HAS_GATE:
         z = tl.load(gate + row * sg + at, mask=here, other=0.0).to(tl.float32)
@@ -84,19 +90,25 @@ def _norm(x, add, gate, weight, total, y, sx, sa, sg, width, eps,
 
 
 def norm(x: Tensor, weight: Tensor, eps: float, groups: int = 1, gate: Tensor | None = None,
-         add: Tensor | None = None, dtype: torch.dtype | None = None,
+         add: Tensor | Unscaled | None = None, dtype: torch.dtype | None = None,
          total: torch.dtype | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
     """RMSNorm of x (..., dim) (+ add) (* silu(gate)), over each of `groups` equal parts, times weight; in `dtype`, or
     x's. Returns it and x + add (in type `total`, or x's; x itself without add)."""
     shape, width = x.shape, x.shape[-1] // groups
     flat = x.contiguous().reshape(-1, shape[-1])
+    squares, parts, PARTS, add_width, add_eps = weight, 0, 0, 1, 0.0
+    if isinstance(add, Unscaled):
+        add, squares, add_width, add_eps = add
+        parts = squares.shape[-1]
+        PARTS, squares = triton.next_power_of_2(parts), squares.contiguous()
     added, gates = (weight[None] if t is None else t.reshape(-1, shape[-1]) for t in (add, gate))
     y = torch.empty(shape, dtype=dtype or x.dtype, device=x.device)
     after = x if add is None else torch.empty(shape, dtype=total or x.dtype, device=x.device)
     BLOCK = triton.next_power_of_2(width)
     with torch.cuda.device_of(x):
         _norm[(flat.shape[0], groups)](
-            flat, added, gates, weight, after, y, flat.stride(0), added.stride(0), gates.stride(0), width, eps,
-            BLOCK=BLOCK, HAS_ADD=add is not None, HAS_GATE=gate is not None, num_warps=min(8, max(1, BLOCK // 256)),
+            flat, added, squares, gates, weight, after, y, flat.stride(0), added.stride(0), gates.stride(0), width,
+            eps, parts, add_width, add_eps, BLOCK=BLOCK, HAS_ADD=add is not None, PARTS=PARTS,
+            HAS_GATE=gate is not None, num_warps=min(8, max(1, BLOCK // 256)),
         )  # fmt: skip
     return y, after

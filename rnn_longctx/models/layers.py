@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rnn_longctx.ssd import fused
+from rnn_longctx.ssd import Gate, fused
 
 
 def _kernels(x: Tensor) -> bool:
     if not x.is_cuda or torch.is_grad_enabled() or torch.compiler.is_compiling():  # a compiler fuses these itself
         return False
     return x.dtype in fused.DTYPES and fused.missing() is None
+
+
+class Unscaled(NamedTuple):
+    """values (B,T,dim) that a norm's factor a token, 1 / rms, is still to multiply. squares (B,T,·), float32, add up to
+    the `width` squares of which rms^2 is the mean, and eps."""
+
+    values: Tensor
+    squares: Tensor
+    width: int
+    eps: float
+
+    def scaled(self) -> Tensor:
+        factor = (self.squares.sum(-1, keepdim=True) / self.width + self.eps).rsqrt()
+        return (self.values * factor).to(self.values.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -31,7 +47,11 @@ class RMSNorm(nn.Module):
             return layer_kernels.norm(x, self.weight, self.eps, self.groups, gate)[0]
         return self._norm(x, gate).to(x.dtype)
 
-    def add(self, x: Tensor, more: Tensor | None, in_fp32: bool) -> tuple[Tensor, Tensor]:
+    def gate(self, z: Tensor) -> Gate | None:
+        """For a scan to apply this norm, gated by z (B,T,H,P); None where kernels are not to be used, or cannot."""
+        return Gate(z, self.weight) if self.groups == 1 and _kernels(z) else None
+
+    def add(self, x: Tensor, more: Tensor | Unscaled | None, in_fp32: bool) -> tuple[Tensor, Tensor]:
         """The norm of x + more, in the weight's type, and x + more itself: float32 if asked for (float64 stays). The
         sum is normed as it is, not rounded to the weight's type first as in transformers: in bf16 that rounding is the
         difference."""
@@ -43,7 +63,7 @@ class RMSNorm(nn.Module):
                 x, self.weight, self.eps, self.groups, add=more, dtype=self.weight.dtype, total=wide
             )
         if more is not None:
-            x = x.to(wide) + more
+            x = x.to(wide) + (more.scaled() if isinstance(more, Unscaled) else more)
         return self._norm(x, None).to(self.weight.dtype), x
 
     def _norm(self, x: Tensor, gate: Tensor | None) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from rnn_longctx.errors import InputError
 from rnn_longctx.models.cache import Cache, Carry
-from rnn_longctx.models.layers import RMSNorm, causal_conv
+from rnn_longctx.models.layers import RMSNorm, Unscaled, causal_conv
 from rnn_longctx.models.restart import Restart, read_restarting
 from rnn_longctx.ssd import PLAIN, Call, Observer, ScanPolicy, choose, scan
 
@@ -145,9 +145,10 @@ class Mamba2(nn.Module):
         return F.softplus(projected[..., -self.heads :] + self.dt_bias).clamp(*self.config.dt_limit)
 
     def forward(
-        self, u: Tensor, carry: Carry | None, mask: Tensor | None, reset: Tensor | None
-    ) -> tuple[Tensor, Carry]:
-        """(B, T, d_model) in and out, with the carry after it."""
+        self, u: Tensor, carry: Carry | None, mask: Tensor | None, reset: Tensor | None, unscaled: bool = False
+    ) -> tuple[Tensor | Unscaled, Carry]:
+        """(B, T, d_model) in and out, with the carry after it. unscaled: where the scan can apply the norm, its factor
+        a token may be left to the sum that comes next, which saves a pass over memory."""
         c = self.config
         z, xBC, dt = self.in_proj(u).split([c.d_inner, c.conv_dim, c.nheads], -1)
         if mask is not None:
@@ -155,12 +156,17 @@ class Mamba2(nn.Module):
         xBC, conv = causal_conv(xBC, self.conv1d, carry.conv if carry else None, reset)
         x, B, C = xBC.split([c.d_inner, c.ngroups * c.d_state, c.ngroups * c.d_state], -1)
         groups = (c.ngroups, c.d_state)
+        linear = self.out_proj.bias is None  # a factor a token may then be applied after it
+        gate = self.norm.gate(z.unflatten(-1, (c.nheads, c.headdim))) if unscaled and linear else None
         y, scanned = scan(
             x.unflatten(-1, (c.nheads, c.headdim)), dt, self.A,
             B.unflatten(-1, groups), C.unflatten(-1, groups), dt_bias=self.dt_bias, dt_limit=c.dt_limit, D=self.D,
             policy=self.policy, carry=carry.scan if carry else None, reset=reset, mask=mask, backend=self.backend,
-            observer=self.observer,
+            observer=self.observer, gate=gate,
         )  # fmt: skip
+        if gate is not None and gate.squares is not None:
+            out = Unscaled(self.out_proj(y.flatten(-2)), gate.squares, c.d_inner, c.norm_eps)
+            return out, Carry(conv, scanned)
         return self.out_proj(self.norm(y.flatten(-2), z)), Carry(conv, scanned)
 
 
@@ -267,7 +273,8 @@ class Mamba2LM(nn.Module):
         h, out, carries = self.backbone.embedding(ids), None, []
         for i, block in enumerate(self.backbone.blocks):
             normed, h = block.norm.add(h, out, self.config.residual_in_fp32)
-            out, carry = block.mixer(normed, cache.layers[i] if cache.layers else None, mask, reset)
+            before = cache.layers[i] if cache.layers else None
+            out, carry = block.mixer(normed, before, mask, reset, unscaled=True)
             carries.append(carry)
         read = torch.full((len(ids),), ids.shape[1]) if mask is None else mask.sum(1).cpu()
         cache.position = read + (cache.position if cache.layers else 0)

@@ -18,21 +18,21 @@ from torch import Tensor
 
 from rnn_longctx.errors import InputError
 from rnn_longctx.ssd import fused, official, pytorch, reference
-from rnn_longctx.ssd.backends import Backend, Call, choose, register
+from rnn_longctx.ssd.backends import Backend, Call, Gate, choose, register
 from rnn_longctx.ssd.carry import ScanCarry, WindowCarry, tree_map
 from rnn_longctx.ssd.policy import PLAIN, Cap, ScanPolicy
 from rnn_longctx.ssd.statistics import Observer, Statistics
 from rnn_longctx.ssd.window import window_state
 
-__all__ = ["PLAIN", "Backend", "Call", "Cap", "Observer", "ScanCarry", "ScanPolicy", "Statistics", "WindowCarry",
-           "choose", "row_counts", "scan", "tree_map", "window_state"]  # fmt: skip
+__all__ = ["PLAIN", "Backend", "Call", "Cap", "Gate", "Observer", "ScanCarry", "ScanPolicy", "Statistics",
+           "WindowCarry", "choose", "row_counts", "scan", "tree_map", "window_state"]  # fmt: skip
 
 
 def scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *, dt_bias: Tensor | None = None,
          dt_softplus: bool = True, dt_limit: tuple[float, float] = (0.0, math.inf), D: Tensor | None = None,
          policy: ScanPolicy = PLAIN, carry: ScanCarry | None = None, reset: Tensor | None = None,
-         mask: Tensor | None = None, backend: str | None = None,
-         observer: Observer | None = None) -> tuple[Tensor, ScanCarry]:  # fmt: skip
+         mask: Tensor | None = None, backend: str | None = None, observer: Observer | None = None,
+         gate: Gate | None = None) -> tuple[Tensor, ScanCarry]:  # fmt: skip
     """Read T tokens: raw projections and a policy in, outputs and the carry out. How a stream is cut into calls
     changes nothing.
 
@@ -47,6 +47,7 @@ def scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *, dt_bias: Ten
         mask: (B, T) bool, False where a token is padding. Padding may stand only before a row's first token.
         backend: the name of one, or None for the first that supports the policy here.
         observer: is shown the state's statistics at the positions that `observer.every` divides.
+        gate: a norm to apply to y where the backend can and no observer looks: then `gate.squares` is set.
     Returns:
         y (B, T, H, P) in x's dtype, and the carry. States are float32 (float64 for float64 inputs).
     Raises:
@@ -59,7 +60,7 @@ def scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *, dt_bias: Ten
         "dt_bias": dt_bias, "dt_softplus": dt_softplus, "dt_limit": dt_limit, "D": D, "policy": policy,
     }  # fmt: skip
     if observer is None or not x.shape[1]:
-        return _read(x, dt, A, B, C, **shared, carry=carry, reset=reset, mask=mask, backend=backend)
+        return _read(x, dt, A, B, C, **shared, carry=carry, reset=reset, mask=mask, backend=backend, gate=gate)
     if (mask is not None and not bool(mask.all())) or (reset is not None and bool(reset.any())):
         raise InputError("an observer follows rows that stand at one position: no padding, no documents")
     return _observed(x, dt, A, B, C, carry, backend, observer, shared)
@@ -101,7 +102,8 @@ def _observed(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, carry: Sca
 def _read(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *, dt_bias: Tensor | None, dt_softplus: bool,
           dt_limit: tuple[float, float], D: Tensor | None, policy: ScanPolicy, carry: ScanCarry | None,
           reset: Tensor | None, mask: Tensor | None, backend: str | None,
-          looks: tuple[int, list[Statistics]] | None = None) -> tuple[Tensor, ScanCarry]:  # fmt: skip
+          looks: tuple[int, list[Statistics]] | None = None,
+          gate: Gate | None = None) -> tuple[Tensor, ScanCarry]:  # fmt: skip
     batch, length, heads, headdim = x.shape
     chosen = choose(policy, backend, Call(x.device, x.dtype, A.ndim == 2, headdim, B.shape[3]))
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -130,7 +132,9 @@ def _read(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *, dt_bias: Te
     if mask is not None or reset is not None or policy.reset is not None:
         counts, drop = row_counts(carry.position, length, mask=mask, reset=reset, every=policy.reset)
 
-    inside = {} if looks is None else {"looks": looks}
+    inside: dict[str, Any] = {} if looks is None else {"looks": looks}
+    if gate is not None and chosen.gates:
+        inside["gate"] = gate
     with (
         nullcontext() if not torch.is_autocast_enabled(x.device.type) else torch.autocast(x.device.type, enabled=False)
     ):
@@ -208,7 +212,7 @@ def _check_mask(mask: Tensor, position: Tensor) -> Tensor | None:
     return mask
 
 
-_fused = Backend("triton", fused.run, fused.missing, fused.refuses, fused.observes)
+_fused = Backend("triton", fused.run, fused.missing, fused.refuses, fused.observes, gates=True)
 if not fused.interpreted():  # Triton's interpreter is for tests: only when asked for
     register(_fused)
 register(Backend("torch", pytorch.run, lambda: None, lambda policy, call: None))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
+from torch import Tensor
 
 from rnn_longctx.errors import InputError, nearest
 from rnn_longctx.ssd.policy import ScanPolicy
@@ -23,17 +24,32 @@ class Call:
     d_state: int
 
 
+@dataclass
+class Gate:
+    """A gated RMSNorm, y * silu(z) / rms * weight, that a scan may apply as it writes y: all but 1 / rms, which is one
+    factor a token, so that what reads y can take it over if it is linear. Without gradients only.
+
+    z (B,T,H,P); weight (H*P). squares (B,T,·), float32: left by a scan that did so (others return y as ever); they add
+    up to the sum over all channels of (y * silu(z))^2.
+    """
+
+    z: Tensor
+    weight: Tensor
+    squares: Tensor | None = None
+
+
 @dataclass(frozen=True)
 class Backend:
     """`missing()` says in words why it cannot run here, `refuses(policy, call)` why not with this policy and (unless
     the call is None) these inputs; None is yes. `observes(policy, call, k)`: whether it shows the state every k tokens
-    from inside a scan."""
+    from inside a scan. `gates`: whether `run` takes a Gate, and applies it where it can."""
 
     name: str
     run: Callable
     missing: Callable[[], str | None]
     refuses: Callable[[ScanPolicy, Call | None], str | None]
     observes: Callable[[ScanPolicy, Call, int], bool] = lambda policy, call, every: False
+    gates: bool = False
 
 
 _BACKENDS: dict[str, Backend] = {}  # the first that can run is taken, so registration order is preference

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rnn_longctx.ssd import fused_window, ops, pytorch
-from rnn_longctx.ssd.backends import Call
+from rnn_longctx.ssd.backends import Call, Gate
 from rnn_longctx.ssd.caps import clip_factor
 from rnn_longctx.ssd.carry import ScanCarry
 from rnn_longctx.ssd.gates import gates
@@ -98,8 +98,10 @@ def observes(policy: ScanPolicy, call: Call, every: int) -> bool:
 def run(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *, dt_bias: Tensor | None, dt_softplus: bool,
         dt_limit: tuple[float, float], D: Tensor | None, policy: ScanPolicy, carry: ScanCarry, reset: Tensor | None,
         mask: Tensor | None, counts: Tensor | None, drop: Tensor | None,
-        looks: tuple[int, list[Statistics]] | None = None) -> tuple[Tensor, ScanCarry]:  # fmt: skip
-    """`looks`: (k, where to leave the statistics every k tokens); see `observes`."""
+        looks: tuple[int, list[Statistics]] | None = None,
+        gate: Gate | None = None) -> tuple[Tensor, ScanCarry]:  # fmt: skip
+    """`looks`: (k, where to leave the statistics every k tokens); see `observes`. `gate`: applied to bfloat16 and
+    float32 without a window or caps."""
     if x.dtype == torch.float16:  # its products with a state that grows leave its range
         y, after = run(x.float(), dt, A, B.float(), C.float(), dt_bias=dt_bias, dt_softplus=dt_softplus,
                        dt_limit=dt_limit, D=D, policy=policy, carry=carry, reset=reset, mask=mask, counts=counts,
@@ -124,6 +126,8 @@ def run(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *, dt_bias: Tens
     asked = (x, dt, A, B, C, D, dt_bias, carry.state)
     graded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in asked)
     op = ops.scan if graded or torch.compiler.is_compiling() else ops.forward
+    if policy.caps or op is ops.scan:
+        gate = None
 
     every = policy.caps[0].every if _in_pieces(policy) else 0
     due = [cap.every for cap in policy.caps]
@@ -131,8 +135,13 @@ def run(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *, dt_bias: Tens
 
     def read(x: Tensor, dt: Tensor, B: Tensor, C: Tensor, state: Tensor, capped: bool) -> tuple:
         caps = cap_table(policy, x.shape[2], x.device) if capped else None
-        return op(x, dt, A, B, C, D, dt_bias, state.contiguous(), table, pad, marks, caps, float(dt_limit[0]),
-                  float(dt_limit[1]), dt_softplus, every, due, position)[:3]  # fmt: skip
+        args = (x, dt, A, B, C, D, dt_bias, state.contiguous(), table, pad, marks, caps, float(dt_limit[0]),
+                float(dt_limit[1]), dt_softplus, every, due, position)  # fmt: skip
+        if gate is None:
+            return op(*args)[:3]
+        z = gate.z if gate.z.stride(-1) == 1 else gate.z.contiguous()
+        *made, gate.squares = ops.gated(*args, z, gate.weight.contiguous())
+        return tuple(made)
 
     before, lead = carry.log_decay, min(x.shape[1], -position % every) if every else 0
     if looks is not None:

@@ -46,7 +46,8 @@ def forward(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Maybe, dt
 
 def _forward(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Maybe, dt_bias: Maybe, initial: Tensor,
              table: Tensor, pad: Maybe, drop: Maybe, caps: Maybe, low: float, high: float, softplus: bool, every: int,
-             due: list[int], position: int, look: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+             due: list[int], position: int, look: int = 0, z: Maybe = None,
+             weight: Maybe = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     from rnn_longctx.ssd.kernels import launch, launch_caps
 
     if caps is not None and 0 < every <= x.shape[1] and not look:
@@ -60,6 +61,12 @@ def _forward(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Maybe, d
     elif caps is not None and not every:
         factors = launch_caps.token_factors(x, B, initial, caps, tuple((k, position) for k in due), ready, c)
         launch_caps.cut_back_tokens(ready, factors)
+    if z is not None and weight is not None:
+        squares = launch.gate_squares(x, c)
+        y, final = launch.scan_forward(
+            x, B, C, D, A, table, drop, initial, low, ready, c, gate=(z, weight, squares)
+        )  # fmt: skip
+        return y, final, ready.spent.sum(2, dtype=torch.float64), squares
     if not look:
         y, final = launch.scan_forward(x, B, C, D, A, table, drop, initial, low, ready, c)
         return y, final, ready.spent.sum(2, dtype=torch.float64), factors
@@ -123,6 +130,13 @@ def observed(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     and, instead of factors, (3,B,H,T//k): sum, sum of squares and largest size of the state there."""
     x, B, every, maybe = args[0], args[3], args[15], (args[5], args[6], args[9], args[10], args[11])
     return _run(_forward, x, B, every, (*maybe, x), args)
+
+
+def gated(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`forward` without caps and with two more arguments, a gate's z (B,T,H,P) and weight (H*P), applied to y; instead
+    of factors, the gate's squares."""
+    x, B, every, maybe = args[0], args[3], args[15], (args[5], args[6], args[9], args[10], args[11])
+    return _run(_forward, x, B, every, (*maybe, *args[-2:]), (*args[:-2], 0, *args[-2:]))
 
 
 def backward(dy: Tensor, dfinal: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Maybe,

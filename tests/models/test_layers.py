@@ -1,18 +1,22 @@
 """The kernels beside the scan against their PyTorch forms, which test_mamba2.py and the parity tests hold."""
 
+import copy
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 pytest.importorskip("triton")
 
-from rnn_longctx.models import layers
-from rnn_longctx.ssd import fused
+from rnn_longctx.models import Mamba2Config, Mamba2LM, layers
+from rnn_longctx.ssd import PLAIN, ScanPolicy, fused, ops
 
 if fused.missing():
     pytest.skip(fused.missing(), allow_module_level=True)
 
 from rnn_longctx.models import layer_kernels, matvec
+from rnn_longctx.ssd.kernels import launch
 
 DEVICE = "cpu" if fused.interpreted() else "cuda"
 
@@ -47,6 +51,72 @@ def test_norm(groups, gated, added):
     expected = (v / (v.square().mean(-1, keepdim=True) + 1e-5).sqrt()).flatten(-2) * weight
     torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(total, expected_total)
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_norm_of_a_sum_with_what_is_unscaled(groups):
+    norm = layers.RMSNorm(45, 1e-5, groups).to(DEVICE)
+    x, values = torch.randn(2, 2, 7, 45, device=DEVICE).unbind(0)
+    squares = torch.rand(2, 7, 5, device=DEVICE)
+    with torch.no_grad():
+        y, total = layer_kernels.norm(x, norm.weight, norm.eps, groups, add=layers.Unscaled(values, squares, 90, 1e-3))
+        more = layers.Unscaled(values.cpu(), squares.cpu(), 90, 1e-3)
+        expected, expected_total = norm.cpu().add(x.cpu(), more, True)
+    rms = (squares.sum(-1, keepdim=True) / 90 + 1e-3).sqrt()
+    torch.testing.assert_close(total, x + values / rms)
+    torch.testing.assert_close(total.cpu(), expected_total)
+    torch.testing.assert_close(y.cpu(), expected)
+
+
+@pytest.fixture
+def folds(monkeypatch):
+    """folds(model, ids, sizes, fold, **marks): hidden states read in segments, with norms folded into scans or not."""
+    if DEVICE == "cpu":
+        monkeypatch.setattr(layers, "_kernels", lambda x: True)
+        monkeypatch.setattr(launch, "blocks", lambda *_: launch.Blocks(16, 32, 16, 4, 1))
+        monkeypatch.setattr(launch, "segment_chunks", lambda *_: 2)
+    folded = []
+    gated = ops.gated
+    monkeypatch.setattr(ops, "gated", lambda *args: folded.append(args) or gated(*args))
+
+    @torch.no_grad()
+    def read(model, ids, sizes, fold, **marks):
+        folded.clear()
+        with monkeypatch.context() as patch:
+            if not fold:
+                patch.setattr(layers.RMSNorm, "gate", lambda *_: None)
+            cache, parts = model.new_cache(), zip(ids.split(sizes, 1), *(m.split(sizes, 1) for m in marks.values()))
+            hidden = torch.cat([model(part, cache, **dict(zip(marks, rest))) for part, *rest in parts], 1)
+        assert len(folded) == (sum(s > 1 for s in sizes) * model.config.n_layer if fold else 0)
+        return hidden
+
+    return read
+
+
+@pytest.mark.parametrize(("name", "headdim"), [("plain", 32), ("rri", 64)])
+def test_a_norm_folded_into_the_scan(make, folds, name, headdim):
+    """The same, in one segment and in several, with padding and with documents."""
+    model = make(d_model=64, headdim=headdim, ngroups=1, d_state=16).to(DEVICE)
+    model.use_backend("triton")
+    for mixer in model.mixers:
+        mixer.policy = {"plain": PLAIN, "rri": ScanPolicy(add=math.log(0.99), gain=0.75)}[name]
+        mixer.A_log.data[0] = math.log(200.0)  # wild
+    ids = torch.randint(61, (2, 45), device=DEVICE)
+    mask, reset = (torch.full((2, 45), value, device=DEVICE) for value in (True, False))
+    mask[1, :7], reset[0, 20], reset[1, 30] = False, True, True
+    for sizes, marks in (([1, 35, 9], {}), ([45], {"mask": mask}), ([45], {"reset": reset})):
+        real = marks.get("mask", torch.ones_like(mask))
+        folded, plain = (folds(model, ids, sizes, fold, **marks) for fold in (True, False))
+        torch.testing.assert_close(folded[real], plain[real], rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_not_folded(make, folds):
+    """Norms of groups, and a projection with a bias."""
+    for fields in ({"ngroups": 2}, {"ngroups": 1, "bias": True}):
+        model = make(**fields).to(DEVICE)
+        model.use_backend("triton")
+        with pytest.raises(AssertionError):
+            folds(model, torch.randint(61, (1, 20), device=DEVICE), [20], True)
 
 
 @pytest.mark.parametrize(
@@ -84,9 +154,22 @@ def test_norm_and_projection_in_half(dim, groups, dtype):
 
 
 @pytest.mark.gpu
-def test_a_model_reads_alike_with_and_without_kernels():
-    from rnn_longctx.models import Mamba2Config, Mamba2LM
+@pytest.mark.parametrize("described", [0, 2**60])
+def test_a_norm_folded_into_the_scan_in_bf16(make, folds, monkeypatch, described):
+    """By the copy engine and without: nearer to the exact logits, if anything."""
+    monkeypatch.setattr(launch, "DESCRIBED", described)
+    model = make(torch.bfloat16, d_model=256, headdim=64, ngroups=1, d_state=128).to(DEVICE)
+    ids = torch.randint(61, (2, 5000), device=DEVICE)
+    folded, plain = (model.logits(folds(model, ids, [2048, 2952], fold)).double() for fold in (True, False))
+    with torch.no_grad():
+        exact = copy.deepcopy(model).double()
+        exact = exact.logits(exact(ids))
+    far, far_plain = ((y - exact).norm() / exact.norm() for y in (folded, plain))
+    assert far < 1.1 * far_plain and far < 5e-2
 
+
+@pytest.mark.gpu
+def test_a_model_reads_alike_with_and_without_kernels():
     with torch.device("cuda"):
         model = Mamba2LM(Mamba2Config(d_model=64, n_layer=2, d_state=32, headdim=32)).eval()
     ids = torch.randint(256, (2, 777), device="cuda")

@@ -24,12 +24,12 @@ from rnn_longctx.ssd.kernels import (
 )  # fmt: skip
 
 POINTERS = {"dt": "x", "x": "x", "B": "x", "C": "x", "y": "x", "gram": "x", "dy": "x", "dx": "x", "ddt": "x",
-            "weight": "x", "norm": "x", "bias": "x", "before": "x", "after": "x", "add": "x", "gate": "x",
+            "z": "x", "weight": "x", "norm": "x", "bias": "x", "before": "x", "after": "x", "add": "x", "gate": "x",
             "projected": "x", "drop": "i8", "pad": "i32", "wild": "i32", "near": "i32", "kept": "i32",
             "position": "i64", "log_decay": "fp64"}  # fmt: skip
 FLOATS = ("A", "D", "dt_bias", "table", "cum", "scale", "totals", "initial", "states", "final", "caps", "S", "factors",
           "spent", "total", "grads", "ends", "dB", "dC", "dlog_decay", "dscale", "dD", "dA", "dcum", "dtotal", "dbias",
-          "room", "sums", "head", "x_before", "B_before", "until", "rest")  # fmt: skip
+          "room", "sums", "squares", "head", "x_before", "B_before", "until", "rest")  # fmt: skip
 OF_CHUNKS = {(backward.output_grads, "states"), (backward.input_grads, "grads"), (backward.chunk_states, "out"),
              (backward.chunk_state_grads, "out"), (backward.chunk_state_grads, "at_chunks")}  # fmt: skip
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -43,8 +43,8 @@ def compile_one(kernel, capability, dtype, warps, like_x=(), **constants):
     for name in names:
         if name in constants:
             signature[name] = "constexpr"
-        elif constants.get("TMA") and name in ("x", "B", "C", "gram", "y"):
-            width = {"gram": constants["Q"], "x": constants["BP"], "y": constants["BP"]}.get(name, constants["BN"])
+        elif constants.get("TMA") and name in ("x", "B", "C", "gram", "y", "z"):
+            width = {"gram": constants["Q"], "B": constants["BN"], "C": constants["BN"]}.get(name, constants["BP"])
             signature[name] = f"tensordesc<{NAMES[dtype]}[1, {constants['Q']}, 1, {width}]>"
         elif name in POINTERS or name in like_x or (named, name) in OF_CHUNKS:
             signature[name] = "*" + POINTERS.get(name, "x").replace("x", NAMES[dtype])
@@ -53,7 +53,7 @@ def compile_one(kernel, capability, dtype, warps, like_x=(), **constants):
         elif name in FLOATS:
             signature[name] = "*fp32"
         else:
-            signature[name] = "fp32" if name in ("low", "high", "limit", "eps") else "i32"
+            signature[name] = "fp32" if name in ("low", "high", "limit", "eps", "add_eps") else "i32"
     even = [n for n in names if signature[n][0] == "*" or n in ("sx", "sa", "dim")]  # what sizes of 16 make of a stride
     aligned = {(names.index(n),): [["tt.divisibility", 16]] for n in even}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
@@ -71,6 +71,7 @@ if __name__ == "__main__":
                  "HAS_PAD": False, "HAS_DROP": False, "WILD": False, "TMA": False, "FULL": dtype == torch.float32,
                  "Q": c.Q, "BP": c.BP, "BN": c.BN, "BH": 32, "BLOCK": 1024, "STAGES": c.stages,
                  "PDL": capability >= 90, "LANES": 32, "DENSE": True, "ALONE": False, "HAS_LOOK": False,
+                 "HAS_GATE": False, "PARTS": 32,
                  "HAS_CAPS": False, "EACH": 64, "SPAN": window.SPAN}  # fmt: skip
         cases = [
             (prepare.prepare_chunk, 4, {}),
@@ -86,6 +87,8 @@ if __name__ == "__main__":
             (forward.chunk_scan, c.warps, {"HAS_LOOK": True}),
             (forward.chunk_scan, c.warps, {"WILD": True, "HAS_DROP": True}),
             (forward.chunk_scan, c.warps, {"ALONE": True}),
+            (forward.chunk_scan, c.warps, {"HAS_GATE": True}),
+            (forward.chunk_scan, c.warps, {"HAS_GATE": True, "WILD": True}),
             (window.block_spans, 4, {}),
             (window.add_block_before, window.WARPS, {}),
             (window.add_carried, window.WARPS, {"BP": min(c.BP, 32)}),
@@ -99,6 +102,7 @@ if __name__ == "__main__":
         if dtype == torch.bfloat16 and capability >= 90:
             cases.append((forward.chunk_scan, c.warps, {"TMA": True}))
             cases.append((forward.chunk_scan, c.warps, {"TMA": True, "ALONE": True}))
+            cases.append((forward.chunk_scan, c.warps, {"TMA": True, "HAS_GATE": True}))
         if (dtype, d_state) == (torch.bfloat16, 128):
             cases += [
                 (prepare.prepare_chunk, 4, {"HAS_PAD": True, "HAS_DROP": True}),

@@ -126,15 +126,16 @@ def tile(source, stride_b, stride_t, stride_h, b, t0, h, column, T, columns, Q: 
 
 @Launched
 @triton.jit
-def chunk_scan(x, B, C, gram, y, A, table, cum, scale, totals, D, drop, initial, states, ends, final, wild, sums, low,
-               sxb, sxt, sxh, sBb, sBt, sBg, sCb, sCt, sCg, syb, syt, syh, sDh, sDp,
-               T, H, P, N, G, chunks, segment_chunks, segments, parts, looks, look_chunks,
+def chunk_scan(x, B, C, gram, y, z, A, table, cum, scale, totals, D, drop, initial, states, ends, final, wild, sums,
+               weight, squares, low, sxb, sxt, sxh, sBb, sBt, sBg, sCb, sCt, sCg, syb, syt, syh, szb, szt, szh,
+               sDh, sDp, T, H, P, N, G, chunks, segment_chunks, segments, parts, looks, look_chunks,
                Q: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, HAS_D: tl.constexpr, HAS_DROP: tl.constexpr,
                FULL: tl.constexpr, WILD: tl.constexpr, TMA: tl.constexpr, HAS_LOOK: tl.constexpr,
-               STAGES: tl.constexpr, ALONE: tl.constexpr = False):  # fmt: skip
+               HAS_GATE: tl.constexpr, STAGES: tl.constexpr, ALONE: tl.constexpr = False):  # fmt: skip
     """y (B,T,H,P) and final (B,H,P,N), of the segments that are wild or of those that are not, in `parts` each: where
     one head alone is wild, the device would wait for its few programs. ALONE: rows begin at zero and nothing follows
-    them, initial and final are not touched. sums (3,B,H,looks,P): of the state after every `look_chunks` chunks."""
+    them, initial and final are not touched. sums (3,B,H,looks,P): of the state after every `look_chunks` chunks. With a
+    gate, y is what `Gate` says, of z (B,T,H,P) and weight (H,P), and squares are (B,T,H,ceil(P/BP))."""
     segment, h = tl.program_id(0) // parts, tl.program_id(1).to(tl.int64)
     blocks = tl.cdiv(P, BP)
     b, block = (tl.program_id(2) // blocks).to(tl.int64), tl.program_id(2) % blocks
@@ -146,6 +147,8 @@ def chunk_scan(x, B, C, gram, y, A, table, cum, scale, totals, D, drop, initial,
     S = first_state(initial, states, ends, row, segment, segments, p, n, P, N, False, ALONE)
     if HAS_D:
         D_P = tl.load(D + h * sDh + p * sDp, mask=p < P, other=0.0).to(tl.float32)
+    if HAS_GATE:
+        weight_P = tl.load(weight + h * P + p, mask=p < P, other=0.0).to(tl.float32)
     carry = 0.0  # S is still to be multiplied by exp(carry)
     first = segment * segment_chunks
     stop = tl.minimum(first + segment_chunks, chunks)
@@ -199,6 +202,13 @@ def chunk_scan(x, B, C, gram, y, A, table, cum, scale, totals, D, drop, initial,
         y_QP = tl.trans(Y)
         if HAS_D:
             y_QP += x_QP * D_P[None, :]
+        if HAS_GATE:
+            z_QP = tile(z, szb, szt, szh, b, t0, h, block * BP, T, P, Q, BP, TMA).to(tl.float32)
+            root = tl.rsqrt(1.0 + tl.exp2(-1.4426950408889634 * z_QP))  # of sigmoid(z), without a division
+            y_QP *= z_QP * root * root
+            t = t0.to(tl.int64) + q
+            tl.store(squares + ((b * T + t) * H + h) * blocks + block, tl.sum(y_QP * y_QP, 1), mask=t < T)
+            y_QP *= weight_P[None, :]
         if TMA:
             y.store([b.to(tl.int32), t0, h.to(tl.int32), block * BP], y_QP.to(x_QP.dtype).reshape(1, Q, 1, BP))
         else:

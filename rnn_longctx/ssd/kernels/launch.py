@@ -103,11 +103,20 @@ def look_sums(x: Tensor, look: int) -> Tensor:
     return torch.empty(3, batch, heads, length // look, headdim, dtype=torch.float32, device=x.device)
 
 
+def gate_squares(x: Tensor, c: Blocks) -> Tensor:
+    """(B,T,·): room for a gate's sums of squares, one a head and block of its rows."""
+    batch, length, heads, headdim = x.shape
+    parts = heads * triton.cdiv(headdim, c.BP)
+    return torch.empty(batch, length, parts, dtype=torch.float32, device=x.device)
+
+
 def scan_forward(x: Tensor, B: Tensor, C: Tensor, D: Tensor | None, A: Tensor, table: Tensor, drop: Tensor | None,
                  initial: Tensor | None, low: float, ready: Prepared, c: Blocks, y: Tensor | None = None,
-                 sums: Tensor | None = None, look: int = 0) -> tuple[Tensor, Tensor]:  # fmt: skip
+                 sums: Tensor | None = None, look: int = 0,
+                 gate: tuple[Tensor, Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y (B,T,H,P) as x, or where it is to be written, and the final state (B,H,P,N), float32. Without an initial state
-    rows begin at zero and their final states are not made. sums: of `look_sums`, to be filled every `look` tokens."""
+    rows begin at zero and their final states are not made. sums: of `look_sums`, to be filled every `look` tokens.
+    gate: z (B,T,H,P) and weight (H*P), to be applied to y, and room of `gate_squares`."""
     batch, length, heads, headdim = x.shape
     groups, d_state = B.shape[2:]
     chunks, segments = ready.totals.shape[2], ready.wild.shape[2]
@@ -127,20 +136,22 @@ def scan_forward(x: Tensor, B: Tensor, C: Tensor, D: Tensor | None, A: Tensor, t
         )  # fmt: skip
     Ds = (0, 0) if D is None else (D.stride(0), D.stride(1) if D.ndim == 2 else 0)
     looks = (1, 1) if sums is None else (sums.shape[3], look // c.Q)
-    strides = (*x.stride()[:3], *B.stride()[:3], *C.stride()[:3], *y.stride()[:3], *Ds)
+    z, weight, squares = (y, table, table) if gate is None else gate
+    strides = (*x.stride()[:3], *B.stride()[:3], *C.stride()[:3], *y.stride()[:3], *z.stride()[:3], *Ds)
     for wild in (False, True):
-        gram, arrays, described = ready.gram, (x, B, C, y), False
+        gram, arrays, described = ready.gram, (x, B, C, y, z), False
         if not wild and x.numel() >= DESCRIBED and all(_describable(t) for t in arrays):
             described = True
             gram = TensorDescriptor.from_tensor(gram.flatten(2, 3).transpose(1, 2), [1, c.Q, 1, c.Q])
-            widths = (c.BP, c.BN, c.BN, c.BP)
+            widths = (c.BP, c.BN, c.BN, c.BP, c.BP)
             arrays = tuple(TensorDescriptor.from_tensor(t, [1, c.Q, 1, w]) for t, w in zip(arrays, widths))
         pieces = min(WILD_PARTS, triton.cdiv(ready.segment_chunks, 16)) if wild else 1
         forward.chunk_scan[(segments * pieces, heads, parts)](
-            *arrays[:3], gram, arrays[3], A, table, ready.cum, ready.scale, ready.totals, table if D is None else D,
-            mark, table if initial is None else initial, states, ends, final, ready.wild,
-            table if sums is None else sums, low, *strides, *sizes, pieces, *looks, **shared, HAS_D=D is not None,
-            WILD=wild, TMA=described, HAS_LOOK=sums is not None, STAGES=c.stages, ALONE=initial is None,
+            *arrays[:3], gram, *arrays[3:], A, table, ready.cum, ready.scale, ready.totals,
+            table if D is None else D, mark, table if initial is None else initial, states, ends, final, ready.wild,
+            table if sums is None else sums, weight, squares, low, *strides, *sizes, pieces, *looks, **shared,
+            HAS_D=D is not None, WILD=wild, TMA=described, HAS_LOOK=sums is not None, HAS_GATE=gate is not None,
+            STAGES=c.stages, ALONE=initial is None,
         )  # fmt: skip
     return y, final
 
