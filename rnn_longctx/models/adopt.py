@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from rnn_longctx.errors import InputError
+from rnn_longctx.models import adopt_rows
 from rnn_longctx.models.adopt_mamba1 import AdoptedMamba1, is_mamba1
 from rnn_longctx.models.adopt_transformers import AdoptedMixer, is_mamba2
 from rnn_longctx.models.cache import Carry
@@ -170,6 +171,11 @@ class Adopted:
             mixer.backend = name
 
     @property
+    def attends(self) -> bool:
+        """Whether attention stands beside the recurrence: a hybrid keeps keys and values, a pure model states alone."""
+        return "cache_params" not in self._takes
+
+    @property
     def device(self) -> torch.device:
         return self.model.get_input_embeddings().weight.device
 
@@ -223,10 +229,10 @@ class Adopted:
             padding = padding + length - read
         total = cache.seen + length
         given: dict[str, Any] = {}
-        key = "cache_params" if "cache_params" in self._takes else "past_key_values"
-        attends = key == "past_key_values"  # a pure model's mask is of this call's tokens, a hybrid's of all
-        if bool(padding.any()) and (attends or mask is not None):
-            columns = torch.arange(0 if attends else cache.seen, total)
+        key = "past_key_values" if self.attends else "cache_params"
+        if bool(padding.any()) and (self.attends or mask is not None):
+            # a pure model's mask is of this call's tokens, a hybrid's of all
+            columns = torch.arange(cache.dropped if self.attends else cache.seen, total)
             given["attention_mask"] = (columns >= padding[:, None]).long().to(ids.device)
         if "position_ids" in self._takes:  # some families count a cached call's tokens from 0
             at = (torch.arange(cache.seen, total) - padding[:, None]).clamp(min=0)
@@ -280,6 +286,7 @@ class AdoptedCache:
         library: the library's own, or None before the first token.
         position: (B,) int64 on the CPU, tokens each row has read.
         seen, padding: columns read since the library's cache was new, and how many of them are a row's padding (B,).
+        dropped: how many of the first columns attention holds no more.
         tail: see `Cache`.
     """
 
@@ -287,7 +294,7 @@ class AdoptedCache:
         self.mixers = mixers
         self.library: Any = None
         self.position = torch.zeros(0, dtype=torch.int64)
-        self.seen = 0
+        self.seen = self.dropped = 0
         self.padding: Tensor | None = None
         self.tail: Tensor | None = None
 
@@ -312,7 +319,7 @@ class AdoptedCache:
     def layers(self, layers: list[Carry]) -> None:
         if layers:
             raise InputError("the layers of an adopted model's cache can be dropped, not replaced")
-        self.library, self.seen, self.padding = None, 0, None
+        self.library, self.seen, self.padding, self.dropped = None, 0, None, 0
 
     def clone(self) -> AdoptedCache:
         new = copy.copy(self)
@@ -329,6 +336,8 @@ class AdoptedCache:
         new.padding = self.padding if self.padding is None else self.padding[index.cpu()]
         new.tail = self.tail if self.tail is None else self.tail[index.to(self.tail.device)]
         return new
+
+    concat = staticmethod(adopt_rows.concat)
 
 
 def _nothing_found(model: nn.Module) -> str:

@@ -83,6 +83,18 @@ class AdoptedMixer:
         return -self.module.A_log.detach().float().exp()
 
     @property
+    def in_proj(self) -> nn.Module:
+        return self.module.in_proj
+
+    def steps(self, projected: Tensor) -> Tensor:
+        """dt (B, T, H), after softplus and clamp, from what `in_proj` gives (B, T, ...): its last H channels in every
+        family, times FalconH1's multipliers."""
+        dt = projected[..., -self.heads :]
+        if (multipliers := getattr(self.module, "mup_vector", None)) is not None:
+            dt = dt * multipliers[..., -self.heads :]
+        return F.softplus(dt + self.module.dt_bias).clamp(*self.module.time_step_limit)
+
+    @property
     def policy(self) -> ScanPolicy:
         return self._policy
 

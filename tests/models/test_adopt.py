@@ -19,6 +19,7 @@ from rnn_longctx.models.adopt import adopt, load_adopted
 from rnn_longctx.models.adopt_transformers import _Call, _scan
 from rnn_longctx.models.generate import generate, prefill
 from rnn_longctx.probes.envelope import measure_envelope
+from rnn_longctx.probes.gates import measure_steps
 from rnn_longctx.ssd import PLAIN, Cap, ScanPolicy
 
 VOCAB = 97
@@ -527,7 +528,7 @@ def test_policies_are_plain_after_all(build):
 
 @torch.no_grad()
 def test_remedies_that_need_more_than_a_scan(build):
-    """A prompt can be read otherwise through this library's interface; what an adopted model cannot show is refused."""
+    """A prompt can be read otherwise through this library's interface alone."""
     theirs = build("mamba2")
     ours = rnn_longctx.adopt(theirs, train_length=8)
     ids = _ids(1, 30)
@@ -536,16 +537,104 @@ def test_remedies_that_need_more_than_a_scan(build):
     each = [ours.logits(ours(torch.cat([ids[:, max(0, e - 7) : e], ids[:, -4:]], 1)))[:, -1] for e in range(26, 0, -7)]
     entropies = [torch.distributions.Categorical(logits=v).entropy() for v in each]
     torch.testing.assert_close(logits, each[int(torch.cat(entropies).argmin())], **NEAR)
-    for remedy, message in (("decimate", "own model only"), ("token-filter", "it is adopted")):
-        with pytest.raises(NotApplicable, match=message):
-            mitigate(ours, remedy, target_length=64)
-    for remedy in ("chunk-select", "reset:every=8"):
+    for remedy in ("chunk-select", "decimate", "reset:every=8"):
         with pytest.raises(NotApplicable, match="is a way to read"):
             mitigate(theirs, remedy)
     for remedy in ("a-winsor:share=0.2", "delta-scale:scale=0.5", "noise-start:std=0.1"):
         with mitigate(theirs, remedy):
             changed = _logits(theirs, ids)
         assert not torch.allclose(changed, _logits(theirs, ids))
+
+
+@torch.no_grad()
+def test_steps_are_those_of_its_own_scan(model, family, monkeypatch):
+    """What a mixer's forward hands to its scan, softplus and clamp done here. Families differ in what is before."""
+    adopted, given = adopt(model), []
+    if family in MAMBA1:
+        with pytest.raises(InputError, match="mixer of Mamba-1"):
+            adopted.mixers[0].steps(torch.randn(1, 2, 3))
+        return
+    for mixer in adopted.mixers:
+        mixer.module.time_step_limit = (0.2, 0.9)
+    scan = adopted.mixers[0].names["mamba2_chunk_scan"]
+
+    def spy(x, dt, *rest, dt_bias, dt_limit, **named):
+        given.append(nn.functional.softplus(dt + dt_bias).clamp(*dt_limit))
+        return scan(x, dt, *rest, dt_bias=dt_bias, dt_limit=dt_limit, **named)
+
+    monkeypatch.setitem(adopted.mixers[0].names, "mamba2_chunk_scan", spy)
+    steps = measure_steps(adopted, _ids())
+    assert len(steps) == len(given) == RECURRENT[family]
+    for found, expected in zip(steps, given):
+        assert found.shape == (2, 20, 8) and ((found > 0.2) & (found < 0.9)).float().mean() > 0.05
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+@torch.no_grad()
+def test_token_filter(model, family):
+    """The thresholds are those of the steps; below them a token leaves the state alone."""
+    adopted = adopt(model, tokenizer=ByteTokenizer(), train_length=16)
+    text = Text("made", bytes(torch.randint(32, VOCAB, (3000,)).tolist()))
+    if family in MAMBA1:
+        with pytest.raises(NotApplicable, match=r"token-filter reads one step a head.*Mamba-1's"):
+            mitigate(adopted, "token-filter", target_length=64, text=text)
+        return
+    for mixer in adopted.mixers:
+        mixer.module.A_log[0] = -9.0  # the first head sees far
+    with mitigate(adopted, "token-filter:clamp=0", target_length=64, text=text) as handle:
+        g = torch.tensor([p.min_dt for p in handle.plan.policies])
+        assert "made" in handle.plan.calibration and (g[:, 0] > 0).all()
+        ids = _ids()
+        filtered, found = _logits(model, ids), measure_steps(adopted, ids)
+        states = _stream(adopted, ids, [20])[1].layers
+    assert not torch.allclose(filtered, _logits(model, ids))
+    first = states[0].scan.log_decay[:, 0]  # of the first layer's far head: from the steps that are kept
+    kept = torch.where(found[0][..., 0] >= g[0, 0], found[0][..., 0], 0.0).sum(1)
+    torch.testing.assert_close(first.float(), kept * adopted.mixers[0].A[0], rtol=1e-4, atol=1e-9)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("first", [0, 2])
+def test_decimate_reads_as_our_own_model(build, first, tmp_path):
+    theirs = build("mamba2")
+    theirs.save_pretrained(tmp_path)
+    ours, adopted = checkpoint.load(tmp_path), adopt(theirs)
+    ids, more = _ids(2, 40), _ids(2, 5)
+    remedy = f"decimate:base=12,first={first},least=3"
+    with mitigate(adopted, remedy), mitigate(ours, remedy):
+        for segment in (40, 7):
+            logits, cache = prefill(adopted, ids, segment=segment)
+            expected, own = prefill(ours, ids, segment=segment)
+            torch.testing.assert_close(logits, expected, **NEAR)
+        assert cache.position.tolist() == [40, 40]
+        torch.testing.assert_close(adopted.logits(adopted(more, cache)), ours.logits(ours(more, own)), **NEAR)
+    assert not torch.allclose(prefill(adopted, ids)[0], logits)
+
+
+@pytest.mark.parametrize(("family", "why"), [("bamba", "drops tokens between layers"), ("mamba", "Mamba-1's")])
+def test_decimate_needs_pure_mamba2(build, family, why):
+    with pytest.raises(NotApplicable, match=why):
+        mitigate(adopt(build(family)), "decimate")
+
+
+@torch.no_grad()
+def test_chunk_select_of_several_prompts(model):
+    """Rows whose surest chunks differ in length go on side by side as each would alone."""
+    adopted = adopt(model, time_step_limit_in_decode=True)
+    with mitigate(adopted, "chunk-select:chunk=9,query=4"):
+        for _ in range(20):
+            ids = _ids(3, 19)  # chunks of 9 and 6 tokens
+            logits, cache = prefill(adopted, ids, segment=30)
+            alone = [prefill(adopted, row[None], segment=30) for row in ids]
+            if len({part.seen for _, part in alone}) > 1:
+                break
+        torch.testing.assert_close(logits, torch.cat([each for each, _ in alone]), **NEAR)
+        assert cache.position.tolist() == [19] * 3
+        for cut in (1, 5, 1):
+            more = _ids(3, cut)
+            expected = [adopted(row[None], part) for row, (_, part) in zip(more, alone)]
+            torch.testing.assert_close(adopted(more, cache), torch.cat(expected), **NEAR)
+    assert len({part.seen for _, part in alone}) > 1
 
 
 @torch.no_grad()

@@ -1,0 +1,66 @@
+"""Rows of an adopted model's cache, hybrid or pure: put together."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rnn_longctx.errors import InputError
+from rnn_longctx.models.cache import _zip_map
+
+if TYPE_CHECKING:
+    from rnn_longctx.models.adopt import AdoptedCache
+
+
+def concat(parts: list[AdoptedCache], order: list[int]) -> AdoptedCache:
+    """As `Cache.concat`. Where rows have read unequally much, attention's keys and values (B, heads, T, dim) are padded
+    at the left, as if so many columns of padding had stood before the row.
+
+    Raises:
+        InputError: rows that stand at different places of a sliding window's blocks, or under a cropped attention.
+    """
+    back = torch.empty(len(order), dtype=torch.int64)
+    back[torch.tensor(order)] = torch.arange(len(order))
+
+    def cat(tensors: list[Tensor]) -> Tensor:
+        return torch.cat(tensors)[back.to(tensors[0].device)]
+
+    new, seen = parts[0].clone(), max(p.seen for p in parts)
+    if any(p.dropped for p in parts):
+        raise InputError("rows whose attention was cropped cannot be put together")
+    for i, layer in enumerate(new.library.layers):
+        layers = [p.library.layers[i] for p in parts]
+        for states in ("conv_states", "recurrent_states"):
+            for k in getattr(layer, states, ()):
+                getattr(layer, states)[k] = cat([getattr(each, states)[k] for each in layers])
+        if attends(layer):
+            for what in ("keys", "values"):
+                tensors = [getattr(each, what) for each in layers]
+                longest = max(t.shape[2] for t in tensors)
+                setattr(layer, what, cat([F.pad(t, (0, 0, longest - t.shape[2], 0)) for t in tensors]))
+        besides: list[Any] = [getattr(each, "beside", None) for each in layers]
+        if besides[0] is not None:
+            if len({b.window.x.shape[1] for b in besides if b.window}) > 1:
+                raise InputError("rows of unequal lengths under a sliding window cannot be put together")
+            layer.beside = _zip_map(cat, besides)
+    shifts = [torch.full((len(p.position),), seen - p.seen) for p in parts]
+    new.seen, new.position = seen, cat([p.position for p in parts])
+    new.padding = cat([s if p.padding is None else s + p.padding for p, s in zip(parts, shifts)])
+    return new
+
+
+def attends(layer: Any) -> bool:
+    """Whether a layer of a library's cache holds keys and values.
+
+    Raises:
+        InputError: the layer forgets old ones by itself, or holds them in another form (quantised).
+    """
+    keys = getattr(layer, "keys", None)
+    if not isinstance(keys, Tensor):
+        return False
+    if getattr(layer, "is_sliding", False) or keys.ndim != 4:
+        raise InputError(f"a {type(layer).__name__} of the library's cache can be gone on from, not taken apart")
+    return True
