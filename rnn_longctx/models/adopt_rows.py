@@ -1,4 +1,4 @@
-"""Rows of an adopted model's cache, hybrid or pure: put together."""
+"""Rows of an adopted model's cache, hybrid or pure: put together, and kept in a file."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rnn_longctx.errors import InputError
-from rnn_longctx.models.cache import _zip_map
+from rnn_longctx.models.adopt_transformers import Beside, _keep
+from rnn_longctx.models.cache import Cache, Carry, _zip_map
+from rnn_longctx.ssd import ScanCarry, window_state
 
 if TYPE_CHECKING:
-    from rnn_longctx.models.adopt import AdoptedCache
+    from rnn_longctx.models.adopt import Adopted, AdoptedCache
 
 
 def concat(parts: list[AdoptedCache], order: list[int]) -> AdoptedCache:
@@ -49,6 +51,45 @@ def concat(parts: list[AdoptedCache], order: list[int]) -> AdoptedCache:
     shifts = [torch.full((len(p.position),), seen - p.seen) for p in parts]
     new.seen, new.position = seen, cat([p.position for p in parts])
     new.padding = cat([s if p.padding is None else s + p.padding for p, s in zip(parts, shifts)])
+    return new
+
+
+def to_cache(cache: AdoptedCache) -> tuple[Cache, dict[str, Tensor]]:
+    """The recurrent layers as a `Cache`, and beside it the keys and values of attention, where it stands in the stream
+    (columns read, columns dropped) and the rows' padding; new tensors or views. Raises InputError: see `attends`."""
+    found, extra = Cache([], cache.position, cache.tail), {"columns": torch.tensor([cache.seen, cache.dropped])}
+    if cache.padding is not None:
+        extra["padding"] = cache.padding
+    for mixer, carry in zip(cache.mixers, cache.layers):
+        beside = mixer.beside(cache.library.layers[mixer.module.layer_idx])
+        if beside is not None and beside.log_decay is not None:
+            state = carry.scan.state if beside.window is None else beside.window.block
+            carry = Carry(carry.conv, ScanCarry(state, beside.position, beside.log_decay, beside.window))
+        found.layers.append(carry)
+    for i, layer in enumerate(cache.library.layers if cache.library is not None else ()):
+        if attends(layer):
+            extra |= {f"keys.{i}": layer.keys, f"values.{i}": layer.values}
+    return found, extra
+
+
+@torch.no_grad()
+def from_cache(model: Adopted, kept: Cache, extra: dict[str, Tensor]) -> AdoptedCache:
+    """The cache that `to_cache` was given, for the model whose it was, under the policies of then."""
+    new = model.new_cache()
+    if kept.layers:
+        # one token, so that the library makes a cache of its own kinds of layers, which are then filled
+        model.read(torch.zeros(len(kept.position), 1, dtype=torch.int64, device=model.device), new)
+        new.seen, new.dropped = extra["columns"].tolist()
+        for mixer, carry in zip(model.mixers, kept.layers):
+            layer = new.library.layers[mixer.module.layer_idx]
+            shape = layer.recurrent_states[0].shape
+            layer.conv_states[0], layer.recurrent_states[0] = carry.conv, window_state(carry.scan).reshape(shape)
+            if mixer.active:
+                _keep(layer, Beside(mixer._era, carry.scan.position, carry.scan.log_decay, carry.scan.window))
+        for i, layer in enumerate(new.library.layers):
+            if attends(layer):
+                layer.keys, layer.values = (extra[f"{what}.{i}"].to(model.device) for what in ("keys", "values"))
+    new.position, new.tail, new.padding = kept.position, kept.tail, extra.get("padding")
     return new
 
 

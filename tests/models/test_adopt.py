@@ -11,13 +11,15 @@ import transformers as hf
 from torch import nn
 
 import rnn_longctx
+from rnn_longctx import cli
 from rnn_longctx.data import ByteTokenizer, Text
 from rnn_longctx.errors import InputError
 from rnn_longctx.mitigations import NotApplicable, active, mitigate
-from rnn_longctx.models import checkpoint
+from rnn_longctx.models import Cache, checkpoint
 from rnn_longctx.models.adopt import adopt, load_adopted
 from rnn_longctx.models.adopt_transformers import _Call, _scan
 from rnn_longctx.models.generate import generate, prefill
+from rnn_longctx.models.state import load_state, save_state
 from rnn_longctx.probes.envelope import measure_envelope
 from rnn_longctx.probes.gates import measure_steps
 from rnn_longctx.ssd import PLAIN, Cap, ScanPolicy
@@ -635,6 +637,70 @@ def test_chunk_select_of_several_prompts(model):
             expected = [adopted(row[None], part) for row, (_, part) in zip(more, alone)]
             torch.testing.assert_close(adopted(more, cache), torch.cat(expected), **NEAR)
     assert len({part.seen for _, part in alone}) > 1
+
+
+REMEDIES = ["none", "state-norm:quantile=0.5", "window:tokens=6", "reset:every=7,overlap=2"]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("remedy", REMEDIES)
+def test_a_saved_state_is_gone_on_from(model, remedy, tmp_path):
+    """In pieces, from the file, as at once; other weights and other remedies are refused."""
+    adopted = adopt(model, time_step_limit_in_decode=True, tokenizer=ByteTokenizer(), train_length=16, name="small")
+    text = Text("made", bytes(torch.randint(32, VOCAB, (3000,)).tolist()))
+    ids = _ids(2, 30)
+    with mitigate(adopted, remedy, text=text):
+        expected = generate(adopted, ids, 5)
+        _, cache = prefill(adopted, ids[:, :17])
+        before = adopted.logits(adopted(ids[:, 17:], cache.clone()))
+        save_state(tmp_path / "s", cache, adopted, remedy)
+        again = load_state(tmp_path / "s", adopted)
+        assert again.position.tolist() == [17, 17]
+        for a, b in zip(again.layers, cache.layers, strict=True):
+            assert torch.equal(a.conv, b.conv) and torch.equal(a.scan.state, b.scan.state)
+        torch.testing.assert_close(adopted.logits(adopted(ids[:, 17:], again)), before, rtol=0, atol=1e-5)
+        assert torch.equal(generate(adopted, ids[:, 17:], 5, cache=load_state(tmp_path / "s", adopted)), expected)
+    with mitigate(adopted, "rri"), pytest.raises(InputError, match="was read with the remedy"):
+        load_state(tmp_path / "s", adopted)
+    model.get_input_embeddings().weight[0, 0] += 1
+    del adopted.weights_hash  # it is worked out once
+    with pytest.raises(InputError, match="was read by small"):
+        load_state(tmp_path / "s", adopted)
+
+
+@torch.no_grad()
+def test_a_saved_state_of_padded_rows_and_one_to_start_from(model, tmp_path):
+    adopted = adopt(model)
+    ids, more, mask = _ids(2, 14), _ids(2, 6), torch.arange(14) >= torch.tensor([[5], [0]])
+    cache = adopted.new_cache()
+    adopted(ids, cache, mask)
+    save_state(tmp_path / "s", cache, adopted)
+    again = load_state(tmp_path / "s", adopted)
+    torch.testing.assert_close(adopted(more, again), adopted(more, cache), rtol=0, atol=1e-5)
+    with mitigate(adopted, f"stored-start:file={tmp_path / 's'}"):
+        started = [torch.tensor(mixer.policy.start) for mixer in adopted.mixers]
+    cache = load_state(tmp_path / "s", adopted)
+    torch.testing.assert_close(started, [carry.scan.state[0] for carry in cache.layers])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["mamba", "falcon_h1"])
+def test_generate_from_a_saved_state_on_the_command_line(build, family, tmp_path, capsys):
+    model = build(family)
+    model.save_pretrained(tmp_path / "kept")
+
+    def said(*words):
+        options = ["--tokenizer", "bytes", "--device", "cpu", "--max-new-tokens", "6"]
+        cli.app(["generate", str(tmp_path / "kept"), *words, *options], standalone_mode=False)
+        return capsys.readouterr().out
+
+    one, two, three = (str(tmp_path / name) for name in "123")
+    whole = said("--prompt", "!!##$$ %%&& ''((", "--save-state", one)
+    said("--prompt", "!!##$$ %%&", "--save-state", two)
+    assert said("--prompt", "& ''((", "--load-state", two, "--save-state", three) == whole
+    for a, b in zip(Cache.load(one).layers, Cache.load(three).layers, strict=True):
+        assert a.scan.position.tolist() == b.scan.position.tolist() == [16] and a.scan.state.abs().max() > 1e-3
+        torch.testing.assert_close(a.scan.state, b.scan.state, **NEAR)
 
 
 @torch.no_grad()
