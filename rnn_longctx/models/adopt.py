@@ -196,13 +196,16 @@ class Adopted:
         Args:
             cache: what the stream has read so far; it is moved on in place. None starts and forgets a stream.
             mask: (B, T) bool, False at left padding (only before a row's first token).
-            reset: refused: the model's own convolution and attention know no document boundaries in a stream.
+            reset: (B, T) bool, True where a new document begins. Each is read as a row of its own, in its own call of
+                the model, so that documents cost what they would unpacked.
         """
-        if reset is not None and bool(reset.any()):
-            raise InputError(f"{self.name} is adopted, and reads no documents packed into one row: give one a row")
         cache = cache if cache is not None else self.new_cache()
         if mask is not None and bool(mask.all()):
             mask = None
+        if reset is not None and bool(reset.any()):
+            if mask is not None or self.restart is not None:
+                raise InputError("documents packed into one row go with no padding and no control in an adopted model")
+            return adopt_rows.read_packed(self, ids, cache, reset)
         if self.restart is not None:
             if mask is not None or len(set(cache.position.tolist())) > 1:
                 raise InputError(f"the control {self.restart} needs rows of equal lengths in an adopted model")

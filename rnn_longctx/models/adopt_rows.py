@@ -1,4 +1,4 @@
-"""Rows of an adopted model's cache, hybrid or pure: put together, and kept in a file."""
+"""Rows of an adopted model's cache, hybrid or pure: put together, kept in a file, and documents packed into one."""
 
 from __future__ import annotations
 
@@ -52,6 +52,24 @@ def concat(parts: list[AdoptedCache], order: list[int]) -> AdoptedCache:
     new.seen, new.position = seen, cat([p.position for p in parts])
     new.padding = cat([s if p.padding is None else s + p.padding for p, s in zip(parts, shifts)])
     return new
+
+
+def read_packed(model: Adopted, ids: Tensor, cache: AdoptedCache, reset: Tensor) -> Tensor:
+    """`Adopted.read` of rows in which documents begin where reset (B, T) is True: each document is read as a row of its
+    own, one after the other, since the families' convolutions keep documents apart with a kernel of theirs only. The
+    cache is left at each row's last document; positions count from its beginning."""
+    parts, hidden = [], []
+    for row, begins in enumerate(reset.tolist()):
+        cuts = [t for t in range(ids.shape[1] + 1) if t in (0, ids.shape[1]) or begins[t]]
+        part, found = cache.rows([row]) if cache.seen else model.new_cache(), []
+        for start, end in zip(cuts, cuts[1:]):
+            part = model.new_cache() if begins[start] else part
+            found.append(model.read(ids[row : row + 1, start:end], part))
+        parts.append(part)
+        hidden.append(torch.cat(found, 1))
+    whole = concat(parts, list(range(len(parts))))
+    cache.library, cache.position, cache.seen, cache.padding = whole.library, whole.position, whole.seen, whole.padding
+    return torch.cat(hidden)
 
 
 def to_cache(cache: AdoptedCache) -> tuple[Cache, dict[str, Tensor]]:

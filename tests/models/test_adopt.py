@@ -639,6 +639,28 @@ def test_chunk_select_of_several_prompts(model):
     assert len({part.seen for _, part in alone}) > 1
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("policy", [PLAIN, POLICIES["cap every 7"]], ids=["plain", "cap every 7"])
+def test_packed_documents_are_read_as_if_alone(model, policy):
+    adopted = adopt(model, time_step_limit_in_decode=True)
+    _set(adopted, policy)
+    ids, reset = _ids(2, 30), torch.zeros(2, 30, dtype=torch.bool)
+    reset[0, [0, 9, 17]] = reset[1, 13] = True
+    alone = [[_logits(model, ids[0:1, a:b]) for a, b in ((0, 9), (9, 17), (17, 30))],
+             [_logits(model, ids[1:2, a:b]) for a, b in ((0, 13), (13, 30))]]  # fmt: skip
+    expected = torch.cat([torch.cat(row, 1) for row in alone])
+    for cuts in ([30], [11, 1, 10, 8]):
+        cache, found = adopted.new_cache(), []
+        for part, begins in zip(ids.split(cuts, 1), reset.split(cuts, 1)):
+            found.append(adopted.logits(adopted(part, cache, reset=begins)))
+        torch.testing.assert_close(torch.cat(found, 1), expected, **NEAR)
+        assert cache.position.tolist() == [13, 17]
+    assert (expected - _logits(model, ids)).abs().max() > 1e-3
+    mask = torch.arange(30) >= torch.tensor([[3], [0]])
+    with pytest.raises(InputError, match="no padding and no control"):
+        adopted(ids, mask=mask, reset=reset)
+
+
 REMEDIES = ["none", "state-norm:quantile=0.5", "window:tokens=6", "reset:every=7,overlap=2"]
 
 
