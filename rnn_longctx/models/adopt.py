@@ -173,7 +173,7 @@ class Adopted:
     @property
     def attends(self) -> bool:
         """Whether attention stands beside the recurrence: a hybrid keeps keys and values, a pure model states alone."""
-        return "cache_params" not in self._takes
+        return "past_key_values" in self._takes
 
     @property
     def device(self) -> torch.device:
@@ -323,6 +323,12 @@ class AdoptedCache:
         if layers:
             raise InputError("the layers of an adopted model's cache can be dropped, not replaced")
         self.library, self.seen, self.padding, self.dropped = None, 0, None, 0
+
+    def crop_attention(self, tokens: int) -> None:
+        """Drop attention's keys and values but for the last `tokens` columns. InputError: see `adopt_rows.attends`."""
+        for layer in filter(adopt_rows.attends, self.library.layers):
+            self.dropped = self.seen - min(tokens, layer.keys.shape[2])
+            layer.keys, layer.values = layer.keys[:, :, -tokens:], layer.values[:, :, -tokens:]
 
     def clone(self) -> AdoptedCache:
         new = copy.copy(self)

@@ -661,6 +661,21 @@ def test_packed_documents_are_read_as_if_alone(model, policy):
         adopted(ids, mask=mask, reset=reset)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in ("mamba2", "mamba", "falcon_mamba")])
+def test_attention_of_every_hybrid_is_cropped(build, family):
+    """As a banded mask does, which every one of them takes; see tests/mitigations/test_hybrid.py."""
+    model, ids, at = build(family), _ids(2, 26), torch.arange(26)
+    seen = (at <= at[:, None]) & (at >= at[:, None] // 3 * 3 - 3)
+    band = torch.zeros(2, 1, 26, 26).masked_fill(~seen, torch.finfo(torch.float32).min)
+    expected = _logits(model, ids, attention_mask={"full_attention": band, "linear_attention": None})
+    adopted = adopt(model, time_step_limit_in_decode=True)
+    assert adopted.attends and (expected - _logits(model, ids))[:, 6:].abs().max() > 1e-3
+    with mitigate(adopted, "attention-window:tokens=6"):
+        for cuts in ([26], [7, 1, 9, 1, 1, 7]):
+            torch.testing.assert_close(_stream(adopted, ids, cuts)[0], expected, **NEAR)
+
+
 REMEDIES = ["none", "state-norm:quantile=0.5", "window:tokens=6", "reset:every=7,overlap=2"]
 
 
