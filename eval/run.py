@@ -92,7 +92,7 @@ def evaluate(model: Mamba2LM, lengths: Sequence[int | str] | str, tasks: Sequenc
             job.check(context, lengths_of_job)
     _unseen(remedies, jobs, context)
     todo = [(remedy, jobs, remedy in asked) for remedy in remedies]
-    if getattr(model, "attends", False) and 0 < (model.train_length or 0) < max(wanted, default=0):
+    if getattr(model, "attends", False) and 1 < (model.train_length or 0) < max(wanted, default=0):
         losses: list[Task] = [job for job in jobs if isinstance(job, LanguageModel)]
         further = map(parse_remedy, diagnostics(model.train_length) if losses else [])  # type: ignore[arg-type]
         if "none" in map(str, remedies) and active(model)[0] == "none":
