@@ -74,6 +74,18 @@ def test_attention_sees_a_band(model, tmp_path):
 
 
 @torch.no_grad()
+def test_padding_stays_hidden_where_columns_were_dropped(model):
+    ids, padding, found = torch.randint(1, 256, (2, 40)), torch.zeros(2, 3, dtype=torch.int64), []
+    for before in (padding, padding[:, :0]):
+        cache, mask = model.new_cache(), torch.arange(before.shape[1] + 10).expand(2, -1) >= before.shape[1]
+        model(torch.cat([before, ids[:, :10]], 1), cache, mask)
+        with mitigate(model, "attention-window:tokens=8"):
+            found.append(torch.cat([model.logits(model(part, cache)) for part in ids[:, 10:].split([9, 1, 20], 1)], 1))
+        assert (cache.seen, cache.dropped) == (40 + before.shape[1], 32 + before.shape[1])
+    torch.testing.assert_close(*found, **NEAR)
+
+
+@torch.no_grad()
 def test_the_recurrence_begins_again(model):
     ids = torch.randint(1, 256, (2, 41))
     cache, found = model.new_cache(), []
