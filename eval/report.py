@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rnn_longctx.config import format_length
-from rnn_longctx.eval.sheets import RECALL, SETTING, Sheet, context_gain, sheets, summary
+from rnn_longctx.eval.sheets import DIAGNOSTICS, RECALL, SETTING, Sheet, context_gain, sheets, summary
 from rnn_longctx.eval.stats import wilson
 
 __all__ = ["conclusion", "context_gain", "header", "summary", "table", "to_text"]
@@ -87,6 +87,7 @@ def _loss_clauses(sheet: Sheet) -> list[str]:
     clauses = []
     if "none" in sheet.cells:
         clauses.append(f"without a remedy: {sheet.verdict('none').text}")
+        clauses += _hybrid_clauses(sheet)
     if not sheet.remedies():
         return clauses
     length = max(max(sheet.cells[r]) for r in sheet.remedies())
@@ -105,6 +106,37 @@ def _loss_clauses(sheet: Sheet) -> list[str]:
     if sheet.verdict(best).first_failing is not None:
         text += f"; it {sheet.verdict(best).text}"
     return [*clauses, text]
+
+
+def _hybrid_clauses(sheet: Sheet) -> list[str]:
+    """Of a hybrid: how much of what the loss rises beyond the training length comes back where attention alone, and
+    where the recurrence alone, is held to that length (`rnn_longctx.mitigations.hybrid`). It points at a part of which
+    surely more than a tenth of the rise comes back."""
+    if not any(name.startswith(DIAGNOSTICS) for name in sheet.cells):
+        return []
+    bare, train = sheet.cells["none"], sheet.train_length or 0
+    short = max((k for k in bare if k <= train), default=None)
+    length = max((k for k in bare if k > train), default=None)
+    if short is None or length is None:
+        return ["which part of the hybrid fails was not measured (it takes a length within training's, and one beyond)"]
+    rise, at = bare[length].value - bare[short].value, f"at {format_length(length)}"
+    if rise <= 0:
+        return [f"{at} the loss is not above that at {format_length(short)}: no part of the hybrid is seen to fail"]
+    gains, said, suspects = [], [], []
+    for kind, part in zip(DIAGNOSTICS, ("attention", "the recurrence")):
+        name = sheet.diagnostic(kind, length)
+        gain = sheet.gain("none", name, length) if name else None
+        gains.append(gain)
+        if gain is None:
+            said.append(f"{part}'s share was not measured")
+            continue
+        share, low, high = (value / rise for value in gain[:3])
+        said.append(f"{name} recovers {share:.0%} (95% {low:.0%} to {high:.0%})")
+        suspects += [part] if low > 0.1 else []
+    text = f"{at} the hybrid's loss is {rise:.3f} above that at {format_length(short)}: {', '.join(said)}"
+    if all(gain is not None and math.isfinite(gain.low) for gain in gains):
+        text += f", which points at {' and '.join(suspects) or 'neither alone'}"
+    return [text]
 
 
 def _recall_clauses(sheet: Sheet) -> list[str]:

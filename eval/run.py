@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from rnn_longctx.eval.lm import LanguageModel, text_of
 from rnn_longctx.eval.passkey import MultiKey, Passkey, Words
 from rnn_longctx.eval.results import Results, Row, to_frame
 from rnn_longctx.eval.task import Context, Task
-from rnn_longctx.mitigations import Remedy, active, mitigate, parse_remedy, standard
+from rnn_longctx.mitigations import NotApplicable, Remedy, active, diagnostics, mitigate, parse_remedy, standard
 from rnn_longctx.mitigations.stored import Stored
 from rnn_longctx.models import Mamba2LM
 from rnn_longctx.models.generate import SEGMENTS
@@ -59,7 +60,9 @@ def evaluate(model: Mamba2LM, lengths: Sequence[int | str] | str, tasks: Sequenc
     Args:
         lengths: in tokens; "4k" and "1m" are read too.
         mitigations: each is put on top of what is on the model already; None measures the model as it is; "all" stands
-            for every remedy (`rnn_longctx.mitigations.standard`) and the controls.
+            for every remedy (`rnn_longctx.mitigations.standard`) and the controls; a warning names those of them that
+            are not applicable. Where "none" is among them and the loss of a hybrid is measured beyond its training
+            length, it is measured under the two controls of `rnn_longctx.mitigations.hybrid` too.
         text: evaluated on: "stdlib", a file, a directory, "hf:dataset[:split[:column]]".
         calibration_text: for remedies that are calibrated; None takes what is kept with the checkpoint.
         out: a folder for cells, snapshots, results.parquet and results.csv; finished cells there are not measured
@@ -74,6 +77,7 @@ def evaluate(model: Mamba2LM, lengths: Sequence[int | str] | str, tasks: Sequenc
     wanted = sorted(set(parse_lengths(list(lengths) if not isinstance(lengths, str) else lengths)))
     jobs = [parse_task(t) for t in tasks]
     named = mitigations if mitigations is not None else ["none"]
+    asked = [parse_remedy(w) for w in named if w != "all"]
     named = [w for name in named for w in (standard(model.train_length) if name == "all" else [name])]
     remedies = list({str(r): r for r in map(parse_remedy, named)}.values())
     if not wanted or not jobs or not remedies:
@@ -86,11 +90,17 @@ def evaluate(model: Mamba2LM, lengths: Sequence[int | str] | str, tasks: Sequenc
         if lengths_of_job := job.lengths(wanted, model.train_length):
             job.check(context, lengths_of_job)
     _unseen(remedies, jobs, context)
+    todo = [(remedy, jobs, remedy in asked) for remedy in remedies]
+    if getattr(model, "attends", False) and 1 < (model.train_length or 0) < max(wanted, default=0):
+        losses: list[Task] = [job for job in jobs if isinstance(job, LanguageModel)]
+        further = map(parse_remedy, diagnostics(model.train_length) if losses else [])  # type: ignore[arg-type]
+        if "none" in map(str, remedies) and active(model)[0] == "none":
+            todo += [(remedy, losses, False) for remedy in further if remedy not in remedies]
     calibration = load_text(calibration_text) if calibration_text else None
 
     rows: list[Row] = []
     with _Progress(progress) as bar:
-        plan = list(_plan(model, remedies, jobs, wanted, calibration, context))
+        plan = list(_plan(model, todo, wanted, calibration, context))
         bar.total(sum(cost for *_, cost in plan))
         for remedy, job, some, _ in plan:
             with _mitigated(model, remedy, max(some), calibration, context):
@@ -111,13 +121,20 @@ def _unseen(remedies: list[Remedy], jobs: list[Task], context: Context) -> None:
                 )
 
 
-def _plan(model: Mamba2LM, remedies: list[Remedy], jobs: list[Task], lengths: list[int], calibration: Any,
+def _plan(model: Mamba2LM, todo: list[tuple[Remedy, list[Task], bool]], lengths: list[int], calibration: Any,
           context: Context) -> Iterator[tuple[Remedy, Task, list[int], int]]:  # fmt: skip
-    """What is to be run, with its cost in tokens. Putting every remedy on once shows what is wrong before it counts."""
-    for remedy in remedies:
-        with _mitigated(model, remedy, max(lengths), calibration, context):
-            if model.reader is not None and not any(job.asks for job in jobs):
-                raise InputError(f"{remedy} reads prompts, and has no loss of a text: give a task such as passkey")
+    """What is to be run, with its cost in tokens. Putting every remedy on once shows what is wrong before it counts;
+    one that was not asked for by its name may be not applicable."""
+    for remedy, jobs, asked in todo:
+        try:
+            with _mitigated(model, remedy, max(lengths), calibration, context):
+                if model.reader is not None and not any(job.asks for job in jobs):
+                    raise InputError(f"{remedy} reads prompts, and has no loss of a text: give a task such as passkey")
+        except NotApplicable as error:
+            if asked:
+                raise
+            logging.getLogger(__name__).warning("%s is not applicable: %s", remedy, error)
+            continue
         for job in jobs:
             mine = job.lengths(lengths, model.train_length)
             for some in [[n] for n in mine] if remedy.per_length else [mine] if mine else []:

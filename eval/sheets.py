@@ -18,6 +18,7 @@ import pandas as pd
 from rnn_longctx.eval.stats import Verdict, mean_stderr, paired_bootstrap, peak_within, verdict
 
 SETTING = ("model", "weights_hash", "tokenizer", "dtype")  # never mixed on one sheet
+DIAGNOSTICS = ("attention-window:", "reset-recurrence:")  # one part of a hybrid forgets, the other reads on
 RECALL = 0.95  # T_recall is the longest context with an accuracy above this (arXiv 2410.07145)
 
 
@@ -75,8 +76,15 @@ class Sheet:
 
     def best_recompute(self, length: int) -> str | None:
         """The `recompute:` control with the lowest loss at `length`: the hardest to beat."""
-        measured = [n for n in self.recomputes() if length in self.cells[n]]
+        return self._lowest(self.recomputes(), length)
+
+    def _lowest(self, names: list[str], length: int) -> str | None:
+        measured = [n for n in names if length in self.cells[n]]
         return min(measured, key=lambda n: (math.isnan(v := self.cells[n][length].value), v), default=None)
+
+    def diagnostic(self, kind: str, length: int) -> str | None:
+        """Of the controls whose names begin with `kind`, the one with the lowest loss at `length`."""
+        return self._lowest([n for n in self.cells if is_control(self.mitigations[n][0], kind)], length)
 
     def values(self, name: str) -> tuple[list[int], list[float]]:
         lengths = sorted(self.cells[name])
@@ -106,8 +114,9 @@ class Sheet:
 
 
 def is_control(mitigation: str, *kinds: str) -> bool:
-    """`reset:` and `recompute:`, alone, forget on purpose; they are what a remedy is compared with."""
-    return mitigation.startswith(kinds or ("reset:", "recompute:")) and "+" not in mitigation
+    """`reset:` and `recompute:`, alone, forget on purpose, and so do DIAGNOSTICS; they are what a remedy is compared
+    with."""
+    return mitigation.startswith(kinds or ("reset:", "recompute:", *DIAGNOSTICS)) and "+" not in mitigation
 
 
 def sheets(frame: pd.DataFrame) -> list[Sheet]:

@@ -14,6 +14,7 @@ from rnn_longctx.mitigations.chunk_select import ChunkSelect
 from rnn_longctx.mitigations.controls import Recompute, Reset
 from rnn_longctx.mitigations.decimate import Decimate
 from rnn_longctx.mitigations.delta_scale import DeltaScale
+from rnn_longctx.mitigations.hybrid import AttentionWindow, ResetRecurrence
 from rnn_longctx.mitigations.noise_start import NoiseStart
 from rnn_longctx.mitigations.none import Nothing
 from rnn_longctx.mitigations.rri import RRI
@@ -32,13 +33,14 @@ if TYPE_CHECKING:
     from rnn_longctx.data import Text
     from rnn_longctx.models import Mamba2LM
 
-__all__ = ["REMEDIES", "Handle", "NotApplicable", "Plan", "Remedy", "active", "mitigate", "parse_remedy", "standard"]
+__all__ = ["REMEDIES", "Handle", "NotApplicable", "Plan", "Remedy", "active", "diagnostics", "mitigate", "parse_remedy",
+           "standard"]  # fmt: skip
 
 REMEDIES: dict[str, type[Remedy]] = {
     r.name: r
     for r in (
         Nothing, StateNorm, RRI, Window, DeltaScale, AScale, AWinsor, TokenFilter, Decimate, ChunkSelect,
-        NoiseStart, StoredStart, Reset, Recompute,
+        NoiseStart, StoredStart, Reset, Recompute, AttentionWindow, ResetRecurrence,
     )
 }  # fmt: skip
 
@@ -100,7 +102,13 @@ def standard(train: int | None) -> list[str]:
         f"window:tokens={4 * train}",
         "token-filter",
     ]
-    return [*some, *known, f"recompute:last={train // 2 * 2}", f"recompute:last={2 * train}", f"reset:every={train}"]
+    controls = [f"recompute:last={train // 2 * 2}", f"recompute:last={2 * train}", f"reset:every={train}"]
+    return [*some, *known, *controls, *diagnostics(train)]
+
+
+def diagnostics(train: int) -> list[str]:
+    """The controls that tell which part of a hybrid fails beyond its training length."""
+    return [f"attention-window:tokens={train // 2 * 2}", f"reset-recurrence:every={train}"]
 
 
 class Handle:

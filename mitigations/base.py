@@ -70,6 +70,12 @@ def train_length(model: Mamba2LM, remedy: str) -> int:
     return model.train_length
 
 
+def one_step_a_head(model: Mamba2LM, remedy: str) -> None:
+    """Refuse a model whose steps are not Mamba-2's, one a head from what `in_proj` gives."""
+    if any(mixer.A.ndim > 1 for mixer in model.mixers):
+        raise NotApplicable(f"{remedy} reads one step a head, as Mamba-2 has: {model.name} has Mamba-1's")
+
+
 def above_zero(remedy: str, name: str, value: float | str) -> list[float]:
     """The numbers of `0.7` or `0.7/0.8/...`. Raises InputError where one is none, or not above 0."""
     try:

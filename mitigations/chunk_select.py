@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from rnn_longctx.errors import InputError
-from rnn_longctx.mitigations.base import NotApplicable, Plan, Remedy, same_everywhere
+from rnn_longctx.mitigations.base import Plan, Remedy, same_everywhere
 from rnn_longctx.models import Cache
 from rnn_longctx.spec import quiet
 
@@ -47,12 +47,10 @@ class ChunkSelect(Remedy):
 def read(model: Mamba2LM, ids: Tensor, segment: int, chunk: int, query: int) -> tuple[Tensor, Cache]:
     """Logits (B, vocab) after the last of ids (B, T), and the cache, of each row's surest chunk."""
     chosen = [_surest(model, row.to(model.device), segment, chunk, query) for row in ids]
-    if not isinstance(chosen[0][1], Cache) and len(ids) > 1:
-        raise NotApplicable("chunk-select reads an adopted model one prompt at a time: give batch 1")
     if len(ids) == 1:
         chosen[0][1].position = torch.full((1,), ids.shape[1])
         return chosen[0]
-    cache = Cache.concat([part for _, part in chosen], list(range(len(ids))))
+    cache = type(chosen[0][1]).concat([part for _, part in chosen], list(range(len(ids))))
     cache.position = torch.full((len(ids),), ids.shape[1])
     return torch.cat([logits for logits, _ in chosen]), cache
 

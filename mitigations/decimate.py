@@ -11,13 +11,13 @@ kept so far are held, so that memory does not grow with it.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from rnn_longctx.errors import InputError
-from rnn_longctx.mitigations.base import NotApplicable, Plan, Remedy, same_everywhere
+from rnn_longctx.mitigations.base import NotApplicable, Plan, Remedy, one_step_a_head, same_everywhere
 from rnn_longctx.models import Cache, Mamba2LM
 from rnn_longctx.spec import quiet
 
@@ -43,14 +43,17 @@ class Decimate(Remedy):
             raise InputError(f"decimate: beta must lie in (0, 1], got {self.beta:g}")
 
     def plan(self, model: Mamba2LM, target_length: int | None = None, text: Text | None = None) -> Plan:
-        if not isinstance(model, Mamba2LM):
-            raise NotApplicable("decimate reads layer by layer, which it can do with this library's own model only")
+        one_step_a_head(model, "decimate")
+        own = isinstance(model, Mamba2LM)
+        if not own and getattr(model, "attends", True):
+            raise NotApplicable(f"decimate drops tokens between layers, which attention in {model.name} needs")
         layers = len(model.mixers)
         first = layers // 2 if self.first is None else self.first
         if not 0 <= first < layers:
             raise InputError(f"decimate: first={first} is out of range, the model has layers 0 to {layers - 1}")
         keep = [max(self.least, round(self.base * self.beta ** (i - first))) for i in range(first, layers)]
-        return Plan(same_everywhere(model), reader=lambda model, ids, segment: read(model, ids, segment, first, keep))
+        how = read if own else read_adopted
+        return Plan(same_everywhere(model), reader=lambda model, ids, segment: how(model, ids, segment, first, keep))
 
 
 @torch.no_grad()
@@ -65,21 +68,48 @@ def read(model: Mamba2LM, ids: Tensor, segment: int, first: int, keep: list[int]
             normed, h = block.norm.add(h, out, fp32)
             out, carries[i] = block.mixer(normed, carries[i], None, None)
         normed, h = blocks[first].norm.add(h, out, fp32)
-        fresh = [h, normed, _score(model, first, normed)]
+        fresh = [h, normed, _score(model.mixers[first], normed)]
         kept = _heaviest([torch.cat(pair, 1) for pair in zip(kept, fresh)] if kept else fresh, keep[0])
     h, normed = kept[:2]
     for i, block in enumerate(blocks[first:], first):
         if i > first:
             normed, h = block.norm.add(h, out, fp32)
-            h, normed = _heaviest([h, normed, _score(model, i, normed)], keep[i - first])[:2]
+            h, normed = _heaviest([h, normed, _score(model.mixers[i], normed)], keep[i - first])[:2]
         out, carries[i] = block.mixer(normed, None, None, None)
     last = model.backbone.norm_f.add(h, out, fp32)[0][:, -1]
     return model.logits(last), Cache(carries, torch.full((len(ids),), ids.shape[1]))
 
 
-def _score(model: Mamba2LM, layer: int, normed: Tensor) -> Tensor:
+@torch.no_grad()
+def read_adopted(model: Any, ids: Tensor, segment: int, first: int, keep: list[int]) -> tuple[Tensor, Any]:
+    """`read` for transformers' Mamba-2 (`rnn_longctx.adopt`): its blocks one after the other, over one cache of its."""
+    from transformers import DynamicCache
+
+    base, cache = model.base, model.new_cache()
+    cache.library = DynamicCache(config=base.config)
+
+    def scored(i: int, h: Tensor) -> list[Tensor]:
+        norm = base.layers[i].norm
+        return [h, _score(model.mixers[i], norm(h.to(norm.weight.dtype)))]
+
+    kept: list[Tensor] = []  # residual (B, k, d), score (B, k)
+    for t in range(0, ids.shape[1], segment):
+        h = base.embeddings(ids[:, t : t + segment].to(model.device))
+        for block in base.layers[:first]:
+            h = block(h, cache_params=cache.library)
+        fresh = scored(first, h)
+        kept = _heaviest([torch.cat(pair, 1) for pair in zip(kept, fresh)] if kept else fresh, keep[0])
+    h = kept[0]
+    for i, block in enumerate(base.layers[first:], first):
+        if i > first:
+            h = _heaviest(scored(i, h), keep[i - first])[0]
+        h = block(h, cache_params=cache.library)
+    cache.seen, cache.position = ids.shape[1], torch.full((len(ids),), ids.shape[1])
+    return model.logits(base.norm_f(h[:, -1])), cache
+
+
+def _score(mixer: Any, normed: Tensor) -> Tensor:
     """||dt_t||_2 over the heads of a layer, (B, T)."""
-    mixer = model.mixers[layer]
     steps = mixer.steps(mixer.in_proj(normed))
     return steps.to(torch.promote_types(steps.dtype, torch.float32)).norm(dim=-1)
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from rnn_longctx.errors import InputError
-from rnn_longctx.mitigations.base import NotApplicable, Plan, Remedy, same_everywhere, train_length
+from rnn_longctx.mitigations.base import NotApplicable, Plan, Remedy, one_step_a_head, same_everywhere, train_length
 from rnn_longctx.probes.gates import steps_of
 from rnn_longctx.spec import quiet
 from rnn_longctx.ssd import ScanPolicy
@@ -50,8 +50,7 @@ class TokenFilter(Remedy):
         length = train_length(model, "token-filter")
         if target_length is None:
             raise NotApplicable("token-filter needs the length to be read: give target_length")
-        if not all(hasattr(mixer, "steps") for mixer in model.mixers):
-            raise NotApplicable(f"token-filter reads step sizes, which {model.name} does not show: it is adopted")
+        one_step_a_head(model, "token-filter")
         steps, label = steps_of(model, length, text)
         if target_length <= length:
             return Plan(same_everywhere(model), calibration=label)

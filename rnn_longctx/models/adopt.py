@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from rnn_longctx.errors import InputError
+from rnn_longctx.models import adopt_rows
 from rnn_longctx.models.adopt_mamba1 import AdoptedMamba1, is_mamba1
 from rnn_longctx.models.adopt_transformers import AdoptedMixer, is_mamba2
 from rnn_longctx.models.cache import Carry
@@ -170,6 +171,11 @@ class Adopted:
             mixer.backend = name
 
     @property
+    def attends(self) -> bool:
+        """Whether attention stands beside the recurrence: a hybrid keeps keys and values, a pure model states alone."""
+        return "past_key_values" in self._takes
+
+    @property
     def device(self) -> torch.device:
         return self.model.get_input_embeddings().weight.device
 
@@ -190,13 +196,16 @@ class Adopted:
         Args:
             cache: what the stream has read so far; it is moved on in place. None starts and forgets a stream.
             mask: (B, T) bool, False at left padding (only before a row's first token).
-            reset: refused: the model's own convolution and attention know no document boundaries in a stream.
+            reset: (B, T) bool, True where a new document begins. Each is read as a row of its own, in its own call of
+                the model, so that documents cost what they would unpacked.
         """
-        if reset is not None and bool(reset.any()):
-            raise InputError(f"{self.name} is adopted, and reads no documents packed into one row: give one a row")
         cache = cache if cache is not None else self.new_cache()
         if mask is not None and bool(mask.all()):
             mask = None
+        if reset is not None and bool(reset.any()):
+            if mask is not None or self.restart is not None:
+                raise InputError("documents packed into one row go with no padding and no control in an adopted model")
+            return adopt_rows.read_packed(self, ids, cache, reset)
         if self.restart is not None:
             if mask is not None or len(set(cache.position.tolist())) > 1:
                 raise InputError(f"the control {self.restart} needs rows of equal lengths in an adopted model")
@@ -223,10 +232,10 @@ class Adopted:
             padding = padding + length - read
         total = cache.seen + length
         given: dict[str, Any] = {}
-        key = "cache_params" if "cache_params" in self._takes else "past_key_values"
-        attends = key == "past_key_values"  # a pure model's mask is of this call's tokens, a hybrid's of all
-        if bool(padding.any()) and (attends or mask is not None):
-            columns = torch.arange(0 if attends else cache.seen, total)
+        key = "past_key_values" if self.attends else "cache_params"
+        if bool(padding.any()) and (self.attends or mask is not None):
+            # a pure model's mask is of this call's tokens, a hybrid's of all
+            columns = torch.arange(cache.dropped if self.attends else cache.seen, total)
             given["attention_mask"] = (columns >= padding[:, None]).long().to(ids.device)
         if "position_ids" in self._takes:  # some families count a cached call's tokens from 0
             at = (torch.arange(cache.seen, total) - padding[:, None]).clamp(min=0)
@@ -280,6 +289,7 @@ class AdoptedCache:
         library: the library's own, or None before the first token.
         position: (B,) int64 on the CPU, tokens each row has read.
         seen, padding: columns read since the library's cache was new, and how many of them are a row's padding (B,).
+        dropped: how many of the first columns attention holds no more.
         tail: see `Cache`.
     """
 
@@ -287,7 +297,7 @@ class AdoptedCache:
         self.mixers = mixers
         self.library: Any = None
         self.position = torch.zeros(0, dtype=torch.int64)
-        self.seen = 0
+        self.seen = self.dropped = 0
         self.padding: Tensor | None = None
         self.tail: Tensor | None = None
 
@@ -312,7 +322,13 @@ class AdoptedCache:
     def layers(self, layers: list[Carry]) -> None:
         if layers:
             raise InputError("the layers of an adopted model's cache can be dropped, not replaced")
-        self.library, self.seen, self.padding = None, 0, None
+        self.library, self.seen, self.padding, self.dropped = None, 0, None, 0
+
+    def crop_attention(self, tokens: int) -> None:
+        """Drop attention's keys and values but for the last `tokens` columns. InputError: see `adopt_rows.attends`."""
+        for layer in filter(adopt_rows.attends, self.library.layers):
+            self.dropped = self.seen - min(tokens, layer.keys.shape[2])
+            layer.keys, layer.values = layer.keys[:, :, -tokens:], layer.values[:, :, -tokens:]
 
     def clone(self) -> AdoptedCache:
         new = copy.copy(self)
@@ -329,6 +345,8 @@ class AdoptedCache:
         new.padding = self.padding if self.padding is None else self.padding[index.cpu()]
         new.tail = self.tail if self.tail is None else self.tail[index.to(self.tail.device)]
         return new
+
+    concat = staticmethod(adopt_rows.concat)
 
 
 def _nothing_found(model: nn.Module) -> str:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rnn_longctx.errors import InputError
 from rnn_longctx.models.adopt_transformers import UNLIMITED, AdoptedMixer, Beside, _Call, _fused, _keep
 from rnn_longctx.ssd import PLAIN, scan, window_state
 
@@ -33,6 +34,9 @@ class AdoptedMamba1(AdoptedMixer):
     @property
     def _needed(self) -> bool:
         return self._policy != PLAIN or self.continuing
+
+    def steps(self, projected: Tensor) -> Tensor:
+        raise InputError(f"{self.name} is a mixer of Mamba-1, whose steps come after its convolution, one a channel")
 
     def continue_stream(self, on: bool) -> None:
         self.continuing = on

@@ -83,6 +83,18 @@ class AdoptedMixer:
         return -self.module.A_log.detach().float().exp()
 
     @property
+    def in_proj(self) -> nn.Module:
+        return self.module.in_proj
+
+    def steps(self, projected: Tensor) -> Tensor:
+        """dt (B, T, H), after softplus and clamp, from what `in_proj` gives (B, T, ...): its last H channels in every
+        family, times FalconH1's multipliers."""
+        dt = projected[..., -self.heads :]
+        if (multipliers := getattr(self.module, "mup_vector", None)) is not None:
+            dt = dt * multipliers[..., -self.heads :]
+        return F.softplus(dt + self.module.dt_bias).clamp(*self.module.time_step_limit)
+
+    @property
     def policy(self) -> ScanPolicy:
         return self._policy
 
@@ -137,10 +149,14 @@ class AdoptedMixer:
 
     # --- what lies beside the state in a cache's layer
 
+    def beside(self, layer: Any) -> Any:
+        """What this policy keeps there, or None where it has not read all the tokens before."""
+        found = getattr(layer, "beside", None)
+        return found if found is not None and found.era == self._era else None
+
     def carry(self, layer: Any, state: Tensor) -> ScanCarry:
         """The carry of a layer that has read something; state (B, H, P, N) is the library's."""
-        beside = getattr(layer, "beside", None)
-        if beside is None or beside.era != self._era:
+        if (beside := self.beside(layer)) is None:
             self.place(layer, torch.full((len(state),), UNKNOWN, dtype=torch.int64))
             beside = layer.beside
         p = self._policy
@@ -162,8 +178,7 @@ class AdoptedMixer:
 
     def place(self, layer: Any, position: Tensor) -> None:
         """Say where the rows of a layer stand, unless it is known. position: (B,) on the CPU."""
-        beside = getattr(layer, "beside", None)
-        if beside is None or beside.era != self._era:
+        if self.beside(layer) is None:
             _keep(layer, Beside(self._era, position.clone(), None, None))
 
     def read(self, call: _Call, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, state: Tensor | None,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,9 +36,30 @@ class Restart:
     def __str__(self) -> str:
         return f"restart every {self.every} tokens, {self.overlap} read again"
 
+    def begin(self, read: Read, cache: Any, last: Tensor) -> None:
+        """Drop what the cache holds, and read the last tokens (B, <= overlap) again."""
+        cache.layers = []
+        if last.shape[1]:
+            read(last, cache)
+
     def block_start(self, length: int) -> int:
         """The restart that the state after `length` tokens comes from: nothing before it matters but its overlap."""
         return max(0, (length - 1) // self.every * self.every)
+
+
+@dataclass(frozen=True)
+class Crop(Restart):
+    """Of an adopted hybrid: attention alone drops what is older than the last `overlap` tokens; nothing is read again,
+    and the recurrence goes on."""
+
+    def __str__(self) -> str:
+        return f"attention cropped every {self.every} tokens, {self.overlap} kept"
+
+    def begin(self, read: Read, cache: Any, last: Tensor) -> None:
+        cache.crop_attention(last.shape[1])
+
+    def block_start(self, length: int) -> int:
+        return 0  # the recurrence needs them all
 
 
 def read_restarting(read: Read, restart: Restart, ids: Tensor, cache: Cache, mask: Tensor | None) -> Tensor:
@@ -90,11 +112,9 @@ def _read_level(read: Read, restart: Restart, ids: Tensor, cache: Cache) -> Tens
     while t < ids.shape[1]:
         at = position + t
         if at % restart.every == 0 and at > 0:
-            cache.layers = []
             again = min(restart.overlap, at)
             seen = torch.cat([tail, ids[:, :t]], 1)[:, -again:] if again else ids[:, :0]
-            if again:
-                read(seen, cache)
+            restart.begin(read, cache, seen)
         u = min(ids.shape[1], t + restart.every - at % restart.every)
         outputs.append(read(ids[:, t:u], cache))
         t = u

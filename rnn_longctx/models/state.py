@@ -9,30 +9,37 @@ from typing import Any
 from safetensors import SafetensorError
 
 from rnn_longctx.errors import InputError
+from rnn_longctx.models.adopt import Adopted, AdoptedCache
+from rnn_longctx.models.adopt_rows import from_cache, to_cache
 from rnn_longctx.models.cache import Cache
 from rnn_longctx.models.mamba2 import Mamba2LM
 
 
 def save_state(
-    path: str | Path, cache: Cache, model: Mamba2LM, remedy: str = "none", target: int | None = None
+    path: str | Path,
+    cache: Cache | AdoptedCache,
+    model: Mamba2LM | Adopted,
+    remedy: str = "none",
+    target: int | None = None,
 ) -> None:
-    """Write what `model` has read, as safetensors.
+    """Write what `model` has read, as safetensors; of an adopted hybrid with attention's keys and values, which grow
+    with the tokens read.
 
     Args:
         remedy: named in the message of a load that does not fit.
         target: the length the remedy was worked out for, for `target_of`.
     Raises:
-        InputError: a remedy is on that reads prompts its own way, or the file cannot be written.
+        InputError: a remedy is on that reads prompts its own way, attention's cache is no plain one of keys and values,
+            or the file cannot be written.
     """
-    if not isinstance(cache, Cache):
-        raise InputError(f"the state of {model.name}, which is adopted, cannot be kept in a file yet")
     if model.reader is not None:
         raise InputError(f"what {remedy} leaves of a prompt cannot be gone on from: its state is not kept")
     note = {"weights": model.weights_hash, "model": model.name, "policies": policies_hash(model), "remedy": remedy,
             "target": target}  # fmt: skip
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        cache.save(path, note=note)
+        plain, extra = to_cache(cache) if isinstance(cache, AdoptedCache) else (cache, {})
+        plain.save(path, extra, note)
     except (OSError, SafetensorError) as error:
         raise InputError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from None
 
@@ -43,13 +50,13 @@ def target_of(path: str | Path) -> int | None:
     return note.get("target") if isinstance(note, dict) else None
 
 
-def load_state(path: str | Path, model: Mamba2LM) -> Cache:
-    """The cache of `save_state`, on the model's device.
+def load_state(path: str | Path, model: Mamba2LM | Adopted) -> Any:
+    """The cache (of the model's kind) of `save_state`, on the model's device.
 
     Raises:
         InputError: no such file, other weights, or other policies than those on the model now.
     """
-    cache, _, note = Cache.load_with(path, model.device)
+    cache, extra, note = Cache.load_with(path, model.device)
     if not isinstance(note, dict) or "weights" not in note:
         raise InputError(f"{path} was not written by save_state: it does not say which weights it belongs to")
     if note["weights"] != model.weights_hash:
@@ -57,10 +64,10 @@ def load_state(path: str | Path, model: Mamba2LM) -> Cache:
         raise InputError(f"{path} was read by {other}, not by {ours}")
     if note["policies"] != policies_hash(model):
         raise InputError(f"{path} was read with the remedy {note['remedy']}: put the same on, found as it was then")
-    return cache
+    return from_cache(model, cache, extra) if isinstance(model, Adopted) else cache
 
 
-def policies_hash(model: Mamba2LM) -> str:
+def policies_hash(model: Mamba2LM | Adopted) -> str:
     """Of the policy of every layer and the reader's control."""
     told: list[Any] = [mixer.policy.hash for mixer in model.mixers]
     return hashlib.sha256(repr((told, model.restart)).encode()).hexdigest()[:16]

@@ -99,6 +99,34 @@ def test_context_gain_pairs_the_slices_both_have(story):
     assert to_text(story)
 
 
+def test_the_conclusion_tells_attention_from_the_recurrence(story):
+    attention, recurrence = "attention-window:tokens=256", "reset-recurrence:every=256"
+    renamed = {"recompute:last=512": attention, "reset:every=512,overlap=256": recurrence}
+    frame = story[(story["task"] == "lm") & (story["mitigation"].isin(["none", *renamed]))].reset_index(drop=True)
+    frame["mitigation"] = frame["mitigation"].replace(renamed)
+    for name, last in (("none", 4.0), (attention, 1.75), (recurrence, 4.3)):
+        put(frame, 1.0, mitigation=name, metric="nats_per_token", length=256)
+        put(frame, last, mitigation=name, metric="nats_per_token", length=65536)
+    said = conclusion(frame)
+    assert "at 64K the hybrid's loss is 3.000 above that at 256: " in said
+    assert f"{attention} recovers 75% (95% 75% to 75%), {recurrence} recovers -10% (95% -10% to -10%)" in said
+    assert said.endswith(", which points at attention.") and "best remedy" not in said
+    assert attention in to_text(frame) and "controls:" in to_text(frame)
+
+    put(frame, 3.0, mitigation=recurrence, metric="nats_per_token", length=65536)
+    assert conclusion(frame).endswith("which points at attention and the recurrence.")
+    put(frame, 3.9, mitigation=recurrence, metric="nats_per_token", length=65536)
+    put(frame, 3.9, mitigation=attention, metric="nats_per_token", length=65536)
+    assert conclusion(frame).endswith("which points at neither alone.")  # 3% of it is no failure
+    one = frame[frame["mitigation"] != recurrence]
+    assert conclusion(one).endswith("the recurrence's share was not measured.")
+    assert "hybrid" not in conclusion(frame[frame["mitigation"] == "none"])
+    beyond = frame[frame["length"] > 256]
+    assert "which part of the hybrid fails was not measured" in conclusion(beyond)
+    put(frame, 0.9, mitigation="none", metric="nats_per_token", length=65536)
+    assert "no part of the hybrid is seen to fail" in conclusion(frame)
+
+
 def test_the_conclusion_says_what_the_numbers_say(story):
     put(story, 0.75, mitigation="recompute:last=512", metric="nats_per_token")
     for name in ("state-norm", "rri:alpha=0.99", "rri:alpha=0.999,beta=0.75"):

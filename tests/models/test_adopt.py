@@ -11,14 +11,17 @@ import transformers as hf
 from torch import nn
 
 import rnn_longctx
+from rnn_longctx import cli
 from rnn_longctx.data import ByteTokenizer, Text
 from rnn_longctx.errors import InputError
 from rnn_longctx.mitigations import NotApplicable, active, mitigate
-from rnn_longctx.models import checkpoint
+from rnn_longctx.models import Cache, checkpoint
 from rnn_longctx.models.adopt import adopt, load_adopted
 from rnn_longctx.models.adopt_transformers import _Call, _scan
 from rnn_longctx.models.generate import generate, prefill
+from rnn_longctx.models.state import load_state, save_state
 from rnn_longctx.probes.envelope import measure_envelope
+from rnn_longctx.probes.gates import measure_steps
 from rnn_longctx.ssd import PLAIN, Cap, ScanPolicy
 
 VOCAB = 97
@@ -527,7 +530,7 @@ def test_policies_are_plain_after_all(build):
 
 @torch.no_grad()
 def test_remedies_that_need_more_than_a_scan(build):
-    """A prompt can be read otherwise through this library's interface; what an adopted model cannot show is refused."""
+    """A prompt can be read otherwise through this library's interface alone."""
     theirs = build("mamba2")
     ours = rnn_longctx.adopt(theirs, train_length=8)
     ids = _ids(1, 30)
@@ -536,16 +539,205 @@ def test_remedies_that_need_more_than_a_scan(build):
     each = [ours.logits(ours(torch.cat([ids[:, max(0, e - 7) : e], ids[:, -4:]], 1)))[:, -1] for e in range(26, 0, -7)]
     entropies = [torch.distributions.Categorical(logits=v).entropy() for v in each]
     torch.testing.assert_close(logits, each[int(torch.cat(entropies).argmin())], **NEAR)
-    for remedy, message in (("decimate", "own model only"), ("token-filter", "it is adopted")):
-        with pytest.raises(NotApplicable, match=message):
-            mitigate(ours, remedy, target_length=64)
-    for remedy in ("chunk-select", "reset:every=8"):
+    for remedy in ("chunk-select", "decimate", "reset:every=8"):
         with pytest.raises(NotApplicable, match="is a way to read"):
             mitigate(theirs, remedy)
     for remedy in ("a-winsor:share=0.2", "delta-scale:scale=0.5", "noise-start:std=0.1"):
         with mitigate(theirs, remedy):
             changed = _logits(theirs, ids)
         assert not torch.allclose(changed, _logits(theirs, ids))
+
+
+@torch.no_grad()
+def test_steps_are_those_of_its_own_scan(model, family, monkeypatch):
+    """What a mixer's forward hands to its scan, softplus and clamp done here. Families differ in what is before."""
+    adopted, given = adopt(model), []
+    if family in MAMBA1:
+        with pytest.raises(InputError, match="mixer of Mamba-1"):
+            adopted.mixers[0].steps(torch.randn(1, 2, 3))
+        return
+    for mixer in adopted.mixers:
+        mixer.module.time_step_limit = (0.2, 0.9)
+    scan = adopted.mixers[0].names["mamba2_chunk_scan"]
+
+    def spy(x, dt, *rest, dt_bias, dt_limit, **named):
+        given.append(nn.functional.softplus(dt + dt_bias).clamp(*dt_limit))
+        return scan(x, dt, *rest, dt_bias=dt_bias, dt_limit=dt_limit, **named)
+
+    monkeypatch.setitem(adopted.mixers[0].names, "mamba2_chunk_scan", spy)
+    steps = measure_steps(adopted, _ids())
+    assert len(steps) == len(given) == RECURRENT[family]
+    for found, expected in zip(steps, given):
+        assert found.shape == (2, 20, 8) and ((found > 0.2) & (found < 0.9)).float().mean() > 0.05
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+@torch.no_grad()
+def test_token_filter(model, family):
+    """The thresholds are those of the steps; below them a token leaves the state alone."""
+    adopted = adopt(model, tokenizer=ByteTokenizer(), train_length=16)
+    text = Text("made", bytes(torch.randint(32, VOCAB, (3000,)).tolist()))
+    if family in MAMBA1:
+        with pytest.raises(NotApplicable, match=r"token-filter reads one step a head.*Mamba-1's"):
+            mitigate(adopted, "token-filter", target_length=64, text=text)
+        return
+    for mixer in adopted.mixers:
+        mixer.module.A_log[0] = -9.0  # the first head sees far
+    with mitigate(adopted, "token-filter:clamp=0", target_length=64, text=text) as handle:
+        g = torch.tensor([p.min_dt for p in handle.plan.policies])
+        assert "made" in handle.plan.calibration and (g[:, 0] > 0).all()
+        ids = _ids()
+        filtered, found = _logits(model, ids), measure_steps(adopted, ids)
+        states = _stream(adopted, ids, [20])[1].layers
+    assert not torch.allclose(filtered, _logits(model, ids))
+    first = states[0].scan.log_decay[:, 0]  # of the first layer's far head: from the steps that are kept
+    kept = torch.where(found[0][..., 0] >= g[0, 0], found[0][..., 0], 0.0).sum(1)
+    torch.testing.assert_close(first.float(), kept * adopted.mixers[0].A[0], rtol=1e-4, atol=1e-9)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("first", [0, 2])
+def test_decimate_reads_as_our_own_model(build, first, tmp_path):
+    theirs = build("mamba2")
+    theirs.save_pretrained(tmp_path)
+    ours, adopted = checkpoint.load(tmp_path), adopt(theirs)
+    ids, more = _ids(2, 40), _ids(2, 5)
+    remedy = f"decimate:base=12,first={first},least=3"
+    with mitigate(adopted, remedy), mitigate(ours, remedy):
+        for segment in (40, 7):
+            logits, cache = prefill(adopted, ids, segment=segment)
+            expected, own = prefill(ours, ids, segment=segment)
+            torch.testing.assert_close(logits, expected, **NEAR)
+        assert cache.position.tolist() == [40, 40]
+        torch.testing.assert_close(adopted.logits(adopted(more, cache)), ours.logits(ours(more, own)), **NEAR)
+    assert not torch.allclose(prefill(adopted, ids)[0], logits)
+
+
+@pytest.mark.parametrize(("family", "why"), [("bamba", "drops tokens between layers"), ("mamba", "Mamba-1's")])
+def test_decimate_needs_pure_mamba2(build, family, why):
+    with pytest.raises(NotApplicable, match=why):
+        mitigate(adopt(build(family)), "decimate")
+
+
+@torch.no_grad()
+def test_chunk_select_of_several_prompts(model):
+    """Rows whose surest chunks differ in length go on side by side as each would alone."""
+    adopted = adopt(model, time_step_limit_in_decode=True)
+    with mitigate(adopted, "chunk-select:chunk=9,query=4"):
+        for _ in range(20):
+            ids = _ids(3, 19)  # chunks of 9 and 6 tokens
+            logits, cache = prefill(adopted, ids, segment=30)
+            alone = [prefill(adopted, row[None], segment=30) for row in ids]
+            if len({part.seen for _, part in alone}) > 1:
+                break
+        torch.testing.assert_close(logits, torch.cat([each for each, _ in alone]), **NEAR)
+        assert cache.position.tolist() == [19] * 3
+        for cut in (1, 5, 1):
+            more = _ids(3, cut)
+            expected = [adopted(row[None], part) for row, (_, part) in zip(more, alone)]
+            torch.testing.assert_close(adopted(more, cache), torch.cat(expected), **NEAR)
+    assert len({part.seen for _, part in alone}) > 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("policy", [PLAIN, POLICIES["cap every 7"]], ids=["plain", "cap every 7"])
+def test_packed_documents_are_read_as_if_alone(model, policy):
+    adopted = adopt(model, time_step_limit_in_decode=True)
+    _set(adopted, policy)
+    ids, reset = _ids(2, 30), torch.zeros(2, 30, dtype=torch.bool)
+    reset[0, [0, 9, 17]] = reset[1, 13] = True
+    alone = [[_logits(model, ids[0:1, a:b]) for a, b in ((0, 9), (9, 17), (17, 30))],
+             [_logits(model, ids[1:2, a:b]) for a, b in ((0, 13), (13, 30))]]  # fmt: skip
+    expected = torch.cat([torch.cat(row, 1) for row in alone])
+    for cuts in ([30], [11, 1, 10, 8]):
+        cache, found = adopted.new_cache(), []
+        for part, begins in zip(ids.split(cuts, 1), reset.split(cuts, 1)):
+            found.append(adopted.logits(adopted(part, cache, reset=begins)))
+        torch.testing.assert_close(torch.cat(found, 1), expected, **NEAR)
+        assert cache.position.tolist() == [13, 17]
+    assert (expected - _logits(model, ids)).abs().max() > 1e-3
+    mask = torch.arange(30) >= torch.tensor([[3], [0]])
+    with pytest.raises(InputError, match="no padding and no control"):
+        adopted(ids, mask=mask, reset=reset)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in ("mamba2", "mamba", "falcon_mamba")])
+def test_attention_of_every_hybrid_is_cropped(build, family):
+    """As a banded mask does, which every one of them takes; see tests/mitigations/test_hybrid.py."""
+    model, ids, at = build(family), _ids(2, 26), torch.arange(26)
+    seen = (at <= at[:, None]) & (at >= at[:, None] // 3 * 3 - 3)
+    band = torch.zeros(2, 1, 26, 26).masked_fill(~seen, torch.finfo(torch.float32).min)
+    expected = _logits(model, ids, attention_mask={"full_attention": band, "linear_attention": None})
+    adopted = adopt(model, time_step_limit_in_decode=True)
+    assert adopted.attends and (expected - _logits(model, ids))[:, 6:].abs().max() > 1e-3
+    with mitigate(adopted, "attention-window:tokens=6"):
+        for cuts in ([26], [7, 1, 9, 1, 1, 7]):
+            torch.testing.assert_close(_stream(adopted, ids, cuts)[0], expected, **NEAR)
+
+
+REMEDIES = ["none", "state-norm:quantile=0.5", "window:tokens=6", "reset:every=7,overlap=2"]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("remedy", REMEDIES)
+def test_a_saved_state_is_gone_on_from(model, remedy, tmp_path):
+    """In pieces, from the file, as at once; other weights and other remedies are refused."""
+    adopted = adopt(model, time_step_limit_in_decode=True, tokenizer=ByteTokenizer(), train_length=16, name="small")
+    text = Text("made", bytes(torch.randint(32, VOCAB, (3000,)).tolist()))
+    ids = _ids(2, 30)
+    with mitigate(adopted, remedy, text=text):
+        expected = generate(adopted, ids, 5)
+        _, cache = prefill(adopted, ids[:, :17])
+        before = adopted.logits(adopted(ids[:, 17:], cache.clone()))
+        save_state(tmp_path / "s", cache, adopted, remedy)
+        again = load_state(tmp_path / "s", adopted)
+        assert again.position.tolist() == [17, 17]
+        for a, b in zip(again.layers, cache.layers, strict=True):
+            assert torch.equal(a.conv, b.conv) and torch.equal(a.scan.state, b.scan.state)
+        torch.testing.assert_close(adopted.logits(adopted(ids[:, 17:], again)), before, rtol=0, atol=1e-5)
+        assert torch.equal(generate(adopted, ids[:, 17:], 5, cache=load_state(tmp_path / "s", adopted)), expected)
+    with mitigate(adopted, "rri"), pytest.raises(InputError, match="was read with the remedy"):
+        load_state(tmp_path / "s", adopted)
+    model.get_input_embeddings().weight[0, 0] += 1
+    del adopted.weights_hash  # it is worked out once
+    with pytest.raises(InputError, match="was read by small"):
+        load_state(tmp_path / "s", adopted)
+
+
+@torch.no_grad()
+def test_a_saved_state_of_padded_rows_and_one_to_start_from(model, tmp_path):
+    adopted = adopt(model)
+    ids, more, mask = _ids(2, 14), _ids(2, 6), torch.arange(14) >= torch.tensor([[5], [0]])
+    cache = adopted.new_cache()
+    adopted(ids, cache, mask)
+    save_state(tmp_path / "s", cache, adopted)
+    again = load_state(tmp_path / "s", adopted)
+    torch.testing.assert_close(adopted(more, again), adopted(more, cache), rtol=0, atol=1e-5)
+    with mitigate(adopted, f"stored-start:file={tmp_path / 's'}"):
+        started = [torch.tensor(mixer.policy.start) for mixer in adopted.mixers]
+    cache = load_state(tmp_path / "s", adopted)
+    torch.testing.assert_close(started, [carry.scan.state[0] for carry in cache.layers])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["mamba", "falcon_h1"])
+def test_generate_from_a_saved_state_on_the_command_line(build, family, tmp_path, capsys):
+    model = build(family)
+    model.save_pretrained(tmp_path / "kept")
+
+    def said(*words):
+        options = ["--tokenizer", "bytes", "--device", "cpu", "--max-new-tokens", "6"]
+        cli.app(["generate", str(tmp_path / "kept"), *words, *options], standalone_mode=False)
+        return capsys.readouterr().out
+
+    one, two, three = (str(tmp_path / name) for name in "123")
+    whole = said("--prompt", "!!##$$ %%&& ''((", "--save-state", one)
+    said("--prompt", "!!##$$ %%&", "--save-state", two)
+    assert said("--prompt", "& ''((", "--load-state", two, "--save-state", three) == whole
+    for a, b in zip(Cache.load(one).layers, Cache.load(three).layers, strict=True):
+        assert a.scan.position.tolist() == b.scan.position.tolist() == [16] and a.scan.state.abs().max() > 1e-3
+        torch.testing.assert_close(a.scan.state, b.scan.state, **NEAR)
 
 
 @torch.no_grad()
