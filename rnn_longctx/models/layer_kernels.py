@@ -10,7 +10,17 @@ from torch import Tensor
 from rnn_longctx.models.layers import Unscaled
 from rnn_longctx.ssd.kernels.launcher import Launched
 
-CONV = (16, 64, 2)  # tokens and channels of a program, and its warps
+CONV = (64, 256)  # tokens and channels of a program, a warp
+
+
+@triton.jit
+def _before(x, before, u, sxt, c, here, TAPS: tl.constexpr, HAS_BEFORE: tl.constexpr):
+    """Inputs of token u (it may lie before the first, then they are in `before`), float32."""
+    at = u + c * 0  # of every channel
+    row = tl.load(x + u * sxt + c, mask=here & (at >= 0), other=0.0)
+    if HAS_BEFORE:
+        row += tl.load(before + c * (TAPS - 1) + at + TAPS - 1, mask=here & (at < 0) & (at > -TAPS), other=0.0)
+    return row.to(tl.float32)
 
 
 @Launched
@@ -18,49 +28,61 @@ CONV = (16, 64, 2)  # tokens and channels of a program, and its warps
 def _conv_silu(x, weight, bias, before, y, after, sxb, sxt, T, channels,
                TAPS: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, HAS_BIAS: tl.constexpr,
                HAS_BEFORE: tl.constexpr):  # fmt: skip
+    """A program walks along the tokens of its channels and reads each input once: the last three stay in registers. Of
+    tiles of tokens and channels, every input was read four times, and instructions took twice the memory's time."""
     b = tl.program_id(2).to(tl.int64)
-    t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
+    first = tl.program_id(0).to(tl.int64) * BT
     c = tl.program_id(1) * BC + tl.arange(0, BC)
     here = c < channels
     x += b * sxb
     before += b * channels * (TAPS - 1)
-    total = tl.zeros((BT, BC), tl.float32)
+    rest = tl.zeros((BC,), tl.float32)
     if HAS_BIAS:
-        total += tl.load(bias + c, mask=here, other=0.0).to(tl.float32)[None, :]
-    for k in tl.static_range(TAPS):
-        u = t + k - (TAPS - 1)
-        tap = tl.load(x + u[:, None] * sxt + c[None, :], mask=((u >= 0) & (u < T))[:, None] & here[None, :], other=0.0)
-        if HAS_BEFORE:
-            early = tl.load(before + c[None, :] * (TAPS - 1) + (u + TAPS - 1)[:, None],
-                            mask=(u < 0)[:, None] & here[None, :], other=0.0)  # fmt: skip
-            tap += early
-        total += tap.to(tl.float32) * tl.load(weight + c * TAPS + k, mask=here, other=0.0).to(tl.float32)[None, :]
-    total *= tl.sigmoid(total)
-    at = (b * T + t)[:, None] * channels + c[None, :]
-    tl.store(y + at, total.to(y.dtype.element_ty), mask=(t < T)[:, None] & here[None, :])
+        rest += tl.load(bias + c, mask=here, other=0.0).to(tl.float32)
+    weight += (TAPS - 1) * channels + c
+    w0 = tl.load(weight, mask=here, other=0.0).to(tl.float32)  # of the token itself
+    w1, w2, w3 = tl.zeros_like(w0), tl.zeros_like(w0), tl.zeros_like(w0)
+    if TAPS > 1:
+        w1 = tl.load(weight - channels, mask=here, other=0.0).to(tl.float32)
+    if TAPS > 2:
+        w2 = tl.load(weight - 2 * channels, mask=here, other=0.0).to(tl.float32)
+    if TAPS > 3:
+        w3 = tl.load(weight - 3 * channels, mask=here, other=0.0).to(tl.float32)
+    x3 = _before(x, before, first - 3, sxt, c, here, TAPS, HAS_BEFORE)
+    x2 = _before(x, before, first - 2, sxt, c, here, TAPS, HAS_BEFORE)
+    x1 = _before(x, before, first - 1, sxt, c, here, TAPS, HAS_BEFORE)
+    x += first * sxt
+    y += (b * T + first) * channels
+    for start in range(0, BT, 4):
+        for k in tl.static_range(4):
+            inside = here & (c * 0 + first + start + k < T)
+            x0 = tl.load(x + (start + k) * sxt + c, mask=inside, other=0.0).to(tl.float32)
+            total = rest + w0 * x0 + w1 * x1 + w2 * x2 + w3 * x3
+            root = tl.rsqrt(1.0 + tl.exp2(-1.4426950408889634 * total))  # of sigmoid(total), without a division
+            tl.store(y + (start + k) * channels + c, (total * root * root).to(y.dtype.element_ty), mask=inside)
+            x3, x2, x1 = x2, x1, x0
     if tl.program_id(0) == tl.num_programs(0) - 1:  # the inputs that the next call's first tokens still need
+        x -= first * sxt
         for k in tl.static_range(TAPS - 1):
             late = b * 0 + T - (TAPS - 1) + k
-            last = tl.load(x + late * sxt + c, mask=here & (c * 0 + late >= 0), other=0.0)
-            if HAS_BEFORE:
-                last += tl.load(before + c * (TAPS - 1) + late + TAPS - 1, mask=here & (c * 0 + late < 0), other=0.0)
-            tl.store(after + (b * channels + c) * (TAPS - 1) + k, last, mask=here)
+            last = _before(x, before, late, sxt, c, here, TAPS, HAS_BEFORE)
+            tl.store(after + (b * channels + c) * (TAPS - 1) + k, last.to(after.dtype.element_ty), mask=here)
 
 
 def conv_silu(x: Tensor, weight: Tensor, bias: Tensor | None, before: Tensor | None) -> tuple[Tensor, Tensor]:
-    """x (B,T,channels) with any strides over B and T, weight (channels, taps), before (B,channels,taps-1). Returns
-    (B,T,channels) and the inputs (B,channels,taps-1) to go on from."""
+    """x (B,T,channels) with any strides over B and T, weight (channels, taps) of at most 4 taps, before
+    (B,channels,taps-1). Returns (B,T,channels) and the inputs (B,channels,taps-1) to go on from."""
     batch, length, channels = x.shape
     taps = weight.shape[1]
     x = x if x.stride(2) == 1 else x.contiguous()
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     after = torch.empty(batch, channels, taps - 1, dtype=x.dtype, device=x.device)
-    BT, BC = CONV[0], min(CONV[1], triton.next_power_of_2(channels))
+    BT, BC = CONV
     with torch.cuda.device_of(x):
         _conv_silu[(triton.cdiv(length, BT), triton.cdiv(channels, BC), batch)](
-            x, weight.contiguous(), weight if bias is None else bias, x if before is None else before.to(x.dtype), y,
-            after, *x.stride()[:2], length, channels, TAPS=taps, BT=BT, BC=BC, HAS_BIAS=bias is not None,
-            HAS_BEFORE=before is not None, num_warps=CONV[2],
+            x, weight.t().contiguous(), weight if bias is None else bias, x if before is None else before.to(x.dtype),
+            y, after, *x.stride()[:2], length, channels, TAPS=taps, BT=BT, BC=BC, HAS_BIAS=bias is not None,
+            HAS_BEFORE=before is not None, num_warps=1,
         )  # fmt: skip
     return y, after
 

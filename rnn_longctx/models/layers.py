@@ -84,7 +84,7 @@ def causal_conv(x: Tensor, conv: nn.Conv1d, before: Tensor | None, reset: Tensor
     Args: before: what the call before returned; reset (B, T) bool: a document begins at this token, and no tap
         reaches back over it.
     A sum over taps in this layout: on a CPU twice as fast as turning channels first for a library call."""
-    if reset is None and _kernels(x):
+    if reset is None and conv.kernel_size[0] <= 4 and _kernels(x):
         from rnn_longctx.models import layer_kernels
 
         return layer_kernels.conv_silu(x, conv.weight[:, 0], conv.bias, before)

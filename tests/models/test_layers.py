@@ -21,17 +21,19 @@ from rnn_longctx.ssd.kernels import launch
 DEVICE = "cpu" if fused.interpreted() else "cuda"
 
 
-@pytest.mark.parametrize("taps", [2, 4])
+@pytest.mark.parametrize(("taps", "channels", "parts"), [
+    (1, 20, (75,)), (2, 20, (1, 2, 40, 32)), (3, 20, (2, 1, 72)), (4, 20, (1, 2, 40, 32)), (4, 270, (131, 1, 3)),
+])  # fmt: skip
 @pytest.mark.parametrize("bias", [True, False])
-def test_convolution(taps, bias):
-    conv = torch.nn.Conv1d(20, 20, taps, groups=20, bias=bias, device=DEVICE)
-    wide = torch.randn(2, 75, 33, device=DEVICE)
-    x = wide[..., 5:25]  # a slice of a projection
+def test_convolution(taps, channels, parts, bias):
+    conv = torch.nn.Conv1d(channels, channels, taps, groups=channels, bias=bias, device=DEVICE)
+    wide = torch.randn(2, sum(parts), channels + 13, device=DEVICE)
+    x = wide[..., 5 : 5 + channels]  # a slice of a projection
     with torch.no_grad():
         expected, after = layers.causal_conv(x.cpu(), conv.cpu(), None, None)
         conv = conv.to(DEVICE)
         ys, before = [], None
-        for part in x.split([1, 2, 40, 32], 1):
+        for part in x.split(parts, 1):
             y, before = layer_kernels.conv_silu(part, conv.weight[:, 0], conv.bias, before)
             ys.append(y)
     torch.testing.assert_close(torch.cat(ys, 1).cpu(), expected, rtol=1e-5, atol=1e-6)

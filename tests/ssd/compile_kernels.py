@@ -115,7 +115,7 @@ if __name__ == "__main__":
                 (backward.gate_grads, 4, {"BT": 128, "BH": 8, "HAS_PAD": True}),
                 (
                     layer_kernels._conv_silu,
-                    layer_kernels.CONV[2],
+                    1,
                     {"TAPS": 4, "BT": layer_kernels.CONV[0], "BC": layer_kernels.CONV[1], "HAS_BEFORE": True},
                 ),
                 (layer_kernels._norm, 8, {"BLOCK": 2048, "HAS_ADD": True, "HAS_GATE": True}),
