@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import inspect
+import itertools
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -95,9 +96,10 @@ def load_adopted(source: str | Path, *, device: torch.device | str = "cpu", dtyp
     wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype or torch.float32
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=wanted)
+        model = model.to(device)
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise InputError(f"transformers cannot read {name}: {one_line(error)}") from None
-    return adopt(model.to(device).eval(), name=name, tokenizer=load_tokenizer(spec), train_length=train_length)
+    return adopt(model.eval(), name=name, tokenizer=load_tokenizer(spec), train_length=train_length)
 
 
 def _made(model: nn.Module) -> Adopted:
@@ -147,12 +149,12 @@ class Adopted:
 
     @cached_property
     def weights_hash(self) -> str:
-        """First 16 hex digits of a sha256 over each tensor's name, dtype, shape and bytes."""
+        """First 16 hex digits of a sha256 over each tensor's name, dtype, shape and bytes, or, of one made of others
+        (quantised weights), theirs in turn. What a state_dict holds beside tensors does not count."""
         found = hashlib.sha256()
         for name, t in sorted(self.model.state_dict().items()):
-            found.update(f"{name} {t.dtype} {list(t.shape)}".encode())
-            raw = t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
-            found.update(memoryview(raw))
+            if isinstance(t, Tensor):
+                _digest(found, name, t)
         return found.hexdigest()[:16]
 
     @property
@@ -197,11 +199,14 @@ class Adopted:
 
     @property
     def device(self) -> torch.device:
-        return self.embedding.weight.device
+        weight = getattr(self.embedding, "weight", None)
+        return (weight if isinstance(weight, Tensor) else next(self.parameters())).device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.embedding.weight.dtype
+        """What the embedding's weights are of; where those are packed, the first parameter that is not."""
+        weights = itertools.chain([getattr(self.embedding, "weight", None)], self.parameters())
+        return next((d for d in map(_computes_in, weights) if d is not None), torch.float32)
 
     # --- reading
 
@@ -289,7 +294,7 @@ class Adopted:
         head = self.head
         if head is None:
             raise InputError(f"{type(self.model).__name__} has no head for logits: load it as a causal language model")
-        logits = head(hidden.to(head.weight.dtype))
+        logits = head(hidden.to(_computes_in(getattr(head, "weight", None)) or hidden.dtype))
         if (factor := getattr(self.config, "lm_head_multiplier", None)) is not None:  # FalconH1
             logits = logits * factor
         if (divisor := getattr(self.config, "logits_scaling", None)) is not None:  # GraniteMoeHybrid
@@ -364,6 +369,22 @@ class AdoptedCache:
     def _reorder(self, index: Tensor) -> None:
         mixer = self.mixers[0]
         self.library.reorder_cache(index.to(mixer.state_of(mixer.layer_of(self.library)).device))
+
+
+def _digest(found: Any, name: str, t: Tensor) -> None:
+    found.update(f"{name} {t.dtype} {list(t.shape)}".encode())
+    if hasattr(t, "__tensor_flatten__"):
+        for part in t.__tensor_flatten__()[0]:
+            _digest(found, f"{name}.{part}", getattr(t, part))
+    else:
+        raw = t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+        found.update(memoryview(raw))  # type: ignore[arg-type]
+
+
+def _computes_in(weight: Any) -> torch.dtype | None:
+    """The type of a weight, or None where that is how it is packed (bytes, 8-bit floats) or there is none."""
+    dtype = getattr(weight, "dtype", None)
+    return dtype if dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64) else None
 
 
 def _nothing_found(model: nn.Module) -> str:
