@@ -27,9 +27,9 @@ from rnn_longctx.errors import InputError
 from rnn_longctx.models.adopt_mamba1 import AdoptedMamba1, is_mamba1
 from rnn_longctx.models.adopt_transformers import AdoptedMixer, is_mamba2, is_mamba_ssm
 from rnn_longctx.models.cache import Carry
-from rnn_longctx.models.mamba2 import token_losses
+from rnn_longctx.models.mamba2 import state_dtype, token_losses
 from rnn_longctx.models.restart import Restart, read_restarting
-from rnn_longctx.ssd import PLAIN, Call, ScanCarry, choose
+from rnn_longctx.ssd import PLAIN, Call, ScanCarry, asked_of, choose
 
 _KEY = "_rnn_longctx_adopted"
 
@@ -174,7 +174,9 @@ class Adopted:
         """The scan that the present policies choose here; the library's name where its own runs."""
         names = set()
         for m in self.mixers:
-            call = Call(self.device, self.dtype, isinstance(m, AdoptedMamba1), m.headdim, m.d_state)
+            call = Call(
+                self.device, asked_of(self.dtype, m.state_dtype), isinstance(m, AdoptedMamba1), m.headdim, m.d_state
+            )
             names.add(choose(m.policy, m.backend, call).name if m.active else self.library)
         return "+".join(sorted(names))
 
@@ -183,6 +185,18 @@ class Adopted:
         choose(PLAIN, name)
         for mixer in self.mixers:
             mixer.backend = name
+
+    @property
+    def state_dtype(self) -> torch.dtype | None:
+        return self.mixers[0].state_dtype
+
+    def use_state_dtype(self, dtype: torch.dtype | str | None) -> None:
+        """As `Mamba2LM.use_state_dtype`, in the model's own forward and generate too: our scan runs then, under any
+        policy."""
+        found = state_dtype(dtype, self.dtype)
+        for mixer in self.mixers:
+            mixer.state_dtype = found
+            mixer.policy = mixer.policy
 
     @property
     def embedding(self) -> Any:

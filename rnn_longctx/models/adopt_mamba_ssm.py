@@ -6,7 +6,7 @@
 
 A mixer's parts are its own; between them, while a policy is active, stand our convolution and scan. The state lies in
 the library's tensor, which stays where it is: `beside` is an attribute of it. Where that tensor is made here and not
-by `allocate_inference_cache` it is float32; the library's is of the weights' type.
+by `allocate_inference_cache` it is of the type that states are kept in (float32); the library's is of the weights'.
 """
 
 from __future__ import annotations
@@ -75,9 +75,9 @@ class MambaSSMMixer(AdoptedMixer):
     def new_states(self, batch: int) -> tuple[Tensor, Tensor]:
         """What a row begins with: inputs of the convolution (B, channels, d_conv) and state (B, H, P, N), of zeros."""
         weight = self.module.conv1d.weight
-        wide = torch.promote_types(weight.dtype, torch.float32)
+        kept = self.state_dtype or torch.promote_types(weight.dtype, torch.float32)
         conv = weight.new_zeros(batch, self.module.d_conv, len(weight)).transpose(1, 2)  # (laid out as the library's)
-        return conv, torch.zeros(batch, *self.shape, dtype=wide, device=weight.device)
+        return conv, torch.zeros(batch, *self.shape, dtype=kept, device=weight.device)
 
     @torch.compiler.disable
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -134,10 +134,10 @@ class MambaSSMMixer(AdoptedMixer):
         groups = (m.ngroups, d_state)
         # The library's step ignores the limits of dt.
         limited = fresh or u.shape[1] > 1 or self.limit_in_decode
-        had = None if fresh or state is None else state.to(torch.promote_types(state.dtype, torch.float32))
         y, new = self.read(
             _Call(self, state, mask, fresh), x.unflatten(-1, (heads, headdim)), dt, B.unflatten(-1, groups),
-            C.unflatten(-1, groups), had, self.dt_limit if limited else UNLIMITED, seq_idx,
+            C.unflatten(-1, groups), None if fresh else state,
+            self.dt_limit if limited else UNLIMITED, seq_idx,
         )  # fmt: skip
         if conv is not None and state is not None:
             conv.copy_(F.pad(after, (1, 0)))

@@ -40,6 +40,7 @@ class AdoptedMixer:
         name: its path in the model.
         heads, headdim, d_state: its shape.
         backend: the scan to force, or None.
+        state_dtype: see `scan`; another than None takes our scan, as a policy does.
         continuing: our scan runs under any policy, as long as it is set (see `continue_stream`).
     """
 
@@ -51,6 +52,7 @@ class AdoptedMixer:
         m: Any = module
         self.module, self.name = m, name
         self.backend: str | None = None
+        self.state_dtype: torch.dtype | None = None
         missing = [n for n in list(self.functions())[:2] if n not in self.names]
         if missing and type(module).__module__.startswith("mamba_ssm."):
             raise InputError(f"{name} is a Mamba-1 mixer of mamba_ssm: of that library's, Mamba-2's alone are adopted")
@@ -126,7 +128,8 @@ class AdoptedMixer:
 
     @property
     def _needed(self) -> bool:
-        return self._policy != PLAIN or self.continuing or (self.limit_in_decode and self.dt_limit != UNLIMITED)
+        limited = self.limit_in_decode and self.dt_limit != UNLIMITED
+        return self._policy != PLAIN or self.state_dtype is not None or self.continuing or limited
 
     @property
     def dt_limit(self) -> tuple[float, float]:
@@ -211,6 +214,7 @@ class AdoptedMixer:
         y, new = scan(
             x, dt, -m.A_log.to(torch.promote_types(m.A_log.dtype, torch.float32)).exp(), B, C, dt_bias=m.dt_bias,
             dt_limit=dt_limit, D=self.D, policy=self._policy, mask=call.mask, reset=reset, backend=self.backend,
+            state_dtype=self.state_dtype,
             carry=None if state is None else self.carry(call.layer, state),
         )  # fmt: skip
         if call.layer is not None:

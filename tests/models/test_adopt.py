@@ -675,3 +675,35 @@ def test_quantised_weights(build, family, how):
         linear.weight[0, 0] ^= 1
     del adopt(again).__dict__["weights_hash"]
     assert adopt(again).weights_hash != adopted.weights_hash
+
+
+@torch.no_grad()
+def test_states_of_fewer_bits(model):
+    adopted, ids, sizes = adopt(model), _ids(), [12, 1, 1, 1, 5]
+    before, tokens = _logits(model, ids), model.generate(ids, max_new_tokens=6, do_sample=False)
+    cut, _ = _stream(adopted, ids, sizes)
+    adopted.use_state_dtype("float32")
+    assert adopted.state_dtype is None and torch.equal(_stream(adopted, ids, sizes)[0], cut)
+
+    _set(adopted, POLICIES["gates"])
+    plain, (cache, expected) = _stream(adopted, ids, sizes)[0], (adopted.new_cache(), [])
+    for part in ids.split(sizes, 1):  # by hand
+        expected.append(adopted.logits(adopted(part, cache)))
+        for m in adopted.mixers:
+            held = m.layer_of(cache.library).recurrent_states[0]
+            held.copy_(held.to(torch.bfloat16))
+    adopted.use_state_dtype("bfloat16")
+    found, kept = _stream(adopted, ids, sizes)
+    assert torch.equal(found, torch.cat(expected, 1)) and (found - plain).abs().max() > 1e-4
+    assert all(torch.equal(a.scan.state.float(), b.scan.state) for a, b in zip(kept.layers, cache.layers))
+
+    _set(adopted, PLAIN)  # the library's own calls, without a remedy
+    assert adopted.backend == "torch" and all(m.active for m in adopted.mixers)
+    assert (_stream(adopted, ids, sizes)[0] - cut).abs().max() > 1e-4
+    model.generate(ids, max_new_tokens=6, do_sample=False)
+    with mitigate(model, "window:tokens=4"):
+        again, _ = _stream(adopted, ids, sizes)
+        torch.testing.assert_close(again, _logits(model, ids), rtol=0, atol=0.1)
+    adopted.use_state_dtype(None)
+    assert torch.equal(_logits(model, ids), before) and all("forward" not in vars(m.module) for m in adopted.mixers)
+    assert torch.equal(model.generate(ids, max_new_tokens=6, do_sample=False), tokens)

@@ -293,6 +293,23 @@ def test_sixteen_bit_states_are_read_wide(build):
     assert (theirs.float() - expected).abs().mean() < 0.1 * expected.std()
 
 
+@torch.no_grad()
+def test_states_of_fewer_bits(build):
+    theirs, ids = build(ngroups=2), _ids(2, 24)
+    ours, adopted, sizes = _ours(theirs), adopt(theirs), [12, *[1] * 12]
+    plain = _theirs(theirs, ids, sizes)
+    for each in (ours, adopted):
+        each.use_state_dtype("bfloat16")
+    cache = ours.new_cache()
+    expected = torch.cat([ours.logits(ours(part, cache)) for part in ids.split(sizes, 1)], 1)
+    assert (expected - plain).abs().max() > 1e-3
+    # (a last bit of float32 may tip one of bfloat16)
+    assert (_theirs(theirs, ids, sizes) - expected).abs().mean() < 0.2 * (plain - expected).abs().mean()
+    assert (_stream(adopted, ids, sizes)[0] - expected).abs().mean() < 0.2 * (plain - expected).abs().mean()
+    adopted.use_state_dtype(None)
+    assert torch.equal(_theirs(theirs, ids, sizes), plain)
+
+
 def test_gradients(build):
     model, ids = build().train(), _ids()
     mitigate(model, "rri:alpha=0.9,beta=0.4")
