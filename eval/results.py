@@ -27,11 +27,13 @@ import pandas as pd
 
 from rnn_longctx.errors import InputError
 
-# What makes two cells different. `length` in tokens; `depth` a fraction, None for all depths together.
+# What makes two cells different. `length` in tokens; `depth` a fraction, None for all depths together; `state_dtype`
+# what the recurrent state is rounded to between calls, None for the scan's own float32 (float64 under float64).
 KEY = (
     *("model", "weights_hash", "mitigation", "calibration", "task", "text", "text_hash", "tokenizer"),
-    *("length", "depth", "metric", "batch", "dtype", "backend", "device", "seed"),
+    *("length", "depth", "metric", "batch", "dtype", "backend", "device", "seed", "state_dtype"),
 )
+_LATER = {"state_dtype"}  # a column that older tables lack: None in their rows, and no part of a key where it is None
 # What was measured. `samples`: one float per slice or prompt, in the order of the slices, so that two rows on
 # the same text pair by position. Times in seconds, `train_length` in tokens.
 VALUE = (
@@ -155,7 +157,7 @@ def write_atomic(path: Path, data: bytes) -> None:
 def canonical_key(key: Mapping[str, Any]) -> str:
     """The key columns as JSON text; equal for equal keys alone (a depth of 0 is 0.0, one of NaN is None)."""
     clean = _clean(key)
-    return json.dumps([clean[c] for c in KEY])
+    return json.dumps([clean[c] for c in KEY if c not in _LATER or clean[c] is not None])
 
 
 def _cell_id(clean: Row) -> str:
@@ -171,7 +173,8 @@ def _read_cell(path: Path) -> Row | None:
     try:
         stored = json.loads(path.read_bytes())
         row = stored["row"]
-        sound = stored["checksum"] == _checksum(row) and set(row) == set(COLUMNS)
+        sound = stored["checksum"] == _checksum(row) and set(row) | _LATER == set(COLUMNS)
+        row = dict.fromkeys(COLUMNS) | row
         return row if sound and path.stem == _cell_id(row) else None
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None

@@ -43,6 +43,7 @@ class EvalConfig:
     seed: int = 0
     device: str = "auto"
     dtype: str = "float32"
+    state_dtype: str | None = None  # None: float32, or float64 with dtype float64
     backend: str | None = None
 
 

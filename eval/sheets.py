@@ -17,7 +17,7 @@ import pandas as pd
 
 from rnn_longctx.eval.stats import Verdict, mean_stderr, paired_bootstrap, peak_within, verdict
 
-SETTING = ("model", "weights_hash", "tokenizer", "dtype")  # never mixed on one sheet
+SETTING = ("model", "weights_hash", "tokenizer", "dtype", "state_dtype")  # never mixed on one sheet
 DIAGNOSTICS = ("attention-window:", "reset-recurrence:")  # one part of a hybrid forgets, the other reads on
 RECALL = 0.95  # T_recall is the longest context with an accuracy above this (arXiv 2410.07145)
 
@@ -121,6 +121,7 @@ def is_control(mitigation: str, *kinds: str) -> bool:
 
 def sheets(frame: pd.DataFrame) -> list[Sheet]:
     """Sort rows into sheets, model by model, losses first. Unknown metrics are left out."""
+    frame = frame.assign(**{c: None for c in SETTING if c not in frame})  # tables from before a column
     found: list[Sheet] = []
     loss, peak = frame["metric"] == "nats_per_token", frame["metric"] == "nats_per_token_peak"
     lm = (frame["task"] == "lm") & (loss | peak)

@@ -52,7 +52,8 @@ class Context:
     def key(self, task: Task, text: Text | str, length: int, metric: str, depth: float | None = None) -> Row:
         m = self.model
         device = torch.cuda.get_device_name(m.device) if m.device.type == "cuda" else m.device.type
-        return {
+        kept = {} if m.state_dtype is None else {"state_dtype": str(m.state_dtype).removeprefix("torch.")}
+        return kept | {
             "model": m.name, "weights_hash": m.weights_hash, "mitigation": self.mitigation,
             "calibration": self.calibration, "task": task.label, "text": text if isinstance(text, str) else text.name,
             "text_hash": None if isinstance(text, str) else text.hash, "tokenizer": m.tokenizer.name,

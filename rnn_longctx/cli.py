@@ -23,6 +23,7 @@ app = typer.Typer(
 )
 
 Many = Optional[list[str]]  # noqa: UP045 (typer reads it)
+STATE = typer.Option(help="Round the recurrent state to it between calls (float32): bfloat16, float16, float64.")
 MODEL = typer.Argument(help='"demo", a directory, or a Hugging Face hub id.')
 
 
@@ -44,6 +45,7 @@ def evaluate_command(
     seed: Annotated[Optional[int], typer.Option()] = None,  # noqa: UP045
     device: Annotated[Optional[str], typer.Option(help="auto, cpu, cuda, cuda:1.")] = None,  # noqa: UP045
     dtype: Annotated[Optional[str], typer.Option(help="float32, bfloat16, float16, float64.")] = None,  # noqa: UP045
+    state_dtype: Annotated[Optional[str], STATE] = None,  # noqa: UP045
     backend: Annotated[Optional[str], typer.Option(help="Force a scan backend.")] = None,  # noqa: UP045
 ) -> None:
     """Loss and recall of a model at increasing lengths, without and with remedies: a table, results and plots."""
@@ -61,6 +63,7 @@ def evaluate_command(
         "mitigations": mitigation or None, "text": text, "calibration_text": calibration_text,
         "train_length": train_length and parse_length(train_length), "tokenizer": tokenizer, "out": out,
         "batch": batch, "seed": seed, "device": device, "dtype": dtype, "backend": backend,
+        "state_dtype": state_dtype,
     }  # fmt: skip
     given = {k: v for k, v in given.items() if v is not None}
     if config is None and model is None:
@@ -76,6 +79,7 @@ def evaluate_command(
     Results(c.out)
     lm = _load(c.model, c.device, c.dtype, c.tokenizer, c.train_length)
     lm.use_backend(c.backend)
+    lm.use_state_dtype(c.state_dtype)
     state = lm if hasattr(lm, "scan_state_elements") else lm.config
     console = Console()
     if not console.is_terminal:  # a log: lines as wide as the tables want
@@ -88,7 +92,7 @@ def evaluate_command(
             state.conv_state_elements,
             lm.train_length,
             str(lm.device),
-            c.dtype,
+            c.dtype if lm.state_dtype is None else f"{c.dtype} with states in {c.state_dtype}",
             lm.backend,
         )
     )
@@ -199,6 +203,7 @@ def generate_command(
     tokenizer: Annotated[Optional[str], typer.Option()] = None,  # noqa: UP045
     device: Annotated[str, typer.Option()] = "auto",
     dtype: Annotated[str, typer.Option()] = "float32",
+    state_dtype: Annotated[Optional[str], STATE] = None,  # noqa: UP045
 ) -> None:
     """Continue a prompt of any length, with a remedy on the model."""
     import torch
@@ -209,6 +214,7 @@ def generate_command(
     from rnn_longctx.models.generate import continuation, prefill
 
     remedy, lm = parse_remedy(mitigation), _load(model, device, dtype, tokenizer, train_length)
+    lm.use_state_dtype(state_dtype)
     raw = sys.stdin.buffer.read() if prompt == "-" else prompt.encode("utf-8", "surrogateescape")
     ids = torch.from_numpy(lm.tokenizer.encode(raw))[None]
     if ids.shape[1] == 0:

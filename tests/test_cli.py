@@ -119,6 +119,18 @@ def test_options_win_over_the_config(run, store, tmp_path):
     assert set(pd.read_csv(tmp_path / "r" / "results.csv").length) == {64}
 
 
+def test_the_precision_of_states_is_named(run, tmp_path):
+    out = str(tmp_path / "r")
+    for more in ((), ("--state-dtype", "bfloat16"), ("--state-dtype", "float32")):
+        code, printed, said = run("eval", "ok", *EVAL, "--out", out, *more)
+        assert code == 0, said
+    frame = pd.read_csv(tmp_path / "r" / "results.csv")
+    assert set(frame.state_dtype.fillna("-")) == {"-", "bfloat16"}
+    code, printed, _ = run("eval", "ok", *EVAL, "--out", str(tmp_path / "s"), "--state-dtype", "bfloat16")
+    assert "float32 with states in bfloat16" in printed
+    assert run("generate", "ok", "--prompt", "import os", "--max-new-tokens", "4", "--state-dtype", "bfloat16")[0] == 0
+
+
 def test_generate(run):
     words = ("generate", "ok", "--prompt", "import os", "--max-new-tokens", "4", "--mitigation", "window:tokens=3")
     code, printed, _ = run(*words)
@@ -151,6 +163,8 @@ MISTAKES = {
     "eval ok --batch 0": "batch must be at least 1",
     "eval ok --device cuda": "is not available here",
     "eval ok --dtype int8": "unknown dtype 'int8'",
+    "eval ok --state-dtype int8": "a state is kept in float32",
+    "generate ok --prompt a --state-dtype bf16": "a state is kept in float32",
     "eval ok --backend nothing": "unknown backend 'nothing'",
     "eval ok --out file/x": "cannot write results to file/x",
     "eval ok --text nowhere.txt": "no text at nowhere.txt",

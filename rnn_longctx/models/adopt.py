@@ -6,7 +6,7 @@
     rnn_longctx.evaluate(rnn_longctx.adopt(model, tokenizer=tokenizer, train_length=2048), ...)
 
 The model stays as it is: its mixers, norms, masks and attention are its own. Where a policy is active, a mixer's scan
-and step are ours (`rnn_longctx.models.adopt_transformers`).
+and step are ours (`rnn_longctx.models.adopt_transformers`, `rnn_longctx.models.adopt_mamba_ssm`).
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from __future__ import annotations
 import copy
 import hashlib
 import inspect
+import itertools
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -25,11 +26,11 @@ from torch import Tensor, nn
 from rnn_longctx.errors import InputError
 from rnn_longctx.models import adopt_rows
 from rnn_longctx.models.adopt_mamba1 import AdoptedMamba1, is_mamba1
-from rnn_longctx.models.adopt_transformers import AdoptedMixer, is_mamba2
+from rnn_longctx.models.adopt_transformers import AdoptedMixer, is_mamba2, is_mamba_ssm
 from rnn_longctx.models.cache import Carry
-from rnn_longctx.models.mamba2 import token_losses
+from rnn_longctx.models.mamba2 import state_dtype, token_losses
 from rnn_longctx.models.restart import Restart, read_restarting
-from rnn_longctx.ssd import PLAIN, Call, ScanCarry, choose
+from rnn_longctx.ssd import PLAIN, Call, ScanCarry, asked_of, choose
 
 _KEY = "_rnn_longctx_adopted"
 
@@ -39,7 +40,8 @@ def adopt(model: nn.Module, *, name: str | None = None, tokenizer: Any = None, t
     """Put a model of another library behind the interface that remedies, probes and evaluation use.
 
     Families: those of transformers with Mamba-2 mixers (Mamba2, Bamba, FalconH1, GraniteMoeHybrid, NemotronH, Zamba2),
-    and with Mamba-1's (Mamba, FalconMamba, Jamba), each of whose channels is a head.
+    and with Mamba-1's (Mamba, FalconMamba, Jamba), each of whose channels is a head; and those of mamba_ssm with its
+    Mamba2 or Mamba2Simple mixers (`rnn_longctx.models.adopt_mamba_ssm`).
     Adopting a model again returns the same object, with what is newly given filled in.
 
     Args:
@@ -52,7 +54,7 @@ def adopt(model: nn.Module, *, name: str | None = None, tokenizer: Any = None, t
     Raises:
         InputError: no such mixer in it, or a transformers older than 5.15.
     """
-    found = model if isinstance(model, Adopted) else adopted(model) or Adopted(model)
+    found = model if isinstance(model, Adopted) else adopted(model) or _made(model)
     found.model.__dict__[_KEY] = found
     if train_length is not None and train_length < 1:
         raise InputError(f"train_length: expected at least 1 token, got {train_length}")
@@ -95,9 +97,18 @@ def load_adopted(source: str | Path, *, device: torch.device | str = "cpu", dtyp
     wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype or torch.float32
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=wanted)
+        model = model.to(device)
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise InputError(f"transformers cannot read {name}: {one_line(error)}") from None
-    return adopt(model.to(device).eval(), name=name, tokenizer=load_tokenizer(spec), train_length=train_length)
+    return adopt(model.eval(), name=name, tokenizer=load_tokenizer(spec), train_length=train_length)
+
+
+def _made(model: nn.Module) -> Adopted:
+    if any(map(is_mamba_ssm, model.modules())):
+        from rnn_longctx.models.adopt_mamba_ssm import AdoptedMambaSSM
+
+        return AdoptedMambaSSM(model)
+    return Adopted(model)
 
 
 def adopted(model: Any) -> Adopted | None:
@@ -115,13 +126,17 @@ class Adopted:
         name, train_length, tokenizer, calibration, restart, reader: as in `Mamba2LM`.
     """
 
+    library = "transformers"
+    kinds: ClassVar[list[tuple[Callable, type[AdoptedMixer]]]] = [
+        (is_mamba2, AdoptedMixer), (is_mamba1, AdoptedMamba1)
+    ]  # fmt: skip
+
     def __init__(self, model: nn.Module):
         self.model: Any = model
-        kinds: list[tuple[Callable, type[AdoptedMixer]]] = [(is_mamba2, AdoptedMixer), (is_mamba1, AdoptedMamba1)]
-        self.mixers = [make(m, name) for name, m in model.named_modules() for fits, make in kinds if fits(m)]
+        self.mixers = [make(m, name) for name, m in model.named_modules() for fits, make in self.kinds if fits(m)]
         if not self.mixers:
             raise InputError(_nothing_found(model))
-        config: Any = model.config
+        config: Any = getattr(model, "config", None)
         self.config: Any = config.get_text_config() if hasattr(config, "get_text_config") else config
         self.name = str(getattr(config, "_name_or_path", "") or type(model).__name__)
         self.train_length: int | None = None
@@ -135,12 +150,12 @@ class Adopted:
 
     @cached_property
     def weights_hash(self) -> str:
-        """First 16 hex digits of a sha256 over each tensor's name, dtype, shape and bytes."""
+        """First 16 hex digits of a sha256 over each tensor's name, dtype, shape and bytes, or, of one made of others
+        (quantised weights), theirs in turn. What a state_dict holds beside tensors does not count."""
         found = hashlib.sha256()
         for name, t in sorted(self.model.state_dict().items()):
-            found.update(f"{name} {t.dtype} {list(t.shape)}".encode())
-            raw = t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
-            found.update(memoryview(raw))
+            if isinstance(t, Tensor):
+                _digest(found, name, t)
         return found.hexdigest()[:16]
 
     @property
@@ -157,11 +172,13 @@ class Adopted:
 
     @property
     def backend(self) -> str:
-        """The scan that the present policies choose here; `transformers` where its own runs."""
+        """The scan that the present policies choose here; the library's name where its own runs."""
         names = set()
         for m in self.mixers:
-            call = Call(self.device, self.dtype, isinstance(m, AdoptedMamba1), m.headdim, m.d_state)
-            names.add(choose(m.policy, m.backend, call).name if m.active else "transformers")
+            call = Call(
+                self.device, asked_of(self.dtype, m.state_dtype), isinstance(m, AdoptedMamba1), m.headdim, m.d_state
+            )
+            names.add(choose(m.policy, m.backend, call).name if m.active else self.library)
         return "+".join(sorted(names))
 
     def use_backend(self, name: str | None) -> None:
@@ -176,12 +193,40 @@ class Adopted:
         return "past_key_values" in self._takes
 
     @property
+    def state_dtype(self) -> torch.dtype | None:
+        return self.mixers[0].state_dtype
+
+    def use_state_dtype(self, dtype: torch.dtype | str | None) -> None:
+        """As `Mamba2LM.use_state_dtype`, in the model's own forward and generate too: our scan runs then, under any
+        policy."""
+        found = state_dtype(dtype, self.dtype)
+        for mixer in self.mixers:
+            mixer.state_dtype = found
+            mixer.policy = mixer.policy
+
+    @property
+    def embedding(self) -> Any:
+        return self.model.get_input_embeddings()
+
+    @property
+    def head(self) -> Any:
+        """The map from hidden states to logits, or None."""
+        return self.model.get_output_embeddings()
+
+    @property
+    def d_model(self) -> int:
+        return self.config.hidden_size
+
+    @property
     def device(self) -> torch.device:
-        return self.model.get_input_embeddings().weight.device
+        weight = getattr(self.embedding, "weight", None)
+        return (weight if isinstance(weight, Tensor) else next(self.parameters())).device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.model.get_input_embeddings().weight.dtype
+        """What the embedding's weights are of; where those are packed, the first parameter that is not."""
+        weights = itertools.chain([getattr(self.embedding, "weight", None)], self.parameters())
+        return next((d for d in map(_computes_in, weights) if d is not None), torch.float32)
 
     # --- reading
 
@@ -218,8 +263,7 @@ class Adopted:
         if cache.seen and len(cache.position) != batch:
             raise InputError(f"the cache holds {len(cache.position)} rows, the ids {batch}")
         if not length:
-            weight = self.model.get_input_embeddings().weight
-            return weight.new_zeros(batch, 0, self.config.hidden_size)
+            return torch.zeros(batch, 0, self.d_model, dtype=self.dtype, device=self.device)
         before = cache.position if cache.seen else torch.zeros(batch, dtype=torch.int64)
         padding = cache.padding if cache.padding is not None else torch.zeros(batch, dtype=torch.int64)
         read = torch.full((batch,), length) if mask is None else mask.sum(1).cpu()
@@ -230,7 +274,14 @@ class Adopted:
             if length == 1:
                 raise InputError("padding is read together with at least one token more: the library does not mask one")
             padding = padding + length - read
-        total = cache.seen + length
+        hidden = self._call(ids, cache, mask, before, padding)
+        cache.seen, cache.padding, cache.position = cache.seen + length, padding, before + read
+        return hidden
+
+    def _call(self, ids: Tensor, cache: AdoptedCache, mask: Tensor | None, before: Tensor, padding: Tensor) -> Tensor:
+        """The library reads ids (B, T), T > 0, and its cache is moved on. before, padding: (B,) on the CPU, tokens read
+        before and columns of padding up to here."""
+        total, length = cache.seen + ids.shape[1], ids.shape[1]
         given: dict[str, Any] = {}
         key = "past_key_values" if self.attends else "cache_params"
         if bool(padding.any()) and (self.attends or mask is not None):
@@ -247,13 +298,12 @@ class Adopted:
             if cache.library is not None:
                 for mixer in self.mixers:
                     if mixer.active:
-                        mixer.place(cache.library.layers[mixer.module.layer_idx], before)
+                        mixer.place(mixer.layer_of(cache.library), before)
             out = self.base(input_ids=ids, use_cache=True, return_dict=True, **{key: cache.library}, **given)
         finally:
             for each in forgetful:
                 each.continue_stream(False)
         cache.library = out[key]
-        cache.seen, cache.padding, cache.position = total, padding, before + read
         return out[0]
 
     def stream(self, ids: Tensor, cache: AdoptedCache | None = None, segment: int = 4096) -> Iterator[Tensor]:
@@ -264,10 +314,10 @@ class Adopted:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., vocab) float32 from hidden states (..., d_model)."""
-        head = self.model.get_output_embeddings()
+        head = self.head
         if head is None:
             raise InputError(f"{type(self.model).__name__} has no head for logits: load it as a causal language model")
-        logits = head(hidden.to(head.weight.dtype))
+        logits = head(hidden.to(_computes_in(getattr(head, "weight", None)) or hidden.dtype))
         if (factor := getattr(self.config, "lm_head_multiplier", None)) is not None:  # FalconH1
             logits = logits * factor
         if (divisor := getattr(self.config, "logits_scaling", None)) is not None:  # GraniteMoeHybrid
@@ -309,13 +359,13 @@ class AdoptedCache:
             return []
         carries = []
         for mixer in self.mixers:
-            layer = self.library.layers[mixer.module.layer_idx]
+            layer = mixer.layer_of(self.library)
             # (a copy: the library writes into its own)
             state, beside = mixer.state_of(layer).clone(), getattr(layer, "beside", None)
             total = beside.log_decay if beside is not None else None
             if total is None:
                 total = mixer.no_log_decay(state)
-            carries.append(Carry(layer.conv_states[0], ScanCarry(state, self.position, total)))
+            carries.append(Carry(mixer.conv_of(self.library), ScanCarry(state, self.position, total)))
         return carries
 
     @layers.setter
@@ -340,13 +390,33 @@ class AdoptedCache:
         index = torch.as_tensor(index)
         new = self.clone()
         if new.library is not None:
-            new.library.reorder_cache(index.to(self.layers[0].scan.state.device))
+            new._reorder(index)
         new.position = self.position[index.cpu()]
         new.padding = self.padding if self.padding is None else self.padding[index.cpu()]
         new.tail = self.tail if self.tail is None else self.tail[index.to(self.tail.device)]
         return new
 
     concat = staticmethod(adopt_rows.concat)
+
+    def _reorder(self, index: Tensor) -> None:
+        mixer = self.mixers[0]
+        self.library.reorder_cache(index.to(mixer.state_of(mixer.layer_of(self.library)).device))
+
+
+def _digest(found: Any, name: str, t: Tensor) -> None:
+    found.update(f"{name} {t.dtype} {list(t.shape)}".encode())
+    if hasattr(t, "__tensor_flatten__"):
+        for part in t.__tensor_flatten__()[0]:
+            _digest(found, f"{name}.{part}", getattr(t, part))
+    else:
+        raw = t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+        found.update(memoryview(raw))  # type: ignore[arg-type]
+
+
+def _computes_in(weight: Any) -> torch.dtype | None:
+    """The type of a weight, or None where that is how it is packed (bytes, 8-bit floats) or there is none."""
+    dtype = getattr(weight, "dtype", None)
+    return dtype if dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64) else None
 
 
 def _nothing_found(model: nn.Module) -> str:

@@ -14,14 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rnn_longctx.errors import InputError
-from rnn_longctx.models.adopt_transformers import UNLIMITED, AdoptedMixer, Beside, _Call, _fused, _keep
-from rnn_longctx.ssd import PLAIN, scan, window_state
+from rnn_longctx.models.adopt_transformers import UNLIMITED, AdoptedMixer, Beside, _Call, _fused
+from rnn_longctx.ssd import scan, window_state
 
 
 class AdoptedMamba1(AdoptedMixer):
-    """See `AdoptedMixer`. `continuing` says that a stream goes on with several tokens: our scan runs then."""
-
-    continuing = False
+    """See `AdoptedMixer`."""
 
     @staticmethod
     def functions() -> dict[str, Any]:
@@ -32,15 +30,11 @@ class AdoptedMamba1(AdoptedMixer):
         return self.module.A_log.shape[0], 1, self.module.A_log.shape[1]
 
     @property
-    def _needed(self) -> bool:
-        return self._policy != PLAIN or self.continuing
+    def dt_limit(self) -> tuple[float, float]:
+        return UNLIMITED
 
     def steps(self, projected: Tensor) -> Tensor:
         raise InputError(f"{self.name} is a mixer of Mamba-1, whose steps come after its convolution, one a channel")
-
-    def continue_stream(self, on: bool) -> None:
-        self.continuing = on
-        self.policy = self.policy
 
     def state_of(self, layer: Any) -> Tensor:
         return layer.recurrent_states[0].unsqueeze(2)
@@ -56,10 +50,11 @@ class AdoptedMamba1(AdoptedMixer):
         y, new = scan(
             x[..., None], dt, -m.A_log.to(torch.promote_types(m.A_log.dtype, torch.float32)).exp(), B[:, :, None],
             C[:, :, None], dt_bias=bias, dt_limit=UNLIMITED, D=m.D, policy=self.policy, mask=call.mask,
-            backend=self.backend, carry=None if call.fresh else self.carry(call.layer, self.state_of(call.layer)),
+            backend=self.backend, state_dtype=self.state_dtype,
+            carry=None if call.fresh else self.carry(call.layer, self.state_of(call.layer)),
         )  # fmt: skip
         if call.layer is not None:
-            _keep(call.layer, Beside(self._era, new.position, new.log_decay, new.window))
+            self.keep(call.layer, Beside(self._era, new.position, new.log_decay, new.window))
         y = y[..., 0]
         return (y if z is None else y * F.silu(z)), window_state(new)[:, :, 0]
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rnn_longctx.errors import InputError
-from rnn_longctx.models.adopt_transformers import Beside, _keep
+from rnn_longctx.models.adopt_transformers import Beside
 from rnn_longctx.models.cache import Cache, Carry, _zip_map
 from rnn_longctx.ssd import ScanCarry, window_state
 
@@ -103,7 +103,7 @@ def from_cache(model: Adopted, kept: Cache, extra: dict[str, Tensor]) -> Adopted
             shape = layer.recurrent_states[0].shape
             layer.conv_states[0], layer.recurrent_states[0] = carry.conv, window_state(carry.scan).reshape(shape)
             if mixer.active:
-                _keep(layer, Beside(mixer._era, carry.scan.position, carry.scan.log_decay, carry.scan.window))
+                mixer.keep(layer, Beside(mixer._era, carry.scan.position, carry.scan.log_decay, carry.scan.window))
         for i, layer in enumerate(new.library.layers):
             if attends(layer):
                 layer.keys, layer.values = (extra[f"{what}.{i}"].to(model.device) for what in ("keys", "values"))

@@ -40,13 +40,22 @@ class AdoptedMixer:
         name: its path in the model.
         heads, headdim, d_state: its shape.
         backend: the scan to force, or None.
+        state_dtype: see `scan`; another than None takes our scan, as a policy does.
+        continuing: our scan runs under any policy, as long as it is set (see `continue_stream`).
     """
+
+    library = "transformers"
+    continuing = False
+    entries: tuple[str, ...] = ("forward",)  # the module's methods that ours stand before
 
     def __init__(self, module: nn.Module, name: str, time_step_limit_in_decode: bool = False):
         m: Any = module
         self.module, self.name = m, name
         self.backend: str | None = None
+        self.state_dtype: torch.dtype | None = None
         missing = [n for n in list(self.functions())[:2] if n not in self.names]
+        if missing and type(module).__module__.startswith("mamba_ssm."):
+            raise InputError(f"{name} is a Mamba-1 mixer of mamba_ssm: of that library's, Mamba-2's alone are adopted")
         if missing:
             raise InputError(
                 f"{name} is a mixer ({type(module).__name__}) that does not call {' and '.join(missing)}: "
@@ -57,8 +66,8 @@ class AdoptedMixer:
         self._arguments = list(inspect.signature(type(module).forward).parameters)[1:]
         self._policy = PLAIN
         self._era = 0
-        self._forward: Callable | None = None  # the mixer's own, while ours stands before it
-        self._had: Callable | None = None  # what the instance itself held (a hook of accelerate)
+        self._own: dict[str, Callable] = {}  # the mixer's own entries, while ours stand before them
+        self._had: dict[str, Any] = {}  # what the instance itself held (a hook of accelerate)
         self.policy = PLAIN
 
     @staticmethod
@@ -92,7 +101,12 @@ class AdoptedMixer:
         dt = projected[..., -self.heads :]
         if (multipliers := getattr(self.module, "mup_vector", None)) is not None:
             dt = dt * multipliers[..., -self.heads :]
-        return F.softplus(dt + self.module.dt_bias).clamp(*self.module.time_step_limit)
+        return F.softplus(dt + self.module.dt_bias).clamp(*self.dt_limit)
+
+    @property
+    def D(self) -> Tensor:
+        """(H,) or (H, P)."""
+        return self.module.D
 
     @property
     def policy(self) -> ScanPolicy:
@@ -102,39 +116,59 @@ class AdoptedMixer:
     def policy(self, policy: ScanPolicy) -> None:
         self._policy = policy
         active = self._needed
-        if active and self._forward is None:
+        if active and not self._own:
             if isinstance(getattr(self.module.forward, "__self__", None), AdoptedMixer):
                 self._policy = PLAIN
                 raise InputError(f"{self.name} is under a remedy already, by way of another model that holds it")
             self._era = next(_eras)
-            self._had, self._forward = self.module.__dict__.get("forward"), self.module.forward
-            self.module.forward = self.forward
-        elif not active and self._forward is not None and self.module.__dict__.get("forward") == self.forward:
+            self._had = {n: self.module.__dict__.get(n) for n in self.entries}
+            self._own = {n: getattr(self.module, n) for n in self.entries}
+            for n in self.entries:
+                setattr(self.module, n, getattr(self, n))
+        elif not active and self._own and self.module.__dict__.get("forward") == self.forward:
             # (a hook that was put before ours in the meantime stays, and ours behind it passes everything on)
-            if self._had is None:
-                del self.module.forward
-            else:
-                self.module.forward = self._had
-            self._forward = self._had = None
+            for n, had in self._had.items():
+                if had is None:
+                    delattr(self.module, n)
+                else:
+                    setattr(self.module, n, had)
+            self._own, self._had = {}, {}
 
     @property
     def active(self) -> bool:
-        return self._forward is not None and self._needed
+        return bool(self._own) and self._needed
 
     @property
     def _needed(self) -> bool:
-        return self._policy != PLAIN or (self.limit_in_decode and tuple(self.module.time_step_limit) != UNLIMITED)
+        limited = self.limit_in_decode and self.dt_limit != UNLIMITED
+        return self._policy != PLAIN or self.state_dtype is not None or self.continuing or limited
+
+    @property
+    def dt_limit(self) -> tuple[float, float]:
+        return tuple(self.module.time_step_limit)
+
+    def continue_stream(self, on: bool) -> None:
+        """Read what the library's own forward cannot: set before a call, and taken back after it."""
+        self.continuing = on
+        self.policy = self.policy
+
+    def layer_of(self, library: Any) -> Any:
+        """This mixer's part of the library's cache."""
+        return library.layers[self.module.layer_idx]
 
     def state_of(self, layer: Any) -> Tensor:
         """The state (B, H, P, N) in a layer of the library's cache."""
         return layer.recurrent_states[0]
 
+    def conv_of(self, library: Any) -> Tensor:
+        """The inputs of the convolution, (B, channels, taps), in the library's cache."""
+        return self.layer_of(library).conv_states[0]
+
     @torch.compiler.disable
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The mixer's own forward, its scan and step ours."""
-        assert self._forward is not None
         if not self.active:
-            return self._forward(*args, **kwargs)
+            return self._own["forward"](*args, **kwargs)
         given = dict(zip(self._arguments, args)) | kwargs
         cache = given["cache_params"] if "cache_params" in given else given.get("past_key_values")
         mask = given.get("attention_mask")
@@ -143,7 +177,7 @@ class AdoptedMixer:
         token = _running.set(_Call(self, layer, None if mask is None or mask.ndim != 2 else mask.bool(), fresh))
         try:
             with _replaced(self.names, self.functions()):
-                return self._forward(*args, **kwargs)
+                return self._own["forward"](*args, **kwargs)
         finally:
             _running.reset(token)
 
@@ -179,7 +213,12 @@ class AdoptedMixer:
     def place(self, layer: Any, position: Tensor) -> None:
         """Say where the rows of a layer stand, unless it is known. position: (B,) on the CPU."""
         if self.beside(layer) is None:
-            _keep(layer, Beside(self._era, position.clone(), None, None))
+            self.keep(layer, Beside(self._era, position.clone(), None, None))
+
+    def keep(self, layer: Any, beside: Beside) -> None:
+        if not hasattr(layer, "beside"):
+            layer.__class__ = _following(type(layer))  # type: ignore[arg-type]
+        layer.beside = beside
 
     def read(self, call: _Call, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, state: Tensor | None,
              dt_limit: tuple[float, float], seq_idx: Tensor | None) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -189,11 +228,12 @@ class AdoptedMixer:
             reset = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0))
         y, new = scan(
             x, dt, -m.A_log.to(torch.promote_types(m.A_log.dtype, torch.float32)).exp(), B, C, dt_bias=m.dt_bias,
-            dt_limit=dt_limit, D=m.D, policy=self._policy, mask=call.mask, reset=reset, backend=self.backend,
+            dt_limit=dt_limit, D=self.D, policy=self._policy, mask=call.mask, reset=reset, backend=self.backend,
+            state_dtype=self.state_dtype,
             carry=None if state is None else self.carry(call.layer, state),
         )  # fmt: skip
         if call.layer is not None:
-            _keep(call.layer, Beside(self._era, new.position, new.log_decay, new.window))
+            self.keep(call.layer, Beside(self._era, new.position, new.log_decay, new.window))
         return y.contiguous(), window_state(new)
 
 
@@ -229,7 +269,7 @@ def _step(call: _Call, state: Tensor, hidden_states: Tensor, dt: Tensor, A: Tens
           D: Tensor | None = None, dt_bias: Tensor | None = None, dt_softplus: bool = False,
           z: Tensor | None = None, **_: Any) -> Tensor:  # fmt: skip
     # One head's dt, D and dt_bias come repeated headdim times. The library's step ignores the limit of dt.
-    limit = tuple(call.mixer.module.time_step_limit) if call.mixer.limit_in_decode else UNLIMITED
+    limit = call.mixer.dt_limit if call.mixer.limit_in_decode else UNLIMITED
     y, new = call.mixer.read(
         call, hidden_states[:, None], dt[:, None, :, 0], B[:, None], C[:, None], state, limit, None
     )
@@ -285,12 +325,6 @@ class Beside:
     position: Tensor  # (B,) int64 on the CPU
     log_decay: Tensor | None  # (B, H), not a number where the beginning was not counted
     window: WindowCarry | None
-
-
-def _keep(layer: Any, beside: Beside) -> None:
-    if not hasattr(layer, "beside"):
-        layer.__class__ = _following(type(layer))  # type: ignore[arg-type]
-    layer.beside = beside
 
 
 @functools.cache
@@ -353,3 +387,8 @@ def is_mamba2(module: nn.Module) -> bool:
     return isinstance(A_log, Tensor) and A_log.ndim == 1 and all(
         hasattr(module, part) for part in ("dt_bias", "in_proj", "conv1d")
     )  # fmt: skip
+
+
+def is_mamba_ssm(module: nn.Module) -> bool:
+    """A Mamba-2 mixer of mamba_ssm, by the names that it alone gives its shape."""
+    return is_mamba2(module) and all(hasattr(module, part) for part in ("nheads", "headdim", "d_state", "dt_limit"))

@@ -49,6 +49,8 @@ class Decoder:
             return "goes on from a prompt, and nothing has been read"
         if model.restart is not None:
             return f"does not restart: {model.restart}"
+        if model.state_dtype is not None:
+            return "keeps states in float32"
         for mixer, carry in zip(model.mixers, cache.layers):
             policy = mixer.policy
             if mixer.observer is not None:

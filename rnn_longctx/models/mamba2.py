@@ -15,15 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rnn_longctx.errors import InputError
+from rnn_longctx.errors import InputError, nearest
 from rnn_longctx.models.cache import Cache, Carry
 from rnn_longctx.models.layers import RMSNorm, Unscaled, causal_conv
 from rnn_longctx.models.restart import Restart, read_restarting
-from rnn_longctx.ssd import PLAIN, Call, Observer, ScanPolicy, choose, scan
+from rnn_longctx.ssd import PLAIN, Call, Observer, ScanPolicy, asked_of, choose, scan
 
 # (model, ids (B, T), segment) to the logits (B, vocab) after the last token, and the cache
 Reader = Callable[[Any, Tensor, int], tuple[Tensor, Cache]]
 LOGITS = 2**22  # the most logits held at once
+STATES = {str(d)[6:]: d for d in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
 
 
 def token_losses(logits: Callable[[Tensor], Tensor], vocab: int, hidden: Tensor, targets: Tensor) -> Tensor:
@@ -35,6 +36,17 @@ def token_losses(logits: Callable[[Tensor], Tensor], vocab: int, hidden: Tensor,
         for i in range(0, len(flat), rows)
     ]
     return torch.cat(parts).view(targets.shape)
+
+
+def state_dtype(wanted: torch.dtype | str | None, dtype: torch.dtype) -> torch.dtype | None:
+    """What `use_state_dtype` asks for in a model of `dtype`; None where the scan's states are of that type anyway."""
+    if wanted is None:
+        return None
+    name = str(wanted).removeprefix("torch.")
+    if name not in STATES:
+        raise InputError(f"a state is kept in {', '.join(STATES)}, not in {name!r}{nearest(name, STATES)}")
+    found = STATES[name]
+    return None if found == (torch.float64 if dtype == torch.float64 else torch.float32) else found
 
 
 @dataclass
@@ -93,7 +105,7 @@ class Mamba2Config:
 
 
 class Mamba2(nn.Module):
-    """One mixer. `policy` is data: set it, and the next token follows it. `observer` is shown the states."""
+    """One mixer. `policy` is data: set it, and the next token follows it. `observer`, `state_dtype`: see `scan`."""
 
     def __init__(self, config: Mamba2Config):
         super().__init__()
@@ -108,6 +120,7 @@ class Mamba2(nn.Module):
         self.policy: ScanPolicy = PLAIN
         self.backend: str | None = None
         self.observer: Observer | None = None
+        self.state_dtype: torch.dtype | None = None
         self.reset_parameters()
 
     @torch.no_grad()
@@ -162,7 +175,7 @@ class Mamba2(nn.Module):
             x.unflatten(-1, (c.nheads, c.headdim)), dt, self.A,
             B.unflatten(-1, groups), C.unflatten(-1, groups), dt_bias=self.dt_bias, dt_limit=c.dt_limit, D=self.D,
             policy=self.policy, carry=carry.scan if carry else None, reset=reset, mask=mask, backend=self.backend,
-            observer=self.observer, gate=gate,
+            observer=self.observer, gate=gate, state_dtype=self.state_dtype,
         )  # fmt: skip
         if gate is not None and gate.squares is not None:
             out = Unscaled(self.out_proj(y.flatten(-2)), gate.squares, c.d_inner, c.norm_eps)
@@ -227,7 +240,8 @@ class Mamba2LM(nn.Module):
     @property
     def backend(self) -> str:
         """The scan that the present policies choose here."""
-        call = Call(self.device, self.dtype, False, self.config.headdim, self.config.d_state)
+        asked = asked_of(self.dtype, self.state_dtype)
+        call = Call(self.device, asked, False, self.config.headdim, self.config.d_state)
         return "+".join(sorted({choose(m.policy, m.backend, call).name for m in self.mixers}))
 
     def use_backend(self, name: str | None) -> None:
@@ -235,6 +249,26 @@ class Mamba2LM(nn.Module):
         choose(PLAIN, name)
         for mixer in self.mixers:
             mixer.backend = name
+
+    @property
+    def state_dtype(self) -> torch.dtype | None:
+        """What the state is rounded to between calls, or None: see `use_state_dtype`."""
+        return self.mixers[0].state_dtype
+
+    def use_state_dtype(self, dtype: torch.dtype | str | None) -> None:
+        """Keep every layer's recurrent state at another precision than the scan's own, which is float32 (float64 in a
+        float64 model; None goes back to it): float32, bfloat16, float16 or float64.
+
+        The state is rounded whenever a call hands it on, that is after each segment of a prompt and after each token in
+        generation, and nowhere else: within a call the scan is float32 (float64 for a float64 state, too). A sliding
+        window's delay line is rounded with it; a convolution's last inputs are as they were.
+
+        Raises:
+            InputError: another type.
+        """
+        found = state_dtype(dtype, self.dtype)
+        for mixer in self.mixers:
+            mixer.state_dtype = found
 
     @property
     def device(self) -> torch.device:

@@ -25,16 +25,16 @@ from rnn_longctx.ssd.statistics import Observer, Statistics
 from rnn_longctx.ssd.window import window_state
 
 __all__ = ["PLAIN", "Backend", "Call", "Cap", "Gate", "Observer", "ScanCarry", "ScanPolicy", "Statistics",
-           "WindowCarry", "choose", "row_counts", "scan", "tree_map", "window_state"]  # fmt: skip
+           "WindowCarry", "asked_of", "choose", "row_counts", "scan", "tree_map", "window_state"]  # fmt: skip
 
 
 def scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *, dt_bias: Tensor | None = None,
          dt_softplus: bool = True, dt_limit: tuple[float, float] = (0.0, math.inf), D: Tensor | None = None,
          policy: ScanPolicy = PLAIN, carry: ScanCarry | None = None, reset: Tensor | None = None,
          mask: Tensor | None = None, backend: str | None = None, observer: Observer | None = None,
-         gate: Gate | None = None) -> tuple[Tensor, ScanCarry]:  # fmt: skip
+         gate: Gate | None = None, state_dtype: torch.dtype | None = None) -> tuple[Tensor, ScanCarry]:  # fmt: skip
     """Read T tokens: raw projections and a policy in, outputs and the carry out. How a stream is cut into calls
-    changes nothing.
+    changes nothing, but where `state_dtype` rounds what a call hands on.
 
     Args:
         x: (B, T, H, P).
@@ -48,22 +48,39 @@ def scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *, dt_bias: Ten
         backend: the name of one, or None for the first that supports the policy here.
         observer: is shown the state's statistics at the positions that `observer.every` divides.
         gate: a norm to apply to y where the backend can and no observer looks: then `gate.squares` is set.
+        state_dtype: of the state in the carry that is returned: it is rounded once, after the last token. Within a call
+            states are float32 (float64 for float64 inputs, and where float64 is asked for). None: as within.
     Returns:
-        y (B, T, H, P) in x's dtype, and the carry. States are float32 (float64 for float64 inputs).
+        y (B, T, H, P) in x's dtype, and the carry.
     Raises:
         InputError: shapes that do not fit (which axis is named), a backend that is missing or does not support the
             policy, padding after a row's first token, a window switched on in mid-stream, an observer of rows that
             stand at different positions.
     """
     _check_shapes(x, dt, A, B, C, D, dt_bias, carry)
+    asked = asked_of(x.dtype, state_dtype)
+    wide = _wide(asked)
+    carry = None if carry is None else carry.kept_in(wide)
     shared: dict[str, Any] = {
-        "dt_bias": dt_bias, "dt_softplus": dt_softplus, "dt_limit": dt_limit, "D": D, "policy": policy,
+        "asked": asked, "dt_bias": dt_bias, "dt_softplus": dt_softplus, "dt_limit": dt_limit, "D": D, "policy": policy,
     }  # fmt: skip
     if observer is None or not x.shape[1]:
-        return _read(x, dt, A, B, C, **shared, carry=carry, reset=reset, mask=mask, backend=backend, gate=gate)
+        y, new = _read(x, dt, A, B, C, **shared, carry=carry, reset=reset, mask=mask, backend=backend, gate=gate)
+        return y, new.kept_in(state_dtype or wide)
     if (mask is not None and not bool(mask.all())) or (reset is not None and bool(reset.any())):
         raise InputError("an observer follows rows that stand at one position: no padding, no documents")
-    return _observed(x, dt, A, B, C, carry, backend, observer, shared)
+    y, new = _observed(x, dt, A, B, C, carry, backend, observer, shared)
+    return y, new.kept_in(state_dtype or wide)
+
+
+def asked_of(dtype: torch.dtype, state_dtype: torch.dtype | None) -> torch.dtype:
+    """What a backend is asked to read (`Call.dtype`): the type of the inputs, or float64 where the state is."""
+    return torch.float64 if state_dtype == torch.float64 else dtype
+
+
+def _wide(asked: torch.dtype) -> torch.dtype:
+    """Of states within a call."""
+    return torch.float64 if asked == torch.float64 else torch.float32
 
 
 def _observed(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, carry: ScanCarry | None, backend: str | None,
@@ -74,7 +91,7 @@ def _observed(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, carry: Sca
         position = int(carry.position[0])
         if bool((carry.position != position).any()):
             raise InputError(f"an observer follows rows that stand at one position, not {carry.position.tolist()}")
-    call = Call(x.device, x.dtype, A.ndim == 2, x.shape[3], B.shape[3])
+    call = Call(x.device, shared["asked"], A.ndim == 2, x.shape[3], B.shape[3])
     inside = choose(shared["policy"], backend, call).observes(shared["policy"], call, k)
     asked = (x, dt, A, B, C, shared["D"], shared["dt_bias"], None if carry is None else carry.state)
     graded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in asked)
@@ -99,18 +116,17 @@ def _observed(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, carry: Sca
     return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)), carry
 
 
-def _read(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *, dt_bias: Tensor | None, dt_softplus: bool,
-          dt_limit: tuple[float, float], D: Tensor | None, policy: ScanPolicy, carry: ScanCarry | None,
-          reset: Tensor | None, mask: Tensor | None, backend: str | None,
+def _read(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *, asked: torch.dtype, dt_bias: Tensor | None,
+          dt_softplus: bool, dt_limit: tuple[float, float], D: Tensor | None, policy: ScanPolicy,
+          carry: ScanCarry | None, reset: Tensor | None, mask: Tensor | None, backend: str | None,
           looks: tuple[int, list[Statistics]] | None = None,
           gate: Gate | None = None) -> tuple[Tensor, ScanCarry]:  # fmt: skip
     batch, length, heads, headdim = x.shape
-    chosen = choose(policy, backend, Call(x.device, x.dtype, A.ndim == 2, headdim, B.shape[3]))
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    chosen = choose(policy, backend, Call(x.device, asked, A.ndim == 2, headdim, B.shape[3]))
     fresh = carry is None
     if carry is None:
         carry = ScanCarry.start(
-            batch, heads, headdim, B.shape[3], per_channel=A.ndim == 2, dtype=dtype, device=x.device
+            batch, heads, headdim, B.shape[3], per_channel=A.ndim == 2, dtype=_wide(asked), device=x.device
         )
     if not length:
         return x, carry

@@ -49,7 +49,8 @@ class ScanCarry:
     """State of one layer's scan between two stretches of a stream.
 
     Attributes:
-        state: (B, H, P, N), float32 (float64 for float64 inputs). With a window: see `rnn_longctx.ssd.window`.
+        state: (B, H, P, N), float32 (float64 for float64 inputs) unless `scan` was told otherwise. With a window: see
+            `rnn_longctx.ssd.window`.
         position: (B,) int64 on the CPU; tokens a row has read since it began (padding not counted).
         log_decay: (B, H) or (B, H, N) float64; total log-decay since the row began, in nats. exp of it is what
             is left of the first token.
@@ -71,3 +72,13 @@ class ScanCarry:
             position=torch.zeros(batch, dtype=torch.int64),
             log_decay=torch.zeros(shape, dtype=torch.float64, device=device),
         )
+
+    def kept_in(self, dtype: torch.dtype) -> ScanCarry:
+        """The state rounded to a type, and with a window its delay line; sums of log-decays stay as they are."""
+        if self.state.dtype == dtype:
+            return self
+        w = self.window
+        if w is not None:
+            inputs = {n: getattr(w, n).to(dtype) for n in ("block", "x", "B", "x_before", "B_before", "after")}
+            w = replace(w, **inputs)
+        return ScanCarry(self.state.to(dtype) if w is None else w.block, self.position, self.log_decay, w)

@@ -59,6 +59,8 @@ def window_state(carry: ScanCarry) -> Tensor:
     w = carry.window
     if w is None:
         return carry.state
+    if w.block.dtype in (torch.bfloat16, torch.float16):  # kept so, and worked out wide
+        return window_state(carry.kept_in(torch.float32))
     offset = w.x.shape[1]
     chunk = min(offset // CHUNK, w.after.shape[1] - 1)
     rest = slice(offset, min((chunk + 1) * CHUNK, w.size))

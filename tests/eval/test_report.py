@@ -256,3 +256,10 @@ def test_header_says_what_is_measured():
     out = console.file.getvalue()
     assert "2.9M parameters" in out and "407,040 elements (scan 393,216 + conv 13,824)" in out
     assert "256 tokens" in out and "cpu, float32, chunked" in out
+
+
+def test_states_of_other_precision_are_not_mixed(make):
+    both = pd.concat([make(), make(seed=1, state_dtype="bfloat16")], ignore_index=True)
+    notes = [s.note for s in sheets(both) if s.task == "lm"]
+    assert sorted(notes) == ["state_dtype=None", "state_dtype=bfloat16"]
+    assert len(sheets(make().drop(columns="state_dtype"))) == len(sheets(make()))

@@ -754,3 +754,148 @@ def test_a_checkpoint_is_found_and_adopted(build, tmp_path, family):
         load_adopted(tmp_path / "kept")
     build("mamba2").save_pretrained(tmp_path / "own")
     assert load_adopted(tmp_path / "own", tokenizer="bytes") is None  # which `load` reads
+
+
+class Int8(torch.Tensor):
+    """Weights in eight bits, as libraries of quantisation make them: little more than a product is known of them."""
+
+    @staticmethod
+    def __new__(cls, packed, scale):
+        return torch.Tensor._make_wrapper_subclass(cls, packed.shape, dtype=scale.dtype, device=packed.device)
+
+    def __init__(self, packed, scale):
+        self.packed, self.scale = packed, scale
+
+    def __tensor_flatten__(self):
+        return ["packed", "scale"], None
+
+    def dequantize(self):
+        return self.packed * self.scale
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is nn.functional.linear:
+            return func(args[0], args[1].dequantize(), *args[2:], **(kwargs or {}))
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func in (torch.ops.aten.detach.default, torch.ops.aten.clone.default):
+            return cls(args[0].packed.clone(), args[0].scale.clone())
+        raise NotImplementedError(func)
+
+
+class Packed(nn.Module):
+    """A linear layer or an embedding whose weight is of bytes."""
+
+    def __init__(self, module):
+        super().__init__()
+        packed, scale = _packed(module.weight)
+        self.weight = nn.Parameter((packed + 128).to(torch.uint8), requires_grad=False)
+        self.register_buffer("scale", scale)
+        self.bias, self.embeds = getattr(module, "bias", None), isinstance(module, nn.Embedding)
+
+    def dequantize(self):
+        return (self.weight.to(self.scale.dtype) - 128) * self.scale
+
+    def forward(self, x):
+        if self.embeds:
+            return nn.functional.embedding(x, self.dequantize())
+        assert x.dtype == self.scale.dtype, "activations in a type that no weight is of"
+        return nn.functional.linear(x, self.dequantize(), self.bias)
+
+
+def _packed(weight):
+    scale = weight.detach().abs().amax(1, keepdim=True) / 127
+    return (weight.detach() / scale).round().to(torch.int8), scale
+
+
+def _quantise(model, how):
+    """Every linear layer that transformers lets be; returns a copy whose weights are the same numbers in full."""
+    wide = copy.deepcopy(model)
+    for name, m in list(model.named_modules()):
+        if not isinstance(m, nn.Linear | nn.Embedding) or (how != "module" and isinstance(m, nn.Embedding)):
+            continue
+        if name.endswith("dt_proj"):
+            continue  # which transformers multiplies by itself
+        if how == "module":
+            if name == "lm_head" and "mamba" in model.config.model_type:
+                continue  # transformers brings hidden states to the type of these heads' weights
+            holder, _, last = name.rpartition(".")
+            packed = Packed(m)
+            setattr(model.get_submodule(holder), last, packed)
+            weight = packed.dequantize()
+        elif how == "tensor":
+            m.weight = nn.Parameter(Int8(*_packed(m.weight)), requires_grad=False)
+            weight = m.weight.dequantize()
+        else:
+            ao = pytest.importorskip("torchao.quantization")
+            ao.quantize_(m, ao.Int8WeightOnlyConfig())
+            weight = m.weight.dequantize()
+        wide.get_submodule(name).weight = nn.Parameter(weight.detach().clone())
+    return wide
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("how", ["tensor", "module", "torchao"])
+@pytest.mark.parametrize("family", ["mamba2", "bamba", "mamba"])
+def test_quantised_weights(build, family, how):
+    model, ids = build(family), _ids()
+    wide = _quantise(model, how)
+    before, adopted = _logits(model, ids), adopt(model)
+    assert (before - _logits(wide, ids)).abs().max() < 1e-3 and adopted.dtype == torch.float32
+    assert adopted.device.type == "cpu" and sum(p.numel() for p in adopted.parameters()) > 0
+    torch.testing.assert_close(_stream(adopted, ids, [7, 1, 12])[0], before, **NEAR)
+    for policy in (POLICIES["gates"], POLICIES["window"]):
+        _set(adopted, policy)
+        _set(adopt(wide), policy)
+        changed = _logits(wide, ids)
+        assert (changed - before).abs().max() > 1e-3
+        torch.testing.assert_close(_logits(model, ids), changed, rtol=0, atol=1e-3)
+        torch.testing.assert_close(_stream(adopted, ids, [9, 1, 10])[0], changed, rtol=0, atol=1e-3)
+    _set(adopted, PLAIN)
+    assert torch.equal(_logits(model, ids), before) and adopted(ids[:, :0]).dtype == torch.float32
+    model.generate(ids, max_new_tokens=3)
+
+    again = copy.deepcopy(model)
+    assert adopt(again).weights_hash == adopted.weights_hash != adopt(wide).weights_hash
+    linear = adopt(again).mixers[-1].module.out_proj
+    for part in ("packed", "qdata"):
+        if hasattr(linear.weight, part):
+            getattr(linear.weight, part)[0, 0] ^= 1  # a bit of one number
+    if how == "module":
+        linear.weight[0, 0] ^= 1
+    del adopt(again).__dict__["weights_hash"]
+    assert adopt(again).weights_hash != adopted.weights_hash
+
+
+@torch.no_grad()
+def test_states_of_fewer_bits(model):
+    adopted, ids, sizes = adopt(model), _ids(), [12, 1, 1, 1, 5]
+    before, tokens = _logits(model, ids), model.generate(ids, max_new_tokens=6, do_sample=False)
+    cut, _ = _stream(adopted, ids, sizes)
+    adopted.use_state_dtype("float32")
+    assert adopted.state_dtype is None and torch.equal(_stream(adopted, ids, sizes)[0], cut)
+
+    _set(adopted, POLICIES["gates"])
+    plain, (cache, expected) = _stream(adopted, ids, sizes)[0], (adopted.new_cache(), [])
+    for part in ids.split(sizes, 1):  # by hand
+        expected.append(adopted.logits(adopted(part, cache)))
+        for m in adopted.mixers:
+            held = m.layer_of(cache.library).recurrent_states[0]
+            held.copy_(held.to(torch.bfloat16))
+    adopted.use_state_dtype("bfloat16")
+    found, kept = _stream(adopted, ids, sizes)
+    assert torch.equal(found, torch.cat(expected, 1)) and (found - plain).abs().max() > 1e-4
+    assert all(torch.equal(a.scan.state.float(), b.scan.state) for a, b in zip(kept.layers, cache.layers))
+
+    _set(adopted, PLAIN)  # the library's own calls, without a remedy
+    assert adopted.backend == "torch" and all(m.active for m in adopted.mixers)
+    assert (_stream(adopted, ids, sizes)[0] - cut).abs().max() > 1e-4
+    model.generate(ids, max_new_tokens=6, do_sample=False)
+    with mitigate(model, "window:tokens=4"):
+        again, _ = _stream(adopted, ids, sizes)
+        torch.testing.assert_close(again, _logits(model, ids), rtol=0, atol=0.1)
+    adopted.use_state_dtype(None)
+    assert torch.equal(_logits(model, ids), before) and all("forward" not in vars(m.module) for m in adopted.mixers)
+    assert torch.equal(model.generate(ids, max_new_tokens=6, do_sample=False), tokens)

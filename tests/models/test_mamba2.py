@@ -302,3 +302,53 @@ def test_what_is_refused(make):
             Mamba2Config(**shape)
     with pytest.raises(InputError, match="backend"):
         model.use_backend("fast")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["plain", "cap 16", "window 13"])
+def test_states_of_fewer_bits_are_rounded_between_calls(make, name):
+    model, ids = make(), tokens(2, 90)
+    for mixer in model.mixers:
+        mixer.policy = policy(name)
+    whole, sizes = read(model, ids), [40, *[1] * 10, 40]
+    plain = read(model, ids, sizes)
+    model.use_state_dtype("float32")
+    assert model.state_dtype is None and torch.equal(read(model, ids, sizes), plain)
+
+    cache, expected = Cache(), []
+    for part in ids.split(sizes, 1):  # by hand
+        expected.append(model(part, cache))
+        for c in cache.layers:
+            for holder, names in ((c.scan, ["state"]), (c.scan.window, ["x", "B", "x_before", "B_before", "after"])):
+                for n in names if holder else ():
+                    setattr(holder, n, getattr(holder, n).to(torch.bfloat16).float())
+            if c.scan.window:
+                c.scan.window.block = c.scan.state
+    model.use_state_dtype("bfloat16")
+    kept = Cache()
+    found = read(model, ids, sizes, kept)
+    assert model.state_dtype == torch.bfloat16 and torch.equal(found, torch.cat(expected, 1))
+    assert (found - plain).abs().max() > 1e-4 and torch.equal(read(model, ids), whole)  # one call hands nothing on
+    assert all(c.scan.state.dtype == torch.bfloat16 for c in kept.layers)
+    assert all(torch.equal(a.scan.state.float(), b.scan.state) for a, b in zip(kept.layers, cache.layers))
+    model.use_state_dtype(None)
+    assert torch.equal(read(model, ids, sizes), plain)
+    read(model, ids[:, :5], cache=kept)  # a state kept in fewer bits is gone on from
+    assert all(c.scan.state.dtype == torch.float32 for c in kept.layers)
+
+
+@torch.no_grad()
+def test_the_precision_of_states(make):
+    model = make()
+    model.use_state_dtype(torch.float64)
+    assert model.backend == "torch"
+    cache = Cache()
+    read(model, tokens(1, 9), [4, 5], cache)
+    assert all(c.scan.state.dtype == torch.float64 for c in cache.layers)
+    with pytest.raises(InputError, match="a state is kept in float32, bfloat16, float16, float64, not in 'bflot16'"):
+        model.use_state_dtype("bflot16")
+    wide = make(torch.float64)
+    wide.use_state_dtype("float64")
+    assert wide.state_dtype is None
+    wide.use_state_dtype("float32")
+    assert wide.state_dtype == torch.float32

@@ -272,3 +272,71 @@ def test_the_official_scan():
     y = torch.cat([first, rest], 1)
     assert (y - expected).norm() / expected.norm() < 5e-3  # its products are tf32
     torch.testing.assert_close(carry.log_decay, state.log_decay, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("per_channel", [False, True], ids=["per head", "per channel"])
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_state_is_rounded_where_it_is_handed_on_and_nowhere_else(name, per_channel):
+    policy, length = POLICIES[name], 137
+    x, more = inputs(length=length, per_channel=per_channel, dtype=torch.float32)
+    whole, kept = scan(**x, **more, policy=policy)
+    same, carry = scan(**x, **more, policy=policy, state_dtype=torch.float32)
+    assert torch.equal(whole, same) and torch.equal(kept.state, carry.state)
+    for dtype in (torch.bfloat16, torch.float16):
+        y, carry = scan(**x, **more, policy=policy, state_dtype=dtype)
+        assert torch.equal(y, whole) and torch.equal(carry.state, kept.state.to(dtype))
+        assert torch.equal(carry.log_decay, kept.log_decay) and carry.log_decay.dtype == torch.float64
+
+        cuts = [1, 2, 3, *sorted(torch.randint(4, length, (5,)).unique().tolist())]
+        found, carry = in_parts(x, more, cuts, policy=policy, state_dtype=dtype)
+        expected, state = _rounding(x, more, cuts, policy, dtype)
+        assert torch.equal(found, expected) and not torch.equal(found, whole)
+        assert torch.equal(carry.state.float(), state) and carry.state.dtype == dtype
+
+
+def _rounding(x, more, cuts, policy, dtype):
+    """By hand, with carries of float32 in between."""
+    carry, ys = None, []
+
+    def rounded(t):
+        return t.to(dtype).float()
+
+    for i, j in zip([0, *cuts], [*cuts, x["x"].shape[1]]):
+        y, carry = scan(**cut(x, i, j), **more, policy=policy, carry=carry)
+        carry.state = rounded(carry.state)
+        if (w := carry.window) is not None:
+            w.block, w.x, w.B = carry.state, rounded(w.x), rounded(w.B)
+            w.x_before, w.B_before, w.after = rounded(w.x_before), rounded(w.B_before), rounded(w.after)
+        ys.append(y)
+    return torch.cat(ys, 1), carry.state
+
+
+def test_a_state_of_float64_is_worked_out_in_it():
+    x, more = inputs(length=200, dtype=torch.float32)
+    wide = [{k: v.double() if isinstance(v, torch.Tensor) else v for k, v in d.items()} for d in (x, more)]
+    _, exact = in_parts(*wide, [50, 120])
+    y, carry = in_parts(x, more, [50, 120], state_dtype=torch.float64)
+    _, narrow = in_parts(x, more, [50, 120])
+    assert y.dtype == torch.float32 and carry.state.dtype == torch.float64
+    error, usual = (carry.state - exact.state).norm(), (narrow.state - exact.state).norm()
+    assert error < 1e-3 * usual
+    back = scan(**cut(x, 0, 1), **more, carry=carry)[1]  # and is read on as usual
+    assert back.state.dtype == torch.float32
+
+
+class Look:
+    every = 10
+
+    def __call__(self, statistics):
+        self.square = statistics.square
+
+
+def test_an_observer_does_not_see_the_rounding():
+    x, more = inputs(length=90, dtype=torch.float32)
+    seen = {}
+    for dtype in (None, torch.bfloat16):
+        look = Look()
+        y, carry = scan(**x, **more, state_dtype=dtype, observer=look)
+        seen[dtype] = (y, look.square, carry.state)
+    assert torch.equal(seen[None][0], seen[torch.bfloat16][0]) and torch.equal(seen[None][1], seen[torch.bfloat16][1])
+    assert torch.equal(seen[None][2].to(torch.bfloat16), seen[torch.bfloat16][2])
