@@ -47,7 +47,7 @@ class Decimate(Remedy):
         own = isinstance(model, Mamba2LM)
         if not own and getattr(model, "attends", True):
             raise NotApplicable(f"decimate drops tokens between layers, which attention in {model.name} needs")
-        if not own and model.mixers[0].library == "mamba_ssm":  # type: ignore[attr-defined]
+        if not own and model.mixers[0].library == "mamba_ssm":
             raise NotApplicable("decimate reads layer by layer, which is not written for mamba_ssm's models")
         layers = len(model.mixers)
         first = layers // 2 if self.first is None else self.first
