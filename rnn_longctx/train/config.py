@@ -79,6 +79,7 @@ class TrainConfig:
     seed: int = 0
     log_every: int = 10  # steps
     checkpoint_every: int = 250  # steps
+    export_every: int | None = None  # steps between models kept under out/steps, to follow something over training
     save_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"  # of the finished model's file
     out: str = "runs/train/demo"
     licences: str = ""  # recorded with the finished model: what the training text is licensed under
@@ -87,6 +88,8 @@ class TrainConfig:
         for name in ("train_length", "batch_size", "steps", "log_every", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}: expected a positive number, got {getattr(self, name)}")
+        if self.export_every is not None and self.export_every < 1:
+            raise InputError(f"export_every: expected a positive number, got {self.export_every}")
         if "stdlib" in self.data.text:
             raise InputError("data.text: stdlib is the evaluation text and is never trained on; use site-packages")
         if self.data.passkey.fraction and self.data.passkey.lengths[1] > self.train_length:

@@ -27,7 +27,7 @@ from rnn_longctx.train.corpus import Batch, Corpus, load_corpus
 from rnn_longctx.train.snapshots import Log, claim_folder, newest_snapshot, save_snapshot
 
 # Settings that change where and how often things are written, not what is trained.
-_NEUTRAL = ("out", "device", "log_every", "checkpoint_every", "save_dtype", "licences")
+_NEUTRAL = ("out", "device", "log_every", "checkpoint_every", "export_every", "save_dtype", "licences")
 BAD_STEPS = 20
 
 
@@ -38,8 +38,8 @@ class TrainingDiverged(RuntimeError):
 def train(config: TrainConfig) -> Path:
     """Train, or go on where a killed run of the same config stopped; returns the finished model's directory.
 
-    `config.out` gets log.csv (losses in nats per token), snapshots/ and model/. Raises InputError (bad
-    settings, a folder of another run, no text) and TrainingDiverged.
+    `config.out` gets log.csv (losses in nats per token), snapshots/ and model/, and steps/STEP/ where models are to be
+    kept on the way. Raises InputError (bad settings, a folder of another run, no text) and TrainingDiverged.
     """
     out = Path(config.out)
     device = _device(config.device)
@@ -59,22 +59,22 @@ def train(config: TrainConfig) -> Path:
     model.train_length, model.name, model.tokenizer = config.train_length, out.name, tokenizer
     optimizer = make_optimizer(model, config.optimizer)
     _fit(config, corpus, model, optimizer, out, device)
+    metrics = _final_metrics(config, corpus, model.eval(), out)
+    _export(config, corpus, model, out / "model", device, metrics)
+    print(" ".join(f"{k} {v:.4g}" for k, v in metrics.items() if v is not None), flush=True)
+    return out / "model"
 
+
+def _export(config: TrainConfig, corpus: Corpus, model: Any, where: Path, device: torch.device,
+            metrics: dict[str, Any]) -> None:  # fmt: skip
+    """A checkpoint that `rnn_longctx.load` reads, with what it is made of and how far its states go."""
     from rnn_longctx.models import checkpoint
 
     model.eval()
-    metrics = _final_metrics(config, corpus, model, out)
-    provenance = _provenance(config, corpus, device, metrics)
-    calibration = _envelope(config, corpus, model)
-    checkpoint.save(
-        model,
-        out / "model",
-        dtype=getattr(torch, config.save_dtype),
-        provenance=provenance,
-        calibration=calibration,
-    )
-    print(" ".join(f"{k} {v:.4g}" for k, v in metrics.items() if v is not None), flush=True)
-    return out / "model"
+    provenance, calibration = _provenance(config, corpus, device, metrics), _envelope(config, corpus, model)
+    dtype = getattr(torch, config.save_dtype)
+    checkpoint.save(model, where, dtype=dtype, provenance=provenance, calibration=calibration)
+    model.train()
 
 
 def learning_rate(schedule: ScheduleConfig, step: int, steps: int) -> float:
@@ -170,6 +170,8 @@ def _fit(
                 state["seconds"] = time.monotonic() - began
                 parts = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
                 save_snapshot(out / "snapshots", step, {**parts, "state": state, "texts": texts})
+            if config.export_every and step % config.export_every == 0:
+                _export(config, corpus, model, out / "steps" / str(step), device, {"step": step})
 
 
 def _mean(rows: list[list[float]], column: int) -> float:

@@ -18,8 +18,10 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from torch import nn
 
+import rnn_longctx
 from rnn_longctx.config import load_yaml, to_dict
 from rnn_longctx.errors import InputError
 from rnn_longctx.models.mamba2 import Mamba2Config, Mamba2LM
@@ -130,6 +132,18 @@ def test_the_finished_model(config: TrainConfig) -> None:
     assert "standard library" in facts["data"]["excluded"] and "file:text.txt" in facts["data"]["excluded"]
     assert 0 < facts["metrics"]["validation_loss"] < 6 and 0 <= facts["metrics"]["passkey_accuracy"] <= 1
     assert str(Path(config.out).parent) not in json.dumps(to_dict(facts)), "no path of this machine"
+
+
+def test_models_kept_on_the_way_change_nothing(config: TrainConfig, tmp_path: Path) -> None:
+    plain = load_file(train(config) / "model.safetensors")
+    kept = load_file(train(replace(config, export_every=5, out=str(tmp_path / "b"))) / "model.safetensors")
+    assert all(torch.equal(plain[k], kept[k]) for k in plain)
+    assert sorted(p.name for p in (tmp_path / "b" / "steps").iterdir()) == ["10", "5"]
+    early = rnn_longctx.load(tmp_path / "b" / "steps" / "5")
+    assert early.train_length == 120 and early.calibration is not None
+    assert not all(
+        torch.equal(plain[k], v) for k, v in load_file(tmp_path / "b" / "steps" / "5" / "model.safetensors").items()
+    )
 
 
 def test_killed_anywhere_and_resumed_is_the_uninterrupted_run(
