@@ -18,7 +18,9 @@ from rnn_longctx.errors import InputError, nearest
 from rnn_longctx.models.generate import SEGMENTS
 from rnn_longctx.probes.ablation import Ablation, ablate
 from rnn_longctx.probes.envelope import envelope_of
-from rnn_longctx.probes.onset import accused, onsets, verdict
+from rnn_longctx.probes.onset import accused, doubling, onsets, verdict
+from rnn_longctx.probes.remembrance import remembrance
+from rnn_longctx.probes.retention import retention
 from rnn_longctx.probes.trace import CHANNELS, record
 
 if TYPE_CHECKING:
@@ -35,10 +37,11 @@ class Probe:
         about: model, weights_hash, prompt, text, text_hash, length, every, train_length, seed.
         trace: of `Trace.table`.
         losses: position (the end of a stretch of `every` tokens) and loss, its mean over rows, nats per token.
-        heads: of `rnn_longctx.probes.onset.onsets`, with `channels`: the rows of a head's state that hold most at the
-            end.
+        heads: of `rnn_longctx.probes.onset.onsets`, with at_train, horizon and class of `rnn_longctx.probes.retention`
+            (where looks reach from within the training length to beyond it) and `channels`: the rows of a head's state that hold most at the end.
         envelope: [layer][head], the largest norms within the training length.
         ablation: of the accused heads, where it was asked for.
+        remembrance: of `rnn_longctx.probes.remembrance`, where it was asked for.
     """
 
     about: dict[str, Any]
@@ -47,14 +50,31 @@ class Probe:
     heads: pd.DataFrame
     envelope: list[list[float]] = field(repr=False)
     ablation: Ablation | None = None
+    remembrance: pd.DataFrame | None = None
 
     @property
     def verdict(self) -> str:
         said = verdict(self.heads, self.losses, self.about["train_length"])
         return f"{said}; {self.ablation}" if self.ablation else said
 
+    def summary(self) -> dict[str, Any]:
+        """One row to compare models by: training length, heads, how many are accused and the first of their onsets, the
+        largest ratio, where the loss doubles (tokens), loss at the end; and what the ablation recovered."""
+        left, tail = self.heads[self.heads["onset"].notna()], self.losses["loss"]
+        row = {
+            "train_length": self.about["train_length"], "length": self.about["length"], "heads": len(self.heads),
+            "accused": len(left), "first_onset": left["onset"].min(), "worst_ratio": self.heads["worst"].max(),
+            "loss_doubles": doubling(self.losses, self.about["train_length"]),
+            "loss": float(tail.iloc[len(tail) // 2 :].mean()),
+        }  # fmt: skip
+        if self.ablation:
+            a = self.ablation
+            row |= {"fewest": len(a.fewest), "recovered": a.recovered, "others": max(a.others, default=float("nan"))}
+        return row
+
     def save(self, directory: str | Path) -> list[Path]:
-        """trace.parquet, heads.csv, losses.csv and probe.json; returns the paths. Raises InputError: no such place."""
+        """trace.parquet, heads.csv, losses.csv, probe.json, and remembrance.csv where it was measured; returns the
+        paths. Raises InputError: no such place."""
         out = Path(directory)
         try:
             out.mkdir(parents=True, exist_ok=True)
@@ -67,11 +87,15 @@ class Probe:
         if self.ablation:
             more["ablation"] = vars(self.ablation)
         (out / "probe.json").write_text(json.dumps(self.about | more, indent=1) + "\n")
-        return [out / n for n in ("trace.parquet", "heads.csv", "losses.csv", "probe.json")]
+        names = ["trace.parquet", "heads.csv", "losses.csv", "probe.json"]
+        if self.remembrance is not None:
+            self.remembrance.to_csv(out / "remembrance.csv", index=False)
+            names.append("remembrance.csv")
+        return [out / name for name in names]
 
 
 def probe(model: Mamba2LM, text: Text, length: int, *, prompt: str = "text", every: int = 256, slices: int = 1,
-          seed: int = 0, calibration_text: Text | None = None, prove: bool = False,
+          seed: int = 0, calibration_text: Text | None = None, prove: bool = False, remember: bool = False,
           say: Callable[[str], None] = lambda line: None) -> Probe:  # fmt: skip
     """Read `length` tokens and watch every head.
 
@@ -82,6 +106,7 @@ def probe(model: Mamba2LM, text: Text, length: int, *, prompt: str = "text", eve
         slices: rows read side by side.
         calibration_text: what envelopes are measured on where the checkpoint keeps none; None is the builtin text.
         prove: cap the accused heads alone, and others, and measure the loss again (`rnn_longctx.probes.ablation`).
+        remember: measure effective remembrance too, which reads three times as many tokens.
         say: called with a line as things are known.
     Raises:
         InputError: a length below `every`, an unknown prompt, a text too short, no training length known.
@@ -98,18 +123,21 @@ def probe(model: Mamba2LM, text: Text, length: int, *, prompt: str = "text", eve
     table = trace.table()
     heads = onsets(table, norms)
     heads["channels"] = [tuple(channels[layer][head]) for layer, head in zip(heads["layer"], heads["head"])]
+    if every <= model.train_length <= length:
+        heads = heads.merge(retention(table, model.train_length)[["layer", "head", "at_train", "horizon", "class"]])
     say(verdict(heads, losses, model.train_length))
     found = None
     if prove:
         if prompt != "text":
             ids = prompt_ids(model, text, length, "text", slices, seed)
         found = ablate(model, ids, accused(heads), norms, model.train_length, seed=seed, say=say)
+    kept = remembrance(model, ids[:, :-1]) if remember else None
     about = {
         "model": model.name, "weights_hash": model.weights_hash, "prompt": prompt, "text": text.name,
         "text_hash": text.hash, "length": length, "every": every, "slices": slices, "seed": seed,
         "train_length": model.train_length, "envelope_of": envelope.label,
     }  # fmt: skip
-    return Probe(about, table, losses, heads, norms, found)
+    return Probe(about, table, losses, heads, norms, found, kept)
 
 
 def prompt_ids(model: Mamba2LM, text: Text, length: int, prompt: str, slices: int, seed: int) -> Tensor:

@@ -19,7 +19,7 @@ state is copied unless `whole` asks for it. Everything else is worked out of tho
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -80,11 +80,65 @@ class Watcher:
         self.looks.append(look)
 
 
-class Trace:
-    """What was seen, a row a look: `table()`."""
+class Convolution:
+    """What a layer's convolution holds at the same positions: its last d_conv - 1 inputs, all channels together."""
 
-    def __init__(self, watchers: list[Watcher]):
-        self._watchers = watchers
+    def __init__(self, mixer: Any, layer: int, every: int):
+        self.mixer, self.layer, self.every = mixer, layer, every
+        self.looks: list[dict[str, Any]] = []
+        self._position, self._before = 0, None
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        hooks = [self.mixer.register_forward_pre_hook(self._begin),
+                 self.mixer.in_proj.register_forward_hook(self._look)]  # fmt: skip
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _begin(self, mixer: Any, args: tuple) -> None:
+        carry = args[1]
+        self._position = 0 if carry is None else int(carry.scan.position[0])
+        self._before = None if carry is None else carry.conv
+
+    def _look(self, in_proj: Any, args: tuple, projected: Tensor) -> None:
+        c, taps = self.mixer.config, self.mixer.config.d_conv - 1
+        x = projected[..., c.d_inner : c.d_inner + c.conv_dim]
+        before = x.new_zeros(len(x), taps, c.conv_dim) if self._before is None else self._before.transpose(1, 2)
+        first = self._position // self.every * self.every + self.every
+        ends = torch.arange(first, self._position + x.shape[1] + 1, self.every)
+        if not len(ends) or not taps:
+            return
+        # tokens back from each look; what lies before this call stands in front of it
+        at = (ends - self._position)[:, None] + torch.arange(taps)
+        recent = torch.cat([before.to(x.dtype), x], 1)[:, at.to(x.device)].flatten(2).float()  # (B, n, taps * channels)
+        mean, rms = recent.mean(-1), recent.square().mean(-1).sqrt()
+        self.looks.append({"position": ends, "mean": mean, "variance": rms**2 - mean**2, "rms": rms,
+                           "max": recent.abs().amax(-1)})  # fmt: skip
+
+
+class Trace:
+    """What was seen, a row a look: `table()`; `convolution()`, of this library's own models."""
+
+    def __init__(self, watchers: list[Watcher], convolutions: list[Convolution]):
+        self._watchers, self._convolutions = watchers, convolutions
+
+    def convolution(self) -> pd.DataFrame:
+        """Columns row, layer, position, mean, variance, rms, max: of the last d_conv - 1 inputs of a layer's
+        convolution, all channels together. Empty for an adopted model, whose convolution is its own."""
+        parts = []
+        for one in self._convolutions:
+            for look in one.looks:
+                rows, n = look["mean"].shape
+                frame = {
+                    "row": torch.arange(rows).repeat_interleave(n), "layer": one.layer,
+                    "position": look["position"].repeat(rows),
+                }  # fmt: skip
+                frame |= {k: v.double().cpu().flatten().numpy() for k, v in look.items() if k != "position"}
+                parts.append(pd.DataFrame(frame))
+        return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["row", "layer", "position"])
 
     def table(self) -> pd.DataFrame:
         """Columns stream, row, layer, head, position and those in the module's docstring; positions in tokens,
@@ -138,8 +192,12 @@ def record(model: Mamba2LM, layers: Iterable[int] | None = None, every: int = 25
     if every < 1:
         raise InputError(f"every: expected at least 1 token between two looks, got {every}")
     watchers = [Watcher(lm.mixers[i], i, every, whole) for i in wanted]
-    with watching(watchers):
-        yield Trace(watchers)
+    convolutions = [Convolution(lm.mixers[i], i, every) for i in wanted] if isinstance(lm, Own) else []
+    with ExitStack() as stack:
+        stack.enter_context(watching(watchers))
+        for convolution in convolutions:
+            stack.enter_context(convolution.watching())
+        yield Trace(watchers, convolutions)
 
 
 @contextmanager

@@ -153,15 +153,14 @@ def calibrate_command(
 
 @app.command("probe")
 def probe_command(
-    model: Annotated[str, MODEL],
+    model: Annotated[list[str], typer.Argument(help='"demo", a directory, or a hub id; several to compare.')],
     length: Annotated[str, typer.Option(help="Tokens to be read, such as 64k.")] = "32k",
     prompt: Annotated[str, typer.Option(help="text, newline or passkey.")] = "text",
     every: Annotated[int, typer.Option(help="Tokens between two looks at the states.")] = 256,
     text: Annotated[str, typer.Option(help="stdlib, a file, a directory, hf:dataset[:split[:column]].")] = "stdlib",
     slices: Annotated[int, typer.Option(min=1, help="Rows read side by side.")] = 1,
-    prove: Annotated[
-        bool, typer.Option(help="Cap the accused heads alone, then others, and measure the loss.")
-    ] = False,
+    prove: Annotated[bool, typer.Option(help="Cap the accused heads alone, then others; measure the loss.")] = False,
+    remember: Annotated[bool, typer.Option(help="Effective remembrance too: reads three times as much.")] = False,
     mitigation: Annotated[str, typer.Option(help="Watch the model with a remedy on it.")] = "none",
     out: Annotated[Path, typer.Option(help="Folder for the tables and pictures.")] = Path("runs/probe"),
     seed: Annotated[int, typer.Option(min=0)] = 0,
@@ -171,22 +170,32 @@ def probe_command(
     dtype: Annotated[str, typer.Option()] = "float32",
 ) -> None:
     """Which heads of a model leave the range of their training, when, and whether that is what costs the loss."""
+    import pandas as pd
+
     from rnn_longctx import mitigate
     from rnn_longctx.config import parse_length
     from rnn_longctx.data import load_text
     from rnn_longctx.mitigations import parse_remedy
+    from rnn_longctx.probes.pictures import draw
     from rnn_longctx.probes.run import probe
 
     goal, remedy, source = parse_length(length), parse_remedy(mitigation), load_text(text)
-    lm = _load(model, device, dtype, tokenizer, train_length)
-    with mitigate(lm, remedy, target_length=goal):
-        found = probe(
-            lm, source, goal, prompt=prompt, every=every, slices=slices, seed=seed, prove=prove, say=typer.echo
-        )
-    paths = found.save(out)
-    if found.ablation:
-        typer.echo(str(found.ablation))
-    typer.echo(f"{out}: {', '.join(p.name for p in paths)}")
+    rows = []
+    for i, name in enumerate(model):
+        lm = _load(name, device, dtype, tokenizer, train_length)
+        where = out if len(model) == 1 else out / f"{i}-{lm.name}"
+        with mitigate(lm, remedy, target_length=goal):
+            found = probe(lm, source, goal, prompt=prompt, every=every, slices=slices, seed=seed, prove=prove,
+                          remember=remember, say=typer.echo)  # fmt: skip
+        paths = [*found.save(where), *draw(found, where)]
+        if found.ablation:
+            typer.echo(str(found.ablation))
+        typer.echo(f"{where}: {', '.join(p.name for p in paths)}")
+        rows.append({"model": name, **found.summary()})
+    if len(model) > 1:
+        frame = pd.DataFrame(rows)
+        frame.to_csv(out / "models.csv", index=False)
+        typer.echo(frame.to_string(index=False, na_rep="-", float_format=lambda v: f"{v:.4g}"))
 
 
 @app.command("generate")

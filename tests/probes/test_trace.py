@@ -65,6 +65,28 @@ def test_statistics(backend, splits):
         assert found[column].to_numpy() == pytest.approx(wanted[column].to_numpy(), rel=1e-4, abs=1e-7), column
 
 
+@pytest.mark.parametrize("splits", [(50,), (3, 20, 1, 26)])
+@torch.no_grad()
+def test_the_convolution(splits):
+    """At every look what the carry holds there."""
+    lm, ids = model(), torch.randint(256, (2, 50))
+    cache, other = lm.new_cache(), lm.new_cache()
+    with record(lm, every=EVERY) as trace:
+        for part in ids.split(splits, 1):
+            lm(part, cache)
+    found = trace.convolution().set_index(["row", "layer", "position"])
+    assert len(found) == 2 * 3 * 3
+    for t in range(0, 48, EVERY):
+        lm(ids[:, t : t + EVERY], other)
+        for layer, carry in enumerate(other.layers):
+            for row, held in enumerate(carry.conv):
+                one = found.loc[(row, layer, t + EVERY)]
+                assert one["mean"] == pytest.approx(float(held.mean()), rel=1e-4, abs=1e-6)
+                assert one["variance"] == pytest.approx(float(held.var(correction=0)), rel=1e-3)
+                assert one["max"] == pytest.approx(float(held.abs().max()), rel=1e-5)
+    assert not lm.mixers[0]._forward_pre_hooks and not lm.mixers[0].in_proj._forward_hooks
+
+
 @torch.no_grad()
 def test_in_decode_and_of_some_layers():
     lm, ids = model(), torch.randint(256, (1, 20))

@@ -1,0 +1,83 @@
+"""The pictures of a probe, and its command line."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+import rnn_longctx
+from rnn_longctx import cli
+from rnn_longctx.data import ByteTokenizer
+from rnn_longctx.models import Mamba2Config, Mamba2LM
+from rnn_longctx.models.checkpoint import save
+from rnn_longctx.probes.pictures import draw, ratios
+from rnn_longctx.probes.run import Probe, probe
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    torch.manual_seed(0)
+    lm = Mamba2LM(Mamba2Config(d_model=16, n_layer=2, headdim=16, d_state=8, A_init=(1e-6, 1e-5), dt_init=(0.05, 0.1)))
+    lm.train_length, lm.tokenizer = 64, ByteTokenizer()
+    save(lm.eval(), tmp_path / "sick")
+    (tmp_path / "t.txt").write_bytes(bytes(np.random.default_rng(0).integers(32, 127, 4000).tolist()))
+    return tmp_path
+
+
+def test_ratios_are_norms_over_the_envelope(checkpoint):
+    text = rnn_longctx.load_text(checkpoint / "t.txt")
+    found = probe(rnn_longctx.load(checkpoint / "sick"), text, 256, every=32, slices=2, calibration_text=text)
+    one = ratios(found).set_index(["layer", "head", "position"])
+    mean = found.trace[(found.trace["layer"] == 1) & (found.trace["head"] == 0)].groupby("position")["norm"].mean()
+    assert one.loc[(1, 0, 128), "ratio"] == pytest.approx(mean[128] / found.envelope[1][0])
+
+
+@pytest.mark.parametrize("worst", ["nan", "healthy"])
+def test_every_probe_can_be_drawn(checkpoint, worst):
+    """States that are not finite, and heads none of which left its range."""
+    text = rnn_longctx.load_text(checkpoint / "t.txt")
+    found = probe(rnn_longctx.load(checkpoint / "sick"), text, 128, every=32, calibration_text=text, remember=True)
+    if worst == "nan":
+        trace = found.trace.assign(norm=found.trace["norm"].where(found.trace["position"] < 100))
+        found = Probe(found.about, trace, found.losses, found.heads, found.envelope, None, found.remembrance)
+    else:
+        heads = found.heads.assign(onset=float("nan"))
+        found = Probe(found.about, found.trace, found.losses, heads, found.envelope)
+    paths = draw(found, checkpoint)
+    assert {p.name for p in paths} >= {"sheet.png", "heads.png", "norms.png", "retention.png", "loss.png"}
+    assert ("remembrance.png" in {p.name for p in paths}) == (worst == "nan")
+    for path in paths:
+        assert len(np.unique(np.asarray(Image.open(path)))) > 20  # something is on it
+
+
+def test_command_line(checkpoint, monkeypatch):
+    monkeypatch.chdir(checkpoint)
+    sick, common = str(checkpoint / "sick"), ["--text", "t.txt", "--every", "32", "--device", "cpu"]
+    one = CliRunner().invoke(cli.app, ["probe", sick, "--length", "512", "--prove", "--out", "one", *common])
+    assert one.exit_code == 0, one.output
+    assert "leave their range" in one.output and "recovers" in one.output
+    assert json.loads((checkpoint / "one" / "probe.json").read_text())["ablation"]["length"] == 512
+    two = CliRunner().invoke(cli.app, ["probe", sick, sick, "--length", "256", "--out", "two", *common])
+    assert two.exit_code == 0, two.output
+    table = pd.read_csv(checkpoint / "two" / "models.csv")
+    assert len(table) == 2 and (table["accused"] == 4).all() and (table["train_length"] == 64).all()
+
+
+@pytest.mark.parametrize(("more", "message"), [
+    (["--length", "16"], "16 tokens are fewer than one look every 32"),
+    (["--length", "256", "--prompt", "textt"], "unknown prompt 'textt'"),
+    (["--length", "1m"], "were asked for"),
+    (["--length", "256", "--every", "0"], "at least 1"),
+    (["--length", "256", "--mitigation", "rrj"], "unknown mitigation"),
+])  # fmt: skip
+def test_bad_input_is_one_line(checkpoint, monkeypatch, more, message, capsys):
+    monkeypatch.chdir(checkpoint)
+    monkeypatch.setattr("sys.argv", ["rnn-longctx", "probe", "sick", "--text", "t.txt", "--every", "32", *more])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    said = capsys.readouterr().err.strip()
+    assert stop.value.code == 2 and message in said and "\n" not in said
