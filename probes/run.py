@@ -38,7 +38,8 @@ class Probe:
         trace: of `Trace.table`.
         losses: position (the end of a stretch of `every` tokens) and loss, its mean over rows, nats per token.
         heads: of `rnn_longctx.probes.onset.onsets`, with at_train, horizon and class of `rnn_longctx.probes.retention`
-            (where looks reach from within the training length to beyond it) and `channels`: the rows of a head's state that hold most at the end.
+            (where looks reach from within the training length to beyond it) and `channels`: the rows of a head's state
+            that hold most at the end.
         envelope: [layer][head], the largest norms within the training length.
         ablation: of the accused heads, where it was asked for.
         remembrance: of `rnn_longctx.probes.remembrance`, where it was asked for.

@@ -108,7 +108,7 @@ class Convolution:
         x = projected[..., c.d_inner : c.d_inner + c.conv_dim]
         before = x.new_zeros(len(x), taps, c.conv_dim) if self._before is None else self._before.transpose(1, 2)
         first = self._position // self.every * self.every + self.every
-        ends = torch.arange(first, self._position + x.shape[1] + 1, self.every)
+        ends = torch.tensor(range(first, self._position + x.shape[1] + 1, self.every), dtype=torch.int64)
         if not len(ends) or not taps:
             return
         # tokens back from each look; what lies before this call stands in front of it
