@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ from rnn_longctx.errors import InputError, nearest
 from rnn_longctx.models.generate import SEGMENTS
 from rnn_longctx.probes.ablation import Ablation, ablate
 from rnn_longctx.probes.envelope import envelope_of
-from rnn_longctx.probes.onset import accused, doubling, onsets, verdict
+from rnn_longctx.probes.onset import MARGIN, accused, doubling, onsets, verdict
 from rnn_longctx.probes.remembrance import remembrance
 from rnn_longctx.probes.retention import retention
 from rnn_longctx.probes.trace import CHANNELS, record
@@ -93,6 +93,22 @@ class Probe:
             self.remembrance.to_csv(out / "remembrance.csv", index=False)
             names.append("remembrance.csv")
         return [out / name for name in names]
+
+
+def scalar_rows(found: Probe) -> Iterator[tuple[int, dict[str, float]]]:
+    """Position (tokens) and what is worth a line in a log there: loss, heads beyond their range, the largest ratio and,
+    for each layer, the mean norm and retention."""
+    limits = {(i, h): v for i, row in enumerate(found.envelope) for h, v in enumerate(row)}
+    losses = found.losses.set_index("position")["loss"]
+    for position, seen in found.trace.groupby("position"):
+        mean = seen.groupby(["layer", "head"])[["norm", "retention"]].mean()
+        ratio = mean["norm"] / pd.Series(limits)
+        row = {"heads_beyond": float((ratio > MARGIN).sum()), "largest_ratio": float(ratio.max())}
+        if position in losses:
+            row["loss"] = float(losses[position])
+        for layer, some in mean.groupby("layer"):
+            row |= {f"norm/layer{layer}": some["norm"].mean(), f"retention/layer{layer}": some["retention"].mean()}
+        yield int(str(position)), row
 
 
 def probe(model: Mamba2LM, text: Text, length: int, *, prompt: str = "text", every: int = 256, slices: int = 1,

@@ -161,6 +161,7 @@ def probe_command(
     slices: Annotated[int, typer.Option(min=1, help="Rows read side by side.")] = 1,
     prove: Annotated[bool, typer.Option(help="Cap the accused heads alone, then others; measure the loss.")] = False,
     remember: Annotated[bool, typer.Option(help="Effective remembrance too: reads three times as much.")] = False,
+    log: Annotated[Many, typer.Option(help="tensorboard or wandb, where installed; again for both.")] = None,
     mitigation: Annotated[str, typer.Option(help="Watch the model with a remedy on it.")] = "none",
     out: Annotated[Path, typer.Option(help="Folder for the tables and pictures.")] = Path("runs/probe"),
     seed: Annotated[int, typer.Option(min=0)] = 0,
@@ -177,7 +178,8 @@ def probe_command(
     from rnn_longctx.data import load_text
     from rnn_longctx.mitigations import parse_remedy
     from rnn_longctx.probes.pictures import draw
-    from rnn_longctx.probes.run import probe
+    from rnn_longctx.probes.run import probe, scalar_rows
+    from rnn_longctx.scalars import scalars
 
     goal, remedy, source = parse_length(length), parse_remedy(mitigation), load_text(text)
     rows = []
@@ -188,6 +190,9 @@ def probe_command(
             found = probe(lm, source, goal, prompt=prompt, every=every, slices=slices, seed=seed, prove=prove,
                           remember=remember, say=typer.echo)  # fmt: skip
         paths = [*found.save(where), *draw(found, where)]
+        with scalars(log or [], where, lm.name) as write:
+            for position, values in scalar_rows(found):
+                write(values, position)
         if found.ablation:
             typer.echo(str(found.ablation))
         typer.echo(f"{where}: {', '.join(p.name for p in paths)}")

@@ -1,6 +1,8 @@
 """The pictures of a probe, and its command line."""
 
 import json
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -12,10 +14,12 @@ from typer.testing import CliRunner
 import rnn_longctx
 from rnn_longctx import cli
 from rnn_longctx.data import ByteTokenizer
+from rnn_longctx.errors import InputError
 from rnn_longctx.models import Mamba2Config, Mamba2LM
 from rnn_longctx.models.checkpoint import save
 from rnn_longctx.probes.pictures import draw, ratios
-from rnn_longctx.probes.run import Probe, probe
+from rnn_longctx.probes.run import Probe, probe, scalar_rows
+from rnn_longctx.scalars import scalars
 
 
 @pytest.fixture
@@ -81,3 +85,42 @@ def test_bad_input_is_one_line(checkpoint, monkeypatch, more, message, capsys):
         cli.main()
     said = capsys.readouterr().err.strip()
     assert stop.value.code == 2 and message in said and "\n" not in said
+
+
+def test_scalars_go_to_tensorboard_or_wandb(checkpoint, monkeypatch):
+    """Stand-ins for the two libraries, which need not be installed."""
+    seen = []
+
+    class Writer:
+        def __init__(self, *args, **kwargs):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            seen.append("closed")
+
+        def add_scalar(self, key, value, step):
+            seen.append((key, value, step))
+
+        def log(self, values, step):
+            seen.extend((k, v, step) for k, v in values.items())
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer))
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=Writer))
+    text = rnn_longctx.load_text(checkpoint / "t.txt")
+    found = probe(rnn_longctx.load(checkpoint / "sick"), text, 128, every=32, calibration_text=text)
+    for kind in ("tensorboard", "wandb"):
+        seen.clear()
+        with scalars([kind], checkpoint, "x") as write:
+            for position, values in scalar_rows(found):
+                write(values, position)
+        assert seen[-1] == "closed" and {s[2] for s in seen[:-1]} == {32, 64, 96, 128}
+        at = {s[0]: s[1] for s in seen[:-1] if s[2] == 96}
+        assert at["loss"] == pytest.approx(found.losses["loss"][2]) and {"norm/layer1", "heads_beyond"} <= set(at)
+        assert at["largest_ratio"] == pytest.approx(ratios(found).query("position == 96")["ratio"].max())
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    for kind, message in (("wandb", "wandb is not installed"), ("tensorbord", 'did you mean "tensorboard"')):
+        with pytest.raises(InputError, match=message), scalars([kind], checkpoint, "x"):
+            pass
