@@ -134,13 +134,8 @@ class Adopted:
 
     @cached_property
     def weights_hash(self) -> str:
-        """First 16 hex digits of a sha256 over each tensor's name, dtype, shape and bytes."""
-        found = hashlib.sha256()
-        for name, t in sorted(self.model.state_dict().items()):
-            found.update(f"{name} {t.dtype} {list(t.shape)}".encode())
-            raw = t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
-            found.update(memoryview(raw))
-        return found.hexdigest()[:16]
+        """See `hash_of`."""
+        return hash_of(self.model)
 
     @property
     def scan_state_elements(self) -> int:
@@ -329,6 +324,15 @@ class AdoptedCache:
         new.padding = self.padding if self.padding is None else self.padding[index.cpu()]
         new.tail = self.tail if self.tail is None else self.tail[index.to(self.tail.device)]
         return new
+
+
+def hash_of(module: nn.Module) -> str:
+    """First 16 hex digits of a sha256 over each tensor's name, dtype, shape and bytes."""
+    found = hashlib.sha256()
+    for name, t in sorted(module.state_dict().items()):
+        found.update(f"{name} {t.dtype} {list(t.shape)}".encode())
+        found.update(memoryview(t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()))
+    return found.hexdigest()[:16]
 
 
 def _nothing_found(model: nn.Module) -> str:

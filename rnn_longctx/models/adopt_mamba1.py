@@ -32,7 +32,7 @@ class AdoptedMamba1(AdoptedMixer):
 
     @property
     def _needed(self) -> bool:
-        return self._policy != PLAIN or self.continuing
+        return self._policy != PLAIN or self._observer is not None or self.continuing
 
     def continue_stream(self, on: bool) -> None:
         self.continuing = on
@@ -52,7 +52,8 @@ class AdoptedMamba1(AdoptedMixer):
         y, new = scan(
             x[..., None], dt, -m.A_log.to(torch.promote_types(m.A_log.dtype, torch.float32)).exp(), B[:, :, None],
             C[:, :, None], dt_bias=bias, dt_limit=UNLIMITED, D=m.D, policy=self.policy, mask=call.mask,
-            backend=self.backend, carry=None if call.fresh else self.carry(call.layer, self.state_of(call.layer)),
+            backend=self.backend, observer=self._observer,
+            carry=None if call.fresh else self.carry(call.layer, self.state_of(call.layer)),
         )  # fmt: skip
         if call.layer is not None:
             _keep(call.layer, Beside(self._era, new.position, new.log_decay, new.window))

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rnn_longctx.errors import InputError
-from rnn_longctx.ssd import PLAIN, ScanCarry, ScanPolicy, WindowCarry, scan, tree_map, window_state
+from rnn_longctx.ssd import PLAIN, Observer, ScanCarry, ScanPolicy, WindowCarry, scan, tree_map, window_state
 
 UNLIMITED = (0.0, math.inf)
 UNKNOWN = -(2**30)  # the position of a row that was read before a policy was there to count; below 0 for a long time
@@ -56,6 +56,7 @@ class AdoptedMixer:
         self.limit_in_decode = time_step_limit_in_decode
         self._arguments = list(inspect.signature(type(module).forward).parameters)[1:]
         self._policy = PLAIN
+        self._observer: Observer | None = None
         self._era = 0
         self._forward: Callable | None = None  # the mixer's own, while ours stands before it
         self._had: Callable | None = None  # what the instance itself held (a hook of accelerate)
@@ -106,12 +107,23 @@ class AdoptedMixer:
             self._forward = self._had = None
 
     @property
+    def observer(self) -> Observer | None:
+        """Shown the states, as `Mamba2.observer`: our scan runs while there is one."""
+        return self._observer
+
+    @observer.setter
+    def observer(self, observer: Observer | None) -> None:
+        self._observer = observer
+        self.policy = self._policy
+
+    @property
     def active(self) -> bool:
         return self._forward is not None and self._needed
 
     @property
     def _needed(self) -> bool:
-        return self._policy != PLAIN or (self.limit_in_decode and tuple(self.module.time_step_limit) != UNLIMITED)
+        limited = self.limit_in_decode and tuple(self.module.time_step_limit) != UNLIMITED
+        return self._policy != PLAIN or self._observer is not None or limited
 
     def state_of(self, layer: Any) -> Tensor:
         """The state (B, H, P, N) in a layer of the library's cache."""
@@ -175,7 +187,7 @@ class AdoptedMixer:
         y, new = scan(
             x, dt, -m.A_log.to(torch.promote_types(m.A_log.dtype, torch.float32)).exp(), B, C, dt_bias=m.dt_bias,
             dt_limit=dt_limit, D=m.D, policy=self._policy, mask=call.mask, reset=reset, backend=self.backend,
-            carry=None if state is None else self.carry(call.layer, state),
+            carry=None if state is None else self.carry(call.layer, state), observer=self._observer,
         )  # fmt: skip
         if call.layer is not None:
             _keep(call.layer, Beside(self._era, new.position, new.log_decay, new.window))
