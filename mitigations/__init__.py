@@ -117,6 +117,18 @@ class Handle:
     def __init__(self, model: Mamba2LM, remedy: Remedy, plan: Plan):
         self.model, self.remedy, self.plan = model, remedy, plan
 
+    def put(self) -> None:
+        """Put this remedy on, as it was worked out; `mitigate` does, and after `remove` it may be done again, between
+        any two tokens. Raises InputError where it cannot be combined with what is on the model."""
+        if self in (handles := _handles(self.model)):
+            return
+        handles.append(self)
+        try:
+            _apply(self.model)
+        except InputError:
+            self.remove()
+            raise
+
     def remove(self) -> None:
         """Take this remedy off; others on the model stay. Twice is no error."""
         handles = _handles(self.model)
@@ -158,12 +170,7 @@ def mitigate(model: Mamba2LM | Adopted | nn.Module, remedy: str | Remedy, *, tar
             f"{remedy} is a way to read, which {type(given).__name__} has of its own: put it on "
             "rnn_longctx.adopt(model), and read with rnn_longctx.generate or rnn_longctx.evaluate"
         )
-    _handles(model).append(handle)
-    try:
-        _apply(model)
-    except InputError:
-        handle.remove()
-        raise
+    handle.put()
     return handle
 
 

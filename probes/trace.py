@@ -205,9 +205,9 @@ def watching(watchers: list[Any]) -> Iterator[None]:
     """Each watcher sees its `mixer` inside the block."""
     if any(w.mixer.observer is not None for w in watchers):
         raise InputError("the model is being watched already: leave that `record` or monitor first")
-    for w in watchers:
-        w.mixer.observer = w
     try:
+        for w in watchers:
+            w.mixer.observer = w
         yield
     finally:
         for w in watchers:

@@ -5,11 +5,25 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Cache", "InputError", "adopt", "evaluate", "generate", "load", "load_text", "mitigate", "record"]
+__all__ = [
+    "Cache",
+    "CollapseError",
+    "CollapseMonitor",
+    "InputError",
+    "adopt",
+    "evaluate",
+    "generate",
+    "load",
+    "load_text",
+    "mitigate",
+    "record",
+]
 
 # Imported on first use: `import rnn_longctx` alone stays light.
 _WHERE = {
     "Cache": "rnn_longctx.models",
+    "CollapseError": "rnn_longctx.errors",
+    "CollapseMonitor": "rnn_longctx.probes.monitor",
     "InputError": "rnn_longctx.errors",
     "adopt": "rnn_longctx.models.adopt",
     "evaluate": "rnn_longctx.eval",
@@ -22,13 +36,14 @@ _WHERE = {
 
 if TYPE_CHECKING:
     from rnn_longctx.data import load_text
-    from rnn_longctx.errors import InputError
+    from rnn_longctx.errors import CollapseError, InputError
     from rnn_longctx.eval import evaluate
     from rnn_longctx.mitigations import mitigate
     from rnn_longctx.models import Cache
     from rnn_longctx.models.adopt import adopt
     from rnn_longctx.models.checkpoint import load
     from rnn_longctx.models.generate import generate
+    from rnn_longctx.probes.monitor import CollapseMonitor
     from rnn_longctx.probes.trace import record
 
 

@@ -208,6 +208,10 @@ def generate_command(
     model: Annotated[str, MODEL],
     prompt: Annotated[str, typer.Option(help="Text to continue; - reads it from standard input.")],
     mitigation: Annotated[str, typer.Option()] = "none",
+    monitor: Annotated[
+        str | None,
+        typer.Option(help="Watch for collapse: warn, raise, mitigate:NAME, rollback:NAME, fallback:truncate."),
+    ] = None,
     load_state: Annotated[Optional[Path], typer.Option(help="Go on from what --save-state kept.")] = None,  # noqa: UP045
     save_state: Annotated[Optional[Path], typer.Option(help="Keep what the prompt left, to ask it again.")] = None,  # noqa: UP045
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
@@ -220,10 +224,12 @@ def generate_command(
     state_dtype: Annotated[Optional[str], STATE] = None,  # noqa: UP045
 ) -> None:
     """Continue a prompt of any length, with a remedy on the model."""
+    from contextlib import nullcontext
+
     import torch
 
-    from rnn_longctx import mitigate
-    from rnn_longctx.mitigations import parse_remedy
+    from rnn_longctx import CollapseError, CollapseMonitor, mitigate
+    from rnn_longctx.mitigations import active, parse_remedy
     from rnn_longctx.models import state
     from rnn_longctx.models.generate import continuation, prefill
 
@@ -236,13 +242,23 @@ def generate_command(
     target = state.target_of(load_state) if load_state else None
     target = target or ids.shape[1] + max_new_tokens
     with mitigate(lm, remedy, target_length=target):
-        logits, cache = prefill(lm, ids, state.load_state(load_state, lm) if load_state else None)
-        if save_state:
-            state.save_state(save_state, cache, lm, str(remedy), target)
-        draw = torch.Generator(lm.device).manual_seed(seed)
-        said = continuation(lm, logits, cache, temperature, draw)
-        new = [int(next(said)) for _ in range(max_new_tokens)]
+        read = state.load_state(load_state, lm) if load_state else None
+        watching = CollapseMonitor.calibrated(lm).on(lm, monitor) if monitor else nullcontext()
+        try:
+            with watching as watch:
+                logits, cache = prefill(lm, ids, read)
+                if save_state:  # under what is on by now
+                    state.save_state(save_state, cache, lm, active(lm)[0], target)
+                draw = torch.Generator(lm.device).manual_seed(seed)
+                said = continuation(lm, logits, cache, temperature, draw)
+                new = [int(next(said)) for _ in range(max_new_tokens)]
+        except CollapseError as error:
+            typer.echo(f"rnn-longctx: {error}", err=True)
+            raise typer.Exit(1) from None
     typer.echo(lm.tokenizer.decode(new))
+    if watch is not None:
+        seen = watch.reports[-1] if watch.reports else f"nothing yet: a look is taken every {watch.every} tokens"
+        typer.echo(f"monitor: {seen}", err=True)
 
 
 @app.command("lm-eval")

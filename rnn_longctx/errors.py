@@ -1,4 +1,4 @@
-"""The one exception that means: the input is wrong, and here is one line that says how."""
+"""The exception that means: the input is wrong, and here is one line that says how; and the one of a monitor."""
 
 from __future__ import annotations
 
@@ -8,6 +8,19 @@ from collections.abc import Iterable
 
 class InputError(ValueError):
     """Bad input from a person. The command line prints its message on one line and exits with code 2."""
+
+
+class CollapseError(RuntimeError):
+    """A model that a monitor watches has collapsed, and `raise` was asked for.
+
+    Attributes:
+        position: tokens read.
+        heads: (layer, head, ratio of its state's norm to its envelope), the worst first.
+    """
+
+    def __init__(self, message: str, position: int, heads: tuple[tuple[int, int, float], ...]):
+        super().__init__(message)
+        self.position, self.heads = position, heads
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:

@@ -137,6 +137,21 @@ def test_generate(run):
     assert code == 0 and printed == run(*words)[1]
 
 
+def test_generate_with_a_monitor(run, store, tmp_path):
+    model = Mamba2LM(Mamba2Config(**SHAPE, A_init=(1e-6, 1e-5), dt_init=(0.05, 0.2))).eval()
+    torch.nn.init.constant_(model.mixers[0].conv1d.bias, 0.5)  # so that its states grow with what is read
+    model.train_length, model.tokenizer, model.name = 128, ByteTokenizer(), "lost"
+    checkpoint.save(model, tmp_path / "lost", dtype=torch.float32)
+    prompt = (store / "text.py").read_text()
+    words = ("generate", str(tmp_path / "lost"), "--prompt", prompt, "--max-new-tokens", "100")
+    code, printed, said = run(*words, "--monitor", "mitigate:rri:alpha=0.5,beta=1")
+    assert code == 0 and printed and said.startswith("monitor: position 4096: ") and said.count("\n") == 1
+    code, printed, said = run(*words, "--monitor", "raise")
+    assert code == 1 and not printed and "rnn-longctx: lost at position" in said and "collapsed" in said
+    code, printed, said = run("generate", "ok", "--prompt", "import os", "--max-new-tokens", "4", "--monitor", "warn")
+    assert code == 0 and said == "monitor: nothing yet: a look is taken every 256 tokens\n"
+
+
 MISTAKES = {
     "eval missing": "'missing' is neither a directory nor a hub id",
     "eval ./missing/x": "neither a directory nor a hub id",
@@ -171,6 +186,7 @@ MISTAKES = {
     "eval --config nowhere.yaml": "cannot read config nowhere.yaml",
     "eval": "name a model",
     "generate ok --prompt=": "the prompt is empty",
+    "generate ok --prompt=x --monitor wran": 'did you mean "warn"',
     "plot empty": "evaluate first",
     "train nowhere.yaml": "cannot read config",
 }

@@ -150,13 +150,8 @@ class Adopted:
 
     @cached_property
     def weights_hash(self) -> str:
-        """First 16 hex digits of a sha256 over each tensor's name, dtype, shape and bytes, or, of one made of others
-        (quantised weights), theirs in turn. What a state_dict holds beside tensors does not count."""
-        found = hashlib.sha256()
-        for name, t in sorted(self.model.state_dict().items()):
-            if isinstance(t, Tensor):
-                _digest(found, name, t)
-        return found.hexdigest()[:16]
+        """See `hash_of`."""
+        return hash_of(self.model)
 
     @property
     def scan_state_elements(self) -> int:
@@ -417,6 +412,16 @@ def _computes_in(weight: Any) -> torch.dtype | None:
     """The type of a weight, or None where that is how it is packed (bytes, 8-bit floats) or there is none."""
     dtype = getattr(weight, "dtype", None)
     return dtype if dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64) else None
+
+
+def hash_of(module: nn.Module) -> str:
+    """First 16 hex digits of a sha256 over each tensor's name, dtype, shape and bytes, or, of one made of others
+    (quantised weights), theirs in turn. What a state_dict holds beside tensors does not count."""
+    found = hashlib.sha256()
+    for name, t in sorted(module.state_dict().items()):
+        if isinstance(t, Tensor):
+            _digest(found, name, t)
+    return found.hexdigest()[:16]
 
 
 def _nothing_found(model: nn.Module) -> str:

@@ -50,7 +50,7 @@ class AdoptedMamba1(AdoptedMixer):
         y, new = scan(
             x[..., None], dt, -m.A_log.to(torch.promote_types(m.A_log.dtype, torch.float32)).exp(), B[:, :, None],
             C[:, :, None], dt_bias=bias, dt_limit=UNLIMITED, D=m.D, policy=self.policy, mask=call.mask,
-            backend=self.backend, state_dtype=self.state_dtype,
+            backend=self.backend, state_dtype=self.state_dtype, observer=self._observer,
             carry=None if call.fresh else self.carry(call.layer, self.state_of(call.layer)),
         )  # fmt: skip
         if call.layer is not None:

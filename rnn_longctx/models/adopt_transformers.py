@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rnn_longctx.errors import InputError
-from rnn_longctx.ssd import PLAIN, ScanCarry, ScanPolicy, WindowCarry, scan, tree_map, window_state
+from rnn_longctx.ssd import PLAIN, Observer, ScanCarry, ScanPolicy, WindowCarry, scan, tree_map, window_state
 
 UNLIMITED = (0.0, math.inf)
 UNKNOWN = -(2**30)  # the position of a row that was read before a policy was there to count; below 0 for a long time
@@ -65,6 +65,7 @@ class AdoptedMixer:
         self.limit_in_decode = time_step_limit_in_decode
         self._arguments = list(inspect.signature(type(module).forward).parameters)[1:]
         self._policy = PLAIN
+        self._observer: Observer | None = None
         self._era = 0
         self._own: dict[str, Callable] = {}  # the mixer's own entries, while ours stand before them
         self._had: dict[str, Any] = {}  # what the instance itself held (a hook of accelerate)
@@ -135,13 +136,24 @@ class AdoptedMixer:
             self._own, self._had = {}, {}
 
     @property
+    def observer(self) -> Observer | None:
+        """Shown the states, as `Mamba2.observer`: our scan runs while there is one."""
+        return self._observer
+
+    @observer.setter
+    def observer(self, observer: Observer | None) -> None:
+        self._observer = observer
+        self.policy = self._policy
+
+    @property
     def active(self) -> bool:
         return bool(self._own) and self._needed
 
     @property
     def _needed(self) -> bool:
         limited = self.limit_in_decode and self.dt_limit != UNLIMITED
-        return self._policy != PLAIN or self.state_dtype is not None or self.continuing or limited
+        watched = self._observer is not None
+        return self._policy != PLAIN or self.state_dtype is not None or self.continuing or limited or watched
 
     @property
     def dt_limit(self) -> tuple[float, float]:
@@ -229,7 +241,7 @@ class AdoptedMixer:
         y, new = scan(
             x, dt, -m.A_log.to(torch.promote_types(m.A_log.dtype, torch.float32)).exp(), B, C, dt_bias=m.dt_bias,
             dt_limit=dt_limit, D=self.D, policy=self._policy, mask=call.mask, reset=reset, backend=self.backend,
-            state_dtype=self.state_dtype,
+            state_dtype=self.state_dtype, observer=self._observer,
             carry=None if state is None else self.carry(call.layer, state),
         )  # fmt: skip
         if call.layer is not None:

@@ -1,0 +1,438 @@
+"""Whether a model has collapsed, while it works: a monitor calibrated once, kept as JSON beside the checkpoint.
+
+    monitor = rnn_longctx.CollapseMonitor.calibrated(model)
+    with monitor.on(model, action="mitigate:state-norm") as watch:
+        rnn_longctx.generate(model, ids, 10_000)
+    watch.reports
+
+What is judged, every `every` tokens:
+
+    ratio      the Frobenius norm of a head's state over the largest that the head reached within the training length
+               (`probes.envelope`), its geometric mean over the last SMOOTH looks
+    margin     what a head's ratio may reach: exp(SPREADS standard deviations of its log peaks over the calibration's
+               slices), within MARGINS. A head whose peaks differ tenfold from slice to slice will pass its largest
+    shift      how far the mean input scales of the first recurrent layer over those looks lie from the calibration
+               text's, per head and in its standard deviations, root mean square over heads, as a share of the limit.
+               Those scales follow from the tokens alone, so that no state, collapsed or not, moves them
+
+    collapsed  a share of heads passes twice its margin, or one head 16 times; or a state is not finite
+    drift      the shift is above 1 (the input is not what was calibrated on) and the norms are not gross: a share of
+               heads past 4 times its margin, or one past 16 times, is a collapse whatever the input, and so is one
+               that was there before the input changed
+    warning    a share of heads passes its margin, or one 4 times
+    ok         else
+
+One head alone raises no alarm, unless by far: on 128K tokens of a healthy stream (the demo model kept from collapsing
+by a decay of 0.997, calibrated as such) three of 64 heads left their margins at most, in a table of character codes,
+and on 1M tokens with a decay of 0.99 one did. Of the demo model itself ten do at 2K tokens and 29 at 4K: on 11 of 12
+slices it is warned of at 1.5K to 2.25K tokens, where the loss is some 6% above that of re-reading the last ones, and
+called collapsed at 3.5K to 4K, where it is 23 to 34% above. The twelfth is a table, called drift and then collapsed.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import math
+import os
+import uuid
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from rnn_longctx.errors import InputError
+from rnn_longctx.probes.envelope import envelope_of
+from rnn_longctx.probes.trace import Watcher, watching
+from rnn_longctx.ssd import Statistics
+
+if TYPE_CHECKING:
+    from rnn_longctx.data import Text
+    from rnn_longctx.probes.watch import Watch
+
+STATUSES = ("ok", "warning", "drift", "collapsed")
+SMOOTH = 4  # looks
+SPREADS, MARGINS = 3.0, (2.0, 16.0)
+WARNED, COLLAPSED = 1 / 12, 1 / 8  # shares of heads
+SLICES, WINDOWS, AT_ONCE = 32, 8, 4  # of the text the gates are calibrated on: windows a slice; slices read at once
+SLACK = 2.0  # the shift may reach this much more than in the calibration
+TINY = 1e-30  # an input scale may underflow to 0
+FLOOR = 0.01  # of a standard deviation of log input scales: a text may hold one kind of line only
+FACTOR = 2.0  # the most that recalibration moves an envelope from where it was calibrated
+LISTED = 16  # heads named in a report
+
+
+@dataclass(frozen=True)
+class Report:
+    """One segment.
+
+    Attributes:
+        position: tokens read.
+        status: ok, warning, drift or collapsed; of a batch, the worst row's.
+        heads: (layer, head, ratio) of heads outside their margins, the farthest outside first, 16 at most; ratio is
+            infinite where a state is not finite.
+        outside: how many there are.
+        worst: the largest ratio of all heads.
+        shift: of the input, in units of its limit, over the heads where it is known; None where it is of none (the
+            first looks at a stream that had begun before, a norm cap on the model).
+        action: what was done, or None.
+    """
+
+    position: int
+    status: str
+    heads: tuple[tuple[int, int, float], ...]
+    outside: int
+    worst: float
+    shift: float | None
+    action: str | None = None
+
+    def __str__(self) -> str:
+        said = f"position {self.position}: {self.status}"
+        if self.heads:
+            layer, head, ratio = self.heads[0]
+            said += f", {self.outside} heads outside their margins (layer {layer} head {head} at {ratio:.3g} times)"
+        if self.shift is not None:
+            said += f", input shift {self.shift:.2g}"
+        return said + (f"; {self.action}" if self.action else "")
+
+
+@dataclass
+class History:
+    """The last looks at one stream: log norms (B, all heads) and log input scales (B, first layer's heads); and which
+    rows (B) stood as collapsed at the last."""
+
+    position: int | None = None
+    norms: deque[Tensor] = field(default_factory=lambda: deque(maxlen=SMOOTH))
+    gates: deque[Tensor] = field(default_factory=lambda: deque(maxlen=SMOOTH))
+    collapsed: Tensor | None = None
+
+    def add(self, position: int, norm: Tensor, scale: Tensor) -> None:
+        self.position = position
+        self.norms.append(norm.double().log())
+        self.gates.append(scale.double().clamp(min=TINY).log())
+
+    def copy(self) -> History:
+        return History(self.position, copy.copy(self.norms), copy.copy(self.gates), self.collapsed)
+
+
+@dataclass
+class CollapseMonitor:
+    """What a model does within its training length, and when it leaves that. Made by `calibrated` or `load`.
+
+    Attributes:
+        model, weights, shape: whose it is: name, weights hash, (heads, headdim, d_state) of every recurrent layer.
+        every, length: tokens between two looks; training length.
+        text: what it was calibrated on.
+        norms, margins: [layer][head]; norms in the units of the state.
+        calibrated_norms: norms as `calibrated` found them, which bound `recalibrate`.
+        gate_mean, gate_std: of the first layer's heads, log of the mean input scale over `every` tokens.
+        gate_limits: what the shift may reach, over one look, two, up to SMOOTH.
+    """
+
+    model: str
+    weights: str
+    shape: list[list[int]]
+    every: int
+    length: int
+    text: str
+    norms: list[list[float]]
+    margins: list[list[float]]
+    calibrated_norms: list[list[float]]
+    gate_mean: list[float]
+    gate_std: list[float]
+    gate_limits: list[float]
+
+    def __post_init__(self) -> None:
+        self._before: list[dict[str, Any]] = []  # for `undo`
+
+    @classmethod
+    def calibrated(cls, model: Any, text: Text | str | None = None, length: int | None = None,
+                   every: int = 256) -> CollapseMonitor:  # fmt: skip
+        """Calibrate on a model as it is without remedies.
+
+        Args:
+            model: this library's, or one of another library, which is adopted.
+            text: from `rnn_longctx.load_text`, or its name; None takes the envelope kept with the checkpoint, if it is
+                of that length, and the builtin text. At least 8 * every tokens, and `length`.
+            length: tokens of a context in training; None takes the model's.
+            every: tokens between two looks.
+        Raises:
+            InputError: a length or tokenizer that is not known, a text too short, a model that is being watched.
+        """
+        from rnn_longctx.data import load_text
+
+        lm = reader_of(model)
+        length = length or lm.train_length
+        if length is None:
+            raise InputError(f"a monitor needs the training length, which {lm.name} does not say: give length=")
+        if length < 1 or every < 1:
+            raise InputError(f"expected length and every of at least 1 token, got {length} and {every}")
+        if lm.tokenizer is None:
+            raise InputError(f"a monitor is calibrated on text, and {lm.name} has no tokenizer: give it one")
+        text = load_text(text) if isinstance(text, str) else text
+        with unwatched(lm):
+            envelope = envelope_of(lm, length, text)
+            mean, std, limits = gates_of(lm, every, text or load_text("builtin"))
+        spread = torch.tensor(envelope.peaks, dtype=torch.float64).log().std(1, correction=0)  # (L, H)
+        norms, margins = _lists(envelope.norms()), (SPREADS * spread).exp().clamp(*MARGINS).tolist()
+        return cls(lm.name, weights_of(lm), shape_of(lm), every, length, envelope.label, norms, margins, norms, mean,
+                   std, limits)  # fmt: skip
+
+    # --- kept beside a checkpoint
+
+    def save(self, path: str | Path) -> None:
+        """As JSON, by atomic rename. Raises InputError where it cannot be written."""
+        write_atomically(path, json.dumps({"kind": "collapse monitor", "version": 1} | dataclasses.asdict(self)) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path, model: Any) -> CollapseMonitor:
+        """Raises InputError: no such file, not a monitor, or another model's."""
+        try:
+            data = json.loads(Path(path).read_text())
+            if data.pop("kind") != "collapse monitor" or data.pop("version") != 1:
+                raise ValueError("another kind or version")
+            monitor = cls(**data)
+            monitor._tensors()
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise InputError(f"{path} is not a saved monitor ({error})") from None
+        monitor.check(reader_of(model))
+        return monitor
+
+    def check(self, lm: Any) -> None:
+        """Raises InputError where the model is not the one this was calibrated on."""
+        if (shape := shape_of(lm)) != self.shape or weights_of(lm) != self.weights:
+            ours = f"{len(self.shape)} layers, first {self.shape[0]}"
+            theirs = f"{len(shape)} layers, first {shape[0]}, weights {weights_of(lm)}"
+            raise InputError(f"the monitor is of {self.model} ({ours}, weights {self.weights}), not of {lm.name} "
+                             f"({theirs}): calibrate one for it")  # fmt: skip
+
+    # --- moved, and moved back
+
+    def recalibrate(self, model: Any, seen: Text | Watch) -> None:
+        """Move the envelope towards a text's, or what a watch saw last, where the input has changed for good.
+
+        No head's norm moves by more than a factor of 2 from where `calibrated` found it, however often this is called:
+        a collapse cannot be learned as normal. What a watch saw only widens the envelope, since a few looks are no
+        maximum. The input's statistics become those of the text, or centre on the last looks. `undo` takes it back.
+
+        Args:
+            seen: a text, read within the training length (not while the model is watched), or the `watch` of `on`.
+        Raises:
+            InputError: another model, nothing seen yet, a state that is not finite.
+        """
+        from rnn_longctx.probes.watch import Watch
+
+        lm = reader_of(model)
+        self.check(lm)
+        at, now = (torch.tensor(v, dtype=torch.float64) for v in (self.calibrated_norms, self.norms))
+        moved: dict[str, Any] = {}
+        if isinstance(seen, Watch):
+            norms, gates = seen.recent()
+            if not bool(norms.isfinite().all()):
+                raise InputError("what was seen last is not finite: there is nothing to recalibrate on")
+            found = torch.maximum(norms.exp().view_as(at), now)
+            if gates is not None:
+                moved["gate_mean"] = gates.tolist()
+            where = f"a stream up to {seen.reports[-1].position}"
+        else:
+            with unwatched(lm):
+                envelope = envelope_of(lm, self.length, seen)
+                mean, std, limits = gates_of(lm, self.every, seen)
+            moved |= {"gate_mean": mean, "gate_std": std, "gate_limits": limits}
+            found, where = torch.tensor(envelope.norms(), dtype=torch.float64), envelope.label
+        moved |= {"norms": found.clamp(at / FACTOR, at * FACTOR).tolist(), "text": f"{self.text}; moved to {where}"}
+        self._before.append({name: getattr(self, name) for name in moved})
+        vars(self).update(moved)
+
+    def undo(self) -> None:
+        """Take the last `recalibrate` back. Raises InputError if there is none."""
+        if not self._before:
+            raise InputError("nothing was recalibrated: there is nothing to undo")
+        vars(self).update(self._before.pop())
+
+    # --- watching
+
+    @contextmanager
+    def on(self, model: Any, action: str | Callable[[Report], Any] = "warn", log: str | Path | None = None,
+           prometheus: str | Path | None = None,
+           fallback: Callable[[Report, Tensor], Tensor | None] | None = None) -> Iterator[Watch]:  # fmt: skip
+        """Watch a model inside the `with` block, in this library's reading and generation and, adopted, in its own.
+
+        Args:
+            action: what to do.
+                warn: `warnings.warn` where the status changes to another than ok.
+                raise: `CollapseError` at the first collapse.
+                mitigate:NAME: at the first collapse the remedy is switched on, for the rest of the block.
+                rollback:NAME: at the first collapse the cache goes back to where the status was last ok (or to where
+                this block began to read it), the remedy is switched on, and the tokens since are read again.
+                fallback:truncate: at every collapse the state is dropped, and the last `length` tokens are read again.
+                fallback: with `fallback`, which is called with the report and the last ids (B, <= length) at every
+                collapse. It returns the ids (B, n) to read instead of the state, or None to leave it.
+                A callable: called with every report.
+            log: file to which every report is appended as a line of JSON. It holds no text and no ids.
+            prometheus: file rewritten atomically with the last report, in Prometheus' exposition format.
+        Rollback and fallback need a model read by this library (`rnn_longctx.adopt`): the hidden states of the present
+        call are those after the action, and a stream is read in calls of at most `every` tokens. Elsewhere a remedy is
+        on from the call after the one in which the collapse was seen. A rollback keeps a copy of the cache (with
+        attention's, in a hybrid) and the ids since. Rows stand at one position: padding is refused.
+
+        Raises:
+            InputError: another model's monitor, an action that is not known or cannot be taken, a file that cannot be
+                written, a model that is watched already or under a control.
+        """
+        from rnn_longctx.probes.watch import Watch
+
+        lm = reader_of(model)
+        self.check(lm)
+        watch = Watch(self, lm, action, log, prometheus, fallback, raw=model is not lm)
+        try:
+            with watching(watch.eyes), watch.reading():
+                yield watch
+        finally:
+            watch.close()
+
+    def judge(self, position: int, history: History) -> Report:
+        """A report of a stream's last looks, without action; the history is told which rows have collapsed."""
+        envelope, margin, mean, std, limits = self._tensors()
+        ratios = torch.stack(list(history.norms)).mean(0) - envelope  # (B, heads), logs
+        ratios = ratios.masked_fill(ratios.isnan(), math.inf)
+        finite, over = (ratios < math.inf).all(1), ratios - margin
+
+        def past(factor: float, share: float, alone: float) -> Tensor:
+            return ((over > math.log(factor)).double().mean(1) >= share) | (over.amax(1) > math.log(alone))
+
+        gates = torch.stack(list(history.gates))  # (looks, B, heads)
+        shift = ((gates.mean(0) - mean) / std).square().nanmean(1).sqrt() / limits[len(gates) - 1]  # (B,)
+        level = torch.where(past(1, WARNED, 4), 1, 0)
+        level = level.where(~past(2, COLLAPSED, 16), 3)
+        excused = (shift > 1) & ~past(4, COLLAPSED, 16)
+        if history.collapsed is not None:  # before the input changed
+            excused &= ~history.collapsed | (level < 3)
+        level = level.where(~excused, 2).where(finite, 3)
+        history.collapsed = level == 3
+        worst, outside = ratios.amax(0).exp(), over.amax(0)
+        named = [(i, h) for i, (heads, *_) in enumerate(self.shape) for h in range(heads)]
+        order = outside.argsort(descending=True)[: min(LISTED, count := int((outside > 0).sum()))].tolist()
+        heads = tuple((*named[i], float(worst[i])) for i in order)
+        known = not bool(shift.isnan().any())
+        return Report(position, STATUSES[int(level.max())], heads, count, float(worst.max()),
+                      float(shift.max()) if known else None)  # fmt: skip
+
+    def _tensors(self) -> tuple[Tensor, ...]:
+        """log norms and log margins (heads of all layers), gates' mean, std (first layer's heads), limits (SMOOTH)."""
+        flat = [torch.tensor([v for layer in x for v in layer]).double().log() for x in (self.norms, self.margins)]
+        gates = [torch.tensor(v).double() for v in (self.gate_mean, self.gate_std, self.gate_limits)]
+        heads = sum(shape[0] for shape in self.shape)
+        if [len(v) for v in (*flat, *gates)] != [heads, heads, self.shape[0][0], self.shape[0][0], SMOOTH]:
+            raise ValueError("its values are not one a head")
+        return *flat, *gates
+
+
+# --- calibration
+
+
+class GateWatcher(Watcher):
+    """Watches the first layer's input scales, as they are without a policy's gain."""
+
+    def scales(self, s: Statistics) -> Tensor:
+        """(B, H, n): mean input scale over the tokens since the look before; not a number where it is not known."""
+        Watcher.__call__(self, s)
+        policy, A = self.mixer.policy, self.mixer.A.detach().double()
+        mul, add, gain = (
+            torch.as_tensor(v, dtype=torch.float64, device=A.device).reshape(-1, 1)
+            for v in (policy.mul, policy.add, policy.gain)
+        )
+        found = self.looks.pop()["input_scale"] / gain
+        # It is worked out from the decay in float32: what a policy adds there may leave nothing of a small rate.
+        rate = (mul * (A.mean(-1) if A.ndim == 2 else A)[:, None]).abs()
+        return found.masked_fill((add.abs() * 2**-24 > 0.01 * rate * found).to(found.device), math.nan)
+
+
+class _Enough(Exception):
+    """The first layer has been read, and what comes after it is not needed."""
+
+
+class _First(GateWatcher):
+    found: Tensor
+
+    def __call__(self, s: Statistics) -> None:
+        self.found = self.scales(s)
+        raise _Enough
+
+
+@torch.no_grad()
+def gates_of(lm: Any, every: int, text: Text) -> tuple[list[float], list[float], list[float]]:
+    """Mean and standard deviation [head] of the log of the first layer's mean input scale over windows of a text, and
+    the limits of the shift over 1 to SMOOTH windows in a row. The layers above are not read."""
+    from rnn_longctx.data import tokens
+
+    length = WINDOWS * every
+    ids = torch.stack([torch.from_numpy(tokens(text, lm.tokenizer, i, length)[0]) for i in range(SLICES)])
+    found = []
+    for part in ids.split(AT_ONCE):
+        eye = _First(lm.mixers[0], 0, every, False)
+        with watching([eye]):
+            try:
+                lm(part.to(lm.device))
+            except _Enough:
+                found.append(eye.found.double().clamp(min=TINY).log().cpu())
+    gates = torch.cat(found)  # (slices, H, windows)
+    mean, std = gates.mean((0, 2)), gates.std((0, 2), correction=0).clamp(min=FLOOR)
+    if not bool(mean.isfinite().all()):
+        raise InputError(f"the first layer of {lm.name} has input scales that are not finite: nothing to calibrate")
+    away = (gates - mean[:, None]) / std[:, None]
+    limits = [SLACK * float(away.unfold(2, k, 1).mean(-1).square().mean(1).sqrt().max()) for k in range(1, SMOOTH + 1)]
+    return mean.tolist(), std.tolist(), [max(limit, FLOOR) for limit in limits]
+
+
+# --- models and files
+
+
+def reader_of(model: Any) -> Any:
+    """The model as this library reads it; one of another library is adopted."""
+    from rnn_longctx.models.adopt import adopt
+
+    return model if hasattr(model, "mixers") else adopt(model)
+
+
+def weights_of(lm: Any) -> str:
+    from rnn_longctx.models.adopt import hash_of
+
+    return lm.weights_hash or hash_of(lm)
+
+
+def shape_of(lm: Any) -> list[list[int]]:
+    return [[m.heads, m.headdim, m.d_state] for m in lm.mixers]
+
+
+@contextmanager
+def unwatched(lm: Any) -> Iterator[None]:
+    """The model without its remedies, for a calibration. Raises InputError while it is being watched."""
+    from rnn_longctx.mitigations import _bare
+
+    if any(m.observer is not None for m in lm.mixers):
+        raise InputError("the model is being watched, and cannot be calibrated meanwhile: leave the block first")
+    with _bare(lm):
+        yield
+
+
+def write_atomically(path: str | Path, text: str) -> None:
+    """Raises InputError where it cannot be written."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        temporary.write_text(text)
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise InputError(f"cannot write {path}: {error.strerror}") from None
+
+
+def _lists(rows: tuple[tuple[float, ...], ...]) -> list[list[float]]:
+    return [list(row) for row in rows]
