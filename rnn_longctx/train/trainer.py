@@ -90,7 +90,7 @@ def _started_from(init: str, tokenizer: Any, device: torch.device) -> Mamba2LM:
     if known and isinstance(model.tokenizer, ByteTokenizer) != isinstance(tokenizer, ByteTokenizer):
         raise InputError(f"data.tokenizer: {tokenizer.name}, but that is not what {init} was trained with")
     for parameter in model.parameters():
-        parameter.data = parameter.data.clone()  # a float32 file's weights are the mapped file itself
+        parameter.data = parameter.data.clone()  # a float32 file is mapped: what becomes of it must not matter
     origin = {"name": model.name, "weights": model.weights_hash, "provenance": model.provenance}
     model.provenance = {"init": origin}
     return model
@@ -139,13 +139,13 @@ def _fit(
     context = partial(_autocast, config, device)
     texts = [t["hash"] for t in corpus.texts]
     state = _resume(config, texts, model, optimizer, starts, out, device)
-    began = time.monotonic() - state["seconds"]
-    logged_tokens, logged_seconds = state["tokens"], state["seconds"]
     evaluation = None if config.evaluate is None else Evaluation(config, corpus, model, out, context)
     if evaluation is not None and state["step"] == 0:
         _keep_best(config, corpus, model, out, evaluation(0, 0), state)
     short_loss = partial(late_loss, model, corpus, config.stages[0][0], config.batch_size, context)
     model.train()
+    began = time.monotonic() - state["seconds"]
+    logged_tokens, logged_seconds = state["tokens"], state["seconds"]
     log_file = out / "log.csv"
     log = Log(log_file, state["step"], length=config.longest)
     with closing(log), _progress(config.steps, state["step"]) as show:
@@ -187,11 +187,13 @@ def _fit(
                 raise TrainingDiverged(
                     f"loss or gradient not finite in {BAD_STEPS} steps in a row, at {step}; see {log_file}"
                 )
+            paused = time.monotonic()
             keep = step % config.checkpoint_every == 0 or step == config.steps
             if evaluation is not None and evaluation.due(step):
                 _keep_best(config, corpus, model, out, evaluation(step, state["tokens"]), state)
             elif evaluation is not None and keep:
                 export(config, corpus, model, out / "last", {"step": step}, envelope=False)
+            logged_seconds += time.monotonic() - paused  # the speed logged is that of training
             if keep:
                 state["seconds"] = time.monotonic() - began
                 parts = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "texts": texts}

@@ -112,6 +112,19 @@ def test_bptt_of_some_boundaries_is_detaching_by_hand(bptt: int) -> None:
     assert any(not torch.allclose(a, b, rtol=1e-3) for a, b in zip(others, gradients)), "the cut is seen"
 
 
+def test_bf16_autocast() -> None:
+    """Every weight learns, also what was first read without gradients, and about what it learns in float32."""
+    model, batch = new_model().float(), streams(100)
+    start = [(conv.float(), state.float()) for conv, state in random_states(model, 3)]
+    settings = PassingConfig(32, "all")
+    exact = run(model, batch, settings, start, 0.5)[2]
+    model.zero_grad()
+    _, _, after = accumulate(model, batch, settings, start, 0.5, lambda: torch.autocast("cpu", torch.bfloat16))
+    assert all(state.dtype == torch.float32 for _, state in after)
+    for (name, p), expected in zip(model.named_parameters(), exact, strict=True):
+        assert p.grad is not None and float((p.grad - expected).norm() / expected.norm()) < 0.1, name
+
+
 def test_a_longer_stream_takes_no_more_memory() -> None:
     model = new_model()
 

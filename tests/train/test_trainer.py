@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import rnn_longctx
-from rnn_longctx.config import load_yaml, to_dict
+from rnn_longctx.config import from_dict, load_yaml, to_dict
 from rnn_longctx.errors import InputError
 from rnn_longctx.models.mamba2 import Mamba2LM
 from rnn_longctx.train import TrainConfig, TrainingDiverged, passing, train, trainer
@@ -74,7 +74,7 @@ def test_models_kept_on_the_way_change_nothing(config: TrainConfig, tmp_path: Pa
 
 MODES: dict[str, dict[str, Any]] = {
     "plain": {},
-    "previous": {"passing": PassingConfig(50, "all", "previous", 0.5)},
+    "previous": {"passing": PassingConfig(50, "all", "previous", 0.5), "amp": True},  # convolutions kept in bf16
     "noise": {"passing": PassingConfig(37, 1, "noise")},
     "fitted-noise": {"passing": PassingConfig(64, 0, "fitted-noise"), "evaluate": EvaluateConfig([112], 5, 2)},
     "stages": {
@@ -168,8 +168,10 @@ def test_a_run_of_an_older_version_goes_on(
     assert {row["length"] for row in rows(config)} == {120}
 
 
-def test_kill_9(config: TrainConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", ["plain", "stages"])
+def test_kill_9(config: TrainConfig, tmp_path: Path, mode: str) -> None:
     """A process killed by the system, in the middle of anything, loses no exactness."""
+    config = replace(config, **MODES[mode])
     whole = replace(config, out=str(tmp_path / "whole"))
     train(whole)
     file = tmp_path / "config.yaml"
@@ -338,6 +340,13 @@ def test_config_mistakes(override: str, words: str) -> None:
     with pytest.raises(InputError, match=words) as error:
         load_yaml(TrainConfig, file, [override])
     assert "demo.yaml" in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["demo", "prose", "continual"])
+def test_the_configs_that_come_along(name: str) -> None:
+    found = load_yaml(TrainConfig, Path(__file__).parents[2] / "configs" / "train" / f"{name}.yaml")
+    assert (found.passing is None) == (name != "continual") == (found.init is None)
+    assert from_dict(TrainConfig, to_dict(found)) == found
 
 
 def test_mistakes_before_any_work(config: TrainConfig) -> None:
