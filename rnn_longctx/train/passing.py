@@ -39,7 +39,8 @@ def accumulate(model: Any, batch: Batch, passing: PassingConfig, start: States, 
     Args:
         batch: ids (B, T + 1); T need not be a multiple of the segment.
         start: states before the first token; no gradient goes to them.
-        context: gives an autocast; a new one a segment, since a weight that it cast without gradients stays without.
+        context: gives an autocast, entered anew for every read: casts of weights that it keeps from a pass without
+            gradients must not serve one with them.
     Returns:
         Mean loss of all tokens and of the answer tokens (0 without any), in nats, and the states after the last
         token, all detached.
