@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from rnn_longctx.config import parse_length
 from rnn_longctx.errors import InputError
 from rnn_longctx.models.mamba2 import Mamba2Config
 
@@ -16,7 +17,7 @@ class PasskeyConfig:
     fraction: float = 0.1  # of the sequences in a batch
     lengths: tuple[int, int] = (128, 256)  # tokens of prompt and answer, drawn uniformly, both ends included
     answer_weight: float = 1.0  # weight of the answer tokens' mean loss, added to the loss of all tokens
-    style: Literal["headerless", "paper"] = "headerless"
+    style: Literal["headerless", "paper", "auto"] = "headerless"  # auto: headerless below 1024 tokens
 
     def __post_init__(self) -> None:
         if not 0 <= self.fraction <= 1:
@@ -66,12 +67,53 @@ class ScheduleConfig:
 
 
 @dataclass(frozen=True)
+class PassingConfig:
+    """State passing: a stream of train_length tokens is read in segments, each from the state the one before left
+    (see `rnn_longctx.train.passing`)."""
+
+    segment: int = 512  # tokens
+    bptt: int | Literal["all"] = 0  # segment boundaries that a loss's gradient may cross, at most
+    start: Literal["zero", "previous", "noise", "fitted-noise"] = "previous"  # the state before a stream's first token
+    carry: float = 0.9  # previous: chance that a row goes on from its last stream's final state; otherwise from zero
+
+    def __post_init__(self) -> None:
+        if self.segment < 1:
+            raise InputError(f"segment: expected a positive number of tokens, got {self.segment}")
+        if isinstance(self.bptt, int) and self.bptt < 0:
+            raise InputError(f"bptt: expected 0, more segment boundaries, or all, got {self.bptt}")
+        if not 0 <= self.carry <= 1:
+            raise InputError(f"carry: expected a chance between 0 and 1, got {self.carry}")
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Evaluation during training, into eval.csv: at the start, every so many steps, and at the end."""
+
+    lengths: list[int]  # tokens
+    every: int = 100  # steps
+    passkeys: int = 20  # prompts of each length; 0: loss alone
+
+    def __post_init__(self) -> None:
+        if not self.lengths or min(self.lengths) < 2:
+            raise InputError(f"lengths: expected some of 2 tokens or more, such as [512, 4k], got {self.lengths}")
+        if self.every < 1:
+            raise InputError(f"every: expected a positive number of steps, got {self.every}")
+        if self.passkeys < 0:
+            raise InputError(f"passkeys: expected a number of prompts, got {self.passkeys}")
+
+
+@dataclass(frozen=True)
 class TrainConfig:
-    model: Mamba2Config
+    """A run. `train_length` may be a schedule of tokens:steps, such as 4k:200,16k:300; the sum is then `steps`."""
+
+    model: Mamba2Config | None = None  # with init: what that is
+    init: str | None = None  # a checkpoint to start from, as `rnn_longctx.load` takes it: demo, a directory, a hub id
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
-    train_length: int = 256  # tokens
+    passing: PassingConfig | None = None  # None: a stream is one segment and begins at zero
+    evaluate: EvaluateConfig | None = None
+    train_length: int | str = 256  # tokens
     batch_size: int = 256  # sequences
     steps: int = 1500
     amp: bool | Literal["auto"] = "auto"  # bf16 autocast; auto: on CUDA
@@ -85,13 +127,58 @@ class TrainConfig:
     licences: str = ""  # recorded with the finished model: what the training text is licensed under
 
     def __post_init__(self) -> None:
-        for name in ("train_length", "batch_size", "steps", "log_every", "checkpoint_every"):
+        if self.model is None and self.init is None:
+            raise InputError("model: missing; give its shape, or init: a checkpoint to start from")
+        if isinstance(self.train_length, str):
+            if ":" in self.train_length:
+                object.__setattr__(self, "steps", sum(steps for _, steps in self.stages))
+            else:  # a length, such as 16k
+                object.__setattr__(self, "train_length", _stages(f"{self.train_length}:1")[0][0])
+        for name in ("batch_size", "steps", "log_every", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}: expected a positive number, got {getattr(self, name)}")
+        shortest = min(length for length, _ in self.stages)
+        if shortest < 1:
+            raise InputError(f"train_length: expected a positive number, got {shortest}")
         if self.export_every is not None and self.export_every < 1:
             raise InputError(f"export_every: expected a positive number, got {self.export_every}")
         if "stdlib" in self.data.text:
             raise InputError("data.text: stdlib is the evaluation text and is never trained on; use site-packages")
-        if self.data.passkey.fraction and self.data.passkey.lengths[1] > self.train_length:
-            longest = self.data.passkey.lengths[1]
-            raise InputError(f"data.passkey.lengths: {longest} is longer than train_length {self.train_length}")
+        if self.passing is not None and self.passing.segment > shortest:
+            raise InputError(f"passing.segment: {self.passing.segment} is longer than train_length {shortest}")
+        if self.data.passkey.fraction:
+            low, high = self.data.passkey.lengths
+            if high > self.longest or low > shortest:
+                wrong, limit = (high, self.longest) if high > self.longest else (low, shortest)
+                raise InputError(f"data.passkey.lengths: {wrong} is longer than train_length {limit}")
+
+    @property
+    def stages(self) -> list[tuple[int, int]]:
+        """(tokens, steps) of each stage of the schedule; without one, of the only stage."""
+        length = self.train_length
+        return _stages(length) if isinstance(length, str) else [(length, self.steps)]
+
+    @property
+    def longest(self) -> int:
+        """The longest stream of the run, in tokens."""
+        return max(length for length, _ in self.stages)
+
+    def at(self, stage: int) -> TrainConfig:
+        """The config of one stage: its length alone, and no passkey prompts longer than that."""
+        if len(self.stages) == 1 and isinstance(self.train_length, int):
+            return self
+        length, steps = self.stages[stage]
+        passkey = self.data.passkey
+        shorter = replace(passkey, lengths=(passkey.lengths[0], min(passkey.lengths[1], length)))
+        data = replace(self.data, passkey=shorter) if passkey.fraction else self.data
+        return replace(self, train_length=length, steps=steps, data=data)
+
+
+def _stages(schedule: str) -> list[tuple[int, int]]:
+    """ "4k:200,16k:300" to (tokens, steps) each."""
+    try:
+        parts = [part.split(":") for part in schedule.split(",")]
+        return [(parse_length(length), parse_length(steps)) for length, steps in parts]
+    except ValueError:  # of an InputError, or of parts that are not two
+        expected = "expected a length, or tokens:steps of each stage as in 4k:200,16k:300"
+        raise InputError(f"train_length: {expected}, got {schedule!r}") from None

@@ -20,10 +20,12 @@ from rnn_longctx.train.config import DataConfig, TrainConfig
 @dataclass(frozen=True)
 class Batch:
     """`ids` (B, T + 1) int64: inputs are ids[:, :-1], targets ids[:, 1:]; `answer` (B, T) bool marks the
-    targets that are passkey answers."""
+    targets that are passkey answers; `carried` (B) bool, of a run that passes states on, the rows that go on from the
+    state their last stream ended with."""
 
     ids: torch.Tensor
     answer: torch.Tensor
+    carried: torch.Tensor | None = None
 
 
 @dataclass
@@ -41,28 +43,42 @@ class Corpus:
 
     def batch(self, config: TrainConfig, step: int) -> Batch:
         """Random windows of the text; some rows end in a passkey prompt (before it: text, then end of
-        document)."""
+        document). `config` is that of one stage (`TrainConfig.at`).
+
+        Where rows go on from their last stream (`passing.start: previous`), a row reads the text in order instead, from
+        a random place of its own and on from the text's beginning at its end; any rows may then end in a prompt."""
+        assert isinstance(config.train_length, int)
         rng = np.random.default_rng([config.seed, step])
         size, length = config.batch_size, config.train_length + 1
-        starts = torch.from_numpy(rng.integers(0, len(self.train) - length + 1, size)).to(self.train.device)
+        follows = config.passing is not None and config.passing.start == "previous"
+        if follows:
+            places = np.random.default_rng([config.seed, 0, 1]).integers(0, len(self.train), size)
+            found = places + step * config.train_length
+        else:
+            found = rng.integers(0, len(self.train) - length + 1, size)
+        starts = torch.from_numpy(found).to(self.train.device)
         passkey = config.data.passkey
         count = int(passkey.fraction * size + rng.random())  # its mean is exactly fraction * size
+        rows = rng.permutation(size)[:count] if follows else np.arange(count)  # no row of a stream always has them
         keys = np.zeros((count, length), dtype=np.int64)
         from_text = np.ones((count, length), dtype=bool)
         answer = np.zeros((size, length), dtype=bool)
-        for row in range(count):
+        for i, row in enumerate(rows):
             n = int(rng.integers(passkey.lengths[0], passkey.lengths[1] + 1))
-            keys[row, -n:], answer[row, -n:] = training_sequence(self.tokenizer, n, rng, passkey.style)
-            from_text[row, -n:] = False
+            keys[i, -n:], answer[row, -n:] = training_sequence(self.tokenizer, n, rng, passkey.style)
+            from_text[i, -n:] = False
             if self.tokenizer.eos_id is not None:
-                keys[row, -n - 1] = self.tokenizer.eos_id
-                from_text[row, -n - 1] = False
+                keys[i, -n - 1] = self.tokenizer.eos_id
+                from_text[i, -n - 1] = False
         device = self.train.device
-        ids = self.train[starts[:, None] + torch.arange(length, device=device)].long()
+        ids = self.train[(starts[:, None] + torch.arange(length, device=device)) % len(self.train)].long()
         if count:
             keep = torch.from_numpy(from_text).to(device)
-            ids[:count] = torch.where(keep, ids[:count], torch.from_numpy(keys).to(device))
-        return Batch(ids, torch.from_numpy(answer[:, 1:]).to(device))
+            ids[rows] = torch.where(keep, ids[rows], torch.from_numpy(keys).to(device))
+        carried = None
+        if config.passing is not None and follows:
+            carried = torch.from_numpy(rng.random(size) < config.passing.carry).to(device)
+        return Batch(ids, torch.from_numpy(answer[:, 1:]).to(device), carried)
 
     def validation(self, length: int, batch_size: int, most: int = 1024) -> Iterator[torch.Tensor]:
         """Disjoint windows (<= batch_size, length + 1) of the held-out text, evenly spread, at most

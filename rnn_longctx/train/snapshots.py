@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,7 +16,7 @@ import torch
 
 from rnn_longctx.errors import InputError
 
-COLUMNS = ["step", "tokens", "loss", "passkey_loss", "lr", "grad_norm", "tokens_per_second", "seconds"]
+COLUMNS = ["step", "tokens", "loss", "passkey_loss", "lr", "grad_norm", "tokens_per_second", "seconds", "length"]
 KEEP = 2
 
 
@@ -68,21 +68,24 @@ def claim_folder(out: Path, config: dict[str, Any]) -> None:
 
 
 class Log:
-    """``log.csv``: rows up to `step` of an earlier process are kept, later ones (and a torn last line)
-    dropped."""
+    """A CSV file by steps: rows up to `step` of an earlier process are kept, later ones (and a torn last line) dropped.
 
-    def __init__(self, path: Path, step: int):
-        kept: list[list[str]] = []
-        if path.is_file() and step:
+    `missing`: values of columns that an older version did not write.
+    """
+
+    def __init__(self, path: Path, step: int, columns: Sequence[str] = COLUMNS, **missing: object):
+        self.columns, kept = columns, []
+        if path.is_file():
             with path.open(newline="") as file:
-                rows = [row for row in csv.reader(file) if len(row) == len(COLUMNS) and row[0].isdigit()]
-            kept = [row for row in rows if int(row[0]) <= step]
-        lines = [",".join(row) + "\n" for row in [COLUMNS, *kept]]
+                head, *rows = [*csv.reader(file)] or [[]]
+            found = [dict(zip(head, row)) for row in rows if len(row) == len(head) and row[0].isdigit()]
+            kept = [[str((missing | row)[c]) for c in columns] for row in found if int(row["step"]) <= step]
+        lines = [",".join(row) + "\n" for row in [list(columns), *kept]]
         write_atomic(path, lambda file: file.write("".join(lines).encode()))
         self._file = path.open("a", newline="")
 
     def write(self, row: dict[str, Any]) -> None:
-        csv.writer(self._file, lineterminator="\n").writerow([_short(row[c]) for c in COLUMNS])
+        csv.writer(self._file, lineterminator="\n").writerow([_short(row[c]) for c in self.columns])
         self._file.flush()
 
     def close(self) -> None:

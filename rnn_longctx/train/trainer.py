@@ -1,16 +1,18 @@
-"""The training loop: next-token cross entropy on random windows, passkey answers weighted up, exact resume.
+"""The training loop: next-token cross entropy on random windows or on streams that pass their states on, passkey
+answers weighted up, exact resume.
 
 Weights and optimizer state are float32; on CUDA the forward pass runs in bf16 autocast.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +20,15 @@ import torch
 from torch import nn
 
 from rnn_longctx.config import to_dict
-from rnn_longctx.data import Tokenizer, load_tokenizer, passkey_batch
+from rnn_longctx.data import ByteTokenizer, load_tokenizer
 from rnn_longctx.errors import InputError
+from rnn_longctx.models import checkpoint
 from rnn_longctx.models.mamba2 import Mamba2LM
-from rnn_longctx.probes.envelope import SLICES, measure_envelope
 from rnn_longctx.train.config import OptimizerConfig, ScheduleConfig, TrainConfig
 from rnn_longctx.train.corpus import Batch, Corpus, load_corpus
+from rnn_longctx.train.evaluation import Context, Evaluation, final_metrics, late_loss, stage_of
+from rnn_longctx.train.export import export
+from rnn_longctx.train.passing import Starts, States, accumulate
 from rnn_longctx.train.snapshots import Log, claim_folder, newest_snapshot, save_snapshot
 
 # Settings that change where and how often things are written, not what is trained.
@@ -39,42 +44,56 @@ def train(config: TrainConfig) -> Path:
     """Train, or go on where a killed run of the same config stopped; returns the finished model's directory.
 
     `config.out` gets log.csv (losses in nats per token), snapshots/ and model/, and steps/STEP/ where models are to be
-    kept on the way. Raises InputError (bad settings, a folder of another run, no text) and TrainingDiverged.
+    kept on the way. With `config.evaluate` also eval.csv, last/, always the newest model, and best/, the one that
+    answered most passkeys (of equals the one of least loss). Raises InputError (bad settings, a folder of another run,
+    no text, no checkpoint to start from) and TrainingDiverged.
     """
     out = Path(config.out)
     device = _device(config.device)
     tokenizer = load_tokenizer(config.data.tokenizer)
+    started = None if config.init is None else _started_from(config.init, tokenizer, device)
+    if started is not None:
+        label = f"{started.name}@{started.weights_hash}"  # no path: this is recorded with the finished model
+        config = replace(config, model=started.config, init=label)
+    assert config.model is not None
     if config.model.vocab_size < tokenizer.vocab_size:
         sizes = f"{config.model.vocab_size}, tokenizer {tokenizer.name} has {tokenizer.vocab_size} tokens"
         raise InputError(f"model.vocab_size: {sizes}")
     claim_folder(out, {k: v for k, v in to_dict(config).items() if k not in _NEUTRAL})
     began = time.monotonic()
-    corpus = load_corpus(config.data, tokenizer, config.train_length)
+    corpus = load_corpus(config.data, tokenizer, config.longest)
     names = ", ".join(f"{t['name']} ({t['hash']})" for t in corpus.texts)
     print(f"text: {names}: {len(corpus.train):,} tokens in {time.monotonic() - began:.0f} s", flush=True)
+    if len(config.stages) > 1 and len(corpus.held_out) <= config.stages[0][0]:
+        few = f"{len(corpus.held_out)} tokens are too few; see data.held_out"
+        raise InputError(f"train_length: a schedule is gated on held-out text, and {few}")
     corpus = corpus.to(device)
 
     torch.manual_seed(config.seed)
-    model: Any = Mamba2LM(config.model).to(device)
-    model.train_length, model.name, model.tokenizer = config.train_length, out.name, tokenizer
+    model: Any = Mamba2LM(config.model).to(device) if started is None else started
+    model.train_length, model.name, model.tokenizer = config.longest, out.name, tokenizer
     optimizer = make_optimizer(model, config.optimizer)
     _fit(config, corpus, model, optimizer, out, device)
-    metrics = _final_metrics(config, corpus, model.eval(), out)
-    _export(config, corpus, model, out / "model", device, metrics)
+    metrics = final_metrics(config, corpus, model.eval(), out, partial(_autocast, config, device))
+    export(config, corpus, model, out / "model", metrics)
     print(" ".join(f"{k} {v:.4g}" for k, v in metrics.items() if v is not None), flush=True)
     return out / "model"
 
 
-def _export(config: TrainConfig, corpus: Corpus, model: Any, where: Path, device: torch.device,
-            metrics: dict[str, Any]) -> None:  # fmt: skip
-    """A checkpoint that `rnn_longctx.load` reads, with what it is made of and how far its states go."""
-    from rnn_longctx.models import checkpoint
-
-    model.eval()
-    provenance, calibration = _provenance(config, corpus, device, metrics), _envelope(config, corpus, model)
-    dtype = getattr(torch, config.save_dtype)
-    checkpoint.save(model, where, dtype=dtype, provenance=provenance, calibration=calibration)
-    model.train()
+def _started_from(init: str, tokenizer: Any, device: torch.device) -> Mamba2LM:
+    """The checkpoint in float32, with where it comes from as its provenance."""
+    try:
+        model = checkpoint.load(init, device=device)
+    except InputError as error:
+        raise InputError(f"init: {error}") from None
+    known = getattr(model.tokenizer, "spec", "bytes") is not None
+    if known and isinstance(model.tokenizer, ByteTokenizer) != isinstance(tokenizer, ByteTokenizer):
+        raise InputError(f"data.tokenizer: {tokenizer.name}, but that is not what {init} was trained with")
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()  # a float32 file is mapped: what becomes of it must not matter
+    origin = {"name": model.name, "weights": model.weights_hash, "provenance": model.provenance}
+    model.provenance = {"init": origin}
+    return model
 
 
 def learning_rate(schedule: ScheduleConfig, step: int, steps: int) -> float:
@@ -116,62 +135,116 @@ def _fit(
     device: torch.device,
 ) -> None:
     """Run the steps that are left, from the newest snapshot."""
-    state: dict[str, Any] = {"step": 0, "seconds": 0.0, "bad": 0, "window": []}
+    starts = None if config.passing is None else Starts(model, config.passing, config.seed)
+    context = partial(_autocast, config, device)
     texts = [t["hash"] for t in corpus.texts]
-    snapshot = newest_snapshot(out / "snapshots", device)
-    if snapshot is not None:
-        if snapshot["texts"] != texts:
-            raise InputError(f"{out}: the training text is not the one this run began with; set another out")
-        model.load_state_dict(snapshot["model"])
-        optimizer.load_state_dict(snapshot["optimizer"])
-        state = snapshot["state"]
-        print(f"resumed from step {state['step']}", flush=True)
-    began = time.monotonic() - state["seconds"]
-    tokens_per_step = config.batch_size * config.train_length
-    logged_step, logged_seconds = state["step"], state["seconds"]
+    state = _resume(config, texts, model, optimizer, starts, out, device)
+    evaluation = None if config.evaluate is None else Evaluation(config, corpus, model, out, context)
+    if evaluation is not None and state["step"] == 0:
+        _keep_best(config, corpus, model, out, evaluation(0, 0), state)
+    short_loss = partial(late_loss, model, corpus, config.stages[0][0], config.batch_size, context)
     model.train()
+    began = time.monotonic() - state["seconds"]
+    logged_tokens, logged_seconds = state["tokens"], state["seconds"]
     log_file = out / "log.csv"
-    with closing(Log(log_file, state["step"])) as log, _progress(config.steps, state["step"]) as show:
+    log = Log(log_file, state["step"], length=config.longest)
+    with closing(log), _progress(config.steps, state["step"]) as show:
         for i in range(state["step"], config.steps):
             lr = config.optimizer.lr * learning_rate(config.schedule, i, config.steps)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            with _autocast(config, device):
-                batch = corpus.batch(config, i)
-                loss, answer = batch_loss(model, batch)
+            stage = stage_of(config, i, state, short_loss)
+            if starts is not None and stage != state["stage"]:
+                starts.forget()
+            state["stage"], at = stage, config.at(stage)
             optimizer.zero_grad(set_to_none=True)
-            (loss + config.data.passkey.answer_weight * answer).backward()
+            batch, loss, answer, final = _backward(at, corpus, model, starts, i, context)
             norm = nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip)
             answer = torch.where(batch.answer.any(), answer, torch.nan)  # none in this batch: no value to log
             values: list[float] = torch.stack([loss.detach(), answer.detach(), norm]).tolist()
             step = state["step"] = i + 1
+            state["tokens"] += batch.answer.numel()
             bad = not (math.isfinite(values[0]) and math.isfinite(values[2]))
             state["bad"] = state["bad"] + 1 if bad else 0
             if not bad:
                 optimizer.step()
                 state["window"].append(values)
+            if starts is not None:
+                starts.forget() if bad else starts.end(i, final)
             if bad or step % config.log_every == 0 or step == config.steps:
                 state["seconds"] = time.monotonic() - began
                 rows = [values] if bad else state["window"]
-                row = {"step": step, "tokens": step * tokens_per_step, "lr": lr, "seconds": state["seconds"]}
+                row = {"step": step, "tokens": state["tokens"], "lr": lr, "seconds": state["seconds"]}
                 row |= {"loss": _mean(rows, 0), "passkey_loss": _mean(rows, 1), "grad_norm": _mean(rows, 2)}
                 elapsed = max(1e-9, state["seconds"] - logged_seconds)
-                row["tokens_per_second"] = (step - logged_step) * tokens_per_step / elapsed
+                row |= {"tokens_per_second": (state["tokens"] - logged_tokens) / elapsed, "length": at.train_length}
                 log.write(row)
                 show(row | {"skipped": bad})
-                logged_step, logged_seconds = step, state["seconds"]
+                logged_tokens, logged_seconds = state["tokens"], state["seconds"]
                 if not bad:
                     state["window"] = []
             if state["bad"] == BAD_STEPS:
                 raise TrainingDiverged(
                     f"loss or gradient not finite in {BAD_STEPS} steps in a row, at {step}; see {log_file}"
                 )
-            if step % config.checkpoint_every == 0 or step == config.steps:
+            paused = time.monotonic()
+            keep = step % config.checkpoint_every == 0 or step == config.steps
+            if evaluation is not None and evaluation.due(step):
+                _keep_best(config, corpus, model, out, evaluation(step, state["tokens"]), state)
+            elif evaluation is not None and keep:
+                export(config, corpus, model, out / "last", {"step": step}, envelope=False)
+            logged_seconds += time.monotonic() - paused  # the speed logged is that of training
+            if keep:
                 state["seconds"] = time.monotonic() - began
-                parts = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-                save_snapshot(out / "snapshots", step, {**parts, "state": state, "texts": texts})
+                parts = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "texts": texts}
+                if starts is not None:
+                    parts["starts"] = starts.state_dict()
+                save_snapshot(out / "snapshots", step, {**parts, "state": state})
             if config.export_every and step % config.export_every == 0:
-                _export(config, corpus, model, out / "steps" / str(step), device, {"step": step})
+                export(config, corpus, model, out / "steps" / str(step), {"step": step})
+
+
+def _resume(config: TrainConfig, texts: list, model: Any, optimizer: torch.optim.Optimizer, starts: Starts | None,
+            out: Path, device: torch.device) -> dict[str, Any]:  # fmt: skip
+    """What the loop keeps between steps, as the newest snapshot has it; weights and the rest are put where they go."""
+    state: dict[str, Any] = {"step": 0, "seconds": 0.0, "bad": 0, "window": [], "tokens": 0, "stage": 0}
+    snapshot = newest_snapshot(out / "snapshots", device)
+    if snapshot is None:
+        return state
+    if snapshot["texts"] != texts:
+        raise InputError(f"{out}: the training text is not the one this run began with; set another out")
+    model.load_state_dict(snapshot["model"])
+    optimizer.load_state_dict(snapshot["optimizer"])
+    if starts is not None:
+        starts.load_state_dict(snapshot["starts"])
+    # a snapshot of before there were stages does not say the tokens
+    state["tokens"] = snapshot["state"]["step"] * config.batch_size * config.longest
+    print(f"resumed from step {snapshot['state']['step']}", flush=True)
+    return state | snapshot["state"]
+
+
+def _backward(config: TrainConfig, corpus: Corpus, model: Any, starts: Starts | None, step: int,
+              context: Context) -> tuple[Batch, torch.Tensor, torch.Tensor, States]:  # fmt: skip
+    """The batch of a step, its losses and what its streams end with; the gradients are left in the parameters."""
+    weight = config.data.passkey.answer_weight
+    if starts is None:
+        with context():
+            batch = corpus.batch(config, step)
+            loss, answer = batch_loss(model, batch)
+        (loss + weight * answer).backward()
+        return batch, loss, answer, []
+    batch = corpus.batch(config, step)
+    return batch, *accumulate(model, batch, starts.passing, starts.begin(step, batch), weight, context)
+
+
+def _keep_best(config: TrainConfig, corpus: Corpus, model: Any, out: Path, score: list[float],
+               state: dict[str, Any]) -> None:  # fmt: skip
+    """The model just evaluated becomes last/, and best/ if its score is the largest so far."""
+    metrics = {"step": state["step"]}
+    export(config, corpus, model, out / "last", metrics, envelope=False)
+    if "best" not in state or score > state["best"]:
+        state["best"] = score
+        export(config, corpus, model, out / "best", metrics, envelope=False)
 
 
 def _mean(rows: list[list[float]], column: int) -> float:
@@ -179,73 +252,6 @@ def _mean(rows: list[list[float]], column: int) -> float:
     values = [row[column] for row in rows]
     finite = [v for v in values if not math.isnan(v)] or values
     return sum(finite) / len(finite) if finite else math.nan
-
-
-@torch.inference_mode()
-def _final_metrics(config: TrainConfig, corpus: Corpus, model: Any, out: Path) -> dict[str, Any]:
-    """Losses in nats per token; passkey accuracy (greedy, exact) of 100 prompts that end at the training
-    length."""
-    device = next(model.parameters()).device
-    with (out / "log.csv").open() as file:
-        losses_seen = [float(line.split(",")[2]) for line in list(file)[1:]]
-    finite = [loss for loss in losses_seen if math.isfinite(loss)]
-    metrics: dict[str, Any] = {"train_loss": finite[-1] if finite else None}
-    metrics |= {"validation_loss": None, "passkey_accuracy": None}
-    total, count = 0.0, 0
-    with _autocast(config, device):
-        for ids in corpus.validation(config.train_length, config.batch_size):
-            losses = model.losses(model(ids[:, :-1]), ids[:, 1:])
-            total, count = total + float(losses.double().sum()), count + losses.numel()
-        if count:
-            metrics["validation_loss"] = total / count
-        if config.data.passkey.fraction:
-            metrics["passkey_accuracy"] = _passkey_accuracy(config, model, corpus.tokenizer, device)
-    return metrics
-
-
-def _passkey_accuracy(
-    config: TrainConfig, model: Any, tokenizer: Tokenizer, device: torch.device, n: int = 100
-) -> float:
-    """Greedy decoding gives the answer exactly if every answer token is the most likely one after the true
-    ones before it, so one pass over prompt and answer decides it."""
-    length = config.data.passkey.lengths[1] - 6
-    right = 0
-    for prompt in passkey_batch(tokenizer, length, n, config.seed, config.data.passkey.style):
-        answer = torch.from_numpy(tokenizer.encode(f" {prompt.answer}")).to(device)
-        ids = torch.cat([torch.from_numpy(prompt.ids).to(device), answer])[None]
-        logits = model.logits(model(ids[:, :-1])[:, -len(answer) :])
-        right += bool((logits.argmax(-1)[0] == answer).all())
-    return right / n
-
-
-def _envelope(config: TrainConfig, corpus: Corpus, model: Any) -> dict[str, Any] | None:
-    """How far the states of the finished model go within the training length, on the held-out text."""
-    windows = next(corpus.validation(config.train_length, SLICES, most=SLICES), None)
-    if windows is None or len(windows) == 0:
-        return None
-    ids = windows[:, :-1]
-    digest = hashlib.sha256(ids.cpu().numpy().tobytes()).hexdigest()[:16]
-    names = "+".join(str(t["name"]) for t in corpus.texts)
-    return measure_envelope(model, ids, f"{names} (held out)", digest).to_dict()
-
-
-def _provenance(config: TrainConfig, corpus: Corpus, device: torch.device, metrics: dict[str, Any]) -> dict[str, Any]:
-    """What the finished model is made of. No paths: texts go by their canonical names."""
-    recipe = {k: v for k, v in to_dict(config).items() if k not in ("out", "device", "licences")}
-    recipe["data"]["text"] = [t["name"] for t in corpus.texts]
-    others = [t["name"] for t in corpus.texts if t["name"] != "site-packages"]
-    excluded = "Python's standard library: not in the training text, nor is any installed file that has more than "
-    excluded += "20% of its longer lines in common with it"
-    if others:
-        excluded += f" (not checked in {', '.join(map(str, others))})"
-    return {
-        "recipe": recipe,
-        "seed": config.seed,
-        "data": {"texts": corpus.texts, "licences": config.licences, "excluded": excluded},
-        "metrics": metrics,
-        "torch": torch.__version__,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-    }
 
 
 def _device(name: str) -> torch.device:

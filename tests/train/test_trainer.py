@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import csv
 import json
 import math
 import os
@@ -9,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,90 +16,18 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from runs import TINY, Killed, assert_same, assert_same_run, final, rows
 from safetensors.torch import load_file
 from torch import nn
 
 import rnn_longctx
-from rnn_longctx.config import load_yaml, to_dict
+from rnn_longctx.config import from_dict, load_yaml, to_dict
 from rnn_longctx.errors import InputError
-from rnn_longctx.models.mamba2 import Mamba2Config, Mamba2LM
-from rnn_longctx.train import TrainConfig, TrainingDiverged, train, trainer
-from rnn_longctx.train.config import DataConfig, OptimizerConfig, PasskeyConfig, ScheduleConfig
-from rnn_longctx.train.corpus import Batch, Corpus
+from rnn_longctx.models.mamba2 import Mamba2LM
+from rnn_longctx.train import TrainConfig, TrainingDiverged, passing, train, trainer
+from rnn_longctx.train.config import EvaluateConfig, OptimizerConfig, PassingConfig, ScheduleConfig
+from rnn_longctx.train.corpus import Batch, Corpus, load_corpus
 from rnn_longctx.train.snapshots import COLUMNS, newest_snapshot
-
-TINY = Mamba2Config(d_model=16, n_layer=2, vocab_size=256, d_state=8, headdim=8)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture
-def config(tmp_path: Path) -> TrainConfig:
-    words = np.random.default_rng().choice(["def ", "return ", "x", " = ", "(y)\n"], 8000)
-    (tmp_path / "text.txt").write_text("".join(words))
-    return TrainConfig(
-        model=TINY,
-        data=DataConfig(
-            text=[str(tmp_path / "text.txt")],
-            held_out=0.1,
-            passkey=PasskeyConfig(fraction=0.3, lengths=(110, 120)),
-        ),
-        schedule=ScheduleConfig(warmup=3),
-        train_length=120,
-        batch_size=4,
-        steps=12,
-        log_every=2,
-        checkpoint_every=4,
-        seed=random.randrange(1 << 30),
-        device="cpu",
-        out=str(tmp_path / "run"),
-    )
-
-
-def final(config: TrainConfig) -> dict[str, Any]:
-    snapshot = newest_snapshot(Path(config.out) / "snapshots", torch.device("cpu"))
-    assert snapshot is not None and snapshot["state"]["step"] == config.steps
-    return snapshot
-
-
-def rows(config: TrainConfig) -> list[dict[str, float]]:
-    with (Path(config.out) / "log.csv").open() as file:
-        return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
-
-
-def assert_same(a: Any, b: Any, where: str = "") -> None:
-    """Equal bit for bit, all the way down."""
-    assert type(a) is type(b), where
-    if isinstance(a, torch.Tensor):
-        assert a.dtype == b.dtype and torch.equal(a, b), where
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        for key in a:
-            assert_same(a[key], b[key], f"{where}.{key}")
-    elif isinstance(a, list):
-        assert len(a) == len(b), where
-        for i, pair in enumerate(zip(a, b)):
-            assert_same(*pair, f"{where}[{i}]")
-    else:
-        assert a == b, where
-
-
-def assert_same_run(a: TrainConfig, b: TrainConfig) -> None:
-    for part in ("model", "optimizer", "texts"):
-        assert_same(final(a)[part], final(b)[part], part)
-    timed = ("tokens_per_second", "seconds")
-    logs = [[{k: v for k, v in row.items() if k not in timed} for row in rows(c)] for c in (a, b)]
-    assert logs[0] == logs[1]
-
-
-class Killed(BaseException):
-    pass
 
 
 def test_a_run(config: TrainConfig, capsys: pytest.CaptureFixture[str]) -> None:
@@ -146,9 +72,25 @@ def test_models_kept_on_the_way_change_nothing(config: TrainConfig, tmp_path: Pa
     )
 
 
+MODES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "previous": {"passing": PassingConfig(50, "all", "previous", 0.5), "amp": True},  # convolutions kept in bf16
+    "noise": {"passing": PassingConfig(37, 1, "noise")},
+    "fitted-noise": {"passing": PassingConfig(64, 0, "fitted-noise"), "evaluate": EvaluateConfig([112], 5, 2)},
+    "stages": {
+        "passing": PassingConfig(40, 2, "previous", 1.0),
+        "train_length": "112:3,115:2,120:7",
+        "evaluate": EvaluateConfig([111, 120], every=3, passkeys=2),
+    },
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_killed_anywhere_and_resumed_is_the_uninterrupted_run(
-    config: TrainConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, mode: str
 ) -> None:
+    monkeypatch.setattr(passing, "FIT_EVERY", 3)
+    config = replace(config, **MODES[mode])
     whole = replace(config, out=str(tmp_path / "whole"))
     train(whole)
     batch = Corpus.batch
@@ -165,10 +107,71 @@ def test_killed_anywhere_and_resumed_is_the_uninterrupted_run(
     monkeypatch.setattr(Corpus, "batch", batch)
     train(config)
     assert_same_run(config, whole)
+    if config.evaluate:
+        for file in ("eval.csv", "best/model.safetensors", "last/model.safetensors"):
+            assert (Path(config.out) / file).read_bytes() == (Path(whole.out) / file).read_bytes(), file
 
 
-def test_kill_9(config: TrainConfig, tmp_path: Path) -> None:
+def test_without_passing_it_is_a_plain_loop(config: TrainConfig) -> None:
+    """Bit for bit the run that these few lines are, as it was before there was any passing of states."""
+    train(config)
+    corpus = load_corpus(config.data, rnn_longctx.data.ByteTokenizer(), 120)
+    torch.manual_seed(config.seed)
+    model = Mamba2LM(TINY)
+    optimizer = trainer.make_optimizer(model, config.optimizer)
+    for i in range(config.steps):
+        optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = 3e-3 * trainer.learning_rate(
+            config.schedule, i, config.steps
+        )
+        rng = np.random.default_rng([config.seed, i])
+        starts = rng.integers(0, len(corpus.train) - 120, 4)
+        batch = corpus.batch(config, i)
+        text = corpus.train[torch.from_numpy(starts)[:, None] + torch.arange(121)].long()
+        assert torch.equal(batch.ids[2:], text[2:]) and batch.carried is None  # at most two rows have a passkey
+        loss, answer = trainer.batch_loss(model, batch)
+        optimizer.zero_grad()
+        (loss + answer).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    assert_same(final(config)["model"], model.state_dict())
+
+
+def test_a_run_of_an_older_version_goes_on(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One whose log has no lengths, whose snapshots know of no stages and whose config of no passing."""
+    whole = replace(config, out=str(tmp_path / "whole"))
+    train(whole)
+    batch = Corpus.batch
+
+    def killer(self: Corpus, c: TrainConfig, step: int) -> Batch:
+        if step == 9:
+            raise Killed
+        return batch(self, c, step)
+
+    monkeypatch.setattr(Corpus, "batch", killer)
+    with pytest.raises(Killed):
+        train(config)
+    monkeypatch.undo()
+    out = Path(config.out)
+    log = (out / "log.csv").read_text().splitlines()
+    (out / "log.csv").write_text("".join(line.rpartition(",")[0] + "\n" for line in log))
+    before = json.loads((out / "run.json").read_text())
+    new = ("init", "passing", "evaluate")
+    (out / "run.json").write_text(json.dumps({k: v for k, v in before.items() if k not in new}))
+    for file in (out / "snapshots").iterdir():
+        snapshot = torch.load(file)
+        snapshot["state"] = {k: snapshot["state"][k] for k in ("step", "seconds", "bad", "window")}
+        torch.save(snapshot, file)
+    train(config)
+    assert_same_run(config, whole)
+    assert {row["length"] for row in rows(config)} == {120}
+
+
+@pytest.mark.parametrize("mode", ["plain", "stages"])
+def test_kill_9(config: TrainConfig, tmp_path: Path, mode: str) -> None:
     """A process killed by the system, in the middle of anything, loses no exactness."""
+    config = replace(config, **MODES[mode])
     whole = replace(config, out=str(tmp_path / "whole"))
     train(whole)
     file = tmp_path / "config.yaml"
@@ -316,6 +319,20 @@ def test_learning_rate() -> None:
         ("steps=0", "steps"),
         ("schedule.name=cosin", 'did you mean "cosine"'),
         ("optimizer.lr=fast", "optimizer.lr: expected float"),
+        ("passing.segment=513", "passing.segment: 513 is longer than train_length 512"),
+        ("passing.bptt=-1", "passing.bptt: expected 0, more segment boundaries, or all, got -1"),
+        ("passing.bptt=every", "passing.bptt: expected"),
+        ("passing.carry=1.1", "passing.carry: expected a chance between 0 and 1"),
+        ("passing.start=fited-noise", 'did you mean "fitted-noise"'),
+        ("evaluate.lengths=512,4q", r"evaluate.lengths\[1\]: expected int, got str '4q'"),
+        ("evaluate.lengths=[]", "evaluate.lengths: expected some"),
+        ("evaluate.every=5", 'missing key "evaluate.lengths"'),
+        ("evaluate={lengths: [512], every: 0}", "evaluate.every: expected a positive number"),
+        ("train_length=512:20,1k", "train_length: expected a length, or tokens:steps"),
+        ("train_length=512:20,1k:-3", "train_length: expected a length, or tokens:steps"),
+        ("train_length=4q", "train_length: expected a length, or tokens:steps"),
+        ("train_length=100:20,1k:3", "data.passkey.lengths: 128 is longer than train_length 100"),
+        ("model=null", "model: missing; give its shape, or init"),
     ],
 )
 def test_config_mistakes(override: str, words: str) -> None:
@@ -323,6 +340,13 @@ def test_config_mistakes(override: str, words: str) -> None:
     with pytest.raises(InputError, match=words) as error:
         load_yaml(TrainConfig, file, [override])
     assert "demo.yaml" in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["demo", "prose", "continual"])
+def test_the_configs_that_come_along(name: str) -> None:
+    found = load_yaml(TrainConfig, Path(__file__).parents[2] / "configs" / "train" / f"{name}.yaml")
+    assert (found.passing is None) == (name != "continual") == (found.init is None)
+    assert from_dict(TrainConfig, to_dict(found)) == found
 
 
 def test_mistakes_before_any_work(config: TrainConfig) -> None:

@@ -1,0 +1,61 @@
+"""Models in training as checkpoints that `rnn_longctx.load` reads, with what they are made of."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rnn_longctx.config import to_dict
+from rnn_longctx.models import checkpoint
+from rnn_longctx.probes.envelope import SLICES, measure_envelope
+from rnn_longctx.train.config import TrainConfig
+from rnn_longctx.train.corpus import Corpus
+
+
+def export(config: TrainConfig, corpus: Corpus, model: Any, where: Path, metrics: dict[str, Any],
+           envelope: bool = True) -> None:  # fmt: skip
+    """Write `model` to the directory `where`, in `config.save_dtype`; envelope: with how far its states go. Raises
+    InputError where it cannot be written."""
+    model.eval()
+    provenance, calibration = _provenance(config, corpus, model, metrics), None
+    if envelope:
+        calibration = _envelope(config, corpus, model)
+    dtype = getattr(torch, config.save_dtype)
+    checkpoint.save(model, where, dtype=dtype, provenance=provenance, calibration=calibration)
+    model.train()
+
+
+def _envelope(config: TrainConfig, corpus: Corpus, model: Any) -> dict[str, Any] | None:
+    """How far the states of the finished model go within the training length, on the held-out text."""
+    windows = next(corpus.validation(config.longest, SLICES, most=SLICES), None)
+    if windows is None or len(windows) == 0:
+        return None
+    ids = windows[:, :-1]
+    digest = hashlib.sha256(ids.cpu().numpy().tobytes()).hexdigest()[:16]
+    names = "+".join(str(t["name"]) for t in corpus.texts)
+    return measure_envelope(model, ids, f"{names} (held out)", digest).to_dict()
+
+
+def _provenance(config: TrainConfig, corpus: Corpus, model: Any, metrics: dict[str, Any]) -> dict[str, Any]:
+    """What the finished model is made of, and what the one it was started from was. No paths: texts go by their
+    canonical names."""
+    recipe = {k: v for k, v in to_dict(config).items() if k not in ("out", "device", "licences")}
+    recipe["data"]["text"] = [t["name"] for t in corpus.texts]
+    others = [t["name"] for t in corpus.texts if t["name"] != "site-packages"]
+    excluded = "Python's standard library: not in the training text, nor is any installed file that has more than "
+    excluded += "20% of its longer lines in common with it"
+    if others:
+        excluded += f" (not checked in {', '.join(map(str, others))})"
+    device = model.device
+    return {
+        **model.provenance,
+        "recipe": recipe,
+        "seed": config.seed,
+        "data": {"texts": corpus.texts, "licences": config.licences, "excluded": excluded},
+        "metrics": metrics,
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+    }

@@ -1,0 +1,56 @@
+"""Training runs to compare, bit for bit."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rnn_longctx.models.mamba2 import Mamba2Config
+from rnn_longctx.train import TrainConfig
+from rnn_longctx.train.snapshots import newest_snapshot
+
+TINY = Mamba2Config(d_model=16, n_layer=2, vocab_size=256, d_state=8, headdim=8)
+
+
+class Killed(BaseException):
+    pass
+
+
+def final(config: TrainConfig) -> dict[str, Any]:
+    snapshot = newest_snapshot(Path(config.out) / "snapshots", torch.device("cpu"))
+    assert snapshot is not None and snapshot["state"]["step"] == config.steps
+    return snapshot
+
+
+def rows(config: TrainConfig) -> list[dict[str, float]]:
+    with (Path(config.out) / "log.csv").open() as file:
+        return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+
+
+def assert_same(a: Any, b: Any, where: str = "") -> None:
+    """Equal bit for bit, all the way down."""
+    assert type(a) is type(b), where
+    if isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype and torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_same(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), where
+        for i, pair in enumerate(zip(a, b)):
+            assert_same(*pair, f"{where}[{i}]")
+    else:
+        assert a == b, where
+
+
+def assert_same_run(a: TrainConfig, b: TrainConfig) -> None:
+    one, two = final(a), final(b)
+    for part in one.keys() - {"state"}:
+        assert_same(one[part], two[part], part)
+    timed = ("tokens_per_second", "seconds")
+    logs = [[{k: v for k, v in row.items() if k not in timed} for row in rows(c)] for c in (a, b)]
+    assert logs[0] == logs[1]
