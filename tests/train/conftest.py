@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from runs import TINY
+from training_runs import TINY
 
 from rnn_longctx.train import TrainConfig
 from rnn_longctx.train.config import DataConfig, PasskeyConfig, ScheduleConfig

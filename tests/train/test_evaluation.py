@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from runs import TINY, final, rows
 from torch.nn import functional as F
+from training_runs import TINY, final, rows
 
 import rnn_longctx
 from rnn_longctx.data import ByteTokenizer

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from runs import TINY, final
 from torch import Tensor
+from training_runs import TINY, final
 
 import rnn_longctx
 from rnn_longctx.data import ByteTokenizer, training_sequence

@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from runs import TINY, Killed, assert_same, assert_same_run, final, rows
 from safetensors.torch import load_file
 from torch import nn
+from training_runs import TINY, Killed, assert_same, assert_same_run, final, rows
 
 import rnn_longctx
 from rnn_longctx.config import from_dict, load_yaml, to_dict
