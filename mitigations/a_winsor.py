@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from rnn_longctx.errors import InputError
-from rnn_longctx.mitigations.base import Plan, Remedy
+from rnn_longctx.mitigations.base import NotApplicable, Plan, Remedy
 from rnn_longctx.ssd import ScanPolicy
 
 if TYPE_CHECKING:
@@ -35,6 +35,10 @@ class AWinsor(Remedy):
             raise InputError(f"a-winsor: share must lie in [0, 0.5), got {self.share:g}")
 
     def plan(self, model: Mamba2LM, target_length: int | None = None, text: Text | None = None) -> Plan:
+        if any(mixer.A.ndim > 1 for mixer in model.mixers):
+            raise NotApplicable(
+                f"a-winsor needs one A a head, as Mamba-2 has: {model.name} has Mamba-1's, one a channel"
+            )
         policies = []
         for mixer in model.mixers:
             A = mixer.A.detach().double().cpu()

@@ -137,3 +137,16 @@ def test_evaluate_adds_them_where_a_hybrid_is_read_beyond_its_training(tmp_path,
     assert len(said) == 1 and " is not applicable: decimate drops tokens" in said[0]
     with pytest.raises(NotApplicable, match="decimate"):
         evaluate(model, [96, 160], **given | {"mitigations": ["all", "decimate"]})
+
+
+def test_all_goes_on_without_what_mamba1_has_not(tmp_path, caplog):
+    path = tmp_path / "text.txt"
+    path.write_bytes(bytes(torch.randint(32, 127, (4000,)).tolist()))
+    config = hf.MambaConfig(hidden_size=32, vocab_size=256, state_size=4, num_hidden_layers=1, time_step_rank=4)
+    model = adopt(hf.AutoModelForCausalLM.from_config(config).eval(), tokenizer=ByteTokenizer(), train_length=96)
+    with caplog.at_level(logging.WARNING):
+        frame = evaluate(model, [96], ["lm:slices=1,tokens=0", "passkey:n=1"], ["all"], text=str(path))
+    lines = [record.getMessage() for record in caplog.records]
+    said = {line.split()[0].partition(":")[0] for line in lines if "is not applicable: " in line}
+    assert said == {"a-winsor", "token-filter", "decimate", "attention-window", "reset-recurrence"}
+    assert {"none", "rri:alpha=0.999,beta=1", "delta-scale:scale=0.7", "state-norm"} < set(frame.mitigation)
