@@ -42,12 +42,12 @@ class HarnessLM(TemplateLM):
     token (NUL in bytes), or a newline where it has none.
 
     Args:
-        model: a loaded model, or what `rnn_longctx.load` reads (`--model_args model=...` of lm-eval).
+        model: a loaded model, or what `rnn_longctx.load` or `load_adopted` reads (`--model_args model=...` of lm-eval).
         max_length: the most tokens a request may read; longer ones are refused, never cut. Only whole texts
             (`loglikelihood_rolling`) are read in windows of it, as lm-eval defines them. None: no limit.
         batch_size: the most rows of equal length side by side.
         segment: tokens of all rows read in one call; None chooses for the device.
-        mitigation, target_length, dtype, tokenizer, device: for a model that is loaded here.
+        mitigation, target_length, train_length, dtype, tokenizer, device: for a model that is loaded here.
         seed: of sampling, together with the number of the request.
     Raises:
         InputError: a model that cannot be loaded, or a setting out of range.
@@ -55,13 +55,15 @@ class HarnessLM(TemplateLM):
 
     def __init__(self, model: Any, *, max_length: int | None = None, batch_size: int | str = 1,
                  max_batch_size: Any = None, segment: int | None = None, mitigation: str = "none",
-                 target_length: int | None = None, dtype: str = "float32", tokenizer: str | None = None,
-                 device: str | None = None, seed: int = 0, progress: bool = False):  # fmt: skip
+                 target_length: int | None = None, train_length: int | None = None, dtype: str = "float32",
+                 tokenizer: str | None = None, device: str | None = None, seed: int = 0,
+                 progress: bool = False):  # fmt: skip
         super().__init__()
         if isinstance(model, str):
-            from rnn_longctx import load
+            from rnn_longctx.models.adopt import load_any
 
-            model = load(model, device=device or "cpu", dtype=dtype, tokenizer=tokenizer)
+            given = {"device": device or "cpu", "dtype": dtype, "tokenizer": tokenizer, "train_length": train_length}
+            model = load_any(model, **given)
             mitigate(model, mitigation, target_length=target_length)
         if not str(batch_size).isdigit() or int(batch_size) < 1:
             raise InputError(f"batch_size: expected at least 1 row, got {batch_size!r}")

@@ -406,21 +406,13 @@ def _record(rows: Iterator[dict[str, Any]], out: Path | None) -> None:
 def _load(model: str, device: str, dtype: str, tokenizer: str | None, train_length: Any) -> Any:
     import torch
 
-    import rnn_longctx
     from rnn_longctx.config import parse_length
+    from rnn_longctx.models.adopt import load_any
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     length = None if train_length is None else parse_length(train_length)
-    given: dict[str, Any] = {"device": device, "dtype": dtype, "tokenizer": tokenizer, "train_length": length}
-    try:
-        return rnn_longctx.load(model, **given)
-    except InputError:
-        from rnn_longctx.models.adopt import load_adopted
-
-        if (found := load_adopted(model, **given)) is None:
-            raise
-        return found
+    return load_any(model, device=device, dtype=dtype, tokenizer=tokenizer, train_length=length)
 
 
 def _tune_cpu() -> None:

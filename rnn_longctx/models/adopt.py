@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from rnn_longctx.errors import InputError
@@ -28,7 +29,7 @@ from rnn_longctx.models import adopt_rows
 from rnn_longctx.models.adopt_mamba1 import AdoptedMamba1, is_mamba1
 from rnn_longctx.models.adopt_transformers import AdoptedMixer, is_mamba2, is_mamba_ssm
 from rnn_longctx.models.cache import Carry
-from rnn_longctx.models.mamba2 import state_dtype, token_losses
+from rnn_longctx.models.mamba2 import Mamba2LM, state_dtype, token_losses
 from rnn_longctx.models.restart import Restart, read_restarting
 from rnn_longctx.ssd import PLAIN, Call, ScanCarry, asked_of, choose
 
@@ -69,24 +70,22 @@ def adopt(model: nn.Module, *, name: str | None = None, tokenizer: Any = None, t
     return found
 
 
-FAMILIES = ("bamba", "falcon_h1", "granitemoehybrid", "nemotron_h", "zamba2", "mamba", "falcon_mamba", "jamba")
-
-
 def load_adopted(source: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | str | None = None,
                  tokenizer: str | None = None, train_length: int | None = None) -> Adopted | None:  # fmt: skip
     """A checkpoint that transformers reads and this library adopts, from a directory or a hub id; None where it is of
     no such family. Arguments as of `rnn_longctx.load`.
 
     Raises:
-        InputError: it names no tokenizer and none is given, or transformers cannot read it.
+        InputError: it names no tokenizer and none is given, the tokenizer has more tokens than the model, transformers
+            cannot read it, or weights are missing or not finite.
     """
     from rnn_longctx.data import load_tokenizer
-    from rnn_longctx.models.checkpoint import locate
-    from rnn_longctx.models.formats import one_line, read_json
+    from rnn_longctx.models.checkpoint import _device, _dtype, _fits, locate
+    from rnn_longctx.models.formats import ADOPTED, one_line, read_json
 
     directory, name, _ = locate(source)
     config = directory / "config.json"
-    if not config.is_file() or read_json(config).get("model_type") not in FAMILIES:
+    if not config.is_file() or read_json(config).get("model_type") not in ADOPTED:
         return None
     beside = any((directory / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json"))
     spec: Any = tokenizer or (directory if beside else None)
@@ -94,13 +93,31 @@ def load_adopted(source: str | Path, *, device: torch.device | str = "cpu", dtyp
         raise InputError(f"{name} comes without a tokenizer: name one with --tokenizer")
     from transformers import AutoModelForCausalLM
 
-    wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype or torch.float32
+    device, wanted, found = _device(device), _dtype(dtype), load_tokenizer(spec)
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=wanted)
-        model = model.to(device)
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        read: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=wanted, output_loading_info=True)
+        model, told = read[0].to(device), read[1]
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         raise InputError(f"transformers cannot read {name}: {one_line(error)}") from None
-    return adopt(model.eval(), name=name, tokenizer=load_tokenizer(spec), train_length=train_length)
+    if told["missing_keys"]:  # which transformers draws at random
+        raise InputError(f"{name} lacks {len(told['missing_keys'])} weights, {min(told['missing_keys'])} among them")
+    for weight, p in model.named_parameters():
+        if _computes_in(p) is not None and not bool(p.isfinite().all()):
+            raise InputError(f"{name}: {weight} is not finite: it holds NaN or infinity")
+    _fits(found, model.config.get_text_config().vocab_size)
+    return adopt(model.eval(), name=name, tokenizer=found, train_length=train_length)
+
+
+def load_any(source: str | Path, **given: Any) -> Mamba2LM | Adopted:
+    """What `rnn_longctx.load` reads, or else `load_adopted`; arguments and errors are theirs."""
+    from rnn_longctx.models.checkpoint import load
+
+    try:
+        return load(source, **given)
+    except InputError:
+        if (found := load_adopted(source, **given)) is None:
+            raise
+        return found
 
 
 def _made(model: nn.Module) -> Adopted:

@@ -30,6 +30,7 @@ from rnn_longctx.models.mamba2 import Mamba2Config
 FORMAT = "rnn-longctx"
 GPT_NEOX = "EleutherAI/gpt-neox-20b"  # the tokenizer of the official checkpoints, which do not name it
 SUPPORTED = "rnn-longctx, state-spaces Mamba-2 and transformers Mamba2ForCausalLM checkpoints"
+ADOPTED = ("bamba", "falcon_h1", "granitemoehybrid", "nemotron_h", "zamba2", "mamba", "falcon_mamba", "jamba")
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # each whole, or in shards that <name>.index.json lists
 
 # ssm_cfg of mamba-ssm: what shapes the model, what must be so, and what only initialises it or picks a kernel
@@ -203,7 +204,9 @@ def _official(data: dict[str, Any], where: str) -> Mamba2Config:
 
 def _transformers(data: dict[str, Any], where: str) -> Mamba2Config:
     if data["model_type"] != "mamba2":
-        raise InputError(f"{where}: model_type {data['model_type']!r}; supported: {SUPPORTED}")
+        raise InputError(
+            f"{where}: model_type {data['model_type']!r}; supported: {SUPPORTED}; adopted: {', '.join(ADOPTED)}"
+        )
     if data.get("hidden_act", "silu") not in ("silu", "swish"):
         raise InputError(f"{where}: hidden_act {data['hidden_act']!r} is not supported, only 'silu'")
     fields = {name: data.get(theirs, default) for name, (theirs, default) in _TRANSFORMERS.items()}

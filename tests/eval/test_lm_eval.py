@@ -13,6 +13,7 @@ import lm_eval
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, MambaConfig
 
 from rnn_longctx import cli, load
 from rnn_longctx.data import ByteTokenizer, HFTokenizer, passkey_batch
@@ -292,3 +293,9 @@ def test_lm_eval_finds_the_model_by_its_name(bytes_model, tmp_path):
     )
     assert isinstance(made, HarnessLM) and (made.max_length, made.batch_size) == (99, 2)
     assert made.model.mixers[0].policy.window == 50
+    config = MambaConfig(hidden_size=32, vocab_size=256, state_size=4, num_hidden_layers=1, time_step_rank=4)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "theirs")
+    made = get_model("rnn-longctx").create_from_arg_string(
+        f"model={tmp_path / 'theirs'},tokenizer=bytes,train_length=64,mitigation=rri", {"device": "cpu"}
+    )
+    assert made.model.train_length == 64 and made.model.mixers[0].policy.gain == 0.75

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import shutil
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 import transformers as hf
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import rnn_longctx
@@ -15,8 +18,8 @@ from rnn_longctx import cli
 from rnn_longctx.data import ByteTokenizer, Text
 from rnn_longctx.errors import InputError
 from rnn_longctx.mitigations import NotApplicable, active, mitigate
-from rnn_longctx.models import Cache, checkpoint
-from rnn_longctx.models.adopt import adopt, load_adopted
+from rnn_longctx.models import Cache, Mamba2LM, checkpoint
+from rnn_longctx.models.adopt import adopt, load_adopted, load_any
 from rnn_longctx.models.adopt_transformers import _Call, _scan
 from rnn_longctx.models.generate import generate, prefill
 from rnn_longctx.models.state import load_state, save_state
@@ -118,8 +121,10 @@ def family(request):
 
 @pytest.fixture
 def build(randomise):
-    def made(family):
-        model = randomise(hf.AutoModelForCausalLM.from_config(FAMILIES[family]())).eval()
+    def made(family, vocab=VOCAB):
+        config = FAMILIES[family]()
+        config.vocab_size = vocab
+        model = randomise(hf.AutoModelForCausalLM.from_config(config)).eval()
         for m in model.modules():
             if isinstance(m, nn.Linear):  # so that every layer matters
                 nn.init.normal_(m.weight, std=m.in_features**-0.5)
@@ -723,7 +728,7 @@ def test_a_saved_state_of_padded_rows_and_one_to_start_from(model, tmp_path):
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["mamba", "falcon_h1"])
 def test_generate_from_a_saved_state_on_the_command_line(build, family, tmp_path, capsys):
-    model = build(family)
+    model = build(family, 256)
     model.save_pretrained(tmp_path / "kept")
 
     def said(*words):
@@ -743,7 +748,7 @@ def test_generate_from_a_saved_state_on_the_command_line(build, family, tmp_path
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["bamba", "jamba"])
 def test_a_checkpoint_is_found_and_adopted(build, tmp_path, family):
-    theirs = build(family)
+    theirs = build(family, 256)
     theirs.save_pretrained(tmp_path / "kept")
     ours = load_adopted(tmp_path / "kept", tokenizer="bytes", train_length=64)
     assert ours.train_length == 64 and ours.name == "kept" and ours.tokenizer.name == "bytes"
@@ -752,8 +757,40 @@ def test_a_checkpoint_is_found_and_adopted(build, tmp_path, family):
     torch.testing.assert_close(ours.logits(ours(ids)), _logits(theirs, ids), **NEAR)
     with pytest.raises(InputError, match="without a tokenizer"):
         load_adopted(tmp_path / "kept")
-    build("mamba2").save_pretrained(tmp_path / "own")
+    build("mamba2", 256).save_pretrained(tmp_path / "own")
     assert load_adopted(tmp_path / "own", tokenizer="bytes") is None  # which `load` reads
+    assert isinstance(load_any(tmp_path / "own", tokenizer="bytes"), Mamba2LM)
+
+
+def test_what_cannot_be_adopted_is_one_line(build, tmp_path, capsys, monkeypatch):
+    build("mamba").save_pretrained(tmp_path / "narrow")
+    theirs = build("mamba", 256)
+    theirs.save_pretrained(tmp_path / "kept")
+    hf.GPT2Config(n_layer=1).save_pretrained(tmp_path / "gpt2")
+    weights = load_file(tmp_path / "kept" / "model.safetensors")
+    name = "backbone.layers.0.mixer.A_log"
+    for folder, tensors in (("lacking", {k: v for k, v in weights.items() if k != name}),
+                            ("nan", weights | {name: weights[name] * float("nan")})):  # fmt: skip
+        shutil.copytree(tmp_path / "kept", tmp_path / folder)
+        save_file(tensors, tmp_path / folder / "model.safetensors", {"format": "pt"})
+    shutil.copytree(tmp_path / "kept", tmp_path / "cut")
+    (tmp_path / "cut" / "model.safetensors").write_bytes(b"\0" * 99)
+
+    def line(folder, *words):
+        words = ["generate", str(tmp_path / folder), "--prompt", "a", "--tokenizer", "bytes", *words]
+        monkeypatch.setattr(sys, "argv", ["rnn-longctx", *words])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        assert stopped.value.code == 2
+        return capsys.readouterr().err.strip().splitlines()[-1]
+
+    assert f"has 256 tokens, the model's vocabulary {VOCAB}" in line("narrow")
+    assert f"lacks 1 weights, {name} among them" in line("lacking")
+    assert f"{name} is not finite" in line("nan")
+    assert "transformers cannot read cut" in line("cut")
+    assert "model_type 'gpt2'; supported:" in line("gpt2") and "falcon_h1" in line("gpt2")
+    assert "unknown dtype 'int8'" in line("kept", "--dtype", "int8")
+    assert "is not available here" in line("kept", "--device", "cuda:99")
 
 
 class Int8(torch.Tensor):
