@@ -66,7 +66,10 @@ def same_everywhere(model: Mamba2LM, policy: ScanPolicy = PLAIN) -> tuple[ScanPo
 def train_length(model: Mamba2LM, remedy: str) -> int:
     """The model's training length, or a refusal that says how to give it."""
     if model.train_length is None:
-        raise NotApplicable(f"{remedy} needs the training length, which {model.name} does not say: give --train-length")
+        raise NotApplicable(
+            f"{remedy} needs the training length, which {model.name} does not say: give --train-length "
+            "(train_length= of load or adopt in Python)"
+        )
     return model.train_length
 
 

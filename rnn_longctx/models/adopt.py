@@ -29,6 +29,8 @@ from rnn_longctx.models import adopt_rows
 from rnn_longctx.models.adopt_mamba1 import AdoptedMamba1, is_mamba1
 from rnn_longctx.models.adopt_transformers import AdoptedMixer, is_mamba2, is_mamba_ssm
 from rnn_longctx.models.cache import Carry
+from rnn_longctx.models.checkpoint import LazyTokenizer, _device, _dtype, _fits, load, locate
+from rnn_longctx.models.formats import ADOPTED, one_line, read_json
 from rnn_longctx.models.mamba2 import Mamba2LM, state_dtype, token_losses
 from rnn_longctx.models.restart import Restart, read_restarting
 from rnn_longctx.ssd import PLAIN, Call, ScanCarry, asked_of, choose
@@ -80,8 +82,6 @@ def load_adopted(source: str | Path, *, device: torch.device | str = "cpu", dtyp
             cannot read it, or weights are missing or not finite.
     """
     from rnn_longctx.data import load_tokenizer
-    from rnn_longctx.models.checkpoint import _device, _dtype, _fits, locate
-    from rnn_longctx.models.formats import ADOPTED, one_line, read_json
 
     directory, name, _ = locate(source)
     config = directory / "config.json"
@@ -110,8 +110,6 @@ def load_adopted(source: str | Path, *, device: torch.device | str = "cpu", dtyp
 
 def load_any(source: str | Path, **given: Any) -> Mamba2LM | Adopted:
     """What `rnn_longctx.load` reads, or else `load_adopted`; arguments and errors are theirs."""
-    from rnn_longctx.models.checkpoint import load
-
     try:
         return load(source, **given)
     except InputError:
@@ -157,7 +155,7 @@ class Adopted:
         self.config: Any = config.get_text_config() if hasattr(config, "get_text_config") else config
         self.name = str(getattr(config, "_name_or_path", "") or type(model).__name__)
         self.train_length: int | None = None
-        self.tokenizer: Any = None
+        self.tokenizer: Any = LazyTokenizer(None, self.name, 0)  # says so where one is needed and none was given
         self.calibration: dict | None = None
         self.provenance: dict = {}
         self.restart: Restart | None = None

@@ -50,7 +50,10 @@ class LazyTokenizer:
 
     def load(self) -> Tokenizer:
         if self.spec is None:
-            raise InputError(f"model {self.model} comes with no tokenizer; name one: a directory, a hub id, bytes")
+            raise InputError(
+                f"model {self.model} comes with no tokenizer; name one with --tokenizer (tokenizer= of load or adopt "
+                "in Python): a directory, a hub id, bytes"
+            )
         if self._tokenizer is None:
             try:
                 self._tokenizer = _fits(load_tokenizer(self.spec), self.size)

@@ -528,6 +528,19 @@ def test_right_padding_is_refused_under_a_policy(build):
         _logits(model, _ids(), attention_mask=mask)
 
 
+def test_remedies_that_read_a_text_ask_for_what_that_takes(build):
+    model = build("mamba2")
+    with pytest.raises(NotApplicable, match="train_length= of load or adopt"):
+        mitigate(model, "state-norm")
+    adopt(model, train_length=16)
+    for remedy in ("state-norm", "token-filter"):
+        with pytest.raises(InputError, match=r"no tokenizer; name one .*tokenizer= of load or adopt"):
+            mitigate(model, remedy, target_length=64)
+    adopt(model, tokenizer=ByteTokenizer())
+    text = Text("made", bytes(torch.randint(32, VOCAB, (3000,)).tolist()))
+    mitigate(model, "state-norm", text=text).remove()
+
+
 def test_policies_are_plain_after_all(build):
     adopted = adopt(build("bamba"))
     assert all(m.policy == PLAIN and "forward" not in m.module.__dict__ for m in adopted.mixers)
