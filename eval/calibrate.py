@@ -60,7 +60,7 @@ def grid_of(name: str, train: int) -> dict[str, list[Any]]:
         "a-scale": {"scale": list(FACTORS)},
     }
     if name not in grids:
-        raise InputError(f"{name!r} cannot be calibrated{nearest(name, grids)}; these can: {', '.join(grids)}")
+        raise InputError(f"{name!r} cannot be calibrated{nearest(name, grids)}")
     return grids[name]
 
 

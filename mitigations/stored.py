@@ -66,7 +66,7 @@ class Stored(Remedy):
         try:
             for policy in remedy.found.policies:
                 ScanPolicy.from_dict(policy)
-        except (TypeError, AttributeError) as error:
+        except (TypeError, AttributeError, InputError) as error:
             raise InputError(f"{file}: a policy in it cannot be read ({error})") from None
         if expected and expected != remedy.hash:
             raise InputError(f"{file} has changed: its policies are {remedy.hash}, not {expected}")

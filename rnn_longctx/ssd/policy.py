@@ -40,7 +40,7 @@ class Cap:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "norm", _per_head(self.norm, "cap norm"))
-        if self.every < 1:
+        if not (isinstance(self.every, int) and self.every >= 1):
             raise InputError(f"a cap applies every k >= 1 tokens, got every={self.every}")
         if any(not value > 0 for value in _values(self.norm)):
             raise InputError(f"a cap's norm must be above 0, got {min(_values(self.norm))}")
@@ -79,7 +79,7 @@ class ScanPolicy:
         object.__setattr__(self, "caps", tuple(self.caps))
         for name in ("window", "reset"):
             value = getattr(self, name)
-            if value is not None and value < 1:
+            if value is not None and not (isinstance(value, int) and value >= 1):
                 raise InputError(f"{name} is a number of tokens of at least 1, got {value}")
         if self.window is not None and self.caps:
             raise InputError("a norm cap cannot be combined with a window: what the cap should measure is undefined")
@@ -110,7 +110,10 @@ class ScanPolicy:
         """The state (B, H, P, N) a row starts from, in the shape and dtype of `like`."""
         if self.start is None:
             return torch.zeros_like(like)
-        start = torch.tensor(self.start, dtype=like.dtype, device=like.device)
+        try:
+            start = torch.tensor(self.start, dtype=like.dtype, device=like.device)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"start is no state of numbers: {error}") from None
         if start.shape != like.shape[1:]:
             raise InputError(
                 f"start has shape {tuple(start.shape)}, the layer's state is (H, P, N) = {tuple(like.shape[1:])}"

@@ -125,11 +125,16 @@ def test_the_file(tmp_path, monkeypatch):
 def test_bad_files_and_words(tmp_path, monkeypatch):
     losses(monkeypatch, lambda r: 1.0 if r == "none" else float(alphas(r).mean()))
     found = calibrate(tiny(), "rri", 128, TEXT)
-    for policy in ({"window": "x"}, {"caps": 3}, {"caps": [{"norm": 1.0, "ever": 2}]}):
+    for policy in ({"window": "x"}, {"window": 1.5}, {"mul": float("nan")}, {"caps": 3},
+                   {"caps": [{"norm": 1.0, "ever": 2}]}, {"caps": [{"norm": 1.0, "every": 1.5}]}):  # fmt: skip
         Found("rri", found.model, [policy, {}], 128, "made", 0, "grid").save(tmp_path / "bad.yaml")
         with pytest.raises(InputError) as error:
             parse_remedy(str(tmp_path / "bad.yaml"))
         assert "\n" not in str(error.value)
+    for start, message in (("abc", "no state of numbers"), ([[1.0]], "start has shape")):
+        Found("rri", found.model, [{"start": start}, {}], 128, "made", 0, "grid").save(tmp_path / "bad.yaml")
+        with mitigate(lm := tiny(), str(tmp_path / "bad.yaml")), pytest.raises(InputError, match=message):
+            lm(torch.zeros(1, 3, dtype=torch.int64))
     with pytest.raises(InputError, match="cannot write"):
         save_state(tmp_path, Cache(), tiny())
     with mitigate(tiny(), "decimate") as handle, pytest.raises(InputError, match="cannot be gone on from"):
