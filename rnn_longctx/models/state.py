@@ -35,7 +35,7 @@ def save_state(
     if model.reader is not None:
         raise InputError(f"what {remedy} leaves of a prompt cannot be gone on from: its state is not kept")
     note = {"weights": model.weights_hash, "model": model.name, "policies": policies_hash(model), "remedy": remedy,
-            "target": target}  # fmt: skip
+            "target": target, "states": str(model.state_dtype)}  # fmt: skip
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         plain, extra = to_cache(cache) if isinstance(cache, AdoptedCache) else (cache, {})
@@ -54,7 +54,7 @@ def load_state(path: str | Path, model: Mamba2LM | Adopted) -> Any:
     """The cache (of the model's kind) of `save_state`, on the model's device.
 
     Raises:
-        InputError: no such file, other weights, or other policies than those on the model now.
+        InputError: no such file, other weights, or other policies or another type of states than the model has now.
     """
     cache, extra, note = Cache.load_with(path, model.device)
     if not isinstance(note, dict) or "weights" not in note:
@@ -64,6 +64,9 @@ def load_state(path: str | Path, model: Mamba2LM | Adopted) -> Any:
         raise InputError(f"{path} was read by {other}, not by {ours}")
     if note["policies"] != policies_hash(model):
         raise InputError(f"{path} was read with the remedy {note['remedy']}: put the same on, found as it was then")
+    if note.get("states", "None") != str(model.state_dtype):
+        kept = note["states"].replace("None", "full precision").removeprefix("torch.")
+        raise InputError(f"{path} was read with states in {kept}: give the same --state-dtype")
     return from_cache(model, cache, extra) if isinstance(model, Adopted) else cache
 
 

@@ -195,6 +195,12 @@ def test_a_saved_state_goes_on_as_if_never_stopped(tmp_path):
     Cache().save(tmp_path / "c")
     with pytest.raises(InputError, match="does not say which weights"):
         load_state(tmp_path / "c", lm)
+    lm.use_state_dtype("bfloat16")
+    save_state(tmp_path / "s", prefill(lm, ids)[1], lm)
+    assert load_state(tmp_path / "s", lm).layers[0].scan.state.dtype == torch.bfloat16
+    lm.use_state_dtype(None)
+    with pytest.raises(InputError, match="states in bfloat16: give the same --state-dtype"):
+        load_state(tmp_path / "s", lm)
     with pytest.raises(InputError, match="not a saved cache"):
         load_state(tmp_path / "none", lm)
 
