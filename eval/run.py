@@ -18,7 +18,6 @@ from rnn_longctx.eval.passkey import MultiKey, Passkey, Words
 from rnn_longctx.eval.results import Results, Row, to_frame
 from rnn_longctx.eval.task import Context, Task
 from rnn_longctx.mitigations import NotApplicable, Remedy, active, diagnostics, mitigate, parse_remedy, standard
-from rnn_longctx.mitigations.stored import Stored
 from rnn_longctx.models import Mamba2LM
 from rnn_longctx.models.generate import SEGMENTS
 from rnn_longctx.spec import parse
@@ -90,7 +89,6 @@ def evaluate(model: Mamba2LM, lengths: Sequence[int | str] | str, tasks: Sequenc
     for job in jobs:
         if lengths_of_job := job.lengths(wanted, model.train_length):
             job.check(context, lengths_of_job)
-    _unseen(remedies, jobs, context)
     todo = [(remedy, jobs, remedy in asked) for remedy in remedies]
     if getattr(model, "attends", False) and 1 < (model.train_length or 0) < max(wanted, default=0):
         losses: list[Task] = [job for job in jobs if isinstance(job, LanguageModel)]
@@ -111,15 +109,12 @@ def evaluate(model: Mamba2LM, lengths: Sequence[int | str] | str, tasks: Sequenc
     return results.gather() if results else to_frame(rows)
 
 
-def _unseen(remedies: list[Remedy], jobs: list[Task], context: Context) -> None:
-    """Refuse a remedy that was found on the text whose loss it is to be measured on, whatever the file is called."""
-    if any(isinstance(job, LanguageModel) for job in jobs):
-        for part in (p for r in remedies for p in getattr(r, "parts", (r,)) if isinstance(p, Stored)):
-            text = text_of(context)
-            if part.found.text.endswith(f" {text.hash}"):
-                raise InputError(
-                    f"{part} was calibrated on {text.name}, which is to be evaluated: that would flatter it"
-                )
+def _unseen(remedy: Remedy, jobs: list[Task], context: Context) -> None:
+    """Refuse what was calibrated on the text whose loss it is to be measured on, whatever that is called."""
+    if context.calibration and any(isinstance(job, LanguageModel) for job in jobs):
+        text = text_of(context)
+        if f" {text.hash}," in context.calibration:
+            raise InputError(f"{remedy} was calibrated on {text.name}, which is to be evaluated: that would flatter it")
 
 
 def _plan(model: Mamba2LM, todo: list[tuple[Remedy, list[Task], bool]], lengths: list[int], calibration: Any,
@@ -129,6 +124,7 @@ def _plan(model: Mamba2LM, todo: list[tuple[Remedy, list[Task], bool]], lengths:
     for remedy, jobs, asked in todo:
         try:
             with _mitigated(model, remedy, max(lengths), calibration, context):
+                _unseen(remedy, jobs, context)
                 if model.reader is not None and not any(job.asks for job in jobs):
                     raise InputError(f"{remedy} reads prompts, and has no loss of a text: give a task such as passkey")
         except NotApplicable as error:

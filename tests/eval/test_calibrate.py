@@ -128,7 +128,7 @@ def test_bad_files_and_words(tmp_path, monkeypatch):
     for policy in ({"window": "x"}, {"window": 1.5}, {"mul": float("nan")}, {"caps": 3},
                    {"caps": [{"norm": 1.0, "ever": 2}]}, {"caps": [{"norm": 1.0, "every": 1.5}]}):  # fmt: skip
         Found("rri", found.model, [policy, {}], 128, "made", 0, "grid").save(tmp_path / "bad.yaml")
-        with pytest.raises(InputError) as error:
+        with pytest.raises(InputError, match=r"bad\.yaml: a policy in it") as error:
             parse_remedy(str(tmp_path / "bad.yaml"))
         assert "\n" not in str(error.value)
     for start, message in (("abc", "no state of numbers"), ([[1.0]], "start has shape")):
@@ -160,6 +160,12 @@ def test_no_evaluation_on_the_text_of_a_calibration(tmp_path, monkeypatch):
     calibrate(tiny(), "rri", 128, text).save(tmp_path / "remedy.yaml")
     with pytest.raises(InputError, match="which is to be evaluated"):
         evaluate(tiny(), [64], ["lm"], [f"{tmp_path / 'remedy.yaml'}+none"], text=str(tmp_path / "t.txt"))
+    with pytest.raises(InputError, match=r"state-norm was calibrated on .*t\.txt, which is to be evaluated"):
+        evaluate(tiny(), [64], ["lm"], ["state-norm"], text=str(tmp_path / "t.txt"),
+                 calibration_text=str(tmp_path / "t.txt"))  # fmt: skip
+    lm = tiny()
+    with mitigate(lm, str(tmp_path / "remedy.yaml")), pytest.raises(InputError, match="which is to be evaluated"):
+        evaluate(lm, [64], ["lm"], text=str(tmp_path / "t.txt"))
 
 
 def test_more_keys_and_words():
@@ -189,18 +195,18 @@ def test_a_saved_state_goes_on_as_if_never_stopped(tmp_path):
             assert torch.equal(generate(lm, ids[:, 33:], 6, cache=load_state(tmp_path / "s", lm)), expected)
     with pytest.raises(InputError, match="with the remedy reset:every=8,overlap=3"):
         load_state(tmp_path / "s", lm)
-    lm.weights_hash = "other"
-    with pytest.raises(InputError, match="was read by tiny hash2, not by tiny other"):
-        load_state(tmp_path / "s", lm)
-    Cache().save(tmp_path / "c")
-    with pytest.raises(InputError, match="does not say which weights"):
-        load_state(tmp_path / "c", lm)
     lm.use_state_dtype("bfloat16")
     save_state(tmp_path / "s", prefill(lm, ids)[1], lm)
     assert load_state(tmp_path / "s", lm).layers[0].scan.state.dtype == torch.bfloat16
     lm.use_state_dtype(None)
     with pytest.raises(InputError, match="states in bfloat16: give the same --state-dtype"):
         load_state(tmp_path / "s", lm)
+    lm.weights_hash = "other"
+    with pytest.raises(InputError, match="was read by tiny hash2, not by tiny other"):
+        load_state(tmp_path / "s", lm)
+    Cache().save(tmp_path / "c")
+    with pytest.raises(InputError, match="does not say which weights"):
+        load_state(tmp_path / "c", lm)
     with pytest.raises(InputError, match="not a saved cache"):
         load_state(tmp_path / "none", lm)
 

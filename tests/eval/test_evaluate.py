@@ -50,6 +50,14 @@ def text(tmp_path):
     return str(path)
 
 
+@pytest.fixture
+def unseen(tmp_path):
+    """To calibrate on: what is evaluated is refused for that."""
+    path = tmp_path / "unseen.txt"
+    path.write_bytes(bytes(torch.randint(32, 127, (6000,)).tolist()))
+    return str(path)
+
+
 def value(frame, length, metric="nats_per_token", mitigation="none", **where):
     rows = frame[(frame.length == length) & (frame.metric == metric) & (frame.mitigation == mitigation)]
     assert len(rows) == 1, rows
@@ -157,12 +165,12 @@ def test_finished_cells_are_not_measured_again(model, text, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("change", ["weights", "text", "calibration", "seed", "slices"])
-def test_other_inputs_never_reuse_a_cell(model, text, tmp_path, change):
+def test_other_inputs_never_reuse_a_cell(model, text, unseen, tmp_path, change):
     other_text = tmp_path / "text2" / "text.txt"  # the same name, other bytes
     other_text.parent.mkdir()
     other_text.write_bytes(bytes(torch.randint(32, 127, (6000,)).tolist()))
     out, task = str(tmp_path / "out"), "lm:slices=2,tokens=0"
-    settings = {"mitigations": ["state-norm"], "calibration_text": text, "text": text}
+    settings = {"mitigations": ["state-norm"], "calibration_text": unseen, "text": text}
     before = evaluate(model, [128], [task], out=out, **settings)
     changed = {
         "text": {"text": str(other_text)}, "calibration": {"calibration_text": str(other_text)}, "seed": {"seed": 1},
@@ -230,15 +238,15 @@ KILLED = textwrap.dedent("""
     run.Context = lambda *a, **k: made(*a, **k, snapshot_seconds=0.0)
     run.SEGMENTS["cpu"] = 64
     run.evaluate(make_model(), [64, 512, 3000], ["lm:slices=1,tokens=0"], ["none", "state-norm", "window:tokens=50"],
-                 text=sys.argv[1], calibration_text=sys.argv[1], out=sys.argv[2])
+                 text=sys.argv[1], calibration_text=sys.argv[4], out=sys.argv[2])
     print("finished")
 """)
 
 
-def test_kill_in_the_middle_and_run_again(text, tmp_path):
+def test_kill_in_the_middle_and_run_again(text, unseen, tmp_path):
     """SIGKILL again and again: the sweep goes on from its snapshots, and ends with what one quiet run gives."""
     out = tmp_path / "out"
-    command = [sys.executable, "-c", KILLED, text, str(out), os.path.dirname(__file__)]
+    command = [sys.executable, "-c", KILLED, text, str(out), os.path.dirname(__file__), unseen]
     killed = 0
 
     def made() -> set:
@@ -272,7 +280,7 @@ def test_kill_in_the_middle_and_run_again(text, tmp_path):
         ["lm:slices=1,tokens=0"],
         ["none", "state-norm", "window:tokens=50"],
         text=text,
-        calibration_text=text,
+        calibration_text=unseen,
     )
     resumed = Results.read(out)
     for mitigation in ("none", "state-norm", "window:tokens=50"):
