@@ -218,6 +218,21 @@ def test_how_a_stream_is_cut_changes_nothing(model, policy):
 
 
 @torch.no_grad()
+def test_rows_that_start_from_noise(model):
+    adopted, ids, mask = adopt(model, time_step_limit_in_decode=True), _ids(2, 20), torch.ones(2, 20, dtype=torch.bool)
+    mask[1, :7] = False
+    plain = _logits(model, ids)
+    with mitigate(model, "noise-start:std=0.5"):
+        whole = _logits(model, ids)
+        assert (whole - plain).abs().max() > 1e-3
+        for cuts in ([1] * 20, [3, 1, 7, 1, 5, 3]):
+            torch.testing.assert_close(_stream(adopted, ids, cuts)[0], whole, **NEAR)
+        padded = _logits(model, ids, attention_mask=mask.long())
+        torch.testing.assert_close(padded[1, 7:], _logits(model, ids[1:, 7:])[0], **NEAR)
+    assert torch.equal(_logits(model, ids), plain)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES.keys())
 def test_mamba2_against_our_own_model(build, policy, tmp_path):
     theirs = build("mamba2")
