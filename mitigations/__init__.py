@@ -89,10 +89,10 @@ def _one(text: str) -> Remedy:
 
 
 def standard(train: int | None) -> list[str]:
-    """What `--mitigation all` measures: every remedy at its published or plainest setting, and the controls. Those that
-    need the training length are left out where it is not known."""
+    """What `--mitigation all` measures: every remedy at its published or plainest setting, and the controls. Left out
+    are `stored-start`, which needs a file, and those that need the training length where it is not known."""
     some = ["none", "rri", "rri:alpha=0.999,beta=1", "a-winsor", "a-scale:scale=1.5", "delta-scale:scale=0.7",
-            "decimate", "chunk-select"]  # fmt: skip
+            "noise-start:std=0.1", "decimate", "chunk-select"]  # fmt: skip
     if train is None:
         return [*some, "recompute:last=512", "recompute:last=2048", "reset:every=512"]
     known = [

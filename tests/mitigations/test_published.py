@@ -7,7 +7,7 @@ import torch
 
 from rnn_longctx.data import ByteTokenizer, Text
 from rnn_longctx.errors import InputError
-from rnn_longctx.mitigations import diagnostics, mitigate, parse_remedy, standard
+from rnn_longctx.mitigations import REMEDIES, diagnostics, mitigate, parse_remedy, standard
 from rnn_longctx.mitigations.base import NotApplicable
 from rnn_longctx.mitigations.token_filter import thresholds
 from rnn_longctx.models import Cache, Mamba2Config, Mamba2LM
@@ -218,6 +218,8 @@ def test_what_cannot_be_put_on(model):
 
 
 def test_all_can_be_read_and_put_on(model):
+    named = {name.partition(":")[0] for name in standard(32)}
+    assert named == set(REMEDIES) - {"stored-start"}
     for train in (32, None):
         for name in standard(train):
             assert str(parse_remedy(str(parse_remedy(name)))) == str(parse_remedy(name))
