@@ -52,7 +52,7 @@ def _rows(frame: pd.DataFrame, sheet: Sheet, recalls: list[Sheet], length: int) 
     rivals = {s.task: [r[length] for n, r in s.cells.items() if s.is_control(n) and length in r] for s in recalls}
     # remedies that read a prompt otherwise have recall alone
     names = [*here, *dict.fromkeys(n for s in recalls for n, row in s.cells.items() if length in row and n not in here)]
-    best = min(controls, key=lambda n: here[n].value, default=None)
+    best = sheet.lowest(controls, length)
     short = max((k for k in sheet.lengths if sheet.train_length and k <= sheet.train_length), default=None)
     rows = []
     for name in names:
@@ -113,16 +113,17 @@ def board_tables(frame: pd.DataFrame) -> list[RenderableType]:
         length = some["length"].max()
         rows = some[some["length"] == length]
         tasks = [str(c) for c in board if c not in COLUMNS]
+        costs = [c for c in ("speed", "memory") if rows[c].notna().any()]
         grid = Table(box=None, pad_edge=False)
         grid.add_column("mitigation", overflow="fold", max_width=44)
-        for head in ("loss", "gain", "95%", "short", *tasks, "speed", "wins"):
+        for head in ("loss", "gain", "95%", "short", *tasks, *costs, "wins"):
             grid.add_column(head, justify="left" if head == "wins" else "right")
         for _, row in rows.iterrows():
             name = Text(row["mitigation"] + (" (control)" if row["control"] else ""), "dim" if row["control"] else "")
             span = "" if math.isnan(row["gain_low"]) else f"{row['gain_low']:+.3f} {row['gain_high']:+.3f}"
             ends = Text("" if row["control"] else row["wins"] or "nothing", "" if row["wins"] else "red")
             numbers = [_text(row["loss"], ".3f"), _text(row["gain"], "+.3f"), span, _text(row["change_short"], "+.3f"),
-                       *(_text(row[t], ".2f") for t in tasks), _text(row["speed"], ".2f")]  # fmt: skip
+                       *(_text(row[t], ".2f") for t in (*tasks, *costs))]  # fmt: skip
             grid.add_row(name, *numbers, ends)
         title = (
             f"{model} on {text} at {format_length(int(length))}: gain over the best control in nats per token, and wins"

@@ -76,15 +76,16 @@ class Sheet:
 
     def best_recompute(self, length: int) -> str | None:
         """The `recompute:` control with the lowest loss at `length`: the hardest to beat."""
-        return self._lowest(self.recomputes(), length)
+        return self.lowest(self.recomputes(), length)
 
-    def _lowest(self, names: list[str], length: int) -> str | None:
+    def lowest(self, names: list[str], length: int) -> str | None:
+        """Of the names measured at `length`, the one of the lowest value there; one that is not a number comes last."""
         measured = [n for n in names if length in self.cells[n]]
         return min(measured, key=lambda n: (math.isnan(v := self.cells[n][length].value), v), default=None)
 
     def diagnostic(self, kind: str, length: int) -> str | None:
         """Of the controls whose names begin with `kind`, the one with the lowest loss at `length`."""
-        return self._lowest([n for n in self.cells if is_control(self.mitigations[n][0], kind)], length)
+        return self.lowest([n for n in self.cells if is_control(self.mitigations[n][0], kind)], length)
 
     def values(self, name: str) -> tuple[list[int], list[float]]:
         lengths = sorted(self.cells[name])

@@ -100,12 +100,14 @@ def evaluate_command(
                      out=c.out, batch=c.batch, seed=c.seed, progress=console.is_terminal)  # fmt: skip
     for part in table(frame, width=console.width):
         console.print(part)
+    written = ["results.parquet", "results.csv"]
     if len(frame["mitigation"].unique()) > 1:
         leaderboard(frame).to_csv(Path(c.out) / "leaderboard.csv", index=False)
+        written.append("leaderboard.csv")
     for part in board_tables(frame) if "all" in c.mitigations else []:
         console.print(part)
-    plots = plot_all(frame, c.out)
-    console.print(f"{c.out}: results.parquet, results.csv, {', '.join(p.name for p in plots)}")
+    written += [p.name for p in plot_all(frame, c.out)]
+    console.print(f"{c.out}: {', '.join(written)}")
 
 
 @app.command("train")

@@ -11,7 +11,7 @@ from rnn_longctx.data import ByteTokenizer, Text, load_text, multikey_batch, wor
 from rnn_longctx.errors import InputError
 from rnn_longctx.eval import calibrate, evaluate
 from rnn_longctx.eval import calibrate as function
-from rnn_longctx.eval.leaderboard import leaderboard
+from rnn_longctx.eval.leaderboard import board_tables, leaderboard
 from rnn_longctx.mitigations import mitigate, parse_remedy
 from rnn_longctx.mitigations.stored import Found
 from rnn_longctx.models import Cache, Mamba2Config, Mamba2LM
@@ -254,6 +254,16 @@ def test_leaderboard():
     assert at.loc["rri", "change_short"] == pytest.approx(0.1) and at.index[0] == "rri"
     assert at.loc["decimate", "wins"] == "passkey" and np.isnan(at.loc["decimate", "loss"])
     assert at.loc["reset:every=8", "control"] and not at.loc["rri", "control"]
+
+    for row in rows:
+        if row["mitigation"] == "reset:every=8":
+            row |= {"value": float("nan"), "samples": [float("nan")] * row["n"]}
+        row["device"] = "gpu"
+    frame = pd.DataFrame(rows)
+    at = leaderboard(frame).query("length == 128").set_index("mitigation")
+    assert at.loc["rri", "gain"] == pytest.approx(0.5, abs=0.05)  # over the control that did not blow up
+    _, grid, _ = board_tables(frame)
+    assert [column.header for column in grid.columns][-3:] == ["speed", "memory", "wins"]
 
 
 def test_remedies_that_read_a_prompt_have_no_loss(tmp_path):
