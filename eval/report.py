@@ -131,7 +131,7 @@ def _hybrid_clauses(sheet: Sheet) -> list[str]:
             said.append(f"{part}'s share was not measured")
             continue
         share, low, high = (value / rise for value in gain[:3])
-        said.append(f"{name} recovers {share:.0%} (95% {low:.0%} to {high:.0%})")
+        said.append(f"{name} recovers {share:.0%}" + (f" (95% {low:.0%} to {high:.0%})" if math.isfinite(low) else ""))
         suspects += [part] if low > 0.1 else []
     text = f"{at} the hybrid's loss is {rise:.3f} above that at {format_length(short)}: {', '.join(said)}"
     if all(gain is not None and math.isfinite(gain.low) for gain in gains):

@@ -121,6 +121,8 @@ def test_the_conclusion_tells_attention_from_the_recurrence(story):
     one = frame[frame["mitigation"] != recurrence]
     assert conclusion(one).endswith("the recurrence's share was not measured.")
     assert "hybrid" not in conclusion(frame[frame["mitigation"] == "none"])
+    single = frame.assign(samples=[s[:1] for s in frame["samples"]])
+    assert f"{attention} recovers 3%, " in conclusion(single) and "nan" not in conclusion(single)
     beyond = frame[frame["length"] > 256]
     assert "which part of the hybrid fails was not measured" in conclusion(beyond)
     put(frame, 0.9, mitigation="none", metric="nats_per_token", length=65536)
