@@ -325,7 +325,7 @@ def test_a_state_of_float64_is_worked_out_in_it():
 
 
 class Look:
-    every = 10
+    every, whole = 10, False
 
     def __call__(self, statistics):
         self.square = statistics.square
