@@ -73,6 +73,7 @@ def calibrate(model: Mamba2LM, name: str, target: int, text: Text, *, seed: int 
     """The setting of the remedy `name` with the least loss at `target` tokens that keeps the model's recall.
 
     Args:
+        name: of the remedy, with parameters that are held if any: state-norm:every=64.
         text: what it is found on; not what is to be evaluated.
         slices, prompts: of the loss, and of each kind and length of the guard.
         steps: of SPSA, two losses each.
@@ -81,7 +82,10 @@ def calibrate(model: Mamba2LM, name: str, target: int, text: Text, *, seed: int 
         InputError: a remedy that has nothing to calibrate, a text too short, no setting that keeps recall.
     """
     train = train_length(model, "calibration")
-    grid = grid_of(name, train)
+    name, _, fixed = name.partition(":")
+    held = dict(part.split("=", 1) for part in fixed.split(",") if "=" in part)
+    grid = {k: v for k, v in grid_of(name, train).items() if k not in held}
+    parse_remedy(f"{name}:{fixed}" if fixed else next(_grid(name, grid, fixed)))  # what is held must be of the remedy
     if target <= train:
         raise InputError(f"the target of {target} tokens must be above the training length of {train}")
     objective = _Objective(model, target, text, seed, slices, prompts, train)
@@ -97,9 +101,9 @@ def calibrate(model: Mamba2LM, name: str, target: int, text: Text, *, seed: int 
         say(f"{remedy}: loss {loss:.4f}, recall {_shown(recall)}{'' if kept else ', not kept'}")
         return Scored(remedy, loss, recall, kept)
 
-    scored = [score(r) for r in _grid(name, grid)]
+    scored = [score(r) for r in _grid(name, grid, fixed)]
     method = METHODS.get(name, "grid")
-    kept = [s for s in scored if s.kept]
+    kept = [s for s in scored if s.kept and math.isfinite(s.loss)]
     if not kept:
         raise InputError(f"{name}: no setting of {len(scored)} keeps the recall of the bare model ({_shown(bare)})")
     best = min(kept, key=lambda s: s.loss)
@@ -119,9 +123,9 @@ def calibrate(model: Mamba2LM, name: str, target: int, text: Text, *, seed: int 
                  seed, method, scores)  # fmt: skip
 
 
-def _grid(name: str, grid: dict[str, list[Any]]) -> Iterator[str]:
+def _grid(name: str, grid: dict[str, list[Any]], fixed: str = "") -> Iterator[str]:
     for values in product(*grid.values()):
-        yield f"{name}:" + ",".join(f"{k}={v:g}" for k, v in zip(grid, values))
+        yield f"{name}:" + ",".join([*([fixed] if fixed else []), *(f"{k}={v:g}" for k, v in zip(grid, values))])
 
 
 def _begun(best: Remedy) -> tuple[float, Callable[[np.ndarray], str]]:

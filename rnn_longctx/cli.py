@@ -129,7 +129,7 @@ def train_command(
 @app.command("calibrate")
 def calibrate_command(
     model: Annotated[str, MODEL],
-    mitigation: Annotated[str, typer.Option(help="rri, window, state-norm, token-filter, a-winsor, ...")],
+    mitigation: Annotated[str, typer.Option(help="rri, window, state-norm, state-norm:every=64, token-filter, ...")],
     target: Annotated[str, typer.Option(help="Tokens to be read, such as 32k.")],
     text: Annotated[str, typer.Option(help="Found on this; never what is to be evaluated.")] = "builtin",
     out: Annotated[Path, typer.Option(help="YAML file, for --mitigation FILE.")] = Path("remedy.yaml"),

@@ -56,6 +56,17 @@ def test_the_least_loss_that_keeps_recall(monkeypatch):
         calibrate(tiny(), "rri", 128, TEXT)
 
 
+def test_parameters_may_be_held(monkeypatch):
+    losses(monkeypatch, lambda r: 1.0 if r == "none" else float("nan") if "0.75" in r else parse_remedy(r).quantile)
+    found = calibrate(tiny(), "state-norm:every=16,quantile=1", 128, TEXT)
+    assert found.remedy == "state-norm:every=16,quantile=1"
+    found = calibrate(tiny(), "state-norm:every=16", 128, TEXT)
+    assert found.remedy == "state-norm:every=16,quantile=0" and found.policies[0]["caps"][0]["every"] == 16
+    assert len(found.scores["tried"]) == 5
+    with pytest.raises(InputError, match="evry"):
+        calibrate(tiny(), "state-norm:evry=16", 128, TEXT)
+
+
 def test_spsa_finds_an_alpha_a_layer(monkeypatch):
     goal = np.log([3e-4, 1e-3, 6e-3])  # of 1 - alpha
     losses(monkeypatch, lambda r: 9.0 if r == "none" else float(((np.log(1 - alphas(r) + 1e-9) - goal) ** 2).sum()))
