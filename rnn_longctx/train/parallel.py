@@ -12,7 +12,7 @@ Without gradients, a stream longer than fits at once is several calls with one c
 
     cache = model.new_cache()
     with torch.inference_mode(), sequence_parallel(model):
-        for part in ids.split(2**20, 1):
+        for part in ids.tensor_split(calls, 1):
             hidden = model(part[:, stretch(part.shape[1])], cache)
 
 Afterwards every rank has the cache of the whole stream, and can go on from it alone. Gradients flow through a cache,
@@ -57,7 +57,8 @@ def sequence_parallel(model: Mamba2LM, group: dist.ProcessGroup | None = None) -
     becomes that of the whole stream, on every rank.
 
     Gate rewrites, resets and a stored start are followed exactly; observers see this rank's stretch. Every rank must
-    call the model equally often, and backward from its own hidden states, too.
+    call the model equally often, and backward from its own hidden states, too. Gradients of the cache are summed over
+    the ranks that use it.
 
     Raises:
         InputError: here, another kind of model, or one that is spread already; in a call, on every rank: a stretch

@@ -164,19 +164,33 @@ def check_refusals(device: torch.device, world: int) -> None:
         pass
 
 
-def check_low_precision(device: torch.device, world: int, dtype: torch.dtype, backend: str | None) -> None:
-    """Against float64, as far off as one rank is, or nearly."""
+def check_low_precision(device: torch.device, world: int, dtype: torch.dtype, backend: str | None,
+                        length: int = 201) -> None:  # fmt: skip
+    """Against float64, nearly as far off as one rank is. What little a parameter's gradient is in bf16 differs more."""
     group, exact = groups(world), small(device)
-    ids = tokens(device, 1, 202)
+    ids = tokens(device, 1, length + 1)
     model = copy.deepcopy(exact).to(dtype)
     model.use_backend(backend)
     expected = copy.deepcopy(learn(exact, ids, None, None, False))
     alone = copy.deepcopy(learn(model, ids, None, None, False))
     ours = learn(model, ids, None, group, True)
     for h, one, e in zip(ours[0], alone[0], expected[0]):
-        assert _error(h, e[:, stretch(e.shape[1], group)]) < 2 * _error(one, e) + 1e-6
+        own = stretch(e.shape[1], group)
+        assert _error(h, e[:, own]) < 2 * _error(one[:, own], e[:, own]) + 1e-6
     for name, grad in expected[2].items():
-        assert _error(ours[2][name], grad) < 2 * _error(alone[2][name], grad) + 1e-5, name
+        most = 4 * _error(alone[2][name], grad) + (0.05 if dtype == torch.bfloat16 else 1e-5)
+        assert _error(ours[2][name], grad) < most, name
+
+
+def check_benchmark(device: torch.device) -> None:
+    from rnn_longctx.eval.bench_parallel import parallel_rows  # and all tables and plots
+
+    rows = list(parallel_rows(small(device), 203, 16, 70))
+    assert len(rows) == (6 if dist.get_rank() == 0 else 0)
+    for row in rows:
+        assert row["error"] < 1e-12 and row["tokens_per_second"] > 0, row
+    asked = [(what, ranks) for ranks in (1, 2, 4) for what in ("read", "train")]
+    assert [(row["what"], row["ranks"]) for row in rows] == asked[: len(rows)]
 
 
 def _error(ours: torch.Tensor, expected: torch.Tensor) -> float:
@@ -234,6 +248,10 @@ def test_low_precision(gloo, seed, dtype):
     gloo.run("check_low_precision", 4, dtype, None, seed=seed)
 
 
+def test_the_benchmark(gloo, seed):
+    gloo.run("check_benchmark", seed=seed)
+
+
 @pytest.mark.slow
 def test_the_fused_scan(gloo, seed):
     """On a CPU in Triton's interpreter."""
@@ -250,6 +268,6 @@ def test_on_gpus(seed):
             ranks.run("check_learning", 2, policy, 333, policy != "start", seed=seed)
         ranks.run("check_reading", 2, [50, 71], seed=seed)
         for dtype in (torch.float32, torch.bfloat16):
-            ranks.run("check_low_precision", 2, dtype, "triton", seed=seed)
+            ranks.run("check_low_precision", 2, dtype, "triton", 20001, seed=seed)
     finally:
         ranks.close()
