@@ -130,11 +130,13 @@ class Stretch:
                 passed = passed.masked_fill(drop.any(1).to(x.device)[:, None], float("-inf"))
             states, passed, totals = _gathered(self.group, added, passed, spent)
             passed = passed.exp().to(wide)[..., None, None]  # (R, B, H, 1, 1)
-            state, log_decay, at = [carry.state], [carry.log_decay], self.since.ge(0).any(1).tolist()
-            for r in range(len(states)):
+            state, log_decay = [carry.state], [carry.log_decay]  # before each stretch and after the last
+            for r, begun in enumerate(self.since >= 0):
                 state.append(torch.addcmul(states[r], state[-1], passed[r]))
-                begun = (self.since[r] >= 0).to(x.device)[:, None] if at[r] else None
-                log_decay.append(totals[r] + (log_decay[-1] if begun is None else log_decay[-1].masked_fill(begun, 0)))
+                last = log_decay[-1]
+                if bool(begun.any()):
+                    last = last.masked_fill(begun.to(x.device)[:, None], 0.0)
+                log_decay.append(last + totals[r])
         here = ScanCarry(torch.where(self.leads, carry.state, state[self.rank]), positions[self.rank],
                          log_decay[self.rank])  # fmt: skip
         y, own = scan(x, dt, A, B, C, policy=policy, carry=here, reset=reset, backend=backend, dt_bias=dt_bias,
