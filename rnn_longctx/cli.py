@@ -386,6 +386,28 @@ def bench_decode(
     _record(decode_rows(tokens, batch), out)
 
 
+@bench.command("parallel")
+def bench_parallel(
+    length: Annotated[str, typer.Option(help="Tokens of the context that is read.")] = "4m",
+    segment: Annotated[str, typer.Option(help="Tokens that a GPU reads at once.")] = "256k",
+    train: Annotated[str, typer.Option(help="Tokens of the sequence that is trained on; 0: none.")] = "16k",
+    out: Annotated[Optional[Path], OUT] = None,  # noqa: UP045
+) -> None:
+    """One context over 1, 2, 4, ... GPUs with a model of 370M parameters, under torchrun: torchrun --nproc-per-node 4
+    -m rnn_longctx.cli bench parallel"""
+    from rnn_longctx.config import parse_length
+    from rnn_longctx.eval.bench_parallel import joined, model_370m, parallel_rows
+
+    tokens, at_once, trained = parse_length(length), parse_length(segment), 0 if train == "0" else parse_length(train)
+    with joined() as rank:
+        rows = parallel_rows(model_370m(), tokens, at_once, trained)
+        if rank == 0:
+            _record(rows, out)
+        else:
+            for _ in rows:
+                pass
+
+
 def _record(rows: Iterator[dict[str, Any]], out: Path | None) -> None:
     """Print each row as it is measured, and keep those there are in a CSV file."""
     from rnn_longctx.eval.bench_scan import environment

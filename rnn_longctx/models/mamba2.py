@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,9 @@ from rnn_longctx.models.cache import Cache, Carry
 from rnn_longctx.models.layers import RMSNorm, Unscaled, causal_conv
 from rnn_longctx.models.restart import Restart, read_restarting
 from rnn_longctx.ssd import PLAIN, Call, Observer, ScanPolicy, asked_of, choose, scan
+
+if TYPE_CHECKING:
+    from rnn_longctx.ssd.parallel import Stretch
 
 # (model, ids (B, T), segment) to the logits (B, vocab) after the last token, and the cache
 Reader = Callable[[Any, Tensor, int], tuple[Tensor, Cache]]
@@ -157,21 +160,25 @@ class Mamba2(nn.Module):
         """dt (B, T, H), after softplus and clamp, from what `in_proj` gives (B, T, ...)."""
         return F.softplus(projected[..., -self.heads :] + self.dt_bias).clamp(*self.config.dt_limit)
 
-    def forward(
-        self, u: Tensor, carry: Carry | None, mask: Tensor | None, reset: Tensor | None, unscaled: bool = False
-    ) -> tuple[Tensor | Unscaled, Carry]:
+    def forward(self, u: Tensor, carry: Carry | None, mask: Tensor | None, reset: Tensor | None,
+                unscaled: bool = False, stretch: Stretch | None = None) -> tuple[Tensor | Unscaled, Carry]:  # fmt: skip
         """(B, T, d_model) in and out, with the carry after it. unscaled: where the scan can apply the norm, its factor
-        a token may be left to the sum that comes next, which saves a pass over memory."""
+        a token may be left to the sum that comes next, which saves a pass over memory. stretch: of the stream, where it
+        is spread over several ranks; the carries are then those before and after all of it."""
         c = self.config
         z, xBC, dt = self.in_proj(u).split([c.d_inner, c.conv_dim, c.nheads], -1)
         if mask is not None:
             xBC = xBC * mask[..., None]
-        xBC, conv = causal_conv(xBC, self.conv1d, carry.conv if carry else None, reset)
+        edge = carry.conv if carry else None
+        if stretch is not None:
+            edge, last = stretch.edges(xBC, c.d_conv - 1, edge, reset)
+        xBC, conv = causal_conv(xBC, self.conv1d, edge, reset)
         x, B, C = xBC.split([c.d_inner, c.ngroups * c.d_state, c.ngroups * c.d_state], -1)
         groups = (c.ngroups, c.d_state)
         linear = self.out_proj.bias is None  # a factor a token may then be applied after it
         gate = self.norm.gate(z.unflatten(-1, (c.nheads, c.headdim))) if unscaled and linear else None
-        y, scanned = scan(
+        conv = conv if stretch is None else last
+        y, scanned = (scan if stretch is None else stretch.scan)(
             x.unflatten(-1, (c.nheads, c.headdim)), dt, self.A,
             B.unflatten(-1, groups), C.unflatten(-1, groups), dt_bias=self.dt_bias, dt_limit=c.dt_limit, D=self.D,
             policy=self.policy, carry=carry.scan if carry else None, reset=reset, mask=mask, backend=self.backend,
@@ -211,6 +218,8 @@ class Mamba2LM(nn.Module):
         name, weights_hash, train_length, tokenizer: filled in by `rnn_longctx.load`.
         restart: a control that drops the state and reads the last tokens again, or None.
         reader: how a prompt is read where that is not token after token, or None.
+        spread: finds the stretch of a call, of ids, mask and reset, where a stream is spread over several ranks (see
+            `rnn_longctx.train.parallel`), or None.
     """
 
     def __init__(self, config: Mamba2Config):
@@ -229,6 +238,7 @@ class Mamba2LM(nn.Module):
         self.calibration: dict | None = None
         self.restart: Restart | None = None
         self.reader: Reader | None = None
+        self.spread: Callable[[Tensor, Tensor | None, Tensor | None], Stretch] | None = None
 
     # --- the layer interface that remedies and probes use
 
@@ -300,6 +310,7 @@ class Mamba2LM(nn.Module):
         """`forward` without the reader's control."""
         if cache.layers and len(cache.position) != len(ids):
             raise InputError(f"the cache holds {len(cache.position)} rows, the ids {len(ids)}")
+        stretch = None if self.spread is None else self.spread(ids, mask, reset)
         if ids.shape[1] == 0:
             return self.backbone.embedding.weight.new_zeros(*ids.shape, self.config.d_model)
         if mask is not None and bool(mask.all()):
@@ -308,9 +319,10 @@ class Mamba2LM(nn.Module):
         for i, block in enumerate(self.backbone.blocks):
             normed, h = block.norm.add(h, out, self.config.residual_in_fp32)
             before = cache.layers[i] if cache.layers else None
-            out, carry = block.mixer(normed, before, mask, reset, unscaled=True)
+            out, carry = block.mixer(normed, before, mask, reset, unscaled=True, stretch=stretch)
             carries.append(carry)
-        read = torch.full((len(ids),), ids.shape[1]) if mask is None else mask.sum(1).cpu()
+        length = ids.shape[1] if stretch is None else stretch.total
+        read = torch.full((len(ids),), length) if mask is None else mask.sum(1).cpu()
         cache.position = read + (cache.position if cache.layers else 0)
         cache.layers = carries
         return self.backbone.norm_f.add(h, out, self.config.residual_in_fp32)[0]

@@ -24,8 +24,9 @@ from rnn_longctx.ssd.policy import PLAIN, Cap, ScanPolicy
 from rnn_longctx.ssd.statistics import Observer, Statistics
 from rnn_longctx.ssd.window import window_state
 
-__all__ = ["PLAIN", "Backend", "Call", "Cap", "Gate", "Observer", "ScanCarry", "ScanPolicy", "Statistics",
-           "WindowCarry", "asked_of", "choose", "row_counts", "scan", "tree_map", "window_state"]  # fmt: skip
+__all__ = ["PLAIN", "Backend", "Call", "Cap", "Gate", "Observer", "ScanCarry", "ScanPolicy",
+           "Statistics", "WindowCarry", "asked_of", "choose", "row_counts", "scan", "tree_map", "wide_of",
+           "window_state"]  # fmt: skip
 
 
 def scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *, dt_bias: Tensor | None = None,
@@ -59,7 +60,7 @@ def scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *, dt_bias: Ten
     """
     _check_shapes(x, dt, A, B, C, D, dt_bias, carry)
     asked = asked_of(x.dtype, state_dtype)
-    wide = _wide(asked)
+    wide = wide_of(asked)
     carry = None if carry is None else carry.kept_in(wide)
     shared: dict[str, Any] = {
         "asked": asked, "dt_bias": dt_bias, "dt_softplus": dt_softplus, "dt_limit": dt_limit, "D": D, "policy": policy,
@@ -78,7 +79,7 @@ def asked_of(dtype: torch.dtype, state_dtype: torch.dtype | None) -> torch.dtype
     return torch.float64 if state_dtype == torch.float64 else dtype
 
 
-def _wide(asked: torch.dtype) -> torch.dtype:
+def wide_of(asked: torch.dtype) -> torch.dtype:
     """Of states within a call."""
     return torch.float64 if asked == torch.float64 else torch.float32
 
@@ -126,7 +127,7 @@ def _read(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *, asked: torc
     fresh = carry is None
     if carry is None:
         carry = ScanCarry.start(
-            batch, heads, headdim, B.shape[3], per_channel=A.ndim == 2, dtype=_wide(asked), device=x.device
+            batch, heads, headdim, B.shape[3], per_channel=A.ndim == 2, dtype=wide_of(asked), device=x.device
         )
     if not length:
         return x, carry
@@ -228,7 +229,8 @@ def _check_mask(mask: Tensor, position: Tensor) -> Tensor | None:
     return mask
 
 
-_fused = Backend("triton", fused.run, fused.missing, fused.refuses, fused.observes, gates=True)
+_fused = Backend("triton", fused.run, fused.missing, fused.refuses, fused.observes, gates=True,
+                 stretch_sum=fused.stretch_sum)  # fmt: skip
 if not fused.interpreted():  # Triton's interpreter is for tests: only when asked for
     register(_fused)
 register(Backend("torch", pytorch.run, lambda: None, lambda policy, call: None))

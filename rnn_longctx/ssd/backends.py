@@ -42,7 +42,8 @@ class Gate:
 class Backend:
     """`missing()` says in words why it cannot run here, `refuses(policy, call)` why not with this policy and (unless
     the call is None) these inputs; None is yes. `observes(policy, call, k)`: whether it shows the state every k tokens
-    from inside a scan. `gates`: whether `run` takes a Gate, and applies it where it can."""
+    from inside a scan. `gates`: whether `run` takes a Gate, and applies it where it can. `stretch_sum`: as that of
+    `rnn_longctx.ssd.pytorch`, which is the one of backends without."""
 
     name: str
     run: Callable
@@ -50,6 +51,7 @@ class Backend:
     refuses: Callable[[ScanPolicy, Call | None], str | None]
     observes: Callable[[ScanPolicy, Call, int], bool] = lambda policy, call, every: False
     gates: bool = False
+    stretch_sum: Callable | None = None
 
 
 _BACKENDS: dict[str, Backend] = {}  # the first that can run is taken, so registration order is preference

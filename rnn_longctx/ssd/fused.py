@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -170,6 +171,37 @@ def run(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *, dt_bias: Tens
         rest, state, more = read(x[:, lead:], dt[:, lead:], B[:, lead:], C[:, lead:], state, True)
         y, total = torch.cat([y, rest], 1), total + more
     return y, ScanCarry(state, carry.position, before + total)
+
+
+@torch.no_grad()
+def stretch_sum(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, *, dt_bias: Tensor | None, dt_softplus: bool,
+                dt_limit: tuple[float, float], policy: ScanPolicy, drop: Tensor | None, dtype: torch.dtype,
+                back: bool = False) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """See `pytorch.stretch_sum`. No caps, no window."""
+    from rnn_longctx.ssd.kernels import launch
+
+    if x.dtype == torch.float16:
+        x = x.float()
+    settings: dict[str, Any] = {
+        "dt_bias": dt_bias, "dt_softplus": dt_softplus, "dt_limit": dt_limit, "policy": policy, "dtype": dtype,
+        "back": back,
+    }  # fmt: skip
+    length, Q = x.shape[1], launch.blocks(x.shape[3], B.shape[3], x.dtype, 0).Q
+    if length < Q:
+        return pytorch.stretch_sum(x, dt, A, B, drop=drop, **settings)
+    lead = 0 if back else length % Q  # then whole chunks follow
+    late = None if drop is None else drop[:, lead:].to(x.device, torch.int8).contiguous()
+    own, B_own = (t[:, lead:] if t.stride(-1) == 1 else t[:, lead:].contiguous() for t in (x, B.to(x.dtype)))
+    found, total = ops.stretch_sum(
+        own, dt[:, lead:], A.contiguous(), B_own, None if dt_bias is None else dt_bias.contiguous(),
+        gate_table(policy, x.shape[2], x.device), late, float(dt_limit[0]), float(dt_limit[1]), dt_softplus, back,
+    )  # fmt: skip
+    if lead:
+        early = None if drop is None else drop[:, :lead]
+        first, before = pytorch.stretch_sum(x[:, :lead], dt[:, :lead], A, B[:, :lead], drop=early, **settings)
+        left = total if late is None else total.masked_fill(late.any(1)[:, None], float("-inf"))
+        found, total = torch.addcmul(found, first, left.exp().float()[..., None, None]), before + total
+    return found.to(dtype), total
 
 
 def _in_pieces(policy: ScanPolicy) -> bool:

@@ -139,6 +139,14 @@ def gated(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _run(_forward, x, B, every, (*maybe, *args[-2:]), (*args[:-2], 0, *args[-2:]))
 
 
+def stretch_sum(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, dt_bias: Maybe, *rest: Any) -> tuple[Tensor, Tensor]:
+    """As `rnn_longctx.ssd.kernels.launch_sums`."""
+    from rnn_longctx.ssd.kernels import launch_sums
+
+    return _run(launch_sums.stretch_sum, x, B, 0, (dt_bias, rest[1], x if rest[-1] else None),
+                (x, dt, A, B, dt_bias, *rest))  # fmt: skip
+
+
 def backward(dy: Tensor, dfinal: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Maybe,
              dt_bias: Maybe, initial: Tensor, table: Tensor, pad: Maybe, drop: Maybe, factors: Tensor, low: float,
              high: float, softplus: bool, every: int) -> list[Tensor]:  # fmt: skip

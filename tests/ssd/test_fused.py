@@ -20,7 +20,20 @@ from streams import DEVICE, G, H, N, P, error, inputs, on_cpu, worst
 
 from rnn_longctx import ssd
 from rnn_longctx.errors import InputError
-from rnn_longctx.ssd import Call, Cap, Gate, ScanPolicy, choose, fused, ops, reference, scan
+from rnn_longctx.ssd import (
+    Call,
+    Cap,
+    Gate,
+    ScanCarry,
+    ScanPolicy,
+    choose,
+    fused,
+    ops,
+    pytorch,
+    reference,
+    row_counts,
+    scan,
+)  # fmt: skip
 
 if fused.missing():
     pytest.skip(fused.missing(), allow_module_level=True)
@@ -114,6 +127,34 @@ def test_gate(name, headdim):
                 assert worst(ours.cpu()[here], expected[:, i:j][here], 1) < 1e-5
                 assert error(gate.squares.sum(2).cpu()[here], squares[:, i:j][here]) < 1e-5
             assert worst(carry.state, state, 1) < 1e-5
+
+
+@pytest.mark.parametrize("name", [name for name, policy in POLICIES.items() if not policy.caps])
+@pytest.mark.parametrize("sums", [fused.stretch_sum, pytorch.stretch_sum], ids=["triton", "torch"])
+def test_what_a_stretch_alone_adds(name, sums):
+    """To the state after it, and to the gradient of the state before it. Many segments, the first of them shorter,
+    and less than a chunk; one head forgets at once."""
+    policy = POLICIES[name]
+    for length, many in ((77, name in ("rri", "reset", "growing")), (9, False)):
+        x, more = inputs(length)
+        x["A"][1] = -50.0
+        reset = documents(length) if many else None
+        drop = row_counts(torch.zeros(2, dtype=torch.int64), length, reset=reset, every=policy.reset)[1]
+        dy, wide = torch.randn_like(x["x"]), {k: v.double() for k, v in on_cpu(x).items()}
+        others = {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in on_cpu(more).items()}
+        carry = ScanCarry.start(2, H, P, N, dtype=torch.float64)
+        carry.state.requires_grad_()
+        y, after = scan(**wide, **others, policy=policy, reset=reset, carry=carry, backend="torch")
+        (grad,) = torch.autograd.grad(y, carry.state, dy.double().cpu())
+        given = {"dt_bias": more["dt_bias"], "dt_softplus": True, "dt_limit": more["dt_limit"], "policy": policy,
+                 "drop": drop, "dtype": torch.float32}  # fmt: skip
+        state, total = sums(x["x"], x["dt"], x["A"], x["B"], **given)
+        assert worst(state, after.state.detach(), 1) < 1e-5
+        if reset is None:
+            torch.testing.assert_close(total.cpu(), after.log_decay, rtol=1e-5, atol=1e-5)
+        before, _ = sums(dy, x["dt"], x["A"], x["C"], **given, back=True)
+        for ours, expected in zip(before.unbind(1), grad.unbind(1)):  # what forgets has next to none
+            assert (ours.cpu() - expected).norm() < 1e-5 * (1 + expected.norm())
 
 
 def test_where_a_gate_is_not_applied():

@@ -69,8 +69,8 @@ def segment_states(x, B, A, table, drop, cum, scale, totals, states, ends, caps,
                    Q: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, HAS_DROP: tl.constexpr, HAS_CAPS: tl.constexpr,
                    FULL: tl.constexpr):  # fmt: skip
     """states (B,H,segments-1,P,N): what each segment but the last (they are full) adds; ends (B,H,segments-1): its
-    log-decay. The first begins at chunk `offset`. With caps (H): not of heads without one. Grid (segments - 1 or fewer,
-    H, B * P / BP)."""
+    log-decay. The first begins at chunk `offset`, below 0 if it is shorter. With caps (H): not of heads without one.
+    Grid (segments - 1 or fewer, H, B * P / BP)."""
     segment, h = tl.program_id(0), tl.program_id(1).to(tl.int64)
     if HAS_CAPS:  # noqa: SIM102 (a constant and a value)
         if tl.load(caps + h) == float("inf"):
@@ -78,9 +78,10 @@ def segment_states(x, B, A, table, drop, cum, scale, totals, states, ends, caps,
     blocks = tl.cdiv(P, BP)
     b, block = (tl.program_id(2) // blocks).to(tl.int64), tl.program_id(2) % blocks
     p, n = block * BP + tl.arange(0, BP), tl.arange(0, BN)
+    stop = offset + (segment.to(tl.int64) + 1) * segment_chunks
     S, suffix = walk_back(
         x + b * sxb + h * sxh, B + b * sBb + (h // (H // G)) * sBg, drop + b * T, cum, scale, totals, sxt, sBt,
-        (b * H + h) * chunks, offset + (segment.to(tl.int64) + 1) * segment_chunks, segment_chunks,
+        (b * H + h) * chunks, stop, tl.minimum(stop, segment_chunks),
         reach(A, table, h, H, low), p, n, P, N, Q, BP, BN, HAS_DROP, FULL,
     )  # fmt: skip
     at = (b * H + h) * (segments - 1) + segment
