@@ -49,7 +49,7 @@ def adopt(model: nn.Module, *, name: str | None = None, tokenizer: Any = None, t
 
     Args:
         name: for results; None takes the one in its config.
-        tokenizer: ours, or a fast one of transformers.
+        tokenizer: ours, a fast one of transformers, or the name of one: bytes, a directory, a hub id.
         train_length: tokens a context had in training, which its config does not say.
         time_step_limit_in_decode: let single-token steps respect the limits of dt. The library does not, so that a
             cached token and the same token in a prompt differ where the limits bite. Our step runs then, under any
@@ -446,6 +446,10 @@ def _nothing_found(model: nn.Module) -> str:
 
 
 def _tokenizer(tokenizer: Any) -> Any:
+    if isinstance(tokenizer, str | Path):
+        from rnn_longctx.data import load_tokenizer
+
+        return load_tokenizer(tokenizer)
     from rnn_longctx.data.tokenizers import HFTokenizer
 
     return tokenizer if hasattr(tokenizer, "encode_with_bytes") else HFTokenizer(tokenizer)

@@ -97,7 +97,9 @@ def test_definition(name):
             assert carry.position.tolist() == expected_position
 
 
-@pytest.mark.parametrize(("name", "headdim"), [("plain", 20), ("rri", 32), ("reset", 64)])
+@pytest.mark.parametrize(("name", "headdim"), [
+    ("plain", 20), pytest.param("rri", 32, marks=pytest.mark.slow), pytest.param("reset", 64, marks=pytest.mark.slow),
+])  # fmt: skip
 def test_gate(name, headdim):
     """y times silu(z) and weight, and the squares between; one head is wild. A single token is left as it is."""
     length, inner = 61, H * headdim
