@@ -49,7 +49,7 @@ from torch import Tensor
 
 from rnn_longctx.errors import InputError
 from rnn_longctx.probes.envelope import envelope_of
-from rnn_longctx.probes.trace import Watcher, watching
+from rnn_longctx.probes.trace import Course, watching
 from rnn_longctx.ssd import Statistics
 
 if TYPE_CHECKING:
@@ -337,18 +337,21 @@ class CollapseMonitor:
 # --- calibration
 
 
-class GateWatcher(Watcher):
-    """Watches the first layer's input scales, as they are without a policy's gain."""
+class GateWatcher:
+    """An observer of a layer that works out its input scales, as they are without a policy's gain."""
+
+    def __init__(self, mixer: Any, every: int):
+        self.mixer, self.every, self.whole = mixer, every, False
+        self._course = Course(mixer, every)
 
     def scales(self, s: Statistics) -> Tensor:
         """(B, H, n): mean input scale over the tokens since the look before; not a number where it is not known."""
-        Watcher.__call__(self, s)
-        policy, A = self.mixer.policy, self.mixer.A.detach().double()
+        policy, A = self.mixer.policy, self._course.A.to(s.log_decay.device)
         mul, add, gain = (
             torch.as_tensor(v, dtype=torch.float64, device=A.device).reshape(-1, 1)
             for v in (policy.mul, policy.add, policy.gain)
         )
-        found = self.looks.pop()["input_scale"] / gain
+        found = self._course.add(s, policy)["input_scale"] / gain
         # It is worked out from the decay in float32: what a policy adds there may leave nothing of a small rate.
         rate = (mul * (A.mean(-1) if A.ndim == 2 else A)[:, None]).abs()
         return found.masked_fill((add.abs() * 2**-24 > 0.01 * rate * found).to(found.device), math.nan)
@@ -376,7 +379,7 @@ def gates_of(lm: Any, every: int, text: Text) -> tuple[list[float], list[float],
     ids = torch.stack([torch.from_numpy(tokens(text, lm.tokenizer, i, length)[0]) for i in range(SLICES)])
     found = []
     for part in ids.split(AT_ONCE):
-        eye = _First(lm.mixers[0], 0, every, False)
+        eye = _First(lm.mixers[0], every)
         with watching([eye]):
             try:
                 lm(part.to(lm.device))

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -27,7 +28,7 @@ import torch
 from torch import Tensor
 
 from rnn_longctx.errors import InputError
-from rnn_longctx.ssd import Statistics
+from rnn_longctx.ssd import ScanPolicy, Statistics
 from rnn_longctx.ssd.policy import per_head
 
 if TYPE_CHECKING:
@@ -36,16 +37,16 @@ if TYPE_CHECKING:
 CHANNELS = 3  # of a head, the ones named with `whole`
 
 
-class Watcher:
-    """The observer of one layer (`rnn_longctx.ssd.Observer`): looks are kept where they are made, one tensor a call."""
+class Course:
+    """What follows from one layer's statistics, given in the order in which they were read."""
 
-    def __init__(self, mixer: Any, layer: int, every: int, whole: bool):
-        self.mixer, self.layer, self.every, self.whole = mixer, layer, every, whole
-        self.looks: list[dict[str, Any]] = []
+    def __init__(self, mixer: Any, every: int):
+        self.heads, self.every = mixer.heads, every
+        self.A = mixer.A.detach().double()
         self._last: tuple[int, Tensor] | None = None  # position and log-decay of the look before
         self._streams = 0
 
-    def __call__(self, s: Statistics) -> None:
+    def add(self, s: Statistics, policy: ScanPolicy) -> dict[str, Any]:
         position = int(s.position[0])
         if self._last is None or position <= self._last[0]:
             self._streams += 1
@@ -57,27 +58,42 @@ class Watcher:
         if not fresh:  # the first look at a stream that had begun before
             steps[..., 0] = float("nan")
         self._last = (int(s.position[-1]), s.log_decay[..., -1].clone())
-        policy, heads = self.mixer.policy, self.mixer.heads
-        A, decay = self.mixer.A.detach().double(), steps
+        A, decay = self.A.to(steps.device), steps
         if A.ndim == 2 or steps.ndim == 4:  # a rate a channel of the state: their mean says it
             A, decay = A.mean(-1), (steps.mean(-2) if steps.ndim == 4 else steps)
-        A = A.to(steps.device)
-        mul, add, gain = (per_head(v, heads, A) for v in (policy.mul, policy.add, policy.gain))
+        mul, add, gain = (per_head(v, self.heads, A) for v in (policy.mul, policy.add, policy.gain))
         rate = torch.as_tensor(mul * A, device=A.device).reshape(-1, 1)
         shift = torch.as_tensor(add, dtype=A.dtype, device=A.device).reshape(-1, 1)
         gains = torch.as_tensor(gain, dtype=A.dtype, device=A.device).reshape(-1, 1)
         known = not policy.caps and policy.min_dt == 0.0 and policy.window is None
         log_decay = s.log_decay.mean(-2) if s.log_decay.ndim == 4 else s.log_decay
-        look = {
+        return {
             "stream": self._streams - 1, "position": s.position, "mean": s.mean, "variance": s.rms**2 - s.mean**2,
             "rms": s.rms, "max": s.peak, "norm": s.norm, "retention": log_decay.exp(), "decay": decay,
             "input_scale": gains * (decay - shift) / rate if known else torch.full_like(decay, float("nan")),
             "horizon": -1 / decay.clamp(max=-1e-12),
         }  # fmt: skip
+
+
+class Watcher:
+    """The observer of one layer (`rnn_longctx.ssd.Observer`). What it is shown is kept where it was made, and worked
+    out when it is asked for: a model on a GPU need not wait."""
+
+    def __init__(self, mixer: Any, layer: int, every: int, whole: bool):
+        self.mixer, self.layer, self.every, self.whole = mixer, layer, every, whole
+        self._seen: list[tuple[Statistics, ScanPolicy, dict[str, Any]]] = []
+
+    def __call__(self, s: Statistics) -> None:
+        more = {}
         if s.state is not None:
-            look["median"] = s.state.flatten(-2).median(-1).values.movedim(2, -1)
-            look["channels"] = s.state.norm(dim=-1).topk(min(CHANNELS, s.state.shape[-2]), -1).indices
-        self.looks.append(look)
+            more["median"] = s.state.flatten(-2).median(-1).values.movedim(2, -1)
+            more["channels"] = s.state.norm(dim=-1).topk(min(CHANNELS, s.state.shape[-2]), -1).indices
+        self._seen.append((replace(s, state=None), self.mixer.policy, more))
+
+    def looks(self) -> list[dict[str, Any]]:
+        """A call each, of what the module's docstring names."""
+        course = Course(self.mixer, self.every)
+        return [course.add(s.cpu(), policy) | more for s, policy, more in self._seen]
 
 
 class Convolution:
@@ -111,9 +127,15 @@ class Convolution:
         ends = torch.tensor(range(first, self._position + x.shape[1] + 1, self.every), dtype=torch.int64)
         if not len(ends) or not taps:
             return
-        # tokens back from each look; what lies before this call stands in front of it
-        at = (ends - self._position)[:, None] + torch.arange(taps)
-        recent = torch.cat([before.to(x.dtype), x], 1)[:, at.to(x.device)].flatten(2).float()  # (B, n, taps * channels)
+        # Tokens of this call, or of the ones before it where they are negative. Made on the device, and the index too:
+        # a copy from the CPU would wait for all that is queued there.
+        first -= self._position
+        at = torch.arange(first, x.shape[1] + 1, self.every, device=x.device)[:, None]
+        at = at + torch.arange(-taps, 0, device=x.device)
+        recent = x[:, at.clamp(min=0)]  # (B, n, taps, channels)
+        if first < taps:
+            recent = torch.where((at < 0)[..., None], before.to(x.dtype)[:, at.clamp(max=-1) + taps], recent)
+        recent = recent.flatten(2).float()
         mean, rms = recent.mean(-1), recent.square().mean(-1).sqrt()
         self.looks.append({"position": ends, "mean": mean, "variance": rms**2 - mean**2, "rms": rms,
                            "max": recent.abs().amax(-1)})  # fmt: skip
@@ -145,7 +167,7 @@ class Trace:
         log-decays in nats. A stream is what was read from one fresh cache; a row is one of its batch."""
         parts = []
         for watcher in self._watchers:
-            for look in watcher.looks:
+            for look in watcher.looks():
                 rows, heads, n = look["norm"].shape
                 frame = {
                     "stream": look["stream"],

@@ -34,11 +34,11 @@ class Eye(GateWatcher):
     """The observer of one layer."""
 
     def __init__(self, mixer: Any, layer: int, watch: Watch):
-        super().__init__(mixer, layer, watch.every, False)
-        self.watch = watch
+        super().__init__(mixer, watch.every)
+        self.layer, self.watch = layer, watch
 
     def __call__(self, s: Statistics) -> None:
-        self.watch.look(self.layer, s, self.scales(s) if self.layer == 0 else None)
+        self.watch.look(self.layer, s)
 
 
 class Watch:
@@ -79,8 +79,7 @@ class Watch:
             raise InputError("a monitor follows a stream read token after token, and a control or a way to read "
                              "prompts is on the model: take it off")  # fmt: skip
         self.eyes = [Eye(mixer, i, self) for i, mixer in enumerate(lm.mixers)]
-        self._pending: list[Tensor] = []
-        self._scales = torch.zeros(0)
+        self._pending: list[Statistics] = []
         self._history = History()
         self._recent: deque[tuple[Tensor, Tensor]] = deque(maxlen=RECENT)
         self._previous = "ok"  # status of the report before, in this stream
@@ -126,16 +125,18 @@ class Watch:
 
     # --- looking
 
-    def look(self, layer: int, s: Statistics, scales: Tensor | None) -> None:
-        """One layer's statistics. The last layer's come when all have been read up to there."""
+    def look(self, layer: int, s: Statistics) -> None:
+        """One layer's statistics. The last layer's come when all have been read up to there, and nothing is taken off
+        the device before: the layers between need not wait."""
         if self._rereads and not self._inside:
             raise InputError(f"{self._action} needs the model read by this library: use rnn_longctx.generate or stream")
-        if scales is not None:
-            self._pending, self._scales = [], scales
-        self._pending.append(s.norm)
+        if layer == 0:
+            self._pending = []
+        self._pending.append(s)
         if layer < len(self.eyes) - 1:
             return
-        norms, scales = torch.cat(self._pending, 1).cpu(), self._scales.cpu()  # (B, heads, n)
+        norms = torch.cat([seen.norm for seen in self._pending], 1).cpu()  # (B, heads, n)
+        scales = self.eyes[0].scales(self._pending[0].cpu())
         self._pending, new = [], []
         try:
             for i, at in enumerate(s.position.tolist()):

@@ -48,7 +48,7 @@ def scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *, dt_bias: Ten
         mask: (B, T) bool, False where a token is padding. Padding may stand only before a row's first token.
         backend: the name of one, or None for the first that supports the policy here.
         observer: is shown the state's statistics at the positions that `observer.every` divides.
-        gate: a norm to apply to y where the backend can and no observer looks: then `gate.squares` is set.
+        gate: a norm to apply to y where the backend can: then `gate.squares` is set.
         state_dtype: of the state in the carry that is returned: it is rounded once, after the last token. Within a call
             states are float32 (float64 for float64 inputs, and where float64 is asked for). None: as within.
     Returns:
@@ -70,7 +70,7 @@ def scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *, dt_bias: Ten
         return y, new.kept_in(state_dtype or wide)
     if (mask is not None and not bool(mask.all())) or (reset is not None and bool(reset.any())):
         raise InputError("an observer follows rows that stand at one position: no padding, no documents")
-    y, new = _observed(x, dt, A, B, C, carry, backend, observer, shared)
+    y, new = _observed(x, dt, A, B, C, carry, backend, observer, gate, shared)
     return y, new.kept_in(state_dtype or wide)
 
 
@@ -85,7 +85,7 @@ def wide_of(asked: torch.dtype) -> torch.dtype:
 
 
 def _observed(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, carry: ScanCarry | None, backend: str | None,
-              observer: Observer, shared: dict[str, Any]) -> tuple[Tensor, ScanCarry]:  # fmt: skip
+              observer: Observer, gate: Gate | None, shared: dict[str, Any]) -> tuple[Tensor, ScanCarry]:  # fmt: skip
     """Cut where the observer looks, unless the backend can look from inside."""
     position, length, k = 0, x.shape[1], observer.every
     if carry is not None and len(carry.position):
@@ -104,7 +104,8 @@ def _observed(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, carry: Sca
         u = length if inside and not lead and whole else min(length, t + (lead or k))
         looks: list[Statistics] | None = [] if u - t > k or (inside and u - t == k and not lead) else None
         y, carry = _read(x[:, t:u], dt[:, t:u], A, B[:, t:u], C[:, t:u], **shared, carry=carry, reset=None, mask=None,
-                         backend=backend, looks=None if looks is None else (k, looks))  # fmt: skip
+                         backend=backend, looks=None if looks is None else (k, looks),
+                         gate=gate if u - t == length else None)  # fmt: skip
         outputs.append(y)
         if looks is not None:
             seen += looks

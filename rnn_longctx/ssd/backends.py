@@ -37,6 +37,10 @@ class Gate:
     weight: Tensor
     squares: Tensor | None = None
 
+    def operands(self) -> tuple[Tensor, Tensor]:
+        """z and weight as kernels read them."""
+        return self.z if self.z.stride(-1) == 1 else self.z.contiguous(), self.weight.contiguous()
+
 
 @dataclass(frozen=True)
 class Backend:

@@ -140,17 +140,18 @@ def run(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *, dt_bias: Tens
                 float(dt_limit[1]), dt_softplus, every, due, position)  # fmt: skip
         if gate is None:
             return op(*args)[:3]
-        z = gate.z if gate.z.stride(-1) == 1 else gate.z.contiguous()
-        *made, gate.squares = ops.gated(*args, z, gate.weight.contiguous())
+        *made, gate.squares = ops.watched(0, gate.operands(), *args)
         return tuple(made)
 
     before, lead = carry.log_decay, min(x.shape[1], -position % every) if every else 0
     if looks is not None:
         caps = cap_table(policy, x.shape[2], x.device) if policy.caps else None
-        y, state, spent, sums = ops.observed(
-            x, dt, A, B, C, D, dt_bias, carry.state.contiguous(), table, pad, marks, caps, float(dt_limit[0]),
-            float(dt_limit[1]), dt_softplus, every, due, position, looks[0],
+        y, state, spent, sums, *squares = ops.watched(
+            looks[0], None if gate is None else gate.operands(), x, dt, A, B, C, D, dt_bias, carry.state.contiguous(),
+            table, pad, marks, caps, float(dt_limit[0]), float(dt_limit[1]), dt_softplus, every, due, position,
         )  # fmt: skip
+        if gate is not None:
+            gate.squares = squares[0]
         positions = int(carry.position[0]) + looks[0] * torch.arange(1, sums.shape[-1] + 1)
         elements = x.shape[3] * B.shape[3]
         log_decay = before[..., None] + spent[..., : sums.shape[-1]]

@@ -47,7 +47,7 @@ def forward(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Maybe, dt
 def _forward(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Maybe, dt_bias: Maybe, initial: Tensor,
              table: Tensor, pad: Maybe, drop: Maybe, caps: Maybe, low: float, high: float, softplus: bool, every: int,
              due: list[int], position: int, look: int = 0, z: Maybe = None,
-             weight: Maybe = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+             weight: Maybe = None) -> tuple[Tensor, ...]:  # fmt: skip
     from rnn_longctx.ssd.kernels import launch, launch_caps
 
     if caps is not None and 0 < every <= x.shape[1] and not look:
@@ -61,20 +61,18 @@ def _forward(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Maybe, d
     elif caps is not None and not every:
         factors = launch_caps.token_factors(x, B, initial, caps, tuple((k, position) for k in due), ready, c)
         launch_caps.cut_back_tokens(ready, factors)
-    if z is not None and weight is not None:
-        squares = launch.gate_squares(x, c)
-        y, final = launch.scan_forward(
-            x, B, C, D, A, table, drop, initial, low, ready, c, gate=(z, weight, squares)
-        )  # fmt: skip
-        return y, final, ready.spent.sum(2, dtype=torch.float64), squares
-    if not look:
-        y, final = launch.scan_forward(x, B, C, D, A, table, drop, initial, low, ready, c)
-        return y, final, ready.spent.sum(2, dtype=torch.float64), factors
-    sums = launch.look_sums(x, look)
-    y, final = launch.scan_forward(x, B, C, D, A, table, drop, initial, low, ready, c, sums=sums, look=look)
+    gate = None if z is None or weight is None else (z, weight, launch.gate_squares(x, c))
+    sums = launch.look_sums(x, look) if look else None
+    y, final = launch.scan_forward(
+        x, B, C, D, A, table, drop, initial, low, ready, c, sums=sums, look=look, gate=gate
+    )  # fmt: skip
+    if sums is None:
+        spent = ready.spent.sum(2, dtype=torch.float64)
+        return y, final, spent, (factors if gate is None else gate[2])
     per_look = torch.nn.functional.pad(ready.spent, (0, -ready.spent.shape[2] % (look // c.Q)))
     spent = per_look.unflatten(2, (-1, look // c.Q)).sum(3, dtype=torch.float64).cumsum(2)
-    return y, final, spent, torch.cat([sums[:2].sum(4), sums[2:].amax(4)])
+    seen = torch.cat([sums[:2].sum(4), sums[2:].amax(4)])
+    return y, final, spent, seen, *(() if gate is None else gate[2:])
 
 
 STRETCH = 2**18  # tokens
@@ -125,18 +123,15 @@ def _forward_in_stretches(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor
     return y, state, spent, torch.cat(factors, 2)
 
 
-def observed(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`forward` with one more argument, k: log-decay (B,H,ceil(T/k)) float64 up to every k-th token and to the last,
-    and, instead of factors, (3,B,H,T//k): sum, sum of squares and largest size of the state there."""
-    x, B, every, maybe = args[0], args[3], args[15], (args[5], args[6], args[9], args[10], args[11])
-    return _run(_forward, x, B, every, (*maybe, x), args)
+def watched(look: int, gate: tuple[Tensor, Tensor] | None, *args: Any) -> tuple[Tensor, ...]:
+    """`forward(*args)` that also looks, gates, or both.
 
-
-def gated(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`forward` without caps and with two more arguments, a gate's z (B,T,H,P) and weight (H*P), applied to y; instead
-    of factors, the gate's squares."""
+    look: k, or 0. With k, log-decay is (B,H,ceil(T/k)) float64, up to every k-th token and to the last, and in the
+    place of factors stands (3,B,H,T//k): sum, sum of squares and largest size of the state there. gate, without caps:
+    z (B,T,H,P) and weight (H*P), applied to y; the gate's squares come last, without looks in the place of factors."""
     x, B, every, maybe = args[0], args[3], args[15], (args[5], args[6], args[9], args[10], args[11])
-    return _run(_forward, x, B, every, (*maybe, *args[-2:]), (*args[:-2], 0, *args[-2:]))
+    kind = (*maybe, x if look else None, None if gate is None else x)
+    return _run(_forward, x, B, every, kind, (*args, look, *(gate or ())))
 
 
 def stretch_sum(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, dt_bias: Maybe, *rest: Any) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -42,6 +42,11 @@ class Statistics:
     @property
     def rms(self) -> Tensor:
         return (self.square / self.elements).sqrt()
+
+    def cpu(self) -> Statistics:
+        """All but the state, on the CPU."""
+        moved = {name: getattr(self, name).cpu() for name in ("total", "square", "peak", "log_decay")}
+        return replace(self, **moved)
 
     @classmethod
     def of(cls, state: Tensor, position: Tensor, log_decay: Tensor, whole: bool = False) -> Statistics:

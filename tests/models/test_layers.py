@@ -3,12 +3,14 @@
 import copy
 import math
 
+import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
 
 pytest.importorskip("triton")
 
+from rnn_longctx import record
 from rnn_longctx.models import Mamba2Config, Mamba2LM, layers
 from rnn_longctx.ssd import PLAIN, ScanPolicy, fused, ops
 
@@ -78,8 +80,10 @@ def folds(monkeypatch):
         monkeypatch.setattr(launch, "blocks", lambda *_: launch.Blocks(16, 32, 16, 4, 1))
         monkeypatch.setattr(launch, "segment_chunks", lambda *_: 2)
     folded = []
-    gated = ops.gated
-    monkeypatch.setattr(ops, "gated", lambda *args: folded.append(args) or gated(*args))
+    watched = ops.watched
+    monkeypatch.setattr(
+        ops, "watched", lambda look, gate, *args: (gate and folded.append(gate)) or watched(look, gate, *args)
+    )
 
     @torch.no_grad()
     def read(model, ids, sizes, fold, **marks):
@@ -110,6 +114,22 @@ def test_a_norm_folded_into_the_scan(make, folds, name, headdim):
         real = marks.get("mask", torch.ones_like(mask))
         folded, plain = (folds(model, ids, sizes, fold, **marks) for fold in (True, False))
         torch.testing.assert_close(folded[real], plain[real], rtol=1e-4, atol=1e-4)
+
+
+def test_a_norm_folded_where_an_observer_looks(make, folds):
+    """Where the looks fall on chunks' ends, and where a call begins between two of them and is cut."""
+    model = make(d_model=64, headdim=32, ngroups=1, d_state=16, n_layer=1).to(DEVICE)
+    model.use_backend("triton")
+    every = 16 if DEVICE == "cpu" else 256
+    ids = torch.randint(61, (2, 5 * every), device=DEVICE)
+    seen = {}
+    for fold in (True, False):
+        with record(model, every=every) as trace:
+            hidden = folds(model, ids, [3 * every, 2 * every], fold)
+        seen[fold] = hidden, trace.table()
+    torch.testing.assert_close(seen[True][0], seen[False][0], rtol=1e-4, atol=1e-4)
+    pd.testing.assert_frame_equal(seen[True][1], seen[False][1])
+    assert len(seen[True][1]) == 2 * 2 * 5 * model.config.nheads // 2
 
 
 def test_what_is_not_folded(make, folds):
