@@ -13,7 +13,9 @@ What is judged, every `every` tokens:
                slices), within MARGINS. A head whose peaks differ tenfold from slice to slice will pass its largest
     shift      how far the mean input scales of the first recurrent layer over those looks lie from the calibration
                text's, per head and in its standard deviations, root mean square over heads, as a share of the limit.
-               Those scales follow from the tokens alone, so that no state, collapsed or not, moves them
+               Those scales follow from the tokens alone, so that no state, collapsed or not, moves them. Over the
+               last PASSAGE looks, the same distance from the nearest of the calibration text's passages as long; the
+               larger of the two
 
     collapsed  a share of heads passes twice its margin, or one head 16 times; or a state is not finite
     drift      the shift is above 1 (the input is not what was calibrated on) and the norms are not gross: a share of
@@ -62,6 +64,11 @@ SPREADS, MARGINS = 3.0, (2.0, 16.0)
 WARNED, COLLAPSED = 1 / 12, 1 / 8  # shares of heads
 SLICES, WINDOWS, AT_ONCE = 32, 8, 4  # of the text the gates are calibrated on: windows a slice; slices read at once
 SLACK = 2.0  # the shift may reach this much more than in the calibration
+PASSAGE = 32  # looks
+FEW = 8  # passages that say nothing about a text
+# Nothing has changed nearer than 1.25 times what four in five passages keep from the others, nor than three standard
+# deviations of a passage's mean, were its looks independent.
+APART, FOUR_IN_FIVE, NOISE = 1.25, 0.8, 3.0
 TINY = 1e-30  # an input scale may underflow to 0
 FLOOR = 0.01  # of a standard deviation of log input scales: a text may hold one kind of line only
 FACTOR = 2.0  # the most that recalibration moves an envelope from where it was calibrated
@@ -109,7 +116,7 @@ class History:
 
     position: int | None = None
     norms: deque[Tensor] = field(default_factory=lambda: deque(maxlen=SMOOTH))
-    gates: deque[Tensor] = field(default_factory=lambda: deque(maxlen=SMOOTH))
+    gates: deque[Tensor] = field(default_factory=lambda: deque(maxlen=PASSAGE))
     collapsed: Tensor | None = None
 
     def add(self, position: int, norm: Tensor, scale: Tensor) -> None:
@@ -133,6 +140,8 @@ class CollapseMonitor:
         calibrated_norms: norms as `calibrated` found them, which bound `recalibrate`.
         gate_mean, gate_std: of the first layer's heads, log of the mean input scale over `every` tokens.
         gate_limits: what the shift may reach, over one look, two, up to SMOOTH.
+        passages: [passage][head of the first layer], means of the log over PASSAGE looks; none of a short text.
+        apart: how far from the nearest of them a passage may lie.
     """
 
     model: str
@@ -147,6 +156,8 @@ class CollapseMonitor:
     gate_mean: list[float]
     gate_std: list[float]
     gate_limits: list[float]
+    passages: list[list[float]]
+    apart: float
 
     def __post_init__(self) -> None:
         self._before: list[dict[str, Any]] = []  # for `undo`
@@ -178,24 +189,23 @@ class CollapseMonitor:
         text = load_text(text) if isinstance(text, str) else text
         with unwatched(lm):
             envelope = envelope_of(lm, length, text)
-            mean, std, limits = gates_of(lm, every, text or load_text("builtin"))
+            gates = gates_of(lm, every, text or load_text("builtin"))
         spread = torch.tensor(envelope.peaks, dtype=torch.float64).log().std(1, correction=0)  # (L, H)
         norms, margins = _lists(envelope.norms()), (SPREADS * spread).exp().clamp(*MARGINS).tolist()
-        return cls(lm.name, weights_of(lm), shape_of(lm), every, length, envelope.label, norms, margins, norms, mean,
-                   std, limits)  # fmt: skip
+        return cls(lm.name, weights_of(lm), shape_of(lm), every, length, envelope.label, norms, margins, norms, **gates)
 
     # --- kept beside a checkpoint
 
     def save(self, path: str | Path) -> None:
         """As JSON, by atomic rename. Raises InputError where it cannot be written."""
-        write_atomically(path, json.dumps({"kind": "collapse monitor", "version": 1} | dataclasses.asdict(self)) + "\n")
+        write_atomically(path, json.dumps({"kind": "collapse monitor", "version": 2} | dataclasses.asdict(self)) + "\n")
 
     @classmethod
     def load(cls, path: str | Path, model: Any) -> CollapseMonitor:
         """Raises InputError: no such file, not a monitor, or another model's."""
         try:
             data = json.loads(Path(path).read_text())
-            if data.pop("kind") != "collapse monitor" or data.pop("version") != 1:
+            if data.pop("kind") != "collapse monitor" or data.pop("version") != 2:
                 raise ValueError("another kind or version")
             monitor = cls(**data)
             monitor._tensors()
@@ -219,7 +229,8 @@ class CollapseMonitor:
 
         No head's norm moves by more than a factor of 2 from where `calibrated` found it, however often this is called:
         a collapse cannot be learned as normal. What a watch saw only widens the envelope, since a few looks are no
-        maximum. The input's statistics become those of the text, or centre on the last looks. `undo` takes it back.
+        maximum. The input's statistics become those of the text, or centre on the last looks, which become one more
+        passage. `undo` takes it back.
 
         Args:
             seen: a text, read within the training length (not while the model is watched), or the `watch` of `on`.
@@ -239,12 +250,12 @@ class CollapseMonitor:
             found = torch.maximum(norms.exp().view_as(at), now)
             if gates is not None:
                 moved["gate_mean"] = gates.tolist()
+                moved["passages"] = self.passages and [*self.passages, gates.tolist()]
             where = f"a stream up to {seen.reports[-1].position}"
         else:
             with unwatched(lm):
                 envelope = envelope_of(lm, self.length, seen)
-                mean, std, limits = gates_of(lm, self.every, seen)
-            moved |= {"gate_mean": mean, "gate_std": std, "gate_limits": limits}
+                moved |= gates_of(lm, self.every, seen)
             found, where = torch.tensor(envelope.norms(), dtype=torch.float64), envelope.label
         moved |= {"norms": found.clamp(at / FACTOR, at * FACTOR).tolist(), "text": f"{self.text}; moved to {where}"}
         self._before.append({name: getattr(self, name) for name in moved})
@@ -299,7 +310,7 @@ class CollapseMonitor:
 
     def judge(self, position: int, history: History) -> Report:
         """A report of a stream's last looks, without action; the history is told which rows have collapsed."""
-        envelope, margin, mean, std, limits = self._tensors()
+        envelope, margin, mean, std, limits, passages = self._tensors()
         ratios = torch.stack(list(history.norms)).mean(0) - envelope  # (B, heads), logs
         ratios = ratios.masked_fill(ratios.isnan(), math.inf)
         finite, over = (ratios < math.inf).all(1), ratios - margin
@@ -307,8 +318,12 @@ class CollapseMonitor:
         def past(factor: float, share: float, alone: float) -> Tensor:
             return ((over > math.log(factor)).double().mean(1) >= share) | (over.amax(1) > math.log(alone))
 
-        gates = torch.stack(list(history.gates))  # (looks, B, heads)
+        looks = torch.stack(list(history.gates))  # (looks, B, heads)
+        gates = looks[-SMOOTH:]
         shift = ((gates.mean(0) - mean) / std).square().nanmean(1).sqrt() / limits[len(gates) - 1]  # (B,)
+        if len(looks) == PASSAGE and len(passages):
+            away = ((looks.mean(0)[:, None] - passages) / std).square().nanmean(2).sqrt().amin(1)
+            shift = torch.fmax(shift, away / self.apart)
         level = torch.where(past(1, WARNED, 4), 1, 0)
         level = level.where(~past(2, COLLAPSED, 16), 3)
         excused = (shift > 1) & ~past(4, COLLAPSED, 16)
@@ -325,13 +340,14 @@ class CollapseMonitor:
                       float(shift.max()) if known else None)  # fmt: skip
 
     def _tensors(self) -> tuple[Tensor, ...]:
-        """log norms and log margins (heads of all layers), gates' mean, std (first layer's heads), limits (SMOOTH)."""
+        """log norms and log margins (heads of all layers), gates' mean, std (first layer's heads), limits (SMOOTH),
+        passages (n, first layer's heads)."""
         flat = [torch.tensor([v for layer in x for v in layer]).double().log() for x in (self.norms, self.margins)]
         gates = [torch.tensor(v).double() for v in (self.gate_mean, self.gate_std, self.gate_limits)]
         heads = sum(shape[0] for shape in self.shape)
         if [len(v) for v in (*flat, *gates)] != [heads, heads, self.shape[0][0], self.shape[0][0], SMOOTH]:
             raise ValueError("its values are not one a head")
-        return *flat, *gates
+        return *flat, *gates, torch.tensor(self.passages).double().reshape(-1, self.shape[0][0])
 
 
 # --- calibration
@@ -370,13 +386,18 @@ class _First(GateWatcher):
 
 
 @torch.no_grad()
-def gates_of(lm: Any, every: int, text: Text) -> tuple[list[float], list[float], list[float]]:
-    """Mean and standard deviation [head] of the log of the first layer's mean input scale over windows of a text, and
-    the limits of the shift over 1 to SMOOTH windows in a row. The layers above are not read."""
+def gates_of(lm: Any, every: int, text: Text) -> dict[str, Any]:
+    """Of the log of the first layer's mean input scale over windows of a text: mean and standard deviation [head], the
+    limits of the shift over 1 to SMOOTH windows in a row, the passages and how far they lie apart. The layers above are
+    not read."""
     from rnn_longctx.data import tokens
 
-    length = WINDOWS * every
-    ids = torch.stack([torch.from_numpy(tokens(text, lm.tokenizer, i, length)[0]) for i in range(SLICES)])
+    def read(i: int, looks: int) -> Tensor:
+        return torch.from_numpy(tokens(text, lm.tokenizer, i, looks * every)[0])
+
+    tokens_there = len(text) * WINDOWS * every / tokens(text, lm.tokenizer, 0, WINDOWS * every)[1].sum()
+    count = min(SLICES, int(tokens_there / (PASSAGE * every)))  # passages that do not overlap
+    ids = torch.stack([read(i, PASSAGE if count >= FEW else WINDOWS) for i in range(SLICES)])
     found = []
     for part in ids.split(AT_ONCE):
         eye = _First(lm.mixers[0], every)
@@ -385,13 +406,22 @@ def gates_of(lm: Any, every: int, text: Text) -> tuple[list[float], list[float],
                 lm(part.to(lm.device))
             except _Enough:
                 found.append(eye.found.double().clamp(min=TINY).log().cpu())
-    gates = torch.cat(found)  # (slices, H, windows)
-    mean, std = gates.mean((0, 2)), gates.std((0, 2), correction=0).clamp(min=FLOOR)
+    gates = torch.cat(found)  # (slices, H, looks)
+    windows = gates[..., :WINDOWS]
+    mean, std = windows.mean((0, 2)), windows.std((0, 2), correction=0).clamp(min=FLOOR)
     if not bool(mean.isfinite().all()):
         raise InputError(f"the first layer of {lm.name} has input scales that are not finite: nothing to calibrate")
-    away = (gates - mean[:, None]) / std[:, None]
+    away = (windows - mean[:, None]) / std[:, None]
     limits = [SLACK * float(away.unfold(2, k, 1).mean(-1).square().mean(1).sqrt().max()) for k in range(1, SMOOTH + 1)]
-    return mean.tolist(), std.tolist(), [max(limit, FLOOR) for limit in limits]
+    passages = gates[:count].mean(2) if count >= FEW else gates[:0].mean(2)  # (n, H)
+    between = torch.cdist(passages / std, passages / std) / len(mean) ** 0.5
+    nearest = between.fill_diagonal_(math.inf).amin(1) if len(passages) else torch.ones(1).double()
+    noise = (gates.std(2) / std).square().mean(1).sqrt().median() / PASSAGE**0.5
+    apart = max(APART * float(nearest.quantile(FOUR_IN_FIVE)), NOISE * float(noise), FLOOR)
+    return {
+        "gate_mean": mean.tolist(), "gate_std": std.tolist(), "gate_limits": [max(limit, FLOOR) for limit in limits],
+        "passages": passages.tolist(), "apart": apart,
+    }  # fmt: skip
 
 
 # --- models and files

@@ -1,6 +1,7 @@
 """A monitor on tiny models: what it says of heads that never forget, of an input that changed, and what it does."""
 
 import copy
+import dataclasses
 import json
 import math
 import warnings
@@ -14,6 +15,7 @@ from rnn_longctx import CollapseError, CollapseMonitor, adopt, generate, mitigat
 from rnn_longctx.data import ByteTokenizer, Text
 from rnn_longctx.errors import InputError
 from rnn_longctx.models import Mamba2Config, Mamba2LM
+from rnn_longctx.probes.monitor import PASSAGE, History
 
 EVERY, LENGTH, SHORT = 16, 64, 32
 FORGET_NOT, FORGET = (1e-6, 1e-5), (1.0, 16.0)
@@ -152,6 +154,20 @@ def test_another_input_is_drift():
     reports = watched(lm, monitor, torch.cat([ids_of(length=512), ids_of(0, 32, 512)], 1))
     assert all(r.status == "ok" and r.shift < 1 for r in reports if r.position <= 512)
     assert all(r.status == "drift" and r.shift > 1 for r in reports if r.position >= 512 + 4 * EVERY)
+
+
+def test_a_small_change_that_lasts_is_drift():
+    """Too small for a few looks; a passage of them lies far from all that were calibrated on."""
+    monitor = calibrated(lettered())
+    norm, mean, std = (torch.tensor(v).double().flatten() for v in (monitor.norms, monitor.gate_mean, monitor.gate_std))
+    moved, history, looks = mean + 0.9 * monitor.gate_limits[-1] * std, History(), []
+    for i in range(PASSAGE):
+        history.add(EVERY * (i + 1), norm[None], moved.exp()[None])
+        looks.append(monitor.judge(EVERY * (i + 1), history))
+    assert all(r.status == "ok" and r.shift < 1 for r in looks[:-1])
+    assert looks[-1].status == "drift"
+    known = dataclasses.replace(monitor, passages=[*monitor.passages, moved.tolist()])
+    assert known.judge(EVERY * PASSAGE, history).status == "ok"
 
 
 def test_no_state_moves_the_shift_and_a_gross_one_is_a_collapse_under_it():
