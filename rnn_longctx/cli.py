@@ -115,12 +115,17 @@ def train_command(
     config: Annotated[Path, typer.Argument(help="YAML file, such as configs/train/demo.yaml.")],
     set: Annotated[Many, typer.Option("--set", help="Override one key: optimizer.lr=1e-3; again for more.")] = None,
 ) -> None:
-    """Train a model, or go on where a killed run stopped."""
+    """Train a model, or go on where a killed run stopped.
+
+    Over several GPUs: accelerate launch -m rnn_longctx.train CONFIG, or torchrun --nproc-per-node 8 -m
+    rnn_longctx.train CONFIG."""
     from rnn_longctx.config import load_yaml
     from rnn_longctx.train import TrainConfig, TrainingDiverged, train
 
     try:
-        typer.echo(f"saved {train(load_yaml(TrainConfig, config, set or []))}")
+        saved = train(load_yaml(TrainConfig, config, set or []))
+        if os.environ.get("RANK", "0") == "0":
+            typer.echo(f"saved {saved}")
     except TrainingDiverged as error:
         typer.echo(f"rnn-longctx: {error}", err=True)
         raise typer.Exit(1) from None

@@ -46,7 +46,7 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
         file.write(b"ne")
         raise OSError("disk full")
 
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(InputError, match=f"cannot write {path}: disk full"):
         write_atomic(path, torn)
     assert path.read_bytes() == b"old"
     assert newest_snapshot(tmp_path, CPU) is None, "what lies beside is no snapshot"
