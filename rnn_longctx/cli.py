@@ -379,6 +379,27 @@ def bench_model(
     _record(prefill_rows(parse_lengths(lengths), parse_length(segment)), out)
 
 
+@bench.command("train")
+def bench_train(
+    whole: Annotated[str, typer.Option(help="Batch x tokens of sequences that are read in one call.")] = "2x8k",
+    streams: Annotated[
+        str, typer.Option(help="Batch x tokens of those read by segments that pass states on.")
+    ] = "1x128k",
+    segments: Annotated[str, typer.Option(help="Tokens of a segment.")] = "2k,4k,8k",
+    layers: Annotated[int, typer.Option(min=1)] = 48,
+    d_model: Annotated[int, typer.Option(min=1)] = 1024,
+    vocab: Annotated[int, typer.Option(min=1)] = 50288,
+    out: Annotated[Optional[Path], OUT] = None,  # noqa: UP045
+) -> None:
+    """Training steps of a model of 370M parameters in bf16, here and in mamba-ssm, where that is installed."""
+    from rnn_longctx.config import parse_lengths
+    from rnn_longctx.eval.bench_train import train_rows
+    from rnn_longctx.models import Mamba2Config
+
+    shape = Mamba2Config(d_model=d_model, n_layer=layers, vocab_size=vocab, d_state=128, headdim=64)
+    _record(train_rows(shape, _sizes("whole", whole), _sizes("streams", streams), parse_lengths(segments)), out)
+
+
 @bench.command("decode")
 def bench_decode(
     tokens: Annotated[int, typer.Option(min=1)] = 500,
