@@ -41,12 +41,10 @@ class Team:
             raise InputError(f"sequence_parallel: {self.sequence} does not divide the {self.world} ranks there are")
         lanes = self.world // self.sequence
         if config.batch_size % (lanes * config.accumulate):
-            cuts = (
-                f"{lanes} ranks times accumulate {config.accumulate}"
-                if lanes > 1
-                else f"accumulate {config.accumulate}"
+            ranks = f"{lanes} ranks times " if lanes > 1 else ""
+            raise InputError(
+                f"batch_size: {config.batch_size} rows do not divide by {ranks}accumulate {config.accumulate}"
             )
-            raise InputError(f"batch_size: {config.batch_size} rows do not divide by {cuts}")
         each, lane = config.batch_size // lanes, self.rank // self.sequence
         self.rows = slice(lane * each, (lane + 1) * each)
         self.accelerator: Any = None

@@ -218,8 +218,7 @@ def _fit(
             optimizer.zero_grad(set_to_none=True)
             batch, losses, final = _backward(at, corpus, model, learner, starts, i, context, team)
             norm = nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip)
-            if not batch.answer.any():
-                losses[1] = math.nan  # no value to log
+            losses[1] = torch.where(batch.answer.any(), losses[1], math.nan)  # none in this batch: no value to log
             values = team.agreed(losses, norm)
             step = state["step"] = i + 1
             state["tokens"] += batch.answer.numel()
