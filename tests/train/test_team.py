@@ -19,14 +19,18 @@ import torch.distributed as dist
 import yaml
 from ranks import Ranks
 from safetensors.torch import load_file
-from training_runs import Killed, final, rows
+from training_runs import TINY, Killed, assert_same, final, rows
 
 import rnn_longctx
 from rnn_longctx.config import to_dict
 from rnn_longctx.errors import InputError
+from rnn_longctx.models.mamba2 import Mamba2LM
 from rnn_longctx.train import TrainConfig, passing, train
 from rnn_longctx.train.config import EvaluateConfig, PassingConfig
 from rnn_longctx.train.corpus import Corpus
+from rnn_longctx.train.passing import Learner
+from rnn_longctx.train.team import Team
+from rnn_longctx.train.trainer import make_optimizer
 
 MODES: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -96,6 +100,24 @@ def train_here(device: torch.device, config: TrainConfig, kill: int | None = Non
 def refused(device: torch.device, config: TrainConfig, words: str) -> None:
     with pytest.raises(InputError, match=words):
         train_here(device, config)
+
+
+def check_sharded(device: torch.device, config: TrainConfig) -> None:
+    """Each rank holds about half of every tensor; which of them decay is as before; the whole is what it was."""
+    rank, world = str(dist.get_rank()), str(dist.get_world_size())
+    os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world, LOCAL_WORLD_SIZE=world)
+    team, model = Team(config), Mamba2LM(TINY)
+    model.mixers[0].in_proj.weight._no_weight_decay = True  # type: ignore[assignment]
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    decayed = [len(group["params"]) for group in make_optimizer(model, config.optimizer).param_groups]
+    team.spread(Learner(model))
+    for name, p in model.named_parameters():
+        assert p.to_local().numel() <= -(-p.shape[0] // 2) * p[0].numel() < before[name].numel(), name
+    assert [len(group["params"]) for group in make_optimizer(model, config.optimizer).param_groups] == decayed
+    whole = team.whole(model)
+    if team.rank == 0:
+        assert_same(dict(whole.state_dict()), before)
+        assert whole.lm_head.weight is whole.backbone.embedding.weight
 
 
 # --- the tests
@@ -181,6 +203,10 @@ def test_what_does_not_divide_is_refused(two: Ranks, config: TrainConfig) -> Non
     ):
         two.run("refused", replace(config, **change), words)
     assert not Path(config.out).exists()
+
+
+def test_a_sharded_model(two: Ranks, config: TrainConfig) -> None:
+    two.run("check_sharded", replace(config, fsdp=True))
 
 
 @pytest.mark.slow
