@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from rnn_longctx.mitigations import mitigate
 from rnn_longctx.models.generate import SEGMENTS, continuation, prefill
-from rnn_longctx.models.mamba2 import LOGITS
+from rnn_longctx.models.losses import LOGITS
 
 NEW_TOKENS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # first found wins
 Scored = tuple[float, bool]

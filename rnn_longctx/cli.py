@@ -115,12 +115,17 @@ def train_command(
     config: Annotated[Path, typer.Argument(help="YAML file, such as configs/train/demo.yaml.")],
     set: Annotated[Many, typer.Option("--set", help="Override one key: optimizer.lr=1e-3; again for more.")] = None,
 ) -> None:
-    """Train a model, or go on where a killed run stopped."""
+    """Train a model, or go on where a killed run stopped.
+
+    Over several GPUs: accelerate launch -m rnn_longctx.train CONFIG, or torchrun --nproc-per-node 8 -m
+    rnn_longctx.train CONFIG."""
     from rnn_longctx.config import load_yaml
     from rnn_longctx.train import TrainConfig, TrainingDiverged, train
 
     try:
-        typer.echo(f"saved {train(load_yaml(TrainConfig, config, set or []))}")
+        saved = train(load_yaml(TrainConfig, config, set or []))
+        if os.environ.get("RANK", "0") == "0":
+            typer.echo(f"saved {saved}")
     except TrainingDiverged as error:
         typer.echo(f"rnn-longctx: {error}", err=True)
         raise typer.Exit(1) from None
@@ -372,6 +377,27 @@ def bench_model(
     from rnn_longctx.eval.bench_model import prefill_rows
 
     _record(prefill_rows(parse_lengths(lengths), parse_length(segment)), out)
+
+
+@bench.command("train")
+def bench_train(
+    whole: Annotated[str, typer.Option(help="Batch x tokens of sequences that are read in one call.")] = "2x8k",
+    streams: Annotated[
+        str, typer.Option(help="Batch x tokens of those read by segments that pass states on.")
+    ] = "1x128k",
+    segments: Annotated[str, typer.Option(help="Tokens of a segment.")] = "2k,4k,8k",
+    layers: Annotated[int, typer.Option(min=1)] = 48,
+    d_model: Annotated[int, typer.Option(min=1)] = 1024,
+    vocab: Annotated[int, typer.Option(min=1)] = 50288,
+    out: Annotated[Optional[Path], OUT] = None,  # noqa: UP045
+) -> None:
+    """Training steps of a model of 370M parameters in bf16, here and in mamba-ssm, where that is installed."""
+    from rnn_longctx.config import parse_lengths
+    from rnn_longctx.eval.bench_train import train_rows
+    from rnn_longctx.models import Mamba2Config
+
+    shape = Mamba2Config(d_model=d_model, n_layer=layers, vocab_size=vocab, d_state=128, headdim=64)
+    _record(train_rows(shape, _sizes("whole", whole), _sizes("streams", streams), parse_lengths(segments)), out)
 
 
 @bench.command("decode")

@@ -31,7 +31,8 @@ from rnn_longctx.models.adopt_transformers import AdoptedMixer, is_mamba2, is_ma
 from rnn_longctx.models.cache import Carry
 from rnn_longctx.models.checkpoint import LazyTokenizer, _device, _dtype, _fits, load, locate
 from rnn_longctx.models.formats import ADOPTED, one_line, read_json
-from rnn_longctx.models.mamba2 import Mamba2LM, state_dtype, token_losses
+from rnn_longctx.models.losses import token_losses
+from rnn_longctx.models.mamba2 import Mamba2LM, state_dtype
 from rnn_longctx.models.restart import Restart, read_restarting
 from rnn_longctx.ssd import PLAIN, Call, ScanCarry, asked_of, choose
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from rnn_longctx.errors import InputError, nearest
 from rnn_longctx.models.cache import Cache, Carry
 from rnn_longctx.models.layers import RMSNorm, Unscaled, causal_conv
+from rnn_longctx.models.losses import head_losses, token_losses
 from rnn_longctx.models.restart import Restart, read_restarting
 from rnn_longctx.ssd import PLAIN, Call, Observer, ScanPolicy, asked_of, choose, scan
 
@@ -26,19 +27,7 @@ if TYPE_CHECKING:
 
 # (model, ids (B, T), segment) to the logits (B, vocab) after the last token, and the cache
 Reader = Callable[[Any, Tensor, int], tuple[Tensor, Cache]]
-LOGITS = 2**22  # the most logits held at once
 STATES = {str(d)[6:]: d for d in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
-
-
-def token_losses(logits: Callable[[Tensor], Tensor], vocab: int, hidden: Tensor, targets: Tensor) -> Tensor:
-    """-log p(target) in nats, (B, T), from hidden states (B, T, d_model), with at most LOGITS logits at once."""
-    flat, goal = hidden.flatten(0, 1), targets.flatten()
-    rows = max(1, LOGITS // vocab)
-    parts = [
-        F.cross_entropy(logits(flat[i : i + rows]), goal[i : i + rows], reduction="none")
-        for i in range(0, len(flat), rows)
-    ]
-    return torch.cat(parts).view(targets.shape)
 
 
 def state_dtype(wanted: torch.dtype | str | None, dtype: torch.dtype) -> torch.dtype | None:
@@ -340,6 +329,8 @@ class Mamba2LM(nn.Module):
 
     def losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """-log p(target) in nats, (B, T), from hidden states (B, T, d_model); never all logits at once."""
+        if torch.is_grad_enabled():
+            return head_losses(hidden, self.lm_head.weight, targets)
         return token_losses(self.logits, self.config.vocab_size, hidden, targets)
 
     def new_cache(self) -> Cache:

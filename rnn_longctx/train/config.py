@@ -114,12 +114,16 @@ class TrainConfig:
     passing: PassingConfig | None = None  # None: a stream is one segment and begins at zero
     evaluate: EvaluateConfig | None = None
     train_length: int | str = 256  # tokens
-    batch_size: int = 256  # sequences
+    batch_size: int = 256  # sequences of one update, over all ranks
+    accumulate: int = 1  # calls that a rank reads its sequences in, one after the other: memory for time
+    sequence_parallel: int = 1  # ranks that hold a sequence together; the others read other sequences
+    fsdp: bool = False  # over several ranks: shard weights, gradients and moments (FSDP2); otherwise DDP
     steps: int = 1500
     amp: bool | Literal["auto"] = "auto"  # bf16 autocast; auto: on CUDA
-    device: str = "auto"  # auto: CUDA when there is one
+    device: str = "auto"  # auto: CUDA when there is one, and of several ranks the one's own
     seed: int = 0
     log_every: int = 10  # steps
+    log_to: list[str] = field(default_factory=list)  # tensorboard, wandb; log.csv is written anyway
     checkpoint_every: int = 250  # steps
     export_every: int | None = None  # steps between models kept under out/steps, to follow something over training
     save_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"  # of the finished model's file
@@ -134,7 +138,7 @@ class TrainConfig:
                 object.__setattr__(self, "steps", sum(steps for _, steps in self.stages))
             else:  # a length, such as 16k
                 object.__setattr__(self, "train_length", _stages(f"{self.train_length}:1")[0][0])
-        for name in ("batch_size", "steps", "log_every", "checkpoint_every"):
+        for name in ("batch_size", "accumulate", "sequence_parallel", "steps", "log_every", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}: expected a positive number, got {getattr(self, name)}")
         shortest = min(length for length, _ in self.stages)

@@ -4,7 +4,7 @@ and whether the next stage of a schedule of lengths may begin. Losses are in nat
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, closing
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 
 from rnn_longctx.data import Tokenizer, passkey_batch
 from rnn_longctx.errors import InputError
+from rnn_longctx.scalars import Write
 from rnn_longctx.train.config import TrainConfig
 from rnn_longctx.train.corpus import Corpus
 from rnn_longctx.train.snapshots import Log
@@ -70,13 +71,15 @@ def passkey_accuracy(model: Any, tokenizer: Tokenizer, length: int, n: int, seed
 
 
 class Evaluation:
-    """eval.csv of a run: one row a length, for every step evaluated.
+    """eval.csv of a run: one row a length, for every step evaluated; and what else `writers` write to.
 
     Raises InputError for a length that the held-out text or a passkey prompt does not fit in.
     """
 
-    def __init__(self, config: TrainConfig, corpus: Corpus, model: Any, out: Path, context: Context):
+    def __init__(self, config: TrainConfig, corpus: Corpus, model: Any, out: Path, context: Context,
+                 writers: Sequence[Write] = ()):  # fmt: skip
         assert config.evaluate is not None
+        self.writers = writers
         self.config, self.corpus, self.model, self.context = config, corpus, model, context
         self.settings = config.evaluate
         for length in self.settings.lengths:
@@ -105,6 +108,8 @@ class Evaluation:
                 scores.append(passkey_accuracy(*seen) if n else math.nan)
                 row = {"step": step, "tokens": tokens, "length": length, "loss": losses[-1], "passkey": scores[-1]}
                 log.write(row)
+                for write in self.writers:
+                    write({f"eval/loss_{length}": losses[-1], f"eval/passkey_{length}": scores[-1]}, step)
                 print(f"step {step} at {length} tokens: loss {losses[-1]:.4f} passkey {scores[-1]:.2f}", flush=True)
         loss = sum(losses) / len(losses)
         return [sum(scores) / len(scores) if n else 0.0, -loss if math.isfinite(loss) else -math.inf]

@@ -13,12 +13,13 @@ How a stream begins: Ruiz & Gu, arXiv 2507.02782.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rnn_longctx.models.cache import Cache, Carry
 from rnn_longctx.ssd import ScanCarry
@@ -31,65 +32,122 @@ NOISE = 0.1  # standard deviation of `noise`, in the units of the state; a train
 FIT_EVERY = 20  # steps between measurements of the final states for `fitted-noise`
 
 
-def accumulate(model: Any, batch: Batch, passing: PassingConfig, start: States, answer_weight: float,
+class Learner(nn.Module):
+    """A model and its losses in one call, which is what DDP and FSDP2 hang their work on."""
+
+    def __init__(self, model: Any):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor, targets: Tensor | None, before: States | None) -> tuple[Tensor | None, States]:
+        """Losses (B, T) of the targets, in nats, and the states after ids (B, T). before: None begins and forgets."""
+        cache = self.model.new_cache() if before is None else _cache(before)
+        hidden = self.model(ids, cache)
+        losses = None if targets is None else self.model.losses(hidden, targets)
+        return losses, [(layer.conv, layer.scan.state) for layer in cache.layers]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows of a batch that are read at once.
+
+    Attributes:
+        ids, answer: as in `Batch`.
+        tokens, answers: how many of both the whole batch has, of which this part's losses are shares.
+        scale: gradients are times this: where the mean over so many ranks is taken afterwards.
+        cut: of the length of a segment, which of its tokens this rank reads.
+        step: whether a read is the update's last; around it and its backward.
+    """
+
+    ids: Tensor
+    answer: Tensor
+    tokens: int
+    answers: Tensor
+    scale: int = 1
+    cut: Callable[[int], slice] = lambda length: slice(0, length)
+    step: Callable[[bool], AbstractContextManager] = lambda last: nullcontext()
+
+    @classmethod
+    def of(cls, batch: Batch) -> Part:
+        """All of a batch."""
+        return cls(batch.ids, batch.answer, batch.answer.numel(), batch.answer.sum())
+
+    def pieces(self, segment: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Inputs, targets, and which of those are an answer's, of each segment; this rank's tokens of it."""
+        length, found = self.answer.shape[1], []
+        for t in range(0, length, segment):
+            own = range(t, min(t + segment, length))
+            own = own[self.cut(len(own))]
+            a, b = own.start, own.stop
+            found.append((self.ids[:, a:b], self.ids[:, a + 1 : b + 1], self.answer[:, a:b]))
+        return found
+
+
+def accumulate(learner: nn.Module, part: Part, passing: PassingConfig | None, start: States | None,
+               answer_weight: float,
                context: Callable[[], AbstractContextManager]) -> tuple[Tensor, Tensor, States]:  # fmt: skip
-    """Read one batch of streams from `start` and add the gradient of (mean loss of all tokens + answer_weight * mean
-    loss of the answer tokens) to the parameters' `.grad`.
+    """Read some streams from `start` and add the gradient of (mean loss of all tokens + answer_weight * mean loss of
+    the answer tokens) to the parameters' `.grad`: this part's share of it.
 
     Args:
-        batch: ids (B, T + 1); T need not be a multiple of the segment.
-        start: states before the first token; no gradient goes to them.
+        learner: a `Learner`, wrapped or not.
+        part: T need not be a multiple of the segment.
+        passing: None reads a stream as one segment.
+        start: states before the first token (None: none); no gradient goes to them.
         context: gives an autocast, entered anew for every read: casts of weights that it keeps from a pass without
             gradients must not serve one with them.
     Returns:
-        Mean loss of all tokens and of the answer tokens (0 without any), in nats, and the states after the last
-        token, all detached.
+        The part's share of the mean loss of all tokens and of the answer tokens (0 without any), in nats, and the
+        states after the last token, all detached.
     """
-    inputs, targets, answer = batch.ids[:, :-1], batch.ids[:, 1:], batch.answer
-    pieces = list(zip(*(t.split(passing.segment, 1) for t in (inputs, targets, answer)), strict=True))
-    answers = answer.sum().clamp(min=1)
-    loss = answer_loss = torch.zeros((), device=answer.device)
-    size = len(pieces) if passing.bptt == "all" else passing.bptt + 1
+    pieces = part.pieces(part.answer.shape[1] if passing is None else passing.segment)
+    answers = part.answers.clamp(min=1)
+    loss = answer_loss = torch.zeros((), device=part.answer.device)
+    size = len(pieces) if passing is None or passing.bptt == "all" else passing.bptt + 1
     states = start
     for first in range(0, len(pieces), size):
         block = pieces[first : first + size]
         before = [states]
         with torch.no_grad():
             for ids, *_ in block[:-1]:
-                before.append(_read(model, ids, before[-1], context)[1])
+                with context():
+                    before.append(learner(ids, None, before[-1])[1])
         received: list[Tensor | None] = []  # gradients of what the segment hands on; nothing comes from the next block
         for ids, goal, asked in reversed(block):
             begun = before.pop()
-            leaves = [t.detach().requires_grad_(bool(before)) for pair in begun for t in pair]
-            hidden, after = _read(model, ids, list(zip(leaves[::2], leaves[1::2], strict=True)), context)
-            with context():
-                losses = model.losses(hidden, goal)
-            own, own_answer = losses.sum() / answer.numel(), (losses * asked).sum() / answers
-            handed = [t for pair in after for t in pair]
-            if not received:  # the block's last segment
-                states, received = [(conv.detach(), scan.detach()) for conv, scan in after], [None] * len(handed)
-            gradients = [(t, g) for t, g in zip(handed, received, strict=True) if g is not None]
-            torch.autograd.backward(
-                [own + answer_weight * own_answer, *(t for t, _ in gradients)], [None, *(g for _, g in gradients)]
-            )
+            leaves = [t.detach().requires_grad_(bool(before)) for pair in begun or [] for t in pair]
+            paired = None if begun is None else list(zip(leaves[::2], leaves[1::2], strict=True))
+            with part.step(not before and first + size >= len(pieces)):
+                with context():
+                    losses, after = learner(ids, goal, paired)
+                own, own_answer = losses.sum() / part.tokens, (losses * asked).sum() / answers
+                handed = [t for pair in after for t in pair]
+                if not received:  # the block's last segment
+                    states, received = [(conv.detach(), scan.detach()) for conv, scan in after], [None] * len(handed)
+                gradients = [(t, g) for t, g in zip(handed, received, strict=True) if g is not None]
+                torch.autograd.backward(
+                    [part.scale * (own + answer_weight * own_answer), *(t for t, _ in gradients)],
+                    [None, *(g for _, g in gradients)],
+                )
             received = [leaf.grad for leaf in leaves]
             loss, answer_loss = loss + own.detach(), answer_loss + own_answer.detach()
+    assert states is not None
     return loss, answer_loss, states
 
 
-def _read(model: Any, ids: Tensor, before: States,
-          context: Callable[[], AbstractContextManager]) -> tuple[Tensor, States]:  # fmt: skip
-    """Hidden states (B, T, d_model) of ids (B, T), and the states after them."""
-    cache = Cache([_carry(*pair) for pair in before], torch.zeros(len(ids), dtype=torch.int64))
-    with context():
-        hidden = model(ids, cache)
-    return hidden, [(layer.conv, layer.scan.state) for layer in cache.layers]
+def state_norms(states: States) -> Tensor:
+    """(L, H): the Frobenius norm of each head's state, the mean over rows."""
+    return torch.stack([state.float().flatten(2).norm(dim=2).mean(0) for _, state in states])
 
 
-def _carry(conv: Tensor, state: Tensor) -> Carry:
+def _cache(before: States) -> Cache:
     """Positions and sums of decays begin anew: a model in training has no policy that would ask for them."""
-    position = torch.zeros(len(state), dtype=torch.int64)
-    return Carry(conv, ScanCarry(state, position, state.new_zeros(state.shape[:2], dtype=torch.float64)))
+    position = torch.zeros(len(before[0][1]), dtype=torch.int64)
+    carries = []
+    for conv, state in before:
+        spent = state.new_zeros(state.shape[:2], dtype=torch.float64)
+        carries.append(Carry(conv, ScanCarry(state, position, spent)))
+    return Cache(carries, position)
 
 
 def zeros(model: Any, batch: int) -> States:
@@ -108,16 +166,22 @@ def zeros(model: Any, batch: int) -> States:
 class Starts:
     """The states that streams begin from, and what must be kept between steps for them.
 
-    Noise is a function of (seed, step); what a snapshot must hold is in `state_dict`.
+    Noise is a function of (seed, step, row); what a snapshot must hold is in `state_dict`.
+
+    Args:
+        rows: which rows of the global batch are read here.
+        total: the sum over all rows of what is a sum over these.
     """
 
-    def __init__(self, model: Any, passing: PassingConfig, seed: int):
-        self.model, self.passing, self.seed = model, passing, seed
+    def __init__(self, model: Any, passing: PassingConfig, seed: int, rows: slice = slice(None),
+                 total: Callable[[Tensor], Tensor] = lambda t: t):  # fmt: skip
+        self.model, self.passing, self.seed, self.rows, self.total = model, passing, seed, rows, total
         self.kept: States | None = None  # previous: what the rows' last streams ended with
         self.fitted: Tensor | None = None  # fitted-noise: (2, L, H), mean and standard deviation
 
     def begin(self, step: int, batch: Batch) -> States:
-        """The states before the first token of each row. Noise of a convolution's inputs is none: they begin empty."""
+        """The states before the first token of each of these rows, which are all that `batch` has. Noise of a
+        convolution's inputs is none: they begin empty."""
         start = zeros(self.model, len(batch.ids))
         if self.passing.start == "previous" and self.kept is not None:
             assert batch.carried is not None
@@ -131,30 +195,38 @@ class Starts:
             fitted = torch.tensor([0.0, NOISE]).view(2, 1, 1).expand(2, len(start), heads).to(self.model.device)
         if fitted is None:
             return start
-        seed = int(np.random.SeedSequence([self.seed, step]).generate_state(1, np.uint64)[0]) % 2**63
-        draw = torch.Generator(self.model.device).manual_seed(seed)
-        noisy = []
-        for (conv, state), mean, std in zip(start, fitted[0], fitted[1], strict=True):
-            noise = torch.randn(state.shape, generator=draw, dtype=state.dtype, device=state.device)
-            noisy.append((conv, mean[:, None, None] + std[:, None, None] * noise))
-        return noisy
+        for row in range(len(batch.ids)):
+            key = [self.seed, step, (self.rows.start or 0) + row]
+            seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]) % 2**63
+            draw = torch.Generator(self.model.device).manual_seed(seed)
+            for (_, state), mean, std in zip(start, fitted[0], fitted[1], strict=True):
+                noise = torch.randn(state.shape[1:], generator=draw, dtype=state.dtype, device=state.device)
+                state[row] = mean[:, None, None] + std[:, None, None] * noise
+        return start
 
     def end(self, step: int, states: States) -> None:
         """Take note of what the streams of a step ended with."""
         if self.passing.start == "previous":
             self.kept = states
         elif self.passing.start == "fitted-noise" and step % FIT_EVERY == 0:
-            spread = [torch.std_mean(state.transpose(0, 1).flatten(1), dim=1) for _, state in states]
-            self.fitted = torch.stack([torch.stack([mean for _, mean in spread]), torch.stack([s for s, _ in spread])])
+            wide = torch.stack([state.transpose(0, 1).flatten(1).double() for _, state in states])  # (L, H, ·)
+            sums = torch.stack([torch.full_like(wide[..., 0], wide.shape[2]), wide.sum(2), wide.square().sum(2)])
+            count, one, two = self.total(sums)
+            spread = (two - one.square() / count).clamp(min=0) / (count - 1)
+            self.fitted = torch.stack([one / count, spread.sqrt()]).to(states[0][1].dtype)
 
     def forget(self) -> None:
         """The next streams go on from none: after a step that failed, and where another stage's streams begin."""
         self.kept = None
 
-    def state_dict(self) -> dict[str, Any]:
-        kept = None if self.kept is None else [list(pair) for pair in self.kept]
+    def state_dict(self, rows: Callable[[Tensor], Tensor] = lambda t: t) -> dict[str, Any]:
+        """rows: all rows from these."""
+        kept = None if self.kept is None else [[rows(t) for t in pair] for pair in self.kept]
         return {"kept": kept, "fitted": self.fitted}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.kept = None if state["kept"] is None else [(conv, scan) for conv, scan in state["kept"]]
-        self.fitted = state["fitted"]
+        def own(t: Tensor) -> Tensor:
+            return t[self.rows].to(self.model.device)
+
+        self.kept = None if state["kept"] is None else [(own(conv), own(scan)) for conv, scan in state["kept"]]
+        self.fitted = None if state["fitted"] is None else state["fitted"].to(self.model.device)

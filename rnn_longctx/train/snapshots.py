@@ -9,6 +9,7 @@ import csv
 import json
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,18 +17,32 @@ import torch
 
 from rnn_longctx.errors import InputError
 
-COLUMNS = ["step", "tokens", "loss", "passkey_loss", "lr", "grad_norm", "tokens_per_second", "seconds", "length"]
+COLUMNS = ["step", "tokens", "loss", "passkey_loss", "lr", "grad_norm", "tokens_per_second", "seconds", "length",
+           "state_norm", "state_norm_max"]  # fmt: skip
 KEEP = 2
 
 
 def write_atomic(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """`path` holds either what it held or all that `write` writes, never a part."""
+    """`path` holds either what it held or all that `write` writes, never a part. Raises InputError where it cannot be
+    written: no room, say."""
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with aside.open("wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
+    try:
+        with aside.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except (OSError, RuntimeError) as error:  # torch.save wraps the former in the latter
+        aside.unlink(missing_ok=True)
+        raise _unwritten(path, error) from None
+
+
+def _unwritten(path: Path, error: BaseException) -> InputError:
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__cause__ or cause.__context__
+    reason = getattr(cause, "strerror", None) or cause or error
+    return InputError(f"cannot write {path}: {reason}; what was there before is untouched")
 
 
 def save_snapshot(folder: Path, step: int, state: dict[str, Any]) -> None:
@@ -37,7 +52,7 @@ def save_snapshot(folder: Path, step: int, state: dict[str, Any]) -> None:
         old.unlink()
 
 
-def newest_snapshot(folder: Path, device: torch.device) -> dict[str, Any] | None:
+def newest_snapshot(folder: Path, device: torch.device | str = "cpu") -> dict[str, Any] | None:
     """The newest snapshot that can be read; None without one. A damaged file (a full disk, say) is passed
     over."""
     for path in sorted(folder.glob("step-*.pt"), reverse=True):
@@ -82,14 +97,19 @@ class Log:
             kept = [[str((missing | row)[c]) for c in columns] for row in found if int(row["step"]) <= step]
         lines = [",".join(row) + "\n" for row in [list(columns), *kept]]
         write_atomic(path, lambda file: file.write("".join(lines).encode()))
-        self._file = path.open("a", newline="")
+        self._path, self._file = path, path.open("a", newline="")
 
     def write(self, row: dict[str, Any]) -> None:
-        csv.writer(self._file, lineterminator="\n").writerow([_short(row[c]) for c in self.columns])
-        self._file.flush()
+        """Raises InputError where there is no room, say; a torn row is dropped by whoever goes on."""
+        try:
+            csv.writer(self._file, lineterminator="\n").writerow([_short(row[c]) for c in self.columns])
+            self._file.flush()
+        except OSError as error:
+            raise _unwritten(self._path, error) from None
 
     def close(self) -> None:
-        self._file.close()
+        with suppress(OSError):  # the last row once more, which could not be written
+            self._file.close()
 
 
 def _short(value: Any) -> str:

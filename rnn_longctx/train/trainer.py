@@ -1,5 +1,5 @@
 """The training loop: next-token cross entropy on random windows or on streams that pass their states on, passkey
-answers weighted up, exact resume.
+answers weighted up, exact resume, over one process or several (`rnn_longctx.train.team`).
 
 Weights and optimizer state are float32; on CUDA the forward pass runs in bf16 autocast.
 """
@@ -7,13 +7,15 @@ Weights and optimizer state are float32; on CUDA the forward pass runs in bf16 a
 from __future__ import annotations
 
 import math
+import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
-from dataclasses import replace
+from contextlib import ExitStack, closing, contextmanager, redirect_stdout
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -24,20 +26,26 @@ from rnn_longctx.data import ByteTokenizer, load_tokenizer
 from rnn_longctx.errors import InputError
 from rnn_longctx.models import checkpoint
 from rnn_longctx.models.mamba2 import Mamba2LM
+from rnn_longctx.scalars import Write, scalars
 from rnn_longctx.train.config import OptimizerConfig, ScheduleConfig, TrainConfig
 from rnn_longctx.train.corpus import Batch, Corpus, load_corpus
 from rnn_longctx.train.evaluation import Context, Evaluation, final_metrics, late_loss, stage_of
 from rnn_longctx.train.export import export
-from rnn_longctx.train.passing import Starts, States, accumulate
+from rnn_longctx.train.passing import Learner, Part, Starts, States, accumulate, state_norms
 from rnn_longctx.train.snapshots import Log, claim_folder, newest_snapshot, save_snapshot
+from rnn_longctx.train.team import Team
 
-# Settings that change where and how often things are written, not what is trained.
-_NEUTRAL = ("out", "device", "log_every", "checkpoint_every", "export_every", "save_dtype", "licences")
+# Settings that change where and how often things are written and how the work is cut, not what is trained.
+_NEUTRAL = ("out", "device", "log_every", "checkpoint_every", "export_every", "save_dtype", "licences",
+            "log_to", "accumulate", "sequence_parallel", "fsdp")  # fmt: skip
+NOT_MEASURED: dict[str, Any] = {"state_norm": math.nan, "state_norm_max": math.nan}  # in the log of an older version
 BAD_STEPS = 20
+SPIKE = 2.0  # an update is skipped where its loss is over this times the median of the last
+RECENT = 64  # updates of this stage (half as many are enough)
 
 
 class TrainingDiverged(RuntimeError):
-    """Loss or gradient was not finite in 20 steps in a row."""
+    """20 steps in a row were skipped: see `fault`."""
 
 
 def train(config: TrainConfig) -> Path:
@@ -45,11 +53,22 @@ def train(config: TrainConfig) -> Path:
 
     `config.out` gets log.csv (losses in nats per token), snapshots/ and model/, and steps/STEP/ where models are to be
     kept on the way. With `config.evaluate` also eval.csv, last/, always the newest model, and best/, the one that
-    answered most passkeys (of equals the one of least loss). Raises InputError (bad settings, a folder of another run,
-    no text, no checkpoint to start from) and TrainingDiverged.
+    answered most passkeys (of equals the one of least loss). Where `accelerate launch` or `torchrun` began several
+    processes they train as one (`rnn_longctx.train.team`); rank 0 writes, and all must see `out`. Raises InputError
+    (bad settings, a folder of another run, no text, no checkpoint to start from, no room to write) and
+    TrainingDiverged.
     """
-    out = Path(config.out)
-    device = _device(config.device)
+    team = Team(config)
+    with ExitStack() as stack:
+        if team.rank:  # rank 0 says it
+            stack.enter_context(redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+        made = _train(config, team, stack)
+    team.close()
+    return made
+
+
+def _train(config: TrainConfig, team: Team, stack: ExitStack) -> Path:
+    out, device = Path(config.out), team.device
     tokenizer = load_tokenizer(config.data.tokenizer)
     started = None if config.init is None else _started_from(config.init, tokenizer, device)
     if started is not None:
@@ -59,7 +78,8 @@ def train(config: TrainConfig) -> Path:
     if config.model.vocab_size < tokenizer.vocab_size:
         sizes = f"{config.model.vocab_size}, tokenizer {tokenizer.name} has {tokenizer.vocab_size} tokens"
         raise InputError(f"model.vocab_size: {sizes}")
-    claim_folder(out, {k: v for k, v in to_dict(config).items() if k not in _NEUTRAL})
+    _check_stretches(config)
+    team.first(lambda: claim_folder(out, {k: v for k, v in to_dict(config).items() if k not in _NEUTRAL}))
     began = time.monotonic()
     corpus = load_corpus(config.data, tokenizer, config.longest)
     names = ", ".join(f"{t['name']} ({t['hash']})" for t in corpus.texts)
@@ -72,12 +92,31 @@ def train(config: TrainConfig) -> Path:
     torch.manual_seed(config.seed)
     model: Any = Mamba2LM(config.model).to(device) if started is None else started
     model.train_length, model.name, model.tokenizer = config.longest, out.name, tokenizer
+    learner = team.spread(Learner(model))
     optimizer = make_optimizer(model, config.optimizer)
-    _fit(config, corpus, model, optimizer, out, device)
-    metrics = final_metrics(config, corpus, model.eval(), out, partial(_autocast, config, device))
-    export(config, corpus, model, out / "model", metrics)
-    print(" ".join(f"{k} {v:.4g}" for k, v in metrics.items() if v is not None), flush=True)
+    writers: list[Write] = []
+    team.first(lambda: writers.append(stack.enter_context(scalars(config.log_to, out, out.name))))
+    _fit(config, corpus, model, learner, optimizer, out, team, writers)
+    plain = team.whole(model)
+
+    def finish() -> None:
+        metrics = final_metrics(config, corpus, plain.eval(), out, partial(_autocast, config, device))
+        export(config, corpus, plain, out / "model", metrics)
+        print(" ".join(f"{k} {v:.4g}" for k, v in metrics.items() if v is not None), flush=True)
+
+    team.first(finish)
     return out / "model"
+
+
+def _check_stretches(config: TrainConfig) -> None:
+    """InputError where a segment leaves a rank of a lane too few tokens for its convolution's edge."""
+    assert config.model is not None
+    for length, _ in config.stages:
+        segment = length if config.passing is None else config.passing.segment
+        least, needed = min(segment, length % segment or segment), max(1, config.model.d_conv - 1)
+        if config.sequence_parallel > 1 and least // config.sequence_parallel < needed:
+            cut = f"a segment of {least} tokens over {config.sequence_parallel} ranks"
+            raise InputError(f"sequence_parallel: {cut} leaves fewer than {needed} tokens a rank")
 
 
 def _started_from(init: str, tokenizer: Any, device: torch.device) -> Mamba2LM:
@@ -120,55 +159,75 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ada
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=parameters[0].is_cuda)
 
 
-def batch_loss(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """(mean loss of all tokens, mean loss of the answer tokens, 0 without any), in nats per token."""
-    losses = model.losses(model(batch.ids[:, :-1]), batch.ids[:, 1:])
-    return losses.mean(), (losses * batch.answer).sum() / batch.answer.sum().clamp(min=1)
-
-
 def _fit(
     config: TrainConfig,
     corpus: Corpus,
     model: Any,
+    learner: nn.Module,
     optimizer: torch.optim.Optimizer,
     out: Path,
-    device: torch.device,
+    team: Team,
+    writers: list[Write],
 ) -> None:
     """Run the steps that are left, from the newest snapshot."""
-    starts = None if config.passing is None else Starts(model, config.passing, config.seed)
-    context = partial(_autocast, config, device)
+    starts = None
+    if config.passing is not None:
+        starts = Starts(model, config.passing, config.seed, team.rows, team.sum_of_lanes)
+    context = partial(_autocast, config, team.device)
     texts = [t["hash"] for t in corpus.texts]
-    state = _resume(config, texts, model, optimizer, starts, out, device)
-    evaluation = None if config.evaluate is None else Evaluation(config, corpus, model, out, context)
+    state = _resume(config, texts, model, optimizer, starts, out, team)
+    evaluation = None
+    if config.evaluate is not None:
+        evaluation = Evaluation(config, corpus, model, out, context, writers)
+
+    def evaluate(step: int) -> None:
+        assert evaluation is not None
+        evaluation.model = plain = team.whole(model)
+
+        def run() -> None:
+            score = evaluation(step, state["tokens"])
+            _keep_best(config, corpus, plain, out, score, state)
+
+        team.first(run)
+
+    def short_loss() -> float:
+        plain = team.whole(model)
+        return team.first(lambda: late_loss(plain, corpus, config.stages[0][0], config.batch_size, context))
+
     if evaluation is not None and state["step"] == 0:
-        _keep_best(config, corpus, model, out, evaluation(0, 0), state)
-    short_loss = partial(late_loss, model, corpus, config.stages[0][0], config.batch_size, context)
+        evaluate(0)
     model.train()
     began = time.monotonic() - state["seconds"]
     logged_tokens, logged_seconds = state["tokens"], state["seconds"]
     log_file = out / "log.csv"
-    log = Log(log_file, state["step"], length=config.longest)
-    with closing(log), _progress(config.steps, state["step"]) as show:
+    with ExitStack() as stack:
+        show: Any = None
+        if team.rank == 0:
+            log = stack.enter_context(closing(Log(log_file, state["step"], length=config.longest, **NOT_MEASURED)))
+            show = stack.enter_context(_progress(config.steps, state["step"]))
         for i in range(state["step"], config.steps):
             lr = config.optimizer.lr * learning_rate(config.schedule, i, config.steps)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             stage = stage_of(config, i, state, short_loss)
-            if starts is not None and stage != state["stage"]:
-                starts.forget()
+            if stage != state["stage"]:
+                state["recent"] = []  # a longer stream's loss is another
+                if starts is not None:
+                    starts.forget()
             state["stage"], at = stage, config.at(stage)
             optimizer.zero_grad(set_to_none=True)
-            batch, loss, answer, final = _backward(at, corpus, model, starts, i, context)
+            batch, losses, final = _backward(at, corpus, model, learner, starts, i, context, team)
             norm = nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip)
-            answer = torch.where(batch.answer.any(), answer, torch.nan)  # none in this batch: no value to log
-            values: list[float] = torch.stack([loss.detach(), answer.detach(), norm]).tolist()
+            losses[1] = torch.where(batch.answer.any(), losses[1], math.nan)  # none in this batch: no value to log
+            values = team.agreed(losses, norm)
             step = state["step"] = i + 1
             state["tokens"] += batch.answer.numel()
-            bad = not (math.isfinite(values[0]) and math.isfinite(values[2]))
+            bad = fault(values[0], values[2], state["recent"])
             state["bad"] = state["bad"] + 1 if bad else 0
             if not bad:
                 optimizer.step()
                 state["window"].append(values)
+                state["recent"] = [*state["recent"], values[0]][-RECENT:]
             if starts is not None:
                 starts.forget() if bad else starts.end(i, final)
             if bad or step % config.log_every == 0 or step == config.steps:
@@ -178,43 +237,64 @@ def _fit(
                 row |= {"loss": _mean(rows, 0), "passkey_loss": _mean(rows, 1), "grad_norm": _mean(rows, 2)}
                 elapsed = max(1e-9, state["seconds"] - logged_seconds)
                 row |= {"tokens_per_second": (state["tokens"] - logged_tokens) / elapsed, "length": at.train_length}
-                log.write(row)
-                show(row | {"skipped": bad})
+                norms = team.sum(state_norms(final)) / team.world  # lanes have as many rows each
+                row |= {"state_norm": float(norms.mean()), "state_norm_max": float(norms.max())}
+
+                def tell(row: dict[str, Any] = row, bad: str | None = bad) -> None:
+                    log.write(row)
+                    show(row | {"skipped": bad})
+                    for write in writers:
+                        write({f"train/{k}": float(v) for k, v in row.items() if k != "step"}, row["step"])
+
+                team.first(tell)
                 logged_tokens, logged_seconds = state["tokens"], state["seconds"]
                 if not bad:
                     state["window"] = []
             if state["bad"] == BAD_STEPS:
-                raise TrainingDiverged(
-                    f"loss or gradient not finite in {BAD_STEPS} steps in a row, at {step}; see {log_file}"
-                )
+                raise TrainingDiverged(f"{BAD_STEPS} steps in a row were skipped, at {step}: {bad}; see {log_file}")
             paused = time.monotonic()
             keep = step % config.checkpoint_every == 0 or step == config.steps
             if evaluation is not None and evaluation.due(step):
-                _keep_best(config, corpus, model, out, evaluation(step, state["tokens"]), state)
+                evaluate(step)
             elif evaluation is not None and keep:
-                export(config, corpus, model, out / "last", {"step": step}, envelope=False)
+                plain = team.whole(model)
+                team.first(partial(export, config, corpus, plain, out / "last", {"step": step}, envelope=False))
             logged_seconds += time.monotonic() - paused  # the speed logged is that of training
             if keep:
                 state["seconds"] = time.monotonic() - began
-                parts = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "texts": texts}
+                parts = {"model": team.gathered(model.state_dict()), "texts": texts}
+                parts["optimizer"] = team.gathered(optimizer.state_dict())
                 if starts is not None:
-                    parts["starts"] = starts.state_dict()
-                save_snapshot(out / "snapshots", step, {**parts, "state": state})
+                    parts["starts"] = starts.state_dict(team.all_rows)
+                team.first(partial(save_snapshot, out / "snapshots", step, {**parts, "state": state}))
             if config.export_every and step % config.export_every == 0:
-                export(config, corpus, model, out / "steps" / str(step), {"step": step})
+                plain = team.whole(model)
+                team.first(partial(export, config, corpus, plain, out / "steps" / str(step), {"step": step}))
+
+
+def fault(loss: float, norm: float, recent: list[float]) -> str | None:
+    """Why an update is not made, or None: its loss or the norm of its gradient is not finite, or its loss is more than
+    SPIKE times the median of the updates before it, of which there must be RECENT / 2 in this stage."""
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        return "not finite"
+    if len(recent) >= RECENT // 2 and loss > SPIKE * median(recent):
+        return f"loss {loss:.3f} is over {SPIKE:g} times the median {median(recent):.3f}"
+    return None
 
 
 def _resume(config: TrainConfig, texts: list, model: Any, optimizer: torch.optim.Optimizer, starts: Starts | None,
-            out: Path, device: torch.device) -> dict[str, Any]:  # fmt: skip
+            out: Path, team: Team) -> dict[str, Any]:  # fmt: skip
     """What the loop keeps between steps, as the newest snapshot has it; weights and the rest are put where they go."""
-    state: dict[str, Any] = {"step": 0, "seconds": 0.0, "bad": 0, "window": [], "tokens": 0, "stage": 0}
-    snapshot = newest_snapshot(out / "snapshots", device)
+    state: dict[str, Any] = {"step": 0, "seconds": 0.0, "bad": 0, "window": [], "recent": [], "tokens": 0, "stage": 0}
+    snapshot = newest_snapshot(out / "snapshots")
+    found = -1 if snapshot is None else snapshot["state"]["step"]
+    if team.first(lambda: found) != found:
+        raise InputError(f"out: rank {team.rank} does not see the snapshots in {out} that rank 0 does")
     if snapshot is None:
         return state
     if snapshot["texts"] != texts:
         raise InputError(f"{out}: the training text is not the one this run began with; set another out")
-    model.load_state_dict(snapshot["model"])
-    optimizer.load_state_dict(snapshot["optimizer"])
+    team.load(model, optimizer, snapshot)
     if starts is not None:
         starts.load_state_dict(snapshot["starts"])
     # a snapshot of before there were stages does not say the tokens
@@ -223,18 +303,36 @@ def _resume(config: TrainConfig, texts: list, model: Any, optimizer: torch.optim
     return state | snapshot["state"]
 
 
-def _backward(config: TrainConfig, corpus: Corpus, model: Any, starts: Starts | None, step: int,
-              context: Context) -> tuple[Batch, torch.Tensor, torch.Tensor, States]:  # fmt: skip
-    """The batch of a step, its losses and what its streams end with; the gradients are left in the parameters."""
-    weight = config.data.passkey.answer_weight
-    if starts is None:
-        with context():
-            batch = corpus.batch(config, step)
-            loss, answer = batch_loss(model, batch)
-        (loss + weight * answer).backward()
-        return batch, loss, answer, []
+def _backward(config: TrainConfig, corpus: Corpus, model: Any, learner: nn.Module, starts: Starts | None, step: int,
+              context: Context, team: Team) -> tuple[Batch, torch.Tensor, States]:  # fmt: skip
+    """The batch of a step, its two losses, and what this rank's streams end with; the gradients of all ranks are left
+    in the parameters."""
     batch = corpus.batch(config, step)
-    return batch, *accumulate(model, batch, starts.passing, starts.begin(step, batch), weight, context)
+    own = rows_of(batch, team.rows)
+    begun = None if starts is None else starts.begin(step, own)
+    tokens, answers, each = batch.answer.numel(), batch.answer.sum(), len(own.ids) // config.accumulate
+    losses, ends, weight = torch.zeros(2, device=batch.ids.device), [], config.data.passkey.answer_weight
+    with team.reading(model):
+        for first in range(0, len(own.ids), each):
+            rows, last = slice(first, first + each), first + each == len(own.ids)
+            start = None if begun is None else [(conv[rows], state[rows]) for conv, state in begun]
+            around = partial(team.step, learner, last)
+            part = Part(own.ids[rows], own.answer[rows], tokens, answers, team.world, team.stretch, around)
+            loss, answer, end = accumulate(learner, part, config.passing, start, weight, context)
+            losses = losses + torch.stack([loss, answer])
+            ends.append(end)
+    final = ends[0]
+    if len(ends) > 1:
+        final = [(torch.cat([c for c, _ in layer]), torch.cat([s for _, s in layer])) for layer in zip(*ends)]
+    return batch, team.sum(losses), final
+
+
+def rows_of(batch: Batch, rows: slice) -> Batch:
+    """Some rows of a batch, as views."""
+    if rows == slice(0, len(batch.ids)):
+        return batch
+    parts = {f.name: getattr(batch, f.name) for f in fields(batch)}
+    return Batch(**{name: v[rows] if isinstance(v, torch.Tensor) else v for name, v in parts.items()})
 
 
 def _keep_best(config: TrainConfig, corpus: Corpus, model: Any, out: Path, score: list[float],
@@ -254,16 +352,6 @@ def _mean(rows: list[list[float]], column: int) -> float:
     return sum(finite) / len(finite) if finite else math.nan
 
 
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-    except RuntimeError:
-        raise InputError(f"device: expected auto, cpu, cuda or cuda:0, got {name!r}") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"device: {name} was asked for, but there is no CUDA device here")
-    return device
-
-
 def _autocast(config: TrainConfig, device: torch.device) -> torch.autocast:
     enabled = device.type == "cuda" if config.amp == "auto" else bool(config.amp)
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
@@ -279,7 +367,13 @@ def _progress(steps: int, done: int) -> Iterator[Any]:
 
     with Progress(BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn()) as bar:
         task = bar.add_task(f"step {done}/{steps}", total=steps, completed=done)
-        yield lambda row: bar.update(task, completed=row["step"], description=_line(row, steps, short=True))
+
+        def show(row: dict[str, Any]) -> None:
+            if row["skipped"]:  # to stay
+                bar.console.print(_line(row, steps))
+            bar.update(task, completed=row["step"], description=_line(row, steps, short=True))
+
+        yield show
 
 
 def _line(row: dict[str, Any], steps: int, short: bool = False) -> str:
@@ -287,4 +381,5 @@ def _line(row: dict[str, Any], steps: int, short: bool = False) -> str:
     text += f" {row['tokens_per_second'] / 1e3:.0f}K tok/s"
     if not short:  # what a bar leaves no room for
         text += f" lr {row['lr']:.2e} grad {row['grad_norm']:.3f} {row['seconds']:.0f} s"
-    return text + (" SKIPPED (not finite)" if row["skipped"] else "")
+        text += f" states {row['state_norm']:.3g} to {row['state_norm_max']:.3g}"
+    return text + (f" SKIPPED: {row['skipped']}" if row["skipped"] else "")

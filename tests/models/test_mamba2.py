@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from rnn_longctx.errors import InputError
-from rnn_longctx.models import Cache, Mamba2Config, Mamba2LM, Restart, mamba2
+from rnn_longctx.models import Cache, Mamba2Config, Mamba2LM, Restart, losses
 from rnn_longctx.ssd import PLAIN, Cap, ScanPolicy
 
 VOCAB, HEADS, HEADDIM, D_STATE = 61, 6, 8, 8  # of the models that `make` makes
@@ -244,7 +244,7 @@ def test_losses_and_stream(make, monkeypatch):
         expected = F.cross_entropy(model.logits(hidden).mT, targets, reduction="none")
         assert expected.shape == (3, 40)
         torch.testing.assert_close(model.losses(hidden, targets), expected, **TOLERANCE)
-        monkeypatch.setattr(mamba2, "LOGITS", 7 * VOCAB)
+        monkeypatch.setattr(losses, "LOGITS", 7 * VOCAB)
         torch.testing.assert_close(model.losses(hidden, targets), expected, **TOLERANCE)
         torch.testing.assert_close(torch.cat(list(model.stream(ids, segment=17)), 1), hidden, **TOLERANCE)
 

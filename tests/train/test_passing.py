@@ -25,7 +25,7 @@ from rnn_longctx.ssd import ScanCarry
 from rnn_longctx.train import TrainConfig, passing, train
 from rnn_longctx.train.config import OptimizerConfig, PassingConfig
 from rnn_longctx.train.corpus import Batch, Corpus, load_corpus
-from rnn_longctx.train.passing import Starts, States, accumulate, zeros
+from rnn_longctx.train.passing import Learner, Part, Starts, States, accumulate, zeros
 
 
 def new_model(**shape: Any) -> Any:
@@ -70,7 +70,7 @@ def by_hand(
 
 def run(model: Any, batch: Batch, settings: PassingConfig, start: States, weight: float) -> tuple:
     model.zero_grad()
-    loss, answer, after = accumulate(model, batch, settings, start, weight, nullcontext)
+    loss, answer, after = accumulate(Learner(model), Part.of(batch), settings, start, weight, nullcontext)
     return loss, answer, [p.grad for p in model.parameters()], after
 
 
@@ -119,7 +119,8 @@ def test_bf16_autocast() -> None:
     settings = PassingConfig(32, "all")
     exact = run(model, batch, settings, start, 0.5)[2]
     model.zero_grad()
-    _, _, after = accumulate(model, batch, settings, start, 0.5, lambda: torch.autocast("cpu", torch.bfloat16))
+    low = lambda: torch.autocast("cpu", torch.bfloat16)  # noqa: E731
+    _, _, after = accumulate(Learner(model), Part.of(batch), settings, start, 0.5, low)
     assert all(state.dtype == torch.float32 for _, state in after)
     for (name, p), expected in zip(model.named_parameters(), exact, strict=True):
         assert p.grad is not None and float((p.grad - expected).norm() / expected.norm()) < 0.1, name

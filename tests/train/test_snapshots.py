@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import random
 from pathlib import Path
 
@@ -46,10 +47,38 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
         file.write(b"ne")
         raise OSError("disk full")
 
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(InputError, match=f"cannot write {path}: disk full"):
         write_atomic(path, torn)
     assert path.read_bytes() == b"old"
     assert newest_snapshot(tmp_path, CPU) is None, "what lies beside is no snapshot"
+
+
+full = pytest.mark.skipif(not Path("/dev/full").exists(), reason="has no device that is full")
+
+
+@full
+def test_a_full_disk_leaves_the_last_snapshot(tmp_path: Path) -> None:
+    """Really full: what is written aside goes to a device without room."""
+    save_snapshot(tmp_path, 5, {"x": torch.arange(5)})
+    aside = tmp_path / f".step-00000010.pt.{os.getpid()}.tmp"
+    aside.symlink_to("/dev/full")
+    with pytest.raises(InputError, match=r"cannot write .*step-00000010\.pt: No space left on device") as error:
+        save_snapshot(tmp_path, 10, {"x": torch.randn(100_000)})
+    assert "\n" not in str(error.value) and error.value.__suppress_context__
+    assert [f.name for f in tmp_path.iterdir()] == ["step-00000005.pt"], "nothing half written takes what room is left"
+    found = newest_snapshot(tmp_path)
+    assert found is not None and torch.equal(found["x"], torch.arange(5))
+
+
+@full
+def test_a_log_on_a_full_disk(tmp_path: Path) -> None:
+    path = tmp_path / "log.csv"
+    log = Log(path, 0)
+    log._file.close()
+    log._file = open("/dev/full", "w")  # noqa: SIM115
+    with pytest.raises(InputError, match=r"cannot write .*log\.csv: No space left on device"):
+        log.write(dict.fromkeys(COLUMNS, 1.5) | {"step": 1})
+    log.close()  # with a row that still cannot be written: no second error
 
 
 def test_a_folder_belongs_to_one_config(tmp_path: Path) -> None:

@@ -1,15 +1,19 @@
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -27,6 +31,7 @@ from rnn_longctx.models.mamba2 import Mamba2LM
 from rnn_longctx.train import TrainConfig, TrainingDiverged, passing, train, trainer
 from rnn_longctx.train.config import EvaluateConfig, OptimizerConfig, PassingConfig, ScheduleConfig
 from rnn_longctx.train.corpus import Batch, Corpus, load_corpus
+from rnn_longctx.train.passing import Learner, Part, accumulate
 from rnn_longctx.train.snapshots import COLUMNS, newest_snapshot
 
 
@@ -70,6 +75,12 @@ def test_models_kept_on_the_way_change_nothing(config: TrainConfig, tmp_path: Pa
     assert not all(
         torch.equal(plain[k], v) for k, v in load_file(tmp_path / "b" / "steps" / "5" / "model.safetensors").items()
     )
+
+
+def batch_loss(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """(mean loss of all tokens, mean loss of the answer tokens, 0 without any)."""
+    losses = model.losses(model(batch.ids[:, :-1]), batch.ids[:, 1:])
+    return losses.mean(), (losses * batch.answer).sum() / batch.answer.sum().clamp(min=1)
 
 
 MODES: dict[str, dict[str, Any]] = {
@@ -128,7 +139,7 @@ def test_without_passing_it_is_a_plain_loop(config: TrainConfig) -> None:
         batch = corpus.batch(config, i)
         text = corpus.train[torch.from_numpy(starts)[:, None] + torch.arange(121)].long()
         assert torch.equal(batch.ids[2:], text[2:]) and batch.carried is None  # at most two rows have a passkey
-        loss, answer = trainer.batch_loss(model, batch)
+        loss, answer = batch_loss(model, batch)
         optimizer.zero_grad()
         (loss + answer).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -155,7 +166,7 @@ def test_a_run_of_an_older_version_goes_on(
     monkeypatch.undo()
     out = Path(config.out)
     log = (out / "log.csv").read_text().splitlines()
-    (out / "log.csv").write_text("".join(line.rpartition(",")[0] + "\n" for line in log))
+    (out / "log.csv").write_text("".join(line.rsplit(",", 3)[0] + "\n" for line in log))
     before = json.loads((out / "run.json").read_text())
     new = ("init", "passing", "evaluate")
     (out / "run.json").write_text(json.dumps({k: v for k, v in before.items() if k not in new}))
@@ -164,7 +175,7 @@ def test_a_run_of_an_older_version_goes_on(
         snapshot["state"] = {k: snapshot["state"][k] for k in ("step", "seconds", "bad", "window")}
         torch.save(snapshot, file)
     train(config)
-    assert_same_run(config, whole)
+    assert_same_run(config, whole, but=("state_norm", "state_norm_max"))
     assert {row["length"] for row in rows(config)} == {120}
 
 
@@ -229,18 +240,18 @@ def test_another_text_in_the_same_folder_is_refused(config: TrainConfig) -> None
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_steps_that_are_not_finite_are_skipped(config: TrainConfig, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
-    loss_of, seen = trainer.batch_loss, []
+    read, seen = Learner.forward, []
 
-    def sometimes(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        loss, answer = loss_of(model, batch)
-        seen.append({k: v.clone() for k, v in model.state_dict().items()})
+    def sometimes(self: Learner, *given: Any) -> Any:
+        losses, states = read(self, *given)
+        seen.append({k: v.clone() for k, v in self.model.state_dict().items()})
         if len(seen) in (5, 6):
             # sqrt(0) has a finite value and an infinite gradient.
-            zero = (model.lm_head.weight * 0).sum()
-            loss = loss * math.nan if what == "loss" else loss + zero.abs().sqrt()
-        return loss, answer
+            zero = (self.model.lm_head.weight * 0).sum()
+            losses = losses * math.nan if what == "loss" else losses + zero.abs().sqrt()
+        return losses, states
 
-    monkeypatch.setattr(trainer, "batch_loss", sometimes)
+    monkeypatch.setattr(Learner, "forward", sometimes)
     train(config)
     assert_same(seen[4], seen[5])
     assert_same(seen[4], seen[6])
@@ -253,31 +264,165 @@ def test_steps_that_are_not_finite_are_skipped(config: TrainConfig, monkeypatch:
 
 
 def test_twenty_bad_steps_in_a_row_stop_the_run(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    loss_of, calls = trainer.batch_loss, []
+    read, calls = Learner.forward, []
 
-    def diverged(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    def diverged(self: Learner, *given: Any) -> Any:
         calls.append(1)
-        loss, answer = loss_of(model, batch)
-        return (loss * math.inf if len(calls) > 3 else loss), answer
+        losses, states = read(self, *given)
+        return (losses * math.inf if len(calls) > 3 else losses), states
 
-    monkeypatch.setattr(trainer, "batch_loss", diverged)
-    with pytest.raises(TrainingDiverged, match="20 steps in a row, at 23"):
+    monkeypatch.setattr(Learner, "forward", diverged)
+    with pytest.raises(TrainingDiverged, match="20 steps in a row were skipped, at 23: not finite"):
         train(replace(config, steps=50))
     assert len(calls) == 23
+
+
+def test_faults() -> None:
+    """A step is skipped where a number is not finite, or its loss is over twice the median of the last 64; with fewer
+    than 32 there is no telling."""
+    recent = [float(v) for v in np.random.default_rng().uniform(1.0, 2.0, 32)]
+    middle = float(np.median(recent))
+    assert trainer.fault(1.999 * middle, 1e9, recent) is None, "a large gradient is clipped"
+    assert trainer.fault(2.001 * middle, 1.0, recent) == (
+        f"loss {2.001 * middle:.3f} is over 2 times the median {middle:.3f}"
+    )
+    assert trainer.fault(1e9, 1.0, recent[:31]) is None
+    for loss, norm in ((math.nan, 1.0), (math.inf, 1.0), (1.0, math.nan), (1.0, math.inf)):
+        assert trainer.fault(loss, norm, recent) == trainer.fault(loss, norm, []) == "not finite"
+
+
+def test_a_spike_is_skipped_and_said(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    read, seen = Learner.forward, []
+
+    def spiking(self: Learner, *given: Any) -> Any:
+        seen.append({k: v.clone() for k, v in self.model.state_dict().items()})
+        losses, states = read(self, *given)
+        return losses * (3 if len(seen) in (2, 7) else 1), states
+
+    monkeypatch.setattr(Learner, "forward", spiking)
+    monkeypatch.setattr(trainer, "RECENT", 4)
+    train(config)
+    changed = [not torch.equal(a["lm_head.weight"], b["lm_head.weight"]) for a, b in zip(seen, seen[1:])]
+    assert changed == [i != 7 for i in range(1, 12)], "the second step has too few before it"
+    assert [r["step"] for r in rows(config)] == [2, 4, 6, 7, 8, 10, 12]
+    (said,) = [line for line in capsys.readouterr().out.splitlines() if "SKIPPED" in line]
+    assert re.match(r"step 7/12 loss 1\d\.\d+ .*SKIPPED: loss 1\d\.\d+ is over 2 times the median 5\.\d+", said)
+
+
+def test_a_longer_stage_has_its_own_median(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is normal there may be far above what was normal before."""
+    read = Learner.forward
+
+    def higher(self: Learner, ids: torch.Tensor, *given: Any) -> Any:
+        losses, states = read(self, ids, *given)
+        return (losses * 3 if ids.shape[1] == 120 else losses), states
+
+    monkeypatch.setattr(Learner, "forward", higher)
+    monkeypatch.setattr(trainer, "RECENT", 4)
+    config = replace(config, train_length="112:6,120:6", log_every=1)
+    train(config)
+    assert [r["length"] for r in rows(config)] == [112] * 6 + [120] * 6
+    assert final(config)["state"]["recent"] and final(config)["state"]["bad"] == 0
+
+
+def test_a_full_disk_ends_a_run_with_one_line(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At the second snapshot; the first is whole, and with room again the run goes on to where it would have been."""
+    from rnn_longctx import cli
+
+    whole = replace(config, out=str(tmp_path / "whole"))
+    train(whole)
+    save, out = torch.save, Path(config.out)
+
+    def no_room(state: Any, file: Any) -> None:
+        if state["state"]["step"] == 8:
+            file.write(b"PK" * 100)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        save(state, file)
+
+    monkeypatch.setattr(torch, "save", no_room)
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(to_dict(config)))
+    monkeypatch.setattr(sys, "argv", ["rnn-longctx", "train", str(tmp_path / "c.yaml")])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and "step-00000008.pt: No space left on device" in error
+    assert [p.name for p in (out / "snapshots").iterdir()] == ["step-00000004.pt"]
+    monkeypatch.undo()
+    torch.set_num_threads(1)
+    train(config)
+    assert_same_run(config, whole)
+
+
+def test_the_norms_of_states(config: TrainConfig) -> None:
+    """At a learning rate of 0: those after the last batch, the mean of all heads and the largest head's."""
+    c = replace(config, optimizer=OptimizerConfig(lr=0.0), passing=PassingConfig(50, 0, "zero"), save_dtype="float32")
+    model, corpus = rnn_longctx.load(train(c)), load_corpus(c.data, rnn_longctx.data.ByteTokenizer(), 120)
+    cache = model.new_cache()
+    with torch.no_grad():
+        model(corpus.batch(c, 11).ids[:, :-1], cache)
+    norms = np.array(
+        [[layer.scan.state[:, h].flatten(1).norm(dim=1).mean() for h in range(4)] for layer in cache.layers]
+    )
+    last = rows(c)[-1]
+    assert last["state_norm"] == pytest.approx(norms.mean(), rel=1e-4)
+    assert last["state_norm_max"] == pytest.approx(norms.max(), rel=1e-4)
+
+
+def test_logs_elsewhere(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stand-ins for the libraries, which need not be installed."""
+    seen: list[Any] = []
+
+    class Run:
+        def __init__(self, *args: Any, **kwargs: Any):
+            pass
+
+        def __enter__(self) -> Run:
+            return self
+
+        def __exit__(self, *error: Any) -> None:
+            seen.append("closed")
+
+        def log(self, values: dict[str, float], step: int) -> None:
+            seen.append((step, values))
+
+        def add_scalar(self, key: str, value: float, step: int) -> None:
+            seen.append((step, {key: value}))
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=Run))
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Run))
+    c = replace(config, log_to=["wandb", "tensorboard"], evaluate=EvaluateConfig([112], 6, 0))
+    train(c)
+    assert seen[-2:] == ["closed", "closed"]
+    for row in rows(c):
+        for key in ("loss", "lr", "grad_norm", "tokens_per_second", "state_norm_max"):
+            told = [v[f"train/{key}"] for step, v in seen[:-2] if step == row["step"] and f"train/{key}" in v]
+            assert told == pytest.approx([row[key]] * 2, rel=1e-5)
+    assert [step for step, v in seen[:-2] if "eval/loss_112" in v] == [0, 0, 6, 6, 12, 12]
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(InputError, match="wandb is not installed"):
+        train(c)
+    train(replace(c, log_to=[]))  # how a run is logged is not part of it
 
 
 def test_answer_loss(config: TrainConfig) -> None:
     """The answer's loss is the mean over its tokens, and 0 with no answer."""
     model = Mamba2LM(TINY)
     ids, answer = torch.randint(0, 256, (3, 41)), torch.rand(3, 40) < 0.2
-    loss, answer_loss = trainer.batch_loss(model, Batch(ids, answer))
+
+    def found(answer: torch.Tensor) -> tuple:
+        return accumulate(Learner(model), Part.of(Batch(ids, answer)), None, None, 1.0, nullcontext)
+
+    loss, answer_loss, _ = found(answer)
     expected = nn.functional.cross_entropy(
         model.logits(model(ids[:, :-1])).transpose(1, 2), ids[:, 1:], reduction="none"
-    )
+    ).detach()
     torch.testing.assert_close(loss, expected.mean())
     torch.testing.assert_close(answer_loss, expected[answer].mean())
-    _, none = trainer.batch_loss(model, Batch(ids, torch.zeros_like(answer)))
-    assert none == 0
+    assert found(torch.zeros_like(answer))[1] == 0
 
 
 def test_the_answer_weight_matters(config: TrainConfig, tmp_path: Path) -> None:

@@ -1,0 +1,210 @@
+"""The processes that train together: one of one, or ranks that `accelerate launch` or `torchrun` began.
+
+A global batch is cut by rows into lanes, one a data-parallel rank. With `sequence_parallel: n` a lane is n ranks of
+consecutive numbers that hold every sequence of it together (`rnn_longctx.train.parallel`). Each rank's loss is its part
+of the global mean times the number of ranks, so that the mean of gradients that DDP and FSDP2 take is the gradient of
+one rank that read everything. Hugging Face accelerate starts the process group and wraps for DDP; FSDP2 is PyTorch's
+`fully_shard` itself, since accelerate leaves it out on CPUs. Parameters are sharded and travel in float32: A_log and
+dt_bias in 16 bits are other decays.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from rnn_longctx.errors import InputError
+from rnn_longctx.models.mamba2 import Mamba2LM
+from rnn_longctx.train.config import TrainConfig
+from rnn_longctx.train.parallel import sequence_parallel, stretch
+
+T = TypeVar("T")
+PATIENCE = timedelta(hours=6)  # that ranks wait for rank 0, which evaluates and writes alone
+
+
+class Team:
+    """Raises InputError for a device that is not there, and for a number of ranks that the config does not fit."""
+
+    def __init__(self, config: TrainConfig):
+        self.world = int(os.environ.get("WORLD_SIZE", "1"))
+        self.rank = int(os.environ.get("RANK", "0")) if self.world > 1 else 0
+        self.sequence = config.sequence_parallel
+        self.sharded = self.world > 1 and (config.fsdp or os.environ.get("ACCELERATE_USE_FSDP") == "true")
+        if self.world % self.sequence:
+            raise InputError(f"sequence_parallel: {self.sequence} does not divide the {self.world} ranks there are")
+        lanes = self.world // self.sequence
+        if config.batch_size % (lanes * config.accumulate):
+            ranks = f"{lanes} ranks times " if lanes > 1 else ""
+            raise InputError(
+                f"batch_size: {config.batch_size} rows do not divide by {ranks}accumulate {config.accumulate}"
+            )
+        each, lane = config.batch_size // lanes, self.rank // self.sequence
+        self.rows = slice(lane * each, (lane + 1) * each)
+        self.accelerator: Any = None
+        self.began = not dist.is_initialized()
+        self.group: dist.ProcessGroup | None = None
+        if self.world == 1:
+            self.device = _device(config.device)
+            return
+        if config.device not in ("auto", "cpu", "cuda"):
+            raise InputError(f"device: expected auto, cpu or cuda for {self.world} ranks, got {config.device!r}")
+        cpu = config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available())
+        if not cpu:
+            _device("cuda")
+        self.accelerator = _accelerator(cpu)
+        self.device = self.accelerator.device
+        if self.sequence > 1:  # a group of their own, which DDP's traffic does not mix with; every rank makes all
+            made = [dist.new_group(list(range(i, i + self.sequence))) for i in range(0, self.world, self.sequence)]
+            self.group = made[lane]
+
+    # --- the model
+
+    def spread(self, learner: nn.Module) -> nn.Module:
+        """The learner as it is to be called: as it is, in DDP, or sharded in place (before its optimizer is made)."""
+        if self.world == 1:
+            return learner
+        if not self.sharded:
+            return self.accelerator.prepare_model(learner)
+        from torch.distributed.fsdp import fully_shard
+
+        exempt = [name for name, p in learner.named_parameters() if getattr(p, "_no_weight_decay", False)]
+        mesh = dist.init_device_mesh(self.device.type, (self.world,))
+        for mixer in learner.model.mixers:  # type: ignore[union-attr]
+            fully_shard(mixer, mesh=mesh)
+        fully_shard(learner, mesh=mesh)  # the rest: embedding, head, norms
+        for name in exempt:
+            learner.get_parameter(name)._no_weight_decay = True  # type: ignore[attr-defined]
+        return learner
+
+    def step(self, learner: nn.Module, *last: bool) -> AbstractContextManager:
+        """Around a forward and backward call; last: of the rows' segments, of the rows. DDP reduces gradients after the
+        last of all alone. FSDP2 reduces them every time: no rank of a model that is sharded has room for all."""
+        return nullcontext() if all(last) or self.world == 1 or self.sharded else learner.no_sync()  # type: ignore
+
+    def reading(self, model: Mamba2LM) -> AbstractContextManager:
+        """Inside, the ranks of a lane read each sequence together."""
+        return nullcontext() if self.sequence == 1 else sequence_parallel(model, self.group)
+
+    def stretch(self, length: int) -> slice:
+        """Which of `length` tokens that a lane reads are this rank's."""
+        return slice(0, length) if self.sequence == 1 else stretch(length, self.group)
+
+    def whole(self, model: Mamba2LM) -> Mamba2LM:
+        """On rank 0 a model that can be used by itself: `model`, or a copy with all of its weights. Collective."""
+        if not self.sharded:
+            return model
+        state = self.gathered(model.state_dict())
+        if self.rank > 0:
+            return model
+        with torch.device("meta"):
+            plain = Mamba2LM(model.config)
+        plain.load_state_dict({k: t.to(self.device) for k, t in state.items()}, assign=True)
+        if model.config.tie_embeddings:
+            plain.lm_head.weight = plain.backbone.embedding.weight
+        for name in ("name", "train_length", "tokenizer", "provenance"):
+            setattr(plain, name, getattr(model, name))
+        return plain
+
+    def gathered(self, tree: Any) -> Any:
+        """The tree with all of every sharded tensor, on the CPU. Collective."""
+        if not self.sharded:
+            return tree
+        from torch.distributed.tensor import DTensor
+        from torch.utils._pytree import tree_map_only
+
+        return tree_map_only(DTensor, lambda t: t.full_tensor().cpu(), tree)
+
+    def load(self, model: Mamba2LM, optimizer: torch.optim.Optimizer, snapshot: dict[str, Any]) -> None:
+        """Weights and moments from a snapshot, whatever ranks wrote it. Collective."""
+        weights, moments = snapshot["model"], snapshot["optimizer"]
+        if self.sharded:
+            own = model.state_dict()
+            weights = {k: self._shard(t, own[k]) for k, t in weights.items()}
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            state = {
+                i: {k: self._shard(t, parameters[i]) if k != "step" else t for k, t in found.items()}
+                for i, found in moments["state"].items()
+            }
+            moments = moments | {"state": state}
+        model.load_state_dict(weights)
+        optimizer.load_state_dict(moments)
+
+    def _shard(self, tensor: Tensor, like: Any) -> Tensor:
+        from torch.distributed.tensor import distribute_tensor
+
+        return distribute_tensor(tensor.to(self.device), like.device_mesh, like.placements)
+
+    # --- what ranks tell each other
+
+    def first(self, run: Callable[[], T]) -> T:
+        """What `run` returns on rank 0, on every rank. What it raises there ends every rank; rank 0 says why."""
+        if self.world == 1:
+            return run()
+        told: list[Any] = [None, True]
+        try:
+            if self.rank == 0:
+                told = [run(), False]
+        finally:
+            dist.broadcast_object_list(told, device=self.device if self.device.type == "cuda" else None)
+        if told[1]:
+            raise SystemExit(1)
+        return told[0]
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Over all ranks. Collective."""
+        if self.world > 1:
+            dist.all_reduce(values)
+        return values
+
+    def agreed(self, losses: Tensor, norm: Tensor) -> list[float]:
+        """Those numbers as rank 0 has them, so that all decide alike. Collective."""
+        if self.sharded:
+            norm = norm.full_tensor()  # type: ignore[attr-defined]
+        values = torch.cat([losses, norm.to(losses.dtype).view(1)])
+        if self.world > 1:
+            dist.broadcast(values, 0)
+        return values.tolist()
+
+    def sum_of_lanes(self, values: Tensor) -> Tensor:
+        """Of what all ranks of a lane have alike. Collective."""
+        return self.sum(values) / self.sequence
+
+    def all_rows(self, own: Tensor) -> Tensor:
+        """The rows of every lane from those of this one, in order, on the CPU. Collective."""
+        if self.world == 1:
+            return own
+        parts = [torch.empty_like(own) for _ in range(self.world)]
+        dist.all_gather(parts, own.contiguous())
+        return torch.cat(parts[:: self.sequence]).cpu()
+
+    def close(self) -> None:
+        """Ends the process group that this began."""
+        if self.world > 1 and self.began:
+            self.accelerator.end_training()
+
+
+def _accelerator(cpu: bool) -> Any:
+    try:
+        from accelerate import Accelerator
+        from accelerate.utils import InitProcessGroupKwargs
+    except ImportError:
+        raise InputError("training over several ranks needs accelerate: pip install 'rnn-longctx[train]'") from None
+    # autocast is the trainer's own
+    return Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)])
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    except RuntimeError:
+        raise InputError(f"device: expected auto, cpu, cuda or cuda:0, got {name!r}") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"device: {name} was asked for, but there is no CUDA device here")
+    return device
