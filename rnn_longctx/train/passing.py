@@ -37,7 +37,8 @@ def accumulate(model: Any, batch: Batch, passing: PassingConfig, start: States, 
     loss of the answer tokens) to the parameters' `.grad`.
 
     Args:
-        batch: ids (B, T + 1); T need not be a multiple of the segment.
+        batch: ids (B, T + 1); T need not be a multiple of the segment. Where a document begins (`reset`) the state is
+            dropped; a target that does not count is 0 in the mean of all.
         start: states before the first token; no gradient goes to them.
         context: gives an autocast, entered anew for every read: casts of weights that it keeps from a pass without
             gradients must not serve one with them.
@@ -46,24 +47,26 @@ def accumulate(model: Any, batch: Batch, passing: PassingConfig, start: States, 
         token, all detached.
     """
     inputs, targets, answer = batch.ids[:, :-1], batch.ids[:, 1:], batch.answer
-    pieces = list(zip(*(t.split(passing.segment, 1) for t in (inputs, targets, answer)), strict=True))
+    counted = torch.ones_like(answer) if batch.counted is None else batch.counted
+    pieces = list(zip(*(t.split(passing.segment, 1) for t in (inputs, targets, answer, counted)), strict=True))
+    resets = [None] * len(pieces) if batch.reset is None else batch.reset.split(passing.segment, 1)
     answers = answer.sum().clamp(min=1)
     loss = answer_loss = torch.zeros((), device=answer.device)
     size = len(pieces) if passing.bptt == "all" else passing.bptt + 1
     states = start
     for first in range(0, len(pieces), size):
-        block = pieces[first : first + size]
+        block = list(zip(pieces[first : first + size], resets[first : first + size]))
         before = [states]
         with torch.no_grad():
-            for ids, *_ in block[:-1]:
-                before.append(_read(model, ids, before[-1], context)[1])
+            for (ids, *_), reset in block[:-1]:
+                before.append(_read(model, ids, reset, before[-1], context)[1])
         received: list[Tensor | None] = []  # gradients of what the segment hands on; nothing comes from the next block
-        for ids, goal, asked in reversed(block):
+        for (ids, goal, asked, counts), reset in reversed(block):
             begun = before.pop()
             leaves = [t.detach().requires_grad_(bool(before)) for pair in begun for t in pair]
-            hidden, after = _read(model, ids, list(zip(leaves[::2], leaves[1::2], strict=True)), context)
+            hidden, after = _read(model, ids, reset, list(zip(leaves[::2], leaves[1::2], strict=True)), context)
             with context():
-                losses = model.losses(hidden, goal)
+                losses = model.losses(hidden, goal) * counts
             own, own_answer = losses.sum() / answer.numel(), (losses * asked).sum() / answers
             handed = [t for pair in after for t in pair]
             if not received:  # the block's last segment
@@ -77,12 +80,12 @@ def accumulate(model: Any, batch: Batch, passing: PassingConfig, start: States, 
     return loss, answer_loss, states
 
 
-def _read(model: Any, ids: Tensor, before: States,
+def _read(model: Any, ids: Tensor, reset: Tensor | None, before: States,
           context: Callable[[], AbstractContextManager]) -> tuple[Tensor, States]:  # fmt: skip
-    """Hidden states (B, T, d_model) of ids (B, T), and the states after them."""
+    """Hidden states (B, T, d_model) of ids (B, T), documents beginning at `reset`, and the states after them."""
     cache = Cache([_carry(*pair) for pair in before], torch.zeros(len(ids), dtype=torch.int64))
     with context():
-        hidden = model(ids, cache)
+        hidden = model(ids, cache, reset=reset)
     return hidden, [(layer.conv, layer.scan.state) for layer in cache.layers]
 
 

@@ -63,7 +63,7 @@ def train(config: TrainConfig) -> Path:
     began = time.monotonic()
     corpus = load_corpus(config.data, tokenizer, config.longest)
     names = ", ".join(f"{t['name']} ({t['hash']})" for t in corpus.texts)
-    print(f"text: {names}: {len(corpus.train):,} tokens in {time.monotonic() - began:.0f} s", flush=True)
+    print(f"text: {names}: {len(corpus):,} tokens in {time.monotonic() - began:.0f} s", flush=True)
     if len(config.stages) > 1 and len(corpus.held_out) <= config.stages[0][0]:
         few = f"{len(corpus.held_out)} tokens are too few; see data.held_out"
         raise InputError(f"train_length: a schedule is gated on held-out text, and {few}")
@@ -121,8 +121,11 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ada
 
 
 def batch_loss(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """(mean loss of all tokens, mean loss of the answer tokens, 0 without any), in nats per token."""
-    losses = model.losses(model(batch.ids[:, :-1]), batch.ids[:, 1:])
+    """(mean loss of all tokens, those that do not count taken as 0, mean loss of the answer tokens, 0 without any), in
+    nats per token."""
+    losses = model.losses(model(batch.ids[:, :-1], reset=batch.reset), batch.ids[:, 1:])
+    if batch.counted is not None:
+        losses = losses * batch.counted
     return losses.mean(), (losses * batch.answer).sum() / batch.answer.sum().clamp(min=1)
 
 
