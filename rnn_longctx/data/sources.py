@@ -103,7 +103,7 @@ def _jsonl(path: Path, field: str) -> Iterator[bytes]:
     number = 0
     try:
         with pyarrow.input_stream(str(path), compression="detect") as stream:
-            for number, line in enumerate(io.BufferedReader(stream, 1 << 20), 1):
+            for number, line in enumerate(io.BufferedReader(stream, 1 << 16), 1):
                 if not line.strip():
                     continue
                 try:

@@ -1,10 +1,10 @@
 """Documents as tokens on disk, each ended by the tokenizer's end of document: written once, then read at any place.
 
-A text of any size takes the memory of one document, and a run reads it as it reads an array: the batch of a step needs
-no reader's state. A store stands in $XDG_CACHE_HOME/rnn-longctx/tokens (~/.cache without one) and may be deleted at any
-time. Its index.json is rewritten after every shard, so that a build that was stopped goes on at the shard it was in,
-after a bad one is mended, too. tokens.part becomes tokens.bin when all of it is there, by a rename: a run that maps the
-old one keeps it.
+A text of any size takes the memory of a mebibyte of documents, or of the longest, and a run reads it as it reads an
+array: the batch of a step needs no reader's state. A store stands in $XDG_CACHE_HOME/rnn-longctx/tokens (~/.cache
+without one) and may be deleted at any time. Its index.json is rewritten after every shard, so that a build that was
+stopped goes on at the shard it was in, after a bad one is mended, too. tokens.part becomes tokens.bin when all of it is
+there, by a rename: a run that maps the old one keeps it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -26,6 +26,7 @@ from rnn_longctx.data.tokenizers import Tokenizer
 from rnn_longctx.errors import InputError
 
 SAY_EVERY = 30.0  # seconds
+GROUP = 2**20  # bytes of documents encoded at once
 
 
 @dataclass(frozen=True)
@@ -123,15 +124,35 @@ def _append(shard: Shard, tokenizer: Tokenizer, min_document: int, most: int | N
             dtype: np.dtype) -> dict[str, Any]:  # fmt: skip
     documents = tokens = size = 0
     digest = hashlib.sha256()
-    for document in shard.read():
-        ended = document + b"\0"
-        ids = np.frombuffer(ended, np.uint8) if tokenizer.name == "bytes" else tokenizer.encode(ended)
+    for document, ids in _encoded(tokenizer, shard.read()):
         if len(ids) - (tokenizer.eos_id is not None) < min_document:
             continue
         file.write(ids.astype(dtype, copy=False).tobytes())
-        digest.update(ended)
+        digest.update(document + b"\0")
         documents, tokens, size = documents + 1, tokens + len(ids), size + len(document)
         if most is not None and tokens >= most:
             break
     return {"identity": shard.identity, "documents": documents, "tokens": tokens, "bytes": size,
             "hash": digest.hexdigest()}  # fmt: skip
+
+
+def _encoded(tokenizer: Tokenizer, documents: Iterator[bytes]) -> Iterator[tuple[bytes, np.ndarray]]:
+    """Each document with its tokens; a mebibyte of them is encoded at once, which a tokenizer does in parallel."""
+    some: list[bytes] = []
+    size = 0
+    for document in documents:
+        some.append(document)
+        size += len(document)
+        if size >= GROUP:
+            yield from zip(some, _encode(tokenizer, some), strict=True)
+            some, size = [], 0
+    yield from zip(some, _encode(tokenizer, some), strict=True)
+
+
+def _encode(tokenizer: Tokenizer, documents: list[bytes]) -> list[np.ndarray]:
+    """The tokens of each and its end, if the tokenizer has one."""
+    if tokenizer.eos_id is None or not documents:
+        return [tokenizer.encode(document) for document in documents]
+    joined = b"\0".join(documents) + b"\0"
+    ids = np.frombuffer(joined, np.uint8) if tokenizer.name == "bytes" else tokenizer.encode(joined)
+    return np.split(ids, np.flatnonzero(ids == tokenizer.eos_id) + 1)[:-1]
