@@ -28,7 +28,7 @@ class PasskeyConfig:
 
 
 @dataclass(frozen=True)
-class Part:
+class MixedText:
     """One text of several. Where one has a weight, all must: rows are then drawn by weight, not by size."""
 
     source: str  # as rnn_longctx.data.load_text reads it
@@ -44,7 +44,7 @@ class Part:
 
 @dataclass(frozen=True)
 class DataConfig:
-    text: list[str | Part] = field(default_factory=lambda: ["site-packages"])
+    text: list[str | MixedText] = field(default_factory=lambda: ["site-packages"])
     tokenizer: str = "bytes"
     held_out: float = 0.005  # share of the text, its last documents, never trained on: the validation text
     min_document: int = 0  # tokens: shorter documents are left out
@@ -66,8 +66,8 @@ class DataConfig:
             raise InputError("text: every weight is 0")
 
     @property
-    def parts(self) -> list[Part]:
-        return [Part(part) if isinstance(part, str) else part for part in self.text]
+    def parts(self) -> list[MixedText]:
+        return [MixedText(part) if isinstance(part, str) else part for part in self.text]
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import torch
 from rnn_longctx.data import Shard, Source, Text, Tokenizer, load_text, open_streamed, stored, training_sequence
 from rnn_longctx.data.text import GOLDEN
 from rnn_longctx.errors import InputError
-from rnn_longctx.train.config import DataConfig, Part, TrainConfig
+from rnn_longctx.train.config import DataConfig, MixedText, TrainConfig
 
 HELD_OUT = 2**24  # tokens held out of a text that is streamed, at most
 LEGS = 512  # a mixture's rows that go on from their last stream begin anew after so many steps, at the latest
@@ -36,15 +36,10 @@ class Batch:
     reset: torch.Tensor | None = None
     counted: torch.Tensor | None = None
 
-    def part(self, rank: int, ranks: int) -> Batch:
-        """The rows of one rank of several: all ranks' rows together are this batch. Raises InputError where they do not
-        divide."""
-        rows, rest = divmod(len(self.ids), ranks)
-        if rest:
-            raise InputError(f"batch_size: {len(self.ids)} sequences do not divide over {ranks} ranks")
-        own = slice(rank * rows, (rank + 1) * rows)
-        optional = (None if t is None else t[own] for t in (self.carried, self.reset, self.counted))
-        return Batch(self.ids[own], self.answer[own], *optional)
+    def rows(self, rows: slice) -> Batch:
+        """Some of its rows, such as a rank's."""
+        optional = (None if t is None else t[rows] for t in (self.carried, self.reset, self.counted))
+        return Batch(self.ids[rows], self.answer[rows], *optional)
 
 
 @dataclass
@@ -244,7 +239,7 @@ def load_corpus(config: DataConfig, tokenizer: Tokenizer, length: int) -> Corpus
     return Corpus(train, torch.cat(held_out), texts, tokenizer, shares, frozenset(mapped))
 
 
-def _opened(part: Part, min_document: int) -> tuple[Text | None, Source | None]:
+def _opened(part: MixedText, min_document: int) -> tuple[Text | None, Source | None]:
     """A text that is held, or a source to store: what is streamed, and a text of which some documents are left out."""
     if (source := open_streamed(part.source)) is not None:
         return None, source

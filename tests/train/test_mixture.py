@@ -21,9 +21,11 @@ from rnn_longctx.data import ByteTokenizer, HFTokenizer
 from rnn_longctx.errors import InputError
 from rnn_longctx.models.mamba2 import Mamba2Config, Mamba2LM
 from rnn_longctx.train import corpus as corpus_module
-from rnn_longctx.train.config import DataConfig, Part, PassingConfig, PasskeyConfig, TrainConfig
+from rnn_longctx.train.config import DataConfig, MixedText, PassingConfig, PasskeyConfig, TrainConfig
 from rnn_longctx.train.corpus import Batch, Corpus, load_corpus
 from rnn_longctx.train.passing import Starts, accumulate
+
+Texts = list[str | MixedText]
 
 
 def documents(n: int, alphabet: str = "abcdefgh", most: int = 400) -> list[bytes]:
@@ -36,9 +38,7 @@ def jsonl(path: Path, parts: Sequence[bytes]) -> str:
     return str(path)
 
 
-def config(
-    text: list[str | Part], fraction: float = 0.0, data: dict[str, Any] | None = None, **more: Any
-) -> TrainConfig:
+def config(text: Texts, fraction: float = 0.0, data: dict[str, Any] | None = None, **more: Any) -> TrainConfig:
     passkey = PasskeyConfig(fraction=fraction, lengths=(110, 150))
     made = DataConfig(text=text, passkey=passkey, **{"held_out": 0.0, **(data or {})})
     seed = random.randrange(1 << 30)
@@ -74,19 +74,18 @@ def test_a_stored_text_is_read_as_one_that_is_held(tmp_path: Path, mode: str) ->
 @pytest.mark.parametrize("mode", PASSING)
 @pytest.mark.parametrize("ranks", [1, 2, 8])
 def test_ranks_share_a_batch_out(tmp_path: Path, mode: str, ranks: int) -> None:
-    text: list[str | Part] = [Part(jsonl(tmp_path / f"{i}.jsonl", documents(30)), i + 0.5) for i in range(2)]
+    text: Texts = [MixedText(jsonl(tmp_path / f"{i}.jsonl", documents(30)), i + 0.5) for i in range(2)]
     c = config(text, 0.3, {"reset": True, "mask_first": True}, passing=PASSING[mode])
     whole = corpus(c).batch(c, 3)
-    parts = [corpus(c).batch(c, 3).part(rank, ranks) for rank in range(ranks)]
-    assert {len(p.ids) for p in parts} == {8 // ranks}
+    each = 8 // ranks
+    parts = [corpus(c).batch(c, 3).rows(slice(rank * each, (rank + 1) * each)) for rank in range(ranks)]
+    assert {len(p.ids) for p in parts} == {each}
 
     def joined(name: str) -> Tensor | None:
         found = [getattr(p, name) for p in parts]
         return None if found[0] is None else torch.cat(found)
 
     same(whole, Batch(*(joined(n) for n in ("ids", "answer", "carried", "reset", "counted"))))  # type: ignore[arg-type]
-    with pytest.raises(InputError, match="batch_size: 8 sequences do not divide over 3 ranks"):
-        whole.part(0, 3)
 
 
 @pytest.mark.parametrize("mode", ["windows", "previous"])
@@ -95,12 +94,12 @@ def test_rows_are_drawn_by_weight(tmp_path: Path, mode: str) -> None:
     weights = [5.0, 0.0, 1.0, 2.0]
     letters = ["ab", "cd", "ef", "gh"]
     sizes = [3, 40, 40, 3]  # documents: sizes do not matter
-    text: list[str | Part] = [
-        Part(jsonl(tmp_path / f"{x}.jsonl", [*documents(n, x), x.encode() * 200]), w)
+    text: Texts = [
+        MixedText(jsonl(tmp_path / f"{x}.jsonl", [*documents(n, x), x.encode() * 200]), w)
         for x, n, w in zip(letters, sizes, weights)
     ]
     (tmp_path / "held.txt").write_bytes(b"\0".join([*documents(sizes[2], "ef"), b"ef" * 100]))
-    text[2] = Part(str(tmp_path / "held.txt"), weights[2])
+    text[2] = MixedText(str(tmp_path / "held.txt"), weights[2])
     c = config(text, passing=PASSING[mode])
     data = corpus(c)
     assert data.mapped == {0, 1, 3}
@@ -125,7 +124,7 @@ def test_rows_are_drawn_by_weight(tmp_path: Path, mode: str) -> None:
 def test_a_row_that_goes_on_reads_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, carry: float) -> None:
     monkeypatch.setattr(corpus_module, "LEGS", 16)
     corpus_module._goes_on.cache_clear()
-    text: list[str | Part] = [Part(jsonl(tmp_path / f"{i}.jsonl", documents(30)), 1.0) for i in range(3)]
+    text: Texts = [MixedText(jsonl(tmp_path / f"{i}.jsonl", documents(30)), 1.0) for i in range(3)]
     c = config(text, passing=PassingConfig(50, "all", "previous", carry))
     data = corpus(c)
     batches = [data.batch(c, step) for step in range(40)]
@@ -145,7 +144,7 @@ def test_a_row_that_goes_on_reads_on(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_batches_do_not_depend_on_who_asks_when(tmp_path: Path) -> None:
-    text: list[str | Part] = [Part(jsonl(tmp_path / f"{i}.jsonl", documents(30)), 1.0) for i in range(2)]
+    text: Texts = [MixedText(jsonl(tmp_path / f"{i}.jsonl", documents(30)), 1.0) for i in range(2)]
     for mode in PASSING:
         c = config(text, 0.3, {"reset": True}, passing=PASSING[mode])
         one, two = corpus(c), corpus(c)
@@ -161,7 +160,7 @@ def test_batches_do_not_depend_on_who_asks_when(tmp_path: Path) -> None:
 @pytest.mark.parametrize("carry", [0.7, 1.0])
 def test_with_reset_a_document_is_read_as_if_alone(tmp_path: Path, carry: float, fraction: float) -> None:
     """States passed on from step to step: what is read of each document, and its loss, is that of one call for it."""
-    text: list[str | Part] = [jsonl(tmp_path / "a.jsonl", [*documents(40, most=120), *documents(4, most=900)])]
+    text: Texts = [jsonl(tmp_path / "a.jsonl", [*documents(40, most=120), *documents(4, most=900)])]
     passing = PassingConfig(47, "all", "previous", carry)
     c = config(text, fraction, {"reset": True, "mask_first": True}, passing=passing)
     data = corpus(c)
@@ -201,7 +200,7 @@ def alone(model: Any, before: list[int], ids: list[int], goal: list[int]) -> Ten
 
 @pytest.mark.parametrize("mode", ["windows", "previous"])
 def test_marks(tmp_path: Path, mode: str) -> None:
-    text: list[str | Part] = [Part(jsonl(tmp_path / f"{i}.jsonl", documents(30, most=90)), i + 1.0) for i in range(2)]
+    text: Texts = [MixedText(jsonl(tmp_path / f"{i}.jsonl", documents(30, most=90)), i + 1.0) for i in range(2)]
     c = config(text, 0.5, passing=PASSING[mode])
     data = corpus(c)
     plain = data.batch(c, 4)
@@ -242,7 +241,7 @@ def test_losses_that_do_not_count(tmp_path: Path) -> None:
 def test_short_documents_are_left_out(tmp_path: Path, stored: bool) -> None:
     parts = documents(60)
     (tmp_path / "a.txt").write_bytes(b"\0".join(parts))
-    text: list[str | Part] = [jsonl(tmp_path / "a.jsonl", parts) if stored else str(tmp_path / "a.txt")]
+    text: Texts = [jsonl(tmp_path / "a.jsonl", parts) if stored else str(tmp_path / "a.txt")]
     c = config(text, data={"min_document": 150, "held_out": 0.2})
     data = corpus(c)
     kept = [d for d in parts if len(d) >= 150]
@@ -254,7 +253,7 @@ def test_short_documents_are_left_out(tmp_path: Path, stored: bool) -> None:
 
 def test_held_out_documents_of_a_stored_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parts = documents(40)
-    text: list[str | Part] = [jsonl(tmp_path / "a.jsonl", parts)]
+    text: Texts = [jsonl(tmp_path / "a.jsonl", parts)]
     for most in (2**24, 700):
         monkeypatch.setattr(corpus_module, "HELD_OUT", most)
         data = corpus(config(text, data={"held_out": 0.25}))
@@ -269,13 +268,16 @@ def test_held_out_documents_of_a_stored_text(tmp_path: Path, monkeypatch: pytest
 def test_a_part_of_a_text(tmp_path: Path) -> None:
     parts = documents(60)
     source = jsonl(tmp_path / "a.jsonl", parts)
-    data = corpus(config([Part(source, tokens=2000)]))
+    data = corpus(config([MixedText(source, tokens=2000)]))
     whole = b"".join(d + b"\0" for d in parts)
     assert 2000 <= len(data) <= 2401 and whole.startswith(bytes(data.train.tolist()))
 
 
 def test_texts_without_weights_are_drawn_by_size(tmp_path: Path) -> None:
-    text: list[str | Part] = [jsonl(tmp_path / "a.jsonl", documents(20)), jsonl(tmp_path / "b.jsonl", documents(60))]
+    text: Texts = [
+        jsonl(tmp_path / "a.jsonl", documents(20)),
+        jsonl(tmp_path / "b.jsonl", documents(60)),
+    ]
     data = corpus(config(text))
     assert data.shares == [len(tokens) for tokens in data.sources] and len(data.sources) == 2
     for name, path in zip("cd", ("a", "b")):
@@ -306,14 +308,14 @@ def test_config_mistakes(data: dict[str, Any], words: str) -> None:
 
 def test_the_evaluation_text_is_not_trained_on() -> None:
     with pytest.raises(InputError, match="never trained on"):
-        config([Part("stdlib", 1.0)])
+        config([MixedText("stdlib", 1.0)])
 
 
 def test_too_little_of_one_text(tmp_path: Path) -> None:
     long, short = jsonl(tmp_path / "a.jsonl", documents(20)), jsonl(tmp_path / "b.jsonl", [b"short"])
     with pytest.raises(InputError, match=r"b\.jsonl gives 6 tokens; train_length 150 needs more"):
-        corpus(config([Part(long, 1.0), Part(short, 1.0)]))
-    assert len(corpus(config([Part(long, 1.0), Part(short, 0.0)]))) > 150, "not drawn from"
+        corpus(config([MixedText(long, 1.0), MixedText(short, 1.0)]))
+    assert len(corpus(config([MixedText(long, 1.0), MixedText(short, 0.0)]))) > 150, "not drawn from"
 
 
 def test_boundaries_without_an_end_of_document(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from rnn_longctx.config import from_dict, load_yaml, to_dict
 from rnn_longctx.errors import InputError
 from rnn_longctx.models.mamba2 import Mamba2LM
 from rnn_longctx.train import TrainConfig, TrainingDiverged, passing, train, trainer
-from rnn_longctx.train.config import EvaluateConfig, OptimizerConfig, Part, PassingConfig, ScheduleConfig
+from rnn_longctx.train.config import EvaluateConfig, MixedText, OptimizerConfig, PassingConfig, ScheduleConfig
 from rnn_longctx.train.corpus import Batch, Corpus, load_corpus
 from rnn_longctx.train.snapshots import COLUMNS, newest_snapshot
 
@@ -101,9 +101,9 @@ def records(config: TrainConfig, tmp_path: Path) -> list[Path]:
 
 def mixed(config: TrainConfig, records: list[Path]) -> TrainConfig:
     """Streamed records by weight beside a text that is held, documents apart."""
-    parts: list[str | Part] = [
-        Part(f"jsonl:{records[0].parent}:body", 2.0, 15_000),
-        Part(str(config.data.text[0]), 1.0),
+    parts: list[str | MixedText] = [
+        MixedText(f"jsonl:{records[0].parent}:body", 2.0, 15_000),
+        MixedText(str(config.data.text[0]), 1.0),
     ]
     return replace(config, data=replace(config.data, text=parts, min_document=100, mask_first=True, reset=True))
 
