@@ -63,7 +63,7 @@ def evaluate(model: Mamba2LM, lengths: Sequence[int | str] | str, tasks: Sequenc
             for every remedy (`rnn_longctx.mitigations.standard`) and the controls; a warning names those of them that
             are not applicable. Where "none" is among them and the loss of a hybrid is measured beyond its training
             length, it is measured under the two controls of `rnn_longctx.mitigations.hybrid` too.
-        text: evaluated on: "stdlib", a file, a directory, "hf:dataset[:split[:column]]".
+        text: evaluated on: "stdlib", a file, a directory, records; see `rnn_longctx.load_text`.
         calibration_text: for remedies that are calibrated; None takes what is kept with the checkpoint.
         out: a folder for cells, snapshots, results.parquet and results.csv; finished cells there are not measured
             again, and a long pass goes on from its last snapshot. None keeps nothing.

@@ -14,8 +14,8 @@ import pandas as pd
 
 from rnn_longctx.errors import InputError
 
-# A head that keeps a share r of what it read a training length ago grows on to 1 / (1 - r) times its norm there and stops
-# (fed with one constant; with noise to less). Three times is a head that keeps two thirds, or one that does not stop.
+# A head that keeps a share r of what it read a training length ago grows on to 1 / (1 - r) times its norm there and
+# stops (fed with one constant; with noise to less). Three times is a head that keeps two thirds, or does not stop.
 MARGIN = 3.0
 NAMED = 6  # heads that a verdict names
 

@@ -15,6 +15,8 @@ import typer
 
 from rnn_longctx.errors import InputError
 
+TEXTS = "stdlib, a file, a directory, jsonl:PATH[:field], parquet:PATH[:column], hf:dataset[:split[:column]]."
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -36,7 +38,7 @@ def evaluate_command(
     mitigation: Annotated[
         Many, typer.Option(help="none, all, state-norm, rri:alpha=0.999,beta=0.75, FILE.yaml, a+b; again for more.")
     ] = None,
-    text: Annotated[str | None, typer.Option(help="stdlib, a file, a directory, hf:dataset[:split[:column]].")] = None,
+    text: Annotated[str | None, typer.Option(help=TEXTS)] = None,
     calibration_text: Annotated[str | None, typer.Option(help="Text for remedies that are calibrated.")] = None,
     train_length: Annotated[Optional[str], typer.Option(help="Where the checkpoint does not say.")] = None,  # noqa: UP045
     tokenizer: Annotated[Optional[str], typer.Option(help='"bytes", a directory, or a hub id.')] = None,  # noqa: UP045
@@ -164,7 +166,7 @@ def probe_command(
     length: Annotated[str, typer.Option(help="Tokens to be read, such as 64k.")] = "32k",
     prompt: Annotated[str, typer.Option(help="text, newline or passkey.")] = "text",
     every: Annotated[int, typer.Option(help="Tokens between two looks at the states.")] = 256,
-    text: Annotated[str, typer.Option(help="stdlib, a file, a directory, hf:dataset[:split[:column]].")] = "stdlib",
+    text: Annotated[str, typer.Option(help=TEXTS)] = "stdlib",
     slices: Annotated[int, typer.Option(min=1, help="Rows read side by side.")] = 1,
     prove: Annotated[bool, typer.Option(help="Cap the accused heads alone, then others; measure the loss.")] = False,
     remember: Annotated[bool, typer.Option(help="Effective remembrance too: reads three times as much.")] = False,

@@ -157,7 +157,8 @@ def _convert(hint: Any, value: Any, key: str, where: str) -> Any:
         element = args[0] if args else Any
         fixed = origin is tuple and len(args) > 0 and Ellipsis not in args
         if isinstance(value, str):  # `--set lengths=256,1k`; a single string is one item (names may hold commas)
-            value = [value] if element in (str, Any) else [p.strip() for p in value.split(",")]
+            name = element in (str, Any) or str in typing.get_args(element)
+            value = [value] if name else [p.strip() for p in value.split(",")]
         if not isinstance(value, (list, tuple)) or (fixed and len(value) != len(args)):
             raise wrong
         hints = args if fixed else [element] * len(value)

@@ -8,20 +8,27 @@ from rnn_longctx.data.passkey import (
     training_sequence,
     words_batch,
 )
-from rnn_longctx.data.text import Text, load_text, tokens
+from rnn_longctx.data.sources import Shard, Source
+from rnn_longctx.data.store import Stored, stored
+from rnn_longctx.data.text import Text, load_text, open_streamed, tokens
 from rnn_longctx.data.tokenizers import ByteTokenizer, HFTokenizer, Tokenizer, load_tokenizer
 
 __all__ = [
     "ByteTokenizer",
     "HFTokenizer",
     "PasskeyPrompt",
+    "Shard",
+    "Source",
+    "Stored",
     "Text",
     "Tokenizer",
     "load_text",
     "load_tokenizer",
     "make_passkey",
     "multikey_batch",
+    "open_streamed",
     "passkey_batch",
+    "stored",
     "tokens",
     "training_sequence",
     "words_batch",

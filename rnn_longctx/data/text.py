@@ -7,7 +7,6 @@ standard library, are text to *train* on. Both are on every machine.
 from __future__ import annotations
 
 import hashlib
-import os
 import site
 import sysconfig
 from collections.abc import Iterator
@@ -18,12 +17,18 @@ from pathlib import Path
 
 import numpy as np
 
+from rnn_longctx.data.sources import Shard, Source, identity, open_source, walk
 from rnn_longctx.data.tokenizers import Tokenizer
 from rnn_longctx.errors import InputError
 
 GOLDEN = 0.6180339887498949
 BLOCK = 1 << 16
-SOURCES = 'stdlib, site-packages, builtin, a file, a directory, or "hf:dataset[:split[:column]]"'
+HELD = 2**30  # bytes: to train on, the documents of a larger directory are streamed
+GROUP = 2**26  # bytes of such a directory that are one shard
+SOURCES = (
+    "stdlib, site-packages, builtin, a file, a directory, jsonl:PATH[:field], parquet:PATH[:column] "
+    "or hf:dataset[:split[:column]]"
+)
 _TESTS = {"test", "tests", "idle_test", "__pycache__", "site-packages", "dist-packages"}
 
 
@@ -95,32 +100,33 @@ def tokens(text: Text, tokenizer: Tokenizer, i: int, n: int) -> tuple[np.ndarray
 
 
 def load_text(spec: str | Path) -> Text:
-    """A text by name: ``stdlib``, ``site-packages``, ``builtin``, a file, a directory,
-    ``hf:dataset[:split[:column]]``.
+    """A text by name, held whole.
 
     stdlib         the standard library's .py files, without tests; to evaluate on
     site-packages  installed packages' .py files, less copies of stdlib code and this package; to train on
     builtin        this package's own source, on every machine; to calibrate on where nothing is named
-    file           its bytes as they are, one document
+    file           its bytes as they are, one document (file:PATH, where the name ends like one of records)
     directory      its regular text files, recursively, sorted, less hidden files and those with NUL bytes
-    hf:            rows of a Hugging Face data set (the `datasets` package; a local directory works too)
+    records        ``jsonl:PATH[:field]``, ``parquet:PATH[:column]``, ``hf:dataset[:split[:column]]``, or a file by its
+                   suffix (.jsonl, .jsonl.gz, .jsonl.zst, .parquet): a document each; see `rnn_longctx.data.sources`
 
     Raises InputError when it is missing or empty.
     """
     name = str(spec)
+    records = open_source(name)
     if name == "stdlib":
         text = Text(name, b"\0".join(_stdlib()))
     elif name == "site-packages":
         text = Text(name, b"\0".join(_site_packages()))
     elif name == "builtin":
         root = Path(__file__).parents[1]
-        text = Text(name, b"\0".join(_read_all([root / n for n in _walk(root, ".py", _TESTS)])))
-    elif name.startswith("hf:"):
-        text = _load_hf(name)
+        text = Text(name, b"\0".join(_read_all([root / n for n in walk(root, ".py", _TESTS)])))
+    elif records is not None:
+        text = Text(records.name, b"\0".join(records.documents()))
     else:
         path = Path(name.removeprefix("file:").removeprefix("dir:")).expanduser()
         if path.is_dir():
-            documents = [d for d in _read_all([path / p for p in _walk(path)]) if d and b"\0" not in d]
+            documents = [d for d in _read_all([path / p for p in walk(path)]) if d and b"\0" not in d]
             text = Text(f"dir:{path.resolve().name}", b"\0".join(documents))
         elif path.is_file():
             text = Text(f"file:{path.name}", _read(path))
@@ -129,6 +135,35 @@ def load_text(spec: str | Path) -> Text:
     if not text.data:
         raise InputError(f"text {text.name} is empty")
     return text
+
+
+def open_streamed(spec: str) -> Source | None:
+    """A text to be streamed, not held: files of records, and directories of more than a gibibyte. None for others."""
+    path = Path(spec.removeprefix("dir:")).expanduser()
+    if (records := open_source(spec)) is not None or not path.is_dir():
+        return records
+    files = [f for f in (path / name for name in walk(path)) if f.is_file()]
+    sizes = [f.stat().st_size for f in files]
+    if sum(sizes) <= HELD:
+        return None
+    groups: dict[int, list[Path]] = {}
+    before = 0
+    for file, size in zip(files, sizes):
+        groups.setdefault(before // GROUP, []).append(file)
+        before += size
+    shards = [Shard(identity(group), lambda group=group: _files(group)) for group in groups.values()]  # type: ignore[misc]
+    return Source(f"dir:{path.resolve().name}", f"dir:{path.resolve()}", shards)
+
+
+def _files(paths: list[Path]) -> Iterator[bytes]:
+    for path in paths:
+        data = _read(path)
+        if data and b"\0" not in data:
+            try:
+                data.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise InputError(f"{path}: not UTF-8 text at byte {error.start}") from None
+            yield data
 
 
 def _cut(data: bytes, position: int) -> int:
@@ -152,7 +187,7 @@ def _whole(data: bytes, stop: int) -> int:
 def _stdlib() -> list[bytes]:
     root = Path(sysconfig.get_paths()["stdlib"])
     # _sysconfigdata holds this machine's paths and compiler flags: not source, and it would change the hash.
-    names = [n for n in _walk(root, ".py", _TESTS) if not n.startswith("_sysconfigdata")]
+    names = [n for n in walk(root, ".py", _TESTS) if not n.startswith("_sysconfigdata")]
     return [d for d in _read_all([root / n for n in names]) if d and _is_source(d)]
 
 
@@ -163,7 +198,7 @@ def _site_packages() -> list[bytes]:
     paths = sysconfig.get_paths()
     roots = {Path(p).resolve() for p in (paths["purelib"], paths["platlib"], *site.getsitepackages())}
     skip = {"__pycache__", "rnn_longctx"}
-    found = sorted((name, str(root / name)) for root in roots if root.is_dir() for name in _walk(root, ".py", skip))
+    found = sorted((name, str(root / name)) for root in roots if root.is_dir() for name in walk(root, ".py", skip))
     found = [(name, path) for name, path in found if not name.startswith("__editable__")]  # holds this machine's paths
     known = {line for d in _stdlib() for line in _long_lines(d)}
     documents: dict[bytes, bytes] = {}  # by digest, in order
@@ -190,16 +225,6 @@ def _is_source(data: bytes) -> bool:
     return b"\0" not in data
 
 
-def _walk(root: Path, suffix: str = "", skip: set[str] | frozenset[str] = frozenset()) -> list[str]:
-    """Names of the regular files below `root`, relative to it, with "/", sorted; hidden ones left out."""
-    names = []
-    for folder, folders, files in os.walk(root):
-        folders[:] = [f for f in folders if f not in skip and not f.startswith(".")]
-        inside = Path(folder).relative_to(root)
-        names += [(inside / f).as_posix() for f in files if f.endswith(suffix) and not f.startswith(".")]
-    return sorted(names)
-
-
 def _read_all(paths: list[Path], smallest: int = 0, largest: int | None = None) -> Iterator[bytes]:
     """File contents in order, of those with a size in range, read by threads: tens of thousands of small
     files."""
@@ -224,22 +249,3 @@ def _read(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise InputError(f"cannot read text {path}: {error.strerror}") from None
-
-
-def _load_hf(spec: str) -> Text:
-    """``hf:dataset[:split[:column]]``, split train and column text when not given."""
-    dataset, split, column = [*spec.split(":")[1:], "", "", ""][:3]
-    split, column = split or "train", column or "text"
-    try:
-        import datasets
-    except ImportError:
-        raise InputError(f"text {spec} needs the datasets package: pip install rnn-longctx[train]") from None
-    try:
-        rows = datasets.load_dataset(dataset, split=split)
-    except Exception as error:  # datasets and its hub client raise many kinds
-        raise InputError(f"cannot load text {spec}: {' '.join(str(error).split())[:200]}") from None
-    if column not in rows.column_names:
-        raise InputError(f"text {spec}: no column {column!r} (columns: {', '.join(rows.column_names)})")
-    name = Path(dataset).resolve().name if Path(dataset).exists() else dataset
-    documents = (str(row).encode().replace(b"\0", b"") for row in rows[column])
-    return Text(f"hf:{name}:{split}:{column}", b"\0".join(d for d in documents if d))

@@ -79,16 +79,24 @@ class HFTokenizer:
         self.eos_id = eos_id if eos_id is not None else getattr(tokenizer, "eos_token_id", None)
 
     def encode(self, data: bytes | str) -> np.ndarray:
-        return self.encode_with_bytes(data.encode() if isinstance(data, str) else data)[0]
+        """Documents in parallel, and without the offsets, which take longer than the ids."""
+        documents = self._documents(data.encode() if isinstance(data, str) else data)
+        encodings = self._fast.encode_batch_fast(documents, add_special_tokens=False)
+        ids = [np.array(encoding.ids, dtype=np.int64) for encoding in encodings]
+        end = np.array([] if self.eos_id is None else [self.eos_id], dtype=np.int64)
+        return np.concatenate([part for each in ids for part in (end, each)][1:])
 
     def decode(self, ids: Any) -> str:
         return self._fast.decode(np.asarray(ids, dtype=np.int64).tolist(), skip_special_tokens=False)
 
-    def encode_with_bytes(self, data: bytes) -> tuple[np.ndarray, np.ndarray]:
+    def _documents(self, data: bytes) -> list[str]:
         try:
-            documents = data.decode("utf-8").split("\0")
+            return data.decode("utf-8").split("\0")
         except UnicodeDecodeError as error:
             raise InputError(f"tokenizer {self.name} needs UTF-8 text; byte {error.start} is not") from None
+
+    def encode_with_bytes(self, data: bytes) -> tuple[np.ndarray, np.ndarray]:
+        documents = self._documents(data)
         ids: list[np.ndarray] = []
         ends: list[np.ndarray] = []  # bytes of `data` read up to and including each token
         offset = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -27,10 +28,28 @@ class PasskeyConfig:
 
 
 @dataclass(frozen=True)
+class MixedText:
+    """One text of several. Where one has a weight, all must: rows are then drawn by weight, not by size."""
+
+    source: str  # as rnn_longctx.data.load_text reads it
+    weight: float | None = None  # of the rows, in relation to the other weights
+    tokens: int | None = None  # about how many to read of its beginning; null: all
+
+    def __post_init__(self) -> None:
+        if self.weight is not None and not 0 <= self.weight < math.inf:
+            raise InputError(f"weight: expected 0 or more, got {self.weight}")
+        if self.tokens is not None and self.tokens < 1:
+            raise InputError(f"tokens: expected a positive number, got {self.tokens}")
+
+
+@dataclass(frozen=True)
 class DataConfig:
-    text: list[str] = field(default_factory=lambda: ["site-packages"])  # as rnn_longctx.data.load_text reads them
+    text: list[str | MixedText] = field(default_factory=lambda: ["site-packages"])
     tokenizer: str = "bytes"
     held_out: float = 0.005  # share of the text, its last documents, never trained on: the validation text
+    min_document: int = 0  # tokens: shorter documents are left out
+    mask_first: bool = False  # a document's first token, which only the one before it could predict, counts as no loss
+    reset: bool = False  # the state is dropped where a document begins
     passkey: PasskeyConfig = field(default_factory=PasskeyConfig)
 
     def __post_init__(self) -> None:
@@ -38,6 +57,17 @@ class DataConfig:
             raise InputError(f"held_out: expected a share between 0 and 1, got {self.held_out}")
         if not self.text:
             raise InputError("text: expected at least one text, such as site-packages")
+        if self.min_document < 0:
+            raise InputError(f"min_document: expected a number of tokens, got {self.min_document}")
+        weights = [part.weight for part in self.parts]
+        if any(weights) and None in weights:
+            raise InputError(f"text: {self.parts[weights.index(None)].source} has no weight, but another text has")
+        if None not in weights and not any(weights):
+            raise InputError("text: every weight is 0")
+
+    @property
+    def parts(self) -> list[MixedText]:
+        return [MixedText(part) if isinstance(part, str) else part for part in self.text]
 
 
 @dataclass(frozen=True)
@@ -146,7 +176,7 @@ class TrainConfig:
             raise InputError(f"train_length: expected a positive number, got {shortest}")
         if self.export_every is not None and self.export_every < 1:
             raise InputError(f"export_every: expected a positive number, got {self.export_every}")
-        if "stdlib" in self.data.text:
+        if "stdlib" in [part.source for part in self.data.parts]:
             raise InputError("data.text: stdlib is the evaluation text and is never trained on; use site-packages")
         if self.passing is not None and self.passing.segment > shortest:
             raise InputError(f"passing.segment: {self.passing.segment} is longer than train_length {shortest}")

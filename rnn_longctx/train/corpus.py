@@ -1,65 +1,97 @@
 """Training data with random access: the batch of step i is a function of (seed, i) and nothing else.
 
-So a run that was killed goes on with the very batches it would have seen, and no reader's state is ever
-saved.
+So a run that was killed goes on with the very batches it would have seen, no reader's state is ever saved, and every
+rank makes the same batch and takes its rows of it. A small text is held; what is streamed lies on disk as tokens and is
+mapped (`rnn_longctx.data.stored`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 import numpy as np
 import torch
 
-from rnn_longctx.data import Tokenizer, load_text, training_sequence
+from rnn_longctx.data import Shard, Source, Text, Tokenizer, load_text, open_streamed, stored, training_sequence
+from rnn_longctx.data.text import GOLDEN
 from rnn_longctx.errors import InputError
-from rnn_longctx.train.config import DataConfig, TrainConfig
+from rnn_longctx.train.config import DataConfig, MixedText, TrainConfig
+
+HELD_OUT = 2**24  # tokens held out of a text that is streamed, at most
+LEGS = 512  # a mixture's rows that go on from their last stream begin anew after so many steps, at the latest
 
 
 @dataclass(frozen=True)
 class Batch:
     """`ids` (B, T + 1) int64: inputs are ids[:, :-1], targets ids[:, 1:]; `answer` (B, T) bool marks the
     targets that are passkey answers; `carried` (B) bool, of a run that passes states on, the rows that go on from the
-    state their last stream ended with."""
+    state their last stream ended with; `reset` (B, T) bool, the inputs that begin a document, if the state is dropped
+    there; `counted` (B, T) bool, the targets whose loss counts, if some do not: others are 0 in the mean over all."""
 
     ids: torch.Tensor
     answer: torch.Tensor
     carried: torch.Tensor | None = None
+    reset: torch.Tensor | None = None
+    counted: torch.Tensor | None = None
+
+    def rows(self, rows: slice) -> Batch:
+        """Some of its rows, such as a rank's."""
+        optional = (None if t is None else t[rows] for t in (self.carried, self.reset, self.counted))
+        return Batch(self.ids[rows], self.answer[rows], *optional)
 
 
 @dataclass
 class Corpus:
-    """One token array for training and one held out, uint8 for bytes and int32 otherwise, and what is in
-    them."""
+    """A token array for each text trained on, or one of all where they have no weights and are held, and one held out,
+    uint8 for bytes and int32 otherwise; what is in them; and the share of the rows that each is drawn for."""
 
-    train: torch.Tensor
+    sources: list[torch.Tensor]
     held_out: torch.Tensor
     texts: list[dict[str, str | int]]  # name, hash, bytes
     tokenizer: Tokenizer
+    shares: list[float] = field(default_factory=lambda: [1.0])
+    mapped: frozenset[int] = frozenset()  # sources that lie on disk
+    device: torch.device | str = "cpu"
 
     def to(self, device: torch.device) -> Corpus:
-        return Corpus(self.train.to(device), self.held_out.to(device), self.texts, self.tokenizer)
+        """What is held moves; what is mapped stays, and its rows move."""
+        sources = [tokens if i in self.mapped else tokens.to(device) for i, tokens in enumerate(self.sources)]
+        return replace(self, sources=sources, held_out=self.held_out.to(device), device=device)
+
+    @property
+    def train(self) -> torch.Tensor:
+        """The training tokens of a corpus that is one array."""
+        (only,) = self.sources
+        return only
+
+    def __len__(self) -> int:
+        """Tokens to train on."""
+        return sum(map(len, self.sources))
 
     def batch(self, config: TrainConfig, step: int) -> Batch:
         """Random windows of the text; some rows end in a passkey prompt (before it: text, then end of
         document). `config` is that of one stage (`TrainConfig.at`).
 
         Where rows go on from their last stream (`passing.start: previous`), a row reads the text in order instead, from
-        a random place of its own and on from the text's beginning at its end; any rows may then end in a prompt."""
+        a random place of its own and on from the text's beginning at its end; any rows may then end in a prompt. Of
+        several texts, such a row reads one for as long as it goes on, and then one drawn anew."""
         assert isinstance(config.train_length, int)
         rng = np.random.default_rng([config.seed, step])
         size, length = config.batch_size, config.train_length + 1
         follows = config.passing is not None and config.passing.start == "previous"
-        if follows:
+        chosen, carried = np.zeros(size, dtype=np.int64), None
+        if len(self.sources) > 1:
+            chosen, found, carried = (self._legs if follows else self._drawn)(config, step, rng)
+        elif follows:
             places = np.random.default_rng([config.seed, 0, 1]).integers(0, len(self.train), size)
             found = places + step * config.train_length
         else:
             found = rng.integers(0, len(self.train) - length + 1, size)
-        starts = torch.from_numpy(found).to(self.train.device)
         passkey = config.data.passkey
-        count = int(passkey.fraction * size + rng.random())  # its mean is exactly fraction * size
-        rows = rng.permutation(size)[:count] if follows else np.arange(count)  # no row of a stream always has them
+        rows = _prompted(config, rng, follows)
+        count = len(rows)
         keys = np.zeros((count, length), dtype=np.int64)
         from_text = np.ones((count, length), dtype=bool)
         answer = np.zeros((size, length), dtype=bool)
@@ -70,15 +102,72 @@ class Corpus:
             if self.tokenizer.eos_id is not None:
                 keys[i, -n - 1] = self.tokenizer.eos_id
                 from_text[i, -n - 1] = False
-        device = self.train.device
-        ids = self.train[(starts[:, None] + torch.arange(length, device=device)) % len(self.train)].long()
+        ids = self._read(chosen, found, length)
         if count:
-            keep = torch.from_numpy(from_text).to(device)
-            ids[rows] = torch.where(keep, ids[rows], torch.from_numpy(keys).to(device))
-        carried = None
-        if config.passing is not None and follows:
-            carried = torch.from_numpy(rng.random(size) < config.passing.carry).to(device)
-        return Batch(ids, torch.from_numpy(answer[:, 1:]).to(device), carried)
+            keep = torch.from_numpy(from_text).to(self.device)
+            ids[rows] = torch.where(keep, ids[rows], torch.from_numpy(keys).to(self.device))
+        if follows and carried is None:
+            assert config.passing is not None
+            carried = rng.random(size) < config.passing.carry
+        batch = Batch(
+            ids,
+            torch.from_numpy(answer[:, 1:]).to(self.device),
+            None if carried is None else torch.from_numpy(carried).to(self.device),
+        )
+        if not (config.data.reset or config.data.mask_first):
+            return batch
+        assert self.tokenizer.eos_id is not None
+        ended = ids[:, :-1].eq(self.tokenizer.eos_id)  # inputs whose target is the first token of a document
+        reset = None
+        if config.data.reset:
+            reset = ended.roll(1, 1)
+            reset[:, 0] = False
+            if follows:  # the token before: the text's, or the end of the prompt that the last stream ended with
+                reset[:, 0] = self._read(chosen, found - 1, 1)[:, 0] == self.tokenizer.eos_id
+                if step:
+                    reset[_prompted(config, np.random.default_rng([config.seed, step - 1]), follows), 0] = True
+        return replace(batch, reset=reset, counted=~ended if config.data.mask_first else None)
+
+    def _read(self, chosen: np.ndarray, found: np.ndarray, length: int) -> torch.Tensor:
+        """Windows (B, length) int64 of the sources `chosen` (B), from the places `found` (B) on, round their ends."""
+        ids = torch.empty(len(chosen), length, dtype=torch.int64, device=self.device)
+        for i, tokens in enumerate(self.sources):
+            rows = np.flatnonzero(chosen == i)
+            if len(rows):
+                starts = torch.from_numpy(found[rows]).to(tokens.device)
+                places = (starts[:, None] + torch.arange(length, device=tokens.device)) % len(tokens)
+                ids[torch.from_numpy(rows).to(self.device)] = tokens[places].long().to(self.device)
+        return ids
+
+    def _source(self, config: TrainConfig, step: np.ndarray, row: np.ndarray) -> np.ndarray:
+        """The source of row `row` in step `step`: a golden-ratio sequence over all rows of the run, so that the shares
+        hold over any stretch of it."""
+        offset = np.random.default_rng([config.seed, 0, 2]).random()
+        edges = np.cumsum(self.shares)
+        at = (offset + (step * config.batch_size + row) * GOLDEN) % 1.0
+        return np.searchsorted(edges[:-1] / edges[-1], at, side="right")
+
+    def _drawn(self, config: TrainConfig, step: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, None]:
+        """Each row a source, and a window that lies in it."""
+        chosen = self._source(config, np.array(step), np.arange(config.batch_size))
+        room = np.array([len(tokens) - config.longest for tokens in self.sources])[chosen]
+        return chosen, rng.integers(0, room), None
+
+    def _legs(
+        self, config: TrainConfig, step: int, rng: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Each row a source, the place where it reads on, and whether it does: else it begins at a place drawn anew."""
+        assert config.passing is not None and isinstance(config.train_length, int)
+        size, first = config.batch_size, step - step % LEGS
+        goes_on = _goes_on(config.seed, first, size) < config.passing.carry
+        goes_on[0] = False
+        seen = goes_on[: step - first + 1]
+        began = step - np.argmin(seen[::-1], axis=0)  # the last step at which the row began
+        drawn = np.stack([np.random.default_rng([config.seed, int(s), 3]).random(size)[r] for r, s in enumerate(began)])
+        chosen = self._source(config, began, np.arange(size))
+        sizes = np.array([len(tokens) for tokens in self.sources])[chosen]
+        places = (drawn * sizes).astype(np.int64) + (step - began) * config.train_length
+        return chosen, places, seen[-1]
 
     def validation(self, length: int, batch_size: int, most: int = 1024) -> Iterator[torch.Tensor]:
         """Disjoint windows (<= batch_size, length + 1) of the held-out text, evenly spread, at most
@@ -90,29 +179,86 @@ class Corpus:
             yield torch.stack(rows).long()
 
 
+def _prompted(config: TrainConfig, rng: np.random.Generator, follows: bool) -> np.ndarray:
+    """The rows of a step that end in a prompt; where rows follow on, the first that its `rng` draws."""
+    size = config.batch_size
+    count = int(config.data.passkey.fraction * size + rng.random())  # its mean is exactly fraction * size
+    return rng.permutation(size)[:count] if follows else np.arange(count)  # no row of a stream always has them
+
+
+@lru_cache(2)
+def _goes_on(seed: int, first: int, size: int) -> np.ndarray:
+    """Drawn for whether each row goes on, (LEGS, B), of the steps from `first` on."""
+    return np.random.default_rng([seed, first, 4]).random((LEGS, size))
+
+
 def load_corpus(config: DataConfig, tokenizer: Tokenizer, length: int) -> Corpus:
-    """Load and encode the texts. The last `held_out` share of each, whole documents where it has several, is
-    kept for validation. Raises InputError when a text is missing or too short for windows of `length` + 1
-    tokens."""
+    """Read the texts, those that are streamed into stores of tokens. The last `held_out` share of each, whole documents
+    where it has several, is kept for validation (of a stored one 16M tokens or little more).
+
+    Raises:
+        InputError: a text that is missing, cannot be read, or is too short for windows of `length` + 1 tokens; reset or
+            mask_first with a tokenizer that has no end of document.
+    """
+    if (config.reset or config.mask_first) and tokenizer.eos_id is None:
+        option = "reset" if config.reset else "mask_first"
+        raise InputError(f"data.{option}: tokenizer {tokenizer.name} has no end-of-document token to go by")
     train: list[torch.Tensor] = []
     held_out: list[torch.Tensor] = []
     texts: list[dict[str, str | int]] = []
-    for spec in config.text:
-        text = load_text(spec)
-        cut = int(len(text) * (1 - config.held_out))
-        boundary = text.data.rfind(b"\0", 0, cut)
-        if config.held_out and boundary > 0:
-            cut = boundary + 1
-        while 0 < cut < len(text) and text.data[cut] & 0xC0 == 0x80:  # not inside a UTF-8 character
-            cut -= 1
-        train.append(_encode(tokenizer, text.data[:cut] + b"\0"))
-        held_out.append(_encode(tokenizer, text.data[cut:] + b"\0"))
-        texts.append({"name": text.name, "hash": text.hash, "bytes": len(text)})
-    corpus = Corpus(torch.cat(train), torch.cat(held_out), texts, tokenizer)
-    if len(corpus.train) < length + 1:
-        names = ", ".join(config.text)
-        raise InputError(f"data.text: {names} gives {len(corpus.train)} tokens; train_length {length} needs more")
-    return corpus
+    mapped = set()
+    for i, part in enumerate(config.parts):
+        text, source = _opened(part, config.min_document)
+        if source is None:
+            assert text is not None
+            cut = int(len(text) * (1 - config.held_out))
+            boundary = text.data.rfind(b"\0", 0, cut)
+            if config.held_out and boundary > 0:
+                cut = boundary + 1
+            while 0 < cut < len(text) and text.data[cut] & 0xC0 == 0x80:  # not inside a UTF-8 character
+                cut -= 1
+            train.append(_encode(tokenizer, text.data[:cut] + b"\0"))
+            held_out.append(_encode(tokenizer, text.data[cut:] + b"\0"))
+            texts.append({"name": text.name, "hash": text.hash, "bytes": len(text)})
+        else:
+            found = stored(source, tokenizer, config.min_document, part.tokens, lambda line: print(line, flush=True))
+            tokens = torch.from_numpy(found.tokens)
+            cut = _cut(found.tokens, tokenizer.eos_id, config.held_out)
+            train.append(tokens[:cut])
+            held_out.append(tokens[cut:].clone())
+            texts.append({"name": source.name, "hash": found.hash, "bytes": found.bytes})
+            mapped.add(i)
+    weights = [part.weight for part in config.parts]
+    if not mapped and None in weights:
+        train = [torch.cat(train)]
+    shares = [float(len(tokens) if weight is None else weight) for tokens, weight in zip(train, weights)]
+    names = [part.source for part in config.parts] if len(train) > 1 else [", ".join(p.source for p in config.parts)]
+    for name, tokens, share in zip(names, train, shares, strict=True):
+        if share and len(tokens) < length + 1:
+            raise InputError(f"data.text: {name} gives {len(tokens)} tokens; train_length {length} needs more")
+    return Corpus(train, torch.cat(held_out), texts, tokenizer, shares, frozenset(mapped))
+
+
+def _opened(part: MixedText, min_document: int) -> tuple[Text | None, Source | None]:
+    """A text that is held, or a source to store: what is streamed, and a text of which some documents are left out."""
+    if (source := open_streamed(part.source)) is not None:
+        return None, source
+    text = load_text(part.source)
+    if not (min_document or part.tokens):
+        return text, None
+    return None, Source(text.name, f"{text.name} {text.hash}", [Shard(text.hash, text.documents)])
+
+
+def _cut(tokens: np.ndarray, eos: int | None, held_out: float) -> int:
+    """Where the held-out documents begin: after the last end of document that leaves the share, if there is one."""
+    cut = stop = len(tokens) - min(int(len(tokens) * held_out), HELD_OUT)
+    while held_out and eos is not None and stop > 0:
+        start = max(0, stop - 2**20)
+        ends = np.flatnonzero(tokens[start:stop] == eos)
+        if len(ends):
+            return start + int(ends[-1]) + 1
+        stop = start
+    return cut
 
 
 def _encode(tokenizer: Tokenizer, data: bytes) -> torch.Tensor:

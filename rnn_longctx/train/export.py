@@ -43,7 +43,9 @@ def _provenance(config: TrainConfig, corpus: Corpus, model: Any, metrics: dict[s
     """What the finished model is made of, and what the one it was started from was. No paths: texts go by their
     canonical names."""
     recipe = {k: v for k, v in to_dict(config).items() if k not in ("out", "device", "licences")}
-    recipe["data"]["text"] = [t["name"] for t in corpus.texts]
+    parts = [{k: v for k, v in to_dict(part).items() if v is not None} for part in config.data.parts]
+    named = [{**part, "source": t["name"]} for part, t in zip(parts, corpus.texts, strict=True)]
+    recipe["data"]["text"] = [part if len(part) > 1 else part["source"] for part in named]
     others = [t["name"] for t in corpus.texts if t["name"] != "site-packages"]
     excluded = "Python's standard library: not in the training text, nor is any installed file that has more than "
     excluded += "20% of its longer lines in common with it"

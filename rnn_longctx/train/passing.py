@@ -39,10 +39,12 @@ class Learner(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, ids: Tensor, targets: Tensor | None, before: States | None) -> tuple[Tensor | None, States]:
-        """Losses (B, T) of the targets, in nats, and the states after ids (B, T). before: None begins and forgets."""
+    def forward(self, ids: Tensor, targets: Tensor | None, before: States | None,
+                reset: Tensor | None = None) -> tuple[Tensor | None, States]:  # fmt: skip
+        """Losses (B, T) of the targets, in nats, and the states after ids (B, T), documents beginning at `reset`.
+        before: None begins and forgets."""
         cache = self.model.new_cache() if before is None else _cache(before)
-        hidden = self.model(ids, cache)
+        hidden = self.model(ids, cache, reset=reset)
         losses = None if targets is None else self.model.losses(hidden, targets)
         return losses, [(layer.conv, layer.scan.state) for layer in cache.layers]
 
@@ -52,15 +54,15 @@ class Part:
     """Rows of a batch that are read at once.
 
     Attributes:
-        ids, answer: as in `Batch`.
+        batch: the rows. Where a document begins (`reset`) the state is dropped; a target that does not count is 0 in
+            the mean of all.
         tokens, answers: how many of both the whole batch has, of which this part's losses are shares.
         scale: gradients are times this: where the mean over so many ranks is taken afterwards.
         cut: of the length of a segment, which of its tokens this rank reads.
         step: whether a read is the update's last; around it and its backward.
     """
 
-    ids: Tensor
-    answer: Tensor
+    batch: Batch
     tokens: int
     answers: Tensor
     scale: int = 1
@@ -70,16 +72,19 @@ class Part:
     @classmethod
     def of(cls, batch: Batch) -> Part:
         """All of a batch."""
-        return cls(batch.ids, batch.answer, batch.answer.numel(), batch.answer.sum())
+        return cls(batch, batch.answer.numel(), batch.answer.sum())
 
-    def pieces(self, segment: int) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Inputs, targets, and which of those are an answer's, of each segment; this rank's tokens of it."""
-        length, found = self.answer.shape[1], []
+    def pieces(self, segment: int) -> list[tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]]:
+        """Inputs, targets, which of those are an answer's and which count, and which inputs begin a document, of each
+        segment; this rank's tokens of it."""
+        b, found = self.batch, []
+        length = b.answer.shape[1]
         for t in range(0, length, segment):
             own = range(t, min(t + segment, length))
             own = own[self.cut(len(own))]
-            a, b = own.start, own.stop
-            found.append((self.ids[:, a:b], self.ids[:, a + 1 : b + 1], self.answer[:, a:b]))
+            at, after = slice(own.start, own.stop), slice(own.start + 1, own.stop + 1)
+            counted, reset = (None if marks is None else marks[:, at] for marks in (b.counted, b.reset))
+            found.append((b.ids[:, at], b.ids[:, after], b.answer[:, at], counted, reset))
         return found
 
 
@@ -100,26 +105,27 @@ def accumulate(learner: nn.Module, part: Part, passing: PassingConfig | None, st
         The part's share of the mean loss of all tokens and of the answer tokens (0 without any), in nats, and the
         states after the last token, all detached.
     """
-    pieces = part.pieces(part.answer.shape[1] if passing is None else passing.segment)
+    pieces = part.pieces(part.batch.answer.shape[1] if passing is None else passing.segment)
     answers = part.answers.clamp(min=1)
-    loss = answer_loss = torch.zeros((), device=part.answer.device)
+    loss = answer_loss = torch.zeros((), device=part.batch.answer.device)
     size = len(pieces) if passing is None or passing.bptt == "all" else passing.bptt + 1
     states = start
     for first in range(0, len(pieces), size):
         block = pieces[first : first + size]
         before = [states]
         with torch.no_grad():
-            for ids, *_ in block[:-1]:
+            for ids, *_, reset in block[:-1]:
                 with context():
-                    before.append(learner(ids, None, before[-1])[1])
+                    before.append(learner(ids, None, before[-1], reset)[1])
         received: list[Tensor | None] = []  # gradients of what the segment hands on; nothing comes from the next block
-        for ids, goal, asked in reversed(block):
+        for ids, goal, asked, counted, reset in reversed(block):
             begun = before.pop()
             leaves = [t.detach().requires_grad_(bool(before)) for pair in begun or [] for t in pair]
             paired = None if begun is None else list(zip(leaves[::2], leaves[1::2], strict=True))
             with part.step(not before and first + size >= len(pieces)):
                 with context():
-                    losses, after = learner(ids, goal, paired)
+                    losses, after = learner(ids, goal, paired, reset)
+                losses = losses if counted is None else losses * counted
                 own, own_answer = losses.sum() / part.tokens, (losses * asked).sum() / answers
                 handed = [t for pair in after for t in pair]
                 if not received:  # the block's last segment

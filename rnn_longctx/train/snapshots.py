@@ -64,12 +64,14 @@ def newest_snapshot(folder: Path, device: torch.device | str = "cpu") -> dict[st
 
 
 def claim_folder(out: Path, config: dict[str, Any]) -> None:
-    """Record `config` in `out`, or check that it is the one recorded there. Another one: InputError."""
+    """Record `config` in `out`, or check that it is the one recorded there. Another one: InputError, unless that run
+    never began (no text was found, say)."""
     file = out / "run.json"
     config = json.loads(json.dumps(config))
-    if file.is_file():
+    if file.is_file() and (out / "log.csv").is_file():
         before, now = _flat(json.loads(file.read_text())), _flat(config)
-        changed = [k for k in sorted({*before, *now}) if before.get(k) != now.get(k)]
+        # what an older version did not write is what is off now: False, 0 or null
+        changed = [k for k in sorted({*before, *now}) if (before.get(k) or None) != (now.get(k) or None)]
         if changed:
             key = changed[0]
             difference = f"{key} was {before.get(key)}, is {now.get(key)}"

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, redirect_stdout
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -83,7 +83,7 @@ def _train(config: TrainConfig, team: Team, stack: ExitStack) -> Path:
     began = time.monotonic()
     corpus = load_corpus(config.data, tokenizer, config.longest)
     names = ", ".join(f"{t['name']} ({t['hash']})" for t in corpus.texts)
-    print(f"text: {names}: {len(corpus.train):,} tokens in {time.monotonic() - began:.0f} s", flush=True)
+    print(f"text: {names}: {len(corpus):,} tokens in {time.monotonic() - began:.0f} s", flush=True)
     if len(config.stages) > 1 and len(corpus.held_out) <= config.stages[0][0]:
         few = f"{len(corpus.held_out)} tokens are too few; see data.held_out"
         raise InputError(f"train_length: a schedule is gated on held-out text, and {few}")
@@ -308,7 +308,7 @@ def _backward(config: TrainConfig, corpus: Corpus, model: Any, learner: nn.Modul
     """The batch of a step, its two losses, and what this rank's streams end with; the gradients of all ranks are left
     in the parameters."""
     batch = corpus.batch(config, step)
-    own = rows_of(batch, team.rows)
+    own = batch.rows(team.rows)
     begun = None if starts is None else starts.begin(step, own)
     tokens, answers, each = batch.answer.numel(), batch.answer.sum(), len(own.ids) // config.accumulate
     losses, ends, weight = torch.zeros(2, device=batch.ids.device), [], config.data.passkey.answer_weight
@@ -317,7 +317,7 @@ def _backward(config: TrainConfig, corpus: Corpus, model: Any, learner: nn.Modul
             rows, last = slice(first, first + each), first + each == len(own.ids)
             start = None if begun is None else [(conv[rows], state[rows]) for conv, state in begun]
             around = partial(team.step, learner, last)
-            part = Part(own.ids[rows], own.answer[rows], tokens, answers, team.world, team.stretch, around)
+            part = Part(own.rows(rows), tokens, answers, team.world, team.stretch, around)
             loss, answer, end = accumulate(learner, part, config.passing, start, weight, context)
             losses = losses + torch.stack([loss, answer])
             ends.append(end)
@@ -325,14 +325,6 @@ def _backward(config: TrainConfig, corpus: Corpus, model: Any, learner: nn.Modul
     if len(ends) > 1:
         final = [(torch.cat([c for c, _ in layer]), torch.cat([s for _, s in layer])) for layer in zip(*ends)]
     return batch, team.sum(losses), final
-
-
-def rows_of(batch: Batch, rows: slice) -> Batch:
-    """Some rows of a batch, as views."""
-    if rows == slice(0, len(batch.ids)):
-        return batch
-    parts = {f.name: getattr(batch, f.name) for f in fields(batch)}
-    return Batch(**{name: v[rows] if isinstance(v, torch.Tensor) else v for name, v in parts.items()})
 
 
 def _keep_best(config: TrainConfig, corpus: Corpus, model: Any, out: Path, score: list[float],

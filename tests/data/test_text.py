@@ -5,6 +5,7 @@ import sys
 import sysconfig
 import types
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -174,13 +175,18 @@ def test_site_packages_are_decontaminated(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_hf_data_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    class Rows(dict):
-        column_names = ("text", "body")
+    class Rows(list):
+        column_names: ClassVar = ["text", "body"]
+        num_shards = 2
 
-    def load_dataset(name: str, split: str) -> Rows:
+        def shard(self, n: int, i: int) -> Rows:
+            return Rows(self[i::n])
+
+    def load_dataset(name: str, split: str, streaming: bool) -> Rows:
         if name == "gone":
             raise ConnectionError("offline\nreally")
-        return Rows(text=[f"{split} one", "", "two\0"], body=["b"])
+        assert streaming
+        return Rows({"text": text, "body": "b"} for text in (f"{split} one", "two\0", "", None))
 
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
     text = load_text("hf:owner/set")

@@ -21,6 +21,11 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture(autouse=True)
+def stores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
 @pytest.fixture
 def config(tmp_path: Path) -> TrainConfig:
     words = np.random.default_rng().choice(["def ", "return ", "x", " = ", "(y)\n"], 8000)

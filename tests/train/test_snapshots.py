@@ -84,8 +84,11 @@ def test_a_log_on_a_full_disk(tmp_path: Path) -> None:
 def test_a_folder_belongs_to_one_config(tmp_path: Path) -> None:
     out = tmp_path / "run"
     config = {"model": {"d_model": 8, "dt_limit": [0.0, float("inf")]}, "steps": 5}
+    claim_folder(out, {**config, "steps": 3})
+    claim_folder(out, config)  # the run of 3 steps never began
+    (out / "log.csv").touch()
     claim_folder(out, config)
-    claim_folder(out, config)
+    claim_folder(out, {**config, "reset": False, "min": 0})  # what an older version did not write, and is off
     with pytest.raises(InputError, match=r"another config \(model\.d_model was 8, is 9\)") as error:
         claim_folder(out, config | {"model": {"d_model": 9, "dt_limit": [0.0, float("inf")]}})
     assert "\n" not in str(error.value)

@@ -29,7 +29,7 @@ from rnn_longctx.config import from_dict, load_yaml, to_dict
 from rnn_longctx.errors import InputError
 from rnn_longctx.models.mamba2 import Mamba2LM
 from rnn_longctx.train import TrainConfig, TrainingDiverged, passing, train, trainer
-from rnn_longctx.train.config import EvaluateConfig, OptimizerConfig, PassingConfig, ScheduleConfig
+from rnn_longctx.train.config import EvaluateConfig, MixedText, OptimizerConfig, PassingConfig, ScheduleConfig
 from rnn_longctx.train.corpus import Batch, Corpus, load_corpus
 from rnn_longctx.train.passing import Learner, Part, accumulate
 from rnn_longctx.train.snapshots import COLUMNS, newest_snapshot
@@ -93,15 +93,40 @@ MODES: dict[str, dict[str, Any]] = {
         "train_length": "112:3,115:2,120:7",
         "evaluate": EvaluateConfig([111, 120], every=3, passkeys=2),
     },
+    "mixed": {},
+    "mixed streams": {"passing": PassingConfig(50, "all", "previous", 0.7), "train_length": "112:5,120:7"},
 }
+
+
+@pytest.fixture
+def records(config: TrainConfig, tmp_path: Path) -> list[Path]:
+    """Three files of records made of the config's text."""
+    text = Path(str(config.data.text[0])).read_text()
+    (tmp_path / "records").mkdir()
+    for i in range(3):
+        parts = [text[k : k + 400] for k in range(i * 10_000, i * 10_000 + 6_000, 400)]
+        lines = [json.dumps({"body": part}) + "\n" for part in parts]
+        (tmp_path / "records" / f"{i}.jsonl").write_text("".join(lines))
+    return sorted((tmp_path / "records").iterdir())
+
+
+def mixed(config: TrainConfig, records: list[Path]) -> TrainConfig:
+    """Streamed records by weight beside a text that is held, documents apart."""
+    parts: list[str | MixedText] = [
+        MixedText(f"jsonl:{records[0].parent}:body", 2.0, 15_000),
+        MixedText(str(config.data.text[0]), 1.0),
+    ]
+    return replace(config, data=replace(config.data, text=parts, min_document=100, mask_first=True, reset=True))
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_killed_anywhere_and_resumed_is_the_uninterrupted_run(
-    config: TrainConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, mode: str
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, mode: str, records: list[Path]
 ) -> None:
     monkeypatch.setattr(passing, "FIT_EVERY", 3)
     config = replace(config, **MODES[mode])
+    if mode.startswith("mixed"):
+        config = mixed(config, records)
     whole = replace(config, out=str(tmp_path / "whole"))
     train(whole)
     batch = Corpus.batch
@@ -169,6 +194,8 @@ def test_a_run_of_an_older_version_goes_on(
     (out / "log.csv").write_text("".join(line.rsplit(",", 3)[0] + "\n" for line in log))
     before = json.loads((out / "run.json").read_text())
     new = ("init", "passing", "evaluate")
+    for key in ("min_document", "mask_first", "reset"):
+        del before["data"][key]
     (out / "run.json").write_text(json.dumps({k: v for k, v in before.items() if k not in new}))
     for file in (out / "snapshots").iterdir():
         snapshot = torch.load(file)
@@ -179,10 +206,12 @@ def test_a_run_of_an_older_version_goes_on(
     assert {row["length"] for row in rows(config)} == {120}
 
 
-@pytest.mark.parametrize("mode", ["plain", "stages"])
-def test_kill_9(config: TrainConfig, tmp_path: Path, mode: str) -> None:
+@pytest.mark.parametrize("mode", ["plain", "stages", "mixed streams"])
+def test_kill_9(config: TrainConfig, tmp_path: Path, mode: str, records: list[Path]) -> None:
     """A process killed by the system, in the middle of anything, loses no exactness."""
     config = replace(config, **MODES[mode])
+    if mode.startswith("mixed"):
+        config = mixed(config, records)
     whole = replace(config, out=str(tmp_path / "whole"))
     train(whole)
     file = tmp_path / "config.yaml"
@@ -212,6 +241,52 @@ def test_kill_9(config: TrainConfig, tmp_path: Path, mode: str) -> None:
     assert_same_run(config, whole)
 
 
+def test_a_run_stopped_by_a_bad_shard_goes_on_when_it_is_mended(
+    config: TrainConfig, records: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = mixed(config, records)
+    whole = replace(config, out=str(tmp_path / "whole"))
+    train(whole)
+    batch = Corpus.batch
+
+    def killer(self: Corpus, c: TrainConfig, step: int) -> Batch:
+        if step == 9:
+            raise Killed
+        return batch(self, c, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Corpus, "batch", killer)
+        with pytest.raises(Killed):
+            train(config)
+    held = {file: file.read_bytes() for file in Path(config.out).rglob("*") if file.is_file()}
+    assert any(file.suffix == ".pt" for file in held)
+    good = records[1].read_text()
+    lines = good.splitlines(keepends=True)
+    records[1].write_text("".join([*lines[:7], lines[7][:50] + "\n", *lines[8:]]))
+    with pytest.raises(InputError, match=r"records/1\.jsonl:8: not JSON") as error:
+        train(config)
+    assert "\n" not in str(error.value)
+    assert held == {file: file.read_bytes() for file in Path(config.out).rglob("*") if file.is_file()}
+    records[1].write_text(good.replace("def", "fed"))
+    with pytest.raises(InputError, match="training text is not the one"):
+        train(config)
+    records[1].write_text(good)
+    train(config)
+    assert_same_run(config, whole)
+
+
+def test_what_a_mixture_is_recorded_as(config: TrainConfig, records: list[Path], tmp_path: Path) -> None:
+    config = mixed(config, records)
+    model: Any = rnn_longctx.load(train(config))
+    parts = model.provenance["recipe"]["data"]["text"]
+    assert parts == [
+        {"source": "jsonl:records:body", "weight": 2.0, "tokens": 15_000},
+        {"source": "file:text.txt", "weight": 1.0},
+    ]
+    assert str(tmp_path) not in json.dumps(model.provenance), "no paths"
+    assert [t["name"] for t in model.provenance["data"]["texts"]] == [p["source"] for p in parts]
+
+
 def test_a_damaged_newest_snapshot_costs_time_only(config: TrainConfig, tmp_path: Path) -> None:
     whole = replace(config, out=str(tmp_path / "whole"))
     for c in (whole, config):
@@ -232,7 +307,7 @@ def test_another_config_in_the_same_folder_is_refused(config: TrainConfig) -> No
 
 def test_another_text_in_the_same_folder_is_refused(config: TrainConfig) -> None:
     train(config)
-    file = Path(config.data.text[0])
+    file = Path(str(config.data.text[0]))
     file.write_text(file.read_text() + "more")
     with pytest.raises(InputError, match="training text is not the one"):
         train(config)

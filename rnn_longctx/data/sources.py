@@ -1,0 +1,189 @@
+"""Files of records as documents: JSON Lines (plain, .gz, .bz2, .zst, .lz4), Parquet, Hugging Face data sets.
+
+A source is a list of shards, its files in order. One record is held at a time: a line, or a few rows of a Parquet file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rnn_longctx.errors import InputError
+
+JSONL = (".jsonl", ".ndjson")
+PACKED = ("", ".gz", ".bz2", ".zst", ".lz4")  # what Arrow reads by suffix
+SUFFIXES = {"jsonl": tuple(j + p for j in JSONL for p in PACKED), "parquet": (".parquet",)}
+ROWS = 64  # of a Parquet file at once: they may be whole books
+
+
+@dataclass(frozen=True)
+class Shard:
+    """`identity` changes with the contents (size and time of the last change); `read` gives its documents, without NUL,
+    and raises InputError where they cannot be read."""
+
+    identity: str
+    read: Callable[[], Iterator[bytes]]
+
+
+@dataclass(frozen=True)
+class Source:
+    """`name` is canonical, `where` says which of all that have the name (it may hold a path)."""
+
+    name: str
+    where: str
+    shards: list[Shard]
+
+    def documents(self) -> Iterator[bytes]:
+        for shard in self.shards:
+            yield from shard.read()
+
+
+def open_source(spec: str) -> Source | None:
+    """The records at ``jsonl:PATH[:field]``, ``parquet:PATH[:column]``, a path with such a suffix, or
+    ``hf:dataset[:split[:column]]``; None for anything else. Of a directory, its files of the kind, recursively, sorted.
+    Field and column are `text` when not given. Raises InputError when there is no such file, or a data set cannot be
+    opened."""
+    kind, colon, rest = spec.partition(":")
+    if kind == "hf":
+        return _hugging_face(spec)
+    if not colon or kind not in SUFFIXES:
+        found = [k for k, suffixes in SUFFIXES.items() if spec.endswith(suffixes)]
+        if not found or kind in ("file", "dir"):
+            return None
+        kind, rest = found[0], spec
+    path, field = Path(rest).expanduser(), "text"
+    if not path.exists() and ":" in rest:
+        path, field = Path(rest.rpartition(":")[0]).expanduser(), rest.rpartition(":")[2]
+    files = [path] if path.is_file() else [path / n for n in walk(path) if n.endswith(SUFFIXES[kind])]
+    if not files:
+        raise InputError(f"no {kind} files at {path}")
+    read = _jsonl if kind == "jsonl" else _parquet
+    return Source(
+        f"{kind}:{path.resolve().name}:{field}",
+        f"{kind}:{path.resolve()}:{field}",
+        [Shard(identity([f]), lambda f=f: read(f, field)) for f in files],  # type: ignore[misc]
+    )
+
+
+def walk(root: Path, suffix: str = "", skip: set[str] | frozenset[str] = frozenset()) -> list[str]:
+    """Names of the regular files below `root`, relative to it, with "/", sorted; hidden ones left out."""
+    names = []
+    for folder, folders, files in os.walk(root):
+        folders[:] = [f for f in folders if f not in skip and not f.startswith(".")]
+        inside = Path(folder).relative_to(root)
+        names += [(inside / f).as_posix() for f in files if f.endswith(suffix) and not f.startswith(".")]
+    return sorted(names)
+
+
+def identity(files: list[Path]) -> str:
+    """Of names, sizes and times of the last change."""
+    digest = hashlib.sha256()
+    for file in files:
+        try:
+            found = file.stat()
+        except OSError as error:
+            raise InputError(f"cannot read {file}: {error.strerror}") from None
+        digest.update(f"{file.name} {found.st_size} {found.st_mtime_ns}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def _document(value: str) -> bytes:
+    return value.encode("utf-8", "replace").replace(b"\0", b"")  # JSON may escape half a surrogate pair
+
+
+def _jsonl(path: Path, field: str) -> Iterator[bytes]:
+    import pyarrow
+
+    number = 0
+    try:
+        with pyarrow.input_stream(str(path), compression="detect") as stream:
+            for number, line in enumerate(io.BufferedReader(stream, 1 << 16), 1):
+                if not line.strip():
+                    continue
+                try:
+                    text = _field(json.loads(line), field)
+                except json.JSONDecodeError as error:
+                    raise InputError(f"{path}:{number}: not JSON ({error.msg} at column {error.colno})") from None
+                except UnicodeDecodeError:
+                    raise InputError(f"{path}:{number}: not UTF-8 text") from None
+                except InputError as error:
+                    raise InputError(f"{path}:{number}: {error}") from None
+                if text:
+                    yield _document(text)
+    except (OSError, pyarrow.ArrowException) as error:
+        raise InputError(f"{path}: cannot be read after line {number} ({_one_line(error)})") from None
+
+
+def _field(record: Any, field: str) -> str | None:
+    """None where it is null: no text."""
+    if not isinstance(record, dict):
+        raise InputError(f"expected an object with the field {field!r}, got {type(record).__name__}")
+    if field not in record:
+        raise InputError(f"no field {field!r} (fields: {', '.join(map(str, record))})")
+    if not isinstance(record[field], str | None):
+        raise InputError(f"field {field!r} is {type(record[field]).__name__}, not text")
+    return record[field]
+
+
+def _parquet(path: Path, column: str) -> Iterator[bytes]:
+    import pyarrow
+    from pyarrow import parquet
+
+    row = 0
+    try:
+        with parquet.ParquetFile(path) as file:
+            schema = file.schema_arrow
+            if column not in schema.names:
+                raise InputError(f"{path}: no column {column!r} (columns: {', '.join(schema.names)})")
+            kind = schema.field(column).type
+            if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+                raise InputError(f"{path}: column {column!r} is {kind}, not text")
+            for batch in file.iter_batches(ROWS, columns=[column]):
+                yield from (_document(text) for text in batch.column(0).to_pylist() if text)
+                row += len(batch)
+    except (OSError, UnicodeDecodeError, pyarrow.ArrowException) as error:
+        raise InputError(f"{path}: cannot be read after row {row} ({_one_line(error)})") from None
+
+
+def _hugging_face(spec: str) -> Source:
+    """Streamed: rows come from the hub, or from a local directory, as they are read."""
+    dataset, split, column = [*spec.split(":")[1:], "", "", ""][:3]
+    split, column = split or "train", column or "text"
+    try:
+        import datasets
+    except ImportError:
+        raise InputError(f"text {spec} needs the datasets package: pip install rnn-longctx[train]") from None
+    try:
+        rows = datasets.load_dataset(dataset, split=split, streaming=True)
+        names = rows.column_names or list(next(iter(rows)))
+    except Exception as error:  # datasets and its hub client raise many kinds
+        raise InputError(f"cannot load text {spec}: {_one_line(error)}") from None
+    if column not in names:
+        raise InputError(f"text {spec}: no column {column!r} (columns: {', '.join(names)})")
+
+    def read(i: int) -> Iterator[bytes]:
+        good = 0
+        try:
+            for row in rows.shard(rows.num_shards, i):
+                if text := _field(row, column):
+                    yield _document(text)
+                good += 1
+        except Exception as error:
+            where = f"text {spec}: shard {i + 1} of {rows.num_shards}"
+            raise InputError(f"{where} cannot be read after row {good} ({_one_line(error)})") from None
+
+    local = Path(dataset).exists()
+    name, where = (Path(dataset).resolve().name, str(Path(dataset).resolve())) if local else (dataset, dataset)
+    files = identity([Path(dataset) / n for n in walk(Path(dataset))]) if local else ""
+    shards = [Shard(f"{files} {i + 1}/{rows.num_shards}", lambda i=i: read(i)) for i in range(rows.num_shards)]  # type: ignore[misc]
+    return Source(f"hf:{name}:{split}:{column}", f"hf:{where}:{split}:{column}", shards)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
