@@ -2,6 +2,7 @@
 
 from rnn_longctx.data.passkey import (
     PasskeyPrompt,
+    Style,
     make_passkey,
     multikey_batch,
     passkey_batch,
@@ -15,6 +16,7 @@ __all__ = [
     "ByteTokenizer",
     "HFTokenizer",
     "PasskeyPrompt",
+    "Style",
     "Text",
     "Tokenizer",
     "load_text",
