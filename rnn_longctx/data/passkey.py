@@ -89,8 +89,7 @@ def passkey_batch(tokenizer: Tokenizer, length: int, n: int, seed: int, style: s
     """
     rngs = [np.random.default_rng([seed, length, i]) for i in range(n)]
     return [
-        _prompt(tokenizer, length, _depth(i, n), _draw(rng), style, haystack and (haystack, i))
-        for i, rng in enumerate(rngs)
+        _prompt(tokenizer, length, _depth(i, n), _draw(rng), style, _slice(haystack, i)) for i, rng in enumerate(rngs)
     ]
 
 
@@ -108,7 +107,7 @@ def multikey_batch(tokenizer: Tokenizer, length: int, n: int, seed: int, keys: i
         labels, answers = rng.permutation(LABELS)[:keys], [_draw(rng) for _ in range(keys)]
         depths = [_depth(i, n), *rng.random(keys - 1)]
         said = [(d, _put(wording.key, a, w)) for d, w, a in zip(depths, labels, answers)]
-        question, hay = _put(wording.question, "", labels[0]), haystack and (haystack, i)
+        question, hay = _put(wording.question, "", labels[0]), _slice(haystack, i)
         made.append(_filled(tokenizer, length, wording.header, question, said, answers[0], hay=hay))
     return made
 
@@ -119,7 +118,7 @@ def words_batch(tokenizer: Tokenizer, length: int, n: int, seed: int, style: Sty
     made, wording = [], style or _fitting(WORDED, length)
     for i in range(n):
         word = str(np.random.default_rng([seed, length, i]).choice(WORDS))
-        made.append(_prompt(tokenizer, length, _depth(i, n), word, wording, haystack and (haystack, i)))
+        made.append(_prompt(tokenizer, length, _depth(i, n), word, wording, _slice(haystack, i)))
     return made
 
 
@@ -152,6 +151,10 @@ def _prompt(tokenizer: Tokenizer, length: int, depth: float, answer: str, style:
 
 def _fitting(style: Style, length: int) -> Style:
     return Style("", style.key, style.question) if length < SHORTEST_PAPER else style
+
+
+def _slice(haystack: Text | None, i: int) -> tuple[Text, int] | None:
+    return None if haystack is None else (haystack, i)
 
 
 def _depth(i: int, n: int) -> float:
