@@ -45,7 +45,7 @@ def draw(directory: str | Path, target: float) -> list[Path]:
         mitigation, quantity = map(str, key)
         end = "" if mitigation == "none" else f" {mitigation}"
         paths.append(_write(growth(group, quantity, mitigation), directory / f"{_slug(quantity + end)}.png"))
-    if len(depths := tables.by_depth(results, about)):
+    if len(points) and len(depths := tables.by_depth(results, points)):
         paths.append(_write(recall(depths), directory / "recall_by_depth.png"))
     if len(pairs := tables.associations(results, about)):
         paths.append(_write(mqar(pairs), directory / "mqar.png"))
@@ -161,7 +161,7 @@ def recall(frame: pd.DataFrame) -> Figure:
     for panel in panels[:, 0]:
         panel.set_ylabel("depth")
     figure.supxlabel("length, tokens, as the search asked (red: training length)", fontsize=10)
-    figure.suptitle("Passkey accuracy of the models trained on the longest sequences", fontsize=12, x=0.01, ha="left")
+    figure.suptitle("Passkey accuracy of the models that T_recall is of", fontsize=12, x=0.01, ha="left")
     figure.colorbar(image, ax=panels, shrink=0.8, pad=0.02, label="accuracy")
     return figure
 

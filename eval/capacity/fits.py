@@ -123,9 +123,9 @@ def fit(form: str, s: Sequence[float], y: Sequence[float], n_boot: int = _BOOT, 
                aic, carrier)  # fmt: skip
 
 
-def fit_all(s: Sequence[float], y: Sequence[float], seed: int = 0) -> dict[str, Fit]:
+def fit_all(s: Sequence[float], y: Sequence[float], n_boot: int = _BOOT) -> dict[str, Fit]:
     """Every form that there are points for."""
-    found = {form: fit(form, s, y, seed=seed) for form in FORMS}
+    found = {form: fit(form, s, y, n_boot) for form in FORMS}
     return {form: one for form, one in found.items() if one is not None}
 
 
@@ -138,14 +138,14 @@ def best(fits: dict[str, Fit]) -> str | None:
 
 
 def table(points: pd.DataFrame, axes: Sequence[str] = AXES) -> pd.DataFrame:
-    """A line a remedy, quantity, axis and form. Axes but the first are there to be compared with it: is the size of
-    the state what lengths go by? Points of which only a bound is known are counted (`bounds`) and not fitted."""
+    """A line a remedy, quantity, axis and form. Axes but the first are there to be compared with it, without intervals:
+    is the size of the state what lengths go by? Points known only as a bound are counted (`bounds`) and not fitted."""
     lines = []
     for (mitigation, quantity), group in points.groupby(["mitigation", "quantity"], sort=False):
         exact = group[group["bound"] == ""]
         for axis in axes:
             s, y = exact[axis].astype(float) / MILLION, exact["value"].astype(float) / K
-            fits = fit_all(s.to_list(), y.to_list())
+            fits = fit_all(s.to_list(), y.to_list(), _BOOT if axis == axes[0] else 0)
             chosen = best(fits)
             for form, f in fits.items():
                 ends = _ends(f)

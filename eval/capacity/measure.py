@@ -34,11 +34,20 @@ def measure(model: Any, c: MeasureConfig, out: str | Path, say: Callable[[str], 
     for remedy in remedies:  # what cannot be put on it, or asked of it, shows before anything is measured
         with mitigate(model, remedy, target_length=c.limit):
             pass
+    for task in c.tasks:
+        _enough(model, task, c)
     models.put(out, models.describe(model, **about))
     for remedy in remedies:
         say(f"{model.name}, {remedy}: {_forgets(model, remedy, c, out)}")
         for task in c.tasks:
             say(f"{model.name}, {remedy}: T_recall of {task.label} {t_recall(model, task, remedy, c, out)}")
+
+
+def _enough(model: Any, task: Passkey, c: MeasureConfig) -> None:
+    """Refuse a haystack that is shorter than the longest context, before an hour is spent on shorter ones."""
+    hay, longest = task.hay(Context(model)), min(c.limit, task.max or c.limit)
+    if hay is not None and len(hay) < longest:  # a token is at least a byte
+        raise InputError(f"{task}: {hay.name} has {len(hay)} bytes; a context of {longest} tokens was asked for")
 
 
 def _forgets(model: Any, remedy: Remedy, c: MeasureConfig, out: Path) -> str:
@@ -86,12 +95,6 @@ def t_recall(model: Any, task: Passkey, remedy: Remedy, c: MeasureConfig, out: s
             raise
         return True
 
-    if task.haystack:  # too short a text shows before an hour is spent on it
-        hay = task.hay(texts)
-        assert hay is not None
-        longest = min(c.limit, task.max or c.limit)
-        if len(hay) < longest and model.tokenizer.name == "bytes":
-            raise InputError(f"{task}: {hay.name} has {len(hay)} bytes; a context of {longest} tokens was asked for")
     limit = min(c.limit, task.max or c.limit)
     with nullcontext() if remedy.per_length else mitigate(model, remedy, target_length=limit):
         found = recall_of(search(ask, fits, model.train_length or START, limit, c.recall, n), c.recall)

@@ -20,7 +20,6 @@ from rnn_longctx.eval.capacity.forget import forget_of
 from rnn_longctx.eval.capacity.recall import recall_of
 from rnn_longctx.eval.results import Results
 from rnn_longctx.eval.sheets import Sheet, sheets
-from rnn_longctx.eval.stats import wilson
 
 KEY = ["shape", "mitigation", "quantity"]
 QUANTITIES = ("forgets", "T_recall")
@@ -82,7 +81,7 @@ def points(found: pd.DataFrame) -> pd.DataFrame:
     """One line a shape, remedy and quantity (T_forget, T_recall): the columns of models.csv that its models share, and
 
     value: tokens. T_forget: the shortest training length above all whose models, by majority, fail. T_recall: the
-        median over seeds, at the training length where that is longest.
+        median over seeds, at the training length where that is longest; `model` is the one it is of.
     bound: "" where `value` was found; "above" or "below" where only that is known (not reached; at the shortest tried).
     low, high: T_forget lies above `low`, the longest training length that fails; the seeds' T_recalls lie within.
     """
@@ -122,8 +121,9 @@ def _t_recall(group: pd.DataFrame) -> dict[str, Any]:
     middle, (train_length, some, index) = best
     one, lengths = some.loc[index], some["passes"].fillna(0)
     bound = "below" if not middle else "above" if pd.isna(one["fails"]) else ""
-    return {"value": middle or int(one["fails"]), "bound": bound, "low": int(lengths.min()), "high": int(lengths.max()),
-            "train_length": train_length, "text": one["text"]}  # fmt: skip
+    of = {"model": one["model"], "weights_hash": one["weights_hash"], "train_length": train_length}
+    value, low, high = middle or int(one["fails"]), int(lengths.min()), int(lengths.max())
+    return of | {"value": value, "bound": bound, "low": low, "high": high, "text": one["text"]}
 
 
 def associations(results: pd.DataFrame, about: pd.DataFrame) -> pd.DataFrame:
@@ -138,16 +138,10 @@ def associations(results: pd.DataFrame, about: pd.DataFrame) -> pd.DataFrame:
     return joined.sort_values(["task", "state_elements", "pairs"], ignore_index=True)
 
 
-def by_depth(results: pd.DataFrame, about: pd.DataFrame, task: str = "passkey") -> pd.DataFrame:
-    """Accuracy by length and depth without a remedy, of a shape's models with the longest training length together:
-    shape, state_elements, train_length, length, depth, value, low and high (95%, Wilson's), n."""
-    rows = results[(results["task"] == task) & results["depth"].notna() & (results["mitigation"] == "none")]
-    joined = about.merge(rows[["model", "weights_hash", "length", "depth", "samples"]], on=["model", "weights_hash"])
-    longest = joined.groupby("shape")["train_length"].transform("max")
-    joined, lines = joined[longest.isna() | (joined["train_length"] == longest)], []
-    for (state, shape, length, depth), group in joined.groupby(["state_elements", "shape", "length", "depth"]):
-        right = [s for samples in group["samples"] for s in samples]
-        value, low, high, n = wilson(round(sum(right)), len(right))
-        line = {"shape": shape, "state_elements": state, "train_length": group["train_length"].iloc[0]}
-        lines.append(line | {"length": length, "depth": depth, "value": value, "low": low, "high": high, "n": n})
-    return pd.DataFrame(lines)
+def by_depth(results: pd.DataFrame, points: pd.DataFrame) -> pd.DataFrame:
+    """Passkey accuracy by length and depth of the models whose T_recall, without a remedy, stands in `points`: the
+    columns of models.csv, length, depth, value and n."""
+    one = points[(points["quantity"] == "T_recall") & (points["mitigation"] == "none")]
+    rows = results[(results["task"] == "passkey") & results["depth"].notna() & (results["mitigation"] == "none")]
+    columns = ["model", "weights_hash", "length", "depth", "value", "n"]
+    return one.drop(columns="value").merge(rows[columns], on=["model", "weights_hash"])
