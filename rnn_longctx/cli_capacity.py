@@ -66,9 +66,12 @@ def measure_command(
     results = Results(out)
     where = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     length = None if train_length is None else parse_length(train_length)
+    seen: set[str] = set()
     for name in model:
         lm = load_any(name, device=where, dtype=dtype, tokenizer=tokenizer, train_length=length)
-        measure(lm, settings, out, typer.echo)
+        shape = f"{lm.name}@{lm.weights_hash[:6]}" if lm.name in seen else lm.name  # two directories of one name
+        seen.add(lm.name)
+        measure(lm, settings, out, typer.echo, shape=shape)
     models.gather(out)
     results.gather()
     _report(out, recall)
@@ -121,26 +124,16 @@ def _report(directory: Path, recall: float) -> None:
         raise InputError(f"recall lies between 0 and 1, got {recall}")
     paths = draw(directory, recall)
     shown = {
-        "findings": ["model", "mitigation", "state_elements", "train_length", "quantity", "worst", "text"],
-        "points": ["shape", "state_elements", "mitigation", "quantity", "train_length", "models", "text"],
-        "fits": [
-            "mitigation",
-            "quantity",
-            "form",
-            "points",
-            "bounds",
-            "curve",
-            "r2",
-            "r2_loo",
-            "aic",
-            "carrier",
-            "best",
-        ],
+        "findings": "model mitigation state_elements train_length quantity worst text",
+        "points": "shape state_elements mitigation quantity train_length models text",
+        "fits": "mitigation quantity form points bounds curve r2 r2_loo aic carrier best",
+        "same_size": "mitigation quantity state_elements shapes values spread",
     }
     for name, columns in shown.items():
-        frame = pd.read_csv(directory / f"{name}.csv") if (directory / f"{name}.csv").stat().st_size > 1 else None
-        if frame is not None and len(frame):
+        file = directory / f"{name}.csv"
+        frame = pd.read_csv(file) if file in paths and file.stat().st_size > 1 else pd.DataFrame()
+        if len(frame):
             frame = frame[frame["axis"] == "state_elements"] if name == "fits" else frame
             typer.echo(f"\n{name}")
-            typer.echo(frame[columns].to_string(index=False, na_rep="-", float_format=lambda v: f"{v:.4g}"))
+            typer.echo(frame[columns.split()].to_string(index=False, na_rep="-", float_format=lambda v: f"{v:.4g}"))
     typer.echo(f"\n{directory}: {', '.join(p.name for p in paths)}")

@@ -30,15 +30,15 @@ _MARKERS = "osD^vPX"
 
 
 def draw(directory: str | Path, target: float) -> list[Path]:
-    """Read results and models.csv in `directory`; write points.csv and fits.csv and every figure there is data for.
-
-    Returns the paths. Raises InputError: no tables."""
+    """Read the results and models.csv in `directory`; write findings.csv, points.csv, fits.csv and same_size.csv and
+    every figure there is data for. Returns the paths. Raises InputError: no tables."""
     directory = Path(directory)
     results, about = tables.read(directory)
     found = tables.findings(results, about, target)
     points = tables.points(found)
     paths = []
-    for name, frame in (("findings", found), ("points", points), ("fits", _fits(points))):
+    judged = {"fits": fitting.table(points), "same_size": tables.same_size(points)} if len(points) else {}
+    for name, frame in {"findings": found, "points": points, **judged}.items():
         paths.append(directory / f"{name}.csv")
         frame.to_csv(paths[-1], index=False, lineterminator="\n")
     for key, group in points.groupby(["mitigation", "quantity"], sort=False) if len(points) else []:
@@ -193,10 +193,6 @@ def mqar(frame: pd.DataFrame) -> Figure:
     panels[0].set_ylabel("share of answers that are right")
     panels[-1].legend(fontsize=8, frameon=False, title="shape: numbers in the state")
     return figure
-
-
-def _fits(points: pd.DataFrame) -> pd.DataFrame:
-    return fitting.table(points) if len(points) else points
 
 
 def _positive(y: np.ndarray) -> np.ndarray:

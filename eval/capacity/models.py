@@ -36,7 +36,10 @@ def describe(model: Any, **more: Any) -> dict[str, Any]:
 
 
 def put(directory: Path, line: Mapping[str, Any]) -> None:
-    folder = directory / "models" / str(line["model"]).replace("/", "-")
+    """Keep a model's line. A cell of a study has one, whatever its weights; checkpoints of one name have one each."""
+    name = str(line["model"]).replace("/", "-")
+    name = f"{name}@{line['weights_hash']}" if line["train_seed"] is None else name
+    folder = directory / "models" / name
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / "about.json", json.dumps(line).encode())
 

@@ -64,6 +64,7 @@ def run_study(config: CapacityConfig, parallel: int = 1, say: Callable[[str], No
                 del running[name]
                 if process.returncode == 0 and is_done(config, cell, study):
                     done += 1
+                    models.gather(study)  # so that a study can be looked at before it ends
                     say(f"{name}: done in {time.monotonic() - began:.0f} s")
                 else:
                     failed[name] = _last_line(study / "models" / name / "log.txt") or f"exit {process.returncode}"

@@ -126,6 +126,27 @@ def _t_recall(group: pd.DataFrame) -> dict[str, Any]:
     return of | {"value": value, "bound": bound, "low": low, "high": high, "text": one["text"]}
 
 
+def same_size(points: pd.DataFrame, within: float = 1.1) -> pd.DataFrame:
+    """Is the size of the state the right axis? One line a remedy, quantity and group of shapes whose states are of one
+    size, to a factor of `within`: `spread` is the longest length over the shortest. Bounds are left out."""
+    lines = []
+    exact = points[points["bound"] == ""].sort_values("state_elements")
+    for (mitigation, quantity), group in exact.groupby(["mitigation", "quantity"], sort=False):
+        some: list[Any] = []
+        for row in [*group.itertuples(), None]:
+            if row is not None and (not some or row.state_elements <= within * some[0].state_elements):
+                some.append(row)
+                continue
+            if len(some) > 1:
+                values = [int(r.value) for r in some]
+                lines.append({"mitigation": mitigation, "quantity": quantity, "state_elements": some[0].state_elements,
+                              "shapes": " ".join(r.shape for r in some), "values": " ".join(map(str, values)),
+                              "spread": max(values) / min(values)})  # fmt: skip
+            some = [row]
+    columns = ["mitigation", "quantity", "state_elements", "shapes", "values", "spread"]
+    return pd.DataFrame(lines, columns=columns)
+
+
 def associations(results: pd.DataFrame, about: pd.DataFrame) -> pd.DataFrame:
     """MQAR: the columns of models.csv, `pairs`, and `value` (the share of answers that are right) with its 95% interval
     `low` to `high`, from the standard error over sequences, within 0 and 1."""

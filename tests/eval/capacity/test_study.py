@@ -199,18 +199,20 @@ def test_the_command_on_checkpoints(config, monkeypatch, capsys, tmp_path):
     for name, length in (("a", 128), ("b", None)):
         tiny(tmp_path, name, length)
     words = ("a", "b", "--limit", "512", "--width", "0.3", "--text", "text.txt", "--slices", "1", "--out", "r",
-             "--needle", "passkey", "--needle", "passkey:haystack=text.txt", "--mitigation", "none",
+             "--needle", "passkey:haystack=text.txt", "--mitigation", "none",
              "--mitigation", "rri:alpha=0.9,beta=1")  # fmt: skip
     code, printed, said = run(monkeypatch, capsys, "capacity", *words)
     assert code == 0, said
     frame = pd.read_csv("r/findings.csv")
     a, b = (frame[frame["model"] == name] for name in "ab")
-    assert len(a) == 2 * 3 and set(a["quantity"]) == {"forgets", "T_recall", "T_recall of passkey-in-text.txt"}
-    assert len(b) == 2 * 2 and "training length unknown" in printed
+    assert len(a) == 2 * 2 and set(a["quantity"]) == {"forgets", "T_recall of passkey-in-text.txt"}
+    assert len(b) == 2 and "training length unknown" in printed
     assert frame[frame["quantity"] != "forgets"]["text"].str.startswith("below ").all(), "they know nothing"
     assert set(a[a["quantity"] == "forgets"]["text"]) == {"no collapse up to 512"}
     cells = {p: p.stat().st_mtime_ns for p in Path("r/cells").glob("*.json")}
-    assert run(monkeypatch, capsys, "capacity", *words)[0] == 0
+    remedies = ["none", "rri:alpha=0.9,beta=1"]
+    settings = MeasureConfig(512, 1, ["passkey:haystack=text.txt"], width=0.3, mitigations=remedies, text="text.txt")
+    measure(checkpoint.load("a"), settings, "r")
     assert {p: p.stat().st_mtime_ns for p in Path("r/cells").glob("*.json")} == cells, "nothing is measured twice"
     for path in Path("r").glob("*.png"):
         path.unlink()

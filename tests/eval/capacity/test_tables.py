@@ -124,6 +124,19 @@ def test_one_model_passes_or_not(tmp_path):
             tables.passes(tmp_path, name, 2 * LIMIT)
 
 
+def test_shapes_of_one_size_are_set_side_by_side():
+    rng = np.random.default_rng()
+    size = rng.uniform(1e5, 1e6)
+    frame = pd.DataFrame({
+        "mitigation": "none", "quantity": "T_recall", "shape": list("abcde"),
+        "state_elements": [size, 1.3 * size, 1.05 * size, 2 * size, 1.08 * size],
+        "value": [100, 7, 400, 9, 200], "bound": ["", "", "", "", "above"],
+    })  # fmt: skip
+    table = tables.same_size(frame)
+    assert table[["shapes", "values", "spread"]].values.tolist() == [["a c", "100 400", 4.0]]
+    assert len(tables.same_size(frame[frame["shape"] != "c"])) == 0
+
+
 def test_a_study_that_did_not_reach_it(tmp_path):
     family = Family()
     for state in STATES[:3]:
