@@ -32,7 +32,7 @@ class Recall(NamedTuple):
     def __str__(self) -> str:
         said = f"{self.right}/{self.asked}"
         if self.passes is None:
-            return f"below {format_length(self.fails or 0)} ({said} there)"
+            return f"none shown ({said} at {format_length(self.fails or 0)})"
         if self.fails is None:
             return f"not reached: passes at {format_length(self.passes)} ({said})"
         return f"{format_length(self.passes)} ({said}; fails at {format_length(self.fails)})"

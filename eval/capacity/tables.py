@@ -22,7 +22,7 @@ from rnn_longctx.eval.results import Results
 from rnn_longctx.eval.sheets import Sheet, sheets
 
 KEY = ["shape", "mitigation", "quantity"]
-QUANTITIES = ("forgets", "T_recall")
+_OF_ONE = ("model", "weights_hash", "train_length", "train_seed", "train_tokens")  # of one model, not of its shape
 _MQAR = re.compile(r"((?:forgetting-)?mqar)(\d+)")
 
 
@@ -87,7 +87,7 @@ def points(found: pd.DataFrame) -> pd.DataFrame:
     """
     lines = []
     for (_, mitigation, quantity), group in found.groupby(KEY, sort=False):
-        shared = {c: group[c].iloc[0] for c in models.COLUMNS if c not in ("model", "weights_hash", "train_seed")}
+        shared = {c: group[c].iloc[0] for c in models.COLUMNS if c not in _OF_ONE}
         line = shared | {"mitigation": mitigation, "models": len(group)}
         lines.append(line | (_t_forget(group) if quantity == "forgets" else {"quantity": quantity} | _t_recall(group)))
     frame = pd.DataFrame([line for line in lines if line.get("value") is not None])

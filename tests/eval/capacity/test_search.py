@@ -67,7 +67,7 @@ def test_nothing_passes(rng):
     measured = search(model, lambda n: n >= 110, 1000, 1 << 20, 0.95, 100)
     found = recall_of(measured, 0.95)
     assert found is not None and found.passes is None and found.fails == 125
-    assert str(found).startswith("below 125 (") and min(measured) == 125
+    assert str(found).startswith("none shown (") and str(found).endswith(" at 125)") and min(measured) == 125
     assert recall_of({}, 0.95) is None
     with pytest.raises(InputError, match="no prompt fits"):
         search(model, lambda n: n >= 110, 50, 100, 0.95, 100)
