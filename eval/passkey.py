@@ -1,19 +1,25 @@
 """Passkey retrieval over length and depth (arXiv 2410.07145): five digits, greedy, exact match.
 
 The prompt is the paper's, headerless below 1K tokens. Depths are evenly spaced and lengths are in the model's tokens.
+Another haystack (`haystack`, a text) and another wording (`template`, a YAML file of header, key, with {0} for the
+answer, and question) show whether a recall is more than one template's number.
 """
 
 from __future__ import annotations
 
+import hashlib
 import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 
 import numpy as np
 import torch
 
-from rnn_longctx.data import PasskeyPrompt, multikey_batch, passkey_batch, words_batch
+from rnn_longctx.config import load_yaml
+from rnn_longctx.data import PasskeyPrompt, Style, Text, load_text, multikey_batch, passkey_batch, words_batch
 from rnn_longctx.errors import InputError
 from rnn_longctx.eval.results import Row
 from rnn_longctx.eval.task import Context, Task, peak_bytes
@@ -26,7 +32,8 @@ DIGITS = 5
 @dataclass(frozen=True)
 class Passkey(Task):
     """n: prompts at every length; tokens: fewer at long ones, down to `least`, while n * L is above; max: the longest
-    length measured."""
+    length measured; haystack: a text to hide the key in, instead of the paper's sentences; template: a YAML file with
+    another wording."""
 
     name = "passkey"
     asks = True
@@ -34,17 +41,44 @@ class Passkey(Task):
     least: int = 10
     tokens: int = 256 * 1024
     max: int | None = quiet(None)
+    haystack: str | None = quiet(None)
+    template: str | None = quiet(None)
 
     def __post_init__(self) -> None:
         if self.n < 1 or self.least < 1:
             raise InputError(f"passkey: n and least must be at least 1, got n={self.n}, least={self.least}")
+        if self.template:
+            _style(self.template)
+
+    @property
+    def label(self) -> str:
+        label = self.name
+        if self.haystack:
+            label += f"-in-{_slug(Path(self.haystack).name)}"
+        if self.template:
+            digest = hashlib.sha256(repr(_style(self.template)).encode()).hexdigest()[:6]
+            label += f"-as-{_slug(Path(self.template).stem)}-{digest}"
+        return label
+
+    def text(self, context: Context) -> Text | str:
+        """What rows name as their text: the haystack, or where it is the paper's the task's name."""
+        spec = self.haystack
+        return self.name if spec is None else context.memo(("text", spec), lambda: load_text(spec))
+
+    def wording(self) -> Style | None:
+        return _style(self.template) if self.template else None
+
+    def hay(self, context: Context) -> Text | None:
+        text = self.text(context)
+        return text if isinstance(text, Text) else None
 
     def count(self, length: int) -> int:
         fit = self.tokens // length
         return min(self.n, max(self.least, fit // 10 * 10 or fit))  # whole rounds of the ten depths
 
     def prompts(self, context: Context, length: int, n: int) -> list[PasskeyPrompt]:
-        return passkey_batch(context.model.tokenizer, length, n, context.seed)
+        style, hay = self.wording() or "auto", self.hay(context)
+        return passkey_batch(context.model.tokenizer, length, n, context.seed, style, hay)
 
     def right(self, said: str, answer: str) -> bool:
         return re.match(r"\d*", said)[0] == answer  # type: ignore[index]
@@ -63,7 +97,7 @@ class Passkey(Task):
             yield from self._run(context, length)
 
     def _todo(self, context: Context, lengths: list[int]) -> list[int]:
-        return [n for n in lengths if not context.done(self, self.name, n, "accuracy", self.count(n))]
+        return [n for n in lengths if not context.done(self, self.text(context), n, "accuracy", self.count(n))]
 
     @torch.inference_mode()
     def _run(self, context: Context, length: int) -> Iterator[Row]:
@@ -83,9 +117,9 @@ class Passkey(Task):
         }  # fmt: skip
         for depth in sorted({p.depth for p in prompts}):
             at = [r for r, p in zip(right, prompts) if p.depth == depth]
-            yield context.row(self, self.name, length, "accuracy", at, depth, **cost)
+            yield context.row(self, self.text(context), length, "accuracy", at, depth, **cost)
         # the row of the whole length is written last: it says that the others are there
-        yield context.row(self, self.name, length, "accuracy", right, **cost)
+        yield context.row(self, self.text(context), length, "accuracy", right, **cost)
 
 
 @dataclass(frozen=True)
@@ -97,10 +131,11 @@ class MultiKey(Passkey):
 
     @property
     def label(self) -> str:
-        return f"multikey{self.keys}"
+        return super().label.replace(self.name, f"{self.name}{self.keys}", 1)
 
     def prompts(self, context: Context, length: int, n: int) -> list[PasskeyPrompt]:
-        return multikey_batch(context.model.tokenizer, length, n, context.seed, self.keys)
+        wording, hay = self.wording(), self.hay(context)
+        return multikey_batch(context.model.tokenizer, length, n, context.seed, self.keys, wording, hay)
 
 
 @dataclass(frozen=True)
@@ -110,10 +145,19 @@ class Words(Passkey):
     name = "words"
 
     def prompts(self, context: Context, length: int, n: int) -> list[PasskeyPrompt]:
-        return words_batch(context.model.tokenizer, length, n, context.seed)
+        return words_batch(context.model.tokenizer, length, n, context.seed, self.wording(), self.hay(context))
 
     def right(self, said: str, answer: str) -> bool:
         return re.match(r"\w*", said)[0] == answer  # type: ignore[index]
+
+
+@cache
+def _style(path: str) -> Style:
+    return load_yaml(Style, path)
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9.]+", "-", name).strip("-")
 
 
 def _answer(context: Context, prompts: list[PasskeyPrompt]) -> tuple[list[str], tuple[float, float]]:

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
+from rnn_longctx.cli_capacity import capacity
 from rnn_longctx.errors import InputError
 
 TEXTS = "stdlib, a file, a directory, jsonl:PATH[:field], parquet:PATH[:column], hf:dataset[:split[:column]]."
@@ -323,6 +324,7 @@ def plot_command(
         typer.echo(str(path))
 
 
+app.add_typer(capacity, name="capacity")
 bench = typer.Typer(no_args_is_help=True, help="Speed, side by side with what people use today.")
 app.add_typer(bench, name="bench")
 

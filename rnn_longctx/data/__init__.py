@@ -2,6 +2,7 @@
 
 from rnn_longctx.data.passkey import (
     PasskeyPrompt,
+    Style,
     make_passkey,
     multikey_batch,
     passkey_batch,
@@ -20,6 +21,7 @@ __all__ = [
     "Shard",
     "Source",
     "Stored",
+    "Style",
     "Text",
     "Tokenizer",
     "load_text",

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from rnn_longctx.data.text import Text, tokens
 from rnn_longctx.data.tokenizers import Tokenizer
 from rnn_longctx.errors import InputError, nearest
 
@@ -18,9 +19,16 @@ FILLER = " The grass is green. The sky is blue. The sun is yellow. Here we go. T
 
 @dataclass(frozen=True)
 class Style:
+    """A wording: `key` is the sentence that holds the answer, {0}; of several keys, {1} is a key's label there and in
+    the question."""
+
     header: str
     key: str
     question: str
+
+    def __post_init__(self) -> None:
+        if "{0}" not in self.key or "{0}" in self.question:
+            raise InputError("key must hold {0}, where the answer stands, and question must not")
 
 
 PAPER = Style(
@@ -30,6 +38,16 @@ PAPER = Style(
     "\nWhat is the passkey? The passkey is",
 )
 HEADERLESS = Style("", PAPER.key, PAPER.question)
+LABELLED = Style(
+    PAPER.header,
+    "\nThe {1} passkey is {0}. Remember it. {0} is the {1} passkey.\n",
+    "\nWhat is the {1} passkey? The {1} passkey is",
+)
+WORDED = Style(
+    PAPER.header,
+    "\nThe secret word is {0}. Remember it. {0} is the secret word.\n",
+    "\nWhat is the secret word? The secret word is",
+)
 LABELS = ("red", "blue", "green", "black", "white", "yellow", "brown", "pink")
 WORDS = (
     *("apple", "brick", "chair", "delta", "eagle", "flame", "grape", "house", "ivory", "jolly", "knife", "lemon"),
@@ -61,38 +79,46 @@ def make_passkey(
     return _prompt(tokenizer, length, depth, _draw(rng), style)
 
 
-def passkey_batch(tokenizer: Tokenizer, length: int, n: int, seed: int, style: str = "auto") -> list[PasskeyPrompt]:
+def passkey_batch(tokenizer: Tokenizer, length: int, n: int, seed: int, style: str | Style = "auto",
+                  haystack: Text | None = None) -> list[PasskeyPrompt]:  # fmt: skip
     """`n` prompts at evenly spaced depths (i + 0.5) / n, or at ten depths in turn when n > 10; the key of
-    prompt i depends on (seed, length, i) alone."""
-    bins = min(n, 10)
+    prompt i depends on (seed, length, i) alone.
+
+    style: also a `Style` of one's own, whose header stands at every length. haystack: prompt i is filled with slice i
+    of this text instead of the paper's sentences. Raises InputError: a length too small for a prompt, a text too short.
+    """
     rngs = [np.random.default_rng([seed, length, i]) for i in range(n)]
-    return [make_passkey(tokenizer, length, (i % bins + 0.5) / bins, rng, style) for i, rng in enumerate(rngs)]
+    return [
+        _prompt(tokenizer, length, _depth(i, n), _draw(rng), style, _slice(haystack, i)) for i, rng in enumerate(rngs)
+    ]
 
 
-def multikey_batch(tokenizer: Tokenizer, length: int, n: int, seed: int, keys: int = 4) -> list[PasskeyPrompt]:
+def multikey_batch(tokenizer: Tokenizer, length: int, n: int, seed: int, keys: int = 4, style: Style | None = None,
+                   haystack: Text | None = None) -> list[PasskeyPrompt]:  # fmt: skip
     """`passkey_batch` with `keys` labelled keys ("The red passkey is ..."), 2 to 8, one of which is asked for; it
     stands at the prompt's depth, the others anywhere. Raises InputError when `length` is too small for them."""
     if not 2 <= keys <= len(LABELS):
         raise InputError(f"a prompt holds 2 to {len(LABELS)} keys, not {keys}")
-    made = []
+    made, wording = [], style or _fitting(LABELLED, length)
+    if "{1}" not in wording.key or "{1}" not in wording.question:
+        raise InputError("of several keys, key and question must hold {1}, where a key's label stands")
     for i in range(n):
         rng = np.random.default_rng([seed, length, i, keys])
         labels, answers = rng.permutation(LABELS)[:keys], [_draw(rng) for _ in range(keys)]
-        depths = [(i % min(n, 10) + 0.5) / min(n, 10), *rng.random(keys - 1)]
-        said = [f"\nThe {w} passkey is {a}. Remember it. {a} is the {w} passkey.\n" for w, a in zip(labels, answers)]
-        question = f"\nWhat is the {labels[0]} passkey? The {labels[0]} passkey is"
-        made.append(_filled(tokenizer, length, _header(length), question, list(zip(depths, said)), answers[0]))
+        depths = [_depth(i, n), *rng.random(keys - 1)]
+        said = [(d, _put(wording.key, a, w)) for d, w, a in zip(depths, labels, answers)]
+        question, hay = _put(wording.question, "", labels[0]), _slice(haystack, i)
+        made.append(_filled(tokenizer, length, wording.header, question, said, answers[0], hay=hay))
     return made
 
 
-def words_batch(tokenizer: Tokenizer, length: int, n: int, seed: int) -> list[PasskeyPrompt]:
+def words_batch(tokenizer: Tokenizer, length: int, n: int, seed: int, style: Style | None = None,
+                haystack: Text | None = None) -> list[PasskeyPrompt]:  # fmt: skip
     """`passkey_batch` with a word of `WORDS` for the key."""
-    made = []
+    made, wording = [], style or _fitting(WORDED, length)
     for i in range(n):
         word = str(np.random.default_rng([seed, length, i]).choice(WORDS))
-        said, depth = f"\nThe secret word is {word}. Remember it. {word} is the secret word.\n", (i % min(n, 10) + 0.5)
-        question = "\nWhat is the secret word? The secret word is"
-        made.append(_filled(tokenizer, length, _header(length), question, [(depth / min(n, 10), said)], word))
+        made.append(_prompt(tokenizer, length, _depth(i, n), word, wording, _slice(haystack, i)))
     return made
 
 
@@ -107,39 +133,57 @@ def training_sequence(
     return np.concatenate([prompt.ids, answer]), np.arange(length) >= length - len(answer)
 
 
-def _prompt(tokenizer: Tokenizer, length: int, depth: float, answer: str, style: str) -> PasskeyPrompt:
+def _prompt(tokenizer: Tokenizer, length: int, depth: float, answer: str, style: str | Style,
+            hay: tuple[Text, int] | None = None) -> PasskeyPrompt:  # fmt: skip
     if not 0 <= depth <= 1:
         raise InputError(f"passkey depth must lie in [0, 1], not {depth}")
-    if style == "auto":
-        style = "headerless" if length < SHORTEST_PAPER else "paper"
-    if style not in STYLES:
-        raise InputError(f"unknown passkey style {style!r}{nearest(style, [*STYLES, 'auto'])}")
-    wording = STYLES[style]
-    said = [(depth, wording.key.format(answer))]
-    return _filled(tokenizer, length, wording.header, wording.question, said, answer, f"a {style} passkey prompt")
+    what = "a prompt"
+    if isinstance(style, str):
+        if style == "auto":
+            style = "headerless" if length < SHORTEST_PAPER else "paper"
+        if style not in STYLES:
+            raise InputError(f"unknown passkey style {style!r}{nearest(style, [*STYLES, 'auto'])}")
+        what, style = f"a {style} passkey prompt", STYLES[style]
+    return _filled(
+        tokenizer, length, style.header, style.question, [(depth, _put(style.key, answer))], answer, what, hay
+    )
 
 
-def _header(length: int) -> str:
-    return "" if length < SHORTEST_PAPER else PAPER.header
+def _fitting(style: Style, length: int) -> Style:
+    return Style("", style.key, style.question) if length < SHORTEST_PAPER else style
+
+
+def _slice(haystack: Text | None, i: int) -> tuple[Text, int] | None:
+    return None if haystack is None else (haystack, i)
+
+
+def _depth(i: int, n: int) -> float:
+    bins = min(n, 10)
+    return (i % bins + 0.5) / bins
+
+
+def _put(wording: str, answer: str, label: str = "") -> str:
+    return wording.replace("{0}", answer).replace("{1}", label)  # a person's wording may hold other braces
 
 
 def _filled(tokenizer: Tokenizer, length: int, header: str, question: str, said: list[tuple[float, str]], answer: str,
-            what: str = "a prompt") -> PasskeyPrompt:  # fmt: skip
-    """Sentences each at a depth of the filler; the first of them holds the answer."""
+            what: str = "a prompt", hay: tuple[Text, int] | None = None) -> PasskeyPrompt:  # fmt: skip
+    """Sentences each at a depth of the filler; the first of them holds the answer. hay: a text, which slice."""
     opening, asked = tokenizer.encode(header), tokenizer.encode(question)
     sentences = [tokenizer.encode(text) for _, text in said]
     room = length - len(opening) - len(asked) - sum(map(len, sentences))
     if room < 0:
         raise InputError(f"{what} takes at least {length - room} tokens; {length} were asked for")
     filler, parts, done, position = tokenizer.encode(FILLER), [opening], 0, 0
+    text = None if hay is None else tokens(hay[0], tokenizer, hay[1], room)[0]
     for i in sorted(range(len(said)), key=lambda i: said[i][0]):
         before = round(said[i][0] * room)
-        parts.append(_last(filler, before - done))
+        parts.append(_last(filler, before - done) if text is None else text[done:before])
         done = before
         if i == 0:
             position = sum(map(len, parts))
         parts.append(sentences[i])
-    ids = np.concatenate([*parts, _last(filler, room - done), asked])
+    ids = np.concatenate([*parts, _last(filler, room - done) if text is None else text[done:], asked])
     return PasskeyPrompt(ids, answer, said[0][0], position)
 
 

@@ -5,8 +5,17 @@ import re
 import numpy as np
 import pytest
 
-from rnn_longctx.data import ByteTokenizer, make_passkey, passkey_batch, training_sequence
-from rnn_longctx.data.passkey import FILLER, STYLES
+from rnn_longctx.data import (
+    ByteTokenizer,
+    Style,
+    Text,
+    make_passkey,
+    multikey_batch,
+    passkey_batch,
+    training_sequence,
+    words_batch,
+)
+from rnn_longctx.data.passkey import FILLER, LABELS, STYLES, WORDS
 from rnn_longctx.errors import InputError
 
 TOKENIZER = ByteTokenizer()
@@ -110,3 +119,30 @@ def test_training_sequence() -> None:
     assert max(positions) - min(positions) > 0.2
     with pytest.raises(InputError, match="at least"):
         training_sequence(TOKENIZER, 60, rng)
+
+
+def test_another_haystack_and_wording() -> None:
+    rng = np.random.default_rng()
+    hay = Text("hay", bytes(rng.integers(97, 123, 4000, dtype=np.uint8)))
+    one = Style("Look! ", "<{0} {x} {0}>", "Which {x}?")
+    several = Style("", "<{1}: {0}>", "{1}?")
+    for i, prompt in enumerate(passkey_batch(TOKENIZER, 701, 12, int(rng.integers(1 << 30)), one, hay)):
+        text, said = TOKENIZER.decode(prompt.ids), f"<{prompt.answer} {{x}} {prompt.answer}>"
+        room = 701 - len("Look! ") - len(said) - len("Which {x}?")
+        filler = hay.slice(i, room).decode()
+        before = round(prompt.depth * room)
+        assert text == "Look! " + filler[:before] + said + filler[before:] + "Which {x}?"
+    for prompt in words_batch(TOKENIZER, 300, 5, 3, one, hay):
+        assert prompt.answer in WORDS and f"<{prompt.answer} {{x}} {prompt.answer}>" in TOKENIZER.decode(prompt.ids)
+    for prompt in multikey_batch(TOKENIZER, 300, 5, 3, 3, several, hay):
+        bound = dict(re.findall(r"<(\w+): (\d{5})>", TOKENIZER.decode(prompt.ids)))
+        asked = TOKENIZER.decode(prompt.ids).rpartition("?")[0][-8:]
+        assert len(bound) == 3 and set(bound) <= set(LABELS)
+        assert [bound[w] for w in bound if asked.endswith(w)] == [prompt.answer]
+    with pytest.raises(InputError, match=r"must hold \{1\}"):
+        multikey_batch(TOKENIZER, 300, 5, 3, 3, one)
+    with pytest.raises(InputError, match="has 4000 bytes"):
+        passkey_batch(TOKENIZER, 5000, 1, 0, one, hay)
+    for wrong in (("", "no answer", "?"), ("", "{0}", "{0}?")):
+        with pytest.raises(InputError, match=r"key must hold \{0\}"):
+            Style(*wrong)

@@ -391,3 +391,19 @@ def test_tasks_have_canonical_texts():
     assert str(parse_task("lm:slices=2")) == str(parse_task(str(parse_task("lm:slices=2"))))
     assert isinstance(parse_task("passkey:max=8k,n=7,least=1"), Task) and parse_task("passkey:max=8k").max == 8192
     assert set(run_module.TASKS) == {"lm", "passkey", "multikey", "words"}
+
+
+def test_passkeys_in_another_haystack_and_wording(model, text, tmp_path):
+    template = tmp_path / "plain.yaml"
+    template.write_text('header: ""\nkey: "<{0}>"\nquestion: "Which?"\n')
+    asked = ["passkey:n=2", f"passkey:n=2,haystack={text}", f"words:n=2,haystack={text},template={template}"]
+    frame = evaluate(model, "120,150", asked, text=text, out=str(tmp_path / "r"))
+    whole = frame[frame.depth.isna()]
+    labels = sorted(whole.task.unique())
+    assert len(whole) == 6 and labels[:2] == ["passkey", "passkey-in-text.txt"]
+    assert labels[2].startswith("words-in-text.txt-as-plain-") and [s.task for s in sheets(frame)] == labels
+    assert set(whole[whole.task != "passkey"].text_hash) == {load_text(text).hash}
+    assert parse_task(f"multikey:haystack={text}").label == "multikey4-in-text.txt"
+    for wrong, said in (("missing.yaml", "cannot read config"), (text, "is not valid YAML|expected a mapping")):
+        with pytest.raises(InputError, match=said):
+            parse_task(f"passkey:template={wrong}")

@@ -1,0 +1,152 @@
+"""The size of state that a context needs, from the fits of a study or, without one, from the paper's."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from rnn_longctx.config import format_length
+from rnn_longctx.errors import InputError
+from rnn_longctx.eval.capacity import fits as fitting
+from rnn_longctx.eval.capacity import tables
+from rnn_longctx.eval.capacity.fits import MILLION, PAPER_POINT, PAPER_SIZES, Curve, K
+
+PAPER_RECALL = 0.95
+
+
+@dataclass(frozen=True)
+class Advice:
+    """`state`: numbers of one stream's recurrent state, scan and convolution together, inf where the fit never gets
+    there; low, high: its 95% interval, NaN where it is not known. train_length: tokens to train such a state on so that
+    it forgets, by T_forget's fit, None without one. `speed`: tokens a second, None if not known. `warnings`: why not to
+    trust it."""
+
+    context: int
+    recall: float
+    state: float
+    low: float
+    high: float
+    train_length: float | None
+    speed: float | None
+    source: str
+    warnings: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        if math.isinf(self.state):
+            lines = [f"no state is large enough for {format_length(self.context)} tokens by {self.source}"]
+        else:
+            interval = "" if math.isnan(self.low) else f" ({_size(self.low)} to {_size(self.high)})"
+            lines = [
+                f"recall of {self.recall:g} at {format_length(self.context)} tokens: a state of {_size(self.state)} "
+                f"numbers{interval}, by {self.source}",
+                f"memory: {_memory(4 * self.state)} a stream in float32, {_memory(2 * self.state)} in bfloat16",
+            ]
+            if self.train_length is not None:
+                lines.append(f"training length from which it forgets: {max(0.0, self.train_length):,.0f} tokens")
+            speed = "not known" if self.speed is None else f"{self.speed:,.0f} tokens/s read"
+            lines.append(f"speed of such a model: {speed}")
+        return "\n".join([*lines, *(f"warning: {w}" for w in self.warnings)])
+
+
+def advise(context: int, recall: float = PAPER_RECALL, study: str | Path | None = None,
+           mitigation: str = "none") -> Advice:  # fmt: skip
+    """The state needed to recall at `context` tokens.
+
+    Args:
+        study: a folder of tables; None takes the fits of Stuffed Mamba (arXiv 2410.07145).
+    Raises:
+        InputError: no tables there, or too few points for a fit that grows; another recall than the paper's without
+            a study.
+    """
+    if not 0 < recall < 1:
+        raise InputError(f"recall lies between 0 and 1, got {recall}")
+    return _by_paper(context, recall) if study is None else _by_study(context, recall, Path(study), mitigation)
+
+
+def _by_paper(context: int, recall: float) -> Advice:
+    if recall != PAPER_RECALL:
+        raise InputError(f"the paper fits a recall of {PAPER_RECALL} alone; measure another with a study of your own")
+    curve = Curve("exponential", 4.756, -4.756 - 0.742, math.log(1.365))  # what fits.paper gives, to be inverted
+    state = fitting.inverse(curve, context / K)
+    forget = fitting.paper("T_forget")
+    assert forget is not None
+    warnings = [
+        "of other models than yours: Mamba-2 of 36M to 780M parameters, trained further on long texts; no interval "
+        f"given, and the exponential leans on one point ({PAPER_POINT[1]:g}K tokens at {PAPER_POINT[0]}M)"
+    ]
+    warnings += _beyond(state, PAPER_SIZES[0], PAPER_SIZES[-1])
+    return Advice(context, recall, state * MILLION, math.nan, math.nan, float(forget(np.array(state))) * K, None,
+                  "the fit of Stuffed Mamba", warnings)  # fmt: skip
+
+
+def _by_study(context: int, recall: float, study: Path, mitigation: str) -> Advice:
+    results, about = tables.read(study)
+    points = tables.points(tables.findings(results, about, recall))
+    if not len(points):
+        raise InputError(f"{study} holds no findings of T_forget or T_recall")
+    mine = points[points["mitigation"] == mitigation]
+    found = _fit(mine[mine["quantity"] == "T_recall"])
+    if found is None:
+        raise InputError(f"{study} has too few points of T_recall under {mitigation} for a fit; see points.csv there")
+    form, f = found
+    state, low, high = f.needed(context / K)
+    warnings = _beyond(state, float(f.s.min()), float(f.s.max()))
+    if context / K > f.y.max():
+        longest = format_length(round(float(f.y.max()) * K))
+        warnings.append(f"no model of the study recalls beyond {longest} tokens: this is an extrapolation")
+    if f.r2_loo < 0.5:
+        warnings.append(f"the {form} predicts points left out with an R² of {f.r2_loo:.2f}: hardly a fit")
+    if math.isinf(high):
+        warnings.append("the upper end of the interval is unbounded: some resampled fits never reach this context")
+    forget = _fit(mine[mine["quantity"] == "T_forget"])
+    train = None if forget is None or math.isinf(state) else float(forget[1].curve(np.array([state]))[0]) * K
+    if forget is None:
+        warnings.append("too few points of T_forget for a fit: the training length it takes to forget is not known")
+    source = f"the {form} through {len(f.s)} points (R² {f.r2:.3f}, one left out {f.r2_loo:.3f})"
+    speed = None if math.isinf(state) else _speed(results, about, mitigation, state)
+    return Advice(context, recall, state * MILLION, low * MILLION, high * MILLION, train, speed, source, warnings)
+
+
+def _fit(points: pd.DataFrame) -> tuple[str, fitting.Fit] | None:
+    exact = points[points["bound"] == ""]
+    found = fitting.fit_all((exact["state_elements"] / MILLION).to_list(), (exact["value"] / K).to_list())
+    form = fitting.best(found)
+    return None if form is None else (form, found[form])
+
+
+def _beyond(state: float, least: float, most: float) -> list[str]:
+    if math.isinf(state) or least <= state <= most:
+        return []
+    words = f"{state / most:.1f} times the largest" if state > most else f"{state / least:.2f} of the smallest"
+    return [f"extrapolates: a state of {words} that was measured ({_size(least * MILLION)} to {_size(most * MILLION)})"]
+
+
+def _speed(results: pd.DataFrame, about: pd.DataFrame, mitigation: str, state: float) -> float | None:
+    """Tokens a second over the state, a line in logarithms through what reading the text took; only within what was
+    measured, since a larger model is another matter."""
+    rows = results[(results["task"] == "lm") & (results["mitigation"] == mitigation)].dropna(
+        subset=["tokens_per_second"]
+    )
+    rows = rows.sort_values("length").groupby(["model", "weights_hash"], as_index=False).last()
+    joined = about.merge(rows[["model", "weights_hash", "tokens_per_second"]], on=["model", "weights_hash"])
+    s = joined["state_elements"].to_numpy(float) / MILLION
+    if len(joined) == 0 or not s.min() <= state <= s.max():
+        return None
+    if s.min() == s.max():
+        return float(joined["tokens_per_second"].median())
+    slope, start = np.polyfit(np.log(s), np.log(joined["tokens_per_second"].to_numpy(float)), 1)
+    return float(np.exp(start + slope * np.log(state)))
+
+
+def _size(n: float) -> str:
+    if math.isinf(n):
+        return "any"
+    return f"{n / MILLION:.3g}M" if n >= MILLION else f"{n / 1000:.3g}K"
+
+
+def _memory(n: float) -> str:
+    return f"{n / 2**20:.3g} MiB" if n >= 2**20 else f"{n / 1024:.3g} KiB"

@@ -1,0 +1,89 @@
+"""One cell of a study in a process of its own: `python -m rnn_longctx.eval.capacity.cell STUDY NAME` trains the model
+(or goes on where it was killed), measures it, and says in done.json what was measured."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import stat
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rnn_longctx.config import load_yaml, to_dict
+from rnn_longctx.errors import InputError
+from rnn_longctx.eval.capacity import models
+from rnn_longctx.eval.capacity.config import CapacityConfig, Cell, label
+from rnn_longctx.eval.capacity.measure import measure
+from rnn_longctx.eval.capacity.mqar import measure_mqar, train_mqar
+from rnn_longctx.eval.results import Results, write_atomic
+from rnn_longctx.models import checkpoint
+from rnn_longctx.train import train
+
+STUDY = "study.yaml"
+
+
+def asked(config: CapacityConfig, cell: Cell) -> dict[str, Any]:
+    """What a finished cell has measured: a cell that finds other settings in its done.json measures what is missing."""
+    return to_dict(config.measure if cell.task == "text" else config.mqar)
+
+
+def is_done(config: CapacityConfig, cell: Cell, study: Path) -> bool:
+    try:
+        return json.loads((study / "models" / cell.name / "done.json").read_text()) == asked(config, cell)
+    except (FileNotFoundError, ValueError):
+        return False
+
+
+def run_cell(config: CapacityConfig, cell: Cell, study: Path) -> None:
+    """Train and measure one cell, unless it is done. One process at a time: another waits for it and finds it done."""
+    folder = study / "models" / cell.name
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # let go of when the process ends, however it ends
+        if is_done(config, cell, study):
+            return
+        device = torch.device(config.train.device if config.train.device != "auto" else _best())
+        about: dict[str, Any] = {"shape": label(cell.model), "task": cell.task, "train_seed": cell.seed}
+        if cell.task == "text":
+            training = config.training(cell, str(folder))
+            if not (folder / "model" / "config.json").exists():  # it appears whole
+                train(training)
+            model = checkpoint.load(folder / "model", device=device)
+            model.name = cell.name
+            about["train_tokens"] = training.steps * training.batch_size * cell.train_length
+            measure(model, config.measure, study, lambda line: print(line, flush=True), **about)
+        else:
+            assert config.mqar is not None
+            model = train_mqar(cell, config.mqar, folder, device)
+            models.put(study, models.describe(model, **about))
+            measure_mqar(model, cell, config.mqar, Results(study), lambda line: print(line, flush=True))
+        write_atomic(folder / "done.json", json.dumps(asked(config, cell)).encode())
+        if cell.task == "text":
+            shutil.rmtree(folder / "snapshots", ignore_errors=True)
+
+
+def _best() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _end_with_parent() -> None:
+    """The study that started this process holds the other end of its standard input, and a study that was killed must
+    not leave cells behind that train on."""
+    if stat.S_ISFIFO(os.fstat(0).st_mode):
+        threading.Thread(target=lambda: (os.read(0, 1), os._exit(1)), daemon=True).start()
+
+
+if __name__ == "__main__":
+    _end_with_parent()
+    try:
+        where = Path(sys.argv[1])
+        study_config = load_yaml(CapacityConfig, where / STUDY)
+        run_cell(study_config, study_config.find(sys.argv[2]), where)
+    except InputError as error:
+        sys.exit(f"{error}")

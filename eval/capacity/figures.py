@@ -1,0 +1,213 @@
+"""Figures of a study from its tables alone: T_forget and T_recall over the size of the state, with fits and the
+paper's; recall by length and depth; associative recall by number of pairs.
+
+Drawn with matplotlib's Figure objects and no pyplot, in the colours of the other plots (Okabe and Ito's).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullLocator
+
+from rnn_longctx.config import format_length
+from rnn_longctx.eval.capacity import fits as fitting
+from rnn_longctx.eval.capacity import tables
+from rnn_longctx.eval.capacity.fits import MILLION, PAPER_POINT, PAPER_SIZES, Fit, K
+
+_COLOURS = {"line": "#0072B2", "exponential": "#D55E00", "power": "#009E73", "constant": "#8c8c8c"}
+_RED = "#cc3311"
+_MARKERS = "osD^vPX"
+
+
+def draw(directory: str | Path, target: float) -> list[Path]:
+    """Read the results and models.csv in `directory`; write findings.csv, points.csv, fits.csv and same_size.csv and
+    every figure there is data for. Returns the paths. Raises InputError: no tables."""
+    directory = Path(directory)
+    results, about = tables.read(directory)
+    found = tables.findings(results, about, target)
+    points = tables.points(found)
+    paths = []
+    judged = {"fits": fitting.table(points), "same_size": tables.same_size(points)} if len(points) else {}
+    for name, frame in {"findings": found, "points": points, **judged}.items():
+        paths.append(directory / f"{name}.csv")
+        frame.to_csv(paths[-1], index=False, lineterminator="\n")
+    for key, group in points.groupby(["mitigation", "quantity"], sort=False) if len(points) else []:
+        mitigation, quantity = map(str, key)
+        end = "" if mitigation == "none" else f" {mitigation}"
+        paths.append(_write(growth(group, quantity, mitigation), directory / f"{_slug(quantity + end)}.png"))
+    if len(points) and len(depths := tables.by_depth(results, points)):
+        paths.append(_write(recall(depths), directory / "recall_by_depth.png"))
+    if len(pairs := tables.associations(results, about)):
+        paths.append(_write(mqar(pairs), directory / "mqar.png"))
+    return paths
+
+
+def growth(group: pd.DataFrame, quantity: str, mitigation: str) -> Figure:
+    """Left: the points of one quantity, the fits, the interval of the best and the point it leans on. Right: the same
+    beside the paper's, both axes logarithmic."""
+    figure = Figure(figsize=(12.0, 5.4), layout="constrained")
+    near, far = figure.subplots(1, 2)
+    exact = group[group["bound"] == ""]
+    s, y = (exact["state_elements"] / MILLION).to_list(), (exact["value"] / K).to_list()
+    fits = fitting.fit_all(s, y)
+    best = fitting.best(fits)
+    x = np.linspace(0, 1.05 * float(group["state_elements"].max()) / MILLION, 200)[1:]
+    for form, f in fits.items():
+        _curve(near, x, f, form, form == best)
+    for axes in (near, far):
+        _points(axes, group)
+    top = float(group["value"].max()) / K
+    near.set_ylim(0, 1.25 * top)
+    if best is not None and (i := fits[best].carrier) is not None:
+        near.plot(s[i], y[i], "o", markersize=15, markerfacecolor="none", markeredgecolor=_RED, zorder=4,
+                  label=f"the {best} leans on it: R² {fits[best].r2_without:.3f} without")  # fmt: skip
+    if best is not None:
+        far.plot(x, _positive(fits[best].curve(x)), color=_COLOURS[best], linewidth=1.6, label=f"ours, {best}")
+    curve = fitting.paper(quantity)
+    if curve is not None:
+        sizes = np.geomspace(PAPER_SIZES[0], PAPER_SIZES[-1], 100)
+        at = np.array(PAPER_SIZES)
+        far.plot(sizes, _positive(curve(sizes)), color="black", linewidth=1.2, label="Stuffed Mamba's fit")
+        far.plot(at, _positive(curve(at)), "|", color="black", markersize=9, label="its models' state sizes")
+        if quantity.startswith("T_recall"):
+            far.plot(
+                *PAPER_POINT, "*", color="black", markersize=10, label="its 370M model, the point its fit leans on"
+            )
+    far.set_xscale("log")
+    far.set_yscale("log")
+    far.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+    far.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+    for axes in (near, far):
+        axes.set_xlabel("state, millions of numbers (scan and convolution)")
+        axes.set_ylabel("K tokens")
+        axes.grid(color="#e6e6e6", linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(fontsize=8, frameon=False, loc="upper left")
+    bounds = len(group) - len(exact)
+    note = f"; {bounds} known only as a bound (arrows), not fitted" if bounds else ""
+    on = "" if mitigation == "none" else f", {mitigation}"
+    figure.suptitle(f"{quantity}{on}: {len(exact)} points{note}", fontsize=12, x=0.01, ha="left")
+    return figure
+
+
+def _curve(axes: Axes, x: np.ndarray, f: Fit, form: str, is_best: bool) -> None:
+    colour = _COLOURS[form]
+    judged = "" if math.isnan(f.r2) else f", R² {f.r2:.3f}, one left out {f.r2_loo:.3f}, AIC {f.aic:.1f}"
+    label = textwrap.fill(f"{form}: {f.curve}{judged}", 60)
+    axes.plot(
+        x, f.curve(x), color=colour, linewidth=2 if is_best else 1, linestyle="-" if is_best else "--", label=label
+    )
+    if is_best and f.resampled:
+        low, high = f.interval(x)
+        axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+
+
+def _points(axes: Axes, group: pd.DataFrame) -> None:
+    """A marker a depth of layers; bars as far as T_forget's search or the seeds go; arrows for bounds."""
+    for i, (layers, some) in enumerate(group.groupby("n_layer", dropna=False)):
+        label = "" if pd.isna(layers) else f"{layers!s} layers"
+        for row in some.to_dict("records"):
+            at, value = row["state_elements"] / MILLION, row["value"] / K
+            known = row["bound"] == ""
+            fill = "black" if known else "white"
+            axes.plot(at, value, _MARKERS[i % len(_MARKERS)], color="black", markersize=6, markerfacecolor=fill,
+                      label=label or None, zorder=3)  # fmt: skip
+            label = ""
+            if not known:
+                up = row["bound"] == "above"
+                axes.annotate("", (at, value * (1.18 if up else 0.82)), (at, value),
+                              arrowprops={"arrowstyle": "->", "color": "black"})  # fmt: skip
+            elif not pd.isna(row["low"]) and not pd.isna(row["high"]):
+                axes.vlines(at, max(float(row["low"]) / K, 1e-6), float(row["high"]) / K, color="black", linewidth=1)
+
+
+def recall(frame: pd.DataFrame) -> Figure:
+    """A panel a shape: accuracy by length (across) and depth (down); the search decides which lengths there are."""
+    shapes = list(dict.fromkeys(frame.sort_values("state_elements")["shape"]))
+    columns = min(3, len(shapes))
+    rows = -(-len(shapes) // columns)
+    figure = Figure(figsize=(11.0, 1.2 + 2.4 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False, sharey=True)
+    for panel in panels.flat[len(shapes) :]:
+        panel.set_axis_off()
+    image: Any = None
+    for shape, panel in zip(shapes, panels.flat):
+        some = frame[frame["shape"] == shape]
+        grid = some.pivot_table(index="depth", columns="length", values="value")
+        image = panel.imshow(grid.to_numpy(), vmin=0, vmax=1, cmap="cividis", aspect="auto", interpolation="nearest")
+        train = some["train_length"].iloc[0]
+        inside = 0 if pd.isna(train) else int((grid.columns <= train).sum())
+        if inside:
+            panel.axvline(inside - 0.5, color=_RED, linewidth=2)
+        panel.set_title(f"{shape}: state of {_millions(some['state_elements'].iloc[0])}", fontsize=9, loc="left")
+        panel.spines[:].set_visible(False)
+        step = -(-len(grid.columns) // 6)
+        panel.set_xticks(
+            range(0, len(grid.columns), step), [format_length(k) for k in grid.columns[::step]], fontsize=8
+        )
+        step = max(1, len(grid.index) // 3)
+        panel.set_yticks(range(0, len(grid.index), step), [f"{d:.0%}" for d in grid.index[::step]], fontsize=8)
+    for panel in panels[:, 0]:
+        panel.set_ylabel("depth")
+    figure.supxlabel("length, tokens, as the search asked (red: training length)", fontsize=10)
+    figure.suptitle("Passkey accuracy of the models that T_recall is of", fontsize=12, x=0.01, ha="left")
+    figure.colorbar(image, ax=panels, shrink=0.8, pad=0.02, label="accuracy")
+    return figure
+
+
+def mqar(frame: pd.DataFrame) -> Figure:
+    """A panel a task: accuracy over the number of pairs, a line a shape, darker for a larger state."""
+    tasks = list(dict.fromkeys(frame["task"]))
+    figure = Figure(figsize=(6.0 * len(tasks), 5.0), layout="constrained")
+    panels = figure.subplots(1, len(tasks), squeeze=False, sharey=True)[0]
+    shapes = list(dict.fromkeys(frame.sort_values("state_elements")["shape"]))
+    for task, axes in zip(tasks, panels):
+        for i, shape in enumerate(shapes):
+            some = frame[(frame["task"] == task) & (frame["shape"] == shape)]
+            mean = some.groupby("pairs")[["value", "low", "high"]].mean()
+            colour = str(0.75 * (1 - i / max(1, len(shapes) - 1)))  # a grey
+            size = _millions(some["state_elements"].iloc[0]) if len(some) else ""
+            axes.plot(mean.index, mean["value"], marker=_MARKERS[i % len(_MARKERS)], color=colour, markersize=5,
+                      label=f"{shape}: {size}")  # fmt: skip
+            axes.fill_between(mean.index, mean["low"], mean["high"], color=colour, alpha=0.15, linewidth=0)
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_minor_locator(NullLocator())
+        ticks = sorted(frame["pairs"].unique())
+        axes.set_xticks(ticks, [str(n) for n in ticks])
+        axes.set_ylim(0, 1.02)
+        axes.set_xlabel("pairs of key and value")
+        axes.set_title(task, fontsize=11, loc="left")
+        axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("share of answers that are right")
+    panels[-1].legend(fontsize=8, frameon=False, title="shape: numbers in the state")
+    return figure
+
+
+def _positive(y: np.ndarray) -> np.ndarray:
+    """For a logarithmic axis: the paper's line is below zero for small states."""
+    return np.where(y > 0, y, np.nan)
+
+
+def _millions(n: float) -> str:
+    return f"{n / MILLION:.3g}M" if n >= MILLION else f"{n / 1000:.3g}K"
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._]+", "-", text).strip("-")
+
+
+def _write(figure: Figure, path: Path) -> Path:
+    FigureCanvasAgg(figure).print_figure(path, dpi=150)
+    return path

@@ -1,0 +1,102 @@
+"""One model: does it forget, and how far does it recall? Rows go into the table of results as any evaluation's do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rnn_longctx.errors import InputError
+from rnn_longctx.eval.capacity import models
+from rnn_longctx.eval.capacity.config import MeasureConfig
+from rnn_longctx.eval.capacity.recall import Answers, Recall, recall_of, search
+from rnn_longctx.eval.lm import LanguageModel
+from rnn_longctx.eval.passkey import Passkey
+from rnn_longctx.eval.results import Results
+from rnn_longctx.eval.run import evaluate
+from rnn_longctx.eval.task import Context
+from rnn_longctx.mitigations import Remedy, active, mitigate, parse_remedy
+from rnn_longctx.models.generate import SEGMENTS
+
+START = 1024  # where the search for T_recall begins, of a model whose training length is not known
+
+
+def measure(model: Any, c: MeasureConfig, out: str | Path, say: Callable[[str], None] = lambda line: None,
+            **about: Any) -> None:  # fmt: skip
+    """Measure `model` under every remedy; what is stored in `out` already is not measured again.
+
+    say: is given one line a finding. about: columns of models.csv that the model does not say itself.
+    """
+    out = Path(out)
+    remedies = [parse_remedy(name) for name in c.mitigations]
+    for remedy in remedies:  # what cannot be put on it, or asked of it, shows before anything is measured
+        with mitigate(model, remedy, target_length=c.limit):
+            pass
+    for task in c.tasks:
+        _enough(model, task, c)
+    models.put(out, models.describe(model, **about))
+    for remedy in remedies:
+        say(f"{model.name}, {remedy}: {_forgets(model, remedy, c, out)}")
+        for task in c.tasks:
+            say(f"{model.name}, {remedy}: T_recall of {task.label} {t_recall(model, task, remedy, c, out)}")
+
+
+def _enough(model: Any, task: Passkey, c: MeasureConfig) -> None:
+    """Refuse a haystack that is shorter than the longest context, before an hour is spent on shorter ones."""
+    hay, longest = task.hay(Context(model)), min(c.limit, task.max or c.limit)
+    if hay is not None and len(hay) < longest:  # a token is at least a byte
+        raise InputError(f"{task}: {hay.name} has {len(hay)} bytes; a context of {longest} tokens was asked for")
+
+
+def _forgets(model: Any, remedy: Remedy, c: MeasureConfig, out: Path) -> str:
+    """Loss from the training length to the limit, doubling; the verdict is drawn from the table (see tables.py)."""
+    train = model.train_length
+    if train is None:
+        return "training length unknown, so nothing is said of forgetting"
+    with mitigate(model, remedy, target_length=c.limit):
+        if model.reader is not None:
+            return "reads prompts, and has no loss of a text"
+    lengths = [train]
+    while lengths[-1] < c.limit:
+        lengths.append(min(2 * lengths[-1], c.limit))
+    evaluate(model, lengths, [LanguageModel(slices=c.slices)], [remedy], text=c.text, out=str(out), batch=c.batch)
+    return f"loss measured to {lengths[-1]} tokens"
+
+
+def t_recall(model: Any, task: Passkey, remedy: Remedy, c: MeasureConfig, out: str | Path | None = None) -> Recall:
+    """The longest context, within `c.limit`, at which `task` shows a recall of `c.recall`."""
+    results, texts = Results(out) if out else None, Context(model)
+    n = task.n
+
+    def at(length: int) -> Context:
+        name, calibration = active(model)
+        return Context(model, name, calibration, text=c.text, batch=c.batch, seed=c.seed, results=results,
+                       segment=SEGMENTS[model.device.type], _memory=texts._memory)  # fmt: skip
+
+    def ask(length: int, prompts: int) -> Answers:
+        with mitigate(model, remedy, target_length=length) if remedy.per_length else nullcontext():
+            context = at(length)
+            key = context.key(task, task.text(context), length, "accuracy")
+            stored = results.get(key) if results else None
+            if stored is None or stored["n"] < prompts:
+                fewer = replace(task, n=prompts, least=prompts)
+                stored = [row for row in fewer.run(context, [length]) if row["depth"] is None][-1]
+            samples = stored["samples"]
+            return int(sum(samples)), len(samples)
+
+    def fits(length: int) -> bool:
+        try:
+            task.check(at(length), [length])
+        except InputError as error:
+            if "takes at least" in str(error):
+                return False
+            raise
+        return True
+
+    limit = min(c.limit, task.max or c.limit)
+    with nullcontext() if remedy.per_length else mitigate(model, remedy, target_length=limit):
+        found = recall_of(search(ask, fits, model.train_length or START, limit, c.recall, n), c.recall)
+    assert found is not None
+    return found

@@ -1,0 +1,126 @@
+"""A study: cells as processes side by side on one device, what to train next chosen by what is known so far.
+
+Everything known is on disk (done.json of a cell, the table of results), so a study that is killed goes on where it
+stopped, and one that is finished runs nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import yaml
+
+from rnn_longctx.config import to_dict
+from rnn_longctx.data import load_text
+from rnn_longctx.errors import InputError
+from rnn_longctx.eval.capacity import models, tables
+from rnn_longctx.eval.capacity.cell import STUDY, is_done
+from rnn_longctx.eval.capacity.config import CapacityConfig, Cell
+from rnn_longctx.eval.capacity.forget import next_models
+from rnn_longctx.eval.results import Results, write_atomic
+from rnn_longctx.train.snapshots import claim_folder
+
+# Of `train`: settings that do not change what is trained.
+_NEUTRAL = ("out", "device", "log_every", "checkpoint_every", "licences")
+_WAIT = 0.2  # seconds between two looks at the processes
+
+
+def run_study(config: CapacityConfig, parallel: int = 1, say: Callable[[str], None] = print) -> Path:
+    """Train and measure what the config asks for, `parallel` cells at a time; returns the folder of its tables.
+
+    Raises InputError: a folder of another study, or that cannot be written; cells that failed, after all others ran.
+    """
+    if parallel < 1:
+        raise InputError(f"parallel: expected a number of processes, got {parallel}")
+    study = Path(config.out)
+    trained = {k: v for k, v in to_dict(config.train).items() if k not in _NEUTRAL}
+    claim_folder(study, {"train": trained, "mqar": config.mqar and to_dict(replace(config.mqar, samples=1))})
+    Results(study)  # it can be written
+    local = replace(config, train=replace(config.train, data=replace(config.train.data, text=_texts(config, study))))
+    write_atomic(study / STUDY, yaml.safe_dump(to_dict(local), sort_keys=False).encode())
+
+    running: dict[str, tuple[Cell, subprocess.Popen[bytes], float]] = {}
+    failed: dict[str, str] = {}
+    known: dict[str, bool] = {}  # outcomes of the test of forgetting, by the names of cells
+    done = 0
+    try:
+        while True:
+            todo = [c for c in _todo(config, study, known) if c.name not in failed and c.name not in running]
+            for cell in todo[: parallel - len(running)]:
+                running[cell.name] = (cell, _start(cell, study, parallel), time.monotonic())
+            if not running:
+                break
+            while all(process.poll() is None for _, process, _ in running.values()):
+                time.sleep(_WAIT)
+            for name, (cell, process, began) in list(running.items()):
+                if process.poll() is None:
+                    continue
+                del running[name]
+                if process.returncode == 0 and is_done(config, cell, study):
+                    done += 1
+                    models.gather(study)  # so that a study can be looked at before it ends
+                    say(f"{name}: done in {time.monotonic() - began:.0f} s")
+                else:
+                    failed[name] = _last_line(study / "models" / name / "log.txt") or f"exit {process.returncode}"
+                    say(f"{name}: failed: {failed[name]}")
+    finally:
+        for _, process, _ in running.values():  # interrupted: a cell goes on from its snapshot
+            process.terminate()
+        for _, process, _ in running.values():
+            process.wait()
+    say(f"{done} cells run")
+    models.gather(study)
+    Results(study).gather()
+    if failed:
+        name, why = next(iter(failed.items()))
+        raise InputError(f"{len(failed)} cells failed, the first of them {name}: {why}; run again to try them again")
+    return study
+
+
+def _todo(config: CapacityConfig, study: Path, known: dict[str, bool]) -> list[Cell]:
+    """Cells that may be run now, the next of every shape's search first."""
+    wanted = []
+    for model in config.models:
+        cells = {(n, s): Cell(model, n, s) for n in config.train_lengths for s in range(config.seeds)}
+        outcomes: dict[tuple[int, int], bool] = {}
+        for where, cell in cells.items():
+            if cell.name not in known and is_done(config, cell, study):
+                known[cell.name] = tables.passes(study, cell.name, config.measure.limit)
+            if cell.name in known:
+                outcomes[where] = known[cell.name]
+        wanted += [cells[where] for where in next_models(config.train_lengths, range(config.seeds), outcomes)]
+    return wanted + [cell for cell in config.mqar_cells() if not is_done(config, cell, study)]
+
+
+def _texts(config: CapacityConfig, study: Path) -> list[str]:
+    """The installed packages are gathered once, and not by every cell."""
+    found = []
+    for spec in config.train.data.text:
+        if spec == "site-packages":
+            kept = study / "site-packages.txt"
+            if not kept.exists():
+                write_atomic(kept, load_text(spec).data)
+            spec = str(kept)
+        found.append(spec)
+    return found
+
+
+def _start(cell: Cell, study: Path, parallel: int) -> subprocess.Popen[bytes]:
+    folder = study / "models" / cell.name
+    folder.mkdir(parents=True, exist_ok=True)
+    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // parallel))}
+    with (folder / "log.txt").open("ab") as log:
+        words = [sys.executable, "-m", "rnn_longctx.eval.capacity.cell", str(study), cell.name]
+        # the pipe ends with this process, and the cell with the pipe
+        return subprocess.Popen(words, stdin=subprocess.PIPE, stdout=log, stderr=log, env=os.environ | threads)
+
+
+def _last_line(path: Path) -> str:
+    lines = path.read_text(errors="replace").split("\n") if path.exists() else []
+    return next((line.strip() for line in reversed(lines) if line.strip()), "")

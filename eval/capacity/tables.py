@@ -1,0 +1,168 @@
+"""What the tables say: every finding from results.csv and models.csv alone.
+
+`findings` has a line a model, remedy and question, `points` a line a shape: what is fitted and drawn. Lengths are in
+tokens.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from statistics import median_low
+from typing import Any
+
+import pandas as pd
+
+from rnn_longctx.config import format_length
+from rnn_longctx.errors import InputError
+from rnn_longctx.eval.capacity import models
+from rnn_longctx.eval.capacity.forget import forget_of
+from rnn_longctx.eval.capacity.recall import recall_of
+from rnn_longctx.eval.results import Results
+from rnn_longctx.eval.sheets import Sheet, sheets
+
+KEY = ["shape", "mitigation", "quantity"]
+_OF_ONE = ("model", "weights_hash", "train_length", "train_seed", "train_tokens")  # of one model, not of its shape
+_MQAR = re.compile(r"((?:forgetting-)?mqar)(\d+)")
+
+
+def read(directory: str | Path) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """results and models, of a folder that a study or `rnn-longctx capacity MODEL` has written. Raises InputError."""
+    return Results.read(directory), models.read(Path(directory))
+
+
+def passes(study: Path, name: str, limit: int) -> bool:
+    """Whether the model of that name, without a remedy, passed the test of forgetting up to `limit`."""
+    frame = Results(study).frame()
+    for sheet in sheets(frame[frame["model"] == name]):
+        if sheet.task == "lm" and "none" in sheet.cells and max(sheet.lengths) >= limit:
+            return sheet.verdict("none").first_failing is None
+    raise InputError(f"{name} was not measured without a remedy at {format_length(limit)} tokens")
+
+
+def findings(results: pd.DataFrame, about: pd.DataFrame, target: float) -> pd.DataFrame:
+    """One line a model, remedy and quantity, with the columns of models.csv.
+
+    quantity `forgets`: `passes` is the longest length read where the loss held, `fails` the shortest where it did not.
+    quantity `T_recall`, or `T_recall of TASK` where the task is not the plain passkey: `passes` is it at `target`,
+    `fails` the shortest length that is not shown; `right` of `asked`, and `worst`, the depth with the fewest right
+    answers, at `passes` (at `fails` where nothing passes). `text` says it in words.
+    """
+    lines = []
+    for sheet in sheets(results[~results["task"].str.fullmatch(_MQAR)]):
+        for name in sheet.cells:
+            line = {"model": sheet.where["model"], "weights_hash": sheet.where["weights_hash"], "mitigation": name}
+            lines.append(line | (_forgets(sheet, name) if sheet.task == "lm" else _recall(sheet, name, target)))
+    whole = ("passes", "fails", "right", "asked")
+    columns = ["model", "weights_hash", "mitigation", "quantity", *whole, "worst", "text"]
+    frame = pd.DataFrame(lines, columns=columns).astype(dict.fromkeys(whole, "Int64"))
+    joined = about.merge(frame, on=["model", "weights_hash"], how="inner")
+    order = ["state_elements", "shape", "train_length", "train_seed", "quantity", "mitigation"]
+    return joined.sort_values(order, ignore_index=True)
+
+
+def _forgets(sheet: Sheet, name: str) -> dict[str, Any]:
+    failing, text = sheet.verdict(name)
+    held = [n for n in sheet.cells[name] if failing is None or n < failing]
+    return {"quantity": "forgets", "passes": max(held, default=None), "fails": failing, "text": text}
+
+
+def _recall(sheet: Sheet, name: str, target: float) -> dict[str, Any]:
+    found = recall_of({n: (round(sum(c.samples)), c.n) for n, c in sheet.cells[name].items()}, target)
+    assert found is not None
+    at = found.passes or found.fails
+    depths = {d: cell.value for (n, d), cell in sheet.depths[name].items() if n == at}
+    quantity = "T_recall" if sheet.task == "passkey" else f"T_recall of {sheet.task}"
+    worst = min(depths, key=lambda d: (depths[d], d)) if depths else None
+    return {"quantity": quantity, "worst": worst, "text": str(found)} | found._asdict()
+
+
+def points(found: pd.DataFrame) -> pd.DataFrame:
+    """One line a shape, remedy and quantity (T_forget, T_recall): the columns of models.csv that its models share, and
+
+    value: tokens. T_forget: the shortest training length above all whose models, by majority, fail. T_recall: the
+        median over seeds, at the training length where that is longest; `model` is the one it is of.
+    bound: "" where `value` was found; "above" or "below" where only that is known (not reached; at the shortest tried).
+    low, high: T_forget lies above `low`, the longest training length that fails; the seeds' T_recalls lie within.
+    """
+    lines = []
+    for (_, mitigation, quantity), group in found.groupby(KEY, sort=False):
+        shared = {c: group[c].iloc[0] for c in models.COLUMNS if c not in _OF_ONE}
+        line = shared | {"mitigation": mitigation, "models": len(group)}
+        lines.append(line | (_t_forget(group) if quantity == "forgets" else {"quantity": quantity} | _t_recall(group)))
+    frame = pd.DataFrame([line for line in lines if line.get("value") is not None])
+    return frame.sort_values(["quantity", "mitigation", "state_elements"], ignore_index=True) if len(frame) else frame
+
+
+def _t_forget(group: pd.DataFrame) -> dict[str, Any]:
+    known = group.dropna(subset=["train_length"])
+    seeds = known["train_seed"].fillna(0)
+    reach = known["passes"].where(known["fails"].isna(), known["fails"])
+    tested = (reach > known["train_length"]) | known["fails"].notna()
+    models_tested = zip(known["train_length"][tested], seeds[tested], known["fails"][tested])
+    outcomes = {(int(n), int(s)): bool(pd.isna(fails)) for n, s, fails in models_tested}
+    found = forget_of(outcomes)
+    if found is None:
+        return {"quantity": "T_forget", "value": None}
+    bound = "above" if found.passes is None else "below" if found.fails is None else ""
+    value = found.fails if found.passes is None else found.passes
+    return {"quantity": "T_forget", "value": value, "bound": bound, "low": found.fails, "high": found.passes,
+            "text": str(found)}  # fmt: skip
+
+
+def _t_recall(group: pd.DataFrame) -> dict[str, Any]:
+    best: tuple[int, Any] | None = None
+    for train_length, some in group.groupby("train_length", dropna=False):
+        reached = {i: 0 if pd.isna(p) else int(p) for i, p in some["passes"].items()}
+        middle = median_low(sorted(reached.values()))
+        if best is None or middle > best[0]:
+            best = middle, (train_length, some, next(i for i, p in reached.items() if p == middle))
+    assert best is not None
+    middle, (train_length, some, index) = best
+    one, lengths = some.loc[index], some["passes"].fillna(0)
+    bound = "below" if not middle else "above" if pd.isna(one["fails"]) else ""
+    of = {"model": one["model"], "weights_hash": one["weights_hash"], "train_length": train_length}
+    value, low, high = middle or int(one["fails"]), int(lengths.min()), int(lengths.max())
+    return of | {"value": value, "bound": bound, "low": low, "high": high, "text": one["text"]}
+
+
+def same_size(points: pd.DataFrame, within: float = 1.1) -> pd.DataFrame:
+    """Is the size of the state the right axis? One line a remedy, quantity and group of shapes whose states are of one
+    size, to a factor of `within`: `spread` is the longest length over the shortest. Bounds are left out."""
+    lines = []
+    exact = points[points["bound"] == ""].sort_values("state_elements")
+    for (mitigation, quantity), group in exact.groupby(["mitigation", "quantity"], sort=False):
+        some: list[Any] = []
+        for row in [*group.itertuples(), None]:
+            if row is not None and (not some or row.state_elements <= within * some[0].state_elements):
+                some.append(row)
+                continue
+            if len(some) > 1:
+                values = [int(r.value) for r in some]
+                lines.append({"mitigation": mitigation, "quantity": quantity, "state_elements": some[0].state_elements,
+                              "shapes": " ".join(r.shape for r in some), "values": " ".join(map(str, values)),
+                              "spread": max(values) / min(values)})  # fmt: skip
+            some = [row]
+    columns = ["mitigation", "quantity", "state_elements", "shapes", "values", "spread"]
+    return pd.DataFrame(lines, columns=columns)
+
+
+def associations(results: pd.DataFrame, about: pd.DataFrame) -> pd.DataFrame:
+    """MQAR: the columns of models.csv, `pairs`, and `value` (the share of answers that are right) with its 95% interval
+    `low` to `high`, from the standard error over sequences, within 0 and 1."""
+    rows = results[results["task"].str.fullmatch(_MQAR)]
+    parts = rows["task"].str.extract(_MQAR)
+    frame = rows[["model", "weights_hash", "value", "stderr", "n"]].assign(pairs=parts[1].astype("int64"))
+    joined = about.merge(frame, on=["model", "weights_hash"], how="inner")
+    half = 1.96 * joined["stderr"].fillna(0)
+    joined["low"], joined["high"] = (joined["value"] - half).clip(0, 1), (joined["value"] + half).clip(0, 1)
+    return joined.sort_values(["task", "state_elements", "pairs"], ignore_index=True)
+
+
+def by_depth(results: pd.DataFrame, points: pd.DataFrame) -> pd.DataFrame:
+    """Passkey accuracy by length and depth of the models whose T_recall, without a remedy, stands in `points`: the
+    columns of models.csv, length, depth, value and n."""
+    one = points[(points["quantity"] == "T_recall") & (points["mitigation"] == "none")]
+    rows = results[(results["task"] == "passkey") & results["depth"].notna() & (results["mitigation"] == "none")]
+    columns = ["model", "weights_hash", "length", "depth", "value", "n"]
+    return one.drop(columns="value").merge(rows[columns], on=["model", "weights_hash"])

@@ -1,0 +1,284 @@
+"""A study: the cells it trains, killed and gone on with, and what the command line makes of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import yaml
+
+from rnn_longctx import cli
+from rnn_longctx.config import load_yaml
+from rnn_longctx.data import ByteTokenizer
+from rnn_longctx.errors import InputError
+from rnn_longctx.eval.capacity import CapacityConfig, MeasureConfig, measure, models, study, tables
+from rnn_longctx.eval.capacity.cell import STUDY, asked, is_done, run_cell
+from rnn_longctx.eval.capacity.config import Cell, MQARConfig, label
+from rnn_longctx.eval.results import Results
+from rnn_longctx.models import Mamba2Config, Mamba2LM, checkpoint
+
+CONFIG = """
+train:
+  model: {d_model: 16, n_layer: 1, d_state: 8, headdim: 8, A_init: [1e-3, 0.3], A_log_uniform: true}
+  data: {text: [text.txt], held_out: 0.1, passkey: {fraction: 0.3, lengths: [110, 128]}}
+  schedule: {warmup: 2}
+  train_length: 128
+  batch_size: 4
+  steps: 6
+  checkpoint_every: 2
+  device: cpu
+shapes: [{}, {d_state: 16}]
+train_lengths: [128, 256]
+seeds: 1
+measure: {limit: 600, slices: 1, width: 0.3, text: text.txt}
+mqar: {tasks: [mqar], pairs: [2, 3], vocab_size: 16, batch_size: 8, steps: 4, samples: 12}
+out: study
+"""
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch) -> CapacityConfig:
+    monkeypatch.chdir(tmp_path)
+    words = np.random.default_rng().choice(["def ", "return ", "x", " = ", "(y)\n"], 8000)
+    Path("text.txt").write_text("".join(words))
+    Path("study.yaml").write_text(CONFIG)
+    return load_yaml(CapacityConfig, "study.yaml")
+
+
+def test_cells_are_trained_measured_and_not_again(config, monkeypatch):
+    out = Path("study")
+    text, pairs = Cell(config.models[0], 128, 0), config.mqar_cells()[0]
+    monkeypatch.setattr("rnn_longctx.eval.capacity.mqar.EVERY", 2)
+    for cell in (text, pairs):
+        run_cell(config, cell, out)
+        assert is_done(config, cell, out) and config.find(cell.name) == cell
+    assert isinstance(tables.passes(out, text.name, 600), bool)
+    about = models.gather(out).set_index("model")
+    c = config.models[0]
+    assert about.loc[text.name, "state_elements"] == c.scan_state_elements + c.conv_state_elements
+    assert about.loc[text.name, "train_tokens"] == 6 * 4 * 128 and about.loc[pairs.name, "task"] == "mqar"
+    frame = Results(out).frame()
+    assert set(frame[frame["model"] == pairs.name]["task"]) == {"mqar2", "mqar3"}
+    assert set(frame[frame["model"] == text.name]["task"]) == {"lm", "passkey"}
+    assert not (out / "models" / text.name / "snapshots").exists()
+    before = {p: p.read_bytes() for p in out.rglob("*.json")}
+    with monkeypatch.context() as never:
+        never.setattr("rnn_longctx.eval.capacity.cell.train", None)
+        never.setattr("rnn_longctx.eval.capacity.cell.measure", None)
+        run_cell(config, text, out)
+        more = replace(config, measure=replace(config.measure, needles=["passkey", "words"]))
+        assert not is_done(more, text, out), "what is asked for has changed"
+        never.undo()
+        never.setattr("rnn_longctx.eval.capacity.cell.train", None)  # measured, and not trained again
+        run_cell(more, text, out)
+    kept = {p: p.read_bytes() for p in before}
+    changed = {p.name for p in before if kept[p] != before[p]}
+    assert changed == {"done.json"} and "words" in set(Results(out).frame()["task"])
+
+
+def test_a_study_is_told_what_to_run_by_outcomes(config, monkeypatch):
+    """Cells stand in for training: each says it is done a moment later, and passes where its state is small enough."""
+    config = replace(config, train_lengths=[128, 192, 256, 320, 384, 448], seeds=3, mqar=None)
+    edges = dict(zip((m.d_state for m in config.models), np.random.default_rng().integers(100, 500, 2)))
+    out, alive, most, started = Path("study"), [], [0], []
+
+    def start(cell, where, parallel):
+        folder = where / "models" / cell.name
+        folder.mkdir(parents=True, exist_ok=True)
+        started.append(cell.name)
+        done = json.dumps(asked(config, cell))
+        if cell.name == broken:
+            words = ["sh", "-c", f"echo no memory > {folder}/log.txt; exit 3"]
+        else:
+            words = ["sh", "-c", f"sleep 0.0$RANDOM; echo '{done}' > {folder}/done.json"]
+        process = subprocess.Popen(words)
+        alive.append(process)
+        most[0] = max(most[0], sum(p.poll() is None for p in alive))
+        return process
+
+    def passes(where, name, limit):
+        cell = config.find(name)
+        return bool(cell.train_length >= edges[cell.model.d_state])
+
+    monkeypatch.setattr(study, "_start", start)
+    monkeypatch.setattr(study, "_WAIT", 0.01)
+    monkeypatch.setattr(tables, "passes", passes)
+    broken = Cell(config.models[1], 448, 0).name
+    said: list[str] = []
+    with pytest.raises(InputError, match=rf"1 cells failed, the first of them {broken}: no memory"):
+        study.run_study(config, 2, said.append)
+    assert all(name.startswith(label(config.models[0])) or name == broken for name in started)
+    broken = ""
+    again = len(started)
+    study.run_study(config, 2, said.append)
+    assert all(name.startswith(label(config.models[1])) for name in started[again:]), "the rest, and only that"
+    for model in config.models:
+        mine = {name for name in started if name.startswith(f"{label(model)}-T")}
+        assert len(mine) <= 3 + 3 * 3 and f"{label(model)}-T448-s2" in mine
+        turn = [n for n in config.train_lengths if n >= edges[model.d_state]]
+        if turn:
+            assert f"{label(model)}-T{turn[0]}-s2" in mine, "all seeds where the outcome turns"
+        else:
+            assert len(mine) == 3, "no search where the longest fails"
+    assert 1 <= most[0] <= 2
+    count = len(started)
+    study.run_study(config, 2, said.append)
+    assert len(started) == count and said[-1] == "0 cells run"
+    with pytest.raises(InputError, match=r"another config \(train\.steps was 6, is 7\)"):
+        study.run_study(replace(config, train=replace(config.train, steps=7)), 1, said.append)
+    assert (out / STUDY).exists()
+
+
+def test_mistakes_in_a_config(config, tmp_path):
+    data = yaml.safe_load(CONFIG)
+    wrong = {
+        "shapes: a model has no d_stat": {"shapes": [{"d_stat": 4}]},
+        "one is given twice": {"shapes": [{}, {"d_state": 8}]},
+        "needs at least one of": {"train_lengths": []},
+        "is beyond measure.limit 600": {"train_lengths": [1024]},
+        "asks for no answer": {"measure": {"needles": ["lm"]}},
+        'did you mean "passkey"': {"measure": {"needles": ["passky"]}},
+        'did you mean "state-norm"': {"measure": {"mitigations": ["state-nrm"]}},
+        "lie between 0 and 1": {"measure": {"recall": 1.0}},
+        "expected some of mqar": {"mqar": {"tasks": ["mqr"]}},
+        "expected numbers of 1 to 8": {"mqar": {"pairs": [9], "vocab_size": 16}},
+        "a model of its own": {"train": {**data["train"], "init": "demo"}},
+    }
+    for said, change in wrong.items():
+        file = tmp_path / "wrong.yaml"
+        file.write_text(yaml.safe_dump(data | change))
+        with pytest.raises(InputError, match=r".*".join(map(str, [said.replace(".", r"\.")]))):
+            load_yaml(CapacityConfig, file)
+    with pytest.raises(InputError, match="no cell nothing"):
+        config.find("nothing")
+    assert MQARConfig().pairs and MeasureConfig().limit == 1 << 20
+
+
+def test_models_read_as_many_tokens_at_every_length(config):
+    for length in (128, 256):
+        t = config.training(Cell(config.models[1], length, 5), "x")
+        assert t.batch_size * length * t.steps == 4 * 128 * 6 and t.seed == 5
+        assert t.data.passkey.lengths == (110, length) and t.model.d_state == 16
+
+
+def tiny(folder: Path, name: str, train_length: int | None = 128) -> None:
+    model = Mamba2LM(Mamba2Config(d_model=16, n_layer=1, headdim=8, d_state=8)).eval()
+    model.train_length, model.tokenizer, model.name = train_length, ByteTokenizer(), name
+    checkpoint.save(model, folder / name, dtype=torch.float32)
+
+
+def run(monkeypatch, capsys, *words: str) -> tuple[int, str, str]:
+    monkeypatch.setattr(sys, "argv", ["rnn-longctx", *words])
+    try:
+        cli.main()
+        code = 0
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    return code, *capsys.readouterr()
+
+
+def test_the_command_on_checkpoints(config, monkeypatch, capsys, tmp_path):
+    for name, length in (("a", 128), ("b", None)):
+        tiny(tmp_path, name, length)
+    words = ("a", "b", "--limit", "512", "--width", "0.3", "--text", "text.txt", "--slices", "1", "--out", "r",
+             "--needle", "passkey:haystack=text.txt", "--mitigation", "none",
+             "--mitigation", "rri:alpha=0.9,beta=1")  # fmt: skip
+    code, printed, said = run(monkeypatch, capsys, "capacity", *words)
+    assert code == 0, said
+    frame = pd.read_csv("r/findings.csv")
+    a, b = (frame[frame["model"] == name] for name in "ab")
+    assert len(a) == 2 * 2 and set(a["quantity"]) == {"forgets", "T_recall of passkey-in-text.txt"}
+    assert len(b) == 2 and "training length unknown" in printed
+    assert frame[frame["quantity"] != "forgets"]["text"].str.startswith("none shown (").all(), "they know nothing"
+    assert set(a[a["quantity"] == "forgets"]["text"]) == {"no collapse up to 512"}
+    cells = {p: p.stat().st_mtime_ns for p in Path("r/cells").glob("*.json")}
+    remedies = ["none", "rri:alpha=0.9,beta=1"]
+    settings = MeasureConfig(512, 1, ["passkey:haystack=text.txt"], width=0.3, mitigations=remedies, text="text.txt")
+    measure(checkpoint.load("a"), settings, "r")
+    assert {p: p.stat().st_mtime_ns for p in Path("r/cells").glob("*.json")} == cells, "nothing is measured twice"
+    for path in Path("r").glob("*.png"):
+        path.unlink()
+    assert run(monkeypatch, capsys, "capacity", "plot", "r")[0] == 0 and list(Path("r").glob("T_recall*.png"))
+    code, printed, _ = run(monkeypatch, capsys, "capacity", "advise", "--context", "256k")
+    assert code == 0 and "a state of 12.9M numbers" in printed and "warning: of other models" in printed
+
+
+MISTAKES = {
+    "missing": "neither a directory nor a hub id",
+    "a --limit 0": "positive whole number",
+    "a --needle lm": "asks for no answer",
+    "a --mitigation nothing": "unknown mitigation",
+    "a --recall 1.2": "lie between 0 and 1",
+    "a --needle passkey:haystack=text.txt --limit 1m": "a context of 1048576 tokens was asked for",
+    "train nowhere.yaml": "cannot read config",
+    "plot nowhere": "evaluate first",
+    "advise --context 4k --study nowhere": "evaluate first",
+    "advise --context 4k --recall 0.5": "fits a recall of 0.95 alone",
+}
+
+
+@pytest.mark.parametrize("words", MISTAKES)
+def test_mistakes_are_one_line(words, config, monkeypatch, capsys, tmp_path):
+    tiny(tmp_path, "a")
+    code, _, said = run(monkeypatch, capsys, "capacity", *words.split())
+    assert code == 2 and MISTAKES[words] in said and said.count("\n") == 1
+
+
+def test_recall_stops_at_the_sample_it_has(config, tmp_path):
+    """A stored row with more prompts answers for fewer, and a first look for no more than itself."""
+    tiny(tmp_path, "a")
+    model = checkpoint.load(tmp_path / "a")
+    c = MeasureConfig(limit=256, width=0.3, text="text.txt", slices=1)
+    measure(model, c, "r")
+    rows = Results("r").frame()
+    whole = rows[(rows["task"] == "passkey") & rows["depth"].isna()]
+    assert set(whole["n"]) == {20} and list(whole["length"]) == [128], "64 tokens hold no prompt"
+    few = len(list(Path("r/cells").glob("*.json")))
+    measure(model, replace(c, recall=0.9), "r")
+    assert len(list(Path("r/cells").glob("*.json"))) == few
+
+
+@pytest.mark.slow
+def test_a_killed_study_goes_on(config):
+    """In processes, two at once, killed hard in the middle; what it then finds is what one that was not killed does."""
+
+    def start() -> subprocess.Popen:
+        words = [sys.executable, "-m", "rnn_longctx.cli", "capacity", "train", "study.yaml", "--parallel", "2"]
+        return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    process = start()
+    deadline = time.monotonic() + 120
+    while not list(Path("study/models").glob("*/model/config.json")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    trained = {p: p.stat().st_mtime_ns for p in Path("study/models").glob("*/model/model.safetensors")}
+    assert 1 <= len(trained) < 4
+    again = start()
+    printed, said = again.communicate(timeout=500)
+    assert again.returncode == 0, said
+    assert {p: p.stat().st_mtime_ns for p in trained} == trained, "what was trained is not trained again"
+    assert "T_recall" in printed and Path("study/mqar.png").exists()
+    done = [p.parent.name for p in Path("study/models").glob("*/done.json")]
+    assert len(done) >= 4 and sum("mqar" in name for name in done) == 2
+    last = start()
+    printed, _ = last.communicate(timeout=300)
+    assert "0 cells run" in printed
