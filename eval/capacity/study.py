@@ -24,6 +24,7 @@ from rnn_longctx.eval.capacity.cell import STUDY, is_done
 from rnn_longctx.eval.capacity.config import CapacityConfig, Cell
 from rnn_longctx.eval.capacity.forget import next_models
 from rnn_longctx.eval.results import Results, write_atomic
+from rnn_longctx.train.config import MixedText
 from rnn_longctx.train.snapshots import claim_folder
 
 # Of `train`: settings that do not change what is trained.
@@ -40,7 +41,7 @@ def run_study(config: CapacityConfig, parallel: int = 1, say: Callable[[str], No
         raise InputError(f"parallel: expected a number of processes, got {parallel}")
     study = Path(config.out)
     trained = {k: v for k, v in to_dict(config.train).items() if k not in _NEUTRAL}
-    claim_folder(study, {"train": trained, "mqar": config.mqar and to_dict(replace(config.mqar, samples=1))})
+    claim_folder(study, {"train": trained, "mqar": config.mqar and to_dict(replace(config.mqar, samples=1))}, "models")
     Results(study)  # it can be written
     local = replace(config, train=replace(config.train, data=replace(config.train.data, text=_texts(config, study))))
     write_atomic(study / STUDY, yaml.safe_dump(to_dict(local), sort_keys=False).encode())
@@ -98,16 +99,17 @@ def _todo(config: CapacityConfig, study: Path, known: dict[str, bool]) -> list[C
     return wanted + [cell for cell in config.mqar_cells() if not is_done(config, cell, study)]
 
 
-def _texts(config: CapacityConfig, study: Path) -> list[str]:
+def _texts(config: CapacityConfig, study: Path) -> list[str | MixedText]:
     """The installed packages are gathered once, and not by every cell."""
-    found = []
+    found: list[str | MixedText] = []
     for spec in config.train.data.text:
-        if spec == "site-packages":
+        part = spec if isinstance(spec, MixedText) else MixedText(spec)
+        if part.source == "site-packages":
             kept = study / "site-packages.txt"
             if not kept.exists():
-                write_atomic(kept, load_text(spec).data)
-            spec = str(kept)
-        found.append(spec)
+                write_atomic(kept, load_text("site-packages").data)
+            part = replace(part, source=str(kept))
+        found.append(part if isinstance(spec, MixedText) else part.source)
     return found
 
 

@@ -63,12 +63,12 @@ def newest_snapshot(folder: Path, device: torch.device | str = "cpu") -> dict[st
     return None
 
 
-def claim_folder(out: Path, config: dict[str, Any]) -> None:
+def claim_folder(out: Path, config: dict[str, Any], begun: str = "log.csv") -> None:
     """Record `config` in `out`, or check that it is the one recorded there. Another one: InputError, unless that run
-    never began (no text was found, say)."""
+    never began (no text was found, say): there is no `begun` in the folder."""
     file = out / "run.json"
     config = json.loads(json.dumps(config))
-    if file.is_file() and (out / "log.csv").is_file():
+    if file.is_file() and (out / begun).exists():
         before, now = _flat(json.loads(file.read_text())), _flat(config)
         # what an older version did not write is what is off now: False, 0 or null
         changed = [k for k in sorted({*before, *now}) if (before.get(k) or None) != (now.get(k) or None)]
