@@ -15,12 +15,14 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from rnn_longctx.data import Text, tokens
+from rnn_longctx.config import parse_length
+from rnn_longctx.data import Text, load_text, tokens
 from rnn_longctx.errors import InputError, nearest
 from rnn_longctx.eval.passkey import MultiKey, Passkey
 from rnn_longctx.eval.task import Context, Task
@@ -29,6 +31,7 @@ from rnn_longctx.mitigations.base import Remedy, train_length
 from rnn_longctx.mitigations.rri import RRI
 from rnn_longctx.mitigations.stored import Found, shape_of
 from rnn_longctx.models import Mamba2LM
+from rnn_longctx.models.adopt import reader_of
 from rnn_longctx.models.generate import SEGMENTS
 from rnn_longctx.probes.ablation import tail_losses
 
@@ -68,19 +71,23 @@ METHODS = {"state-norm": "quantile", "token-filter": "quantile", "delta-scale": 
            "rri": "spsa"}  # fmt: skip
 
 
-def calibrate(model: Mamba2LM, name: str, target: int, text: Text, *, seed: int = 0, slices: int = 4, prompts: int = 20,
-              steps: int = 50, say: Callable[[str], None] = lambda line: None) -> Found:  # fmt: skip
+def calibrate(model: Any, name: str, target: int | str, text: Text | str | Path, *, seed: int = 0, slices: int = 4,
+              prompts: int = 20, steps: int = 50, say: Callable[[str], None] = lambda line: None) -> Found:  # fmt: skip
     """The setting of the remedy `name` with the least loss at `target` tokens that keeps the model's recall.
 
     Args:
+        model: this library's, or one of another library, which is adopted.
         name: of the remedy, with parameters that are held if any: state-norm:every=64.
-        text: what it is found on; not what is to be evaluated.
+        target: tokens to be read (32768, "32k").
+        text: what it is found on, or its name (`rnn_longctx.load_text`); not what is to be evaluated.
         slices, prompts: of the loss, and of each kind and length of the guard.
         steps: of SPSA, two losses each.
         say: called with a line a setting.
     Raises:
         InputError: a remedy that has nothing to calibrate, a text too short, no setting that keeps recall.
     """
+    model, target = reader_of(model), parse_length(target, "target")
+    text = load_text(text) if isinstance(text, str | Path) else text
     train = train_length(model, "calibration")
     name, _, fixed = name.partition(":")
     held = dict(part.split("=", 1) for part in fixed.split(",") if "=" in part)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import reduce
-from typing import TYPE_CHECKING, Any, cast
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from rnn_longctx.config import parse_length
 from rnn_longctx.errors import InputError
 from rnn_longctx.mitigations.a_scale import AScale
 from rnn_longctx.mitigations.a_winsor import AWinsor
@@ -23,7 +25,7 @@ from rnn_longctx.mitigations.stored import Stored
 from rnn_longctx.mitigations.stored_start import StoredStart
 from rnn_longctx.mitigations.token_filter import TokenFilter
 from rnn_longctx.mitigations.window import Window
-from rnn_longctx.models.adopt import Adopted, adopt, adopted
+from rnn_longctx.models.adopt import Adopted, adopted, reader_of
 from rnn_longctx.spec import parse
 from rnn_longctx.ssd import PLAIN, ScanPolicy
 
@@ -71,10 +73,12 @@ def parse_remedy(text: str | Remedy) -> Remedy:
     """A remedy from `name:key=value,...`, from a file that `calibrate` wrote, or several from `a+b`.
 
     Raises InputError: unknown names and parameters (with the nearest one), values out of range, a composition that
-    means nothing (two controls; a norm cap with a window).
+    means nothing (two controls; a norm cap with a window), what is neither text nor a remedy.
     """
     if isinstance(text, Remedy):
         return text
+    if not isinstance(text, str):
+        raise InputError(f"expected a remedy such as none or state-norm, got {text!r:.80}")
     parts = [_one(part.strip()) for part in text.split("+")]
     if len(parts) == 1:
         return parts[0]
@@ -143,8 +147,8 @@ class Handle:
         self.remove()
 
 
-def mitigate(model: Mamba2LM | Adopted | nn.Module, remedy: str | Remedy, *, target_length: int | None = None,
-             text: Text | None = None) -> Handle:  # fmt: skip
+def mitigate(model: Any, remedy: str | Remedy, *, target_length: int | str | None = None,
+             text: Text | str | Path | None = None) -> Handle:  # fmt: skip
     """Put a remedy on a model, for all that it reads and generates from now on.
 
         with rnn_longctx.mitigate(model, "state-norm"):
@@ -155,14 +159,19 @@ def mitigate(model: Mamba2LM | Adopted | nn.Module, remedy: str | Remedy, *, tar
     (`rnn_longctx.adopt`), and follows the remedy in its own forward and generate.
 
     Args:
-        target_length: tokens to be read, for remedies that depend on it.
-        text: what to calibrate on (`rnn_longctx.data.load_text`); None takes the calibration kept with the
+        target_length: tokens to be read (4096, "4k"), for remedies that depend on it.
+        text: what to calibrate on, or its name (`rnn_longctx.load_text`); None takes the calibration kept with the
             checkpoint, or else the builtin text. Not what is to be evaluated: that would flatter the remedy.
     Raises:
-        InputError: see `parse_remedy`; NotApplicable: the model lacks what the remedy needs.
+        InputError: no model, a text that is missing, and see `parse_remedy`; NotApplicable: the model lacks what the
+            remedy needs.
     """
+    from rnn_longctx.data import load_text
+
     remedy = parse_remedy(remedy)
-    given, model = model, _ours(model)
+    target_length = None if target_length is None else parse_length(target_length, "target_length")
+    given, model = model, reader_of(model)
+    text = load_text(text) if isinstance(text, str | Path) else text
     with _bare(model):
         handle = Handle(model, remedy, remedy.plan(model, target_length, text))
     if (handle.plan.restart or handle.plan.reader) and model is not given:
@@ -207,10 +216,6 @@ class _bare:
 
     def __exit__(self, *error: Any) -> None:
         _apply(self.model)
-
-
-def _ours(model: Any) -> Mamba2LM:
-    return model if hasattr(model, "mixers") else cast("Mamba2LM", adopt(model))
 
 
 def _handles(model: Mamba2LM) -> list[Handle]:

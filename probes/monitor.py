@@ -48,6 +48,7 @@ import torch
 from torch import Tensor
 
 from rnn_longctx.errors import InputError
+from rnn_longctx.models.adopt import hash_of, reader_of
 from rnn_longctx.probes.envelope import envelope_of
 from rnn_longctx.probes.trace import Course, watching
 from rnn_longctx.ssd import Statistics
@@ -397,16 +398,7 @@ def gates_of(lm: Any, every: int, text: Text) -> tuple[list[float], list[float],
 # --- models and files
 
 
-def reader_of(model: Any) -> Any:
-    """The model as this library reads it; one of another library is adopted."""
-    from rnn_longctx.models.adopt import adopt
-
-    return model if hasattr(model, "mixers") else adopt(model)
-
-
 def weights_of(lm: Any) -> str:
-    from rnn_longctx.models.adopt import hash_of
-
     return lm.weights_hash or hash_of(lm)
 
 

@@ -57,6 +57,8 @@ class Watch:
         self.monitor, self.lm, self.every = monitor, lm, monitor.every
         self.reports: list[Report] = []
         self._callable = action if callable(action) else None
+        if not (callable(action) or isinstance(action, str)):
+            raise InputError(f"expected an action or a callable, got {action!r} (choices: {', '.join(ACTIONS)})")
         self._action = "call" if callable(action) else action
         kind, _, name = self._action.partition(":")
         self._kind = kind

@@ -318,13 +318,11 @@ def plot_command(
 def _load(model: str, device: str, dtype: str, tokenizer: str | None, train_length: Any) -> Any:
     import torch
 
-    from rnn_longctx.config import parse_length
     from rnn_longctx.models.adopt import load_any
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    length = None if train_length is None else parse_length(train_length)
-    return load_any(model, device=device, dtype=dtype, tokenizer=tokenizer, train_length=length)
+    return load_any(model, device=device, dtype=dtype, tokenizer=tokenizer, train_length=train_length)
 
 
 def _tune_cpu() -> None:

@@ -27,10 +27,9 @@ def bench_cpu(
     """Tokens per second against transformers' Mamba-2 on the CPU: same weights, same threads, float32."""
     from rnn_longctx.config import parse_length
     from rnn_longctx.eval.bench import cpu
-    from rnn_longctx.models.adopt import load_any
+    from rnn_longctx.models.checkpoint import load
 
-    lm: Any = load_any(model)
-    typer.echo(cpu(lm, batch, parse_length(length), repeats))
+    typer.echo(cpu(load(model), batch, parse_length(length), repeats))
 
 
 @bench.command("scan")

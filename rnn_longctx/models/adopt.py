@@ -23,6 +23,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from rnn_longctx.config import parse_length
 from rnn_longctx.errors import InputError
 from rnn_longctx.models import adopt_rows
 from rnn_longctx.models.adopt_cache import AdoptedCache
@@ -37,8 +38,8 @@ from rnn_longctx.ssd import PLAIN, Call, asked_of, choose
 _KEY = "_rnn_longctx_adopted"
 
 
-def adopt(model: nn.Module, *, name: str | None = None, tokenizer: Any = None, train_length: int | None = None,
-          time_step_limit_in_decode: bool = False) -> Adopted:  # fmt: skip
+def adopt(model: nn.Module | Adopted, *, name: str | None = None, tokenizer: Any = None,
+          train_length: int | str | None = None, time_step_limit_in_decode: bool = False) -> Adopted:  # fmt: skip
     """Put a model of another library behind the interface that remedies, probes and evaluation use.
 
     Families: those of transformers with Mamba-2 mixers (Mamba2, Bamba, FalconH1, GraniteMoeHybrid, NemotronH, Zamba2),
@@ -49,19 +50,23 @@ def adopt(model: nn.Module, *, name: str | None = None, tokenizer: Any = None, t
     Args:
         name: for results; None takes the one in its config.
         tokenizer: ours, a fast one of transformers, or the name of one: bytes, a directory, a hub id.
-        train_length: tokens a context had in training, which its config does not say.
+        train_length: tokens a context had in training (2048, "2k"), which its config does not say.
         time_step_limit_in_decode: let single-token steps respect the limits of dt. The library does not, so that a
             cached token and the same token in a prompt differ where the limits bite. Our step runs then, under any
             policy.
     Raises:
-        InputError: no such mixer in it, or a transformers older than 5.15.
+        InputError: no model, no such mixer in it, one of this library's own, or a transformers older than 5.15.
     """
+    length = None if train_length is None else parse_length(train_length, "train_length")
+    if isinstance(model, Mamba2LM):
+        raise InputError(f"{model.name} is this library's own and needs no adopting: give these to rnn_longctx.load")
+    if not isinstance(model, Adopted | nn.Module):
+        what = f"the name {model!r}" if isinstance(model, str) else f"{type(model).__name__} {model!r:.40}"
+        raise InputError(f'expected a model, got {what}: load one first, as in rnn_longctx.load("demo")')
     found = model if isinstance(model, Adopted) else adopted(model) or _made(model)
     found.model.__dict__[_KEY] = found
-    if train_length is not None and train_length < 1:
-        raise InputError(f"train_length: expected at least 1 token, got {train_length}")
     found.name = name or found.name
-    found.train_length = train_length or found.train_length
+    found.train_length = length or found.train_length
     if tokenizer is not None:
         found.tokenizer = _tokenizer(tokenizer)
     if time_step_limit_in_decode:
@@ -72,7 +77,7 @@ def adopt(model: nn.Module, *, name: str | None = None, tokenizer: Any = None, t
 
 
 def load_adopted(source: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | str | None = None,
-                 tokenizer: str | None = None, train_length: int | None = None) -> Adopted | None:  # fmt: skip
+                 tokenizer: str | None = None, train_length: int | str | None = None) -> Adopted | None:  # fmt: skip
     """A checkpoint that transformers reads and this library adopts, from a directory or a hub id; None where it is of
     no such family. Arguments as of `rnn_longctx.load`.
 
@@ -129,6 +134,11 @@ def adopted(model: Any) -> Adopted | None:
     """What `adopt` made of a model, or None if it has not been adopted."""
     known = getattr(model, "__dict__", {}).get(_KEY)
     return known if known is not None and known.model is model else None
+
+
+def reader_of(model: Any) -> Any:
+    """The model as this library reads it: its own as it is, one of another library adopted. InputError: see `adopt`."""
+    return model if hasattr(model, "mixers") else adopt(model)
 
 
 class Adopted:
