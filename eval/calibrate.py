@@ -123,9 +123,14 @@ def calibrate(model: Any, name: str, target: int | str, text: Text | str | Path,
     with mitigate(model, best.remedy, target_length=target, text=text) as handle:
         policies = [p.to_dict() for p in handle.plan.policies]
     scores = {
-        "loss": best.loss, "loss_without": objective.loss("none"), "recall": best.recall, "recall_without": bare,
+        "loss": best.loss,
+        "loss_without": objective.loss("none"),
+        "recall": best.recall,
+        "recall_without": bare,
         "tried": [{"remedy": s.remedy, "loss": s.loss, "kept": s.kept} for s in scored],
-    }  # fmt: skip
+    }
+    if model.state_dtype is not None:
+        scores["state_dtype"] = str(model.state_dtype)[6:]  # fmt: skip
     return Found(best.remedy, {"name": model.name, **shape_of(model)}, policies, target, f"{text.name} {text.hash}",
                  seed, method, scores)  # fmt: skip
 

@@ -6,7 +6,7 @@ import ctypes
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 
@@ -21,31 +21,53 @@ app = typer.Typer(
 )
 app.add_typer(bench, name="bench")
 
-Many = Optional[list[str]]  # noqa: UP045 (typer reads it)
-STATE = typer.Option(help="Round the recurrent state to it between calls (float32): bfloat16, float16, float64.")
+Many = list[str] | None
 MODEL = typer.Argument(help='"demo", a directory, or a Hugging Face hub id.')
+
+
+def _option(help: str, default: str) -> Any:
+    """Of an option that is None where it is not given: what stands for it then is shown as its default."""
+    return typer.Option(help=help, show_default=default)
+
+
+TrainLength = Annotated[
+    str | None, _option("Tokens, such as 2k, where the checkpoint does not say.", "the checkpoint's")
+]
+Tokenizer = Annotated[str | None, _option('"bytes", a directory, or a hub id.', "the checkpoint's")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1.")]
+Dtype = Annotated[str, typer.Option(help="Of the weights: float32, bfloat16, float16, float64.")]
+StateDtype = Annotated[
+    str | None,
+    _option("Round the recurrent state to it between calls: bfloat16, float16, float64.", "float32"),
+]
 
 
 @app.command("eval")
 def evaluate_command(
-    model: Annotated[Optional[str], MODEL] = None,  # noqa: UP045
-    config: Annotated[Optional[Path], typer.Option(help="YAML file; options given here win.")] = None,  # noqa: UP045
-    lengths: Annotated[str | None, typer.Option(help="Tokens: 256,1k,64k,1m (k = 1024, m = 1024^2).")] = None,
-    task: Annotated[Many, typer.Option(help="lm, passkey, or passkey:n=100,max=8k; again for more.")] = None,
-    mitigation: Annotated[
-        Many, typer.Option(help="none, all, state-norm, rri:alpha=0.999,beta=0.75, FILE.yaml, a+b; again for more.")
+    model: Annotated[str | None, MODEL] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file; options given here win.")] = None,
+    lengths: Annotated[str | None, _option("Tokens: 256,1k,64k,1m (k = 1024, m = 1024^2).", "256,1k,4k,16k")] = None,
+    task: Annotated[
+        Many, _option("lm, multikey, words, passkey, or passkey:n=100,max=8k; again for more.", "lm and passkey")
     ] = None,
-    text: Annotated[str | None, typer.Option(help="stdlib, a file, a directory, hf:dataset[:split[:column]].")] = None,
-    calibration_text: Annotated[str | None, typer.Option(help="Text for remedies that are calibrated.")] = None,
-    train_length: Annotated[Optional[str], typer.Option(help="Where the checkpoint does not say.")] = None,  # noqa: UP045
-    tokenizer: Annotated[Optional[str], typer.Option(help='"bytes", a directory, or a hub id.')] = None,  # noqa: UP045
-    out: Annotated[Optional[str], typer.Option(help="Folder for results and plots.")] = None,  # noqa: UP045
-    batch: Annotated[Optional[int], typer.Option(help="The most streams read side by side.")] = None,  # noqa: UP045
-    seed: Annotated[Optional[int], typer.Option()] = None,  # noqa: UP045
-    device: Annotated[Optional[str], typer.Option(help="auto, cpu, cuda, cuda:1.")] = None,  # noqa: UP045
-    dtype: Annotated[Optional[str], typer.Option(help="float32, bfloat16, float16, float64.")] = None,  # noqa: UP045
-    state_dtype: Annotated[Optional[str], STATE] = None,  # noqa: UP045
-    backend: Annotated[Optional[str], typer.Option(help="Force a scan backend.")] = None,  # noqa: UP045
+    mitigation: Annotated[
+        Many,
+        _option("all, none, state-norm, rri:alpha=0.999,beta=0.75, FILE.yaml, a+b; again for more.", "none"),
+    ] = None,
+    text: Annotated[str | None, _option("stdlib, a file, a directory, hf:dataset[:split[:column]].", "stdlib")] = None,
+    calibration_text: Annotated[
+        str | None,
+        _option("For remedies that are calibrated; never what is evaluated.", "the checkpoint's, or builtin"),
+    ] = None,
+    train_length: TrainLength = None,
+    tokenizer: Tokenizer = None,
+    out: Annotated[str | None, _option("Folder for results and plots.", "runs/eval")] = None,
+    batch: Annotated[int | None, _option("The most streams read side by side.", "32")] = None,
+    seed: Annotated[int | None, _option("Of the prompts.", "0")] = None,
+    device: Annotated[str | None, _option("auto, cpu, cuda, cuda:1.", "auto")] = None,
+    dtype: Annotated[str | None, _option("float32, bfloat16, float16, float64.", "float32")] = None,
+    state_dtype: StateDtype = None,
+    backend: Annotated[str | None, _option("Force a scan backend.", "chosen")] = None,
 ) -> None:
     """Loss and recall of a model at increasing lengths, without and with remedies: a table, results and plots."""
     from rich.console import Console
@@ -76,9 +98,8 @@ def evaluate_command(
         if words != "all":
             parse_remedy(words)
     Results(c.out)
-    lm = _load(c.model, c.device, c.dtype, c.tokenizer, c.train_length)
+    lm = _load(c.model, c.device, c.dtype, c.tokenizer, c.train_length, c.state_dtype)
     lm.use_backend(c.backend)
-    lm.use_state_dtype(c.state_dtype)
     state = lm if hasattr(lm, "scan_state_elements") else lm.config
     console = Console()
     if not console.is_terminal:  # a log: lines as wide as the tables want
@@ -134,10 +155,11 @@ def calibrate_command(
     out: Annotated[Path, typer.Option(help="YAML file, for --mitigation FILE.")] = Path("remedy.yaml"),
     slices: Annotated[int, typer.Option(min=1, help="Of the text.")] = 4,
     seed: Annotated[int, typer.Option(min=0)] = 0,
-    train_length: Annotated[Optional[str], typer.Option()] = None,  # noqa: UP045
-    tokenizer: Annotated[Optional[str], typer.Option()] = None,  # noqa: UP045
-    device: Annotated[str, typer.Option()] = "auto",
-    dtype: Annotated[str, typer.Option()] = "float32",
+    train_length: TrainLength = None,
+    tokenizer: Tokenizer = None,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    state_dtype: StateDtype = None,
 ) -> None:
     """Find a remedy's settings: the least loss at the target length that keeps the model's recall."""
     from rnn_longctx.config import parse_length
@@ -146,7 +168,7 @@ def calibrate_command(
 
     if not (out.parent.is_dir() and os.access(out.parent, os.W_OK)) or out.is_dir():
         raise InputError(f"cannot write {out}: no such folder, or no file of it")
-    lm, goal = _load(model, device, dtype, tokenizer, train_length), parse_length(target)
+    lm, goal = _load(model, device, dtype, tokenizer, train_length, state_dtype), parse_length(target)
     found = calibrate(lm, mitigation, goal, load_text(text), seed=seed, slices=slices, say=typer.echo)
     found.save(out)
     typer.echo(f"{out}: {found.remedy}")
@@ -162,14 +184,15 @@ def probe_command(
     slices: Annotated[int, typer.Option(min=1, help="Rows read side by side.")] = 1,
     prove: Annotated[bool, typer.Option(help="Cap the accused heads alone, then others; measure the loss.")] = False,
     remember: Annotated[bool, typer.Option(help="Effective remembrance too: reads three times as much.")] = False,
-    log: Annotated[Many, typer.Option(help="tensorboard or wandb, where installed; again for both.")] = None,
+    log: Annotated[Many, _option("tensorboard or wandb, where installed; again for both.", "neither")] = None,
     mitigation: Annotated[str, typer.Option(help="Watch the model with a remedy on it.")] = "none",
     out: Annotated[Path, typer.Option(help="Folder for the tables and pictures.")] = Path("runs/probe"),
     seed: Annotated[int, typer.Option(min=0)] = 0,
-    train_length: Annotated[Optional[str], typer.Option()] = None,  # noqa: UP045
-    tokenizer: Annotated[Optional[str], typer.Option()] = None,  # noqa: UP045
-    device: Annotated[str, typer.Option()] = "auto",
-    dtype: Annotated[str, typer.Option()] = "float32",
+    train_length: TrainLength = None,
+    tokenizer: Tokenizer = None,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    state_dtype: StateDtype = None,
 ) -> None:
     """Which heads of a model leave the range of their training, when, and whether that is what costs the loss."""
     import pandas as pd
@@ -185,7 +208,7 @@ def probe_command(
     goal, remedy, source = parse_length(length), parse_remedy(mitigation), load_text(text)
     rows = []
     for i, name in enumerate(model):
-        lm = _load(name, device, dtype, tokenizer, train_length)
+        lm = _load(name, device, dtype, tokenizer, train_length, state_dtype)
         where = out if len(model) == 1 else out / f"{i}-{lm.name}"
         with mitigate(lm, remedy, target_length=goal):
             found = probe(lm, source, goal, prompt=prompt, every=every, slices=slices, seed=seed, prove=prove,
@@ -211,18 +234,18 @@ def generate_command(
     mitigation: Annotated[str, typer.Option()] = "none",
     monitor: Annotated[
         str | None,
-        typer.Option(help="Watch for collapse: warn, raise, mitigate:NAME, rollback:NAME, fallback:truncate."),
+        _option("Watch for collapse: warn, raise, mitigate:NAME, rollback:NAME, fallback:truncate.", "no watch"),
     ] = None,
-    load_state: Annotated[Optional[Path], typer.Option(help="Go on from what --save-state kept.")] = None,  # noqa: UP045
-    save_state: Annotated[Optional[Path], typer.Option(help="Keep what the prompt left, to ask it again.")] = None,  # noqa: UP045
+    load_state: Annotated[Path | None, typer.Option(help="Go on from what --save-state kept.")] = None,
+    save_state: Annotated[Path | None, typer.Option(help="Keep what the prompt left, to ask it again.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
     seed: Annotated[int, typer.Option()] = 0,
-    train_length: Annotated[Optional[str], typer.Option()] = None,  # noqa: UP045
-    tokenizer: Annotated[Optional[str], typer.Option()] = None,  # noqa: UP045
-    device: Annotated[str, typer.Option()] = "auto",
-    dtype: Annotated[str, typer.Option()] = "float32",
-    state_dtype: Annotated[Optional[str], STATE] = None,  # noqa: UP045
+    train_length: TrainLength = None,
+    tokenizer: Tokenizer = None,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    state_dtype: StateDtype = None,
 ) -> None:
     """Continue a prompt of any length, with a remedy on the model."""
     from contextlib import nullcontext
@@ -234,8 +257,7 @@ def generate_command(
     from rnn_longctx.models import state
     from rnn_longctx.models.generate import continuation, prefill
 
-    remedy, lm = parse_remedy(mitigation), _load(model, device, dtype, tokenizer, train_length)
-    lm.use_state_dtype(state_dtype)
+    remedy, lm = parse_remedy(mitigation), _load(model, device, dtype, tokenizer, train_length, state_dtype)
     raw = sys.stdin.buffer.read() if prompt == "-" else prompt.encode("utf-8", "surrogateescape")
     ids = torch.from_numpy(lm.tokenizer.encode(raw))[None]
     if ids.shape[1] == 0:
@@ -267,18 +289,21 @@ def lm_eval_command(
     model: Annotated[str, typer.Option(help='"demo", a directory, or a Hugging Face hub id.')],
     tasks: Annotated[str, typer.Option(help="rnn_longctx_passkey,niah_single_1,lambada_openai: names of lm-eval's.")],
     lengths: Annotated[str, typer.Option(help="Tokens, for tasks that make data of a length: 4k,16k,64k.")] = "4k",
-    mitigation: Annotated[Many, typer.Option(help="none, state-norm, a+b; again for more.")] = None,
-    limit: Annotated[Optional[int], typer.Option(min=1, help="The most documents of a task and length.")] = None,  # noqa: UP045
-    include_path: Annotated[Optional[str], typer.Option(help="A folder with more task files.")] = None,  # noqa: UP045
-    data: Annotated[Optional[str], typer.Option(help="JSONL file for rnn_longctx_qa or _summary.")] = None,  # noqa: UP045
+    mitigation: Annotated[Many, _option("none, state-norm, a+b; again for more.", "none")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="The most documents of a task and length.", show_default="all")
+    ] = None,
+    include_path: Annotated[str | None, typer.Option(help="A folder with more task files.")] = None,
+    data: Annotated[str | None, typer.Option(help="JSONL file for rnn_longctx_qa or _summary.")] = None,
     out: Annotated[str, typer.Option(help="Folder for lm_eval.json and lm_eval.csv.")] = "runs/lm-eval",
     batch: Annotated[int, typer.Option(min=1, help="The most rows of equal length side by side.")] = 8,
-    max_length: Annotated[Optional[str], typer.Option(help="Refuse longer requests. Default: no limit.")] = None,  # noqa: UP045
-    train_length: Annotated[Optional[str], typer.Option(help="Where the checkpoint does not say.")] = None,  # noqa: UP045
-    tokenizer: Annotated[Optional[str], typer.Option(help='"bytes", a directory, or a hub id.')] = None,  # noqa: UP045
+    max_length: Annotated[str | None, _option("Refuse longer requests.", "no limit")] = None,
+    train_length: TrainLength = None,
+    tokenizer: Tokenizer = None,
     seed: Annotated[int, typer.Option()] = 0,
-    device: Annotated[str, typer.Option()] = "auto",
-    dtype: Annotated[str, typer.Option()] = "float32",
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    state_dtype: StateDtype = None,
 ) -> None:
     """Tasks of EleutherAI's lm-eval at chosen lengths, without and with remedies: a table, JSON and CSV."""
     import logging
@@ -294,11 +319,11 @@ def lm_eval_command(
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     frame = lm_eval_table(
-        _load(model, device, dtype, tokenizer, train_length), names, lengths, remedies, limit=limit,
+        _load(model, device, dtype, tokenizer, train_length, state_dtype), names, lengths, remedies, limit=limit,
         include_path=include_path, data=data, out=out, batch=batch, seed=seed,
         max_length=None if max_length is None else parse_length(max_length), progress=sys.stderr.isatty(),
     )  # fmt: skip
-    shown = frame.drop(columns=["model", "weights_hash"])
+    shown = frame.drop(columns=["model", "weights_hash", *(["state_dtype"] if state_dtype is None else [])])
     typer.echo(shown.to_string(index=False, na_rep="-", float_format=lambda v: f"{v:.4g}"))
     typer.echo(f"{out}: lm_eval.json, lm_eval.csv")
 
@@ -315,14 +340,16 @@ def plot_command(
         typer.echo(str(path))
 
 
-def _load(model: str, device: str, dtype: str, tokenizer: str | None, train_length: Any) -> Any:
+def _load(model: str, device: str, dtype: str, tokenizer: str | None, train_length: Any, states: str | None) -> Any:
     import torch
 
     from rnn_longctx.models.adopt import load_any
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    return load_any(model, device=device, dtype=dtype, tokenizer=tokenizer, train_length=train_length)
+    lm = load_any(model, device=device, dtype=dtype, tokenizer=tokenizer, train_length=train_length)
+    lm.use_state_dtype(states)
+    return lm
 
 
 def _tune_cpu() -> None:

@@ -7,7 +7,7 @@ import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 
@@ -37,7 +37,7 @@ def bench_scan(
     lengths: Annotated[str, typer.Option(help="Tokens of the forward rows, batch 1.")] = "16k,64k,1m",
     train: Annotated[str, typer.Option(help="Batch x tokens of the forward and backward rows.")] = "8x8k",
     remedies: Annotated[str, typer.Option(help="Batch x tokens of the rows with remedies.")] = "1x1m,1x128k,9x32k",
-    out: Annotated[Optional[Path], OUT] = None,  # noqa: UP045
+    out: Annotated[Path | None, OUT] = None,
 ) -> None:
     """The scan on a GPU against mamba-ssm's and flash-linear-attention's kernels, where those are installed."""
     from rnn_longctx.config import parse_lengths
@@ -60,7 +60,7 @@ def _sizes(name: str, text: str) -> list[tuple[int, int]]:
 def bench_model(
     lengths: Annotated[str, typer.Option(help="Tokens of the prompts.")] = "64k,1m",
     segment: Annotated[str, typer.Option(help="Tokens read at once.")] = "64k",
-    out: Annotated[Optional[Path], OUT] = None,  # noqa: UP045
+    out: Annotated[Path | None, OUT] = None,
 ) -> None:
     """Reading a prompt with a model of 370M parameters on a GPU, here and in mamba-ssm, where that is installed."""
     from rnn_longctx.config import parse_length, parse_lengths
@@ -73,7 +73,7 @@ def bench_model(
 def bench_decode(
     tokens: Annotated[int, typer.Option(min=1)] = 500,
     batch: Annotated[int, typer.Option(min=1)] = 1,
-    out: Annotated[Optional[Path], OUT] = None,  # noqa: UP045
+    out: Annotated[Path | None, OUT] = None,
 ) -> None:
     """Tokens per second of a model of 370M parameters on a GPU, with and without a remedy."""
     from rnn_longctx.eval.bench_model import decode_rows
@@ -86,7 +86,7 @@ def bench_parallel(
     length: Annotated[str, typer.Option(help="Tokens of the context that is read.")] = "4m",
     segment: Annotated[str, typer.Option(help="Tokens that a GPU reads at once.")] = "256k",
     train: Annotated[str, typer.Option(help="Tokens of the sequence that is trained on; 0: none.")] = "16k",
-    out: Annotated[Optional[Path], OUT] = None,  # noqa: UP045
+    out: Annotated[Path | None, OUT] = None,
 ) -> None:
     """One context over 1, 2, 4, ... GPUs with a model of 370M parameters, under torchrun: torchrun --nproc-per-node 4
     -m rnn_longctx.cli bench parallel"""
