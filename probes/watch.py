@@ -211,7 +211,11 @@ class Watch:
         last = self.reports[-1] if self.reports else Report(0, "ok", (), 0, 0.0, None)
         values = {
             "status": ("gauge", "0 ok, 1 warning, 2 drift, 3 collapsed.", STATUSES.index(last.status)),
-            "worst_ratio": ("gauge", "Largest ratio of a state's norm to its envelope.", last.worst),
+            "worst_ratio": (
+                "gauge",
+                "Largest ratio of a state's norm to its envelope (of heads outside their margins, if any).",
+                last.worst,
+            ),
             "position": ("gauge", "Tokens read.", last.position),
             "warnings_total": ("counter", "Changes of status to another than ok.", self._warnings),
         }
