@@ -18,7 +18,17 @@ from rnn_longctx.eval.lm import LanguageModel, text_of
 from rnn_longctx.eval.passkey import MultiKey, Passkey, Words
 from rnn_longctx.eval.results import Results, Row, to_frame
 from rnn_longctx.eval.task import Context, Task
-from rnn_longctx.mitigations import NotApplicable, Remedy, active, diagnostics, mitigate, parse_remedy, standard
+from rnn_longctx.eval.unseen import check_unseen
+from rnn_longctx.mitigations import (
+    NotApplicable,
+    Remedy,
+    active,
+    diagnostics,
+    handles_on,
+    mitigate,
+    parse_remedy,
+    standard,
+)
 from rnn_longctx.models import Mamba2LM
 from rnn_longctx.models.adopt import reader_of
 from rnn_longctx.models.generate import SEGMENTS
@@ -111,7 +121,7 @@ def evaluate(model: Any, lengths: Sequence[int | str] | int | str,
 
     rows: list[Row] = []
     with _Progress(progress) as bar:
-        plan = list(_plan(model, todo, wanted, calibration, context))
+        plan = list(_plan(model, todo, wanted, calibration, given, context))
         bar.total(sum(cost for *_, cost in plan))
         for remedy, job, some, _ in plan:
             with _mitigated(model, remedy, max(some), calibration, context):
@@ -121,22 +131,15 @@ def evaluate(model: Any, lengths: Sequence[int | str] | int | str,
     return results.gather() if results else to_frame(rows)
 
 
-def _unseen(remedy: Remedy, jobs: list[Task], context: Context) -> None:
-    """Refuse what was calibrated on the text whose loss it is to be measured on, whatever that is called."""
-    if context.calibration and any(isinstance(job, LanguageModel) for job in jobs):
-        text = text_of(context)
-        if f" {text.hash}," in context.calibration:
-            raise InputError(f"{remedy} was calibrated on {text.name}, which is to be evaluated: that would flatter it")
-
-
 def _plan(model: Mamba2LM, todo: list[tuple[Remedy, list[Task], bool]], lengths: list[int], calibration: Any,
-          context: Context) -> Iterator[tuple[Remedy, Task, list[int], int]]:  # fmt: skip
+          named: Any, context: Context) -> Iterator[tuple[Remedy, Task, list[int], int]]:  # fmt: skip
     """What is to be run, with its cost in tokens. Putting every remedy on once shows what is wrong before it counts;
     one that was not asked for by its name may be not applicable."""
     for remedy, jobs, asked in todo:
         try:
             with _mitigated(model, remedy, max(lengths), calibration, context):
-                _unseen(remedy, jobs, context)
+                if any(isinstance(job, LanguageModel) for job in jobs):
+                    check_unseen(handles_on(model), text_of(context), context.text, named)
                 if model.reader is not None and not any(job.asks for job in jobs):
                     raise InputError(f"{remedy} reads prompts, and has no loss of a text: give a task such as passkey")
         except NotApplicable as error:

@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from rnn_longctx.data import Text
     from rnn_longctx.models import Mamba2LM
 
-__all__ = ["REMEDIES", "Handle", "NotApplicable", "Plan", "Remedy", "active", "diagnostics", "mitigate", "parse_remedy",
-           "standard"]  # fmt: skip
+__all__ = ["REMEDIES", "Handle", "NotApplicable", "Plan", "Remedy", "active", "diagnostics", "handles_on", "mitigate",
+           "parse_remedy", "standard"]  # fmt: skip
 
 REMEDIES: dict[str, type[Remedy]] = {
     r.name: r
@@ -116,10 +116,11 @@ def diagnostics(train: int) -> list[str]:
 
 
 class Handle:
-    """A remedy on a model: `remove()` takes it off, and so does leaving a `with` block."""
+    """A remedy on a model: `remove()` takes it off, and so does leaving a `with` block. text: what it was given to be
+    calibrated on."""
 
-    def __init__(self, model: Mamba2LM, remedy: Remedy, plan: Plan):
-        self.model, self.remedy, self.plan = model, remedy, plan
+    def __init__(self, model: Mamba2LM, remedy: Remedy, plan: Plan, text: Text | None = None):
+        self.model, self.remedy, self.plan, self.text = model, remedy, plan, text
 
     def put(self) -> None:
         """Put this remedy on, as it was worked out; `mitigate` does, and after `remove` it may be done again, between
@@ -173,7 +174,7 @@ def mitigate(model: Any, remedy: str | Remedy, *, target_length: int | str | Non
     given, model = model, reader_of(model)
     text = load_text(text) if isinstance(text, str | Path) else text
     with _bare(model):
-        handle = Handle(model, remedy, remedy.plan(model, target_length, text))
+        handle = Handle(model, remedy, remedy.plan(model, target_length, text), text)
     if (handle.plan.restart or handle.plan.reader) and model is not given:
         raise NotApplicable(
             f"{remedy} is a way to read, which {type(given).__name__} has of its own: put it on "
@@ -185,10 +186,14 @@ def mitigate(model: Any, remedy: str | Remedy, *, target_length: int | str | Non
 
 def active(model: Mamba2LM | Adopted | nn.Module) -> tuple[str, str | None]:
     """The canonical text of what is on a model, `none` if nothing is, and what it was calibrated on."""
-    found = adopted(model) or model
-    handles = [h for h in found.__dict__.get("_remedies", []) if not isinstance(h.remedy, Nothing)]
+    handles = [h for h in handles_on(model) if not isinstance(h.remedy, Nothing)]
     calibration = "; ".join(h.plan.calibration for h in handles if h.plan.calibration)
     return "+".join(str(h.remedy) for h in handles) or "none", calibration or None
+
+
+def handles_on(model: Mamba2LM | Adopted | nn.Module) -> list[Handle]:
+    """The remedies on a model, in the order in which they were put on."""
+    return list((adopted(model) or model).__dict__.get("_remedies", []))
 
 
 def combine(plans: list[Plan], model: Mamba2LM) -> Plan:
@@ -202,7 +207,9 @@ def combine(plans: list[Plan], model: Mamba2LM) -> Plan:
     policies = [reduce(ScanPolicy.then, layer, PLAIN) for layer in zip(*(p.policies for p in plans))]
     calibration = "; ".join(p.calibration for p in plans if p.calibration) or None
     policies = policies or [PLAIN] * len(model.mixers)
-    return Plan(tuple(policies), restarts[0] if restarts else None, calibration, readers[0] if readers else None)
+    documents = frozenset[str]().union(*(p.documents for p in plans))
+    reader = readers[0] if readers else None
+    return Plan(tuple(policies), restarts[0] if restarts else None, calibration, reader, documents)
 
 
 class _bare:

@@ -171,7 +171,7 @@ def calibrate_command(
     lm, goal = _load(model, device, dtype, tokenizer, train_length, state_dtype), parse_length(target)
     found = calibrate(lm, mitigation, goal, load_text(text), seed=seed, slices=slices, say=typer.echo)
     found.save(out)
-    typer.echo(f"{out}: {found.remedy}")
+    typer.echo(f"{out}: {found.remedy}{'' if found.helps else ' (helps: false)'}")
 
 
 @app.command("probe")
