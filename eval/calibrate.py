@@ -15,22 +15,27 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from rnn_longctx.data import Text, tokens
+from rnn_longctx.config import parse_length
+from rnn_longctx.data import Text, load_text, tokens
 from rnn_longctx.errors import InputError, nearest
 from rnn_longctx.eval.passkey import MultiKey, Passkey
 from rnn_longctx.eval.task import Context, Task
+from rnn_longctx.eval.unseen import kept as kept_digests
 from rnn_longctx.mitigations import mitigate, parse_remedy
 from rnn_longctx.mitigations.base import Remedy, train_length
 from rnn_longctx.mitigations.rri import RRI
 from rnn_longctx.mitigations.stored import Found, shape_of
 from rnn_longctx.models import Mamba2LM
+from rnn_longctx.models.adopt import reader_of
 from rnn_longctx.models.generate import SEGMENTS
 from rnn_longctx.probes.ablation import tail_losses
+from rnn_longctx.ssd import PLAIN
 
 GUARD = 0.1  # of recall
 FACTORS = (0.3, 0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 3.0)
@@ -68,19 +73,25 @@ METHODS = {"state-norm": "quantile", "token-filter": "quantile", "delta-scale": 
            "rri": "spsa"}  # fmt: skip
 
 
-def calibrate(model: Mamba2LM, name: str, target: int, text: Text, *, seed: int = 0, slices: int = 4, prompts: int = 20,
-              steps: int = 50, say: Callable[[str], None] = lambda line: None) -> Found:  # fmt: skip
-    """The setting of the remedy `name` with the least loss at `target` tokens that keeps the model's recall.
+def calibrate(model: Any, name: str, target: int | str, text: Text | str | Path, *, seed: int = 0, slices: int = 4,
+              prompts: int = 20, steps: int = 50, say: Callable[[str], None] = lambda line: None) -> Found:  # fmt: skip
+    """The setting of the remedy `name` with the least loss at `target` tokens that keeps the model's recall. Where that
+    loss is not below the one without a remedy, it is said, and the result's `helps` is False.
 
     Args:
+        model: this library's, or one of another library, which is adopted.
         name: of the remedy, with parameters that are held if any: state-norm:every=64.
-        text: what it is found on; not what is to be evaluated.
+        target: tokens to be read (32768, "32k").
+        text: what it is found on, or its name (`rnn_longctx.load_text`); not what is to be evaluated.
         slices, prompts: of the loss, and of each kind and length of the guard.
         steps: of SPSA, two losses each.
         say: called with a line a setting.
     Raises:
-        InputError: a remedy that has nothing to calibrate, a text too short, no setting that keeps recall.
+        InputError: a remedy that has nothing to calibrate, a text too short, no setting that keeps recall, or none of
+            those that has a finite loss.
     """
+    model, target = reader_of(model), parse_length(target, "target")
+    text = load_text(text) if isinstance(text, str | Path) else text
     train = train_length(model, "calibration")
     name, _, fixed = name.partition(":")
     held = dict(part.split("=", 1) for part in fixed.split(",") if "=" in part)
@@ -102,11 +113,15 @@ def calibrate(model: Mamba2LM, name: str, target: int, text: Text, *, seed: int 
         return Scored(remedy, loss, recall, kept)
 
     scored = [score(r) for r in _grid(name, grid, fixed)]
-    method = METHODS.get(name, "grid")
-    kept = [s for s in scored if s.kept and math.isfinite(s.loss)]
+    method = METHODS.get(name, "grid") if not held.keys() & {"alpha", "scale"} else "grid"  # what SPSA would move
+    kept = [s for s in scored if s.kept]
     if not kept:
-        raise InputError(f"{name}: no setting of {len(scored)} keeps the recall of the bare model ({_shown(bare)})")
-    best = min(kept, key=lambda s: s.loss)
+        raise InputError(f"{name}: no setting of {len(scored)} keeps the recall of the bare model ({_shown(bare)}): "
+                         "try another remedy, or a shorter target")  # fmt: skip
+    finite = [s for s in kept if math.isfinite(s.loss)]
+    if not finite:
+        raise InputError(f"{name}: of {len(kept)} settings that keep recall none has a finite loss at {target} tokens")
+    best = min(finite, key=lambda s: s.loss)
     if method == "spsa":
         for found in _spsa(best, len(model.mixers), lambda r: objective.loss(r), steps, seed):
             candidate = score(found)
@@ -115,12 +130,23 @@ def calibrate(model: Mamba2LM, name: str, target: int, text: Text, *, seed: int 
                 best = candidate
     with mitigate(model, best.remedy, target_length=target, text=text) as handle:
         policies = [p.to_dict() for p in handle.plan.policies]
+        same = all(p == PLAIN for p in handle.plan.policies)
+    without = objective.loss("none")
+    helps = not same and not best.loss >= without  # (a loss without a remedy that is not finite is beaten)
+    if not helps:
+        says = "changes nothing" if same else f"has {best.loss:.4f}"
+        say(f"no setting of {name} that keeps recall lowers the loss ({without:.4f} without): {best.remedy} {says}")
     scores = {
-        "loss": best.loss, "loss_without": objective.loss("none"), "recall": best.recall, "recall_without": bare,
+        "loss": best.loss,
+        "loss_without": without,
+        "recall": best.recall,
+        "recall_without": bare,
         "tried": [{"remedy": s.remedy, "loss": s.loss, "kept": s.kept} for s in scored],
-    }  # fmt: skip
+    }
+    if model.state_dtype is not None:
+        scores["state_dtype"] = str(model.state_dtype)[6:]
     return Found(best.remedy, {"name": model.name, **shape_of(model)}, policies, target, f"{text.name} {text.hash}",
-                 seed, method, scores)  # fmt: skip
+                 seed, method, scores, helps, kept_digests(text))  # fmt: skip
 
 
 def _grid(name: str, grid: dict[str, list[Any]], fixed: str = "") -> Iterator[str]:

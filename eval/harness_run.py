@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import logging
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +24,8 @@ from rnn_longctx.eval.harness import HarnessLM
 from rnn_longctx.eval.results import Results, write_atomic
 from rnn_longctx.mitigations import active, mitigate, parse_remedy
 
-COLUMNS = ("task", "length", "metric", "value", "stderr", "n", "mitigation", "model", "weights_hash")
+COLUMNS = ("task", "length", "metric", "value", "stderr", "n", "mitigation", "model", "weights_hash",
+           "state_dtype")  # fmt: skip
 TASKS = Path(__file__).resolve().parent / "lm_eval_tasks"
 
 
@@ -73,7 +75,8 @@ def lm_eval_table(model: Any, tasks: Sequence[str], lengths: Sequence[int | str]
                 with mitigate(model, remedy, target_length=length or wanted[-1]):
                     mitigation = active(model)[0]
                     results = _evaluate(harness, loaded, manager, limit)
-                about = {"mitigation": mitigation, "model": model.name, "weights_hash": model.weights_hash}
+                about = {"mitigation": mitigation, "model": model.name, "weights_hash": model.weights_hash,
+                         "state_dtype": model.state_dtype and str(model.state_dtype)[6:]}  # fmt: skip
                 rows += [{"length": length} | row | about for row in _rows(results, length)]
                 runs.append({"length": length} | about | _kept(results, folder))
                 frame = pd.DataFrame(rows, columns=list(COLUMNS)).astype({"length": "Int64", "n": "Int64"})
@@ -114,7 +117,9 @@ def _loaded(
     known = manager(lengths[0])
     for name in names:
         if name not in known.all_tasks:
-            raise InputError(f"lm-eval knows no task {name!r}{_near(name, known.all_tasks)}")
+            raise InputError(f"lm-eval knows no task {name!r}{_own(name) or _near(name, known.all_tasks)}")
+        if _own(name):
+            logging.getLogger(__name__).warning("%s is a task of lm-eval's own%s", name, _own(name))
     first = {name: _load(known, name) for name in names}
     if fixed := [task for some in first.values() for task in some if not _by_length(task)]:
         yield None, fixed, known
@@ -132,12 +137,18 @@ def _load(manager: Any, name: str) -> list[Any]:
         raise
     except Exception as error:  # data sets, downloads and packages of some 14000 tasks fail in many ways
         cause = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"task {name} cannot be had here: {cause[:300]}") from None
+        raise InputError(f"task {name} cannot be had here: {cause[:300]}{_own(name)}") from None
 
 
 def _by_length(task: Any) -> bool:
     """Tasks that make their data say with `by_length: false` that it does not depend on the length."""
     return callable(task.config.custom_dataset) and (task.config.metadata or {}).get("by_length", True)
+
+
+def _own(name: str) -> str:
+    """Where a task of this library's goes by that name in `rnn-longctx eval`: what lm-eval knows it by."""
+    own = f"rnn_longctx_{name}"
+    return f"; this library's is called {own}" if (TASKS / f"{own}.yaml").is_file() else ""
 
 
 def _near(name: str, known: Sequence[str]) -> str:

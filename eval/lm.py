@@ -205,4 +205,5 @@ def _bins(length: int | None) -> list[int]:
 
 
 def text_of(context: Context) -> Text:
-    return context.memo(("text", context.text), lambda: load_text(context.text))
+    given = context.text
+    return given if isinstance(given, Text) else context.memo(("text", given), lambda: load_text(given))

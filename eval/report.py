@@ -1,4 +1,4 @@
-"""What the sheets of results say, as rich tables, as plain text for a log, and in one line of plain words."""
+"""What the sheets of results say, as rich tables and as plain text for a log."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from rnn_longctx.config import format_length
-from rnn_longctx.eval.sheets import DIAGNOSTICS, RECALL, SETTING, Sheet, context_gain, sheets, summary
+from rnn_longctx.eval.conclusion import conclusion
+from rnn_longctx.eval.sheets import RECALL, Sheet, context_gain, sheets, summary
 from rnn_longctx.eval.stats import wilson
 
 __all__ = ["conclusion", "context_gain", "header", "summary", "table", "to_text"]
@@ -21,17 +22,6 @@ __all__ = ["conclusion", "context_gain", "header", "summary", "table", "to_text"
 _BOX = Box("    \n    \n -- \n    \n -- \n    \n    \n    \n", ascii=True)
 # A line of a table: its label, a text per length, and the text of the last column.
 Line = tuple[Text, dict[int, Text], Text]
-
-
-def conclusion(frame: pd.DataFrame) -> str:
-    """What the numbers say, a line per model, in plain words. Nothing in it is not in the table."""
-    lines: dict[tuple[object, ...], list[str]] = {}
-    for sheet in sheets(frame):
-        clauses = _loss_clauses(sheet) if sheet.task == "lm" else _recall_clauses(sheet)
-        if clauses and sheet.note:
-            clauses[0] = f"[{sheet.note}] {clauses[0]}"
-        lines.setdefault(tuple(sheet.where[c] for c in SETTING), []).extend(clauses)
-    return "\n".join((f"{key[0]}: " if len(lines) > 1 else "") + "; ".join(c) + "." for key, c in lines.items() if c)
 
 
 def header(
@@ -80,82 +70,6 @@ def to_text(frame: pd.DataFrame, width: int = 110) -> str:
     return "\n".join(line.rstrip() for line in file.getvalue().splitlines()) + "\n"
 
 
-# ---- words
-
-
-def _loss_clauses(sheet: Sheet) -> list[str]:
-    clauses = []
-    if "none" in sheet.cells:
-        clauses.append(f"without a remedy: {sheet.verdict('none').text}")
-        clauses += _hybrid_clauses(sheet)
-    if not sheet.remedies():
-        return clauses
-    length = max(max(sheet.cells[r]) for r in sheet.remedies())
-    losses = {r: sheet.cells[r][length].value for r in sheet.remedies() if length in sheet.cells[r]}
-    best = min(losses, key=lambda r: _finite(losses[r]))
-    text = f"best remedy at {format_length(length)} is {best}"
-    against = sheet.best_recompute(length)
-    if against:
-        text += f", {losses[best] / sheet.cells[against][length].value:.2f}x the loss of {against}"
-        gain = sheet.gain(against, best, length)
-        if gain and math.isfinite(gain.low):
-            finding = "uses older context" if gain.low > 0 else "shows no use of older context"
-            text += f"; it {finding} (gain {gain.gain:+.3f}, 95% {gain.low:+.3f} to {gain.high:+.3f})"
-    else:
-        text += ", not compared with recomputing from the last tokens"
-    if sheet.verdict(best).first_failing is not None:
-        text += f"; it {sheet.verdict(best).text}"
-    return [*clauses, text]
-
-
-def _hybrid_clauses(sheet: Sheet) -> list[str]:
-    """Of a hybrid: how much of what the loss rises beyond the training length comes back where attention alone, and
-    where the recurrence alone, is held to that length (`rnn_longctx.mitigations.hybrid`). It points at a part of which
-    surely more than a tenth of the rise comes back."""
-    if not any(name.startswith(DIAGNOSTICS) for name in sheet.cells):
-        return []
-    bare, train = sheet.cells["none"], sheet.train_length or 0
-    short = max((k for k in bare if k <= train), default=None)
-    length = max((k for k in bare if k > train), default=None)
-    if short is None or length is None:
-        return ["which part of the hybrid fails was not measured (it takes a length within training's, and one beyond)"]
-    rise, at = bare[length].value - bare[short].value, f"at {format_length(length)}"
-    if rise <= 0:
-        return [f"{at} the loss is not above that at {format_length(short)}: no part of the hybrid is seen to fail"]
-    gains, said, suspects = [], [], []
-    for kind, part in zip(DIAGNOSTICS, ("attention", "the recurrence")):
-        name = sheet.diagnostic(kind, length)
-        gain = sheet.gain("none", name, length) if name else None
-        gains.append(gain)
-        if gain is None:
-            said.append(f"{part}'s share was not measured")
-            continue
-        share, low, high = (value / rise for value in gain[:3])
-        said.append(f"{name} recovers {share:.0%}" + (f" (95% {low:.0%} to {high:.0%})" if math.isfinite(low) else ""))
-        suspects += [part] if low > 0.1 else []
-    text = f"{at} the hybrid's loss is {rise:.3f} above that at {format_length(short)}: {', '.join(said)}"
-    if all(gain is not None and math.isfinite(gain.low) for gain in gains):
-        text += f", which points at {' and '.join(suspects) or 'neither alone'}"
-    return [text]
-
-
-def _recall_clauses(sheet: Sheet) -> list[str]:
-    reach = {n: sheet.recall_length(n) or 0 for n in sheet.cells}
-    best = max(sheet.remedies(), key=lambda n: reach[n], default=None)
-
-    def words(name: str) -> str:
-        extent = f"up to {format_length(reach[name])}" if reach[name] else "nowhere"
-        return f"{extent} {'without a remedy' if name == 'none' else f'with {name}'}"
-
-    text = f"{sheet.task} accuracy above {RECALL} "
-    if "none" not in sheet.cells:
-        return [text + words(best)] if best else []
-    if best is None:
-        return [text + words("none")]
-    further = reach[best] > reach["none"]
-    return [text + words("none") + (f", {words(best)}" if further else ", and no remedy reaches further")]
-
-
 # ---- tables
 
 
@@ -182,7 +96,7 @@ def _loss_tables(sheet: Sheet, width: int) -> list[RenderableType]:
 
 
 def _gain_tables(sheet: Sheet, width: int) -> list[RenderableType]:
-    """Three lines per remedy, gain and interval, so that the lengths keep their columns."""
+    """Three lines per remedy, gain and interval, so that the lengths keep their columns. One slice has no interval."""
     tables: list[RenderableType] = []
     for control in sheet.recomputes():
         lines: list[Line | None] = []
@@ -190,15 +104,16 @@ def _gain_tables(sheet: Sheet, width: int) -> list[RenderableType]:
         for name in (n for n in sheet.cells if not sheet.is_control(n)):
             gains = {k: g for k in sheet.lengths if (g := sheet.gain(control, name, k))}
             measured |= set(gains)
+            known = {k: g for k, g in gains.items() if math.isfinite(g.low)}
             for head, values in (
                 (
                     Text(name),
                     {k: Text(_signed(g.gain), "bold" if g.low > 0 else "") for k, g in gains.items()},
                 ),
-                (Text("  95% from", "dim"), {k: Text(_signed(g.low), "dim") for k, g in gains.items()}),
-                (Text("  to", "dim"), {k: Text(_signed(g.high), "dim") for k, g in gains.items()}),
+                (Text("  95% from", "dim"), {k: Text(_signed(g.low), "dim") for k, g in known.items()}),
+                (Text("  to", "dim"), {k: Text(_signed(g.high), "dim") for k, g in known.items()}),
             ):
-                lines += [(head, values, Text())] if gains else []
+                lines += [(head, values, Text())] if values else []
         title = f"context gain: loss of {control} minus loss, nats per token (above 0: uses older context)"
         heads = {k: format_length(k) for k in sorted(measured)}
         tables += _draw(title + _suffix(sheet), heads, lines, width) if lines else []

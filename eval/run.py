@@ -6,19 +6,31 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from rnn_longctx.config import parse_lengths
-from rnn_longctx.data import load_text
+from rnn_longctx.data import Text, load_text
 from rnn_longctx.errors import InputError
 from rnn_longctx.eval.lm import LanguageModel, text_of
 from rnn_longctx.eval.passkey import MultiKey, Passkey, Words
 from rnn_longctx.eval.results import Results, Row, to_frame
 from rnn_longctx.eval.task import Context, Task
-from rnn_longctx.mitigations import NotApplicable, Remedy, active, diagnostics, mitigate, parse_remedy, standard
+from rnn_longctx.eval.unseen import check_unseen
+from rnn_longctx.mitigations import (
+    NotApplicable,
+    Remedy,
+    active,
+    diagnostics,
+    handles_on,
+    mitigate,
+    parse_remedy,
+    standard,
+)
 from rnn_longctx.models import Mamba2LM
+from rnn_longctx.models.adopt import reader_of
 from rnn_longctx.models.generate import SEGMENTS
 from rnn_longctx.spec import parse
 
@@ -48,35 +60,44 @@ class EvalConfig:
 
 def parse_task(text: str | Task) -> Task:
     """A task from `name:key=value,...`. Raises InputError for unknown names, parameters and bad values."""
-    return text if isinstance(text, Task) else parse(text, TASKS, "task")
+    if isinstance(text, Task):
+        return text
+    if not isinstance(text, str):
+        raise InputError(f"expected a task such as lm or passkey:n=100, got {text!r:.80}")
+    return parse(text, TASKS, "task")
 
 
-def evaluate(model: Mamba2LM, lengths: Sequence[int | str] | str, tasks: Sequence[str | Task] = ("lm", "passkey"),
-             mitigations: Sequence[str | Remedy] | None = None, *, text: str = "stdlib",
-             calibration_text: str | None = None, out: str | None = None, batch: int = 32, seed: int = 0,
+def evaluate(model: Any, lengths: Sequence[int | str] | int | str,
+             tasks: Sequence[str | Task] | str | Task = ("lm", "passkey"),
+             mitigations: Sequence[str | Remedy] | str | Remedy | None = None, *, text: Text | str | Path = "stdlib",
+             calibration_text: Text | str | Path | None = None, out: str | None = None, batch: int = 32, seed: int = 0,
              progress: bool = False) -> pd.DataFrame:  # fmt: skip
     """Measure a model at increasing lengths; one row a cell (DESIGN: result table).
 
     Args:
+        model: this library's, or one of another library, which is adopted (`adopt` it to say its tokenizer and
+            training length).
         lengths: in tokens; "4k" and "1m" are read too.
-        mitigations: each is put on top of what is on the model already; None measures the model as it is; "all" stands
-            for every remedy (`rnn_longctx.mitigations.standard`) and the controls; a warning names those of them that
-            are not applicable. Where "none" is among them and the loss of a hybrid is measured beyond its training
-            length, it is measured under the two controls of `rnn_longctx.mitigations.hybrid` too.
-        text: evaluated on: "stdlib", a file, a directory, records; see `rnn_longctx.load_text`.
+        tasks: lm, passkey, ..., as on the command line; one of them or several.
+        mitigations: one or several; each is put on top of what is on the model already; None measures the model as it
+            is; "all" stands for every remedy (`rnn_longctx.mitigations.standard`) and the controls; a warning names
+            those of them that are not applicable. Where "none" is among them and the loss of a hybrid is measured
+            beyond its training length, it is measured under the two controls of `rnn_longctx.mitigations.hybrid` too.
+        text: evaluated on (`rnn_longctx.load_text`): "stdlib", a file, a directory, records.
         calibration_text: for remedies that are calibrated; None takes what is kept with the checkpoint.
         out: a folder for cells, snapshots, results.parquet and results.csv; finished cells there are not measured
             again, and a long pass goes on from its last snapshot. None keeps nothing.
         progress: show a bar.
     Raises:
-        InputError: bad lengths, tasks or remedies, a text that is missing, shorter than a length or of bytes that the
-            tokenizer cannot read, before anything is measured.
+        InputError: no model, bad lengths, tasks or remedies, a text that is missing, shorter than a length or of bytes
+            that the tokenizer cannot read, before anything is measured.
     """
     if batch < 1:
         raise InputError(f"batch must be at least 1 stream, got {batch}")
-    wanted = sorted(set(parse_lengths(list(lengths) if not isinstance(lengths, str) else lengths)))
-    jobs = [parse_task(t) for t in tasks]
-    named = mitigations if mitigations is not None else ["none"]
+    model = reader_of(model)
+    wanted = sorted(set(parse_lengths([lengths] if isinstance(lengths, int) else lengths)))
+    jobs = [parse_task(t) for t in ([tasks] if isinstance(tasks, str | Task) else tasks)]
+    named = [mitigations] if isinstance(mitigations, str | Remedy) else ["none"] if mitigations is None else mitigations
     asked = [parse_remedy(w) for w in named if w != "all"]
     named = [w for name in named for w in (standard(model.train_length) if name == "all" else [name])]
     remedies = list({str(r): r for r in map(parse_remedy, named)}.values())
@@ -92,14 +113,15 @@ def evaluate(model: Mamba2LM, lengths: Sequence[int | str] | str, tasks: Sequenc
     todo = [(remedy, jobs, remedy in asked) for remedy in remedies]
     if getattr(model, "attends", False) and 1 < (model.train_length or 0) < max(wanted, default=0):
         losses: list[Task] = [job for job in jobs if isinstance(job, LanguageModel)]
-        further = map(parse_remedy, diagnostics(model.train_length) if losses else [])  # type: ignore[arg-type]
+        further = map(parse_remedy, diagnostics(model.train_length) if losses else [])
         if "none" in map(str, remedies) and active(model)[0] == "none":
             todo += [(remedy, losses, False) for remedy in further if remedy not in remedies]
-    calibration = load_text(calibration_text) if calibration_text else None
+    given = calibration_text or None
+    calibration = load_text(given) if isinstance(given, str | Path) else given
 
     rows: list[Row] = []
     with _Progress(progress) as bar:
-        plan = list(_plan(model, todo, wanted, calibration, context))
+        plan = list(_plan(model, todo, wanted, calibration, given, context))
         bar.total(sum(cost for *_, cost in plan))
         for remedy, job, some, _ in plan:
             with _mitigated(model, remedy, max(some), calibration, context):
@@ -109,22 +131,15 @@ def evaluate(model: Mamba2LM, lengths: Sequence[int | str] | str, tasks: Sequenc
     return results.gather() if results else to_frame(rows)
 
 
-def _unseen(remedy: Remedy, jobs: list[Task], context: Context) -> None:
-    """Refuse what was calibrated on the text whose loss it is to be measured on, whatever that is called."""
-    if context.calibration and any(isinstance(job, LanguageModel) for job in jobs):
-        text = text_of(context)
-        if f" {text.hash}," in context.calibration:
-            raise InputError(f"{remedy} was calibrated on {text.name}, which is to be evaluated: that would flatter it")
-
-
 def _plan(model: Mamba2LM, todo: list[tuple[Remedy, list[Task], bool]], lengths: list[int], calibration: Any,
-          context: Context) -> Iterator[tuple[Remedy, Task, list[int], int]]:  # fmt: skip
+          named: Any, context: Context) -> Iterator[tuple[Remedy, Task, list[int], int]]:  # fmt: skip
     """What is to be run, with its cost in tokens. Putting every remedy on once shows what is wrong before it counts;
     one that was not asked for by its name may be not applicable."""
     for remedy, jobs, asked in todo:
         try:
             with _mitigated(model, remedy, max(lengths), calibration, context):
-                _unseen(remedy, jobs, context)
+                if any(isinstance(job, LanguageModel) for job in jobs):
+                    check_unseen(handles_on(model), text_of(context), context.text, named)
                 if model.reader is not None and not any(job.asks for job in jobs):
                     raise InputError(f"{remedy} reads prompts, and has no loss of a text: give a task such as passkey")
         except NotApplicable as error:

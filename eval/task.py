@@ -8,6 +8,7 @@ import resource
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -26,7 +27,7 @@ class Context:
 
     Attributes:
         mitigation, calibration: canonical texts of what is on the model.
-        text: the spec of the text to evaluate on.
+        text: the text to evaluate on, or its spec.
         batch: the most streams read side by side; segment: tokens read in one call, all streams together.
         progress: called with a number of tokens read.
     """
@@ -34,7 +35,7 @@ class Context:
     model: Mamba2LM
     mitigation: str = "none"
     calibration: str | None = None
-    text: str = "stdlib"
+    text: Text | str | Path = "stdlib"
     batch: int = 8
     segment: int = 4096
     seed: int = 0

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import reduce
-from typing import TYPE_CHECKING, Any, cast
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from rnn_longctx.config import parse_length
 from rnn_longctx.errors import InputError
 from rnn_longctx.mitigations.a_scale import AScale
 from rnn_longctx.mitigations.a_winsor import AWinsor
@@ -23,7 +25,7 @@ from rnn_longctx.mitigations.stored import Stored
 from rnn_longctx.mitigations.stored_start import StoredStart
 from rnn_longctx.mitigations.token_filter import TokenFilter
 from rnn_longctx.mitigations.window import Window
-from rnn_longctx.models.adopt import Adopted, adopt, adopted
+from rnn_longctx.models.adopt import Adopted, adopted, reader_of
 from rnn_longctx.spec import parse
 from rnn_longctx.ssd import PLAIN, ScanPolicy
 
@@ -33,8 +35,8 @@ if TYPE_CHECKING:
     from rnn_longctx.data import Text
     from rnn_longctx.models import Mamba2LM
 
-__all__ = ["REMEDIES", "Handle", "NotApplicable", "Plan", "Remedy", "active", "diagnostics", "mitigate", "parse_remedy",
-           "standard"]  # fmt: skip
+__all__ = ["REMEDIES", "Handle", "NotApplicable", "Plan", "Remedy", "active", "diagnostics", "handles_on", "mitigate",
+           "parse_remedy", "standard"]  # fmt: skip
 
 REMEDIES: dict[str, type[Remedy]] = {
     r.name: r
@@ -71,10 +73,12 @@ def parse_remedy(text: str | Remedy) -> Remedy:
     """A remedy from `name:key=value,...`, from a file that `calibrate` wrote, or several from `a+b`.
 
     Raises InputError: unknown names and parameters (with the nearest one), values out of range, a composition that
-    means nothing (two controls; a norm cap with a window).
+    means nothing (two controls; a norm cap with a window), what is neither text nor a remedy.
     """
     if isinstance(text, Remedy):
         return text
+    if not isinstance(text, str):
+        raise InputError(f"expected a remedy such as none or state-norm, got {text!r:.80}")
     parts = [_one(part.strip()) for part in text.split("+")]
     if len(parts) == 1:
         return parts[0]
@@ -112,10 +116,11 @@ def diagnostics(train: int) -> list[str]:
 
 
 class Handle:
-    """A remedy on a model: `remove()` takes it off, and so does leaving a `with` block."""
+    """A remedy on a model: `remove()` takes it off, and so does leaving a `with` block. text: what it was given to be
+    calibrated on."""
 
-    def __init__(self, model: Mamba2LM, remedy: Remedy, plan: Plan):
-        self.model, self.remedy, self.plan = model, remedy, plan
+    def __init__(self, model: Mamba2LM, remedy: Remedy, plan: Plan, text: Text | None = None):
+        self.model, self.remedy, self.plan, self.text = model, remedy, plan, text
 
     def put(self) -> None:
         """Put this remedy on, as it was worked out; `mitigate` does, and after `remove` it may be done again, between
@@ -143,8 +148,8 @@ class Handle:
         self.remove()
 
 
-def mitigate(model: Mamba2LM | Adopted | nn.Module, remedy: str | Remedy, *, target_length: int | None = None,
-             text: Text | None = None) -> Handle:  # fmt: skip
+def mitigate(model: Any, remedy: str | Remedy, *, target_length: int | str | None = None,
+             text: Text | str | Path | None = None) -> Handle:  # fmt: skip
     """Put a remedy on a model, for all that it reads and generates from now on.
 
         with rnn_longctx.mitigate(model, "state-norm"):
@@ -155,16 +160,21 @@ def mitigate(model: Mamba2LM | Adopted | nn.Module, remedy: str | Remedy, *, tar
     (`rnn_longctx.adopt`), and follows the remedy in its own forward and generate.
 
     Args:
-        target_length: tokens to be read, for remedies that depend on it.
-        text: what to calibrate on (`rnn_longctx.data.load_text`); None takes the calibration kept with the
+        target_length: tokens to be read (4096, "4k"), for remedies that depend on it.
+        text: what to calibrate on, or its name (`rnn_longctx.load_text`); None takes the calibration kept with the
             checkpoint, or else the builtin text. Not what is to be evaluated: that would flatter the remedy.
     Raises:
-        InputError: see `parse_remedy`; NotApplicable: the model lacks what the remedy needs.
+        InputError: no model, a text that is missing, and see `parse_remedy`; NotApplicable: the model lacks what the
+            remedy needs.
     """
+    from rnn_longctx.data import load_text
+
     remedy = parse_remedy(remedy)
-    given, model = model, _ours(model)
+    target_length = None if target_length is None else parse_length(target_length, "target_length")
+    given, model = model, reader_of(model)
+    text = load_text(text) if isinstance(text, str | Path) else text
     with _bare(model):
-        handle = Handle(model, remedy, remedy.plan(model, target_length, text))
+        handle = Handle(model, remedy, remedy.plan(model, target_length, text), text)
     if (handle.plan.restart or handle.plan.reader) and model is not given:
         raise NotApplicable(
             f"{remedy} is a way to read, which {type(given).__name__} has of its own: put it on "
@@ -176,10 +186,14 @@ def mitigate(model: Mamba2LM | Adopted | nn.Module, remedy: str | Remedy, *, tar
 
 def active(model: Mamba2LM | Adopted | nn.Module) -> tuple[str, str | None]:
     """The canonical text of what is on a model, `none` if nothing is, and what it was calibrated on."""
-    found = adopted(model) or model
-    handles = [h for h in found.__dict__.get("_remedies", []) if not isinstance(h.remedy, Nothing)]
+    handles = [h for h in handles_on(model) if not isinstance(h.remedy, Nothing)]
     calibration = "; ".join(h.plan.calibration for h in handles if h.plan.calibration)
     return "+".join(str(h.remedy) for h in handles) or "none", calibration or None
+
+
+def handles_on(model: Mamba2LM | Adopted | nn.Module) -> list[Handle]:
+    """The remedies on a model, in the order in which they were put on."""
+    return list((adopted(model) or model).__dict__.get("_remedies", []))
 
 
 def combine(plans: list[Plan], model: Mamba2LM) -> Plan:
@@ -193,7 +207,9 @@ def combine(plans: list[Plan], model: Mamba2LM) -> Plan:
     policies = [reduce(ScanPolicy.then, layer, PLAIN) for layer in zip(*(p.policies for p in plans))]
     calibration = "; ".join(p.calibration for p in plans if p.calibration) or None
     policies = policies or [PLAIN] * len(model.mixers)
-    return Plan(tuple(policies), restarts[0] if restarts else None, calibration, readers[0] if readers else None)
+    documents = frozenset[str]().union(*(p.documents for p in plans))
+    reader = readers[0] if readers else None
+    return Plan(tuple(policies), restarts[0] if restarts else None, calibration, reader, documents)
 
 
 class _bare:
@@ -207,10 +223,6 @@ class _bare:
 
     def __exit__(self, *error: Any) -> None:
         _apply(self.model)
-
-
-def _ours(model: Any) -> Mamba2LM:
-    return model if hasattr(model, "mixers") else cast("Mamba2LM", adopt(model))
 
 
 def _handles(model: Mamba2LM) -> list[Handle]:

@@ -22,12 +22,14 @@ class NotApplicable(InputError):
 @dataclass(frozen=True)
 class Plan:
     """A remedy worked out for one model: a policy a layer, a reader's control, what it was calibrated on, and how it
-    reads a prompt where that is not token after token."""
+    reads a prompt where that is not token after token. documents: digests of those that a calibration kept in a file
+    has seen (`rnn_longctx.eval.unseen`)."""
 
     policies: tuple[ScanPolicy, ...]
     restart: Restart | None = None
     calibration: str | None = None
     reader: Reader | None = None
+    documents: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)

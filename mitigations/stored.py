@@ -1,9 +1,11 @@
 """A calibrated remedy, kept in a small YAML file that `rnn-longctx calibrate` writes and every command reads.
 
 remedy: rri:alpha=0.999,beta=0.75
+helps: true                                         false where no setting had a lower loss than no remedy at all
 model: {name: demo, layers: 6, heads: 8, headdim: 64, d_state: 128}
 policies: [{add: -0.001, gain: 0.75}, ...]          one a layer (`ScanPolicy.to_dict`)
 target, text, seed, method, scores                  how it was found
+documents: [0123456789ab, ...]                      digests of the text's: it is not to be evaluated on any of them
 """
 
 from __future__ import annotations
@@ -44,9 +46,12 @@ class Found:
     seed: int
     method: str
     scores: dict[str, Any] = field(default_factory=dict)
+    helps: bool = True
+    documents: list[str] = field(default_factory=list)
 
     def save(self, path: str | Path) -> None:
-        data = {k: getattr(self, k) for k in self.__dataclass_fields__}
+        first = {"remedy": self.remedy, "helps": self.helps}
+        data = first | {k: getattr(self, k) for k in self.__dataclass_fields__}
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).write_text(yaml.safe_dump(data, sort_keys=False, default_flow_style=None, width=120))
 
@@ -85,7 +90,8 @@ class Stored(Remedy):
         if len(self.found.policies) != len(model.mixers):
             raise InputError(f"{self.file} holds {len(self.found.policies)} policies for {len(model.mixers)} layers")
         calibration = f"{self.found.text}, {self.found.method}, seed {self.found.seed}"
-        return Plan(tuple(map(ScanPolicy.from_dict, self.found.policies)), calibration=calibration)
+        policies = tuple(map(ScanPolicy.from_dict, self.found.policies))
+        return Plan(policies, calibration=calibration, documents=frozenset(self.found.documents))
 
     def __str__(self) -> str:
         return f"{self.file}@{self.hash}"

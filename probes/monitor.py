@@ -50,6 +50,7 @@ import torch
 from torch import Tensor
 
 from rnn_longctx.errors import InputError
+from rnn_longctx.models.adopt import hash_of, reader_of
 from rnn_longctx.probes.envelope import envelope_of
 from rnn_longctx.probes.trace import Course, watching
 from rnn_longctx.ssd import Statistics
@@ -82,10 +83,10 @@ class Report:
     Attributes:
         position: tokens read.
         status: ok, warning, drift or collapsed; of a batch, the worst row's.
-        heads: (layer, head, ratio) of heads outside their margins, the farthest outside first, 16 at most; ratio is
+        heads: (layer, head, ratio) of heads outside their margins, the largest ratio first, 16 at most; ratio is
             infinite where a state is not finite.
         outside: how many there are.
-        worst: the largest ratio of all heads.
+        worst: the largest ratio, of the heads outside their margins where there are any, else of all.
         shift: of the input, in units of its limit, over the heads where it is known; None where it is of none (the
             first looks at a stream that had begun before, a norm cap on the model).
         action: what was done, or None.
@@ -331,12 +332,13 @@ class CollapseMonitor:
             excused &= ~history.collapsed | (level < 3)
         level = level.where(~excused, 2).where(finite, 3)
         history.collapsed = level == 3
-        worst, outside = ratios.amax(0).exp(), over.amax(0)
+        worst, outside = ratios.amax(0).exp(), over.amax(0) > 0
         named = [(i, h) for i, (heads, *_) in enumerate(self.shape) for h in range(heads)]
-        order = outside.argsort(descending=True)[: min(LISTED, count := int((outside > 0).sum()))].tolist()
-        heads = tuple((*named[i], float(worst[i])) for i in order)
+        order = [i for i in worst.argsort(descending=True).tolist() if outside[i]]
+        heads = tuple((*named[i], float(worst[i])) for i in order[:LISTED])
+        largest = heads[0][2] if heads else float(worst.max())
         known = not bool(shift.isnan().any())
-        return Report(position, STATUSES[int(level.max())], heads, count, float(worst.max()),
+        return Report(position, STATUSES[int(level.max())], heads, len(order), largest,
                       float(shift.max()) if known else None)  # fmt: skip
 
     def _tensors(self) -> tuple[Tensor, ...]:
@@ -427,16 +429,7 @@ def gates_of(lm: Any, every: int, text: Text) -> dict[str, Any]:
 # --- models and files
 
 
-def reader_of(model: Any) -> Any:
-    """The model as this library reads it; one of another library is adopted."""
-    from rnn_longctx.models.adopt import adopt
-
-    return model if hasattr(model, "mixers") else adopt(model)
-
-
 def weights_of(lm: Any) -> str:
-    from rnn_longctx.models.adopt import hash_of
-
     return lm.weights_hash or hash_of(lm)
 
 

@@ -46,9 +46,9 @@ def remembrance(
     Raises:
         InputError: ids that are no rows of at least 2 tokens, no cut, a cut out of range, a segment below 1.
     """
-    from rnn_longctx.models.adopt import adopt
+    from rnn_longctx.models.adopt import reader_of
 
-    lm: Any = model if hasattr(model, "mixers") else adopt(model)
+    lm = reader_of(model)
     if ids.ndim != 2 or len(ids) < 1 or ids.shape[1] < 2:
         raise InputError(f"ids must be (B, T) with at least a row of 2 tokens, got shape {tuple(ids.shape)}")
     if segment < 1:

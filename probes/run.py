@@ -34,7 +34,8 @@ class Probe:
     """What was seen.
 
     Attributes:
-        about: model, weights_hash, prompt, text, text_hash, length, every, train_length, seed.
+        about: model, weights_hash, prompt, text, text_hash, length, every, train_length, seed, state_dtype
+            (None: the scan's own).
         trace: of `Trace.table`.
         losses: position (the end of a stretch of `every` tokens) and loss, its mean over rows, nats per token.
         heads: of `rnn_longctx.probes.onset.onsets`, with at_train, horizon and class of `rnn_longctx.probes.retention`
@@ -153,6 +154,7 @@ def probe(model: Mamba2LM, text: Text, length: int, *, prompt: str = "text", eve
         "model": model.name, "weights_hash": model.weights_hash, "prompt": prompt, "text": text.name,
         "text_hash": text.hash, "length": length, "every": every, "slices": slices, "seed": seed,
         "train_length": model.train_length, "envelope_of": envelope.label,
+        "state_dtype": model.state_dtype and str(model.state_dtype)[6:],
     }  # fmt: skip
     return Probe(about, table, losses, heads, norms, found, kept)
 

@@ -202,10 +202,10 @@ def record(model: Mamba2LM, layers: Iterable[int] | None = None, every: int = 25
     Raises:
         InputError: no such layer, an `every` below 1, a model that is being watched already.
     """
-    from rnn_longctx.models.adopt import adopt
+    from rnn_longctx.models.adopt import reader_of
     from rnn_longctx.models.mamba2 import Mamba2LM as Own
 
-    lm: Any = model if isinstance(model, Own) or hasattr(model, "mixers") else adopt(model)
+    lm = reader_of(model)
     count = len(lm.mixers)
     wanted = list(range(count)) if layers is None else list(layers)
     for layer in wanted:

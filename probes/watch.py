@@ -57,6 +57,8 @@ class Watch:
         self.monitor, self.lm, self.every = monitor, lm, monitor.every
         self.reports: list[Report] = []
         self._callable = action if callable(action) else None
+        if not (callable(action) or isinstance(action, str)):
+            raise InputError(f"expected an action or a callable, got {action!r} (choices: {', '.join(ACTIONS)})")
         self._action = "call" if callable(action) else action
         kind, _, name = self._action.partition(":")
         self._kind = kind
@@ -209,7 +211,11 @@ class Watch:
         last = self.reports[-1] if self.reports else Report(0, "ok", (), 0, 0.0, None)
         values = {
             "status": ("gauge", "0 ok, 1 warning, 2 drift, 3 collapsed.", STATUSES.index(last.status)),
-            "worst_ratio": ("gauge", "Largest ratio of a state's norm to its envelope.", last.worst),
+            "worst_ratio": (
+                "gauge",
+                "Largest ratio of a state's norm to its envelope (of heads outside their margins, if any).",
+                last.worst,
+            ),
             "position": ("gauge", "Tokens read.", last.position),
             "warnings_total": ("counter", "Changes of status to another than ok.", self._warnings),
         }

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import csv
 import ctypes
 import os
-import shlex
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 
+from rnn_longctx.cli_bench import bench
 from rnn_longctx.cli_capacity import capacity
 from rnn_longctx.errors import InputError
 
@@ -24,32 +22,56 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Find where a recurrent language model stops working as its context grows, and what fixes it.",
 )
+app.add_typer(bench, name="bench")
+app.add_typer(capacity, name="capacity")
 
-Many = Optional[list[str]]  # noqa: UP045 (typer reads it)
-STATE = typer.Option(help="Round the recurrent state to it between calls (float32): bfloat16, float16, float64.")
+Many = list[str] | None
 MODEL = typer.Argument(help='"demo", a directory, or a Hugging Face hub id.')
+
+
+def _option(help: str, default: str) -> Any:
+    """Of an option that is None where it is not given: what stands for it then is shown as its default."""
+    return typer.Option(help=help, show_default=default)
+
+
+TrainLength = Annotated[
+    str | None, _option("Tokens, such as 2k, where the checkpoint does not say.", "the checkpoint's")
+]
+Tokenizer = Annotated[str | None, _option('"bytes", a directory, or a hub id.', "the checkpoint's")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1.")]
+Dtype = Annotated[str, typer.Option(help="Of the weights: float32, bfloat16, float16, float64.")]
+StateDtype = Annotated[
+    str | None,
+    _option("Round the recurrent state to it between calls: bfloat16, float16, float64.", "float32"),
+]
 
 
 @app.command("eval")
 def evaluate_command(
-    model: Annotated[Optional[str], MODEL] = None,  # noqa: UP045
-    config: Annotated[Optional[Path], typer.Option(help="YAML file; options given here win.")] = None,  # noqa: UP045
-    lengths: Annotated[str | None, typer.Option(help="Tokens: 256,1k,64k,1m (k = 1024, m = 1024^2).")] = None,
-    task: Annotated[Many, typer.Option(help="lm, passkey, or passkey:n=100,max=8k; again for more.")] = None,
-    mitigation: Annotated[
-        Many, typer.Option(help="none, all, state-norm, rri:alpha=0.999,beta=0.75, FILE.yaml, a+b; again for more.")
+    model: Annotated[str | None, MODEL] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file; options given here win.")] = None,
+    lengths: Annotated[str | None, _option("Tokens: 256,1k,64k,1m (k = 1024, m = 1024^2).", "256,1k,4k,16k")] = None,
+    task: Annotated[
+        Many, _option("lm, multikey, words, passkey, or passkey:n=100,max=8k; again for more.", "lm and passkey")
     ] = None,
-    text: Annotated[str | None, typer.Option(help=TEXTS)] = None,
-    calibration_text: Annotated[str | None, typer.Option(help="Text for remedies that are calibrated.")] = None,
-    train_length: Annotated[Optional[str], typer.Option(help="Where the checkpoint does not say.")] = None,  # noqa: UP045
-    tokenizer: Annotated[Optional[str], typer.Option(help='"bytes", a directory, or a hub id.')] = None,  # noqa: UP045
-    out: Annotated[Optional[str], typer.Option(help="Folder for results and plots.")] = None,  # noqa: UP045
-    batch: Annotated[Optional[int], typer.Option(help="The most streams read side by side.")] = None,  # noqa: UP045
-    seed: Annotated[Optional[int], typer.Option()] = None,  # noqa: UP045
-    device: Annotated[Optional[str], typer.Option(help="auto, cpu, cuda, cuda:1.")] = None,  # noqa: UP045
-    dtype: Annotated[Optional[str], typer.Option(help="float32, bfloat16, float16, float64.")] = None,  # noqa: UP045
-    state_dtype: Annotated[Optional[str], STATE] = None,  # noqa: UP045
-    backend: Annotated[Optional[str], typer.Option(help="Force a scan backend.")] = None,  # noqa: UP045
+    mitigation: Annotated[
+        Many,
+        _option("all, none, state-norm, rri:alpha=0.999,beta=0.75, FILE.yaml, a+b; again for more.", "none"),
+    ] = None,
+    text: Annotated[str | None, _option(TEXTS, "stdlib")] = None,
+    calibration_text: Annotated[
+        str | None,
+        _option("For remedies that are calibrated; never what is evaluated.", "the checkpoint's, or builtin"),
+    ] = None,
+    train_length: TrainLength = None,
+    tokenizer: Tokenizer = None,
+    out: Annotated[str | None, _option("Folder for results and plots.", "runs/eval")] = None,
+    batch: Annotated[int | None, _option("The most streams read side by side.", "32")] = None,
+    seed: Annotated[int | None, _option("Of the prompts.", "0")] = None,
+    device: Annotated[str | None, _option("auto, cpu, cuda, cuda:1.", "auto")] = None,
+    dtype: Annotated[str | None, _option("float32, bfloat16, float16, float64.", "float32")] = None,
+    state_dtype: StateDtype = None,
+    backend: Annotated[str | None, _option("Force a scan backend.", "chosen")] = None,
 ) -> None:
     """Loss and recall of a model at increasing lengths, without and with remedies: a table, results and plots."""
     from rich.console import Console
@@ -80,9 +102,8 @@ def evaluate_command(
         if words != "all":
             parse_remedy(words)
     Results(c.out)
-    lm = _load(c.model, c.device, c.dtype, c.tokenizer, c.train_length)
+    lm = _load(c.model, c.device, c.dtype, c.tokenizer, c.train_length, c.state_dtype)
     lm.use_backend(c.backend)
-    lm.use_state_dtype(c.state_dtype)
     state = lm if hasattr(lm, "scan_state_elements") else lm.config
     console = Console()
     if not console.is_terminal:  # a log: lines as wide as the tables want
@@ -143,10 +164,11 @@ def calibrate_command(
     out: Annotated[Path, typer.Option(help="YAML file, for --mitigation FILE.")] = Path("remedy.yaml"),
     slices: Annotated[int, typer.Option(min=1, help="Of the text.")] = 4,
     seed: Annotated[int, typer.Option(min=0)] = 0,
-    train_length: Annotated[Optional[str], typer.Option()] = None,  # noqa: UP045
-    tokenizer: Annotated[Optional[str], typer.Option()] = None,  # noqa: UP045
-    device: Annotated[str, typer.Option()] = "auto",
-    dtype: Annotated[str, typer.Option()] = "float32",
+    train_length: TrainLength = None,
+    tokenizer: Tokenizer = None,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    state_dtype: StateDtype = None,
 ) -> None:
     """Find a remedy's settings: the least loss at the target length that keeps the model's recall."""
     from rnn_longctx.config import parse_length
@@ -155,10 +177,10 @@ def calibrate_command(
 
     if not (out.parent.is_dir() and os.access(out.parent, os.W_OK)) or out.is_dir():
         raise InputError(f"cannot write {out}: no such folder, or no file of it")
-    lm, goal = _load(model, device, dtype, tokenizer, train_length), parse_length(target)
+    lm, goal = _load(model, device, dtype, tokenizer, train_length, state_dtype), parse_length(target)
     found = calibrate(lm, mitigation, goal, load_text(text), seed=seed, slices=slices, say=typer.echo)
     found.save(out)
-    typer.echo(f"{out}: {found.remedy}")
+    typer.echo(f"{out}: {found.remedy}{'' if found.helps else ' (helps: false)'}")
 
 
 @app.command("probe")
@@ -171,14 +193,15 @@ def probe_command(
     slices: Annotated[int, typer.Option(min=1, help="Rows read side by side.")] = 1,
     prove: Annotated[bool, typer.Option(help="Cap the accused heads alone, then others; measure the loss.")] = False,
     remember: Annotated[bool, typer.Option(help="Effective remembrance too: reads three times as much.")] = False,
-    log: Annotated[Many, typer.Option(help="tensorboard or wandb, where installed; again for both.")] = None,
+    log: Annotated[Many, _option("tensorboard or wandb, where installed; again for both.", "neither")] = None,
     mitigation: Annotated[str, typer.Option(help="Watch the model with a remedy on it.")] = "none",
     out: Annotated[Path, typer.Option(help="Folder for the tables and pictures.")] = Path("runs/probe"),
     seed: Annotated[int, typer.Option(min=0)] = 0,
-    train_length: Annotated[Optional[str], typer.Option()] = None,  # noqa: UP045
-    tokenizer: Annotated[Optional[str], typer.Option()] = None,  # noqa: UP045
-    device: Annotated[str, typer.Option()] = "auto",
-    dtype: Annotated[str, typer.Option()] = "float32",
+    train_length: TrainLength = None,
+    tokenizer: Tokenizer = None,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    state_dtype: StateDtype = None,
 ) -> None:
     """Which heads of a model leave the range of their training, when, and whether that is what costs the loss."""
     import pandas as pd
@@ -194,7 +217,7 @@ def probe_command(
     goal, remedy, source = parse_length(length), parse_remedy(mitigation), load_text(text)
     rows = []
     for i, name in enumerate(model):
-        lm = _load(name, device, dtype, tokenizer, train_length)
+        lm = _load(name, device, dtype, tokenizer, train_length, state_dtype)
         where = out if len(model) == 1 else out / f"{i}-{lm.name}"
         with mitigate(lm, remedy, target_length=goal):
             found = probe(lm, source, goal, prompt=prompt, every=every, slices=slices, seed=seed, prove=prove,
@@ -220,18 +243,18 @@ def generate_command(
     mitigation: Annotated[str, typer.Option()] = "none",
     monitor: Annotated[
         str | None,
-        typer.Option(help="Watch for collapse: warn, raise, mitigate:NAME, rollback:NAME, fallback:truncate."),
+        _option("Watch for collapse: warn, raise, mitigate:NAME, rollback:NAME, fallback:truncate.", "no watch"),
     ] = None,
-    load_state: Annotated[Optional[Path], typer.Option(help="Go on from what --save-state kept.")] = None,  # noqa: UP045
-    save_state: Annotated[Optional[Path], typer.Option(help="Keep what the prompt left, to ask it again.")] = None,  # noqa: UP045
+    load_state: Annotated[Path | None, typer.Option(help="Go on from what --save-state kept.")] = None,
+    save_state: Annotated[Path | None, typer.Option(help="Keep what the prompt left, to ask it again.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
     seed: Annotated[int, typer.Option()] = 0,
-    train_length: Annotated[Optional[str], typer.Option()] = None,  # noqa: UP045
-    tokenizer: Annotated[Optional[str], typer.Option()] = None,  # noqa: UP045
-    device: Annotated[str, typer.Option()] = "auto",
-    dtype: Annotated[str, typer.Option()] = "float32",
-    state_dtype: Annotated[Optional[str], STATE] = None,  # noqa: UP045
+    train_length: TrainLength = None,
+    tokenizer: Tokenizer = None,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    state_dtype: StateDtype = None,
 ) -> None:
     """Continue a prompt of any length, with a remedy on the model."""
     from contextlib import nullcontext
@@ -243,8 +266,7 @@ def generate_command(
     from rnn_longctx.models import state
     from rnn_longctx.models.generate import continuation, prefill
 
-    remedy, lm = parse_remedy(mitigation), _load(model, device, dtype, tokenizer, train_length)
-    lm.use_state_dtype(state_dtype)
+    remedy, lm = parse_remedy(mitigation), _load(model, device, dtype, tokenizer, train_length, state_dtype)
     raw = sys.stdin.buffer.read() if prompt == "-" else prompt.encode("utf-8", "surrogateescape")
     ids = torch.from_numpy(lm.tokenizer.encode(raw))[None]
     if ids.shape[1] == 0:
@@ -276,18 +298,21 @@ def lm_eval_command(
     model: Annotated[str, typer.Option(help='"demo", a directory, or a Hugging Face hub id.')],
     tasks: Annotated[str, typer.Option(help="rnn_longctx_passkey,niah_single_1,lambada_openai: names of lm-eval's.")],
     lengths: Annotated[str, typer.Option(help="Tokens, for tasks that make data of a length: 4k,16k,64k.")] = "4k",
-    mitigation: Annotated[Many, typer.Option(help="none, state-norm, a+b; again for more.")] = None,
-    limit: Annotated[Optional[int], typer.Option(min=1, help="The most documents of a task and length.")] = None,  # noqa: UP045
-    include_path: Annotated[Optional[str], typer.Option(help="A folder with more task files.")] = None,  # noqa: UP045
-    data: Annotated[Optional[str], typer.Option(help="JSONL file for rnn_longctx_qa or _summary.")] = None,  # noqa: UP045
+    mitigation: Annotated[Many, _option("none, state-norm, a+b; again for more.", "none")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="The most documents of a task and length.", show_default="all")
+    ] = None,
+    include_path: Annotated[str | None, typer.Option(help="A folder with more task files.")] = None,
+    data: Annotated[str | None, typer.Option(help="JSONL file for rnn_longctx_qa or _summary.")] = None,
     out: Annotated[str, typer.Option(help="Folder for lm_eval.json and lm_eval.csv.")] = "runs/lm-eval",
     batch: Annotated[int, typer.Option(min=1, help="The most rows of equal length side by side.")] = 8,
-    max_length: Annotated[Optional[str], typer.Option(help="Refuse longer requests. Default: no limit.")] = None,  # noqa: UP045
-    train_length: Annotated[Optional[str], typer.Option(help="Where the checkpoint does not say.")] = None,  # noqa: UP045
-    tokenizer: Annotated[Optional[str], typer.Option(help='"bytes", a directory, or a hub id.')] = None,  # noqa: UP045
+    max_length: Annotated[str | None, _option("Refuse longer requests.", "no limit")] = None,
+    train_length: TrainLength = None,
+    tokenizer: Tokenizer = None,
     seed: Annotated[int, typer.Option()] = 0,
-    device: Annotated[str, typer.Option()] = "auto",
-    dtype: Annotated[str, typer.Option()] = "float32",
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    state_dtype: StateDtype = None,
 ) -> None:
     """Tasks of EleutherAI's lm-eval at chosen lengths, without and with remedies: a table, JSON and CSV."""
     import logging
@@ -303,11 +328,11 @@ def lm_eval_command(
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     frame = lm_eval_table(
-        _load(model, device, dtype, tokenizer, train_length), names, lengths, remedies, limit=limit,
+        _load(model, device, dtype, tokenizer, train_length, state_dtype), names, lengths, remedies, limit=limit,
         include_path=include_path, data=data, out=out, batch=batch, seed=seed,
         max_length=None if max_length is None else parse_length(max_length), progress=sys.stderr.isatty(),
     )  # fmt: skip
-    shown = frame.drop(columns=["model", "weights_hash"])
+    shown = frame.drop(columns=["model", "weights_hash", *(["state_dtype"] if state_dtype is None else [])])
     typer.echo(shown.to_string(index=False, na_rep="-", float_format=lambda v: f"{v:.4g}"))
     typer.echo(f"{out}: lm_eval.json, lm_eval.csv")
 
@@ -324,149 +349,16 @@ def plot_command(
         typer.echo(str(path))
 
 
-app.add_typer(capacity, name="capacity")
-bench = typer.Typer(no_args_is_help=True, help="Speed, side by side with what people use today.")
-app.add_typer(bench, name="bench")
-
-
-@bench.command("cpu")
-def bench_cpu(
-    model: Annotated[str, MODEL] = "demo",
-    batch: Annotated[int, typer.Option(min=1)] = 4,
-    length: Annotated[str, typer.Option()] = "4k",
-    repeats: Annotated[int, typer.Option(min=1)] = 3,
-) -> None:
-    """Tokens per second against transformers' Mamba-2 on the CPU: same weights, same threads, float32."""
-    from rnn_longctx.config import parse_length
-    from rnn_longctx.eval.bench import cpu
-
-    typer.echo(cpu(_load(model, "cpu", "float32", None, None), batch, parse_length(length), repeats))
-
-
-OUT = typer.Option(help="CSV file to write the table to.")
-
-
-@bench.command("scan")
-def bench_scan(
-    lengths: Annotated[str, typer.Option(help="Tokens of the forward rows, batch 1.")] = "16k,64k,1m",
-    train: Annotated[str, typer.Option(help="Batch x tokens of the forward and backward rows.")] = "8x8k",
-    remedies: Annotated[str, typer.Option(help="Batch x tokens of the rows with remedies.")] = "1x1m,1x128k,9x32k",
-    out: Annotated[Optional[Path], OUT] = None,  # noqa: UP045
-) -> None:
-    """The scan on a GPU against mamba-ssm's and flash-linear-attention's kernels, where those are installed."""
-    from rnn_longctx.config import parse_lengths
-    from rnn_longctx.eval.bench_scan import scan_rows
-
-    forward = parse_lengths(lengths) if lengths else []
-    _record(scan_rows(forward, _sizes("train", train), _sizes("remedies", remedies)), out)
-
-
-def _sizes(name: str, text: str) -> list[tuple[int, int]]:
-    from rnn_longctx.config import parse_length
-
-    pairs = [word.split("x") for word in text.split(",") if word]
-    if any(len(pair) != 2 or not pair[0].isdigit() for pair in pairs):
-        raise InputError(f"{name}: expected batch x tokens, such as 8x8k, got {text!r}")
-    return [(int(batch), parse_length(length)) for batch, length in pairs]
-
-
-@bench.command("model")
-def bench_model(
-    lengths: Annotated[str, typer.Option(help="Tokens of the prompts.")] = "64k,1m",
-    segment: Annotated[str, typer.Option(help="Tokens read at once.")] = "64k",
-    out: Annotated[Optional[Path], OUT] = None,  # noqa: UP045
-) -> None:
-    """Reading a prompt with a model of 370M parameters on a GPU, here and in mamba-ssm, where that is installed."""
-    from rnn_longctx.config import parse_length, parse_lengths
-    from rnn_longctx.eval.bench_model import prefill_rows
-
-    _record(prefill_rows(parse_lengths(lengths), parse_length(segment)), out)
-
-
-@bench.command("train")
-def bench_train(
-    whole: Annotated[str, typer.Option(help="Batch x tokens of sequences that are read in one call.")] = "2x8k",
-    streams: Annotated[
-        str, typer.Option(help="Batch x tokens of those read by segments that pass states on.")
-    ] = "1x128k",
-    segments: Annotated[str, typer.Option(help="Tokens of a segment.")] = "2k,4k,8k",
-    layers: Annotated[int, typer.Option(min=1)] = 48,
-    d_model: Annotated[int, typer.Option(min=1)] = 1024,
-    vocab: Annotated[int, typer.Option(min=1)] = 50288,
-    out: Annotated[Optional[Path], OUT] = None,  # noqa: UP045
-) -> None:
-    """Training steps of a model of 370M parameters in bf16, here and in mamba-ssm, where that is installed."""
-    from rnn_longctx.config import parse_lengths
-    from rnn_longctx.eval.bench_train import train_rows
-    from rnn_longctx.models import Mamba2Config
-
-    shape = Mamba2Config(d_model=d_model, n_layer=layers, vocab_size=vocab, d_state=128, headdim=64)
-    _record(train_rows(shape, _sizes("whole", whole), _sizes("streams", streams), parse_lengths(segments)), out)
-
-
-@bench.command("decode")
-def bench_decode(
-    tokens: Annotated[int, typer.Option(min=1)] = 500,
-    batch: Annotated[int, typer.Option(min=1)] = 1,
-    out: Annotated[Optional[Path], OUT] = None,  # noqa: UP045
-) -> None:
-    """Tokens per second of a model of 370M parameters on a GPU, with and without a remedy."""
-    from rnn_longctx.eval.bench_model import decode_rows
-
-    _record(decode_rows(tokens, batch), out)
-
-
-@bench.command("parallel")
-def bench_parallel(
-    length: Annotated[str, typer.Option(help="Tokens of the context that is read.")] = "4m",
-    segment: Annotated[str, typer.Option(help="Tokens that a GPU reads at once.")] = "256k",
-    train: Annotated[str, typer.Option(help="Tokens of the sequence that is trained on; 0: none.")] = "16k",
-    out: Annotated[Optional[Path], OUT] = None,  # noqa: UP045
-) -> None:
-    """One context over 1, 2, 4, ... GPUs with a model of 370M parameters, under torchrun: torchrun --nproc-per-node 4
-    -m rnn_longctx.cli bench parallel"""
-    from rnn_longctx.config import parse_length
-    from rnn_longctx.eval.bench_parallel import joined, model_370m, parallel_rows
-
-    tokens, at_once, trained = parse_length(length), parse_length(segment), 0 if train == "0" else parse_length(train)
-    with joined() as rank:
-        rows = parallel_rows(model_370m(), tokens, at_once, trained)
-        if rank == 0:
-            _record(rows, out)
-        else:
-            for _ in rows:
-                pass
-
-
-def _record(rows: Iterator[dict[str, Any]], out: Path | None) -> None:
-    """Print each row as it is measured, and keep those there are in a CSV file."""
-    from rnn_longctx.eval.bench_scan import environment
-
-    words = [w for i, w in enumerate(sys.argv) if i > 0 and w != "--out" and sys.argv[i - 1] != "--out"]
-    about = {**environment(), "command": shlex.join(["rnn-longctx", *words])}
-    kept: list[dict[str, Any]] = []
-    for row in rows:
-        shown = {k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()}
-        typer.echo("  ".join(f"{k} {v}" for k, v in shown.items()))
-        kept.append(shown | about)
-        if out:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            with out.open("w", newline="") as file:
-                writer = csv.DictWriter(file, kept[0].keys())
-                writer.writeheader()
-                writer.writerows(kept)
-
-
-def _load(model: str, device: str, dtype: str, tokenizer: str | None, train_length: Any) -> Any:
+def _load(model: str, device: str, dtype: str, tokenizer: str | None, train_length: Any, states: str | None) -> Any:
     import torch
 
-    from rnn_longctx.config import parse_length
     from rnn_longctx.models.adopt import load_any
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    length = None if train_length is None else parse_length(train_length)
-    return load_any(model, device=device, dtype=dtype, tokenizer=tokenizer, train_length=length)
+    lm = load_any(model, device=device, dtype=dtype, tokenizer=tokenizer, train_length=train_length)
+    lm.use_state_dtype(states)
+    return lm
 
 
 def _tune_cpu() -> None:

@@ -22,12 +22,12 @@ T = TypeVar("T")
 _UNITS = {"": 1, "k": 1024, "m": 1024**2}
 
 
-def parse_length(text: str | int) -> int:
+def parse_length(text: str | int, what: str = "a length") -> int:
     """``"64k"`` -> 65536, ``"1m"`` -> 1048576 (k = 1024, m = 1024**2). Zero, negative or junk: InputError."""
     raw = str(text).strip().lower()
     number, unit = (raw[:-1].strip(), raw[-1]) if raw[-1:] in ("k", "m") else (raw, "")
     if isinstance(text, bool) or not (number.isascii() and number.isdigit()) or int(number) == 0:
-        raise InputError(f"a length is a positive whole number such as 256, 64k or 1m, not {text!r}")
+        raise InputError(f"{what} is a positive whole number such as 256, 64k or 1m, not {text!r}")
     return int(number) * _UNITS[unit]
 
 

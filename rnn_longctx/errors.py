@@ -15,7 +15,7 @@ class CollapseError(RuntimeError):
 
     Attributes:
         position: tokens read.
-        heads: (layer, head, ratio of its state's norm to its envelope), the worst first.
+        heads: (layer, head, ratio of its state's norm to its envelope), the largest first.
     """
 
     def __init__(self, message: str, position: int, heads: tuple[tuple[int, int, float], ...]):

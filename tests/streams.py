@@ -1,6 +1,10 @@
 """What tests of the fused scan share: random inputs of a stream, and how far two results lie apart."""
 
+import math
+
 import torch
+
+from rnn_longctx.ssd import Cap, ScanPolicy
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 H, P, G, N = 4, 20, 2, 24  # not powers of two: part of every tile lies outside
@@ -34,3 +38,23 @@ def worst(ours, expected, heads):
 
 def on_cpu(values):
     return {k: v.cpu() if isinstance(v, torch.Tensor) else v for k, v in values.items()}
+
+
+def documents(length):
+    reset = torch.zeros(2, length, dtype=torch.bool)
+    reset[0, length // 2] = reset[0, length // 2 + 1] = reset[1, length // 3] = True
+    return reset
+
+
+POLICIES = {
+    "plain": ScanPolicy(),
+    "rri": ScanPolicy(add=math.log(0.99), gain=0.75),
+    "scaled, filtered": ScanPolicy(mul=(0.5, 1.0, 2.0, 0.1), min_dt=0.1, gain=(1.0, 0.5, 2.0, 1.0)),
+    "never forget": ScanPolicy(mul=0.0),
+    "growing": ScanPolicy(add=0.01),
+    "reset": ScanPolicy(reset=37),
+    "cap every 16": ScanPolicy(caps=(Cap(1.5, 16),)),
+    "cap every token": ScanPolicy(caps=(Cap(1.5),)),
+    "two caps": ScanPolicy(caps=(Cap(2.0, 5), Cap(1.5, 7))),
+    "cap every 48, some heads": ScanPolicy(caps=(Cap((0.5, 1.0, 900.0, 2.0), 48),), add=-0.001),
+}

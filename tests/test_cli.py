@@ -10,9 +10,12 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+import yaml
 
 from rnn_longctx import cli
+from rnn_longctx.config import parse_lengths
 from rnn_longctx.data import ByteTokenizer
+from rnn_longctx.eval import EvalConfig
 from rnn_longctx.models import Mamba2Config, Mamba2LM, checkpoint
 
 SHAPE = {"d_model": 32, "n_layer": 1, "headdim": 16, "d_state": 8}
@@ -129,6 +132,47 @@ def test_the_precision_of_states_is_named(run, tmp_path):
     code, printed, _ = run("eval", "ok", *EVAL, "--out", str(tmp_path / "s"), "--state-dtype", "bfloat16")
     assert "float32 with states in bfloat16" in printed
     assert run("generate", "ok", "--prompt", "import os", "--max-new-tokens", "4", "--state-dtype", "bfloat16")[0] == 0
+    words = ("--text", "text.py", "--slices", "1", "--state-dtype", "bfloat16", "--out")
+    code, _, said = run("probe", "ok", "--length", "512", *words, str(tmp_path / "p"))
+    assert code == 0, said
+    assert json.loads((tmp_path / "p" / "probe.json").read_text())["state_dtype"] == "bfloat16"
+    found = str(tmp_path / "found.yaml")
+    code, _, said = run("calibrate", "ok", "--mitigation", "a-winsor:share=0.1", "--target", "300", *words, found)
+    assert code == 0, said
+    assert yaml.safe_load(Path(found).read_text())["scores"]["state_dtype"] == "bfloat16"
+
+
+def shown(run, monkeypatch, command: str) -> str:
+    monkeypatch.setattr("rich.console.Console.width", 400)
+    monkeypatch.setenv("TERMINAL_WIDTH", "400")
+    code, printed, _ = run(command, "--help")
+    assert code == 0
+    return printed
+
+
+def test_help_shows_the_defaults(run, monkeypatch):
+    printed = shown(run, monkeypatch, "eval")
+    config, also = EvalConfig(), {"tasks": "task", "mitigations": "mitigation"}
+    for name, value in vars(config).items():
+        option = f"--{also.get(name, name).replace('_', '-')} "
+        (line,) = [line for line in printed.splitlines() if f"│ {option}" in line] or [""]
+        if name == "model":
+            continue
+        assert "[default: " in line, option
+        default = line.partition("[default: ")[2].partition("]")[0].strip("()")
+        if name == "lengths":
+            assert parse_lengths(default) == value
+        elif value is not None:
+            assert default == (" and ".join(value) if isinstance(value, list) else str(value)), option
+    for command, options in {
+        "probe": ("train-length", "tokenizer", "state-dtype", "log", "device"),
+        "calibrate": ("train-length", "tokenizer", "state-dtype", "text"),
+        "generate": ("train-length", "tokenizer", "state-dtype", "monitor", "mitigation"),
+        "lm-eval": ("train-length", "tokenizer", "state-dtype", "mitigation", "limit", "max-length"),
+    }.items():
+        lines = shown(run, monkeypatch, command).splitlines()
+        for option in options:
+            assert any(f"--{option} " in line and "[default: " in line for line in lines), (command, option)
 
 
 def test_generate(run):

@@ -11,7 +11,6 @@ and step are ours (`rnn_longctx.models.adopt_transformers`, `rnn_longctx.models.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import inspect
 import itertools
@@ -24,23 +23,24 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from rnn_longctx.config import parse_length
 from rnn_longctx.errors import InputError
 from rnn_longctx.models import adopt_rows
+from rnn_longctx.models.adopt_cache import AdoptedCache
 from rnn_longctx.models.adopt_mamba1 import AdoptedMamba1, is_mamba1
 from rnn_longctx.models.adopt_transformers import AdoptedMixer, is_mamba2, is_mamba_ssm
-from rnn_longctx.models.cache import Carry
 from rnn_longctx.models.checkpoint import LazyTokenizer, _device, _dtype, _fits, load, locate
 from rnn_longctx.models.formats import ADOPTED, one_line, read_json
 from rnn_longctx.models.losses import token_losses
 from rnn_longctx.models.mamba2 import Mamba2LM, state_dtype
 from rnn_longctx.models.restart import Restart, read_restarting
-from rnn_longctx.ssd import PLAIN, Call, ScanCarry, asked_of, choose
+from rnn_longctx.ssd import PLAIN, Call, asked_of, choose
 
 _KEY = "_rnn_longctx_adopted"
 
 
-def adopt(model: nn.Module, *, name: str | None = None, tokenizer: Any = None, train_length: int | None = None,
-          time_step_limit_in_decode: bool = False) -> Adopted:  # fmt: skip
+def adopt(model: nn.Module | Adopted, *, name: str | None = None, tokenizer: Any = None,
+          train_length: int | str | None = None, time_step_limit_in_decode: bool = False) -> Adopted:  # fmt: skip
     """Put a model of another library behind the interface that remedies, probes and evaluation use.
 
     Families: those of transformers with Mamba-2 mixers (Mamba2, Bamba, FalconH1, GraniteMoeHybrid, NemotronH, Zamba2),
@@ -51,19 +51,23 @@ def adopt(model: nn.Module, *, name: str | None = None, tokenizer: Any = None, t
     Args:
         name: for results; None takes the one in its config.
         tokenizer: ours, a fast one of transformers, or the name of one: bytes, a directory, a hub id.
-        train_length: tokens a context had in training, which its config does not say.
+        train_length: tokens a context had in training (2048, "2k"), which its config does not say.
         time_step_limit_in_decode: let single-token steps respect the limits of dt. The library does not, so that a
             cached token and the same token in a prompt differ where the limits bite. Our step runs then, under any
             policy.
     Raises:
-        InputError: no such mixer in it, or a transformers older than 5.15.
+        InputError: no model, no such mixer in it, one of this library's own, or a transformers older than 5.15.
     """
+    length = None if train_length is None else parse_length(train_length, "train_length")
+    if isinstance(model, Mamba2LM):
+        raise InputError(f"{model.name} is this library's own and needs no adopting: give these to rnn_longctx.load")
+    if not isinstance(model, Adopted | nn.Module):
+        what = f"the name {model!r}" if isinstance(model, str) else f"{type(model).__name__} {model!r:.40}"
+        raise InputError(f'expected a model, got {what}: load one first, as in rnn_longctx.load("demo")')
     found = model if isinstance(model, Adopted) else adopted(model) or _made(model)
     found.model.__dict__[_KEY] = found
-    if train_length is not None and train_length < 1:
-        raise InputError(f"train_length: expected at least 1 token, got {train_length}")
     found.name = name or found.name
-    found.train_length = train_length or found.train_length
+    found.train_length = length or found.train_length
     if tokenizer is not None:
         found.tokenizer = _tokenizer(tokenizer)
     if time_step_limit_in_decode:
@@ -74,7 +78,7 @@ def adopt(model: nn.Module, *, name: str | None = None, tokenizer: Any = None, t
 
 
 def load_adopted(source: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | str | None = None,
-                 tokenizer: str | None = None, train_length: int | None = None) -> Adopted | None:  # fmt: skip
+                 tokenizer: str | None = None, train_length: int | str | None = None) -> Adopted | None:  # fmt: skip
     """A checkpoint that transformers reads and this library adopts, from a directory or a hub id; None where it is of
     no such family. Arguments as of `rnn_longctx.load`.
 
@@ -131,6 +135,11 @@ def adopted(model: Any) -> Adopted | None:
     """What `adopt` made of a model, or None if it has not been adopted."""
     known = getattr(model, "__dict__", {}).get(_KEY)
     return known if known is not None and known.model is model else None
+
+
+def reader_of(model: Any) -> Any:
+    """The model as this library reads it: its own as it is, one of another library adopted. InputError: see `adopt`."""
+    return model if hasattr(model, "mixers") else adopt(model)
 
 
 class Adopted:
@@ -341,77 +350,6 @@ class Adopted:
 
     def new_cache(self) -> AdoptedCache:
         return AdoptedCache(self.mixers)
-
-
-class AdoptedCache:
-    """A library's cache as a stream's: recurrent layers as carries, attention's beside them.
-
-    Attributes:
-        library: the library's own, or None before the first token.
-        position: (B,) int64 on the CPU, tokens each row has read.
-        seen, padding: columns read since the library's cache was new, and how many of them are a row's padding (B,).
-        dropped: how many of the first columns attention holds no more.
-        tail: see `Cache`.
-    """
-
-    def __init__(self, mixers: list[AdoptedMixer]):
-        self.mixers = mixers
-        self.library: Any = None
-        self.position = torch.zeros(0, dtype=torch.int64)
-        self.seen = self.dropped = 0
-        self.padding: Tensor | None = None
-        self.tail: Tensor | None = None
-
-    @property
-    def layers(self) -> list[Carry]:
-        """The recurrent layers' carries, in order; empty before the first token. `scan.state` is what the library
-        holds (the windowed state under a window); `log_decay` is not a number where no policy was active."""
-        if self.library is None:
-            return []
-        carries = []
-        for mixer in self.mixers:
-            layer = mixer.layer_of(self.library)
-            # (a copy: the library writes into its own)
-            state, beside = mixer.state_of(layer).clone(), getattr(layer, "beside", None)
-            total = beside.log_decay if beside is not None else None
-            if total is None:
-                total = mixer.no_log_decay(state)
-            carries.append(Carry(mixer.conv_of(self.library), ScanCarry(state, self.position, total)))
-        return carries
-
-    @layers.setter
-    def layers(self, layers: list[Carry]) -> None:
-        if layers:
-            raise InputError("the layers of an adopted model's cache can be dropped, not replaced")
-        self.library, self.seen, self.padding, self.dropped = None, 0, None, 0
-
-    def crop_attention(self, tokens: int) -> None:
-        """Drop attention's keys and values but for the last `tokens` columns. InputError: see `adopt_rows.attends`."""
-        for layer in filter(adopt_rows.attends, self.library.layers):
-            self.dropped = self.seen - min(tokens, layer.keys.shape[2])
-            layer.keys, layer.values = layer.keys[:, :, -tokens:], layer.values[:, :, -tokens:]
-
-    def clone(self) -> AdoptedCache:
-        new = copy.copy(self)
-        new.library = copy.deepcopy(self.library)
-        return new
-
-    def rows(self, index: Tensor | list[int]) -> AdoptedCache:
-        """The cache of some rows, in that order (beam search, ragged batches)."""
-        index = torch.as_tensor(index)
-        new = self.clone()
-        if new.library is not None:
-            new._reorder(index)
-        new.position = self.position[index.cpu()]
-        new.padding = self.padding if self.padding is None else self.padding[index.cpu()]
-        new.tail = self.tail if self.tail is None else self.tail[index.to(self.tail.device)]
-        return new
-
-    concat = staticmethod(adopt_rows.concat)
-
-    def _reorder(self, index: Tensor) -> None:
-        mixer = self.mixers[0]
-        self.library.reorder_cache(index.to(mixer.state_of(mixer.layer_of(self.library)).device))
 
 
 def _digest(found: Any, name: str, t: Tensor) -> None:

@@ -14,7 +14,8 @@ from rnn_longctx.models.cache import Cache, Carry, _zip_map
 from rnn_longctx.ssd import ScanCarry, window_state
 
 if TYPE_CHECKING:
-    from rnn_longctx.models.adopt import Adopted, AdoptedCache
+    from rnn_longctx.models.adopt import Adopted
+    from rnn_longctx.models.adopt_cache import AdoptedCache
 
 
 def concat(parts: list[AdoptedCache], order: list[int]) -> AdoptedCache:

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rnn_longctx.config import to_dict
+from rnn_longctx.config import parse_length, to_dict
 from rnn_longctx.data.tokenizers import ByteTokenizer, HFTokenizer, Tokenizer, load_tokenizer
 from rnn_longctx.errors import InputError, nearest
 from rnn_longctx.models import formats
@@ -68,13 +68,13 @@ class LazyTokenizer:
 
 
 def load(source: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | str | None = None,
-         tokenizer: str | None = None, train_length: int | None = None) -> Mamba2LM:  # fmt: skip
+         tokenizer: str | None = None, train_length: int | str | None = None) -> Mamba2LM:  # fmt: skip
     """A model in eval mode from a directory, a Hugging Face hub id, or "demo" (it comes with the package).
 
     Args:
         dtype: of the weights; None is float32. A_log, D and dt_bias stay float32 in a 16-bit model.
         tokenizer: instead of the checkpoint's own: a directory, a hub id or "bytes".
-        train_length: tokens, where the checkpoint does not say or is wrong.
+        train_length: tokens (2048, "2k"), where the checkpoint does not say or is wrong.
     Returns:
         The model, with name, weights_hash (the same in every layout of the same weights), train_length,
         tokenizer, provenance and calibration.
@@ -83,8 +83,7 @@ def load(source: str | Path, *, device: torch.device | str = "cpu", dtype: torch
             weights that are not finite. An unreachable tokenizer raises when it is used, unless named here.
     """
     target, device = _dtype(dtype), _device(device)
-    if train_length is not None and train_length < 1:
-        raise InputError(f"train_length: expected at least 1 token, got {train_length}")
+    given = None if train_length is None else parse_length(train_length, "train_length")
     directory, name, provenance = locate(source)
     header = formats.read_header(directory)
     with torch.device("meta"):
@@ -98,7 +97,7 @@ def load(source: str | Path, *, device: torch.device | str = "cpu", dtype: torch
         model.lm_head.weight = model.backbone.embedding.weight
 
     model.name = name
-    model.train_length = train_length or header.train_length
+    model.train_length = given or header.train_length
     model.provenance = header.provenance or provenance
     model.calibration = header.calibration
     spec = tokenizer or header.tokenizer
@@ -221,6 +220,8 @@ def locate(source: str | Path) -> tuple[Path, str, dict[str, Any]]:
         if not DEMO.is_dir():
             raise InputError("this installation of rnn-longctx comes without its demo checkpoint")
         return DEMO, "demo", {}
+    if not isinstance(source, str | Path):
+        raise InputError(f'expected "demo", a directory or a hub id, got {type(source).__name__}')
     path = Path(source)
     if path.is_dir():
         if not any(path.iterdir()):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from rnn_longctx.errors import InputError
+from rnn_longctx.models.adopt import reader_of
 from rnn_longctx.models.cache import Cache
 from rnn_longctx.models.decode import Decoder
 from rnn_longctx.models.mamba2 import Mamba2LM
@@ -55,9 +57,46 @@ def continuation(model: Mamba2LM, logits: Tensor, cache: Cache, temperature: flo
         logits = step(token) if step else model.logits(model(token[:, None], cache)[:, -1])
 
 
-def generate(model: Mamba2LM, ids: Tensor, max_new_tokens: int = 64, *, temperature: float = 0.0,
+def prompt_ids(model: Any, prompt: Any) -> Tensor:
+    """A prompt as ids (B, T), int64, T >= 1: text, which the model's tokenizer encodes, or whole numbers in the model's
+    vocabulary, (B, T) or, as one row, (T). Raises InputError for anything else."""
+    if isinstance(prompt, str | bytes):
+        if model.tokenizer is None:
+            raise InputError(f"the prompt is text, and {model.name} has no tokenizer: give ids (B, T), or a tokenizer")
+        prompt = model.tokenizer.encode(prompt)
+    wanted = "a prompt is text, or token ids (B, T) or (T) as a tensor, array or list of whole numbers"
+    try:
+        ids = torch.as_tensor(prompt)
+    except (TypeError, ValueError, RuntimeError):
+        raise InputError(f"{wanted}; got {type(prompt).__name__} {prompt!r:.60}") from None
+    ids = ids[None] if ids.ndim == 1 else ids
+    if ids.ndim != 2 or 0 in ids.shape:
+        raise InputError(f"{wanted}, at least one of them; got shape {tuple(ids.shape)}")
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise InputError(f"{wanted}; got {str(ids.dtype)[6:]} of shape {tuple(ids.shape)}")
+    size = getattr(getattr(model, "embedding", None), "num_embeddings", model.config.vocab_size)
+    low, high = ids.aminmax()
+    if low < 0 or high >= size:
+        raise InputError(f"token ids of {model.name} lie in 0 to {size - 1}; got {int(low)} to {int(high)}")
+    return ids.long()
+
+
+def generate(model: Any, prompt: Tensor | Sequence | str, max_new_tokens: int = 64, *, temperature: float = 0.0,
              seed: int | None = None, cache: Cache | None = None) -> Tensor:  # fmt: skip
-    """Continue ids (B, T), T >= 1, by `max_new_tokens` tokens; returns those, (B, max_new_tokens)."""
+    """Continue a prompt; returns the new tokens alone, (B, max_new_tokens).
+
+    Args:
+        model: this library's, or one of another library, which is adopted.
+        prompt: ids (B, T), T >= 1, or (T), one row; or text, for a model with a tokenizer.
+        temperature: 0 is greedy.
+        cache: what was read before the prompt.
+    Raises:
+        InputError: no model, no prompt that it reads, numbers below 0.
+    """
+    model = reader_of(model)
+    ids = prompt_ids(model, prompt)
+    if max_new_tokens < 0 or not temperature >= 0:
+        raise InputError(f"expected max_new_tokens and temperature >= 0, got {max_new_tokens} and {temperature}")
     generator = None if seed is None else torch.Generator(model.device).manual_seed(seed)
     logits, cache = prefill(model, ids, cache)
     tokens = continuation(model, logits, cache, temperature, generator)

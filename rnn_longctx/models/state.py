@@ -9,7 +9,8 @@ from typing import Any
 from safetensors import SafetensorError
 
 from rnn_longctx.errors import InputError
-from rnn_longctx.models.adopt import Adopted, AdoptedCache
+from rnn_longctx.models.adopt import Adopted
+from rnn_longctx.models.adopt_cache import AdoptedCache
 from rnn_longctx.models.adopt_rows import from_cache, to_cache
 from rnn_longctx.models.cache import Cache
 from rnn_longctx.models.mamba2 import Mamba2LM

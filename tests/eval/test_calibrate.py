@@ -1,5 +1,7 @@
 """Calibration: the guard, the searches, the file it writes and who may read it; saved states; the leaderboard."""
 
+import math
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -56,6 +58,32 @@ def test_the_least_loss_that_keeps_recall(monkeypatch):
         calibrate(tiny(), "rri", 128, TEXT)
 
 
+def test_a_winner_that_does_not_help_is_said_and_marked(monkeypatch, tmp_path):
+    said = []
+    losses(monkeypatch, lambda r: 1.25 if r == "none" else float(3.25 - alphas(r).mean() - parse_remedy(r).beta))
+    found = calibrate(tiny(), "rri", 128, TEXT, say=said.append)
+    assert parse_remedy(found.remedy) == parse_remedy("rri:alpha=1,beta=1") and not found.helps
+    assert said[-1].endswith("lowers the loss (1.2500 without): rri:alpha=1,beta=1 changes nothing")
+    found.save(tmp_path / "r.yaml")
+    assert (tmp_path / "r.yaml").read_text().splitlines()[1] == "helps: false"
+    assert parse_remedy(str(tmp_path / "r.yaml")).found == found
+    losses(monkeypatch, lambda r: 1.0 if r == "none" else 2.0)
+    found = calibrate(tiny(), "a-winsor", 128, TEXT, say=said.append)
+    assert not found.helps and said[-1].endswith(f"lowers the loss (1.0000 without): {found.remedy} has 2.0000")
+    losses(monkeypatch, lambda r: math.inf if r == "none" else 2.0)
+    assert calibrate(tiny(), "a-winsor", 128, TEXT).helps
+
+
+def test_settings_that_blow_up(monkeypatch):
+    losses(monkeypatch, lambda r: 1.0 if r == "none" else math.nan)
+    with pytest.raises(InputError, match="of 5 settings that keep recall none has a finite loss at 128 tokens"):
+        calibrate(tiny(), "a-winsor", 128, TEXT)
+    losses(monkeypatch, lambda r: 1.0, lambda r: 1.0 if r == "none" else 0.5)
+    for name in ("state-norm", "token-filter", "delta-scale", "a-scale", "window"):
+        with pytest.raises(InputError, match=r"keeps the recall of the bare model \(passkey@32 1.00\): try another"):
+            calibrate(tiny(), name, 128, TEXT)
+
+
 def test_parameters_may_be_held(monkeypatch):
     losses(monkeypatch, lambda r: 1.0 if r == "none" else float("nan") if "0.75" in r else parse_remedy(r).quantile)
     found = calibrate(tiny(), "state-norm:every=16,quantile=1", 128, TEXT)
@@ -63,6 +91,9 @@ def test_parameters_may_be_held(monkeypatch):
     found = calibrate(tiny(), "state-norm:every=16", 128, TEXT)
     assert found.remedy == "state-norm:every=16,quantile=0" and found.policies[0]["caps"][0]["every"] == 16
     assert len(found.scores["tried"]) == 5
+    losses(monkeypatch, lambda r: 1.0 if r == "none" else float(alphas(r).mean()) + parse_remedy(r).beta)
+    found = calibrate(tiny(), "rri:alpha=0.95", 128, TEXT)
+    assert parse_remedy(found.remedy) == parse_remedy("rri:alpha=0.95,beta=0.5") and found.method == "grid"
     with pytest.raises(InputError, match="evry"):
         calibrate(tiny(), "state-norm:evry=16", 128, TEXT)
 
@@ -97,7 +128,7 @@ def test_its_own_objective():
     said = []
     lm.train_length = 150
     found = calibrate(lm, "state-norm", 400, TEXT, slices=2, prompts=2, say=said.append)
-    assert found.method == "quantile" and len(said) == 6 and "made" in found.text
+    assert found.method == "quantile" and len(said) == 6 + (not found.helps) and "made" in found.text
 
 
 def test_what_cannot_be_calibrated():

@@ -257,7 +257,12 @@ def test_the_command(folder, bytes_model, tmp_path, capsys, monkeypatch):
 
     where = ("--out", str(tmp_path / "out"), "--limit", "1")
     out = said("--tasks", "rnn_longctx_passkey", "--lengths", "200", *where)
-    assert "rnn_longctx_passkey" in out and "exact_match" in out and "lm_eval.csv" in out
+    assert "rnn_longctx_passkey" in out and "exact_match" in out and "lm_eval.csv" in out and "state_dtype" not in out
+    out = said("--tasks", "rnn_longctx_passkey", "--lengths", "200", "--state-dtype", "bfloat16", *where)
+    assert (
+        "state_dtype" in out
+        and json.loads((tmp_path / "out" / "lm_eval.json").read_text())[0]["state_dtype"] == "bfloat16"
+    )
     assert (TASKS / "rnn_longctx_passkey.yaml").is_file()
 
     def line(*words):
@@ -272,6 +277,20 @@ def test_the_command(folder, bytes_model, tmp_path, capsys, monkeypatch):
     small = TaskManager
     monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda **k: small(**(k | {"include_defaults": False})))
     assert "the nearest: rnn_longctx_passkey" in line("--tasks", "rnn_longctx_passkeys")
+    assert line("--tasks", "passkey").endswith("no task 'passkey'; this library's is called rnn_longctx_passkey")
+
+
+def test_a_task_of_another_that_is_called_as_ours_elsewhere(bytes_model, folder, tmp_path, caplog):
+    text = (folder / "tasks" / "tiny_choices.yaml").read_text()
+    (tmp_path / "passkey.yaml").write_text(text.replace("task: tiny_choices", "task: passkey"))
+    given = {"limit": 1, "include_path": str(tmp_path)}
+    assert set(lm_eval_table(bytes_model, ["passkey"], **given).task) == {"passkey"}
+    assert "lm-eval's own; this library's is called rnn_longctx_passkey" in caplog.text
+    (tmp_path / "passkey.yaml").write_text(
+        text.replace("task: tiny_choices", "task: passkey").replace("docs.json", "no.json")
+    )
+    with pytest.raises(InputError, match=r"cannot be had here: .*; this library's is called rnn_longctx_passkey"):
+        lm_eval_table(bytes_model, ["passkey"], **given)
 
 
 def test_without_lm_eval_one_line_says_what_to_install(capsys, monkeypatch):

@@ -25,7 +25,6 @@ NEAR = {"rtol": 0, "atol": 1e-4}
 
 
 def build(config):
-    torch.set_num_threads(1)
     theirs = hf.AutoModelForCausalLM.from_config(config).eval()
     for module in theirs.modules():
         if isinstance(module, nn.Linear):  # so that every layer matters

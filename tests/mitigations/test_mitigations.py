@@ -5,24 +5,12 @@ import math
 import pytest
 import torch
 
-from rnn_longctx.data import ByteTokenizer, Text
 from rnn_longctx.errors import InputError
 from rnn_longctx.mitigations import REMEDIES, active, mitigate, parse_remedy
 from rnn_longctx.mitigations.base import NotApplicable
-from rnn_longctx.models import Cache, Mamba2Config, Mamba2LM, Restart
+from rnn_longctx.models import Cache, Restart
 from rnn_longctx.models.generate import generate, prefill
 from rnn_longctx.ssd import PLAIN, Cap, ScanPolicy
-
-TEXT = Text("made", bytes(torch.randint(32, 127, (5000,), generator=torch.Generator().manual_seed(1)).tolist()))
-
-
-@pytest.fixture
-def model():
-    torch.set_num_threads(1)
-    config = Mamba2Config(d_model=32, n_layer=2, headdim=16, d_state=8, A_init=(1e-3, 1.0), A_log_uniform=True)
-    lm = Mamba2LM(config).double().eval()
-    lm.train_length, lm.tokenizer = 32, ByteTokenizer()
-    return lm
 
 
 @pytest.mark.parametrize(
@@ -91,26 +79,26 @@ def test_bad_remedies_are_one_clear_line(text, message):
     assert "\n" not in str(error.value)
 
 
-def test_policies(model):
+def test_policies(model, made):
     with mitigate(model, "rri:alpha=0.99,beta=0.5"):
         assert model.mixers[0].policy == ScanPolicy(add=math.log(0.99), gain=0.5)
     with mitigate(model, "recompute:last=64"):
         assert model.restart == Restart(32, 32) and model.mixers[0].policy == PLAIN
     with mitigate(model, "reset:every=64,overlap=3"):
         assert model.restart == Restart(64, 3)
-    with mitigate(model, "state-norm:every=4", text=TEXT) as handle:
+    with mitigate(model, "state-norm:every=4", text=made) as handle:
         caps = model.mixers[1].policy.caps
         assert caps[0].every == 4 and len(caps[0].norm) == model.config.nheads
         assert "made" in handle.plan.calibration and active(model)[1] == handle.plan.calibration
     assert model.mixers[0].policy == PLAIN and model.restart is None
 
 
-def test_what_cannot_be_combined_is_refused_and_leaves_the_model_alone(model):
+def test_what_cannot_be_combined_is_refused_and_leaves_the_model_alone(model, made):
     with pytest.raises(InputError, match="cannot be combined with a window"):
-        mitigate(model, "state-norm+window:tokens=8", text=TEXT)
+        mitigate(model, "state-norm+window:tokens=8", text=made)
     assert active(model) == ("none", None) and model.mixers[0].policy == PLAIN
     with mitigate(model, "window:tokens=8"), pytest.raises(InputError, match="window"):
-        mitigate(model, "state-norm", text=TEXT)
+        mitigate(model, "state-norm", text=made)
     with mitigate(model, "reset:every=8"), pytest.raises(InputError, match="cannot be combined"):
         mitigate(model, "recompute:last=8")
     assert model.restart is None
@@ -134,25 +122,25 @@ def test_handles_compose_and_come_off_in_any_order(model):
         torch.testing.assert_close(model(ids), both)
 
 
-def test_calibration_sees_the_bare_model(model):
-    with mitigate(model, "state-norm", text=TEXT) as handle:
+def test_calibration_sees_the_bare_model(model, made):
+    with mitigate(model, "state-norm", text=made) as handle:
         bare = handle.plan.policies
     model.__dict__.pop("_envelopes", None)
-    with mitigate(model, "rri:alpha=0.5,beta=0.1"), mitigate(model, "state-norm", text=TEXT) as handle:
+    with mitigate(model, "rri:alpha=0.5,beta=0.1"), mitigate(model, "state-norm", text=made) as handle:
         assert handle.plan.policies == bare
 
 
-def test_a_kept_calibration_is_used_for_its_length_only(model):
-    peaks = [[[float(i + 1)] * model.config.nheads] * 3 for i in range(2)]
+def test_a_kept_calibration_is_used_for_its_length_only(model, made):
+    peaks = [[[float(i + 1)] * model.config.nheads] * 3 for i in range(3)]
     model.calibration = {"peaks": peaks, "length": 32, "text": "kept", "text_hash": "0"}
     with mitigate(model, "state-norm") as handle:
         assert handle.plan.policies[1].caps == (Cap((2.0,) * model.config.nheads, 1),)
         assert handle.plan.calibration.startswith("kept")
-    model.calibration["peaks"] = [[[float(i)] * model.config.nheads for i in range(5)]] * 2
+    model.calibration["peaks"] = [[[float(i)] * model.config.nheads for i in range(5)]] * 3
     for remedy, cap in (("state-norm", 4.0), ("state-norm:quantile=0.5", 2.0), ("state-norm:quantile=0.125", 0.5)):
         with mitigate(model, remedy):
             assert model.mixers[0].policy.caps == (Cap((cap,) * model.config.nheads, 1),)
-    with mitigate(model, "state-norm", text=TEXT) as handle:
+    with mitigate(model, "state-norm", text=made) as handle:
         assert handle.plan.calibration.startswith("made")
     model.train_length = 64
     with mitigate(model, "state-norm") as handle:
@@ -162,9 +150,9 @@ def test_a_kept_calibration_is_used_for_its_length_only(model):
         mitigate(model, "state-norm")
 
 
-def test_state_norm_keeps_norms_below_what_training_showed(model):
+def test_state_norm_keeps_norms_below_what_training_showed(model, made):
     ids = torch.randint(256, (2, 300))
-    with mitigate(model, "state-norm", text=TEXT):
+    with mitigate(model, "state-norm", text=made):
         cache = Cache()
         for t in range(0, 300, 7):
             model(ids[:, t : t + 7], cache)
@@ -192,10 +180,10 @@ def test_no_training_length_is_a_refusal(model):
         "rri:alpha=0.9,beta=0.9+reset:every=7",
     ],
 )
-def test_generation_follows_the_remedy_as_reading_does(model, text):
+def test_generation_follows_the_remedy_as_reading_does(model, text, made):
     """Greedy tokens from prefill and steps are those of reading everything again in one call."""
     ids = torch.randint(256, (2, 37))
-    with mitigate(model, text, text=TEXT if "norm" in text else None):
+    with mitigate(model, text, text=made if "norm" in text else None):
         new = generate(model, ids, 25)
         for n in range(25):
             whole = model(torch.cat([ids, new[:, :n]], 1))

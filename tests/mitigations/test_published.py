@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 
-from rnn_longctx.data import ByteTokenizer, Text
 from rnn_longctx.errors import InputError
 from rnn_longctx.mitigations import REMEDIES, diagnostics, mitigate, parse_remedy, standard
 from rnn_longctx.mitigations.base import NotApplicable
@@ -13,17 +12,6 @@ from rnn_longctx.mitigations.token_filter import thresholds
 from rnn_longctx.models import Cache, Mamba2Config, Mamba2LM
 from rnn_longctx.models.generate import continuation, generate, prefill
 from rnn_longctx.ssd import reference
-
-TEXT = Text("made", bytes(torch.randint(32, 127, (5000,), generator=torch.Generator().manual_seed(1)).tolist()))
-
-
-@pytest.fixture
-def model():
-    torch.set_num_threads(1)
-    config = Mamba2Config(d_model=32, n_layer=3, headdim=16, d_state=8, A_init=(1e-3, 1.0), A_log_uniform=True)
-    lm = Mamba2LM(config).double().eval()
-    lm.train_length, lm.tokenizer = 32, ByteTokenizer()
-    return lm
 
 
 def scans(model, ids):
@@ -97,11 +85,11 @@ def test_scaled_decay(model):
 
 
 @torch.no_grad()
-def test_token_filter(model):
+def test_token_filter(model, made):
     """Global heads skip small steps, others none; the decay left is what training showed."""
     model.mixers[1].A_log.data.copy_(torch.tensor([-9.0, -8.0, 8.0, 9.0]))
     ids = torch.randint(256, (1, 50))
-    with mitigate(model, "token-filter:clamp=0", target_length=128, text=TEXT) as handle:
+    with mitigate(model, "token-filter:clamp=0", target_length=128, text=made) as handle:
         seen = scans(model, ids)
         assert "made" in handle.plan.calibration
     g = [torch.tensor(m.policy.min_dt) if isinstance(m.policy.min_dt, tuple) else None for m in model.mixers]
@@ -111,10 +99,10 @@ def test_token_filter(model):
     mixer, projected, y = seen[1]
     expected = brute_force(mixer, projected, mixer.A, lambda dt: (dt, dt), keep=lambda dt: dt >= g)
     torch.testing.assert_close(y, expected, rtol=1e-6, atol=1e-9)
-    with mitigate(model, "token-filter", target_length=32, text=TEXT) as handle:
+    with mitigate(model, "token-filter", target_length=32, text=made) as handle:
         assert not any(p.changes_gates for p in handle.plan.policies)
     with pytest.raises(NotApplicable, match="target_length"):
-        mitigate(model, "token-filter", text=TEXT)
+        mitigate(model, "token-filter", text=made)
 
 
 def test_thresholds_keep_the_largest_steps():
@@ -217,14 +205,14 @@ def test_what_cannot_be_put_on(model):
     assert model.reader is None and str(handle.remedy).startswith("decimate")
 
 
-def test_all_can_be_read_and_put_on(model):
+def test_all_can_be_read_and_put_on(model, made):
     named = {name.partition(":")[0] for name in standard(32)}
     assert named == set(REMEDIES) - {"stored-start"}
     for train in (32, None):
         for name in standard(train):
             assert str(parse_remedy(str(parse_remedy(name)))) == str(parse_remedy(name))
     for name in (name for name in standard(32) if name not in diagnostics(32)):
-        mitigate(model, name, target_length=64, text=TEXT).remove()
+        mitigate(model, name, target_length=64, text=made).remove()
 
 
 def test_reference_of_a_filter():

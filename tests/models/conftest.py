@@ -6,9 +6,12 @@ import math
 
 import pytest
 import torch
+import transformers as hf
+from adopted_families import FAMILIES, VOCAB
+from checkpoint_files import official_config
 from torch import nn
 
-from rnn_longctx.models import Mamba2Config, Mamba2LM
+from rnn_longctx.models import Mamba2Config, Mamba2LM, checkpoint
 
 
 @pytest.fixture(autouse=True)
@@ -48,3 +51,44 @@ def make():
         return _randomise(Mamba2LM(Mamba2Config(**{**shape, **fields}))).to(dtype).eval()
 
     return build
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request):
+    return request.param
+
+
+@pytest.fixture
+def build(randomise):
+    def made(family, vocab=VOCAB):
+        config = FAMILIES[family]()
+        config.vocab_size = vocab
+        model = randomise(hf.AutoModelForCausalLM.from_config(config)).eval()
+        for m in model.modules():
+            if isinstance(m, nn.Linear):  # so that every layer matters
+                nn.init.normal_(m.weight, std=m.in_features**-0.5)
+        randomise(model)
+        model.generation_config.eos_token_id = None
+        return model
+
+    return made
+
+
+@pytest.fixture
+def model(family, build):
+    return build(family)
+
+
+@pytest.fixture
+def official(make):
+    """(config.json, state dict) of a small model as mamba-ssm writes it: tied head too, padded vocabulary."""
+    model = make(vocab_size=64, ngroups=1)
+    config = official_config(24, 2, vocab_size=61, d_state=8, headdim=8, chunk_size=32)
+    return config, {k: v.detach() for k, v in model.state_dict().items()}
+
+
+@pytest.fixture
+def own(make, tmp_path):
+    """A directory in the library's own layout."""
+    checkpoint.save(make(), tmp_path / "own")
+    return tmp_path / "own"

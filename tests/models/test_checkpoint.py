@@ -1,4 +1,4 @@
-"""Three layouts in, two out; every damaged or foreign checkpoint is one clear line."""
+"""Three layouts in, two out; what is refused: test_checkpoint_refused.py."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoint_files import official_config, refused, same, write
 from safetensors.torch import load_file, save_file
 
 from rnn_longctx.data.tokenizers import load_tokenizer
@@ -26,71 +27,6 @@ OFFICIAL = {
     "1.3b": (2048, 48, 1.34e9, 25.8e6),
     "2.7b": (2560, 64, 2.70e9, 43e6),
 }
-
-
-def official_config(d_model: int, n_layer: int, vocab_size: int = 50277, **ssm) -> dict:
-    return {
-        "d_model": d_model,
-        "d_intermediate": 0,
-        "n_layer": n_layer,
-        "vocab_size": vocab_size,
-        "ssm_cfg": {"layer": "Mamba2", **ssm},
-        "attn_layer_idx": [],
-        "attn_cfg": {},
-        "rms_norm": True,
-        "residual_in_fp32": True,
-        "fused_add_norm": True,
-        "pad_vocab_size_multiple": 16,
-        "tie_embeddings": True,
-    }
-
-
-def write(directory: Path, config: dict | str, state: dict | None = None, name: str = "model.safetensors") -> Path:
-    directory.mkdir(exist_ok=True)
-    (directory / "config.json").write_text(config if isinstance(config, str) else json.dumps(config))
-    if state is not None and name.endswith(".bin"):
-        torch.save(state, directory / name)
-    elif state is not None:
-        save_file(state, directory / name)
-    return directory
-
-
-@pytest.fixture
-def official(make):
-    """(config.json, state dict) of a small model as mamba-ssm writes it: tied head too, padded vocabulary."""
-    model = make(vocab_size=64, ngroups=1)
-    config = official_config(24, 2, vocab_size=61, d_state=8, headdim=8, chunk_size=32)
-    return config, {k: v.detach() for k, v in model.state_dict().items()}
-
-
-@pytest.fixture
-def own(make, tmp_path):
-    """A directory in the library's own layout."""
-    checkpoint.save(make(), tmp_path / "own")
-    return tmp_path / "own"
-
-
-@torch.no_grad()
-def same(a: Mamba2LM, b: Mamba2LM) -> bool:
-    ids = torch.randint(61, (2, 20))
-    return torch.equal(a.logits(a(ids)), b.logits(b(ids)))
-
-
-def refused(source, *words: str, **kwargs) -> str:
-    with pytest.raises(InputError) as caught:
-        checkpoint.load(source, **kwargs)
-    message = str(caught.value)
-    assert "\n" not in message and len(message) < 500
-    for word in words:
-        assert word in message, f"{word!r} not in {message!r}"
-    return message
-
-
-def edit(directory: Path, **changes) -> Path:
-    """Change (or, with None, remove) tensors of a directory's model.safetensors."""
-    state = load_file(directory / "model.safetensors") | changes
-    save_file({k: v for k, v in state.items() if v is not None}, directory / "model.safetensors")
-    return directory
 
 
 # --- official
@@ -156,26 +92,6 @@ def test_official_layout(how, official, tmp_path):
     assert checkpoint.load(directory, train_length=2048).train_length == 2048
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"ssm_cfg": {}}, ["Mamba1", "supported"]),
-        ({"ssm_cfg": {"layer": "Mamba1"}}, ["Mamba1", "supported"]),
-        ({"attn_layer_idx": [9, 18]}, ["attention", "[9, 18]", "supported"]),
-        ({"d_intermediate": 512}, ["d_intermediate", "512"]),
-        ({"rms_norm": False}, ["rms_norm", "False"]),
-        ({"ssm_cfg": {"layer": "Mamba2", "norm_before_gate": True}}, ["norm_before_gate"]),
-        ({"ssm_cfg": {"layer": "Mamba2", "d_sate": 8}}, ["d_sate", 'did you mean "d_state"']),
-        ({"ssm_cfg": {"layer": "Mamba2", "headdim": 8, "d_ssm": 8}}, ["d_ssm", "48"]),
-        ({"d_model": "wide"}, ["d_model", "int", "wide"]),
-        ({"pad_vocab_size_multiple": 0}, ["pad_vocab_size_multiple"]),
-    ],
-)
-def test_official_configs_that_are_refused(change, words, official, tmp_path):
-    config, state = official
-    refused(write(tmp_path / "c", config | change, state, "pytorch_model.bin"), "config.json", *words)
-
-
 # --- transformers (logits: test_parity_transformers.py)
 
 
@@ -211,22 +127,6 @@ def test_transformers_shards_of_bins(make, tmp_path):
         torch.save({n: state[n] for n in names if files[n] == file}, tmp_path / "a" / file)
     (tmp_path / "a" / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": files}))
     assert same(checkpoint.load(tmp_path / "a"), model)
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"model_type": "llama"}, ["'llama'", "supported", "Mamba2ForCausalLM"]),
-        ({"model_type": "mamba"}, ["'mamba'", "supported"]),
-        ({"hidden_act": "gelu"}, ["hidden_act", "gelu"]),
-        ({"num_heads": 7}, ["num_heads", "7", "6"]),
-        ({"time_step_limit": [0.0]}, ["dt_limit"]),
-    ],
-)
-def test_transformers_configs_that_are_refused(change, words, make, tmp_path):
-    checkpoint.save(make(), tmp_path / "a", layout="transformers")
-    config = json.loads((tmp_path / "a" / "config.json").read_text())
-    refused(write(tmp_path / "a", config | change), "config.json", *words)
 
 
 # --- our own
@@ -360,17 +260,6 @@ def test_saving_over_a_checkpoint(make, own, monkeypatch):
     assert [p.name for p in own.parent.iterdir()] == ["own"]
 
 
-def test_what_save_refuses(make, tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="cannot write"):
-        checkpoint.save(make(), tmp_path / "file")
-    with pytest.raises(InputError, match="layout 'transformer'; did you mean \"transformers\""):
-        checkpoint.save(make(), tmp_path / "a", layout="transformer")
-    with pytest.raises(InputError, match='did you mean "float32"'):
-        checkpoint.save(make(), tmp_path / "a", dtype="float23")
-    assert [p.name for p in tmp_path.iterdir()] == ["file"]
-
-
 # --- where it comes from
 
 
@@ -417,124 +306,6 @@ def test_sources_that_are_none(tmp_path, monkeypatch):
     refused(tmp_path / "empty", "empty directory")
     (tmp_path / "file.bin").write_bytes(b"")
     refused(tmp_path / "file.bin", "is a file")
-
-
-def test_arguments_that_are_refused(own):
-    refused(own, "unknown dtype 'bfloat'; did you mean \"bfloat16\"", dtype="bfloat")
-    refused(own, "device 'cuda:77'", device="cuda:77")
-    refused(own, "device 'gpu'", device="gpu")
-    refused(own, "train_length", "0", train_length=0)
-
-
-# --- damage
-
-
-def test_half_of_a_checkpoint(own, tmp_path):
-    (own / "config.json").rename(tmp_path / "config.json")
-    refused(own, "model.safetensors but no config.json")
-    (own / "model.safetensors").unlink()
-    (own / "other").write_text("")
-    refused(own, "no config.json")
-    (tmp_path / "config.json").rename(own / "config.json")
-    refused(own, "no weights", "model.safetensors")
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ('{"d_model": 24,', ["JSON"]),
-        ("", ["JSON"]),
-        ("[1, 2]", ["JSON object", "list"]),
-        ('{"hidden": 3}', ["no known layout", "hidden", "supported"]),
-        ("{}", ["no known layout"]),
-        ('{"format": "rnn-longctx"}', ["model"]),
-        ('{"format": "rnn-longctx", "model": {"d_modle": 24}}', ["d_modle", 'did you mean "d_model"']),
-        ('{"format": "rnn-longctx", "model": {"d_model": 24}, "train_length": 0}', ["train_length", "0"]),
-    ],
-)
-def test_broken_configs(text, words, own):
-    refused(write(own, text), "config.json", *words)
-
-
-def test_broken_calibration(own):
-    (own / "calibration.json").write_text("{")
-    refused(own, "calibration.json", "JSON")
-
-
-@pytest.mark.parametrize("part", [0.0, 0.01, 0.5, 0.999])
-@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
-def test_cut_short(name, part, official, tmp_path):
-    config, state = official
-    directory = write(tmp_path / "a", config, {k: v.clone() for k, v in state.items()}, name)
-    data = (directory / name).read_bytes()
-    (directory / name).write_bytes(data[: int(part * len(data))])
-    refused(directory, name, "damaged")
-
-
-class Malicious:
-    def __init__(self, target: Path):
-        self.target = target
-
-    def __reduce__(self):
-        return os.system, (f"touch {self.target}",)
-
-
-@pytest.mark.parametrize("how", ["torch", "pickle"])
-def test_code_in_a_pickle_is_not_run(how, official, tmp_path):
-    config, state = official
-    evil = {**state, "backbone.embedding.weight": Malicious(tmp_path / "ran")}
-    directory = write(tmp_path / "a", config)
-    if how == "torch":
-        torch.save(evil, directory / "pytorch_model.bin")
-    else:
-        with (directory / "pytorch_model.bin").open("wb") as file:
-            pickle.dump({"a": Malicious(tmp_path / "ran")}, file, protocol=2)
-    refused(directory, "pytorch_model.bin", "nothing in it was run", "system")  # says what it asked for
-    assert not (tmp_path / "ran").exists()
-    pickle.loads(pickle.dumps(Malicious(tmp_path / "ran")))  # it would have
-    assert (tmp_path / "ran").exists()
-
-
-def test_a_pickle_of_something_else(official, tmp_path):
-    config, state = official
-    refused(write(tmp_path / "a", config, [1, 2], "pytorch_model.bin"), "table of tensors", "list")
-    refused(write(tmp_path / "a", config, {"model": state}, "pytorch_model.bin"), "table of tensors")
-
-
-def test_weights_that_do_not_fit(own):
-    in_proj = load_file(own / "model.safetensors")["backbone.layers.1.mixer.in_proj.weight"]
-    wrong = {"backbone.layers.1.mixer.in_proj.weight": in_proj[:-1].clone()}
-    given, expected = str(tuple(in_proj[:-1].shape)), str(tuple(in_proj.shape))
-    refused(edit(own, **wrong), "backbone.layers.1.mixer.in_proj.weight", given, expected)
-    edit(own, **{"backbone.layers.1.mixer.in_proj.weight": in_proj})
-    checkpoint.load(own)
-    refused(edit(own, extra=torch.ones(1)), "unexpected extra")
-    gone = {f"backbone.layers.0.mixer.{k}": None for k in ("A_log", "D", "dt_bias", "conv1d.bias", "norm.weight")}
-    refused(edit(own, extra=None, **gone), "missing backbone.layers.0.mixer.A_log", "and 2 more")
-
-
-def test_head_and_embedding(official, make, tmp_path):
-    config, state = official
-    state = {k: v.clone() for k, v in state.items()}
-    state["lm_head.weight"][0, 0] += 1
-    refused(write(tmp_path / "a", config, state), "lm_head.weight", "ties")
-    del state["lm_head.weight"]
-    assert checkpoint.load(write(tmp_path / "a", config, state)).config.tie_embeddings
-    refused(write(tmp_path / "a", config | {"tie_embeddings": False}, state), "missing lm_head.weight")
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_weights_that_are_not_finite(value, dtype, own):
-    name = "backbone.layers.1.mixer.out_proj.weight"
-    tensor = load_file(own / "model.safetensors")[name].to(dtype)
-    tensor[3, 5] = value
-    refused(edit(own, **{name: tensor}), name, "NaN or infinity")
-
-
-def test_weights_that_are_not_floating_point(own):
-    name = "backbone.norm_f.weight"
-    refused(edit(own, **{name: torch.ones(24, dtype=torch.int8)}), name, "int8", "float32")
 
 
 # --- tokenizers

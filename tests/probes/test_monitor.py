@@ -107,6 +107,7 @@ def test_heads_that_never_forget(rows):
 def test_ratios_are_norms_over_the_envelope():
     lm, ids = model(), ids_of(length=200)
     monitor = calibrated(lm)
+    monitor.margins = [[float(v) for v in torch.rand(4) * 3 + 0.5] for _ in range(3)]
     report = watched(lm, monitor, ids)[-1]
     cache, logs = lm.new_cache(), []
     with torch.no_grad():
@@ -114,10 +115,16 @@ def test_ratios_are_norms_over_the_envelope():
             lm(part, cache)
             logs.append(torch.stack([c.scan.state[0].flatten(1).norm(dim=1) for c in cache.layers]).log())
     ratio = torch.stack(logs[-4:]).mean(0).exp() / torch.tensor(monitor.norms)
-    assert report.worst == pytest.approx(float(ratio.max()), rel=1e-4)
-    assert report.outside == int((ratio > torch.tensor(monitor.margins)).sum()) > 0
+    outside = ratio > torch.tensor(monitor.margins)
+    assert report.outside == int(outside.sum()) == len(report.heads) > 0
     for layer, head, value in report.heads:
-        assert value == pytest.approx(float(ratio[layer, head]), rel=1e-4)
+        assert value == pytest.approx(float(ratio[layer, head]), rel=1e-4) and outside[layer, head]
+    values = [value for *_, value in report.heads]
+    assert values == sorted(values, reverse=True) and report.worst == values[0]
+    layer, head, value = report.heads[0]
+    assert f"{report.outside} heads outside their margins (layer {layer} head {head} at {value:.3g} times)" in str(
+        report
+    )
 
 
 def test_healthy_heads_raise_no_alarm():

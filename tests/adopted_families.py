@@ -1,0 +1,118 @@
+"""What tests of adopted models share: small random models of every family, built from its config, and what is read of
+them.
+"""
+
+from __future__ import annotations
+
+import torch
+import transformers as hf
+
+from rnn_longctx.ssd import Cap, ScanPolicy
+
+VOCAB = 97
+COMMON = {"hidden_size": 32, "vocab_size": VOCAB, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
+ATTENTION = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48}
+MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 16, "mamba_n_groups": 1, "mamba_chunk_size": 8}
+
+
+def _mamba2():
+    return hf.Mamba2Config(
+        **COMMON, num_heads=8, head_dim=8, state_size=16, n_groups=1, num_hidden_layers=3, chunk_size=8
+    )
+
+
+def _bamba():
+    return hf.BambaConfig(**COMMON, **ATTENTION, **MAMBA, num_hidden_layers=3, attn_layer_indices=[1])
+
+
+def _falcon_h1():
+    return hf.FalconH1Config(
+        **COMMON, **ATTENTION, **MAMBA, mamba_d_ssm=64, num_hidden_layers=2, lm_head_multiplier=0.5,
+        ssm_in_multiplier=1.5, ssm_multipliers=[0.5, 1.5, 0.7, 1.3, 1.1], mamba_rms_norm=False,
+    )  # fmt: skip
+
+
+def _granite():
+    return hf.GraniteMoeHybridConfig(
+        **COMMON, **ATTENTION, **MAMBA, num_hidden_layers=3, layer_types=["mamba", "attention", "mamba"],
+        num_local_experts=0, num_experts_per_tok=0, shared_intermediate_size=48, logits_scaling=2.0,
+        position_embedding_type="rope",
+    )  # fmt: skip
+
+
+def _nemotron():
+    return hf.NemotronHConfig(
+        **COMMON, **ATTENTION, head_dim=8, mamba_num_heads=8, mamba_head_dim=8, ssm_state_size=16, n_groups=1,
+        chunk_size=8, layers_block_type=["mamba", "attention", "mlp", "mamba"], mlp_hidden_act="relu2",
+    )  # fmt: skip
+
+
+def _zamba2():
+    return hf.Zamba2Config(
+        **COMMON, **ATTENTION, num_hidden_layers=3, n_mamba_heads=8, mamba_headdim=8, mamba_d_state=16,
+        mamba_ngroups=1, mamba_expand=2, chunk_size=8, hybrid_layer_ids=[1], use_mem_rope=True, time_step_min=1e-3,
+        layers_block_type=["mamba", "hybrid", "mamba"], num_mem_blocks=1, adapter_rank=4,
+        attention_head_dim=16,
+    )  # fmt: skip
+
+
+def _mamba():
+    return hf.MambaConfig(**COMMON, state_size=4, num_hidden_layers=2, expand=2, time_step_rank=4)
+
+
+def _falcon_mamba():
+    return hf.FalconMambaConfig(**COMMON, state_size=4, num_hidden_layers=2, expand=2, time_step_rank=4)
+
+
+def _jamba():
+    return hf.JambaConfig(
+        **COMMON, **ATTENTION, num_hidden_layers=3, attn_layer_period=3, attn_layer_offset=1, num_experts=1,
+        expert_layer_period=9, expert_layer_offset=8, mamba_d_state=4, mamba_dt_rank=4, use_mamba_kernels=False,
+    )  # fmt: skip
+
+
+FAMILIES = {
+    "mamba2": _mamba2, "bamba": _bamba, "falcon_h1": _falcon_h1, "granitemoehybrid": _granite,
+    "nemotron_h": _nemotron, "zamba2": _zamba2, "mamba": _mamba, "falcon_mamba": _falcon_mamba, "jamba": _jamba,
+}  # fmt: skip
+RECURRENT = {
+    "mamba2": 3,
+    "bamba": 2,
+    "falcon_h1": 2,
+    "granitemoehybrid": 2,
+    "nemotron_h": 2,
+    "zamba2": 3,
+    **dict.fromkeys(("mamba", "falcon_mamba", "jamba"), 2),
+}
+MAMBA1 = ("mamba", "falcon_mamba", "jamba")
+POLICIES = {
+    "gates": ScanPolicy(mul=0.7, add=-0.1, gain=0.75),
+    "filter": ScanPolicy(min_dt=0.5),
+    "cap every token": ScanPolicy(caps=(Cap(0.5),)),
+    "cap every 7": ScanPolicy(caps=(Cap(0.4, 7),)),
+    "window": ScanPolicy(window=5),
+    "reset": ScanPolicy(reset=6),
+}
+NEAR = {"rtol": 0, "atol": 1e-4}
+
+
+def random_ids(batch=2, length=20):
+    return torch.randint(2, VOCAB, (batch, length))
+
+
+def put(adopted, policy):
+    for mixer in adopted.mixers:
+        mixer.policy = policy
+
+
+@torch.no_grad()
+def logits_of(model, ids, **given):
+    logits = model(ids, use_cache=False, **given).logits
+    assert logits.std() > 0.01  # not a comparison of zeros
+    return logits.float()
+
+
+@torch.no_grad()
+def streamed(adopted, ids, cuts):
+    cache = adopted.new_cache()
+    return torch.cat([adopted.logits(adopted(part, cache)) for part in ids.split(cuts, 1)], 1), cache
