@@ -171,7 +171,8 @@ class CollapseMonitor:
         Args:
             model: this library's, or one of another library, which is adopted.
             text: from `rnn_longctx.load_text`, or its name; None takes the envelope kept with the checkpoint, if it is
-                of that length, and the builtin text. At least 8 * every tokens, and `length`.
+                of that length, and the builtin text. At least 8 * every tokens, and `length`. Small changes of the
+                input that last are told only where a text is given, and is of 256 * every tokens or more.
             length: tokens of a context in training; None takes the model's.
             every: tokens between two looks.
         Raises:
@@ -190,7 +191,7 @@ class CollapseMonitor:
         text = load_text(text) if isinstance(text, str) else text
         with unwatched(lm):
             envelope = envelope_of(lm, length, text)
-            gates = gates_of(lm, every, text or load_text("builtin"))
+            gates = gates_of(lm, every, text or load_text("builtin"), lasting=text is not None)
         spread = torch.tensor(envelope.peaks, dtype=torch.float64).log().std(1, correction=0)  # (L, H)
         norms, margins = _lists(envelope.norms()), (SPREADS * spread).exp().clamp(*MARGINS).tolist()
         return cls(lm.name, weights_of(lm), shape_of(lm), every, length, envelope.label, norms, margins, norms, **gates)
@@ -388,17 +389,17 @@ class _First(GateWatcher):
 
 
 @torch.no_grad()
-def gates_of(lm: Any, every: int, text: Text) -> dict[str, Any]:
+def gates_of(lm: Any, every: int, text: Text, lasting: bool = True) -> dict[str, Any]:
     """Of the log of the first layer's mean input scale over windows of a text: mean and standard deviation [head], the
-    limits of the shift over 1 to SMOOTH windows in a row, the passages and how far they lie apart. The layers above are
-    not read."""
+    limits of the shift over 1 to SMOOTH windows in a row, the passages (if `lasting`) and how far they lie apart. The
+    layers above are not read."""
     from rnn_longctx.data import tokens
 
     def read(i: int, looks: int) -> Tensor:
         return torch.from_numpy(tokens(text, lm.tokenizer, i, looks * every)[0])
 
     tokens_there = len(text) * WINDOWS * every / tokens(text, lm.tokenizer, 0, WINDOWS * every)[1].sum()
-    count = min(SLICES, int(tokens_there / (PASSAGE * every)))  # passages that do not overlap
+    count = min(SLICES, int(tokens_there / (PASSAGE * every))) if lasting else 0  # passages that do not overlap
     ids = torch.stack([read(i, PASSAGE if count >= FEW else WINDOWS) for i in range(SLICES)])
     found = []
     for part in ids.split(AT_ONCE):
