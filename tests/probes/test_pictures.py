@@ -65,7 +65,7 @@ def test_command_line(checkpoint, monkeypatch):
     assert one.exit_code == 0, one.output
     assert "leave their range" in one.output and "recovers" in one.output
     assert json.loads((checkpoint / "one" / "probe.json").read_text())["ablation"]["length"] == 512
-    two = CliRunner().invoke(cli.app, ["probe", sick, sick, "--length", "256", "--out", "two", *common])
+    two = CliRunner().invoke(cli.app, ["probe", sick, sick, "--length", "512", "--out", "two", *common])
     assert two.exit_code == 0, two.output
     table = pd.read_csv(checkpoint / "two" / "models.csv")
     assert len(table) == 2 and (table["accused"] >= 2).all() and (table["train_length"] == 64).all()
