@@ -74,7 +74,8 @@ def test_norm_of_a_sum_with_what_is_unscaled(groups):
 
 @pytest.fixture
 def folds(monkeypatch):
-    """folds(model, ids, sizes, fold, **marks): hidden states read in segments, with norms folded into scans or not."""
+    """folds(model, ids, sizes, fold, **marks): hidden states read in segments, with norms folded into scans, or by the
+    PyTorch scan, which folds none."""
     if DEVICE == "cpu":
         monkeypatch.setattr(layers, "_kernels", lambda x: True)
         monkeypatch.setattr(launch, "blocks", lambda *_: launch.Blocks(16, 32, 16, 4, 1))
@@ -88,11 +89,9 @@ def folds(monkeypatch):
     @torch.no_grad()
     def read(model, ids, sizes, fold, **marks):
         folded.clear()
-        with monkeypatch.context() as patch:
-            if not fold:
-                patch.setattr(layers.RMSNorm, "gate", lambda *_: None)
-            cache, parts = model.new_cache(), zip(ids.split(sizes, 1), *(m.split(sizes, 1) for m in marks.values()))
-            hidden = torch.cat([model(part, cache, **dict(zip(marks, rest))) for part, *rest in parts], 1)
+        model.use_backend("triton" if fold else "torch")
+        cache, parts = model.new_cache(), zip(ids.split(sizes, 1), *(m.split(sizes, 1) for m in marks.values()))
+        hidden = torch.cat([model(part, cache, **dict(zip(marks, rest))) for part, *rest in parts], 1)
         assert len(folded) == (sum(s > 1 for s in sizes) * model.config.n_layer if fold else 0)
         return hidden
 
@@ -102,8 +101,7 @@ def folds(monkeypatch):
 @pytest.mark.parametrize(("name", "headdim"), [("plain", 32), ("rri", 64)])
 def test_a_norm_folded_into_the_scan(make, folds, name, headdim):
     """The same, in one segment and in several, with padding and with documents."""
-    model = make(d_model=64, headdim=headdim, ngroups=1, d_state=16).to(DEVICE)
-    model.use_backend("triton")
+    model = make(d_model=headdim, headdim=headdim, ngroups=1, d_state=16).to(DEVICE)  # two heads
     for mixer in model.mixers:
         mixer.policy = {"plain": PLAIN, "rri": ScanPolicy(add=math.log(0.99), gain=0.75)}[name]
         mixer.A_log.data[0] = math.log(200.0)  # wild
@@ -119,7 +117,6 @@ def test_a_norm_folded_into_the_scan(make, folds, name, headdim):
 def test_a_norm_folded_where_an_observer_looks(make, folds):
     """Where the looks fall on chunks' ends, and where a call begins between two of them and is cut."""
     model = make(d_model=64, headdim=32, ngroups=1, d_state=16, n_layer=1).to(DEVICE)
-    model.use_backend("triton")
     every = 16 if DEVICE == "cpu" else 256
     ids = torch.randint(61, (2, 5 * every), device=DEVICE)
     seen = {}
@@ -128,7 +125,7 @@ def test_a_norm_folded_where_an_observer_looks(make, folds):
             hidden = folds(model, ids, [3 * every, 2 * every], fold)
         seen[fold] = hidden, trace.table()
     torch.testing.assert_close(seen[True][0], seen[False][0], rtol=1e-4, atol=1e-4)
-    pd.testing.assert_frame_equal(seen[True][1], seen[False][1])
+    pd.testing.assert_frame_equal(seen[True][1], seen[False][1], rtol=1e-3, atol=1e-4)
     assert len(seen[True][1]) == 2 * 2 * 5 * model.config.nheads // 2
 
 
@@ -136,7 +133,6 @@ def test_what_is_not_folded(make, folds):
     """Norms of groups, and a projection with a bias."""
     for fields in ({"ngroups": 2}, {"ngroups": 1, "bias": True}):
         model = make(**fields).to(DEVICE)
-        model.use_backend("triton")
         with pytest.raises(AssertionError):
             folds(model, torch.randint(61, (1, 20), device=DEVICE), [20], True)
 
