@@ -1,6 +1,6 @@
 """What the states of a model do while it reads: `record` watches every layer's scan from inside, in one pass.
 
-    with rnn_longctx.record(model, every=256) as trace:
+    with torch.inference_mode(), rnn_longctx.record(model, every=256) as trace:
         for hidden in model.stream(ids):
             ...
     trace.table()
