@@ -93,13 +93,14 @@ class Ablation:
             return f"nothing is lost at {format_length(self.length)} that capping could recover ({losses})"
         if not self.fewest:
             return "no head is accused: nothing to cap"
+        heads = "heads" if len(self.fewest) > 1 else "head"
         others = "no others are left to draw from"
         if self.others and self.drawn < len(self.fewest):
             others = f"the {self.drawn} that are left recover {self.others[0]:.0%}"
         elif self.others:
             others = f"as many drawn from the rest recover {max(self.others):.0%} at most of {len(self.others)} draw"
             others += "s" * (len(self.others) > 1)
-        return f"capping {len(self.fewest)} heads recovers {self.recovered:.0%} of the lost loss ({losses}); {others}"
+        return f"capping {len(self.fewest)} {heads} recovers {self.recovered:.0%} of the lost loss ({losses}); {others}"
 
 
 def ablate(model: Mamba2LM, ids: Tensor, ranked: Sequence[Head], norms: Sequence[Sequence[float]], train_length: int,

@@ -287,7 +287,8 @@ class CollapseMonitor:
         Rollback and fallback need a model read by this library (`rnn_longctx.adopt`): the hidden states of the present
         call are those after the action, and a stream is read in calls of at most `every` tokens. Elsewhere a remedy is
         on from the call after the one in which the collapse was seen. A rollback keeps a copy of the cache (with
-        attention's, in a hybrid) and the ids since. Rows stand at one position: padding is refused.
+        attention's, in a hybrid) and the ids since. Rows stand at one position: padding is refused. Streams are read
+        one after the other: in turns, their looks are taken for one stream's, and the shift is mostly not known.
 
         Raises:
             InputError: another model's monitor, an action that is not known or cannot be taken, a file that cannot be

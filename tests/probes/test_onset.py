@@ -134,6 +134,8 @@ def test_the_fewest_that_recover(monkeypatch):
     fewer = ablate(lm, torch.zeros(1, 9, dtype=torch.int64), ranked, [[1, 1]] * 2, 4)
     assert len(fewer.fewest) == 3 and fewer.drawn == 1 and fewer.others == pytest.approx([0.15])
     assert "the 1 that are left recover 15%" in str(fewer)  # not as many, and not five times
+    alone = ablate(lm, torch.zeros(1, 9, dtype=torch.int64), ranked[:1], [[1, 1]] * 2, 4)
+    assert "capping 1 head recovers 50%" in str(alone)
     assert ablate(lm, torch.zeros(1, 9, dtype=torch.int64), [], [[1, 1]] * 2, 4).fewest == []
 
 
