@@ -4,11 +4,12 @@
 
 The loss is the mean over positions (L/2, L] of some slices of a text; recomputing from the last T tokens (T the
 training length) is what a model that only forgets would reach. As many heads drawn from the rest say how much of it any
-heads would recover.
+heads would recover; where fewer are left, all of them do.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rnn_longctx.config import format_length
 from rnn_longctx.models import Restart
 from rnn_longctx.models.generate import SEGMENTS
 from rnn_longctx.ssd import Cap, ScanPolicy
@@ -70,7 +72,10 @@ class Ablation:
         fewest: the fewest heads, worst first, whose capping recovers GOAL of the difference; all that were accused
             where they do not.
         recovered: by those; all_accused: by all that were accused.
-        others: by as many heads drawn from the rest, a value a draw; empty where none are left.
+        others: by as many heads drawn from the rest, a value a draw; by all of the rest, one value, where they are no
+            more than `fewest`; empty where none are left, or nothing is lost.
+        drawn: heads a draw.
+    Where `without` is not above `recompute`, nothing is lost: no head is capped, and `fewest` is empty.
     """
 
     length: int
@@ -80,17 +85,22 @@ class Ablation:
     recovered: float
     all_accused: float
     others: list[float]
+    drawn: int = 0
 
     def __str__(self) -> str:
+        losses = f"{self.without:.3f} against {self.recompute:.3f} nats per token"
+        if self.without <= self.recompute:
+            return f"nothing is lost at {format_length(self.length)} that capping could recover ({losses})"
         if not self.fewest:
             return "no head is accused: nothing to cap"
+        heads = "heads" if len(self.fewest) > 1 else "head"
         others = "no others are left to draw from"
-        if self.others:
-            others = f"as many drawn from the rest recover {max(self.others):.0%} at most of {len(self.others)} draws"
-        return (
-            f"capping {len(self.fewest)} heads recovers {self.recovered:.0%} of the lost loss "
-            f"({self.without:.3f} against {self.recompute:.3f} nats per token); {others}"
-        )
+        if self.others and self.drawn < len(self.fewest):
+            others = f"the {self.drawn} that are left recover {self.others[0]:.0%}"
+        elif self.others:
+            others = f"as many drawn from the rest recover {max(self.others):.0%} at most of {len(self.others)} draw"
+            others += "s" * (len(self.others) > 1)
+        return f"capping {len(self.fewest)} {heads} recovers {self.recovered:.0%} of the lost loss ({losses}); {others}"
 
 
 def ablate(model: Mamba2LM, ids: Tensor, ranked: Sequence[Head], norms: Sequence[Sequence[float]], train_length: int,
@@ -112,14 +122,14 @@ def ablate(model: Mamba2LM, ids: Tensor, ranked: Sequence[Head], norms: Sequence
         model.restart = kept
     length = ids.shape[1] - 1
     say(f"without a remedy {without:.4f}, recomputing {again:.4f}")
-    if not ranked:
+    if not ranked or without <= again:
         return Ablation(length, without, again, [], 0.0, 0.0, [])
     known: dict[int, float] = {}
 
     def recovered(heads: Sequence[Head]) -> float:
         with capped(model, heads, norms):
             loss = float(tail_losses(model, ids).mean())
-        share = (without - loss) / (without - again) if without > again else 0.0
+        share = (without - loss) / (without - again)
         say(f"{len(heads)} heads capped: {loss:.4f}, recovers {share:.0%}")
         return share
 
@@ -138,6 +148,6 @@ def ablate(model: Mamba2LM, ids: Tensor, ranked: Sequence[Head], norms: Sequence
     rng = np.random.default_rng(seed)
     size = min(len(chosen), len(rest))
     others = []
-    for _ in range(draws if rest else 0):
+    for _ in range(min(draws, math.comb(len(rest), size)) if rest else 0):  # no more than there are choices
         others.append(recovered([rest[i] for i in rng.choice(len(rest), size, replace=False)]))
-    return Ablation(length, without, again, chosen, worst(high), everything, others)
+    return Ablation(length, without, again, chosen, worst(high), everything, others, size)

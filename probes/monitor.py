@@ -49,29 +49,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from rnn_longctx.config import parse_length
 from rnn_longctx.errors import InputError
 from rnn_longctx.models.adopt import hash_of, reader_of
-from rnn_longctx.probes.envelope import envelope_of
-from rnn_longctx.probes.trace import Course, watching
-from rnn_longctx.ssd import Statistics
+from rnn_longctx.probes.envelope import Envelope, envelope_of
+from rnn_longctx.probes.inputs import PASSAGE, SMOOTH, TINY, gates_of
+from rnn_longctx.probes.trace import watching
 
 if TYPE_CHECKING:
     from rnn_longctx.data import Text
     from rnn_longctx.probes.watch import Watch
 
 STATUSES = ("ok", "warning", "drift", "collapsed")
-SMOOTH = 4  # looks
 SPREADS, MARGINS = 3.0, (2.0, 16.0)
 WARNED, COLLAPSED = 1 / 12, 1 / 8  # shares of heads
-SLICES, WINDOWS, AT_ONCE = 32, 8, 4  # of the text the gates are calibrated on: windows a slice; slices read at once
-SLACK = 2.0  # the shift may reach this much more than in the calibration
-PASSAGE = 32  # looks
-FEW = 8  # passages that say nothing about a text
-# Nothing has changed nearer than 1.25 times what four in five passages keep from the others, nor than three standard
-# deviations of a passage's mean, were its looks independent.
-APART, FOUR_IN_FIVE, NOISE = 1.25, 0.8, 3.0
-TINY = 1e-30  # an input scale may underflow to 0
-FLOOR = 0.01  # of a standard deviation of log input scales: a text may hold one kind of line only
 FACTOR = 2.0  # the most that recalibration moves an envelope from where it was calibrated
 LISTED = 16  # heads named in a report
 
@@ -164,7 +155,7 @@ class CollapseMonitor:
         self._before: list[dict[str, Any]] = []  # for `undo`
 
     @classmethod
-    def calibrated(cls, model: Any, text: Text | str | None = None, length: int | None = None,
+    def calibrated(cls, model: Any, text: Text | str | Path | None = None, length: int | str | None = None,
                    every: int = 256) -> CollapseMonitor:  # fmt: skip
         """Calibrate on a model as it is without remedies.
 
@@ -173,24 +164,25 @@ class CollapseMonitor:
             text: from `rnn_longctx.load_text`, or its name; None takes the envelope kept with the checkpoint, if it is
                 of that length, and the builtin text. At least 8 * every tokens, and `length`. Small changes of the
                 input that last are told only where a text is given, and is of 256 * every tokens or more.
-            length: tokens of a context in training; None takes the model's.
+            length: tokens of a context in training (2048, "2k"); None takes the model's.
             every: tokens between two looks.
         Raises:
-            InputError: a length or tokenizer that is not known, a text too short, a model that is being watched.
+            InputError: a length or tokenizer that is not known, a text too short, a model that is being watched, or
+                whose states are not finite within that length.
         """
         from rnn_longctx.data import load_text
 
         lm = reader_of(model)
-        length = length or lm.train_length
+        length = lm.train_length if length is None else parse_length(length)
         if length is None:
             raise InputError(f"a monitor needs the training length, which {lm.name} does not say: give length=")
         if length < 1 or every < 1:
             raise InputError(f"expected length and every of at least 1 token, got {length} and {every}")
         if lm.tokenizer is None:
             raise InputError(f"a monitor is calibrated on text, and {lm.name} has no tokenizer: give it one")
-        text = load_text(text) if isinstance(text, str) else text
+        text = load_text(text) if isinstance(text, str | Path) else text
         with unwatched(lm):
-            envelope = envelope_of(lm, length, text)
+            envelope = finite_envelope(lm, length, text)
             gates = gates_of(lm, every, text or load_text("builtin"), lasting=text is not None)
         spread = torch.tensor(envelope.peaks, dtype=torch.float64).log().std(1, correction=0)  # (L, H)
         norms, margins = _lists(envelope.norms()), (SPREADS * spread).exp().clamp(*MARGINS).tolist()
@@ -226,7 +218,7 @@ class CollapseMonitor:
 
     # --- moved, and moved back
 
-    def recalibrate(self, model: Any, seen: Text | Watch) -> None:
+    def recalibrate(self, model: Any, seen: Text | str | Path | Watch) -> None:
         """Move the envelope towards a text's, or what a watch saw last, where the input has changed for good.
 
         No head's norm moves by more than a factor of 2 from where `calibrated` found it, however often this is called:
@@ -235,10 +227,12 @@ class CollapseMonitor:
         passage. `undo` takes it back.
 
         Args:
-            seen: a text, read within the training length (not while the model is watched), or the `watch` of `on`.
+            seen: a text or its name, read within the training length (not while the model is watched), or the `watch`
+                of `on`.
         Raises:
             InputError: another model, nothing seen yet, a state that is not finite.
         """
+        from rnn_longctx.data import load_text
         from rnn_longctx.probes.watch import Watch
 
         lm = reader_of(model)
@@ -255,8 +249,9 @@ class CollapseMonitor:
                 moved["passages"] = self.passages and [*self.passages, gates.tolist()]
             where = f"a stream up to {seen.reports[-1].position}"
         else:
+            seen = load_text(seen) if isinstance(seen, str | Path) else seen
             with unwatched(lm):
-                envelope = envelope_of(lm, self.length, seen)
+                envelope = finite_envelope(lm, self.length, seen)
                 moved |= gates_of(lm, self.every, seen)
             found, where = torch.tensor(envelope.norms(), dtype=torch.float64), envelope.label
         moved |= {"norms": found.clamp(at / FACTOR, at * FACTOR).tolist(), "text": f"{self.text}; moved to {where}"}
@@ -293,7 +288,8 @@ class CollapseMonitor:
         Rollback and fallback need a model read by this library (`rnn_longctx.adopt`): the hidden states of the present
         call are those after the action, and a stream is read in calls of at most `every` tokens. Elsewhere a remedy is
         on from the call after the one in which the collapse was seen. A rollback keeps a copy of the cache (with
-        attention's, in a hybrid) and the ids since. Rows stand at one position: padding is refused.
+        attention's, in a hybrid) and the ids since. Rows stand at one position: padding is refused. Streams are read
+        one after the other: in turns, their looks are taken for one stream's, and the shift is mostly not known.
 
         Raises:
             InputError: another model's monitor, an action that is not known or cannot be taken, a file that cannot be
@@ -353,81 +349,17 @@ class CollapseMonitor:
         return *flat, *gates, torch.tensor(self.passages).double().reshape(-1, self.shape[0][0])
 
 
-# --- calibration
-
-
-class GateWatcher:
-    """An observer of a layer that works out its input scales, as they are without a policy's gain."""
-
-    def __init__(self, mixer: Any, every: int):
-        self.mixer, self.every, self.whole = mixer, every, False
-        self._course = Course(mixer, every)
-
-    def scales(self, s: Statistics) -> Tensor:
-        """(B, H, n): mean input scale over the tokens since the look before; not a number where it is not known."""
-        policy, A = self.mixer.policy, self._course.A.to(s.log_decay.device)
-        mul, add, gain = (
-            torch.as_tensor(v, dtype=torch.float64, device=A.device).reshape(-1, 1)
-            for v in (policy.mul, policy.add, policy.gain)
-        )
-        found = self._course.add(s, policy)["input_scale"] / gain
-        # It is worked out from the decay in float32: what a policy adds there may leave nothing of a small rate.
-        rate = (mul * (A.mean(-1) if A.ndim == 2 else A)[:, None]).abs()
-        return found.masked_fill((add.abs() * 2**-24 > 0.01 * rate * found).to(found.device), math.nan)
-
-
-class _Enough(Exception):
-    """The first layer has been read, and what comes after it is not needed."""
-
-
-class _First(GateWatcher):
-    found: Tensor
-
-    def __call__(self, s: Statistics) -> None:
-        self.found = self.scales(s)
-        raise _Enough
-
-
-@torch.no_grad()
-def gates_of(lm: Any, every: int, text: Text, lasting: bool = True) -> dict[str, Any]:
-    """Of the log of the first layer's mean input scale over windows of a text: mean and standard deviation [head], the
-    limits of the shift over 1 to SMOOTH windows in a row, the passages (if `lasting`) and how far they lie apart. The
-    layers above are not read."""
-    from rnn_longctx.data import tokens
-
-    def read(i: int, looks: int) -> Tensor:
-        return torch.from_numpy(tokens(text, lm.tokenizer, i, looks * every)[0])
-
-    tokens_there = len(text) * WINDOWS * every / tokens(text, lm.tokenizer, 0, WINDOWS * every)[1].sum()
-    count = min(SLICES, int(tokens_there / (PASSAGE * every))) if lasting else 0  # passages that do not overlap
-    ids = torch.stack([read(i, PASSAGE if count >= FEW else WINDOWS) for i in range(SLICES)])
-    found = []
-    for part in ids.split(AT_ONCE):
-        eye = _First(lm.mixers[0], every)
-        with watching([eye]):
-            try:
-                lm(part.to(lm.device))
-            except _Enough:
-                found.append(eye.found.double().clamp(min=TINY).log().cpu())
-    gates = torch.cat(found)  # (slices, H, looks)
-    windows = gates[..., :WINDOWS]
-    mean, std = windows.mean((0, 2)), windows.std((0, 2), correction=0).clamp(min=FLOOR)
-    if not bool(mean.isfinite().all()):
-        raise InputError(f"the first layer of {lm.name} has input scales that are not finite: nothing to calibrate")
-    away = (windows - mean[:, None]) / std[:, None]
-    limits = [SLACK * float(away.unfold(2, k, 1).mean(-1).square().mean(1).sqrt().max()) for k in range(1, SMOOTH + 1)]
-    passages = gates[:count].mean(2) if count >= FEW else gates[:0].mean(2)  # (n, H)
-    between = torch.cdist(passages / std, passages / std) / len(mean) ** 0.5
-    nearest = between.fill_diagonal_(math.inf).amin(1) if len(passages) else torch.ones(1).double()
-    noise = (gates.std(2) / std).square().mean(1).sqrt().median() / PASSAGE**0.5
-    apart = max(APART * float(nearest.quantile(FOUR_IN_FIVE)), NOISE * float(noise), FLOOR)
-    return {
-        "gate_mean": mean.tolist(), "gate_std": std.tolist(), "gate_limits": [max(limit, FLOOR) for limit in limits],
-        "passages": passages.tolist(), "apart": apart,
-    }  # fmt: skip
-
-
 # --- models and files
+
+
+def finite_envelope(lm: Any, length: int, text: Text | None) -> Envelope:
+    """Raises InputError where a state is not finite: no ratio could be told from it."""
+    envelope = envelope_of(lm, length, text)
+    lost = [i for i, layer in enumerate(envelope.norms()) if not all(map(math.isfinite, layer))]
+    if lost:
+        raise InputError(f"the states of {lm.name} are not finite within {length} tokens (first in layer {lost[0]}): "
+                         "nothing to calibrate on")  # fmt: skip
+    return envelope
 
 
 def weights_of(lm: Any) -> str:

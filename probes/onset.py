@@ -34,8 +34,7 @@ def onsets(table: pd.DataFrame, norms: Sequence[Sequence[float]], margin: float 
     """
     if table.empty:
         raise InputError("nothing was recorded: the text is shorter than the tokens between two looks")
-    whole = table["norm"].where(np.isfinite(table["norm"]), np.inf)  # not finite: beyond any range
-    table = table.assign(norm=whole)
+    table = table.assign(norm=not_finite_is_beyond(table["norm"]))
     mean = table.groupby(["layer", "head", "position"], as_index=False).agg(
         norm=("norm", "mean"), retention=("retention", "mean")
     )
@@ -54,6 +53,11 @@ def onsets(table: pd.DataFrame, norms: Sequence[Sequence[float]], margin: float 
     # NaN last: heads that left come before those that only stand high
     found["left"] = found["onset"].notna()
     return found.sort_values(["left", "ratio"], ascending=False, ignore_index=True).drop(columns="left")
+
+
+def not_finite_is_beyond(norms: pd.Series) -> pd.Series:
+    """Norms, infinite where they are not finite: beyond any range."""
+    return norms.where(np.isfinite(norms), np.inf)
 
 
 def accused(found: pd.DataFrame) -> list[tuple[int, int]]:
@@ -90,7 +94,8 @@ def verdict(found: pd.DataFrame, losses: pd.DataFrame | None = None, train_lengt
         first, last = shown["onset"].min(), shown["onset"].max()
         when = f"at {_tokens(first)} tokens" if first == last else f"at {_tokens(first)} to {_tokens(last)} tokens"
         parts.append(f"{who} {verb} {when}")
-        parts.append(f"first token retained {shown['retained'].max():.2f} there")
+        kept = shown["retained"].max()  # at the last look, not where they leave
+        parts.append(f"first token retained {'up to ' if len(shown) > 1 else ''}{kept:.2f} at the end")
     if losses is not None and len(losses) and train_length is not None:
         at = doubling(losses, train_length)
         parts.append("the loss does not double" if at is None else f"loss doubles at {_tokens(at)}")

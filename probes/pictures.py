@@ -18,7 +18,7 @@ from matplotlib.figure import Figure, FigureBase
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from rnn_longctx.config import format_length
-from rnn_longctx.probes.onset import MARGIN
+from rnn_longctx.probes.onset import MARGIN, not_finite_is_beyond
 from rnn_longctx.probes.run import Probe
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -59,8 +59,10 @@ def draw(probe: Probe, directory: str | Path) -> list[Path]:
 
 
 def ratios(probe: Probe) -> pd.DataFrame:
-    """layer, head, position, ratio (the mean norm over the envelope's) of a probe's trace."""
-    mean = probe.trace.groupby(["layer", "head", "position"], as_index=False)["norm"].mean()
+    """layer, head, position, ratio (the mean norm over the envelope's, infinite where it is not finite) of a probe's
+    trace."""
+    trace = probe.trace.assign(norm=not_finite_is_beyond(probe.trace["norm"]))
+    mean = trace.groupby(["layer", "head", "position"], as_index=False)["norm"].mean()
     limits = np.array([probe.envelope[layer][head] for layer, head in zip(mean["layer"], mean["head"])])
     return mean.assign(ratio=mean["norm"] / limits)
 

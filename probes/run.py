@@ -18,7 +18,7 @@ from rnn_longctx.errors import InputError, nearest
 from rnn_longctx.models.generate import SEGMENTS
 from rnn_longctx.probes.ablation import Ablation, ablate
 from rnn_longctx.probes.envelope import envelope_of
-from rnn_longctx.probes.onset import MARGIN, accused, doubling, onsets, verdict
+from rnn_longctx.probes.onset import MARGIN, accused, doubling, not_finite_is_beyond, onsets, verdict
 from rnn_longctx.probes.remembrance import remembrance
 from rnn_longctx.probes.retention import retention
 from rnn_longctx.probes.trace import CHANNELS, record
@@ -39,8 +39,8 @@ class Probe:
         trace: of `Trace.table`.
         losses: position (the end of a stretch of `every` tokens) and loss, its mean over rows, nats per token.
         heads: of `rnn_longctx.probes.onset.onsets`, with at_train, horizon and class of `rnn_longctx.probes.retention`
-            (where looks reach from within the training length to beyond it) and `channels`: the rows of a head's state
-            that hold most at the end.
+            (where looks reach from within the training length to beyond it, and the head's decays are finite) and
+            `channels`: the rows of a head's state that hold most at the end.
         envelope: [layer][head], the largest norms within the training length.
         ablation: of the accused heads, where it was asked for.
         remembrance: of `rnn_longctx.probes.remembrance`, where it was asked for.
@@ -101,7 +101,8 @@ def scalar_rows(found: Probe) -> Iterator[tuple[int, dict[str, float]]]:
     for each layer, the mean norm and retention."""
     limits = {(i, h): v for i, row in enumerate(found.envelope) for h, v in enumerate(row)}
     losses = found.losses.set_index("position")["loss"]
-    for position, seen in found.trace.groupby("position"):
+    beyond = found.trace.assign(norm=not_finite_is_beyond(found.trace["norm"]))
+    for position, seen in beyond.groupby("position"):
         mean = seen.groupby(["layer", "head"])[["norm", "retention"]].mean()
         ratio = mean["norm"] / pd.Series(limits)
         row = {"heads_beyond": float((ratio > MARGIN).sum()), "largest_ratio": float(ratio.max())}
@@ -131,6 +132,8 @@ def probe(model: Mamba2LM, text: Text, length: int, *, prompt: str = "text", eve
     """
     if model.train_length is None:
         raise InputError(f"{model.name} does not say its training length: give --train-length")
+    if slices < 1:
+        raise InputError(f"slices: expected at least 1 row, got {slices}")
     if length < every:
         raise InputError(f"{length} tokens are fewer than one look every {every} tokens needs")
     ids = prompt_ids(model, text, length, prompt, slices, seed)
@@ -142,13 +145,15 @@ def probe(model: Mamba2LM, text: Text, length: int, *, prompt: str = "text", eve
     heads = onsets(table, norms)
     heads["channels"] = [tuple(channels[layer][head]) for layer, head in zip(heads["layer"], heads["head"])]
     if every <= model.train_length <= length:
-        heads = heads.merge(retention(table, model.train_length)[["layer", "head", "at_train", "horizon", "class"]])
+        followed = table.groupby(["layer", "head"])["retention"].transform(lambda v: v.notna().all())
+        if followed.any():
+            far = retention(table[followed], model.train_length)[["layer", "head", "at_train", "horizon", "class"]]
+            heads = heads.merge(far, on=["layer", "head"], how="left")
     say(verdict(heads, losses, model.train_length))
     found = None
     if prove:
-        if prompt != "text":
-            ids = prompt_ids(model, text, length, "text", slices, seed)
-        found = ablate(model, ids, accused(heads), norms, model.train_length, seed=seed, say=say)
+        asked = ids if prompt == "text" else prompt_ids(model, text, length, "text", slices, seed)
+        found = ablate(model, asked, accused(heads), norms, model.train_length, seed=seed, say=say)
     kept = remembrance(model, ids[:, :-1]) if remember else None
     about = {
         "model": model.name, "weights_hash": model.weights_hash, "prompt": prompt, "text": text.name,

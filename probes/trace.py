@@ -1,6 +1,6 @@
 """What the states of a model do while it reads: `record` watches every layer's scan from inside, in one pass.
 
-    with rnn_longctx.record(model, every=256) as trace:
+    with torch.inference_mode(), rnn_longctx.record(model, every=256) as trace:
         for hidden in model.stream(ids):
             ...
     trace.table()
@@ -21,6 +21,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from operator import index
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -48,7 +49,7 @@ class Course:
 
     def add(self, s: Statistics, policy: ScanPolicy) -> dict[str, Any]:
         position = int(s.position[0])
-        if self._last is None or position <= self._last[0]:
+        if self._last is None or position <= self._last[0] or len(s.log_decay) != len(self._last[1]):
             self._streams += 1
             self._last = (position - self.every, torch.zeros_like(s.log_decay[..., 0]))
             fresh = position == self.every
@@ -138,7 +139,7 @@ class Convolution:
         recent = recent.flatten(2).float()
         mean, rms = recent.mean(-1), recent.square().mean(-1).sqrt()
         self.looks.append({"position": ends, "mean": mean, "variance": rms**2 - mean**2, "rms": rms,
-                           "max": recent.abs().amax(-1)})  # fmt: skip
+                           "max": recent.abs().amax(-1), "norm": rms * recent.shape[-1] ** 0.5})  # fmt: skip
 
 
 class Trace:
@@ -148,7 +149,7 @@ class Trace:
         self._watchers, self._convolutions = watchers, convolutions
 
     def convolution(self) -> pd.DataFrame:
-        """Columns row, layer, position, mean, variance, rms, max: of the last d_conv - 1 inputs of a layer's
+        """Columns row, layer, position, mean, variance, rms, max, norm: of the last d_conv - 1 inputs of a layer's
         convolution, all channels together. Empty for an adopted model, whose convolution is its own."""
         parts = []
         for one in self._convolutions:
@@ -164,7 +165,8 @@ class Trace:
 
     def table(self) -> pd.DataFrame:
         """Columns stream, row, layer, head, position and those in the module's docstring; positions in tokens,
-        log-decays in nats. A stream is what was read from one fresh cache; a row is one of its batch."""
+        log-decays in nats. A stream is what was read from one cache, where streams are read one after the other: which
+        cache it was is not seen, and positions that grow are taken for one stream. A row is one of its batch."""
         parts = []
         for watcher in self._watchers:
             for look in watcher.looks():
@@ -191,7 +193,8 @@ class Trace:
 @contextmanager
 def record(model: Mamba2LM, layers: Iterable[int] | None = None, every: int = 256,
            whole: bool = False) -> Iterator[Trace]:  # fmt: skip
-    """Watch the states of a model while it reads inside the `with` block.
+    """Watch the states of a model while it reads inside the `with` block, one stream after the other. Without
+    gradients (`torch.inference_mode()`) that takes the memory of a segment and of the table.
 
     Args:
         model: this library's, or one of another library, which is adopted.
@@ -207,12 +210,15 @@ def record(model: Mamba2LM, layers: Iterable[int] | None = None, every: int = 25
 
     lm = reader_of(model)
     count = len(lm.mixers)
-    wanted = list(range(count)) if layers is None else list(layers)
+    try:
+        wanted = list(range(count)) if layers is None else list(dict.fromkeys(index(i) for i in layers))
+    except TypeError:
+        raise InputError(f"layers: expected whole numbers such as [0, 2], got {layers!r:.60}") from None
     for layer in wanted:
         if not 0 <= layer < count:
             raise InputError(f"layer {layer} is not there: the model has {count} recurrent layers, 0 to {count - 1}")
-    if every < 1:
-        raise InputError(f"every: expected at least 1 token between two looks, got {every}")
+    if not isinstance(every, int) or every < 1:
+        raise InputError(f"every: expected at least 1 token between two looks, got {every!r}")
     watchers = [Watcher(lm.mixers[i], i, every, whole) for i in wanted]
     convolutions = [Convolution(lm.mixers[i], i, every) for i in wanted] if isinstance(lm, Own) else []
     with ExitStack() as stack:

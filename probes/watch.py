@@ -22,7 +22,8 @@ from torch import Tensor
 
 from rnn_longctx.errors import CollapseError, InputError, nearest
 from rnn_longctx.models.adopt_transformers import UNKNOWN
-from rnn_longctx.probes.monitor import STATUSES, CollapseMonitor, GateWatcher, History, Report, write_atomically
+from rnn_longctx.probes.inputs import GateWatcher
+from rnn_longctx.probes.monitor import STATUSES, CollapseMonitor, History, Report, write_atomically
 from rnn_longctx.ssd import Statistics
 
 ACTIONS = ("warn", "raise", "mitigate:NAME", "rollback:NAME", "fallback:truncate")

@@ -15,7 +15,8 @@ from rnn_longctx import CollapseError, CollapseMonitor, adopt, generate, mitigat
 from rnn_longctx.data import ByteTokenizer, Text
 from rnn_longctx.errors import InputError
 from rnn_longctx.models import Mamba2Config, Mamba2LM
-from rnn_longctx.probes.monitor import PASSAGE, History
+from rnn_longctx.probes.inputs import PASSAGE
+from rnn_longctx.probes.monitor import History
 
 EVERY, LENGTH, SHORT = 16, 64, 32
 FORGET_NOT, FORGET = (1e-6, 1e-5), (1.0, 16.0)
@@ -216,6 +217,17 @@ def test_recalibration_is_bounded_and_undone(lost):
     assert {r.status for r in watched(lm, monitor, other)} == {"ok"}
     monitor.undo()
     assert watched(lm, monitor, other)[-1].status == "drift"
+
+
+def test_texts_by_name_and_lengths_as_elsewhere(tmp_path):
+    lm, source = lettered(), text(0, 32)
+    (tmp_path / "other.txt").write_bytes(source.data)
+    monitors = [CollapseMonitor.calibrated(lm, t, "64", every=EVERY)
+                for t in (tmp_path / "other.txt", str(tmp_path / "other.txt"))]  # fmt: skip
+    assert monitors[0] == monitors[1] and monitors[0].length == 64
+    monitor = calibrated(lm)
+    monitor.recalibrate(lm, tmp_path / "other.txt")
+    assert monitor.gate_mean == monitors[0].gate_mean
 
 
 # --- what it does
@@ -468,6 +480,11 @@ def test_bad_input(tmp_path):
         lm(ids_of(rows=2, length=10), mask=torch.tensor([[False] * 3 + [True] * 7, [True] * 10]))
     with pytest.raises(InputError, match="at least 1 token"):
         CollapseMonitor.calibrated(lm, text(), every=0)
+    sick = model(FORGET)
+    with torch.no_grad():
+        sick.mixers[1].in_proj.weight[64, 0] = torch.nan
+    with pytest.raises(InputError, match=r"not finite within 64 tokens \(first in layer 1\)"):
+        calibrated(sick)
     lm.train_length = None
     with pytest.raises(InputError, match="training length"):
         CollapseMonitor.calibrated(lm, text())

@@ -11,6 +11,7 @@ from rnn_longctx.data import ByteTokenizer, Text
 from rnn_longctx.errors import InputError
 from rnn_longctx.models import Mamba2Config, Mamba2LM
 from rnn_longctx.probes.ablation import ablate, capped, tail_losses
+from rnn_longctx.probes.envelope import envelope_of
 from rnn_longctx.probes.onset import accused, doubling, onsets, verdict
 from rnn_longctx.probes.run import probe
 
@@ -59,11 +60,13 @@ def test_the_verdict_in_words():
     losses = pd.DataFrame({"position": range(110, 1761, 110), "loss": [1.0] * 14 + [2.5] * 2})
     said = verdict(found, losses, 512)
     assert said == (
-        "layer 3 heads 1, 4 and layer 5 head 0 leave their range at 1.5K tokens; first token retained 0.98 there; "
-        "loss doubles at 1.61K"
+        "layer 3 heads 1, 4 and layer 5 head 0 leave their range at 1.5K tokens; first token retained up to 0.98 "
+        "at the end; loss doubles at 1.61K"
     )
     healthy = verdict(onsets(table({(0, 0): [1, 1.2], (0, 1): [1, 1.4]}), [[1, 1]]), losses.head(4), 512)
     assert healthy == "no head of 2 leaves its range (the furthest stands at 1.4x); the loss does not double"
+    alone = onsets(table({(0, 0): [1, 9]}).assign(retention=[0.9, 0.4]), [[1]])
+    assert verdict(alone) == "layer 0 head 0 leaves its range at 20 tokens; first token retained 0.40 at the end"
     many = {(0, h): [1, 5 + h] for h in range(9)}
     assert "(the worst 6 of 9)" in verdict(onsets(table(many), [[1] * 9]))
 
@@ -124,9 +127,25 @@ def test_the_fewest_that_recover(monkeypatch):
     monkeypatch.setattr("rnn_longctx.probes.ablation.tail_losses", loss)
     found = ablate(lm, torch.zeros(1, 9, dtype=torch.int64), ranked, [[1, 1]] * 2, 4)
     assert found.fewest == ranked[:2] and found.recovered == pytest.approx(0.9)
-    assert found.others == pytest.approx([0.1] * 5) and found.all_accused == pytest.approx(1.0)
-    assert "capping 2 heads recovers 90%" in str(found) and lm.restart is None
+    assert found.others == pytest.approx([0.1]) and found.all_accused == pytest.approx(1.0)  # two are left: one draw
+    assert "capping 2 heads recovers 90%" in str(found) and "as many drawn from the rest" in str(found)
+    assert lm.restart is None
+    weight.update({(1, 1): 0.2, (0, 1): 0.15, (1, 0): 0.15})
+    fewer = ablate(lm, torch.zeros(1, 9, dtype=torch.int64), ranked, [[1, 1]] * 2, 4)
+    assert len(fewer.fewest) == 3 and fewer.drawn == 1 and fewer.others == pytest.approx([0.15])
+    assert "the 1 that are left recover 15%" in str(fewer)  # not as many, and not five times
+    alone = ablate(lm, torch.zeros(1, 9, dtype=torch.int64), ranked[:1], [[1, 1]] * 2, 4)
+    assert "capping 1 head recovers 50%" in str(alone)
     assert ablate(lm, torch.zeros(1, 9, dtype=torch.int64), [], [[1, 1]] * 2, 4).fewest == []
+
+
+def test_nothing_lost_is_not_recovered(monkeypatch):
+    lm, ids = tiny(), torch.zeros(1, 9, dtype=torch.int64)
+    monkeypatch.setattr(
+        "rnn_longctx.probes.ablation.tail_losses", lambda model, ids: torch.tensor([1.0 + (model.restart is not None)])
+    )
+    found = ablate(lm, ids, [(0, 0), (1, 1)], [[1, 1]] * 2, 4)
+    assert found.fewest == [] and str(found).startswith("nothing is lost at 8 that capping could recover (1.000 ")
 
 
 def test_probe_of_a_model_that_never_forgets_and_of_one_that_does(tmp_path):
@@ -142,6 +161,30 @@ def test_probe_of_a_model_that_never_forgets_and_of_one_that_does(tmp_path):
     assert len(pd.read_parquet(paths[0])) == 4 * 64
 
 
+@torch.no_grad()
+def test_probe_of_a_model_whose_states_are_not_finite():
+    """Reported as out of range from the first look on, its layer and those above; below it as ever."""
+    lm = tiny()
+    envelope_of(lm, 64, TEXT)
+    lm.mixers[1].in_proj.weight[32, 0] = torch.nan  # of the inputs x; before it are those of z
+    found = probe(lm, TEXT, 512, every=32, calibration_text=TEXT)
+    heads = found.heads.set_index(["layer", "head"])
+    assert heads.loc[(1, 0), "onset"] == 32 and heads.loc[(1, 0), "ratio"] == np.inf
+    assert heads.loc[0, "horizon"].notna().all() and "loss doubles at 32" in found.verdict
+    lm.mixers[0].in_proj.weight[-1, 0] = torch.nan  # of dt: its decays are no numbers either
+    found = probe(lm, TEXT, 512, every=32, calibration_text=TEXT)
+    assert len(accused(found.heads)) >= 3 and len(found.heads) == 4
+
+
+def test_remembrance_is_of_the_prompt(monkeypatch):
+    """Also where the accused were proved on text."""
+    seen = []
+    monkeypatch.setattr("rnn_longctx.probes.run.remembrance", lambda model, ids: seen.append(ids))
+    for prove in (False, True):
+        probe(tiny(), TEXT, 256, prompt="newline", every=64, calibration_text=TEXT, prove=prove, remember=True)
+    assert torch.equal(*seen)
+
+
 @pytest.mark.parametrize("prompt", ["newline", "passkey"])
 def test_other_prompts(prompt):
     found = probe(tiny(), TEXT, 512, prompt=prompt, every=64, slices=2, calibration_text=TEXT)
@@ -153,7 +196,8 @@ def test_bad_input(tmp_path):
     for arguments, message in (
         ((100, {"every": 256}), "100 tokens are fewer than one look"),
         ((512, {"prompt": "newlines"}), "unknown prompt 'newlines'; did you mean \"newline\""),
-        ((10**6, {}), "were asked for|has"),
+        ((10**6, {}), "made has 6000 bytes; a slice of 1000001 was asked for"),
+        ((512, {"slices": 0}), "at least 1 row"),
     ):
         with pytest.raises(InputError, match=message):
             probe(lm, TEXT, arguments[0], calibration_text=TEXT, **arguments[1])

@@ -40,6 +40,17 @@ def test_ratios_are_norms_over_the_envelope(checkpoint):
     assert one.loc[(1, 0, 128), "ratio"] == pytest.approx(mean[128] / found.envelope[1][0])
 
 
+def test_a_state_that_is_not_finite_is_beyond_its_range(checkpoint):
+    """In the pictures and in a log: dark and counted, not a gap."""
+    text = rnn_longctx.load_text(checkpoint / "t.txt")
+    found = probe(rnn_longctx.load(checkpoint / "sick"), text, 128, every=32, calibration_text=text)
+    gone = found.trace.assign(norm=found.trace["norm"].where(found.trace["position"] < 100))
+    found = Probe(found.about, gone, found.losses, found.heads, found.envelope)
+    assert np.isinf(ratios(found).query("position == 128")["ratio"]).all()
+    last = dict(scalar_rows(found))[128]
+    assert last["heads_beyond"] == len(found.heads) and last["largest_ratio"] == np.inf
+
+
 @pytest.mark.parametrize("worst", ["nan", "healthy"])
 def test_every_probe_can_be_drawn(checkpoint, worst):
     """States that are not finite, and heads none of which left its range."""

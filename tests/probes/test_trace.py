@@ -84,6 +84,7 @@ def test_the_convolution(splits):
                 assert one["mean"] == pytest.approx(float(held.mean()), rel=1e-4, abs=1e-6)
                 assert one["variance"] == pytest.approx(float(held.var(correction=0)), rel=1e-3)
                 assert one["max"] == pytest.approx(float(held.abs().max()), rel=1e-5)
+                assert one["norm"] == pytest.approx(float(held.norm()), rel=1e-4)
     assert not lm.mixers[0]._forward_pre_hooks and not lm.mixers[0].in_proj._forward_hooks
 
 
@@ -142,11 +143,39 @@ def test_a_stream_that_had_begun():
     assert first.to_dict() == {32: True, 48: False, 64: False}
 
 
+@torch.no_grad()
+def test_a_stream_of_other_rows_that_had_begun():
+    """It stands further than the stream before, and is not taken for it."""
+    lm, ids = model(), torch.randint(256, (2, 32))
+    cache = lm.new_cache()
+    lm(ids[:1, :20], cache)
+    lm(ids[:1], cache)
+    with record(lm, every=EVERY) as trace:
+        lm(ids)
+        lm(ids[:1], cache)
+    found = trace.table()
+    assert sorted(found["stream"].unique()) == [0, 1]
+    second = found[found["stream"] == 1].groupby("position")["decay"].apply(lambda v: v.isna().all())
+    assert second.to_dict() == {64: True, 80: False}
+
+
+@torch.no_grad()
+def test_a_layer_named_twice_is_one():
+    lm, ids = model(), torch.randint(256, (1, 32))
+    with record(lm, layers=[1, 1], every=EVERY) as trace:
+        lm(ids)
+    assert len(trace.table()) == 2 * lm.config.nheads and len(trace.convolution()) == 2
+
+
 def test_bad_input():
     lm = model()
     for arguments, message in (
         ({"layers": [3]}, "layer 3 is not there: the model has 3"),
+        ({"layers": 2}, "expected whole numbers"),
+        ({"layers": ["a"]}, "expected whole numbers"),
         ({"every": 0}, "at least 1"),
+        ({"every": 2.5}, "at least 1"),
+        ({"every": "1k"}, "at least 1"),
     ):
         with pytest.raises(InputError, match=message), record(lm, **arguments):
             pass
