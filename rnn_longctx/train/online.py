@@ -76,7 +76,7 @@ def train_online(config: TrainConfig, stream: str | Path) -> Path:
         stopping = stack.enter_context(_signals())
         run = Online(config, corpus, model, arrivals, team)
         run.begin()
-        log = stack.enter_context(closing(Log(out / "online.csv", run.update, run.columns)))
+        log = stack.enter_context(closing(Log(out / "online.csv", run.update or -1, run.columns)))
         if not run.update:
             run.log_start(log)
         _follow(run, arrivals, log, write, stopping)
@@ -282,14 +282,16 @@ def refusal(figures: Figures, best: Figures, before: float, after: float, settin
 def _signals() -> Iterator[list[int]]:
     """Inside, the signals that asked to stop; a second of a kind does what it always does."""
     asked: list[int] = []
-    before: dict[int, Any] = {}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    if threading.current_thread() is not threading.main_thread():  # Python lets no other ask
+        before = {}
 
     def ask(number: int, frame: object) -> None:
         asked.append(number)
-        signal.signal(number, before[number])
+        signal.signal(number, before[signal.Signals(number)])
 
-    if threading.current_thread() is threading.main_thread():  # Python lets no other ask
-        before |= {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in before:
+        signal.signal(number, ask)
     try:
         yield asked
     finally:
