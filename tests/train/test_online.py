@@ -306,12 +306,19 @@ def test_it_waits_for_text_and_ends_cleanly_when_asked(config: TrainConfig, tmp_
     assert config.online is not None
     config = replace(config, online=replace(config.online, poll=60.0))
     before = signal.getsignal(signal.SIGINT)
-    timer = threading.Timer(3.0, lambda: os.kill(os.getpid(), signal.SIGINT))
-    began = time.monotonic()
-    timer.start()
+    asked: list[float] = []
+
+    def ask() -> None:
+        while not (tmp_path / "run" / "last").exists():
+            time.sleep(0.05)
+        time.sleep(0.5)  # it waits by now, or will
+        asked.append(time.monotonic())
+        os.kill(os.getpid(), signal.SIGINT)
+
+    asker = threading.Thread(target=ask, daemon=True)
+    asker.start()
     train_online(config, tmp_path / "in")
-    timer.join()
-    assert time.monotonic() - began < 30 and signal.getsignal(signal.SIGINT) is before
+    assert time.monotonic() - asked[0] < 10 and signal.getsignal(signal.SIGINT) is before
     assert [row["decision"] for row in table(config)] == ["start"]
 
 
