@@ -138,16 +138,22 @@ def evaluate_command(
 def train_command(
     config: Annotated[Path, typer.Argument(help="YAML file, such as configs/train/demo.yaml.")],
     set: Annotated[Many, typer.Option("--set", help="Override one key: optimizer.lr=1e-3; again for more.")] = None,
-) -> None:
+    stream: Annotated[
+        Path | None,
+        typer.Option(help="A directory where text arrives: an update on it is kept while held-out loss and passkeys "
+                          "hold. Until a file STOP is there."),
+    ] = None,
+) -> None:  # fmt: skip
     """Train a model, or go on where a killed run stopped.
 
     Over several GPUs: accelerate launch -m rnn_longctx.train CONFIG, or torchrun --nproc-per-node 8 -m
     rnn_longctx.train CONFIG."""
     from rnn_longctx.config import load_yaml
-    from rnn_longctx.train import TrainConfig, TrainingDiverged, train
+    from rnn_longctx.train import TrainConfig, TrainingDiverged, train, train_online
 
     try:
-        saved = train(load_yaml(TrainConfig, config, set or []))
+        loaded = load_yaml(TrainConfig, config, set or [])
+        saved = train(loaded) if stream is None else train_online(loaded, stream)
         if os.environ.get("RANK", "0") == "0":
             typer.echo(f"saved {saved}")
     except TrainingDiverged as error:

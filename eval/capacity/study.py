@@ -41,7 +41,9 @@ def run_study(config: CapacityConfig, parallel: int = 1, say: Callable[[str], No
         raise InputError(f"parallel: expected a number of processes, got {parallel}")
     study = Path(config.out)
     trained = {k: v for k, v in to_dict(config.train).items() if k not in _NEUTRAL}
-    claim_folder(study, {"train": trained, "mqar": config.mqar and to_dict(replace(config.mqar, samples=1))}, "models")
+    claim_folder(
+        study, {"train": trained, "mqar": config.mqar and to_dict(replace(config.mqar, samples=1))}, ["models"]
+    )
     Results(study)  # it can be written
     local = replace(config, train=replace(config.train, data=replace(config.train.data, text=_texts(config, study))))
     write_atomic(study / STUDY, yaml.safe_dump(to_dict(local), sort_keys=False).encode())

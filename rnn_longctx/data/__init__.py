@@ -1,5 +1,6 @@
 """Tokenizers, texts and synthetic tasks. Knows nothing of models."""
 
+from rnn_longctx.data.arrivals import Arrival, Arrivals
 from rnn_longctx.data.passkey import (
     PasskeyPrompt,
     Style,
@@ -15,6 +16,8 @@ from rnn_longctx.data.text import Text, load_text, open_streamed, tokens
 from rnn_longctx.data.tokenizers import ByteTokenizer, HFTokenizer, Tokenizer, load_tokenizer
 
 __all__ = [
+    "Arrival",
+    "Arrivals",
     "ByteTokenizer",
     "HFTokenizer",
     "PasskeyPrompt",

@@ -133,6 +133,31 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True)
+class OnlineConfig:
+    """Updates on text that arrives (see `rnn_longctx.train.online`), each kept or undone."""
+
+    tokens: int = 2**18  # that have arrived make an update, which is then checked
+    held_out: float = 0.1  # share of them, the last, not trained on: an update may not make it harder
+    replay: float = 0.25  # share of the rows that read data.text
+    loss_tolerance: float = 0.01  # nats above the least loss of the models kept, at each evaluated length
+    passkey_tolerance: float = 0.05  # share of the passkeys below the most of the models kept, at each length
+    poll: float = 5.0  # seconds between two looks at the directory
+
+    def __post_init__(self) -> None:
+        if not 0 < self.held_out < 1:
+            raise InputError(f"held_out: expected a share above 0 and below 1, got {self.held_out}")
+        if not 0 <= self.replay < 1:
+            raise InputError(f"replay: expected a share from 0 to below 1, got {self.replay}")
+        if self.tokens * self.held_out < 2:
+            raise InputError(f"tokens: {self.tokens} are too few to hold out {self.held_out} of")
+        for name in ("loss_tolerance", "passkey_tolerance"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise InputError(f"{name}: expected 0 or more, got {getattr(self, name)}")
+        if not 0 < self.poll < math.inf:
+            raise InputError(f"poll: expected seconds, got {self.poll}")
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """A run. `train_length` may be a schedule of tokens:steps, such as 4k:200,16k:300; the sum is then `steps`."""
 
@@ -143,6 +168,7 @@ class TrainConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     passing: PassingConfig | None = None  # None: a stream is one segment and begins at zero
     evaluate: EvaluateConfig | None = None
+    online: OnlineConfig | None = None  # of `train --stream DIR` alone
     train_length: int | str = 256  # tokens
     batch_size: int = 256  # sequences of one update, over all ranks
     accumulate: int = 1  # calls that a rank reads its sequences in, one after the other: memory for time

@@ -4,7 +4,7 @@ and whether the next stage of a schedule of lengths may begin. Losses are in nat
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing
 from pathlib import Path
 from typing import Any
@@ -99,20 +99,28 @@ class Evaluation:
     def __call__(self, step: int, tokens: int) -> list[float]:
         """Evaluate and write it down. Returns what models are compared by, larger is better: mean passkey accuracy,
         then mean loss, turned round."""
-        c, rows, n = self.config, self.config.batch_size, self.settings.passkeys
         losses, scores = [], []
         with closing(Log(self.file, step - 1, COLUMNS)) as log:  # what a killed process wrote from here on goes
-            for length in self.settings.lengths:
-                losses.append(late_loss(self.model, self.corpus, length, rows, self.context))
-                seen = (self.model, self.corpus.tokenizer, length, n, c.seed, c.data.passkey.style, rows, self.context)
-                scores.append(passkey_accuracy(*seen) if n else math.nan)
-                row = {"step": step, "tokens": tokens, "length": length, "loss": losses[-1], "passkey": scores[-1]}
-                log.write(row)
+            for length, loss, score in self.measure():
+                losses.append(loss)
+                scores.append(score)
+                log.write({"step": step, "tokens": tokens, "length": length, "loss": loss, "passkey": score})
                 for write in self.writers:
-                    write({f"eval/loss_{length}": losses[-1], f"eval/passkey_{length}": scores[-1]}, step)
-                print(f"step {step} at {length} tokens: loss {losses[-1]:.4f} passkey {scores[-1]:.2f}", flush=True)
-        loss = sum(losses) / len(losses)
-        return [sum(scores) / len(scores) if n else 0.0, -loss if math.isfinite(loss) else -math.inf]
+                    write({f"eval/loss_{length}": loss, f"eval/passkey_{length}": score}, step)
+                print(f"step {step} at {length} tokens: loss {loss:.4f} passkey {score:.2f}", flush=True)
+        loss, n = sum(losses) / len(losses), len(scores)
+        return [
+            sum(scores) / n if self.settings.passkeys else 0.0,
+            -loss if math.isfinite(loss) else -math.inf,
+        ]
+
+    def measure(self) -> Iterator[tuple[int, float, float]]:
+        """Of each length in turn: tokens, late loss, and the share of its passkeys answered, NaN without any."""
+        c, rows, n = self.config, self.config.batch_size, self.settings.passkeys
+        for length in self.settings.lengths:
+            loss = late_loss(self.model, self.corpus, length, rows, self.context)
+            seen = (self.model, self.corpus.tokenizer, length, n, c.seed, c.data.passkey.style, rows, self.context)
+            yield length, loss, passkey_accuracy(*seen) if n else math.nan
 
 
 def stage_of(config: TrainConfig, step: int, state: dict[str, Any], loss: Callable[[], float]) -> int:

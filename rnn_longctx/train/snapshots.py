@@ -6,6 +6,7 @@ A run folder belongs to one config. ``log.csv`` is cut back to the snapshot that
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -20,6 +21,7 @@ from rnn_longctx.errors import InputError
 COLUMNS = ["step", "tokens", "loss", "passkey_loss", "lr", "grad_norm", "tokens_per_second", "seconds", "length",
            "state_norm", "state_norm_max"]  # fmt: skip
 KEEP = 2
+csv.field_size_limit(2**31 - 1)  # a row of online.csv names all of an update's files
 
 
 def write_atomic(path: Path, write: Callable[[BinaryIO], Any]) -> None:
@@ -63,12 +65,12 @@ def newest_snapshot(folder: Path, device: torch.device | str = "cpu") -> dict[st
     return None
 
 
-def claim_folder(out: Path, config: dict[str, Any], begun: str = "log.csv") -> None:
+def claim_folder(out: Path, config: dict[str, Any], begun: Sequence[str] = ("log.csv", "online.csv")) -> None:
     """Record `config` in `out`, or check that it is the one recorded there. Another one: InputError, unless that run
-    never began (no text was found, say): there is no `begun` in the folder."""
+    never began (no text was found, say): nothing of `begun` is in the folder."""
     file = out / "run.json"
     config = json.loads(json.dumps(config))
-    if file.is_file() and (out / begun).exists():
+    if file.is_file() and any((out / name).exists() for name in begun):
         before, now = _flat(json.loads(file.read_text())), _flat(config)
         # what an older version did not write is what is off now: False, 0 or null
         changed = [k for k in sorted({*before, *now}) if (before.get(k) or None) != (now.get(k) or None)]
@@ -85,7 +87,8 @@ def claim_folder(out: Path, config: dict[str, Any], begun: str = "log.csv") -> N
 
 
 class Log:
-    """A CSV file by steps: rows up to `step` of an earlier process are kept, later ones (and a torn last line) dropped.
+    """A CSV file by steps, its first column: rows up to `step` of an earlier process are kept, later ones (and a torn
+    last line) dropped.
 
     `missing`: values of columns that an older version did not write.
     """
@@ -93,13 +96,14 @@ class Log:
     def __init__(self, path: Path, step: int, columns: Sequence[str] = COLUMNS, **missing: object):
         self.columns, kept = columns, []
         if path.is_file():
-            with path.open(newline="") as file:
+            with path.open(newline="", encoding="utf-8", errors="replace") as file:
                 head, *rows = [*csv.reader(file)] or [[]]
             found = [dict(zip(head, row)) for row in rows if len(row) == len(head) and row[0].isdigit()]
-            kept = [[str((missing | row)[c]) for c in columns] for row in found if int(row["step"]) <= step]
-        lines = [",".join(row) + "\n" for row in [list(columns), *kept]]
-        write_atomic(path, lambda file: file.write("".join(lines).encode()))
-        self._path, self._file = path, path.open("a", newline="")
+            kept = [[str((missing | row)[c]) for c in columns] for row in found if int(row[columns[0]]) <= step]
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows([columns, *kept])
+        write_atomic(path, lambda file: file.write(text.getvalue().encode()))
+        self._path, self._file = path, path.open("a", newline="", encoding="utf-8")
 
     def write(self, row: dict[str, Any]) -> None:
         """Raises InputError where there is no room, say; a torn row is dropped by whoever goes on."""

@@ -68,6 +68,27 @@ def train(config: TrainConfig) -> Path:
 
 
 def _train(config: TrainConfig, team: Team, stack: ExitStack) -> Path:
+    config, corpus, model = prepare(config, team)
+    out = Path(config.out)
+    learner = team.spread(Learner(model))
+    optimizer = make_optimizer(model, config.optimizer)
+    writers: list[Write] = []
+    team.first(lambda: writers.append(stack.enter_context(scalars(config.log_to, out, out.name))))
+    _fit(config, corpus, model, learner, optimizer, out, team, writers)
+    plain = team.whole(model)
+
+    def finish() -> None:
+        metrics = final_metrics(config, corpus, plain.eval(), out, partial(autocast, config, team.device))
+        export(config, corpus, plain, out / "model", metrics)
+        print(" ".join(f"{k} {v:.4g}" for k, v in metrics.items() if v is not None), flush=True)
+
+    team.first(finish)
+    return out / "model"
+
+
+def prepare(config: TrainConfig, team: Team, online: bool = False) -> tuple[TrainConfig, Corpus, Any]:
+    """The folder claimed, the text read, and the model to train, on the team's device; the config with that model's
+    shape. Raises InputError, as `train` does."""
     out, device = Path(config.out), team.device
     tokenizer = load_tokenizer(config.data.tokenizer)
     started = None if config.init is None else _started_from(config.init, tokenizer, device)
@@ -79,7 +100,9 @@ def _train(config: TrainConfig, team: Team, stack: ExitStack) -> Path:
         sizes = f"{config.model.vocab_size}, tokenizer {tokenizer.name} has {tokenizer.vocab_size} tokens"
         raise InputError(f"model.vocab_size: {sizes}")
     _check_stretches(config)
-    team.first(lambda: claim_folder(out, {k: v for k, v in to_dict(config).items() if k not in _NEUTRAL}))
+    claim = {k: v for k, v in to_dict(config).items() if k not in _NEUTRAL}
+    claim["online"] = {k: v for k, v in claim["online"].items() if k != "poll"} if online else None
+    team.first(lambda: claim_folder(out, claim))
     began = time.monotonic()
     corpus = load_corpus(config.data, tokenizer, config.longest)
     names = ", ".join(f"{t['name']} ({t['hash']})" for t in corpus.texts)
@@ -92,20 +115,7 @@ def _train(config: TrainConfig, team: Team, stack: ExitStack) -> Path:
     torch.manual_seed(config.seed)
     model: Any = Mamba2LM(config.model).to(device) if started is None else started
     model.train_length, model.name, model.tokenizer = config.longest, out.name, tokenizer
-    learner = team.spread(Learner(model))
-    optimizer = make_optimizer(model, config.optimizer)
-    writers: list[Write] = []
-    team.first(lambda: writers.append(stack.enter_context(scalars(config.log_to, out, out.name))))
-    _fit(config, corpus, model, learner, optimizer, out, team, writers)
-    plain = team.whole(model)
-
-    def finish() -> None:
-        metrics = final_metrics(config, corpus, plain.eval(), out, partial(_autocast, config, device))
-        export(config, corpus, plain, out / "model", metrics)
-        print(" ".join(f"{k} {v:.4g}" for k, v in metrics.items() if v is not None), flush=True)
-
-    team.first(finish)
-    return out / "model"
+    return config, corpus, model
 
 
 def _check_stretches(config: TrainConfig) -> None:
@@ -173,7 +183,7 @@ def _fit(
     starts = None
     if config.passing is not None:
         starts = Starts(model, config.passing, config.seed, team.rows, team.sum_of_lanes)
-    context = partial(_autocast, config, team.device)
+    context = partial(autocast, config, team.device)
     texts = [t["hash"] for t in corpus.texts]
     state = _resume(config, texts, model, optimizer, starts, out, team)
     evaluation = None
@@ -216,7 +226,7 @@ def _fit(
                     starts.forget()
             state["stage"], at = stage, config.at(stage)
             optimizer.zero_grad(set_to_none=True)
-            batch, losses, final = _backward(at, corpus, model, learner, starts, i, context, team)
+            batch, losses, final = backward(at, corpus, model, learner, starts, i, context, team)
             norm = nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip)
             losses[1] = torch.where(batch.answer.any(), losses[1], math.nan)  # none in this batch: no value to log
             values = team.agreed(losses, norm)
@@ -303,7 +313,7 @@ def _resume(config: TrainConfig, texts: list, model: Any, optimizer: torch.optim
     return state | snapshot["state"]
 
 
-def _backward(config: TrainConfig, corpus: Corpus, model: Any, learner: nn.Module, starts: Starts | None, step: int,
+def backward(config: TrainConfig, corpus: Corpus, model: Any, learner: nn.Module, starts: Starts | None, step: int,
               context: Context, team: Team) -> tuple[Batch, torch.Tensor, States]:  # fmt: skip
     """The batch of a step, its two losses, and what this rank's streams end with; the gradients of all ranks are left
     in the parameters."""
@@ -344,7 +354,7 @@ def _mean(rows: list[list[float]], column: int) -> float:
     return sum(finite) / len(finite) if finite else math.nan
 
 
-def _autocast(config: TrainConfig, device: torch.device) -> torch.autocast:
+def autocast(config: TrainConfig, device: torch.device) -> torch.autocast:
     enabled = device.type == "cuda" if config.amp == "auto" else bool(config.amp)
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
 
