@@ -334,7 +334,8 @@ def test_a_fallback_of_ones_own(lost):
 
 def test_in_generation(lost):
     lm, monitor, ids, position = lost
-    prompt, more = ids[:, : position - 7], 40
+    monitor = dataclasses.replace(monitor, gate_limits=[1e9] * 4, passages=[])  # what it writes is no other input
+    prompt, more = ids[:, : position - 7], 160
     with monitor.on(lm, f"mitigate:{RRI}") as watch:
         new = generate(lm, prompt, more)
     assert any(r.position == position for r in watch.reports)

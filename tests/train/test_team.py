@@ -126,7 +126,9 @@ def check_sharded(device: torch.device, config: TrainConfig) -> None:
 def assert_close_runs(a: TrainConfig, b: TrainConfig) -> None:
     for one, two in zip(rows(a), rows(b), strict=True):
         for key in one.keys() - {"tokens_per_second", "seconds"}:
-            assert one[key] == pytest.approx(two[key], rel=2e-6, nan_ok=True), key  # as many digits as are written
+            assert one[key] == pytest.approx(two[key], rel=1e-5, nan_ok=True), (
+                key
+            )  # six digits are written, the last rounded
     ours, expected = final(a), final(b)
     assert ours["model"].keys() == expected["model"].keys()
     for name, weight in expected["model"].items():
