@@ -7,8 +7,11 @@ from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from rnn_longctx.config import parse_length
 from rnn_longctx.errors import InputError
+from rnn_longctx.mitigations.a_floor import AFloor
 from rnn_longctx.mitigations.a_scale import AScale
 from rnn_longctx.mitigations.a_winsor import AWinsor
 from rnn_longctx.mitigations.base import NotApplicable, Plan, Remedy
@@ -25,6 +28,7 @@ from rnn_longctx.mitigations.stored import Stored
 from rnn_longctx.mitigations.stored_start import StoredStart
 from rnn_longctx.mitigations.token_filter import TokenFilter
 from rnn_longctx.mitigations.window import Window
+from rnn_longctx.models import Mamba2LM, checkpoint
 from rnn_longctx.models.adopt import Adopted, adopted, reader_of
 from rnn_longctx.spec import parse
 from rnn_longctx.ssd import PLAIN, ScanPolicy
@@ -33,15 +37,14 @@ if TYPE_CHECKING:
     from torch import nn
 
     from rnn_longctx.data import Text
-    from rnn_longctx.models import Mamba2LM
 
-__all__ = ["REMEDIES", "Handle", "NotApplicable", "Plan", "Remedy", "active", "diagnostics", "handles_on", "mitigate",
-           "parse_remedy", "standard"]  # fmt: skip
+__all__ = ["REMEDIES", "Handle", "NotApplicable", "Plan", "Remedy", "active", "diagnostics", "fold", "handles_on",
+           "mitigate", "parse_remedy", "standard"]  # fmt: skip
 
 REMEDIES: dict[str, type[Remedy]] = {
     r.name: r
     for r in (
-        Nothing, StateNorm, RRI, Window, DeltaScale, AScale, AWinsor, TokenFilter, Decimate, ChunkSelect,
+        Nothing, StateNorm, RRI, Window, DeltaScale, AScale, AWinsor, AFloor, TokenFilter, Decimate, ChunkSelect,
         NoiseStart, StoredStart, Reset, Recompute, AttentionWindow, ResetRecurrence,
     )
 }  # fmt: skip
@@ -54,9 +57,20 @@ class Composite(Remedy):
     parts: tuple[Remedy, ...] = ()
 
     def __post_init__(self) -> None:
+        named, seen = [str(p) for p in self.parts], dict[type[Remedy], str]()
+        if twice := next((name for name in named if named.count(name) > 1), None):
+            raise InputError(f"{'+'.join(named)}: {twice} is composed with itself")
         restarting = [str(p) for p in self.parts if p.control]
         if len(restarting) > 1:
             raise InputError(f"{' and '.join(restarting)} cannot be combined: both say when to start again")
+        starting = [str(p) for p in self.parts if isinstance(p, NoiseStart | StoredStart)]
+        if len(starting) > 1:
+            raise InputError(f"{' and '.join(starting)} cannot be combined: both say what rows start from")
+        for part, name in zip(self.parts, named):
+            told = part.found.remedy.partition(":")[0] if isinstance(part, Stored) else part.name
+            kind = REMEDIES.get(told, type(part))
+            if not kind.adds and (first := seen.setdefault(kind, name)) != name:
+                raise InputError(f"{first} and {name} cannot be combined: give one {kind.name}")
 
     @property
     def per_length(self) -> bool:  # type: ignore[override]
@@ -73,17 +87,28 @@ def parse_remedy(text: str | Remedy) -> Remedy:
     """A remedy from `name:key=value,...`, from a file that `calibrate` wrote, or several from `a+b`.
 
     Raises InputError: unknown names and parameters (with the nearest one), values out of range, a composition that
-    means nothing (two controls; a norm cap with a window), what is neither text nor a remedy.
+    means nothing (two controls; a norm cap with a window; a remedy with itself, or with another setting of its own
+    unless `Remedy.adds`), what is neither text nor a remedy.
     """
     if isinstance(text, Remedy):
         return text
     if not isinstance(text, str):
         raise InputError(f"expected a remedy such as none or state-norm, got {text!r:.80}")
-    parts = [_one(part.strip()) for part in text.split("+")]
-    if len(parts) == 1:
-        return parts[0]
-    parts = [p for p in parts if not isinstance(p, Nothing)]
-    return Composite(tuple(parts))
+    if text.strip() == "all":
+        raise InputError('"all" stands for every remedy in evaluate and rnn-longctx eval alone: name one here')
+    pieces = text.split(",")
+    if any(piece.strip().partition(":")[0] in REMEDIES for piece in pieces[1:]):
+        joined = pieces[0] + "".join(
+            ("+" if p.strip().partition(":")[0] in REMEDIES else ",") + p.strip() for p in pieces[1:]
+        )
+        raise InputError(f"{text!r}: + composes remedies, as in {joined}; to measure them apart, name each by itself")
+    parts = [part for one in text.split("+") for part in _parts(_one(one.strip()))]
+    return Composite(tuple(parts)) if len(parts) > 1 else parts[0] if parts else Nothing()
+
+
+def _parts(remedy: Remedy) -> tuple[Remedy, ...]:
+    """What a remedy is composed of; nothing of `none`."""
+    return remedy.parts if isinstance(remedy, Composite) else () if isinstance(remedy, Nothing) else (remedy,)
 
 
 def _one(text: str) -> Remedy:
@@ -105,6 +130,7 @@ def standard(train: int | None) -> list[str]:
         f"window:tokens={train}",
         f"window:tokens={4 * train}",
         "token-filter",
+        "a-floor",
     ]
     controls = [f"recompute:last={train // 2 * 2}", f"recompute:last={2 * train}", f"reset:every={train}"]
     return [*some, *known, *controls, *diagnostics(train)]
@@ -157,7 +183,9 @@ def mitigate(model: Any, remedy: str | Remedy, *, target_length: int | str | Non
         handle = rnn_longctx.mitigate(model, "rri:alpha=0.999,beta=0.75"); ...; handle.remove()
 
     A second remedy composes with the first, as `a+b` does. A model of another library is adopted
-    (`rnn_longctx.adopt`), and follows the remedy in its own forward and generate.
+    (`rnn_longctx.adopt`), and follows the remedy in its own forward and generate; one that is a way to read (`reset`,
+    `recompute`, `decimate`, `chunk-select`, `attention-window`) only our reading follows, and the own forward
+    refuses. A copy of a model (`copy.deepcopy`) has what is on it: `for h in handles_on(copy): h.remove()`.
 
     Args:
         target_length: tokens to be read (4096, "4k"), for remedies that depend on it.
@@ -172,7 +200,7 @@ def mitigate(model: Any, remedy: str | Remedy, *, target_length: int | str | Non
     remedy = parse_remedy(remedy)
     target_length = None if target_length is None else parse_length(target_length, "target_length")
     given, model = model, reader_of(model)
-    text = load_text(text) if isinstance(text, str | Path) else text
+    text = None if text is None else load_text(text)
     with _bare(model):
         handle = Handle(model, remedy, remedy.plan(model, target_length, text), text)
     if (handle.plan.restart or handle.plan.reader) and model is not given:
@@ -182,6 +210,53 @@ def mitigate(model: Any, remedy: str | Remedy, *, target_length: int | str | Non
         )
     handle.put()
     return handle
+
+
+def fold(model: Mamba2LM, remedy: str | Remedy, text: Text | str | Path | None = None) -> None:
+    """Put a remedy into the weights, in place: A_log <- A_log + log(mul). For those that scale the log-decay by a
+    constant a head and do nothing else: a-floor, a-winsor, a-scale (place=rate), and compositions of them.
+
+    The model is then another one, without any policy, and is saved as any other: its name, weights_hash and provenance
+    ("folded": what, on which weights, calibrated on what) say so. What was calibrated on the old weights is dropped.
+
+    Args:
+        text: what to calibrate on, as of `mitigate`.
+    Raises:
+        InputError: another remedy, a model that is under one, or one of another library; and see `mitigate`. The model
+            is then as it was.
+    """
+    from rnn_longctx.data import load_text
+
+    remedy = parse_remedy(remedy)
+    if not isinstance(model, Mamba2LM):
+        raise InputError(f"{type(model).__name__} is no model of rnn_longctx.load: {remedy} is folded into those alone")
+    if handles_on(model):
+        raise InputError(f"{model.name} is under {active(model)[0]}: take it off before {remedy} is folded in")
+    parts = _parts(remedy)
+    text = None if text is None else load_text(text)
+    with _bare(model):
+        known = all(isinstance(part, AFloor | AWinsor | AScale) for part in parts)
+        plans = [part.plan(model, None, text) for part in parts] if known else []
+    if not plans or any(policy != ScanPolicy(mul=policy.mul) for plan in plans for policy in plan.policies):
+        raise InputError(f"{remedy} cannot be folded into weights: a-floor, a-winsor and a-scale (place=rate) can")
+    plan = combine(plans, model)
+    before = [mixer.A_log.data for mixer in model.mixers]
+    for mixer, A_log, policy in zip(model.mixers, before, plan.policies):
+        log = torch.as_tensor(policy.mul, dtype=torch.float64, device=A_log.device).log()
+        # at least float32, as a checkpoint keeps it; a new tensor, for the old one may be a mapped file's
+        mixer.A_log.data = (A_log.double() + log).to(torch.promote_types(A_log.dtype, torch.float32))
+    try:
+        found = checkpoint.hash_now(model)
+    except InputError:
+        for mixer, A_log in zip(model.mixers, before):
+            mixer.A_log.data = A_log
+        raise
+    entry = {"mitigation": str(remedy), "name": model.name, "weights": model.weights_hash}
+    model.name, model.weights_hash, model.calibration = f"{model.name}+{remedy}", found, None
+    folded = [*model.provenance.get("folded", []), entry | {"calibration": plan.calibration}]
+    model.provenance = {**model.provenance, "folded": folded}
+    for measured in ("_steps", "_envelopes"):
+        model.__dict__.pop(measured, None)
 
 
 def active(model: Mamba2LM | Adopted | nn.Module) -> tuple[str, str | None]:
@@ -230,7 +305,11 @@ def _handles(model: Mamba2LM) -> list[Handle]:
 
 
 def _apply(model: Mamba2LM) -> None:
-    _set(model, combine([h.plan for h in _handles(model)], model))
+    handles = _handles(model)
+    Composite(tuple(part for h in handles for part in _parts(h.remedy)))  # refuses what `a+b` does
+    _set(model, combine([h.plan for h in handles], model))
+    if isinstance(model, Adopted):
+        model.refuse_own("+".join(str(h.remedy) for h in handles if h.plan.restart or h.plan.reader))
 
 
 def _set(model: Mamba2LM, plan: Plan) -> None:

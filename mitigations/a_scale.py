@@ -28,6 +28,7 @@ class AScale(Remedy):
     """scale: above 0; one number, or one a layer: 1.2/1.1/... place: rate or decay."""
 
     name = "a-scale"
+    adds = True
     scale: float | str
     place: str = quiet("rate")
 

@@ -39,11 +39,15 @@ class Remedy:
     Attributes:
         name: as on the command line.
         control: True for the two that every remedy is judged against.
+        adds: True where two settings of it act one upon the other: factors multiply, every cap holds. Elsewhere one of
+            two would go unnoticed (the larger window, the earlier start), or do what neither says (a second floor
+            under A raises what the first has raised), and they are not composed.
         per_length: True where the policies depend on the target length, so that every length is its own pass.
     """
 
     name: ClassVar[str]
     control: ClassVar[bool] = False
+    adds: ClassVar[bool] = False
     per_length: ClassVar[bool] = False
 
     def plan(self, model: Mamba2LM, target_length: int | None = None, text: Text | None = None) -> Plan:

@@ -25,6 +25,7 @@ class DeltaScale(Remedy):
     """scale: above 0; one number, or one a layer: 0.7/0.8/..."""
 
     name = "delta-scale"
+    adds = True
     scale: float | str
 
     def __post_init__(self) -> None:

@@ -28,6 +28,7 @@ class RRI(Remedy):
     input, above 0."""
 
     name = "rri"
+    adds = True
     alpha: float | str = 0.9999
     beta: float = 0.75
 

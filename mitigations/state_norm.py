@@ -29,6 +29,7 @@ class StateNorm(Remedy):
     caps at the largest of all, less caps tighter."""
 
     name = "state-norm"
+    adds = True
     every: int = quiet(1)
     quantile: float = quiet(1.0)
 

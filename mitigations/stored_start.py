@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StoredStart(Remedy):
-    """file: a saved cache of a model of the same shape."""
+    """file: the state that `generate --save-state` kept, of a model of the same shape."""
 
     name = "stored-start"
     file: str  # or FILE@hash, as results name it

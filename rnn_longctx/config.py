@@ -33,6 +33,8 @@ def parse_length(text: str | int, what: str = "a length") -> int:
 
 def parse_lengths(text: str | Sequence[str | int]) -> list[int]:
     """``"256,1k,4k"`` -> [256, 1024, 4096], in the order given. Empty: InputError."""
+    if not isinstance(text, str | Sequence) and not hasattr(text, "__iter__"):
+        raise InputError(f"lengths are whole numbers such as 256,1k,4k, not {text!r:.60}")
     parts = text.split(",") if isinstance(text, str) else list(text)
     if not parts:
         raise InputError("no length given; expected some, such as 256,1k,4k")
@@ -71,6 +73,10 @@ def load_yaml(cls: type[T], path: str | Path, overrides: Sequence[str] = ()) -> 
     data = {} if data is None else data
     if not isinstance(data, dict):
         raise InputError(f"{path}: expected a mapping of keys to values, got {_given(data)}")
+    strange = [str(name) for name in data if name not in {f.name for f in dataclasses.fields(cls)}]  # type: ignore[arg-type]
+    if len(strange) > 1 and 2 * len(strange) > len(data):
+        raise InputError(f"{path} is a config of something else (train, eval and capacity have their own): of its "
+                         f"{len(data)} keys {', '.join(strange[:6])} are unknown here")  # fmt: skip
     for item in overrides:
         data = _override(data, item)
     return from_dict(cls, data, where=str(path))

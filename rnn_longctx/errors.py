@@ -26,6 +26,6 @@ class CollapseError(RuntimeError):
 def nearest(name: str, choices: Iterable[str]) -> str:
     """Suffix for an unknown-name message: ``'; did you mean "lm"? (choices: lm, passkey)'``."""
     options = sorted(choices)
-    close = difflib.get_close_matches(name, options, n=1, cutoff=0.4)
+    close = difflib.get_close_matches(name, options, n=1, cutoff=0.4) if len(name) > 1 else []
     hint = f'; did you mean "{close[0]}"?' if close else ""
     return f"{hint} (choices: {', '.join(options)})"

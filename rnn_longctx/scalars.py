@@ -34,7 +34,7 @@ def scalars(kinds: Sequence[str], directory: str | Path, name: str) -> Iterator[
 @contextmanager
 def _open(kind: str, directory: Path, name: str) -> Iterator[Write]:
     if kind not in KINDS:
-        raise InputError(f"unknown log {kind!r}{nearest(kind, KINDS)}; there are {', '.join(KINDS)}")
+        raise InputError(f"unknown log {kind!r}{nearest(kind, KINDS)}")
     try:
         library: Any = importlib.import_module("torch.utils.tensorboard" if kind == "tensorboard" else kind)
     except ImportError:

@@ -25,7 +25,8 @@ def parse(text: str, kinds: Mapping[str, type[T]], what: str) -> T:
     """One `name:key=value,...` as an instance of `kinds[name]`.
 
     Raises:
-        InputError: an unknown name or parameter (with the nearest one), a value of the wrong kind, a missing one.
+        InputError: an unknown name or parameter (with the nearest one), one given twice, a value of the wrong kind or
+            beyond 64 bits, a missing one.
     """
     name, _, rest = text.strip().partition(":")
     if name not in kinds:
@@ -40,11 +41,18 @@ def parse(text: str, kinds: Mapping[str, type[T]], what: str) -> T:
         if key not in known:
             hint = nearest(key, known) if known else " (it has none)"
             raise InputError(f"{what} {name} has no parameter {key!r}{hint}")
+        if key in values:
+            raise InputError(f"{what} {name}: {key} is given twice")
         values[key] = _number(value)
+        if isinstance(values[key], int) and abs(values[key]) >= 2**63:  # more than a tensor can count
+            raise InputError(f"{what} {name}: {key} is out of range, got {value}")
     for f in fields(kind):  # type: ignore[arg-type]
         if f.name not in values and _required(f):
             raise InputError(f"{what} {name} needs {f.name}, as in {name}:{f.name}=...")
-    return from_dict(kind, values, f"{what} {text!r}")
+    try:
+        return from_dict(kind, values, f"{what} {text!r}")
+    except InputError as error:  # the thing's own message begins with its name, which stands there already
+        raise InputError(str(error).replace(f": {name}: ", ": ", 1)) from None
 
 
 def canonical(name: str, thing: Any) -> str:

@@ -140,9 +140,19 @@ def test_bad_lengths(bad: Any) -> None:
 
 
 def test_no_lengths() -> None:
-    for empty in ("", []):
+    for empty in ("", [], None, 3.5):
         with pytest.raises(InputError):
             parse_lengths(empty)
+
+
+def test_a_config_of_something_else() -> None:
+    from rnn_longctx.eval import EvalConfig
+    from rnn_longctx.train.config import TrainConfig
+
+    configs = Path(__file__).parents[1] / "configs"
+    for kind, file in ((EvalConfig, "train/demo.yaml"), (TrainConfig, "eval/demo.yaml")):
+        with pytest.raises(InputError, match=r"is a config of something else .* unknown here"):
+            load_yaml(kind, configs / file)
 
 
 @pytest.mark.parametrize("file", sorted((Path(__file__).parents[1] / "configs" / "train").glob("*.yaml")))

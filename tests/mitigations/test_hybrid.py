@@ -147,5 +147,12 @@ def test_all_goes_on_without_what_mamba1_has_not(tmp_path, caplog):
         frame = evaluate(model, [96], ["lm:slices=1,tokens=0", "passkey:n=1"], ["all"], text=str(path))
     lines = [record.getMessage() for record in caplog.records]
     said = {line.split()[0].partition(":")[0] for line in lines if "is not applicable: " in line}
-    assert said == {"a-winsor", "token-filter", "decimate", "attention-window", "reset-recurrence"}
+    assert said == {"a-winsor", "a-floor", "token-filter", "decimate", "attention-window", "reset-recurrence"}
     assert {"none", "rri:alpha=0.999,beta=1", "delta-scale:scale=0.7", "state-norm"} < set(frame.mitigation)
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):  # where no task asks anything, nor has what reads prompts a place
+        frame = evaluate(model, [96], ["lm:slices=1,tokens=0"], ["all"], text=str(path))
+    assert "state-norm" in set(frame.mitigation) and "chunk-select:chunk=2000" not in set(frame.mitigation)
+    assert any("chunk-select:chunk=2000 reads prompts, and has no loss" in line for line in caplog.messages)
+    with pytest.raises(NotApplicable, match="chunk-select:chunk=2000 reads prompts"):
+        evaluate(model, [96], ["lm:slices=1,tokens=0"], ["chunk-select"], text=str(path))

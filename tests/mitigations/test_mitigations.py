@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rnn_longctx.errors import InputError
-from rnn_longctx.mitigations import REMEDIES, active, mitigate, parse_remedy
+from rnn_longctx.mitigations import REMEDIES, active, fold, mitigate, parse_remedy
 from rnn_longctx.mitigations.base import NotApplicable
 from rnn_longctx.models import Cache, Restart
 from rnn_longctx.models.generate import generate, prefill
@@ -28,12 +28,15 @@ from rnn_longctx.ssd import PLAIN, Cap, ScanPolicy
         "delta-scale:scale=0.5/1.25",
         "a-scale:scale=0.9,place=decay",
         "a-winsor:share=0.08",
+        "a-floor",
+        "a-floor:tokens=500",
         "token-filter:theta=0.01",
         "decimate:base=100,beta=0.5,first=1",
         "chunk-select:chunk=100,query=9",
         "noise-start:std=0.1,seed=3",
         "stored-start:file=here.state",
         "rri:alpha=0.9,beta=1.0+state-norm",
+        "rri:alpha=0.9,beta=1.0+rri+state-norm:every=64,quantile=0.5+state-norm",
     ],
 )
 def test_canonical_text_reads_back(text):
@@ -42,6 +45,7 @@ def test_canonical_text_reads_back(text):
     assert str(again) == str(remedy)
     assert str(parse_remedy("rri:beta=0.75,alpha=0.999")) == "rri:alpha=0.999,beta=0.75"
     assert str(parse_remedy("window:tokens=1k")) == "window:tokens=1024"
+    assert parse_remedy("none+none") == parse_remedy("none") and parse_remedy("none+rri") == parse_remedy("rri")
 
 
 @pytest.mark.parametrize(
@@ -52,6 +56,20 @@ def test_canonical_text_reads_back(text):
         ("rri:alpha=1.1", r"alpha must lie in \(0, 1\]"),
         ("rri:alpha=x", "alpha"),
         ("rri:alpha", "not key=value"),
+        ("rri:alpha=0.9,beta=1,alpha=0.8", "alpha is given twice"),
+        ("window:tokens=9223372036854775808", "tokens is out of range, got 9223372036854775808"),
+        ("noise-start:std=1+rri+stored-start:file=x", "noise-start:std=1 and stored-start:file=x .* rows start from"),
+        ("rri:alpha=2", "^mitigation 'rri:alpha=2': alpha must lie"),
+        ("all", "stands for every remedy"),
+        ("rri,state-norm", r"\+ composes remedies, as in rri\+state-norm;"),
+        ("rri:alpha=0.9,beta=1, window:tokens=3", r"as in rri:alpha=0.9,beta=1\+window:tokens=3;"),
+        ("rri+state-norm+rri", "rri:alpha=0.9999,beta=0.75 is composed with itself"),
+        ("window:tokens=5+rri+window:tokens=9", "window:tokens=5 and window:tokens=9 cannot be combined"),
+        ("a-floor+a-floor:tokens=9", "a-floor and a-floor:tokens=9 cannot be combined: give one a-floor"),
+        ("a-winsor+a-winsor:share=0.1", "cannot be combined"),
+        ("token-filter+token-filter:theta=0.1", "cannot be combined"),
+        ("noise-start:std=1+noise-start:std=2", "cannot be combined"),
+        ("chunk-select+chunk-select:chunk=9", "cannot be combined"),
         ("rri:beta=-1", "beta must be above 0"),
         ("window", "window needs tokens"),
         ("window:tokens=0", "tokens"),
@@ -65,6 +83,8 @@ def test_canonical_text_reads_back(text):
         ("a-scale:scale=1.1,place=decay", "at most 1"),
         ("a-scale:scale=1.1,place=log", "rate or decay"),
         ("a-winsor:share=0.5", r"share must lie in \[0, 0.5\)"),
+        ("a-floor:tokens=0", "tokens must be at least 1"),
+        ("a-floor:tokens=1.5", "tokens"),
         ("token-filter:theta=1", "theta"),
         ("decimate:beta=0", "beta"),
         ("chunk-select:chunk=0", "at least 1 token"),
@@ -101,7 +121,21 @@ def test_what_cannot_be_combined_is_refused_and_leaves_the_model_alone(model, ma
         mitigate(model, "state-norm", text=made)
     with mitigate(model, "reset:every=8"), pytest.raises(InputError, match="cannot be combined"):
         mitigate(model, "recompute:last=8")
-    assert model.restart is None
+    for first, second in (("a-floor:tokens=9", "a-floor"), ("window:tokens=9", "window:tokens=8"), ("rri", "rri")):
+        with mitigate(model, first, text=made) as handle:
+            before = model.mixers[1].policy
+            with pytest.raises(InputError, match=f"{second}.* (cannot be combined|composed with itself)"):
+                mitigate(model, second, text=made)
+            assert active(model)[0] == str(handle.remedy) and model.mixers[1].policy == before != PLAIN
+    assert model.restart is None and model.mixers[1].policy == PLAIN
+
+
+@pytest.mark.parametrize("put", [mitigate, fold])
+def test_a_text_that_is_none_is_one_clear_line(model, put):
+    for text in (3, [b"abc"]):
+        with pytest.raises(InputError, match=r"a text is .*; got (int 3|list \[b'abc'\])$"):
+            put(model, "a-floor", text=text)
+    assert active(model) == ("none", None)
 
 
 def test_handles_compose_and_come_off_in_any_order(model):

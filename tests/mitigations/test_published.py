@@ -5,12 +5,14 @@ import math
 import pytest
 import torch
 
+from rnn_longctx.data import Text
 from rnn_longctx.errors import InputError
 from rnn_longctx.mitigations import REMEDIES, diagnostics, mitigate, parse_remedy, standard
 from rnn_longctx.mitigations.base import NotApplicable
 from rnn_longctx.mitigations.token_filter import thresholds
 from rnn_longctx.models import Cache, Mamba2Config, Mamba2LM
 from rnn_longctx.models.generate import continuation, generate, prefill
+from rnn_longctx.probes.gates import measure_steps
 from rnn_longctx.ssd import reference
 
 
@@ -103,6 +105,22 @@ def test_token_filter(model, made):
         assert not any(p.changes_gates for p in handle.plan.policies)
     with pytest.raises(NotApplicable, match="target_length"):
         mitigate(model, "token-filter", text=made)
+
+
+@torch.no_grad()
+def test_a_token_filter_does_not_hang_on_rounding(model, made):
+    """Steps of the first layer are those of the tokens, so that some token's equals the threshold."""
+    lm = model.float()
+    for mixer in lm.mixers:
+        mixer.A_log.data.fill_(-9.0)
+    letters = Text("letters", bytes(torch.randint(97, 105, (5000,)).tolist()))
+    ids = torch.randint(97, 105, (3, 60))
+    with mitigate(lm, "token-filter", target_length=64, text=letters) as handle:
+        g = torch.tensor(handle.plan.policies[0].min_dt)
+        off = (measure_steps(lm, ids)[0] / g - 1).abs()
+        assert (off.amin((0, 1)) < 2e-4).all() and (off > 2e-5).all()
+        whole, cache = lm(ids), Cache()
+        torch.testing.assert_close(torch.cat([lm(t, cache) for t in ids.split(1, 1)], 1), whole, rtol=0, atol=1e-4)
 
 
 def test_thresholds_keep_the_largest_steps():

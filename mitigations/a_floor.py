@@ -1,0 +1,55 @@
+"""A floor under every head's decay: on the average none remembers longer than `tokens` tokens,
+
+    A'_h = A_h * max(1, (1 / tokens) / m_h)        m_h = mean of dt_{t,h} |A_h|
+
+so that a state falls by e in `tokens` tokens of typical text. Our own: the lower end of A-winsorisation with its limit
+measured in tokens, not in a quantile of A, which says nothing of a layer most of whose heads never forget.
+
+Reads dt of every head on a calibration text, within the training length. Changes A of the heads that forget more
+slowly; the others stay as they are, bit for bit. A constant a head costs nothing at run time, and can be folded into
+the weights (`rnn_longctx.fold`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from rnn_longctx.errors import InputError
+from rnn_longctx.mitigations.base import Plan, Remedy, one_step_a_head, train_length
+from rnn_longctx.probes.gates import steps_of
+from rnn_longctx.spec import quiet
+from rnn_longctx.ssd import PLAIN, ScanPolicy
+
+if TYPE_CHECKING:
+    from rnn_longctx.data import Text
+    from rnn_longctx.models import Mamba2LM
+
+LEAST = torch.finfo(torch.float32).tiny  # a log-decay below it is a head that takes no steps: there is none to scale
+
+
+@dataclass(frozen=True)
+class AFloor(Remedy):
+    """tokens: that a head remembers at most, on the average; the training length if not given. It is also the length
+    of the calibration's windows where the model does not say its training length."""
+
+    name = "a-floor"
+    tokens: int | None = quiet(None)
+
+    def __post_init__(self) -> None:
+        if self.tokens is not None and self.tokens < 1:
+            raise InputError(f"a-floor: tokens must be at least 1, got {self.tokens}")
+
+    def plan(self, model: Mamba2LM, target_length: int | None = None, text: Text | None = None) -> Plan:
+        one_step_a_head(model, "a-floor")
+        tokens = self.tokens or train_length(model, "a-floor without tokens=...")
+        steps, label = steps_of(model, model.train_length or tokens, text)
+        policies = []
+        for mixer, dt in zip(model.mixers, steps):
+            m = dt.double().mean((0, 1)) * mixer.A.detach().double().cpu().abs()
+            slow = (m < 1 / tokens) & (m >= LEAST)
+            mul = torch.where(slow, 1 / (tokens * m), 1.0)
+            policies.append(ScanPolicy(mul=tuple(mul.tolist())) if bool(slow.any()) else PLAIN)
+        return Plan(tuple(policies), calibration=label)
