@@ -11,10 +11,11 @@ and step are ours (`rnn_longctx.models.adopt_transformers`, `rnn_longctx.models.
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import itertools
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,6 +23,7 @@ from typing import Any, ClassVar
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from rnn_longctx.config import parse_length
 from rnn_longctx.errors import InputError
@@ -34,9 +36,11 @@ from rnn_longctx.models.formats import ADOPTED, one_line, read_json
 from rnn_longctx.models.losses import token_losses
 from rnn_longctx.models.mamba2 import Mamba2LM, state_dtype
 from rnn_longctx.models.restart import Restart, read_restarting
+from rnn_longctx.models.weights import computes_in, hash_of
 from rnn_longctx.ssd import PLAIN, Call, asked_of, choose
 
 _KEY = "_rnn_longctx_adopted"
+_reading: ContextVar[bool] = ContextVar("reading", default=False)  # whether it is we who call the library's forward
 
 
 def adopt(model: nn.Module | Adopted, *, name: str | None = None, tokenizer: Any = None,
@@ -107,7 +111,7 @@ def load_adopted(source: str | Path, *, device: torch.device | str = "cpu", dtyp
     if told["missing_keys"]:  # which transformers draws at random
         raise InputError(f"{name} lacks {len(told['missing_keys'])} weights, {min(told['missing_keys'])} among them")
     for weight, p in model.named_parameters():
-        if _computes_in(p) is not None and not bool(p.isfinite().all()):
+        if computes_in(p) is not None and not bool(p.isfinite().all()):
             raise InputError(f"{name}: {weight} is not finite: it holds NaN or infinity")
     _fits(found, model.config.get_text_config().vocab_size)
     return adopt(model.eval(), name=name, tokenizer=found, train_length=train_length)
@@ -170,6 +174,8 @@ class Adopted:
         self.provenance: dict = {}
         self.restart: Restart | None = None
         self.reader: Any = None
+        self._ways: str = ""  # the remedies that its own forward refuses, and the hooks that do
+        self._guards: list[RemovableHandle] = []
         self.base: Any = getattr(model, "base_model", model)  # without the head
         self._takes = set(inspect.signature(self.base.forward).parameters)
 
@@ -224,6 +230,33 @@ class Adopted:
             mixer.state_dtype = found
             mixer.policy = mixer.policy
 
+    def refuse_own(self, ways: str) -> None:
+        """Let the library's own forward and generate raise InputError: remedies are on that are ways to read, and only
+        our reading follows them. ways: their names; none lets it work again."""
+        while self._guards:
+            self._guards.pop().remove()
+        self._ways = ways
+        # (the first mixer's, since a call of base.forward passes the hooks of base itself by)
+        guarded = (self.base, self.mixers[0].module) if ways else ()
+        self._guards = [module.register_forward_pre_hook(self._refuse) for module in guarded]
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Parts of the library's model may be called, whatever `refuse_own` was told: it is we who read."""
+        ours = _reading.set(True)
+        try:
+            yield
+        finally:
+            _reading.reset(ours)
+
+    @torch.compiler.disable
+    def _refuse(self, module: nn.Module, args: Any) -> None:
+        if not _reading.get():
+            raise InputError(
+                f"{self._ways} is on {self.name} and is a way to read, which its own forward and generate do not "
+                "follow: read with rnn_longctx.generate or rnn_longctx.evaluate, or remove() it"
+            )
+
     @property
     def embedding(self) -> Any:
         return self.model.get_input_embeddings()
@@ -246,7 +279,7 @@ class Adopted:
     def dtype(self) -> torch.dtype:
         """What the embedding's weights are of; where those are packed, the first parameter that is not."""
         weights = itertools.chain([getattr(self.embedding, "weight", None)], self.parameters())
-        return next((d for d in map(_computes_in, weights) if d is not None), torch.float32)
+        return next((d for d in map(computes_in, weights) if d is not None), torch.float32)
 
     # --- reading
 
@@ -294,7 +327,8 @@ class Adopted:
             if length == 1:
                 raise InputError("padding is read together with at least one token more: the library does not mask one")
             padding = padding + length - read
-        hidden = self._call(ids, cache, mask, before, padding)
+        with self.reading():
+            hidden = self._call(ids, cache, mask, before, padding)
         cache.seen, cache.padding, cache.position = cache.seen + length, padding, before + read
         return hidden
 
@@ -337,7 +371,7 @@ class Adopted:
         head = self.head
         if head is None:
             raise InputError(f"{type(self.model).__name__} has no head for logits: load it as a causal language model")
-        logits = head(hidden.to(_computes_in(getattr(head, "weight", None)) or hidden.dtype))
+        logits = head(hidden.to(computes_in(getattr(head, "weight", None)) or hidden.dtype))
         if (factor := getattr(self.config, "lm_head_multiplier", None)) is not None:  # FalconH1
             logits = logits * factor
         if (divisor := getattr(self.config, "logits_scaling", None)) is not None:  # GraniteMoeHybrid
@@ -350,32 +384,6 @@ class Adopted:
 
     def new_cache(self) -> AdoptedCache:
         return AdoptedCache(self.mixers)
-
-
-def _digest(found: Any, name: str, t: Tensor) -> None:
-    found.update(f"{name} {t.dtype} {list(t.shape)}".encode())
-    if hasattr(t, "__tensor_flatten__"):
-        for part in t.__tensor_flatten__()[0]:
-            _digest(found, f"{name}.{part}", getattr(t, part))
-    else:
-        raw = t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
-        found.update(memoryview(raw))  # type: ignore[arg-type]
-
-
-def _computes_in(weight: Any) -> torch.dtype | None:
-    """The type of a weight, or None where that is how it is packed (bytes, 8-bit floats) or there is none."""
-    dtype = getattr(weight, "dtype", None)
-    return dtype if dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64) else None
-
-
-def hash_of(module: nn.Module) -> str:
-    """First 16 hex digits of a sha256 over each tensor's name, dtype, shape and bytes, or, of one made of others
-    (quantised weights), theirs in turn. What a state_dict holds beside tensors does not count."""
-    found = hashlib.sha256()
-    for name, t in sorted(module.state_dict().items()):
-        if isinstance(t, Tensor):
-            _digest(found, name, t)
-    return found.hexdigest()[:16]
 
 
 def _nothing_found(model: nn.Module) -> str:

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rnn_longctx.errors import InputError
-from rnn_longctx.models.adopt_transformers import UNLIMITED, AdoptedMixer, Beside, _Call, _fused
+from rnn_longctx.models.adopt_layer import Beside
+from rnn_longctx.models.adopt_transformers import UNLIMITED, AdoptedMixer, _Call, _fused
 from rnn_longctx.ssd import scan, window_state
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rnn_longctx.errors import InputError
-from rnn_longctx.models.adopt_transformers import Beside
+from rnn_longctx.models.adopt_layer import Beside
 from rnn_longctx.models.cache import Cache, Carry, _zip_map
 from rnn_longctx.ssd import ScanCarry, window_state
 

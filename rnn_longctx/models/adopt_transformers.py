@@ -25,7 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rnn_longctx.errors import InputError
-from rnn_longctx.ssd import PLAIN, Observer, ScanCarry, ScanPolicy, WindowCarry, scan, tree_map, window_state
+from rnn_longctx.models.adopt_layer import Beside, following
+from rnn_longctx.ssd import PLAIN, Observer, ScanCarry, ScanPolicy, scan, window_state
 
 UNLIMITED = (0.0, math.inf)
 UNKNOWN = -(2**30)  # the position of a row that was read before a policy was there to count; below 0 for a long time
@@ -178,12 +179,17 @@ class AdoptedMixer:
 
     @torch.compiler.disable
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The mixer's own forward, its scan and step ours."""
+        """The mixer's own forward, its scan and step ours. InputError: a static cache that attention shares."""
         if not self.active:
             return self._own["forward"](*args, **kwargs)
         given = dict(zip(self._arguments, args)) | kwargs
         cache = given["cache_params"] if "cache_params" in given else given.get("past_key_values")
         mask = given.get("attention_mask")
+        if _static_attention(cache):
+            raise InputError(
+                f"{self.name} is under a remedy or watched, which takes the cache that grows: generate without "
+                'cache_implementation="static"'
+            )
         layer = None if cache is None else cache.layers[self.module.layer_idx]
         fresh = cache is None or not cache.has_previous_state(self.module.layer_idx)
         token = _running.set(_Call(self, layer, None if mask is None or mask.ndim != 2 else mask.bool(), fresh))
@@ -229,7 +235,7 @@ class AdoptedMixer:
 
     def keep(self, layer: Any, beside: Beside) -> None:
         if not hasattr(layer, "beside"):
-            layer.__class__ = _following(type(layer))  # type: ignore[arg-type]
+            layer.__class__ = following(type(layer))  # type: ignore[arg-type]
         layer.beside = beside
 
     def read(self, call: _Call, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, state: Tensor | None,
@@ -326,68 +332,13 @@ def _dispatch(original: Callable, ours: Any) -> Callable:
     return call
 
 
-# --- the cache
-
-
-@dataclass
-class Beside:
-    """What a carry holds beside the state. `era`: since when the mixer counts without a gap."""
-
-    era: int
-    position: Tensor  # (B,) int64 on the CPU
-    log_decay: Tensor | None  # (B, H), not a number where the beginning was not counted
-    window: WindowCarry | None
-
-
-@functools.cache
-def _following(base: Any) -> Any:
-    """The class of a cache's layer, with a `beside` that moves with its rows. (Made from one base, since an object
-    can change its class only to one of the same layout.)"""
-
-    class Following(base):
-        is_compileable = False
-        beside: Beside | None = None
-
-        def reorder_cache(self, beam_idx: Tensor) -> None:
-            super().reorder_cache(beam_idx)
-            self._select(beam_idx)
-
-        def batch_repeat_interleave(self, repeats: int) -> None:
-            rows = torch.arange(len(self.recurrent_states[0])).repeat_interleave(repeats)
-            self._move("batch_repeat_interleave", repeats, rows)
-
-        def batch_select_indices(self, indices: Tensor) -> None:
-            rows = torch.arange(len(self.recurrent_states[0]))[indices.cpu()]  # (indices may be bool)
-            self._move("batch_select_indices", indices, rows)
-
-        def reset(self) -> None:
-            super().reset()
-            self.beside = None
-
-        def __reduce_ex__(self, protocol: Any) -> Any:
-            return _rebuild, (base,), self.__dict__
-
-        def _move(self, how: str, argument: Any, rows: Tensor) -> None:
-            """The library moves keys and values, and leaves the states of a recurrent layer where they are."""
-            from transformers.cache_utils import LinearAttentionLayer
-
-            before = self.recurrent_states[0]
-            if method := getattr(super(), how, None):
-                method(argument)
-            if self.recurrent_states[0] is before:
-                LinearAttentionLayer.reorder_cache(self, rows)  # type: ignore[arg-type]
-            self._select(rows)
-
-        def _select(self, rows: Tensor) -> None:
-            if self.beside is not None:
-                self.beside = tree_map(lambda t: t[rows.to(t.device)], self.beside)
-
-    Following.__name__ = Following.__qualname__ = base.__name__
-    return Following
-
-
-def _rebuild(base: type) -> Any:
-    return object.__new__(_following(base))
+def _static_attention(cache: Any) -> bool:
+    """Whether attention's keys in a cache have room for more tokens than were read. A layer of ours is not compilable,
+    and the library leaves the mask of a single token out where one of a cache's layers is not: attention would read the
+    room, too."""
+    if cache is None or type(cache).__name__ != "StaticCache":
+        return False
+    return any(hasattr(layer, "max_cache_len") for layer in cache.layers)
 
 
 # --- finding mixers

@@ -85,7 +85,8 @@ class Cache:
                 tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (not a dict)
             cache = _unflatten(json.loads(header["cache"]), "cache", tensors)
         except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
-            raise InputError(f"{path} is not a saved cache ({error})") from None
+            why = "no such file" if isinstance(error, FileNotFoundError) else error
+            raise InputError(f"{path} is no state that generate --save-state wrote ({why})") from None
         extra = {k.removeprefix("extra."): v for k, v in tensors.items() if k.startswith("extra.")}
         return cache.to(device), extra, json.loads(header["note"])
 

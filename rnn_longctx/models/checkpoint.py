@@ -6,6 +6,7 @@ Weights are memory-mapped and only copied where their dtype or device must chang
 from __future__ import annotations
 
 import contextlib
+import difflib
 import hashlib
 import json
 import os
@@ -29,7 +30,8 @@ from rnn_longctx.models import formats
 from rnn_longctx.models.formats import one_line
 from rnn_longctx.models.mamba2 import Mamba2Config, Mamba2LM
 
-DEMO = Path(str(files("rnn_longctx"))) / "checkpoints" / "demo"
+BUNDLED = Path(str(files("rnn_longctx"))) / "checkpoints"
+DEMOS = ("demo", "demo-long")  # as trained at 512 tokens, and continued at 16K so that it does not collapse
 LAYOUTS = ("rnn-longctx", "transformers")
 DTYPES = {str(d)[6:]: d for d in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
 # Rounded to 16 bits these change the decays over thousands of tokens, so mamba-ssm keeps them in float32.
@@ -69,7 +71,8 @@ class LazyTokenizer:
 
 def load(source: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | str | None = None,
          tokenizer: str | None = None, train_length: int | str | None = None) -> Mamba2LM:  # fmt: skip
-    """A model in eval mode from a directory, a Hugging Face hub id, or "demo" (it comes with the package).
+    """A model in eval mode from a directory, a Hugging Face hub id, or "demo" or "demo-long", which come with the
+    package.
 
     Args:
         dtype: of the weights; None is float32. A_log, D and dt_bias stay float32 in a 16-bit model.
@@ -125,9 +128,7 @@ def save(model: Mamba2LM, directory: str | Path, *, dtype: torch.dtype | str | N
     if layout not in LAYOUTS:
         raise InputError(f"unknown layout {layout!r}{nearest(layout, LAYOUTS)}")
     target = model.dtype if dtype is None else _dtype(dtype)
-    state = {k: t.detach().to("cpu", _kept(k, target)).contiguous() for k, t in model.state_dict().items()}
-    if model.config.tie_embeddings:
-        del state["lm_head.weight"]
+    state = _written(model, target)
     extra = {
         "tokenizer": _tokenizer_spec(model),
         "train_length": model.train_length,
@@ -156,6 +157,20 @@ def save(model: Mamba2LM, directory: str | Path, *, dtype: torch.dtype | str | N
         raise InputError(f"cannot write the checkpoint {directory}: {one_line(error)}") from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def hash_now(model: Mamba2LM) -> str:
+    """The `weights_hash` of a model whose weights have changed since it was loaded: what `load` will find in what
+    `save` writes of it. Raises InputError if one is not finite."""
+    return _hash(_written(model, model.dtype), model.config, model.name)
+
+
+def _written(model: Mamba2LM, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The weights as a file of that dtype holds them, on the CPU, a tied one once."""
+    state = {k: t.detach().to("cpu", _kept(k, dtype)).contiguous() for k, t in model.state_dict().items()}
+    if model.config.tie_embeddings:
+        del state["lm_head.weight"]
+    return state
 
 
 def _fits(tokenizer: Tokenizer, size: int) -> Tokenizer:
@@ -216,10 +231,10 @@ def _some(names: Iterable[str]) -> str:
 
 def locate(source: str | Path) -> tuple[Path, str, dict[str, Any]]:
     """Where a checkpoint lies, its name (never a whole path) and where it came from."""
-    if source == "demo":
-        if not DEMO.is_dir():
-            raise InputError("this installation of rnn-longctx comes without its demo checkpoint")
-        return DEMO, "demo", {}
+    if source in DEMOS:
+        if not (BUNDLED / source).is_dir():
+            raise InputError(f"this installation of rnn-longctx comes without its {source} checkpoint")
+        return BUNDLED / source, str(source), {}
     if not isinstance(source, str | Path):
         raise InputError(f'expected "demo", a directory or a hub id, got {type(source).__name__}')
     path = Path(source)
@@ -229,7 +244,9 @@ def locate(source: str | Path) -> tuple[Path, str, dict[str, Any]]:
         return path, path.resolve().name, {}
     if path.exists():
         raise InputError(f"{source} is a file; expected a checkpoint directory, such as the one it lies in")
-    neither = f"{str(source)!r} is neither a directory nor a hub id that can be reached"
+    close = difflib.get_close_matches(str(source), DEMOS, n=1, cutoff=0.7)
+    near = f'; did you mean "{close[0]}"?' if close else ""
+    neither = f"{str(source)!r} is neither a directory nor a hub id that can be reached{near}"
     if isinstance(source, Path) or not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", source):
         raise InputError(neither)
     from huggingface_hub import snapshot_download

@@ -87,7 +87,7 @@ def read_header(directory: Path) -> Header:
     if not path.is_file():
         weights = [f.name for f in sorted(directory.iterdir()) if f.name.startswith(WEIGHTS)]
         held = f"{weights[0]} but no" if weights else "no"
-        raise InputError(f"{directory} holds {held} config.json; supported: {SUPPORTED}")
+        raise InputError(f"{directory} holds {held} config.json; supported: {SUPPORTED}; adopted: {', '.join(ADOPTED)}")
     data, where = read_json(path), str(path)
     if data.get("format") == FORMAT:
         inner = {k: v for k, v in data.items() if k not in ("format", "model")}
@@ -101,7 +101,9 @@ def read_header(directory: Path) -> Header:
         header = Header(_official(data, where), GPT_NEOX)
     else:
         keys = ", ".join(list(data)[:6]) or "nothing"
-        raise InputError(f"{path} is of no known layout (keys: {keys}); supported: {SUPPORTED}")
+        raise InputError(
+            f"{path} is of no known layout (keys: {keys}); supported: {SUPPORTED}; adopted: {', '.join(ADOPTED)}"
+        )
     beside = any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
     if beside and header.tokenizer in (None, GPT_NEOX):
         header.tokenizer = directory

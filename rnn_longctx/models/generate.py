@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -91,12 +92,16 @@ def generate(model: Any, prompt: Tensor | Sequence | str, max_new_tokens: int = 
         temperature: 0 is greedy.
         cache: what was read before the prompt.
     Raises:
-        InputError: no model, no prompt that it reads, numbers below 0.
+        InputError: no model, no prompt that it reads, what is no number, or below 0.
     """
     model = reader_of(model)
     ids = prompt_ids(model, prompt)
-    if max_new_tokens < 0 or not temperature >= 0:
-        raise InputError(f"expected max_new_tokens and temperature >= 0, got {max_new_tokens} and {temperature}")
+    if not isinstance(max_new_tokens, Integral) or max_new_tokens < 0:
+        raise InputError(f"max_new_tokens: expected a whole number >= 0, got {max_new_tokens!r:.60}")
+    if not isinstance(temperature, Real) or not temperature >= 0:
+        raise InputError(f"temperature: expected a number >= 0, got {temperature!r:.60}")
+    if not isinstance(seed, Integral | None):
+        raise InputError(f"seed: expected a whole number, got {seed!r:.60}")
     generator = None if seed is None else torch.Generator(model.device).manual_seed(seed)
     logits, cache = prefill(model, ids, cache)
     tokens = continuation(model, logits, cache, temperature, generator)

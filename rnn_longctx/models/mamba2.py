@@ -74,6 +74,10 @@ class Mamba2Config:
             raise InputError(f"expand * d_model = {self.d_inner} must be a multiple of headdim = {self.headdim}")
         if self.nheads % self.ngroups:
             raise InputError(f"{self.nheads} heads do not divide into ngroups = {self.ngroups}")
+        for name in ("A_init", "dt_init"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high < math.inf:
+                raise InputError(f"{name}: expected a range above 0, its lower end first, got {[low, high]}")
 
     @property
     def d_inner(self) -> int:

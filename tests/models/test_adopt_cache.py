@@ -211,3 +211,23 @@ def test_generate_from_a_saved_state_on_the_command_line(build, family, tmp_path
     for a, b in zip(Cache.load(one).layers, Cache.load(three).layers, strict=True):
         assert a.scan.position.tolist() == b.scan.position.tolist() == [16] and a.scan.state.abs().max() > 1e-3
         torch.testing.assert_close(a.scan.state, b.scan.state, **NEAR)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["bamba", "falcon_h1", "zamba2", "jamba", "mamba2"])
+def test_a_static_cache_is_read_right_or_refused(build, family):
+    theirs, ids = build(family), random_ids(2, 9)
+    told = {"max_new_tokens": 5, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+
+    def logits(**more):
+        return torch.stack(theirs.generate(ids, **told, **more).logits, 1)
+
+    torch.testing.assert_close(logits(cache_implementation="static"), logits(), **NEAR)
+    with mitigate(theirs, "rri:alpha=0.9,beta=0.8"):
+        try:
+            found = logits(cache_implementation="static")
+        except InputError as error:
+            assert family != "mamba2" and "generate without" in str(error)
+        else:
+            torch.testing.assert_close(found, logits(), **NEAR)
+    torch.testing.assert_close(logits(cache_implementation="static"), logits(), **NEAR)

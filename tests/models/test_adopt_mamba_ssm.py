@@ -141,6 +141,19 @@ def test_a_policy_of_next_to_nothing_reads_as_theirs(build, shape):
 
 
 @torch.no_grad()
+def test_its_own_forward_refuses_a_way_to_read(build):
+    theirs, ids = build(), _ids()
+    ours, plain = adopt(theirs), _logits(theirs, ids)
+    cut = torch.cat([_logits(theirs, part) for part in ids.split(7, 1)], 1)
+    with mitigate(ours, "reset:every=7"):
+        for call in (theirs, theirs.backbone, theirs.backbone.forward, lambda ids: theirs.generate(ids, max_length=22)):
+            with pytest.raises(InputError, match=r"reset:every=7 .* is a way to read"):
+                call(ids)
+        torch.testing.assert_close(_stream(ours, ids, [20])[0], cut, **NEAR)
+    assert torch.equal(_logits(theirs, ids), plain) and not torch.allclose(cut, plain)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES.keys())
 def test_against_our_own_model(build, policy):
     theirs, ids = build(ngroups=2), _ids(2, 30)

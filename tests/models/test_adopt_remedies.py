@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+
+import numpy as np
 import pytest
 import torch
 from adopted_families import (
@@ -16,9 +19,9 @@ from adopted_families import (
 from torch import nn
 
 import rnn_longctx
-from rnn_longctx.data import ByteTokenizer, Text
+from rnn_longctx.data import ByteTokenizer, Text, tokens
 from rnn_longctx.errors import InputError
-from rnn_longctx.mitigations import NotApplicable, active, mitigate
+from rnn_longctx.mitigations import NotApplicable, active, handles_on, mitigate
 from rnn_longctx.models import checkpoint
 from rnn_longctx.models.adopt import adopt
 from rnn_longctx.models.generate import generate, prefill
@@ -33,18 +36,58 @@ def test_controls(model):
         mitigate(model, "reset:every=6")
     assert active(model) == ("none", None)
     adopted = adopt(model)
+    expected = [logits_of(model, ids[:, :6]), *(logits_of(model, ids[:, t - 2 : t + 6])[:, 2:] for t in (6, 12, 18))]
     with mitigate(adopted, "reset:every=6,overlap=2"):
         cut, cache = streamed(adopted, ids, [4, 9, 7])
-        expected = [
-            logits_of(model, ids[:, :6]),
-            *(logits_of(model, ids[:, t - 2 : t + 6])[:, 2:] for t in (6, 12, 18)),
-        ]
         torch.testing.assert_close(cut, torch.cat(expected, 1), **NEAR)
         assert cache.position.tolist() == [20, 20]
         with pytest.raises(InputError, match="rows of equal lengths"):
             adopted(ids, mask=torch.arange(20) >= torch.tensor([[3], [0]]))
         assert generate(adopted, ids, 4).shape == (2, 4)
     assert torch.equal(generate(adopted, ids, 4), model.generate(ids, max_new_tokens=4, do_sample=False)[:, 20:])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("family", "remedy"),
+    [("mamba2", "decimate:base=9"), ("mamba2", "rri+recompute:last=6"), ("mamba", "chunk-select:chunk=5,query=3"),
+     ("bamba", "attention-window:tokens=6"), ("jamba", "reset:every=7"), ("zamba2", "chunk-select:chunk=5,query=3")],
+)  # fmt: skip
+def test_what_it_cannot_follow_its_own_forward_refuses(build, family, remedy):
+    theirs, ids = build(family), random_ids(2, 17)
+    ours, before = adopt(theirs, name="mine"), logits_of(theirs, ids)
+    own = [lambda: theirs(ids), lambda: theirs.forward(ids), lambda: theirs.base_model(ids),
+           lambda: theirs.base_model.forward(ids), lambda: theirs.generate(ids, max_new_tokens=2)]  # fmt: skip
+    first = mitigate(ours, "a-scale:scale=1.5")
+    with mitigate(ours, remedy):
+        for call in own:
+            with pytest.raises(InputError, match=rf"{remedy.partition('+')[0]}.* is on mine and is a way to read"):
+                call()
+        plain = generate(ours, ids, 3)  # ours goes on, and so does theirs with other remedies
+        with pytest.raises(NotApplicable, match="way to read"):
+            mitigate(theirs, remedy)
+    scaled = logits_of(theirs, ids)
+    assert plain.shape == (2, 3) and not torch.allclose(scaled, before)
+    first.remove()
+    assert torch.equal(logits_of(theirs, ids), before)
+    assert len([call() for call in own]) == len(own) and not any(m._forward_pre_hooks for m in theirs.modules())
+
+
+@torch.no_grad()
+def test_a_copy_has_the_remedy_and_loses_it_alone(build):
+    theirs, ids = build("mamba2"), random_ids(2, 17)
+    before = logits_of(theirs, ids)
+    with mitigate(adopt(theirs), "rri+reset:every=6") as handle:
+        twin = copy.deepcopy(theirs)
+        with pytest.raises(InputError, match="is a way to read"):
+            twin(ids)
+        for each in handles_on(twin):
+            each.remove()
+        assert torch.equal(logits_of(twin, ids), before) and active(twin)[0] == "none"
+        with pytest.raises(InputError, match="is a way to read"):
+            theirs(ids)
+        assert active(theirs)[0] == str(handle.remedy)
+    assert torch.equal(logits_of(theirs, ids), before)
 
 
 @torch.no_grad()
@@ -120,6 +163,34 @@ def test_token_filter(model, family):
     first = states[0].scan.log_decay[:, 0]  # of the first layer's far head: from the steps that are kept
     kept = torch.where(found[0][..., 0] >= g[0, 0], found[0][..., 0], 0.0).sum(1)
     torch.testing.assert_close(first.float(), kept * adopted.mixers[0].A[0], rtol=1e-4, atol=1e-9)
+
+
+@torch.no_grad()
+def test_a_floor(model, family):
+    """Heads below it forget e in so many tokens on the average, the others as they did, and the model's own generate
+    follows."""
+    adopted = adopt(model, tokenizer=ByteTokenizer(), train_length=16)
+    text = Text("made", bytes(torch.randint(32, VOCAB, (3000,)).tolist()))
+    if family in MAMBA1:
+        with pytest.raises(NotApplicable, match=r"a-floor reads one step a head.*Mamba-1's"):
+            mitigate(adopted, "a-floor", text=text)
+        return
+    for mixer in adopted.mixers:
+        mixer.module.A_log[0], mixer.module.A_log[1] = -9.0, 5.0
+    ids = random_ids()
+    plain, ours = logits_of(model, ids), measure_steps(adopted, ids)[0]
+    with mitigate(model, "a-floor:tokens=1000000000", text=text):
+        assert torch.equal(logits_of(model, ids), plain)
+    with mitigate(model, "a-floor:tokens=7", text=text) as handle:
+        told = torch.from_numpy(np.stack([tokens(text, adopted.tokenizer, i, 16)[0] for i in range(8)]))
+        states = streamed(adopted, ids, [13, 1, 6])[1].layers
+        changed = logits_of(model, ids)
+        model.generate(ids, max_new_tokens=3)
+    assert not torch.allclose(changed, plain)
+    A, dt = adopted.mixers[0].A.double(), measure_steps(adopted, told)[0].double().flatten(0, 1)
+    rate = torch.stack([max(-A[h], 1 / (7 * dt[:, h].mean())) for h in range(len(A))])
+    assert rate[0] > -A[0] and rate[1] == -A[1] and handle.plan.policies[0].mul[1] == 1
+    torch.testing.assert_close(states[0].scan.log_decay.double(), -ours.sum(1) * rate, rtol=1e-4, atol=1e-9)
 
 
 @torch.no_grad()

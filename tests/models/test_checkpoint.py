@@ -263,11 +263,13 @@ def test_saving_over_a_checkpoint(make, own, monkeypatch):
 # --- where it comes from
 
 
-def test_demo(own, monkeypatch):
-    monkeypatch.setattr(checkpoint, "DEMO", own)
-    assert checkpoint.load("demo").name == "demo"
-    monkeypatch.setattr(checkpoint, "DEMO", own / "none")
-    refused("demo", "demo")
+@pytest.mark.parametrize("name", checkpoint.DEMOS)
+def test_demos(name, own, monkeypatch):
+    monkeypatch.setattr(checkpoint, "BUNDLED", own.parent)
+    own.rename(own.parent / name)
+    assert checkpoint.load(name).name == name
+    monkeypatch.setattr(checkpoint, "BUNDLED", own.parent / "none")
+    refused(name, f"without its {name} checkpoint")
 
 
 @pytest.mark.parametrize("stored", ["model.safetensors", "pytorch_model.bin"])
@@ -301,6 +303,8 @@ def test_sources_that_are_none(tmp_path, monkeypatch):
     refused(tmp_path / "none", *neither, "none")
     refused(str(tmp_path / "none"), *neither)
     refused("runs/demo/model", *neither)
+    refused("demoo", *neither, 'did you mean "demo"?')
+    refused("demolong", *neither, 'did you mean "demo-long"?')
     refused(f"nobody/nothing-{os.urandom(4).hex()}", *neither)
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", "empty directory")
