@@ -51,7 +51,8 @@ from torch import Tensor
 
 from rnn_longctx.config import parse_length
 from rnn_longctx.errors import InputError
-from rnn_longctx.models.adopt import hash_of, reader_of
+from rnn_longctx.models.adopt import reader_of
+from rnn_longctx.models.weights import hash_of
 from rnn_longctx.probes.envelope import Envelope, envelope_of
 from rnn_longctx.probes.inputs import PASSAGE, SMOOTH, TINY, gates_of
 from rnn_longctx.probes.trace import watching
@@ -204,7 +205,8 @@ class CollapseMonitor:
             monitor = cls(**data)
             monitor._tensors()
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise InputError(f"{path} is not a saved monitor ({error})") from None
+            why = "no such file" if isinstance(error, FileNotFoundError) else error
+            raise InputError(f"{path} is not a saved monitor ({why})") from None
         monitor.check(reader_of(model))
         return monitor
 

@@ -10,6 +10,7 @@ within the training length it is memory. High far past it may as well be collaps
 from __future__ import annotations
 
 from collections.abc import Iterable
+from operator import index
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from rnn_longctx.errors import InputError
-from rnn_longctx.models.generate import SEGMENT, prefill
+from rnn_longctx.models.generate import SEGMENT, prefill, prompt_ids
 
 if TYPE_CHECKING:
     from rnn_longctx.models import Mamba2LM
@@ -44,17 +45,24 @@ def remembrance(
         A row for every row of ids and cut, columns row, cut (t), kept (T - t, tokens), tv (0 to 1; not a number where
         the model's logits are none).
     Raises:
-        InputError: ids that are no rows of at least 2 tokens, no cut, a cut out of range, a segment below 1.
+        InputError: ids that are no tensor of the model's tokens, no rows of at least 2 of them, no cut, one that is no
+            whole number or out of range, a segment below 1.
     """
     from rnn_longctx.models.adopt import reader_of
 
     lm = reader_of(model)
+    if not isinstance(ids, Tensor):
+        raise InputError(f"ids must be a tensor (B, T) of whole numbers, got {type(ids).__name__} {ids!r:.60}")
     if ids.ndim != 2 or len(ids) < 1 or ids.shape[1] < 2:
         raise InputError(f"ids must be (B, T) with at least a row of 2 tokens, got shape {tuple(ids.shape)}")
     if segment < 1:
         raise InputError(f"segment: expected at least 1 token, got {segment}")
+    ids = prompt_ids(lm, ids)
     rows, length = ids.shape
-    wanted = default_cuts(length) if cuts is None else sorted({int(t) for t in cuts})
+    try:
+        wanted = default_cuts(length) if cuts is None else sorted({index(t) for t in cuts})
+    except TypeError:
+        raise InputError(f"cuts: expected several whole numbers of tokens, such as [3], got {cuts!r:.60}") from None
     if not wanted:
         raise InputError("cuts: expected at least one")
     outside = [t for t in wanted if not 0 <= t < length]

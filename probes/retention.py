@@ -44,7 +44,7 @@ def retention(table: pd.DataFrame, train_length: int, theta: float = THETA) -> p
     """
     missing = [name for name in COLUMNS if name not in table.columns]
     if missing:
-        raise InputError(f"expected a table of record with looks in it: it has no column {missing[0]!r}")
+        raise InputError(f"expected a table of record, which has the column {missing[0]!r}")
     if train_length < 1:
         raise InputError(f"train_length: expected at least 1 token, got {train_length}")
     if not 0 < theta < 1:

@@ -128,10 +128,13 @@ def probe(model: Mamba2LM, text: Text, length: int, *, prompt: str = "text", eve
         remember: measure effective remembrance too, which reads three times as many tokens.
         say: called with a line as things are known.
     Raises:
-        InputError: a length below `every`, an unknown prompt, a text too short, no training length known.
+        InputError: a length below `every`, an unknown prompt, a text too short, no training length known, a remedy for
+            prompts (decimate, chunk-select) on the model: nothing of it would be seen.
     """
     if model.train_length is None:
         raise InputError(f"{model.name} does not say its training length: give --train-length")
+    if model.reader is not None:
+        raise InputError("a probe reads token after token, where a remedy for prompts changes nothing: take it off")
     if slices < 1:
         raise InputError(f"slices: expected at least 1 row, got {slices}")
     if length < every:
@@ -179,7 +182,7 @@ def prompt_ids(model: Mamba2LM, text: Text, length: int, prompt: str, slices: in
             for i in range(slices)
         ]
     else:
-        raise InputError(f"unknown prompt {prompt!r}{nearest(prompt, PROMPTS)}; there are {', '.join(PROMPTS)}")
+        raise InputError(f"unknown prompt {prompt!r}{nearest(prompt, PROMPTS)}")
     return torch.from_numpy(np.stack(rows))
 
 

@@ -72,6 +72,8 @@ def refuse(model: Mamba2LM, ids: Tensor, segment: int) -> None:
         raise InputError(
             f"contributions are read off this library's own models, {type(model).__name__} is none of them"
         )
+    if not isinstance(ids, Tensor):
+        raise InputError(f"ids must be a tensor (1, T) of whole numbers, got {type(ids).__name__} {ids!r:.60}")
     if ids.ndim != 2 or len(ids) != 1 or ids.shape[1] < 1:
         raise InputError(f"ids must be (1, T) with at least one token, got shape {tuple(ids.shape)}")
     if segment < 1:

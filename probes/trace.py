@@ -35,6 +35,9 @@ from rnn_longctx.ssd.policy import per_head
 if TYPE_CHECKING:
     from rnn_longctx.models import Mamba2LM
 
+KEYS = ["stream", "row", "layer", "head", "position"]
+OF_BOTH = ["mean", "variance", "rms", "max", "norm"]  # of a state, and of a convolution's inputs
+LOOKED = [*OF_BOTH, "retention", "decay", "input_scale", "horizon"]
 CHANNELS = 3  # of a head, the ones named with `whole`
 
 
@@ -161,12 +164,17 @@ class Trace:
                 }  # fmt: skip
                 frame |= {k: v.double().cpu().flatten().numpy() for k, v in look.items() if k != "position"}
                 parts.append(pd.DataFrame(frame))
-        return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["row", "layer", "position"])
+        return (
+            pd.concat(parts, ignore_index=True)
+            if parts
+            else pd.DataFrame(columns=["row", "layer", "position", *OF_BOTH])
+        )
 
     def table(self) -> pd.DataFrame:
         """Columns stream, row, layer, head, position and those in the module's docstring; positions in tokens,
         log-decays in nats. A stream is what was read from one cache, where streams are read one after the other: which
-        cache it was is not seen, and positions that grow are taken for one stream. A row is one of its batch."""
+        cache it was is not seen, and positions that grow are taken for one stream. A row is one of its batch. Empty
+        where fewer than `every` tokens were read."""
         parts = []
         for watcher in self._watchers:
             for look in watcher.looks():
@@ -185,9 +193,9 @@ class Trace:
                         frame[name] = value.double().cpu().flatten().numpy()
                 parts.append(pd.DataFrame(frame))
         if not parts:
-            return pd.DataFrame(columns=["stream", "row", "layer", "head", "position", "norm"])
-        order = ["stream", "row", "layer", "head", "position"]
-        return pd.concat(parts).sort_values(order, ignore_index=True)
+            whole = any(watcher.whole for watcher in self._watchers)
+            return pd.DataFrame(columns=[*KEYS, *LOOKED, *(["median", "channels"] if whole else [])])
+        return pd.concat(parts).sort_values(KEYS, ignore_index=True)
 
 
 @contextmanager

@@ -111,6 +111,18 @@ class Watch:
     def status(self) -> str:
         return self.reports[-1].status if self.reports else "ok"
 
+    def summary(self) -> str:
+        """One line: the last report, and what was done where."""
+        if not self.reports:
+            return f"nothing yet: a look is taken every {self.every} tokens"
+        done: dict[str, list[str]] = {}
+        for r in self.reports:
+            if r.action:
+                done.setdefault(r.action, []).append(str(r.position))
+        said = [f"{action} at {', '.join(at[:3])}{f' and {len(at) - 3} more' if at[3:] else ''}"
+                for action, at in done.items()]  # fmt: skip
+        return "; ".join([str(replace(self.reports[-1], action=None)), *said])
+
     def recent(self) -> tuple[Tensor, Tensor | None]:
         """Of the last looks: the largest log norms (all heads), and the mean log input scales (first layer's heads), or
         None where they are not known. Raises InputError if there was no look yet."""

@@ -1,96 +1,32 @@
-"""A monitor on tiny models: what it says of heads that never forget, of an input that changed, and what it does."""
+"""A monitor on tiny models: what it says of heads that never forget and of an input that changed; its files."""
 
 import copy
 import dataclasses
 import json
 import math
-import warnings
 
 import pytest
 import torch
-import transformers as hf
+from monitored import (
+    EVERY,
+    FORGET,
+    FORGET_NOT,
+    LENGTH,
+    RRI,
+    calibrated,
+    first,
+    ids_of,
+    model,
+    text,
+    watched,
+)  # fmt: skip
 
 import rnn_longctx
-from rnn_longctx import CollapseError, CollapseMonitor, adopt, generate, mitigate
-from rnn_longctx.data import ByteTokenizer, Text
+from rnn_longctx import CollapseMonitor, mitigate
+from rnn_longctx.data import ByteTokenizer
 from rnn_longctx.errors import InputError
-from rnn_longctx.models import Mamba2Config, Mamba2LM
 from rnn_longctx.probes.inputs import PASSAGE
 from rnn_longctx.probes.monitor import History
-
-EVERY, LENGTH, SHORT = 16, 64, 32
-FORGET_NOT, FORGET = (1e-6, 1e-5), (1.0, 16.0)
-RRI = "rri:alpha=0.5,beta=1"
-NEAR = {"rtol": 0, "atol": 1e-5}
-
-
-def ids_of(low=97, high=123, length=1024, rows=1):
-    return torch.randint(low, high, (rows, length))
-
-
-def text(low=97, high=123):
-    return Text("letters", bytes(torch.randint(low, high, (4096,)).tolist()))
-
-
-def model(A_init=FORGET_NOT):
-    shape = {"d_model": 32, "n_layer": 3, "headdim": 16, "d_state": 8, "dt_init": (0.05, 0.2)}
-    lm = Mamba2LM(Mamba2Config(**shape, A_init=A_init)).eval()
-    for mixer in lm.mixers:
-        torch.nn.init.constant_(
-            mixer.conv1d.bias, 0.5
-        )  # inputs of a mean, so that a state without decay grows with them
-    lm.train_length, lm.tokenizer, lm.name = LENGTH, ByteTokenizer(), "tiny"
-    return lm
-
-
-def calibrated(lm):
-    return CollapseMonitor.calibrated(lm, text(), every=EVERY)
-
-
-def transformer(family="mamba2"):
-    common = {"hidden_size": 32, "vocab_size": 256, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
-    attention = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48}
-    mamba = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 16, "mamba_n_groups": 1, "mamba_chunk_size": 8}
-    config = {
-        "mamba2": lambda: hf.Mamba2Config(
-            **common, num_heads=8, head_dim=8, state_size=16, n_groups=1, num_hidden_layers=2, chunk_size=8
-        ),
-        "bamba": lambda: hf.BambaConfig(**common, **attention, **mamba, num_hidden_layers=3, attn_layer_indices=[1]),
-        "mamba": lambda: hf.MambaConfig(**common, state_size=4, num_hidden_layers=2, expand=2, time_step_rank=4),
-    }[family]()
-    lm = hf.AutoModelForCausalLM.from_config(config).eval()
-    for module in lm.modules():
-        if isinstance(module, torch.nn.Linear):
-            torch.nn.init.normal_(module.weight, std=module.in_features**-0.5)
-        if hasattr(module, "A_log"):
-            torch.nn.init.constant_(module.A_log, math.log(1e-5))
-            torch.nn.init.constant_(module.conv1d.bias, 0.5)  # as below
-    lm.generation_config.eos_token_id = None
-    adopt(lm, name="tiny", tokenizer=ByteTokenizer(), train_length=SHORT)
-    return lm
-
-
-@torch.no_grad()
-def watched(lm, monitor, ids, **more):
-    with monitor.on(lm, lambda report: None, **more) as watch:
-        for _ in lm.stream(ids, segment=200):
-            pass
-    return watch.reports
-
-
-def first(reports, status="collapsed"):
-    return next(r.position for r in reports if r.status == status)
-
-
-@pytest.fixture
-def lost():
-    """A model that collapses, its monitor, ids, and where."""
-    lm, ids = model(), ids_of()
-    monitor = calibrated(lm)
-    return lm, monitor, ids, first(watched(lm, monitor, ids))
-
-
-# --- what it says
 
 
 @pytest.mark.parametrize("rows", [1, 3])
@@ -230,179 +166,6 @@ def test_texts_by_name_and_lengths_as_elsewhere(tmp_path):
     assert monitor.gate_mean == monitors[0].gate_mean
 
 
-# --- what it does
-
-
-def test_warnings_and_errors(lost):
-    lm, monitor, ids, position = lost
-    with warnings.catch_warnings(record=True) as caught, torch.no_grad(), monitor.on(lm) as watch:
-        warnings.simplefilter("always")
-        plain = lm(ids)
-    assert [str(w.message).split(":")[0] for w in caught] == [
-        f"tiny at position {first(watch.reports, 'warning')}", f"tiny at position {position}"
-    ]  # fmt: skip
-    assert [r.action for r in watch.reports].count("warn") == 2
-    with torch.no_grad():
-        assert torch.allclose(lm(ids), plain, rtol=0, atol=1e-3)  # (cut at other places, states of a hundred)
-    assert all(m.observer is None for m in lm.mixers) and "read" not in vars(lm)
-    with torch.no_grad(), pytest.raises(CollapseError) as error, monitor.on(lm, "raise"):
-        lm(ids)
-    assert error.value.position == position and error.value.heads[0][2] > 2
-    called = []
-    with torch.no_grad(), monitor.on(lm, called.append) as watch:
-        lm(ids[:, :100])
-    assert called == watch.reports and len(called) == 6
-
-
-@pytest.mark.parametrize("remedy", [RRI, "state-norm:every=16"])
-@torch.no_grad()
-def test_a_remedy_in_flight(lost, remedy):
-    lm, monitor, ids, position = lost
-    for segments in (1024, 100):
-        with monitor.on(lm, f"mitigate:{remedy}") as watch:
-            found = torch.cat(list(lm.stream(ids, segment=segments)), 1)
-            assert rnn_longctx.mitigations.active(lm)[0] == remedy
-        cache = lm.new_cache()
-        parts = [lm(ids[:, :position], cache)]
-        with mitigate(lm, remedy):
-            parts.append(lm(ids[:, position:], cache))
-        torch.testing.assert_close(found, torch.cat(parts, 1), rtol=0, atol=1e-4)
-        assert [(r.position, r.action) for r in watch.reports if r.action] == [(position, f"mitigate:{remedy}")]
-    assert watch.reports[-1].worst < 4 and rnn_longctx.mitigations.active(lm)[0] == "none"
-
-
-@pytest.mark.parametrize("cut", [1024, 100, "inside"])
-@torch.no_grad()
-def test_rollback(lost, cut):
-    lm, monitor, ids, position = lost
-    reports = watched(lm, monitor, ids)
-    healthy = max(r.position for r in reports if r.status == "ok" and r.position < first(reports, "warning"))
-    assert healthy < position
-    sizes = [(healthy + position) // 2] * (cut == "inside")
-    parts = ids.split([*sizes, 1024 - sum(sizes)] if cut == "inside" else cut, 1)
-    cache = lm.new_cache()
-    with monitor.on(lm, f"rollback:{RRI}") as watch:
-        found = [lm(part, cache) for part in parts]
-    by_hand = lm.new_cache()
-    wanted = [lm(ids[:, :healthy], by_hand)]
-    with mitigate(lm, RRI):
-        wanted.append(lm(ids[:, healthy:], by_hand))
-    plain, wanted, t = lm(ids), torch.cat(wanted, 1), 0
-    for part, out in zip(parts, found):  # calls before that in which it came are as they were
-        u = t + part.shape[1]
-        torch.testing.assert_close(out, (plain if u < position else wanted)[:, t:u], **NEAR)
-        t = u
-    assert int(cache.position[0]) == 1024
-    torch.testing.assert_close(cache.layers[2].scan.state, by_hand.layers[2].scan.state, rtol=0, atol=1e-4)
-    assert [r.position for r in watch.reports] == list(range(EVERY, 1025, EVERY))
-    assert [(r.position, r.action) for r in watch.reports if r.action] == [(position, f"rollback:{RRI}")]
-
-
-@torch.no_grad()
-def test_fallback(lost):
-    lm, monitor, ids, position = lost
-    ids = ids[:, : position + 40]
-    cache = lm.new_cache()
-    with monitor.on(lm, "fallback:truncate") as watch:
-        found = lm(ids, cache)
-    plain, fresh = lm(ids), lm(ids[:, position - LENGTH :])
-    torch.testing.assert_close(found[:, position - LENGTH :], fresh, **NEAR)
-    torch.testing.assert_close(found[:, : position - LENGTH], plain[:, : position - LENGTH], **NEAR)
-    assert int(cache.position[0]) == LENGTH + 40
-    assert [(r.position, r.action) for r in watch.reports if r.action] == [(position, "fallback:truncate")]
-    assert [r.position for r in watch.reports][-2:] == [position + 16, position + 32]
-    assert watch.status == "ok"
-
-
-@torch.no_grad()
-def test_a_fallback_of_ones_own(lost):
-    lm, monitor, ids, position = lost
-    ids, head, asked = ids[:, : position + 20], ids_of(length=10), []
-
-    def note(report, last):
-        asked.append((report, last))
-        return torch.cat([head, last[:, -20:]], 1)
-
-    with monitor.on(lm, "fallback", fallback=note):
-        found = lm(ids)
-    fresh = lm(torch.cat([head, ids[:, position - 20 :]], 1))
-    torch.testing.assert_close(found[:, position - 20 :], fresh[:, 10:], **NEAR)
-    assert asked[0][0].position == position and torch.equal(asked[0][1], ids[:, position - LENGTH : position])
-    with monitor.on(lm, "fallback", fallback=lambda report, last: None):
-        torch.testing.assert_close(lm(ids), lm(ids), **NEAR)
-
-
-def test_in_generation(lost):
-    lm, monitor, ids, position = lost
-    monitor = dataclasses.replace(monitor, gate_limits=[1e9] * 4, passages=[])  # what it writes is no other input
-    prompt, more = ids[:, : position - 7], 160
-    with monitor.on(lm, f"mitigate:{RRI}") as watch:
-        new = generate(lm, prompt, more)
-    assert any(r.position == position for r in watch.reports)
-    acted = next(r.position for r in watch.reports if r.action)
-    whole = torch.cat([prompt, new], 1)[:, :-1]
-    with torch.no_grad():
-        cache = lm.new_cache()
-        lm(whole[:, :acted], cache)
-        with mitigate(lm, RRI):
-            wanted = lm.logits(lm(whole[:, acted:], cache)).argmax(-1)
-    assert torch.equal(new[:, acted - prompt.shape[1] + 1 :], wanted[:, :])
-
-
-# --- models of transformers
-
-
-@pytest.mark.parametrize("family", ["mamba2", "bamba", "mamba"])
-def test_adopted(family):
-    lm, ids = transformer(family), ids_of(length=300)
-    with torch.no_grad():
-        before = lm(ids).logits
-    monitor = CollapseMonitor.calibrated(lm, text(), every=EVERY)
-    with torch.no_grad(), monitor.on(lm, lambda report: None) as watch:
-        lm(ids)
-    assert [r.position for r in watch.reports] == list(range(EVERY, 301, EVERY))
-    assert watch.reports[1].status == "ok" and watch.status == "collapsed"
-    with torch.no_grad():
-        assert torch.equal(lm(ids).logits, before)  # nothing of it is left
-    ours = adopt(lm)
-    with torch.no_grad():
-        streamed = watched(ours, monitor, ids)
-        position = first(streamed)
-        assert [r.position for r in streamed] == [r.position for r in watch.reports]
-        with monitor.on(ours, "fallback:truncate"):
-            found = ours(ids[:, : position + 9])
-        fresh = ours(ids[:, position - SHORT : position + 9])
-        torch.testing.assert_close(found[:, -9 - SHORT :], fresh, rtol=0, atol=1e-4)
-        with monitor.on(ours, f"rollback:{RRI}") as watch:
-            found = ours(ids[:, : position + 9])
-        healthy = max(r.position for r in streamed if r.status == "ok" and r.position < position)
-        cache = ours.new_cache()
-        ours(ids[:, :healthy], cache)
-        with mitigate(ours, RRI):
-            wanted = ours(ids[:, healthy : position + 9], cache)
-        torch.testing.assert_close(found[:, healthy:], wanted, rtol=0, atol=1e-4)
-
-
-@torch.no_grad()
-def test_in_the_librarys_own_generate():
-    lm, prompt = transformer(), ids_of(length=20)
-    monitor = CollapseMonitor.calibrated(lm, text(), every=EVERY)
-    with monitor.on(lm, f"mitigate:{RRI}") as watch:
-        found = lm.generate(prompt, max_new_tokens=400, do_sample=False)
-    position = next(r.position for r in watch.reports if r.action)
-    assert SHORT < position < 400 and len(watch.reports) == 419 // EVERY
-    cache, ours = adopt(lm).new_cache(), adopt(lm)
-    ours(found[:, :position], cache)
-    with mitigate(ours, RRI):
-        wanted = ours.logits(ours(found[:, position:-1], cache)).argmax(-1)
-    assert torch.equal(found[:, position + 1 :], wanted)
-    with pytest.raises(InputError, match="reads tokens again"), monitor.on(lm, f"rollback:{RRI}"):
-        pass
-    with pytest.raises(InputError, match="read by this library"), monitor.on(ours, f"rollback:{RRI}"):
-        lm.generate(prompt, max_new_tokens=30, do_sample=False)
-    assert torch.equal(lm.generate(prompt, max_new_tokens=5), found[:, :25])
-
-
 # --- files
 
 
@@ -417,6 +180,8 @@ def test_saved_and_loaded(tmp_path):
         CollapseMonitor.load(tmp_path / "monitor.json", other)
     with pytest.raises(InputError, match="not of tiny"), monitor.on(other):
         pass
+    with pytest.raises(InputError, match=r"not a saved monitor \(no such file\)$"):
+        CollapseMonitor.load(tmp_path / "nothing.json", lm)
     with pytest.raises(InputError, match="cannot write"):
         monitor.save(tmp_path / "none" / "monitor.json")
     one_too_many = (tmp_path / "monitor.json").read_text().replace('"gate_mean": [', '"gate_mean": [1.0, ')

@@ -9,6 +9,7 @@ import torch
 
 from rnn_longctx.data import ByteTokenizer, Text
 from rnn_longctx.errors import InputError
+from rnn_longctx.mitigations import mitigate
 from rnn_longctx.models import Mamba2Config, Mamba2LM
 from rnn_longctx.probes.ablation import ablate, capped, tail_losses
 from rnn_longctx.probes.envelope import envelope_of
@@ -201,6 +202,8 @@ def test_bad_input(tmp_path):
     ):
         with pytest.raises(InputError, match=message):
             probe(lm, TEXT, arguments[0], calibration_text=TEXT, **arguments[1])
+    with mitigate(lm, "decimate"), pytest.raises(InputError, match="a remedy for prompts changes nothing"):
+        probe(lm, TEXT, 512, calibration_text=TEXT)
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot write to"):
         probe(lm, TEXT, 256, calibration_text=TEXT).save(tmp_path / "file")

@@ -106,7 +106,7 @@ def test_bad_input():
         ((table, 0), "train_length"),
         ((table, 32, 1.0), "theta"),
         ((table.drop(columns="decay"), 32), "'decay'"),
-        ((watched(lm, ids[:, :9]), 8), "looks in it"),
+        ((watched(lm, ids[:, :9]), 8), "empty: record with an"),
         ((table[:0], 32), "empty"),
         ((table.assign(retention=float("nan")), 32), "not a number"),
     ):

@@ -183,7 +183,11 @@ def test_bad_input():
         pass
     with record(lm, every=64) as trace, torch.no_grad():
         lm(torch.randint(256, (1, 10)))
-    assert trace.table().empty
+    assert trace.table().empty and trace.convolution().empty
+    few = trace
+    with record(lm, every=5) as trace, torch.no_grad():
+        lm(torch.randint(256, (1, 10)))
+    assert list(few.table()) == list(trace.table()) and list(few.convolution()) == list(trace.convolution())
     with record(lm, every=4), pytest.raises(InputError, match="one position"), torch.no_grad():
         lm(torch.randint(256, (2, 10)), mask=torch.tensor([[False] * 3 + [True] * 7, [True] * 10]))
 
