@@ -66,14 +66,11 @@ def measure_command(
     results = Results(out)
     where = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     length = None if train_length is None else parse_length(train_length)
-    seen: set[str] = set()
     for name in model:
         lm = load_any(name, device=where, dtype=dtype, tokenizer=tokenizer, train_length=length)
-        shape = f"{lm.name}@{lm.weights_hash[:6]}" if lm.name in seen else lm.name  # two directories of one name
-        seen.add(lm.name)
-        measure(lm, settings, out, typer.echo, shape=shape)
-    models.gather(out)
-    results.gather()
+        measure(lm, settings, out, typer.echo, shape=models.shape_of(out, lm))
+        models.gather(out)  # so that what there is can be drawn while the next is measured
+        results.gather()
     _report(out, recall)
 
 
@@ -126,7 +123,7 @@ def _report(directory: Path, recall: float) -> None:
     shown = {
         "findings": "model mitigation state_elements train_length quantity worst text",
         "points": "shape state_elements mitigation quantity train_length models text",
-        "fits": "mitigation quantity form points bounds curve r2 r2_loo aic carrier best",
+        "fits": "mitigation quantity form points bounds contradicts curve r2 r2_loo aic carrier best",
         "same_size": "mitigation quantity state_elements shapes values spread",
     }
     for name, columns in shown.items():

@@ -16,6 +16,7 @@ from rnn_longctx.eval.capacity import tables
 from rnn_longctx.eval.capacity.fits import MILLION, PAPER_POINT, PAPER_SIZES, Curve, K
 
 PAPER_RECALL = 0.95
+GAP = 1.3  # shortest length that fails over longest that passes; a search leaves 1.125, at short lengths a little more
 
 
 @dataclass(frozen=True)
@@ -89,33 +90,51 @@ def _by_study(context: int, recall: float, study: Path, mitigation: str) -> Advi
     if not len(points):
         raise InputError(f"{study} holds no findings of T_forget or T_recall")
     mine = points[points["mitigation"] == mitigation]
-    found = _fit(mine[mine["quantity"] == "T_recall"])
+    recalls = mine[mine["quantity"] == "T_recall"]
+    found = _fit(recalls)
     if found is None:
         raise InputError(f"{study} has too few points of T_recall under {mitigation} for a fit; see points.csv there")
-    form, f = found
+    form, f, doubts = found
     state, low, high = f.needed(context / K)
-    warnings = _beyond(state, float(f.s.min()), float(f.s.max()))
+    warnings = _beyond(state, float(f.s.min()), float(f.s.max())) + doubts
     if context / K > f.y.max():
         longest = format_length(round(float(f.y.max()) * K))
         warnings.append(f"no model of the study recalls beyond {longest} tokens: this is an extrapolation")
-    if f.r2_loo < 0.5:
-        warnings.append(f"the {form} predicts points left out with an R² of {f.r2_loo:.2f}: hardly a fit")
+    exact = recalls[recalls["bound"] == ""]
+    if (gap := float((exact["fails"] / exact["value"]).max())) > GAP:
+        warnings.append(
+            f"some T_recalls are known to a factor of {gap:.2g} only: the search was for another recall, or ended early"
+        )
     if math.isinf(high):
         warnings.append("the upper end of the interval is unbounded: some resampled fits never reach this context")
     forget = _fit(mine[mine["quantity"] == "T_forget"])
     train = None if forget is None or math.isinf(state) else float(forget[1].curve(np.array([state]))[0]) * K
     if forget is None:
         warnings.append("too few points of T_forget for a fit: the training length it takes to forget is not known")
+    elif train is not None:
+        sizes = forget[1].s
+        outside = _beyond(state, float(sizes.min()), float(sizes.max()))
+        warnings += [f"of the training length: {w}" for w in outside + forget[2]]
     source = f"the {form} through {len(f.s)} points (R² {f.r2:.3f}, one left out {f.r2_loo:.3f})"
     speed = None if math.isinf(state) else _speed(results, about, mitigation, state)
     return Advice(context, recall, state * MILLION, low * MILLION, high * MILLION, train, speed, source, warnings)
 
 
-def _fit(points: pd.DataFrame) -> tuple[str, fitting.Fit] | None:
-    exact = points[points["bound"] == ""]
+def _fit(points: pd.DataFrame) -> tuple[str, fitting.Fit, list[str]] | None:
+    """The best form through the points that are more than a bound, its fit, and what speaks against it."""
+    exact, bounds = points[points["bound"] == ""], points[points["bound"] != ""]
     found = fitting.fit_all((exact["state_elements"] / MILLION).to_list(), (exact["value"] / K).to_list())
     form = fitting.best(found)
-    return None if form is None else (form, found[form])
+    if form is None:
+        return None
+    f, doubts = found[form], []
+    if len(bounds):
+        broken = fitting.contradicted(f.curve, bounds)
+        doubts.append(f"{len(bounds)} of {len(points)} points are known only as a bound and not fitted; the {form} "
+                      f"contradicts {broken or 'none'} of them")  # fmt: skip
+    if f.r2_loo < 0.5:
+        doubts.append(f"the {form} predicts points left out with an R² of {f.r2_loo:.2f}: hardly a fit")
+    return form, f, doubts
 
 
 def _beyond(state: float, least: float, most: float) -> list[str]:

@@ -10,6 +10,7 @@ import shutil
 import stat
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ STUDY = "study.yaml"
 
 def asked(config: CapacityConfig, cell: Cell) -> dict[str, Any]:
     """What a finished cell has measured: a cell that finds other settings in its done.json measures what is missing."""
+    if cell.task == "pretrain":
+        return {}
     return to_dict(config.measure if cell.task == "text" else config.mqar)
 
 
@@ -50,13 +53,20 @@ def run_cell(config: CapacityConfig, cell: Cell, study: Path) -> None:
             return
         device = torch.device(config.train.device if config.train.device != "auto" else _best())
         about: dict[str, Any] = {"shape": label(cell.model), "task": cell.task, "train_seed": cell.seed}
-        if cell.task == "text":
+        if cell.task == "pretrain":
+            train(config.training(cell, str(folder)))
+        elif cell.task == "text":
             training = config.training(cell, str(folder))
+            about["train_tokens"] = training.steps * training.batch_size * cell.train_length
+            if config.pretrain is not None:
+                start = config.start_of(cell)
+                training = replace(training, init=str(study / "models" / start.name / "model"))
+                first = config.training(start, "")
+                about["train_tokens"] += first.steps * first.batch_size * start.train_length
             if not (folder / "model" / "config.json").exists():  # it appears whole
                 train(training)
             model = checkpoint.load(folder / "model", device=device)
             model.name = cell.name
-            about["train_tokens"] = training.steps * training.batch_size * cell.train_length
             measure(model, config.measure, study, lambda line: print(line, flush=True), **about)
         else:
             assert config.mqar is not None
@@ -64,7 +74,7 @@ def run_cell(config: CapacityConfig, cell: Cell, study: Path) -> None:
             models.put(study, models.describe(model, **about))
             measure_mqar(model, cell, config.mqar, Results(study), lambda line: print(line, flush=True))
         write_atomic(folder / "done.json", json.dumps(asked(config, cell)).encode())
-        if cell.task == "text":
+        if cell.task in ("text", "pretrain"):
             shutil.rmtree(folder / "snapshots", ignore_errors=True)
 
 

@@ -13,6 +13,7 @@ from rnn_longctx.eval.run import parse_task
 from rnn_longctx.mitigations import parse_remedy
 from rnn_longctx.models.mamba2 import Mamba2Config
 from rnn_longctx.train import TrainConfig
+from rnn_longctx.train.config import OptimizerConfig
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class MeasureConfig:
         samples_for(self.width, self.recall)
         if self.limit < 2 or self.slices < 1 or self.batch < 1:
             raise InputError("limit must be at least 2 tokens, slices and batch at least 1")
+        if self.seed < 0:
+            raise InputError(f"seed: expected 0 or more, got {self.seed}")
         if not self.mitigations:
             raise InputError("mitigations: expected at least one, such as none")
         for name in self.mitigations:
@@ -45,6 +48,9 @@ class MeasureConfig:
         for task in map(parse_task, self.needles):
             if not isinstance(task, Passkey):
                 raise InputError(f"needles: {task.name} asks for no answer; there are passkey, words and multikey")
+            usual = type(task)()
+            if (task.n, task.least, task.tokens) != (usual.n, usual.least, usual.tokens):
+                raise InputError(f"needles: {task}: width says how many prompts; leave out n, least and tokens")
             found.append(replace(task, n=n, least=n))
         return found
 
@@ -70,6 +76,17 @@ class MQARConfig:
             raise InputError(f"pairs: expected numbers of 1 to {self.vocab_size // 2} (half of vocab_size)")
         if min(self.batch_size, self.steps, self.samples, self.seeds) < 1:
             raise InputError("batch_size, steps, samples and seeds must be at least 1")
+        OptimizerConfig(lr=self.lr)  # can be trained at
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """What all models of a shape and seed go on from: trained on short windows, as language models are."""
+
+    train_length: int = 512  # tokens
+    batch_size: int = 32
+    steps: int = 1600
+    lr: float = 3e-3
 
 
 @dataclass(frozen=True)
@@ -77,13 +94,14 @@ class CapacityConfig:
     """A family of models: `train` at other shapes, training lengths and seeds.
 
     Every model reads as many tokens as `train` says: batch_size * train_length a step. Its passkey prompts end at the
-    same share of the training length.
+    same share of the training length. With `pretrain`, all of a shape and seed go on from one model.
     """
 
     train: TrainConfig
     shapes: list[dict[str, int]]  # fields of train.model that differ
     train_lengths: list[int]  # tokens
     seeds: int = 3  # of the models at which the outcome turns, and of the longest
+    pretrain: PretrainConfig | None = None
     measure: MeasureConfig = field(default_factory=MeasureConfig)
     mqar: MQARConfig | None = None
     out: str = "runs/capacity"
@@ -93,14 +111,20 @@ class CapacityConfig:
             raise InputError("a study needs at least one of shapes, train_lengths and seeds")
         if self.train.model is None or self.train.init is not None or len(self.train.stages) > 1:
             raise InputError("train: expected a model of its own and one training length")
-        if max(self.train_lengths) > self.measure.limit:
-            raise InputError(f"train_lengths: {max(self.train_lengths)} is beyond measure.limit {self.measure.limit}")
+        if (longest := max(self.train_lengths)) >= self.measure.limit:  # any model would pass
+            raise InputError(
+                f"train_lengths: {longest} leaves nothing to read up to measure.limit {self.measure.limit}"
+            )
+        if "none" not in self.measure.mitigations:
+            raise InputError("measure.mitigations: the search for T_forget goes by none, which is missing")
         for shape in self.shapes:
             self.model(shape)
         if len({label(self.model(shape)) for shape in self.shapes}) < len(self.shapes):
             raise InputError("shapes: one is given twice")
         for length in self.train_lengths:
             self.training(Cell(self.model(self.shapes[0]), length, 0), "")
+        if self.pretrain is not None:
+            self.training(self.start_of(Cell(self.model(self.shapes[0]), 0, 0)), "")
 
     def model(self, shape: dict[str, int]) -> Mamba2Config:
         unknown = sorted(set(shape) - set(asdict(Mamba2Config())))
@@ -114,12 +138,22 @@ class CapacityConfig:
         """The shapes, smallest state first."""
         return sorted(map(self.model, self.shapes), key=lambda m: m.scan_state_elements + m.conv_state_elements)
 
+    def start_of(self, cell: Cell) -> Cell:
+        """What `cell` goes on from; only with `pretrain`."""
+        assert self.pretrain is not None
+        return replace(cell, train_length=self.pretrain.train_length, task="pretrain")
+
     def training(self, cell: Cell, out: str) -> TrainConfig:
         base, length = self.train, cell.train_length
+        rows = None
+        if cell.task == "pretrain":
+            assert self.pretrain is not None
+            optimizer, rows = replace(base.optimizer, lr=self.pretrain.lr), self.pretrain.batch_size
+            base = replace(base, steps=self.pretrain.steps, optimizer=optimizer)
         assert isinstance(base.train_length, int)
-        rows = round(base.batch_size * base.train_length / length)
+        rows = rows or (round(base.batch_size * base.train_length / length) if length > 0 else 0)
         if rows < 1:
-            raise InputError(f"train_lengths: {length} is more than train's batch_size * train_length tokens")
+            raise InputError(f"train_lengths: {length} is none, or more than train's batch_size * train_length tokens")
         passkey = base.data.passkey
         high = length * passkey.lengths[1] // base.train_length
         data = replace(base.data, passkey=replace(passkey, lengths=(min(passkey.lengths[0], high), high)))
@@ -134,7 +168,8 @@ class CapacityConfig:
         """The cell of that name. Raises InputError: there is none."""
         lengths, seeds = self.train_lengths, range(self.seeds)
         text = (Cell(m, n, s) for m in self.models for n in lengths for s in seeds)
-        for cell in [*text, *self.mqar_cells()]:
+        starts = [] if self.pretrain is None else [self.start_of(Cell(m, 0, s)) for m in self.models for s in seeds]
+        for cell in [*text, *starts, *self.mqar_cells()]:
             if cell.name == name:
                 return cell
         raise InputError(f"this study has no cell {name}")

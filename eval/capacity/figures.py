@@ -96,6 +96,8 @@ def growth(group: pd.DataFrame, quantity: str, mitigation: str) -> Figure:
         axes.legend(fontsize=8, frameon=False, loc="upper left")
     bounds = len(group) - len(exact)
     note = f"; {bounds} known only as a bound (arrows), not fitted" if bounds else ""
+    if best is not None and (broken := fitting.contradicted(fits[best].curve, group[group["bound"] != ""])):
+        note += f", {broken} against the {best}"
     on = "" if mitigation == "none" else f", {mitigation}"
     figure.suptitle(f"{quantity}{on}: {len(exact)} points{note}", fontsize=12, x=0.01, ha="left")
     return figure

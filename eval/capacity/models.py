@@ -44,6 +44,14 @@ def put(directory: Path, line: Mapping[str, Any]) -> None:
     write_atomic(folder / "about.json", json.dumps(line).encode())
 
 
+def shape_of(directory: Path, model: Any) -> str:
+    """What the line of a checkpoint calls its shape: its name, with its weights where another of that name has a line,
+    so that the two are not taken for seeds of one."""
+    known = [json.loads(path.read_text()) for path in (directory / "models").glob("*/about.json")]
+    others = {line["weights_hash"] for line in known if line["shape"] == model.name}
+    return model.name if others <= {model.weights_hash} else f"{model.name}@{model.weights_hash[:6]}"
+
+
 def gather(directory: Path) -> pd.DataFrame:
     """Write models.csv; return it."""
     lines = [json.loads(path.read_text()) for path in sorted((directory / "models").glob("*/about.json"))]

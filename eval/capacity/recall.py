@@ -59,13 +59,23 @@ def samples_for(width: float, target: float) -> int:
 def recall_of(measured: Mapping[int, Answers], target: float) -> Recall | None:
     """What answers at some lengths show: the longest length that passes below the shortest that fails, or None.
 
-    A longer length that passes again is no part of it: a model that must be lucky with its length does not recall."""
+    A longer length that passes again is no part of it: a model that must be lucky with its length does not recall.
+    Nothing is said of a length left at a first look for another target's sake, which leaves this one open."""
     if not measured:
         return None
+    most = max(asked for _, asked in measured.values())
+    measured = {n: answers for n, answers in measured.items() if not _open(*answers, target, most)}
     fails = min((n for n, answers in measured.items() if not shown(*answers, target)), default=None)
     passes = max((n for n in measured if fails is None or n < fails), default=None)
     right, asked = measured[passes if passes is not None else fails]  # type: ignore[index]
     return Recall(passes, fails, right, asked)
+
+
+def _open(right: int, asked: int, target: float, n: int) -> bool:
+    """Whether `target` may lie above or below what was seen, and more prompts, `n`, might have shown it."""
+    if asked >= n or shown(right, asked, target):
+        return False
+    return shown(n - (asked - right), n, target) and wilson(right, asked).high >= target
 
 
 def search(ask: Callable[[int, int], Answers], fits: Callable[[int], bool], start: int, limit: int, target: float,

@@ -41,9 +41,8 @@ def run_study(config: CapacityConfig, parallel: int = 1, say: Callable[[str], No
         raise InputError(f"parallel: expected a number of processes, got {parallel}")
     study = Path(config.out)
     trained = {k: v for k, v in to_dict(config.train).items() if k not in _NEUTRAL}
-    claim_folder(
-        study, {"train": trained, "mqar": config.mqar and to_dict(replace(config.mqar, samples=1))}, ["models"]
-    )
+    claim = {"train": trained, "pretrain": config.pretrain and to_dict(config.pretrain)}
+    claim_folder(study, claim | {"mqar": config.mqar and to_dict(replace(config.mqar, samples=1))}, ["models"])
     Results(study)  # it can be written
     local = replace(config, train=replace(config.train, data=replace(config.train.data, text=_texts(config, study))))
     write_atomic(study / STUDY, yaml.safe_dump(to_dict(local), sort_keys=False).encode())
@@ -98,6 +97,9 @@ def _todo(config: CapacityConfig, study: Path, known: dict[str, bool]) -> list[C
             if cell.name in known:
                 outcomes[where] = known[cell.name]
         wanted += [cells[where] for where in next_models(config.train_lengths, range(config.seeds), outcomes)]
+    if config.pretrain is not None:
+        ready = [cell if is_done(config, config.start_of(cell), study) else config.start_of(cell) for cell in wanted]
+        wanted = list({cell.name: cell for cell in ready}.values())
     return wanted + [cell for cell in config.mqar_cells() if not is_done(config, cell, study)]
 
 

@@ -18,6 +18,7 @@ from rnn_longctx.errors import InputError
 from rnn_longctx.eval.capacity import models
 from rnn_longctx.eval.capacity.forget import forget_of
 from rnn_longctx.eval.capacity.recall import recall_of
+from rnn_longctx.eval.results import KEY as ROW
 from rnn_longctx.eval.results import Results
 from rnn_longctx.eval.sheets import Sheet, sheets
 
@@ -28,12 +29,19 @@ _MQAR = re.compile(r"((?:forgetting-)?mqar)(\d+)")
 
 def read(directory: str | Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     """results and models, of a folder that a study or `rnn-longctx capacity MODEL` has written. Raises InputError."""
-    return Results.read(directory), models.read(Path(directory))
+    return _once(Results.read(directory)), models.read(Path(directory))
+
+
+def _once(results: pd.DataFrame) -> pd.DataFrame:
+    """A row for what was measured on several devices or in batches of several sizes, that of the most samples: a search
+    that was begun so and ended otherwise is one search."""
+    same = [c for c in ROW if c not in ("device", "backend", "batch") and c in results]
+    return results.sort_values("n", ascending=False, kind="stable").drop_duplicates(same).sort_index()
 
 
 def passes(study: Path, name: str, limit: int) -> bool:
     """Whether the model of that name, without a remedy, passed the test of forgetting up to `limit`."""
-    frame = Results(study).frame()
+    frame = _once(Results(study).frame())
     for sheet in sheets(frame[frame["model"] == name]):
         if sheet.task == "lm" and "none" in sheet.cells and max(sheet.lengths) >= limit:
             return sheet.verdict("none").first_failing is None
@@ -63,7 +71,8 @@ def findings(results: pd.DataFrame, about: pd.DataFrame, target: float) -> pd.Da
 
 def _forgets(sheet: Sheet, name: str) -> dict[str, Any]:
     failing, text = sheet.verdict(name)
-    held = [n for n in sheet.cells[name] if failing is None or n < failing]
+    judged = sheet.peak(name) is not None  # else nothing is known to have held
+    held = [n for n in sheet.cells[name] if failing is None or n < failing] if judged else []
     return {"quantity": "forgets", "passes": max(held, default=None), "fails": failing, "text": text}
 
 
@@ -84,6 +93,7 @@ def points(found: pd.DataFrame) -> pd.DataFrame:
         median over seeds, at the training length where that is longest; `model` is the one it is of.
     bound: "" where `value` was found; "above" or "below" where only that is known (not reached; at the shortest tried).
     low, high: T_forget lies above `low`, the longest training length that fails; the seeds' T_recalls lie within.
+    fails: of T_recall, the shortest length that is not shown.
     """
     lines = []
     for (_, mitigation, quantity), group in found.groupby(KEY, sort=False):
@@ -106,8 +116,10 @@ def _t_forget(group: pd.DataFrame) -> dict[str, Any]:
         return {"quantity": "T_forget", "value": None}
     bound = "above" if found.passes is None else "below" if found.fails is None else ""
     value = found.fails if found.passes is None else found.passes
+    read = reach[tested & known["fails"].isna()].min()  # models that pass, as far as they were read
+    text = str(found) if found.passes is None else f"{found}; read to {format_length(int(read))}"
     return {"quantity": "T_forget", "value": value, "bound": bound, "low": found.fails, "high": found.passes,
-            "text": str(found)}  # fmt: skip
+            "text": text}  # fmt: skip
 
 
 def _t_recall(group: pd.DataFrame) -> dict[str, Any]:
@@ -123,7 +135,8 @@ def _t_recall(group: pd.DataFrame) -> dict[str, Any]:
     bound = "below" if not middle else "above" if pd.isna(one["fails"]) else ""
     of = {"model": one["model"], "weights_hash": one["weights_hash"], "train_length": train_length}
     value, low, high = middle or int(one["fails"]), int(lengths.min()), int(lengths.max())
-    return of | {"value": value, "bound": bound, "low": low, "high": high, "text": one["text"]}
+    more = {"fails": None if pd.isna(one["fails"]) else int(one["fails"]), "text": one["text"]}
+    return of | {"value": value, "bound": bound, "low": low, "high": high} | more
 
 
 def same_size(points: pd.DataFrame, within: float = 1.1) -> pd.DataFrame:

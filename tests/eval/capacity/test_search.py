@@ -96,6 +96,25 @@ def test_a_lucky_longer_length_does_not_count():
     assert not shown(LOOK, LOOK, 0.95), "a first look alone shows nothing"
 
 
+def test_a_first_look_for_one_target_leaves_another_open(rng):
+    """A table measured for 95% is asked for less: lengths left after 20 prompts may well recall that."""
+    for _ in range(50):
+        middle, slope, n = float(rng.uniform(500, 50_000)), float(rng.uniform(0.5, 4)), 210
+        model = Model(lambda length, m=middle, k=slope: 1 / (1 + (length / m) ** k), rng)
+        measured = search(model, lambda length: length > 64, 512, 1 << 18, 0.95, n)
+        for target in rng.uniform(0.1, 0.9, 3):
+            found = recall_of(measured, target)
+            if found.passes is not None:
+                assert shown(*measured[found.passes], target)
+            if found.fails is not None:
+                right, asked = measured[found.fails]
+                assert asked == n or tail(right, asked, target) > 0.9 or n - (asked - right) < target * n
+    assert recall_of({1024: (208, 210), 2048: (14, 20), 4096: (2, 20)}, 0.6) == (1024, 4096, 208, 210)
+    assert recall_of({1024: (208, 210), 2048: (14, 20), 4096: (2, 20)}, 0.95) == (1024, 2048, 208, 210)
+    left = recall_of({1024: (208, 210), 2048: (14, 20)}, 0.6)
+    assert left == (1024, None, 208, 210) and str(left).startswith("not reached: passes at 1K")
+
+
 def test_samples_follow_from_the_width():
     from scipy.stats import binomtest
 

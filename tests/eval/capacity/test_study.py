@@ -17,13 +17,14 @@ import pytest
 import torch
 import yaml
 
+import rnn_longctx
 from rnn_longctx import cli
 from rnn_longctx.config import load_yaml
 from rnn_longctx.data import ByteTokenizer
 from rnn_longctx.errors import InputError
 from rnn_longctx.eval.capacity import CapacityConfig, MeasureConfig, measure, models, study, tables
 from rnn_longctx.eval.capacity.cell import STUDY, asked, is_done, run_cell
-from rnn_longctx.eval.capacity.config import Cell, MQARConfig, label
+from rnn_longctx.eval.capacity.config import Cell, MQARConfig, PretrainConfig, label
 from rnn_longctx.eval.results import Results
 from rnn_longctx.models import Mamba2Config, Mamba2LM, checkpoint
 
@@ -61,6 +62,28 @@ def config(tmp_path, monkeypatch) -> CapacityConfig:
     Path("text.txt").write_text("".join(words))
     Path("study.yaml").write_text(CONFIG)
     return load_yaml(CapacityConfig, "study.yaml")
+
+
+def test_models_of_a_shape_and_seed_go_on_from_one_start(config):
+    config = replace(config, pretrain=PretrainConfig(192, 3, steps=3), shapes=[{}], mqar=None)
+    said: list[str] = []
+    out = study.run_study(config, 1, said.append)
+    start = config.start_of(Cell(config.models[0], 256, 0))
+    assert said[0].startswith(start.name) and sum(start.name in line for line in said) == 1  # once, and before the rest
+    first = checkpoint.load(out / "models" / start.name / "model")
+    cells = [Cell(config.models[0], n, 0) for n in (128, 256)]
+    made = [checkpoint.load(out / "models" / cell.name / "model") for cell in cells]
+    for model in made:
+        assert model.provenance["init"]["weights"] == first.weights_hash != model.weights_hash
+    about = models.read(out).set_index("model")
+    assert start.name not in about.index
+    for cell in cells:
+        rows = {128: 4, 256: 2}[cell.train_length]
+        assert about.loc[cell.name, "train_tokens"] == 6 * rows * cell.train_length + 3 * 3 * 192
+    study.run_study(config, 1, said.append)
+    assert said[-1] == "0 cells run"
+    with pytest.raises(InputError, match="another"):
+        study.run_study(replace(config, pretrain=PretrainConfig(192, 3, steps=4)))
 
 
 def test_cells_are_trained_measured_and_not_again(config, monkeypatch):
@@ -153,7 +176,11 @@ def test_mistakes_in_a_config(config, tmp_path):
         "shapes: a model has no d_stat": {"shapes": [{"d_stat": 4}]},
         "one is given twice": {"shapes": [{}, {"d_state": 8}]},
         "needs at least one of": {"train_lengths": []},
-        "is beyond measure.limit 600": {"train_lengths": [1024]},
+        "train_lengths: 600 leaves nothing to read up to measure.limit 600": {"train_lengths": [128, 600]},
+        "the search for T_forget goes by none": {"measure": {"limit": 600, "mitigations": ["state-norm"]}},
+        "width says how many prompts": {"measure": {"needles": ["words:n=30"]}},
+        "measure.seed: expected 0 or more": {"measure": {"seed": -1}},
+        "mqar.lr: expected 0 or more": {"mqar": {"lr": -0.1}},
         "asks for no answer": {"measure": {"needles": ["lm"]}},
         'did you mean "passkey"': {"measure": {"needles": ["passky"]}},
         'did you mean "state-norm"': {"measure": {"mitigations": ["state-nrm"]}},
@@ -219,6 +246,21 @@ def test_the_command_on_checkpoints(config, monkeypatch, capsys, tmp_path):
     assert run(monkeypatch, capsys, "capacity", "plot", "r")[0] == 0 and list(Path("r").glob("T_recall*.png"))
     code, printed, _ = run(monkeypatch, capsys, "capacity", "advise", "--context", "256k")
     assert code == 0 and "a state of 12.9M numbers" in printed and "warning: of other models" in printed
+
+
+def test_checkpoints_of_one_name_are_no_seeds_of_one_shape(config, monkeypatch, capsys, tmp_path):
+    """Measured one after the other, of different sizes, and the first of them again."""
+    for width in (16, 32):
+        model = Mamba2LM(Mamba2Config(d_model=width, n_layer=1, headdim=8, d_state=8)).eval()
+        model.train_length, model.tokenizer, model.name = 128, ByteTokenizer(), "last"
+        checkpoint.save(model, tmp_path / str(width) / "last", dtype=torch.float32)
+    words = ("--limit", "256", "--width", "0.3", "--text", "text.txt", "--slices", "1", "--out", "r")
+    for width in (16, 32, 16):
+        code, _, said = run(monkeypatch, capsys, "capacity", f"{width}/last", *words)
+        assert code == 0, said
+    points = pd.read_csv("r/points.csv")
+    assert set(points["shape"]) == {"last", f"last@{rnn_longctx.load('32/last').weights_hash[:6]}"}
+    assert points.groupby("quantity")["state_elements"].nunique().tolist() == [2, 2] and set(points["models"]) == {1}
 
 
 MISTAKES = {

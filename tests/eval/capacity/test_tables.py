@@ -196,6 +196,62 @@ def test_advice(study):
     assert any("extrapolates" in w for w in far.warnings) and any("recalls beyond" in w for w in far.warnings)
 
 
+def grown(folder, edge=t_recall) -> Family:
+    """A study of a model a state, trained at 1024 tokens, that recalls up to `edge` of its state."""
+    family = Family()
+    for state in STATES:
+        family.add(state, 1024, 0, True, edge(state))
+    family.write(folder)
+    return family
+
+
+def test_advice_says_what_its_fit_leaves_out(tmp_path):
+    """The smallest of the models recalls to the limit, which no growing curve through the others does."""
+    grown(tmp_path, lambda state: 1e9 if state == STATES[0] else t_recall(state))
+    said = [w for w in advise(4096, study=tmp_path).warnings if "only as a bound" in w]
+    assert len(said) == 1 and said[0].startswith("1 of 5 points") and said[0].endswith("contradicts 1 of them")
+    draw(tmp_path, 0.95)
+    table = pd.read_csv(tmp_path / "fits.csv")
+    best = table[table["best"] & (table["axis"] == "state_elements")].iloc[0]
+    assert (best["quantity"], best["bounds"], best["contradicts"]) == ("T_recall", 1, 1)
+
+
+def test_advice_says_where_the_search_was_not_close(tmp_path):
+    family = grown(tmp_path)
+    assert not any("to a factor" in w for w in advise(4096, study=tmp_path).warnings)
+    near = {f"s{state}-T1024-s0": range(round(t_recall(state) / 2), round(t_recall(state)) + 1) for state in STATES}
+    family.rows = [r for r in family.rows if r["task"] == "lm" or r["length"] not in near[r["model"]]]
+    family.write(tmp_path)
+    assert any("known to a factor of" in w for w in advise(4096, study=tmp_path).warnings)
+
+
+def test_a_search_in_batches_of_two_sizes_is_one_search(tmp_path):
+    """Begun with 8 side by side, ended with 4; and the loss on two devices."""
+    family = grown(tmp_path)
+    whole = tables.findings(*tables.read(tmp_path), 0.95)
+    for row in [r for r in family.rows if r["task"] == "passkey" and r["length"] <= 1024]:
+        family.rows.append(row | {"batch": 4, "device": "another"})
+    for row in [r for r in family.rows if r["task"] == "lm" and r["length"] <= 4096]:
+        family.rows.append(row | {"device": "another"})
+    family.write(tmp_path)
+    pd.testing.assert_frame_equal(tables.findings(*tables.read(tmp_path), 0.95), whole)
+
+
+def test_a_loss_that_cannot_be_judged_has_not_held(tmp_path):
+    family = Family()
+    family.add(STATES[0], 1024, 0, True, 3000)
+    family.rows = [r for r in family.rows if r["metric"] != "nats_per_token_peak" and r["length"] > 1024]
+    family.write(tmp_path)
+    found = tables.findings(*tables.read(tmp_path), 0.95).set_index("quantity")
+    assert pd.isna(found.loc["forgets", "passes"]) and "not measured within" in found.loc["forgets", "text"]
+    assert "T_forget" not in set(tables.points(tables.findings(*tables.read(tmp_path), 0.95))["quantity"])
+
+
+def test_t_forget_says_how_far_was_read(study):
+    points = tables.points(tables.findings(*tables.read(study), 0.95))
+    assert points[points["quantity"] == "T_forget"]["text"].str.endswith("; read to 64K").all()
+
+
 def test_advice_of_the_paper():
     found = advise(256 * 1024)
     assert found.state == pytest.approx(12.9e6, rel=0.02) and found.speed is None and len(found.warnings) == 1
