@@ -61,6 +61,7 @@ def grid_of(name: str, train: int) -> dict[str, list[Any]]:
         "state-norm": {"quantile": [1.0, 0.9, 0.75, 0.5, 0.0]},
         "token-filter": {"theta": [0.01, 0.05, 0.2], "clamp": [0.0, 0.05]},
         "a-winsor": {"share": [0.02, 0.05, 0.08, 0.15, 0.25]},
+        "a-floor": {"tokens": [train // 2, train, 2 * train, 4 * train]},
         "delta-scale": {"scale": list(FACTORS)},
         "a-scale": {"scale": list(FACTORS)},
     }
@@ -91,7 +92,7 @@ def calibrate(model: Any, name: str, target: int | str, text: Text | str | Path,
             those that has a finite loss.
     """
     model, target = reader_of(model), parse_length(target, "target")
-    text = load_text(text) if isinstance(text, str | Path) else text
+    text = load_text(text)
     train = train_length(model, "calibration")
     name, _, fixed = name.partition(":")
     held = dict(part.split("=", 1) for part in fixed.split(",") if "=" in part)
@@ -151,7 +152,11 @@ def calibrate(model: Any, name: str, target: int | str, text: Text | str | Path,
 
 def _grid(name: str, grid: dict[str, list[Any]], fixed: str = "") -> Iterator[str]:
     for values in product(*grid.values()):
-        yield f"{name}:" + ",".join([*([fixed] if fixed else []), *(f"{k}={v:g}" for k, v in zip(grid, values))])
+        yield f"{name}:" + ",".join([*([fixed] if fixed else []), *(f"{k}={_text(v)}" for k, v in zip(grid, values))])
+
+
+def _text(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:g}"  # (g cuts whole numbers to six digits)
 
 
 def _begun(best: Remedy) -> tuple[float, Callable[[np.ndarray], str]]:

@@ -25,6 +25,7 @@ except ImportError as missing:
     raise InputError(f"this needs lm-eval ({missing}): pip install 'rnn-longctx[eval]'") from None
 from tqdm import tqdm
 
+from rnn_longctx.config import parse_length
 from rnn_longctx.mitigations import mitigate
 from rnn_longctx.models.generate import SEGMENTS, continuation, prefill
 from rnn_longctx.models.losses import LOGITS
@@ -47,31 +48,35 @@ class HarnessLM(TemplateLM):
             (`loglikelihood_rolling`) are read in windows of it, as lm-eval defines them. None: no limit.
         batch_size: the most rows of equal length side by side.
         segment: tokens of all rows read in one call; None chooses for the device.
-        mitigation, target_length, train_length, dtype, tokenizer, device: for a model that is loaded here.
+        mitigation, target_length, train_length, dtype, tokenizer, device: for a model that is loaded here; no
+            mitigation, float32 and the CPU where they are not given.
         seed: of sampling, together with the number of the request.
     Raises:
-        InputError: a model that cannot be loaded, or a setting out of range.
+        InputError: a model that cannot be loaded, a setting out of range, or one that a loaded model does not take.
     """
 
-    def __init__(self, model: Any, *, max_length: int | None = None, batch_size: int | str = 1,
-                 max_batch_size: Any = None, segment: int | None = None, mitigation: str = "none",
-                 target_length: int | None = None, train_length: int | None = None, dtype: str = "float32",
+    def __init__(self, model: Any, *, max_length: int | str | None = None, batch_size: int | str = 1,
+                 max_batch_size: Any = None, segment: int | None = None, mitigation: str | None = None,
+                 target_length: int | None = None, train_length: int | None = None, dtype: str | None = None,
                  tokenizer: str | None = None, device: str | None = None, seed: int = 0,
                  progress: bool = False):  # fmt: skip
         super().__init__()
+        given = {"device": device, "dtype": dtype, "tokenizer": tokenizer, "train_length": train_length}
         if isinstance(model, str):
             from rnn_longctx.models.adopt import load_any
 
-            given = {"device": device or "cpu", "dtype": dtype, "tokenizer": tokenizer, "train_length": train_length}
-            model = load_any(model, **given)
-            mitigate(model, mitigation, target_length=target_length)
+            model = load_any(model, **given | {"device": device or "cpu", "dtype": dtype or "float32"})
+            mitigate(model, mitigation or "none", target_length=target_length)
+        else:
+            given |= {"mitigation": mitigation, "target_length": target_length}
+            if unread := [name for name, value in given.items() if value is not None]:
+                raise InputError(f"{', '.join(unread)}: of a model that is named; {model.name} is loaded already")
         if not str(batch_size).isdigit() or int(batch_size) < 1:
             raise InputError(f"batch_size: expected at least 1 row, got {batch_size!r}")
-        if max_length is not None and max_length < 1:
-            raise InputError(f"max_length: expected at least 1 token, got {max_length}")
         self.model, self.tokenizer, self.seed, self.progress = model, model.tokenizer, seed, progress
-        self.max_length, self.batch_size = max_length, int(batch_size)
-        self.segment = segment or SEGMENTS[model.device.type]
+        self.max_length = None if max_length is None else parse_length(max_length, "max_length")
+        self.batch_size = int(batch_size)
+        self.segment = SEGMENTS[model.device.type] if segment is None else parse_length(segment, "segment")
         self._device = model.device
 
     # --- tokens

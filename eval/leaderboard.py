@@ -24,7 +24,8 @@ COLUMNS = ["model", "text", "length", "mitigation", "control", "loss", "gain", "
 
 
 def leaderboard(frame: pd.DataFrame) -> pd.DataFrame:
-    """A row a model, text, length and mitigation, best first.
+    """A row a model, text, length and mitigation, best first. What of a model was measured in other ways too (another
+    dtype, other weights) is ranked by itself: its name then says how.
 
     gain: the loss of the best control at that length minus the loss, nats per token, with its 95% interval;
     change_short: loss minus that of no remedy at the longest length within the training length; speed, memory: tokens a
@@ -33,10 +34,12 @@ def leaderboard(frame: pd.DataFrame) -> pd.DataFrame:
     """
     rows: list[dict[str, Any]] = []
     everything = sheets(frame)
-    for sheet in (s for s in everything if s.task == "lm"):
+    losses = [s for s in everything if s.task == "lm"]
+    for sheet in losses:
         recalls = [s for s in everything if s.task != "lm" and all(s.where[c] == sheet.where[c] for c in SETTING)]
+        model = _told_apart(sheet, losses)
         for length in sheet.lengths:
-            rows += _rows(frame, sheet, recalls, length)
+            rows += [{"model": model} | row for row in _rows(frame, sheet, recalls, length)]
     board = pd.DataFrame(rows)
     if board.empty:
         return board
@@ -46,24 +49,32 @@ def leaderboard(frame: pd.DataFrame) -> pd.DataFrame:
     )
 
 
+def _told_apart(sheet: Sheet, sheets: list[Sheet]) -> str:
+    """The model's name, with what tells its sheet from others of that model and text: they are ranked apart."""
+    alike = [s.where for s in sheets if all(s.where[c] == sheet.where[c] for c in ("model", "text"))]
+    differ = [c for c in sheet.where if any(where[c] != sheet.where[c] for where in alike)]
+    return f"{sheet.where['model']}" + (f" [{', '.join(f'{c}={sheet.where[c]}' for c in differ)}]" if differ else "")
+
+
 def _rows(frame: pd.DataFrame, sheet: Sheet, recalls: list[Sheet], length: int) -> list[dict[str, Any]]:
     here = {n: row[length] for n, row in sheet.cells.items() if length in row}
     controls = [n for n in here if sheet.is_control(n)]
     rivals = {s.task: [r[length] for n, r in s.cells.items() if s.is_control(n) and length in r] for s in recalls}
     # remedies that read a prompt otherwise have recall alone
     names = [*here, *dict.fromkeys(n for s in recalls for n, row in s.cells.items() if length in row and n not in here)]
+    rated = [c for c in controls if math.isfinite(here[c].value)]  # one that blew up is beaten, and has no interval
     best = sheet.lowest(controls, length)
     short = max((k for k in sheet.lengths if sheet.train_length and k <= sheet.train_length), default=None)
     rows = []
     for name in names:
         row: dict[str, Any] = {
-            "model": sheet.where["model"], "text": sheet.where["text"], "length": length, "mitigation": name,
-            "control": name in controls, "loss": here[name].value if name in here else math.nan,
+            "text": sheet.where["text"], "length": length, "mitigation": name, "control": name in controls,
+            "loss": here[name].value if name in here else math.nan,
         }  # fmt: skip
         wins = []
-        if best and name in here:
-            against = [paired_bootstrap(*_paired(here[c].samples, here[name].samples)) for c in controls]
-            gain = against[controls.index(best)]
+        if name in here and best in rated:
+            against = [paired_bootstrap(*_paired(here[c].samples, here[name].samples)) for c in rated]
+            gain = against[rated.index(best)]
             row |= {"gain": gain.value, "gain_low": gain.low, "gain_high": gain.high}
             if name not in controls and all(g.low > 0 for g in against):
                 wins.append("loss")
@@ -89,10 +100,14 @@ def _paired(a: list[float], b: list[float]) -> tuple[list[float], list[float]]:
 
 
 def _cost(frame: pd.DataFrame, sheet: Sheet, name: str, length: int) -> dict[str, float]:
-    at = frame[(frame["task"] == "lm") & (frame["length"] == length) & (frame["model"] == sheet.where["model"])]
-    at = at[(at["metric"] == "nats_per_token") & ((at["text"] == sheet.where["text"]) | (sheet.where["text"] is None))]
-    wanted = sheet.mitigations[name][0] if name in sheet.mitigations else name
+    at: Any = frame[(frame["task"] == "lm") & (frame["length"] == length) & (frame["metric"] == "nats_per_token")]
+    for column in (*SETTING, "text", "text_hash", "seed", "device", "batch"):  # others were not read as these were
+        value = sheet.where.get(column)
+        if column in at and (value is not None or column in SETTING):
+            at = at[at[column].isna() if value is None else at[column] == value]
+    wanted, calibration = sheet.mitigations.get(name, (name, None))
     mine, bare = at[at["mitigation"] == wanted], at[at["mitigation"] == "none"]
+    mine = mine[mine["calibration"].isna() if calibration is None else mine["calibration"] == calibration]
     if mine.empty or bare.empty:
         return {"speed": math.nan, "memory": math.nan}
     mine, bare = mine.iloc[0], bare.iloc[0]

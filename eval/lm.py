@@ -8,6 +8,7 @@ many tokens.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,8 +30,8 @@ PEAK_BINS = 4  # the highest loss within the training length is taken over so ma
 
 @dataclass(frozen=True)
 class LanguageModel(Task):
-    """slices: at least so many at every length; tokens: more at shorter ones, up to `most`, while n * L stays below;
-    max: the longest length measured."""
+    """slices: at least so many at every length; tokens: more at shorter ones, up to `most`, while n * L stays below and
+    the text has as many that do not overlap; max: the longest length measured."""
 
     name = "lm"
     slices: int = 4
@@ -42,8 +43,17 @@ class LanguageModel(Task):
         if self.slices < 1 or self.tokens < 0 or self.most < 1:
             raise InputError("lm: slices and most must be at least 1, tokens at least 0")
 
-    def count(self, length: int) -> int:
-        return max(self.slices, min(self.most, self.tokens // length))
+    def count(self, context: Context, length: int) -> int:
+        return max(self.slices, min(self.most, self.tokens // length, self._apart(context, length)))
+
+    def _apart(self, context: Context, length: int) -> int:
+        """How many slices of so many tokens the text has before two of them overlap."""
+        text, tokenizer, most = text_of(context), context.model.tokenizer, max(self.slices, self.most)
+
+        def found() -> int:
+            return text.distinct(int(tokens(text, tokenizer, 0, length + 1)[1].sum()), most)
+
+        return context.memo(("apart", text.hash, tokenizer.name, length, most), found)
 
     def lengths(self, asked: list[int], train_length: int | None) -> list[int]:
         wanted = super().lengths(asked, train_length)
@@ -60,10 +70,15 @@ class LanguageModel(Task):
                 text.data.decode("utf-8")
             except UnicodeDecodeError as error:
                 raise InputError(f"tokenizer {tokenizer.name} needs UTF-8 text; byte {error.start} is not") from None
+        short = [n for n in lengths if self._apart(context, n) < self.slices]
+        if short:
+            apart = f"{self._apart(context, short[0])} of {short[0]} tokens that do not overlap"
+            said = "text %s is short: of the %d slices read it has %s, so errors and intervals are too small"
+            logging.getLogger(__name__).warning(said, text.name, self.slices, apart)
 
     def cost(self, context: Context, lengths: list[int]) -> int:
         todo = self._todo(context, lengths)
-        return sum(len(rows) * reach for rows, reach in self._passes(todo, context.batch)) if todo else 0
+        return sum(len(rows) * reach for rows, reach in self._passes(context, todo)) if todo else 0
 
     def run(self, context: Context, lengths: list[int]) -> Iterator[Row]:
         todo = self._todo(context, lengths)
@@ -79,7 +94,7 @@ class LanguageModel(Task):
             dict.fromkeys(marks, 0.0),
             dict.fromkeys(marks, 0),
         )  # until the mark, of all slices that reach it
-        for rows, reach in self._passes(todo, context.batch):
+        for rows, reach in self._passes(context, todo):
             part = _Pass(context, text, rows, reach, [m for m in marks if m <= reach])
             part.run()
             for m in part.marks:
@@ -88,7 +103,7 @@ class LanguageModel(Task):
                 seconds[m], read[m] = seconds[m] + part.times[m], read[m] + len(rows) * m
         whole = {m: (torch.cat(sums[m]), torch.cat(nbytes[m])) for m in marks}
         for length in todo:
-            n = self.count(length)
+            n = self.count(context, length)
             (high, high_bytes), (low, low_bytes) = whole[length], whole[length // 2]
             loss = high[:n] - low[:n]
             per_token = loss / (length - length // 2)
@@ -114,17 +129,18 @@ class LanguageModel(Task):
         train, found = context.model.train_length, []
         for n in lengths:
             metrics = ["nats_per_token", *(["nats_per_token_peak"] if n == train else [])]
-            if not all(context.done(self, text, n, metric, self.count(n)) for metric in metrics):
+            if not all(context.done(self, text, n, metric, self.count(context, n)) for metric in metrics):
                 found.append(n)
         return found
 
-    def _passes(self, lengths: list[int], batch: int) -> Iterator[tuple[list[int], int]]:
+    def _passes(self, context: Context, lengths: list[int]) -> Iterator[tuple[list[int], int]]:
         """(slices, how far they are read): slices that reach equally far together, at most `batch` of them."""
-        reach = {i: max(n for n in lengths if self.count(n) > i) for i in range(max(map(self.count, lengths)))}
+        counts = {n: self.count(context, n) for n in lengths}
+        reach = {i: max(n for n in lengths if counts[n] > i) for i in range(max(counts.values()))}
         for far, group in groupby(reach, key=reach.__getitem__):
             rows = list(group)
-            for i in range(0, len(rows), batch):
-                yield rows[i : i + batch], far
+            for i in range(0, len(rows), context.batch):
+                yield rows[i : i + context.batch], far
 
 
 class _Pass:

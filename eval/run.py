@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -87,16 +88,16 @@ def evaluate(model: Any, lengths: Sequence[int | str] | int | str,
         calibration_text: for remedies that are calibrated; None takes what is kept with the checkpoint.
         out: a folder for cells, snapshots, results.parquet and results.csv; finished cells there are not measured
             again, and a long pass goes on from its last snapshot. None keeps nothing.
-        progress: show a bar.
+        progress: show a bar, or, where the output is no terminal, a line a task on stderr.
     Raises:
         InputError: no model, bad lengths, tasks or remedies, a text that is missing, shorter than a length or of bytes
             that the tokenizer cannot read, before anything is measured.
     """
-    if batch < 1:
-        raise InputError(f"batch must be at least 1 stream, got {batch}")
+    if not isinstance(batch, int) or batch < 1:
+        raise InputError(f"batch must be at least 1 stream, got {batch!r}")
     model = reader_of(model)
     wanted = sorted(set(parse_lengths([lengths] if isinstance(lengths, int) else lengths)))
-    jobs = [parse_task(t) for t in ([tasks] if isinstance(tasks, str | Task) else tasks)]
+    jobs = [parse_task(t) for t in ([tasks] if isinstance(tasks, str | Task) else tasks or ())]
     named = [mitigations] if isinstance(mitigations, str | Remedy) else ["none"] if mitigations is None else mitigations
     asked = [parse_remedy(w) for w in named if w != "all"]
     named = [w for name in named for w in (standard(model.train_length) if name == "all" else [name])]
@@ -117,7 +118,7 @@ def evaluate(model: Any, lengths: Sequence[int | str] | int | str,
         if "none" in map(str, remedies) and active(model)[0] == "none":
             todo += [(remedy, losses, False) for remedy in further if remedy not in remedies]
     given = calibration_text or None
-    calibration = load_text(given) if isinstance(given, str | Path) else given
+    calibration = None if given is None else load_text(given)
 
     rows: list[Row] = []
     with _Progress(progress) as bar:
@@ -141,7 +142,7 @@ def _plan(model: Mamba2LM, todo: list[tuple[Remedy, list[Task], bool]], lengths:
                 if any(isinstance(job, LanguageModel) for job in jobs):
                     check_unseen(handles_on(model), text_of(context), context.text, named)
                 if model.reader is not None and not any(job.asks for job in jobs):
-                    raise InputError(f"{remedy} reads prompts, and has no loss of a text: give a task such as passkey")
+                    raise NotApplicable(f"{remedy} reads prompts, and has no loss of a text: give one like passkey")
         except NotApplicable as error:
             if asked:
                 raise
@@ -163,16 +164,19 @@ def _mitigated(model: Mamba2LM, remedy: Remedy, target: int, calibration: Any, c
 
 
 class _Progress:
-    """A rich progress bar, or nothing."""
+    """A rich progress bar, or, where the output is no terminal, a line a task on stderr; or nothing."""
 
     def __init__(self, shown: bool):
         self.bar: Any = None
+        self.lines, self.read, self.tokens = False, 0, 1
         if shown:
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
             from rich.progress import TimeRemainingColumn as Remaining
 
             self.bar = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
                                 TextColumn("tokens"), TimeElapsedColumn(), Remaining())  # fmt: skip
+            self.lines = not self.bar.console.is_terminal
+            self.bar = None if self.lines else self.bar
 
     def __enter__(self) -> _Progress:
         if self.bar:
@@ -185,13 +189,17 @@ class _Progress:
             self.bar.stop()
 
     def total(self, tokens: int) -> None:
+        self.tokens = max(1, tokens)
         if self.bar:
             self.bar.update(self.task, total=tokens)
 
     def say(self, text: str) -> None:
+        if self.lines:
+            print(f"{self.read / self.tokens:4.0%} {text}", file=sys.stderr, flush=True)
         if self.bar:
             self.bar.update(self.task, description=text)
 
     def advance(self, tokens: int) -> None:
+        self.read += tokens
         if self.bar:
             self.bar.advance(self.task, tokens)

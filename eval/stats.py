@@ -41,6 +41,15 @@ _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.2
       2.110, 2.101)  # fmt: skip
 
 
+def student(freedom: int) -> float:
+    """The 97.5% quantile of Student's t; beyond the table by its expansion about the
+    normal's (Abramowitz and Stegun 26.7.5), to 1e-3."""
+    if freedom <= len(_T):
+        return _T[freedom - 1]
+    z = NormalDist().inv_cdf(0.975)
+    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
+
+
 def paired_bootstrap(a: Sequence[float], b: Sequence[float], n_boot: int = 2000, seed: int = 0) -> Interval:
     """Mean of a - b and its 95% interval; a[i] and b[i] were measured on the same slice.
 
@@ -54,7 +63,7 @@ def paired_bootstrap(a: Sequence[float], b: Sequence[float], n_boot: int = 2000,
     if d.size == 1 or not np.isfinite(d).all():
         return Interval(float(d.mean()), math.nan, math.nan, d.size)
     if d.size < 20:
-        half = _T[d.size - 2] * float(d.std(ddof=1)) / math.sqrt(d.size)
+        half = student(d.size - 1) * float(d.std(ddof=1)) / math.sqrt(d.size)
         return Interval(float(d.mean()), float(d.mean()) - half, float(d.mean()) + half, d.size)
     picks = np.random.default_rng(seed).integers(0, d.size, size=(n_boot, d.size))
     low, high = np.quantile(d[picks].mean(axis=1), [0.025, 0.975])

@@ -1,10 +1,13 @@
-"""A synthetic table of results, shaped like the collapse story of a small model trained at 256 tokens."""
+"""A synthetic table of results, shaped like the collapse story of a small model trained at 256 tokens; and a small
+model, with texts to evaluate and to calibrate it on."""
 
 from __future__ import annotations
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+from evaluated import make_model
 
 from rnn_longctx.eval.results import COLUMNS
 
@@ -78,3 +81,23 @@ def story() -> pd.DataFrame:
 @pytest.fixture
 def make():
     return make_frame
+
+
+@pytest.fixture
+def model():
+    return make_model()
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_bytes(bytes(torch.randint(32, 127, (6000,)).tolist()))
+    return str(path)
+
+
+@pytest.fixture
+def unseen(tmp_path):
+    """To calibrate on: what is evaluated is refused for that."""
+    path = tmp_path / "unseen.txt"
+    path.write_bytes(bytes(torch.randint(32, 127, (6000,)).tolist()))
+    return str(path)

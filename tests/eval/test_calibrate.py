@@ -188,6 +188,22 @@ def test_bad_files_and_words(tmp_path, monkeypatch):
     assert (leaderboard(frame)["wins"] == "not compared").all()  # without a control
 
 
+def test_a_file_of_an_unknown_remedy_composes_by_itself(tmp_path):
+    lm, path = tiny(), tmp_path / "made.yaml"
+    Found("mine", {"name": "tiny", **module.shape_of(lm)}, [{"mul": 2.0}, {}], 128, "made", 0, "by hand").save(path)
+    with mitigate(lm, f"{path}+a-scale:scale=3"):
+        assert [m.policy.mul for m in lm.mixers] == [6.0, 3.0]
+
+
+@pytest.mark.parametrize("train", [33, 2048, 2**21 + 4])
+def test_what_is_tried_can_be_read(train):
+    for name in ("rri", "window", "state-norm", "token-filter", "a-winsor", "a-floor", "delta-scale", "a-scale"):
+        grid = module.grid_of(name, train)
+        tried = [parse_remedy(text) for text in module._grid(name, grid)]
+        for key, values in grid.items():
+            assert {getattr(remedy, key) for remedy in tried} == set(values)
+
+
 def test_nothing_that_guards_is_an_error(monkeypatch):
     lm = tiny()
     lm.train_length = 16  # no prompt is so short
@@ -249,7 +265,7 @@ def test_a_saved_state_goes_on_as_if_never_stopped(tmp_path):
     Cache().save(tmp_path / "c")
     with pytest.raises(InputError, match="does not say which weights"):
         load_state(tmp_path / "c", lm)
-    with pytest.raises(InputError, match="not a saved cache"):
+    with pytest.raises(InputError, match="no state that generate --save-state wrote"):
         load_state(tmp_path / "none", lm)
 
 
@@ -304,8 +320,15 @@ def test_leaderboard():
     frame = pd.DataFrame(rows)
     at = leaderboard(frame).query("length == 128").set_index("mitigation")
     assert at.loc["rri", "gain"] == pytest.approx(0.5, abs=0.05)  # over the control that did not blow up
+    assert at.loc["rri", "wins"] == "loss"  # which it beats as well
     _, grid, _ = board_tables(frame)
     assert [column.header for column in grid.columns][-3:] == ["speed", "memory", "wins"]
+
+    other = frame.assign(dtype="bfloat16", tokens_per_second=frame["tokens_per_second"] ** 2)
+    for both in ([frame, other], [other, frame]):
+        at = leaderboard(whole := pd.concat(both, ignore_index=True)).query("length == 128 and mitigation == 'rri'")
+        assert dict(zip(at["model"], at["speed"])) == {"m [dtype=float32]": 0.5, "m [dtype=bfloat16]": 0.25}
+        assert len(board_tables(whole)) == 2 * len(board_tables(frame))
 
 
 def test_remedies_that_read_a_prompt_have_no_loss(tmp_path):

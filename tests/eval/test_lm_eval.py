@@ -187,7 +187,9 @@ def test_what_is_too_long_is_refused_and_never_cut(bytes_model):
         lm.loglikelihood(ask("loglikelihood", ("123456789", "012")))
     with pytest.raises(InputError, match="max_length"):
         lm.generate_until(ask("generate_until", ("1234", {"max_gen_toks": 7})))
-    for wrong in ({"max_length": 0}, {"batch_size": "auto"}):
+    assert HarnessLM(bytes_model, max_length="4k").max_length == 4096
+    for wrong in ({"max_length": 0}, {"max_length": "long"}, {"batch_size": "auto"}, {"segment": 0}, {"segment": -5},
+                  {"mitigation": "rri"}, {"train_length": 64}, {"dtype": "bfloat16"}):  # fmt: skip
         with pytest.raises(InputError, match=next(iter(wrong))):
             HarnessLM(bytes_model, **wrong)
 

@@ -5,11 +5,18 @@ import math
 import numpy as np
 import pytest
 
-from rnn_longctx.eval.stats import mean_stderr, paired_bootstrap, peak_within, verdict, wilson
+from rnn_longctx.eval.stats import mean_stderr, paired_bootstrap, peak_within, student, verdict, wilson
 
 
 def fresh() -> np.random.Generator:
     return np.random.default_rng(np.random.SeedSequence().entropy)
+
+
+def test_students_quantile():
+    from scipy.stats import t
+
+    for freedom in (1, 4, 18, 19, 25, 200):
+        assert student(freedom) == pytest.approx(t.ppf(0.975, freedom), abs=1e-3)
 
 
 def test_mean_and_standard_error():
