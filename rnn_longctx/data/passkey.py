@@ -123,14 +123,20 @@ def words_batch(tokenizer: Tokenizer, length: int, n: int, seed: int, style: Sty
 
 
 def training_sequence(
-    tokenizer: Tokenizer, length: int, rng: np.random.Generator, style: str = "headerless"
+    tokenizer: Tokenizer, length: int, rng: np.random.Generator, style: str = "headerless", said_again: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
     """A prompt at a random depth and its answer, ``" 12345."``: (ids (length,) int64, mask (length,) bool,
-    True on the answer). Raises InputError when `length` is too small."""
+    True on the answer, and with `said_again` where the key's own sentence repeats it, too). Raises InputError when
+    `length` is too small."""
     key, depth = _draw(rng), rng.random()
     answer = tokenizer.encode(f" {key}.")
     prompt = _prompt(tokenizer, length - len(answer), depth, key, style)
-    return np.concatenate([prompt.ids, answer]), np.arange(length) >= length - len(answer)
+    mask = np.arange(length) >= length - len(answer)
+    if said_again:
+        first, between = PAPER.key.split("{0}")[:2]
+        again = prompt.position + len(tokenizer.encode(first + key + between))
+        mask[again : again + len(tokenizer.encode(key))] = True
+    return np.concatenate([prompt.ids, answer]), mask
 
 
 def _prompt(tokenizer: Tokenizer, length: int, depth: float, answer: str, style: str | Style,

@@ -65,6 +65,13 @@ class Text:
                 return at + step
         return at
 
+    def distinct(self, nbytes: int, most: int) -> int:
+        """How many of the first `most` slices of `nbytes` lie apart from one another; at least 1."""
+        n = 1
+        while n < most and min(n * GOLDEN % 1.0, -n * GOLDEN % 1.0) * len(self.data) >= nbytes + 4:
+            n += 1  # (two slices lie as far apart as their numbers say; 4: a start is moved to that of a character)
+        return n
+
     def slice(self, i: int, nbytes: int) -> bytes:
         """The i-th fixed slice, `nbytes` long. Reading is circular (NUL between the end and the beginning),
         so that where a slice starts depends on `i` and the text alone. More than there is: InputError."""
@@ -99,8 +106,8 @@ def tokens(text: Text, tokenizer: Tokenizer, i: int, n: int) -> tuple[np.ndarray
     return np.concatenate(ids)[:n], np.concatenate(sizes)[:n]
 
 
-def load_text(spec: str | Path) -> Text:
-    """A text by name, held whole.
+def load_text(spec: str | Path | Text) -> Text:
+    """A text by name, held whole; a Text as it is.
 
     stdlib         the standard library's .py files, without tests; to evaluate on
     site-packages  installed packages' .py files, less copies of stdlib code and this package; to train on
@@ -110,8 +117,12 @@ def load_text(spec: str | Path) -> Text:
     records        ``jsonl:PATH[:field]``, ``parquet:PATH[:column]``, ``hf:dataset[:split[:column]]``, or a file by its
                    suffix (.jsonl, .jsonl.gz, .jsonl.zst, .parquet): a document each; see `rnn_longctx.data.sources`
 
-    Raises InputError when it is missing or empty.
+    Raises InputError when it is missing or empty, or no text at all.
     """
+    if isinstance(spec, Text):
+        return spec
+    if not isinstance(spec, str | Path):
+        raise InputError(f"a text is {SOURCES}, or a Text; got {type(spec).__name__} {spec!r:.60}")
     name = str(spec)
     records = open_source(name)
     if name == "stdlib":

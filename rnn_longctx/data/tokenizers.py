@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -65,8 +66,10 @@ class HFTokenizer:
 
         backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
         if not isinstance(backend, Fast):
-            kind = type(tokenizer).__name__
-            raise InputError(f"tokenizer {kind} gives no byte offsets; a fast tokenizer (tokenizer.json) is needed")
+            kind, needed = type(tokenizer).__name__, "a fast tokenizer (tokenizer.json) is needed"
+            if not hasattr(tokenizer, "encode"):
+                raise InputError(f"{kind} {tokenizer!r:.60} is no tokenizer; {needed}, or the name of one")
+            raise InputError(f"tokenizer {kind} gives no byte offsets; {needed}")
         # A copy: the settings below must not change the tokenizer of the caller.
         self._fast = Fast.from_str(backend.to_str())
         self._fast.no_truncation()
@@ -134,6 +137,8 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
         return HFTokenizer(fast, directory.resolve().name, fast.token_to_id(eos) if eos else None)
     if directory.exists() and not (directory / "tokenizer_config.json").is_file():
         raise InputError(f"{spec} holds no tokenizer.json; expected a tokenizer directory, a hub id or bytes")
+    if not directory.exists() and (isinstance(spec, Path) or not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", spec)):
+        raise InputError(f"no tokenizer at {spec}: there is no such directory, and a hub id looks like owner/name")
     from huggingface_hub import snapshot_download
     from transformers import AutoTokenizer
 
@@ -141,7 +146,8 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
         path = str(spec) if directory.exists() else snapshot_download(str(spec), allow_patterns=_FILES)
         tokenizer = AutoTokenizer.from_pretrained(path)
     except Exception as error:  # transformers and its hub client raise many kinds
-        raise InputError(f"cannot load tokenizer {str(spec)!r}: {_one_line(error)}") from None
+        what = "" if directory.exists() else ", which is neither a directory nor a hub id that can be reached"
+        raise InputError(f"cannot load tokenizer {str(spec)!r}{what}: {_one_line(error)}") from None
     return HFTokenizer(tokenizer, directory.resolve().name if directory.exists() else str(spec))
 
 

@@ -13,18 +13,24 @@ from rnn_longctx.models.mamba2 import Mamba2Config
 
 @dataclass(frozen=True)
 class PasskeyConfig:
-    """A share of the sequences ends with a passkey prompt and its answer; text fills what comes before it."""
+    """A share of the sequences ends with a passkey prompt and its answer; text fills what comes before it. With `fill`
+    they are prompts from the end to the beginning, or as far as one more fits, of lengths drawn log-uniformly: in long
+    sequences one each is too few to learn recall from, and none is short. What the key's own sentence repeats of it
+    counts as an answer then, too: copying from next to it is learned first."""
 
     fraction: float = 0.1  # of the sequences in a batch
     lengths: tuple[int, int] = (128, 256)  # tokens of prompt and answer, drawn uniformly, both ends included
     answer_weight: float = 1.0  # weight of the answer tokens' mean loss, added to the loss of all tokens
     style: Literal["headerless", "paper", "auto"] = "headerless"  # auto: headerless below 1024 tokens
+    fill: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.fraction <= 1:
             raise InputError(f"fraction: expected a share between 0 and 1, got {self.fraction}")
         if not 0 < self.lengths[0] <= self.lengths[1]:
             raise InputError(f"lengths: expected the shortest and the longest, got {list(self.lengths)}")
+        if not 0 <= self.answer_weight < math.inf:
+            raise InputError(f"answer_weight: expected 0 or more, got {self.answer_weight}")
 
 
 @dataclass(frozen=True)
@@ -60,7 +66,7 @@ class DataConfig:
         if self.min_document < 0:
             raise InputError(f"min_document: expected a number of tokens, got {self.min_document}")
         weights = [part.weight for part in self.parts]
-        if any(weights) and None in weights:
+        if None in weights and len({*weights}) > 1:
             raise InputError(f"text: {self.parts[weights.index(None)].source} has no weight, but another text has")
         if None not in weights and not any(weights):
             raise InputError("text: every weight is 0")
@@ -80,6 +86,15 @@ class OptimizerConfig:
     weight_decay: float = 0.1
     clip: float = 1.0  # norm of the whole gradient
 
+    def __post_init__(self) -> None:
+        for name in ("lr", "weight_decay"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise InputError(f"{name}: expected 0 or more, got {getattr(self, name)}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise InputError(f"betas: expected two from 0 to below 1, got {list(self.betas)}")
+        if not self.clip > 0:  # one of 0 would train nothing, and one below 0 climb
+            raise InputError(f"clip: expected a norm above 0 (inf clips nothing), got {self.clip}")
+
 
 @dataclass(frozen=True)
 class ScheduleConfig:
@@ -94,6 +109,10 @@ class ScheduleConfig:
     def __post_init__(self) -> None:
         if self.name == "wsd" and not 0 < self.decay <= 1:
             raise InputError(f"decay: expected a share of the steps above 0, up to 1, got {self.decay}")
+        if self.warmup < 0:
+            raise InputError(f"warmup: expected a number of steps, got {self.warmup}")
+        if not 0 <= self.min_lr <= 1:
+            raise InputError(f"min_lr: expected a share of lr, from 0 to 1, got {self.min_lr}")
 
 
 @dataclass(frozen=True)
@@ -163,6 +182,7 @@ class TrainConfig:
 
     model: Mamba2Config | None = None  # with init: what that is
     init: str | None = None  # a checkpoint to start from, as `rnn_longctx.load` takes it: demo, a directory, a hub id
+    mitigation: str | None = None  # with init: folded into its weights before the first step (`rnn_longctx.fold`)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
@@ -189,6 +209,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.model is None and self.init is None:
             raise InputError("model: missing; give its shape, or init: a checkpoint to start from")
+        if self.mitigation is not None and self.init is None:
+            raise InputError("mitigation: is folded into a checkpoint's weights; give init, the checkpoint")
         if isinstance(self.train_length, str):
             if ":" in self.train_length:
                 object.__setattr__(self, "steps", sum(steps for _, steps in self.stages))
@@ -197,6 +219,8 @@ class TrainConfig:
         for name in ("batch_size", "accumulate", "sequence_parallel", "steps", "log_every", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}: expected a positive number, got {getattr(self, name)}")
+        if self.seed < 0:
+            raise InputError(f"seed: expected 0 or more, got {self.seed}")
         shortest = min(length for length, _ in self.stages)
         if shortest < 1:
             raise InputError(f"train_length: expected a positive number, got {shortest}")

@@ -7,6 +7,7 @@ mapped (`rnn_longctx.data.stored`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -17,7 +18,7 @@ import torch
 from rnn_longctx.data import Shard, Source, Text, Tokenizer, load_text, open_streamed, stored, training_sequence
 from rnn_longctx.data.text import GOLDEN
 from rnn_longctx.errors import InputError
-from rnn_longctx.train.config import DataConfig, MixedText, TrainConfig
+from rnn_longctx.train.config import DataConfig, MixedText, PasskeyConfig, TrainConfig
 
 HELD_OUT = 2**24  # tokens held out of a text that is streamed, at most
 LEGS = 512  # a mixture's rows that go on from their last stream begin anew after so many steps, at the latest
@@ -96,12 +97,17 @@ class Corpus:
         from_text = np.ones((count, length), dtype=bool)
         answer = np.zeros((size, length), dtype=bool)
         for i, row in enumerate(rows):
-            n = int(rng.integers(passkey.lengths[0], passkey.lengths[1] + 1))
-            keys[i, -n:], answer[row, -n:] = training_sequence(self.tokenizer, n, rng, passkey.style)
-            from_text[i, -n:] = False
-            if self.tokenizer.eos_id is not None:
-                keys[i, -n - 1] = self.tokenizer.eos_id
-                from_text[i, -n - 1] = False
+            stop = length
+            while n := _prompt_length(passkey, rng, stop - 1, stop == length):
+                own = slice(stop - n, stop)
+                made = training_sequence(self.tokenizer, n, rng, passkey.style, said_again=passkey.fill)
+                keys[i, own], answer[row, own] = made
+                from_text[i, own] = False
+                stop -= n
+                if self.tokenizer.eos_id is not None:
+                    stop -= 1
+                    keys[i, stop] = self.tokenizer.eos_id
+                    from_text[i, stop] = False
         ids = self._read(chosen, found, length)
         if count:
             keep = torch.from_numpy(from_text).to(self.device)
@@ -177,6 +183,16 @@ class Corpus:
         for i in range(0, len(chosen), batch_size):
             rows = [self.held_out[k * (length + 1) : (k + 1) * (length + 1)] for k in chosen[i : i + batch_size]]
             yield torch.stack(rows).long()
+
+
+def _prompt_length(passkey: PasskeyConfig, rng: np.random.Generator, room: int, first: bool) -> int:
+    """Tokens of a row's next prompt, from its end on, where `room` are left; 0: it has no more."""
+    low, high = passkey.lengths
+    if not passkey.fill:
+        return int(rng.integers(low, high + 1)) if first else 0
+    if room < low:
+        return 0
+    return int(math.exp(rng.uniform(math.log(low), math.log(min(high, room) + 1))))
 
 
 def _prompted(config: TrainConfig, rng: np.random.Generator, follows: bool) -> np.ndarray:

@@ -160,7 +160,8 @@ def final_metrics(config: TrainConfig, corpus: Corpus, model: Any, out: Path, co
     if not math.isnan(loss):
         metrics["validation_loss"] = loss
     if config.data.passkey.fraction:
-        length, style = config.data.passkey.lengths[1] - 6, config.data.passkey.style
+        length, style = config.data.passkey.lengths[1], config.data.passkey.style
+        length -= len(corpus.tokenizer.encode(" 12345"))  # the answer comes after the prompt
         seen = (model, corpus.tokenizer, length, 100, config.seed, style, config.batch_size, context)
         metrics["passkey_accuracy"] = passkey_accuracy(*seen)
     return metrics

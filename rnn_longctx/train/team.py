@@ -203,6 +203,8 @@ def _accelerator(cpu: bool) -> Any:
 def _device(name: str) -> torch.device:
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError
     except RuntimeError:
         raise InputError(f"device: expected auto, cpu, cuda or cuda:0, got {name!r}") from None
     if device.type == "cuda" and not torch.cuda.is_available():

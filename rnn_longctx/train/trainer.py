@@ -8,22 +8,22 @@ from __future__ import annotations
 
 import math
 import os
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager, redirect_stdout
+from contextlib import ExitStack, closing, redirect_stdout
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from rnn_longctx.config import to_dict
-from rnn_longctx.data import ByteTokenizer, load_tokenizer
+from rnn_longctx.data import ByteTokenizer, Tokenizer, load_tokenizer, training_sequence
 from rnn_longctx.errors import InputError
+from rnn_longctx.mitigations import fold
 from rnn_longctx.models import checkpoint
 from rnn_longctx.models.mamba2 import Mamba2LM
 from rnn_longctx.scalars import Write, scalars
@@ -32,6 +32,7 @@ from rnn_longctx.train.corpus import Batch, Corpus, load_corpus
 from rnn_longctx.train.evaluation import Context, Evaluation, final_metrics, late_loss, stage_of
 from rnn_longctx.train.export import export
 from rnn_longctx.train.passing import Learner, Part, Starts, States, accumulate, state_norms
+from rnn_longctx.train.progress import progress
 from rnn_longctx.train.snapshots import Log, claim_folder, newest_snapshot, save_snapshot
 from rnn_longctx.train.team import Team
 
@@ -78,6 +79,7 @@ def _train(config: TrainConfig, team: Team, stack: ExitStack) -> Path:
     plain = team.whole(model)
 
     def finish() -> None:
+        print("measuring and saving the finished model", flush=True)
         metrics = final_metrics(config, corpus, plain.eval(), out, partial(autocast, config, team.device))
         export(config, corpus, plain, out / "model", metrics)
         print(" ".join(f"{k} {v:.4g}" for k, v in metrics.items() if v is not None), flush=True)
@@ -100,9 +102,13 @@ def prepare(config: TrainConfig, team: Team, online: bool = False) -> tuple[Trai
         sizes = f"{config.model.vocab_size}, tokenizer {tokenizer.name} has {tokenizer.vocab_size} tokens"
         raise InputError(f"model.vocab_size: {sizes}")
     _check_stretches(config)
+    _check_prompts(config, tokenizer)
+    if started is not None and config.mitigation is not None:
+        _fold(started, config.mitigation)
     claim = {k: v for k, v in to_dict(config).items() if k not in _NEUTRAL}
     claim["online"] = {k: v for k, v in claim["online"].items() if k != "poll"} if online else None
     team.first(lambda: claim_folder(out, claim))
+    print("reading the text", flush=True)
     began = time.monotonic()
     corpus = load_corpus(config.data, tokenizer, config.longest)
     names = ", ".join(f"{t['name']} ({t['hash']})" for t in corpus.texts)
@@ -129,6 +135,17 @@ def _check_stretches(config: TrainConfig) -> None:
             raise InputError(f"sequence_parallel: {cut} leaves fewer than {needed} tokens a rank")
 
 
+def _check_prompts(config: TrainConfig, tokenizer: Tokenizer) -> None:
+    """InputError where the shortest passkey prompt does not fit, which a run would meet at some step or other."""
+    passkey = config.data.passkey
+    for seed in range(32 if passkey.fraction else 0):  # keys differ in tokens
+        try:
+            training_sequence(tokenizer, passkey.lengths[0], np.random.default_rng(seed), passkey.style)
+        except InputError as error:
+            least = f"{passkey.lengths[0]} is too short for prompt and answer"
+            raise InputError(f"data.passkey.lengths: {least} ({error} beside the answer)") from None
+
+
 def _started_from(init: str, tokenizer: Any, device: torch.device) -> Mamba2LM:
     """The checkpoint in float32, with where it comes from as its provenance."""
     try:
@@ -140,9 +157,19 @@ def _started_from(init: str, tokenizer: Any, device: torch.device) -> Mamba2LM:
         raise InputError(f"data.tokenizer: {tokenizer.name}, but that is not what {init} was trained with")
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()  # a float32 file is mapped: what becomes of it must not matter
+    model.tokenizer = tokenizer
     origin = {"name": model.name, "weights": model.weights_hash, "provenance": model.provenance}
     model.provenance = {"init": origin}
     return model
+
+
+def _fold(model: Mamba2LM, mitigation: str) -> None:
+    """Into the checkpoint, whose training length is still its own. A run that goes on takes its weights, folded once,
+    from the snapshot."""
+    try:
+        fold(model, mitigation)
+    except InputError as error:
+        raise InputError(f"mitigation: {error}") from None
 
 
 def learning_rate(schedule: ScheduleConfig, step: int, steps: int) -> float:
@@ -212,9 +239,10 @@ def _fit(
     log_file = out / "log.csv"
     with ExitStack() as stack:
         show: Any = None
+        passed: Any = None
         if team.rank == 0:
             log = stack.enter_context(closing(Log(log_file, state["step"], length=config.longest, **NOT_MEASURED)))
-            show = stack.enter_context(_progress(config.steps, state["step"]))
+            show, passed = stack.enter_context(progress(config.steps, state["step"]))
         for i in range(state["step"], config.steps):
             lr = config.optimizer.lr * learning_rate(config.schedule, i, config.steps)
             for group in optimizer.param_groups:
@@ -260,6 +288,8 @@ def _fit(
                 logged_tokens, logged_seconds = state["tokens"], state["seconds"]
                 if not bad:
                     state["window"] = []
+            elif passed is not None:
+                passed(step, values[0])
             if state["bad"] == BAD_STEPS:
                 raise TrainingDiverged(f"{BAD_STEPS} steps in a row were skipped, at {step}: {bad}; see {log_file}")
             paused = time.monotonic()
@@ -357,31 +387,3 @@ def _mean(rows: list[list[float]], column: int) -> float:
 def autocast(config: TrainConfig, device: torch.device) -> torch.autocast:
     enabled = device.type == "cuda" if config.amp == "auto" else bool(config.amp)
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
-
-
-@contextmanager
-def _progress(steps: int, done: int) -> Iterator[Any]:
-    """A progress bar on a terminal, else one line a row."""
-    if not sys.stdout.isatty():
-        yield lambda row: print(_line(row, steps), flush=True)
-        return
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    with Progress(BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn()) as bar:
-        task = bar.add_task(f"step {done}/{steps}", total=steps, completed=done)
-
-        def show(row: dict[str, Any]) -> None:
-            if row["skipped"]:  # to stay
-                bar.console.print(_line(row, steps))
-            bar.update(task, completed=row["step"], description=_line(row, steps, short=True))
-
-        yield show
-
-
-def _line(row: dict[str, Any], steps: int, short: bool = False) -> str:
-    text = f"step {row['step']}/{steps} loss {row['loss']:.3f} passkey {row['passkey_loss']:.3f}"
-    text += f" {row['tokens_per_second'] / 1e3:.0f}K tok/s"
-    if not short:  # what a bar leaves no room for
-        text += f" lr {row['lr']:.2e} grad {row['grad_norm']:.3f} {row['seconds']:.0f} s"
-        text += f" states {row['state_norm']:.3g} to {row['state_norm_max']:.3g}"
-    return text + (f" SKIPPED: {row['skipped']}" if row["skipped"] else "")

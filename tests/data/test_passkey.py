@@ -115,6 +115,13 @@ def test_training_sequence() -> None:
         key = re.search(r"passkey is (\d{5})\. Remember", text)
         assert key and text.endswith(f"The passkey is {key[1]}.") and mask.dtype == bool
         assert TOKENIZER.decode(ids[mask]) == f" {key[1]}."
+        state = rng.bit_generator.state
+        ids, mask = training_sequence(TOKENIZER, length, rng, said_again=True)
+        rng.bit_generator.state = state
+        same, answer = training_sequence(TOKENIZER, length, rng)
+        found = TOKENIZER.decode(ids[mask])
+        assert (ids == same).all() and mask[answer].all() and re.fullmatch(r"(\d{5}) \1\.", found)
+        assert f"Remember it. {found[:5]} is" in TOKENIZER.decode(ids[: mask.nonzero()[0][0] + 8])
         positions.add(key.start() / length)
     assert max(positions) - min(positions) > 0.2
     with pytest.raises(InputError, match="at least"):

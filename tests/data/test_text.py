@@ -53,6 +53,17 @@ def test_slices_are_circular_and_start_at_characters() -> None:
     assert text.start(0) in range(len(text) // 2, len(text) // 2 + 4)
 
 
+def test_how_many_slices_lie_apart() -> None:
+    rng, text = np.random.default_rng(), Text("t", b"x" * 10_007)
+    assert text.distinct(len(text), 9) == 1 and text.distinct(1, 9) == 9
+    for size in rng.integers(5, 3000, 40).tolist():
+        n = text.distinct(size, 500)
+        starts = sorted(text.start(i) for i in range(n))
+        assert n == 1 or np.diff([*starts, starts[0] + len(text)]).min() >= size
+        starts = sorted(text.start(i) for i in range(n + 1))
+        assert n == 500 or np.diff([*starts, starts[0] + len(text)]).min() < size + 6, "one more would have fitted"
+
+
 def test_slice_starts_are_spread() -> None:
     text = Text("t", b"x" * 100_000)
     starts = sorted(text.start(i) for i in range(20))

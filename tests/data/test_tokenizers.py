@@ -127,6 +127,16 @@ def test_load_tokenizer_mistakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         load_tokenizer(tmp_path)
     with pytest.raises(InputError, match="cannot load tokenizer 'no-such/tokenizer'") as error:
         load_tokenizer("no-such/tokenizer")
-    assert "\n" not in str(error.value)
-    with pytest.raises(InputError, match="gives no byte offsets"):
-        HFTokenizer(object())
+    assert "\n" not in str(error.value) and "neither a directory nor a hub id" in str(error.value)
+    for missing in (str(tmp_path / "none"), tmp_path / "none", "two/many/parts"):
+        with pytest.raises(InputError, match=f"no tokenizer at {missing}: there is no such directory"):
+            load_tokenizer(missing)
+    for wrong in (3, object()):
+        with pytest.raises(InputError, match=r"is no tokenizer; .* or the name of one"):
+            HFTokenizer(wrong)
+
+    class Slow:
+        encode = list
+
+    with pytest.raises(InputError, match="tokenizer Slow gives no byte offsets"):
+        HFTokenizer(Slow())

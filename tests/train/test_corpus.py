@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,26 @@ def test_passkey_rows(folder: Path) -> None:
             assert 110 <= len(prompt) <= 150 and before in raw
             lengths.add(len(prompt))
     assert len(lengths) > 10
+
+
+def test_a_row_is_filled_with_prompts(folder: Path) -> None:
+    c = config(folder, 1.0)
+    passkey = replace(c.data.passkey, lengths=(110, 700), fill=True)
+    c = replace(c, train_length=2000, batch_size=6, data=replace(c.data, passkey=passkey))
+    data = corpus(c)
+    raw, lengths = bytes(data.train.tolist()), []
+    for step in range(12):
+        batch = data.batch(c, step)
+        for ids, answer in zip(batch.ids, batch.answer):
+            before, *prompts = bytes(ids.tolist()).split(b"\0")[-int(answer.sum()) // 12 - 1 :]
+            assert before in raw and len(before) <= 110 and len(prompts) * 12 == int(answer.sum())
+            said = b"".join(prompt[-6:-1] + prompt[-7:] for prompt in prompts)  # in the key's sentence again, and asked
+            assert bytes(ids[1:][answer].tolist()) == said
+            assert all(prompt[-6:-1] in prompt[:-7] for prompt in prompts)
+            assert min(map(len, prompts)) >= 110 and max(map(len, prompts)) <= 700
+            lengths += map(len, prompts)
+    # log-uniform: as many on either side of the geometric mean; a little shorter, since the last must fit
+    assert 0.4 < np.mean(np.array(lengths) < np.sqrt(110 * 700)) < 0.75
 
 
 def test_the_fraction_holds_on_average(folder: Path) -> None:

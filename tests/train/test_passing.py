@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from training_runs import TINY, final
+from training_runs import TINY, Killed, assert_same_run, final
 
 import rnn_longctx
 from rnn_longctx.data import ByteTokenizer, training_sequence
@@ -318,3 +318,46 @@ def test_mistakes_of_a_start(config: TrainConfig, tmp_path: Path) -> None:
     checkpoint.save(model, tmp_path / "else")
     with pytest.raises(InputError, match=r"data\.tokenizer: bytes, but that is not what .* was trained with"):
         train(replace(config, init=str(tmp_path / "else")))
+
+
+def test_a_start_with_a_remedy_folded_in(config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once, at the beginning, at the checkpoint's own training length; a killed run goes on to the same end."""
+    model = Mamba2LM(replace(TINY, A_init=(1e-3, 1.0), A_log_uniform=True))
+    model.train_length, model.name, model.tokenizer = 60, "first", ByteTokenizer()
+    checkpoint.save(model, tmp_path / "first", provenance={"from": "nowhere"})
+    c = replace(config, init=str(tmp_path / "first"), model=None, mitigation="a-floor", save_dtype="float32")
+    expected = rnn_longctx.load(tmp_path / "first")
+    rnn_longctx.fold(expected, "a-floor")
+    assert not torch.equal(expected.mixers[0].A_log, model.mixers[0].A_log)
+    still = replace(c, optimizer=OptimizerConfig(lr=0.0), out=str(tmp_path / "still"))
+    found = rnn_longctx.load(train(still))
+    for name, weight in expected.state_dict().items():
+        assert torch.equal(found.state_dict()[name], weight), name
+    assert found.provenance["folded"] == expected.provenance["folded"]
+    assert found.provenance["folded"][0]["calibration"].endswith("8 x 60") and found.train_length == 120
+    origin, given = found.provenance["init"], rnn_longctx.load(tmp_path / "first")
+    assert (origin["weights"], origin["provenance"]) == (given.weights_hash, {"from": "nowhere"})
+    assert found.provenance["recipe"]["mitigation"] == "a-floor"
+
+    whole = replace(c, out=str(tmp_path / "whole"))
+    train(whole)
+    batch = Corpus.batch
+
+    def killer(self: Corpus, config: TrainConfig, step: int) -> Batch:
+        if step == 9:
+            raise Killed
+        return batch(self, config, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Corpus, "batch", killer)
+        with pytest.raises(Killed):
+            train(c)
+    moved = rnn_longctx.load(train(c))
+    assert_same_run(c, whole)
+    assert moved.provenance["folded"] == expected.provenance["folded"]
+    with pytest.raises(InputError, match="another config"):
+        train(replace(c, mitigation=None))
+    for wrong, words in (("a-flor", 'did you mean "a-floor"'), ("state-norm", "cannot be folded into weights")):
+        with pytest.raises(InputError, match=f"mitigation: .*{words}") as error:
+            train(replace(c, mitigation=wrong, out=str(tmp_path / "never")))
+        assert "\n" not in str(error.value) and not (tmp_path / "never").exists()

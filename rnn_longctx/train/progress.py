@@ -1,0 +1,42 @@
+"""What a run says on the console: a progress bar on a terminal, else a line a row of its log."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+@contextmanager
+def progress(steps: int, done: int) -> Iterator[Any]:
+    """Two functions, for a row of the log and for a step that has none: a progress bar on a terminal, else a line a row
+    and one for the first step, which says that it runs."""
+    if not sys.stdout.isatty():
+
+        def first(step: int, loss: float) -> None:
+            if step == done + 1:
+                print(f"step {step}/{steps} loss {loss:.3f}", flush=True)
+
+        yield lambda row: print(_line(row, steps), flush=True), first
+        return
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    with Progress(BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn()) as bar:
+        task = bar.add_task(f"step {done}/{steps}", total=steps, completed=done)
+
+        def show(row: dict[str, Any]) -> None:
+            if row["skipped"]:  # to stay
+                bar.console.print(_line(row, steps))
+            bar.update(task, completed=row["step"], description=_line(row, steps, short=True))
+
+        yield show, lambda step, loss: bar.update(task, completed=step, description=f"step {step}/{steps}")
+
+
+def _line(row: dict[str, Any], steps: int, short: bool = False) -> str:
+    text = f"step {row['step']}/{steps} loss {row['loss']:.3f} passkey {row['passkey_loss']:.3f}"
+    text += f" {row['tokens_per_second'] / 1e3:.0f}K tok/s"
+    if not short:  # what a bar leaves no room for
+        text += f" lr {row['lr']:.2e} grad {row['grad_norm']:.3f} {row['seconds']:.0f} s"
+        text += f" states {row['state_norm']:.3g} to {row['state_norm_max']:.3g}"
+    return text + (f" SKIPPED: {row['skipped']}" if row["skipped"] else "")
