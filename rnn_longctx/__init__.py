@@ -12,6 +12,7 @@ __all__ = [
     "InputError",
     "adopt",
     "evaluate",
+    "fold",
     "generate",
     "load",
     "load_text",
@@ -27,6 +28,7 @@ _WHERE = {
     "InputError": "rnn_longctx.errors",
     "adopt": "rnn_longctx.models.adopt",
     "evaluate": "rnn_longctx.eval",
+    "fold": "rnn_longctx.mitigations",
     "generate": "rnn_longctx.models.generate",
     "load": "rnn_longctx.models.checkpoint",
     "load_text": "rnn_longctx.data",
@@ -38,7 +40,7 @@ if TYPE_CHECKING:
     from rnn_longctx.data import load_text
     from rnn_longctx.errors import CollapseError, InputError
     from rnn_longctx.eval import evaluate
-    from rnn_longctx.mitigations import mitigate
+    from rnn_longctx.mitigations import fold, mitigate
     from rnn_longctx.models import Cache
     from rnn_longctx.models.adopt import adopt
     from rnn_longctx.models.checkpoint import load

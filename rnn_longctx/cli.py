@@ -26,7 +26,7 @@ app.add_typer(bench, name="bench")
 app.add_typer(capacity, name="capacity")
 
 Many = list[str] | None
-MODEL = typer.Argument(help='"demo", a directory, or a Hugging Face hub id.')
+MODEL = typer.Argument(help='"demo", "demo-long", a directory, or a Hugging Face hub id.')
 
 
 def _option(help: str, default: str) -> Any:
@@ -121,7 +121,7 @@ def evaluate_command(
         )
     )
     frame = evaluate(lm, c.lengths, c.tasks, c.mitigations, text=c.text, calibration_text=c.calibration_text,
-                     out=c.out, batch=c.batch, seed=c.seed, progress=console.is_terminal)  # fmt: skip
+                     out=c.out, batch=c.batch, seed=c.seed, progress=True)  # fmt: skip
     for part in table(frame, width=console.width):
         console.print(part)
     written = ["results.parquet", "results.csv"]
@@ -181,8 +181,10 @@ def calibrate_command(
     from rnn_longctx.data import load_text
     from rnn_longctx.eval import calibrate
 
-    if not (out.parent.is_dir() and os.access(out.parent, os.W_OK)) or out.is_dir():
-        raise InputError(f"cannot write {out}: no such folder, or no file of it")
+    if not out.parent.is_dir():
+        raise InputError(f"--out {out}: there is no folder {out.parent}")
+    if out.is_dir() or not os.access(out.parent, os.W_OK):
+        raise InputError(f"cannot write {out}: {'it is a folder' if out.is_dir() else 'its folder is not writable'}")
     lm, goal = _load(model, device, dtype, tokenizer, train_length, state_dtype), parse_length(target)
     found = calibrate(lm, mitigation, goal, load_text(text), seed=seed, slices=slices, say=typer.echo)
     found.save(out)
@@ -191,7 +193,9 @@ def calibrate_command(
 
 @app.command("probe")
 def probe_command(
-    model: Annotated[list[str], typer.Argument(help='"demo", a directory, or a hub id; several to compare.')],
+    model: Annotated[
+        list[str], typer.Argument(help='"demo", "demo-long", a directory, or a hub id; several to compare.')
+    ],
     length: Annotated[str, typer.Option(help="Tokens to be read, such as 64k.")] = "32k",
     prompt: Annotated[str, typer.Option(help="text, newline or passkey.")] = "text",
     every: Annotated[int, typer.Option(help="Tokens between two looks at the states.")] = 256,
@@ -295,13 +299,14 @@ def generate_command(
             raise typer.Exit(1) from None
     typer.echo(lm.tokenizer.decode(new))
     if watch is not None:
-        seen = watch.reports[-1] if watch.reports else f"nothing yet: a look is taken every {watch.every} tokens"
-        typer.echo(f"monitor: {seen}", err=True)
+        typer.echo(f"monitor: {watch.summary()}", err=True)
 
 
 @app.command("lm-eval")
 def lm_eval_command(
-    model: Annotated[str, typer.Option(help='"demo", a directory, or a Hugging Face hub id.')],
+    model: Annotated[
+        str, typer.Option(help='"demo", "demo-long", a directory, or a Hugging Face hub id.')
+    ],  # as lm-eval's own
     tasks: Annotated[str, typer.Option(help="rnn_longctx_passkey,niah_single_1,lambada_openai: names of lm-eval's.")],
     lengths: Annotated[str, typer.Option(help="Tokens, for tasks that make data of a length: 4k,16k,64k.")] = "4k",
     mitigation: Annotated[Many, _option("none, state-norm, a+b; again for more.", "none")] = None,

@@ -19,7 +19,7 @@ OUT = typer.Option(help="CSV file to write the table to.")
 
 @bench.command("cpu")
 def bench_cpu(
-    model: Annotated[str, typer.Argument(help='"demo", a directory, or a Hugging Face hub id.')] = "demo",
+    model: Annotated[str, typer.Argument(help='"demo", "demo-long", a directory, or a Hugging Face hub id.')] = "demo",
     batch: Annotated[int, typer.Option(min=1)] = 4,
     length: Annotated[str, typer.Option()] = "4k",
     repeats: Annotated[int, typer.Option(min=1)] = 3,

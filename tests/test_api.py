@@ -79,10 +79,14 @@ def test_a_text_needs_a_tokenizer(model, theirs):
     model.tokenizer = None
     with pytest.raises(InputError, match="tiny has no tokenizer"):
         generate(model, "some words", 3)
-    with pytest.raises(InputError, match="max_new_tokens"):
-        generate(model, [1], -3)
-    with pytest.raises(InputError, match="temperature"):
-        generate(model, [1], 3, temperature=float("nan"))
+    for wrong in (-3, "3", 3.0, None):
+        with pytest.raises(InputError, match="max_new_tokens"):
+            generate(model, [1], wrong)
+    for wrong in (float("nan"), "1", None):
+        with pytest.raises(InputError, match="temperature"):
+            generate(model, [1], 3, temperature=wrong)
+    with pytest.raises(InputError, match="seed"):
+        generate(model, [1], 3, seed="x")
 
 
 def test_evaluate_takes_one_thing_or_several(model, theirs, text, tmp_path):
@@ -94,6 +98,8 @@ def test_evaluate_takes_one_thing_or_several(model, theirs, text, tmp_path):
         evaluate(theirs, 64, LM, text=text)
     adopt(theirs, tokenizer="bytes")
     assert len(evaluate(theirs, 64, LM, text=text)) and adopt(theirs).train_length is None
+    with pytest.raises(InputError, match="lengths are whole numbers"):
+        evaluate(model, None, LM, text=text)
     with pytest.raises(InputError, match="unknown task 'lm,passkey'"):
         evaluate(model, 64, "lm,passkey", text=text)
     with pytest.raises(InputError, match=r"expected a task such as lm .*got 3"):

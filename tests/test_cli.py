@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -190,6 +191,7 @@ def test_generate_with_a_monitor(run, store, tmp_path):
     words = ("generate", str(tmp_path / "lost"), "--prompt", prompt, "--max-new-tokens", "100")
     code, printed, said = run(*words, "--monitor", "mitigate:rri:alpha=0.5,beta=1")
     assert code == 0 and printed and said.startswith("monitor: position 4096: ") and said.count("\n") == 1
+    assert re.search(r"; mitigate:rri:alpha=0.5,beta=1 at \d+\n$", said)
     code, printed, said = run(*words, "--monitor", "raise")
     assert code == 1 and not printed and "rnn-longctx: lost at position" in said and "collapsed" in said
     code, printed, said = run("generate", "ok", "--prompt", "import os", "--max-new-tokens", "4", "--monitor", "warn")
@@ -209,6 +211,7 @@ MISTAKES = {
     "eval official": "--tokenizer",
     "eval ok --tokenizer words --text latin.txt --task lm": "needs UTF-8 text",
     "eval ok --mitigation state-nrom": 'did you mean "state-norm"',
+    "eval ok --task passkey:m=3": "has no parameter 'm' (choices",
     "eval ok --task pasky": 'did you mean "passkey"',
     "eval ok --mitigation rri:alpha=2": "alpha must lie in",
     "eval ok --mitigation rri:gamma=2": "no parameter 'gamma'",
@@ -229,6 +232,9 @@ MISTAKES = {
     "eval ok --text nowhere.txt": "no text at nowhere.txt",
     "eval --config nowhere.yaml": "cannot read config nowhere.yaml",
     "eval": "name a model",
+    "calibrate ok --mitigation rri --target 2k --out nowhere/x.yaml": "there is no folder nowhere",
+    "calibrate ok --mitigation rri --target 2k --out empty": "it is a folder",
+    "generate ok --prompt a --load-state nothing": "no state that generate --save-state wrote (no such file)",
     "generate ok --prompt=": "the prompt is empty",
     "generate ok --prompt=x --monitor wran": 'did you mean "warn"',
     "plot empty": "evaluate first",

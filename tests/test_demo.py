@@ -1,4 +1,4 @@
-"""The checkpoint that comes with the package, and the story that its demo tells."""
+"""The checkpoints that come with the package, and the story that the demo tells."""
 
 import csv
 import json
@@ -13,7 +13,9 @@ import pytest
 import rnn_longctx
 from rnn_longctx.config import load_yaml
 from rnn_longctx.eval import EvalConfig, Results, bench
-from rnn_longctx.models.checkpoint import DEMO
+from rnn_longctx.models.checkpoint import BUNDLED, DEMOS
+
+DEMO = BUNDLED / "demo"
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +35,28 @@ def test_what_is_shipped(demo):
     assert int(log[-1]["step"]) == made["recipe"]["steps"] and float(log[-1]["loss"]) < float(log[0]["loss"])
 
 
-def test_its_files_name_no_folder():
-    for file in DEMO.glob("*.json"):
+def test_demo_long_is_the_demo_continued_and_does_not_collapse(demo):
+    long = rnn_longctx.load("demo-long")
+    assert sum(f.stat().st_size for f in (BUNDLED / "demo-long").iterdir()) < 8 * 2**20
+    made = long.provenance
+    assert made["init"]["weights"] == demo.weights_hash and made["folded"][0]["mitigation"] == "a-floor"
+    assert "standard library" in made["data"]["excluded"] and made["recipe"]["steps"] <= 500
+    table = rnn_longctx.evaluate(
+        long,
+        ["512", "16k"],
+        [
+            "lm:slices=1,tokens=16k",
+            "passkey:n=10,max=4k",
+        ],
+    )
+    loss = table[table.metric == "nats_per_token"].set_index("length").value
+    recall = table[(table.metric == "accuracy") & table.depth.isna()].set_index("length").value
+    assert loss[16384] < 1.3 * loss[512] and recall[512] >= 0.8
+
+
+@pytest.mark.parametrize("name", DEMOS)
+def test_its_files_name_no_folder(name):
+    for file in (BUNDLED / name).glob("*.json"):
         assert "/home" not in file.read_text() and "/tmp" not in file.read_text(), file
         json.loads(file.read_text())
 
