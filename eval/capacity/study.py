@@ -28,7 +28,7 @@ from rnn_longctx.train.config import MixedText
 from rnn_longctx.train.snapshots import claim_folder
 
 # Of `train`: settings that do not change what is trained.
-_NEUTRAL = ("out", "device", "log_every", "checkpoint_every", "licences")
+_NEUTRAL = ("out", "device", "log_every", "checkpoint_every", "save_layout", "licences")
 _WAIT = 0.2  # seconds between two looks at the processes
 
 

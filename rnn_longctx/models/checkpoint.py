@@ -1,4 +1,4 @@
-"""Checkpoints: `load` reads three layouts (see `rnn_longctx.models.formats`), `save` writes two of them.
+"""Checkpoints: `load` reads three layouts and `save` writes them (see `rnn_longctx.models.formats`).
 
 Weights are memory-mapped and only copied where their dtype or device must change.
 """
@@ -27,17 +27,16 @@ from rnn_longctx.config import parse_length, to_dict
 from rnn_longctx.data.tokenizers import ByteTokenizer, HFTokenizer, Tokenizer, load_tokenizer
 from rnn_longctx.errors import InputError, nearest
 from rnn_longctx.models import formats
-from rnn_longctx.models.formats import one_line
+from rnn_longctx.models.formats import check_layout, one_line
 from rnn_longctx.models.mamba2 import Mamba2Config, Mamba2LM
 
 BUNDLED = Path(str(files("rnn_longctx"))) / "checkpoints"
 DEMOS = ("demo", "demo-long")  # as trained at 512 tokens, and continued at 16K so that it does not collapse
-LAYOUTS = ("rnn-longctx", "transformers")
 DTYPES = {str(d)[6:]: d for d in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
 # Rounded to 16 bits these change the decays over thousands of tokens, so mamba-ssm keeps them in float32.
 _SENSITIVE = ("A_log", "D", "dt_bias")
 _INIT = ("A_init", "A_log_uniform", "dt_init")  # settings that only an initialisation reads
-_FILES = ["config.json", "calibration.json", "*tokenizer*", "special_tokens*", "vocab.json", "merges.txt"]
+_FILES = ["config.json", formats.SIDE, "calibration.json", "*tokenizer*", "special_tokens*", "vocab.json", "merges.txt"]
 _SAFE = ["model*.safetensors", "model.safetensors.index.json"]
 _PICKLED = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
 
@@ -114,19 +113,20 @@ def load(source: str | Path, *, device: torch.device | str = "cpu", dtype: torch
 def save(model: Mamba2LM, directory: str | Path, *, dtype: torch.dtype | str | None = None,
          provenance: dict[str, Any] | None = None, layout: str = "rnn-longctx",
          calibration: dict[str, Any] | None = None) -> None:  # fmt: skip
-    """Write model.safetensors and config.json. In a new directory a reader finds the checkpoint whole or not at all;
-    over an older one, files are replaced one by one, config.json last.
+    """Write weights and config.json. In a new directory a reader finds the checkpoint whole or not at all; over an
+    older one, of whichever layout, files are replaced one by one, config.json last.
 
     Args:
         dtype: of the weights; None keeps theirs. A_log, D and dt_bias are at least float32 in a 16-bit file.
-        provenance: recorded in config.json; None: the model's own.
-        layout: "rnn-longctx", or "transformers" for its Mamba2ForCausalLM.
+        provenance: recorded beside the shape; None: the model's own.
+        layout: "rnn-longctx"; "transformers", for its AutoModelForCausalLM; or "state-spaces", for mamba-ssm's
+            MambaLMHeadModel: with pytorch_model.bin, and what config.json has no place for in rnn_longctx.json.
         calibration: goes beside the weights; None: none, since it belongs to the weights it was made with.
     Raises:
-        InputError: an unknown layout or dtype, or a directory that cannot be written.
+        InputError: an unknown layout or dtype, a model that the layout cannot hold, or a directory that cannot be
+            written.
     """
-    if layout not in LAYOUTS:
-        raise InputError(f"unknown layout {layout!r}{nearest(layout, LAYOUTS)}")
+    check_layout(model.config, layout)
     target = model.dtype if dtype is None else _dtype(dtype)
     state = _written(model, target)
     extra = {
@@ -134,10 +134,14 @@ def save(model: Mamba2LM, directory: str | Path, *, dtype: torch.dtype | str | N
         "train_length": model.train_length,
         "provenance": model.provenance if provenance is None else provenance,
     }
-    config = formats.own_config(model.config, extra)
-    if layout == "transformers":
+    if layout == "rnn-longctx":
+        config = formats.own_config(model.config, extra)
+    elif layout == "transformers":
         state["backbone.embeddings.weight"] = state.pop("backbone.embedding.weight")
         config = formats.transformers_config(model.config, target, extra)
+    else:
+        state.setdefault("lm_head.weight", state["backbone.embedding.weight"])  # it asks for a tied one too
+        config = formats.official_config(model.config)
 
     directory = Path(directory).absolute()
     aside = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
@@ -145,15 +149,19 @@ def save(model: Mamba2LM, directory: str | Path, *, dtype: torch.dtype | str | N
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
         _write_tokenizer(model, aside)
-        _write_json(aside / "config.json", config)
+        (aside / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
         if calibration is not None:
             _write_json(aside / "calibration.json", calibration, indent=None)
-        save_file(state, aside / "model.safetensors", {"format": "pt"})
+        if layout == "state-spaces":
+            _write_json(aside / formats.SIDE, extra)
+            torch.save(state, aside / "pytorch_model.bin")
+        else:
+            save_file(state, aside / "model.safetensors", {"format": "pt"})
         for file in aside.iterdir():
             with file.open("rb") as f:
                 os.fsync(f.fileno())
         _put(aside, directory)
-    except (OSError, SafetensorError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch.save wraps the first in the second
         raise InputError(f"cannot write the checkpoint {directory}: {one_line(error)}") from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
@@ -311,5 +319,10 @@ def _put(aside: Path, directory: Path) -> None:
         os.replace(aside, directory)
         return
     (directory / "calibration.json").unlink(missing_ok=True)  # it belongs to the weights that go
-    for file in sorted(aside.iterdir(), key=lambda f: f.name == "config.json"):
+    *files, config = sorted(aside.iterdir(), key=lambda f: f.name == "config.json")
+    for file in files:
         os.replace(file, directory / file.name)
+    for name in (formats.SIDE, *formats.WEIGHTS, *(f"{w}.index.json" for w in formats.WEIGHTS)):
+        if name not in {file.name for file in files}:  # of another layout, whose weights would be read first
+            (directory / name).unlink(missing_ok=True)
+    os.replace(config, directory / config.name)

@@ -1,7 +1,7 @@
 """What a checkpoint directory holds: a config.json of one of three layouts, and weights.
 
     rnn-longctx    "format": "rnn-longctx", "model": {fields of Mamba2Config}, ...
-    state-spaces   official: "d_model", "n_layer", "ssm_cfg": {"layer": "Mamba2", ...}, ...
+    state-spaces   mamba-ssm's, of the official ones: "d_model", "n_layer", "ssm_cfg": {"layer": "Mamba2", ...}, ...
     transformers   Mamba2ForCausalLM: "model_type": "mamba2"
 
 Nothing a file says is run, and everything wrong with one is an InputError of one line.
@@ -31,9 +31,13 @@ FORMAT = "rnn-longctx"
 GPT_NEOX = "EleutherAI/gpt-neox-20b"  # the tokenizer of the official checkpoints, which do not name it
 SUPPORTED = "rnn-longctx, state-spaces Mamba-2 and transformers Mamba2ForCausalLM checkpoints"
 ADOPTED = ("bamba", "falcon_h1", "granitemoehybrid", "nemotron_h", "zamba2", "mamba", "falcon_mamba", "jamba")
+LAYOUTS = ("rnn-longctx", "transformers", "state-spaces")
+SIDE = "rnn_longctx.json"  # beside a config.json of mamba-ssm, which refuses keys that are not its own
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # each whole, or in shards that <name>.index.json lists
 
-# ssm_cfg of mamba-ssm: what shapes the model, what must be so, and what only initialises it or picks a kernel
+# mamba-ssm: what shapes the model, in ssm_cfg too, what must be so, and what only initialises it or picks a kernel
+_TOP = ("d_model", "n_layer", "vocab_size", "tie_embeddings", "residual_in_fp32")
+_ONLY = {"d_intermediate": 0, "rms_norm": True}
 _SHAPE = ("d_state", "d_conv", "expand", "headdim", "ngroups", "bias", "conv_bias", "dt_limit")
 _FIXED = {"D_has_hdim": False, "rmsnorm": True, "norm_before_gate": False}
 _INIT = ("A_init_range", "dt_min", "dt_max", "dt_init_floor", "conv_init", "chunk_size", "use_mem_eff_path")
@@ -70,7 +74,7 @@ class Header:
 
 @dataclass
 class _Extra:
-    """What this library knows about a checkpoint beyond its shape, in either layout it writes."""
+    """What this library knows about a checkpoint beyond its shape, in every layout it writes."""
 
     tokenizer: str | None = None
     train_length: int | None = None
@@ -98,7 +102,9 @@ def read_header(directory: Path) -> Header:
         extra = from_dict(_Extra, data.get("rnn_longctx", {}), f"{where}, rnn_longctx")
         header = _header(_transformers(data, where), extra)
     elif {"d_model", "n_layer", "vocab_size"} <= data.keys():
-        header = Header(_official(data, where), GPT_NEOX)
+        side = directory / SIDE
+        extra = from_dict(_Extra, read_json(side), str(side)) if side.is_file() else _Extra(GPT_NEOX)
+        header = _header(_official(data, where), extra)
     else:
         keys = ", ".join(list(data)[:6]) or "nothing"
         raise InputError(
@@ -126,6 +132,25 @@ def transformers_config(config: Mamba2Config, dtype: torch.dtype, extra: dict[st
     # Its own defaults for these ids belong to another vocabulary.
     data |= {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     return plain({**data, "dtype": str(dtype)[6:], "rnn_longctx": extra})
+
+
+def official_config(config: Mamba2Config) -> dict[str, Any]:
+    """config.json for mamba-ssm's MambaLMHeadModel. An infinity is one, as Python's json writes and reads it."""
+    cfg = {k: getattr(config, k) for k in _SHAPE}
+    if config.dt_limit == (0.0, math.inf):  # no limit, which it knows by its default
+        del cfg["dt_limit"]
+    data = {k: getattr(config, k) for k in _TOP} | _ONLY | {"ssm_cfg": {"layer": "Mamba2", **cfg}}
+    return data | {"attn_layer_idx": [], "attn_cfg": {}, "fused_add_norm": True, "pad_vocab_size_multiple": 1}
+
+
+def check_layout(config: Mamba2Config, layout: str) -> None:
+    """InputError where there is no such layout, or it has no place for something that this model computes with."""
+    if layout not in LAYOUTS:
+        raise InputError(f"unknown layout {layout!r}{nearest(layout, LAYOUTS)}")
+    if layout == "state-spaces" and config.norm_eps != Mamba2Config.norm_eps:
+        raise InputError(
+            f"layout 'state-spaces' cannot hold norm_eps {config.norm_eps:g}: mamba-ssm's is {Mamba2Config.norm_eps:g}"
+        )
 
 
 def canonical(name: str) -> str:
@@ -183,7 +208,7 @@ def _official(data: dict[str, Any], where: str) -> Mamba2Config:
     if data.get("attn_layer_idx"):
         layers = data["attn_layer_idx"]
         raise InputError(f"{where}: a hybrid with attention in layers {layers}; supported: {SUPPORTED}")
-    for key, expected in (("d_intermediate", 0), ("rms_norm", True)):
+    for key, expected in _ONLY.items():
         if data.get(key, expected) != expected:
             raise InputError(f"{where}: {key} {data[key]!r} is not supported, only {expected!r}")
     for key, value in cfg.items():
@@ -192,8 +217,7 @@ def _official(data: dict[str, Any], where: str) -> Mamba2Config:
         if key not in ("layer", "d_ssm", *_SHAPE, *_FIXED, *_INIT):
             known = nearest(key, [*_SHAPE, *_FIXED, *_INIT])
             raise InputError(f"{where}: unknown ssm_cfg key {key!r}{known}")
-    top = ("d_model", "n_layer", "vocab_size", "tie_embeddings", "residual_in_fp32")
-    fields = {k: data[k] for k in top if k in data} | {k: cfg[k] for k in _SHAPE if k in cfg}
+    fields = {k: data[k] for k in _TOP if k in data} | {k: cfg[k] for k in _SHAPE if k in cfg}
     config = from_dict(Mamba2Config, fields, where)
     multiple = data.get("pad_vocab_size_multiple", 8)
     if not isinstance(multiple, int) or multiple < 1:

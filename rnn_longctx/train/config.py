@@ -202,7 +202,8 @@ class TrainConfig:
     log_to: list[str] = field(default_factory=list)  # tensorboard, wandb; log.csv is written anyway
     checkpoint_every: int = 250  # steps
     export_every: int | None = None  # steps between models kept under out/steps, to follow something over training
-    save_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"  # of the finished model's file
+    save_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"  # of the models' files
+    save_layout: Literal["rnn-longctx", "transformers", "state-spaces"] = "rnn-longctx"  # that a library loads them in
     out: str = "runs/train/demo"
     licences: str = ""  # recorded with the finished model: what the training text is licensed under
 

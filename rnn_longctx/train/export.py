@@ -17,14 +17,15 @@ from rnn_longctx.train.corpus import Corpus
 
 def export(config: TrainConfig, corpus: Corpus, model: Any, where: Path, metrics: dict[str, Any],
            envelope: bool = True) -> None:  # fmt: skip
-    """Write `model` to the directory `where`, in `config.save_dtype`; envelope: with how far its states go. Raises
-    InputError where it cannot be written."""
+    """Write `model` to the directory `where`, in `config.save_dtype` and `config.save_layout`; envelope: with how far
+    its states go. Raises InputError where it cannot be written."""
     model.eval()
     provenance, calibration = _provenance(config, corpus, model, metrics), None
     if envelope:
         calibration = _envelope(config, corpus, model)
     dtype = getattr(torch, config.save_dtype)
-    checkpoint.save(model, where, dtype=dtype, provenance=provenance, calibration=calibration)
+    checkpoint.save(model, where, dtype=dtype, provenance=provenance, layout=config.save_layout,
+                    calibration=calibration)  # fmt: skip
     model.train()
 
 

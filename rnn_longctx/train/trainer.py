@@ -37,8 +37,8 @@ from rnn_longctx.train.snapshots import Log, claim_folder, newest_snapshot, save
 from rnn_longctx.train.team import Team
 
 # Settings that change where and how often things are written and how the work is cut, not what is trained.
-_NEUTRAL = ("out", "device", "log_every", "checkpoint_every", "export_every", "save_dtype", "licences",
-            "log_to", "accumulate", "sequence_parallel", "fsdp")  # fmt: skip
+_NEUTRAL = ("out", "device", "log_every", "checkpoint_every", "export_every", "save_dtype", "save_layout",
+            "licences", "log_to", "accumulate", "sequence_parallel", "fsdp")  # fmt: skip
 NOT_MEASURED: dict[str, Any] = {"state_norm": math.nan, "state_norm_max": math.nan}  # in the log of an older version
 BAD_STEPS = 20
 SPIKE = 2.0  # an update is skipped where its loss is over this times the median of the last
@@ -101,6 +101,10 @@ def prepare(config: TrainConfig, team: Team, online: bool = False) -> tuple[Trai
     if config.model.vocab_size < tokenizer.vocab_size:
         sizes = f"{config.model.vocab_size}, tokenizer {tokenizer.name} has {tokenizer.vocab_size} tokens"
         raise InputError(f"model.vocab_size: {sizes}")
+    try:
+        checkpoint.check_layout(config.model, config.save_layout)
+    except InputError as error:
+        raise InputError(f"save_layout: {error}") from None
     _check_stretches(config)
     _check_prompts(config, tokenizer)
     if started is not None and config.mitigation is not None:

@@ -11,7 +11,7 @@ import rnn_longctx
 from rnn_longctx.data import ByteTokenizer, load_text
 from rnn_longctx.errors import InputError
 from rnn_longctx.mitigations import active, fold, mitigate
-from rnn_longctx.models import checkpoint
+from rnn_longctx.models import checkpoint, formats
 from rnn_longctx.ssd import PLAIN
 
 FOLDED = [
@@ -69,18 +69,19 @@ def test_folding_again_measures_the_model_as_it_now_is(model, made, tmp_path):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("layout", checkpoint.LAYOUTS)
+@pytest.mark.parametrize("layout", formats.LAYOUTS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_saved_and_loaded(model, made, tmp_path, layout, dtype):
     """Ordinary weights: also for a library that knows nothing of remedies."""
     model.calibration = {"peaks": [], "length": 32, "text": "kept", "text_hash": "0"}
     checkpoint.save(model, tmp_path / "one", dtype=dtype, layout=layout, calibration=model.calibration)
-    file = (tmp_path / "one" / "model.safetensors").read_bytes()
+    (weights,) = (f for name in formats.WEIGHTS if (f := tmp_path / "one" / name).exists())
+    file = weights.read_bytes()
     one = rnn_longctx.load(tmp_path / "one", dtype=dtype)
     old = one.weights_hash
     fold(one, "a-floor:tokens=12", load_text("builtin"))
     assert all(m.A_log.dtype == torch.float32 for m in one.mixers)
-    assert (tmp_path / "one" / "model.safetensors").read_bytes() == file, "a mapped file is not written to"
+    assert weights.read_bytes() == file, "a mapped file is not written to"
     checkpoint.save(one, tmp_path / "two", layout=layout)
     two = rnn_longctx.load(tmp_path / "two", dtype=dtype)
     for a, b in zip(one.mixers, two.mixers):

@@ -4,6 +4,7 @@ tests them against; with a GPU (`-m gpu`) they run."""
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 
 from rnn_longctx.errors import InputError
 from rnn_longctx.mitigations import active, mitigate
-from rnn_longctx.models import Mamba2Config, Mamba2LM
+from rnn_longctx.models import Mamba2Config, Mamba2LM, checkpoint
 from rnn_longctx.models.adopt import adopt
 from rnn_longctx.models.generate import generate
 from rnn_longctx.ssd import PLAIN, Cap, ScanPolicy
@@ -180,6 +181,20 @@ def test_against_our_own_model(build, policy):
     mask[1, :8] = False
     padded, _ = _stream(adopted, ids, [10, 20], mask)
     torch.testing.assert_close(padded[mask], ours.logits(ours(ids, mask=mask))[mask], **NEAR)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shape", [{}, {"tie_embeddings": False, "dt_limit": (0.01, math.inf), "ngroups": 2}])
+def test_what_we_save_they_load(shape, on_cpu, randomise, tmp_path):
+    ours = randomise(Mamba2LM(Mamba2Config(24, 2, VOCAB, d_state=8, headdim=8, **shape))).eval()
+    checkpoint.save(ours, tmp_path / "a", layout="state-spaces")
+    theirs = MambaLMHeadModel.from_pretrained(str(tmp_path / "a")).eval()
+    for module in theirs.modules():  # kernels of a GPU alone
+        module.fused_add_norm = module.use_mem_eff_path = False
+    ids = _ids()
+    torch.testing.assert_close(theirs(ids).logits, ours.logits(ours(ids)), **NEAR)
+    theirs.save_pretrained(tmp_path / "b")  # what they write is read again
+    assert checkpoint.load(tmp_path / "b").weights_hash == checkpoint.load(tmp_path / "a").weights_hash
 
 
 @torch.no_grad()

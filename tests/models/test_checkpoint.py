@@ -1,4 +1,4 @@
-"""Three layouts in, two out; what is refused: test_checkpoint_refused.py."""
+"""Three layouts in and out; what is refused: test_checkpoint_refused.py."""
 
 from __future__ import annotations
 
@@ -92,6 +92,39 @@ def test_official_layout(how, official, tmp_path):
     assert checkpoint.load(directory, train_length=2048).train_length == 2048
 
 
+SHAPES = {
+    "no limit": {},
+    "tied not": {"tie_embeddings": False, "residual_in_fp32": False},
+    "a limit": {"dt_limit": (0.01, 0.2), "bias": True},
+    "half a limit": {"dt_limit": (0.01, math.inf), "conv_bias": False, "d_conv": 3},
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_what_mamba_ssm_is_given(shape, make, tmp_path):
+    """Its own keys alone, each weight by its name, and a vocabulary that it does not pad. (Its logits:
+    test_adopt_mamba_ssm.py.)"""
+    model = make(**shape, vocab_size=263)  # a multiple of nothing
+    model.tokenizer, model.train_length, model.provenance = load_tokenizer("bytes"), 300, {"seed": 3}
+    checkpoint.save(model, tmp_path / "a", layout="state-spaces", calibration={"norms": [[1.5]]})
+    config = json.loads((tmp_path / "a" / "config.json").read_text())
+    assert config.keys() == official_config(24, 2).keys()
+    known = ("layer", "d_state", "d_conv", "expand", "headdim", "ngroups", "bias", "conv_bias", "dt_limit")
+    assert config["ssm_cfg"].keys() <= {*known} and config["ssm_cfg"]["layer"] == "Mamba2"
+    assert ("dt_limit" in config["ssm_cfg"]) == ("dt_limit" in shape)
+    assert config["vocab_size"] % config["pad_vocab_size_multiple"] == 0
+    state = torch.load(tmp_path / "a" / "pytorch_model.bin", weights_only=True)
+    assert state.keys() == model.state_dict().keys()  # a tied head too, as it asks for, and once in the file
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    tied = state["lm_head.weight"].data_ptr() == state["backbone.embedding.weight"].data_ptr()
+    assert tied == model.config.tie_embeddings
+
+    back = checkpoint.load(tmp_path / "a")
+    assert same(back, model) and back.config == model.config and back.weights_hash == checkpoint.hash_now(model)
+    assert back.tokenizer.name == "bytes" and back.train_length == 300 and back.provenance == {"seed": 3}
+    assert back.calibration == {"norms": [[1.5]]}
+
+
 # --- transformers (logits: test_parity_transformers.py)
 
 
@@ -150,8 +183,27 @@ def test_round_trip_in_every_layout(make, tmp_path):
     assert same(b, model) and b.weights_hash == a.weights_hash and b.calibration is None
     assert b.train_length == 99 and b.tokenizer.name == "bytes" and b.provenance == a.provenance
     assert checkpoint.load(tmp_path / "b").train_length == 256
-    checkpoint.save(b, tmp_path / "c")
-    assert checkpoint.load(str(tmp_path / "c") + "/").weights_hash == a.weights_hash
+    checkpoint.save(b, tmp_path / "c", layout="state-spaces")
+    c = checkpoint.load(tmp_path / "c")
+    assert same(c, model) and c.weights_hash == a.weights_hash and c.train_length == 99
+    assert c.tokenizer.name == "bytes" and c.provenance == a.provenance
+    checkpoint.save(c, tmp_path / "d")
+    assert checkpoint.load(str(tmp_path / "d") + "/").weights_hash == a.weights_hash
+
+
+@pytest.mark.parametrize("before", formats.LAYOUTS)
+@pytest.mark.parametrize("after", formats.LAYOUTS)
+def test_one_layout_over_another(before, after, make, tmp_path):
+    old, new = make(), make()
+    old.train_length, new.train_length = 100, None
+    checkpoint.save(old, tmp_path / "a", layout=before, calibration={"norms": []})
+    held = checkpoint.load(tmp_path / "a")
+    checkpoint.save(new, tmp_path / "a", layout=after)
+    checkpoint.save(new, tmp_path / "b", layout=after)
+    found = checkpoint.load(tmp_path / "a")
+    assert same(found, new) and found.train_length is None and found.calibration is None
+    assert same(held, old), "a mapped file that was replaced is still whole"
+    assert {p.name for p in (tmp_path / "a").iterdir()} == {p.name for p in (tmp_path / "b").iterdir()}
 
 
 def test_hash_is_of_the_stored_weights(own, make, tmp_path):
@@ -349,7 +401,7 @@ def test_a_missing_tokenizer_only_matters_when_used(own, official, tmp_path, mon
     refused(tmp_path / "b", "256 tokens", f"vocabulary {model.config.vocab_size}", tokenizer="bytes")
 
 
-@pytest.mark.parametrize("layout", checkpoint.LAYOUTS)
+@pytest.mark.parametrize("layout", formats.LAYOUTS)
 def test_tokenizer_files_travel_with_the_weights(layout, own, tokenizer_files, tmp_path):
     model = checkpoint.load(own, tokenizer=str(tokenizer_files))
     ids = model.tokenizer.encode("a b\0b").tolist()

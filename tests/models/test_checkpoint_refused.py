@@ -59,6 +59,8 @@ def test_what_save_refuses(make, tmp_path):
         checkpoint.save(make(), tmp_path / "file")
     with pytest.raises(InputError, match="layout 'transformer'; did you mean \"transformers\""):
         checkpoint.save(make(), tmp_path / "a", layout="transformer")
+    with pytest.raises(InputError, match=r"'state-spaces' cannot hold norm_eps 0\.001: mamba-ssm's is 1e-05"):
+        checkpoint.save(make(norm_eps=1e-3), tmp_path / "a", layout="state-spaces")
     with pytest.raises(InputError, match='did you mean "float32"'):
         checkpoint.save(make(), tmp_path / "a", dtype="float23")
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
