@@ -86,19 +86,21 @@ def test_gate(name, headdim):
         expected, squares = product * weight.view(H, headdim).cpu(), product.square().sum((2, 3))
         real = torch.ones(2, length, dtype=torch.bool) if m is None else m
         for cuts in ([], [1, 37]):
-            carry = None
+            carry, made, sums = None, [], []
             for i, j in zip([0, *cuts], [*cuts, length]):
                 part = {k: v if k == "A" else v[:, i:j] for k, v in x.items()}
                 marks = {"mask": None if m is None else m[:, i:j].to(DEVICE), "reset": None if r is None else r[:, i:j]}
                 gate = Gate(z[:, i:j], weight)
                 settings = {"policy": POLICIES[name], "backend": "triton", "gate": gate}
                 ours, carry = scan(**part, **more, **marks, **settings, carry=carry)
-                here = real[:, i:j]
                 if j - i == 1:
-                    assert gate.squares is None and worst(ours.cpu()[real[:, :1]], y[:, :1][real[:, :1]], 1) < 1e-5
-                    continue
-                assert worst(ours.cpu()[here], expected[:, i:j][here], 1) < 1e-5
-                assert error(gate.squares.sum(2).cpu()[here], squares[:, i:j][here]) < 1e-5
+                    assert gate.squares is None
+                    ours = ours * F.silu(gate.z)
+                    gate.squares, ours = ours.square().sum((2, 3))[..., None], ours * weight.view(H, headdim)
+                made.append(ours)
+                sums.append(gate.squares.sum(2))
+            assert worst(torch.cat(made, 1).cpu()[real], expected[real], 1) < 1e-5
+            assert error(torch.cat(sums, 1).cpu()[real], squares[real]) < 1e-5
             assert worst(carry.state, state, 1) < 1e-5
 
 
