@@ -1,5 +1,5 @@
-"""Fresh draws for every test. Where RNN_LONGCTX_SEED is set, as by continuous integration, they follow from it: a commit
-is judged by the same draws wherever it is tested, another commit by others.
+"""Fresh draws for every test. Where RNN_LONGCTX_SEED is set, as by continuous integration, they follow from it:
+a commit is judged by the same draws wherever it is tested, another commit by others.
 
 Without a CUDA device Triton's kernels run in its interpreter, which it reads from the environment when imported.
 """
