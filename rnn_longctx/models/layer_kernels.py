@@ -70,18 +70,18 @@ def _conv_silu(x, weight, bias, before, y, after, sxb, sxt, T, channels,
 
 
 def conv_silu(x: Tensor, weight: Tensor, bias: Tensor | None, before: Tensor | None) -> tuple[Tensor, Tensor]:
-    """x (B,T,channels) with any strides over B and T, weight (channels, taps) of at most 4 taps, before
+    """x (B,T,channels) with any strides over B and T, weight (channels, 1, taps) of at most 4 taps, before
     (B,channels,taps-1). Returns (B,T,channels) and the inputs (B,channels,taps-1) to go on from."""
     batch, length, channels = x.shape
-    taps = weight.shape[1]
+    taps = weight.shape[2]
     x = x if x.stride(2) == 1 else x.contiguous()
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     after = torch.empty(batch, channels, taps - 1, dtype=x.dtype, device=x.device)
     BT, BC = CONV
     with torch.cuda.device_of(x):
         _conv_silu[(triton.cdiv(length, BT), triton.cdiv(channels, BC), batch)](
-            x, weight.t().contiguous(), weight if bias is None else bias, x if before is None else before.to(x.dtype),
-            y, after, *x.stride()[:2], length, channels, TAPS=taps, BT=BT, BC=BC, HAS_BIAS=bias is not None,
+            x, weight[:, 0].t().contiguous(), weight if bias is None else bias,
+            x if before is None else before.to(x.dtype), y, after, *x.stride()[:2], length, channels, TAPS=taps, BT=BT, BC=BC, HAS_BIAS=bias is not None,
             HAS_BEFORE=before is not None, num_warps=1,
         )  # fmt: skip
     return y, after

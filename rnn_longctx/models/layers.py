@@ -1,7 +1,8 @@
-"""The parts of a layer beside its scan: PyTorch, and one kernel each where a GPU reads and no gradient is asked for."""
+"""The parts of a layer beside its scan: PyTorch, and on a GPU one kernel each, with gradients one more."""
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -12,9 +13,16 @@ from rnn_longctx.ssd import Gate, fused
 
 
 def _kernels(x: Tensor) -> bool:
-    if not x.is_cuda or torch.is_grad_enabled() or torch.compiler.is_compiling():  # a compiler fuses these itself
+    if not x.is_cuda or torch.compiler.is_compiling():  # a compiler fuses these itself
         return False
     return x.dtype in fused.DTYPES and fused.missing() is None
+
+
+def _made_by() -> ModuleType:
+    """Kernels that keep what a gradient needs, where one is asked for."""
+    from rnn_longctx.models import layer_grads, layer_kernels
+
+    return layer_grads if torch.is_grad_enabled() else layer_kernels
 
 
 class Unscaled(NamedTuple):
@@ -42,26 +50,22 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
         """x (..., dim), times silu(gate) before it is normed."""
         if _kernels(x):
-            from rnn_longctx.models import layer_kernels
-
-            return layer_kernels.norm(x, self.weight, self.eps, self.groups, gate)[0]
+            return _made_by().norm(x, self.weight, self.eps, self.groups, gate)[0]
         return self._norm(x, gate).to(x.dtype)
 
     def gate(self, z: Tensor) -> Gate | None:
-        """For a scan to apply this norm, gated by z (B,T,H,P); None where kernels are not to be used, or cannot."""
-        return Gate(z, self.weight) if self.groups == 1 and _kernels(z) else None
+        """For a scan to apply this norm, gated by z (B,T,H,P); None where kernels are not to be used, or cannot, and
+        where a gradient is asked for."""
+        return Gate(z, self.weight) if self.groups == 1 and not torch.is_grad_enabled() and _kernels(z) else None
 
     def add(self, x: Tensor, more: Tensor | Unscaled | None, in_fp32: bool) -> tuple[Tensor, Tensor]:
-        """The norm of x + more, in the weight's type, and x + more itself: float32 if asked for (float64 stays). The
-        sum is normed as it is, not rounded to the weight's type first as in transformers: in bf16 that rounding is the
-        difference."""
+        """The norm of x + more, in the weight's type (by kernels in the one that autocast multiplies in), and x + more
+        itself: float32 if asked for (float64 stays). The sum is normed as it is, not rounded to the weight's type first
+        as in transformers: in bf16 that rounding is the difference."""
         wide = torch.float32 if in_fp32 and x.dtype != torch.float64 else x.dtype
         if _kernels(x):
-            from rnn_longctx.models import layer_kernels
-
-            return layer_kernels.norm(
-                x, self.weight, self.eps, self.groups, add=more, dtype=self.weight.dtype, total=wide
-            )
+            dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else self.weight.dtype
+            return _made_by().norm(x, self.weight, self.eps, self.groups, add=more, dtype=dtype, total=wide)
         if more is not None:
             x = x.to(wide) + (more.scaled() if isinstance(more, Unscaled) else more)
         return self._norm(x, None).to(self.weight.dtype), x
@@ -85,9 +89,7 @@ def causal_conv(x: Tensor, conv: nn.Conv1d, before: Tensor | None, reset: Tensor
         reaches back over it.
     A sum over taps in this layout: on a CPU twice as fast as turning channels first for a library call."""
     if reset is None and conv.kernel_size[0] <= 4 and _kernels(x):
-        from rnn_longctx.models import layer_kernels
-
-        return layer_kernels.conv_silu(x, conv.weight[:, 0], conv.bias, before)
+        return _made_by().conv_silu(x, conv.weight, conv.bias, before)
     taps, length = conv.kernel_size[0] - 1, x.shape[1]
     before = x.new_zeros(x.shape[0], x.shape[2], taps) if before is None else before.to(x.dtype)
     whole = torch.cat([before.transpose(1, 2), x], 1)  # (B, taps + T, channels)

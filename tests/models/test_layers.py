@@ -36,7 +36,7 @@ def test_convolution(taps, channels, parts, bias):
         conv = conv.to(DEVICE)
         ys, before = [], None
         for part in x.split(parts, 1):
-            y, before = layer_kernels.conv_silu(part, conv.weight[:, 0], conv.bias, before)
+            y, before = layer_kernels.conv_silu(part, conv.weight, conv.bias, before)
             ys.append(y)
     torch.testing.assert_close(torch.cat(ys, 1).cpu(), expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(before.cpu(), after)

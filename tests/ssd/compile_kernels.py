@@ -11,7 +11,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from rnn_longctx.models import layer_kernels, matvec
+from rnn_longctx.models import layer_grads, layer_kernels, matvec
 from rnn_longctx.ssd.kernels import (
     backward,
     caps,
@@ -119,6 +119,13 @@ if __name__ == "__main__":
                     {"TAPS": 4, "BT": layer_kernels.CONV[0], "BC": layer_kernels.CONV[1], "HAS_BEFORE": True},
                 ),
                 (layer_kernels._norm, 8, {"BLOCK": 2048, "HAS_ADD": True, "HAS_GATE": True}),
+                (
+                    layer_grads._conv_silu_backward,
+                    1,
+                    {"TAPS": 4, "BT": layer_grads.CONV[0], "BC": layer_grads.CONV[1], "HAS_BEFORE": True},
+                ),
+                (layer_grads._norm_backward, 8, {"BLOCK": 2048, "ROWS": layer_grads.ROWS, "HAS_TOTAL": True}),
+                (layer_grads._norm_backward, 4, {"BLOCK": 1024, "ROWS": layer_grads.ROWS, "HAS_GATE": True}),
                 (decode._decode, 8, {"TAPS": 4, "HAS_CAP": True, "HAS_DROP": True}),
                 (decode._decode, 4, {"TAPS": 4, "BP": 16, "HAS_CAP": False}),
             ]
