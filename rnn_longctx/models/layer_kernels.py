@@ -81,8 +81,8 @@ def conv_silu(x: Tensor, weight: Tensor, bias: Tensor | None, before: Tensor | N
     with torch.cuda.device_of(x):
         _conv_silu[(triton.cdiv(length, BT), triton.cdiv(channels, BC), batch)](
             x, weight[:, 0].t().contiguous(), weight if bias is None else bias,
-            x if before is None else before.to(x.dtype), y, after, *x.stride()[:2], length, channels, TAPS=taps, BT=BT, BC=BC, HAS_BIAS=bias is not None,
-            HAS_BEFORE=before is not None, num_warps=1,
+            x if before is None else before.to(x.dtype), y, after, *x.stride()[:2], length, channels, TAPS=taps, BT=BT,
+            BC=BC, HAS_BIAS=bias is not None, HAS_BEFORE=before is not None, num_warps=1,
         )  # fmt: skip
     return y, after
 

@@ -24,9 +24,9 @@ from rnn_longctx.ssd.kernels import (
 )  # fmt: skip
 
 POINTERS = {"dt": "x", "x": "x", "B": "x", "C": "x", "y": "x", "gram": "x", "dy": "x", "dx": "x", "ddt": "x",
-            "z": "x", "weight": "x", "norm": "x", "bias": "x", "before": "x", "after": "x", "add": "x", "gate": "x",
-            "projected": "x", "drop": "i8", "pad": "i32", "wild": "i32", "near": "i32", "kept": "i32",
-            "position": "i64", "log_decay": "fp64"}  # fmt: skip
+            "dbefore": "x", "dadd": "x", "dgate": "x", "z": "x", "weight": "x", "norm": "x", "bias": "x", "before": "x",
+            "after": "x", "add": "x", "gate": "x", "projected": "x", "drop": "i8", "pad": "i32", "wild": "i32",
+            "near": "i32", "kept": "i32", "position": "i64", "log_decay": "fp64"}  # fmt: skip
 FLOATS = ("A", "D", "dt_bias", "table", "cum", "scale", "totals", "initial", "states", "final", "caps", "S", "factors",
           "spent", "total", "grads", "ends", "dB", "dC", "dlog_decay", "dscale", "dD", "dA", "dcum", "dtotal", "dbias",
           "room", "sums", "squares", "head", "x_before", "B_before", "until", "rest")  # fmt: skip
@@ -71,7 +71,7 @@ if __name__ == "__main__":
                  "HAS_PAD": False, "HAS_DROP": False, "WILD": False, "TMA": False, "FULL": dtype == torch.float32,
                  "Q": c.Q, "BP": c.BP, "BN": c.BN, "BH": 32, "BLOCK": 1024, "STAGES": c.stages,
                  "PDL": capability >= 90, "LANES": 32, "DENSE": True, "ALONE": False, "HAS_LOOK": False,
-                 "HAS_GATE": False, "PARTS": 32,
+                 "HAS_GATE": False, "PARTS": 32, "HAS_TOTAL": False, "HAS_ADD": False,
                  "HAS_CAPS": False, "EACH": 64, "SPAN": window.SPAN}  # fmt: skip
         cases = [
             (prepare.prepare_chunk, 4, {}),
@@ -124,7 +124,11 @@ if __name__ == "__main__":
                     1,
                     {"TAPS": 4, "BT": layer_grads.CONV[0], "BC": layer_grads.CONV[1], "HAS_BEFORE": True},
                 ),
-                (layer_grads._norm_backward, 8, {"BLOCK": 2048, "ROWS": layer_grads.ROWS, "HAS_TOTAL": True}),
+                (
+                    layer_grads._norm_backward,
+                    8,
+                    {"BLOCK": 2048, "ROWS": layer_grads.ROWS, "HAS_TOTAL": True, "HAS_ADD": True},
+                ),
                 (layer_grads._norm_backward, 4, {"BLOCK": 1024, "ROWS": layer_grads.ROWS, "HAS_GATE": True}),
                 (decode._decode, 8, {"TAPS": 4, "HAS_CAP": True, "HAS_DROP": True}),
                 (decode._decode, 4, {"TAPS": 4, "BP": 16, "HAS_CAP": False}),
