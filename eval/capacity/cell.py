@@ -30,15 +30,18 @@ STUDY = "study.yaml"
 
 
 def asked(config: CapacityConfig, cell: Cell) -> dict[str, Any]:
-    """What a finished cell has measured: a cell that finds other settings in its done.json measures what is missing."""
+    """What a finished cell has measured: a cell that finds other settings in its done.json measures what is missing.
+    How many streams it reads side by side, and which other cells there are, is no part of it."""
     if cell.task == "pretrain":
         return {}
-    return to_dict(config.measure if cell.task == "text" else config.mqar)
+    given = to_dict(config.measure if cell.task == "text" else config.mqar)
+    return {k: v for k, v in given.items() if k not in ("batch", "tasks", "seeds")}
 
 
 def is_done(config: CapacityConfig, cell: Cell, study: Path) -> bool:
     try:
-        return json.loads((study / "models" / cell.name / "done.json").read_text()) == asked(config, cell)
+        done = json.loads((study / "models" / cell.name / "done.json").read_text())
+        return done | asked(config, cell) == done
     except (FileNotFoundError, ValueError):
         return False
 

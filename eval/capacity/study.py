@@ -27,8 +27,10 @@ from rnn_longctx.eval.results import Results, write_atomic
 from rnn_longctx.train.config import MixedText
 from rnn_longctx.train.snapshots import claim_folder
 
-# Of `train`: settings that do not change what is trained.
-_NEUTRAL = ("out", "device", "log_every", "checkpoint_every", "save_layout", "licences")
+# Of `train`: settings that do not change what is trained. (Those that cut the work, and of MQAR the sequences measured
+# and the seeds, are recorded as 1, whatever they are.)
+_NEUTRAL = ("out", "device", "log_every", "log_to", "checkpoint_every", "export_every", "save_layout", "fsdp",
+            "licences")  # fmt: skip
 _WAIT = 0.2  # seconds between two looks at the processes
 
 
@@ -40,9 +42,11 @@ def run_study(config: CapacityConfig, parallel: int = 1, say: Callable[[str], No
     if parallel < 1:
         raise InputError(f"parallel: expected a number of processes, got {parallel}")
     study = Path(config.out)
-    trained = {k: v for k, v in to_dict(config.train).items() if k not in _NEUTRAL}
-    claim = {"train": trained, "pretrain": config.pretrain and to_dict(config.pretrain)}
-    claim_folder(study, claim | {"mqar": config.mqar and to_dict(replace(config.mqar, samples=1))}, ["models"])
+    train = to_dict(replace(config.train, accumulate=1, sequence_parallel=1))
+    claim = {"train": {k: v for k, v in train.items() if k not in _NEUTRAL}}
+    claim |= {"pretrain": config.pretrain and to_dict(config.pretrain)}
+    claim |= {"mqar": config.mqar and to_dict(replace(config.mqar, samples=1, seeds=1))}
+    claim_folder(study, claim, ["models"])
     Results(study)  # it can be written
     local = replace(config, train=replace(config.train, data=replace(config.train.data, text=_texts(config, study))))
     write_atomic(study / STUDY, yaml.safe_dump(to_dict(local), sort_keys=False).encode())
