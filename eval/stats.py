@@ -70,8 +70,9 @@ def paired_bootstrap(a: Sequence[float], b: Sequence[float], n_boot: int = 2000,
     return Interval(float(d.mean()), float(low), float(high), d.size)
 
 
-def wilson(successes: int, n: int, level: float = 0.95) -> Interval:
-    """Proportion with Wilson's score interval (1927), which stays sensible at 0 and n successes out of n."""
+def wilson(successes: float, n: float, level: float = 0.95) -> Interval:
+    """Proportion with Wilson's score interval (1927), which stays sensible at 0 and n successes out of n. Of answers
+    that hang together, `n` is the effective number, and need not be whole."""
     if not 0 <= successes <= n or n == 0:
         raise ValueError(f"successes must lie in 0..n with n > 0: got {successes} of {n}")
     z, p = NormalDist().inv_cdf((1 + level) / 2), successes / n
@@ -80,7 +81,7 @@ def wilson(successes: int, n: int, level: float = 0.95) -> Interval:
     # The ends are 0 and 1 exactly where all failed or all succeeded; rounding would leave 1e-17.
     low = 0.0 if successes == 0 else (centre - half) / scale
     high = 1.0 if successes == n else (centre + half) / scale
-    return Interval(p, low, high, n)
+    return Interval(p, low, high, int(n))
 
 
 def peak_within(

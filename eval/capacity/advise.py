@@ -22,9 +22,9 @@ GAP = 1.3  # shortest length that fails over longest that passes; a search leave
 @dataclass(frozen=True)
 class Advice:
     """`state`: numbers of one stream's recurrent state, scan and convolution together, inf where the fit never gets
-    there; low, high: its 95% interval, NaN where it is not known. train_length: tokens to train such a state on so that
-    it forgets, by T_forget's fit, None without one. `speed`: tokens a second, None if not known. `warnings`: why not to
-    trust it."""
+    there, NaN where none follows since recall does not grow with it; low, high: its 95% interval, NaN where it is not
+    known. train_length: tokens to train such a state on so that it forgets, by T_forget's fit, None without one.
+    `speed`: tokens a second on `device`, None if not known. `warnings`: why not to trust it."""
 
     context: int
     recall: float
@@ -35,9 +35,15 @@ class Advice:
     speed: float | None
     source: str
     warnings: list[str] = field(default_factory=list)
+    device: str | None = None
 
     def __str__(self) -> str:
-        if math.isinf(self.state):
+        if math.isnan(self.state):
+            lines = [
+                f"no size follows for {format_length(self.context)} tokens: what is recalled does not grow with the "
+                f"state, by {self.source}"
+            ]
+        elif math.isinf(self.state):
             lines = [f"no state is large enough for {format_length(self.context)} tokens by {self.source}"]
         else:
             interval = "" if math.isnan(self.low) else f" ({_size(self.low)} to {_size(self.high)})"
@@ -48,7 +54,7 @@ class Advice:
             ]
             if self.train_length is not None:
                 lines.append(f"training length from which it forgets: {max(0.0, self.train_length):,.0f} tokens")
-            speed = "not known" if self.speed is None else f"{self.speed:,.0f} tokens/s read"
+            speed = "not known" if self.speed is None else f"{self.speed:,.0f} tokens/s read on {self.device}"
             lines.append(f"speed of such a model: {speed}")
         return "\n".join([*lines, *(f"warning: {w}" for w in self.warnings)])
 
@@ -95,11 +101,11 @@ def _by_study(context: int, recall: float, study: Path, mitigation: str) -> Advi
     if found is None:
         raise InputError(f"{study} has too few points of T_recall under {mitigation} for a fit; see points.csv there")
     form, f, doubts = found
-    state, low, high = f.needed(context / K)
+    state, low, high = (math.nan,) * 3 if form == "constant" else f.needed(context / K)
     warnings = _beyond(state, float(f.s.min()), float(f.s.max())) + doubts
     if context / K > f.y.max():
         longest = format_length(round(float(f.y.max()) * K))
-        warnings.append(f"no model of the study recalls beyond {longest} tokens: this is an extrapolation")
+        warnings.append(f"no shape of the study recalls beyond {longest} tokens, by the median of its seeds")
     exact = recalls[recalls["bound"] == ""]
     if (gap := float((exact["fails"] / exact["value"]).max())) > GAP:
         warnings.append(
@@ -108,7 +114,7 @@ def _by_study(context: int, recall: float, study: Path, mitigation: str) -> Advi
     if math.isinf(high):
         warnings.append("the upper end of the interval is unbounded: some resampled fits never reach this context")
     forget = _fit(mine[mine["quantity"] == "T_forget"])
-    train = None if forget is None or math.isinf(state) else float(forget[1].curve(np.array([state]))[0]) * K
+    train = None if forget is None or not math.isfinite(state) else float(forget[1].curve(np.array([state]))[0]) * K
     if forget is None:
         warnings.append("too few points of T_forget for a fit: the training length it takes to forget is not known")
     elif train is not None:
@@ -116,8 +122,11 @@ def _by_study(context: int, recall: float, study: Path, mitigation: str) -> Advi
         outside = _beyond(state, float(sizes.min()), float(sizes.max()))
         warnings += [f"of the training length: {w}" for w in outside + forget[2]]
     source = f"the {form} through {len(f.s)} points (R² {f.r2:.3f}, one left out {f.r2_loo:.3f})"
-    speed = None if math.isinf(state) else _speed(results, about, mitigation, state)
-    return Advice(context, recall, state * MILLION, low * MILLION, high * MILLION, train, speed, source, warnings)
+    if form == "constant":
+        source = f"the {len(f.s)} points, which no form fits better than a constant of {f.curve.c:.3g}K tokens"
+    speed, device = (None, None) if not math.isfinite(state) else _speed(results, about, mitigation, state)
+    needed = (state * MILLION, low * MILLION, high * MILLION)
+    return Advice(context, recall, *needed, train, speed, source, warnings, device)
 
 
 def _fit(points: pd.DataFrame) -> tuple[str, fitting.Fit, list[str]] | None:
@@ -132,33 +141,38 @@ def _fit(points: pd.DataFrame) -> tuple[str, fitting.Fit, list[str]] | None:
         broken = fitting.contradicted(f.curve, bounds)
         doubts.append(f"{len(bounds)} of {len(points)} points are known only as a bound and not fitted; the {form} "
                       f"contradicts {broken or 'none'} of them")  # fmt: skip
-    if f.r2_loo < 0.5:
+    if f.r2_loo < 0.5 and form != "constant":
         doubts.append(f"the {form} predicts points left out with an R² of {f.r2_loo:.2f}: hardly a fit")
     return form, f, doubts
 
 
 def _beyond(state: float, least: float, most: float) -> list[str]:
-    if math.isinf(state) or least <= state <= most:
+    if not math.isfinite(state) or least <= state <= most:
         return []
     words = f"{state / most:.1f} times the largest" if state > most else f"{state / least:.2f} of the smallest"
     return [f"extrapolates: a state of {words} that was measured ({_size(least * MILLION)} to {_size(most * MILLION)})"]
 
 
-def _speed(results: pd.DataFrame, about: pd.DataFrame, mitigation: str, state: float) -> float | None:
-    """Tokens a second over the state, a line in logarithms through what reading the text took; only within what was
-    measured, since a larger model is another matter."""
+def _speed(
+    results: pd.DataFrame, about: pd.DataFrame, mitigation: str, state: float
+) -> tuple[float | None, str | None]:
+    """Tokens a second over the state, a line in logarithms through what reading the text took on one device, that of
+    the most rows; only within what was measured, since a larger model is another matter."""
     rows = results[(results["task"] == "lm") & (results["mitigation"] == mitigation)].dropna(
         subset=["tokens_per_second"]
     )
-    rows = rows.sort_values("length").groupby(["model", "weights_hash"], as_index=False).last()
+    device = rows["device"].mode().min() if len(rows) else None
+    rows = (
+        rows[rows["device"] == device].sort_values("length").groupby(["model", "weights_hash"], as_index=False).last()
+    )
     joined = about.merge(rows[["model", "weights_hash", "tokens_per_second"]], on=["model", "weights_hash"])
     s = joined["state_elements"].to_numpy(float) / MILLION
     if len(joined) == 0 or not s.min() <= state <= s.max():
-        return None
+        return None, None
     if s.min() == s.max():
-        return float(joined["tokens_per_second"].median())
+        return float(joined["tokens_per_second"].median()), device
     slope, start = np.polyfit(np.log(s), np.log(joined["tokens_per_second"].to_numpy(float)), 1)
-    return float(np.exp(start + slope * np.log(state)))
+    return float(np.exp(start + slope * np.log(state))), device
 
 
 def _size(n: float) -> str:

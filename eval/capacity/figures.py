@@ -55,7 +55,7 @@ def draw(directory: str | Path, target: float) -> list[Path]:
 def growth(group: pd.DataFrame, quantity: str, mitigation: str) -> Figure:
     """Left: the points of one quantity, the fits, the interval of the best and the point it leans on. Right: the same
     beside the paper's, both axes logarithmic."""
-    figure = Figure(figsize=(12.0, 5.4), layout="constrained")
+    figure = Figure(figsize=(12.0, 6.6), layout="constrained")
     near, far = figure.subplots(1, 2)
     exact = group[group["bound"] == ""]
     s, y = (exact["state_elements"] / MILLION).to_list(), (exact["value"] / K).to_list()
@@ -66,17 +66,17 @@ def growth(group: pd.DataFrame, quantity: str, mitigation: str) -> Figure:
         _curve(near, x, f, form, form == best)
     for axes in (near, far):
         _points(axes, group)
-    top = float(group["value"].max()) / K
-    near.set_ylim(0, 1.25 * top)
-    if best is not None and (i := fits[best].carrier) is not None:
+    near.set_ylim(0, 1.1 * float(group[["value", "high"]].to_numpy(float, na_value=0).max()) / K)
+    if best not in (None, "constant") and (i := fits[best].carrier) is not None:
         near.plot(s[i], y[i], "o", markersize=15, markerfacecolor="none", markeredgecolor=_RED, zorder=4,
                   label=f"the {best} leans on it: R² {fits[best].r2_without:.3f} without")  # fmt: skip
     if best is not None:
         far.plot(x, _positive(fits[best].curve(x)), color=_COLOURS[best], linewidth=1.6, label=f"ours, {best}")
-    curve = fitting.paper(quantity)
+    curve, least = fitting.paper(quantity), float(group["value"].min()) / K
     if curve is not None:
         sizes = np.geomspace(PAPER_SIZES[0], PAPER_SIZES[-1], 100)
         at = np.array(PAPER_SIZES)
+        least = min(least, float(np.nanmin(_positive(curve(at)))))
         far.plot(sizes, _positive(curve(sizes)), color="black", linewidth=1.2, label="Stuffed Mamba's fit")
         far.plot(at, _positive(curve(at)), "|", color="black", markersize=9, label="its models' state sizes")
         if quantity.startswith("T_recall"):
@@ -85,6 +85,7 @@ def growth(group: pd.DataFrame, quantity: str, mitigation: str) -> Figure:
             )
     far.set_xscale("log")
     far.set_yscale("log")
+    far.set_ylim(bottom=least / 2)  # a seed that recalls nothing ends below
     far.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
     far.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
     for axes in (near, far):
@@ -93,7 +94,7 @@ def growth(group: pd.DataFrame, quantity: str, mitigation: str) -> Figure:
         axes.grid(color="#e6e6e6", linewidth=0.8)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(fontsize=8, frameon=False, loc="upper left")
+        axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(0, -0.12))
     bounds = len(group) - len(exact)
     note = f"; {bounds} known only as a bound (arrows), not fitted" if bounds else ""
     if best is not None and (broken := fitting.contradicted(fits[best].curve, group[group["bound"] != ""])):

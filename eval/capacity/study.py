@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -43,7 +44,7 @@ def run_study(config: CapacityConfig, parallel: int = 1, say: Callable[[str], No
         raise InputError(f"parallel: expected a number of processes, got {parallel}")
     study = Path(config.out)
     train = to_dict(replace(config.train, accumulate=1, sequence_parallel=1))
-    claim = {"train": {k: v for k, v in train.items() if k not in _NEUTRAL}}
+    claim: dict[str, Any] = {"train": {k: v for k, v in train.items() if k not in _NEUTRAL}}
     claim |= {"pretrain": config.pretrain and to_dict(config.pretrain)}
     claim |= {"mqar": config.mqar and to_dict(replace(config.mqar, samples=1, seeds=1))}
     claim_folder(study, claim, ["models"])

@@ -21,6 +21,7 @@ from rnn_longctx.eval.capacity.recall import recall_of
 from rnn_longctx.eval.results import KEY as ROW
 from rnn_longctx.eval.results import Results
 from rnn_longctx.eval.sheets import Sheet, sheets
+from rnn_longctx.eval.stats import wilson
 
 KEY = ["shape", "mitigation", "quantity"]
 _OF_ONE = ("model", "weights_hash", "train_length", "train_seed", "train_tokens")  # of one model, not of its shape
@@ -162,13 +163,17 @@ def same_size(points: pd.DataFrame, within: float = 1.1) -> pd.DataFrame:
 
 def associations(results: pd.DataFrame, about: pd.DataFrame) -> pd.DataFrame:
     """MQAR: the columns of models.csv, `pairs`, and `value` (the share of answers that are right) with its 95% interval
-    `low` to `high`, from the standard error over sequences, within 0 and 1."""
+    `low` to `high`: Wilson's, of as many independent answers as have the standard error over sequences (of a sequence
+    each where all are right, or wrong)."""
     rows = results[results["task"].str.fullmatch(_MQAR)]
     parts = rows["task"].str.extract(_MQAR)
     frame = rows[["model", "weights_hash", "value", "stderr", "n"]].assign(pairs=parts[1].astype("int64"))
     joined = about.merge(frame, on=["model", "weights_hash"], how="inner")
-    half = 1.96 * joined["stderr"].fillna(0)
-    joined["low"], joined["high"] = (joined["value"] - half).clip(0, 1), (joined["value"] + half).clip(0, 1)
+    ends = []
+    for p, stderr, n in zip(joined["value"], joined["stderr"], joined["n"]):
+        effective = max(n, p * (1 - p) / stderr**2) if stderr > 0 else n
+        ends.append(wilson(p * effective, effective))
+    joined["low"], joined["high"] = [e.low for e in ends], [e.high for e in ends]
     return joined.sort_values(["task", "state_elements", "pairs"], ignore_index=True)
 
 

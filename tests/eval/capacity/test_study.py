@@ -80,8 +80,14 @@ def test_models_of_a_shape_and_seed_go_on_from_one_start(config):
     for cell in cells:
         rows = {128: 4, 256: 2}[cell.train_length]
         assert about.loc[cell.name, "train_tokens"] == 6 * rows * cell.train_length + 3 * 3 * 192
-    study.run_study(config, 1, said.append)
-    assert said[-1] == "0 cells run"
+    trained = {p: p.stat().st_mtime_ns for p in out.rglob("model/*.safetensors")}
+    train = replace(config.train, accumulate=2, log_every=3)
+    smaller = replace(config, train=train, measure=replace(config.measure, batch=2))
+    study.run_study(smaller, 1, said.append)
+    assert said[-1] == "0 cells run", "what else it reads side by side changes nothing"
+    study.run_study(replace(config, measure=replace(config.measure, needles=["passkey", "words"])), 1, said.append)
+    assert said[-1] == "2 cells run" and "words" in set(Results(out).frame()["task"])
+    assert trained == {p: p.stat().st_mtime_ns for p in trained}, "measured, and not trained again"
     with pytest.raises(InputError, match="another"):
         study.run_study(replace(config, pretrain=PretrainConfig(192, 3, steps=4)))
 

@@ -14,6 +14,7 @@ from rnn_longctx.errors import InputError
 from rnn_longctx.eval.capacity import advise, draw, models, tables
 from rnn_longctx.eval.capacity.recall import search
 from rnn_longctx.eval.results import COLUMNS, Results, to_frame
+from rnn_longctx.eval.stats import wilson
 from rnn_longctx.models import Mamba2Config, Mamba2LM
 
 LIMIT = 1 << 16
@@ -194,6 +195,47 @@ def test_advice(study):
     far = advise(1 << 20, study=study)
     assert far.state > STATES[-1] and far.speed is None
     assert any("extrapolates" in w for w in far.warnings) and any("recalls beyond" in w for w in far.warnings)
+
+
+def test_advice_on_speed_is_of_one_device(study, tmp_path):
+    """Some models were read on another device too, far faster."""
+    results, about = tables.read(study)
+    some = results[results["model"].str.contains("T512-|T1024-")]
+    fast = some.assign(device="a GPU", tokens_per_second=1000 * some["tokens_per_second"])
+    pd.concat([fast, results]).to_parquet(tmp_path / "results.parquet")
+    about.to_csv(tmp_path / "models.csv", index=False)
+    context = round(t_recall(1_000_000))
+    found = advise(context, study=tmp_path)
+    assert found.speed == pytest.approx(advise(context, study=study).speed) and found.device == "cpu"
+    assert "tokens/s read on cpu" in str(found)
+
+
+def test_associations_are_never_certain():
+    """Answers of a sequence hang together; the interval holds the truth about as often as it says, at 1 as well."""
+    rng, sequences, pairs, held = np.random.default_rng(), 100, 8, 0
+    for _ in range(60):
+        family, truth = Family(), float(rng.choice([0.3, 0.9, 0.995]))
+        family.lines.append(dict.fromkeys(models.COLUMNS) | {"model": "m", "weights_hash": "0", "task": "mqar"})
+        right = (rng.random((sequences, pairs)) < truth).mean(1)
+        right = np.where(rng.random(sequences) < 0.5, right, rng.random(sequences) < truth)
+        stderr = float(right.std(ddof=1)) / math.sqrt(sequences)
+        family.put("m", "mqar8", "accuracy", 32, right, stderr=stderr)
+        family.put("m", "mqar4", "accuracy", 16, [1.0] * sequences, stderr=0.0)
+        results, about = pd.DataFrame(family.rows), pd.DataFrame(family.lines, columns=list(models.COLUMNS))
+        found = tables.associations(results, about).set_index("pairs")
+        held += found.loc[8, "low"] <= truth <= found.loc[8, "high"]
+        sure = found.loc[4]
+        assert (sure["low"], sure["high"]) == (wilson(sequences, sequences).low, 1)
+    assert held >= 50
+
+
+def test_no_advice_where_recall_does_not_grow(tmp_path):
+    up_and_down = dict(zip(STATES, (4000, 9000, 3500, 9500, 4200)))
+    grown(tmp_path, up_and_down.__getitem__)
+    found = advise(4096, study=tmp_path)
+    assert math.isnan(found.state) and found.train_length is None and found.speed is None
+    assert str(found).startswith("no size follows for 4K tokens: what is recalled does not grow with the state")
+    assert not any("extrapolates" in w for w in found.warnings)
 
 
 def grown(folder, edge=t_recall) -> Family:
