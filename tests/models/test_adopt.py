@@ -314,7 +314,8 @@ def test_states_of_fewer_bits(model):
     model.generate(ids, max_new_tokens=6, do_sample=False)
     with mitigate(model, "window:tokens=4"):
         again, _ = streamed(adopted, ids, sizes)
-        torch.testing.assert_close(again, logits_of(model, ids), rtol=0, atol=0.1)
+        whole = logits_of(model, ids)
+        assert (again - whole).norm() < 0.03 * whole.norm()
     adopted.use_state_dtype(None)
     assert torch.equal(logits_of(model, ids), before) and all("forward" not in vars(m.module) for m in adopted.mixers)
     assert torch.equal(model.generate(ids, max_new_tokens=6, do_sample=False), tokens)
