@@ -17,6 +17,7 @@ from torch import Tensor
 from rnn_longctx.errors import InputError
 from rnn_longctx.eval.bench_scan import ceilings
 from rnn_longctx.models import Cache, Mamba2Config, Mamba2LM
+from rnn_longctx.models.adopt_transformers import cache_name
 from rnn_longctx.models.checkpoint import save
 from rnn_longctx.models.decode import Decoder
 from rnn_longctx.ssd import PLAIN, Cap, ScanPolicy
@@ -221,5 +222,6 @@ def _transformers_step(model: Mamba2LM, prompt: Tensor, tokens: int) -> Step:
     other = _transformers(model)
     if other is None:
         raise ImportError
-    cache = other(prompt, use_cache=True).cache_params
-    return lambda token: other(token[:, None], cache_params=cache, use_cache=True).logits[:, -1]
+    name = cache_name(other)
+    cache = {name: other(prompt, use_cache=True)[name]}
+    return lambda token: other(token[:, None], **cache, use_cache=True).logits[:, -1]

@@ -99,14 +99,14 @@ def read_adopted(model: Any, ids: Tensor, segment: int, first: int, keep: list[i
         for t in range(0, ids.shape[1], segment):
             h = base.embeddings(ids[:, t : t + segment].to(model.device))
             for block in base.layers[:first]:
-                h = block(h, cache_params=cache.library)
+                h = block(h, cache.library)
             fresh = scored(first, h)
             kept = _heaviest([torch.cat(pair, 1) for pair in zip(kept, fresh)] if kept else fresh, keep[0])
         h = kept[0]
         for i, block in enumerate(base.layers[first:], first):
             if i > first:
                 h = _heaviest(scored(i, h), keep[i - first])[0]
-            h = block(h, cache_params=cache.library)
+            h = block(h, cache.library)
     cache.seen, cache.position = ids.shape[1], torch.full((len(ids),), ids.shape[1])
     return model.logits(base.norm_f(h[:, -1])), cache
 

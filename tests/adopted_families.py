@@ -7,6 +7,7 @@ from __future__ import annotations
 import torch
 import transformers as hf
 
+from rnn_longctx.models.adopt_transformers import cache_name
 from rnn_longctx.ssd import Cap, ScanPolicy
 
 VOCAB = 97
@@ -95,6 +96,13 @@ POLICIES = {
     "reset": ScanPolicy(reset=6),
 }
 NEAR = {"rtol": 0, "atol": 1e-4}
+
+
+def cached(model, ids, cache=None):
+    """The library's own call with a cache: logits, and the cache moved on."""
+    name = cache_name(model)
+    out = model(ids, **{name: cache}, use_cache=True)
+    return out.logits, out[name]
 
 
 def random_ids(batch=2, length=20):

@@ -30,7 +30,7 @@ from rnn_longctx.errors import InputError
 from rnn_longctx.models import adopt_rows
 from rnn_longctx.models.adopt_cache import AdoptedCache
 from rnn_longctx.models.adopt_mamba1 import AdoptedMamba1, is_mamba1
-from rnn_longctx.models.adopt_transformers import AdoptedMixer, is_mamba2, is_mamba_ssm
+from rnn_longctx.models.adopt_transformers import AdoptedMixer, cache_name, is_mamba2, is_mamba_ssm
 from rnn_longctx.models.checkpoint import LazyTokenizer, _device, _dtype, _fits, load, locate
 from rnn_longctx.models.formats import ADOPTED, one_line, read_json
 from rnn_longctx.models.losses import token_losses
@@ -216,7 +216,7 @@ class Adopted:
     @property
     def attends(self) -> bool:
         """Whether attention stands beside the recurrence: a hybrid keeps keys and values, a pure model states alone."""
-        return "past_key_values" in self._takes
+        return not self._takes.isdisjoint(("past_key_values", "position_ids"))
 
     @property
     def state_dtype(self) -> torch.dtype | None:
@@ -337,7 +337,7 @@ class Adopted:
         before and columns of padding up to here."""
         total, length = cache.seen + ids.shape[1], ids.shape[1]
         given: dict[str, Any] = {}
-        key = "past_key_values" if self.attends else "cache_params"
+        key = cache_name(self.base)
         if bool(padding.any()) and (self.attends or mask is not None):
             # a pure model's mask is of this call's tokens, a hybrid's of all
             columns = torch.arange(cache.dropped if self.attends else cache.seen, total)

@@ -29,6 +29,7 @@ from rnn_longctx.models.adopt_layer import Beside, following
 from rnn_longctx.ssd import PLAIN, Observer, ScanCarry, ScanPolicy, scan, window_state
 
 UNLIMITED = (0.0, math.inf)
+CACHE_NAMES = ("cache", "past_key_values", "cache_params")  # from transformers 5.24 on; hybrids, pure models before
 UNKNOWN = -(2**30)  # the position of a row that was read before a policy was there to count; below 0 for a long time
 
 _eras = itertools.count(1)
@@ -183,7 +184,7 @@ class AdoptedMixer:
         if not self.active:
             return self._own["forward"](*args, **kwargs)
         given = dict(zip(self._arguments, args)) | kwargs
-        cache = given["cache_params"] if "cache_params" in given else given.get("past_key_values")
+        cache = next((given[n] for n in CACHE_NAMES if given.get(n) is not None), None)
         mask = given.get("attention_mask")
         if _static_attention(cache):
             raise InputError(
@@ -342,6 +343,12 @@ def _static_attention(cache: Any) -> bool:
 
 
 # --- finding mixers
+
+
+def cache_name(module: nn.Module) -> str:
+    """What a module of transformers calls the cache, as an argument and in its output."""
+    takes = inspect.signature(module.forward).parameters
+    return next(n for n in CACHE_NAMES if n in takes)
 
 
 def is_mamba2(module: nn.Module) -> bool:

@@ -10,6 +10,7 @@ from adopted_families import (
     NEAR,
     POLICIES,
     VOCAB,
+    cached,
     logits_of,
     put,
     random_ids,
@@ -77,21 +78,20 @@ def test_a_cache_can_be_reset(build):
     model = build("mamba2")
     put(adopt(model), POLICIES["cap every 7"])
     ids = random_ids(2, 10)
-    first = model(ids, use_cache=True)
-    cache = first.cache_params
+    first, cache = cached(model, ids)
     cache.reset()
-    again = model(ids, cache_params=cache, use_cache=True)
-    torch.testing.assert_close(again.logits, first.logits, rtol=0, atol=0)
+    again, _ = cached(model, ids, cache)
+    torch.testing.assert_close(again, first, rtol=0, atol=0)
 
 
 @torch.no_grad()
 def test_a_cache_from_before_the_remedy(build):
     model = build("mamba2")
-    cache = model(random_ids(), use_cache=True).cache_params
+    _, cache = cached(model, random_ids())
     with mitigate(model, "rri"):
-        model(random_ids(), cache_params=copy.deepcopy(cache), use_cache=True)  # needs no position
+        cached(model, random_ids(), copy.deepcopy(cache))  # needs no position
     with mitigate(model, "window:tokens=8"), pytest.raises(InputError, match="start a new cache"):
-        model(random_ids(), cache_params=cache, use_cache=True)
+        cached(model, random_ids(), cache)
     adopted = adopt(model)  # which counts
     cache = adopted.new_cache()
     ids = random_ids(2, 20)
