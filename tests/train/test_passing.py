@@ -122,8 +122,12 @@ def test_bf16_autocast() -> None:
     low = lambda: torch.autocast("cpu", torch.bfloat16)  # noqa: E731
     _, _, after = accumulate(Learner(model), Part.of(batch), settings, start, 0.5, low)
     assert all(state.dtype == torch.float32 for _, state in after)
+    missed, whole = 0.0, 0.0
     for (name, p), expected in zip(model.named_parameters(), exact, strict=True):
-        assert p.grad is not None and float((p.grad - expected).norm() / expected.norm()) < 0.1, name
+        # of a few numbers that are sums of what cancels more is rounded away; a lost gradient is off by 1, half by 0.5
+        assert p.grad is not None and float((p.grad - expected).norm() / expected.norm()) < 0.4, name
+        missed, whole = missed + float((p.grad - expected).square().sum()), whole + float(expected.square().sum())
+    assert missed < 0.1**2 * whole
 
 
 def test_a_longer_stream_takes_no_more_memory() -> None:
