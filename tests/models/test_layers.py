@@ -174,7 +174,8 @@ def test_norm_and_projection_in_half(dim, groups, dtype):
 @pytest.mark.gpu
 @pytest.mark.parametrize("described", [0, 2**60])
 def test_a_norm_folded_into_the_scan_in_bf16(make, folds, monkeypatch, described):
-    """By the copy engine and without: nearer to the exact logits, if anything."""
+    """By the copy engine and without. The norm's weight goes into the next projection's, which is rounded once more:
+    over 40 draws on an H100 0.99 to 1.22 times as far from the exact logits, 0.2% to 0.4% of them."""
     monkeypatch.setattr(launch, "DESCRIBED", described)
     model = make(torch.bfloat16, d_model=256, headdim=64, ngroups=1, d_state=128).to(DEVICE)
     ids = torch.randint(61, (2, 5000), device=DEVICE)
@@ -183,7 +184,7 @@ def test_a_norm_folded_into_the_scan_in_bf16(make, folds, monkeypatch, described
         exact = copy.deepcopy(model).double()
         exact = exact.logits(exact(ids))
     far, far_plain = ((y - exact).norm() / exact.norm() for y in (folded, plain))
-    assert far < 1.1 * far_plain and far < 5e-2
+    assert far < 1.4 * far_plain and far < 1e-2
 
 
 @pytest.mark.gpu
