@@ -22,9 +22,10 @@ GAP = 1.3  # shortest length that fails over longest that passes; a search leave
 @dataclass(frozen=True)
 class Advice:
     """`state`: numbers of one stream's recurrent state, scan and convolution together, inf where the fit never gets
-    there, NaN where none follows since recall does not grow with it; low, high: its 95% interval, NaN where it is not
+    there, NaN where none follows since the fit does not grow with it; low, high: its 95% interval, NaN where it is not
     known. train_length: tokens to train such a state on so that it forgets, by T_forget's fit, None without one.
-    `speed`: tokens a second on `device`, None if not known. `warnings`: why not to trust it."""
+    `speed`: tokens a second on `device`, None if not known. `measured`: what the shapes of the study do, fits apart.
+    `warnings`: why not to trust it."""
 
     context: int
     recall: float
@@ -36,6 +37,7 @@ class Advice:
     source: str
     warnings: list[str] = field(default_factory=list)
     device: str | None = None
+    measured: str | None = None
 
     def __str__(self) -> str:
         if math.isnan(self.state):
@@ -53,9 +55,13 @@ class Advice:
                 f"memory: {_memory(4 * self.state)} a stream in float32, {_memory(2 * self.state)} in bfloat16",
             ]
             if self.train_length is not None:
-                lines.append(f"training length from which it forgets: {max(0.0, self.train_length):,.0f} tokens")
+                tokens = (
+                    f"{self.train_length:,.0f} tokens" if self.train_length > 0 else "none follows, its fit is below 0"
+                )
+                lines.append(f"training length from which it forgets: {tokens}")
             speed = "not known" if self.speed is None else f"{self.speed:,.0f} tokens/s read on {self.device}"
             lines.append(f"speed of such a model: {speed}")
+        lines += [f"measured: {self.measured}"] if self.measured else []
         return "\n".join([*lines, *(f"warning: {w}" for w in self.warnings)])
 
 
@@ -101,11 +107,8 @@ def _by_study(context: int, recall: float, study: Path, mitigation: str) -> Advi
     if found is None:
         raise InputError(f"{study} has too few points of T_recall under {mitigation} for a fit; see points.csv there")
     form, f, doubts = found
-    state, low, high = (math.nan,) * 3 if form == "constant" else f.needed(context / K)
+    state, low, high = f.needed(context / K) if f.curve.grows else (math.nan,) * 3
     warnings = _beyond(state, float(f.s.min()), float(f.s.max())) + doubts
-    if context / K > f.y.max():
-        longest = format_length(round(float(f.y.max()) * K))
-        warnings.append(f"no shape of the study recalls beyond {longest} tokens, by the median of its seeds")
     exact = recalls[recalls["bound"] == ""]
     if (gap := float((exact["fails"] / exact["value"]).max())) > GAP:
         warnings.append(
@@ -124,9 +127,23 @@ def _by_study(context: int, recall: float, study: Path, mitigation: str) -> Advi
     source = f"the {form} through {len(f.s)} points (R² {f.r2:.3f}, one left out {f.r2_loo:.3f})"
     if form == "constant":
         source = f"the {len(f.s)} points, which no form fits better than a constant of {f.curve.c:.3g}K tokens"
+    elif not f.curve.grows:
+        source += ", which falls"
     speed, device = (None, None) if not math.isfinite(state) else _speed(results, about, mitigation, state)
     needed = (state * MILLION, low * MILLION, high * MILLION)
-    return Advice(context, recall, *needed, train, speed, source, warnings, device)
+    return Advice(context, recall, *needed, train, speed, source, warnings, device, _measured(recalls, context))
+
+
+def _measured(recalls: pd.DataFrame, context: int) -> str:
+    shown = recalls[recalls["bound"] != "below"]
+    enough = shown[shown["value"] >= context]
+    if len(enough):
+        least = _size(float(enough["state_elements"].min()))
+        return (
+            f"{len(enough)} of {len(recalls)} shapes recall as much, by the median of seeds; the smallest has {least}"
+        )
+    longest = f"the longest is {format_length(int(shown['value'].max()))}" if len(shown) else "none recalls anything"
+    return f"no shape recalls as much, by the median of seeds; {longest}"
 
 
 def _fit(points: pd.DataFrame) -> tuple[str, fitting.Fit, list[str]] | None:

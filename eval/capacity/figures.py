@@ -67,9 +67,10 @@ def growth(group: pd.DataFrame, quantity: str, mitigation: str) -> Figure:
     for axes in (near, far):
         _points(axes, group)
     near.set_ylim(0, 1.1 * float(group[["value", "high"]].to_numpy(float, na_value=0).max()) / K)
-    if best not in (None, "constant") and (i := fits[best].carrier) is not None:
+    bent = fitting.best({form: f for form, f in fits.items() if form != "constant"})  # a constant leans on nothing
+    if bent is not None and (i := fits[bent].carrier) is not None:
         near.plot(s[i], y[i], "o", markersize=15, markerfacecolor="none", markeredgecolor=_RED, zorder=4,
-                  label=f"the {best} leans on it: R² {fits[best].r2_without:.3f} without")  # fmt: skip
+                  label=f"the {bent} leans on it: R² {fits[bent].r2_without:.3f} without")  # fmt: skip
     if best is not None:
         far.plot(x, _positive(fits[best].curve(x)), color=_COLOURS[best], linewidth=1.6, label=f"ours, {best}")
     curve, least = fitting.paper(quantity), float(group["value"].min()) / K
@@ -78,7 +79,8 @@ def growth(group: pd.DataFrame, quantity: str, mitigation: str) -> Figure:
         at = np.array(PAPER_SIZES)
         least = min(least, float(np.nanmin(_positive(curve(at)))))
         far.plot(sizes, _positive(curve(sizes)), color="black", linewidth=1.2, label="Stuffed Mamba's fit")
-        far.plot(at, _positive(curve(at)), "|", color="black", markersize=9, label="its models' state sizes")
+        far.plot(at, np.full(len(at), 0.015), "|", color="black", markersize=9, label="its models' state sizes",
+                 transform=far.get_xaxis_transform())  # fmt: skip
         if quantity.startswith("T_recall"):
             far.plot(
                 *PAPER_POINT, "*", color="black", markersize=10, label="its 370M model, the point its fit leans on"
@@ -170,7 +172,8 @@ def recall(frame: pd.DataFrame) -> Figure:
 
 
 def mqar(frame: pd.DataFrame) -> Figure:
-    """A panel a task: accuracy over the number of pairs, a line a shape, darker for a larger state."""
+    """A panel a task: accuracy over the number of pairs, a line a shape, darker for a larger state: the median of its
+    seeds, and shaded from the lowest end of their intervals to the highest."""
     tasks = list(dict.fromkeys(frame["task"]))
     figure = Figure(figsize=(6.0 * len(tasks), 5.0), layout="constrained")
     panels = figure.subplots(1, len(tasks), squeeze=False, sharey=True)[0]
@@ -178,12 +181,12 @@ def mqar(frame: pd.DataFrame) -> Figure:
     for task, axes in zip(tasks, panels):
         for i, shape in enumerate(shapes):
             some = frame[(frame["task"] == task) & (frame["shape"] == shape)]
-            mean = some.groupby("pairs")[["value", "low", "high"]].mean()
+            seeds = some.groupby("pairs").agg({"value": "median", "low": "min", "high": "max"})
             colour = str(0.75 * (1 - i / max(1, len(shapes) - 1)))  # a grey
             size = _millions(some["state_elements"].iloc[0]) if len(some) else ""
-            axes.plot(mean.index, mean["value"], marker=_MARKERS[i % len(_MARKERS)], color=colour, markersize=5,
+            axes.plot(seeds.index, seeds["value"], marker=_MARKERS[i % len(_MARKERS)], color=colour, markersize=5,
                       label=f"{shape}: {size}")  # fmt: skip
-            axes.fill_between(mean.index, mean["low"], mean["high"], color=colour, alpha=0.15, linewidth=0)
+            axes.fill_between(seeds.index, seeds["low"], seeds["high"], color=colour, alpha=0.15, linewidth=0)
         axes.set_xscale("log", base=2)
         axes.xaxis.set_minor_locator(NullLocator())
         ticks = sorted(frame["pairs"].unique())

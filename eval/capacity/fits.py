@@ -59,6 +59,10 @@ class Curve:
     def __call__(self, s: Array) -> Array:
         return self.c + self.a * _shape(self.form, np.asarray(s, float), self.k)
 
+    @property
+    def grows(self) -> bool:
+        return self.form != "constant" and self.a * (1.0 if self.form == "line" else self.k) > 0
+
     def __str__(self) -> str:
         return _TEXT[self.form].format(a=self.a, c=self.c, k=self.k)
 
@@ -252,15 +256,13 @@ def inverse(curve: Curve, y: float) -> float:
     with np.errstate(all="ignore"):
         if curve.form == "constant" or curve.a == 0:
             return 0.0 if rise <= 0 else math.inf
+        if not curve.grows:
+            return math.inf
         if curve.form == "line":
-            return max(0.0, rise / curve.a) if curve.a > 0 else math.inf
+            return max(0.0, rise / curve.a)
         if curve.form == "power":
-            if curve.a <= 0 or curve.k <= 0:
-                return math.inf
             log = math.log(rise / curve.a) / curve.k
             return math.exp(log) if log < _HUGE else math.inf  # a curve that hardly grows
-        if curve.a * curve.k <= 0:  # falls
-            return math.inf
         share = rise / curve.a
         if curve.k > 0:
             return max(0.0, math.log(share) / curve.k) if share > 0 else 0.0

@@ -49,6 +49,7 @@ def run_study(config: CapacityConfig, parallel: int = 1, say: Callable[[str], No
     claim |= {"mqar": config.mqar and to_dict(replace(config.mqar, samples=1, seeds=1))}
     claim_folder(study, claim, ["models"])
     Results(study)  # it can be written
+    text = load_text(config.measure.text).name  # and this read, before anything is trained
     local = replace(config, train=replace(config.train, data=replace(config.train.data, text=_texts(config, study))))
     write_atomic(study / STUDY, yaml.safe_dump(to_dict(local), sort_keys=False).encode())
 
@@ -58,7 +59,7 @@ def run_study(config: CapacityConfig, parallel: int = 1, say: Callable[[str], No
     done = 0
     try:
         while True:
-            todo = [c for c in _todo(config, study, known) if c.name not in failed and c.name not in running]
+            todo = [c for c in _todo(config, study, known, text) if c.name not in failed and c.name not in running]
             for cell in todo[: parallel - len(running)]:
                 running[cell.name] = (cell, _start(cell, study, parallel), time.monotonic())
             if not running:
@@ -90,7 +91,7 @@ def run_study(config: CapacityConfig, parallel: int = 1, say: Callable[[str], No
     return study
 
 
-def _todo(config: CapacityConfig, study: Path, known: dict[str, bool]) -> list[Cell]:
+def _todo(config: CapacityConfig, study: Path, known: dict[str, bool], text: str) -> list[Cell]:
     """Cells that may be run now, the next of every shape's search first."""
     wanted = []
     for model in config.models:
@@ -98,7 +99,7 @@ def _todo(config: CapacityConfig, study: Path, known: dict[str, bool]) -> list[C
         outcomes: dict[tuple[int, int], bool] = {}
         for where, cell in cells.items():
             if cell.name not in known and is_done(config, cell, study):
-                known[cell.name] = tables.passes(study, cell.name, config.measure.limit)
+                known[cell.name] = tables.passes(study, cell.name, config.measure.limit, text)
             if cell.name in known:
                 outcomes[where] = known[cell.name]
         wanted += [cells[where] for where in next_models(config.train_lengths, range(config.seeds), outcomes)]

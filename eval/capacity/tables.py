@@ -40,13 +40,14 @@ def _once(results: pd.DataFrame) -> pd.DataFrame:
     return results.sort_values("n", ascending=False, kind="stable").drop_duplicates(same).sort_index()
 
 
-def passes(study: Path, name: str, limit: int) -> bool:
-    """Whether the model of that name, without a remedy, passed the test of forgetting up to `limit`."""
+def passes(study: Path, name: str, limit: int, text: str) -> bool:
+    """Whether the model of that name, without a remedy, passed the test of forgetting up to `limit` on the text of that
+    name: not beyond, and not on others that it was read on before. Raises InputError: it was not measured so."""
     frame = _once(Results(study).frame())
-    for sheet in sheets(frame[frame["model"] == name]):
+    for sheet in sheets(frame[(frame["model"] == name) & (frame["text"] == text) & (frame["length"] <= limit)]):
         if sheet.task == "lm" and "none" in sheet.cells and max(sheet.lengths) >= limit:
             return sheet.verdict("none").first_failing is None
-    raise InputError(f"{name} was not measured without a remedy at {format_length(limit)} tokens")
+    raise InputError(f"{name} was not measured without a remedy at {format_length(limit)} tokens of {text}")
 
 
 def findings(results: pd.DataFrame, about: pd.DataFrame, target: float) -> pd.DataFrame:
@@ -91,7 +92,8 @@ def points(found: pd.DataFrame) -> pd.DataFrame:
     """One line a shape, remedy and quantity (T_forget, T_recall): the columns of models.csv that its models share, and
 
     value: tokens. T_forget: the shortest training length above all whose models, by majority, fail. T_recall: the
-        median over seeds, at the training length where that is longest; `model` is the one it is of.
+        median over seeds, at the training length where that is longest, of those with the most seeds (the best of many
+        single models would be the luckiest); `model` is the one it is of, `seeds` how many there were.
     bound: "" where `value` was found; "above" or "below" where only that is known (not reached; at the shortest tried).
     low, high: T_forget lies above `low`, the longest training length that fails; the seeds' T_recalls lie within.
     fails: of T_recall, the shortest length that is not shown.
@@ -125,7 +127,10 @@ def _t_forget(group: pd.DataFrame) -> dict[str, Any]:
 
 def _t_recall(group: pd.DataFrame) -> dict[str, Any]:
     best: tuple[int, Any] | None = None
-    for train_length, some in group.groupby("train_length", dropna=False):
+    trained = group.groupby("train_length", dropna=False)
+    for train_length, some in trained:
+        if len(some) < trained.size().max():
+            continue
         reached = {i: 0 if pd.isna(p) else int(p) for i, p in some["passes"].items()}
         middle = median_low(sorted(reached.values()))
         if best is None or middle > best[0]:
@@ -134,7 +139,8 @@ def _t_recall(group: pd.DataFrame) -> dict[str, Any]:
     middle, (train_length, some, index) = best
     one, lengths = some.loc[index], some["passes"].fillna(0)
     bound = "below" if not middle else "above" if pd.isna(one["fails"]) else ""
-    of = {"model": one["model"], "weights_hash": one["weights_hash"], "train_length": train_length}
+    of = {"model": one["model"], "weights_hash": one["weights_hash"], "train_length": train_length,
+          "seeds": len(some)}  # fmt: skip
     value, low, high = middle or int(one["fails"]), int(lengths.min()), int(lengths.max())
     more = {"fails": None if pd.isna(one["fails"]) else int(one["fails"]), "text": one["text"]}
     return of | {"value": value, "bound": bound, "low": low, "high": high} | more

@@ -120,9 +120,30 @@ def test_one_model_passes_or_not(tmp_path):
             Results(tmp_path).put(row)
     for seed, forgets in enumerate((True, False)):
         name = f"s{STATES[0]}-T512-s{seed}"
-        assert tables.passes(tmp_path, name, LIMIT) is forgets
-        with pytest.raises(InputError, match=r"was not measured"):
-            tables.passes(tmp_path, name, 2 * LIMIT)
+        assert tables.passes(tmp_path, name, LIMIT, "lm") is forgets
+        assert tables.passes(tmp_path, name, 2048, "lm"), "it fails from 4096 on"
+        for limit, text in ((2 * LIMIT, "lm"), (LIMIT, "other")):
+            with pytest.raises(InputError, match=r"was not measured"):
+                tables.passes(tmp_path, name, limit, text)
+        for row in [
+            r for r in family.rows if r["task"] == "lm" and r["model"] == name
+        ]:  # another text, another outcome
+            worse = {"value": 9.0, "samples": [9.0] * 2} if forgets and row["length"] > 512 else {}
+            Results(tmp_path).put(row | {"text": "other"} | worse)
+        assert tables.passes(tmp_path, name, LIMIT, "lm") is forgets
+        assert not tables.passes(tmp_path, name, LIMIT, "other")
+
+
+def test_a_point_of_recall_is_of_the_lengths_with_the_most_seeds(tmp_path):
+    family = Family()
+    for train, edges in ((512, (3000, 9000, 5000)), (1024, (60_000,)), (2048, (2000, 2500, 50_000))):
+        for seed, edge in enumerate(edges):
+            family.add(STATES[0], train, seed, True, edge)
+    family.write(tmp_path)
+    points = tables.points(tables.findings(*tables.read(tmp_path), 0.95)).set_index("quantity")
+    found = points.loc["T_recall"]
+    assert (found["train_length"], found["seeds"], found["models"]) == (512, 3, 7)
+    assert 4000 < found["value"] <= 5000 and found["low"] <= 3000 < 8000 < found["high"]
 
 
 def test_shapes_of_one_size_are_set_side_by_side():
@@ -188,13 +209,13 @@ def test_advice(study):
     context = round(t_recall(1_000_000))
     found = advise(context, study=study)
     assert 0.8e6 < found.state < 1.25e6 and not any("extrapol" in w for w in found.warnings)
-    assert not found.high < found.low
+    assert 0 < found.low <= found.state <= found.high and "2 of 5 shapes recall as much" in str(found)
     assert found.train_length == pytest.approx(t_forget(1_000_000), rel=0.6)
     assert found.speed == pytest.approx(1e9 / found.state, rel=0.01)
     assert "MiB a stream" in str(found) and "tokens/s" in str(found)
     far = advise(1 << 20, study=study)
     assert far.state > STATES[-1] and far.speed is None
-    assert any("extrapolates" in w for w in far.warnings) and any("recalls beyond" in w for w in far.warnings)
+    assert any("extrapolates" in w for w in far.warnings) and "no shape recalls as much" in str(far)
 
 
 def test_advice_on_speed_is_of_one_device(study, tmp_path):
@@ -236,6 +257,14 @@ def test_no_advice_where_recall_does_not_grow(tmp_path):
     assert math.isnan(found.state) and found.train_length is None and found.speed is None
     assert str(found).startswith("no size follows for 4K tokens: what is recalled does not grow with the state")
     assert not any("extrapolates" in w for w in found.warnings)
+    assert "measured: 3 of 5 shapes recall as much, by the median of seeds; the smallest has 200K" in str(found)
+
+
+def test_no_advice_where_recall_falls(tmp_path):
+    grown(tmp_path, lambda state: 1024 * (20 - 10 * state / 1e6))
+    found = advise(8192, study=tmp_path)
+    assert math.isnan(found.state) and "falls" in found.source
+    assert str(found).startswith("no size follows for 8K tokens") and "4 of 5 shapes" in str(found)
 
 
 def grown(folder, edge=t_recall) -> Family:
@@ -299,6 +328,7 @@ def test_advice_of_the_paper():
     assert found.state == pytest.approx(12.9e6, rel=0.02) and found.speed is None and len(found.warnings) == 1
     assert found.train_length == pytest.approx(1024 * (5.172 * found.state / 1e6 - 4.469))
     assert "extrapolates" in str(advise(1 << 24)) and "extrapolates" in str(advise(128))
+    assert "none follows, its fit is below 0" in str(advise(128))
     with pytest.raises(InputError, match=r"fits a recall of 0\.95 alone"):
         advise(4096, 0.9)
     with pytest.raises(InputError, match="lies between 0 and 1"):
