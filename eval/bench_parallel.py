@@ -1,7 +1,9 @@
-"""One context over several GPUs against one of them: the time to read it, the memory to train on it. Under torchrun."""
+"""Several GPUs against one of them: the time to read one context, the memory to train on it, and the speed of training
+on a batch each. Under torchrun."""
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import time
@@ -12,12 +14,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from rnn_longctx.errors import InputError
+from rnn_longctx.eval import bench_train
 from rnn_longctx.eval.bench_model import SHAPE_370M
 from rnn_longctx.models import Cache, Mamba2LM
 from rnn_longctx.train.parallel import reduce_gradients, sequence_parallel, shard, stretch
+from rnn_longctx.train.passing import Learner
 
 Row = dict[str, Any]
 
@@ -45,14 +49,17 @@ def model_370m() -> Mamba2LM:
         return Mamba2LM(SHAPE_370M).bfloat16()
 
 
-def parallel_rows(model: Mamba2LM, length: int, segment: int, train: int) -> Iterator[Row]:
+def parallel_rows(model: Mamba2LM, length: int, segment: int, train: int,
+                  each: tuple[int, int] | None = None) -> Iterator[Row]:  # fmt: skip
     """Rows for 1, 2, 4, ... ranks, on rank 0; the others yield none. Collective. One rank reads without any of it.
 
         read    `length` tokens, `segment` a rank and call, without gradients; error: of the next token's logits
         train   forward and backward of `train` tokens, their loss's gradients summed over the ranks; error: of those
+        data    data-parallel updates of float32 weights in bf16 autocast (DDP), `each` rank with a batch x tokens of
+                its own
 
-    `times_one`: how much sooner than one rank. peak_gib: the most that a rank held at once, and more_gib what of it was
-    not there before; NaN on CPUs. error: relative, against one rank.
+    `times_one`: how much sooner than one rank, of `data` how many times its tokens a second. peak_gib: the most that a
+    rank held at once, and more_gib what of it was not there before; NaN on CPUs. error: relative, against one rank.
     """
     world, rank, device = dist.get_world_size(), dist.get_rank(), model.device
     draw = torch.Generator().manual_seed(0)
@@ -72,6 +79,27 @@ def parallel_rows(model: Mamba2LM, length: int, segment: int, train: int) -> Ite
                     yield {"what": what, "length": tokens, "ranks": ranks, **row, "times_one": seconds / row["seconds"],
                            "error": error}  # fmt: skip
             dist.barrier()
+        if each and rank < ranks:
+            row = _data_parallel(model, *each, group, ranks)
+            alone.setdefault("data", (row["seconds"], None))
+            if rank == 0:
+                times = ranks * alone["data"][0] / row["seconds"]
+                tokens = ranks * each[0] * each[1]
+                yield {"what": "data", "length": tokens, "ranks": ranks, **row,
+                       "tokens_per_second": tokens / row["seconds"], "times_one": times}  # fmt: skip
+        dist.barrier()
+
+
+def _data_parallel(model: Mamba2LM, batch: int, length: int, group: dist.ProcessGroup, ranks: int) -> Row:
+    trained = copy.deepcopy(model).to(torch.promote_types(model.dtype, torch.float32))
+    learner: nn.Module = Learner(trained, recorded=True)
+    if ranks > 1:
+        learner = nn.parallel.DistributedDataParallel(learner, process_group=group)
+    ids = torch.randint(model.config.vocab_size, (batch, length + 1), device=model.device)
+    row = bench_train.measured(trained, bench_train.learning(learner, trained), ids)
+    found = torch.tensor([row["seconds"], row["peak_gib"]], dtype=torch.float64, device=ids.device)
+    dist.all_reduce(found, dist.ReduceOp.MAX, group)
+    return row | dict(zip(("seconds", "peak_gib"), found.tolist()))
 
 
 def _measured(run: Callable[..., Tensor], model: Mamba2LM, ids: Tensor, segment: int, group: dist.ProcessGroup,

@@ -3,6 +3,7 @@ here and in mamba-ssm, and on long ones by segments that pass their states on.""
 
 from __future__ import annotations
 
+import gc
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -26,8 +27,8 @@ Learn = Callable[[Tensor], None]  # ids (B, T + 1): leaves the gradients in the 
 
 def train_rows(shape: Mamba2Config, whole: list[tuple[int, int]], streams: list[tuple[int, int]],
                segments: list[int]) -> Iterator[Row]:  # fmt: skip
-    """A row a size and system: seconds and tokens a second of an update, after one that compiles; the most memory in
-    use (NaN on a CPU); and mfu, the operations that the model asks for over what the device's matrix units could have
+    """A row a size and system: seconds and tokens a second of an update, after one that compiles; the most memory held
+    (NaN on a CPU); and mfu, the operations that the model asks for over what the device's matrix units could have
     done in that time, as a large bf16 product measures them here.
 
     Operations of a token: 6 a matrix weight (a product forwards, two backwards; projections and head), and 12 a state
@@ -52,12 +53,13 @@ def train_rows(shape: Mamba2Config, whole: list[tuple[int, int]], streams: list[
             continue
         model, learn = made
         ids = torch.randint(shape.vocab_size, (batch, length + 1), device=device)
-        row = _measured(model, learn, ids)
+        row = measured(model, learn, ids)
         speed = batch * length / row["seconds"]
         mfu = speed * operations(shape) / rate
         yield {"what": "train", "batch": batch, "length": length, "segment": segment or length, "system": system,
                "tokens_per_second": speed, "mfu": mfu, **row, "matrix_tflop_s": rate / 1e12}  # fmt: skip
         del model, learn, made
+        gc.collect()  # graphs, and the memory they hold
         if device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -72,15 +74,19 @@ def operations(shape: Mamba2Config) -> int:
 def _ours(shape: Mamba2Config, device: torch.device, segment: int) -> tuple[nn.Module, Learn]:
     with device:
         model = Mamba2LM(shape)
-    learner = Learner(model)
+    return model, learning(Learner(model, recorded=True), model, segment)
+
+
+def learning(learner: nn.Module, model: Any, segment: int = 0) -> Learn:
+    """learner: the model's, wrapped or not. segment: tokens, or 0 for all of a sequence."""
 
     def learn(ids: Tensor) -> None:
         part = Part.of(Batch(ids, torch.zeros_like(ids[:, 1:], dtype=torch.bool)))
         passing = PassingConfig(segment, bptt=0) if segment else None
         start = zeros(model, len(ids)) if segment else None
-        accumulate(learner, part, passing, start, 0.0, lambda: torch.autocast(device.type, torch.bfloat16))
+        accumulate(learner, part, passing, start, 0.0, lambda: torch.autocast(ids.device.type, torch.bfloat16))
 
-    return model, learn
+    return learn
 
 
 def _official(shape: Mamba2Config, device: torch.device, segment: int) -> tuple[nn.Module, Learn] | None:
@@ -102,7 +108,8 @@ def _official(shape: Mamba2Config, device: torch.device, segment: int) -> tuple[
     return model, learn
 
 
-def _measured(model: nn.Module, learn: Learn, ids: Tensor) -> Row:
+def measured(model: nn.Module, learn: Learn, ids: Tensor) -> Row:
+    """seconds of an update, the median; peak_gib held; note: why there are none."""
     cuda, times = ids.is_cuda, []
     optimizer = make_optimizer(model, OptimizerConfig(lr=1e-4))
 
@@ -121,10 +128,13 @@ def _measured(model: nn.Module, learn: Learn, ids: Tensor) -> Row:
             update()
             if cuda:
                 torch.cuda.synchronize()
-            times += [time.perf_counter() - began] if repeat else []
+            if repeat:
+                times.append(time.perf_counter() - began)
+            elif cuda:
+                torch.cuda.empty_cache()  # of what compiling took
     except RuntimeError as problem:  # no memory, or what another library does with this size
         return {"seconds": math.nan, "peak_gib": math.nan, "note": str(problem).splitlines()[0][:80]}
-    peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else math.nan
+    peak = torch.cuda.max_memory_reserved() / 2**30 if cuda else math.nan  # what graphs hold counts as reserved alone
     return {"seconds": median(times), "peak_gib": peak, "note": ""}
 
 

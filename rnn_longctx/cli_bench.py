@@ -107,16 +107,18 @@ def bench_parallel(
     length: Annotated[str, typer.Option(help="Tokens of the context that is read.")] = "4m",
     segment: Annotated[str, typer.Option(help="Tokens that a GPU reads at once.")] = "256k",
     train: Annotated[str, typer.Option(help="Tokens of the sequence that is trained on; 0: none.")] = "16k",
+    each: Annotated[str, typer.Option(help="Batch x tokens of a GPU in data-parallel training; empty: none.")] = "2x8k",
     out: Annotated[Path | None, OUT] = None,
 ) -> None:
-    """One context over 1, 2, 4, ... GPUs with a model of 370M parameters, under torchrun: torchrun --nproc-per-node 4
-    -m rnn_longctx.cli bench parallel"""
+    """One context over 1, 2, 4, ... GPUs, and a batch each, with a model of 370M parameters, under torchrun: torchrun
+    --nproc-per-node 4 -m rnn_longctx.cli bench parallel"""
     from rnn_longctx.config import parse_length
     from rnn_longctx.eval.bench_parallel import joined, model_370m, parallel_rows
 
     tokens, at_once, trained = parse_length(length), parse_length(segment), 0 if train == "0" else parse_length(train)
+    batches = _sizes("each", each)
     with joined() as rank:
-        rows = parallel_rows(model_370m(), tokens, at_once, trained)
+        rows = parallel_rows(model_370m(), tokens, at_once, trained, batches[0] if batches else None)
         if rank == 0:
             _record(rows, out)
         else:

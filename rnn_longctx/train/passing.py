@@ -25,6 +25,7 @@ from rnn_longctx.models.cache import Cache, Carry
 from rnn_longctx.ssd import ScanCarry
 from rnn_longctx.train.config import PassingConfig
 from rnn_longctx.train.corpus import Batch
+from rnn_longctx.train.graphs import Graphs
 
 # A layer's: its convolution's last inputs (B, channels, d_conv - 1), and its scan's state (B, H, P, N).
 States = list[tuple[Tensor, Tensor]]
@@ -33,20 +34,29 @@ FIT_EVERY = 20  # steps between measurements of the final states for `fitted-noi
 
 
 class Learner(nn.Module):
-    """A model and its losses in one call, which is what DDP and FSDP2 hang their work on."""
+    """A model and its losses in one call, which is what DDP and FSDP2 hang their work on. recorded: on a CUDA device
+    reads are replayed from graphs (not where parameters are sharded, or one read is that of several ranks)."""
 
-    def __init__(self, model: Any):
+    def __init__(self, model: Any, recorded: bool = False):
         super().__init__()
         self.model = model
+        self.graphs = Graphs(model, _read) if recorded and model.device.type == "cuda" else None
 
     def forward(self, ids: Tensor, targets: Tensor | None, before: States | None,
                 reset: Tensor | None = None) -> tuple[Tensor | None, States]:  # fmt: skip
         """Losses (B, T) of the targets, in nats, and the states after ids (B, T), documents beginning at `reset`.
         before: None begins and forgets."""
-        cache = self.model.new_cache() if before is None else _cache(before)
-        hidden = self.model(ids, cache, reset=reset)
-        losses = None if targets is None else self.model.losses(hidden, targets)
-        return losses, [(layer.conv, layer.scan.state) for layer in cache.layers]
+        if self.graphs is not None and reset is None:
+            return self.graphs(ids, targets, before)
+        return _read(self.model, ids, targets, before, reset)
+
+
+def _read(model: Any, ids: Tensor, targets: Tensor | None, before: States | None,
+          reset: Tensor | None = None) -> tuple[Tensor | None, States]:  # fmt: skip
+    cache = model.new_cache() if before is None else _cache(before)
+    hidden = model(ids, cache, reset=reset)
+    losses = None if targets is None else model.losses(hidden, targets)
+    return losses, [(layer.conv, layer.scan.state) for layer in cache.layers]
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,7 @@ def train(config: TrainConfig) -> Path:
 def _train(config: TrainConfig, team: Team, stack: ExitStack) -> Path:
     config, corpus, model = prepare(config, team)
     out = Path(config.out)
-    learner = team.spread(Learner(model))
+    learner = team.spread(Learner(model, recorded=team.sequence == 1 and not team.sharded))
     optimizer = make_optimizer(model, config.optimizer)
     writers: list[Write] = []
     team.first(lambda: writers.append(stack.enter_context(scalars(config.log_to, out, out.name))))

@@ -127,12 +127,14 @@ def test_int8_weights(build, family):
             holder, _, last = name.rpartition(".")
             setattr(model.get_submodule(holder), last, Int8(m))
     exact = copy.deepcopy(model).cpu().double()  # bytes stay bytes
-    adopted, reference = adopt(model), adopt(exact)
+    theirs, adopted, reference = _read(model, ids), adopt(model), adopt(exact)
     with in_pytorch(exact):
         plain = _read(exact, ids)
         put(reference, POLICIES["gates"])
         changed = _read(exact, ids)
-    torch.testing.assert_close(_streamed(adopted, ids, [7, 1, 23]), plain, **NEAR)
+    far = (theirs - plain).abs().max()  # by kernels that may multiply in 10 bits
+    assert far < 0.05 * plain.std()
+    assert (_streamed(adopted, ids, [7, 1, 23]) - plain).abs().max() < 3 * far + 1e-4
     put(adopted, POLICIES["gates"])
     torch.testing.assert_close(_read(model, ids), changed, **NEAR)
     assert (changed - plain).abs().max() > 1e-3

@@ -185,11 +185,16 @@ def check_low_precision(device: torch.device, world: int, dtype: torch.dtype, ba
 def check_benchmark(device: torch.device) -> None:
     from rnn_longctx.eval.bench_parallel import parallel_rows  # and all tables and plots
 
-    rows = list(parallel_rows(small(device), 203, 16, 70))
-    assert len(rows) == (6 if dist.get_rank() == 0 else 0)
+    rows = list(parallel_rows(small(device), 203, 16, 70, (2, 30)))
+    assert len(rows) == (9 if dist.get_rank() == 0 else 0)
     for row in rows:
-        assert row["error"] < 1e-12 and row["tokens_per_second"] > 0, row
-    asked = [(what, ranks) for ranks in (1, 2, 4) for what in ("read", "train")]
+        assert row["tokens_per_second"] > 0 and row["note"] == "", row
+        if row["what"] == "data":
+            assert row["length"] == 60 * row["ranks"]
+            assert row["tokens_per_second"] * row["seconds"] == pytest.approx(row["length"])
+        else:
+            assert row["error"] < 1e-12, row
+    asked = [(what, ranks) for ranks in (1, 2, 4) for what in ("read", "train", "data")]
     assert [(row["what"], row["ranks"]) for row in rows] == asked[: len(rows)]
 
 

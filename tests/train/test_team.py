@@ -256,6 +256,23 @@ def test_accelerate_launch(config: TrainConfig) -> None:
             assert ours[key] == pytest.approx(expected[key], rel=1e-4, nan_ok=True), key
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize(("mode", "way"), [("plain", "ddp"), ("previous", "ddp, accumulated"), ("previous", "fsdp"),
+                                           ("previous", "sequence")])  # fmt: skip
+def test_two_gpus_train_as_one(config: TrainConfig, mode: str, way: str) -> None:
+    """In float32, by the kernels, replayed where DDP is."""
+    torch.set_default_dtype(torch.float32)
+    one = replace(config, **MODES[mode], device="cuda", amp=False, steps=12, out=f"{config.out}-one")
+    train(one)
+    several = replace(one, **WAYS[way], out=config.out)
+    code, said = launched(TORCHRUN, several)
+    assert code == 0, said
+    for ours, expected in zip(rows(several), rows(one), strict=True):
+        for key in ("loss", "passkey_loss", "grad_norm", "state_norm"):
+            assert ours[key] == pytest.approx(expected[key], rel=1e-2, nan_ok=True), key
+
+
 @pytest.mark.slow
 def test_a_mistake_that_rank_0_alone_sees_ends_all(config: TrainConfig) -> None:
     torch.set_default_dtype(torch.float32)

@@ -1,0 +1,109 @@
+"""Reads of a model in training, recorded as CUDA graphs and replayed: launched from Python one by one, the kernels of a
+segment leave a GPU idle most of the time (of a 370M model, any segment of up to 8K tokens takes as long as another).
+
+Forward and backward of a read become one autograd function each (`torch.cuda.make_graphed_callables`), a kind of read
+at a time: its sizes, whether it begins, whether gradients go on to what came before. Gradients still reach parameters
+one by one, so that DDP works around it. All graphs share one pool of memory, which is that of the largest: they are
+replayed one after the other, and what a read hands on is copied out of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from rnn_longctx.ssd import PLAIN, fused
+
+if TYPE_CHECKING:
+    from rnn_longctx.train.passing import States
+
+MOST = 8  # kinds that are recorded; more than a stream's segments and its last, with and without gradients, are rare
+Read = Callable[[Any, Tensor, Tensor | None, "States | None"], tuple[Tensor | None, "States"]]
+
+
+class Graphs:
+    """Args: read: what is recorded, of (model, ids, targets, before)."""
+
+    def __init__(self, model: Any, read: Read):
+        self.model, self.read = model, read
+        self.kernels = fused.missing() is None
+        self.pool: Any = None
+        self.made: dict[tuple, Callable[..., tuple[Tensor, ...]]] = {}
+        # Made here and kept, gradients are added up on this stream; else on the one that records, waiting each time.
+        self.sums = [p.view_as(p).grad_fn.next_functions[0][0] for p in model.parameters() if p.requires_grad]
+
+    def __call__(self, ids: Tensor, targets: Tensor | None, before: States | None) -> tuple[Tensor | None, States]:
+        """As `read`, or by it where there is nothing to replay."""
+        flat = [] if before is None else [t for pair in before for t in pair]
+        graded = torch.is_grad_enabled()
+        kind = (ids.shape, targets is None, before is None, graded, any(t.requires_grad for t in flat),
+                torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda"))  # fmt: skip
+        if not self._fit(ids) or (kind not in self.made and len(self.made) == MOST):
+            return self.read(self.model, ids, targets, before)
+        given = (ids, *([] if targets is None else [targets]), *flat)
+        for t in flat:  # else its gradient is a buffer of the graph, too, which the next read overwrites
+            if t.requires_grad:
+                t.register_hook(torch.clone)
+        if graded:  # a first gradient would not be added but kept as it is, a buffer of the graph
+            for p in self.model.parameters():
+                if p.requires_grad and p.grad is None:
+                    p.grad = torch.zeros_like(p)
+        if kind not in self.made:
+            self.made[kind] = self._record(given, targets is not None, graded)
+        found = self.made[kind](*given)
+        losses, after = (None, found) if targets is None else (found[0], found[1:])
+        own = [t.clone() for t in after]
+        return losses, list(zip(own[::2], own[1::2], strict=True))
+
+    def _fit(self, ids: Tensor) -> bool:
+        """Whether all the model does with it are kernels, no look at numbers between them."""
+        m = self.model
+        ours = self.kernels and ids.is_cuda and m.dtype in fused.DTYPES and m.restart is None and m.spread is None
+        return ours and all(
+            (x.policy is PLAIN or x.policy == PLAIN) and x.observer is None and x.backend in (None, "triton")
+            for x in m.mixers
+        )
+
+    def _record(self, given: tuple[Tensor, ...], asked: bool, graded: bool) -> Callable[..., tuple[Tensor, ...]]:
+        buffers = tuple(t.detach().clone().requires_grad_(t.requires_grad) for t in given)
+        read = _Read(self.model, self.read, asked)
+        self.pool = self.pool or torch.cuda.graph_pool_handle()
+        with torch.autocast("cuda", enabled=False):  # gradients are outside of what `read` enters
+            if graded:
+                return torch.cuda.make_graphed_callables(read, buffers, pool=self.pool)  # type: ignore[return-value]
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                read(*buffers)  # compiles and allocates
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self.pool):
+                found = read(*buffers)
+
+        def replay(*given: Tensor) -> tuple[Tensor, ...]:
+            for own, t in zip(buffers, given, strict=True):
+                own.copy_(t)
+            graph.replay()
+            return found
+
+        return replay
+
+
+class _Read(nn.Module):
+    """A read of tensors alone, under the autocast there is where it is made; it keeps no casts of weights, which the
+    next update changes."""
+
+    def __init__(self, model: Any, read: Read, asked: bool):
+        super().__init__()
+        self.model, self.read, self.asked = model, read, asked
+        self.amp = {"enabled": torch.is_autocast_enabled("cuda"), "dtype": torch.get_autocast_dtype("cuda")}
+
+    def forward(self, ids: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+        targets, flat = (rest[0], rest[1:]) if self.asked else (None, rest)
+        before = list(zip(flat[::2], flat[1::2], strict=True)) if flat else None
+        with torch.autocast("cuda", cache_enabled=False, **self.amp):  # type: ignore[arg-type]
+            losses, after = self.read(self.model, ids, targets, before)
+        return *([] if losses is None else [losses]), *(t for pair in after for t in pair)

@@ -1,0 +1,140 @@
+"""Reads replayed from CUDA graphs are the reads they were recorded from; a run of them goes on after a kill."""
+
+from __future__ import annotations
+
+import copy
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from training_runs import rows
+
+from rnn_longctx.config import to_dict
+from rnn_longctx.models.mamba2 import Mamba2Config, Mamba2LM
+from rnn_longctx.ssd import ScanPolicy
+from rnn_longctx.train import TrainConfig, train
+from rnn_longctx.train.config import OptimizerConfig, PassingConfig
+from rnn_longctx.train.corpus import Batch
+from rnn_longctx.train.passing import Learner, Part, accumulate, zeros
+from rnn_longctx.train.trainer import make_optimizer
+
+SHAPE = Mamba2Config(d_model=128, n_layer=3, vocab_size=97, d_state=64, headdim=32, A_init=(1e-2, 1.0))
+PASSING = {"whole": None, "0": PassingConfig(96, 0), "2": PassingConfig(70, 2), "all": PassingConfig(64, "all")}
+HALF = partial(torch.autocast, "cuda", torch.bfloat16)
+
+
+def test_nothing_is_recorded_on_a_cpu() -> None:
+    assert Learner(Mamba2LM(replace(SHAPE, n_layer=1)), recorded=True).graphs is None
+
+
+def update(learner: Learner, batch: Batch, passing: PassingConfig | None, context: Any, start: Any) -> tuple:
+    learner.zero_grad(set_to_none=True)
+    found = accumulate(learner, Part.of(batch), passing, start, 0.5, context)
+    return *found, {name: p.grad.clone() for name, p in learner.named_parameters()}
+
+
+def near(found: Any, expected: Any) -> None:
+    """To some 1e-5 of the largest value: products are cut otherwise here and there."""
+    if isinstance(expected, torch.Tensor):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-5 * max(1e-3, expected.abs().max().item()))
+    elif isinstance(expected, dict):
+        for name in expected:
+            near(found[name], expected[name])
+    else:
+        for a, b in zip(found, expected, strict=True):
+            near(a, b)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("context", [nullcontext, HALF], ids=["float32", "bf16"])
+@pytest.mark.parametrize("name", PASSING)
+def test_replayed_is_read(name: str, context: Any) -> None:
+    """Over updates, so that what was recorded meets other weights, and streams of another length and other rows."""
+    eager = Learner(Mamba2LM(SHAPE).cuda())
+    replayed = Learner(copy.deepcopy(eager.model), recorded=True)
+    optimizers = [make_optimizer(learner.model, OptimizerConfig(lr=1e-3)) for learner in (eager, replayed)]
+    passing, start = PASSING[name], None
+    for length, count in ((300, 3), (210, 3), (300, 2)):
+        ids, answer = torch.randint(97, (count, length + 1)).cuda(), torch.rand(count, length).cuda() < 0.1
+        if start is None or len(start[0][0]) != count:
+            start = zeros(eager.model, count) if passing else None
+        expected = update(eager, Batch(ids, answer), passing, context, start)
+        found = update(replayed, Batch(ids, answer), passing, context, start)
+        if context is nullcontext:
+            near(found, expected)
+        else:
+            for grad, other in zip(found[3].values(), expected[3].values()):
+                assert (grad - other).norm() <= 2e-2 * other.norm()
+        start = expected[2] if passing else None
+        for optimizer in optimizers:
+            optimizer.step()
+        replayed.model.load_state_dict(eager.model.state_dict())  # compared update by update
+    assert replayed.graphs is not None and replayed.graphs.made
+
+
+@pytest.mark.gpu
+def test_what_cannot_be_replayed_is_read() -> None:
+    """Documents that begin inside, a policy set later: neither is left out."""
+    eager = Learner(Mamba2LM(SHAPE).cuda())
+    replayed = Learner(copy.deepcopy(eager.model), recorded=True)
+    ids, answer = torch.randint(97, (2, 201)).cuda(), torch.zeros(2, 200, dtype=torch.bool).cuda()
+    reset = torch.rand(2, 200).cuda() < 0.05
+    passing, start = PassingConfig(64, "all"), zeros(eager.model, 2)
+    assert replayed.graphs is not None
+    for batch, policy, more in (
+        (Batch(ids, answer), ScanPolicy(), True),
+        (replace(Batch(ids, answer), reset=reset), ScanPolicy(), False),
+        (Batch(ids, answer), ScanPolicy(add=-0.1), False),
+    ):
+        for learner in (eager, replayed):
+            for mixer in learner.model.mixers:
+                mixer.policy = policy
+        known = len(replayed.graphs.made)
+        near(update(replayed, batch, passing, nullcontext, start), update(eager, batch, passing, nullcontext, start))
+        assert (len(replayed.graphs.made) > known) is more
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("passing", [None, PassingConfig(50, "all", "previous", 0.5)])
+def test_kill_9_on_a_gpu(config: TrainConfig, tmp_path: Path, passing: PassingConfig | None) -> None:
+    """Killed by the system and gone on with, the log is that of a run that was not, within the noise of its sums."""
+    config = replace(config, device="cuda", passing=passing, steps=60, log_every=1, checkpoint_every=10)
+    whole = replace(config, out=str(tmp_path / "whole"))
+    train(whole)
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(to_dict(config)))
+    slow = (
+        "import sys, time\n"
+        "from rnn_longctx import cli\n"
+        "from rnn_longctx.train.corpus import Corpus\n"
+        "batch = Corpus.batch\n"
+        "Corpus.batch = lambda *a: (time.sleep(0.1), batch(*a))[1]\n"
+        "sys.argv = ['rnn-longctx', 'train', *sys.argv[1:]]\n"
+        "cli.main()\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", slow, str(file)], env=dict(os.environ), stdout=subprocess.PIPE)
+    try:
+        deadline = time.monotonic() + 120
+        while not list((Path(config.out) / "snapshots").glob("step-*.pt")):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+        time.sleep(0.35)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    assert process.returncode == -signal.SIGKILL and not (Path(config.out) / "model").exists()
+    train(config)
+    one, two = rows(config), rows(whole)
+    assert [row["step"] for row in one] == [row["step"] for row in two] == list(range(1, 61))
+    assert max(abs(a["loss"] - b["loss"]) for a, b in zip(one, two)) < 1e-2
+    assert max(abs(a["loss"] - b["loss"]) for a, b in zip(one[:10], one[10:20])) > 5e-2, "it learns"
