@@ -4,7 +4,7 @@ segment leave a GPU idle most of the time (of a 370M model, any segment of up to
 Forward and backward of a read become one autograd function each (`torch.cuda.make_graphed_callables`), a kind of read
 at a time: its sizes, whether it begins, whether gradients go on to what came before. Gradients still reach parameters
 one by one, so that DDP works around it. All graphs share one pool of memory, which is that of the largest: they are
-replayed one after the other, and what a read hands on is copied out of it.
+replayed one after the other, and what a read hands on, either way, is copied out of it.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from rnn_longctx.ssd import PLAIN, fused
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 MOST = 8  # kinds that are recorded; more than a stream's segments and its last, with and without gradients, are rare
 Read = Callable[[Any, Tensor, Tensor | None, "States | None"], tuple[Tensor | None, "States"]]
+Replay = Callable[..., tuple[Tensor, ...]]
 
 
 class Graphs:
@@ -31,9 +33,7 @@ class Graphs:
         self.model, self.read = model, read
         self.kernels = fused.missing() is None
         self.pool: Any = None
-        self.made: dict[tuple, Callable[..., tuple[Tensor, ...]]] = {}
-        # Made here and kept, gradients are added up on this stream; else on the one that records, waiting each time.
-        self.sums = [p.view_as(p).grad_fn.next_functions[0][0] for p in model.parameters() if p.requires_grad]
+        self.made: dict[tuple, Replay] = {}
 
     def __call__(self, ids: Tensor, targets: Tensor | None, before: States | None) -> tuple[Tensor | None, States]:
         """As `read`, or by it where there is nothing to replay."""
@@ -41,24 +41,24 @@ class Graphs:
         graded = torch.is_grad_enabled()
         kind = (ids.shape, targets is None, before is None, graded, any(t.requires_grad for t in flat),
                 torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda"))  # fmt: skip
-        if not self._fit(ids) or (kind not in self.made and len(self.made) == MOST):
+        if not self.fits(ids) or (kind not in self.made and len(self.made) == MOST):
             return self.read(self.model, ids, targets, before)
         given = (ids, *([] if targets is None else [targets]), *flat)
-        for t in flat:  # else its gradient is a buffer of the graph, too, which the next read overwrites
-            if t.requires_grad:
-                t.register_hook(torch.clone)
-        if graded:  # a first gradient would not be added but kept as it is, a buffer of the graph
-            for p in self.model.parameters():
+        if graded:
+            for p in self.model.parameters():  # a first gradient would not be added but kept: a buffer of the graph
                 if p.requires_grad and p.grad is None:
                     p.grad = torch.zeros_like(p)
+            for t in flat:
+                if t.requires_grad:
+                    t.register_hook(torch.clone)
         if kind not in self.made:
-            self.made[kind] = self._record(given, targets is not None, graded)
+            self.made[kind] = self._recorded(given, targets is not None, graded)
         found = self.made[kind](*given)
         losses, after = (None, found) if targets is None else (found[0], found[1:])
         own = [t.clone() for t in after]
         return losses, list(zip(own[::2], own[1::2], strict=True))
 
-    def _fit(self, ids: Tensor) -> bool:
+    def fits(self, ids: Tensor) -> bool:
         """Whether all the model does with it are kernels, no look at numbers between them."""
         m = self.model
         ours = self.kernels and ids.is_cuda and m.dtype in fused.DTYPES and m.restart is None and m.spread is None
@@ -67,29 +67,43 @@ class Graphs:
             for x in m.mixers
         )
 
-    def _record(self, given: tuple[Tensor, ...], asked: bool, graded: bool) -> Callable[..., tuple[Tensor, ...]]:
+    def _recorded(self, given: tuple[Tensor, ...], asked: bool, graded: bool) -> Replay:
         buffers = tuple(t.detach().clone().requires_grad_(t.requires_grad) for t in given)
         read = _Read(self.model, self.read, asked)
         self.pool = self.pool or torch.cuda.graph_pool_handle()
+        if not graded:
+            return recorded(read, buffers, self.pool)
+        # The parameters by other names: DDP holds on to the nodes that add up their own gradients, which belong to
+        # another stream than the one that records.
+        parameters = dict(read.named_parameters())
+        aliases = tuple(p.detach().requires_grad_(p.requires_grad) for p in parameters.values())
+
+        def of_tensors(*tensors: Tensor) -> tuple[Tensor, ...]:
+            return functional_call(read, dict(zip(parameters, tensors[len(given) :])), tensors[: len(given)])
+
         with torch.autocast("cuda", enabled=False):  # gradients are outside of what `read` enters
-            if graded:
-                return torch.cuda.make_graphed_callables(read, buffers, pool=self.pool)  # type: ignore[return-value]
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                read(*buffers)  # compiles and allocates
-            torch.cuda.current_stream().wait_stream(side)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self.pool):
-                found = read(*buffers)
+            replay: Any = torch.cuda.make_graphed_callables(of_tensors, (*buffers, *aliases), pool=self.pool)
+        return lambda *given: replay(*given, *parameters.values())
 
-        def replay(*given: Tensor) -> tuple[Tensor, ...]:
-            for own, t in zip(buffers, given, strict=True):
-                own.copy_(t)
-            graph.replay()
-            return found
 
-        return replay
+def recorded(read: nn.Module, buffers: tuple[Tensor, ...], pool: Any) -> Replay:
+    """`read` without gradients; what it returns is overwritten by the next call."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        read(*buffers)  # compiles and allocates
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        found = read(*buffers)
+
+    def replay(*given: Tensor) -> tuple[Tensor, ...]:
+        for own, t in zip(buffers, given, strict=True):
+            own.copy_(t)
+        graph.replay()
+        return found
+
+    return replay
 
 
 class _Read(nn.Module):

@@ -22,7 +22,8 @@ from training_runs import rows
 from rnn_longctx.config import to_dict
 from rnn_longctx.models.mamba2 import Mamba2Config, Mamba2LM
 from rnn_longctx.ssd import ScanPolicy
-from rnn_longctx.train import TrainConfig, train
+from rnn_longctx.train import TrainConfig, graphs, train
+from rnn_longctx.train import passing as passing_module
 from rnn_longctx.train.config import OptimizerConfig, PassingConfig
 from rnn_longctx.train.corpus import Batch
 from rnn_longctx.train.passing import Learner, Part, accumulate, zeros
@@ -35,6 +36,80 @@ HALF = partial(torch.autocast, "cuda", torch.bfloat16)
 
 def test_nothing_is_recorded_on_a_cpu() -> None:
     assert Learner(Mamba2LM(replace(SHAPE, n_layer=1)), recorded=True).graphs is None
+
+
+class Buffers(torch.autograd.Function):
+    """A read as a graph runs it: in place, between buffers that its next run overwrites."""
+
+    @staticmethod
+    def forward(ctx: Any, run: dict, *given: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        for own, t in zip(run["in"], given, strict=True):
+            if own.data_ptr() != t.data_ptr():
+                own.data.copy_(t)
+        for t in run.get("gradients", []):
+            t.fill_(torch.nan)
+        with torch.enable_grad():
+            run["made"] = run["read"](*run["in"])
+        for own, t in zip(run.setdefault("out", [t.detach().clone() for t in run["made"]]), run["made"]):
+            own.copy_(t.detach())
+        ctx.run = run
+        return tuple(t.detach() for t in run["out"])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple:
+        run = ctx.run
+        asked = [t for t in run["in"] if t.requires_grad]
+        found = torch.autograd.grad(run["made"], asked, grads)
+        for own, t in zip(run.setdefault("gradients", [t.clone() for t in found]), found):
+            own.copy_(t)
+        given = iter(run["gradients"])
+        return None, *(next(given).detach() if t.requires_grad else None for t in run["in"])
+
+
+@pytest.fixture
+def imitated(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Learners that record on a CPU, in float64."""
+
+    def graphed(read: Any, buffers: tuple, pool: Any = None) -> Any:
+        run = {"in": buffers, "read": read}
+        return lambda *given: Buffers.apply(run, *given)
+
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", graphed)
+    monkeypatch.setattr(graphs, "recorded", graphed)
+    monkeypatch.setattr(graphs.Graphs, "fits", lambda self, ids: True)
+
+    def learner(model: Any) -> Learner:
+        made = Learner(model)
+        made.graphs = graphs.Graphs(model, passing_module._read)
+        return made
+
+    return learner
+
+
+@pytest.mark.parametrize("name", PASSING)
+def test_nothing_of_a_buffer_is_kept(name: str, imitated: Any) -> None:
+    """What a read leaves in a graph's memory is gone with the next; gradients and states are as without."""
+    eager = Learner(Mamba2LM(replace(SHAPE, d_model=32, d_state=8)).double())
+    replayed = imitated(copy.deepcopy(eager.model))
+    passing = PASSING[name]
+    for length in (300, 210):
+        batch = Batch(torch.randint(97, (3, length + 1)), torch.rand(3, length) < 0.1)
+        start = zeros(eager.model, 3) if passing else None
+        first = update(eager, batch, passing, nullcontext, start)
+        found = update(replayed, batch, passing, nullcontext, start)
+        if passing:  # the next stream goes on from this one, whose states are kept
+            batch = replace(batch, ids=torch.randint(97, (3, length + 1)))
+            later = [update(each, batch, passing, nullcontext, own[2]) for each, own in
+                     ((eager, first), (replayed, found))]  # fmt: skip
+            torch.testing.assert_close(later[1], later[0], rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(found, first, rtol=1e-9, atol=1e-12)
+        with torch.no_grad():
+            for one, other in zip(eager.parameters(), replayed.parameters()):
+                change = 0.01 * torch.randn_like(one)
+                one += change
+                other += change
+    assert replayed.graphs.made
 
 
 def update(learner: Learner, batch: Batch, passing: PassingConfig | None, context: Any, start: Any) -> tuple:
