@@ -58,7 +58,7 @@ def measure_command(
 
     from rnn_longctx.config import parse_length
     from rnn_longctx.eval import Results
-    from rnn_longctx.eval.capacity import MeasureConfig, measure, models
+    from rnn_longctx.eval.capacity import MeasureConfig, check, measure, models
     from rnn_longctx.models.adopt import load_any
 
     settings = MeasureConfig(parse_length(limit), slices, needle or ["passkey"], recall, width, mitigation or ["none"],
@@ -66,8 +66,14 @@ def measure_command(
     results = Results(out)
     where = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     length = None if train_length is None else parse_length(train_length)
+
+    def load(name: str) -> Any:
+        return load_any(name, device=where, dtype=dtype, tokenizer=tokenizer, train_length=length)
+
+    for name in model[1:]:  # a mistake in the last shows before the first is measured
+        check(load(name), settings)
     for name in model:
-        lm = load_any(name, device=where, dtype=dtype, tokenizer=tokenizer, train_length=length)
+        lm = load(name)
         measure(lm, settings, out, typer.echo, shape=models.shape_of(out, lm))
         models.gather(out)  # so that what there is can be drawn while the next is measured
         results.gather()

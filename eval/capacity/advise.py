@@ -12,8 +12,9 @@ import pandas as pd
 from rnn_longctx.config import format_length
 from rnn_longctx.errors import InputError
 from rnn_longctx.eval.capacity import fits as fitting
-from rnn_longctx.eval.capacity import tables
-from rnn_longctx.eval.capacity.fits import MILLION, PAPER_POINT, PAPER_SIZES, Curve, K
+from rnn_longctx.eval.capacity import paper, tables
+from rnn_longctx.eval.capacity.fits import MILLION, K
+from rnn_longctx.mitigations import parse_remedy
 
 PAPER_RECALL = 0.95
 GAP = 1.3  # shortest length that fails over longest that passes; a search leaves 1.125, at short lengths a little more
@@ -83,17 +84,23 @@ def advise(context: int, recall: float = PAPER_RECALL, study: str | Path | None 
 def _by_paper(context: int, recall: float) -> Advice:
     if recall != PAPER_RECALL:
         raise InputError(f"the paper fits a recall of {PAPER_RECALL} alone; measure another with a study of your own")
-    curve = Curve("exponential", 4.756, -4.756 - 0.742, math.log(1.365))  # what fits.paper gives, to be inverted
+    recalls, forgets = paper.of("T_recall"), paper.of("T_forget")
+    assert recalls is not None and forgets is not None
+    curve, sizes, lengths = recalls
     state = fitting.inverse(curve, context / K)
-    forget = fitting.paper("T_forget")
-    assert forget is not None
+    found = fitting.fit(curve.form, sizes, lengths)
+    assert found is not None and found.carrier is not None
+    _, low, high = found.needed(context / K)
     warnings = [
-        "of other models than yours: Mamba-2 of 36M to 780M parameters, trained further on long texts; no interval "
-        f"given, and the exponential leans on one point ({PAPER_POINT[1]:g}K tokens at {PAPER_POINT[0]}M)"
+        f"of other models than yours: {len(sizes)} Mamba-2s of 36M to 370M parameters, trained further on long texts",
+        f"the interval is of an exponential through so few points that one carries it "
+        f"({lengths[found.carrier]:g}K tokens at {sizes[found.carrier]}M): one left out gives an R² of "
+        f"{found.r2_loo:.2f}",
+        *_beyond(state, min(sizes), max(sizes)),
     ]
-    warnings += _beyond(state, PAPER_SIZES[0], PAPER_SIZES[-1])
-    return Advice(context, recall, state * MILLION, math.nan, math.nan, float(forget(np.array(state))) * K, None,
-                  "the fit of Stuffed Mamba", warnings)  # fmt: skip
+    train = float(forgets[0](np.array([state]))[0]) * K
+    ends = (min(state, low) * MILLION, max(state, high) * MILLION)  # its own fit takes one point more
+    return Advice(context, recall, state * MILLION, *ends, train, None, "the fit of Stuffed Mamba", warnings)
 
 
 def _by_study(context: int, recall: float, study: Path, mitigation: str) -> Advice:
@@ -101,11 +108,16 @@ def _by_study(context: int, recall: float, study: Path, mitigation: str) -> Advi
     points = tables.points(tables.findings(results, about, recall))
     if not len(points):
         raise InputError(f"{study} holds no findings of T_forget or T_recall")
+    mitigation = str(parse_remedy(mitigation))  # as tables write it
     mine = points[points["mitigation"] == mitigation]
+    if not len(mine):
+        known = ", ".join(points["mitigation"].unique())
+        raise InputError(f"{study} has nothing measured under {mitigation}; it has {known}")
     recalls = mine[mine["quantity"] == "T_recall"]
     found = _fit(recalls)
     if found is None:
-        raise InputError(f"{study} has too few points of T_recall under {mitigation} for a fit; see points.csv there")
+        seen = f" ({_measured(results, about, recalls, context)})" if len(recalls) else ""
+        raise InputError(f"{study} has too few points of T_recall under {mitigation} for a fit{seen}")
     form, f, doubts = found
     state, low, high = f.needed(context / K) if f.curve.grows else (math.nan,) * 3
     warnings = _beyond(state, float(f.s.min()), float(f.s.max())) + doubts
@@ -131,19 +143,28 @@ def _by_study(context: int, recall: float, study: Path, mitigation: str) -> Advi
         source += ", which falls"
     speed, device = (None, None) if not math.isfinite(state) else _speed(results, about, mitigation, state)
     needed = (state * MILLION, low * MILLION, high * MILLION)
-    return Advice(context, recall, *needed, train, speed, source, warnings, device, _measured(recalls, context))
+    return Advice(context, recall, *needed, train, speed, source, warnings, device,
+                  _measured(results, about, recalls, context))  # fmt: skip
 
 
-def _measured(recalls: pd.DataFrame, context: int) -> str:
-    shown = recalls[recalls["bound"] != "below"]
+def _measured(results: pd.DataFrame, about: pd.DataFrame, recalls: pd.DataFrame, context: int) -> str:
+    """What a person can go by where no fit says anything: the smallest shape that does it, and what it takes."""
+    if not len(shown := recalls[recalls["bound"] != "below"]):
+        return "no shape recalls anything, by the median of seeds"
     enough = shown[shown["value"] >= context]
-    if len(enough):
-        least = _size(float(enough["state_elements"].min()))
-        return (
-            f"{len(enough)} of {len(recalls)} shapes recall as much, by the median of seeds; the smallest has {least}"
-        )
-    longest = f"the longest is {format_length(int(shown['value'].max()))}" if len(shown) else "none recalls anything"
-    return f"no shape recalls as much, by the median of seeds; {longest}"
+    if not len(enough):
+        longest = format_length(int(shown["value"].max()))
+        return f"no shape recalls as much, by the median of seeds; the longest is {longest}"
+    least = enough.sort_values("state_elements").iloc[0]
+    state, low = float(least["state_elements"]), int(least["low"])
+    seeds = f", {format_length(low) if low else 'none'} to {format_length(int(least['high']))} by seed"
+    speed, device = _speed(results, about, least["mitigation"], state / MILLION)
+    return (
+        f"{len(enough)} of {len(recalls)} shapes recall as much, by the median of seeds; the smallest, "
+        f"{least['shape']}, has {_size(state)} numbers ({_memory(4 * state)} a stream in float32) and recalls "
+        f"{format_length(int(least['value']))}{seeds if least['seeds'] > 1 else ''}"
+        + ("" if speed is None else f"; {speed:,.0f} tokens/s read on {device}")
+    )
 
 
 def _fit(points: pd.DataFrame) -> tuple[str, fitting.Fit, list[str]] | None:

@@ -14,8 +14,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from rnn_longctx.config import load_yaml, to_dict
 from rnn_longctx.errors import InputError
 from rnn_longctx.eval.capacity import models
@@ -25,6 +23,7 @@ from rnn_longctx.eval.capacity.mqar import measure_mqar, train_mqar
 from rnn_longctx.eval.results import Results, write_atomic
 from rnn_longctx.models import checkpoint
 from rnn_longctx.train import train
+from rnn_longctx.train.team import device_of
 
 STUDY = "study.yaml"
 
@@ -54,7 +53,7 @@ def run_cell(config: CapacityConfig, cell: Cell, study: Path) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX)  # let go of when the process ends, however it ends
         if is_done(config, cell, study):
             return
-        device = torch.device(config.train.device if config.train.device != "auto" else _best())
+        device = device_of(config.train.device)
         about: dict[str, Any] = {"shape": label(cell.model), "task": cell.task, "train_seed": cell.seed}
         if cell.task == "pretrain":
             train(config.training(cell, str(folder)))
@@ -79,10 +78,6 @@ def run_cell(config: CapacityConfig, cell: Cell, study: Path) -> None:
         write_atomic(folder / "done.json", json.dumps(asked(config, cell)).encode())
         if cell.task in ("text", "pretrain"):
             shutil.rmtree(folder / "snapshots", ignore_errors=True)
-
-
-def _best() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _end_with_parent() -> None:

@@ -21,23 +21,27 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 
 from rnn_longctx.config import format_length
 from rnn_longctx.eval.capacity import fits as fitting
-from rnn_longctx.eval.capacity import tables
-from rnn_longctx.eval.capacity.fits import MILLION, PAPER_POINT, PAPER_SIZES, Fit, K
+from rnn_longctx.eval.capacity import paper, tables
+from rnn_longctx.eval.capacity.fits import MILLION, Fit, K
 
 _COLOURS = {"line": "#0072B2", "exponential": "#D55E00", "power": "#009E73", "constant": "#8c8c8c"}
 _RED = "#cc3311"
 _MARKERS = "osD^vPX"
+_SHAPES = ("black", "#CC79A7", "#56B4E9", "#F0E442")  # no colour of a fit
+_PAPER = "#555555"
 
 
 def draw(directory: str | Path, target: float) -> list[Path]:
-    """Read the results and models.csv in `directory`; write findings.csv, points.csv, fits.csv and same_size.csv and
-    every figure there is data for. Returns the paths. Raises InputError: no tables."""
+    """Read the results and models.csv in `directory`; write findings.csv, points.csv, fits.csv, same_size.csv and
+    mqar.csv and every figure there is data for. Returns the paths. Raises InputError: no tables."""
     directory = Path(directory)
     results, about = tables.read(directory)
     found = tables.findings(results, about, target)
     points = tables.points(found)
     paths = []
     judged = {"fits": fitting.table(points), "same_size": tables.same_size(points)} if len(points) else {}
+    if len(pairs := tables.associations(results, about)):
+        judged["mqar"] = pairs
     for name, frame in {"findings": found, "points": points, **judged}.items():
         paths.append(directory / f"{name}.csv")
         frame.to_csv(paths[-1], index=False, lineterminator="\n")
@@ -47,7 +51,7 @@ def draw(directory: str | Path, target: float) -> list[Path]:
         paths.append(_write(growth(group, quantity, mitigation), directory / f"{_slug(quantity + end)}.png"))
     if len(points) and len(depths := tables.by_depth(results, points)):
         paths.append(_write(recall(depths), directory / "recall_by_depth.png"))
-    if len(pairs := tables.associations(results, about)):
+    if len(pairs):
         paths.append(_write(mqar(pairs), directory / "mqar.png"))
     return paths
 
@@ -73,18 +77,7 @@ def growth(group: pd.DataFrame, quantity: str, mitigation: str) -> Figure:
                   label=f"the {bent} leans on it: R² {fits[bent].r2_without:.3f} without")  # fmt: skip
     if best is not None:
         far.plot(x, _positive(fits[best].curve(x)), color=_COLOURS[best], linewidth=1.6, label=f"ours, {best}")
-    curve, least = fitting.paper(quantity), float(group["value"].min()) / K
-    if curve is not None:
-        sizes = np.geomspace(PAPER_SIZES[0], PAPER_SIZES[-1], 100)
-        at = np.array(PAPER_SIZES)
-        least = min(least, float(np.nanmin(_positive(curve(at)))))
-        far.plot(sizes, _positive(curve(sizes)), color="black", linewidth=1.2, label="Stuffed Mamba's fit")
-        far.plot(at, np.full(len(at), 0.015), "|", color="black", markersize=9, label="its models' state sizes",
-                 transform=far.get_xaxis_transform())  # fmt: skip
-        if quantity.startswith("T_recall"):
-            far.plot(
-                *PAPER_POINT, "*", color="black", markersize=10, label="its 370M model, the point its fit leans on"
-            )
+    least = min(float(group["value"].min()) / K, _papers(far, quantity))
     far.set_xscale("log")
     far.set_yscale("log")
     far.set_ylim(bottom=least / 2)  # a seed that recalls nothing ends below
@@ -118,23 +111,42 @@ def _curve(axes: Axes, x: np.ndarray, f: Fit, form: str, is_best: bool) -> None:
         axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
 
 
+def _papers(axes: Axes, quantity: str) -> float:
+    """Stuffed Mamba's points and fit, and how well its points bear its form and the best. Returns the least length."""
+    if (found := paper.of(quantity)) is None:
+        return math.inf
+    curve, sizes, lengths = found
+    x = np.geomspace(min(sizes), max(sizes), 100)
+    axes.plot(sizes, lengths, "*", color=_PAPER, markersize=10, label="Stuffed Mamba's points, read off its figure")
+    axes.plot(x, _positive(curve(x)), color=_PAPER, linewidth=1.2, label=f"its fit, {curve}")
+    fits = fitting.fit_all(sizes, lengths, 0)
+    for form in dict.fromkeys((curve.form, fitting.best(fits))):
+        if form is not None:
+            judged = f"R² {fits[form].r2:.4f}, one left out {fits[form].r2_loo:.3f}"
+            best = "best of the forms, " if form != curve.form else ""
+            axes.plot([], [], " ", label=f"{form} refitted to its points: {best}{judged}")
+    return min(lengths)
+
+
 def _points(axes: Axes, group: pd.DataFrame) -> None:
-    """A marker a depth of layers; bars as far as T_forget's search or the seeds go; arrows for bounds."""
-    for i, (layers, some) in enumerate(group.groupby("n_layer", dropna=False)):
-        label = "" if pd.isna(layers) else f"{layers!s} layers"
+    """A marker and colour a width and depth; bars as far as T_forget's search or the seeds go; arrows for bounds."""
+    for i, (_, some) in enumerate(group.groupby(["d_model", "n_layer"], dropna=False)):
+        width, layers = some["d_model"].iloc[0], some["n_layer"].iloc[0]
+        label = "" if pd.isna(layers) else f"ours, {layers!s} layers of width {width!s}"
+        colour = _SHAPES[i % len(_SHAPES)]
         for row in some.to_dict("records"):
             at, value = row["state_elements"] / MILLION, row["value"] / K
             known = row["bound"] == ""
-            fill = "black" if known else "white"
-            axes.plot(at, value, _MARKERS[i % len(_MARKERS)], color="black", markersize=6, markerfacecolor=fill,
+            fill = colour if known else "white"
+            axes.plot(at, value, _MARKERS[i % len(_MARKERS)], color=colour, markersize=6, markerfacecolor=fill,
                       label=label or None, zorder=3)  # fmt: skip
             label = ""
             if not known:
                 up = row["bound"] == "above"
                 axes.annotate("", (at, value * (1.18 if up else 0.82)), (at, value),
-                              arrowprops={"arrowstyle": "->", "color": "black"})  # fmt: skip
+                              arrowprops={"arrowstyle": "->", "color": colour})  # fmt: skip
             elif not pd.isna(row["low"]) and not pd.isna(row["high"]):
-                axes.vlines(at, max(float(row["low"]) / K, 1e-6), float(row["high"]) / K, color="black", linewidth=1)
+                axes.vlines(at, max(float(row["low"]) / K, 1e-6), float(row["high"]) / K, color=colour, linewidth=1)
 
 
 def recall(frame: pd.DataFrame) -> Figure:
@@ -154,8 +166,10 @@ def recall(frame: pd.DataFrame) -> Figure:
         train = some["train_length"].iloc[0]
         inside = 0 if pd.isna(train) else int((grid.columns <= train).sum())
         if inside:
-            panel.axvline(inside - 0.5, color=_RED, linewidth=2)
-        panel.set_title(f"{shape}: state of {_millions(some['state_elements'].iloc[0])}", fontsize=9, loc="left")
+            panel.axvline(inside - 0.5, color=_RED, linewidth=2, clip_on=False)
+        of = "" if pd.isna(train) else f", trained at {format_length(int(train))}"
+        size = _millions(some["state_elements"].iloc[0])
+        panel.set_title(f"{shape}: state of {size}{of}", fontsize=8.5, loc="left")
         panel.spines[:].set_visible(False)
         step = -(-len(grid.columns) // 6)
         panel.set_xticks(
@@ -172,32 +186,33 @@ def recall(frame: pd.DataFrame) -> Figure:
 
 
 def mqar(frame: pd.DataFrame) -> Figure:
-    """A panel a task: accuracy over the number of pairs, a line a shape, darker for a larger state: the median of its
-    seeds, and shaded from the lowest end of their intervals to the highest."""
+    """A row a task, a panel a shape, smallest state first: accuracy over the number of pairs, a line a seed (shaded:
+    its interval), the median of the seeds bold. Seeds are not averaged: one either learns to answer or does not."""
     tasks = list(dict.fromkeys(frame["task"]))
-    figure = Figure(figsize=(6.0 * len(tasks), 5.0), layout="constrained")
-    panels = figure.subplots(1, len(tasks), squeeze=False, sharey=True)[0]
     shapes = list(dict.fromkeys(frame.sort_values("state_elements")["shape"]))
-    for task, axes in zip(tasks, panels):
-        for i, shape in enumerate(shapes):
+    figure = Figure(figsize=(1.0 + 1.9 * max(2, len(shapes)), 0.8 + 2.4 * len(tasks)), layout="constrained")
+    panels = figure.subplots(len(tasks), len(shapes), squeeze=False, sharex=True, sharey=True)
+    ticks = sorted(frame["pairs"].unique())
+    for row, task in zip(panels, tasks):
+        for axes, shape in zip(row, shapes):
             some = frame[(frame["task"] == task) & (frame["shape"] == shape)]
-            seeds = some.groupby("pairs").agg({"value": "median", "low": "min", "high": "max"})
-            colour = str(0.75 * (1 - i / max(1, len(shapes) - 1)))  # a grey
-            size = _millions(some["state_elements"].iloc[0]) if len(some) else ""
-            axes.plot(seeds.index, seeds["value"], marker=_MARKERS[i % len(_MARKERS)], color=colour, markersize=5,
-                      label=f"{shape}: {size}")  # fmt: skip
-            axes.fill_between(seeds.index, seeds["low"], seeds["high"], color=colour, alpha=0.15, linewidth=0)
-        axes.set_xscale("log", base=2)
-        axes.xaxis.set_minor_locator(NullLocator())
-        ticks = sorted(frame["pairs"].unique())
-        axes.set_xticks(ticks, [str(n) for n in ticks])
-        axes.set_ylim(0, 1.02)
-        axes.set_xlabel("pairs of key and value")
-        axes.set_title(task, fontsize=11, loc="left")
-        axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
-        axes.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel("share of answers that are right")
-    panels[-1].legend(fontsize=8, frameon=False, title="shape: numbers in the state")
+            for _, one in some.groupby("train_seed", dropna=False):
+                axes.plot(one["pairs"], one["value"], color=_COLOURS["line"], linewidth=1, alpha=0.8)
+                axes.fill_between(one["pairs"], one["low"], one["high"], color=_COLOURS["line"], alpha=0.2, linewidth=0)
+            middle = some.groupby("pairs")["value"].median()
+            axes.plot(middle.index, middle, "o-", color="black", linewidth=2, markersize=3)
+            axes.set_xscale("log", base=2)
+            axes.xaxis.set_minor_locator(NullLocator())
+            axes.set_xticks(ticks, [str(n) for n in ticks], fontsize=8)
+            axes.set_ylim(0, 1.02)
+            axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
+            axes.spines[["top", "right"]].set_visible(False)
+        row[0].set_ylabel(task, fontsize=10)
+    for axes, shape in zip(panels[0], shapes):
+        size = _millions(frame.loc[frame["shape"] == shape, "state_elements"].iloc[0])
+        axes.set_title(f"{shape}\nstate of {size}", fontsize=8.5, loc="left")
+    figure.supxlabel("pairs of key and value", fontsize=10)
+    figure.suptitle("Share of answers that are right: a line a seed, and their median", fontsize=12, x=0.01, ha="left")
     return figure
 
 

@@ -8,7 +8,7 @@ searched (variable projection): no starting values, no local optimum missed on t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -31,20 +31,6 @@ _TEXT = {
     "exponential": "y = {a:.4g} exp({k:.4g} s) {c:+.4g}",
 }
 Array = np.ndarray
-
-# The paper's fits, and the state sizes of its six models, Mamba-2 of 36M to 780M parameters. It says R^2 > 0.999; its
-# own plotted points give the line 0.985, and the exponential leans on one of them, 256K tokens at 12.9M.
-PAPER_SIZES = (0.8, 1.6, 2.4, 4.8, 12.9, 19.3)
-PAPER_POINT = (12.9, 256.0)
-
-
-def paper(quantity: str) -> Callable[[Array], Array] | None:
-    """The paper's fit of T_forget or T_recall: millions of numbers to K tokens; None of anything else."""
-    if quantity == "T_forget":
-        return lambda s: 5.172 * s - 4.469
-    if quantity.startswith("T_recall"):
-        return lambda s: 4.756 * (1.365**s - 1) - 0.742
-    return None
 
 
 @dataclass(frozen=True)

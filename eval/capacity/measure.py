@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from rnn_longctx.config import format_length
 from rnn_longctx.errors import InputError
 from rnn_longctx.eval.capacity import models
 from rnn_longctx.eval.capacity.config import MeasureConfig
@@ -27,27 +28,32 @@ def measure(model: Any, c: MeasureConfig, out: str | Path, say: Callable[[str], 
             **about: Any) -> None:  # fmt: skip
     """Measure `model` under every remedy; what is stored in `out` already is not measured again.
 
-    say: is given one line a finding. about: columns of models.csv that the model does not say itself.
+    say: is given a line a finding, and one a length that recall is asked at. about: columns of models.csv that the
+        model does not say itself.
     """
     out = Path(out)
-    remedies = [parse_remedy(name) for name in c.mitigations]
-    for remedy in remedies:  # what cannot be put on it, or asked of it, shows before anything is measured
+    check(model, c)
+    models.put(out, models.describe(model, **about))
+    for remedy in map(parse_remedy, c.mitigations):
+        say(f"{model.name}, {remedy}: {_forgets(model, remedy, c, out)}")
+        for task in c.tasks:
+            say(f"{model.name}, {remedy}: T_recall of {task.label} {t_recall(model, task, remedy, c, out, say)}")
+
+
+def check(model: Any, c: MeasureConfig) -> None:
+    """Refuse what cannot be put on the model or asked of it, and a haystack that is shorter than the longest context,
+    before an hour is spent on what can. Raises InputError."""
+    for remedy in map(parse_remedy, c.mitigations):
         with mitigate(model, remedy, target_length=c.limit):
             pass
     for task in c.tasks:
-        _enough(model, task, c)
-    models.put(out, models.describe(model, **about))
-    for remedy in remedies:
-        say(f"{model.name}, {remedy}: {_forgets(model, remedy, c, out)}")
-        for task in c.tasks:
-            say(f"{model.name}, {remedy}: T_recall of {task.label} {t_recall(model, task, remedy, c, out)}")
-
-
-def _enough(model: Any, task: Passkey, c: MeasureConfig) -> None:
-    """Refuse a haystack that is shorter than the longest context, before an hour is spent on shorter ones."""
-    hay, longest = task.hay(Context(model)), min(c.limit, task.max or c.limit)
-    if hay is not None and len(hay) < longest:  # a token is at least a byte
-        raise InputError(f"{task}: {hay.name} has {len(hay)} bytes; a context of {longest} tokens was asked for")
+        context, longest = Context(model, text=c.text, seed=c.seed), min(c.limit, task.max or c.limit)
+        hay = task.hay(context)
+        if hay is not None and len(hay) < longest:  # a token is at least a byte
+            raise InputError(
+                f"{task.label}: {hay.name} has {len(hay)} bytes; a context of {longest} tokens was asked for"
+            )
+        task.check(context, [longest])
 
 
 def _forgets(model: Any, remedy: Remedy, c: MeasureConfig, out: Path) -> str:
@@ -65,7 +71,8 @@ def _forgets(model: Any, remedy: Remedy, c: MeasureConfig, out: Path) -> str:
     return f"loss measured to {lengths[-1]} tokens"
 
 
-def t_recall(model: Any, task: Passkey, remedy: Remedy, c: MeasureConfig, out: str | Path | None = None) -> Recall:
+def t_recall(model: Any, task: Passkey, remedy: Remedy, c: MeasureConfig, out: str | Path | None = None,
+             say: Callable[[str], None] = lambda line: None) -> Recall:  # fmt: skip
     """The longest context, within `c.limit`, at which `task` shows a recall of `c.recall`."""
     results, texts = Results(out) if out else None, Context(model)
     n = task.n
@@ -84,7 +91,9 @@ def t_recall(model: Any, task: Passkey, remedy: Remedy, c: MeasureConfig, out: s
                 fewer = replace(task, n=prompts, least=prompts)
                 stored = [row for row in fewer.run(context, [length]) if row["depth"] is None][-1]
             samples = stored["samples"]
-            return int(sum(samples)), len(samples)
+            right, asked = int(sum(samples)), len(samples)
+            say(f"{model.name}, {remedy}: {task.label} at {format_length(length)}: {right}/{asked}")
+            return right, asked
 
     def fits(length: int) -> bool:
         try:

@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from rnn_longctx.config import to_dict
-from rnn_longctx.data import load_text
+from rnn_longctx.data import load_text, open_streamed
 from rnn_longctx.errors import InputError
 from rnn_longctx.eval.capacity import models, tables
 from rnn_longctx.eval.capacity.cell import STUDY, is_done
@@ -27,6 +27,7 @@ from rnn_longctx.eval.capacity.forget import next_models
 from rnn_longctx.eval.results import Results, write_atomic
 from rnn_longctx.train.config import MixedText
 from rnn_longctx.train.snapshots import claim_folder
+from rnn_longctx.train.team import device_of
 
 # Of `train`: settings that do not change what is trained. (Those that cut the work, and of MQAR the sequences measured
 # and the seeds, are recorded as 1, whatever they are.)
@@ -42,6 +43,7 @@ def run_study(config: CapacityConfig, parallel: int = 1, say: Callable[[str], No
     """
     if parallel < 1:
         raise InputError(f"parallel: expected a number of processes, got {parallel}")
+    device_of(config.train.device)  # there is such a one
     study = Path(config.out)
     train = to_dict(replace(config.train, accumulate=1, sequence_parallel=1))
     claim: dict[str, Any] = {"train": {k: v for k, v in train.items() if k not in _NEUTRAL}}
@@ -110,7 +112,8 @@ def _todo(config: CapacityConfig, study: Path, known: dict[str, bool], text: str
 
 
 def _texts(config: CapacityConfig, study: Path) -> list[str | MixedText]:
-    """The installed packages are gathered once, and not by every cell."""
+    """What is trained on, the installed packages gathered once, and not by every cell. Raises InputError: there is no
+    such text, which every cell would find out by itself."""
     found: list[str | MixedText] = []
     for spec in config.train.data.text:
         part = spec if isinstance(spec, MixedText) else MixedText(spec)
@@ -119,6 +122,8 @@ def _texts(config: CapacityConfig, study: Path) -> list[str | MixedText]:
             if not kept.exists():
                 write_atomic(kept, load_text("site-packages").data)
             part = replace(part, source=str(kept))
+        elif open_streamed(part.source) is None:
+            load_text(part.source)
         found.append(part if isinstance(spec, MixedText) else part.source)
     return found
 

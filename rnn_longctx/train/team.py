@@ -51,13 +51,13 @@ class Team:
         self.began = not dist.is_initialized()
         self.group: dist.ProcessGroup | None = None
         if self.world == 1:
-            self.device = _device(config.device)
+            self.device = device_of(config.device)
             return
         if config.device not in ("auto", "cpu", "cuda"):
             raise InputError(f"device: expected auto, cpu or cuda for {self.world} ranks, got {config.device!r}")
         cpu = config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available())
         if not cpu:
-            _device("cuda")
+            device_of("cuda")
         self.accelerator = _accelerator(cpu)
         self.device = self.accelerator.device
         if self.sequence > 1:  # a group of their own, which DDP's traffic does not mix with; every rank makes all
@@ -200,7 +200,8 @@ def _accelerator(cpu: bool) -> Any:
     return Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)])
 
 
-def _device(name: str) -> torch.device:
+def device_of(name: str) -> torch.device:
+    """What `device` of a config names. Raises InputError: no such device, or none here."""
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
         if device.type not in ("cpu", "cuda"):

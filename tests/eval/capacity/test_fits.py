@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from rnn_longctx.eval.capacity import fits
+from rnn_longctx.eval.capacity import fits, paper
 from rnn_longctx.eval.capacity.fits import fit, fit_all
 
 TRUE = {
@@ -41,13 +41,21 @@ def test_exact_curves_are_found(rng, form):
             assert found.needed(goal)[0] == pytest.approx(wide[30], rel=2e-3)
 
 
-def test_the_papers_fits_are_its_formulas():
-    s = np.array(fits.PAPER_SIZES)
-    line, exponential = fit("line", s, fits.paper("T_forget")(s)), fit("exponential", s, fits.paper("T_recall")(s))
-    assert (line.curve.a, line.curve.c) == pytest.approx((5.172, -4.469))
-    assert math.exp(exponential.curve.k) == pytest.approx(1.365, rel=1e-4)
-    assert (exponential.curve.a, exponential.curve.c) == pytest.approx((4.756, -4.756 - 0.742), rel=1e-3)
-    assert fits.paper("T_recall")(np.array([12.9]))[0] == pytest.approx(256, rel=0.02)
+def test_the_papers_points_give_its_fits():
+    """To the accuracy of what was read off its figure, and only with a point that is no model: no state, no tokens."""
+    for quantity, stated in (
+        ("T_forget", lambda s: 5.172 * s - 4.469),
+        ("T_recall", lambda s: 4.756 * (1.365**s - 1) - 0.742),
+    ):
+        curve, sizes, lengths = paper.of(quantity)
+        assert curve(np.array(sizes)) == pytest.approx(stated(np.array(sizes)))
+        refitted = fit(curve.form, (0, *sizes), (0, *lengths))
+        assert (refitted.curve.a, refitted.curve.c, refitted.curve.k) == pytest.approx(
+            (curve.a, curve.c, curve.k), rel=0.015
+        )
+        assert fit(curve.form, sizes, lengths).curve.c != pytest.approx(curve.c, rel=0.1)
+    assert fit("line", *zip((0, 0), *paper.POINTS["T_forget"])).r2 == pytest.approx(0.985, abs=5e-4)
+    assert paper.of("T_recall of words") == paper.of("T_recall") and paper.of("mqar") is None
 
 
 def test_judgements_against_their_definitions(rng):

@@ -99,7 +99,10 @@ def test_cells_are_trained_measured_and_not_again(config, monkeypatch):
     for cell in (text, pairs):
         run_cell(config, cell, out)
         assert is_done(config, cell, out) and config.find(cell.name) == cell
-    assert isinstance(tables.passes(out, text.name, 600), bool)
+    row = Results(out).frame().query("model == @text.name and metric == 'nats_per_token' and length == 600").iloc[0]
+    assert tables.passes(out, text.name, 600, row["text"]), "it has learned nothing that could be lost"
+    with pytest.raises(InputError, match="was not measured"):
+        tables.passes(out, text.name, 600, "another text")
     about = models.gather(out).set_index("model")
     c = config.models[0]
     assert about.loc[text.name, "state_elements"] == c.scan_state_elements + c.conv_state_elements
@@ -124,16 +127,28 @@ def test_cells_are_trained_measured_and_not_again(config, monkeypatch):
 
 
 def test_a_study_is_told_what_to_run_by_outcomes(config, monkeypatch):
-    """Cells stand in for training: each says it is done a moment later, and passes where its state is small enough."""
+    """Processes stand in for training: each is done a moment later, with the losses of a model that passes where it was
+    trained long enough for its state."""
     config = replace(config, train_lengths=[128, 192, 256, 320, 384, 448], seeds=3, mqar=None)
     edges = dict(zip((m.d_state for m in config.models), np.random.default_rng().integers(100, 500, 2)))
     out, alive, most, started = Path("study"), [], [0], []
+
+    def losses(cell, at):
+        shared = {"model": cell.name, "weights_hash": "0", "mitigation": "none", "task": "lm", "text": "file:text.txt",
+                  "batch": 1, "dtype": "float32", "backend": "torch", "device": "cpu", "seed": 0, "stderr": 0.0, "n": 1,
+                  "train_length": cell.train_length}  # fmt: skip
+        peak = (cell.train_length, "nats_per_token_peak", 1.0)
+        for length, metric, value in [peak, *((n, "nats_per_token", loss) for n, loss in at.items())]:
+            row = {"length": length, "metric": metric, "value": value, "samples": [value]}
+            Results(out).put(shared | row)
 
     def start(cell, where, parallel):
         folder = where / "models" / cell.name
         folder.mkdir(parents=True, exist_ok=True)
         started.append(cell.name)
         done = json.dumps(asked(config, cell))
+        passes = cell.train_length >= edges[cell.model.d_state]
+        losses(cell, {cell.train_length: 1.0, config.measure.limit: 1.0 if passes else 5.0})
         if cell.name == broken:
             words = ["sh", "-c", f"echo no memory > {folder}/log.txt; exit 3"]
         else:
@@ -143,13 +158,8 @@ def test_a_study_is_told_what_to_run_by_outcomes(config, monkeypatch):
         most[0] = max(most[0], sum(p.poll() is None for p in alive))
         return process
 
-    def passes(where, name, limit):
-        cell = config.find(name)
-        return bool(cell.train_length >= edges[cell.model.d_state])
-
     monkeypatch.setattr(study, "_start", start)
     monkeypatch.setattr(study, "_WAIT", 0.01)
-    monkeypatch.setattr(tables, "passes", passes)
     broken = Cell(config.models[1], 448, 0).name
     said: list[str] = []
     with pytest.raises(InputError, match=rf"1 cells failed, the first of them {broken}: no memory"):
@@ -271,12 +281,18 @@ def test_checkpoints_of_one_name_are_no_seeds_of_one_shape(config, monkeypatch, 
 
 MISTAKES = {
     "missing": "neither a directory nor a hub id",
+    "a missing": "neither a directory nor a hub id",
+    "a --limit 16": "16 were asked for",
+    "a --needle multikey:keys=1": "a prompt holds 2 to 8 keys",
     "a --limit 0": "positive whole number",
     "a --needle lm": "asks for no answer",
     "a --mitigation nothing": "unknown mitigation",
     "a --recall 1.2": "lie between 0 and 1",
     "a --needle passkey:haystack=text.txt --limit 1m": "a context of 1048576 tokens was asked for",
     "train nowhere.yaml": "cannot read config",
+    "train study.yaml --set train.data.text=[nowhere.txt]": "no text at nowhere.txt",
+    "train study.yaml --set measure.text=nowhere.txt": "no text at nowhere.txt",
+    "train study.yaml --set train.device=tpu": "expected auto, cpu, cuda",
     "plot nowhere": "evaluate first",
     "advise --context 4k --study nowhere": "evaluate first",
     "advise --context 4k --recall 0.5": "fits a recall of 0.95 alone",
@@ -286,8 +302,9 @@ MISTAKES = {
 @pytest.mark.parametrize("words", MISTAKES)
 def test_mistakes_are_one_line(words, config, monkeypatch, capsys, tmp_path):
     tiny(tmp_path, "a")
-    code, _, said = run(monkeypatch, capsys, "capacity", *words.split())
+    code, printed, said = run(monkeypatch, capsys, "capacity", *words.split())
     assert code == 2 and MISTAKES[words] in said and said.count("\n") == 1
+    assert not printed, "nothing is measured before a mistake is found"
 
 
 def test_recall_stops_at_the_sample_it_has(config, tmp_path):

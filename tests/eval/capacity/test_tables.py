@@ -199,6 +199,8 @@ def test_figures_from_the_tables_alone(study, tmp_path):
     assert recall.loc["exponential", "k_low"] <= recall.loc["exponential", "k"] <= recall.loc["exponential", "k_high"]
     pairs = tables.associations(*tables.read(tmp_path))
     assert len(pairs) == 2 * 5 * 2 and set(pairs["value"]) == {0.5} and set(pairs["pairs"]) == {4, 16}
+    written = pd.read_csv(tmp_path / "mqar.csv")
+    assert (written["model"] == pairs["model"]).all() and written["low"].to_numpy() == pytest.approx(pairs["low"])
     results, about = tables.read(tmp_path)
     deep = tables.by_depth(results, tables.points(tables.findings(results, about, 0.95)))
     assert len(set(deep["model"])) == len(STATES) and set(deep["train_length"]) == {1024}
@@ -209,7 +211,7 @@ def test_advice(study):
     context = round(t_recall(1_000_000))
     found = advise(context, study=study)
     assert 0.8e6 < found.state < 1.25e6 and not any("extrapol" in w for w in found.warnings)
-    assert 0 < found.low <= found.state <= found.high and "2 of 5 shapes recall as much" in str(found)
+    assert 0 < found.low <= found.state <= found.high and "1 of 5 shapes recall as much" in str(found)
     assert found.train_length == pytest.approx(t_forget(1_000_000), rel=0.6)
     assert found.speed == pytest.approx(1e9 / found.state, rel=0.01)
     assert "MiB a stream" in str(found) and "tokens/s" in str(found)
@@ -257,7 +259,9 @@ def test_no_advice_where_recall_does_not_grow(tmp_path):
     assert math.isnan(found.state) and found.train_length is None and found.speed is None
     assert str(found).startswith("no size follows for 4K tokens: what is recalled does not grow with the state")
     assert not any("extrapolates" in w for w in found.warnings)
-    assert "measured: 3 of 5 shapes recall as much, by the median of seeds; the smallest has 200K" in str(found)
+    assert "measured: 3 of 5 shapes recall as much, by the median of seeds; the smallest, s200000, has 200K" in str(
+        found
+    )
 
 
 def test_no_advice_where_recall_falls(tmp_path):
@@ -323,9 +327,33 @@ def test_t_forget_says_how_far_was_read(study):
     assert points[points["quantity"] == "T_forget"]["text"].str.endswith("; read to 64K").all()
 
 
+def test_advice_without_a_fit_says_what_was_measured(tmp_path):
+    """One shape bears no fit; it recalls enough by the middle one of its three seeds."""
+    family = Family()
+    for seed, edge in enumerate((3000, 9000, 5000)):
+        family.add(STATES[0], 1024, seed, True, edge)
+    family.write(tmp_path)
+    said = r"too few points .* \(1 of 1 shapes .* the smallest, s100000, has 100K numbers \(391 KiB .* recalls 4608, "
+    with pytest.raises(InputError, match=said + r"2816 to 8K by seed; 10,000 tokens/s read on cpu\)"):
+        advise(4096, study=tmp_path)
+
+
+def test_advice_takes_a_remedy_as_it_is_written_elsewhere(tmp_path):
+    family = grown(tmp_path)
+    for row in family.rows:
+        row["mitigation"] = "rri:alpha=0.9999,beta=0.75"
+    family.write(tmp_path)
+    assert advise(4096, study=tmp_path, mitigation="rri").state > 0
+    with pytest.raises(InputError, match=r"nothing measured under none; it has rri:alpha=0\.9999,beta=0\.75"):
+        advise(4096, study=tmp_path)
+    with pytest.raises(InputError, match='did you mean "state-norm"'):
+        advise(4096, study=tmp_path, mitigation="state-nrm")
+
+
 def test_advice_of_the_paper():
     found = advise(256 * 1024)
-    assert found.state == pytest.approx(12.9e6, rel=0.02) and found.speed is None and len(found.warnings) == 1
+    assert found.state == pytest.approx(12.9e6, rel=0.02) and found.speed is None and len(found.warnings) == 2
+    assert found.low < found.state <= found.high and "one carries it (256K tokens at 12.9M)" in str(found)
     assert found.train_length == pytest.approx(1024 * (5.172 * found.state / 1e6 - 4.469))
     assert "extrapolates" in str(advise(1 << 24)) and "extrapolates" in str(advise(128))
     assert "none follows, its fit is below 0" in str(advise(128))
