@@ -291,7 +291,8 @@ def test_leaderboard():
                      "tokenizer": "bytes", "length": length, "depth": None, "metric": metric, "batch": 1,
                      "dtype": "float32", "backend": "torch", "device": "cpu", "seed": 0, "value": np.mean(samples),
                      "stderr": 0.0, "n": len(samples), "samples": list(samples), "train_length": 32, "seconds": 1.0,
-                     "tokens_per_second": 50.0 if mitigation == "rri" else 100.0, "peak_bytes": 10})  # fmt: skip
+                     "tokens_per_second": 50.0 if mitigation == "rri" else 100.0, "peak_bytes": 10,
+                     "first_token_seconds": 0.5 if mitigation == "decimate" else 2.0})  # fmt: skip
 
     hard = rng.normal(0, 0.5, 24)
     for name, loss in (
@@ -311,6 +312,7 @@ def test_leaderboard():
     assert at.loc["rri", "gain"] == pytest.approx(0.5, abs=0.05) and at.loc["rri", "speed"] == 0.5
     assert at.loc["rri", "change_short"] == pytest.approx(0.1) and at.index[0] == "rri"
     assert at.loc["decimate", "wins"] == "passkey" and np.isnan(at.loc["decimate", "loss"])
+    assert at.loc["decimate", "speed"] == 4  # in reading prompts, since it reads no text
     assert at.loc["reset:every=8", "control"] and not at.loc["rri", "control"]
 
     for row in rows:
