@@ -107,6 +107,17 @@ def test_spsa_finds_an_alpha_a_layer(monkeypatch):
     assert [p["add"] for p in found.policies] == pytest.approx(np.log(alphas(found.remedy)).tolist())
 
 
+def test_spsa_finds_a_scale_of_the_decay_a_layer(monkeypatch):
+    """The other place of a-scale forgets as RRI does, and its values are tried as RRI's are."""
+    goal = np.log([3e-4, 1e-3, 6e-3])  # of 1 - scale
+    forgotten = lambda r: 1 - np.array([float(v) for v in str(parse_remedy(r).scale).split("/")])  # noqa: E731
+    losses(monkeypatch, lambda r: 9.0 if r == "none" else float(((np.log(forgotten(r) + 1e-9) - goal) ** 2).sum()))
+    found = calibrate(tiny(3), "a-scale:place=decay", 128, TEXT, steps=60)
+    single = min(t["loss"] for t in found.scores["tried"] if "/" not in t["remedy"])
+    assert found.method == "spsa" and found.scores["loss"] < 0.3 * single
+    assert [p["add"] for p in found.policies] == pytest.approx(np.log(1 - forgotten(found.remedy)).tolist())
+
+
 def test_spsa_finds_a_factor_a_layer(monkeypatch):
     goal = np.log([0.5, 0.9, 1.6])
     losses(monkeypatch, lambda r: float(((np.log(scales(r)) - goal) ** 2).sum()))
@@ -138,6 +149,14 @@ def test_what_cannot_be_calibrated():
         calibrate(tiny(), "rri", 32, TEXT)
     with pytest.raises(InputError, match=r"were asked for|has"):
         calibrate(tiny(), "rri", 10**6, TEXT)
+    with pytest.raises(InputError, match="takes the name of a remedy"):
+        calibrate(tiny(), None, 128, TEXT)
+    for count in ({"slices": 0}, {"prompts": 1.5}, {"steps": -1}, {"seed": None}):
+        with pytest.raises(InputError, match=f"{next(iter(count))}: expected a whole number, at least"):
+            calibrate(tiny(), "rri", 128, TEXT, **count)
+    for held in ("rri:junk", "a-scale:place=rates", "rri:alphas=1"):
+        with pytest.raises(InputError):
+            calibrate(tiny(), held, 128, TEXT)
 
 
 def test_the_file(tmp_path, monkeypatch):
