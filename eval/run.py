@@ -96,6 +96,8 @@ def evaluate(model: Any, lengths: Sequence[int | str] | int | str,
     """
     if not isinstance(batch, int) or batch < 1:
         raise InputError(f"batch must be at least 1 stream, got {batch!r}")
+    if not isinstance(seed, int) or seed < 0:
+        raise InputError(f"seed: expected a whole number, at least 0, got {seed!r:.40}")
     model = reader_of(model)
     wanted = sorted(set(parse_lengths([lengths] if isinstance(lengths, int) else lengths)))
     jobs = [parse_task(t) for t in ([tasks] if isinstance(tasks, str | Task) else tasks or ())]

@@ -55,6 +55,9 @@ def test_several_texts_are_read_and_prompts_asked_once(model, text, unseen, tmp_
     assert set(board.text) == {load_text(t).name for t in (text, unseen)} and set(board.passkey.dropna()) <= {0.0, 1.0}
     with pytest.raises(InputError, match="no text at nowhere"):
         evaluate(model, [100], tasks, text=[text, "nowhere"])
+    for seed in (-1, "a", None):
+        with pytest.raises(InputError, match="seed: expected a whole number, at least 0"):
+            evaluate(model, [100], tasks, text=text, seed=seed)
     with pytest.raises(InputError, match="at least one text"):
         evaluate(model, [100], tasks, text=[])
 
