@@ -6,7 +6,7 @@
 
 Three searches behind one interface: `grid` over a remedy's parameters; `quantile` over the quantiles of what was
 measured on the text (norms, steps); `spsa`, simultaneous perturbation (Spall 1992; MambaExtend's), of one value a
-layer, begun at the best single one: a factor, or what RRI forgets a token, 1 - alpha.
+layer, begun at the best single one: a factor, or what RRI (and a-scale of the decay) forgets a token, 1 - alpha.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import product
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from rnn_longctx.probes.ablation import tail_losses
 from rnn_longctx.ssd import PLAIN
 
 GUARD = 0.1  # of recall
+ALPHAS = (1.0, 0.9999, 0.999, 0.998, 0.996, 0.99)
 FACTORS = (0.3, 0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 3.0)
 LEAST = 0.01  # the smallest factor (MambaExtend)
 LEAST_FORGOTTEN = 1e-5  # where SPSA begins for an alpha of 1
@@ -53,17 +55,17 @@ class Scored:
     kept: bool
 
 
-def grid_of(name: str, train: int) -> dict[str, list[Any]]:
-    """The values that are tried of a remedy's parameters. Raises InputError: it has none to calibrate."""
+def grid_of(name: str, train: int, place: str = "rate") -> dict[str, list[Any]]:
+    """The values that are tried of a remedy's parameters (place: of a-scale). InputError: it has none to calibrate."""
     grids: dict[str, dict[str, list[Any]]] = {
-        "rri": {"alpha": [1.0, 0.9999, 0.999, 0.998, 0.996, 0.99], "beta": [1.0, 0.75, 0.5]},
+        "rri": {"alpha": list(ALPHAS), "beta": [1.0, 0.75, 0.5]},
         "window": {"tokens": [train // 2, train, 2 * train, 4 * train]},
         "state-norm": {"quantile": [1.0, 0.9, 0.75, 0.5, 0.0]},
         "token-filter": {"theta": [0.01, 0.05, 0.2], "clamp": [0.0, 0.05]},
         "a-winsor": {"share": [0.02, 0.05, 0.08, 0.15, 0.25]},
         "a-floor": {"tokens": [train // 2, train, 2 * train, 4 * train]},
         "delta-scale": {"scale": list(FACTORS)},
-        "a-scale": {"scale": list(FACTORS)},
+        "a-scale": {"scale": list(ALPHAS if place == "decay" else FACTORS)},
     }
     if name not in grids:
         raise InputError(f"{name!r} cannot be calibrated{nearest(name, grids)}")
@@ -88,16 +90,21 @@ def calibrate(model: Any, name: str, target: int | str, text: Text | str | Path,
         steps: of SPSA, two losses each.
         say: called with a line a setting.
     Raises:
-        InputError: a remedy that has nothing to calibrate, a text too short, no setting that keeps recall, or none of
-            those that has a finite loss.
+        InputError: a remedy that has nothing to calibrate, a text too short, a count out of range, no setting that
+            keeps recall, or none of those that has a finite loss.
     """
+    if not isinstance(name, str):
+        raise InputError(f"calibrate takes the name of a remedy, such as rri, got {name!r:.80}")
+    for what, count, least in (("slices", slices, 1), ("prompts", prompts, 1), ("steps", steps, 0), ("seed", seed, 0)):
+        if not isinstance(count, Integral) or count < least:
+            raise InputError(f"{what}: expected a whole number, at least {least}, got {count!r:.40}")
     model, target = reader_of(model), parse_length(target, "target")
     text = load_text(text)
     train = train_length(model, "calibration")
     name, _, fixed = name.partition(":")
     held = dict(part.split("=", 1) for part in fixed.split(",") if "=" in part)
-    grid = {k: v for k, v in grid_of(name, train).items() if k not in held}
-    parse_remedy(f"{name}:{fixed}" if fixed else next(_grid(name, grid, fixed)))  # what is held must be of the remedy
+    grid = {k: v for k, v in grid_of(name, train, held.get("place", "rate")).items() if k not in held}
+    parse_remedy(next(_grid(name, grid, fixed)))  # what is held must be of the remedy
     if target <= train:
         raise InputError(f"the target of {target} tokens must be above the training length of {train}")
     objective = _Objective(model, target, text, seed, slices, prompts, train)
@@ -161,14 +168,18 @@ def _text(value: float) -> str:
 
 def _begun(best: Remedy) -> tuple[float, Callable[[np.ndarray], str]]:
     """Where SPSA begins, as a logarithm that every layer has, and what turns one logarithm a layer into a setting."""
-    if isinstance(best, RRI):
-        alpha, beta = float(best.alpha), best.beta
+    scaled: Any = best
+    if isinstance(best, RRI) or getattr(best, "place", "") == "decay":
+        alpha, named, rest = (
+            (best.alpha, "rri:alpha=", f",beta={best.beta:g}")
+            if isinstance(best, RRI)
+            else (scaled.scale, f"{scaled.name}:scale=", ",place=decay")
+        )
 
         def forget(point: np.ndarray) -> str:
-            return "rri:alpha=" + "/".join(f"{1 - v:.7g}" for v in np.exp(point).clip(0, 0.5)) + f",beta={beta:g}"
+            return named + "/".join(f"{1 - v:.7g}" for v in np.exp(point).clip(0, 0.5)) + rest
 
-        return math.log(max(1 - alpha, LEAST_FORGOTTEN)), forget
-    scaled: Any = best
+        return math.log(max(1 - float(alpha), LEAST_FORGOTTEN)), forget
     return math.log(
         float(scaled.scale)
     ), lambda point: f"{scaled.name}:scale=" + "/".join(f"{max(LEAST, v):.4g}" for v in np.exp(point))

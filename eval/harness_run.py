@@ -22,6 +22,7 @@ from rnn_longctx.config import parse_lengths
 from rnn_longctx.errors import InputError
 from rnn_longctx.eval.harness import HarnessLM
 from rnn_longctx.eval.results import Results, write_atomic
+from rnn_longctx.eval.ruler import check_it_ends
 from rnn_longctx.mitigations import active, mitigate, parse_remedy
 
 COLUMNS = ("task", "length", "metric", "value", "stderr", "n", "mitigation", "model", "weights_hash",
@@ -46,7 +47,7 @@ def lm_eval_table(model: Any, tasks: Sequence[str], lengths: Sequence[int | str]
         max_length: the most tokens a request may read; longer ones are refused. None: no limit.
     Raises:
         InputError: unknown tasks (with the nearest names) or remedies, bad lengths, tasks whose data or packages are
-            missing here, a request longer than `max_length`.
+            missing here (of a group they are named in a warning and left out), a request longer than `max_length`.
     """
     wanted = sorted(set(parse_lengths(list(lengths) if not isinstance(lengths, str) else lengths)))
     remedies = list({str(r): r for r in map(parse_remedy, mitigations)}.values())
@@ -70,7 +71,8 @@ def lm_eval_table(model: Any, tasks: Sequence[str], lengths: Sequence[int | str]
         save_tokenizer(model.tokenizer, Path(folder))
         shared = {"tokenizer": folder, "data": data, "limit": limit, "seed": seed}
         metadata = {k: v for k, v in shared.items() if v is not None}
-        for length, loaded, manager in _loaded(names, wanted, paths, metadata):
+        count = lambda text: len(model.tokenizer.encode(text))  # noqa: E731
+        for length, loaded, manager in _loaded(names, wanted, paths, metadata, count):
             for remedy in remedies:
                 with mitigate(model, remedy, target_length=length or wanted[-1]):
                     mitigation = active(model)[0]
@@ -102,10 +104,10 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
 
 
 def _loaded(
-    names: list[str], lengths: list[int], paths: list[str], shared: dict[str, Any]
+    names: list[str], lengths: list[int], paths: list[str], shared: dict[str, Any], count: Callable[[str], int]
 ) -> Iterator[tuple[int | None, list[Any], Any]]:
     """(length, its tasks, their manager); those of a fixed length first, with None. A length's data is made when its
-    turn comes."""
+    turn comes. Of a group what cannot be had here is named and left out."""
     from lm_eval.tasks import TaskManager
 
     def manager(length: int) -> Any:
@@ -120,18 +122,42 @@ def _loaded(
             raise InputError(f"lm-eval knows no task {name!r}{_own(name) or _near(name, known.all_tasks)}")
         if _own(name):
             logging.getLogger(__name__).warning("%s is a task of lm-eval's own%s", name, _own(name))
-    first = {name: _load(known, name) for name in names}
+    first: dict[str, list[Any]] = {}
+    for name in names:
+        members, refused = _members(known, name), []
+        for member in members:
+            try:
+                first[member] = _load(known, member, lengths[0], count)
+            except InputError as error:
+                refused.append(str(error))
+                if len(refused) == len(members):
+                    raise InputError(refused[0]) from None
+        for why in refused:
+            logging.getLogger(__name__).warning("%s goes without one of its tasks: %s", name, why)
     if fixed := [task for some in first.values() for task in some if not _by_length(task)]:
         yield None, fixed, known
     again = [name for name, some in first.items() if any(map(_by_length, some))]
     for length in lengths if again else ():
         here = known if length == lengths[0] else manager(length)
-        some = [task for name in again for task in (first[name] if here is known else _load(here, name))]
+        some = [task for name in again for task in (first[name] if here is known else _load(here, name, length, count))]
         yield length, [task for task in some if _by_length(task)], here
 
 
-def _load(manager: Any, name: str) -> list[Any]:
+def _members(manager: Any, name: str) -> list[str]:
+    """The tasks of a group or tag by their names; what changes its tasks' settings is taken as a whole."""
+    entry = manager.task_index[name]
+    if entry.tags and entry.kind.name == "TAG":
+        return sorted(entry.tags)
+    plain = (entry.cfg or {}).get("task") if entry.kind.name == "GROUP" else None
+    if not isinstance(plain, list) or not all(isinstance(one, str) and one in manager.task_index for one in plain):
+        return [name]
+    settings = set(entry.cfg) - {"group", "group_alias", "task", "aggregate_metric_list", "metadata", "tag"}
+    return [name] if settings else [one for member in plain for one in _members(manager, member)]
+
+
+def _load(manager: Any, name: str, length: int, count: Callable[[str], int]) -> list[Any]:
     try:
+        check_it_ends(name, length, count)
         return list(manager.load([name])["tasks"].values())
     except InputError:
         raise

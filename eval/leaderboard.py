@@ -29,8 +29,8 @@ def leaderboard(frame: pd.DataFrame) -> pd.DataFrame:
 
     gain: the loss of the best control at that length minus the loss, nats per token, with its 95% interval;
     change_short: loss minus that of no remedy at the longest length within the training length; speed, memory: tokens a
-    second and (on a GPU) peak bytes over those of no remedy; a column of accuracy for each recall task; wins: what it
-    beats the controls at.
+    second and (on a GPU) peak bytes over those of no remedy, in reading prompts where a remedy has no loss; a column of
+    accuracy for each recall task; wins: what it beats the controls at.
     """
     rows: list[dict[str, Any]] = []
     everything = sheets(frame)
@@ -88,7 +88,7 @@ def _rows(frame: pd.DataFrame, sheet: Sheet, recalls: list[Sheet], length: int) 
             surer = [paired_bootstrap(*_paired(cell.samples, o.samples)) for o in others] if cell else []
             if surer and name not in controls and all(g.low > 0 for g in surer):
                 wins.append(recall.task)
-        row |= _cost(frame, sheet, name, length)
+        row |= next((c for s in (sheet, *recalls) if (c := _cost(frame, s, name, length))), {})
         row["wins"] = ", ".join(wins) if controls else "not compared"
         rows.append(row)
     return rows
@@ -100,7 +100,9 @@ def _paired(a: list[float], b: list[float]) -> tuple[list[float], list[float]]:
 
 
 def _cost(frame: pd.DataFrame, sheet: Sheet, name: str, length: int) -> dict[str, float]:
-    at: Any = frame[(frame["task"] == "lm") & (frame["length"] == length) & (frame["metric"] == "nats_per_token")]
+    """What a remedy cost on a sheet over what no remedy did; empty where one of the two was not measured."""
+    at: Any = frame[(frame["task"] == sheet.task) & (frame["length"] == length) & frame["depth"].isna()]
+    at = at[at["metric"].isin(["nats_per_token", "accuracy"])]
     for column in (*SETTING, "text", "text_hash", "seed", "device", "batch"):  # others were not read as these were
         value = sheet.where.get(column)
         if column in at and (value is not None or column in SETTING):
@@ -109,10 +111,14 @@ def _cost(frame: pd.DataFrame, sheet: Sheet, name: str, length: int) -> dict[str
     mine, bare = at[at["mitigation"] == wanted], at[at["mitigation"] == "none"]
     mine = mine[mine["calibration"].isna() if calibration is None else mine["calibration"] == calibration]
     if mine.empty or bare.empty:
-        return {"speed": math.nan, "memory": math.nan}
+        return {}
     mine, bare = mine.iloc[0], bare.iloc[0]
+    speeds = [
+        row["tokens_per_second"] if sheet.task == "lm" else 1 / (row["first_token_seconds"] or math.nan)
+        for row in (mine, bare)
+    ]
     return {
-        "speed": mine["tokens_per_second"] / bare["tokens_per_second"] if bare["tokens_per_second"] else math.nan,
+        "speed": speeds[0] / (speeds[1] or math.nan),
         # of a process the system knows only the highest mark so far, whoever set it
         "memory": mine["peak_bytes"] / bare["peak_bytes"] if mine["device"] != "cpu" else math.nan,
     }

@@ -21,7 +21,7 @@ from torch import Tensor
 from rnn_longctx.data import Text, load_text, tokens
 from rnn_longctx.errors import InputError
 from rnn_longctx.eval.results import Row
-from rnn_longctx.eval.task import Context, Task, peak_bytes
+from rnn_longctx.eval.task import Context, Task, forget_peak, peak_bytes
 from rnn_longctx.models import Cache
 from rnn_longctx.spec import quiet
 
@@ -90,6 +90,7 @@ class LanguageModel(Task):
         )
         sums: dict[int, list[Tensor]] = {m: [] for m in marks}  # of the loss up to the mark, one value a slice
         nbytes: dict[int, list[Tensor]] = {m: [] for m in marks}
+        forget_peak(context)
         seconds, read = (
             dict.fromkeys(marks, 0.0),
             dict.fromkeys(marks, 0),
@@ -169,6 +170,10 @@ class _Pass:
 
         cache, t, total = self._resume() or (c.model.new_cache(), 0, zeros)
         segment = max(1, c.segment // size)
+        if c.model.device.type == "cuda":  # kernels are compiled at their first call, which no remedy is to pay for
+            warm = ids[:, : min(segment, reach) + 1].to(c.model.device)
+            c.model.losses(c.model(warm[:, :-1], c.model.new_cache()), warm[:, 1:]).sum().item()
+            del warm
         began = saved = time.perf_counter()
         done_before = self.seconds
         c.progress(t * size)

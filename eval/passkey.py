@@ -22,7 +22,7 @@ from rnn_longctx.config import load_yaml
 from rnn_longctx.data import PasskeyPrompt, Style, Text, load_text, multikey_batch, passkey_batch, words_batch
 from rnn_longctx.errors import InputError
 from rnn_longctx.eval.results import Row
-from rnn_longctx.eval.task import Context, Task, peak_bytes
+from rnn_longctx.eval.task import Context, Task, forget_peak, peak_bytes
 from rnn_longctx.models.generate import continuation, prefill
 from rnn_longctx.spec import quiet
 
@@ -103,6 +103,7 @@ class Passkey(Task):
     def _run(self, context: Context, length: int) -> Iterator[Row]:
         n, began = self.count(length), time.perf_counter()
         prompts = self.prompts(context, length, n)
+        forget_peak(context)
         right: list[float] = []
         first = following = 0.0
         batch = min(n, context.batch)

@@ -179,6 +179,7 @@ def _legend(figure: Figure, axes: Axes) -> None:
     """Under the axes, where it covers no data."""
     handles, labels = axes.get_legend_handles_labels()
     columns = 3 if max(map(len, labels)) < 30 else 2
+    figure.set_figheight(_SIZE[1] + 0.22 * max(0, -(-len(labels) // columns) - 6))  # or many leave the axes no room
     figure.legend(handles, labels, loc="outside lower left", ncols=columns, frameon=False, fontsize=10)
 
 

@@ -46,7 +46,7 @@ class EvalConfig:
     lengths: list[int] = field(default_factory=lambda: [256, 1024, 4096, 16384])
     tasks: list[str] = field(default_factory=lambda: ["lm", "passkey"])
     mitigations: list[str] = field(default_factory=lambda: ["none"])
-    text: str = "stdlib"
+    text: list[str] = field(default_factory=lambda: ["stdlib"])
     calibration_text: str | None = None  # None: what the checkpoint keeps, else the builtin text
     train_length: int | None = None  # None: what the checkpoint says
     tokenizer: str | None = None
@@ -70,7 +70,8 @@ def parse_task(text: str | Task) -> Task:
 
 def evaluate(model: Any, lengths: Sequence[int | str] | int | str,
              tasks: Sequence[str | Task] | str | Task = ("lm", "passkey"),
-             mitigations: Sequence[str | Remedy] | str | Remedy | None = None, *, text: Text | str | Path = "stdlib",
+             mitigations: Sequence[str | Remedy] | str | Remedy | None = None, *,
+             text: Text | str | Path | Sequence[Text | str | Path] = "stdlib",
              calibration_text: Text | str | Path | None = None, out: str | None = None, batch: int = 32, seed: int = 0,
              progress: bool = False) -> pd.DataFrame:  # fmt: skip
     """Measure a model at increasing lengths; one row a cell (DESIGN: result table).
@@ -84,7 +85,7 @@ def evaluate(model: Any, lengths: Sequence[int | str] | int | str,
             is; "all" stands for every remedy (`rnn_longctx.mitigations.standard`) and the controls; a warning names
             those of them that are not applicable. Where "none" is among them and the loss of a hybrid is measured
             beyond its training length, it is measured under the two controls of `rnn_longctx.mitigations.hybrid` too.
-        text: evaluated on (`rnn_longctx.load_text`): "stdlib", a file, a directory, records.
+        text: evaluated on (`rnn_longctx.load_text`): "stdlib", a file, a directory, records; or several of them.
         calibration_text: for remedies that are calibrated; None takes what is kept with the checkpoint.
         out: a folder for cells, snapshots, results.parquet and results.csv; finished cells there are not measured
             again, and a long pass goes on from its last snapshot. None keeps nothing.
@@ -95,6 +96,8 @@ def evaluate(model: Any, lengths: Sequence[int | str] | int | str,
     """
     if not isinstance(batch, int) or batch < 1:
         raise InputError(f"batch must be at least 1 stream, got {batch!r}")
+    if not isinstance(seed, int) or seed < 0:
+        raise InputError(f"seed: expected a whole number, at least 0, got {seed!r:.40}")
     model = reader_of(model)
     wanted = sorted(set(parse_lengths([lengths] if isinstance(lengths, int) else lengths)))
     jobs = [parse_task(t) for t in ([tasks] if isinstance(tasks, str | Task) else tasks or ())]
@@ -107,10 +110,18 @@ def evaluate(model: Any, lengths: Sequence[int | str] | int | str,
     results = Results(out) if out else None
     if results:
         results.relabel(model.name, model.weights_hash, model.train_length)
-    context = Context(model, text=text, batch=batch, seed=seed, results=results, segment=SEGMENTS[model.device.type])
-    for job in jobs:
-        if lengths_of_job := job.lengths(wanted, model.train_length):
-            job.check(context, lengths_of_job)
+    several = text if isinstance(text, list | tuple) else [text]
+    texts: dict[Any, Any] = {str(t) if isinstance(t, str | Path) else id(t): t for t in several}
+    if not texts:
+        raise InputError("evaluate needs at least one text")
+    contexts = [
+        Context(model, text=t, batch=batch, seed=seed, results=results, segment=SEGMENTS[model.device.type])
+        for t in texts.values()
+    ]
+    for context in contexts:
+        for job in jobs:
+            if lengths_of_job := job.lengths(wanted, model.train_length):
+                job.check(context, lengths_of_job)
     todo = [(remedy, jobs, remedy in asked) for remedy in remedies]
     if getattr(model, "attends", False) and 1 < (model.train_length or 0) < max(wanted, default=0):
         losses: list[Task] = [job for job in jobs if isinstance(job, LanguageModel)]
@@ -122,20 +133,27 @@ def evaluate(model: Any, lengths: Sequence[int | str] | int | str,
 
     rows: list[Row] = []
     with _Progress(progress) as bar:
-        plan = list(_plan(model, todo, wanted, calibration, given, context))
+        plan = [(contexts[0], *step) for step in _plan(model, todo, wanted, calibration, given, contexts[0])]
+        for context in contexts[1:]:  # prompts hang on no text, and were asked with the first
+            alone = [
+                (remedy, list[Task](j for j in js if isinstance(j, LanguageModel)), ask) for remedy, js, ask in todo
+            ]
+            plan += [(context, *step) for step in _plan(model, alone, wanted, calibration, given, context, again=True)]
         bar.total(sum(cost for *_, cost in plan))
-        for remedy, job, some, _ in plan:
+        for context, remedy, job, some, _ in plan:
             with _mitigated(model, remedy, max(some), calibration, context):
-                bar.say(f"{context.mitigation}, {job.name}")
+                on = f" of {text_of(context).name}" if len(contexts) > 1 and isinstance(job, LanguageModel) else ""
+                bar.say(f"{context.mitigation}, {job.name}{on}")
                 context.progress = bar.advance
                 rows += job.run(context, some)
     return results.gather() if results else to_frame(rows)
 
 
 def _plan(model: Mamba2LM, todo: list[tuple[Remedy, list[Task], bool]], lengths: list[int], calibration: Any,
-          named: Any, context: Context) -> Iterator[tuple[Remedy, Task, list[int], int]]:  # fmt: skip
+          named: Any, context: Context,
+          again: bool = False) -> Iterator[tuple[Remedy, Task, list[int], int]]:  # fmt: skip
     """What is to be run, with its cost in tokens. Putting every remedy on once shows what is wrong before it counts;
-    one that was not asked for by its name may be not applicable."""
+    one that was not asked for by its name may be not applicable. again: on a further text, so this was said."""
     for remedy, jobs, asked in todo:
         try:
             with _mitigated(model, remedy, max(lengths), calibration, context):
@@ -144,6 +162,8 @@ def _plan(model: Mamba2LM, todo: list[tuple[Remedy, list[Task], bool]], lengths:
                 if model.reader is not None and not any(job.asks for job in jobs):
                     raise NotApplicable(f"{remedy} reads prompts, and has no loss of a text: give one like passkey")
         except NotApplicable as error:
+            if again:
+                continue
             if asked:
                 raise
             logging.getLogger(__name__).warning("%s is not applicable: %s", remedy, error)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StoredStart(Remedy):
-    """file: the state that `generate --save-state` kept, of a model of the same shape."""
+    """file: the state that `generate --save-state` kept, of the same weights."""
 
     name = "stored-start"
     file: str  # or FILE@hash, as results name it
@@ -45,11 +45,18 @@ class StoredStart(Remedy):
         return f"stored-start:file={self.file}" + (f"@{self.hash}" if self.hash else "")
 
     def plan(self, model: Mamba2LM, target_length: int | None = None, text: Text | None = None) -> Plan:
-        states = [window_state(layer.scan)[0] for layer in Cache.load(self.file).layers]
+        cache, _, note = Cache.load_with(self.file)
+        states = [window_state(layer.scan)[0] for layer in cache.layers]
         shapes = [(m.heads, m.headdim, m.d_state) for m in model.mixers]
         if [tuple(s.shape) for s in states] != shapes:
             found = f"{len(states)} layers of {tuple(states[0].shape)}" if states else "no layers"
             raise InputError(
                 f"stored-start: {self.file} holds {found}, the model has {len(shapes)} of (H, P, N) = {shapes[0]}"
+            )
+        read_by = note.get("weights") if isinstance(note, dict) else None  # (`Cache.save` alone does not say)
+        if read_by not in (None, model.weights_hash):
+            raise InputError(
+                f"stored-start: {self.file} was read by {note['model']} {read_by}, not by {model.name} "
+                f"{model.weights_hash}"
             )
         return Plan(tuple(ScanPolicy(start=nested(state)) for state in states))

@@ -58,7 +58,7 @@ def evaluate_command(
         Many,
         _option("all, none, state-norm, rri:alpha=0.999,beta=0.75, FILE.yaml, a+b; again for more.", "none"),
     ] = None,
-    text: Annotated[str | None, _option(TEXTS, "stdlib")] = None,
+    text: Annotated[Many, _option(f"{TEXTS[:-1]}; again for more.", "stdlib")] = None,
     calibration_text: Annotated[
         str | None,
         _option("For remedies that are calibrated; never what is evaluated.", "the checkpoint's, or builtin"),
@@ -85,7 +85,7 @@ def evaluate_command(
 
     given = {
         "model": model, "lengths": lengths and parse_lengths(lengths), "tasks": task or None,
-        "mitigations": mitigation or None, "text": text, "calibration_text": calibration_text,
+        "mitigations": mitigation or None, "text": text or None, "calibration_text": calibration_text,
         "train_length": train_length and parse_length(train_length), "tokenizer": tokenizer, "out": out,
         "batch": batch, "seed": seed, "device": device, "dtype": dtype, "backend": backend,
         "state_dtype": state_dtype,

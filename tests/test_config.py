@@ -155,6 +155,17 @@ def test_a_config_of_something_else() -> None:
             load_yaml(kind, configs / file)
 
 
+@pytest.mark.parametrize("file", sorted((Path(__file__).parents[1] / "configs" / "eval").glob("*.yaml")))
+def test_shipped_evaluation_configs_name_what_there_is(file: Path) -> None:
+    from rnn_longctx.eval import EvalConfig, parse_task
+    from rnn_longctx.mitigations import parse_remedy
+
+    config = load_yaml(EvalConfig, file)
+    assert all(map(parse_task, config.tasks))
+    named = [str(parse_remedy(name)) for name in config.mitigations if name != "all"]
+    assert len(set(named)) == len(named)
+
+
 @pytest.mark.parametrize("file", sorted((Path(__file__).parents[1] / "configs" / "train").glob("*.yaml")))
 def test_shipped_training_configs_load(file: Path) -> None:
     from rnn_longctx.train.config import TrainConfig

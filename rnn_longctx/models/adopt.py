@@ -31,7 +31,7 @@ from rnn_longctx.models import adopt_rows
 from rnn_longctx.models.adopt_cache import AdoptedCache
 from rnn_longctx.models.adopt_mamba1 import AdoptedMamba1, is_mamba1
 from rnn_longctx.models.adopt_transformers import AdoptedMixer, cache_name, is_mamba2, is_mamba_ssm
-from rnn_longctx.models.checkpoint import LazyTokenizer, _device, _dtype, _fits, load, locate
+from rnn_longctx.models.checkpoint import LazyTokenizer, _device, _dtype, _fits, load, locate, tokenizer_of
 from rnn_longctx.models.formats import ADOPTED, one_line, read_json
 from rnn_longctx.models.losses import token_losses
 from rnn_longctx.models.mamba2 import Mamba2LM, state_dtype
@@ -54,7 +54,7 @@ def adopt(model: nn.Module | Adopted, *, name: str | None = None, tokenizer: Any
 
     Args:
         name: for results; None takes the one in its config.
-        tokenizer: ours, a fast one of transformers, or the name of one: bytes, a directory, a hub id.
+        tokenizer: ours, a fast one of transformers, or its name: bytes, a directory, a hub id. None: the one beside it.
         train_length: tokens a context had in training (2048, "2k"), which its config does not say.
         time_step_limit_in_decode: let single-token steps respect the limits of dt. The library does not, so that a
             cached token and the same token in a prompt differ where the limits bite. Our step runs then, under any
@@ -96,8 +96,7 @@ def load_adopted(source: str | Path, *, device: torch.device | str = "cpu", dtyp
     config = directory / "config.json"
     if not config.is_file() or read_json(config).get("model_type") not in ADOPTED:
         return None
-    beside = any((directory / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json"))
-    spec: Any = tokenizer or (directory if beside else None)
+    spec: Any = tokenizer or tokenizer_of(directory)
     if spec is None:
         raise InputError(f"{name} comes without a tokenizer: name one with --tokenizer")
     from transformers import AutoModelForCausalLM
@@ -169,7 +168,7 @@ class Adopted:
         self.config: Any = config.get_text_config() if hasattr(config, "get_text_config") else config
         self.name = str(getattr(config, "_name_or_path", "") or type(model).__name__)
         self.train_length: int | None = None
-        self.tokenizer: Any = LazyTokenizer(None, self.name, 0)  # says so where one is needed and none was given
+        self.tokenizer: Any = LazyTokenizer(tokenizer_of(self.name), self.name, getattr(self.config, "vocab_size", 0))
         self.calibration: dict | None = None
         self.provenance: dict = {}
         self.restart: Restart | None = None

@@ -68,6 +68,17 @@ class LazyTokenizer:
         return getattr(self.load(), name)
 
 
+def tokenizer_of(source: str | Path) -> str | Path | None:
+    """Where the tokenizer of a model lies that transformers read from `source`: that folder, if it holds one, or a hub
+    id; None where there is none to be seen."""
+    folder = Path(source)
+    if folder.is_dir():
+        return (
+            folder if any((folder / f"{file}.json").is_file() for file in ("tokenizer", "tokenizer_config")) else None
+        )
+    return str(source) if re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(source)) else None
+
+
 def load(source: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | str | None = None,
          tokenizer: str | None = None, train_length: int | str | None = None) -> Mamba2LM:  # fmt: skip
     """A model in eval mode from a directory, a Hugging Face hub id, or "demo" or "demo-long", which come with the

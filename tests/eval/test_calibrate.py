@@ -107,6 +107,17 @@ def test_spsa_finds_an_alpha_a_layer(monkeypatch):
     assert [p["add"] for p in found.policies] == pytest.approx(np.log(alphas(found.remedy)).tolist())
 
 
+def test_spsa_finds_a_scale_of_the_decay_a_layer(monkeypatch):
+    """The other place of a-scale forgets as RRI does, and its values are tried as RRI's are."""
+    goal = np.log([3e-4, 1e-3, 6e-3])  # of 1 - scale
+    forgotten = lambda r: 1 - np.array([float(v) for v in str(parse_remedy(r).scale).split("/")])  # noqa: E731
+    losses(monkeypatch, lambda r: 9.0 if r == "none" else float(((np.log(forgotten(r) + 1e-9) - goal) ** 2).sum()))
+    found = calibrate(tiny(3), "a-scale:place=decay", 128, TEXT, steps=60)
+    single = min(t["loss"] for t in found.scores["tried"] if "/" not in t["remedy"])
+    assert found.method == "spsa" and found.scores["loss"] < 0.3 * single
+    assert [p["add"] for p in found.policies] == pytest.approx(np.log(1 - forgotten(found.remedy)).tolist())
+
+
 def test_spsa_finds_a_factor_a_layer(monkeypatch):
     goal = np.log([0.5, 0.9, 1.6])
     losses(monkeypatch, lambda r: float(((np.log(scales(r)) - goal) ** 2).sum()))
@@ -138,6 +149,14 @@ def test_what_cannot_be_calibrated():
         calibrate(tiny(), "rri", 32, TEXT)
     with pytest.raises(InputError, match=r"were asked for|has"):
         calibrate(tiny(), "rri", 10**6, TEXT)
+    with pytest.raises(InputError, match="takes the name of a remedy"):
+        calibrate(tiny(), None, 128, TEXT)
+    for count in ({"slices": 0}, {"prompts": 1.5}, {"steps": -1}, {"seed": None}):
+        with pytest.raises(InputError, match=f"{next(iter(count))}: expected a whole number, at least"):
+            calibrate(tiny(), "rri", 128, TEXT, **count)
+    for held in ("rri:junk", "a-scale:place=rates", "rri:alphas=1"):
+        with pytest.raises(InputError):
+            calibrate(tiny(), held, 128, TEXT)
 
 
 def test_the_file(tmp_path, monkeypatch):
@@ -291,7 +310,8 @@ def test_leaderboard():
                      "tokenizer": "bytes", "length": length, "depth": None, "metric": metric, "batch": 1,
                      "dtype": "float32", "backend": "torch", "device": "cpu", "seed": 0, "value": np.mean(samples),
                      "stderr": 0.0, "n": len(samples), "samples": list(samples), "train_length": 32, "seconds": 1.0,
-                     "tokens_per_second": 50.0 if mitigation == "rri" else 100.0, "peak_bytes": 10})  # fmt: skip
+                     "tokens_per_second": 50.0 if mitigation == "rri" else 100.0, "peak_bytes": 10,
+                     "first_token_seconds": 0.5 if mitigation == "decimate" else 2.0})  # fmt: skip
 
     hard = rng.normal(0, 0.5, 24)
     for name, loss in (
@@ -311,6 +331,7 @@ def test_leaderboard():
     assert at.loc["rri", "gain"] == pytest.approx(0.5, abs=0.05) and at.loc["rri", "speed"] == 0.5
     assert at.loc["rri", "change_short"] == pytest.approx(0.1) and at.index[0] == "rri"
     assert at.loc["decimate", "wins"] == "passkey" and np.isnan(at.loc["decimate", "loss"])
+    assert at.loc["decimate", "speed"] == 4  # in reading prompts, since it reads no text
     assert at.loc["reset:every=8", "control"] and not at.loc["rri", "control"]
 
     for row in rows:

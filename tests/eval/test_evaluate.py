@@ -1,15 +1,17 @@
 """The main job on a small model: what lm and passkey mean, and what is refused."""
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
-from evaluated import value
+from evaluated import make_model, value
 
 from rnn_longctx import evaluate
 from rnn_longctx.data import ByteTokenizer, load_text, passkey_batch, tokens
 from rnn_longctx.errors import InputError
 from rnn_longctx.eval import Context, Task, parse_task
 from rnn_longctx.eval import run as run_module
+from rnn_longctx.eval.leaderboard import leaderboard
 from rnn_longctx.eval.sheets import sheets
 from rnn_longctx.mitigations import REMEDIES, Plan, Remedy
 from rnn_longctx.mitigations.base import same_everywhere
@@ -37,6 +39,37 @@ def test_a_line_a_task_where_there_is_no_terminal(model, text, capsys):
     evaluate(model, [64], [task], ["none", "rri"], text=text, progress=True)
     out, said = capsys.readouterr()
     assert not out and said.splitlines() == ["  0% none, lm", " 50% rri:alpha=0.9999,beta=0.75, lm"]
+
+
+def test_several_texts_are_read_and_prompts_asked_once(model, text, unseen, tmp_path):
+    """As one call a text would have it; a remedy without a loss is named once and is no error on the second text."""
+    tasks, remedies = ["lm:slices=2,tokens=0", "passkey:n=2"], ["none", "decimate", "rri"]
+    frame = evaluate(model, [100, 200], tasks, remedies, text=[text, unseen, text], out=str(tmp_path))
+    apart = [evaluate(model, [100, 200], tasks, remedies, text=t) for t in (text, unseen)]
+    losses = pd.concat(part[part.task == "lm"] for part in apart)
+    place = ["text", "mitigation", "metric", "length"]
+    kept = frame[frame.task == "lm"].set_index(place).sort_index().value
+    assert kept.to_dict() == losses.set_index(place).sort_index().value.to_dict() and kept.index.is_unique
+    assert len(frame[frame.task == "passkey"]) == len(apart[0][apart[0].task == "passkey"])
+    board = leaderboard(frame)
+    assert set(board.text) == {load_text(t).name for t in (text, unseen)} and set(board.passkey.dropna()) <= {0.0, 1.0}
+    with pytest.raises(InputError, match="no text at nowhere"):
+        evaluate(model, [100], tasks, text=[text, "nowhere"])
+    for seed in (-1, "a", None):
+        with pytest.raises(InputError, match="seed: expected a whole number, at least 0"):
+            evaluate(model, [100], tasks, text=text, seed=seed)
+    with pytest.raises(InputError, match="at least one text"):
+        evaluate(model, [100], tasks, text=[])
+
+
+@pytest.mark.gpu
+def test_memory_is_a_remedys_own(text):
+    """The peak of one remedy is not that of the one before it."""
+    model = make_model().to("cuda")
+    task = "lm:slices=2,tokens=0"
+    frame = evaluate(model, [2000], [task], ["none", "window:tokens=900", "rri"], text=text)
+    peaks = frame[frame.metric == "nats_per_token"].set_index("mitigation").peak_bytes
+    assert peaks["rri:alpha=0.9999,beta=0.75"] < peaks["window:tokens=900"]
 
 
 def test_lm_is_the_mean_over_the_second_half_of_fixed_slices(model, text):

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import random
 import sys
 
 import pytest
@@ -21,6 +22,7 @@ from rnn_longctx.errors import InputError
 from rnn_longctx.eval.harness import HarnessLM
 from rnn_longctx.eval.harness_run import COLUMNS, TASKS, lm_eval_table, save_tokenizer
 from rnn_longctx.eval.lm_eval_tasks import utils
+from rnn_longctx.eval.ruler import check_it_ends
 from rnn_longctx.models import Mamba2Config, Mamba2LM, checkpoint
 
 DOCS = [
@@ -293,6 +295,38 @@ def test_a_task_of_another_that_is_called_as_ours_elsewhere(bytes_model, folder,
     )
     with pytest.raises(InputError, match=r"cannot be had here: .*; this library's is called rnn_longctx_passkey"):
         lm_eval_table(bytes_model, ["passkey"], **given)
+
+
+def test_a_group_goes_without_what_cannot_be_had(bytes_model, folder, tmp_path, caplog):
+    text = (folder / "tasks" / "tiny_choices.yaml").read_text()
+    (tmp_path / "good.yaml").write_text(text.replace("task: tiny_choices", "task: tiny_good"))
+    (tmp_path / "bad.yaml").write_text(text.replace("task: tiny_choices", "task: tiny_bad").replace("docs.json", "no"))
+    (tmp_path / "group.yaml").write_text("group: tiny_group\ntask: [tiny_bad, tiny_good]\n")
+    (tmp_path / "none.yaml").write_text("group: tiny_none\ntask: [tiny_bad]\n")
+    given = {"limit": 1, "include_path": str(tmp_path)}
+    assert set(lm_eval_table(bytes_model, ["tiny_group"], **given).task) == {"tiny_good"}
+    assert "tiny_group goes without one of its tasks: task tiny_bad cannot be had here" in caplog.text
+    for name in ("tiny_none", "tiny_bad"):
+        with pytest.raises(InputError, match="task tiny_bad cannot be had here"):
+            lm_eval_table(bytes_model, [name], **given)
+
+
+def test_makers_of_data_that_would_not_end_are_refused():
+    """With bytes the worked example of RULER's variable tracking never fits; with longer tokens it does."""
+    before = random.getstate()
+    with pytest.raises(
+        InputError, match=r"ruler_vt has a worked example of at most 500 tokens, and the shortest takes"
+    ):
+        check_it_ends("ruler_vt", 4096, len)
+    check_it_ends("ruler_vt", 4096, lambda text: len(text) // 4)
+    with pytest.raises(InputError, match=r"ruler_vt takes at least \d+ tokens of this tokenizer; 256 were asked for"):
+        check_it_ends("ruler_vt", 256, lambda text: len(text) // 4)
+    check_it_ends("niah_single_1", 1, len)
+    assert random.getstate() == before
+    pytest.importorskip("wonderwords")
+    with pytest.raises(InputError, match="ruler_cwe takes at least"):
+        check_it_ends("ruler_cwe", 512, len)
+    check_it_ends("ruler_cwe", 2048, len)
 
 
 def test_without_lm_eval_one_line_says_what_to_install(capsys, monkeypatch):

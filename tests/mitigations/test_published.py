@@ -1,5 +1,6 @@
 """Each published remedy against its definition, worked out here by brute force; identity settings change nothing."""
 
+import copy
 import math
 
 import pytest
@@ -12,6 +13,7 @@ from rnn_longctx.mitigations.base import NotApplicable
 from rnn_longctx.mitigations.token_filter import thresholds
 from rnn_longctx.models import Cache, Mamba2Config, Mamba2LM
 from rnn_longctx.models.generate import continuation, generate, prefill
+from rnn_longctx.models.state import save_state
 from rnn_longctx.probes.gates import measure_steps
 from rnn_longctx.ssd import reference
 
@@ -144,6 +146,13 @@ def test_starts(model, tmp_path):
     for (mixer, projected, y), layer in zip(seen, cache.layers):
         expected = brute_force(mixer, projected, mixer.A, lambda dt: (dt, dt), start=layer.scan.state)
         torch.testing.assert_close(y, expected, rtol=1e-6, atol=1e-9)
+    save_state(tmp_path / "told.state", cache, model)
+    with mitigate(model, f"stored-start:file={tmp_path / 'told.state'}"):
+        torch.testing.assert_close([part[2] for part in scans(model, ids)], [part[2] for part in seen])
+    sister = copy.deepcopy(model)
+    sister.weights_hash = "another"
+    with pytest.raises(InputError, match=r"told.state was read by .*, not by .* another"):
+        mitigate(sister, f"stored-start:file={tmp_path / 'told.state'}")
     with mitigate(model, "noise-start:std=0.5,seed=1") as handle:
         starts = torch.tensor(handle.plan.policies[0].start)
         assert starts.shape == (4, 16, 8) and 0.4 < starts.std() < 0.6

@@ -17,6 +17,7 @@ from adopted_families import (
     streamed,
 )
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 import rnn_longctx
 from rnn_longctx.data import ByteTokenizer, Text, tokens
@@ -120,6 +121,22 @@ def test_remedies_that_read_a_text_ask_for_what_that_takes(build):
     adopt(model, tokenizer=ByteTokenizer())
     text = Text("made", bytes(torch.randint(32, VOCAB, (3000,)).tolist()))
     mitigate(model, "state-norm", text=text).remove()
+
+
+def test_a_tokenizer_is_found_where_the_model_came_from(build, tmp_path):
+    pytest.importorskip("lm_eval")
+    from rnn_longctx.eval.harness_run import save_tokenizer
+
+    build("mamba2", 256).save_pretrained(tmp_path)
+    save_tokenizer(ByteTokenizer(), tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    text = Text("made", bytes(torch.randint(32, VOCAB, (3000,)).tolist()))
+    mitigate(model, "a-floor:tokens=20", text=text).remove()
+    assert generate(model, "some words", 3).shape == (1, 3)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"cannot read tokenizer .*; name another with --tokenizer"):
+        mitigate(again, "a-floor:tokens=20", text=text)
 
 
 @torch.no_grad()
