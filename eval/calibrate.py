@@ -107,6 +107,8 @@ def calibrate(model: Any, name: str, target: int | str, text: Text | str | Path,
     parse_remedy(next(_grid(name, grid, fixed)))  # what is held must be of the remedy
     if target <= train:
         raise InputError(f"the target of {target} tokens must be above the training length of {train}")
+    with mitigate(model, next(_grid(name, grid, fixed)), target_length=target, text=text):
+        pass  # what this model lacks shows before anything is measured
     objective = _Objective(model, target, text, seed, slices, prompts, train)
     bare = objective.recall("none")
     if not bare:

@@ -4,7 +4,7 @@
     place=decay    exp(dt A)' = s exp(dt A)      a_t' = s a_t             of the discretised matrix; s at most 1
 
 Reads nothing of the model. The public code disagrees with itself on the place, so that it is named here. Above 1 (rate)
-or below 1 (decay) a layer forgets more.
+or below 1 (decay) a layer forgets more. On the decay it is RRI with beta = 1.
 """
 
 from __future__ import annotations

@@ -91,6 +91,12 @@ class Stored(Remedy):
             raise InputError(f"{self.file} holds {len(self.found.policies)} policies for {len(model.mixers)} layers")
         calibration = f"{self.found.text}, {self.found.method}, seed {self.found.seed}"
         policies = tuple(map(ScanPolicy.from_dict, self.found.policies))
+        for layer, p in enumerate(policies):
+            for name, value in (*((n, getattr(p, n)) for n in ("mul", "add", "gain", "min_dt")),
+                                *(("cap", cap.norm) for cap in p.caps)):  # fmt: skip
+                if isinstance(value, tuple) and len(value) != shape["heads"]:
+                    raise InputError(f"{self.file}: {name} of layer {layer} has {len(value)} values, the model has "
+                                     f"{shape['heads']} heads a layer")  # fmt: skip
         return Plan(policies, calibration=calibration, documents=frozenset(self.found.documents))
 
     def __str__(self) -> str:

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, MambaConfig
 from typer.testing import CliRunner
 
 from rnn_longctx import cli
@@ -17,6 +18,7 @@ from rnn_longctx.eval.leaderboard import board_tables, leaderboard
 from rnn_longctx.mitigations import mitigate, parse_remedy
 from rnn_longctx.mitigations.stored import Found
 from rnn_longctx.models import Cache, Mamba2Config, Mamba2LM
+from rnn_longctx.models.adopt import adopt
 from rnn_longctx.models.generate import generate, prefill
 from rnn_longctx.models.state import load_state, save_state
 
@@ -205,6 +207,24 @@ def test_bad_files_and_words(tmp_path, monkeypatch):
         evaluate(tiny(), [64], ["lm"], ["decimate"], text=str(tmp_path / "t.txt"))
     frame = evaluate(tiny(), [64], ["lm:slices=2,tokens=1"], ["none", "rri"], text=str(tmp_path / "t.txt"))
     assert (leaderboard(frame)["wins"] == "not compared").all()  # without a control
+
+
+def test_values_a_head_are_counted_before_anything_is_read(tmp_path):
+    lm, path = tiny(), tmp_path / "made.yaml"
+    for policy, said in (({"mul": [2.0] * 9}, "mul of layer 1 has 9 values"), ({"caps": [{"norm": [1.0] * 9}]}, "cap")):
+        about = {"name": "tiny", **module.shape_of(lm)}
+        Found("mine", about, [{}, policy], 128, "made", 0, "by hand").save(path)
+        with pytest.raises(InputError, match=rf"{said}.*the model has 2 heads a layer"):
+            mitigate(lm, str(path))
+
+
+def test_what_a_model_lacks_shows_before_anything_is_measured():
+    said = []
+    config = MambaConfig(hidden_size=16, vocab_size=256, state_size=4, num_hidden_layers=1, time_step_rank=4)
+    theirs = adopt(AutoModelForCausalLM.from_config(config).eval(), tokenizer="bytes", train_length=32)
+    with pytest.raises(InputError, match="token-filter reads one step a head"):
+        calibrate(theirs, "token-filter", 128, TEXT, say=said.append)
+    assert not said
 
 
 def test_a_file_of_an_unknown_remedy_composes_by_itself(tmp_path):

@@ -79,8 +79,10 @@ def test_gates(model, name):
 def test_scaled_decay(model):
     """s exp(dt A), the other place: as if every token's log-decay had log(s) added."""
     ids = torch.randint(256, (1, 30))
-    with mitigate(model, "a-scale:scale=0.9,place=decay"):
+    with mitigate(model, "a-scale:scale=0.9,place=decay") as handle:
         seen = scans(model, ids)
+    with mitigate(model, "rri:alpha=0.9,beta=1") as other:
+        assert handle.plan.policies == other.plan.policies
     for mixer, projected, y in seen:
         expected = brute_force(
             mixer, projected, torch.ones(4).double(), lambda dt, A=mixer.A: (dt * A + math.log(0.9), dt)
