@@ -4,7 +4,7 @@
 
 One CSV of all folders, numbers to five digits; on the screen a table a model: the loss at the longest length over that
 of the better `recompute` for each text (bold: surely below every control's), recall at the two longest lengths where it
-was measured, and what the remedy costs in tokens a second and in memory over none on the first text.
+was measured, and its tokens a second and its memory over those of none, the median over texts.
 """
 
 import sys
@@ -41,8 +41,7 @@ def table(rows: pd.DataFrame) -> str:
         mine = rows[rows["mitigation"] == name]
         ratios = [ratio(rows[(rows["text"] == t) & (rows["length"] == longest)], name) for t in texts]
         recall = [" / ".join(at(mine[mine["length"] == n], t, ".2f") for n in far[t]) for t in asked]
-        first = mine[mine["text"] == texts[0]].sort_values("length")
-        cost = [at(first[first[c].notna()].tail(1), c, ".2f") for c in costs]
+        cost = [median(mine[mine[c].notna()], c) for c in costs]
         word = f"*control* `{name}`" if bool(mine["control"].any()) else f"`{name}`"
         rank = sum(value for value, _ in ratios)
         bold = [f"{'**' * sure}{value:.3f}{'**' * sure}" if value == value else "" for value, sure in ratios]
@@ -58,6 +57,11 @@ def ratio(rows: pd.DataFrame, name: str) -> tuple[float, bool]:
         return float("nan"), False
     sure = "loss" in str(mine["wins"].iloc[0]).split(", ")
     return float(mine["loss"].iloc[0] / against["loss"].min()), sure
+
+
+def median(rows: pd.DataFrame, column: str) -> str:
+    far = rows[rows["length"] == rows["length"].max()]
+    return "" if far.empty else f"{far[column].median():.2f}"
 
 
 def at(rows: pd.DataFrame, column: str, form: str) -> str:

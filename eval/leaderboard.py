@@ -88,7 +88,8 @@ def _rows(frame: pd.DataFrame, sheet: Sheet, recalls: list[Sheet], length: int) 
             surer = [paired_bootstrap(*_paired(cell.samples, o.samples)) for o in others] if cell else []
             if surer and name not in controls and all(g.low > 0 for g in surer):
                 wins.append(recall.task)
-        row |= next((c for s in (sheet, *recalls) if (c := _cost(frame, s, name, length))), {})
+        # without a loss by the last task's prompts: at the first one's kernels may be compiled
+        row |= next((c for s in (sheet, *reversed(recalls)) if (c := _cost(frame, s, name, length))), {})
         row["wins"] = ", ".join(wins) if controls else "not compared"
         rows.append(row)
     return rows

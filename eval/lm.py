@@ -171,8 +171,10 @@ class _Pass:
         cache, t, total = self._resume() or (c.model.new_cache(), 0, zeros)
         segment = max(1, c.segment // size)
         if c.model.device.type == "cuda":  # kernels are compiled at their first call, which no remedy is to pay for
-            warm = ids[:, : min(segment, reach) + 1].to(c.model.device)
-            c.model.losses(c.model(warm[:, :-1], c.model.new_cache()), warm[:, 1:]).sum().item()
+            warm, sizes = c.model.new_cache(), (segment, segment, reach % segment)  # begun, gone on with, cut short
+            for n in sizes if reach > segment else (reach,):
+                part = ids[:, : n + 1].to(c.model.device)
+                c.model.losses(c.model(part[:, :-1], warm), part[:, 1:]).sum().item()
             del warm
         began = saved = time.perf_counter()
         done_before = self.seconds
