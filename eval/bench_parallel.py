@@ -4,6 +4,7 @@ on a batch each. Under torchrun."""
 from __future__ import annotations
 
 import copy
+import gc
 import math
 import os
 import time
@@ -91,6 +92,9 @@ def parallel_rows(model: Mamba2LM, length: int, segment: int, train: int,
 
 
 def _data_parallel(model: Mamba2LM, batch: int, length: int, group: dist.ProcessGroup, ranks: int) -> Row:
+    gc.collect()  # the graphs of the learner before
+    if model.device.type == "cuda":
+        torch.cuda.empty_cache()
     trained = copy.deepcopy(model).to(torch.promote_types(model.dtype, torch.float32))
     learner: nn.Module = Learner(trained, recorded=True)
     if ranks > 1:
