@@ -137,7 +137,8 @@ def evaluate_command(
 @app.command("train")
 def train_command(
     config: Annotated[Path, typer.Argument(help="YAML file, such as configs/train/demo.yaml.")],
-    set: Annotated[Many, typer.Option("--set", help="Override one key: optimizer.lr=1e-3; again for more.")] = None,
+    set: Annotated[Many, typer.Option("--set", help="optimizer.lr=1e-3; model=a checkpoint; data=texts; ...")] = None,
+    more: Annotated[Many, typer.Argument(metavar="KEY=VALUE", help="More of --set.")] = None,
     stream: Annotated[
         Path | None,
         typer.Option(help="A directory where text arrives: an update on it is kept while held-out loss and passkeys "
@@ -146,13 +147,12 @@ def train_command(
 ) -> None:  # fmt: skip
     """Train a model, or go on where a killed run stopped.
 
-    Over several GPUs: accelerate launch -m rnn_longctx.train CONFIG, or torchrun --nproc-per-node 8 -m
-    rnn_longctx.train CONFIG."""
+    Over several GPUs: accelerate launch -m rnn_longctx.train CONFIG (or torchrun --nproc-per-node 8 -m ...)."""
     from rnn_longctx.config import load_yaml
-    from rnn_longctx.train import TrainConfig, TrainingDiverged, train, train_online
+    from rnn_longctx.train import TrainConfig, TrainingDiverged, spelled_out, train, train_online
 
     try:
-        loaded = load_yaml(TrainConfig, config, set or [])
+        loaded = load_yaml(TrainConfig, config, spelled_out([*(set or []), *(more or [])]))
         saved = train(loaded) if stream is None else train_online(loaded, stream)
         if os.environ.get("RANK", "0") == "0":
             typer.echo(f"saved {saved}")

@@ -31,19 +31,24 @@ def scalars(kinds: Sequence[str], directory: str | Path, name: str) -> Iterator[
         yield write
 
 
-@contextmanager
-def _open(kind: str, directory: Path, name: str) -> Iterator[Write]:
+def library(kind: str) -> Any:
+    """The module that a kind is written by. Raises InputError, as `scalars` does."""
     if kind not in KINDS:
         raise InputError(f"unknown log {kind!r}{nearest(kind, KINDS)}")
     try:
-        library: Any = importlib.import_module("torch.utils.tensorboard" if kind == "tensorboard" else kind)
+        return importlib.import_module("torch.utils.tensorboard" if kind == "tensorboard" else kind)
     except ImportError:
         raise InputError(f"{kind} is not installed: pip install {kind}") from None
+
+
+@contextmanager
+def _open(kind: str, directory: Path, name: str) -> Iterator[Write]:
+    module = library(kind)
     if kind == "wandb":
-        with library.init(name=name, dir=str(directory)) as run:
+        with module.init(name=name, dir=str(directory)) as run:
             yield lambda values, step: run.log(values, step=step)
         return
-    with library.SummaryWriter(str(directory)) as writer:
+    with module.SummaryWriter(str(directory)) as writer:
 
         def write(values: dict[str, float], step: int) -> None:
             for key, value in values.items():

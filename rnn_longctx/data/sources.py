@@ -46,11 +46,11 @@ class Source:
 
 def open_source(spec: str) -> Source | None:
     """The records at ``jsonl:PATH[:field]``, ``parquet:PATH[:column]``, a path with such a suffix, or
-    ``hf:dataset[:split[:column]]``; None for anything else. Of a directory, its files of the kind, recursively, sorted.
-    Field and column are `text` when not given. Raises InputError when there is no such file, or a data set cannot be
-    opened."""
+    ``hf:dataset[/config][:split[:column]]`` (of the hub, or a local directory, also one of `save_to_disk`); None for
+    anything else. Of a directory, its files of the kind, recursively, sorted. Field and column are `text` when not
+    given. Raises InputError when there is no such file, or a data set cannot be opened."""
     kind, colon, rest = spec.partition(":")
-    if kind == "hf":
+    if kind == "hf" and colon:
         return _hugging_face(spec)
     if not colon or kind not in SUFFIXES:
         found = [k for k, suffixes in SUFFIXES.items() if spec.endswith(suffixes)]
@@ -159,8 +159,16 @@ def _hugging_face(spec: str) -> Source:
         import datasets
     except ImportError:
         raise InputError(f"text {spec} needs the datasets package: pip install rnn-longctx[train]") from None
+    config: list[str] = []
+    above, _, last = dataset.rpartition("/")
+    # a README.md says which configurations a directory has; without one, owner/name is the hub's
+    if not Path(dataset).exists() and (dataset.count("/") == 2 or (above and (Path(above) / "README.md").is_file())):
+        dataset, config = above, [last]
     try:
-        rows = datasets.load_dataset(dataset, split=split, streaming=True)
+        if _saved(Path(dataset)):
+            rows = _from_disk(datasets, dataset, split)
+        else:
+            rows = datasets.load_dataset(dataset, *config, split=split, streaming=True)
         names = rows.column_names or list(next(iter(rows)))
     except Exception as error:  # datasets and its hub client raise many kinds
         raise InputError(f"cannot load text {spec}: {_one_line(error)}") from None
@@ -180,9 +188,25 @@ def _hugging_face(spec: str) -> Source:
 
     local = Path(dataset).exists()
     name, where = (Path(dataset).resolve().name, str(Path(dataset).resolve())) if local else (dataset, dataset)
+    name, where = "/".join([name, *config]), "/".join([where, *config])
     files = identity([Path(dataset) / n for n in walk(Path(dataset))]) if local else ""
     shards = [Shard(f"{files} {i + 1}/{rows.num_shards}", lambda i=i: read(i)) for i in range(rows.num_shards)]  # type: ignore[misc]
     return Source(f"hf:{name}:{split}:{column}", f"hf:{where}:{split}:{column}", shards)
+
+
+def _saved(folder: Path) -> bool:
+    """Whether `save_to_disk` wrote it, which `load_dataset` does not read."""
+    return any((folder / name).is_file() for name in ("state.json", "dataset_dict.json"))
+
+
+def _from_disk(datasets: Any, folder: str, split: str) -> Any:
+    """A file of it a shard. A split that was saved alone may have no name, and is then any."""
+    found = datasets.load_from_disk(folder)
+    splits = found if isinstance(found, dict) else {str(found.split or split): found}
+    if split not in splits:
+        raise InputError(f"no split {split!r} (splits: {', '.join(splits)})")
+    found = splits[split]
+    return found.to_iterable_dataset(num_shards=max(1, min(len(found.cache_files), len(found))))
 
 
 def _one_line(error: Exception) -> str:

@@ -114,8 +114,9 @@ def load_text(spec: str | Path | Text) -> Text:
     builtin        this package's own source, on every machine; to calibrate on where nothing is named
     file           its bytes as they are, one document (file:PATH, where the name ends like one of records)
     directory      its regular text files, recursively, sorted, less hidden files and those with NUL bytes
-    records        ``jsonl:PATH[:field]``, ``parquet:PATH[:column]``, ``hf:dataset[:split[:column]]``, or a file by its
-                   suffix (.jsonl, .jsonl.gz, .jsonl.zst, .parquet): a document each; see `rnn_longctx.data.sources`
+    records        ``jsonl:PATH[:field]``, ``parquet:PATH[:column]``, ``hf:dataset[/config][:split[:column]]``, or a
+                   file by its suffix (.jsonl, .jsonl.gz, .jsonl.zst, .parquet): a document each; see
+                   `rnn_longctx.data.sources`
 
     Raises InputError when it is missing or empty, or no text at all.
     """

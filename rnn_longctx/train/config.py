@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+import yaml
+
 from rnn_longctx.config import parse_length
-from rnn_longctx.errors import InputError
+from rnn_longctx.errors import InputError, nearest
 from rnn_longctx.models.mamba2 import Mamba2Config
+from rnn_longctx.scalars import KINDS
 
 
 @dataclass(frozen=True)
@@ -220,6 +224,9 @@ class TrainConfig:
         for name in ("batch_size", "accumulate", "sequence_parallel", "steps", "log_every", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}: expected a positive number, got {getattr(self, name)}")
+        for kind in self.log_to:
+            if kind not in KINDS:
+                raise InputError(f"log_to: unknown log {kind!r}{nearest(kind, KINDS)}")
         if self.seed < 0:
             raise InputError(f"seed: expected 0 or more, got {self.seed}")
         shortest = min(length for length, _ in self.stages)
@@ -257,6 +264,25 @@ class TrainConfig:
         shorter = replace(passkey, lengths=(passkey.lengths[0], min(passkey.lengths[1], length)))
         data = replace(self.data, passkey=shorter) if passkey.fraction else self.data
         return replace(self, train_length=length, steps=steps, data=data)
+
+
+def spelled_out(settings: Sequence[str]) -> list[str]:
+    """Settings of the command line with two short forms written out: `model=demo` is a checkpoint to start from
+    (`init`), and its shape the model's; `data=texts/` is what to train on (`data.text`), the rest of `data` stays."""
+    found = []
+    for item in settings:
+        key, equals, value = (part.strip() for part in item.partition("="))
+        try:
+            given = yaml.safe_load(value)
+        except yaml.YAMLError:
+            given = None  # whoever reads the settings says so
+        if key == "model" and isinstance(given, str):
+            found += ["model=null", f"init{equals}{value}"]
+        elif key == "data" and isinstance(given, str | list):
+            found.append(f"data.text{equals}{value}")
+        else:
+            found.append(item)
+    return found
 
 
 def _stages(schedule: str) -> list[tuple[int, int]]:

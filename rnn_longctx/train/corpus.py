@@ -233,8 +233,11 @@ def load_corpus(config: DataConfig, tokenizer: Tokenizer, length: int) -> Corpus
                 cut = boundary + 1
             while 0 < cut < len(text) and text.data[cut] & 0xC0 == 0x80:  # not inside a UTF-8 character
                 cut -= 1
-            train.append(_encode(tokenizer, text.data[:cut] + b"\0"))
-            held_out.append(_encode(tokenizer, text.data[cut:] + b"\0"))
+            try:
+                train.append(_encode(tokenizer, text.data[:cut] + b"\0"))
+                held_out.append(_encode(tokenizer, text.data[cut:] + b"\0"))
+            except InputError as error:  # which knows no name, and the byte of a part alone
+                raise InputError(f"data.text: {text.name}: {_not_utf8(text.data) or error}") from None
             texts.append({"name": text.name, "hash": text.hash, "bytes": len(text)})
         else:
             found = stored(source, tokenizer, config.min_document, part.tokens, lambda line: print(line, flush=True))
@@ -251,7 +254,9 @@ def load_corpus(config: DataConfig, tokenizer: Tokenizer, length: int) -> Corpus
     names = [part.source for part in config.parts] if len(train) > 1 else [", ".join(p.source for p in config.parts)]
     for name, tokens, share in zip(names, train, shares, strict=True):
         if share and len(tokens) < length + 1:
-            raise InputError(f"data.text: {name} gives {len(tokens)} tokens; train_length {length} needs more")
+            held = f"; {sum(map(len, held_out))} are held out, whole documents: see data.held_out" if held_out else ""
+            few = f"{name} gives {len(tokens)} tokens to train on, and train_length {length} needs more"
+            raise InputError(f"data.text: {few}{held if config.held_out else ''}")
     return Corpus(train, torch.cat(held_out), texts, tokenizer, shares, frozenset(mapped))
 
 
@@ -275,6 +280,14 @@ def _cut(tokens: np.ndarray, eos: int | None, held_out: float) -> int:
             return start + int(ends[-1]) + 1
         stop = start
     return cut
+
+
+def _not_utf8(data: bytes) -> str | None:
+    try:
+        data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        return f"not UTF-8 text at byte {error.start}"
+    return None
 
 
 def _encode(tokenizer: Tokenizer, data: bytes) -> torch.Tensor:

@@ -29,6 +29,16 @@ def export(config: TrainConfig, corpus: Corpus, model: Any, where: Path, metrics
     model.train()
 
 
+def keep_best(config: TrainConfig, corpus: Corpus, model: Any, out: Path, score: list[float],
+              state: dict[str, Any]) -> None:  # fmt: skip
+    """The model just evaluated becomes last/, and best/ if its score is the largest so far."""
+    metrics = {"step": state["step"]}
+    export(config, corpus, model, out / "last", metrics, envelope=False)
+    if "best" not in state or score > state["best"]:
+        state["best"] = score
+        export(config, corpus, model, out / "best", metrics, envelope=False)
+
+
 def _envelope(config: TrainConfig, corpus: Corpus, model: Any) -> dict[str, Any] | None:
     """How far the states of the finished model go within the training length, on the held-out text."""
     windows = next(corpus.validation(config.longest, SLICES, most=SLICES), None)

@@ -71,7 +71,7 @@ def train_online(config: TrainConfig, stream: str | Path) -> Path:
     arrivals = Arrivals(stream, load_tokenizer(config.data.tokenizer))
     out = Path(config.out)
     with ExitStack() as stack:
-        config, corpus, model = prepare(config, team, online=True)
+        config, corpus, model = prepare(config, team, stack, online=True)
         write = stack.enter_context(scalars(config.log_to, out, out.name))
         stopping = stack.enter_context(_signals())
         run = Online(config, corpus, model, arrivals, team)

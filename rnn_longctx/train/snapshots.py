@@ -9,12 +9,14 @@ import csv
 import io
 import json
 import os
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from filelock import FileLock, Timeout
 
 from rnn_longctx.errors import InputError
 
@@ -84,6 +86,27 @@ def claim_folder(out: Path, config: dict[str, Any], begun: Sequence[str] = ("log
     except OSError as error:
         raise InputError(f"out: cannot write to {out}: {error.strerror}") from None
     write_atomic(file, lambda f: f.write(json.dumps(config, indent=1).encode()))
+
+
+@contextmanager
+def held(out: Path) -> Iterator[None]:
+    """Inside, no other process trains in the folder: two would write one log, and remove each other's snapshots. What a
+    killed one left half written, each time as large as the whole, is removed. Raises InputError where another is at
+    work."""
+    lock = FileLock(out / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise InputError(f"out: another process trains in {out}; set another out, or wait for it") from None
+    except (OSError, NotImplementedError):  # a file system that has no locks
+        yield
+        return
+    try:
+        for left in [p for folder in (out, out / "snapshots", out / "steps") for p in folder.glob(".*.tmp")]:
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        yield
+    finally:
+        lock.release()
 
 
 class Log:

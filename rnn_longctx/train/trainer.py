@@ -26,14 +26,14 @@ from rnn_longctx.errors import InputError
 from rnn_longctx.mitigations import fold
 from rnn_longctx.models import checkpoint
 from rnn_longctx.models.mamba2 import Mamba2LM
-from rnn_longctx.scalars import Write, scalars
+from rnn_longctx.scalars import Write, library, scalars
 from rnn_longctx.train.config import OptimizerConfig, ScheduleConfig, TrainConfig
 from rnn_longctx.train.corpus import Batch, Corpus, load_corpus
 from rnn_longctx.train.evaluation import Context, Evaluation, final_metrics, late_loss, stage_of
-from rnn_longctx.train.export import export
+from rnn_longctx.train.export import export, keep_best
 from rnn_longctx.train.passing import Learner, Part, Starts, States, accumulate, state_norms
 from rnn_longctx.train.progress import progress
-from rnn_longctx.train.snapshots import Log, claim_folder, newest_snapshot, save_snapshot
+from rnn_longctx.train.snapshots import Log, claim_folder, held, newest_snapshot, save_snapshot
 from rnn_longctx.train.team import Team
 
 # Settings that change where and how often things are written and how the work is cut, not what is trained.
@@ -59,6 +59,8 @@ def train(config: TrainConfig) -> Path:
     (bad settings, a folder of another run, no text, no checkpoint to start from, no room to write) and
     TrainingDiverged.
     """
+    if config.online is not None:
+        raise InputError("online: is of text that arrives in a directory; name it with --stream, or set online=null")
     team = Team(config)
     with ExitStack() as stack:
         if team.rank:  # rank 0 says it
@@ -69,7 +71,7 @@ def train(config: TrainConfig) -> Path:
 
 
 def _train(config: TrainConfig, team: Team, stack: ExitStack) -> Path:
-    config, corpus, model = prepare(config, team)
+    config, corpus, model = prepare(config, team, stack)
     out = Path(config.out)
     learner = team.spread(Learner(model, recorded=team.sequence == 1 and not team.sharded))
     optimizer = make_optimizer(model, config.optimizer)
@@ -88,10 +90,12 @@ def _train(config: TrainConfig, team: Team, stack: ExitStack) -> Path:
     return out / "model"
 
 
-def prepare(config: TrainConfig, team: Team, online: bool = False) -> tuple[TrainConfig, Corpus, Any]:
-    """The folder claimed, the text read, and the model to train, on the team's device; the config with that model's
-    shape. Raises InputError, as `train` does."""
+def prepare(config: TrainConfig, team: Team, stack: ExitStack, online: bool = False) -> tuple[TrainConfig, Corpus, Any]:
+    """The folder claimed until the stack ends, the text read, and the model to train, on the team's device; the config
+    with that model's shape. Raises InputError, as `train` does."""
     out, device = Path(config.out), team.device
+    for kind in config.log_to if team.rank == 0 else []:  # before a text is read for hours
+        library(kind)
     tokenizer = load_tokenizer(config.data.tokenizer)
     started = None if config.init is None else _started_from(config.init, tokenizer, device)
     if started is not None:
@@ -111,12 +115,20 @@ def prepare(config: TrainConfig, team: Team, online: bool = False) -> tuple[Trai
         _fold(started, config.mitigation)
     claim = {k: v for k, v in to_dict(config).items() if k not in _NEUTRAL}
     claim["online"] = {k: v for k, v in claim["online"].items() if k != "poll"} if online else None
-    team.first(lambda: claim_folder(out, claim))
+
+    def hold() -> None:
+        claim_folder(out, claim)
+        stack.enter_context(held(out))
+
+    team.first(hold)
     print("reading the text", flush=True)
     began = time.monotonic()
     corpus = load_corpus(config.data, tokenizer, config.longest)
     names = ", ".join(f"{t['name']} ({t['hash']})" for t in corpus.texts)
-    print(f"text: {names}: {len(corpus):,} tokens in {time.monotonic() - began:.0f} s", flush=True)
+    sizes = f"{len(corpus):,} tokens and {len(corpus.held_out):,} held out"
+    print(f"text: {names}: {sizes}, in {time.monotonic() - began:.0f} s", flush=True)
+    if team.first(lambda: names) != names:  # of another machine: each rank takes its rows of what it reads itself
+        raise InputError(f"data.text: rank {team.rank} reads {names}, and that is not what rank 0 reads")
     if len(config.stages) > 1 and len(corpus.held_out) <= config.stages[0][0]:
         few = f"{len(corpus.held_out)} tokens are too few; see data.held_out"
         raise InputError(f"train_length: a schedule is gated on held-out text, and {few}")
@@ -156,9 +168,10 @@ def _started_from(init: str, tokenizer: Any, device: torch.device) -> Mamba2LM:
         model = checkpoint.load(init, device=device)
     except InputError as error:
         raise InputError(f"init: {error}") from None
-    known = getattr(model.tokenizer, "spec", "bytes") is not None
-    if known and isinstance(model.tokenizer, ByteTokenizer) != isinstance(tokenizer, ByteTokenizer):
-        raise InputError(f"data.tokenizer: {tokenizer.name}, but that is not what {init} was trained with")
+    own = getattr(model.tokenizer, "spec", "bytes")  # None: it does not say
+    if own is not None and isinstance(model.tokenizer, ByteTokenizer) != isinstance(tokenizer, ByteTokenizer):
+        wrong = f"{tokenizer.name}, but that is not what {init} was trained with"
+        raise InputError(f"data.tokenizer: {wrong}; set data.tokenizer={own}")
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()  # a float32 file is mapped: what becomes of it must not matter
     model.tokenizer = tokenizer
@@ -227,7 +240,7 @@ def _fit(
 
         def run() -> None:
             score = evaluation(step, state["tokens"])
-            _keep_best(config, corpus, plain, out, score, state)
+            keep_best(config, corpus, plain, out, score, state)
 
         team.first(run)
 
@@ -369,16 +382,6 @@ def backward(config: TrainConfig, corpus: Corpus, model: Any, learner: nn.Module
     if len(ends) > 1:
         final = [(torch.cat([c for c, _ in layer]), torch.cat([s for _, s in layer])) for layer in zip(*ends)]
     return batch, team.sum(losses), final
-
-
-def _keep_best(config: TrainConfig, corpus: Corpus, model: Any, out: Path, score: list[float],
-               state: dict[str, Any]) -> None:  # fmt: skip
-    """The model just evaluated becomes last/, and best/ if its score is the largest so far."""
-    metrics = {"step": state["step"]}
-    export(config, corpus, model, out / "last", metrics, envelope=False)
-    if "best" not in state or score > state["best"]:
-        state["best"] = score
-        export(config, corpus, model, out / "best", metrics, envelope=False)
 
 
 def _mean(rows: list[list[float]], column: int) -> float:

@@ -146,6 +146,48 @@ def test_a_local_hugging_face_data_set(tmp_path: Path) -> None:
         list(again.documents())
 
 
+def test_a_data_set_saved_to_disk(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    documents = random_documents(30)
+    parts = {"train": documents[:20], "test": documents[20:]}
+    several = datasets.DatasetDict({k: datasets.Dataset.from_dict({"text": v}) for k, v in parts.items()})
+    several.save_to_disk(tmp_path / "both", num_shards={"train": 3, "test": 1})
+    for split, expected in parts.items():
+        source = open_source(f"hf:{tmp_path / 'both'}:{split}")
+        assert source is not None and source.name == f"hf:both:{split}:text"
+        assert [d.decode() for d in source.documents()] == expected
+        assert len(source.shards) == (3 if split == "train" else 1)
+    with pytest.raises(InputError, match=r"no split 'dev' \(splits: train, test\)"):
+        open_source(f"hf:{tmp_path / 'both'}:dev")
+    several["test"].save_to_disk(tmp_path / "one")
+    alone = open_source(f"hf:{tmp_path / 'one'}")
+    assert alone is not None and [d.decode() for d in alone.documents()] == parts["test"]
+    with pytest.raises(InputError, match=r"no column 'body' \(columns: text\)"):
+        open_source(f"hf:{tmp_path / 'one'}::body")
+
+
+def test_a_configuration_of_a_data_set(tmp_path: Path) -> None:
+    """By a third part of its name, or behind the directory that it is in."""
+    pytest.importorskip("datasets")
+    documents = random_documents(8)
+    write(tmp_path / "set" / "a.jsonl", documents[:4])
+    write(tmp_path / "set" / "b.jsonl", documents[4:])
+    parts = "".join(f"- config_name: {k}\n  data_files: {k}.jsonl\n" for k in "ab")
+    (tmp_path / "set" / "README.md").write_text(f"---\nconfigs:\n{parts}---\n")
+    for name, expected in (("a", documents[:4]), ("b", documents[4:])):
+        source = open_source(f"hf:{tmp_path / 'set' / name}")
+        assert source is not None and source.name == f"hf:set/{name}:train:text"
+        assert [d.decode() for d in source.documents()] == expected
+    with pytest.raises(InputError, match=r"cannot load text .*'c' not found"):
+        open_source(f"hf:{tmp_path / 'set' / 'c'}")
+
+
+def test_a_file_by_the_name_of_a_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "hf").write_text("text")
+    assert open_source("hf") is None
+
+
 def test_without_the_datasets_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(InputError, match="needs the datasets package: pip install"):

@@ -193,7 +193,8 @@ def test_hf_data_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         def shard(self, n: int, i: int) -> Rows:
             return Rows(self[i::n])
 
-    def load_dataset(name: str, split: str, streaming: bool) -> Rows:
+    def load_dataset(name: str, *config: str, split: str, streaming: bool) -> Rows:
+        assert config == (("en",) if name == "owner/many" else ())
         if name == "gone":
             raise ConnectionError("offline\nreally")
         assert streaming
@@ -204,6 +205,7 @@ def test_hf_data_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert (text.name, text.data) == ("hf:owner/set:train:text", b"train one\0two")
     assert load_text("hf:owner/set:validation:body").name == "hf:owner/set:validation:body"
     assert load_text(f"hf:{tmp_path}").name == f"hf:{tmp_path.name}:train:text", "never a path"
+    assert load_text("hf:owner/many/en").name == "hf:owner/many/en:train:text"
     with pytest.raises(InputError, match="no column 'x'"):
         load_text("hf:owner/set::x")
     with pytest.raises(InputError, match="cannot load text hf:gone: offline really"):

@@ -13,7 +13,7 @@ from training_runs import TINY
 
 from rnn_longctx.config import from_dict, load_yaml, to_dict
 from rnn_longctx.errors import InputError
-from rnn_longctx.train import TrainConfig, train
+from rnn_longctx.train import TrainConfig, spelled_out, train
 
 
 @pytest.mark.parametrize(
@@ -61,6 +61,21 @@ def test_config_mistakes(override: str, words: str) -> None:
     assert "demo.yaml" in str(error.value) and "\n" not in str(error.value)
 
 
+def test_short_settings() -> None:
+    """A checkpoint by `model`, a text by `data`; what else `data` has stays, and shapes are set as ever."""
+    file = Path(__file__).parents[2] / "configs" / "train" / "continual.yaml"
+    plain, shape = load_yaml(TrainConfig, file), ["model.d_model=64", "data={text: [a]}", "model={d_model: 8}"]
+    short = load_yaml(TrainConfig, file, spelled_out(["model=runs/a", "data=texts/", "train_length=16k"]))
+    assert (short.init, short.model) == ("runs/a", None)
+    assert short.data == replace(plain.data, text=["texts/"])
+    assert load_yaml(TrainConfig, file, spelled_out(["data=[a, b]"])).data.text == ["a", "b"]
+    assert spelled_out(shape) == shape
+    fresh = load_yaml(TrainConfig, file.with_name("demo.yaml"), spelled_out(["model=demo"]))
+    assert fresh.model is None, "the checkpoint's shape, not the file's"
+    with pytest.raises(InputError, match="is not a YAML value"):
+        load_yaml(TrainConfig, file, spelled_out(["model={a"]))
+
+
 @pytest.mark.parametrize("name", ["demo", "prose", "continual"])
 def test_the_configs_that_come_along(name: str) -> None:
     found = load_yaml(TrainConfig, Path(__file__).parents[2] / "configs" / "train" / f"{name}.yaml")
@@ -96,9 +111,15 @@ def test_command_line(config: TrainConfig, tmp_path: Path, capsys: pytest.Captur
 
     file = tmp_path / "c.yaml"
     file.write_text(yaml.safe_dump(to_dict(config)))
-    code, said, _ = run(str(file), "--set", "steps=2", "--set", "schedule.warmup=1")
+    code, said, _ = run(str(file), "--set", "steps=2", "schedule.warmup=1", "--set", f"out={config.out}")
     assert code == 0 and said.splitlines()[-1] == f"saved {Path(config.out) / 'model'}"
     (tmp_path / "occupied").touch()
-    for words, expected in ((["stepz=2"], "stepz"), ([f"out={tmp_path}/occupied/x"], "cannot write to")):
+    for words, expected in (
+        (["stepz=2"], "stepz"),
+        (["steps=2", "stepz"], "expects key=value"),
+        ([f"out={tmp_path}/occupied/x"], "cannot write to"),
+        (["model=nowhere"], "init: 'nowhere' is neither a directory"),
+        (["log_to=wand"], "log_to: unknown log 'wand'; did you mean \"wandb\""),
+    ):
         code, _, error = run(str(file), "--set", *words)
         assert code == 2 and error.startswith("rnn-longctx: ") and error.count("\n") == 1 and expected in error

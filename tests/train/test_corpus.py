@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, models
 
-from rnn_longctx.data import ByteTokenizer
+from rnn_longctx.data import ByteTokenizer, HFTokenizer
 from rnn_longctx.errors import InputError
 from rnn_longctx.models.mamba2 import Mamba2Config
 from rnn_longctx.train.config import DataConfig, PasskeyConfig, TrainConfig
@@ -124,3 +125,13 @@ def test_too_little_text(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("short")
     with pytest.raises(InputError, match="train_length 256 needs more"):
         load_corpus(DataConfig(text=[str(tmp_path / "a.txt")]), ByteTokenizer(), 256)
+    (tmp_path / "b.txt").write_text("long " * 200)
+    with pytest.raises(InputError, match=r"gives 7 tokens to train on, .* needs more; 1001 are held out"):
+        load_corpus(DataConfig(text=[str(tmp_path)]), ByteTokenizer(), 256)
+
+
+def test_a_text_that_a_tokenizer_cannot_read_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"abc \xff")
+    toy = HFTokenizer(Tokenizer(models.WordLevel({"?": 0}, unk_token="?")), "toy")
+    with pytest.raises(InputError, match=r"data\.text: file:a\.txt: not UTF-8 text at byte 4"):
+        load_corpus(DataConfig(text=[str(tmp_path / "a.txt")]), toy, 2)

@@ -312,7 +312,7 @@ def test_the_evaluation_text_is_not_trained_on() -> None:
 
 def test_too_little_of_one_text(tmp_path: Path) -> None:
     long, short = jsonl(tmp_path / "a.jsonl", documents(20)), jsonl(tmp_path / "b.jsonl", [b"short"])
-    with pytest.raises(InputError, match=r"b\.jsonl gives 6 tokens; train_length 150 needs more"):
+    with pytest.raises(InputError, match=r"b\.jsonl gives 6 tokens to train on, and train_length 150 needs more"):
         corpus(config([MixedText(long, 1.0), MixedText(short, 1.0)]))
     assert len(corpus(config([MixedText(long, 1.0), MixedText(short, 0.0)]))) > 150, "not drawn from"
 

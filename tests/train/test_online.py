@@ -374,7 +374,9 @@ def test_bad_input(config: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFi
     assert [(r["update"], r["decision"], r["text"]) for r in rows[1:]] == [("1", "skipped", "a.txt")]
     assert "skipped a.txt: not UTF-8 text at byte 0\n" in capsys.readouterr().out
     with pytest.raises(InputError, match="holds a run of another config"):
-        train(replace(config, passing=None))
+        train(replace(config, passing=None, online=None))
+    with pytest.raises(InputError, match="online: is of text that arrives in a directory; name it with --stream"):
+        train(config)
 
 
 def test_the_config_that_is_shipped() -> None:

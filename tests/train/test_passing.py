@@ -320,7 +320,7 @@ def test_mistakes_of_a_start(config: TrainConfig, tmp_path: Path) -> None:
     model = Mamba2LM(TINY)
     model.tokenizer = checkpoint.LazyTokenizer("somewhere/else", "it", 256)
     checkpoint.save(model, tmp_path / "else")
-    with pytest.raises(InputError, match=r"data\.tokenizer: bytes, but that is not what .* was trained with"):
+    with pytest.raises(InputError, match=r"data\.tokenizer: bytes, but that is not what .*; set data\.tokenizer="):
         train(replace(config, init=str(tmp_path / "else")))
 
 

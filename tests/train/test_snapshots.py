@@ -12,6 +12,7 @@ from rnn_longctx.train.snapshots import (
     COLUMNS,
     Log,
     claim_folder,
+    held,
     newest_snapshot,
     save_snapshot,
     write_atomic,
@@ -94,6 +95,38 @@ def test_a_folder_belongs_to_one_config(tmp_path: Path) -> None:
     assert "\n" not in str(error.value)
     with pytest.raises(InputError, match=r"seed was None, is 1"):
         claim_folder(out, config | {"seed": 1})
+
+
+def test_one_process_at_a_time_and_what_a_killed_one_left_is_removed(tmp_path: Path) -> None:
+    def lay() -> list[Path]:
+        left = [tmp_path / p for p in (".last.7.tmp", "steps/.5.7.tmp", "snapshots/.step-00000009.pt.7.tmp")]
+        for path in left[:2]:
+            path.mkdir(parents=True)
+            (path / "config.json").touch()
+        left[2].touch()
+        return left
+
+    save_snapshot(tmp_path / "snapshots", 5, {"step": 5})
+    left = lay()
+    with held(tmp_path):
+        assert not any(path.exists() for path in left)
+        left = lay()  # another run's, as far as anyone can know
+        with pytest.raises(InputError, match="out: another process trains in") as error, held(tmp_path):
+            pass
+        assert "\n" not in str(error.value) and all(path.exists() for path in left)
+    with held(tmp_path):
+        assert newest_snapshot(tmp_path / "snapshots") == {"step": 5}
+
+
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise NotImplementedError("flock")
+
+    monkeypatch.setattr("rnn_longctx.train.snapshots.FileLock.acquire", refuse)
+    left = tmp_path / ".log.csv.7.tmp"
+    left.touch()
+    with held(tmp_path), held(tmp_path):
+        assert left.exists(), "it may be that of a run at work"
 
 
 def test_the_log_is_cut_back_to_the_snapshot(tmp_path: Path) -> None:

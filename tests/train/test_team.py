@@ -247,8 +247,9 @@ def test_accelerate_launch(config: TrainConfig) -> None:
     torch.set_default_dtype(torch.float32)
     one = replace(config, out=f"{config.out}-one")
     train(one)
-    accelerate = ["accelerate.commands.launch", "--cpu", "--num_processes", "2", "--main_process_port", "0"]
-    code, said = launched(accelerate, config, "--set", "steps=6")
+    # with --cpu it starts one process, whatever the number
+    accelerate = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
+    code, said = launched(accelerate, config, "--set", "steps=6", "sequence_parallel=2")
     assert code == 0, said
     assert said.count("step 6/6") == 1 and said.count(f"saved {config.out}/model") == 1, "rank 0 speaks"
     for ours, expected in zip(rows(config), rows(one), strict=True):
@@ -282,6 +283,23 @@ def test_a_mistake_that_rank_0_alone_sees_ends_all(config: TrainConfig) -> None:
     assert code != 0 and time.monotonic() - began < 60
     lines = [line for line in said.splitlines() if line.startswith("rnn-longctx: ")]
     assert len(lines) == 1 and re.search(r"another config \(seed was \d+, is 7\)", lines[0]), said
+
+
+@pytest.mark.slow
+def test_a_rank_with_another_text_ends_all(config: TrainConfig) -> None:
+    """As where machines have other versions of what is installed, or of a file."""
+    other = (
+        "import os\nfrom rnn_longctx.train import corpus\n"
+        "load = corpus.load_text\n"
+        "def loaded(spec):\n"
+        "    text = load(spec)\n"
+        "    return type(text)(text.name, text.data[int(os.environ['RANK']):])\n"
+        "corpus.load_text = loaded\n"
+    )
+    code, said = launched(TORCHRUN, config, code=other)
+    lines = [line for line in said.splitlines() if line.startswith("rnn-longctx: ")]
+    assert code != 0 and len(lines) == 1 and "data.text: rank 1 reads file:" in lines[0], said
+    assert not (Path(config.out) / "log.csv").exists()
 
 
 @pytest.mark.slow
