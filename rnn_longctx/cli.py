@@ -376,19 +376,19 @@ def _tune_cpu() -> None:
     """Before torch is loaded: threads that wait asleep (spinning ones stall each other if anything else runs), and
     an allocator that keeps a call's activations instead of handing them back and faulting them in anew."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None)
-        if hasattr(libc, "mallopt"):  # glibc
-            libc.mallopt(-3, 1 << 28)  # M_MMAP_THRESHOLD
-            libc.mallopt(-1, 1 << 29)  # M_TRIM_THRESHOLD
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):  # glibc
+        libc.mallopt(-3, 1 << 28)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, 1 << 29)  # M_TRIM_THRESHOLD
 
 
 def main() -> None:
-    """Entry point. Errors of input are one line; a reader that went away (`| head`) is no error."""
+    """Entry point. Errors of input and a full GPU are one line; a reader that went away (`| head`) is no error."""
     _tune_cpu()
     try:
         app(standalone_mode=True)
-    except InputError as error:
+    except (InputError, RuntimeError) as error:
+        if not isinstance(error, InputError) and type(error).__name__ != "OutOfMemoryError":  # torch's
+            raise
         print(f"rnn-longctx: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:

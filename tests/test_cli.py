@@ -264,3 +264,18 @@ def test_a_mistake_loses_nothing(run, tmp_path):
     assert run("eval", "ok", "--lengths", "64k", "--text", "text.py", "--task", "lm", "--out", str(out))[0] == 2
     assert run("eval", "ok", *EVAL, "--mitigation", "rri:alpha=3", "--out", str(out))[0] == 2
     assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
+
+
+def test_a_full_gpu_is_one_line_and_another_fault_is_not(run, monkeypatch):
+    def fail(error):
+        def read(*args, **kwargs):
+            raise error
+
+        monkeypatch.setattr(Mamba2LM, "read", read)
+
+    fail(torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB."))
+    code, _, said = run("generate", "ok", "--prompt", "x")
+    assert code == 2 and said == "rnn-longctx: CUDA out of memory. Tried to allocate 2 GiB.\n"
+    fail(RuntimeError("a fault of ours"))
+    with pytest.raises(RuntimeError, match="of ours"):
+        run("generate", "ok", "--prompt", "x")

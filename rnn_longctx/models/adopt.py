@@ -57,8 +57,7 @@ def adopt(model: nn.Module | Adopted, *, name: str | None = None, tokenizer: Any
         tokenizer: ours, a fast one of transformers, or its name: bytes, a directory, a hub id. None: the one beside it.
         train_length: tokens a context had in training (2048, "2k"), which its config does not say.
         time_step_limit_in_decode: let single-token steps respect the limits of dt. The library does not, so that a
-            cached token and the same token in a prompt differ where the limits bite. Our step runs then, under any
-            policy.
+            cached token and the same token in a prompt differ where the limits bite. Our step runs then.
     Raises:
         InputError: no model, no such mixer in it, one of this library's own, or a transformers older than 5.15.
     """

@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
-import signal
-import subprocess
-import sys
-import time
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -16,10 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
-from training_runs import rows
+from training_runs import rows, run_and_kill
 
-from rnn_longctx.config import to_dict
 from rnn_longctx.models.mamba2 import Mamba2Config, Mamba2LM
 from rnn_longctx.ssd import ScanPolicy
 from rnn_longctx.train import TrainConfig, graphs, train
@@ -186,28 +179,7 @@ def test_kill_9_on_a_gpu(config: TrainConfig, tmp_path: Path, passing: PassingCo
     config = replace(config, device="cuda", passing=passing, steps=60, log_every=1, checkpoint_every=10)
     whole = replace(config, out=str(tmp_path / "whole"))
     train(whole)
-    file = tmp_path / "config.yaml"
-    file.write_text(yaml.safe_dump(to_dict(config)))
-    slow = (
-        "import sys, time\n"
-        "from rnn_longctx import cli\n"
-        "from rnn_longctx.train.corpus import Corpus\n"
-        "batch = Corpus.batch\n"
-        "Corpus.batch = lambda *a: (time.sleep(0.1), batch(*a))[1]\n"
-        "sys.argv = ['rnn-longctx', 'train', *sys.argv[1:]]\n"
-        "cli.main()\n"
-    )
-    process = subprocess.Popen([sys.executable, "-c", slow, str(file)], env=dict(os.environ), stdout=subprocess.PIPE)
-    try:
-        deadline = time.monotonic() + 120
-        while not list((Path(config.out) / "snapshots").glob("step-*.pt")):
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.02)
-        time.sleep(0.35)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-    assert process.returncode == -signal.SIGKILL and not (Path(config.out) / "model").exists()
+    run_and_kill(config, tmp_path / "config.yaml", deadline=120)
     train(config)
     one, two = rows(config), rows(whole)
     assert [row["step"] for row in one] == [row["step"] for row in two] == list(range(1, 61))

@@ -6,10 +6,7 @@ import errno
 import json
 import os
 import random
-import signal
-import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from training_runs import Killed, assert_same_run, rows
+from training_runs import Killed, assert_same_run, rows, run_and_kill
 
 import rnn_longctx
 from rnn_longctx.config import to_dict
@@ -133,29 +130,7 @@ def test_kill_9(config: TrainConfig, tmp_path: Path, mode: str, records: list[Pa
         config = mixed(config, records)
     whole = replace(config, out=str(tmp_path / "whole"))
     train(whole)
-    file = tmp_path / "config.yaml"
-    file.write_text(yaml.safe_dump(to_dict(config)))
-    slow = (
-        "import sys, time, torch; torch.set_num_threads(1)\n"
-        "from rnn_longctx import cli\n"
-        "from rnn_longctx.train.corpus import Corpus\n"
-        "batch = Corpus.batch\n"
-        "Corpus.batch = lambda *a: (time.sleep(0.1), batch(*a))[1]\n"
-        "sys.argv = ['rnn-longctx', 'train', *sys.argv[1:]]\n"
-        "cli.main()\n"
-    )
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([sys.executable, "-c", slow, str(file)], env=environment, stdout=subprocess.PIPE)
-    try:
-        deadline = time.monotonic() + 60
-        while not list((Path(config.out) / "snapshots").glob("step-*.pt")):
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.005)
-        time.sleep(random.random() * 0.3)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-    assert process.returncode == -signal.SIGKILL and not (Path(config.out) / "model").exists()
+    run_and_kill(config, tmp_path / "config.yaml")
     train(config)
     assert_same_run(config, whole)
 
