@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from rnn_longctx.ssd import PLAIN, fused
+from rnn_longctx.ssd import PLAIN
 
 if TYPE_CHECKING:
     from rnn_longctx.train.passing import States
@@ -31,7 +31,7 @@ class Graphs:
 
     def __init__(self, model: Any, read: Read):
         self.model, self.read = model, read
-        self.kernels = fused.missing() is None
+        self.kernels = model.backend == "triton"
         self.pool: Any = None
         self.made: dict[tuple, Replay] = {}
 
@@ -41,7 +41,7 @@ class Graphs:
         graded = torch.is_grad_enabled()
         kind = (ids.shape, targets is None, before is None, graded, any(t.requires_grad for t in flat),
                 torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda"))  # fmt: skip
-        if not self.fits(ids) or (kind not in self.made and len(self.made) == MOST):
+        if not self.fits() or (kind not in self.made and len(self.made) == MOST):
             return self.read(self.model, ids, targets, before)
         given = (ids, *([] if targets is None else [targets]), *flat)
         if graded:
@@ -58,13 +58,17 @@ class Graphs:
         own = [t.clone() for t in after]
         return losses, list(zip(own[::2], own[1::2], strict=True))
 
-    def fits(self, ids: Tensor) -> bool:
+    def fits(self) -> bool:
         """Whether all the model does with it are kernels, no look at numbers between them."""
         m = self.model
-        ours = self.kernels and ids.is_cuda and m.dtype in fused.DTYPES and m.restart is None and m.spread is None
-        return ours and all(
-            (x.policy is PLAIN or x.policy == PLAIN) and x.observer is None and x.backend in (None, "triton")
-            for x in m.mixers
+        return (
+            self.kernels
+            and m.restart is None
+            and m.spread is None
+            and all(
+                (x.policy is PLAIN or x.policy == PLAIN) and x.observer is None and x.backend in (None, "triton")
+                for x in m.mixers
+            )
         )
 
     def _recorded(self, given: tuple[Tensor, ...], asked: bool, graded: bool) -> Replay:

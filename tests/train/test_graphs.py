@@ -70,7 +70,7 @@ def imitated(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", graphed)
     monkeypatch.setattr(graphs, "recorded", graphed)
-    monkeypatch.setattr(graphs.Graphs, "fits", lambda self, ids: True)
+    monkeypatch.setattr(graphs.Graphs, "fits", lambda self: True)
 
     def learner(model: Any) -> Learner:
         made = Learner(model)
