@@ -155,8 +155,9 @@ def calibrate(model: Any, name: str, target: int | str, text: Text | str | Path,
     }
     if model.state_dtype is not None:
         scores["state_dtype"] = str(model.state_dtype)[6:]
-    return Found(best.remedy, {"name": model.name, **shape_of(model)}, policies, target, f"{text.name} {text.hash}",
-                 seed, method, scores, helps, kept_digests(text))  # fmt: skip
+    whose = {"name": model.name, "weights": model.weights_hash, **shape_of(model)}
+    return Found(best.remedy, whose, policies, target, f"{text.name} {text.hash}", seed, method, scores, helps,
+                 kept_digests(text))  # fmt: skip
 
 
 def _grid(name: str, grid: dict[str, list[Any]], fixed: str = "") -> Iterator[str]:

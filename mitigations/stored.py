@@ -2,7 +2,7 @@
 
 remedy: rri:alpha=0.999,beta=0.75
 helps: true                                         false where no setting had a lower loss than no remedy at all
-model: {name: demo, layers: 6, heads: 8, headdim: 64, d_state: 128}
+model: {name: demo, weights: 0123456789abcdef, layers: 6, heads: 8, headdim: 64, d_state: 128}
 policies: [{add: -0.001, gain: 0.75}, ...]          one a layer (`ScanPolicy.to_dict`)
 target, text, seed, method, scores                  how it was found
 documents: [0123456789ab, ...]                      digests of the text's: it is not to be evaluated on any of them
@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,7 +69,7 @@ class Stored(Remedy):
     def read(cls, text: str) -> Stored:
         """From `FILE.yaml` or `FILE.yaml@hash`. Raises InputError: no such file, or not one of these, or changed."""
         file, _, expected = text.partition("@")
-        remedy = cls(file, load_yaml(Found, file))
+        remedy = cls(file, load_yaml(Found, file, what="remedy file"))
         try:
             for policy in remedy.found.policies:
                 ScanPolicy.from_dict(policy)
@@ -89,6 +91,9 @@ class Stored(Remedy):
                 raise InputError(f"{self.file} was found for a model of {had} {key}, this one has {value}")
         if len(self.found.policies) != len(model.mixers):
             raise InputError(f"{self.file} holds {len(self.found.policies)} policies for {len(model.mixers)} layers")
+        named, had = self.found.model.get("name"), self.found.model.get("weights")
+        if had not in (None, model.weights_hash) or (had is None and named != model.name):
+            _warn(self.file, f"{named} (weights {had or 'not said'})", f"{model.name} (weights {model.weights_hash})")
         calibration = f"{self.found.text}, {self.found.method}, seed {self.found.seed}"
         policies = tuple(map(ScanPolicy.from_dict, self.found.policies))
         for layer, p in enumerate(policies):
@@ -101,3 +106,9 @@ class Stored(Remedy):
 
     def __str__(self) -> str:
         return f"{self.file}@{self.hash}"
+
+
+@cache  # once: an evaluation works a remedy out for every length
+def _warn(file: str, found: str, given: str) -> None:
+    """Of a sister of the model, fine-tuned say, it may be fair: it is taken, but not in silence."""
+    logging.getLogger(__name__).warning("%s was calibrated on %s, not on this %s", file, found, given)

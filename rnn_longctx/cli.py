@@ -198,7 +198,7 @@ def probe_command(
     ],
     length: Annotated[str, typer.Option(help="Tokens to be read, such as 64k.")] = "32k",
     prompt: Annotated[str, typer.Option(help="text, newline or passkey.")] = "text",
-    every: Annotated[int, typer.Option(help="Tokens between two looks at the states.")] = 256,
+    every: Annotated[str, typer.Option(help="Tokens between two looks at the states.")] = "256",
     text: Annotated[str, typer.Option(help=TEXTS)] = "stdlib",
     slices: Annotated[int, typer.Option(min=1, help="Rows read side by side.")] = 1,
     prove: Annotated[bool, typer.Option(help="Cap the accused heads alone, then others; measure the loss.")] = False,
@@ -230,8 +230,8 @@ def probe_command(
         lm = _load(name, device, dtype, tokenizer, train_length, state_dtype)
         where = out if len(model) == 1 else out / f"{i}-{lm.name}"
         with mitigate(lm, remedy, target_length=goal):
-            found = probe(lm, source, goal, prompt=prompt, every=every, slices=slices, seed=seed, prove=prove,
-                          remember=remember, say=typer.echo)  # fmt: skip
+            found = probe(lm, source, goal, prompt=prompt, every=parse_length(every), slices=slices, seed=seed,
+                          prove=prove, remember=remember, say=typer.echo)  # fmt: skip
         paths = [*found.save(where), *draw(found, where)]
         with scalars(log or [], where, lm.name) as write:
             for position, values in scalar_rows(found):
@@ -276,12 +276,12 @@ def generate_command(
     from rnn_longctx.models import state
     from rnn_longctx.models.generate import continuation, prefill
 
-    remedy, lm = parse_remedy(mitigation), _load(model, device, dtype, tokenizer, train_length, state_dtype)
+    remedy, target = parse_remedy(mitigation), state.target_of(load_state) if load_state else None
+    lm = _load(model, device, dtype, tokenizer, train_length, state_dtype)
     raw = sys.stdin.buffer.read() if prompt == "-" else prompt.encode("utf-8", "surrogateescape")
     ids = torch.from_numpy(lm.tokenizer.encode(raw))[None]
     if ids.shape[1] == 0:
         raise InputError("the prompt is empty")
-    target = state.target_of(load_state) if load_state else None
     target = target or ids.shape[1] + max_new_tokens
     with mitigate(lm, remedy, target_length=target):
         read = state.load_state(load_state, lm) if load_state else None
@@ -291,6 +291,7 @@ def generate_command(
                 logits, cache = prefill(lm, ids, read)
                 if save_state:  # under what is on by now
                     state.save_state(save_state, cache, lm, active(lm)[0], target)
+                    typer.echo(f"wrote {save_state}, {save_state.stat().st_size / 2**20:.3g} MiB", err=True)
                 draw = torch.Generator(lm.device).manual_seed(seed)
                 said = continuation(lm, logits, cache, temperature, draw)
                 new = [int(next(said)) for _ in range(max_new_tokens)]
@@ -304,9 +305,7 @@ def generate_command(
 
 @app.command("lm-eval")
 def lm_eval_command(
-    model: Annotated[
-        str, typer.Option(help='"demo", "demo-long", a directory, or a Hugging Face hub id.')
-    ],  # as lm-eval's own
+    model: Annotated[str, typer.Option(help=MODEL.help)],  # as lm-eval's own
     tasks: Annotated[str, typer.Option(help="rnn_longctx_passkey,niah_single_1,lambada_openai: names of lm-eval's.")],
     lengths: Annotated[str, typer.Option(help="Tokens, for tasks that make data of a length: 4k,16k,64k.")] = "4k",
     mitigation: Annotated[Many, _option("none, state-norm, a+b; again for more.", "none")] = None,

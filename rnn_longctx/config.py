@@ -60,14 +60,15 @@ def from_dict(cls: type[T], mapping: Mapping[str, Any], where: str = "") -> T:
     return _build(cls, mapping, "", f"{where}: " if where else "")
 
 
-def load_yaml(cls: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
-    """Read a YAML file into the dataclass `cls`; `overrides` are ``"a.b=value"`` with a YAML value."""
+def load_yaml(cls: type[T], path: str | Path, overrides: Sequence[str] = (), what: str = "config") -> T:
+    """Read a YAML file into the dataclass `cls`; `overrides` are ``"a.b=value"`` with a YAML value; `what` the file is
+    called where it cannot be read."""
     path = Path(path)
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise InputError(f"cannot read config {path}: {reason}") from None
+        raise InputError(f"cannot read {what} {path}: {reason}") from None
     except yaml.YAMLError as error:
         raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     data = {} if data is None else data

@@ -197,6 +197,11 @@ class AdoptedMixer:
         try:
             with _replaced(self.names, self.functions()):
                 return self._own["forward"](*args, **kwargs)
+        except InputError as error:
+            if mask is None or "left padding" not in str(error):
+                raise
+            raise InputError(f"{error}; the library's generate takes every pad id for padding: where no token is, pass "
+                             "it attention_mask=torch.ones_like(ids)") from None  # fmt: skip
         finally:
             _running.reset(token)
 

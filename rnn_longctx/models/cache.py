@@ -85,8 +85,9 @@ class Cache:
                 tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (not a dict)
             cache = _unflatten(json.loads(header["cache"]), "cache", tensors)
         except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
-            why = "no such file" if isinstance(error, FileNotFoundError) else error
-            raise InputError(f"{path} is no state that generate --save-state wrote ({why})") from None
+            why = "no such file" if isinstance(error, FileNotFoundError) else getattr(error, "strerror", None)
+            why = f" ({why})" if why else ""  # what the file's reader says of another kind of file helps nobody
+            raise InputError(f"{path} is no state that generate --save-state wrote{why}") from None
         extra = {k.removeprefix("extra."): v for k, v in tensors.items() if k.startswith("extra.")}
         return cache.to(device), extra, json.loads(header["note"])
 

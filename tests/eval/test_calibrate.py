@@ -209,6 +209,19 @@ def test_bad_files_and_words(tmp_path, monkeypatch):
     assert (leaderboard(frame)["wins"] == "not compared").all()  # without a control
 
 
+def test_another_model_of_the_shape_is_named_once(tmp_path, caplog, monkeypatch):
+    losses(monkeypatch, lambda r: 1.0 if r == "none" else float(alphas(r).mean()))
+    path, sister = tmp_path / "remedy.yaml", tiny()
+    calibrate(tiny(), "rri", 128, TEXT).save(path)
+    with mitigate(tiny(), str(path)):
+        assert not caplog.records
+    sister.name, sister.weights_hash = "sister", "other"
+    for _ in range(2):
+        mitigate(sister, str(path)).remove()
+    said = "was calibrated on tiny (weights hash2), not on this sister (weights other)"
+    assert [r.getMessage() for r in caplog.records] == [f"{path} {said}"]
+
+
 def test_values_a_head_are_counted_before_anything_is_read(tmp_path):
     lm, path = tiny(), tmp_path / "made.yaml"
     for policy, said in (({"mul": [2.0] * 9}, "mul of layer 1 has 9 values"), ({"caps": [{"norm": [1.0] * 9}]}, "cap")):
@@ -318,6 +331,7 @@ def test_generate_command_keeps_and_loads_a_state(tmp_path):
         cli.app, ["generate", "demo", "--prompt", "    return", "--load-state", state, "--max-new-tokens", "5"]
     )
     assert first.exit_code == second.exit_code == 0 and second.stdout == whole.stdout
+    assert first.stderr.startswith(f"wrote {state}, ") and first.stderr.endswith(" MiB\n")
 
 
 def test_leaderboard():

@@ -125,6 +125,13 @@ def test_right_padding_is_refused_under_a_policy(build):
     mask[0, -3:] = 0
     with mitigate(model, "rri"), pytest.raises(InputError, match="left padding"):
         logits_of(model, random_ids(), attention_mask=mask)
+    model.generation_config.pad_token_id = 0
+    ids = random_ids().clamp(min=1)
+    ids[0, 7] = 0  # transformers makes a mask of it
+    with mitigate(model, "rri"):
+        with pytest.raises(InputError, match=r"pass it attention_mask=torch\.ones_like\(ids\)"):
+            model.generate(ids, max_new_tokens=2)
+        model.generate(ids, max_new_tokens=2, attention_mask=torch.ones_like(ids))
 
 
 @torch.no_grad()
