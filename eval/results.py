@@ -135,7 +135,8 @@ class Results:
                 records = [{c: _parse(str(c), v) for c, v in record.items()} for record in records]
             return to_frame(_clean({str(c): v for c, v in record.items()}) for record in records)
         except FileNotFoundError:
-            raise InputError(f"no results.parquet or results.csv in {directory}; evaluate first") from None
+            none = "there is no folder" if not Path(directory).is_dir() else "no results.parquet or results.csv in"
+            raise InputError(f"{none} {directory}; evaluate first") from None
         except (OSError, ValueError) as error:
             raise InputError(f"cannot read {path}: {' '.join(str(error).split())}") from None
 

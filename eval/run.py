@@ -65,6 +65,8 @@ def parse_task(text: str | Task) -> Task:
         return text
     if not isinstance(text, str):
         raise InputError(f"expected a task such as lm or passkey:n=100, got {text!r:.80}")
+    if any(piece.strip().partition(":")[0] in TASKS for piece in text.split(",")[1:]):
+        raise InputError(f'{text!r}: several tasks are a list, as in ["lm", "passkey"]; here, --task once for each')
     return parse(text, TASKS, "task")
 
 

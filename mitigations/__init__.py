@@ -93,7 +93,8 @@ def parse_remedy(text: str | Remedy) -> Remedy:
     if isinstance(text, Remedy):
         return text
     if not isinstance(text, str):
-        raise InputError(f"expected a remedy such as none or state-norm, got {text!r:.80}")
+        several = "several are composed with +, as in a-floor+state-norm"
+        raise InputError(f"a remedy is a string such as none or state-norm, {several}; got {text!r:.80}")
     if text.strip() == "all":
         raise InputError('"all" stands for every remedy in evaluate and rnn-longctx eval alone: name one here')
     pieces = text.split(",")
@@ -212,9 +213,10 @@ def mitigate(model: Any, remedy: str | Remedy, *, target_length: int | str | Non
     return handle
 
 
-def fold(model: Mamba2LM, remedy: str | Remedy, text: Text | str | Path | None = None) -> None:
-    """Put a remedy into the weights, in place: A_log <- A_log + log(mul). For those that scale the log-decay by a
-    constant a head and do nothing else: a-floor, a-winsor, a-scale (place=rate), and compositions of them.
+def fold(model: Mamba2LM, remedy: str | Remedy, text: Text | str | Path | None = None) -> Mamba2LM:
+    """Put a remedy into the weights, in place, and return the model itself: A_log <- A_log + log(mul). For those that
+    scale the log-decay by a constant a head and do nothing else: a-floor, a-winsor, a-scale (place=rate), and
+    compositions of them. `copy.deepcopy(model)` first keeps the model as it was.
 
     The model is then another one, without any policy, and is saved as any other: its name, weights_hash and provenance
     ("folded": what, on which weights, calibrated on what) say so. What was calibrated on the old weights is dropped.
@@ -257,6 +259,7 @@ def fold(model: Mamba2LM, remedy: str | Remedy, text: Text | str | Path | None =
     model.provenance = {**model.provenance, "folded": folded}
     for measured in ("_steps", "_envelopes"):
         model.__dict__.pop(measured, None)
+    return model
 
 
 def active(model: Mamba2LM | Adopted | nn.Module) -> tuple[str, str | None]:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from numbers import Integral
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -113,8 +114,8 @@ def attribute(model: Mamba2LM, ids: Tensor, top: int | None = None, *, queries: 
     wanted = [ids.shape[1] - 1] if queries is None else sorted({int(q) for q in queries})
     if not wanted or not 0 <= wanted[0] <= wanted[-1] < ids.shape[1]:
         raise InputError(f"queries: expected positions from 0 to {ids.shape[1] - 1}, got {wanted}")
-    if top is not None and top < 1:
-        raise InputError(f"top: expected at least 1 token, got {top}")
+    if top is not None and (not isinstance(top, Integral) or top < 1):
+        raise InputError(f"top: expected a whole number, at least 1 token, got {top!r:.40}")
     ids = ids[:, : wanted[-1] + 1]  # what comes after does not matter
     length, at = ids.shape[1], torch.tensor(wanted)
     once = list(read_terms(model, ids, segment)) if length <= segment else None

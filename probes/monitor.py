@@ -157,7 +157,7 @@ class CollapseMonitor:
 
     @classmethod
     def calibrated(cls, model: Any, text: Text | str | Path | None = None, length: int | str | None = None,
-                   every: int = 256) -> CollapseMonitor:  # fmt: skip
+                   every: int | str = 256) -> CollapseMonitor:  # fmt: skip
         """Calibrate on a model as it is without remedies.
 
         Args:
@@ -166,7 +166,7 @@ class CollapseMonitor:
                 of that length, and the builtin text. At least 8 * every tokens, and `length`. Small changes of the
                 input that last are told only where a text is given, and is of 256 * every tokens or more.
             length: tokens of a context in training (2048, "2k"); None takes the model's.
-            every: tokens between two looks.
+            every: tokens between two looks (256, "2k").
         Raises:
             InputError: a length or tokenizer that is not known, a text too short, a model that is being watched, or
                 whose states are not finite within that length.
@@ -174,11 +174,10 @@ class CollapseMonitor:
         from rnn_longctx.data import load_text
 
         lm = reader_of(model)
-        length = lm.train_length if length is None else parse_length(length)
+        length = lm.train_length if length is None else parse_length(length, "length")
+        every = parse_length(every, "every")
         if length is None:
             raise InputError(f"a monitor needs the training length, which {lm.name} does not say: give length=")
-        if length < 1 or every < 1:
-            raise InputError(f"expected length and every of at least 1 token, got {length} and {every}")
         if lm.tokenizer is None:
             raise InputError(f"a monitor is calibrated on text, and {lm.name} has no tokenizer: give it one")
         text = load_text(text) if isinstance(text, str | Path) else text

@@ -14,13 +14,14 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
+from rnn_longctx.config import parse_length
 from rnn_longctx.errors import InputError
 
 THETA = 0.05  # LongMamba's
 COLUMNS = ("stream", "row", "layer", "head", "position", "retention", "decay")
 
 
-def retention(table: pd.DataFrame, train_length: int, theta: float = THETA) -> pd.DataFrame:
+def retention(table: pd.DataFrame, train_length: int | str, theta: float = THETA) -> pd.DataFrame:
     """Per layer and head, what is left of a stream's first token.
 
     Where `record` looked before and after the training length, but not at it, the log-decay is taken to grow evenly
@@ -28,7 +29,7 @@ def retention(table: pd.DataFrame, train_length: int, theta: float = THETA) -> p
 
     Args:
         table: of `rnn_longctx.record(...).table()`.
-        train_length: tokens, at least 1.
+        train_length: tokens (2048, "2k").
         theta: what must be left at the training length for a head to be global, in (0, 1).
     Returns:
         Sorted by layer and head, columns
@@ -42,11 +43,12 @@ def retention(table: pd.DataFrame, train_length: int, theta: float = THETA) -> p
         InputError: another table or an empty one, a stream that was not looked at up to the training length (it ends
             before, or the first look is after), retentions that are not numbers, arguments out of range.
     """
+    if not isinstance(table, pd.DataFrame):
+        raise InputError(f"expected a table of record, as in trace.table(), got {type(table).__name__} {table!r:.40}")
     missing = [name for name in COLUMNS if name not in table.columns]
     if missing:
         raise InputError(f"expected a table of record, which has the column {missing[0]!r}")
-    if train_length < 1:
-        raise InputError(f"train_length: expected at least 1 token, got {train_length}")
+    train_length = parse_length(train_length, "train_length")
     if not 0 < theta < 1:
         raise InputError(f"theta must lie in (0, 1), got {theta:g}")
     if table.empty:

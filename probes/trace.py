@@ -28,6 +28,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from rnn_longctx.config import parse_length
 from rnn_longctx.errors import InputError
 from rnn_longctx.ssd import ScanPolicy, Statistics
 from rnn_longctx.ssd.policy import per_head
@@ -199,7 +200,7 @@ class Trace:
 
 
 @contextmanager
-def record(model: Mamba2LM, layers: Iterable[int] | None = None, every: int = 256,
+def record(model: Mamba2LM, layers: Iterable[int] | None = None, every: int | str = 256,
            whole: bool = False) -> Iterator[Trace]:  # fmt: skip
     """Watch the states of a model while it reads inside the `with` block, one stream after the other. Without
     gradients (`torch.inference_mode()`) that takes the memory of a segment and of the table.
@@ -207,7 +208,7 @@ def record(model: Mamba2LM, layers: Iterable[int] | None = None, every: int = 25
     Args:
         model: this library's, or one of another library, which is adopted.
         layers: which recurrent layers, counted from 0; None watches all.
-        every: tokens between two looks.
+        every: tokens between two looks (256, "2k").
         whole: look at the states themselves too, for their medians and channels: the scan is cut at every look, and
             slower.
     Raises:
@@ -225,8 +226,7 @@ def record(model: Mamba2LM, layers: Iterable[int] | None = None, every: int = 25
     for layer in wanted:
         if not 0 <= layer < count:
             raise InputError(f"layer {layer} is not there: the model has {count} recurrent layers, 0 to {count - 1}")
-    if not isinstance(every, int) or every < 1:
-        raise InputError(f"every: expected at least 1 token between two looks, got {every!r}")
+    every = parse_length(every, "every")
     watchers = [Watcher(lm.mixers[i], i, every, whole) for i in wanted]
     convolutions = [Convolution(lm.mixers[i], i, every) for i in wanted] if isinstance(lm, Own) else []
     with ExitStack() as stack:

@@ -6,6 +6,7 @@ See `rnn_longctx.probes.monitor`, where the definitions are.
 from __future__ import annotations
 
 import copy
+import difflib
 import json
 import math
 import warnings
@@ -71,7 +72,9 @@ class Watch:
         elif callable(action) or action in ("warn", "raise"):
             pass
         else:
-            raise InputError(f"unknown action {action!r}{nearest(str(action), ACTIONS)}")
+            kinds = {a.partition(":")[0]: a for a in ACTIONS}  # what follows the colon is not what was misspelt
+            meant = next(iter(difflib.get_close_matches(kind, kinds, n=1, cutoff=0.4)), None)
+            raise InputError(f"unknown action {action!r}{nearest(kinds[meant] if meant else kind, ACTIONS)}")
         if fallback is not None and kind != "fallback":
             raise InputError(f"a fallback goes with the action 'fallback', not with {action!r}")
         self._rereads = kind in ("rollback", "fallback")

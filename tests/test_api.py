@@ -13,6 +13,7 @@ from rnn_longctx import CollapseMonitor, InputError, adopt, evaluate, generate, 
 from rnn_longctx.data import ByteTokenizer, Text
 from rnn_longctx.eval import calibrate
 from rnn_longctx.models import Mamba2Config, Mamba2LM, checkpoint
+from rnn_longctx.probes.retention import retention
 
 LM = "lm:slices=2,tokens=0"
 
@@ -100,7 +101,7 @@ def test_evaluate_takes_one_thing_or_several(model, theirs, text, tmp_path):
     assert len(evaluate(theirs, 64, LM, text=text)) and adopt(theirs).train_length is None
     with pytest.raises(InputError, match="lengths are whole numbers"):
         evaluate(model, None, LM, text=text)
-    with pytest.raises(InputError, match="unknown task 'lm,passkey'"):
+    with pytest.raises(InputError, match=r"'lm,passkey': several tasks are a list"):
         evaluate(model, 64, "lm,passkey", text=text)
     with pytest.raises(InputError, match=r"expected a task such as lm .*got 3"):
         evaluate(model, 64, [3], text=text)
@@ -123,14 +124,32 @@ def test_what_is_no_model_no_remedy_and_no_action(model, text):
         adopt(model)
     with pytest.raises(InputError, match=r'"demo", a directory or a hub id, got Mamba2LM'):
         load(model)
-    for remedy in (None, 3):
-        with pytest.raises(InputError, match=f"expected a remedy such as none or state-norm, got {remedy}"):
+    for remedy in (None, 3, ["state-norm"]):
+        with pytest.raises(InputError, match=r"a remedy is a string .* composed with \+, .*got ") as error:
             mitigate(model, remedy)
+        assert str(error.value).endswith(f"got {remedy}")
+    with pytest.raises(InputError, match=r"cannot read remedy file nope\.yaml: No such file"):
+        mitigate(model, "nope.yaml")
+    with pytest.raises(InputError, match=r"a tokenizer is named by .*; got int 3"):
+        load("demo", tokenizer=3)
     monitor = CollapseMonitor.calibrated(model, text)
     for action in (None, 3):
         with pytest.raises(InputError, match=rf"got {action} \(choices: warn"), monitor.on(model, action=action):
             pass
     assert all(mixer.observer is None for mixer in model.mixers)
+
+
+def test_a_stream_is_read_from_ids_alone(model, theirs):
+    ids = torch.randint(32, 127, (1, 11))
+    for lm in (model, adopt(theirs)):
+        with torch.no_grad():
+            (expected,) = lm.stream(ids)
+            for row in (ids[0], ids[0].tolist(), ids.int().numpy()):
+                (hidden,) = lm.stream(row)
+                assert torch.equal(hidden, expected)
+        for bad in ("hello", ids[None], ids.float()):
+            with pytest.raises(InputError, match="a stream is read from token ids"):
+                next(lm.stream(bad))
 
 
 def test_sizes_are_read_as_on_the_command_line(model, theirs, text, tmp_path):
@@ -148,6 +167,11 @@ def test_sizes_are_read_as_on_the_command_line(model, theirs, text, tmp_path):
             load(tmp_path / "m", train_length=bad)
     with pytest.raises(InputError, match="target_length is a positive"):
         mitigate(model, "token-filter", target_length="long")
+    assert CollapseMonitor.calibrated(model, Text("made", text.data * 2), every="1k").every == 1024
+    with record(model, every="1k") as trace, torch.no_grad():
+        model(torch.randint(256, (1, 1024)))
+    assert trace.table().position.unique().tolist() == [1024]
+    assert retention(trace.table().assign(position=2048), "2k").head(1)["end"].item() == 2048
 
 
 def test_all_names_are_listed_before_they_are_loaded():

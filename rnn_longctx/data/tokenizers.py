@@ -122,6 +122,9 @@ class HFTokenizer:
 
 def load_tokenizer(spec: str | Path) -> Tokenizer:
     """``"bytes"``, a directory with tokenizer.json, or a hub id. Missing or unreachable: InputError."""
+    if not isinstance(spec, str | Path):
+        given = f"{type(spec).__name__} {spec!r:.60}"
+        raise InputError(f'a tokenizer is named by "bytes", a directory or a hub id; got {given}')
     if str(spec) == "bytes":
         return ByteTokenizer()
     directory = Path(spec)

@@ -34,7 +34,7 @@ from rnn_longctx.models.adopt_transformers import AdoptedMixer, cache_name, is_m
 from rnn_longctx.models.checkpoint import LazyTokenizer, _device, _dtype, _fits, load, locate, tokenizer_of
 from rnn_longctx.models.formats import ADOPTED, one_line, read_json
 from rnn_longctx.models.losses import token_losses
-from rnn_longctx.models.mamba2 import Mamba2LM, state_dtype
+from rnn_longctx.models.mamba2 import Mamba2LM, rows_of, state_dtype
 from rnn_longctx.models.restart import Restart, read_restarting
 from rnn_longctx.models.weights import computes_in, hash_of
 from rnn_longctx.ssd import PLAIN, Call, asked_of, choose
@@ -359,8 +359,8 @@ class Adopted:
         return out[0]
 
     def stream(self, ids: Tensor, cache: AdoptedCache | None = None, segment: int = 4096) -> Iterator[Tensor]:
-        """Hidden states of ids (B, T), a segment at a time, in the memory of one segment (and attention's cache)."""
-        cache = cache if cache is not None else self.new_cache()
+        """Hidden states of ids (B, T), or (T), a segment at a time, in the memory of one (and attention's cache)."""
+        ids, cache = rows_of(ids), self.new_cache() if cache is None else cache
         for t in range(0, ids.shape[1], segment):
             yield self(ids[:, t : t + segment].to(self.device), cache)
 

@@ -13,7 +13,7 @@ from rnn_longctx.errors import InputError
 from rnn_longctx.models.adopt import reader_of
 from rnn_longctx.models.cache import Cache
 from rnn_longctx.models.decode import Decoder
-from rnn_longctx.models.mamba2 import Mamba2LM
+from rnn_longctx.models.mamba2 import Mamba2LM, rows_of
 from rnn_longctx.ssd import fused
 
 SEGMENT = 4096
@@ -66,20 +66,14 @@ def prompt_ids(model: Any, prompt: Any) -> Tensor:
             raise InputError(f"the prompt is text, and {model.name} has no tokenizer: give ids (B, T), or a tokenizer")
         prompt = model.tokenizer.encode(prompt)
     wanted = "a prompt is text, or token ids (B, T) or (T) as a tensor, array or list of whole numbers"
-    try:
-        ids = torch.as_tensor(prompt)
-    except (TypeError, ValueError, RuntimeError):
-        raise InputError(f"{wanted}; got {type(prompt).__name__} {prompt!r:.60}") from None
-    ids = ids[None] if ids.ndim == 1 else ids
-    if ids.ndim != 2 or 0 in ids.shape:
+    ids = rows_of(prompt, wanted)
+    if 0 in ids.shape:
         raise InputError(f"{wanted}, at least one of them; got shape {tuple(ids.shape)}")
-    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-        raise InputError(f"{wanted}; got {str(ids.dtype)[6:]} of shape {tuple(ids.shape)}")
     size = getattr(getattr(model, "embedding", None), "num_embeddings", model.config.vocab_size)
     low, high = ids.aminmax()
     if low < 0 or high >= size:
         raise InputError(f"token ids of {model.name} lie in 0 to {size - 1}; got {int(low)} to {int(high)}")
-    return ids.long()
+    return ids
 
 
 def generate(model: Any, prompt: Tensor | Sequence | str, max_new_tokens: int = 64, *, temperature: float = 0.0,

@@ -321,8 +321,8 @@ class Mamba2LM(nn.Module):
         return self.backbone.norm_f.add(h, out, self.config.residual_in_fp32)[0]
 
     def stream(self, ids: Tensor, cache: Cache | None = None, segment: int = 4096) -> Iterator[Tensor]:
-        """Hidden states of ids (B, T), a segment at a time, in the memory of one segment."""
-        cache = cache if cache is not None else self.new_cache()
+        """Hidden states of ids (B, T), or (T), one row, a segment at a time, in the memory of one segment."""
+        ids, cache = rows_of(ids), self.new_cache() if cache is None else cache
         for t in range(0, ids.shape[1], segment):
             yield self(ids[:, t : t + segment].to(self.device), cache)
 
@@ -339,3 +339,17 @@ class Mamba2LM(nn.Module):
 
     def new_cache(self) -> Cache:
         return Cache()
+
+
+def rows_of(ids: Any, wanted: str = "a stream is read from token ids (B, T) or (T) of whole numbers") -> Tensor:
+    """Token ids as a tensor (B, T), int64, (T) as one row. Raises InputError for anything else."""
+    try:
+        rows = torch.as_tensor(ids)
+    except (TypeError, ValueError, RuntimeError):
+        raise InputError(f"{wanted}; got {type(ids).__name__} {ids!r:.60}") from None
+    rows = rows[None] if rows.ndim == 1 else rows
+    if rows.ndim != 2:
+        raise InputError(f"{wanted}; got shape {tuple(rows.shape)}")
+    if rows.numel() and (rows.is_floating_point() or rows.is_complex() or rows.dtype == torch.bool):
+        raise InputError(f"{wanted}; got {str(rows.dtype)[6:]} of shape {tuple(rows.shape)}")
+    return rows.long()

@@ -42,7 +42,7 @@ def test_folded_is_mitigated(model, made, name):
         untouched = [torch.tensor(m.policy.mul, dtype=torch.float64).expand(4) == 1 for m in model.mixers]
     model.name, model.weights_hash, model.calibration = "it", old, {"peaks": []}
     model.provenance = {"from": "nowhere"}
-    fold(model, name, made)
+    assert fold(model, name, made) is model
     assert active(model) == ("none", None) and all(m.policy == PLAIN for m in model.mixers)
     torch.testing.assert_close(model.logits(model(ids)), expected, rtol=0, atol=1e-12)
     assert (expected - plain).abs().max() > 1e-6

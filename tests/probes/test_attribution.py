@@ -165,6 +165,7 @@ def test_bad_input():
         ((torch.randint(VOCAB, (2, 12)),), {}, r"\(1, T\)"),
         ((ids[:, :0],), {}, r"\(1, T\)"),
         ((ids, 0), {}, "top"),
+        ((ids, "10"), {}, "top"),
         ((ids,), {"queries": [12]}, "from 0 to 11"),
         ((ids,), {"queries": [-1]}, "from 0 to 11"),
         ((ids,), {"queries": []}, "queries"),

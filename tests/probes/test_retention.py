@@ -104,6 +104,8 @@ def test_bad_input():
         ((table, 15), "first looked at after 16 tokens"),
         ((watched(lm, ids, ids[:, :40]), 48), "stream 1 was looked at up to 32"),
         ((table, 0), "train_length"),
+        ((table, None), "train_length"),
+        ((ids, 32), "expected a table of record"),
         ((table, 32, 1.0), "theta"),
         ((table.drop(columns="decay"), 32), "'decay'"),
         ((watched(lm, ids[:, :9]), 8), "empty: record with an"),

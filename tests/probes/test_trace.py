@@ -173,9 +173,9 @@ def test_bad_input():
         ({"layers": [3]}, "layer 3 is not there: the model has 3"),
         ({"layers": 2}, "expected whole numbers"),
         ({"layers": ["a"]}, "expected whole numbers"),
-        ({"every": 0}, "at least 1"),
-        ({"every": 2.5}, "at least 1"),
-        ({"every": "1k"}, "at least 1"),
+        ({"every": 0}, "every is a positive"),
+        ({"every": 2.5}, "every is a positive"),
+        ({"every": "k"}, "every is a positive"),
     ):
         with pytest.raises(InputError, match=message), record(lm, **arguments):
             pass
