@@ -143,8 +143,8 @@ def test_a_cache_is_cloned_saved_and_loaded(stream, tmp_path):
 
 def test_a_cache_file_that_is_none(tmp_path):
     (tmp_path / "cache").write_bytes(b"junk")
-    for name, why in (("cache", "header"), ("nothing", "no such file")):
-        with pytest.raises(InputError, match=rf"is no state that generate --save-state wrote \(.*{why}"):
+    for name, why in (("cache", "$"), ("nothing", r" \(no such file\)")):
+        with pytest.raises(InputError, match=f"is no state that generate --save-state wrote{why}"):
             Cache.load(tmp_path / name)
 
 
