@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pandas as pd
 
@@ -185,8 +186,10 @@ def _near(name: str, known: Sequence[str]) -> str:
 def _evaluate(harness: HarnessLM, tasks: list[Any], manager: Any, limit: int | None) -> Any:
     import lm_eval
 
-    # with the manager at hand lm-eval does not read its thousands of task files again
-    return lm_eval.simple_evaluate(harness, tasks=tasks, limit=limit, task_manager=manager, bootstrap_iters=1000)
+    # lm-eval asks git for the folder's commit, which is not kept here; in no repository git would complain
+    with patch("lm_eval.evaluator.get_git_commit_hash", create=True):
+        # with the manager at hand lm-eval does not read its thousands of task files again
+        return lm_eval.simple_evaluate(harness, tasks=tasks, limit=limit, task_manager=manager, bootstrap_iters=1000)
 
 
 def _rows(results: Any, length: int | None) -> Iterator[dict[str, Any]]:

@@ -126,16 +126,17 @@ def ablate(model: Mamba2LM, ids: Tensor, ranked: Sequence[Head], norms: Sequence
         return Ablation(length, without, again, [], 0.0, 0.0, [])
     known: dict[int, float] = {}
 
-    def recovered(heads: Sequence[Head]) -> float:
+    def recovered(heads: Sequence[Head], which: str) -> float:
         with capped(model, heads, norms):
             loss = float(tail_losses(model, ids).mean())
         share = (without - loss) / (without - again)
-        say(f"{len(heads)} heads capped: {loss:.4f}, recovers {share:.0%}")
+        say(f"{which}, capped: {loss:.4f}, recovers {share:.0%}")
         return share
 
     def worst(count: int) -> float:
         if count not in known:
-            known[count] = recovered(ranked[:count])
+            which = f"all {count} accused" if count == len(ranked) else f"the worst {count} of the accused"
+            known[count] = recovered(ranked[:count], which)
         return known[count]
 
     everything = worst(len(ranked))
@@ -149,5 +150,6 @@ def ablate(model: Mamba2LM, ids: Tensor, ranked: Sequence[Head], norms: Sequence
     size = min(len(chosen), len(rest))
     others = []
     for _ in range(min(draws, math.comb(len(rest), size)) if rest else 0):  # no more than there are choices
-        others.append(recovered([rest[i] for i in rng.choice(len(rest), size, replace=False)]))
+        which = f"{size} drawn from the rest" if size < len(rest) else f"the {size} that are left"
+        others.append(recovered([rest[i] for i in rng.choice(len(rest), size, replace=False)], which))
     return Ablation(length, without, again, chosen, worst(high), everything, others, size)

@@ -242,7 +242,8 @@ class TrainConfig:
             low, high = self.data.passkey.lengths
             if high > self.longest or low > shortest:
                 wrong, limit = (high, self.longest) if high > self.longest else (low, shortest)
-                raise InputError(f"data.passkey.lengths: {wrong} is longer than train_length {limit}")
+                raise InputError(f"data.passkey.lengths: {wrong} is longer than train_length {limit}; passkey prompts "
+                                 "are mixed into the text unless data.passkey.fraction=0")  # fmt: skip
 
     @property
     def stages(self) -> list[tuple[int, int]]:

@@ -178,7 +178,7 @@ class Online:
             ]
         more = f" and {len(spans) - SHOWN} files more" if len(spans) > SHOWN else ""
         line = f"update {number} {decision}: {len(arrival.ids):,} tokens ({', '.join(spans[:SHOWN])}{more}); "
-        line += f"their own loss {before:.4f} to {after:.4f}; {_spoken(figures or [])}"
+        line += f"loss on their held-out share {before:.4f} before, {after:.4f} after; {_spoken(figures or [])}"
         print(line + (f"; {reason}" if reason else ""), flush=True)
         train_loss = sum(losses) / len(losses) if losses else math.nan
         return self.row(decision, reason or "", "; ".join(spans), figures, tokens=len(arrival.ids),

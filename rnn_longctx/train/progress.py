@@ -38,5 +38,5 @@ def _line(row: dict[str, Any], steps: int, short: bool = False) -> str:
     text += f" {row['tokens_per_second'] / 1e3:.0f}K tok/s"
     if not short:  # what a bar leaves no room for
         text += f" lr {row['lr']:.2e} grad {row['grad_norm']:.3f} {row['seconds']:.0f} s"
-        text += f" states {row['state_norm']:.3g} to {row['state_norm_max']:.3g}"
+        text += f" state norm {row['state_norm']:.3g}, largest head's {row['state_norm_max']:.3g}"
     return text + (f" SKIPPED: {row['skipped']}" if row["skipped"] else "")

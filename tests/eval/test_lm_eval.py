@@ -225,7 +225,8 @@ def test_scores_of_answers_and_summaries():
     assert utils.rouge_l("", "x") == 0.0
 
 
-def test_one_row_a_task_length_and_remedy(bytes_model, folder, tmp_path):
+def test_one_row_a_task_length_and_remedy(bytes_model, folder, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)  # which is in no git repository
     (tmp_path / "qa.jsonl").write_text(json.dumps({"context": "abc", "question": "d?", "answers": "e"}) + "\n\n")
     frame = lm_eval_table(
         bytes_model, ["tiny_choices", "rnn_longctx_passkey", "rnn_longctx_qa"], "256,200", ["none", "window:tokens=50"],
@@ -246,6 +247,7 @@ def test_one_row_a_task_length_and_remedy(bytes_model, folder, tmp_path):
     runs = json.loads((tmp_path / "out" / "lm_eval.json").read_text())
     assert len(runs) == 6 and "arguments" not in json.dumps(runs)
     assert all(mixer.policy.window is None for mixer in bytes_model.mixers)
+    assert "git" not in capfd.readouterr().err
 
 
 def test_the_command(folder, bytes_model, tmp_path, capsys, monkeypatch):

@@ -126,7 +126,11 @@ def test_the_fewest_that_recover(monkeypatch):
 
     monkeypatch.setattr("rnn_longctx.probes.ablation.capped", Capped)
     monkeypatch.setattr("rnn_longctx.probes.ablation.tail_losses", loss)
-    found = ablate(lm, torch.zeros(1, 9, dtype=torch.int64), ranked, [[1, 1]] * 2, 4)
+    lines = []
+    found = ablate(lm, torch.zeros(1, 9, dtype=torch.int64), ranked, [[1, 1]] * 2, 4, say=lines.append)
+    assert [line.partition(", capped")[0] for line in lines[1:]] == [
+        "all 4 accused", "the worst 2 of the accused", "the worst 1 of the accused", "the 2 that are left"
+    ]  # fmt: skip
     assert found.fewest == ranked[:2] and found.recovered == pytest.approx(0.9)
     assert found.others == pytest.approx([0.1]) and found.all_accused == pytest.approx(1.0)  # two are left: one draw
     assert "capping 2 heads recovers 90%" in str(found) and "as many drawn from the rest" in str(found)
