@@ -154,7 +154,23 @@ def _tables(
             lines += [None, (Text("controls:", "dim"), {}, Text())]
         label = Text(f"  {name}", "dim") if name in controls else Text(name)
         lines.append((label, {k: cell(name, k) for k in row}, last[1](name) if last else Text()))
-    return _draw(title, heads, lines, width, last[0] if last else "")
+    said = [Text(f"At {', '.join(map(format_length, where))}: {text}.") for text, where in _counts(sheet).items()]
+    return [*_draw(title, heads, lines, width, last[0] if last else ""), *said, *([Text("")] if said else [])]
+
+
+def _counts(sheet: Sheet) -> dict[str, list[int]]:
+    """What is to be known of lengths whose cells were measured with different numbers of samples."""
+    unit, said = "slices" if sheet.task == "lm" else "prompts", {}
+    for length in sheet.lengths:
+        ns = [row[length].n for row in sheet.cells.values() if length in row]
+        if min(ns) != max(ns):
+            text = f"rows of {min(ns)} to {max(ns)} {unit} do not compare"
+        elif length in sheet.cut:
+            text = f"only the first {ns[0]} of {sheet.cut[length]} {unit}, which all rows have"
+        else:
+            continue
+        said.setdefault(text, []).append(length)
+    return said
 
 
 def _draw(

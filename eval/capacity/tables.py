@@ -20,7 +20,7 @@ from rnn_longctx.eval.capacity.forget import forget_of
 from rnn_longctx.eval.capacity.recall import recall_of
 from rnn_longctx.eval.results import KEY as ROW
 from rnn_longctx.eval.results import Results
-from rnn_longctx.eval.sheets import Sheet, sheets
+from rnn_longctx.eval.sheets import Sheet, whole_sheets
 from rnn_longctx.eval.stats import wilson
 
 KEY = ["shape", "mitigation", "quantity"]
@@ -44,7 +44,7 @@ def passes(study: Path, name: str, limit: int, text: str) -> bool:
     """Whether the model of that name, without a remedy, passed the test of forgetting up to `limit` on the text of that
     name: not beyond, and not on others that it was read on before. Raises InputError: it was not measured so."""
     frame = _once(Results(study).frame())
-    for sheet in sheets(frame[(frame["model"] == name) & (frame["text"] == text) & (frame["length"] <= limit)]):
+    for sheet in whole_sheets(frame[(frame["model"] == name) & (frame["text"] == text) & (frame["length"] <= limit)]):
         if sheet.task == "lm" and "none" in sheet.cells and max(sheet.lengths) >= limit:
             return sheet.verdict("none").first_failing is None
     raise InputError(f"{name} was not measured without a remedy at {format_length(limit)} tokens of {text}")
@@ -59,7 +59,7 @@ def findings(results: pd.DataFrame, about: pd.DataFrame, target: float) -> pd.Da
     answers, at `passes` (at `fails` where nothing passes). `text` says it in words.
     """
     lines = []
-    for sheet in sheets(results[~results["task"].str.fullmatch(_MQAR)]):
+    for sheet in whole_sheets(results[~results["task"].str.fullmatch(_MQAR)]):
         for name in sheet.cells:
             line = {"model": sheet.where["model"], "weights_hash": sheet.where["weights_hash"], "mitigation": name}
             lines.append(line | (_forgets(sheet, name) if sheet.task == "lm" else _recall(sheet, name, target)))
