@@ -71,6 +71,18 @@ def findings(results: pd.DataFrame, about: pd.DataFrame, target: float) -> pd.Da
     return joined.sort_values(order, ignore_index=True)
 
 
+def in_words(found: pd.DataFrame) -> list[str]:
+    """A line a checkpoint (of no family: each is a shape of its own) and remedy: whether it forgets, its T_recall."""
+    lines = []
+    for (shape, mitigation), some in found.groupby(["shape", "mitigation"], sort=False):
+        train = some["train_length"].iloc[0]
+        trained = "" if pd.isna(train) else f", trained at {format_length(int(train))}"
+        said = sorted(zip(some["quantity"] != "forgets", some["quantity"], some["text"]))
+        texts = [f"{quantity} {text}" if recalls else text for recalls, quantity, text in said]
+        lines.append(f"{shape}{trained}, {mitigation}: {'; '.join(texts)}")
+    return lines
+
+
 def _forgets(sheet: Sheet, name: str) -> dict[str, Any]:
     failing, text = sheet.verdict(name)
     judged = sheet.peak(name) is not None  # else nothing is known to have held
@@ -90,6 +102,7 @@ def _recall(sheet: Sheet, name: str, target: float) -> dict[str, Any]:
 
 def points(found: pd.DataFrame) -> pd.DataFrame:
     """One line a shape, remedy and quantity (T_forget, T_recall): the columns of models.csv that its models share, and
+    what follows. A checkpoint that is of no family has no T_forget, which is a quantity of several training lengths.
 
     value: tokens. T_forget: the shortest training length above all whose models, by majority, fail. T_recall: the
         median over seeds, at the training length where that is longest, of those with the most seeds (the best of many
@@ -109,6 +122,8 @@ def points(found: pd.DataFrame) -> pd.DataFrame:
 
 def _t_forget(group: pd.DataFrame) -> dict[str, Any]:
     known = group.dropna(subset=["train_length"])
+    if known["train_length"].nunique() < 2 and known["train_seed"].isna().all():  # a family's search may end after one
+        return {"quantity": "T_forget", "value": None}
     seeds = known["train_seed"].fillna(0)
     reach = known["passes"].where(known["fails"].isna(), known["fails"])
     tested = (reach > known["train_length"]) | known["fails"].notna()
