@@ -191,7 +191,8 @@ def _counts(sheet: Sheet) -> dict[str, list[int]]:
         if min(ns) != max(ns):
             text = f"rows of {min(ns)} to {max(ns)} {unit} do not compare"
         elif length in sheet.cut:
-            text = f"only the first {ns[0]} of {sheet.cut[length]} {unit}, which all rows have"
+            first = "first" if ns[0] == 1 else f"first {ns[0]}"
+            text = f"only the {first} of {sheet.cut[length]} {unit}, which all rows have"
         else:
             continue
         said.setdefault(text, []).append(length)

@@ -350,3 +350,18 @@ def test_a_killed_study_goes_on(config):
     last = start()
     printed, _ = last.communicate(timeout=300)
     assert "0 cells run" in printed
+
+
+def test_state_size_is_what_a_stream_carries():
+    for _ in range(5):
+        draws = [int(torch.randint(1, 5, ())) for _ in range(4)]
+        c = Mamba2Config(d_model=8 * draws[0], n_layer=draws[1], d_state=3 * draws[2], headdim=4, d_conv=1 + draws[3])
+        model = Mamba2LM(c)
+        cache = model.new_cache()
+        model(torch.zeros(1, 7, dtype=torch.int64), cache)
+        line = models.describe(model, shape="x")
+        scan = sum(layer.scan.state.numel() for layer in cache.layers)
+        conv = sum(layer.conv.numel() for layer in cache.layers)
+        assert (line["scan_state_elements"], line["conv_state_elements"]) == (scan, conv)
+        assert line["state_elements"] == scan + conv and line["d_state"] == c.d_state and line["shape"] == "x"
+        assert line["parameters"] == sum(p.numel() for p in model.parameters())

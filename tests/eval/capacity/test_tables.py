@@ -7,7 +7,6 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from matplotlib.image import imread
 
 from rnn_longctx.errors import InputError
@@ -16,7 +15,6 @@ from rnn_longctx.eval.capacity import fits as fitting
 from rnn_longctx.eval.capacity.recall import search
 from rnn_longctx.eval.results import COLUMNS, Results, to_frame
 from rnn_longctx.eval.stats import wilson
-from rnn_longctx.models import Mamba2Config, Mamba2LM
 
 LIMIT = 1 << 16
 STATES = [100_000, 200_000, 400_000, 800_000, 1_600_000]
@@ -399,18 +397,3 @@ def test_mistakes(tmp_path):
     with pytest.raises(InputError, match=r"models\.csv"):
         draw(tmp_path, 0.95)
     assert len(models.gather(tmp_path)) == 0 and not [p for p in draw(tmp_path, 0.95) if p.suffix == ".png"]
-
-
-def test_state_size_is_what_a_stream_carries():
-    for _ in range(5):
-        draws = [int(torch.randint(1, 5, ())) for _ in range(4)]
-        c = Mamba2Config(d_model=8 * draws[0], n_layer=draws[1], d_state=3 * draws[2], headdim=4, d_conv=1 + draws[3])
-        model = Mamba2LM(c)
-        cache = model.new_cache()
-        model(torch.zeros(1, 7, dtype=torch.int64), cache)
-        line = models.describe(model, shape="x")
-        scan = sum(layer.scan.state.numel() for layer in cache.layers)
-        conv = sum(layer.conv.numel() for layer in cache.layers)
-        assert (line["scan_state_elements"], line["conv_state_elements"]) == (scan, conv)
-        assert line["state_elements"] == scan + conv and line["d_state"] == c.d_state and line["shape"] == "x"
-        assert line["parameters"] == sum(p.numel() for p in model.parameters())
