@@ -1,8 +1,8 @@
 """What the sheets of results say, in a line of plain words for each model.
 
-A remedy is named the best at a length only where its loss there is below that without one, and where its recall,
+A remedy is named the best at a length only where its loss there is surely below that without one, and where its recall,
 wherever that was measured, is nowhere more than GUARD below the bare model's or a control's. What an interval is too
-wide to carry is called undecided.
+wide to carry, or one slice has none for, is called undecided, or not surely better.
 """
 
 from __future__ import annotations
@@ -51,17 +51,18 @@ def _best_clauses(sheet: Sheet, recalls: list[Sheet]) -> list[str]:
     losses = {r: v for r, v in losses.items() if math.isfinite(v)}
     lower = [r for r, v in losses.items() if bare is None or not v >= bare.value]
     forgot = {r: said for r in lower if (said := _lost_recall(sheet, r, recalls))}
-    best, passed = (sheet.lowest(names, length) for names in ([r for r in lower if r not in forgot], list(forgot)))
+    kept = [r for r in lower if r not in forgot]
+    sure = [r for r in kept if _surely_lower(sheet, r, length)]
+    best, passed = (sheet.lowest(names, length) for names in (sure or kept, list(forgot)))
     at = format_length(length)
     if best is None and passed is None:
         return [f"no remedy has a loss below that without one at {at}" if losses else f"no remedy has a loss at {at}"]
     if best is None:
         return [f"no remedy is best at {at}: {passed} has the least loss, but recalls less ({forgot[passed or '']})"]
     text = f"best remedy at {at} is {best}"
-    if bare is None:
-        text += ", not compared with no remedy"
-    elif (saved := sheet.gain("none", best, length)) and math.isfinite(saved.gain) and not saved.low > 0:
-        text += ", whose loss is not surely below that without one"
+    if not sure:
+        why = ", since the loss without one was not measured" if bare is None else ""
+        text = f"no remedy is surely better than none at {at}{why}: {best} has the least loss"
     against = sheet.best_recompute(length)
     if against:
         text += f", {losses[best] / sheet.cells[against][length].value:.2f}x the loss of {against}"
@@ -80,6 +81,12 @@ def _best_clauses(sheet: Sheet, recalls: list[Sheet]) -> list[str]:
     if passed and losses[passed] < losses[best]:
         text += f"; {passed} has less loss, but recalls less ({forgot[passed]})"
     return [text]
+
+
+def _surely_lower(sheet: Sheet, name: str, length: int) -> bool:
+    """Whether a remedy's loss is surely below that without one; of one that blew up there is no interval, nor doubt."""
+    saved = sheet.gain("none", name, length) if "none" in sheet.cells else None
+    return saved is not None and (saved.low > 0 or not math.isfinite(saved.gain))
 
 
 def _named(sheet: Sheet, name: str, other: Sheet) -> str | None:

@@ -85,7 +85,8 @@ def _rows(frame: pd.DataFrame, sheet: Sheet, recalls: list[Sheet], length: int) 
             cell = recall.cells.get(name, {}).get(length)
             row[recall.task] = cell.value if cell else math.nan
             others = rivals[recall.task]
-            surer = [paired_bootstrap(*_paired(cell.samples, o.samples)) for o in others] if cell else []
+            alike = cell is not None and all(o.n == cell.n for o in others)  # else they were asked other prompts
+            surer = [paired_bootstrap(*_paired(cell.samples, o.samples)) for o in others] if cell and alike else []
             if surer and name not in controls and all(g.low > 0 for g in surer):
                 wins.append(recall.task)
         # without a loss by the last task's prompts: at the first one's kernels may be compiled
@@ -143,7 +144,10 @@ def board_tables(frame: pd.DataFrame) -> list[RenderableType]:
         for _, row in rows.iterrows():
             name = Text(row["mitigation"] + (" (control)" if row["control"] else ""), "dim" if row["control"] else "")
             span = "" if math.isnan(row["gain_low"]) else f"{row['gain_low']:+.3f} {row['gain_high']:+.3f}"
-            ends = Text("" if row["control"] else row["wins"] or "nothing", "" if row["wins"] else "red")
+            ranked = (
+                not row["control"] and row["mitigation"] != "none"
+            )  # the bare model is no remedy that wins or fails
+            ends = Text((row["wins"] or "nothing") if ranked else "", "" if row["wins"] else "red")
             numbers = [_text(row["loss"], ".3f"), _text(row["gain"], "+.3f"), span, _text(row["change_short"], "+.3f"),
                        *(_text(row[t], ".2f") for t in (*tasks, *costs))]  # fmt: skip
             grid.add_row(name, *numbers, ends)

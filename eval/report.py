@@ -14,11 +14,13 @@ from rich.text import Text
 
 from rnn_longctx.config import format_length
 from rnn_longctx.eval.conclusion import conclusion
-from rnn_longctx.eval.sheets import RECALL, Sheet, context_gain, sheets, summary
+from rnn_longctx.eval.leaderboard import board_tables
+from rnn_longctx.eval.sheets import RECALL, SETTING, Sheet, context_gain, is_control, sheets, summary
 from rnn_longctx.eval.stats import wilson
 
-__all__ = ["conclusion", "context_gain", "header", "summary", "table", "to_text"]
+__all__ = ["asked", "conclusion", "context_gain", "header", "summary", "table", "to_text"]
 
+MANY = 8  # mitigations whose gains are still read one by one
 _BOX = Box("    \n    \n -- \n    \n -- \n    \n    \n    \n", ascii=True)
 # A line of a table: its label, a text per length, and the text of the last column.
 Line = tuple[Text, dict[int, Text], Text]
@@ -50,16 +52,38 @@ def header(
 def table(frame: pd.DataFrame, width: int = 110) -> list[RenderableType]:
     """Rich tables no wider than `width`, split by lengths where they must be, and under them the conclusion.
 
-    Per sheet: loss over length with a verdict, then the context gain; or accuracy over length. Bold is the
-    lowest loss of a length among what is no control, a gain surely above 0, or an accuracy above 0.95; red is
-    collapse.
+    Per sheet: loss over length with a verdict, then the context gain; or accuracy over length. Of more than MANY
+    mitigations the gain stands in their ranking alone, at the longest length. Bold is the lowest loss of a length among
+    what is no control, a gain surely above 0, or an accuracy above 0.95; red is collapse.
     """
     parts: list[RenderableType] = []
-    for sheet in sheets(frame):
-        parts += _loss_tables(sheet, width) + _gain_tables(sheet, width) if sheet.task == "lm" else []
-        parts += _accuracy_tables(sheet, width) if sheet.task != "lm" else []
+    everything = sheets(frame)
+    ranked = any(len(sheet.cells) > MANY for sheet in everything)
+    for sheet in everything:
+        parts += _loss_tables(sheet, width) if sheet.task == "lm" else _accuracy_tables(sheet, width)
+        parts += _gain_tables(sheet, width) if sheet.task == "lm" and not ranked else []
+    parts += board_tables(frame) if ranked else []
     words = conclusion(frame)
     return [*parts, Text(words or "no results yet", style="bold" if words else "")]
+
+
+def asked(frame: pd.DataFrame) -> tuple[pd.DataFrame, str]:
+    """Of what `evaluate` returned of a folder, the rows of the call's own models, texts and tasks, and a line that says
+    what else is among them and what is left out. Its remedies at the folder's other lengths are among them, for a
+    verdict that knew less than the folder would contradict it, and so are `none` and the controls, for comparison."""
+    wanted = frame.attrs["asked"]
+    settings = [tuple(setting) for setting in wanted["settings"]]
+    remedies, tasks = ({s[i] for s in settings} for i in (0, 1))
+    compared = frame["mitigation"].map(lambda m: m in remedies or m == "none" or is_control(m))
+    keep = compared & frame["task"].isin(tasks) & ((frame["task"] != "lm") | frame["text_hash"].isin(wanted["texts"]))
+    for column in (*SETTING, "seed"):
+        keep &= frame[column].isna() if wanted[column] is None else frame[column] == wanted[column]
+    shown = frame[keep.fillna(False).astype(bool)]
+    left = len(frame) - len(shown)
+    more = len(set(zip(shown["mitigation"], shown["task"], shown["length"])) - set(settings))
+    said = [f"with {more} other setting{'s' * (more > 1)} measured here before"] if more else []
+    said += [f"{left} rows of other models, texts, tasks or remedies are not shown"] if left else []
+    return shown, "; ".join(said)
 
 
 def to_text(frame: pd.DataFrame, width: int = 110) -> str:
@@ -154,7 +178,25 @@ def _tables(
             lines += [None, (Text("controls:", "dim"), {}, Text())]
         label = Text(f"  {name}", "dim") if name in controls else Text(name)
         lines.append((label, {k: cell(name, k) for k in row}, last[1](name) if last else Text()))
-    return _draw(title, heads, lines, width, last[0] if last else "")
+    said = [Text(f"At {', '.join(map(format_length, where))}: {text}.") for text, where in _counts(sheet).items()]
+    return [*_draw(title, heads, lines, width, last[0] if last else ""), *said, *([Text("")] if said else [])]
+
+
+def _counts(sheet: Sheet) -> dict[str, list[int]]:
+    """What is to be known of lengths whose cells were measured with different numbers of samples."""
+    unit = "slices" if sheet.task == "lm" else "prompts"
+    said: dict[str, list[int]] = {}
+    for length in sheet.lengths:
+        ns = [row[length].n for row in sheet.cells.values() if length in row]
+        if min(ns) != max(ns):
+            text = f"rows of {min(ns)} to {max(ns)} {unit} do not compare"
+        elif length in sheet.cut:
+            first = "first" if ns[0] == 1 else f"first {ns[0]}"
+            text = f"only the {first} of {sheet.cut[length]} {unit}, which all rows have"
+        else:
+            continue
+        said.setdefault(text, []).append(length)
+    return said
 
 
 def _draw(

@@ -12,12 +12,13 @@ from typing import Any
 
 import pandas as pd
 
-from rnn_longctx.config import parse_lengths
+from rnn_longctx.config import format_length, parse_lengths
 from rnn_longctx.data import Text, load_text
 from rnn_longctx.errors import InputError
 from rnn_longctx.eval.lm import LanguageModel, text_of
 from rnn_longctx.eval.passkey import MultiKey, Passkey, Words
 from rnn_longctx.eval.results import Results, Row, to_frame
+from rnn_longctx.eval.sheets import SETTING
 from rnn_longctx.eval.task import Context, Task
 from rnn_longctx.eval.unseen import check_unseen
 from rnn_longctx.mitigations import (
@@ -90,7 +91,8 @@ def evaluate(model: Any, lengths: Sequence[int | str] | int | str,
         text: evaluated on (`rnn_longctx.load_text`): "stdlib", a file, a directory, records; or several of them.
         calibration_text: for remedies that are calibrated; None takes what is kept with the checkpoint.
         out: a folder for cells, snapshots, results.parquet and results.csv; finished cells there are not measured
-            again, and a long pass goes on from its last snapshot. None keeps nothing.
+            again, and a long pass goes on from its last snapshot. None keeps nothing. The table then holds all of the
+            folder; `rnn_longctx.eval.report.asked` has the part that this call asked for.
         progress: show a bar, or, where the output is no terminal, a line a task on stderr.
     Raises:
         InputError: no model, bad lengths, tasks or remedies, a text that is missing, shorter than a length or of bytes
@@ -134,6 +136,7 @@ def evaluate(model: Any, lengths: Sequence[int | str] | int | str,
     calibration = None if given is None else load_text(given)
 
     rows: list[Row] = []
+    settings: set[tuple[str, str, int]] = set()
     with _Progress(progress) as bar:
         plan = [(contexts[0], *step) for step in _plan(model, todo, wanted, calibration, given, contexts[0])]
         for context in contexts[1:]:  # prompts hang on no text, and were asked with the first
@@ -145,10 +148,17 @@ def evaluate(model: Any, lengths: Sequence[int | str] | int | str,
         for context, remedy, job, some, _ in plan:
             with _mitigated(model, remedy, max(some), calibration, context):
                 on = f" of {text_of(context).name}" if len(contexts) > 1 and isinstance(job, LanguageModel) else ""
-                bar.say(f"{context.mitigation}, {job.name}{on}")
+                at = f" at {format_length(*some)}" if remedy.per_length else ""  # a pass a length
+                bar.say(f"{context.mitigation}, {job.name}{on}{at}")
                 context.progress = bar.advance
                 rows += job.run(context, some)
-    return results.gather() if results else to_frame(rows)
+                settings |= {(context.mitigation, job.label, n) for n in some}
+    frame = results.gather() if results else to_frame(rows)
+    texts_asked = [text_of(c).hash for c in contexts] if any(isinstance(job, LanguageModel) for job in jobs) else []
+    key = contexts[0].key(Task(), "", 0, "")
+    frame.attrs["asked"] = {c: key.get(c) for c in (*SETTING, "seed")} | {"texts": texts_asked,
+                                                                        "settings": sorted(settings)}  # fmt: skip
+    return frame
 
 
 def _plan(model: Mamba2LM, todo: list[tuple[Remedy, list[Task], bool]], lengths: list[int], calibration: Any,

@@ -4,6 +4,8 @@ Everything is worked out from the gathered table alone (see results.py). Rows of
 precisions end up on different sheets. Loss alone never shows that a remedy works: one that forgets everything
 keeps it flat. So *context gain* is the loss of recomputing from the last tokens minus the loss of the remedy,
 on the same tokens, paired by slice: only above 0 does the state hold what re-reading them does not give.
+Cells of one length are of the same slices or prompts: where runs into one folder asked for different numbers of
+them, of the first ones, that all have.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from rnn_longctx.eval.stats import Verdict, mean_stderr, paired_bootstrap, peak_
 
 SETTING = ("model", "weights_hash", "tokenizer", "dtype", "state_dtype")  # never mixed on one sheet
 DIAGNOSTICS = ("attention-window:", "reset-recurrence:")  # one part of a hybrid forgets, the other reads on
+DEPTHS = 10  # at most, of prompts
 RECALL = 0.95  # T_recall is the longest context with an accuracy above this (arXiv 2410.07145)
 
 
@@ -47,7 +50,7 @@ class Sheet:
     `cells[name][length]` holds all depths together, `depths[name][length, depth]` one depth. Names are
     mitigations (with their calibration where that tells two apart), ordered: none, remedies, controls.
     `where` holds the columns that all rows share, None where they do not; `note` what tells this sheet from
-    the others.
+    the others. `cut[length]` is the most samples that a cell had there before it was cut to what all have.
     """
 
     task: str
@@ -58,6 +61,7 @@ class Sheet:
     cells: dict[str, dict[int, Cell]] = field(default_factory=dict)
     depths: dict[str, dict[tuple[int, float], Cell]] = field(default_factory=dict)
     peaks: dict[str, float] = field(default_factory=dict)
+    cut: dict[int, int] = field(default_factory=dict)
 
     @property
     def lengths(self) -> list[int]:
@@ -121,7 +125,16 @@ def is_control(mitigation: str, *kinds: str) -> bool:
 
 
 def sheets(frame: pd.DataFrame) -> list[Sheet]:
-    """Sort rows into sheets, model by model, losses first. Unknown metrics are left out."""
+    """Sort rows into sheets, model by model, losses first, and cut the cells of a length to the samples that all of
+    them have. Unknown metrics are left out."""
+    found = whole_sheets(frame)
+    for sheet in found:
+        _cut(sheet)
+    return found
+
+
+def whole_sheets(frame: pd.DataFrame) -> list[Sheet]:
+    """`sheets` with all samples of every cell: for what is said of each by itself, and compares none."""
     frame = frame.assign(**{c: None for c in SETTING if c not in frame})  # tables from before a column
     found: list[Sheet] = []
     loss, peak = frame["metric"] == "nats_per_token", frame["metric"] == "nats_per_token_peak"
@@ -232,18 +245,42 @@ def _sheet(frame: pd.DataFrame, train_length: int | None) -> Sheet:
             else:
                 depths[int(row["length"]), float(row["depth"])] = _cell(row)
         for length, cell in cells.items():  # depths of an earlier run with another number of prompts
-            bins = min(cell.n, 10)
+            bins = min(cell.n, DEPTHS)
             stale = [d for k, d in depths if k == length and abs(d * bins % 1 - 0.5) > 1e-6]
             for depth in stale:
                 del depths[length, depth]
         for length in {k for k, _ in depths} - set(cells):
-            samples = [s for (k, _), cell in depths.items() if k == length for s in cell.samples]
+            turns = [(i, d, s) for (k, d), cell in depths.items() if k == length for i, s in enumerate(cell.samples)]
+            samples = [s for _, _, s in sorted(turns)]  # as they were asked
             if samples:
                 cells[length] = Cell(*mean_stderr(samples), len(samples), samples)
         if cells:
             sheet.cells[name] = cells
             sheet.depths[name] = depths
     return sheet
+
+
+def _cut(sheet: Sheet) -> None:
+    """Slice i is the same tokens whatever the number of slices, and so is prompt i from ten prompts on, whose depths
+    come in turn. Fewer prompts stand at other depths, and are no part of more: such cells stay as they are."""
+    for length in sheet.lengths:
+        counts = {name: row[length].n for name, row in sheet.cells.items() if length in row}
+        least, most = min(counts.values()), max(counts.values())
+        if least == most or least < (1 if sheet.task == "lm" else DEPTHS):
+            continue
+        for name in (n for n, count in counts.items() if count > least):
+            if len(sheet.cells[name][length].samples) < least:  # they were not kept
+                continue
+            sheet.cut[length] = most
+            sheet.cells[name][length] = _first(sheet.cells[name][length], least)
+            for at, depth in [k for k in sheet.depths[name] if k[0] == length]:
+                there = len(range(round(depth * DEPTHS - 0.5), least, DEPTHS))  # of the first prompts
+                sheet.depths[name][at, depth] = _first(sheet.depths[name][at, depth], there)
+
+
+def _first(cell: Cell, n: int) -> Cell:
+    samples = cell.samples[:n]
+    return Cell(*mean_stderr(samples), len(samples), samples)
 
 
 def _cell(row: dict[str, Any]) -> Cell:

@@ -75,9 +75,9 @@ class Context:
         return row
 
     def done(self, task: Task, text: Text | str, length: int, metric: str, n: int) -> bool:
-        """Whether the cell is stored already, from as many samples."""
+        """Whether the cell is stored already, from as many samples or more: fewer would only be a part of them."""
         stored = self.results.get(self.key(task, text, length, metric)) if self.results else None
-        return stored is not None and stored["n"] == n
+        return stored is not None and stored["n"] >= n
 
     def snapshot_name(self, *what: Any) -> str:
         """A name for the snapshots of a stream that no other model, remedy or text shares."""

@@ -78,9 +78,9 @@ def evaluate_command(
 
     from rnn_longctx.config import from_dict, load_yaml, parse_length, parse_lengths, to_dict
     from rnn_longctx.eval import EvalConfig, Results, evaluate, parse_task
-    from rnn_longctx.eval.leaderboard import board_tables, leaderboard
+    from rnn_longctx.eval.leaderboard import leaderboard
     from rnn_longctx.eval.plots import plot_all
-    from rnn_longctx.eval.report import header, table
+    from rnn_longctx.eval.report import asked, header, table
     from rnn_longctx.mitigations import parse_remedy
 
     given = {
@@ -122,14 +122,15 @@ def evaluate_command(
     )
     frame = evaluate(lm, c.lengths, c.tasks, c.mitigations, text=c.text, calibration_text=c.calibration_text,
                      out=c.out, batch=c.batch, seed=c.seed, progress=True)  # fmt: skip
-    for part in table(frame, width=console.width):
+    shown, more = asked(frame)
+    for part in table(shown, width=console.width):
         console.print(part)
+    if more:
+        console.print(f"{c.out}: {more}", highlight=False)
     written = ["results.parquet", "results.csv"]
     if len(frame["mitigation"].unique()) > 1:
         leaderboard(frame).to_csv(Path(c.out) / "leaderboard.csv", index=False)
         written.append("leaderboard.csv")
-    for part in board_tables(frame) if "all" in c.mitigations else []:
-        console.print(part)
     written += [p.name for p in plot_all(frame, c.out)]
     console.print(f"{c.out}: {', '.join(written)}")
 

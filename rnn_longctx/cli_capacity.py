@@ -118,25 +118,32 @@ def advise_command(
 
 
 def _report(directory: Path, recall: float) -> None:
-    """Draw, and say in words what was found."""
+    """Draw, and say in words what was found. Points are of families: of single checkpoints they repeat the findings."""
     import pandas as pd
 
-    from rnn_longctx.eval.capacity import draw
+    from rnn_longctx.eval.capacity import draw, tables
 
     if not 0 < recall < 1:
         raise InputError(f"recall lies between 0 and 1, got {recall}")
     paths = draw(directory, recall)
+    tokens = ["train_length", "passes", "fails", "right", "asked"]  # whole numbers, in one style
     shown = {
-        "findings": "model mitigation state_elements train_length quantity worst text",
+        "findings": "model mitigation state_elements train_length quantity passes fails right asked worst",
         "points": "shape state_elements mitigation quantity train_length models text",
         "fits": "mitigation quantity form points bounds contradicts curve r2 r2_loo aic carrier best",
         "same_size": "mitigation quantity state_elements shapes values spread",
     }
+    found = tables.findings(*tables.read(directory), recall)
+    family = found.drop_duplicates(["shape", "model", "weights_hash"])["shape"].duplicated().any()
     for name, columns in shown.items():
         file = directory / f"{name}.csv"
         frame = pd.read_csv(file) if file in paths and file.stat().st_size > 1 else pd.DataFrame()
-        if len(frame):
+        if len(frame) and (family or name != "points"):
             frame = frame[frame["axis"] == "state_elements"] if name == "fits" else frame
-            typer.echo(f"\n{name}")
+            for column in frame.columns.intersection(tokens):
+                frame[column] = frame[column].map(lambda n: "-" if pd.isna(n) else f"{n:.0f}")
+            typer.echo(f"\n{name}{', lengths in tokens' if name == 'findings' else ''}")
             typer.echo(frame[columns.split()].to_string(index=False, na_rep="-", float_format=lambda v: f"{v:.4g}"))
+    if len(found) and not family:
+        typer.echo("\n" + "\n".join(tables.in_words(found)))
     typer.echo(f"\n{directory}: {', '.join(p.name for p in paths)}")

@@ -115,6 +115,23 @@ def test_eval_and_plot(run, tmp_path):
     assert code == 0 and sorted(Path(line).name for line in printed.split()) == drawn
 
 
+def test_a_second_command_into_a_folder_prints_what_it_asked_for(run, store, tmp_path):
+    out, words = str(tmp_path / "k"), ("--text", "text.py", "--task")
+    lm = (*words, "lm:slices=2,tokens=0", "--out", out)
+    first = ("eval", "ok", "--lengths", "128,200", *lm, "--mitigation", "rri", "--mitigation", "recompute:last=64")
+    code, printed, said = run(*first)
+    assert code == 0 and "before" not in printed and "not shown" not in printed, said
+    one = (*words, "lm:slices=1,tokens=0", "--out", out)
+    code, printed, said = run("eval", "ok", "--lengths", "64,128", *one, "--mitigation", "none")
+    assert code == 0, said
+    assert "none" in printed and "recompute:last=64" in printed and "rri" not in printed
+    assert "with 2 other settings measured here before; 5 rows of other models" in " ".join(printed.split())
+    code, printed, said = run("eval", "ok", "--lengths", "128", *words, "passkey:n=2,least=2", "--out", out)
+    assert code == 0 and "passkey accuracy" in printed and "loss in nats" not in printed, said
+    frame = pd.read_parquet(tmp_path / "k" / "results.parquet")
+    assert set(frame.task) == {"lm", "passkey"} and set(frame[frame.mitigation == "recompute:last=64"].n) == {2}
+
+
 def test_options_win_over_the_config(run, store, tmp_path):
     (tmp_path / "c.yaml").write_text(f"model: nowhere\nlengths: [64, 1k]\ntasks: [lm]\ntext: {store / 'text.py'}\n")
     out = str(tmp_path / "r")

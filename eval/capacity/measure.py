@@ -68,7 +68,7 @@ def _forgets(model: Any, remedy: Remedy, c: MeasureConfig, out: Path) -> str:
     while lengths[-1] < c.limit:
         lengths.append(min(2 * lengths[-1], c.limit))
     evaluate(model, lengths, [LanguageModel(slices=c.slices)], [remedy], text=c.text, out=str(out), batch=c.batch)
-    return f"loss measured to {lengths[-1]} tokens"
+    return f"loss measured to {format_length(lengths[-1])}"
 
 
 def t_recall(model: Any, task: Passkey, remedy: Remedy, c: MeasureConfig, out: str | Path | None = None,

@@ -20,7 +20,7 @@ from rnn_longctx.eval.capacity.forget import forget_of
 from rnn_longctx.eval.capacity.recall import recall_of
 from rnn_longctx.eval.results import KEY as ROW
 from rnn_longctx.eval.results import Results
-from rnn_longctx.eval.sheets import Sheet, sheets
+from rnn_longctx.eval.sheets import Sheet, whole_sheets
 from rnn_longctx.eval.stats import wilson
 
 KEY = ["shape", "mitigation", "quantity"]
@@ -44,7 +44,7 @@ def passes(study: Path, name: str, limit: int, text: str) -> bool:
     """Whether the model of that name, without a remedy, passed the test of forgetting up to `limit` on the text of that
     name: not beyond, and not on others that it was read on before. Raises InputError: it was not measured so."""
     frame = _once(Results(study).frame())
-    for sheet in sheets(frame[(frame["model"] == name) & (frame["text"] == text) & (frame["length"] <= limit)]):
+    for sheet in whole_sheets(frame[(frame["model"] == name) & (frame["text"] == text) & (frame["length"] <= limit)]):
         if sheet.task == "lm" and "none" in sheet.cells and max(sheet.lengths) >= limit:
             return sheet.verdict("none").first_failing is None
     raise InputError(f"{name} was not measured without a remedy at {format_length(limit)} tokens of {text}")
@@ -59,7 +59,7 @@ def findings(results: pd.DataFrame, about: pd.DataFrame, target: float) -> pd.Da
     answers, at `passes` (at `fails` where nothing passes). `text` says it in words.
     """
     lines = []
-    for sheet in sheets(results[~results["task"].str.fullmatch(_MQAR)]):
+    for sheet in whole_sheets(results[~results["task"].str.fullmatch(_MQAR)]):
         for name in sheet.cells:
             line = {"model": sheet.where["model"], "weights_hash": sheet.where["weights_hash"], "mitigation": name}
             lines.append(line | (_forgets(sheet, name) if sheet.task == "lm" else _recall(sheet, name, target)))
@@ -69,6 +69,18 @@ def findings(results: pd.DataFrame, about: pd.DataFrame, target: float) -> pd.Da
     joined = about.merge(frame, on=["model", "weights_hash"], how="inner")
     order = ["state_elements", "shape", "train_length", "train_seed", "quantity", "mitigation"]
     return joined.sort_values(order, ignore_index=True)
+
+
+def in_words(found: pd.DataFrame) -> list[str]:
+    """A line a checkpoint (of no family: each is a shape of its own) and remedy: whether it forgets, its T_recall."""
+    lines = []
+    for (shape, mitigation), some in found.groupby(["shape", "mitigation"], sort=False):
+        train = some["train_length"].iloc[0]
+        trained = "" if pd.isna(train) else f", trained at {format_length(int(train))}"
+        said = sorted(zip(some["quantity"] != "forgets", some["quantity"], some["text"]))
+        texts = [f"{quantity} {text}" if recalls else text for recalls, quantity, text in said]
+        lines.append(f"{shape}{trained}, {mitigation}: {'; '.join(texts)}")
+    return lines
 
 
 def _forgets(sheet: Sheet, name: str) -> dict[str, Any]:
@@ -90,6 +102,7 @@ def _recall(sheet: Sheet, name: str, target: float) -> dict[str, Any]:
 
 def points(found: pd.DataFrame) -> pd.DataFrame:
     """One line a shape, remedy and quantity (T_forget, T_recall): the columns of models.csv that its models share, and
+    what follows. A checkpoint that is of no family has no T_forget, which is a quantity of several training lengths.
 
     value: tokens. T_forget: the shortest training length above all whose models, by majority, fail. T_recall: the
         median over seeds, at the training length where that is longest, of those with the most seeds (the best of many
@@ -109,6 +122,8 @@ def points(found: pd.DataFrame) -> pd.DataFrame:
 
 def _t_forget(group: pd.DataFrame) -> dict[str, Any]:
     known = group.dropna(subset=["train_length"])
+    if known["train_length"].nunique() < 2 and known["train_seed"].isna().all():  # a family's search may end after one
+        return {"quantity": "T_forget", "value": None}
     seeds = known["train_seed"].fillna(0)
     reach = known["passes"].where(known["fails"].isna(), known["fails"])
     tested = (reach > known["train_length"]) | known["fails"].notna()

@@ -378,6 +378,8 @@ def test_leaderboard():
     assert at.loc["rri", "wins"] == "loss"  # which it beats as well
     _, grid, _ = board_tables(frame)
     assert [column.header for column in grid.columns][-3:] == ["speed", "memory", "wins"]
+    names, wins = ([str(cell) for cell in grid.columns[i]._cells] for i in (0, -1))
+    assert dict(zip(names, wins))["rri"] == "loss" and dict(zip(names, wins))["none"] == ""
 
     other = frame.assign(dtype="bfloat16", tokens_per_second=frame["tokens_per_second"] ** 2)
     for both in ([frame, other], [other, frame]):

@@ -236,3 +236,11 @@ def test_passkeys_in_another_haystack_and_wording(model, text, tmp_path):
     for wrong, said in (("missing.yaml", "cannot read config"), (text, "is not valid YAML|expected a mapping")):
         with pytest.raises(InputError, match=said):
             parse_task(f"passkey:template={wrong}")
+
+
+def test_passes_that_differ_in_length_alone_are_told_apart(model, text, unseen, capsys):
+    asked = ["none", "token-filter"]
+    evaluate(model, [96, 128], "lm:slices=1,tokens=0", asked, text=text, calibration_text=unseen, progress=True)
+    said = [line.split(maxsplit=1)[1] for line in capsys.readouterr().err.splitlines() if ", lm" in line]
+    assert said[0] == "none, lm" and len(said) == len(set(said)) == 4
+    assert [line.rpartition(", ")[2] for line in said[1:]] == ["lm at 64", "lm at 96", "lm at 128"]

@@ -45,6 +45,13 @@ def test_finished_cells_are_not_measured_again(model, text, tmp_path, monkeypatc
     assert reads
 
 
+def test_fewer_slices_or_prompts_are_a_part_of_what_is_stored(model, text, tmp_path):
+    settings = {"text": text, "out": str(tmp_path / "out")}
+    first = evaluate(model, [96, 128], ["lm:slices=3,tokens=0", "passkey:n=12,least=12"], **settings)
+    again = evaluate(model, [96, 128], ["lm:slices=1,tokens=0", "passkey:n=4,least=4"], **settings)
+    assert again.value.tolist() == first.value.tolist() and again.n.tolist() == first.n.tolist()
+
+
 @pytest.mark.parametrize("change", ["weights", "text", "calibration", "seed", "slices"])
 def test_other_inputs_never_reuse_a_cell(model, text, unseen, tmp_path, change):
     other_text = tmp_path / "text2" / "text.txt"  # the same name, other bytes

@@ -10,7 +10,8 @@ import pytest
 from rich.console import Console
 
 from rnn_longctx.eval.report import conclusion, context_gain, header, summary, table, to_text
-from rnn_longctx.eval.sheets import sheets
+from rnn_longctx.eval.results import to_frame
+from rnn_longctx.eval.sheets import sheets, whole_sheets
 
 CONTROLS = {"recompute:last=512", "reset:every=512,overlap=256"}
 
@@ -59,7 +60,32 @@ def test_sample_counts_go_into_the_header_where_they_differ(story):
     story.loc[(story["length"] == 32768) & (story["mitigation"] == "none"), "n"] = 12
     text = to_text(story)
     assert "n = 16 slices" not in text
-    assert "n=4 " in text and "n=12-16" in text and "n=16" in text
+    assert "n=4 " in text and "n=12 " in text and "n=16" in text
+
+
+def test_cells_of_one_length_are_set_side_by_side_on_what_all_have(make):
+    """Runs into one folder asked for other numbers of slices and prompts: slices, and prompts from ten on, are a fixed
+    sequence; four prompts stand at other depths than the first four of a hundred."""
+    frame = make(lengths=[256, 512])
+    cut = {("lm", 512): 3, ("passkey", 512): 25, ("passkey", 256): 4}
+    for (task, length), n in cut.items():
+        rows = (frame["task"] == task) & (frame["length"] == length) & (frame["mitigation"] == "none")
+        for i in frame.index[rows & frame["depth"].isna() & (frame["metric"] != "nats_per_token_peak")]:
+            samples = frame.at[i, "samples"][:n]
+            frame.at[i, "samples"], frame.at[i, "n"], frame.at[i, "value"] = samples, n, np.mean(samples)
+    loss, recall = sheets(frame)
+    whole = frame[(frame["metric"] == "nats_per_token") & (frame["mitigation"] == "state-norm")].set_index("length")
+    at = loss.cells["state-norm"]
+    assert at[512].value == pytest.approx(np.mean(whole.loc[512, "samples"][:3])) and at[512].n == 3
+    assert at[256].n == 16 and loss.cut == {512: 16} and recall.cut == {512: 100}
+    assert {row[512].n for row in recall.cells.values()} == {25} and recall.cells["state-norm"][256].n == 100
+    counts = [recall.depths["state-norm"][512, d].n for d in np.arange(0.05, 1, 0.1).round(2)]
+    assert counts == [3] * 5 + [2] * 5
+    text = to_text(frame)
+    assert "At 512: only the first 3 of 16 slices, which all rows have." in text
+    assert "At 512: only the first 25 of 100 prompts, which all rows have." in text
+    assert "At 256: rows of 4 to 100 prompts do not compare." in text
+    assert {row[512].n for row in whole_sheets(frame)[0].cells.values()} == {3, 16}
 
 
 def test_verdicts_use_one_threshold_the_bare_models(story):
@@ -188,9 +214,16 @@ def test_the_best_remedy_helps_and_remembers(story):
     rows = (loss["mitigation"] == "state-norm") & (loss["length"] == 65536)
     loss.at[loss.index[rows][0], "samples"] = [0.9 + 0.5 * (-1) ** k for k in range(16)]
     loss.loc[rows, "value"] = 0.9
-    assert "best remedy at 64K is state-norm, whose loss is not surely below that without one" in conclusion(loss)
+    said = conclusion(loss)
+    assert "no remedy is surely better than none at 64K: state-norm has the least loss, " in said
+    assert "best remedy" not in said and "best remedy" not in conclusion(loss[loss["mitigation"] != "rri:alpha=0.99"])
+    put(loss, 0.95, mitigation="rri:alpha=0.99", metric="nats_per_token", length=65536)  # more, but surely below
+    assert "best remedy at 64K is rri:alpha=0.99, " in conclusion(loss)
+    single = loss.assign(samples=[s[:1] for s in loss["samples"]], n=1)
+    assert "no remedy is surely better than none at 64K: " in conclusion(single)
     no_bare = loss[loss["mitigation"] != "none"]
-    assert "best remedy at 64K is state-norm, not compared with no remedy" in conclusion(no_bare)
+    said = "no remedy is surely better than none at 64K, since the loss without one was not measured: state-norm has"
+    assert said in conclusion(no_bare) and "best remedy" not in conclusion(no_bare)
 
 
 def test_one_slice_has_no_interval(story):
@@ -291,6 +324,17 @@ def test_several_recompute_controls_each_have_a_table_and_the_best_one_judges(st
     assert to_text(both).count("context gain: loss of recompute:last=") == 2
     put(both, math.nan, mitigation="recompute:last=256", metric="nats_per_token", length=65536)
     assert "x the loss of recompute:last=512" in conclusion(both)
+
+
+def test_of_many_settings_the_ranking_is_printed_and_the_words_come_last(story):
+    one = story[(story["mitigation"] == "state-norm") & (story["task"] == "lm")]
+    more = [one.assign(mitigation=f"rri:alpha=0.{k}") for k in (1, 2)]
+    assert "wins" not in to_text(pd.concat([story, *more], ignore_index=True))
+    more.append(one.assign(mitigation="rri:alpha=0.3"))
+    text = to_text(to_frame(pd.concat([story, *more]).to_dict("records")))
+    assert "context gain: " not in text and text.count(" wins") == 2
+    assert text.index("gain over the best control") > text.index("passkey accuracy, ")
+    assert "without a remedy:" in text[text.index("gain over the best control") :]
 
 
 def test_a_remedy_composed_with_a_control_is_no_control(story):

@@ -252,6 +252,8 @@ def test_the_command_on_checkpoints(config, monkeypatch, capsys, tmp_path):
     assert len(b) == 2 and "training length unknown" in printed
     assert frame[frame["quantity"] != "forgets"]["text"].str.startswith("none shown (").all(), "they know nothing"
     assert set(a[a["quantity"] == "forgets"]["text"]) == {"no collapse up to 512"}
+    line = "a, trained at 128, none: no collapse up to 512; T_recall of passkey-in-text.txt none shown ("
+    assert f"\n{line}" in printed and "\npoints\n" not in printed and "T_forget" not in printed
     cells = {p: p.stat().st_mtime_ns for p in Path("r/cells").glob("*.json")}
     remedies = ["none", "rri:alpha=0.9,beta=1"]
     settings = MeasureConfig(512, 1, ["passkey:haystack=text.txt"], width=0.3, mitigations=remedies, text="text.txt")
@@ -276,7 +278,8 @@ def test_checkpoints_of_one_name_are_no_seeds_of_one_shape(config, monkeypatch, 
         assert code == 0, said
     points = pd.read_csv("r/points.csv")
     assert set(points["shape"]) == {"last", f"last@{rnn_longctx.load('32/last').weights_hash[:6]}"}
-    assert points.groupby("quantity")["state_elements"].nunique().tolist() == [2, 2] and set(points["models"]) == {1}
+    assert set(points["quantity"]) == {"T_recall"}, "one training length says nothing of T_forget"
+    assert points["state_elements"].nunique() == 2 and set(points["models"]) == {1}
 
 
 MISTAKES = {
@@ -347,3 +350,18 @@ def test_a_killed_study_goes_on(config):
     last = start()
     printed, _ = last.communicate(timeout=300)
     assert "0 cells run" in printed
+
+
+def test_state_size_is_what_a_stream_carries():
+    for _ in range(5):
+        draws = [int(torch.randint(1, 5, ())) for _ in range(4)]
+        c = Mamba2Config(d_model=8 * draws[0], n_layer=draws[1], d_state=3 * draws[2], headdim=4, d_conv=1 + draws[3])
+        model = Mamba2LM(c)
+        cache = model.new_cache()
+        model(torch.zeros(1, 7, dtype=torch.int64), cache)
+        line = models.describe(model, shape="x")
+        scan = sum(layer.scan.state.numel() for layer in cache.layers)
+        conv = sum(layer.conv.numel() for layer in cache.layers)
+        assert (line["scan_state_elements"], line["conv_state_elements"]) == (scan, conv)
+        assert line["state_elements"] == scan + conv and line["d_state"] == c.d_state and line["shape"] == "x"
+        assert line["parameters"] == sum(p.numel() for p in model.parameters())

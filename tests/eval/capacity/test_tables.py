@@ -7,15 +7,14 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from matplotlib.image import imread
 
 from rnn_longctx.errors import InputError
 from rnn_longctx.eval.capacity import advise, draw, models, tables
+from rnn_longctx.eval.capacity import fits as fitting
 from rnn_longctx.eval.capacity.recall import search
 from rnn_longctx.eval.results import COLUMNS, Results, to_frame
 from rnn_longctx.eval.stats import wilson
-from rnn_longctx.models import Mamba2Config, Mamba2LM
 
 LIMIT = 1 << 16
 STATES = [100_000, 200_000, 400_000, 800_000, 1_600_000]
@@ -144,6 +143,31 @@ def test_a_point_of_recall_is_of_the_lengths_with_the_most_seeds(tmp_path):
     found = points.loc["T_recall"]
     assert (found["train_length"], found["seeds"], found["models"]) == (512, 3, 7)
     assert 4000 < found["value"] <= 5000 and found["low"] <= 3000 < 8000 < found["high"]
+
+
+def test_checkpoints_are_no_family(tmp_path):
+    """No T_forget of one training length, no fit through two points, and a line of words each; of two lengths there is
+    one, and so there is of a family whose search ended after the longest."""
+    family = Family()
+    for state, edge, forgets in ((STATES[0], 1000, False), (STATES[1], 3000, True)):
+        family.add(state, 512, 0, forgets, edge)
+    family.write(tmp_path)
+    assert "T_forget" in set(tables.points(tables.findings(*tables.read(tmp_path), 0.95))["quantity"])
+    for line in family.lines:
+        line["train_seed"] = None
+    family.write(tmp_path)
+    found = tables.findings(*tables.read(tmp_path), 0.95)
+    points = tables.points(found)
+    assert set(points["quantity"]) == {"T_recall"} and (points["bound"] == "").all() and len(fitting.table(points)) == 0
+    first, second = tables.in_words(found)
+    assert first.startswith("s100000, trained at 512, none: collapses at 4K (5.00 > 2 x 1.10); T_recall 960 (90/90; ")
+    assert second.startswith("s200000, trained at 512, none: no collapse up to 64K; T_recall ")
+    assert not [p for p in draw(tmp_path, 0.95) if p.name.startswith("T_forget")]
+    family.add(STATES[0], 1024, 0, True, 1000)
+    family.lines[-1]["train_seed"] = None
+    family.write(tmp_path)
+    points = tables.points(tables.findings(*tables.read(tmp_path), 0.95)).set_index("quantity")
+    assert points.loc["T_forget", "text"].startswith("1K (fails at 512)")
 
 
 def test_shapes_of_one_size_are_set_side_by_side():
@@ -373,18 +397,3 @@ def test_mistakes(tmp_path):
     with pytest.raises(InputError, match=r"models\.csv"):
         draw(tmp_path, 0.95)
     assert len(models.gather(tmp_path)) == 0 and not [p for p in draw(tmp_path, 0.95) if p.suffix == ".png"]
-
-
-def test_state_size_is_what_a_stream_carries():
-    for _ in range(5):
-        draws = [int(torch.randint(1, 5, ())) for _ in range(4)]
-        c = Mamba2Config(d_model=8 * draws[0], n_layer=draws[1], d_state=3 * draws[2], headdim=4, d_conv=1 + draws[3])
-        model = Mamba2LM(c)
-        cache = model.new_cache()
-        model(torch.zeros(1, 7, dtype=torch.int64), cache)
-        line = models.describe(model, shape="x")
-        scan = sum(layer.scan.state.numel() for layer in cache.layers)
-        conv = sum(layer.conv.numel() for layer in cache.layers)
-        assert (line["scan_state_elements"], line["conv_state_elements"]) == (scan, conv)
-        assert line["state_elements"] == scan + conv and line["d_state"] == c.d_state and line["shape"] == "x"
-        assert line["parameters"] == sum(p.numel() for p in model.parameters())
