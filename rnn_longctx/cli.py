@@ -231,8 +231,8 @@ def probe_command(
         lm = _load(name, device, dtype, tokenizer, train_length, state_dtype)
         where = out if len(model) == 1 else out / f"{i}-{lm.name}"
         with mitigate(lm, remedy, target_length=goal):
-            found = probe(lm, source, goal, prompt=prompt, every=parse_length(every), slices=slices, seed=seed,
-                          prove=prove, remember=remember, say=typer.echo)  # fmt: skip
+            found = probe(lm, source, goal, prompt=prompt, every=parse_length(every, "--every"), slices=slices,
+                          seed=seed, prove=prove, remember=remember, say=typer.echo)  # fmt: skip
         paths = [*found.save(where), *draw(found, where)]
         with scalars(log or [], where, lm.name) as write:
             for position, values in scalar_rows(found):

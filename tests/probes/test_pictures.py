@@ -86,7 +86,7 @@ def test_command_line(checkpoint, monkeypatch):
     (["--length", "16"], "16 tokens are fewer than one look every 32"),
     (["--length", "256", "--prompt", "textt"], "unknown prompt 'textt'"),
     (["--length", "1m"], "was asked for"),
-    (["--length", "256", "--every", "0"], "at least 1"),
+    (["--length", "256", "--every", "0"], "--every is a positive whole number"),
     (["--length", "256", "--mitigation", "rrj"], "unknown mitigation"),
 ])  # fmt: skip
 def test_bad_input_is_one_line(checkpoint, monkeypatch, more, message, capsys):
