@@ -2,9 +2,9 @@
 
     python tests/golden.py > tests/golden.json
 
-Recorded before the code was moved into its present folders, and held bit for bit since (tests/test_golden.py). Only what
-a person can call is used here, so that what lies behind it may move. Record it again only where a result is meant to
-change, and say in the commit which and why.
+Recorded before the code was moved into its present folders, and held bit for bit since (tests/test_golden.py). Only
+what a person can call is used here, so that what lies behind it may move. Record it again only where a result is meant
+to change, and say in the commit which and why.
 """
 
 from __future__ import annotations
@@ -83,7 +83,9 @@ def trained(folder: Path) -> list[list[float]]:
     (folder / "text.txt").write_bytes(texts()[0].data.replace(b"\0", b"\n")[:60_000])
     config = {
         "model": {"d_model": 32, "n_layer": 2, "vocab_size": 256, "d_state": 16, "headdim": 16},
-        "data": {"text": str(folder / "text.txt"), "held_out": 0.1, "passkey": {"fraction": 0.3, "lengths": [110, 120]}},
+        "data": {
+            "text": str(folder / "text.txt"), "held_out": 0.1, "passkey": {"fraction": 0.3, "lengths": [110, 120]},
+        },
         "passing": {"segment": 64, "bptt": 1}, "schedule": {"warmup": 3}, "train_length": 128, "batch_size": 4,
         "steps": 20, "log_every": 1, "checkpoint_every": 20, "seed": 5, "device": "cpu", "out": str(folder / "run"),
     }  # fmt: skip
