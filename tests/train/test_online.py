@@ -187,9 +187,7 @@ def test_a_lost_passkey_undoes_even_where_the_loss_holds(config: TrainConfig, tm
         return FILLER + HEADERLESS.key.replace("{0}", str(key)) + FILLER + HEADERLESS.question + f" {always}.\n"
 
     (tmp_path / "in" / "lies.txt").write_text("".join(lie() for _ in range(40)))
-    (tmp_path / "code.txt").write_bytes(
-        b"".join(p.read_bytes() for p in sorted(Path(online.__file__).parent.glob("*.py")))
-    )
+    (tmp_path / "code.txt").write_bytes(rnn_longctx.load_text("builtin").data[:100_000].replace(b"\0", b""))
     config = replace(
         config,
         init="demo",
