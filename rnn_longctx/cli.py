@@ -273,13 +273,20 @@ def generate_command(
     import torch
 
     from rnn_longctx import CollapseError, CollapseMonitor, mitigate
+    from rnn_longctx.data.content import as_text, not_utf8
     from rnn_longctx.mitigations import active, parse_remedy
     from rnn_longctx.models import state
     from rnn_longctx.models.generate import continuation, prefill
 
     remedy, target = parse_remedy(mitigation), state.target_of(load_state) if load_state else None
     lm = _load(model, device, dtype, tokenizer, train_length, state_dtype)
-    raw = sys.stdin.buffer.read() if prompt == "-" else prompt.encode("utf-8", "surrogateescape")
+    raw = (
+        as_text(sys.stdin.buffer.read(), "standard input")
+        if prompt == "-"
+        else prompt.encode("utf-8", "surrogateescape")
+    )
+    if (bad := not_utf8(raw)) is not None:
+        raise InputError(f"--prompt is not UTF-8 text at byte {bad}")
     ids = torch.from_numpy(lm.tokenizer.encode(raw))[None]
     if ids.shape[1] == 0:
         raise InputError("the prompt is empty")

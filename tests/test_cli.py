@@ -1,5 +1,7 @@
 """The command line in this process: what it prints, and one line and exit code 2 for whatever is wrong."""
 
+import gzip
+import io
 import json
 import os
 import pickle
@@ -199,6 +201,19 @@ def test_generate(run):
     assert code == 0 and printed == run(*words)[1]
 
 
+def test_a_prompt_from_standard_input(run, monkeypatch):
+    words = ("generate", "ok", "--max-new-tokens", "4", "--prompt")
+    expected = run(*words, "import os")[1]
+    for raw in (b"import os", gzip.compress(b"import os"), "import os".encode("utf-16")):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(raw)))
+        assert run(*words, "-")[:2] == (0, expected)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"%PDF-1.5\n")))
+    code, _, said = run(*words, "-")
+    assert code == 2 and "standard input looks like a PDF; pdftotext" in said
+    code, _, said = run(*words, "ab\udcff")  # as the shell's bytes come
+    assert code == 2 and "--prompt is not UTF-8 text at byte 2" in said
+
+
 def test_generate_with_a_monitor(run, store, tmp_path):
     model = Mamba2LM(Mamba2Config(**SHAPE, A_init=(1e-6, 1e-5), dt_init=(0.05, 0.2))).eval()
     torch.nn.init.constant_(model.mixers[0].conv1d.bias, 0.5)  # so that its states grow with what is read
@@ -226,7 +241,9 @@ MISTAKES = {
     "eval evilzip": "refused, nothing in it was run",
     "eval nan": "is not finite",
     "eval official": "--tokenizer",
-    "eval ok --tokenizer words --text latin.txt --task lm": "needs UTF-8 text",
+    "eval ok --text latin.txt --task lm": "latin.txt is not UTF-8 text at byte 0 (0xe9); if it is text",
+    "eval ok --text ok --task lm": "ok is a model (config.json, model.safetensors), not text",
+    "eval ok --text words/tokenizer.json --task lm": "looks like a tokenizer.json; that goes to --tokenizer",
     "eval ok --mitigation state-nrom": 'did you mean "state-norm"',
     "eval ok --task passkey:m=3": "has no parameter 'm' (choices",
     "eval ok --task pasky": 'did you mean "passkey"',

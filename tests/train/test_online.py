@@ -370,7 +370,7 @@ def test_bad_input(config: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFi
     (tmp_path / "in" / "a.txt").write_bytes(b"\xff\xfe")
     rows = finished(config, tmp_path / "in")
     assert [(r["update"], r["decision"], r["text"]) for r in rows[1:]] == [("1", "skipped", "a.txt")]
-    assert "skipped a.txt: not UTF-8 text at byte 0\n" in capsys.readouterr().out
+    assert "skipped a.txt: UTF-16, not UTF-8 text: convert it\n" in capsys.readouterr().out
     with pytest.raises(InputError, match="holds a run of another config"):
         train(replace(config, passing=None, online=None))
     with pytest.raises(InputError, match="online: is of text that arrives in a directory; name it with --stream"):
