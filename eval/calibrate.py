@@ -42,6 +42,7 @@ GUARD = 0.1  # of recall
 ALPHAS = (1.0, 0.9999, 0.999, 0.998, 0.996, 0.99)
 FACTORS = (0.3, 0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 3.0)
 LEAST = 0.01  # the smallest factor (MambaExtend)
+LARGEST = 1e9  # a loss that is no number, to SPSA
 LEAST_FORGOTTEN = 1e-5  # where SPSA begins for an alpha of 1
 
 
@@ -197,7 +198,8 @@ def _spsa(begun: Scored, layers: int, loss: Callable[[str], float], steps: int, 
     for k in range(steps):
         size, reach = 0.5 / (k + 1 + steps / 10) ** 0.602, 0.1 / (k + 1) ** 0.101  # Spall's exponents
         direction = rng.choice([-1.0, 1.0], layers)
-        up, down = loss(text(theta + reach * direction)), loss(text(theta - reach * direction))
+        up, down = (loss(text(theta + side * reach * direction)) for side in (1, -1))
+        up, down = (v if math.isfinite(v) else LARGEST for v in (up, down))  # away from what is no number
         for value, point in ((up, theta + reach * direction), (down, theta - reach * direction)):
             if value < least:
                 best, least = point, value

@@ -8,6 +8,8 @@ from an empty state. Importing this file without lm-eval is an InputError.
 from __future__ import annotations
 
 import json
+import logging
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -144,6 +146,11 @@ class HarnessLM(TemplateLM):
                 pairs = [(tuple(requests[i][1]), tuple(requests[i][2])) for i in some]
                 scores |= zip(some, self._score(pairs, self.model.new_cache(), bar))
 
+        if lost := sum(not math.isfinite(value) for value, _ in scores.values()):
+            said = (
+                "%d of %d log-likelihoods are not numbers, and no score means anything: try float32, or other weights"
+            )
+            logging.getLogger(__name__).warning(said, lost, len(requests))
         for i, (text, *_) in enumerate(requests):
             if text is not None:
                 self.cache_hook.add_partial("loglikelihood", text, scores[i])

@@ -21,6 +21,7 @@ from rnn_longctx.eval.stats import paired_bootstrap
 
 COLUMNS = ["model", "text", "length", "mitigation", "control", "loss", "gain", "gain_low", "gain_high", "change_short",
            "speed", "memory", "wins"]  # fmt: skip
+NO_NUMBER = "its loss is no number"
 
 
 def leaderboard(frame: pd.DataFrame) -> pd.DataFrame:
@@ -92,6 +93,8 @@ def _rows(frame: pd.DataFrame, sheet: Sheet, recalls: list[Sheet], length: int) 
         # without a loss by the last task's prompts: at the first one's kernels may be compiled
         row |= next((c for s in (sheet, *reversed(recalls)) if (c := _cost(frame, s, name, length))), {})
         row["wins"] = ", ".join(wins) if controls else "not compared"
+        if name in here and not math.isfinite(here[name].value):
+            row["wins"] = NO_NUMBER
         rows.append(row)
     return rows
 
@@ -148,6 +151,8 @@ def board_tables(frame: pd.DataFrame) -> list[RenderableType]:
                 not row["control"] and row["mitigation"] != "none"
             )  # the bare model is no remedy that wins or fails
             ends = Text((row["wins"] or "nothing") if ranked else "", "" if row["wins"] else "red")
+            if row["wins"] == NO_NUMBER:
+                ends = Text(NO_NUMBER, "red")
             numbers = [_text(row["loss"], ".3f"), _text(row["gain"], "+.3f"), span, _text(row["change_short"], "+.3f"),
                        *(_text(row[t], ".2f") for t in (*tasks, *costs))]  # fmt: skip
             grid.add_row(name, *numbers, ends)

@@ -102,7 +102,8 @@ def _loss_tables(sheet: Sheet, width: int) -> list[RenderableType]:
 
     def cell(name: str, length: int) -> Text:
         value, peak = sheet.cells[name][length].value, sheet.peak(name)
-        if peak is not None and length > (sheet.train_length or 0) and not value <= 2 * peak:
+        failed = peak is not None and length > (sheet.train_length or 0) and not value <= 2 * peak
+        if failed or not math.isfinite(value):
             return Text(_number(value), style="red")
         rivals = [row[length].value for n, row in sheet.cells.items() if length in row and n in candidates]
         best = len(rivals) > 1 and name in candidates and value == min(rivals, key=_finite)
@@ -112,6 +113,8 @@ def _loss_tables(sheet: Sheet, width: int) -> list[RenderableType]:
         first, text = sheet.verdict(name)
         if first is not None:
             return Text(f"at {format_length(first)}", style="red")
+        if sheet.broken(name):
+            return Text("no number", style="red")
         return Text(text.replace("no collapse up to", "not by") if text.startswith("no ") else "unknown")
 
     peak = sheet.peak("none")

@@ -97,11 +97,16 @@ class Sheet:
 
     def peak(self, name: str) -> float | None:
         """The highest loss within the training length, of the bare model where it was measured: a remedy that
-        does harm at short lengths must not raise its own threshold by it."""
+        does harm at short lengths must not raise its own threshold by it. None where a loss there is no number."""
         name = "none" if "none" in self.cells else name
-        if self.train_length is None or name not in self.cells:
+        if self.train_length is None or name not in self.cells or self.broken(name):
             return None
         return peak_within(*self.values(name), self.train_length, self.peaks.get(name))
+
+    def broken(self, name: str) -> bool:
+        """Whether a loss is not finite already within the training length: nothing can be said of it beyond."""
+        within = {length for length in self.cells[name] if length <= (self.train_length or 0)}
+        return any(not math.isfinite(self.cells[name][length].value) for length in within)
 
     def verdict(self, name: str) -> Verdict:
         return verdict(*self.values(name), self.train_length, self.peak(name))

@@ -75,7 +75,8 @@ class Ablation:
         others: by as many heads drawn from the rest, a value a draw; by all of the rest, one value, where they are no
             more than `fewest`; empty where none are left, or nothing is lost.
         drawn: heads a draw.
-    Where `without` is not above `recompute`, nothing is lost: no head is capped, and `fewest` is empty.
+    Where `without` is not above `recompute`, nothing is lost, and where one of them is no number no share is either: no
+    head is capped, and `fewest` is empty.
     """
 
     length: int
@@ -89,6 +90,11 @@ class Ablation:
 
     def __str__(self) -> str:
         losses = f"{self.without:.3f} against {self.recompute:.3f} nats per token"
+        if not math.isfinite(self.without - self.recompute):
+            which = "of recomputing " if math.isfinite(self.without) else ""
+            return (
+                f"the loss {which}is not a number at {format_length(self.length)}: what capping recovers cannot be said"
+            )
         if self.without <= self.recompute:
             return f"nothing is lost at {format_length(self.length)} that capping could recover ({losses})"
         if not self.fewest:
@@ -122,7 +128,7 @@ def ablate(model: Mamba2LM, ids: Tensor, ranked: Sequence[Head], norms: Sequence
         model.restart = kept
     length = ids.shape[1] - 1
     say(f"without a remedy {without:.4f}, recomputing {again:.4f}")
-    if not ranked or without <= again:
+    if not ranked or not math.isfinite(without - again) or without <= again:
         return Ablation(length, without, again, [], 0.0, 0.0, [])
     known: dict[int, float] = {}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -75,16 +76,25 @@ def measure_envelope(model: Mamba2LM, ids: Tensor, text: str, text_hash: str) ->
 
 def envelope_of(model: Mamba2LM, length: int, text: Text | None = None) -> Envelope:
     """The envelope kept with the checkpoint, if it is of that length and no text is named; else measured, on the
-    builtin text where none is named. Raises InputError if the text is too short."""
+    builtin text where none is named. Raises InputError if the text is too short, or a state is not finite."""
     from rnn_longctx.data import load_text, tokens
 
     if text is None and model.calibration:
         kept = Envelope.from_dict(model.calibration)
         if kept.length == length:
-            return kept
+            return _finite(kept, model.name)
     text = text or load_text("builtin")
     known = model.__dict__.setdefault("_envelopes", {})
     if (length, text.hash) not in known:
         ids = torch.stack([torch.from_numpy(tokens(text, model.tokenizer, i, length)[0]) for i in range(SLICES)])
-        known[length, text.hash] = measure_envelope(model, ids, text.name, text.hash)
+        known[length, text.hash] = _finite(measure_envelope(model, ids, text.name, text.hash), model.name)
     return known[length, text.hash]
+
+
+def _finite(envelope: Envelope, model: str) -> Envelope:
+    """Raises InputError where a state is not finite: no ratio could be told from it."""
+    lost = [i for i, layer in enumerate(envelope.norms()) if not all(map(math.isfinite, layer))]
+    if lost:
+        raise InputError(f"the states of {model} are not finite within {envelope.length} tokens (first in layer "
+                         f"{lost[0]}): nothing to calibrate on; try float32, or look at the weights")  # fmt: skip
+    return envelope

@@ -53,7 +53,7 @@ from rnn_longctx.config import parse_length
 from rnn_longctx.errors import InputError
 from rnn_longctx.models.adopt import reader_of
 from rnn_longctx.models.weights import hash_of
-from rnn_longctx.probes.envelope import Envelope, envelope_of
+from rnn_longctx.probes.envelope import envelope_of
 from rnn_longctx.probes.inputs import PASSAGE, SMOOTH, TINY, gates_of
 from rnn_longctx.probes.trace import watching
 
@@ -182,7 +182,7 @@ class CollapseMonitor:
             raise InputError(f"a monitor is calibrated on text, and {lm.name} has no tokenizer: give it one")
         text = load_text(text) if isinstance(text, str | Path) else text
         with unwatched(lm):
-            envelope = finite_envelope(lm, length, text)
+            envelope = envelope_of(lm, length, text)
             gates = gates_of(lm, every, text or load_text("builtin"), lasting=text is not None)
         spread = torch.tensor(envelope.peaks, dtype=torch.float64).log().std(1, correction=0)  # (L, H)
         norms, margins = _lists(envelope.norms()), (SPREADS * spread).exp().clamp(*MARGINS).tolist()
@@ -252,7 +252,7 @@ class CollapseMonitor:
         else:
             seen = load_text(seen) if isinstance(seen, str | Path) else seen
             with unwatched(lm):
-                envelope = finite_envelope(lm, self.length, seen)
+                envelope = envelope_of(lm, self.length, seen)
                 moved |= gates_of(lm, self.every, seen)
             found, where = torch.tensor(envelope.norms(), dtype=torch.float64), envelope.label
         moved |= {"norms": found.clamp(at / FACTOR, at * FACTOR).tolist(), "text": f"{self.text}; moved to {where}"}
@@ -351,16 +351,6 @@ class CollapseMonitor:
 
 
 # --- models and files
-
-
-def finite_envelope(lm: Any, length: int, text: Text | None) -> Envelope:
-    """Raises InputError where a state is not finite: no ratio could be told from it."""
-    envelope = envelope_of(lm, length, text)
-    lost = [i for i, layer in enumerate(envelope.norms()) if not all(map(math.isfinite, layer))]
-    if lost:
-        raise InputError(f"the states of {lm.name} are not finite within {length} tokens (first in layer {lost[0]}): "
-                         "nothing to calibrate on")  # fmt: skip
-    return envelope
 
 
 def weights_of(lm: Any) -> str:

@@ -109,6 +109,22 @@ def test_spsa_finds_an_alpha_a_layer(monkeypatch):
     assert [p["add"] for p in found.policies] == pytest.approx(np.log(alphas(found.remedy)).tolist())
 
 
+def test_spsa_goes_on_beside_settings_that_blow_up(monkeypatch):
+    """A layer's factor above 1 has no loss: the way turns back from there."""
+    goal = np.log([0.5, 0.9, 0.95])
+
+    def loss(remedy):
+        point = np.log(scales(remedy))
+        return float(((point - goal) ** 2).sum()) if (point <= 0).all() else math.nan
+
+    losses(monkeypatch, lambda r: 9.0 if r == "none" else loss(r))
+    found = calibrate(tiny(3), "delta-scale", 128, TEXT, steps=60)
+    single = min(t["loss"] for t in found.scores["tried"] if "/" not in t["remedy"])
+    assert found.scores["loss"] < 0.3 * single and all(
+        "/" not in t["remedy"] or t["loss"] < 9 for t in found.scores["tried"]
+    )
+
+
 def test_spsa_finds_a_scale_of_the_decay_a_layer(monkeypatch):
     """The other place of a-scale forgets as RRI does, and its values are tried as RRI's are."""
     goal = np.log([3e-4, 1e-3, 6e-3])  # of 1 - scale

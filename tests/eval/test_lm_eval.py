@@ -356,3 +356,15 @@ def test_lm_eval_finds_the_model_by_its_name(bytes_model, tmp_path):
         f"model={tmp_path / 'theirs'},tokenizer=bytes,train_length=64,mitigation=rri", {"device": "cpu"}
     )
     assert made.model.train_length == 64 and made.model.mixers[0].policy.gain == 0.75
+
+
+@torch.no_grad()
+def test_log_likelihoods_that_are_no_numbers_are_said(caplog):
+    model = Mamba2LM(Mamba2Config(d_model=32, n_layer=1, headdim=16, d_state=8)).eval()
+    model.tokenizer = ByteTokenizer()
+    pairs = [("a", " b"), ("a", " c"), ("a longer one", " d")]
+    HarnessLM(model).loglikelihood(ask("loglikelihood", *pairs))
+    assert "not numbers" not in caplog.text
+    model.mixers[0].D.fill_(torch.inf)
+    HarnessLM(model).loglikelihood(ask("loglikelihood", *pairs))
+    assert "3 of 3 log-likelihoods are not numbers" in caplog.text
