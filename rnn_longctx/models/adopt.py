@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -30,11 +29,11 @@ from rnn_longctx.errors import InputError
 from rnn_longctx.models import adopt_rows
 from rnn_longctx.models.adopt_cache import AdoptedCache
 from rnn_longctx.models.adopt_mamba1 import AdoptedMamba1, is_mamba1
-from rnn_longctx.models.adopt_transformers import AdoptedMixer, cache_name, is_mamba2, is_mamba_ssm
+from rnn_longctx.models.adopt_transformers import UNLIMITED, AdoptedMixer, cache_name, is_mamba2, is_mamba_ssm
 from rnn_longctx.models.checkpoint import LazyTokenizer, _device, _dtype, _fits, load, locate, tokenizer_of
 from rnn_longctx.models.formats import ADOPTED, one_line, read_json
 from rnn_longctx.models.losses import token_losses
-from rnn_longctx.models.mamba2 import Mamba2LM, rows_of, state_dtype
+from rnn_longctx.models.mamba2 import Mamba2LM, dt_limits, rows_of, state_dtype
 from rnn_longctx.models.restart import Restart, read_restarting
 from rnn_longctx.models.weights import computes_in, hash_of
 from rnn_longctx.ssd import PLAIN, Call, asked_of, choose
@@ -98,13 +97,21 @@ def load_adopted(source: str | Path, *, device: torch.device | str = "cpu", dtyp
     spec: Any = tokenizer or tokenizer_of(directory)
     if spec is None:
         raise InputError(f"{name} comes without a tokenizer: name one with --tokenizer")
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     device, wanted, found = _device(device), _dtype(dtype), load_tokenizer(spec)
     try:
-        read: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=wanted, output_loading_info=True)
+        settings: Any = AutoConfig.from_pretrained(directory)
+        if hasattr(settings, "time_step_limit"):
+            limits = settings.time_step_limit
+            settings.time_step_limit = UNLIMITED if limits is None else dt_limits(limits, "time_step_limit")
+        read: Any = AutoModelForCausalLM.from_pretrained(
+            directory, config=settings, dtype=wanted, output_loading_info=True
+        )
         model, told = read[0].to(device), read[1]
-    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+    except InputError as error:
+        raise InputError(f"{config}: {error}") from None
+    except Exception as error:  # a config of nonsense raises nearly anything
         raise InputError(f"transformers cannot read {name}: {one_line(error)}") from None
     if told["missing_keys"]:  # which transformers draws at random
         raise InputError(f"{name} lacks {len(told['missing_keys'])} weights, {min(told['missing_keys'])} among them")

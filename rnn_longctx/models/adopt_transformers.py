@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from rnn_longctx.errors import InputError
 from rnn_longctx.models.adopt_layer import Beside, following
+from rnn_longctx.models.mamba2 import dt_limits
 from rnn_longctx.ssd import PLAIN, Observer, ScanCarry, ScanPolicy, scan, window_state
 
 UNLIMITED = (0.0, math.inf)
@@ -63,6 +64,9 @@ class AdoptedMixer:
                 f"{name} is a mixer ({type(module).__name__}) that does not call {' and '.join(missing)}: "
                 f"transformers 5.15 or newer is needed, and a model of its own code"
             )
+        limits = dt_limits(self.dt_limit, f"{name}: the limits of dt")
+        if limits != self.dt_limit:  # its own forward would fail at the first token
+            raise InputError(f"{name}: the limits of dt, {self.dt_limit}, are beyond float32: {limits} says the same")
         self.heads, self.headdim, self.d_state = self.shape
         self.limit_in_decode = time_step_limit_in_decode
         self._arguments = list(inspect.signature(type(module).forward).parameters)[1:]
@@ -159,7 +163,7 @@ class AdoptedMixer:
 
     @property
     def dt_limit(self) -> tuple[float, float]:
-        return tuple(self.module.time_step_limit)
+        return tuple(self.module.time_step_limit or ())
 
     def continue_stream(self, on: bool) -> None:
         """Read what the library's own forward cannot: set before a call, and taken back after it."""

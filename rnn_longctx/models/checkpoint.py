@@ -27,6 +27,7 @@ from rnn_longctx.config import parse_length, to_dict
 from rnn_longctx.data.tokenizers import ByteTokenizer, HFTokenizer, Tokenizer, load_tokenizer
 from rnn_longctx.errors import InputError, nearest
 from rnn_longctx.models import formats
+from rnn_longctx.models.foreign import file_instead
 from rnn_longctx.models.formats import check_layout, one_line
 from rnn_longctx.models.mamba2 import Mamba2Config, Mamba2LM
 
@@ -36,7 +37,16 @@ DTYPES = {str(d)[6:]: d for d in (torch.float32, torch.bfloat16, torch.float16, 
 # Rounded to 16 bits these change the decays over thousands of tokens, so mamba-ssm keeps them in float32.
 _SENSITIVE = ("A_log", "D", "dt_bias")
 _INIT = ("A_init", "A_log_uniform", "dt_init")  # settings that only an initialisation reads
-_FILES = ["config.json", formats.SIDE, "calibration.json", "*tokenizer*", "special_tokens*", "vocab.json", "merges.txt"]
+_FILES = [
+    "config.json",
+    "adapter_config.json",
+    formats.SIDE,
+    "calibration.json",
+    "*tokenizer*",
+    "special_tokens*",
+    "vocab.json",
+    "merges.txt",
+]
 _SAFE = ["model*.safetensors", "model.safetensors.index.json"]
 _PICKLED = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
 
@@ -262,7 +272,8 @@ def locate(source: str | Path) -> tuple[Path, str, dict[str, Any]]:
             raise InputError(f"{source} is an empty directory; expected config.json and weights")
         return path, path.resolve().name, {}
     if path.exists():
-        raise InputError(f"{source} is a file; expected a checkpoint directory, such as the one it lies in")
+        expected = "is a file; expected a checkpoint directory, such as the one it lies in"
+        raise InputError(f"{source} {file_instead(path) or expected}")
     close = difflib.get_close_matches(str(source), DEMOS, n=1, cutoff=0.7)
     near = f'; did you mean "{close[0]}"?' if close else ""
     neither = f"{str(source)!r} is neither a directory nor a hub id that can be reached{near}"

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from rnn_longctx.config import from_dict, to_dict
 from rnn_longctx.errors import InputError, nearest
+from rnn_longctx.models.foreign import held_instead
 from rnn_longctx.models.mamba2 import Mamba2Config
 
 FORMAT = "rnn-longctx"
@@ -90,6 +91,8 @@ def read_header(directory: Path) -> Header:
     path = directory / "config.json"
     if not path.is_file():
         weights = [f.name for f in sorted(directory.iterdir()) if f.name.startswith(WEIGHTS)]
+        if not weights and (said := held_instead(directory)):
+            raise InputError(f"{directory} {said}")
         held = f"{weights[0]} but no" if weights else "no"
         raise InputError(f"{directory} holds {held} config.json; supported: {SUPPORTED}; adopted: {', '.join(ADOPTED)}")
     data, where = read_json(path), str(path)
@@ -260,8 +263,10 @@ def _weight_files(directory: Path) -> list[Path]:
             if missing:
                 raise InputError(f"missing shard {missing[0]}, one of the {len(shards)} that {index} lists")
             return [directory / s for s in shards]
-    expected = f"{' or '.join(WEIGHTS)}, or shards with <name>.index.json"
-    raise InputError(f"{directory} holds config.json but no weights; expected {expected}")
+    said, expected = held_instead(directory), f"{' or '.join(WEIGHTS)}, or shards with <name>.index.json"
+    raise InputError(
+        f"{directory} holds config.json but no weights; {f'it {said}' if said else f'expected {expected}'}"
+    )
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:

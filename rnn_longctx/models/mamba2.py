@@ -41,6 +41,25 @@ def state_dtype(wanted: torch.dtype | str | None, dtype: torch.dtype) -> torch.d
     return None if found == (torch.float64 if dtype == torch.float64 else torch.float32) else found
 
 
+LARGEST = torch.finfo(torch.float32).max
+LARGEST_SIZE = 2**24  # of a model's shape: beyond, a config is damaged, and making the model would take for ever
+
+
+def dt_limits(limits: Any, name: str) -> tuple[float, float]:
+    """Return the limits of dt as a scan takes them: an upper one beyond float32 is infinite, no limit.
+
+    Raises:
+        InputError: not two numbers, one that is none, negative ones, the lower above the upper, no room above 0.
+    """
+    try:
+        low, high = map(float, limits)
+    except (TypeError, ValueError, OverflowError):
+        low = high = math.nan
+    if not 0 <= low <= high or high == 0 or low > LARGEST:
+        raise InputError(f"{name}: expected two limits of a step, from 0 on, the lower first, got {limits!r:.60}")
+    return low, high if high <= LARGEST else math.inf
+
+
 @dataclass
 class Mamba2Config:
     """Shape of a model and how to initialise one. Names follow mamba-ssm.
@@ -68,15 +87,18 @@ class Mamba2Config:
 
     def __post_init__(self) -> None:
         for name in ("d_model", "n_layer", "vocab_size", "d_state", "d_conv", "expand", "headdim", "ngroups"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+            if not 1 <= getattr(self, name) <= LARGEST_SIZE:
+                raise InputError(f"{name} must be at least 1 and at most {LARGEST_SIZE}, got {getattr(self, name)}")
+        self.dt_limit = dt_limits(self.dt_limit, "dt_limit")
+        if not 0 <= self.norm_eps <= LARGEST:
+            raise InputError(f"norm_eps: expected a small number, at least 0, got {self.norm_eps}")
         if self.d_inner % self.headdim:
             raise InputError(f"expand * d_model = {self.d_inner} must be a multiple of headdim = {self.headdim}")
         if self.nheads % self.ngroups:
             raise InputError(f"{self.nheads} heads do not divide into ngroups = {self.ngroups}")
         for name in ("A_init", "dt_init"):
             low, high = getattr(self, name)
-            if not 0 < low <= high < math.inf:
+            if not 0 < low <= high <= LARGEST:
                 raise InputError(f"{name}: expected a range above 0, its lower end first, got {[low, high]}")
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import shutil
 import sys
 
@@ -94,6 +95,39 @@ def test_what_cannot_be_adopted_is_one_line(build, tmp_path, capsys, monkeypatch
     assert "model_type 'gpt2'; supported:" in line("gpt2") and "falcon_h1" in line("gpt2")
     assert "unknown dtype 'int8'" in line("kept", "--dtype", "int8")
     assert "is not available here" in line("kept", "--device", "cuda:99")
+
+
+@torch.no_grad()
+def test_limits_of_dt_of_a_config(build, tmp_path):
+    """Beyond float32 they are none; nonsense is refused, and not at the first token."""
+    build("bamba", 256).save_pretrained(tmp_path / "m")
+    path = tmp_path / "m" / "config.json"
+    plain, ids = load_adopted(tmp_path / "m", tokenizer="bytes"), torch.randint(200, (1, 9))
+    config = json.loads(path.read_text())
+    for limits in ([0.0, 1e308], [0.0, float("inf")], [0, "Infinity"], None):
+        path.write_text(json.dumps(config | {"time_step_limit": limits}))
+        try:
+            read = load_adopted(tmp_path / "m", tokenizer="bytes")
+        except InputError as error:  # what transformers itself does not take
+            assert "transformers cannot read m: " in str(error) and limits in ([0, "Infinity"], None)
+            continue
+        assert {m.dt_limit for m in read.mixers} == {(0.0, float("inf"))}
+        assert torch.equal(read(ids), plain(ids))
+    for limits in ([0.5, 0.1], [-1.0, 1.0], [0.0, float("nan")], [1e308, 1e308], [0.0], "x"):
+        path.write_text(json.dumps(config | {"time_step_limit": limits}))
+        with pytest.raises(InputError, match=r"config\.json: time_step_limit: expected two limits|cannot read m: "):
+            load_adopted(tmp_path / "m", tokenizer="bytes")
+    theirs = build("bamba")
+    for module in theirs.modules():
+        if hasattr(module, "time_step_limit"):
+            module.time_step_limit = (0.0, 1e308)
+    with pytest.raises(InputError, match=r"are beyond float32: \(0.0, inf\) says the same"):
+        adopt(theirs)
+    for name, value in (("mamba_d_conv", 0), ("mamba_expand", None), ("mamba_n_heads", -1), ("hidden_size", "wide")):
+        path.write_text(json.dumps(config | {name: value}))
+        with pytest.raises(InputError, match="cannot read m: ") as caught:
+            load_adopted(tmp_path / "m", tokenizer="bytes")
+        assert "\n" not in str(caught.value)
 
 
 class Int8(torch.Tensor):
