@@ -95,7 +95,8 @@ def to_cache(cache: AdoptedCache) -> tuple[Cache, dict[str, Tensor]]:
         extra["padding"] = cache.padding
     for mixer, carry in zip(cache.mixers, cache.layers):
         beside = mixer.beside(cache.library.layers[mixer.module.layer_idx])
-        if beside is not None and beside.log_decay is not None:
+        # (under no policy the library steps itself, past what lies beside)
+        if mixer.active and beside is not None and beside.log_decay is not None:
             state = carry.scan.state if beside.window is None else beside.window.block
             carry = Carry(carry.conv, ScanCarry(state, beside.position, beside.log_decay, beside.window))
         found.layers.append(carry)
