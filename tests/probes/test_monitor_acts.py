@@ -139,6 +139,25 @@ def test_in_generation(lost):
     assert torch.equal(new[:, acted - prompt.shape[1] + 1 :], wanted[:, :])
 
 
+@pytest.mark.parametrize("action", [f"rollback:{RRI}", "fallback:truncate", f"mitigate:{RRI}"])
+def test_in_a_conversation(lost, action):
+    """What an action does to the cache in the middle of an answer is there at the next turn."""
+    lm, monitor, ids, position = lost
+    monitor, lm.tokenizer.eos_id = dataclasses.replace(monitor, gate_limits=[1e9] * 4, passages=[]), None
+    cache, parts = lm.new_cache(), []
+    with monitor.on(lm, action) as watch:
+        for prompt in (ids[:, : position - 7], ids[:, :5]):
+            parts += [prompt, generate(lm, prompt, 20, cache=cache)]
+    assert any(r.action == action for r in watch.reports)
+    again = lm.new_cache()
+    with torch.no_grad(), monitor.on(lm, action):
+        for part in parts:  # as it was read, but for the cuts
+            lm(part, again)
+    for a, b in zip(cache.layers, again.layers):
+        torch.testing.assert_close(a.scan.state, b.scan.state, rtol=1e-3, atol=1e-3)
+    assert torch.equal(cache.position, again.position)
+
+
 # --- models of transformers
 
 
