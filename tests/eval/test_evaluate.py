@@ -15,7 +15,7 @@ from rnn_longctx.eval.leaderboard import leaderboard
 from rnn_longctx.eval.sheets import sheets
 from rnn_longctx.mitigations import REMEDIES, Plan, Remedy
 from rnn_longctx.mitigations.base import same_everywhere
-from rnn_longctx.models import Mamba2LM
+from rnn_longctx.models import Mamba2Config, Mamba2LM
 from rnn_longctx.ssd import ScanPolicy
 
 
@@ -145,6 +145,21 @@ def test_passkey_generates_greedily_from_the_prompt(model):
             for _ in range(6):
                 ids = torch.cat([ids, model.logits(model(ids)[:, -1:]).argmax(-1)], 1)
         assert ByteTokenizer().decode(ids[0, 150:]).strip() == answer
+
+
+def test_a_passkey_is_never_said_in_rows_without_a_token():
+    from rnn_longctx.eval.passkey import _answer
+
+    model = Mamba2LM(Mamba2Config(d_model=32, n_layer=1, headdim=16, d_state=8, vocab_size=300, tie_embeddings=False))
+    model.tokenizer = ByteTokenizer()
+    with torch.no_grad():
+        model.lm_head.weight[256:] *= 100
+    prompts = passkey_batch(ByteTokenizer(), 150, 3, 3)
+    answers, _ = _answer(Context(model.eval()), prompts)
+    with torch.no_grad():
+        likeliest = [int(model.logits(model(torch.from_numpy(p.ids)[None])[0, -1])[:256].argmax()) for p in prompts]
+    strip = [ByteTokenizer().decode([token]).strip() for token in likeliest]
+    assert all(answer.startswith(first) for answer, first in zip(answers, strip))
 
 
 def test_a_remedy_that_depends_on_the_length_gets_a_pass_per_length(model, text, monkeypatch):
