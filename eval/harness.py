@@ -127,8 +127,8 @@ class HarnessLM(TemplateLM):
             self._note(request, len(context))
         if moved := sum(elsewhere for *_, elsewhere in pairs):
             logging.getLogger(__name__).warning(
-                "the tokens of the context are not the first ones of context and continuation in %d of %d requests: what is"
-                " read there, as by lm-eval's own models, is not quite that text", moved, len(requests),
+                "the tokens of the context are not the first ones of context and continuation in %d of %d requests:"
+                " what is read there, as by lm-eval's own models, is not quite that text", moved, len(requests),
             )  # fmt: skip
         return self._loglikelihood_tokens([(r.args, *pair[:2]) for r, pair in zip(requests, pairs)])
 
@@ -147,8 +147,9 @@ class HarnessLM(TemplateLM):
             if scored[:1] == before:
                 before, scored = scored[:1], scored[1:]
         if not scored:
-            raise InputError(f"the continuation {continuation!r:.60} adds no token to the context that ends in "
-                             f"{context[-30:]!r}: tokenizer {self.tokenizer_name} drops it, or joins the two")  # fmt: skip
+            end = f"the context that ends in {context[-30:]!r}" if context else "an empty context"
+            raise InputError(f"the continuation {continuation!r:.60} adds no token to {end}: tokenizer "
+                             f"{self.tokenizer_name} drops it, or joins the two")  # fmt: skip
         return before, scored, moved
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> list[float]:

@@ -20,8 +20,8 @@ class PromptTokenizer:
     Attributes:
         theirs: the tokenizer of transformers, or None (bytes).
         begin: the ids that are put before a text.
-        prefix_id: what an empty context is: BOS, else EOS, else what a text begins with, else a newline. InputError: the
-            tokenizer has none of them.
+        prefix_id: what an empty context is: BOS, else EOS, else what a text begins with, else a newline. InputError:
+            the tokenizer has none of them.
     """
 
     def __init__(self, tokenizer: Any, add_bos_token: bool | None = None, prefix_token_id: int | None = None):

@@ -1,5 +1,6 @@
 """Request by request, this library's models under lm-eval say what its stock HFLM says of the same model and tokenizer:
-log-likelihoods within 1e-3, the same greedy flags, the same texts. Tokenizers of several kinds are made from scratch."""
+log-likelihoods within 1e-3, the same greedy flags, the same texts. Tokenizers of several kinds are made from scratch.
+"""
 
 import logging
 
@@ -7,9 +8,10 @@ import pytest
 import torch
 
 pytest.importorskip("lm_eval")
-HFLM = pytest.importorskip("lm_eval.models.huggingface", reason="it needs accelerate", exc_type=ImportError).HFLM
+pytest.importorskip("accelerate", reason="HFLM needs it")
 
 from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, BambaConfig, Mamba2Config, PreTrainedTokenizerFast
 
@@ -32,7 +34,10 @@ def tokenizer_of(kind):
     named = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     if kind == "wordpiece":
         made = Tokenizer(models.WordPiece(unk_token="<unk>"))
-        made.normalizer, made.pre_tokenizer = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
+        made.normalizer, made.pre_tokenizer = (
+            normalizers.BertNormalizer(lowercase=True),
+            pre_tokenizers.BertPreTokenizer(),
+        )
         made.decoder = decoders.WordPiece()
         trainer = trainers.WordPieceTrainer(vocab_size=90, special_tokens=special)
     elif kind.startswith("metaspace"):
@@ -68,8 +73,9 @@ def model_of(tokenizer, seed=0, family="mamba2"):
     if family == "mamba2":
         config = Mamba2Config(num_heads=4, head_dim=16, state_size=8, n_groups=1, **size, **end)
     else:
-        config = BambaConfig(num_attention_heads=4, num_key_value_heads=2, intermediate_size=32, mamba_n_heads=4,
-                             mamba_d_head=16, mamba_d_state=8, mamba_n_groups=1, attn_layer_indices=[1], **size, **end)  # fmt: skip
+        attention = {"num_attention_heads": 4, "num_key_value_heads": 2, "attn_layer_indices": [1]}
+        mixer = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1}
+        config = BambaConfig(intermediate_size=32, **attention, **mixer, **size, **end)
     model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         model.get_input_embeddings().weight.normal_()
@@ -92,7 +98,13 @@ WHOLE = [("The sky is blue.",), (LONG,), (" a",), ("<s>Here we go.</s>",), ("use
 GREEDY = {"do_sample": False, "max_gen_toks": 24}
 SAID = [
     (text, GREEDY | {"until": until})
-    for text in ("The sky is", "Here we go. ", LONG, "<|im_start|>user\nHere<|im_end|>\n<|im_start|>assistant\n", "<s>a")
+    for text in (
+        "The sky is",
+        "Here we go. ",
+        LONG,
+        "<|im_start|>user\nHere<|im_end|>\n<|im_start|>assistant\n",
+        "<s>a",
+    )
     for until in ([], ["s"], ["<|im_end|>", "\n"], "e", ["e", " e", "<unk>"])
 ]
 
@@ -147,7 +159,7 @@ def test_a_prefix_token_is_hflm_s():
     tokenizer = tokenizer_of("bpe-bos")
     ours, theirs = both("bpe-bos", prefix_token_id=tokenizer.convert_tokens_to_ids("<|im_start|>"))
     assert ours.prefix_token_id == theirs.prefix_token_id != tokenizer.bos_token_id
-    # HFLM then takes this token for BOS: a text that begins with it has no BOS (but one to be continued has), and one that
+    # HFLM then takes this token for BOS: a text that begins with it has no BOS (one to be continued has), and one that
     # begins with BOS has two
     said = ("<s>", "<|im_start|>")
     same_scores(ours, theirs, *([t for t in texts if not t[0].startswith(said)] for texts in (PAIRS, WHOLE)))
@@ -180,7 +192,7 @@ def test_a_context_of_spaces_alone_is_an_empty_one():
 
 
 def test_a_split_that_moves_text_is_said(caplog):
-    """"is" and "isn" are one token each where "is" + "n" is one: what is read then is another text, as with HFLM."""
+    """ "is" and "isn" are one token each where "is" + "n" is one: what is read then is another text, as with HFLM."""
     tokenizer = tokenizer_of("bpe")
     model = adopt(model_of(tokenizer), tokenizer=tokenizer)
     ours = HarnessLM(model)
