@@ -15,10 +15,11 @@ from lm_eval.models.huggingface import HFLM
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, BambaConfig, Mamba2Config, PreTrainedTokenizerFast
 
-from rnn_longctx import adopt
+from rnn_longctx import adopt, load
 from rnn_longctx.data import ByteTokenizer
 from rnn_longctx.errors import InputError
 from rnn_longctx.eval.harness import HarnessLM
+from rnn_longctx.models.checkpoint import save
 
 TEXT = ["The grass is green. The sky is blue. The sun is yellow.", "Here we go. There and back again, user assistant"]
 CHAT = (
@@ -218,6 +219,18 @@ def test_chat_markers_are_one_id_and_a_conversation_reads_as_with_hflm():
     silent, _ = both("bpe")
     with pytest.raises(InputError, match="no chat template"):
         silent.apply_chat_template(history)
+
+
+def test_a_saved_model_reads_prompts_as_before(tmp_path):
+    tokenizer = tokenizer_of("chat-bos")
+    model_of(tokenizer).save_pretrained(tmp_path / "theirs")
+    tokenizer.save_pretrained(tmp_path / "theirs")
+    save(load(tmp_path / "theirs"), tmp_path / "ours")
+    texts = [HarnessLM(load(tmp_path / folder)) for folder in ("theirs", "ours")]
+    history = [{"role": "user", "content": "Here we go."}]
+    first, again = ((lm.text.begin, lm.prefix_token_id, lm.apply_chat_template(history)) for lm in texts)
+    assert first == again and first[0] == [tokenizer.bos_token_id]
+    assert texts[0].tokenizer_name.split()[-1] == texts[1].tokenizer_name.split()[-1]
 
 
 def test_a_switch_that_cannot_be_is_refused():
