@@ -29,9 +29,9 @@ Many = list[str] | None
 MODEL = typer.Argument(help='"demo", "demo-long", a directory, or a Hugging Face hub id.')
 
 
-def _option(help: str, default: str) -> Any:
+def _option(help: str, default: str, **more: Any) -> Any:
     """Of an option that is None where it is not given: what stands for it then is shown as its default."""
-    return typer.Option(help=help, show_default=default)
+    return typer.Option(help=help, show_default=default, **more)
 
 
 TrainLength = Annotated[
@@ -257,8 +257,9 @@ def generate_command(
         _option("Watch for collapse: warn, raise, mitigate:NAME, rollback:NAME, fallback:truncate.", "no watch"),
     ] = None,
     load_state: Annotated[Path | None, typer.Option(help="Go on from what --save-state kept.")] = None,
-    save_state: Annotated[Path | None, typer.Option(help="Keep what the prompt left, to ask it again.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    save_state: Annotated[Path | None, typer.Option(help="Keep what was read and said, to go on from it.")] = None,
+    max_new_tokens: Annotated[int | None, _option("At most.", "128, with --save-state 0", min=0)] = None,
+    stop: Annotated[Many, _option("End with this text; again for more.", "the end-of-sequence id alone")] = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
     seed: Annotated[int, typer.Option()] = 0,
     train_length: TrainLength = None,
@@ -267,39 +268,42 @@ def generate_command(
     dtype: Dtype = "float32",
     state_dtype: StateDtype = None,
 ) -> None:
-    """Continue a prompt of any length, with a remedy on the model."""
-    from contextlib import nullcontext
+    """Continue a prompt of any length, with a remedy on the model; the text is printed as it is made.
 
-    import torch
+    It ends at the end-of-sequence id, which is not printed, at a stop string, which is, or at --max-new-tokens."""
+    from contextlib import nullcontext
 
     from rnn_longctx import CollapseError, CollapseMonitor, mitigate
     from rnn_longctx.mitigations import active, parse_remedy
     from rnn_longctx.models import state
-    from rnn_longctx.models.generate import continuation, prefill
+    from rnn_longctx.models.generate import generate_stream
 
     remedy, target = parse_remedy(mitigation), state.target_of(load_state) if load_state else None
     lm = _load(model, device, dtype, tokenizer, train_length, state_dtype)
     raw = sys.stdin.buffer.read() if prompt == "-" else prompt.encode("utf-8", "surrogateescape")
-    ids = torch.from_numpy(lm.tokenizer.encode(raw))[None]
-    if ids.shape[1] == 0:
+    ids, said = lm.tokenizer.encode(raw), ""
+    if not len(ids):
         raise InputError("the prompt is empty")
-    target = target or ids.shape[1] + max_new_tokens
+    new = (0 if save_state else 128) if max_new_tokens is None else max_new_tokens
+    target = target or len(ids) + new
     with mitigate(lm, remedy, target_length=target):
-        read = state.load_state(load_state, lm) if load_state else None
+        cache: Any = state.load_state(load_state, lm) if load_state else lm.new_cache() if save_state else None
         watching = CollapseMonitor.calibrated(lm).on(lm, monitor) if monitor else nullcontext()
+        how: dict[str, Any] = {"temperature": temperature, "seed": seed, "cache": cache, "stop": stop or ()}
         try:
             with watching as watch:
-                logits, cache = prefill(lm, ids, read)
+                for said in generate_stream(lm, ids, new, **how):
+                    typer.echo(said, nl=False)
                 if save_state:  # under what is on by now
                     state.save_state(save_state, cache, lm, active(lm)[0], target)
-                    typer.echo(f"wrote {save_state}, {save_state.stat().st_size / 2**20:.3g} MiB", err=True)
-                draw = torch.Generator(lm.device).manual_seed(seed)
-                said = continuation(lm, logits, cache, temperature, draw)
-                new = [int(next(said)) for _ in range(max_new_tokens)]
         except CollapseError as error:
             typer.echo(f"rnn-longctx: {error}", err=True)
             raise typer.Exit(1) from None
-    typer.echo(lm.tokenizer.decode(new))
+        finally:
+            if said:
+                typer.echo()
+    if save_state:
+        typer.echo(f"wrote {save_state}, {save_state.stat().st_size / 2**20:.3g} MiB", err=True)
     if watch is not None:
         typer.echo(f"monitor: {watch.summary()}", err=True)
 

@@ -2,6 +2,9 @@
 
 A NUL byte separates documents. Losses per byte need ``nbytes``: it always sums to the bytes of text that went
 in, so a text's loss per byte can be compared between tokenizers.
+
+A model's vocabulary may be larger than its tokenizer's (50277 tokens padded to 50288 rows, say). A row that stands for
+no token is never said (`rnn_longctx.models.stops`) and has no text: `decode` raises InputError for its id.
 """
 
 from __future__ import annotations
@@ -21,7 +24,10 @@ _FILES = ["config.json", "*tokenizer*", "special_tokens*", "added_tokens.json", 
 
 
 class Tokenizer(Protocol):
-    """What the library asks of a tokenizer. Ids and byte counts are int64 arrays of shape (tokens,)."""
+    """What the library asks of a tokenizer. Ids and byte counts are int64 arrays of shape (tokens,).
+
+    `vocab_size` is the largest id + 1. Where ids below it stand for no token, an attribute `unused` lists them.
+    """
 
     name: str
     vocab_size: int
@@ -46,7 +52,8 @@ class ByteTokenizer:
         return np.frombuffer(raw, dtype=np.uint8).astype(np.int64)
 
     def decode(self, ids: Any) -> str:
-        return np.asarray(ids, dtype=np.int64).astype(np.uint8).tobytes().decode("utf-8", errors="replace")
+        """Return the text of ids; bytes that are no UTF-8 become U+FFFD. Raises InputError for an id beyond 255."""
+        return _known(self, ids).astype(np.uint8).tobytes().decode("utf-8", errors="replace")
 
     def encode_with_bytes(self, data: bytes) -> tuple[np.ndarray, np.ndarray]:
         ids = self.encode(data)
@@ -81,7 +88,9 @@ class HFTokenizer:
         name = name or str(getattr(tokenizer, "name_or_path", "") or "tokenizer")
         # Two folders of one name may hold two tokenizers: the name says which one this is.
         self.name = f"{name} {hashlib.sha256(self._fast.to_str().encode()).hexdigest()[:8]}"
-        self.vocab_size = self._fast.get_vocab_size()
+        tokens = np.array(sorted(self._fast.get_vocab(with_added_tokens=True).values()), dtype=np.int64)
+        self.vocab_size = int(tokens[-1]) + 1 if len(tokens) else 0
+        self.unused = np.setdiff1d(np.arange(self.vocab_size), tokens)
         self.eos_id = eos_id if eos_id is not None else getattr(tokenizer, "eos_token_id", None)
 
     def encode(self, data: bytes | str) -> np.ndarray:
@@ -93,7 +102,8 @@ class HFTokenizer:
         return np.concatenate([part for each in ids for part in (end, each)][1:])
 
     def decode(self, ids: Any) -> str:
-        return self._fast.decode(np.asarray(ids, dtype=np.int64).tolist(), skip_special_tokens=False)
+        """Return the text of ids, special tokens included. Raises InputError for an id that stands for no token."""
+        return self._fast.decode(_known(self, ids).tolist(), skip_special_tokens=False)
 
     def transformers(self) -> Any:
         """Return it as transformers reads prompts: with its BOS, special tokens in a text as one id each, and its chat
@@ -171,6 +181,17 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
         what = "" if directory.exists() else ", which is neither a directory nor a hub id that can be reached"
         raise InputError(f"cannot load tokenizer {str(spec)!r}{what}: {_one_line(error)}") from None
     return HFTokenizer(tokenizer, directory.resolve().name if directory.exists() else str(spec))
+
+
+def _known(tokenizer: Tokenizer, ids: Any) -> np.ndarray:
+    """The ids (tokens,), or InputError where one of them stands for no token."""
+    ids = np.asarray(ids, dtype=np.int64)
+    strange = ids[(ids < 0) | (ids >= tokenizer.vocab_size) | np.isin(ids, getattr(tokenizer, "unused", ()))]
+    if len(strange):
+        count = tokenizer.vocab_size - len(getattr(tokenizer, "unused", ()))
+        has = f"tokenizer {tokenizer.name} has {count}, their ids lie in 0 to {tokenizer.vocab_size - 1}"
+        raise InputError(f"id {strange[0]} stands for no token: {has}")
+    return ids
 
 
 def _byte_ends(text: str) -> np.ndarray:

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rnn_longctx.errors import InputError
+from rnn_longctx.models import adopt_rows
 from rnn_longctx.models.adopt import Adopted
 from rnn_longctx.models.adopt_cache import AdoptedCache
 from rnn_longctx.models.adopt_layer import Beside
@@ -212,6 +213,21 @@ class AdoptedMambaSSM(Adopted):
 
 class MambaSSMCache(AdoptedCache):
     """See `AdoptedCache`; `library` is mamba_ssm's InferenceParams."""
+
+    @staticmethod
+    def concat(parts: list[AdoptedCache], order: list[int]) -> AdoptedCache:
+        """As `Cache.concat`."""
+        cat, new = adopt_rows.in_order(order), parts[0].clone()
+        held = new.library.key_value_memory_dict
+        for key in held:
+            pairs = [p.library.key_value_memory_dict[key] for p in parts]
+            besides: list[Any] = [getattr(state, "beside", None) for _, state in pairs]
+            held[key] = tuple(cat(list(tensors)) for tensors in zip(*pairs))
+            if besides[0] is not None:
+                held[key][1].beside = adopt_rows.join_besides(besides, cat)
+        new.library.max_batch_size = len(order)
+        adopt_rows.place(new, parts, cat)
+        return new
 
     def _reorder(self, index: Tensor) -> None:
         held = self.library.key_value_memory_dict

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from rnn_longctx.errors import InputError
-from rnn_longctx.ssd import ScanCarry, WindowCarry, tree_map
+from rnn_longctx.ssd import ScanCarry, WindowCarry, level, tree_map
 
 
 @dataclass
@@ -59,8 +60,13 @@ class Cache:
     @staticmethod
     def concat(parts: list[Cache], order: list[int]) -> Cache:
         """Row groups put together again; `order[i]` is the row at which the i-th of their rows belongs."""
-        back = torch.empty(len(order), dtype=torch.int64)
-        back[torch.tensor(order)] = torch.arange(len(order))
+        back = torch.tensor(order).argsort()
+        parts = [Cache(list(p.layers), p.position, tail) for p, tail in zip(parts, level_tails(parts))]
+        for i, layer in enumerate(parts[0].layers):
+            if layer.scan.window is not None:
+                for p, w in zip(parts, level([p.layers[i].scan.window for p in parts])):  # type: ignore[misc]
+                    conv, scan = p.layers[i].conv, p.layers[i].scan
+                    p.layers[i] = Carry(conv, ScanCarry(w.block, scan.position, scan.log_decay, w))
         return _zip_map(lambda ts: torch.cat(ts)[back.to(ts[0].device)], parts)
 
     def save(self, path: str | Path, extra: dict[str, Tensor] | None = None, note: Any = None) -> None:
@@ -90,6 +96,12 @@ class Cache:
             raise InputError(f"{path} is no state that generate --save-state wrote{why}") from None
         extra = {k.removeprefix("extra."): v for k, v in tensors.items() if k.startswith("extra.")}
         return cache.to(device), extra, json.loads(header["note"])
+
+
+def level_tails(parts: list[Any]) -> list[Any]:
+    """The tails of caches, as long as the longest: padded at the left, with ids that are never read again in time."""
+    width = max((p.tail.shape[1] for p in parts if p.tail is not None), default=0)
+    return [p.tail if p.tail is None else F.pad(p.tail, (width - p.tail.shape[1], 0)) for p in parts]
 
 
 _TYPES = {cls.__name__: cls for cls in (Cache, Carry, ScanCarry, WindowCarry)}

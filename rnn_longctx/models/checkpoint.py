@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from importlib.resources import files
@@ -36,7 +37,8 @@ DTYPES = {str(d)[6:]: d for d in (torch.float32, torch.bfloat16, torch.float16, 
 # Rounded to 16 bits these change the decays over thousands of tokens, so mamba-ssm keeps them in float32.
 _SENSITIVE = ("A_log", "D", "dt_bias")
 _INIT = ("A_init", "A_log_uniform", "dt_init")  # settings that only an initialisation reads
-_FILES = ["config.json", formats.SIDE, "calibration.json", "*tokenizer*", "special_tokens*", "vocab.json", "merges.txt"]
+_FILES = ["config.json", "generation_config.json", formats.SIDE, "calibration.json", "*tokenizer*", "special_tokens*",
+          "vocab.json", "merges.txt"]  # fmt: skip
 _SAFE = ["model*.safetensors", "model.safetensors.index.json"]
 _PICKLED = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
 
@@ -48,6 +50,17 @@ class LazyTokenizer:
     def __init__(self, spec: str | Path | None, model: str, size: int):
         self.spec, self.model, self.size = spec, model, size
         self._tokenizer: Tokenizer | None = None
+        self._missing = spec is None  # whether it was looked for in vain
+
+    def at_hand(self) -> Tokenizer | None:
+        """The tokenizer, or None where it cannot be had, which is tried once and warned of."""
+        try:
+            return None if self._missing else self.load()
+        except InputError as error:
+            self._missing = True
+            warnings.warn(f"generation of {self.model} knows neither its end of text nor which rows of its vocabulary "
+                          f"stand for no token: {error}", RuntimeWarning, stacklevel=2)  # fmt: skip
+            return None
 
     def load(self) -> Tokenizer:
         if self.spec is None:
@@ -113,6 +126,7 @@ def load(source: str | Path, *, device: torch.device | str = "cpu", dtype: torch
     model.train_length = given or header.train_length
     model.provenance = header.provenance or provenance
     model.calibration = header.calibration
+    model.eos_token_id = header.eos_token_id
     spec = tokenizer or header.tokenizer
     # One that was asked for by name must be there; any other may be missing until it is used.
     eager = tokenizer is not None or spec == "bytes"
@@ -140,11 +154,13 @@ def save(model: Mamba2LM, directory: str | Path, *, dtype: torch.dtype | str | N
     check_layout(model.config, layout)
     target = model.dtype if dtype is None else _dtype(dtype)
     state = _written(model, target)
-    extra = {
+    extra: dict[str, Any] = {
         "tokenizer": _tokenizer_spec(model),
         "train_length": model.train_length,
         "provenance": model.provenance if provenance is None else provenance,
     }
+    if model.eos_token_id is not None:
+        extra["eos_token_id"] = model.eos_token_id
     if layout == "rnn-longctx":
         config = formats.own_config(model.config, extra)
     elif layout == "transformers":

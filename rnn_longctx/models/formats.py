@@ -70,6 +70,7 @@ class Header:
     train_length: int | None = None
     provenance: dict[str, Any] | None = None
     calibration: dict[str, Any] | None = None
+    eos_token_id: int | list[int] | None = None
 
 
 @dataclass
@@ -79,6 +80,7 @@ class _Extra:
     tokenizer: str | None = None
     train_length: int | None = None
     provenance: dict[str, Any] | None = None
+    eos_token_id: int | list[int] | None = None
 
     def __post_init__(self) -> None:
         if self.train_length is not None and self.train_length < 1:
@@ -99,7 +101,8 @@ def read_header(directory: Path) -> Header:
         shape: Any = data.get("model")
         header = _header(from_dict(Mamba2Config, shape, f"{where}, model"), extra)
     elif "model_type" in data:
-        extra = from_dict(_Extra, data.get("rnn_longctx", {}), f"{where}, rnn_longctx")
+        ends = _ends(directory, data)
+        extra = from_dict(_Extra, {**data.get("rnn_longctx", {}), "eos_token_id": ends}, f"{where}, rnn_longctx")
         header = _header(_transformers(data, where), extra)
     elif {"d_model", "n_layer", "vocab_size"} <= data.keys():
         side = directory / SIDE
@@ -118,6 +121,12 @@ def read_header(directory: Path) -> Header:
     return header
 
 
+def _ends(directory: Path, data: dict[str, Any]) -> Any:
+    """The end-of-sequence ids that transformers' generate goes by: generation_config.json's, else config.json's."""
+    file = directory / "generation_config.json"
+    return (read_json(file) if file.is_file() else data).get("eos_token_id")
+
+
 def own_config(config: Mamba2Config, extra: dict[str, Any]) -> dict[str, Any]:
     """config.json of the library's own layout."""
     return plain({"format": FORMAT, "model": to_dict(config), **extra})
@@ -126,11 +135,12 @@ def own_config(config: Mamba2Config, extra: dict[str, Any]) -> dict[str, Any]:
 def transformers_config(config: Mamba2Config, dtype: torch.dtype, extra: dict[str, Any]) -> dict[str, Any]:
     """config.json for transformers' Mamba2ForCausalLM; `extra` goes under "rnn_longctx", which it ignores."""
     data: dict[str, Any] = {"architectures": ["Mamba2ForCausalLM"], "model_type": "mamba2"}
+    extra, ends = {k: v for k, v in extra.items() if k != "eos_token_id"}, extra.get("eos_token_id")
     data |= {theirs: getattr(config, name) for name, (theirs, _) in _TRANSFORMERS.items()}
     data["num_heads"] = config.nheads
     data["time_step_limit"] = [v if math.isfinite(v) else {"__float__": "Infinity"} for v in config.dt_limit]
     # Its own defaults for these ids belong to another vocabulary.
-    data |= {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    data |= {"bos_token_id": None, "eos_token_id": ends, "pad_token_id": None}
     return plain({**data, "dtype": str(dtype)[6:], "rnn_longctx": extra})
 
 
@@ -195,7 +205,7 @@ def one_line(error: Exception) -> str:
 
 
 def _header(config: Mamba2Config, extra: _Extra) -> Header:
-    return Header(config, extra.tokenizer, extra.train_length, extra.provenance)
+    return Header(config, extra.tokenizer, extra.train_length, extra.provenance, eos_token_id=extra.eos_token_id)
 
 
 def _official(data: dict[str, Any], where: str) -> Mamba2Config:

@@ -209,6 +209,7 @@ class Mamba2LM(nn.Module):
 
     Attributes:
         name, weights_hash, train_length, tokenizer: filled in by `rnn_longctx.load`.
+        eos_token_id: the id or ids that its config ends an answer with, beside the tokenizer's, or None.
         restart: a control that drops the state and reads the last tokens again, or None.
         reader: how a prompt is read where that is not token after token, or None.
         spread: finds the stretch of a call, of ids, mask and reset, where a stream is spread over several ranks (see
@@ -227,6 +228,7 @@ class Mamba2LM(nn.Module):
         self.weights_hash = ""
         self.train_length: int | None = None
         self.tokenizer: Any = None
+        self.eos_token_id: int | list[int] | None = None
         self.provenance: dict = {}
         self.calibration: dict | None = None
         self.restart: Restart | None = None

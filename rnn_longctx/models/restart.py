@@ -90,14 +90,6 @@ def read_restarting(read: Read, restart: Restart, ids: Tensor, cache: Cache, mas
         hidden[rows, ids.shape[1] - count :] = out
         parts.append(part)
         order += rows
-    width = min(p.tail.shape[1] for p in parts if p.tail is not None)
-    if width < restart.overlap:  # tails of different lengths: pad with ids that are never read again in time
-        width = max(p.tail.shape[1] for p in parts if p.tail is not None)
-        for p in parts:
-            assert p.tail is not None
-            p.tail = torch.nn.functional.pad(p.tail, (width - p.tail.shape[1], 0))
-    if len({layer.scan.window.x.shape[1] for p in parts for layer in p.layers if layer.scan.window}) > 1:
-        raise InputError(f"the control {restart} cannot be combined with a sliding window in rows of unequal lengths")
     whole = Cache.concat(parts, order)
     cache.layers, cache.position, cache.tail = whole.layers, whole.position, whole.tail
     assert hidden is not None

@@ -22,10 +22,10 @@ from rnn_longctx.ssd.backends import Backend, Call, Gate, choose, register
 from rnn_longctx.ssd.carry import ScanCarry, WindowCarry, tree_map
 from rnn_longctx.ssd.policy import PLAIN, Cap, ScanPolicy
 from rnn_longctx.ssd.statistics import Observer, Statistics
-from rnn_longctx.ssd.window import window_state
+from rnn_longctx.ssd.window import level, window_state
 
 __all__ = ["PLAIN", "Backend", "Call", "Cap", "Gate", "Observer", "ScanCarry", "ScanPolicy",
-           "Statistics", "WindowCarry", "asked_of", "choose", "row_counts", "scan", "tree_map", "wide_of",
+           "Statistics", "WindowCarry", "asked_of", "choose", "level", "row_counts", "scan", "tree_map", "wide_of",
            "window_state"]  # fmt: skip
 
 

@@ -13,6 +13,7 @@ import torch
 
 from rnn_longctx.data import Tokenizer, passkey_batch
 from rnn_longctx.errors import InputError
+from rnn_longctx.models.stops import unused_rows
 from rnn_longctx.scalars import Write
 from rnn_longctx.train.config import TrainConfig
 from rnn_longctx.train.corpus import Corpus
@@ -65,7 +66,9 @@ def passkey_accuracy(model: Any, tokenizer: Tokenizer, length: int, n: int, seed
         with context():
             for piece in ids[:, : length - 1].split(SEGMENT, 1):
                 model(piece, cache)
-            said = model.logits(model(ids[:, length - 1 : -1], cache)).argmax(-1)
+            logits = model.logits(model(ids[:, length - 1 : -1], cache))
+        unused = unused_rows(tokenizer, logits.shape[-1], logits.device)
+        said = (logits if unused is None else logits.masked_fill(unused, -math.inf)).argmax(-1)
         right += int(((said == padded) | (padded < 0)).all(1).sum())
     return right / n
 

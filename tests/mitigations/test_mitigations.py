@@ -216,7 +216,7 @@ def test_no_training_length_is_a_refusal(model):
 )
 def test_generation_follows_the_remedy_as_reading_does(model, text, made):
     """Greedy tokens from prefill and steps are those of reading everything again in one call."""
-    ids = torch.randint(256, (2, 37))
+    ids, model.tokenizer.eos_id = torch.randint(256, (2, 37)), None  # so that answers go on
     with mitigate(model, text, text=made if "norm" in text else None):
         new = generate(model, ids, 25)
         for n in range(25):

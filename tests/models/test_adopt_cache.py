@@ -208,15 +208,16 @@ def test_generate_from_a_saved_state_on_the_command_line(build, family, tmp_path
 
     def said(*words):
         options = ["--tokenizer", "bytes", "--device", "cpu", "--max-new-tokens", "6"]
-        cli.app(["generate", str(tmp_path / "kept"), *words, *options], standalone_mode=False)
+        cli.app(["generate", str(tmp_path / "kept"), *options, *words], standalone_mode=False)
         return capsys.readouterr().out
 
     one, two, three = (str(tmp_path / name) for name in "123")
     whole = said("--prompt", "!!##$$ %%&& ''((", "--save-state", one)
-    said("--prompt", "!!##$$ %%&", "--save-state", two)
+    said("--prompt", "!!##$$ %%&", "--save-state", two, "--max-new-tokens", "0")
     assert said("--prompt", "& ''((", "--load-state", two, "--save-state", three) == whole
     for a, b in zip(Cache.load(one).layers, Cache.load(three).layers, strict=True):
-        assert a.scan.position.tolist() == b.scan.position.tolist() == [16] and a.scan.state.abs().max() > 1e-3
+        at = a.scan.position.tolist()
+        assert at == b.scan.position.tolist() and 16 < at[0] <= 22 and a.scan.state.abs().max() > 1e-3
         torch.testing.assert_close(a.scan.state, b.scan.state, **NEAR)
 
 

@@ -125,7 +125,7 @@ def test_a_fallback_of_ones_own(lost):
 def test_in_generation(lost):
     lm, monitor, ids, position = lost
     monitor = dataclasses.replace(monitor, gate_limits=[1e9] * 4, passages=[])  # what it writes is no other input
-    prompt, more = ids[:, : position - 7], 160
+    prompt, more, lm.tokenizer.eos_id = ids[:, : position - 7], 160, None
     with monitor.on(lm, f"mitigate:{RRI}") as watch:
         new = generate(lm, prompt, more)
     assert any(r.position == position for r in watch.reports)
