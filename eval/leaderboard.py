@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rnn_longctx.config import format_length
-from rnn_longctx.eval.sheets import SETTING, Sheet, sheets
+from rnn_longctx.eval.sheets import SETTING, Sheet, placed, sheets
 from rnn_longctx.eval.stats import paired_bootstrap
 
 COLUMNS = ["model", "text", "length", "mitigation", "control", "loss", "gain", "gain_low", "gain_high", "change_short",
@@ -34,6 +34,7 @@ def leaderboard(frame: pd.DataFrame) -> pd.DataFrame:
     accuracy for each recall task; wins: what it beats the controls at.
     """
     rows: list[dict[str, Any]] = []
+    frame = placed(frame)
     everything = sheets(frame)
     losses = [s for s in everything if s.task == "lm"]
     for sheet in losses:

@@ -113,6 +113,7 @@ class LanguageModel(Task):
                 "seconds": seconds[length],
                 "tokens_per_second": read[length] / seconds[length] if seconds[length] else None,
                 "peak_bytes": peak_bytes(context),
+                "tokens_read": length,
             }
             yield context.row(self, text, length, "nats_per_byte", per_byte.tolist(), **cost)
             if length == train:

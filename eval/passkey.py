@@ -115,6 +115,7 @@ class Passkey(Task):
         cost = {
             "seconds": seconds_all, "tokens_per_second": n * length / seconds_all, "peak_bytes": peak_bytes(context),
             "first_token_seconds": first / -(-n // batch), "next_token_seconds": following / -(-n // batch),
+            "tokens_read": sum(len(p.ids) for p in prompts) // n,
         }  # fmt: skip
         for depth in sorted({p.depth for p in prompts}):
             at = [r for r, p in zip(right, prompts) if p.depth == depth]

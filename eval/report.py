@@ -186,7 +186,8 @@ def _tables(
 
 
 def _counts(sheet: Sheet) -> dict[str, list[int]]:
-    """What is to be known of lengths whose cells were measured with different numbers of samples."""
+    """What is to be known of lengths whose cells were measured with different numbers of samples, or of which others
+    were asked for."""
     unit = "slices" if sheet.task == "lm" else "prompts"
     said: dict[str, list[int]] = {}
     for length in sheet.lengths:
@@ -199,6 +200,8 @@ def _counts(sheet: Sheet) -> dict[str, list[int]]:
         else:
             continue
         said.setdefault(text, []).append(length)
+    for length, asked in sheet.asked.items():
+        said.setdefault(f"so many tokens were read where {format_length(asked)} were asked for", []).append(length)
     return said
 
 

@@ -33,15 +33,17 @@ KEY = (
     *("model", "weights_hash", "mitigation", "calibration", "task", "text", "text_hash", "tokenizer"),
     *("length", "depth", "metric", "batch", "dtype", "backend", "device", "seed", "state_dtype"),
 )
-_LATER = {"state_dtype"}  # a column that older tables lack: None in their rows, and no part of a key where it is None
+# Columns that older tables lack: None in their rows, and no part of a key where they are None.
+_LATER = {"state_dtype", "tokens_read"}
 # What was measured. `samples`: one float per slice or prompt, in the order of the slices, so that two rows on
-# the same text pair by position. Times in seconds, `train_length` in tokens.
+# the same text pair by position. Times in seconds, `train_length` in tokens, and so `tokens_read`: of each slice or
+# prompt, the mean over them, whatever of it a remedy or control reads again or leaves out.
 VALUE = (
     *("value", "stderr", "n", "samples", "train_length", "seconds", "tokens_per_second"),
-    *("first_token_seconds", "next_token_seconds", "peak_bytes", "version"),
+    *("first_token_seconds", "next_token_seconds", "peak_bytes", "version", "tokens_read"),
 )
 COLUMNS = KEY + VALUE
-_INTS = {"length", "batch", "seed", "n", "train_length", "peak_bytes"}
+_INTS = {"length", "batch", "seed", "n", "train_length", "peak_bytes", "tokens_read"}
 _FLOATS = {"depth", *VALUE} - _INTS - {"samples", "version"}
 _STALE = 3600.0  # seconds after which a temporary file can only be a killed run's
 

@@ -5,7 +5,8 @@ precisions end up on different sheets. Loss alone never shows that a remedy work
 keeps it flat. So *context gain* is the loss of recomputing from the last tokens minus the loss of the remedy,
 on the same tokens, paired by slice: only above 0 does the state hold what re-reading them does not give.
 Cells of one length are of the same slices or prompts: where runs into one folder asked for different numbers of
-them, of the first ones, that all have.
+them, of the first ones, that all have. The length of a cell is that of the tokens that were read, whatever length they
+were asked for (`placed`): no verdict names a length that was not.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ class Sheet:
     `cells[name][length]` holds all depths together, `depths[name][length, depth]` one depth. Names are
     mitigations (with their calibration where that tells two apart), ordered: none, remedies, controls.
     `where` holds the columns that all rows share, None where they do not; `note` what tells this sheet from
-    the others. `cut[length]` is the most samples that a cell had there before it was cut to what all have.
+    the others. `cut[length]` is the most samples that a cell had there before it was cut to what all have;
+    `asked[length]` the length that was asked for where so many tokens were read instead.
     """
 
     task: str
@@ -62,6 +64,7 @@ class Sheet:
     depths: dict[str, dict[tuple[int, float], Cell]] = field(default_factory=dict)
     peaks: dict[str, float] = field(default_factory=dict)
     cut: dict[int, int] = field(default_factory=dict)
+    asked: dict[int, int] = field(default_factory=dict)
 
     @property
     def lengths(self) -> list[int]:
@@ -138,9 +141,17 @@ def sheets(frame: pd.DataFrame) -> list[Sheet]:
     return found
 
 
+def placed(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return the table with the tokens that were read as `length`, where it has them, and what was asked as `asked`."""
+    if "asked" in frame:
+        return frame
+    read = frame["tokens_read"].fillna(frame["length"]) if "tokens_read" in frame else frame["length"]
+    return frame.assign(asked=frame["length"], length=read.astype("Int64"))
+
+
 def whole_sheets(frame: pd.DataFrame) -> list[Sheet]:
     """`sheets` with all samples of every cell: for what is said of each by itself, and compares none."""
-    frame = frame.assign(**{c: None for c in SETTING if c not in frame})  # tables from before a column
+    frame = placed(frame).assign(**{c: None for c in SETTING if c not in frame})  # tables from before a column
     found: list[Sheet] = []
     loss, peak = frame["metric"] == "nats_per_token", frame["metric"] == "nats_per_token_peak"
     lm = (frame["task"] == "lm") & (loss | peak)
@@ -241,6 +252,8 @@ def _sheet(frame: pd.DataFrame, train_length: int | None) -> Sheet:
         cells: dict[int, Cell] = {}
         depths: dict[tuple[int, float], Cell] = {}
         for row in (r for r in rows if names[r["mitigation"], r["calibration"]] == name):
+            if row["length"] != row["asked"]:
+                sheet.asked[int(row["length"])] = int(row["asked"])
             if row["metric"] == "nats_per_token_peak":
                 if row["length"] != train_length:  # of a training length that was given once and was wrong
                     continue

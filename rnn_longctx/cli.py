@@ -329,9 +329,17 @@ def lm_eval_command(
     out: Annotated[str, typer.Option(help="Folder for lm_eval.json and lm_eval.csv.")] = "runs/lm-eval",
     batch: Annotated[int, typer.Option(min=1, help="The most rows of equal length side by side.")] = 8,
     max_length: Annotated[str | None, _option("Refuse longer requests.", "no limit")] = None,
+    add_bos_token: Annotated[
+        bool | None,
+        typer.Option(
+            "--add-bos-token/--no-add-bos-token",
+            help="Whether prompts begin with BOS.",
+            show_default="as the tokenizer does",
+        ),
+    ] = None,
     train_length: TrainLength = None,
     tokenizer: Tokenizer = None,
-    seed: Annotated[int, typer.Option()] = 0,
+    seed: Annotated[int, typer.Option(help="Of prompts that are made of a length, and of sampling.")] = 0,
     device: Device = "auto",
     dtype: Dtype = "float32",
     state_dtype: StateDtype = None,
@@ -351,12 +359,13 @@ def lm_eval_command(
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     frame = lm_eval_table(
         _load(model, device, dtype, tokenizer, train_length, state_dtype), names, lengths, remedies, limit=limit,
-        include_path=include_path, data=data, out=out, batch=batch, seed=seed,
+        include_path=include_path, data=data, out=out, batch=batch, seed=seed, add_bos_token=add_bos_token,
         max_length=None if max_length is None else parse_length(max_length), progress=sys.stderr.isatty(),
     )  # fmt: skip
-    shown = frame.drop(columns=["model", "weights_hash", *(["state_dtype"] if state_dtype is None else [])])
+    hidden = ["model", "weights_hash", "tokens_read_min", "tokens_read_max", "seed"]
+    shown = frame.drop(columns=hidden + (["state_dtype"] if state_dtype is None else []))
     typer.echo(shown.to_string(index=False, na_rep="-", float_format=lambda v: f"{v:.4g}"))
-    typer.echo(f"{out}: lm_eval.json, lm_eval.csv")
+    typer.echo(f"{out}: lm_eval.json, lm_eval.csv (seed {seed})")
 
 
 @app.command("plot")

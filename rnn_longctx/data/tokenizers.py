@@ -9,6 +9,7 @@ no token is never said (`rnn_longctx.models.stops`) and has no text: `decode` ra
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
@@ -68,7 +69,8 @@ class HFTokenizer:
     counted to the next token.
     """
 
-    def __init__(self, tokenizer: Any, name: str | None = None, eos_id: int | None = None):
+    def __init__(self, tokenizer: Any, name: str | None = None, eos_id: int | None = None, folder: Path | None = None):
+        """folder: where it was read from, if not by transformers."""
         from tokenizers import Tokenizer as Fast
 
         backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
@@ -82,6 +84,7 @@ class HFTokenizer:
         self._fast.no_truncation()
         self._fast.no_padding()
         self._fast.encode_special_tokens = True
+        self._folder, self._theirs = folder, None if isinstance(tokenizer, Fast) else tokenizer
         name = name or str(getattr(tokenizer, "name_or_path", "") or "tokenizer")
         # Two folders of one name may hold two tokenizers: the name says which one this is.
         self.name = f"{name} {hashlib.sha256(self._fast.to_str().encode()).hexdigest()[:8]}"
@@ -101,6 +104,22 @@ class HFTokenizer:
     def decode(self, ids: Any) -> str:
         """Return the text of ids, special tokens included. Raises InputError for an id that stands for no token."""
         return self._fast.decode(_known(self, ids).tolist(), skip_special_tokens=False)
+
+    def transformers(self) -> Any:
+        """Return it as transformers reads prompts: with its BOS, special tokens in a text as one id each, and its chat
+        template. It is the caller's own tokenizer where one was given."""
+        if self._theirs is None:
+            from tokenizers import Tokenizer as Fast
+            from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+            if self._folder is not None:
+                with contextlib.suppress(Exception):  # transformers raises many kinds; tokenizer.json has been read
+                    self._theirs = AutoTokenizer.from_pretrained(self._folder)
+            if self._theirs is None:
+                end = None if self.eos_id is None else self._fast.id_to_token(self.eos_id)
+                copy = Fast.from_str(self._fast.to_str())  # one in which text is read as special tokens
+                self._theirs = PreTrainedTokenizerFast(tokenizer_object=copy, eos_token=end)
+        return self._theirs
 
     def _documents(self, data: bytes) -> list[str]:
         try:
@@ -147,7 +166,7 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
             eos = _eos_token(directory)
         except Exception as error:
             raise InputError(f"cannot read tokenizer {file}: {_one_line(error)}") from None
-        return HFTokenizer(fast, directory.resolve().name, fast.token_to_id(eos) if eos else None)
+        return HFTokenizer(fast, directory.resolve().name, fast.token_to_id(eos) if eos else None, directory)
     if directory.exists() and not (directory / "tokenizer_config.json").is_file():
         raise InputError(f"{spec} holds no tokenizer.json; expected a tokenizer directory, a hub id or bytes")
     if not directory.exists() and (isinstance(spec, Path) or not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", spec)):

@@ -335,6 +335,10 @@ def _write_tokenizer(model: Mamba2LM, directory: Path) -> None:
     fast.save(str(directory / "tokenizer.json"))
     eos = None if tokenizer.eos_id is None else fast.id_to_token(tokenizer.eos_id)
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eos}
+    theirs = tokenizer.transformers()
+    for name in ("bos_token", "unk_token", "chat_template"):  # what prompts are made of
+        if value := getattr(theirs, name, None):
+            settings[name] = value
     _write_json(directory / "tokenizer_config.json", settings)
 
 

@@ -259,3 +259,11 @@ def test_passes_that_differ_in_length_alone_are_told_apart(model, text, unseen, 
     said = [line.split(maxsplit=1)[1] for line in capsys.readouterr().err.splitlines() if ", lm" in line]
     assert said[0] == "none, lm" and len(said) == len(set(said)) == 4
     assert [line.rpartition(", ")[2] for line in said[1:]] == ["lm at 64", "lm at 96", "lm at 128"]
+
+
+def test_every_row_has_the_tokens_that_were_read(model, text, tmp_path):
+    """Of each slice or prompt, whatever of it a control reads again or leaves out."""
+    controls = ["none", "reset:every=64,overlap=8", "recompute:last=64"]
+    frame = evaluate(model, [100, 300], ["lm:slices=2,tokens=0", "passkey:n=2"], controls, text=text, out=tmp_path)
+    assert set(frame["task"]) == {"lm", "passkey"} and set(frame["mitigation"]) == set(controls)
+    assert (frame["tokens_read"] == frame["length"]).all()

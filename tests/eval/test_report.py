@@ -419,3 +419,20 @@ def test_states_of_other_precision_are_not_mixed(make):
     notes = [s.note for s in sheets(both) if s.task == "lm"]
     assert sorted(notes) == ["state_dtype=None", "state_dtype=bfloat16"]
     assert len(sheets(make().drop(columns="state_dtype"))) == len(sheets(make()))
+
+
+def test_no_verdict_names_a_length_that_was_not_read(make):
+    """Of what was asked for at 4K, 2,610 tokens were read: what holds there, or fails, does so at 2610."""
+    frame = make([256, 512, 1024, 2048, 4096], tokens_per_second=1.0, first_token_seconds=1.0)
+    frame = frame[frame["mitigation"].isin(["none", "state-norm"])]
+    put(frame, 9.0, mitigation="none", task="lm", metric="nats_per_token", length=4096)
+    put(frame, 1.0, mitigation="state-norm", task="passkey", length=4096)
+    bare = frame.assign(length=frame["length"].replace({4096: 2610})).drop(columns="tokens_read")
+    frame = frame.assign(tokens_read=frame["length"].replace({4096: 2610}))
+    words = conclusion(frame)
+    assert "collapses at 2610 (9.00 > 2 x" in words and "up to 2610 with state-norm" in words
+    assert "4K" not in words and "4096" not in words
+    assert "At 2610: so many tokens were read where 4K were asked for." in to_text(frame)
+    assert conclusion(bare) == words  # a table from before the column, of those lengths
+    assert set(summary(frame)["length"]) == {2610} and summary(bare).equals(summary(frame))
+    assert 2610 in set(leaderboard(frame)["length"]) and leaderboard(frame).equals(leaderboard(bare))
