@@ -65,6 +65,7 @@ def lm_eval_table(model: Any, tasks: Sequence[str], lengths: Sequence[int | str]
         Results(out)  # an unwritable folder shows now
     paths = [str(TASKS), *([str(include_path)] if include_path else [])]
     harness = HarnessLM(model, max_length=max_length, batch_size=batch, seed=seed, progress=progress)
+    weights = harness.model.weights_hash
     rows: list[dict[str, Any]] = []
     runs: list[dict[str, Any]] = []
 
@@ -76,9 +77,9 @@ def lm_eval_table(model: Any, tasks: Sequence[str], lengths: Sequence[int | str]
         for length, loaded, manager in _loaded(names, wanted, paths, metadata, count):
             for remedy in remedies:
                 with mitigate(model, remedy, target_length=length or wanted[-1]):
-                    mitigation = active(model)[0]
+                    mitigation = active(model, weights)[0]
                     results = _evaluate(harness, loaded, manager, limit)
-                about = {"mitigation": mitigation, "model": model.name, "weights_hash": model.weights_hash,
+                about = {"mitigation": mitigation, "model": model.name, "weights_hash": weights,
                          "state_dtype": model.state_dtype and str(model.state_dtype)[6:]}  # fmt: skip
                 rows += [{"length": length} | row | about for row in _rows(results, length)]
                 runs.append({"length": length} | about | _kept(results, folder))
