@@ -235,7 +235,7 @@ def fold(model: Mamba2LM, remedy: str | Remedy, text: Text | str | Path | None =
     if handles_on(model):
         raise InputError(f"{model.name} is under {active(model)[0]}: take it off before {remedy} is folded in")
     parts = _parts(remedy)
-    text = None if text is None else load_text(text)
+    text, device = None if text is None else load_text(text), model.device
     with _bare(model):
         known = all(isinstance(part, AFloor | AWinsor | AScale) for part in parts)
         plans = [part.plan(model, None, text) for part in parts] if known else []
@@ -245,7 +245,7 @@ def fold(model: Mamba2LM, remedy: str | Remedy, text: Text | str | Path | None =
     entry = {"mitigation": str(remedy), "name": model.name, "weights": model.weights_hash}
     before = [mixer.A_log.data for mixer in model.mixers]
     for mixer, A_log, policy in zip(model.mixers, before, plan.policies):
-        log = torch.as_tensor(policy.mul, dtype=torch.float64, device=A_log.device).log()
+        log = torch.as_tensor(policy.mul, dtype=torch.float64, device=device).log()
         # at least float32, as a checkpoint keeps it; a new tensor, for the old one may be a mapped file's
         mixer.A_log.data = (A_log.double() + log).to(torch.promote_types(A_log.dtype, torch.float32))
     try:

@@ -136,6 +136,7 @@ class Mamba2(nn.Module):
     @property
     def A(self) -> Tensor:
         """(H), at least float32: the rate at which each head decays, below 0."""
+        refuse_offloaded(self.A_log, "a mixer")
         return -self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)).exp()
 
     @property
@@ -283,12 +284,7 @@ class Mamba2LM(Identified, nn.Module):
 
     @property
     def device(self) -> torch.device:
-        device = self.backbone.embedding.weight.device
-        if device.type == "meta":
-            raise InputError(
-                f"the weights of {self.name} are offloaded, and this library's own models are read whole: load it anew"
-            )
-        return device
+        return refuse_offloaded(self.backbone.embedding.weight, self.name).device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -352,6 +348,15 @@ class Mamba2LM(Identified, nn.Module):
 
     def new_cache(self) -> Cache:
         return Cache()
+
+
+def refuse_offloaded(weight: Tensor, name: str) -> Tensor:
+    """The weight. InputError where there are no numbers in it: what is read in here is read whole, on one device."""
+    if weight.is_meta:
+        raise InputError(
+            f"the weights of {name} are offloaded, and this library's own models are read whole: load it anew"
+        )
+    return weight
 
 
 def rows_of(ids: Any, wanted: str = "a stream is read from token ids (B, T) or (T) of whole numbers") -> Tensor:

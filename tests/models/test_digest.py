@@ -276,6 +276,7 @@ def test_adapters_of_peft():
     plain = digest(model)
     wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["in_proj"], init_lora_weights=False)).eval()
     wrapped.add_adapter("other", peft.LoraConfig(target_modules=["in_proj"], lora_alpha=3, init_lora_weights=False))
+    wrapped.set_adapter("default")  # (peft names it as a word at first, and as a list of one from then on)
     on = digest(wrapped)
     with wrapped.disable_adapter():
         off = digest(wrapped)
