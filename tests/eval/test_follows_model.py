@@ -11,9 +11,11 @@ import torch
 import transformers as hf
 from adopted_families import FAMILIES
 from evaluated import make_model, value
+from typer.testing import CliRunner
 
 import rnn_longctx
 from rnn_longctx import CollapseMonitor, adopt, evaluate, mitigate
+from rnn_longctx.cli import app
 from rnn_longctx.data import ByteTokenizer, Text
 from rnn_longctx.errors import InputError
 from rnn_longctx.eval.calibrate import calibrate
@@ -262,3 +264,30 @@ def test_another_tokenizer_or_type_of_states_is_measured_anew():
     assert not torch.equal(first[0], second[0])
     model.use_state_dtype("bfloat16")
     assert steps_of(model, 64, TEXT)[0] is not second
+
+
+def test_from_the_command_line(tmp_path):
+    """A checkpoint whose weights were replaced, and one whose config was, are other models, by whatever name."""
+    run, where, state = CliRunner().invoke, str(tmp_path / "it"), str(tmp_path / "s")
+    (tmp_path / "t.txt").write_bytes(OTHER.data)
+    model = own()
+    checkpoint.save(model, where)
+    measure = ["eval", where, "--lengths", "128", "--task", LM, "--text", str(tmp_path / "t.txt"), "--out"]
+    generate = ["generate", where, "--prompt", "what is", "--max-new-tokens", "2"]
+
+    def measured(out):
+        assert run(app, [*measure, str(tmp_path / out)]).exit_code == 0
+        frame = Results(tmp_path / out).frame()
+        return value(frame[frame.weights_hash == rnn_longctx.load(where).weights_hash], 128).value
+
+    found = [measured("a")]
+    assert run(app, [*generate, "--save-state", state]).exit_code == 0
+    assert run(app, [*generate, "--load-state", state]).exit_code == 0
+    for change in (in_place, lambda m: setattr(m.config, "norm_eps", 10.0)):
+        change(model)
+        checkpoint.save(model, where)
+        result = run(app, [*generate, "--load-state", state])
+        assert isinstance(result.exception, InputError) and "was read by it" in str(result.exception)
+        found.append(measured("a"))
+        assert found[-1] == measured(f"fresh{len(found)}")
+    assert len(set(found)) == 3
