@@ -75,6 +75,7 @@ def lm_eval_table(model: Any, tasks: Sequence[str], lengths: Sequence[int | str]
     harness = HarnessLM(
         model, max_length=max_length, batch_size=batch, add_bos_token=add_bos_token, seed=seed, progress=progress
     )
+    weights = harness.model.weights_hash
     rows: list[dict[str, Any]] = []
     runs: list[dict[str, Any]] = []
 
@@ -85,10 +86,10 @@ def lm_eval_table(model: Any, tasks: Sequence[str], lengths: Sequence[int | str]
         for length, loaded, manager in _Tasks(names, wanted, paths, metadata, harness).by_length():
             for remedy in remedies:
                 with mitigate(model, remedy, target_length=length or wanted[-1]):
-                    mitigation = active(model)[0]
+                    mitigation = active(model, weights)[0]
                     harness.tokens_read.clear()
                     results = _evaluate(harness, loaded, manager, limit)
-                about = {"mitigation": mitigation, "model": model.name, "weights_hash": model.weights_hash,
+                about = {"mitigation": mitigation, "model": model.name, "weights_hash": weights,
                          "state_dtype": model.state_dtype and str(model.state_dtype)[6:], "seed": seed}  # fmt: skip
                 read = {str(task): _read(tokens) for task, tokens in harness.tokens_read.items()}
                 rows += [{"length": length} | row | read.get(row["task"], {}) | about for row in _rows(results, length)]

@@ -119,7 +119,8 @@ class Results:
             path.unlink(missing_ok=True)
 
     def relabel(self, model: str, weights_hash: str, train_length: int | None) -> None:
-        """Give a model's stored rows another training length: what was measured does not depend on it."""
+        """Give a model's stored rows another training length: what was measured hangs on it by way of a calibration
+        alone, which is in the key with the length that it is of."""
         for row in self.rows():
             if (row["model"], row["weights_hash"]) == (model, weights_hash) and row["train_length"] != train_length:
                 self.put(row | {"train_length": train_length})

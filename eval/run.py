@@ -111,15 +111,16 @@ def evaluate(model: Any, lengths: Sequence[int | str] | int | str,
     remedies = list({str(r): r for r in map(parse_remedy, named)}.values())
     if not wanted or not jobs or not remedies:
         raise InputError("evaluate needs at least one length, one task and one mitigation")
-    results = Results(out) if out else None
+    results, now = Results(out) if out else None, model.weights_hash
     if results:
-        results.relabel(model.name, model.weights_hash, model.train_length)
+        results.relabel(model.name, now, model.train_length)
     several = text if isinstance(text, list | tuple) else [text]
     texts: dict[Any, Any] = {str(t) if isinstance(t, str | Path) else id(t): t for t in several}
     if not texts:
         raise InputError("evaluate needs at least one text")
+    segment = SEGMENTS[model.device.type]
     contexts = [
-        Context(model, text=t, batch=batch, seed=seed, results=results, segment=SEGMENTS[model.device.type])
+        Context(model, text=t, batch=batch, seed=seed, results=results, segment=segment, _memory={"weights": now})
         for t in texts.values()
     ]
     for context in contexts:
@@ -130,7 +131,7 @@ def evaluate(model: Any, lengths: Sequence[int | str] | int | str,
     if getattr(model, "attends", False) and 1 < (model.train_length or 0) < max(wanted, default=0):
         losses: list[Task] = [job for job in jobs if isinstance(job, LanguageModel)]
         further = map(parse_remedy, diagnostics(model.train_length) if losses else [])
-        if "none" in map(str, remedies) and active(model)[0] == "none":
+        if "none" in map(str, remedies) and active(model, now)[0] == "none":
             todo += [(remedy, losses, False) for remedy in further if remedy not in remedies]
     given = calibration_text or None
     calibration = None if given is None else load_text(given)
@@ -191,7 +192,7 @@ def _plan(model: Mamba2LM, todo: list[tuple[Remedy, list[Task], bool]], lengths:
 @contextmanager
 def _mitigated(model: Mamba2LM, remedy: Remedy, target: int, calibration: Any, context: Context) -> Iterator[None]:
     with mitigate(model, remedy, target_length=target, text=calibration):
-        context.mitigation, context.calibration = active(model)
+        context.mitigation, context.calibration = active(model, context.weights_hash)
         yield
 
 

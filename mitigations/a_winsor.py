@@ -44,4 +44,4 @@ class AWinsor(Remedy):
             A = mixer.A.detach().double().cpu()
             low, high = torch.quantile(A, torch.tensor([self.share, 1 - self.share], dtype=A.dtype))
             policies.append(ScanPolicy(mul=tuple((A.clamp(low, high) / A).tolist())))
-        return Plan(tuple(policies))
+        return Plan(tuple(policies), weights=model.weights_hash)

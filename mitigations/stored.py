@@ -23,6 +23,7 @@ import yaml
 from rnn_longctx.config import load_yaml
 from rnn_longctx.errors import InputError
 from rnn_longctx.mitigations.base import Plan, Remedy
+from rnn_longctx.models.legacy import is_of
 from rnn_longctx.ssd import ScanPolicy
 
 if TYPE_CHECKING:
@@ -92,8 +93,9 @@ class Stored(Remedy):
         if len(self.found.policies) != len(model.mixers):
             raise InputError(f"{self.file} holds {len(self.found.policies)} policies for {len(model.mixers)} layers")
         named, had = self.found.model.get("name"), self.found.model.get("weights")
-        if had not in (None, model.weights_hash) or (had is None and named != model.name):
-            _warn(self.file, f"{named} (weights {had or 'not said'})", f"{model.name} (weights {model.weights_hash})")
+        now = model.weights_hash
+        if (named != model.name) if had is None else not is_of(had, model, now):
+            _warn(self.file, f"{named} (weights {had or 'not said'})", f"{model.name} (weights {now})")
         calibration = f"{self.found.text}, {self.found.method}, seed {self.found.seed}"
         policies = tuple(map(ScanPolicy.from_dict, self.found.policies))
         for layer, p in enumerate(policies):

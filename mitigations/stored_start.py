@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from rnn_longctx.errors import InputError
 from rnn_longctx.mitigations.base import Plan, Remedy
 from rnn_longctx.models import Cache
+from rnn_longctx.models.legacy import is_of
 from rnn_longctx.ssd import ScanPolicy, window_state
 from rnn_longctx.ssd.policy import nested
 
@@ -54,9 +55,9 @@ class StoredStart(Remedy):
                 f"stored-start: {self.file} holds {found}, the model has {len(shapes)} of (H, P, N) = {shapes[0]}"
             )
         read_by = note.get("weights") if isinstance(note, dict) else None  # (`Cache.save` alone does not say)
-        if read_by not in (None, model.weights_hash):
+        now = model.weights_hash
+        if read_by is not None and not is_of(read_by, model, now):
             raise InputError(
-                f"stored-start: {self.file} was read by {note['model']} {read_by}, not by {model.name} "
-                f"{model.weights_hash}"
+                f"stored-start: {self.file} was read by {note['model']} {read_by}, not by {model.name} {now}"
             )
-        return Plan(tuple(ScanPolicy(start=nested(state)) for state in states))
+        return Plan(tuple(ScanPolicy(start=nested(state)) for state in states), weights=now)

@@ -75,16 +75,17 @@ def measure_envelope(model: Mamba2LM, ids: Tensor, text: str, text_hash: str) ->
 
 
 def envelope_of(model: Mamba2LM, length: int, text: Text | None = None) -> Envelope:
-    """The envelope kept with the checkpoint, if it is of that length and no text is named; else measured, on the
-    builtin text where none is named. Raises InputError if the text is too short, or a state is not finite."""
+    """The envelope kept with the checkpoint, if it is of that length and of the weights as they are, and no text is
+    named; else measured, on the builtin text where none is named. Raises InputError if the text is too short, or a
+    state is not finite."""
     from rnn_longctx.data import load_text, tokens
 
-    if text is None and model.calibration:
-        kept = Envelope.from_dict(model.calibration)
+    if text is None and (calibration := model.calibration):
+        kept = Envelope.from_dict(calibration)
         if kept.length == length:
             return _finite(kept, model.name)
     text = text or load_text("builtin")
-    known = model.__dict__.setdefault("_envelopes", {})
+    known = model.measured("envelope")
     if (length, text.hash) not in known:
         ids = torch.stack([torch.from_numpy(tokens(text, model.tokenizer, i, length)[0]) for i in range(SLICES)])
         known[length, text.hash] = _finite(measure_envelope(model, ids, text.name, text.hash), model.name)

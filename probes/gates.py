@@ -32,12 +32,12 @@ def measure_steps(model: Mamba2LM, ids: Tensor) -> list[Tensor]:
 
 
 def steps_of(model: Mamba2LM, length: int, text: Text | None = None) -> tuple[list[Tensor], str]:
-    """`measure_steps` on slices of a text (None: the builtin one), remembered; and what it was measured on.
-    Raises InputError if the text is too short."""
+    """`measure_steps` on slices of a text (None: the builtin one), remembered while the model is the same; and
+    what it was measured on. Raises InputError if the text is too short."""
     from rnn_longctx.data import load_text, tokens
 
     text = text or load_text("builtin")
-    known = model.__dict__.setdefault("_steps", {})
+    known = model.measured("steps")
     if (length, text.hash) not in known:
         ids = torch.stack([torch.from_numpy(tokens(text, model.tokenizer, i, length)[0]) for i in range(SLICES)])
         known[length, text.hash] = measure_steps(model, ids)

@@ -52,7 +52,7 @@ from torch import Tensor
 from rnn_longctx.config import parse_length
 from rnn_longctx.errors import InputError
 from rnn_longctx.models.adopt import reader_of
-from rnn_longctx.models.weights import hash_of
+from rnn_longctx.models.legacy import is_of
 from rnn_longctx.probes.envelope import envelope_of
 from rnn_longctx.probes.inputs import PASSAGE, SMOOTH, TINY, gates_of
 from rnn_longctx.probes.trace import watching
@@ -186,7 +186,8 @@ class CollapseMonitor:
             gates = gates_of(lm, every, text or load_text("builtin"), lasting=text is not None)
         spread = torch.tensor(envelope.peaks, dtype=torch.float64).log().std(1, correction=0)  # (L, H)
         norms, margins = _lists(envelope.norms()), (SPREADS * spread).exp().clamp(*MARGINS).tolist()
-        return cls(lm.name, weights_of(lm), shape_of(lm), every, length, envelope.label, norms, margins, norms, **gates)
+        whose = (lm.name, lm.weights_hash, shape_of(lm))
+        return cls(*whose, every, length, envelope.label, norms, margins, norms, **gates)
 
     # --- kept beside a checkpoint
 
@@ -210,10 +211,11 @@ class CollapseMonitor:
         return monitor
 
     def check(self, lm: Any) -> None:
-        """Raises InputError where the model is not the one this was calibrated on."""
-        if (shape := shape_of(lm)) != self.shape or weights_of(lm) != self.weights:
+        """Raises InputError where the model does not compute what the one that this was calibrated on did."""
+        shape, now = shape_of(lm), lm.weights_hash
+        if shape != self.shape or not is_of(self.weights, lm, now):
             ours = f"{len(self.shape)} layers, first {self.shape[0]}"
-            theirs = f"{len(shape)} layers, first {shape[0]}, weights {weights_of(lm)}"
+            theirs = f"{len(shape)} layers, first {shape[0]}, weights {now}"
             raise InputError(f"the monitor is of {self.model} ({ours}, weights {self.weights}), not of {lm.name} "
                              f"({theirs}): calibrate one for it")  # fmt: skip
 
@@ -293,7 +295,8 @@ class CollapseMonitor:
         one after the other: in turns, their looks are taken for one stream's, and the shift is mostly not known.
 
         Raises:
-            InputError: another model's monitor, an action that is not known or cannot be taken, a file that cannot be
+            InputError: another model's monitor (also of this one, when its weights or settings have changed: told here
+                and where a stream begins), an action that is not known or cannot be taken, a file that cannot be
                 written, a model that is watched already or under a control.
         """
         from rnn_longctx.probes.watch import Watch
@@ -351,10 +354,6 @@ class CollapseMonitor:
 
 
 # --- models and files
-
-
-def weights_of(lm: Any) -> str:
-    return lm.weights_hash or hash_of(lm)
 
 
 def shape_of(lm: Any) -> list[list[int]]:

@@ -168,6 +168,7 @@ class Watch:
     def _judge(self, at: int, norm: Tensor, scale: Tensor) -> list[Report]:
         position, history = at + self._dropped, self._history
         if history.position is None or position != history.position + self.every:
+            self.monitor.check(self.lm)
             if not self._silent:
                 self._previous = "ok"
             history = self._history = History()

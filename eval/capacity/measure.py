@@ -78,7 +78,7 @@ def t_recall(model: Any, task: Passkey, remedy: Remedy, c: MeasureConfig, out: s
     n = task.n
 
     def at(length: int) -> Context:
-        name, calibration = active(model)
+        name, calibration = active(model, texts.weights_hash)
         return Context(model, name, calibration, text=c.text, batch=c.batch, seed=c.seed, results=results,
                        segment=SEGMENTS[model.device.type], _memory=texts._memory)  # fmt: skip
 

@@ -16,7 +16,6 @@ import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -35,7 +34,7 @@ from rnn_longctx.models.formats import ADOPTED, one_line, read_json
 from rnn_longctx.models.losses import token_losses
 from rnn_longctx.models.mamba2 import Mamba2LM, dt_limits, rows_of, state_dtype
 from rnn_longctx.models.restart import Restart, read_restarting
-from rnn_longctx.models.weights import computes_in, hash_of
+from rnn_longctx.models.weights import Identified, computes_in, device_of
 from rnn_longctx.ssd import PLAIN, Call, asked_of, choose
 
 _KEY = "_rnn_longctx_adopted"
@@ -151,13 +150,13 @@ def reader_of(model: Any) -> Any:
     return model if hasattr(model, "mixers") else adopt(model)
 
 
-class Adopted:
+class Adopted(Identified):
     """A model of another library as a stream. The interface is `Mamba2LM`'s.
 
     Attributes:
         model: the library's, as it was given.
         mixers: its recurrent layers, in order.
-        name, train_length, tokenizer, calibration, restart, reader: as in `Mamba2LM`.
+        name, weights_hash, train_length, tokenizer, calibration, restart, reader: as in `Mamba2LM`.
     """
 
     library = "transformers"
@@ -175,7 +174,6 @@ class Adopted:
         self.name = str(getattr(config, "_name_or_path", "") or type(model).__name__)
         self.train_length: int | None = None
         self.tokenizer: Any = LazyTokenizer(tokenizer_of(self.name), self.name, getattr(self.config, "vocab_size", 0))
-        self.calibration: dict | None = None
         self.provenance: dict = {}
         self.restart: Restart | None = None
         self.reader: Any = None
@@ -184,10 +182,12 @@ class Adopted:
         self.base: Any = getattr(model, "base_model", model)  # without the head
         self._takes = set(inspect.signature(self.base.forward).parameters)
 
-    @cached_property
-    def weights_hash(self) -> str:
-        """See `hash_of`."""
-        return hash_of(self.model)
+    @property
+    def module(self) -> nn.Module:
+        return self.model
+
+    def settings(self) -> list[str]:
+        return [f"{m.name} limits dt in single tokens" for m in self.mixers if m.limit_in_decode]
 
     @property
     def scan_state_elements(self) -> int:
@@ -278,7 +278,7 @@ class Adopted:
     @property
     def device(self) -> torch.device:
         weight = getattr(self.embedding, "weight", None)
-        return (weight if isinstance(weight, Tensor) else next(self.parameters())).device
+        return device_of(self.embedding, weight if isinstance(weight, Tensor) else next(self.parameters()))
 
     @property
     def dtype(self) -> torch.dtype:

@@ -75,9 +75,18 @@ class MambaSSMMixer(AdoptedMixer):
     def keep(self, layer: Any, beside: Beside) -> None:
         layer.beside = beside
 
+    @property
+    def weight(self) -> Tensor:
+        """The convolution's, which is used without a call of its own. InputError where accelerate has taken it away."""
+        if (weight := self.module.conv1d.weight).is_meta:
+            raise InputError(
+                f"the weights of {self.name} are offloaded, and mamba_ssm's mixers are read whole: load it anew"
+            )
+        return weight
+
     def new_states(self, batch: int) -> tuple[Tensor, Tensor]:
         """What a row begins with: inputs of the convolution (B, channels, d_conv) and state (B, H, P, N), of zeros."""
-        weight = self.module.conv1d.weight
+        weight = self.weight
         kept = self.state_dtype or torch.promote_types(weight.dtype, torch.float32)
         conv = weight.new_zeros(batch, self.module.d_conv, len(weight)).transpose(1, 2)  # (laid out as the library's)
         return conv, torch.zeros(batch, *self.shape, dtype=kept, device=weight.device)
@@ -122,7 +131,7 @@ class MambaSSMMixer(AdoptedMixer):
     def _layer(self, u: Tensor, states: tuple[Tensor, Tensor] | None, fresh: bool, mask: Tensor | None,
                seq_idx: Tensor | None) -> Tensor:  # fmt: skip
         """u and what is returned: (B, T, d_model). `fresh`: rows begin, whatever the states hold."""
-        m, (heads, headdim, d_state) = self.module, self.shape
+        m, (heads, headdim, d_state), _ = self.module, self.shape, self.weight
         projected = m.in_proj(u)
         both = m.ngroups * d_state
         mlp = (projected.shape[-1] - 2 * self.width - 2 * both - heads) // 2

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from rnn_longctx.errors import InputError
 from rnn_longctx.models.adopt_layer import Beside, following
 from rnn_longctx.models.mamba2 import dt_limits
+from rnn_longctx.models.weights import held
 from rnn_longctx.ssd import PLAIN, Observer, ScanCarry, ScanPolicy, scan, window_state
 
 UNLIMITED = (0.0, math.inf)
@@ -96,7 +97,7 @@ class AdoptedMixer:
     @property
     def A(self) -> Tensor:
         """(H,) or (H, N) float32, the decay rates: -exp(A_log)."""
-        return -self.module.A_log.detach().float().exp()
+        return -held(self.module, "A_log").detach().float().exp()
 
     @property
     def in_proj(self) -> nn.Module:
@@ -108,12 +109,12 @@ class AdoptedMixer:
         dt = projected[..., -self.heads :]
         if (multipliers := getattr(self.module, "mup_vector", None)) is not None:
             dt = dt * multipliers[..., -self.heads :]
-        return F.softplus(dt + self.module.dt_bias).clamp(*self.dt_limit)
+        return F.softplus(dt + held(self.module, "dt_bias").to(dt.device)).clamp(*self.dt_limit)
 
     @property
     def D(self) -> Tensor:
         """(H,) or (H, P)."""
-        return self.module.D
+        return held(self.module, "D")
 
     @property
     def policy(self) -> ScanPolicy:

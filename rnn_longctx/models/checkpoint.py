@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import hashlib
 import json
 import os
 import re
@@ -24,20 +23,19 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rnn_longctx.config import parse_length, to_dict
+from rnn_longctx.config import parse_length
 from rnn_longctx.data.tokenizers import ByteTokenizer, HFTokenizer, Tokenizer, load_tokenizer
 from rnn_longctx.errors import InputError, nearest
 from rnn_longctx.models import formats
 from rnn_longctx.models.foreign import file_instead
 from rnn_longctx.models.formats import check_layout, one_line
-from rnn_longctx.models.mamba2 import Mamba2Config, Mamba2LM
+from rnn_longctx.models.mamba2 import Mamba2LM
 
 BUNDLED = Path(str(files("rnn_longctx"))) / "checkpoints"
 DEMOS = ("demo", "demo-long")  # as trained at 512 tokens, and continued at 16K so that it does not collapse
 DTYPES = {str(d)[6:]: d for d in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
 # Rounded to 16 bits these change the decays over thousands of tokens, so mamba-ssm keeps them in float32.
 _SENSITIVE = ("A_log", "D", "dt_bias")
-_INIT = ("A_init", "A_log_uniform", "dt_init")  # settings that only an initialisation reads
 _FILES = ["config.json", "generation_config.json", "adapter_config.json", formats.SIDE, "calibration.json",
           "*tokenizer*", "special_tokens*", "vocab.json", "merges.txt"]  # fmt: skip
 _SAFE = ["model*.safetensors", "model.safetensors.index.json"]
@@ -103,8 +101,7 @@ def load(source: str | Path, *, device: torch.device | str = "cpu", dtype: torch
         tokenizer: instead of the checkpoint's own: a directory, a hub id or "bytes".
         train_length: tokens (2048, "2k"), where the checkpoint does not say or is wrong.
     Returns:
-        The model, with name, weights_hash (the same in every layout of the same weights), train_length,
-        tokenizer, provenance and calibration.
+        The model, with name, train_length, tokenizer, provenance and calibration.
     Raises:
         InputError: no such checkpoint, an unsupported one, one that is damaged or does not fit its config, or
             weights that are not finite. An unreachable tokenizer raises when it is used, unless named here.
@@ -116,7 +113,7 @@ def load(source: str | Path, *, device: torch.device | str = "cpu", dtype: torch
     with torch.device("meta"):
         model = Mamba2LM(header.config)
     stored = _fitting(formats.read_weights(directory), model, str(source))
-    model.weights_hash = _hash(stored, header.config, str(source))
+    check_finite(stored, str(source))
 
     state = {k: t.to(device, _kept(k, target)) for k, t in stored.items()}
     model.load_state_dict(state, assign=True, strict=False)
@@ -154,7 +151,7 @@ def save(model: Mamba2LM, directory: str | Path, *, dtype: torch.dtype | str | N
     """
     check_layout(model.config, layout)
     target = model.dtype if dtype is None else _dtype(dtype)
-    state = _written(model, target)
+    state = stored_state(model, target)
     extra: dict[str, Any] = {
         "tokenizer": _tokenizer_spec(model),
         "train_length": model.train_length,
@@ -195,13 +192,7 @@ def save(model: Mamba2LM, directory: str | Path, *, dtype: torch.dtype | str | N
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def hash_now(model: Mamba2LM) -> str:
-    """The `weights_hash` of a model whose weights have changed since it was loaded: what `load` will find in what
-    `save` writes of it. Raises InputError if one is not finite."""
-    return _hash(_written(model, model.dtype), model.config, model.name)
-
-
-def _written(model: Mamba2LM, dtype: torch.dtype) -> dict[str, Tensor]:
+def stored_state(model: Mamba2LM, dtype: torch.dtype) -> dict[str, Tensor]:
     """The weights as a file of that dtype holds them, on the CPU, a tied one once."""
     state = {k: t.detach().to("cpu", _kept(k, dtype)).contiguous() for k, t in model.state_dict().items()}
     if model.config.tie_embeddings:
@@ -216,24 +207,17 @@ def _fits(tokenizer: Tokenizer, size: int) -> Tokenizer:
     return tokenizer
 
 
-def _hash(tensors: dict[str, Tensor], config: Mamba2Config, source: str) -> str:
-    """First 16 hex digits of a sha256 over the shape of the model and each tensor's name, dtype, shape and sha256 of
-    its bytes. What only an initialisation reads does not count.
+def check_finite(tensors: dict[str, Tensor], source: str) -> None:
+    """Raise InputError if one holds NaN or infinity. Mapped weights are read in place, several tensors at a time."""
 
-    Mapped weights are read in place, several tensors at a time. Raises InputError if one is not finite.
-    """
+    def finite(name: str) -> bool:
+        tensor = tensors[name].detach()
+        return not tensor.numel() or all(bool(v.isfinite()) for v in tensor.aminmax())
 
-    def line(name: str) -> str:
-        tensor = tensors[name]
-        if tensor.numel() and not all(bool(v.isfinite()) for v in tensor.aminmax()):
-            raise InputError(f"{source}: {name} is not finite: it holds NaN or infinity")
-        raw = memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
-        return f"{name} {tensor.dtype} {list(tensor.shape)} {hashlib.sha256(raw).hexdigest()}"
-
-    shape = {k: v for k, v in formats.plain(to_dict(config)).items() if k not in _INIT}
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        lines = [json.dumps(shape, sort_keys=True), *pool.map(line, sorted(tensors))]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+        for name, fine in zip(tensors, pool.map(finite, tensors)):
+            if not fine:
+                raise InputError(f"{source}: {name} is not finite: it holds NaN or infinity")
 
 
 def _fitting(stored: dict[str, Tensor], model: Mamba2LM, source: str) -> dict[str, Tensor]:

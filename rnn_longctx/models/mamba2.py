@@ -20,6 +20,7 @@ from rnn_longctx.models.cache import Cache, Carry
 from rnn_longctx.models.layers import RMSNorm, Unscaled, causal_conv
 from rnn_longctx.models.losses import head_losses, token_losses
 from rnn_longctx.models.restart import Restart, read_restarting
+from rnn_longctx.models.weights import Identified
 from rnn_longctx.ssd import PLAIN, Call, Observer, ScanPolicy, asked_of, choose, scan
 
 if TYPE_CHECKING:
@@ -157,6 +158,7 @@ class Mamba2(nn.Module):
     @property
     def A(self) -> Tensor:
         """(H), at least float32: the rate at which each head decays, below 0."""
+        refuse_offloaded(self.A_log, "a mixer")
         return -self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)).exp()
 
     @property
@@ -200,7 +202,7 @@ class Mamba2(nn.Module):
             observer=self.observer, gate=gate, state_dtype=self.state_dtype,
         )  # fmt: skip
         if gate is not None and gate.squares is not None:
-            out = Unscaled(self.out_proj(y.flatten(-2)), gate.squares, c.d_inner, c.norm_eps)
+            out = Unscaled(self.out_proj(y.flatten(-2)), gate.squares, c.d_inner, self.norm.eps)
             return out, Carry(conv, scanned)
         return self.out_proj(self.norm(y.flatten(-2), z)), Carry(conv, scanned)
 
@@ -226,11 +228,12 @@ class Backbone(nn.Module):
         return list(self.layers)  # type: ignore[arg-type]
 
 
-class Mamba2LM(nn.Module):
+class Mamba2LM(Identified, nn.Module):
     """A language model whose context is a stream.
 
     Attributes:
-        name, weights_hash, train_length, tokenizer: filled in by `rnn_longctx.load`.
+        name, train_length, tokenizer, provenance, calibration: filled in by `rnn_longctx.load`.
+        weights_hash: of what the model computes now, in whatever layout it was stored (see `digest`).
         eos_token_id: the id or ids that its config ends an answer with, beside the tokenizer's, or None.
         restart: a control that drops the state and reads the last tokens again, or None.
         reader: how a prompt is read where that is not token after token, or None.
@@ -247,15 +250,21 @@ class Mamba2LM(nn.Module):
         if config.tie_embeddings:
             self.lm_head.weight = self.backbone.embedding.weight
         self.name = "unnamed"
-        self.weights_hash = ""
         self.train_length: int | None = None
         self.tokenizer: Any = None
         self.eos_token_id: int | list[int] | None = None
         self.provenance: dict = {}
-        self.calibration: dict | None = None
         self.restart: Restart | None = None
         self.reader: Reader | None = None
         self.spread: Callable[[Tensor, Tensor | None, Tensor | None], Stretch] | None = None
+
+    @property
+    def module(self) -> Mamba2LM:
+        return self
+
+    @property
+    def tied(self) -> bool:
+        return self.lm_head.weight is self.backbone.embedding.weight
 
     # --- the layer interface that remedies and probes use
 
@@ -299,7 +308,7 @@ class Mamba2LM(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.backbone.embedding.weight.device
+        return refuse_offloaded(self.backbone.embedding.weight, self.name).device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -363,6 +372,15 @@ class Mamba2LM(nn.Module):
 
     def new_cache(self) -> Cache:
         return Cache()
+
+
+def refuse_offloaded(weight: Tensor, name: str) -> Tensor:
+    """The weight. InputError where there are no numbers in it: what is read in here is read whole, on one device."""
+    if weight.is_meta:
+        raise InputError(
+            f"the weights of {name} are offloaded, and this library's own models are read whole: load it anew"
+        )
+    return weight
 
 
 def rows_of(ids: Any, wanted: str = "a stream is read from token ids (B, T) or (T) of whole numbers") -> Tensor:

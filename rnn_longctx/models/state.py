@@ -13,6 +13,7 @@ from rnn_longctx.models.adopt import Adopted
 from rnn_longctx.models.adopt_cache import AdoptedCache
 from rnn_longctx.models.adopt_rows import from_cache, to_cache
 from rnn_longctx.models.cache import Cache
+from rnn_longctx.models.legacy import is_of
 from rnn_longctx.models.mamba2 import Mamba2LM
 
 
@@ -55,13 +56,14 @@ def load_state(path: str | Path, model: Mamba2LM | Adopted) -> Any:
     """The cache (of the model's kind) of `save_state`, on the model's device.
 
     Raises:
-        InputError: no such file, other weights, or other policies or another type of states than the model has now.
+        InputError: no such file, another model or one that has changed since, or other policies or another type of
+            states than the model has now.
     """
     cache, extra, note = Cache.load_with(path, model.device)
     if not isinstance(note, dict) or "weights" not in note:
         raise InputError(f"{path} was not written by save_state: it does not say which weights it belongs to")
-    if note["weights"] != model.weights_hash:
-        other, ours = f"{note['model']} {note['weights']}", f"{model.name} {model.weights_hash}"
+    if not is_of(note["weights"], model, now := model.weights_hash):
+        other, ours = f"{note['model']} {note['weights']}", f"{model.name} {now}"
         raise InputError(f"{path} was read by {other}, not by {ours}")
     if note["policies"] != policies_hash(model):
         raise InputError(f"{path} was read with the remedy {note['remedy']}: put the same on, found as it was then")

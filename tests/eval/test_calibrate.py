@@ -1,5 +1,6 @@
 """Calibration: the guard, the searches, the file it writes and who may read it; saved states; the leaderboard."""
 
+import copy
 import math
 
 import numpy as np
@@ -30,7 +31,7 @@ def tiny(layers=2, **more):
     torch.set_num_threads(1)
     config = Mamba2Config(d_model=16, n_layer=layers, headdim=16, d_state=8, **more)
     lm = Mamba2LM(config).eval()
-    lm.train_length, lm.tokenizer, lm.name, lm.weights_hash = 32, ByteTokenizer(), "tiny", f"hash{layers}"
+    lm.train_length, lm.tokenizer, lm.name = 32, ByteTokenizer(), "tiny"
     return lm
 
 
@@ -227,14 +228,16 @@ def test_bad_files_and_words(tmp_path, monkeypatch):
 
 def test_another_model_of_the_shape_is_named_once(tmp_path, caplog, monkeypatch):
     losses(monkeypatch, lambda r: 1.0 if r == "none" else float(alphas(r).mean()))
-    path, sister = tmp_path / "remedy.yaml", tiny()
-    calibrate(tiny(), "rri", 128, TEXT).save(path)
-    with mitigate(tiny(), str(path)):
+    path, lm = tmp_path / "remedy.yaml", tiny()
+    sister = copy.deepcopy(lm)
+    calibrate(lm, "rri", 128, TEXT).save(path)
+    with mitigate(lm, str(path)):
         assert not caplog.records
-    sister.name, sister.weights_hash = "sister", "other"
+    old, sister.name = sister.weights_hash, "sister"
+    sister.lm_head.weight.data.mul_(0.5)
     for _ in range(2):
         mitigate(sister, str(path)).remove()
-    said = "was calibrated on tiny (weights hash2), not on this sister (weights other)"
+    said = f"was calibrated on tiny (weights {old}), not on this sister (weights {sister.weights_hash})"
     assert [r.getMessage() for r in caplog.records] == [f"{path} {said}"]
 
 
@@ -327,8 +330,9 @@ def test_a_saved_state_goes_on_as_if_never_stopped(tmp_path):
     lm.use_state_dtype(None)
     with pytest.raises(InputError, match="states in bfloat16: give the same --state-dtype"):
         load_state(tmp_path / "s", lm)
-    lm.weights_hash = "other"
-    with pytest.raises(InputError, match="was read by tiny hash2, not by tiny other"):
+    old = lm.weights_hash
+    lm.lm_head.weight.data.mul_(0.5)
+    with pytest.raises(InputError, match=f"was read by tiny {old}, not by tiny {lm.weights_hash}"):
         load_state(tmp_path / "s", lm)
     Cache().save(tmp_path / "c")
     with pytest.raises(InputError, match="does not say which weights"):

@@ -97,7 +97,7 @@ def model(folder):
 def bytes_model():
     torch.manual_seed(1)
     model = Mamba2LM(Mamba2Config(d_model=32, n_layer=1, headdim=16, d_state=8)).eval()
-    model.tokenizer, model.name, model.weights_hash, model.train_length = ByteTokenizer(), "tiny-bytes", "00", 64
+    model.tokenizer, model.name, model.train_length = ByteTokenizer(), "tiny-bytes", 64
     return model
 
 
@@ -246,7 +246,7 @@ def test_one_row_a_task_length_and_remedy(bytes_model, folder, tmp_path, monkeyp
     read = [len(doc["text"].rstrip()) for doc in DOCS[:2] for _ in doc["choices"]]  # a context a choice
     assert set(rows.loc["tiny_choices"]["tokens_read"]) == {sum(read) / len(read)}
     assert (rows.loc["rnn_longctx_qa"]["tokens_read_min"] == len("abc\n\nQuestion: d?\nAnswer:")).all()
-    assert set(frame.n) == {1, 2} and set(frame.weights_hash) == {"00"}
+    assert set(frame.n) == {1, 2} and set(frame.weights_hash) == {bytes_model.weights_hash}
     with (tmp_path / "out" / "lm_eval.csv").open() as file:
         assert len(list(csv.DictReader(file))) == len(frame)
     runs = json.loads((tmp_path / "out" / "lm_eval.json").read_text())

@@ -159,7 +159,7 @@ def test_handles_compose_and_come_off_in_any_order(model):
 def test_calibration_sees_the_bare_model(model, made):
     with mitigate(model, "state-norm", text=made) as handle:
         bare = handle.plan.policies
-    model.__dict__.pop("_envelopes", None)
+    model.__dict__.pop("_measured")
     with mitigate(model, "rri:alpha=0.5,beta=0.1"), mitigate(model, "state-norm", text=made) as handle:
         assert handle.plan.policies == bare
 

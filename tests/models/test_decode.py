@@ -45,6 +45,26 @@ def both(model, cache, tokens):
     )
 
 
+@torch.no_grad()
+def test_follows_weights_that_change_between_two_tokens():
+    """Numbers written in place, and tensors put in the place of others."""
+    model, tokens, cache = small(), torch.randint(50, (2, 8), device=DEVICE), Cache()
+    model(torch.randint(50, (2, 7), device=DEVICE), cache)
+    decoder, last = Decoder(model, cache.clone()), None
+    for i, token in enumerate(tokens.unbind(1)):
+        mixer = model.mixers[i % 2]
+        if i == 2:
+            mixer.A_log.data.add_(2.0)
+        if i == 4:
+            mixer.out_proj.weight.data = mixer.out_proj.weight * 3
+        if i == 6:
+            mixer.D = torch.nn.Parameter(mixer.D + 1)
+        ours, expected = decoder(token), model.logits(model(token[:, None], cache)[:, 0])
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+        assert last is None or not torch.allclose(expected, last, rtol=1e-3)
+        last = expected
+
+
 @pytest.mark.parametrize(("name", "rows"), [*((name, 2) for name in POLICIES), ("rri", matvec.MOST + 1)])
 def test_steps_as_the_model_does(name, rows):
     model, tokens = small(bias=name == "rri"), torch.randint(50, (rows, 9), device=DEVICE)
