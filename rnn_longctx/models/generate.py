@@ -14,15 +14,13 @@ from rnn_longctx.models.adopt import reader_of
 from rnn_longctx.models.cache import Cache
 from rnn_longctx.models.decode import Decoder
 from rnn_longctx.models.mamba2 import Mamba2LM, rows_of
+from rnn_longctx.models.modes import evaluating, in_evaluation
+from rnn_longctx.models.segments import SEGMENT
 from rnn_longctx.ssd import fused
-
-SEGMENT = 4096
-# Tokens read at once, of all rows together, where a text is only measured. On a CPU a call's activations should stay
-# near its caches.
-SEGMENTS = {"cpu": 4096, "cuda": 65536}
 
 
 @torch.no_grad()
+@in_evaluation
 def prefill(model: Mamba2LM, ids: Tensor, cache: Cache | None = None, segment: int = SEGMENT) -> tuple[Tensor, Cache]:
     """Read ids (B, T) and return the logits (B, vocab) after the last token, and the cache.
 
@@ -55,7 +53,8 @@ def continuation(model: Mamba2LM, logits: Tensor, cache: Cache, temperature: flo
         else:
             token = logits.argmax(-1)
         yield token
-        logits = step(token) if step else model.logits(model(token[:, None], cache)[:, -1])
+        with evaluating(model):  # a token at a time: between two of them the model is as it was
+            logits = step(token) if step else model.logits(model(token[:, None], cache)[:, -1])
 
 
 def prompt_ids(model: Any, prompt: Any) -> Tensor:
