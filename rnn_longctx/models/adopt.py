@@ -240,10 +240,10 @@ class Adopted:
     @property
     def attends(self) -> bool:
         """Whether attention stands beside the recurrence: a hybrid keeps keys and values, a pure model states alone."""
-        return self._mixed and self._attention
+        return self.hybrid and self._attention
 
     @property
-    def _mixed(self) -> bool:
+    def hybrid(self) -> bool:
         """Whether it is of a family of hybrids, though all its own layers may be recurrent."""
         return not self._takes.isdisjoint(("past_key_values", "position_ids"))
 
@@ -396,7 +396,7 @@ class Adopted:
         if "position_ids" in self._takes:  # some families count a cached call's tokens from 0
             at = (torch.arange(cache.seen, total) - padding[:, None]).clamp(min=0)
             given["position_ids"] = at.to(ids.device)
-        if cache.library is None and self._mixed and not self._attention:
+        if cache.library is None and self.hybrid and not self._attention:
             cache.library = unattended()(config=self.config)
         if cache.seen:
             for mixer in self.mixers:
