@@ -34,7 +34,7 @@ from rnn_longctx.mitigations.rri import RRI
 from rnn_longctx.mitigations.stored import Found, shape_of
 from rnn_longctx.models import Mamba2LM
 from rnn_longctx.models.adopt import reader_of
-from rnn_longctx.models.generate import SEGMENTS
+from rnn_longctx.models.segments import SEGMENTS
 from rnn_longctx.probes.ablation import tail_losses
 from rnn_longctx.ssd import PLAIN
 

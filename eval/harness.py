@@ -30,8 +30,10 @@ from tqdm import tqdm
 from rnn_longctx.config import parse_length
 from rnn_longctx.eval.harness_tokens import PromptTokenizer
 from rnn_longctx.mitigations import mitigate
-from rnn_longctx.models.generate import SEGMENTS, continuation, prefill
+from rnn_longctx.models.generate import continuation, prefill
 from rnn_longctx.models.losses import LOGITS
+from rnn_longctx.models.modes import evaluating
+from rnn_longctx.models.segments import SEGMENTS
 
 NEW_TOKENS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # first found wins
 Scored = tuple[float, bool]
@@ -70,13 +72,14 @@ class HarnessLM(TemplateLM):
                  prefix_token_id: int | None = None, seed: int = 0, progress: bool = False):  # fmt: skip
         super().__init__()
         given = {"device": device, "dtype": dtype, "tokenizer": tokenizer, "train_length": train_length}
-        if isinstance(model, str):
-            from rnn_longctx.models.adopt import load_any
+        from rnn_longctx.models.adopt import load_any, reader_of
 
+        if isinstance(model, str):
             model = load_any(model, **given | {"device": device or "cpu", "dtype": dtype or "float32"})
             mitigate(model, mitigation or "none", target_length=target_length)
         else:
             given |= {"mitigation": mitigation, "target_length": target_length}
+            model = reader_of(model)
             if unread := [name for name, value in given.items() if value is not None]:
                 raise InputError(f"{', '.join(unread)}: of a model that is named; {model.name} is loaded already")
         if not str(batch_size).isdigit() or int(batch_size) < 1:
@@ -184,7 +187,7 @@ class HarnessLM(TemplateLM):
         apart: list[int] = []
         scores: dict[int, Scored] = {}
 
-        with self._bar(requests) as bar:
+        with self._bar(requests) as bar, evaluating(self.model):
             for prefix, rows in shared.items():
                 if len(rows) == 1 or len(prefix) == 1:
                     apart += rows

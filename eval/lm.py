@@ -23,6 +23,7 @@ from rnn_longctx.errors import InputError
 from rnn_longctx.eval.results import Row
 from rnn_longctx.eval.task import Context, Task, forget_peak, peak_bytes
 from rnn_longctx.models import Cache
+from rnn_longctx.models.modes import evaluating
 from rnn_longctx.spec import quiet
 
 PEAK_BINS = 4  # the highest loss within the training length is taken over so many equal stretches of it
@@ -157,8 +158,11 @@ class _Pass:
         name = f"{_stream(context, text)}-{rows[0]}-{rows[-1]}-{reach}"
         self.path = context.results.snapshot_path(name) if context.results else None
 
-    @torch.inference_mode()
     def run(self) -> None:
+        with torch.inference_mode(), evaluating(self.context.model):
+            self._run()
+
+    def _run(self) -> None:
         c, reach, size = self.context, self.reach, len(self.rows)
         pairs = [tokens(self.text, c.model.tokenizer, i, reach + 1) for i in self.rows]
         ids = torch.from_numpy(np.stack([p[0] for p in pairs]))

@@ -35,14 +35,17 @@ def header(
     device: str,
     dtype: str,
     backend: str,
+    reads: str | None = None,
 ) -> RenderableType:
-    """What is measured, on what. `scan_state` and `conv_state` in elements of one sequence, all layers."""
-    lines = (
+    """What is measured, on what. `scan_state` and `conv_state` in elements of one sequence, all layers; `reads`: how,
+    where that is unusual."""
+    lines = [
         ("model", f"{model}, {_count(parameters)} parameters"),
         ("state", f"{scan_state + conv_state:,} elements (scan {scan_state:,} + conv {conv_state:,})"),
         ("trained at", "unknown length" if train_length is None else f"{format_length(train_length)} tokens"),
         ("runs on", f"{device}, {dtype}, {backend}"),
-    )
+        *([("reads", reads)] if reads else []),
+    ]
     grid = Table.grid(padding=(0, 2))
     for name, text in lines:
         grid.add_row(Text(name, style="dim"), Text(text))

@@ -33,7 +33,8 @@ from rnn_longctx.mitigations import (
 )
 from rnn_longctx.models import Mamba2LM
 from rnn_longctx.models.adopt import reader_of
-from rnn_longctx.models.generate import SEGMENTS
+from rnn_longctx.models.modes import in_evaluation
+from rnn_longctx.models.segments import SEGMENTS
 from rnn_longctx.spec import parse
 
 TASKS: dict[str, type[Task]] = {t.name: t for t in (LanguageModel, Passkey, MultiKey, Words)}
@@ -71,6 +72,7 @@ def parse_task(text: str | Task) -> Task:
     return parse(text, TASKS, "task")
 
 
+@in_evaluation
 def evaluate(model: Any, lengths: Sequence[int | str] | int | str,
              tasks: Sequence[str | Task] | str | Task = ("lm", "passkey"),
              mitigations: Sequence[str | Remedy] | str | Remedy | None = None, *,

@@ -30,6 +30,7 @@ from rnn_longctx.mitigations.token_filter import TokenFilter
 from rnn_longctx.mitigations.window import Window
 from rnn_longctx.models import Mamba2LM, checkpoint
 from rnn_longctx.models.adopt import Adopted, adopted, reader_of
+from rnn_longctx.models.wrapped import innermost
 from rnn_longctx.spec import parse
 from rnn_longctx.ssd import PLAIN, ScanPolicy
 
@@ -204,7 +205,7 @@ def mitigate(model: Any, remedy: str | Remedy, *, target_length: int | str | Non
     text = None if text is None else load_text(text)
     with _bare(model):
         handle = Handle(model, remedy, remedy.plan(model, target_length, text), text)
-    if (handle.plan.restart or handle.plan.reader) and model is not given:
+    if (handle.plan.restart or handle.plan.reader) and isinstance(model, Adopted) and model is not given:
         raise NotApplicable(
             f"{remedy} is a way to read, which {type(given).__name__} has of its own: put it on "
             "rnn_longctx.adopt(model), and read with rnn_longctx.generate or rnn_longctx.evaluate"
@@ -274,7 +275,7 @@ def active(model: Mamba2LM | Adopted | nn.Module, now: str | None = None) -> tup
 
 def handles_on(model: Mamba2LM | Adopted | nn.Module) -> list[Handle]:
     """The remedies on a model, in the order in which they were put on."""
-    return list((adopted(model) or model).__dict__.get("_remedies", []))
+    return list((adopted(model) or innermost(model)).__dict__.get("_remedies", []))
 
 
 def combine(plans: list[Plan], model: Mamba2LM) -> Plan:

@@ -19,6 +19,7 @@ from torch import Tensor
 from rnn_longctx.errors import InputError
 from rnn_longctx.mitigations.base import NotApplicable, Plan, Remedy, one_step_a_head, same_everywhere
 from rnn_longctx.models import Cache, Mamba2LM
+from rnn_longctx.models.segments import longest
 from rnn_longctx.spec import quiet
 
 if TYPE_CHECKING:
@@ -47,8 +48,8 @@ class Decimate(Remedy):
         own = isinstance(model, Mamba2LM)
         if not own and getattr(model, "attends", True):
             raise NotApplicable(f"decimate drops tokens between layers, which attention in {model.name} needs")
-        if not own and model.mixers[0].library == "mamba_ssm":
-            raise NotApplicable("decimate reads layer by layer, which is not written for mamba_ssm's models")
+        if not own and getattr(model, "hybrid", True):
+            raise NotApplicable(f"decimate reads layer by layer, which is not written for {type(model.model).__name__}")
         layers = len(model.mixers)
         first = layers // 2 if self.first is None else self.first
         if not 0 <= first < layers:
@@ -88,6 +89,7 @@ def read_adopted(model: Any, ids: Tensor, segment: int, first: int, keep: list[i
     from transformers import DynamicCache
 
     base, cache = model.base, model.new_cache()
+    segment = min(segment, longest(model, len(ids)) or segment)
     cache.library = DynamicCache(config=base.config)
 
     def scored(i: int, h: Tensor) -> list[Tensor]:

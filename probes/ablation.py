@@ -21,7 +21,8 @@ from torch import Tensor
 
 from rnn_longctx.config import format_length
 from rnn_longctx.models import Restart
-from rnn_longctx.models.generate import SEGMENTS
+from rnn_longctx.models.modes import in_evaluation
+from rnn_longctx.models.segments import SEGMENTS
 from rnn_longctx.ssd import Cap, ScanPolicy
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ EVERY = 64  # tokens between two caps
 
 
 @torch.inference_mode()
+@in_evaluation
 def tail_losses(model: Mamba2LM, ids: Tensor, segment: int | None = None) -> Tensor:
     """(B,) float64: mean -log p in nats per token over positions (L/2, L], for ids (B, L + 1), streamed."""
     length, t = ids.shape[1] - 1, 0

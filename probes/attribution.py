@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from rnn_longctx.errors import InputError
-from rnn_longctx.models.generate import SEGMENT
+from rnn_longctx.models.segments import SEGMENT
 from rnn_longctx.probes.terms import Terms, read_terms, refuse
 
 if TYPE_CHECKING:

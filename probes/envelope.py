@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rnn_longctx.errors import InputError
+from rnn_longctx.models.modes import in_evaluation
 
 if TYPE_CHECKING:
     from rnn_longctx.data import Text
@@ -61,6 +62,7 @@ class Envelope:
 
 
 @torch.inference_mode()
+@in_evaluation
 def measure_envelope(model: Mamba2LM, ids: Tensor, text: str, text_hash: str) -> Envelope:
     """Read ids (slices, length) and keep each head's largest norms, looked at every 16 tokens (token by token would
     take many times as long) and at the end."""

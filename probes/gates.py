@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from rnn_longctx.models.modes import in_evaluation
+
 if TYPE_CHECKING:
     from rnn_longctx.data import Text
     from rnn_longctx.models import Mamba2LM
@@ -15,20 +17,21 @@ SLICES = 8
 
 
 @torch.inference_mode()
+@in_evaluation
 def measure_steps(model: Mamba2LM, ids: Tensor) -> list[Tensor]:
     """dt (slices, T, H) float32 of every recurrent layer, after softplus and clamp, on ids (slices, T)."""
-    found: list[Tensor] = []
+    parts: list[list[Tensor]] = [[] for _ in model.mixers]  # of each layer, a piece a call of its
 
-    def note(mixer: Any) -> Any:
-        return lambda module, inputs, projected: found.append(mixer.steps(projected).float().cpu())
+    def note(layer: int, mixer: Any) -> Any:
+        return lambda module, inputs, projected: parts[layer].append(mixer.steps(projected).float().cpu())
 
-    hooks = [mixer.in_proj.register_forward_hook(note(mixer)) for mixer in model.mixers]
+    hooks = [mixer.in_proj.register_forward_hook(note(i, mixer)) for i, mixer in enumerate(model.mixers)]
     try:
         model(ids.to(model.device))
     finally:
         for hook in hooks:
             hook.remove()
-    return found
+    return [torch.cat(pieces, 1) for pieces in parts]
 
 
 def steps_of(model: Mamba2LM, length: int, text: Text | None = None) -> tuple[list[Tensor], str]:

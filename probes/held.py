@@ -15,8 +15,9 @@ from rnn_longctx.data.passkey import PAPER, PasskeyPrompt, passkey_batch
 from rnn_longctx.data.tokenizers import Tokenizer
 from rnn_longctx.errors import InputError
 from rnn_longctx.mitigations import Remedy, mitigate
-from rnn_longctx.models.generate import SEGMENT, generate
+from rnn_longctx.models.generate import generate
 from rnn_longctx.models.mamba2 import Mamba2LM
+from rnn_longctx.models.segments import SEGMENT
 from rnn_longctx.probes.attribution import attribute
 from rnn_longctx.probes.terms import read_terms, refuse
 from rnn_longctx.ssd import PLAIN, ScanPolicy

@@ -53,6 +53,7 @@ from rnn_longctx.config import parse_length
 from rnn_longctx.errors import InputError
 from rnn_longctx.models.adopt import reader_of
 from rnn_longctx.models.legacy import is_of
+from rnn_longctx.models.modes import warn_of_training
 from rnn_longctx.probes.envelope import envelope_of
 from rnn_longctx.probes.inputs import PASSAGE, SMOOTH, TINY, gates_of
 from rnn_longctx.probes.trace import watching
@@ -274,6 +275,8 @@ class CollapseMonitor:
            prometheus: str | Path | None = None,
            fallback: Callable[[Report, Tensor], Tensor | None] | None = None) -> Iterator[Watch]:  # fmt: skip
         """Watch a model inside the `with` block, in this library's reading and generation and, adopted, in its own.
+        This library's generation is in evaluation mode; a model's own calls stay in the mode that it is in, and an
+        adopted one in training mode is warned of.
 
         Args:
             action: what to do.
@@ -303,6 +306,7 @@ class CollapseMonitor:
 
         lm = reader_of(model)
         self.check(lm)
+        warn_of_training(lm)
         watch = Watch(self, lm, action, log, prometheus, fallback, raw=model is not lm)
         try:
             with watching(watch.eyes), watch.reading():

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from rnn_longctx.data import Text, make_passkey, tokens
 from rnn_longctx.errors import InputError, nearest
-from rnn_longctx.models.generate import SEGMENTS
+from rnn_longctx.models.modes import in_evaluation
+from rnn_longctx.models.segments import SEGMENTS
 from rnn_longctx.probes.ablation import Ablation, ablate
 from rnn_longctx.probes.envelope import envelope_of
 from rnn_longctx.probes.onset import MARGIN, accused, doubling, not_finite_is_beyond, onsets, verdict
@@ -113,6 +114,7 @@ def scalar_rows(found: Probe) -> Iterator[tuple[int, dict[str, float]]]:
         yield int(str(position)), row
 
 
+@in_evaluation
 def probe(model: Mamba2LM, text: Text, length: int, *, prompt: str = "text", every: int = 256, slices: int = 1,
           seed: int = 0, calibration_text: Text | None = None, prove: bool = False, remember: bool = False,
           say: Callable[[str], None] = lambda line: None) -> Probe:  # fmt: skip

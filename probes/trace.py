@@ -203,7 +203,8 @@ class Trace:
 def record(model: Mamba2LM, layers: Iterable[int] | None = None, every: int | str = 256,
            whole: bool = False) -> Iterator[Trace]:  # fmt: skip
     """Watch the states of a model while it reads inside the `with` block, one stream after the other. Without
-    gradients (`torch.inference_mode()`) that takes the memory of a segment and of the table.
+    gradients (`torch.inference_mode()`) that takes the memory of a segment and of the table. The model stays in the
+    mode that it is in, and an adopted one in training mode is warned of.
 
     Args:
         model: this library's, or one of another library, which is adopted.
@@ -216,8 +217,10 @@ def record(model: Mamba2LM, layers: Iterable[int] | None = None, every: int | st
     """
     from rnn_longctx.models.adopt import reader_of
     from rnn_longctx.models.mamba2 import Mamba2LM as Own
+    from rnn_longctx.models.modes import warn_of_training
 
     lm = reader_of(model)
+    warn_of_training(lm)
     count = len(lm.mixers)
     try:
         wanted = list(range(count)) if layers is None else list(dict.fromkeys(index(i) for i in layers))

@@ -82,6 +82,7 @@ def evaluate_command(
     from rnn_longctx.eval.plots import plot_all
     from rnn_longctx.eval.report import asked, header, table
     from rnn_longctx.mitigations import parse_remedy
+    from rnn_longctx.models.segments import shortened
 
     given = {
         "model": model, "lengths": lengths and parse_lengths(lengths), "tasks": task or None,
@@ -118,6 +119,7 @@ def evaluate_command(
             str(lm.device),
             c.dtype if lm.state_dtype is None else f"{c.dtype} with states in {c.state_dtype}",
             lm.backend,
+            shortened(lm),
         )
     )
     frame = evaluate(lm, c.lengths, c.tasks, c.mitigations, text=c.text, calibration_text=c.calibration_text,

@@ -19,7 +19,7 @@ from rnn_longctx.eval.results import Results
 from rnn_longctx.eval.run import evaluate
 from rnn_longctx.eval.task import Context
 from rnn_longctx.mitigations import Remedy, active, mitigate, parse_remedy
-from rnn_longctx.models.generate import SEGMENTS
+from rnn_longctx.models.segments import SEGMENTS
 
 START = 1024  # where the search for T_recall begins, of a model whose training length is not known
 

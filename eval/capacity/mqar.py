@@ -17,6 +17,7 @@ from rnn_longctx.eval.capacity.config import Cell, MQARConfig
 from rnn_longctx.eval.results import Results
 from rnn_longctx.eval.stats import mean_stderr
 from rnn_longctx.models.mamba2 import Mamba2LM
+from rnn_longctx.models.modes import in_evaluation
 from rnn_longctx.train.config import OptimizerConfig, ScheduleConfig
 from rnn_longctx.train.snapshots import newest_snapshot, save_snapshot
 from rnn_longctx.train.trainer import learning_rate, make_optimizer
@@ -56,6 +57,7 @@ def train_mqar(cell: Cell, c: MQARConfig, folder: Path, device: torch.device) ->
 
 
 @torch.inference_mode()
+@in_evaluation
 def measure_mqar(model: Mamba2LM, cell: Cell, c: MQARConfig, results: Results, say: Callable[[str], None]) -> None:
     """A row for every number of pairs: the share of answers that are right, one sample a sequence. `length` is that of
     the sequences, in tokens."""

@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ from torch.utils.hooks import RemovableHandle
 from rnn_longctx.config import parse_length
 from rnn_longctx.errors import InputError
 from rnn_longctx.models import adopt_rows
-from rnn_longctx.models.adopt_cache import AdoptedCache
+from rnn_longctx.models.adopt_cache import AdoptedCache, unattended
 from rnn_longctx.models.adopt_mamba1 import AdoptedMamba1, is_mamba1
 from rnn_longctx.models.adopt_transformers import UNLIMITED, AdoptedMixer, cache_name, is_mamba2, is_mamba_ssm
 from rnn_longctx.models.checkpoint import LazyTokenizer, _device, _dtype, _fits, load, locate, tokenizer_of
@@ -34,7 +35,9 @@ from rnn_longctx.models.formats import ADOPTED, one_line, read_json
 from rnn_longctx.models.losses import token_losses
 from rnn_longctx.models.mamba2 import Mamba2LM, dt_limits, rows_of, state_dtype
 from rnn_longctx.models.restart import Restart, read_restarting
+from rnn_longctx.models.segments import kernels_there, longest, widest
 from rnn_longctx.models.weights import Identified, computes_in, device_of
+from rnn_longctx.models.wrapped import innermost, unreadable, unwrapped
 from rnn_longctx.ssd import PLAIN, Call, asked_of, choose
 
 _KEY = "_rnn_longctx_adopted"
@@ -48,7 +51,8 @@ def adopt(model: nn.Module | Adopted, *, name: str | None = None, tokenizer: Any
     Families: those of transformers with Mamba-2 mixers (Mamba2, Bamba, FalconH1, GraniteMoeHybrid, NemotronH, Zamba2),
     and with Mamba-1's (Mamba, FalconMamba, Jamba), each of whose channels is a head; and those of mamba_ssm with its
     Mamba2 or Mamba2Simple mixers (`rnn_longctx.models.adopt_mamba_ssm`).
-    Adopting a model again returns the same object, with what is newly given filled in.
+    Adopting a model again returns the same object, with what is newly given filled in. A wrapper that only passes
+    everything on is adopted as the model inside it (`rnn_longctx.models.wrapped`).
 
     Args:
         name: for results; None takes the one in its config.
@@ -57,15 +61,20 @@ def adopt(model: nn.Module | Adopted, *, name: str | None = None, tokenizer: Any
         time_step_limit_in_decode: let single-token steps respect the limits of dt. The library does not, so that a
             cached token and the same token in a prompt differ where the limits bite. Our step runs then.
     Raises:
-        InputError: no model, no such mixer in it, one of this library's own, or a transformers older than 5.15.
+        InputError: no model, no such mixer in it, one of this library's own, a wrapper that does more than pass
+            everything on, or a transformers older than 5.15.
     """
     length = None if train_length is None else parse_length(train_length, "train_length")
-    if isinstance(model, Mamba2LM):
-        raise InputError(f"{model.name} is this library's own and needs no adopting: give these to rnn_longctx.load")
+    if isinstance(own := innermost(model), Mamba2LM):
+        raise InputError(f"{own.name} is this library's own and needs no adopting: give these to rnn_longctx.load")
     if not isinstance(model, Adopted | nn.Module):
         what = f"the name {model!r}" if isinstance(model, str) else f"{type(model).__name__} {model!r:.40}"
-        raise InputError(f'expected a model, got {what}: load one first, as in rnn_longctx.load("demo")')
-    found = model if isinstance(model, Adopted) else adopted(model) or _made(model)
+        helps = 'load one first, as in rnn_longctx.load("demo")'
+        if isinstance(getattr(model, "model", None), nn.Module):  # a pipeline, a Trainer
+            helps = "give the model inside it, its .model"
+        raise InputError(f"expected a model, got {what}: {helps}")
+    inner = model if isinstance(model, Adopted) else unwrapped(model)
+    found = inner if isinstance(inner, Adopted) else adopted(inner) or _made(inner)
     found.model.__dict__[_KEY] = found
     found.name = name or found.name
     found.train_length = length or found.train_length
@@ -140,21 +149,24 @@ def _made(model: nn.Module) -> Adopted:
 
 
 def adopted(model: Any) -> Adopted | None:
-    """What `adopt` made of a model, or None if it has not been adopted."""
-    known = getattr(model, "__dict__", {}).get(_KEY)
-    return known if known is not None and known.model is model else None
+    """Return what `adopt` made of a model, or of the one inside a wrapper, or None if it has not been adopted."""
+    inner = innermost(model)
+    known = getattr(inner, "__dict__", {}).get(_KEY)
+    return known if known is not None and known.model is inner else None
 
 
 def reader_of(model: Any) -> Any:
-    """The model as this library reads it: its own as it is, one of another library adopted. InputError: see `adopt`."""
-    return model if hasattr(model, "mixers") else adopt(model)
+    """Return a model as this library reads it: its own as it is, also from inside a wrapper (see `adopt`), one of
+    another library adopted. InputError: see `adopt`."""
+    inner = unwrapped(model) if isinstance(model, nn.Module) else model
+    return inner if hasattr(inner, "mixers") else adopt(model)
 
 
 class Adopted(Identified):
     """A model of another library as a stream. The interface is `Mamba2LM`'s.
 
     Attributes:
-        model: the library's, as it was given.
+        model: the library's; of a wrapper, the one inside it.
         mixers: its recurrent layers, in order.
         name, weights_hash, train_length, tokenizer, calibration, restart, reader: as in `Mamba2LM`.
     """
@@ -181,6 +193,20 @@ class Adopted(Identified):
         self._guards: list[RemovableHandle] = []
         self.base: Any = getattr(model, "base_model", model)  # without the head
         self._takes = set(inspect.signature(self.base.forward).parameters)
+        self._unreadable = unreadable(model)
+        self._warned = False  # of a call too wide for the library's kernels
+        places = [getattr(m.module, "layer_idx", None) for m in self.mixers]
+        if twice := next(
+            (m.name for m, at in zip(self.mixers, places) if at is not None and places.count(at) > 1), None
+        ):
+            raise InputError(
+                f"{self.name} holds a recurrent layer more than once ({twice}): an adapter that keeps a copy of whole "
+                "layers must be merged first (merge_and_unload), and of two models each is adopted alone"
+            )
+        for mixer in self.mixers:
+            mixer.stand()
+        if kernels_there():
+            self.mixers[0].module.register_forward_pre_hook(self._measure, with_kwargs=True)
 
     @property
     def module(self) -> nn.Module:
@@ -221,7 +247,18 @@ class Adopted(Identified):
     @property
     def attends(self) -> bool:
         """Whether attention stands beside the recurrence: a hybrid keeps keys and values, a pure model states alone."""
+        return self.hybrid and self._attention
+
+    @property
+    def hybrid(self) -> bool:
+        """Whether it is of a family of hybrids, though all its own layers may be recurrent."""
         return not self._takes.isdisjoint(("past_key_values", "position_ids"))
+
+    @cached_property
+    def _attention(self) -> bool:
+        from transformers import DynamicCache
+
+        return any(hasattr(layer, "get_seq_length") for layer in DynamicCache(config=self.config).layers)
 
     @property
     def state_dtype(self) -> torch.dtype | None:
@@ -264,6 +301,8 @@ class Adopted(Identified):
 
     @property
     def embedding(self) -> Any:
+        if self._unreadable and not hasattr(self.model, "get_input_embeddings"):
+            self._refuse_reading()
         return self.model.get_input_embeddings()
 
     @property
@@ -317,6 +356,20 @@ class Adopted(Identified):
 
     def read(self, ids: Tensor, cache: AdoptedCache, mask: Tensor | None = None) -> Tensor:
         """`forward` without the reader's control."""
+        if self._unreadable:
+            self._refuse_reading()
+        batch, length = ids.shape
+        most = longest(self, batch)
+        if most is None or length <= most:
+            return self._read(ids, cache, mask)
+        masks = [None] * length if mask is None else mask.split(most, 1)
+        return torch.cat([self._read(part, cache, some) for part, some in zip(ids.split(most, 1), masks)], 1)
+
+    def _refuse_reading(self) -> NoReturn:
+        raise InputError(f"{self._unreadable}: mitigate it, and read with its own forward")
+
+    def _read(self, ids: Tensor, cache: AdoptedCache, mask: Tensor | None) -> Tensor:
+        """`read` in one call of the library."""
         batch, length = ids.shape
         if cache.seen and len(cache.position) != batch:
             raise InputError(f"the cache holds {len(cache.position)} rows, the ids {batch}")
@@ -340,7 +393,7 @@ class Adopted(Identified):
     def _call(self, ids: Tensor, cache: AdoptedCache, mask: Tensor | None, before: Tensor, padding: Tensor) -> Tensor:
         """The library reads ids (B, T), T > 0, and its cache is moved on. before, padding: (B,) on the CPU, tokens read
         before and columns of padding up to here."""
-        total, length = cache.seen + ids.shape[1], ids.shape[1]
+        total = cache.seen + ids.shape[1]
         given: dict[str, Any] = {}
         key = cache_name(self.base)
         if bool(padding.any()) and (self.attends or mask is not None):
@@ -350,20 +403,32 @@ class Adopted(Identified):
         if "position_ids" in self._takes:  # some families count a cached call's tokens from 0
             at = (torch.arange(cache.seen, total) - padding[:, None]).clamp(min=0)
             given["position_ids"] = at.to(ids.device)
-        forgetful = [m for m in self.mixers if isinstance(m, AdoptedMamba1) and cache.seen and length > 1]
-        try:
-            for each in forgetful:
-                each.continue_stream(True)
-            if cache.library is not None:
-                for mixer in self.mixers:
-                    if mixer.active:
-                        mixer.place(mixer.layer_of(cache.library), before)
-            out = self.base(input_ids=ids, use_cache=True, return_dict=True, **{key: cache.library}, **given)
-        finally:
-            for each in forgetful:
-                each.continue_stream(False)
+        if cache.library is None and self.hybrid and not self._attention:
+            cache.library = unattended()(config=self.config)
+        if cache.seen:
+            for mixer in self.mixers:
+                if mixer.active:
+                    mixer.place(mixer.layer_of(cache.library), before)
+        out = self.base(input_ids=ids, use_cache=True, return_dict=True, **{key: cache.library}, **given)
+        if out.get(key) is None:  # checkpointed layers in training mode
+            raise InputError(f"{self.name} keeps no cache where gradient checkpointing is on in training: model.eval()")
         cache.library = out[key]
         return out[0]
+
+    def _measure(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Warn once of a call too long for the kernels of mamba-ssm: a person's own, since ours are cut."""
+        if self._warned or torch.compiler.is_compiling() or self.mixers[0].active:
+            return
+        u = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.ndim == 3), None)
+        limit = None if u is None else longest(self, len(u))
+        if u is not None and limit is not None and u.shape[1] > limit:
+            self._warned = True
+            warnings.warn(
+                f"{self.name}: a call of {len(u)} x {u.shape[1]:,} tokens through layers {widest(self):,} wide is past "
+                f"the 32-bit limit of mamba-ssm's kernels, which then fault or give wrong numbers: read at most "
+                f"{limit:,} tokens at once, or with rnn_longctx.generate and evaluate, which do",
+                RuntimeWarning, stacklevel=2,
+            )  # fmt: skip
 
     def stream(self, ids: Tensor, cache: AdoptedCache | None = None, segment: int = 4096) -> Iterator[Tensor]:
         """Hidden states of ids (B, T), or (T), a segment at a time, in the memory of one (and attention's cache)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 
 import torch
@@ -13,6 +14,22 @@ from rnn_longctx.models import adopt_rows
 from rnn_longctx.models.adopt_transformers import AdoptedMixer
 from rnn_longctx.models.cache import Carry
 from rnn_longctx.ssd import ScanCarry
+
+
+@functools.cache
+def unattended() -> Any:
+    """Return the class of a transformers cache for hybrids whose layers are all recurrent: to make attention's mask,
+    which no layer takes, transformers (5.24) asks the first layer that attends how much it holds, and finds none."""
+    from transformers import DynamicCache
+
+    class Unattended(DynamicCache):
+        def get_seq_length(self, layer_idx: int = 0) -> int:
+            return 0
+
+        def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+            return query_length, 0
+
+    return Unattended
 
 
 class AdoptedCache:

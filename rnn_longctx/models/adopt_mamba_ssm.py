@@ -100,7 +100,7 @@ class MambaSSMMixer(AdoptedMixer):
             InputError: inference_params of `generate(cg=True)`; packed rows without seq_idx, or with a cache.
         """
         if not self.active:
-            return self._own["forward"](*args, **kwargs)
+            return self.own("forward")(*args, **kwargs)
         given = dict(zip(self._arguments, args)) | kwargs
         u, seqlen, seq_idx, params = (given.get(n) for n in ("u", "seqlen", "seq_idx", "inference_params"))
         if given.get("cu_seqlens") is not None and (params is not None or seq_idx is None):
@@ -123,7 +123,7 @@ class MambaSSMMixer(AdoptedMixer):
         """As the mixer's: hidden_states (B, T, d_model), T of any length; both states are moved on in place. States of
         zeros that have seen no policy begin a row."""
         if not self.active:
-            return self._own["step"](hidden_states, conv_state, ssm_state)
+            return self.own("step")(hidden_states, conv_state, ssm_state)
         known = getattr(ssm_state, "beside", None) is not None
         fresh = not known and not bool(ssm_state.any()) and not bool(conv_state.any())
         return self._layer(hidden_states, (conv_state, ssm_state), fresh, None, None), conv_state, ssm_state
@@ -180,6 +180,10 @@ class AdoptedMambaSSM(Adopted):
             kind = type(self.model).__name__
             raise InputError(f"{kind} is no MambaLMHeadModel: mitigate it, and read with its own forward")
         return self.base.embedding
+
+    @property
+    def attends(self) -> bool:
+        return len(getattr(self.base, "layers", ())) > len(self.mixers)
 
     @property
     def head(self) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
@@ -51,6 +53,8 @@ class Decoder:
             return f"does not restart: {model.restart}"
         if model.state_dtype is not None:
             return "keeps states in float32"
+        if any(type(layer) is not nn.Linear for layer in _linears(model)):
+            return "multiplies by weights alone, and an adapter stands around some"
         for mixer, carry in zip(model.mixers, cache.layers):
             policy = mixer.policy
             if mixer.observer is not None:
@@ -142,6 +146,12 @@ class Decoder:
         logits = _project(model.backbone.norm_f, model.lm_head, h, out, c.residual_in_fp32)[0]
         self._position += 1
         return logits
+
+
+def _linears(model: Mamba2LM) -> Iterator[nn.Module]:
+    yield model.lm_head
+    for mixer in model.mixers:
+        yield from (mixer.in_proj, mixer.out_proj)
 
 
 def _project(

@@ -20,6 +20,8 @@ from rnn_longctx.models.adopt import reader_of
 from rnn_longctx.models.cache import Cache
 from rnn_longctx.models.decode import Decoder
 from rnn_longctx.models.mamba2 import Mamba2LM, rows_of
+from rnn_longctx.models.modes import evaluating, in_evaluation
+from rnn_longctx.models.segments import SEGMENT
 from rnn_longctx.models.stops import (
     TextStream,
     end_ids,
@@ -30,13 +32,9 @@ from rnn_longctx.models.stops import (
 )
 from rnn_longctx.ssd import fused
 
-SEGMENT = 4096
-# Tokens read at once, of all rows together, where a text is only measured. On a CPU a call's activations should stay
-# near its caches.
-SEGMENTS = {"cpu": 4096, "cuda": 65536}
-
 
 @torch.no_grad()
+@in_evaluation
 def prefill(model: Mamba2LM, ids: Tensor, cache: Cache | None = None, segment: int = SEGMENT,
             mask: Tensor | None = None) -> tuple[Tensor, Cache]:  # fmt: skip
     """Read ids (B, T) and return the logits (B, vocab) after the last token, and the cache.
@@ -118,10 +116,11 @@ class Continuation(Iterator[Tensor]):
         """Read the token that was said last, which otherwise waits until the next one is asked for."""
         if self._token is None:
             return
-        if self._decoder is not None:
-            self._logits = self._decoder(self._token)
-        else:
-            self._logits = self.model.logits(self.model(self._token[:, None], self._cache)[:, -1])
+        with evaluating(self.model):  # a token at a time: between two of them the model is as it was
+            if self._decoder is not None:
+                self._logits = self._decoder(self._token)
+            else:
+                self._logits = self.model.logits(self.model(self._token[:, None], self._cache)[:, -1])
         self._token = None
 
     def cache(self) -> Any:

@@ -366,7 +366,7 @@ class Mamba2LM(Identified, nn.Module):
 
     def losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """-log p(target) in nats, (B, T), from hidden states (B, T, d_model); never all logits at once."""
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and isinstance(self.lm_head, nn.Linear):  # (no adapter around it)
             return head_losses(hidden, self.lm_head.weight, targets)
         return token_losses(self.logits, self.config.vocab_size, hidden, targets)
 

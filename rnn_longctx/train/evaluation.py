@@ -13,6 +13,7 @@ import torch
 
 from rnn_longctx.data import Tokenizer, passkey_batch
 from rnn_longctx.errors import InputError
+from rnn_longctx.models.modes import in_evaluation
 from rnn_longctx.models.stops import unused_rows
 from rnn_longctx.scalars import Write
 from rnn_longctx.train.config import TrainConfig
@@ -28,6 +29,7 @@ ASK_EVERY = 20  # steps between two looks at a stage that may not begin yet
 
 
 @torch.inference_mode()
+@in_evaluation
 def held_out_loss(model: Any, corpus: Corpus, length: int, rows: int, context: Context, since: int = 0,
                   most: int = 1024) -> float:  # fmt: skip
     """Mean loss at positions `since` + 1 to `length` of at most `most` held-out windows, `rows` at a time; NaN where
@@ -50,6 +52,7 @@ def late_loss(model: Any, corpus: Corpus, length: int, rows: int, context: Conte
 
 
 @torch.inference_mode()
+@in_evaluation
 def passkey_accuracy(model: Any, tokenizer: Tokenizer, length: int, n: int, seed: int, style: str, rows: int,
                      context: Context) -> float:  # fmt: skip
     """Share of `n` prompts of `length` tokens answered exactly. Greedy decoding gives the answer exactly if every

@@ -359,6 +359,26 @@ def test_mamba2_simple(on_cpu, randomise):
         adopt(model)(_ids())
 
 
+@torch.no_grad()
+def test_wrapped(build):
+    class Wrap(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.m = model
+
+    model, ids = build(), _ids()
+    adopted, expected = adopt(model), _logits(model, ids)
+    assert not adopted.attends and adopt(nn.Sequential(model)) is adopted
+    for wrapped in (nn.Sequential(model), torch.optim.swa_utils.AveragedModel(model)):
+        torch.testing.assert_close(_stream(adopt(wrapped), ids, [7, 1, 12])[0], expected, **NEAR)
+        with mitigate(wrapped, "rri:alpha=0.9,beta=0.4"):
+            changed = wrapped(ids).logits
+            assert (changed - expected).abs().max() > 1e-3
+            torch.testing.assert_close(_stream(adopt(wrapped), ids, [7, 1, 12])[0], changed, **NEAR)
+    with pytest.raises(InputError, match=r"give the model inside it, MODEL\.m$"):
+        adopt(Wrap(model))
+
+
 def test_what_is_refused(build):
     model = build()
     params = InferenceParams(21, 2, lengths_per_sample=torch.zeros(2))  # what `generate(cg=True)` gives
