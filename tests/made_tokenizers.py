@@ -29,7 +29,7 @@ def lines() -> list[str]:
 
 
 def byte_level(regex: bool = True, prefix: bool = False, pattern: str | None = None) -> Tokenizer:
-    """GPT-2's kind; without its regular expression tokens cross words, and may hold the end of a key and what follows."""
+    """GPT-2's kind; without its regular expression a token may hold the end of a key and what follows."""
     made = Tokenizer(models.BPE())
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix, use_regex=regex)
     if pattern:
@@ -117,7 +117,7 @@ def made_tokenizer(kind: str) -> ByteTokenizer | HFTokenizer:
 
 
 def as_read(kind: str, text: str) -> str:
-    """A text less what this kind of tokenizer drops of any: its white space at least, which is compared nowhere else."""
+    """A text less what this kind of tokenizer drops of any."""
     if kind.startswith("word-piece"):
         text = (text.lower() if kind.endswith("lower") else text).removeprefix("##")  # of a first token inside a word
     exact = not kind.startswith(("word-piece", "t5"))

@@ -1,8 +1,8 @@
 """Text encoded piece by piece, so that every piece has tokens of its own.
 
-A tokenizer encodes a piece of text otherwise alone than where it stands: it may put a space before it (Metaspace), or
-join its ends with what stands beside it (byte-level BPE: ``" 865"``, ``".\\n"``). So nothing here is counted by encoding a
-piece alone: `encode_after` encodes it behind what stands before it, and pieces put together are the text.
+A piece of text has other tokens alone than where it stands: a tokenizer may put a space before it (Metaspace), or join
+its ends with what stands beside it (byte-level BPE: ``" 865"``, ``".\\n"``). So no piece is encoded alone to count or
+place its tokens: `encode_after` encodes it behind what stands before it, and pieces put together are the text.
 """
 
 from __future__ import annotations
