@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from rnn_longctx.data.passkey import PAPER, PasskeyPrompt, passkey_batch
+from rnn_longctx.data.passkey import PasskeyPrompt, passkey_batch
 from rnn_longctx.data.tokenizers import Tokenizer
 from rnn_longctx.errors import InputError
 from rnn_longctx.mitigations import Remedy, mitigate
@@ -85,14 +85,13 @@ def key_hits(model: Mamba2LM, n: int = 20, length: int = 1024, top: int = 10, se
     refuse(model, ids[:1], SEGMENT)
     hits, shares, chances = [], [], []
     for row, prompt in zip(ids, prompts):
-        new = len(model.tokenizer.encode(f" {prompt.answer}.")) + 1
-        said = generate(model, row[None], new)[0].cpu()
+        said = generate(model, row[None], prompt.new_tokens)[0].cpu()
         if re.match(r"\d*", model.tokenizer.decode(said.tolist()).strip())[0] != prompt.answer:  # type: ignore[index]
             continue
         first = next(i for i, token in enumerate(said.tolist()) if _digit(model.tokenizer, token))
         digits = key_digits(model.tokenizer, prompt)
-        before = length - len(model.tokenizer.encode(PAPER.question)) - 1
-        found = attribute(model, torch.cat([row, said[:first]])[None], top, queries=[before, length + first - 1])
+        queries = [prompt.asked - 1, length + first - 1]
+        found = attribute(model, torch.cat([row, said[:first]])[None], top, queries=queries)
         hit = torch.isin(found.tokens, torch.tensor(digits)) & (found.values != 0)  # (L, 2, H, top)
         hits.append(hit.any(-1))
         shares.append((found.values.abs() * hit).sum(-1) / found.sums.clamp(min=torch.finfo(found.sums.dtype).tiny))
@@ -114,9 +113,7 @@ def key_hits(model: Mamba2LM, n: int = 20, length: int = 1024, top: int = 10, se
 
 def key_digits(tokenizer: Tokenizer, prompt: PasskeyPrompt) -> list[int]:
     """Positions of the tokens of a prompt's key sentence that hold a digit."""
-    sentence = tokenizer.encode(PAPER.key.format(prompt.answer))
-    span = range(prompt.position, prompt.position + len(sentence))
-    return [i for i in span if _digit(tokenizer, int(prompt.ids[i]))]
+    return [i for span in prompt.spans for i in range(*span) if _digit(tokenizer, int(prompt.ids[i]))]
 
 
 def _digit(tokenizer: Tokenizer, token: int) -> bool:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rnn_longctx.data import Text, make_passkey, tokens
+from rnn_longctx.data.pieces import encode_after
 from rnn_longctx.errors import InputError, nearest
 from rnn_longctx.models.modes import in_evaluation
 from rnn_longctx.models.segments import SEGMENTS
@@ -175,9 +176,10 @@ def prompt_ids(model: Mamba2LM, text: Text, length: int, prompt: str, slices: in
     if prompt == "text":
         rows = [tokens(text, tokenizer, seed * slices + i, length + 1)[0] for i in range(slices)]
     elif prompt == "newline":
-        rows = [tokenizer.encode(b"\n" * (length + 1))[: length + 1]] * slices
-        if len(rows[0]) < length + 1:  # a tokenizer that joins them
-            rows = [np.tile(rows[0][:1], length + 1)] * slices
+        newline = encode_after(tokenizer, "x", "\n")[0]  # several might be joined in one token
+        if tokenizer.decode(newline) != "\n":
+            raise InputError(f"tokenizer {tokenizer.name} cannot say a newline; choose another prompt")
+        rows = [np.resize(newline, length + 1)] * slices
     elif prompt == "passkey":
         rows = [
             make_passkey(tokenizer, length + 1, (i + 0.5) / slices, np.random.default_rng([seed, i])).ids

@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from rnn_longctx.data.content import read_text
+from rnn_longctx.data.pieces import encode_after
 from rnn_longctx.data.sources import Shard, Source, identity, open_source, walk
 from rnn_longctx.data.tokenizers import Tokenizer
 from rnn_longctx.errors import InputError
@@ -102,7 +103,8 @@ def tokens(text: Text, tokenizer: Tokenizer, i: int, n: int) -> tuple[np.ndarray
     have = position = 0
     while have < n and position < len(ring):
         stop = _cut(ring, position)
-        new_ids, new_sizes = tokenizer.encode_with_bytes(ring[position:stop])
+        before = ring[max(0, position - 4) : position].decode("utf-8", "ignore")[-1:].strip("\0")  # a document's end
+        new_ids, new_sizes = encode_after(tokenizer, before, ring[position:stop])
         ids.append(new_ids)
         sizes.append(new_sizes)
         have, position = have + len(new_ids), stop

@@ -39,6 +39,8 @@ class Tokenizer(Protocol):
 
     def encode_with_bytes(self, data: bytes) -> tuple[np.ndarray, np.ndarray]: ...
 
+    def __hash__(self) -> int: ...
+
 
 class ByteTokenizer:
     """One token a byte; id 0 (NUL) ends a document."""

@@ -61,7 +61,7 @@ def passkey_accuracy(model: Any, tokenizer: Tokenizer, length: int, n: int, seed
     right, prompts = 0, passkey_batch(tokenizer, length, n, seed, style)
     for i in range(0, n, rows):
         some = prompts[i : i + rows]
-        answers = [torch.from_numpy(tokenizer.encode(f" {p.answer}")) for p in some]
+        answers = [torch.from_numpy(p.reply) for p in some]
         padded = torch.nn.utils.rnn.pad_sequence(answers, batch_first=True, padding_value=-1)  # some may be shorter
         ids = torch.cat([torch.stack([torch.from_numpy(p.ids) for p in some]), padded.clamp(min=0)], 1)
         ids, padded = ids.to(model.device), padded.to(model.device)
@@ -94,7 +94,8 @@ class Evaluation:
                 raise InputError(f"evaluate.lengths: {length} is too long: {fits}; see data.held_out")
             if self.settings.passkeys:
                 try:
-                    passkey_batch(corpus.tokenizer, length, 1, config.seed, config.data.passkey.style)
+                    n, style = self.settings.passkeys, config.data.passkey.style
+                    passkey_batch(corpus.tokenizer, length, n, config.seed, style)  # all: they differ in tokens
                 except InputError as error:
                     raise InputError(f"evaluate.lengths: {error}; or set evaluate.passkeys=0") from None
         self.file = out / "eval.csv"
@@ -156,7 +157,8 @@ def stage_of(config: TrainConfig, step: int, state: dict[str, Any], loss: Callab
 
 
 def final_metrics(config: TrainConfig, corpus: Corpus, model: Any, out: Path, context: Context) -> dict[str, Any]:
-    """Losses, and passkey accuracy of 100 prompts that end at the training length."""
+    """Losses, and passkey accuracy of 100 prompts that end, with the longest of their answers, at the training
+    length."""
     with (out / "log.csv").open() as file:
         losses_seen = [float(line.split(",")[2]) for line in list(file)[1:]]
     finite = [loss for loss in losses_seen if math.isfinite(loss)]
@@ -167,7 +169,11 @@ def final_metrics(config: TrainConfig, corpus: Corpus, model: Any, out: Path, co
         metrics["validation_loss"] = loss
     if config.data.passkey.fraction:
         length, style = config.data.passkey.lengths[1], config.data.passkey.style
-        length -= len(corpus.tokenizer.encode(" 12345"))  # the answer comes after the prompt
-        seen = (model, corpus.tokenizer, length, 100, config.seed, style, config.batch_size, context)
+        answer, longest = 0, 1
+        while answer < longest:  # prompts of another length have other answers
+            answer = longest
+            prompts = passkey_batch(corpus.tokenizer, length - answer, 100, config.seed, style)
+            longest = max(len(p.reply) for p in prompts)
+        seen = (model, corpus.tokenizer, length - answer, 100, config.seed, style, config.batch_size, context)
         metrics["passkey_accuracy"] = passkey_accuracy(*seen)
     return metrics
