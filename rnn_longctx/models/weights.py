@@ -101,9 +101,9 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
     """Every tensor by its name; of one made of others (quantised weights) those."""
     found = {name: t for name, t in module.state_dict().items() if isinstance(t, Tensor)}
     for path, m in module.named_modules():
-        held = {n: b for n, b in m._buffers.items() if b is not None}
-        held |= {n: v for n, v in vars(m).items() if isinstance(v, Tensor)}
-        found |= {name: t for n, t in held.items() if (name := f"{path}.{n}" if path else n) not in found}
+        beside = {n: b for n, b in m._buffers.items() if b is not None}
+        beside |= {n: v for n, v in vars(m).items() if isinstance(v, Tensor)}
+        found |= {name: t for n, t in beside.items() if (name := f"{path}.{n}" if path else n) not in found}
     if isinstance(module, Identified) and module.tied:
         del found["lm_head.weight"]
     plain: dict[str, Tensor] = {}
@@ -181,17 +181,17 @@ def _settings(module: nn.Module) -> Iterator[str]:
     """A line a module: its type, and of its attributes and config what is plain and no label."""
     configs: dict[int, str] = {}
     for path, m in module.named_modules():
-        held = [f"{path} {type(m).__qualname__}"]
+        texts = []
         for name, value in vars(m).items():
             if name in _MODULE or name in _LABELS or name.startswith(_PREFIXES):
                 continue
             if _is_config(value):
                 if id(value) not in configs:
                     configs[id(value)] = hashlib.sha256(_config(value).encode()).hexdigest()
-                held.append(f"{name}={configs[id(value)]}")
+                texts.append(f"{name}={configs[id(value)]}")
             elif (text := _plain(value)) is not None:
-                held.append(f"{name}={text}")
-        yield " ".join([held[0], *sorted(held[1:])])
+                texts.append(f"{name}={text}")
+        yield " ".join([path, type(m).__qualname__, *sorted(texts)])
 
 
 def _is_config(value: Any) -> bool:
