@@ -79,7 +79,7 @@ def test_a_prompt_of_newlines(kind):
             prompt_ids(model, None, 50, "newline", 2, 0)
 
 
-def test_a_tokenizer_that_cannot_say_the_answer_is_refused_before_anything_is_read(text, monkeypatch):
+def test_a_tokenizer_that_cannot_say_the_answer_is_refused_before_anything_is_read(monkeypatch):
     model, made = make_model(), KINDS["word-piece"]()
     made.normalizer, made.pre_tokenizer = None, None  # a sentence is one word, and that is not known
     model.tokenizer = HFTokenizer(made, "silent")
