@@ -34,6 +34,7 @@ from rnn_longctx.models.generate import continuation, prefill
 from rnn_longctx.models.losses import LOGITS
 from rnn_longctx.models.modes import evaluating
 from rnn_longctx.models.segments import SEGMENTS
+from rnn_longctx.models.stops import end_ids
 
 NEW_TOKENS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # first found wins
 Scored = tuple[float, bool]
@@ -244,7 +245,7 @@ class HarnessLM(TemplateLM):
 
     @torch.inference_mode()
     def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
-        """What the model says after each context, up to its stop sequences, end of document or max_gen_toks."""
+        """What the model says after each context, up to a stop sequence, one of its end tokens or max_gen_toks."""
         prompts = [self.tok_encode(request.args[0]) or [self.prefix_token_id] for request in requests]
         settings = [_settings(request.args[1]) for request in requests]
         for request, prompt, (_, new, _) in zip(requests, prompts, settings):
@@ -269,6 +270,7 @@ class HarnessLM(TemplateLM):
         generator = torch.Generator(self.model.device).manual_seed(seed) if temperature else None
         logits, cache = prefill(self.model, torch.tensor(prompts), segment=max(1, self.segment // len(prompts)))
         stream = continuation(self.model, logits, cache, temperature, generator)
+        ends = {*end_ids(self.model), self.text.eos_id}
         ids: list[list[int]] = [[] for _ in prompts]
         going = set(range(len(prompts)))
         for _ in range(new):
@@ -277,7 +279,7 @@ class HarnessLM(TemplateLM):
                     ids[row].append(token)
                     # a stop may be a chat marker, which answers go without, or stand around one
                     ways = [self.text.decode(ids[row], skip) for skip in (False, True)] if until else []
-                    if token == self.text.eos_id or any(stop in said for stop in until for said in ways):
+                    if token in ends or any(stop in said for stop in until for said in ways):
                         going.discard(row)
             if not going:
                 break

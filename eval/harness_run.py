@@ -27,6 +27,7 @@ from rnn_longctx.eval.harness import HarnessLM
 from rnn_longctx.eval.results import Results, write_atomic
 from rnn_longctx.eval.ruler import TooShort, draw_from, is_ruler, maker, restored
 from rnn_longctx.mitigations import active, mitigate, parse_remedy
+from rnn_longctx.models.checkpoint import LazyTokenizer
 
 # tokens_read: of a prompt (before its answer), the mean over the prompts of a task, and their least and most
 COLUMNS = ("task", "length", "tokens_read", "tokens_read_min", "tokens_read_max", "metric", "value", "stderr", "n",
@@ -108,6 +109,7 @@ def lm_eval_table(model: Any, tasks: Sequence[str], lengths: Sequence[int | str]
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
     """The tokenizer as files that transformers reads: RULER's tasks measure their prompts with it. Bytes become a
     byte-level BPE without merges, which counts the same."""
+    tokenizer = tokenizer.load() if isinstance(tokenizer, LazyTokenizer) else tokenizer
     fast = getattr(tokenizer, "_fast", None)
     if fast is None:
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -140,17 +142,17 @@ class _Tasks:
         members = {name: _members(known, name) for name in self.names}
         first, refused = self._load(known, members, self.lengths[0])
         some = False
-        if fixed := [task for task in first if not _by_length(task)]:
+        if fixed := [task for each in first.values() for task in each if not _by_length(task)]:
             some = True
             yield None, fixed, known
-        self.gone |= {task.config.task for task in fixed}
+        self.gone |= {member for member, each in first.items() if not any(map(_by_length, each))}
         members = {name: left for name, each in members.items() if (left := [m for m in each if m not in self.gone])}
         for length in self.lengths if members else ():
-            here, tasks = known, first
+            here, loaded = known, first
             if length != self.lengths[0]:
                 here = self._manager(length)
-                tasks, refused = self._load(here, members, length)
-            if made := [task for task in tasks if _by_length(task)]:
+                loaded, refused = self._load(here, members, length)
+            if made := [task for each in loaded.values() for task in each if _by_length(task)]:
                 some = True
                 yield length, made, here
         if not some:
@@ -172,14 +174,15 @@ class _Tasks:
             if _own(name):
                 logging.getLogger(__name__).warning("%s is a task of lm-eval's own%s", name, _own(name))
 
-    def _load(self, manager: Any, members: dict[str, list[str]], length: int) -> tuple[list[Any], str]:
-        """The tasks that can be had, and the last reason why one cannot."""
-        loaded, why = [], ""
+    def _load(self, manager: Any, members: dict[str, list[str]], length: int) -> tuple[dict[str, list[Any]], str]:
+        """The tasks that can be had, by their names, and the last reason why one cannot."""
+        loaded: dict[str, list[Any]] = {}
+        why = ""
         for name, each in members.items():
             missing = 0
             for member in each:
                 try:
-                    loaded += self._one(manager, member, length)
+                    loaded[member] = self._one(manager, member, length)
                     continue
                 except TooShort as error:
                     why = str(error)
@@ -189,7 +192,7 @@ class _Tasks:
                     if missing == len(each):
                         raise
                 within = "" if each == [name] else f"{name} goes without one of its tasks: "
-                logging.getLogger(__name__).warning("at %s %s%s", format_length(length), within, why)
+                logging.getLogger(__name__).warning("%s%s", within, why)
         return loaded, why
 
     def _one(self, manager: Any, name: str, length: int) -> list[Any]:
@@ -201,7 +204,7 @@ class _Tasks:
             spec = {"group": f"one_{name}", "task": [{"task": name, "custom_dataset": made}]}
         try:
             with restored():
-                draw_from(self.shared["seed"], name, length)
+                draw_from(self.shared["seed"], name)
                 return list(manager.load([spec])["tasks"].values())
         except InputError:
             raise

@@ -255,6 +255,12 @@ def test_one_row_a_task_length_and_remedy(bytes_model, folder, tmp_path, monkeyp
     assert "git" not in capfd.readouterr().err
 
 
+def test_lengths_are_in_the_model_s_own_tokens(folder):
+    """They were bytes where the tokenizer had not been used before."""
+    frame = lm_eval_table(load(folder / "model"), ["rnn_longctx_passkey"], "400", limit=2)
+    assert frame["tokens_read"].item() == pytest.approx(400, rel=0.05)
+
+
 def test_the_command(folder, bytes_model, tmp_path, capsys, monkeypatch):
     checkpoint.save(bytes_model, tmp_path / "m", dtype="float32")
 

@@ -156,6 +156,19 @@ def test_add_bos_token_is_hflm_s_and_a_folder_is_read_as_there(kind, switch, tmp
     assert (ours.tok_encode("The sun")[0] == tokenizer.bos_token_id) == begins
 
 
+def test_the_ends_of_the_model_s_config_end_an_answer():
+    """Several ids, as chat models have them; one that is no special token stays in the text."""
+    ours, theirs = both("chat")
+    (free,) = ours.generate_until(ask("generate_until", ("The sky is", GREEDY)))
+    word = ours.tok_encode(free)[4]
+    marker = ours.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    theirs.model.generation_config.eos_token_id = [ours.tokenizer.eos_token_id, marker, word]
+    said, reference = (lm.generate_until(ask("generate_until", *SAID)) for lm in (ours, theirs))
+    assert said == reference
+    (short,) = ours.generate_until(ask("generate_until", ("The sky is", GREEDY)))
+    assert free.startswith(short.rstrip("\ufffd")) and len(short) < len(free)  # (half a character may stand last)
+
+
 def test_a_prefix_token_is_hflm_s():
     tokenizer = tokenizer_of("bpe-bos")
     ours, theirs = both("bpe-bos", prefix_token_id=tokenizer.convert_tokens_to_ids("<|im_start|>"))
