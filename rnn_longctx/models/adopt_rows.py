@@ -25,8 +25,8 @@ def concat(parts: list[AdoptedCache], order: list[int]) -> AdoptedCache:
     Raises:
         InputError: rows that stand at different places of a sliding window's blocks, or under a cropped attention.
     """
-    back = torch.empty(len(order), dtype=torch.int64)
-    back[torch.tensor(order)] = torch.arange(len(order))
+    back = torch.empty(len(order), dtype=torch.int64, device="cpu")
+    back[torch.tensor(order, device="cpu")] = torch.arange(len(order), device="cpu")
 
     def cat(tensors: list[Tensor]) -> Tensor:
         return torch.cat(tensors)[back.to(tensors[0].device)]
@@ -49,7 +49,7 @@ def concat(parts: list[AdoptedCache], order: list[int]) -> AdoptedCache:
             if len({b.window.x.shape[1] for b in besides if b.window}) > 1:
                 raise InputError("rows of unequal lengths under a sliding window cannot be put together")
             layer.beside = _zip_map(cat, besides)
-    shifts = [torch.full((len(p.position),), seen - p.seen) for p in parts]
+    shifts = [torch.full((len(p.position),), seen - p.seen, device="cpu") for p in parts]
     new.seen, new.position = seen, cat([p.position for p in parts])
     new.padding = cat([s if p.padding is None else s + p.padding for p, s in zip(parts, shifts)])
     return new
@@ -76,7 +76,8 @@ def read_packed(model: Adopted, ids: Tensor, cache: AdoptedCache, reset: Tensor)
 def to_cache(cache: AdoptedCache) -> tuple[Cache, dict[str, Tensor]]:
     """The recurrent layers as a `Cache`, and beside it the keys and values of attention, where it stands in the stream
     (columns read, columns dropped) and the rows' padding; new tensors or views. Raises InputError: see `attends`."""
-    found, extra = Cache([], cache.position, cache.tail), {"columns": torch.tensor([cache.seen, cache.dropped])}
+    found = Cache([], cache.position, cache.tail)
+    extra = {"columns": torch.tensor([cache.seen, cache.dropped], device="cpu")}
     if cache.padding is not None:
         extra["padding"] = cache.padding
     for mixer, carry in zip(cache.mixers, cache.layers):

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from rnn_longctx.config import home_path
 from rnn_longctx.errors import InputError
 from rnn_longctx.ssd import ScanCarry, WindowCarry, tree_map
 
@@ -37,7 +38,7 @@ class Cache:
     """
 
     layers: list[Carry] = field(default_factory=list)
-    position: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    position: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64, device="cpu"))
     tail: Tensor | None = None
 
     def clone(self) -> Cache:
@@ -45,7 +46,7 @@ class Cache:
 
     def rows(self, index: Tensor | list[int]) -> Cache:
         """The cache of some rows, in that order (beam search, ragged batches)."""
-        index = torch.as_tensor(index)
+        index = torch.as_tensor(index, device=getattr(index, "device", "cpu"))
         return tree_map(lambda t: t[index.to(t.device)], self)
 
     def to(self, device: torch.device | str) -> Cache:
@@ -59,15 +60,15 @@ class Cache:
     @staticmethod
     def concat(parts: list[Cache], order: list[int]) -> Cache:
         """Row groups put together again; `order[i]` is the row at which the i-th of their rows belongs."""
-        back = torch.empty(len(order), dtype=torch.int64)
-        back[torch.tensor(order)] = torch.arange(len(order))
+        back = torch.empty(len(order), dtype=torch.int64, device="cpu")
+        back[torch.tensor(order, device="cpu")] = torch.arange(len(order), device="cpu")
         return _zip_map(lambda ts: torch.cat(ts)[back.to(ts[0].device)], parts)
 
     def save(self, path: str | Path, extra: dict[str, Tensor] | None = None, note: Any = None) -> None:
         """Write to one safetensors file by atomic rename; `extra` tensors and a JSON `note` travel with it."""
         tensors: dict[str, Tensor] = {f"extra.{k}": v.contiguous() for k, v in (extra or {}).items()}
         shape = _flatten(self, "cache", tensors)
-        path = Path(path)
+        path = home_path(path)
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
         save_file(tensors, temporary, {"cache": json.dumps(shape), "note": json.dumps(note)})
         os.replace(temporary, path)
@@ -80,7 +81,7 @@ class Cache:
     def load_with(cls, path: str | Path, device: torch.device | str = "cpu") -> tuple[Cache, dict[str, Tensor], Any]:
         """The cache, the extra tensors and the note of `save`. Raises InputError if the file is not one."""
         try:
-            with safe_open(path, "pt") as file:
+            with safe_open(home_path(path), "pt") as file:
                 header = file.metadata() or {}
                 tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (not a dict)
             cache = _unflatten(json.loads(header["cache"]), "cache", tensors)

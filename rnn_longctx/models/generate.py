@@ -17,6 +17,7 @@ from rnn_longctx.models.mamba2 import Mamba2LM, rows_of
 from rnn_longctx.ssd import fused
 
 SEGMENT = 4096
+COLDEST = 1e-30  # a temperature below would take logits past float32's range, and is greedy long before
 # Tokens read at once, of all rows together, where a text is only measured. On a CPU a call's activations should stay
 # near its caches.
 SEGMENTS = {"cpu": 4096, "cuda": 65536}
@@ -35,7 +36,7 @@ def prefill(model: Mamba2LM, ids: Tensor, cache: Cache | None = None, segment: i
     if cache is None:
         cache = model.new_cache()
         if model.restart is not None and (start := model.restart.block_start(ids.shape[1])):
-            cache.position = torch.full((len(ids),), start, dtype=torch.int64)
+            cache.position = torch.full((len(ids),), start, dtype=torch.int64, device="cpu")
             cache.tail = ids[:, max(0, start - model.restart.overlap) : start].to(model.device)
             ids = ids[:, start:]
     *_, last = (hidden[:, -1] for hidden in model.stream(ids, cache, segment))
@@ -50,7 +51,7 @@ def continuation(model: Mamba2LM, logits: Tensor, cache: Cache, temperature: flo
     step = None if Decoder.refuses(model, cache) or fused.interpreted() else Decoder(model, cache)
     while True:
         if temperature > 0:
-            probabilities = (logits / temperature).softmax(-1)
+            probabilities = (logits / max(temperature, COLDEST)).softmax(-1)
             token = torch.multinomial(probabilities, 1, generator=generator)[:, 0]
         else:
             token = logits.argmax(-1)
