@@ -71,7 +71,7 @@ def lm_eval_table(model: Any, tasks: Sequence[str], lengths: Sequence[int | str]
     if data is not None and not Path(data).is_file():
         raise InputError(f"data: no file at {data}")
     if out:
-        Results(out)  # an unwritable folder shows now
+        out = str(Results(out).directory)  # an unwritable folder shows now
     paths = [str(TASKS), *([str(include_path)] if include_path else [])]
     harness = HarnessLM(
         model, max_length=max_length, batch_size=batch, add_bos_token=add_bos_token, seed=seed, progress=progress

@@ -168,7 +168,7 @@ class _Pass:
         ids = torch.from_numpy(np.stack([p[0] for p in pairs]))
         # bytes of the tokens that are predicted at positions 1 .. t
         byte_sums = torch.from_numpy(np.stack([p[1] for p in pairs]))[:, 1:].cumsum(1)
-        zeros = torch.zeros(size, dtype=torch.float64)
+        zeros = torch.zeros(size, dtype=torch.float64, device="cpu")
         self.nbytes = {m: byte_sums[:, m - 1].double() if m else zeros for m in self.marks}
         self.sums = {0: zeros}
         del pairs, byte_sums

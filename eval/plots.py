@@ -18,7 +18,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from rnn_longctx.config import format_length
+from rnn_longctx.config import format_length, home_path
 from rnn_longctx.eval.sheets import Sheet, sheets
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")  # remedies
@@ -31,7 +31,7 @@ _SIZE = (9.0, 5.0)  # inches; at 150 dpi sharp, at 900 pixels still readable
 def plot_all(frame: pd.DataFrame, directory: str | Path) -> list[Path]:
     """Draw what the table has rows for: loss_over_length.png, context_gain.png, passkey.png (and any other
     accuracy task by its name). Of several models or texts, each gets its own files. Returns the paths."""
-    directory = Path(directory)
+    directory = home_path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     everything = sheets(frame)
     paths = []

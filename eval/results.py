@@ -25,6 +25,7 @@ from typing import Any
 
 import pandas as pd
 
+from rnn_longctx.config import home_path
 from rnn_longctx.errors import InputError
 
 # What makes two cells different. `length` in tokens; `depth` a fraction, None for all depths together; `state_dtype`
@@ -55,7 +56,7 @@ class Results:
 
     def __init__(self, directory: str | Path) -> None:
         """Create `directory`. InputError at once, and not after an hour, if no file can be written there."""
-        self.directory = Path(directory)
+        self.directory = home_path(directory)
         self._cells = self.directory / "cells"
         try:
             self._cells.mkdir(parents=True, exist_ok=True)
@@ -128,7 +129,8 @@ class Results:
     @staticmethod
     def read(directory: str | Path) -> pd.DataFrame:
         """The gathered table alone: results.parquet, else results.csv. InputError if neither can be read."""
-        parquet, csv = Path(directory) / "results.parquet", Path(directory) / "results.csv"
+        directory = home_path(directory)
+        parquet, csv = directory / "results.parquet", directory / "results.csv"
         path = parquet if parquet.exists() else csv
         try:
             if path == parquet:
@@ -138,7 +140,7 @@ class Results:
                 records = [{c: _parse(str(c), v) for c, v in record.items()} for record in records]
             return to_frame(_clean({str(c): v for c, v in record.items()}) for record in records)
         except FileNotFoundError:
-            none = "there is no folder" if not Path(directory).is_dir() else "no results.parquet or results.csv in"
+            none = "there is no folder" if not directory.is_dir() else "no results.parquet or results.csv in"
             raise InputError(f"{none} {directory}; evaluate first") from None
         except (OSError, ValueError) as error:
             raise InputError(f"cannot read {path}: {' '.join(str(error).split())}") from None

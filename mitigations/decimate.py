@@ -80,7 +80,7 @@ def read(model: Mamba2LM, ids: Tensor, segment: int, first: int, keep: list[int]
             h, normed = _heaviest([h, normed, _score(model.mixers[i], normed)], keep[i - first])[:2]
         out, carries[i] = block.mixer(normed, None, None, None)
     last = model.backbone.norm_f.add(h, out, fp32)[0][:, -1]
-    return model.logits(last), Cache(carries, torch.full((len(ids),), ids.shape[1]))
+    return model.logits(last), Cache(carries, torch.full((len(ids),), ids.shape[1], device="cpu"))
 
 
 @torch.no_grad()
@@ -109,7 +109,7 @@ def read_adopted(model: Any, ids: Tensor, segment: int, first: int, keep: list[i
             if i > first:
                 h = _heaviest(scored(i, h), keep[i - first])[0]
             h = block(h, cache.library)
-    cache.seen, cache.position = ids.shape[1], torch.full((len(ids),), ids.shape[1])
+    cache.seen, cache.position = ids.shape[1], torch.full((len(ids),), ids.shape[1], device="cpu")
     return model.logits(base.norm_f(h[:, -1])), cache
 
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from rnn_longctx.config import load_yaml
+from rnn_longctx.config import home_path, load_yaml
 from rnn_longctx.errors import InputError
 from rnn_longctx.mitigations.base import Plan, Remedy
 from rnn_longctx.models.legacy import is_of
@@ -55,8 +55,9 @@ class Found:
     def save(self, path: str | Path) -> None:
         first = {"remedy": self.remedy, "helps": self.helps}
         data = first | {k: getattr(self, k) for k in self.__dataclass_fields__}
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_text(yaml.safe_dump(data, sort_keys=False, default_flow_style=None, width=120))
+        path = home_path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(yaml.safe_dump(data, sort_keys=False, default_flow_style=None, width=120))
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rnn_longctx.config import home_path
 from rnn_longctx.errors import InputError
 from rnn_longctx.mitigations.base import Plan, Remedy
 from rnn_longctx.models import Cache
@@ -39,7 +39,7 @@ class StoredStart(Remedy):
     @property
     def hash(self) -> str:
         """Of the file's bytes; empty while there is none."""
-        path = Path(self.file)
+        path = home_path(self.file)
         return hashlib.sha256(path.read_bytes()).hexdigest()[:8] if path.is_file() else ""
 
     def __str__(self) -> str:

@@ -39,7 +39,7 @@ def tail_losses(model: Mamba2LM, ids: Tensor, segment: int | None = None) -> Ten
     """(B,) float64: mean -log p in nats per token over positions (L/2, L], for ids (B, L + 1), streamed."""
     length, t = ids.shape[1] - 1, 0
     segment = segment or max(1, SEGMENTS[model.device.type] // len(ids))
-    total = torch.zeros(len(ids), dtype=torch.float64)
+    total = torch.zeros(len(ids), dtype=torch.float64, device="cpu")
     for hidden in model.stream(ids[:, :-1], model.new_cache(), segment):
         goal = ids[:, 1 + t : 1 + t + hidden.shape[1]].to(hidden.device)
         skip = max(0, length // 2 - t)

@@ -45,7 +45,7 @@ class Envelope:
 
     def norms(self, quantile: float = 1.0) -> tuple[tuple[float, ...], ...]:
         """[layer][head]: the norm that this share of the slices stays below; 1 is the largest of all."""
-        found = torch.tensor(self.peaks, dtype=torch.float64).quantile(quantile, dim=1)
+        found = torch.tensor(self.peaks, dtype=torch.float64, device="cpu").quantile(quantile, dim=1)
         return tuple(map(tuple, found.tolist()))
 
     def to_dict(self) -> dict[str, Any]:
@@ -55,7 +55,7 @@ class Envelope:
     def from_dict(cls, data: dict[str, Any]) -> Envelope:
         try:
             peaks = tuple(tuple(tuple(map(float, row)) for row in layer) for layer in data["peaks"])
-            torch.tensor(peaks)  # of one shape
+            torch.tensor(peaks, device="cpu")  # of one shape
             return cls(**{**data, "peaks": peaks})
         except (TypeError, KeyError, ValueError) as error:
             raise InputError(f"the calibration kept with the checkpoint is not one ({error})") from None

@@ -92,7 +92,7 @@ def key_hits(model: Mamba2LM, n: int = 20, length: int = 1024, top: int = 10, se
         digits = key_digits(model.tokenizer, prompt)
         queries = [prompt.asked - 1, length + first - 1]
         found = attribute(model, torch.cat([row, said[:first]])[None], top, queries=queries)
-        hit = torch.isin(found.tokens, torch.tensor(digits)) & (found.values != 0)  # (L, 2, H, top)
+        hit = torch.isin(found.tokens, torch.tensor(digits, device="cpu")) & (found.values != 0)  # (L, 2, H, top)
         hits.append(hit.any(-1))
         shares.append((found.values.abs() * hit).sum(-1) / found.sums.clamp(min=torch.finfo(found.sums.dtype).tiny))
         seen = length + first

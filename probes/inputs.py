@@ -95,7 +95,7 @@ def gates_of(lm: Any, every: int, text: Text, lasting: bool = True) -> dict[str,
     limits = [SLACK * float(away.unfold(2, k, 1).mean(-1).square().mean(1).sqrt().max()) for k in range(1, SMOOTH + 1)]
     passages = gates[:count].mean(2) if count >= FEW else gates[:0].mean(2)  # (n, H)
     between = torch.cdist(passages / std, passages / std) / len(mean) ** 0.5
-    nearest = between.fill_diagonal_(math.inf).amin(1) if len(passages) else torch.ones(1).double()
+    nearest = between.fill_diagonal_(math.inf).amin(1) if len(passages) else torch.ones(1, device="cpu").double()
     noise = (gates.std(2) / std).square().mean(1).sqrt().median() / PASSAGE**0.5
     apart = max(APART * float(nearest.quantile(FOUR_IN_FIVE)), NOISE * float(noise), FLOOR)
     return {

@@ -49,7 +49,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from rnn_longctx.config import parse_length
+from rnn_longctx.config import home_path, parse_length
 from rnn_longctx.errors import InputError
 from rnn_longctx.models.adopt import reader_of
 from rnn_longctx.models.legacy import is_of
@@ -185,7 +185,7 @@ class CollapseMonitor:
         with unwatched(lm):
             envelope = envelope_of(lm, length, text)
             gates = gates_of(lm, every, text or load_text("builtin"), lasting=text is not None)
-        spread = torch.tensor(envelope.peaks, dtype=torch.float64).log().std(1, correction=0)  # (L, H)
+        spread = torch.tensor(envelope.peaks, dtype=torch.float64, device="cpu").log().std(1, correction=0)  # (L, H)
         norms, margins = _lists(envelope.norms()), (SPREADS * spread).exp().clamp(*MARGINS).tolist()
         whose = (lm.name, lm.weights_hash, shape_of(lm))
         return cls(*whose, every, length, envelope.label, norms, margins, norms, **gates)
@@ -200,7 +200,7 @@ class CollapseMonitor:
     def load(cls, path: str | Path, model: Any) -> CollapseMonitor:
         """Raises InputError: no such file, not a monitor, or another model's."""
         try:
-            data = json.loads(Path(path).read_text())
+            data = json.loads(home_path(path).read_text())
             if data.pop("kind") != "collapse monitor" or data.pop("version") != 2:
                 raise ValueError("another kind or version")
             monitor = cls(**data)
@@ -241,7 +241,7 @@ class CollapseMonitor:
 
         lm = reader_of(model)
         self.check(lm)
-        at, now = (torch.tensor(v, dtype=torch.float64) for v in (self.calibrated_norms, self.norms))
+        at, now = (torch.tensor(v, dtype=torch.float64, device="cpu") for v in (self.calibrated_norms, self.norms))
         moved: dict[str, Any] = {}
         if isinstance(seen, Watch):
             norms, gates = seen.recent()
@@ -257,7 +257,7 @@ class CollapseMonitor:
             with unwatched(lm):
                 envelope = envelope_of(lm, self.length, seen)
                 moved |= gates_of(lm, self.every, seen)
-            found, where = torch.tensor(envelope.norms(), dtype=torch.float64), envelope.label
+            found, where = torch.tensor(envelope.norms(), dtype=torch.float64, device="cpu"), envelope.label
         moved |= {"norms": found.clamp(at / FACTOR, at * FACTOR).tolist(), "text": f"{self.text}; moved to {where}"}
         self._before.append({name: getattr(self, name) for name in moved})
         vars(self).update(moved)
@@ -349,12 +349,19 @@ class CollapseMonitor:
     def _tensors(self) -> tuple[Tensor, ...]:
         """log norms and log margins (heads of all layers), gates' mean, std (first layer's heads), limits (SMOOTH),
         passages (n, first layer's heads)."""
-        flat = [torch.tensor([v for layer in x for v in layer]).double().log() for x in (self.norms, self.margins)]
-        gates = [torch.tensor(v).double() for v in (self.gate_mean, self.gate_std, self.gate_limits)]
+        flat = [
+            torch.tensor([v for layer in x for v in layer], dtype=torch.float32, device="cpu").double().log()
+            for x in (self.norms, self.margins)
+        ]
+        gates = [
+            torch.tensor(v, dtype=torch.float32, device="cpu").double()
+            for v in (self.gate_mean, self.gate_std, self.gate_limits)
+        ]
         heads = sum(shape[0] for shape in self.shape)
         if [len(v) for v in (*flat, *gates)] != [heads, heads, self.shape[0][0], self.shape[0][0], SMOOTH]:
             raise ValueError("its values are not one a head")
-        return *flat, *gates, torch.tensor(self.passages).double().reshape(-1, self.shape[0][0])
+        passages = torch.tensor(self.passages, dtype=torch.float32, device="cpu").double()
+        return *flat, *gates, passages.reshape(-1, self.shape[0][0])
 
 
 # --- models and files
@@ -377,7 +384,7 @@ def unwatched(lm: Any) -> Iterator[None]:
 
 def write_atomically(path: str | Path, text: str) -> None:
     """Raises InputError where it cannot be written."""
-    path = Path(path)
+    path = home_path(path)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         temporary.write_text(text)

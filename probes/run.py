@@ -13,6 +13,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from rnn_longctx.config import home_path
 from rnn_longctx.data import Text, make_passkey, tokens
 from rnn_longctx.data.pieces import encode_after
 from rnn_longctx.errors import InputError, nearest
@@ -79,7 +80,7 @@ class Probe:
     def save(self, directory: str | Path) -> list[Path]:
         """trace.parquet, heads.csv, losses.csv, probe.json, and remembrance.csv where it was measured; returns the
         paths. Raises InputError: no such place."""
-        out = Path(directory)
+        out = home_path(directory)
         try:
             out.mkdir(parents=True, exist_ok=True)
             self.trace.to_parquet(out / "trace.parquet", index=False)

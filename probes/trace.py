@@ -129,7 +129,7 @@ class Convolution:
         x = projected[..., c.d_inner : c.d_inner + c.conv_dim]
         before = x.new_zeros(len(x), taps, c.conv_dim) if self._before is None else self._before.transpose(1, 2)
         first = self._position // self.every * self.every + self.every
-        ends = torch.tensor(range(first, self._position + x.shape[1] + 1, self.every), dtype=torch.int64)
+        ends = torch.tensor(range(first, self._position + x.shape[1] + 1, self.every), dtype=torch.int64, device="cpu")
         if not len(ends) or not taps:
             return
         # Tokens of this call, or of the ones before it where they are negative. Made on the device, and the index too:
@@ -160,7 +160,7 @@ class Trace:
             for look in one.looks:
                 rows, n = look["mean"].shape
                 frame = {
-                    "row": torch.arange(rows).repeat_interleave(n), "layer": one.layer,
+                    "row": torch.arange(rows, device="cpu").repeat_interleave(n), "layer": one.layer,
                     "position": look["position"].repeat(rows),
                 }  # fmt: skip
                 frame |= {k: v.double().cpu().flatten().numpy() for k, v in look.items() if k != "position"}
@@ -182,9 +182,9 @@ class Trace:
                 rows, heads, n = look["norm"].shape
                 frame = {
                     "stream": look["stream"],
-                    "row": torch.arange(rows).repeat_interleave(heads * n),
+                    "row": torch.arange(rows, device="cpu").repeat_interleave(heads * n),
                     "layer": watcher.layer,
-                    "head": torch.arange(heads).repeat_interleave(n).repeat(rows),
+                    "head": torch.arange(heads, device="cpu").repeat_interleave(n).repeat(rows),
                     "position": look["position"].repeat(rows * heads),
                 }
                 for name, value in look.items():

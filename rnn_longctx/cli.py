@@ -12,6 +12,7 @@ import typer
 
 from rnn_longctx.cli_bench import bench
 from rnn_longctx.cli_capacity import capacity
+from rnn_longctx.config import home_path
 from rnn_longctx.errors import InputError
 
 TEXTS = "stdlib, a file, a directory, jsonl:PATH[:field], parquet:PATH[:column], hf:dataset[:split[:column]]."
@@ -131,7 +132,7 @@ def evaluate_command(
         console.print(f"{c.out}: {more}", highlight=False)
     written = ["results.parquet", "results.csv"]
     if len(frame["mitigation"].unique()) > 1:
-        leaderboard(frame).to_csv(Path(c.out) / "leaderboard.csv", index=False)
+        leaderboard(frame).to_csv(home_path(c.out) / "leaderboard.csv", index=False)
         written.append("leaderboard.csv")
     written += [p.name for p in plot_all(frame, c.out)]
     console.print(f"{c.out}: {', '.join(written)}")

@@ -13,7 +13,7 @@ from typing import Any
 
 import pandas as pd
 
-from rnn_longctx.config import format_length
+from rnn_longctx.config import format_length, home_path
 from rnn_longctx.errors import InputError
 from rnn_longctx.eval.capacity import models
 from rnn_longctx.eval.capacity.forget import forget_of
@@ -30,7 +30,7 @@ _MQAR = re.compile(r"((?:forgetting-)?mqar)(\d+)")
 
 def read(directory: str | Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     """results and models, of a folder that a study or `rnn-longctx capacity MODEL` has written. Raises InputError."""
-    return _once(Results.read(directory)), models.read(Path(directory))
+    return _once(Results.read(directory)), models.read(home_path(directory))
 
 
 def _once(results: pd.DataFrame) -> pd.DataFrame:

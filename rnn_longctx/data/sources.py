@@ -150,7 +150,8 @@ def _parquet(path: Path, column: str) -> Iterator[bytes]:
             if column not in schema.names:
                 raise InputError(f"{path}: no column {column!r} (columns: {', '.join(schema.names)})")
             kind = schema.field(column).type
-            if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+            value = kind.value_type if pyarrow.types.is_dictionary(kind) else kind  # a category of pandas' or Polars'
+            if str(value) not in ("string", "large_string", "string_view"):  # (the last is new in pyarrow 16)
                 raise InputError(f"{path}: column {column!r} is {kind}, not text")
             for batch in file.iter_batches(ROWS, columns=[column]):
                 yield from (_document(text) for text in batch.column(0).to_pylist() if text)

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from rnn_longctx.config import home_path
 from rnn_longctx.errors import InputError
 
 _FILES = ["config.json", "*tokenizer*", "special_tokens*", "added_tokens.json", "vocab*", "merges.txt"]
@@ -158,7 +159,7 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
         raise InputError(f'a tokenizer is named by "bytes", a directory or a hub id; got {given}')
     if str(spec) == "bytes":
         return ByteTokenizer()
-    directory = Path(spec)
+    directory = home_path(spec)
     file = directory / "tokenizer.json"
     if file.is_file():
         from tokenizers import Tokenizer as Fast

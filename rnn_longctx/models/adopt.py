@@ -372,22 +372,31 @@ class Adopted(Identified):
     def _read(self, ids: Tensor, cache: AdoptedCache, mask: Tensor | None) -> Tensor:
         """`read` in one call of the library."""
         batch, length = ids.shape
+        if cache.torn:
+            raise InputError(
+                "a call on this cache broke off, and its layers have read different tokens: start a new one, or keep a "
+                "clone() before calls that may fail"
+            )
         if cache.seen and len(cache.position) != batch:
             raise InputError(f"the cache holds {len(cache.position)} rows, the ids {batch}")
         if not length:
             return torch.zeros(batch, 0, self.d_model, dtype=self.dtype, device=self.device)
-        before = cache.position if cache.seen else torch.zeros(batch, dtype=torch.int64)
-        padding = cache.padding if cache.padding is not None else torch.zeros(batch, dtype=torch.int64)
-        read = torch.full((batch,), length) if mask is None else mask.sum(1).cpu()
+        before = cache.position if cache.seen else torch.zeros(batch, dtype=torch.int64, device="cpu")
+        padding = cache.padding if cache.padding is not None else torch.zeros(batch, dtype=torch.int64, device="cpu")
+        read = torch.full((batch,), length, device="cpu") if mask is None else mask.sum(1).cpu()
         if mask is not None:
-            begun = torch.arange(length) >= length - read[:, None]
+            begun = torch.arange(length, device="cpu") >= length - read[:, None]
             if bool((begun != mask.cpu().bool()).any()) or bool(((read < length) & (before > 0)).any()):
                 raise InputError("padding may stand only before a row's first token (left padding)")
             if length == 1:
                 raise InputError("padding is read together with at least one token more: the library does not mask one")
             padding = padding + length - read
-        with self.reading():
-            hidden = self._call(ids, cache, mask, before, padding)
+        try:
+            with self.reading():
+                hidden = self._call(ids, cache, mask, before, padding)
+        except BaseException:
+            cache.torn = cache.library is not None
+            raise
         cache.seen, cache.padding, cache.position = cache.seen + length, padding, before + read
         return hidden
 
@@ -399,10 +408,10 @@ class Adopted(Identified):
         key = cache_name(self.base)
         if bool(padding.any()) and (self.attends or mask is not None):
             # a pure model's mask is of this call's tokens, a hybrid's of all
-            columns = torch.arange(cache.dropped if self.attends else cache.seen, total)
+            columns = torch.arange(cache.dropped if self.attends else cache.seen, total, device="cpu")
             given["attention_mask"] = (columns >= padding[:, None]).long().to(ids.device)
         if "position_ids" in self._takes:  # some families count a cached call's tokens from 0
-            at = (torch.arange(cache.seen, total) - padding[:, None]).clamp(min=0)
+            at = (torch.arange(cache.seen, total, device="cpu") - padding[:, None]).clamp(min=0)
             given["position_ids"] = at.to(ids.device)
         if cache.library is None and self.hybrid and not self._attention:
             cache.library = unattended()(config=self.config)
@@ -450,7 +459,8 @@ class Adopted(Identified):
         return logits if logits.dtype == torch.float64 else logits.float()
 
     def losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """-log p(target) in nats, (B, T), from hidden states (B, T, d_model); never all logits at once."""
+        """-log p(target) in nats, (B, T), from hidden states (B, T, d_model); never all logits at once. A target
+        of -100 is ignored: 0, without a gradient."""
         return token_losses(self.logits, self.config.vocab_size, hidden, targets)
 
     def new_cache(self) -> AdoptedCache:

@@ -41,12 +41,16 @@ class AdoptedCache:
         seen, padding: columns read since the library's cache was new, and how many of them are a row's padding (B,).
         dropped: how many of the first columns attention holds no more.
         tail: see `Cache`.
+        torn: whether a call broke off (out of memory, an interrupt): the library moves its cache on layer by layer, and
+            some of its layers have read what others have not.
     """
+
+    torn = False
 
     def __init__(self, mixers: list[AdoptedMixer]):
         self.mixers = mixers
         self.library: Any = None
-        self.position = torch.zeros(0, dtype=torch.int64)
+        self.position = torch.zeros(0, dtype=torch.int64, device="cpu")
         self.seen = self.dropped = 0
         self.padding: Tensor | None = None
         self.tail: Tensor | None = None
@@ -72,7 +76,7 @@ class AdoptedCache:
     def layers(self, layers: list[Carry]) -> None:
         if layers:
             raise InputError("the layers of an adopted model's cache can be dropped, not replaced")
-        self.library, self.seen, self.padding, self.dropped = None, 0, None, 0
+        self.library, self.seen, self.padding, self.dropped, self.torn = None, 0, None, 0, False
 
     def crop_attention(self, tokens: int) -> None:
         """Drop attention's keys and values but for the last `tokens` columns. InputError: see `adopt_rows.attends`."""
@@ -87,7 +91,7 @@ class AdoptedCache:
 
     def rows(self, index: Tensor | list[int]) -> AdoptedCache:
         """The cache of some rows, in that order (beam search, ragged batches)."""
-        index = torch.as_tensor(index)
+        index = torch.as_tensor(index, device=getattr(index, "device", "cpu"))
         new = self.clone()
         if new.library is not None:
             new._reorder(index)

@@ -49,7 +49,7 @@ def concat(parts: list[AdoptedCache], order: list[int]) -> AdoptedCache:
 
 def in_order(order: list[int]) -> Callable[[list[Tensor]], Tensor]:
     """Puts tensors together whose i-th row belongs at row order[i]."""
-    back = torch.tensor(order).argsort()
+    back = torch.tensor(order, device="cpu").argsort()
     return lambda tensors: torch.cat(tensors)[back.to(tensors[0].device)]
 
 
@@ -63,7 +63,7 @@ def join_besides(besides: list[Beside], cat: Callable) -> Beside:
 def place(new: AdoptedCache, parts: list[AdoptedCache], cat: Callable) -> None:
     """Say where the rows of a cache stand that was made of others."""
     seen = max(p.seen for p in parts)
-    shifts = [torch.full((len(p.position),), seen - p.seen) for p in parts]
+    shifts = [torch.full((len(p.position),), seen - p.seen, device="cpu") for p in parts]
     new.seen, new.position = seen, cat([p.position for p in parts])
     new.padding = cat([s if p.padding is None else s + p.padding for p, s in zip(parts, shifts)])
     new.tail = None if new.tail is None else cat(level_tails(parts))
@@ -90,7 +90,8 @@ def read_packed(model: Adopted, ids: Tensor, cache: AdoptedCache, reset: Tensor)
 def to_cache(cache: AdoptedCache) -> tuple[Cache, dict[str, Tensor]]:
     """The recurrent layers as a `Cache`, and beside it the keys and values of attention, where it stands in the stream
     (columns read, columns dropped) and the rows' padding; new tensors or views. Raises InputError: see `attends`."""
-    found, extra = Cache([], cache.position, cache.tail), {"columns": torch.tensor([cache.seen, cache.dropped])}
+    found = Cache([], cache.position, cache.tail)
+    extra = {"columns": torch.tensor([cache.seen, cache.dropped], device="cpu")}
     if cache.padding is not None:
         extra["padding"] = cache.padding
     for mixer, carry in zip(cache.mixers, cache.layers):

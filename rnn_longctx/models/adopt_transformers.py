@@ -238,7 +238,7 @@ class AdoptedMixer:
     def carry(self, layer: Any, state: Tensor) -> ScanCarry:
         """The carry of a layer that has read something; state (B, H, P, N) is the library's."""
         if (beside := self.beside(layer)) is None:
-            self.place(layer, torch.full((len(state),), UNKNOWN, dtype=torch.int64))
+            self.place(layer, torch.full((len(state),), UNKNOWN, dtype=torch.int64, device="cpu"))
             beside = layer.beside
         p = self._policy
         placed = p.window is not None or p.reset is not None or any(c.every > 1 for c in p.caps)

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from rnn_longctx.config import home_path
 from rnn_longctx.errors import InputError
 from rnn_longctx.ssd import ScanCarry, WindowCarry, level, tree_map
 
@@ -38,7 +39,7 @@ class Cache:
     """
 
     layers: list[Carry] = field(default_factory=list)
-    position: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    position: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64, device="cpu"))
     tail: Tensor | None = None
 
     def clone(self) -> Cache:
@@ -46,7 +47,7 @@ class Cache:
 
     def rows(self, index: Tensor | list[int]) -> Cache:
         """The cache of some rows, in that order (beam search, ragged batches)."""
-        index = torch.as_tensor(index)
+        index = torch.as_tensor(index, device=getattr(index, "device", "cpu"))
         return tree_map(lambda t: t[index.to(t.device)], self)
 
     def to(self, device: torch.device | str) -> Cache:
@@ -60,7 +61,7 @@ class Cache:
     @staticmethod
     def concat(parts: list[Cache], order: list[int]) -> Cache:
         """Row groups put together again; `order[i]` is the row at which the i-th of their rows belongs."""
-        back = torch.tensor(order).argsort()
+        back = torch.tensor(order, device="cpu").argsort()
         parts = [Cache(list(p.layers), p.position, tail) for p, tail in zip(parts, level_tails(parts))]
         for i, layer in enumerate(parts[0].layers):
             if layer.scan.window is not None:
@@ -73,7 +74,7 @@ class Cache:
         """Write to one safetensors file by atomic rename; `extra` tensors and a JSON `note` travel with it."""
         tensors: dict[str, Tensor] = {f"extra.{k}": v.contiguous() for k, v in (extra or {}).items()}
         shape = _flatten(self, "cache", tensors)
-        path = Path(path)
+        path = home_path(path)
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
         save_file(tensors, temporary, {"cache": json.dumps(shape), "note": json.dumps(note)})
         os.replace(temporary, path)
@@ -86,7 +87,7 @@ class Cache:
     def load_with(cls, path: str | Path, device: torch.device | str = "cpu") -> tuple[Cache, dict[str, Tensor], Any]:
         """The cache, the extra tensors and the note of `save`. Raises InputError if the file is not one."""
         try:
-            with safe_open(path, "pt") as file:
+            with safe_open(home_path(path), "pt") as file:
                 header = file.metadata() or {}
                 tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (not a dict)
             cache = _unflatten(json.loads(header["cache"]), "cache", tensors)

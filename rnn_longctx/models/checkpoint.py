@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rnn_longctx.config import parse_length
+from rnn_longctx.config import home_path, parse_length
 from rnn_longctx.data.tokenizers import ByteTokenizer, HFTokenizer, Tokenizer, load_tokenizer
 from rnn_longctx.errors import InputError, nearest
 from rnn_longctx.models import formats
@@ -83,7 +83,7 @@ class LazyTokenizer:
 def tokenizer_of(source: str | Path) -> str | Path | None:
     """Where the tokenizer of a model lies that transformers read from `source`: that folder, if it holds one, or a hub
     id; None where there is none to be seen."""
-    folder = Path(source)
+    folder = home_path(source)
     if folder.is_dir():
         return (
             folder if any((folder / f"{file}.json").is_file() for file in ("tokenizer", "tokenizer_config")) else None
@@ -168,7 +168,7 @@ def save(model: Mamba2LM, directory: str | Path, *, dtype: torch.dtype | str | N
         state.setdefault("lm_head.weight", state["backbone.embedding.weight"])  # it asks for a tied one too
         config = formats.official_config(model.config)
 
-    directory = Path(directory).absolute()
+    directory = home_path(directory).absolute()
     aside = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
     try:
         shutil.rmtree(aside, ignore_errors=True)
@@ -257,7 +257,7 @@ def locate(source: str | Path) -> tuple[Path, str, dict[str, Any]]:
         return BUNDLED / source, str(source), {}
     if not isinstance(source, str | Path):
         raise InputError(f'expected "demo", a directory or a hub id, got {type(source).__name__}')
-    path = Path(source)
+    path = home_path(source)
     if path.is_dir():
         if not any(path.iterdir()):
             raise InputError(f"{source} is an empty directory; expected config.json and weights")
@@ -305,7 +305,7 @@ def _tokenizer_spec(model: Mamba2LM) -> str | None:
     if isinstance(tokenizer, ByteTokenizer):
         return "bytes"
     spec = tokenizer.spec if isinstance(tokenizer, LazyTokenizer) else None
-    return spec if isinstance(spec, str) and not Path(spec).exists() else None
+    return spec if isinstance(spec, str) and not home_path(spec).exists() else None
 
 
 def _write_tokenizer(model: Mamba2LM, directory: Path) -> None:

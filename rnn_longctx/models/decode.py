@@ -70,6 +70,10 @@ class Decoder:
         return None
 
     def __call__(self, token: Tensor) -> Tensor:
+        with torch.cuda.device_of(self._token):  # graphs and Triton take the current device
+            return self._next(token)
+
+    def _next(self, token: Tensor) -> Tensor:
         if self._policies != [m.policy for m in self.model.mixers] or not self._in_place():
             self._prepare()
         self._token.copy_(token)
@@ -117,7 +121,7 @@ class Decoder:
             self._step(turn)  # compiles and allocates
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=side):  # its own default is a stream of the card of the first graph
             logits = self._step(turn)
         for buffer, before in zip(self._buffers(), kept):
             buffer.copy_(before)

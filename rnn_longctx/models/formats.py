@@ -36,6 +36,8 @@ LAYOUTS = ("rnn-longctx", "transformers", "state-spaces")
 SIDE = "rnn_longctx.json"  # beside a config.json of mamba-ssm, which refuses keys that are not its own
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # each whole, or in shards that <name>.index.json lists
 
+_WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+
 # mamba-ssm: what shapes the model, in ssm_cfg too, what must be so, and what only initialises it or picks a kernel
 _TOP = ("d_model", "n_layer", "vocab_size", "tie_embeddings", "residual_in_fp32")
 _ONLY = {"d_intermediate": 0, "rms_norm": True}
@@ -167,7 +169,8 @@ def check_layout(config: Mamba2Config, layout: str) -> None:
 
 
 def canonical(name: str) -> str:
-    """The official name of a tensor."""
+    """The official name of a tensor, without what wrappers (DDP, FSDP, torch.compile) put into the names of theirs."""
+    name = ".".join(piece for piece in name.split(".") if piece not in _WRAPPERS)
     return name.replace("backbone.embeddings.", "backbone.embedding.", 1)
 
 
@@ -176,7 +179,10 @@ def read_weights(directory: Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for path in _weight_files(directory):
         read = _read_safetensors if path.suffix == ".safetensors" else _read_pickle
-        tensors |= {canonical(name): tensor for name, tensor in read(path).items()}
+        for name, tensor in read(path).items():
+            if canonical(name) in tensors:
+                raise InputError(f"{path}: {canonical(name)} is there twice, once as {name}")
+            tensors[canonical(name)] = tensor
     return tensors
 
 

@@ -32,6 +32,8 @@ from rnn_longctx.models.stops import (
 )
 from rnn_longctx.ssd import fused
 
+COLDEST = 1e-30  # a temperature below would take logits past float32's range, and is greedy long before
+
 
 @torch.no_grad()
 @in_evaluation
@@ -59,7 +61,7 @@ def prefill(model: Mamba2LM, ids: Tensor, cache: Cache | None = None, segment: i
     cache = model.new_cache() if cache is None else cache
     fresh = mask is None and not bool(cache.position.any())
     if model.restart is not None and fresh and (start := model.restart.block_start(ids.shape[1])):
-        cache.position = torch.full((len(ids),), start, dtype=torch.int64)
+        cache.position = torch.full((len(ids),), start, dtype=torch.int64, device="cpu")
         cache.tail = ids[:, max(0, start - model.restart.overlap) : start].to(model.device)
         ids = ids[:, start:]
     if mask is None:
@@ -105,7 +107,7 @@ class Continuation(Iterator[Tensor]):
         self.read()
         logits = self._logits if self._unused is None else self._logits.masked_fill(self._unused, -torch.inf)
         if self.temperature > 0:
-            probabilities = (logits / self.temperature).softmax(-1)
+            probabilities = (logits / max(self.temperature, COLDEST)).softmax(-1)
             self._token = torch.multinomial(probabilities, 1, generator=self.generator)[:, 0]
         else:
             self._token = logits.argmax(-1)
@@ -170,7 +172,9 @@ def prompt_rows(model: Any, prompts: Any) -> tuple[Tensor, Tensor | None]:
             raise InputError(f"in a list of prompts each is one row; got one of shape {tuple(ids.shape)}")
         rows.append(ids[0])
     longest = max(map(len, rows))
-    mask = torch.arange(longest) >= longest - torch.tensor([len(row) for row in rows])[:, None]
+    mask = (
+        torch.arange(longest, device="cpu") >= longest - torch.tensor([len(row) for row in rows], device="cpu")[:, None]
+    )
     ids = torch.stack([F.pad(row, (longest - len(row), 0)) for row in rows])
     return ids, None if bool(mask.all()) else mask
 
@@ -199,7 +203,7 @@ class Answer:
         self.ends: tuple[int, ...] = end_ids(model)
         stops, text = stop_strings(stop), text or bool(stop)
         self.texts = [TextStream(tokenizer_for_text(model), stops) for _ in ids] if text else []
-        self.lengths = torch.zeros(len(ids), dtype=torch.int64)  # tokens of every row, its last included
+        self.lengths = torch.zeros(len(ids), dtype=torch.int64, device="cpu")  # tokens of every row, its last included
         self._said: list[Tensor] = []
         self._going = list(range(len(ids)))
 
@@ -227,7 +231,7 @@ class Answer:
         if not self._said:
             return self.ids[:, :0]
         said = torch.stack(self._said, 1)
-        over = torch.arange(said.shape[1]) >= self.lengths[:, None]
+        over = torch.arange(said.shape[1], device="cpu") >= self.lengths[:, None]
         return said.masked_fill(over.to(said.device), self.ends[0] if self.ends else 0)
 
     def _add(self, token: Tensor) -> list[int]:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -348,7 +349,7 @@ class Mamba2LM(Identified, nn.Module):
             out, carry = block.mixer(normed, before, mask, reset, unscaled=True, stretch=stretch)
             carries.append(carry)
         length = ids.shape[1] if stretch is None else stretch.total
-        read = torch.full((len(ids),), length) if mask is None else mask.sum(1).cpu()
+        read = torch.full((len(ids),), length, device="cpu") if mask is None else mask.sum(1).cpu()
         cache.position = read + (cache.position if cache.layers else 0)
         cache.layers = carries
         return self.backbone.norm_f.add(h, out, self.config.residual_in_fp32)[0]
@@ -365,7 +366,8 @@ class Mamba2LM(Identified, nn.Module):
         return logits if logits.dtype == torch.float64 else logits.float()
 
     def losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """-log p(target) in nats, (B, T), from hidden states (B, T, d_model); never all logits at once."""
+        """-log p(target) in nats, (B, T), from hidden states (B, T, d_model); never all logits at once. A target
+        of -100 is ignored: 0, without a gradient."""
         if torch.is_grad_enabled() and isinstance(self.lm_head, nn.Linear):  # (no adapter around it)
             return head_losses(hidden, self.lm_head.weight, targets)
         return token_losses(self.logits, self.config.vocab_size, hidden, targets)
@@ -385,8 +387,10 @@ def refuse_offloaded(weight: Tensor, name: str) -> Tensor:
 
 def rows_of(ids: Any, wanted: str = "a stream is read from token ids (B, T) or (T) of whole numbers") -> Tensor:
     """Token ids as a tensor (B, T), int64, (T) as one row. Raises InputError for anything else."""
+    if isinstance(ids, np.ndarray) and ids.dtype.kind in "iu":  # in any order of items and of bytes
+        ids = np.ascontiguousarray(ids, dtype=np.int64)
     try:
-        rows = torch.as_tensor(ids)
+        rows = ids if isinstance(ids, Tensor) else torch.as_tensor(ids, device="cpu")
     except (TypeError, ValueError, RuntimeError):
         raise InputError(f"{wanted}; got {type(ids).__name__} {ids!r:.60}") from None
     rows = rows[None] if rows.ndim == 1 else rows

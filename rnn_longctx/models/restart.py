@@ -66,7 +66,7 @@ def read_restarting(read: Read, restart: Restart, ids: Tensor, cache: Cache, mas
     """`read(ids, cache)` under a restart; moves `cache` on in place and returns the hidden states (B, T, d_model)."""
     batch = len(ids)
     if len(cache.position) == 0:
-        cache.position = torch.zeros(batch, dtype=torch.int64)
+        cache.position = torch.zeros(batch, dtype=torch.int64, device="cpu")
     real = mask.sum(1).tolist() if mask is not None else [ids.shape[1]] * batch
     if len(set(zip(cache.position.tolist(), real))) <= 1 and mask is None:
         return _read_level(read, restart, ids, cache)
@@ -110,6 +110,6 @@ def _read_level(read: Read, restart: Restart, ids: Tensor, cache: Cache) -> Tens
         u = min(ids.shape[1], t + restart.every - at % restart.every)
         outputs.append(read(ids[:, t:u], cache))
         t = u
-    cache.position = torch.full((len(ids),), position + ids.shape[1], dtype=torch.int64)
+    cache.position = torch.full((len(ids),), position + ids.shape[1], dtype=torch.int64, device="cpu")
     cache.tail = torch.cat([tail, ids], 1)[:, -restart.overlap :] if restart.overlap else ids[:, :0]
     return torch.cat(outputs, 1) if outputs else read(ids, cache)

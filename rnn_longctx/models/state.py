@@ -8,6 +8,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from rnn_longctx.config import home_path
 from rnn_longctx.errors import InputError
 from rnn_longctx.models.adopt import Adopted
 from rnn_longctx.models.adopt_cache import AdoptedCache
@@ -39,7 +40,7 @@ def save_state(
     note = {"weights": model.weights_hash, "model": model.name, "policies": policies_hash(model), "remedy": remedy,
             "target": target, "states": str(model.state_dtype)}  # fmt: skip
     try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        home_path(path).parent.mkdir(parents=True, exist_ok=True)
         plain, extra = to_cache(cache) if isinstance(cache, AdoptedCache) else (cache, {})
         plain.save(path, extra, note)
     except (OSError, SafetensorError) as error:

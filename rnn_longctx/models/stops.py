@@ -43,7 +43,7 @@ def unused_rows(tokenizer: Any, size: int, device: torch.device | str = "cpu") -
     is no tokenizer."""
     if tokenizer is None:
         return None
-    unused = torch.arange(size) >= tokenizer.vocab_size
+    unused = torch.arange(size, device="cpu") >= tokenizer.vocab_size
     unused[[i for i in getattr(tokenizer, "unused", ()) if i < size]] = True
     return unused.to(device) if bool(unused.any()) else None
 

@@ -171,7 +171,7 @@ def row_counts(position: Tensor, length: int, *, mask: Tensor | None = None, res
     Returns: counts (B, T), tokens of its row read up to and with each token, and drop (B, T) bool, True where the
     state is dropped before the token (a new row, or every `every` tokens), or None if nowhere.
     """
-    real = torch.ones(len(position), length, dtype=torch.int64) if mask is None else mask.cpu().long()
+    real = torch.ones(len(position), length, dtype=torch.int64, device="cpu") if mask is None else mask.cpu().long()
     counts = position[:, None] + real.cumsum(1)
     drop = None
     if reset is not None and bool(reset.any()):

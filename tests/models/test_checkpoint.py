@@ -413,3 +413,19 @@ def test_tokenizer_files_travel_with_the_weights(layout, own, tokenizer_files, t
     checkpoint.save(checkpoint.load(tmp_path / "once"), tmp_path / "twice", layout=layout)
     again = checkpoint.load(tmp_path / "twice")
     assert again.tokenizer.encode("a b\0b").tolist() == ids and again.tokenizer.eos_id == 1
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_fsdp_wrapped_module."])
+def test_names_that_wrappers_gave(prefix, tmp_path):
+    """karpathy/nanoGPT#325, huggingface/pytorch-image-models#2003: what torch.compile, DDP or FSDP wraps has the
+    wrapper's name before each tensor's, or within it where blocks were wrapped alone."""
+    model = Mamba2LM(Mamba2Config(d_model=24, n_layer=2, vocab_size=61, d_state=8, headdim=8)).eval()
+    checkpoint.save(model, tmp_path / "plain")
+    expected = checkpoint.load(tmp_path / "plain")
+    for name, change in (("all", lambda k: prefix + k), ("blocks", lambda k: k.replace(".mixer.", f".{prefix}mixer."))):
+        state = {change(k): v for k, v in load_file(tmp_path / "plain" / "model.safetensors").items()}
+        write(tmp_path / name, (tmp_path / "plain" / "config.json").read_text(), state)
+        found = checkpoint.load(tmp_path / name)
+        assert found.weights_hash == expected.weights_hash and same(found, expected)
+    twice = state | load_file(tmp_path / "plain" / "model.safetensors")
+    refused(write(tmp_path / "twice", (tmp_path / "plain" / "config.json").read_text(), twice), "is there twice")

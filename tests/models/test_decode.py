@@ -8,6 +8,7 @@ pytest.importorskip("triton")
 from rnn_longctx.errors import InputError
 from rnn_longctx.models import Cache, Mamba2Config, Mamba2LM, Restart
 from rnn_longctx.models.decode import Decoder
+from rnn_longctx.models.generate import generate
 from rnn_longctx.ssd import Cap, ScanPolicy, fused
 
 if fused.missing():
@@ -130,3 +131,16 @@ def test_launches_of_every_kind_agree(rows, monkeypatch):
         logits.append(torch.stack([decoder(tokens[:, i]) for i in range(300)]))
     assert torch.equal(logits[1], logits[2])
     assert (logits[1] - logits[0]).norm() < 0.02 * logits[0].norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two cards")
+@torch.no_grad()
+def test_a_card_that_is_not_the_current_one():
+    """triton-lang/triton#2441, #5205: kernels and graphs take the current card, wherever the tensors are."""
+    first = small(ngroups=1)
+    second = small(ngroups=1).to("cuda:1")
+    tokens = torch.randint(50, (2, 12), device="cuda:0")
+    said = [generate(model, tokens, 20).cpu() for model in (first, second, first)]
+    assert torch.cuda.current_device() == 0
+    assert torch.equal(said[0], said[1]) and torch.equal(said[0], said[2])
