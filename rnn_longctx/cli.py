@@ -271,16 +271,13 @@ def generate_command(
     dtype: Dtype = "float32",
     state_dtype: StateDtype = None,
 ) -> None:
-    """Continue a prompt of any length, with a remedy on the model; the text is printed as it is made.
-
-    It ends at the end-of-sequence id, which is not printed, at a stop string, which is, or at --max-new-tokens."""
+    """Continue a prompt of any length, with a remedy on the model; the text is printed as it is made."""
     from contextlib import nullcontext
 
-    from rnn_longctx import CollapseError, CollapseMonitor, mitigate
+    from rnn_longctx import CollapseError, CollapseMonitor, generate_stream, mitigate
     from rnn_longctx.data.content import as_text, not_utf8
     from rnn_longctx.mitigations import active, parse_remedy
     from rnn_longctx.models import state
-    from rnn_longctx.models.generate import generate_stream
 
     remedy, target = parse_remedy(mitigation), state.target_of(load_state) if load_state else None
     lm = _load(model, device, dtype, tokenizer, train_length, state_dtype)
@@ -291,15 +288,14 @@ def generate_command(
     )
     if (bad := not_utf8(raw)) is not None:
         raise InputError(f"--prompt is not UTF-8 text at byte {bad}")
-    ids, said = lm.tokenizer.encode(raw), ""
-    if not len(ids):
+    if not len(ids := lm.tokenizer.encode(raw)):
         raise InputError("the prompt is empty")
-    new = (0 if save_state else 128) if max_new_tokens is None else max_new_tokens
-    target = target or len(ids) + new
+    new = max_new_tokens if max_new_tokens is not None else 0 if save_state else 128
+    target, said = target or len(ids) + new, ""
     with mitigate(lm, remedy, target_length=target):
         cache: Any = state.load_state(load_state, lm) if load_state else lm.new_cache() if save_state else None
         watching = CollapseMonitor.calibrated(lm).on(lm, monitor) if monitor else nullcontext()
-        how: dict[str, Any] = {"temperature": temperature, "seed": seed, "cache": cache, "stop": stop or ()}
+        how: Any = {"temperature": temperature, "seed": seed, "cache": cache, "stop": stop or ()}
         try:
             with watching as watch:
                 for said in generate_stream(lm, ids, new, **how):

@@ -50,13 +50,13 @@ def prefill(model: Mamba2LM, ids: Tensor, cache: Cache | None = None, segment: i
     """
     if mask is not None and bool(mask.all()):
         mask = None
+    if model.reader is not None and cache is not None:
+        raise InputError(
+            "a remedy that reads a whole prompt cannot go on from what was read before, and keeps no state itself"
+        )
     if mask is not None and (model.reader is not None or (cache is not None and bool(cache.position.any()))):
         return _read_apart(model, ids, cache, segment, mask)
     if model.reader is not None:
-        if cache is not None:
-            raise InputError(
-                "a remedy that reads a whole prompt cannot go on from what was read before, and keeps no state itself"
-            )
         return model.reader(model, ids, segment)
     cache = model.new_cache() if cache is None else cache
     fresh = mask is None and not bool(cache.position.any())
