@@ -25,9 +25,10 @@ from rnn_longctx.eval.harness import HarnessLM
 from rnn_longctx.eval.results import Results, write_atomic
 from rnn_longctx.eval.ruler import check_it_ends
 from rnn_longctx.mitigations import active, mitigate, parse_remedy
+from rnn_longctx.models.precision import computes_as
 
 COLUMNS = ("task", "length", "metric", "value", "stderr", "n", "mitigation", "model", "weights_hash",
-           "state_dtype")  # fmt: skip
+           "dtype", "state_dtype")  # fmt: skip
 TASKS = Path(__file__).resolve().parent / "lm_eval_tasks"
 
 
@@ -79,6 +80,7 @@ def lm_eval_table(model: Any, tasks: Sequence[str], lengths: Sequence[int | str]
                     mitigation = active(model)[0]
                     results = _evaluate(harness, loaded, manager, limit)
                 about = {"mitigation": mitigation, "model": model.name, "weights_hash": model.weights_hash,
+                         "dtype": computes_as(model),
                          "state_dtype": model.state_dtype and str(model.state_dtype)[6:]}  # fmt: skip
                 rows += [{"length": length} | row | about for row in _rows(results, length)]
                 runs.append({"length": length} | about | _kept(results, folder))

@@ -350,7 +350,7 @@ def lm_eval_command(
         include_path=include_path, data=data, out=out, batch=batch, seed=seed,
         max_length=None if max_length is None else parse_length(max_length), progress=sys.stderr.isatty(),
     )  # fmt: skip
-    shown = frame.drop(columns=["model", "weights_hash", *(["state_dtype"] if state_dtype is None else [])])
+    shown = frame.drop(columns=["model", "weights_hash", "dtype", *(["state_dtype"] if state_dtype is None else [])])
     typer.echo(shown.to_string(index=False, na_rep="-", float_format=lambda v: f"{v:.4g}"))
     typer.echo(f"{out}: lm_eval.json, lm_eval.csv")
 
