@@ -34,6 +34,7 @@ from rnn_longctx.mitigations.rri import RRI
 from rnn_longctx.mitigations.stored import Found, shape_of
 from rnn_longctx.models import Mamba2LM
 from rnn_longctx.models.adopt import reader_of
+from rnn_longctx.models.precision import computes_as
 from rnn_longctx.models.segments import SEGMENTS
 from rnn_longctx.probes.ablation import tail_losses
 from rnn_longctx.ssd import PLAIN
@@ -156,6 +157,7 @@ def calibrate(model: Any, name: str, target: int | str, text: Text | str | Path,
     }
     if model.state_dtype is not None:
         scores["state_dtype"] = str(model.state_dtype)[6:]
+    scores["dtype"] = computes_as(model)
     whose = {"name": model.name, "weights": model.weights_hash, **shape_of(model)}
     return Found(best.remedy, whose, policies, target, f"{text.name} {text.hash}", seed, method, scores, helps,
                  kept_digests(text))  # fmt: skip

@@ -28,10 +28,11 @@ from rnn_longctx.eval.results import Results, write_atomic
 from rnn_longctx.eval.ruler import TooShort, draw_from, is_ruler, maker, restored
 from rnn_longctx.mitigations import active, mitigate, parse_remedy
 from rnn_longctx.models.checkpoint import LazyTokenizer
+from rnn_longctx.models.precision import computes_as
 
 # tokens_read: of a prompt (before its answer), the mean over the prompts of a task, and their least and most
 COLUMNS = ("task", "length", "tokens_read", "tokens_read_min", "tokens_read_max", "metric", "value", "stderr", "n",
-           "mitigation", "model", "weights_hash", "state_dtype", "seed")  # fmt: skip
+           "mitigation", "model", "weights_hash", "dtype", "state_dtype", "seed")  # fmt: skip
 NEAR = 0.95  # of a length: prompts that are shorter on average say nothing of it
 TASKS = Path(__file__).resolve().parent / "lm_eval_tasks"
 
@@ -91,7 +92,7 @@ def lm_eval_table(model: Any, tasks: Sequence[str], lengths: Sequence[int | str]
                     harness.tokens_read.clear()
                     results = _evaluate(harness, loaded, manager, limit)
                 about = {"mitigation": mitigation, "model": model.name, "weights_hash": weights,
-                         "state_dtype": model.state_dtype and str(model.state_dtype)[6:], "seed": seed}  # fmt: skip
+                         "dtype": computes_as(model), "state_dtype": model.state_dtype and str(model.state_dtype)[6:], "seed": seed}  # fmt: skip
                 read = {str(task): _read(tokens) for task, tokens in harness.tokens_read.items()}
                 rows += [{"length": length} | row | read.get(row["task"], {}) | about for row in _rows(results, length)]
                 runs.append({"length": length, "begin": harness.text.begin, "tokens_read": read} | about

@@ -18,6 +18,7 @@ from rnn_longctx.data import Text
 from rnn_longctx.eval.results import Results, Row
 from rnn_longctx.eval.stats import mean_stderr
 from rnn_longctx.models import Mamba2LM
+from rnn_longctx.models.precision import computes_as
 from rnn_longctx.spec import canonical
 
 
@@ -64,7 +65,7 @@ class Context:
             "calibration": self.calibration, "task": task.label, "text": text if isinstance(text, str) else text.name,
             "text_hash": None if isinstance(text, str) else text.hash, "tokenizer": m.tokenizer.name,
             "length": length, "depth": depth, "metric": metric, "batch": self.batch,
-            "dtype": str(m.dtype).removeprefix("torch."), "backend": m.backend, "device": device, "seed": self.seed,
+            "dtype": computes_as(m), "backend": m.backend, "device": device, "seed": self.seed,
         }  # fmt: skip
 
     def row(self, task: Task, text: Text | str, length: int, metric: str, samples: Sequence[float],

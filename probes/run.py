@@ -18,6 +18,7 @@ from rnn_longctx.data import Text, make_passkey, tokens
 from rnn_longctx.data.pieces import encode_after
 from rnn_longctx.errors import InputError, nearest
 from rnn_longctx.models.modes import in_evaluation
+from rnn_longctx.models.precision import computes_as
 from rnn_longctx.models.segments import SEGMENTS
 from rnn_longctx.probes.ablation import Ablation, ablate
 from rnn_longctx.probes.envelope import envelope_of
@@ -37,8 +38,8 @@ class Probe:
     """What was seen.
 
     Attributes:
-        about: model, weights_hash, prompt, text, text_hash, length, every, train_length, seed, state_dtype
-            (None: the scan's own).
+        about: model, weights_hash, prompt, text, text_hash, length, every, train_length, seed, dtype
+            (`rnn_longctx.models.precision`), state_dtype (None: the scan's own).
         trace: of `Trace.table`.
         losses: position (the end of a stretch of `every` tokens) and loss, its mean over rows, nats per token.
         heads: of `rnn_longctx.probes.onset.onsets`, with at_train, horizon and class of `rnn_longctx.probes.retention`
@@ -166,7 +167,7 @@ def probe(model: Mamba2LM, text: Text, length: int, *, prompt: str = "text", eve
         "model": model.name, "weights_hash": model.weights_hash, "prompt": prompt, "text": text.name,
         "text_hash": text.hash, "length": length, "every": every, "slices": slices, "seed": seed,
         "train_length": model.train_length, "envelope_of": envelope.label,
-        "state_dtype": model.state_dtype and str(model.state_dtype)[6:],
+        "dtype": computes_as(model), "state_dtype": model.state_dtype and str(model.state_dtype)[6:],
     }  # fmt: skip
     return Probe(about, table, losses, heads, norms, found, kept)
 

@@ -361,7 +361,7 @@ def lm_eval_command(
         include_path=include_path, data=data, out=out, batch=batch, seed=seed, add_bos_token=add_bos_token,
         max_length=None if max_length is None else parse_length(max_length), progress=sys.stderr.isatty(),
     )  # fmt: skip
-    hidden = ["model", "weights_hash", "tokens_read_min", "tokens_read_max", "seed"]
+    hidden = ["model", "weights_hash", "dtype", "tokens_read_min", "tokens_read_max", "seed"]
     shown = frame.drop(columns=hidden + (["state_dtype"] if state_dtype is None else []))
     typer.echo(shown.to_string(index=False, na_rep="-", float_format=lambda v: f"{v:.4g}"))
     typer.echo(f"{out}: lm_eval.json, lm_eval.csv (seed {seed})")

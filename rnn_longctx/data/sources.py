@@ -135,7 +135,7 @@ def _is_parquet(path: Path) -> bool:
     try:
         with path.open("rb") as file:
             return file.read(4) == b"PAR1" and file.seek(-4, 2) > 0 and file.read() == b"PAR1"
-    except OSError:
+    except (OSError, ValueError):  # (a name with NUL)
         return False
 
 

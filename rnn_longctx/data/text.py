@@ -211,7 +211,7 @@ def _texts(paths: list[Path], label: str) -> Iterator[bytes]:
 
 
 def _not_a_model(folder: Path) -> None:
-    weights = [f.name for f in folder.iterdir() if f.suffix in (".safetensors", ".bin", ".gguf", ".pt", ".ckpt")]
+    weights = [f.name for pattern in ("*.safetensors", "pytorch_model*.bin") for f in folder.glob(pattern)]
     if (folder / "config.json").is_file() and weights:
         raise InputError(f"{folder} is a model (config.json, {sorted(weights)[0]}), not text; expected {SOURCES}")
 
@@ -220,7 +220,7 @@ def _json_lines(data: bytes) -> bool:
     """Whether a text begins with two lines of JSON, each an object."""
     try:
         two = [json.loads(line) for line in data[: 2 * BLOCK].split(b"\n", 2)[:2]]
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return len(two) == 2 and all(isinstance(line, dict) for line in two)
 

@@ -16,6 +16,7 @@ from rnn_longctx.models.adopt_rows import from_cache, to_cache
 from rnn_longctx.models.cache import Cache
 from rnn_longctx.models.legacy import is_of
 from rnn_longctx.models.mamba2 import Mamba2LM
+from rnn_longctx.models.precision import computes_as
 
 
 def save_state(
@@ -38,7 +39,7 @@ def save_state(
     if model.reader is not None:
         raise InputError(f"what {remedy} leaves of a prompt cannot be gone on from: its state is not kept")
     note = {"weights": model.weights_hash, "model": model.name, "policies": policies_hash(model), "remedy": remedy,
-            "target": target, "states": str(model.state_dtype)}  # fmt: skip
+            "target": target, "states": str(model.state_dtype), "dtype": computes_as(model)}  # fmt: skip
     try:
         home_path(path).parent.mkdir(parents=True, exist_ok=True)
         plain, extra = to_cache(cache) if isinstance(cache, AdoptedCache) else (cache, {})
@@ -57,8 +58,8 @@ def load_state(path: str | Path, model: Mamba2LM | Adopted) -> Any:
     """The cache (of the model's kind) of `save_state`, on the model's device.
 
     Raises:
-        InputError: no such file, another model or one that has changed since, or other policies or another type of
-            states than the model has now.
+        InputError: no such file, another model or one that has changed since, or other policies, or another type of
+            states or of numbers than the model has now.
     """
     cache, extra, note = Cache.load_with(path, model.device)
     if not isinstance(note, dict) or "weights" not in note:
@@ -71,6 +72,8 @@ def load_state(path: str | Path, model: Mamba2LM | Adopted) -> Any:
     if note.get("states", "None") != str(model.state_dtype):
         kept = note["states"].replace("None", "full precision").removeprefix("torch.")
         raise InputError(f"{path} was read with states in {kept}: give the same --state-dtype")
+    if (was := note.get("dtype")) not in (None, now := computes_as(model)):
+        raise InputError(f"{path} was read in {was}, and {model.name} computes in {now} now: read on as it was begun")
     return from_cache(model, cache, extra) if isinstance(model, Adopted) else cache
 
 

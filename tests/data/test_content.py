@@ -217,6 +217,8 @@ def test_json_lines_as_plain_text_are_said(tmp_path: Path, caplog: pytest.LogCap
     caplog.clear()
     path.write_text('{"a": 1,\n"b": 2}\n')
     assert load_text(path).data == path.read_bytes() and not caplog.text
+    path.write_text("[" * 100_000)
+    assert len(load_text(path)) == 100_000 and not caplog.text
 
 
 @pytest.mark.parametrize(
