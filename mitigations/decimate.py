@@ -48,7 +48,7 @@ class Decimate(Remedy):
         own = isinstance(model, Mamba2LM)
         if not own and getattr(model, "attends", True):
             raise NotApplicable(f"decimate drops tokens between layers, which attention in {model.name} needs")
-        if not own and getattr(model, "hybrid", True):
+        if not own and (getattr(model, "hybrid", True) or model.mixers[0].library == "mamba_ssm"):
             raise NotApplicable(f"decimate reads layer by layer, which is not written for {type(model.model).__name__}")
         layers = len(model.mixers)
         first = layers // 2 if self.first is None else self.first

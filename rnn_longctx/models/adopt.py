@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -194,7 +194,6 @@ class Adopted(Identified):
         self._guards: list[RemovableHandle] = []
         self.base: Any = getattr(model, "base_model", model)  # without the head
         self._takes = set(inspect.signature(self.base.forward).parameters)
-        self._unreadable = unreadable(model)
         self._warned = False  # of a call too wide for the library's kernels
         places = [getattr(m.module, "layer_idx", None) for m in self.mixers]
         if twice := next(
@@ -302,8 +301,8 @@ class Adopted(Identified):
 
     @property
     def embedding(self) -> Any:
-        if self._unreadable and not hasattr(self.model, "get_input_embeddings"):
-            self._refuse_reading()
+        if not hasattr(self.model, "get_input_embeddings"):
+            self._readable()
         return self.model.get_input_embeddings()
 
     @property
@@ -356,18 +355,22 @@ class Adopted(Identified):
         return self.read(ids, cache, mask)
 
     def read(self, ids: Tensor, cache: AdoptedCache, mask: Tensor | None = None) -> Tensor:
-        """`forward` without the reader's control."""
-        if self._unreadable:
-            self._refuse_reading()
+        """`forward` without the reader's control, in calls no longer than `longest`."""
+        self._readable()
         batch, length = ids.shape
         most = longest(self, batch)
         if most is None or length <= most:
             return self._read(ids, cache, mask)
-        masks = [None] * length if mask is None else mask.split(most, 1)
-        return torch.cat([self._read(part, cache, some) for part, some in zip(ids.split(most, 1), masks)], 1)
+        hidden = []
+        for t in range(0, length, most):
+            some = None if mask is None or bool(mask[:, t : t + most].all()) else mask[:, t : t + most]
+            hidden.append(self._read(ids[:, t : t + most], cache, some))
+        return torch.cat(hidden, 1)
 
-    def _refuse_reading(self) -> NoReturn:
-        raise InputError(f"{self._unreadable}: mitigate it, and read with its own forward")
+    def _readable(self) -> None:
+        """Raises InputError where our reading would not equal the model's own forward, as that is now."""
+        if reason := unreadable(self.model):
+            raise InputError(f"{reason}: mitigate it, and read with its own forward")
 
     def _read(self, ids: Tensor, cache: AdoptedCache, mask: Tensor | None) -> Tensor:
         """`read` in one call of the library."""

@@ -195,15 +195,17 @@ class AdoptedMixer:
         """The inputs of the convolution, (B, channels, taps), in the library's cache."""
         return self.layer_of(library).conv_states[0]
 
-    @torch.compiler.disable
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The mixer's own forward, its scan and step ours. InputError: a static cache that attention shares."""
-        if not (self.active or self.stays):
-            return self.own("forward")(*args, **kwargs)
+        """The mixer's own forward, its scan and step ours where a policy is active or the library's would be wrong.
+        InputError: a static cache that attention shares."""
         given = dict(zip(self._arguments, args)) | kwargs
         cache = next((given[n] for n in CACHE_NAMES if given.get(n) is not None), None)
-        if not (self.active or self.drops(given, cache)):
-            return self.own("forward")(*args, **kwargs)
+        if self.active or self.drops(given, cache):
+            return self._forward(given, cache, args, kwargs)
+        return self.own("forward")(*args, **kwargs)
+
+    @torch.compiler.disable
+    def _forward(self, given: dict[str, Any], cache: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         mask = given.get("attention_mask")
         if self.active and _static_attention(cache):
             raise InputError(

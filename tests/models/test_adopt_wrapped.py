@@ -88,6 +88,12 @@ def test_what_passes_everything_on_is_read_as_its_own_forward(build, family, wra
     assert isinstance(ours.model, hf.PreTrainedModel) and adopt(ours.model) is ours
 
 
+@pytest.mark.slow
+def test_compiled_and_run_so(build):
+    with torch.compiler.set_stance("default"):
+        read_as_its_own(torch.compile(build("mamba"), backend="eager"))
+
+
 @pytest.fixture
 def one_rank(tmp_path):
     torch.distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
@@ -251,8 +257,10 @@ class Alone(nn.Module):
      (Alone, "no MambaLMHeadModel, nor a model of transformers")],
 )  # fmt: skip
 def test_another_forward_takes_remedies_and_is_not_read(build, change, why):
-    """Our reading knows nothing of what it does."""
-    model, ids = change(build("mamba2")), random_ids(2, 14)
+    """Our reading knows nothing of what it does, whether it was adopted before or afterwards."""
+    model, ids = build("mamba2"), random_ids(2, 14)
+    adopt(model)
+    model = change(model)
     before = own_logits(model, ids)
     with mitigate(model, RRI):
         assert (own_logits(model, ids) - before).abs().max() > 1e-5
