@@ -92,7 +92,8 @@ def lm_eval_table(model: Any, tasks: Sequence[str], lengths: Sequence[int | str]
                     harness.tokens_read.clear()
                     results = _evaluate(harness, loaded, manager, limit)
                 about = {"mitigation": mitigation, "model": model.name, "weights_hash": weights,
-                         "dtype": computes_as(model), "state_dtype": model.state_dtype and str(model.state_dtype)[6:], "seed": seed}  # fmt: skip
+                         "dtype": computes_as(model),
+                         "state_dtype": model.state_dtype and str(model.state_dtype)[6:], "seed": seed}  # fmt: skip
                 read = {str(task): _read(tokens) for task, tokens in harness.tokens_read.items()}
                 rows += [{"length": length} | row | read.get(row["task"], {}) | about for row in _rows(results, length)]
                 runs.append({"length": length, "begin": harness.text.begin, "tokens_read": read} | about
