@@ -182,6 +182,10 @@ class AdoptedMambaSSM(Adopted):
         return self.base.embedding
 
     @property
+    def attends(self) -> bool:
+        return len(getattr(self.base, "layers", ())) > len(self.mixers)
+
+    @property
     def head(self) -> Any:
         return getattr(self.model, "lm_head", None)
 
