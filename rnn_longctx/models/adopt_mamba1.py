@@ -8,6 +8,7 @@ always, in the model's own forward and `generate(prefill_chunk_size=...)` too: a
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import torch
@@ -38,6 +39,17 @@ class AdoptedMamba1(AdoptedMixer):
     def dt_limit(self) -> tuple[float, float]:
         return UNLIMITED
 
+    def stand(self) -> None:
+        """As `AdoptedMixer.stand`. Warns of an adapter on dt_proj: the library reads that layer's weight past it."""
+        super().stand()
+        layer = self.module.dt_proj
+        if hasattr(layer, "base_layer") and not getattr(layer, "merged", False):
+            warnings.warn(
+                f"the adapter on {self.name}.dt_proj does nothing, in the library's own forward either, until it is "
+                "merged (merge_and_unload): the mixer reads that layer's weight past it",
+                RuntimeWarning, stacklevel=2,
+            )  # fmt: skip
+
     def steps(self, projected: Tensor) -> Tensor:
         raise InputError(f"{self.name} is a mixer of Mamba-1, whose steps come after its convolution, one a channel")
 
@@ -62,7 +74,9 @@ class AdoptedMamba1(AdoptedMixer):
                 carry = self.carry(call.layer, state)
             else:  # counted by nobody
                 state = state.clone() if torch.is_grad_enabled() else state  # (the library writes into it)
-                carry = ScanCarry(state, torch.zeros(len(state), dtype=torch.int64), self.no_log_decay(state), None)
+                carry = ScanCarry(
+                    state, torch.zeros(len(state), dtype=torch.int64, device="cpu"), self.no_log_decay(state), None
+                )
         y, new = scan(
             x[..., None], dt, -m.A_log.to(torch.promote_types(m.A_log.dtype, torch.float32)).exp(), B[:, :, None],
             C[:, :, None], dt_bias=bias, dt_limit=UNLIMITED, D=m.D, policy=self.policy, mask=call.mask,

@@ -190,3 +190,12 @@ class Around(nn.Module):
     def __init__(self, layer):
         super().__init__()
         self.base_layer, self.weight, self.bias, self.kernel_size = layer, layer.weight, layer.bias, layer.kernel_size
+
+
+@pytest.mark.parametrize("family", ["mamba", "falcon_mamba", "jamba"])
+def test_an_adapter_that_does_nothing_is_said(build, family):
+    """transformers 5.24 multiplies with dt_proj's weight past the adapter on it (findings/)."""
+    model = lora(build(family), target_modules=["dt_proj"])
+    with pytest.warns(RuntimeWarning, match=r"dt_proj does nothing, .* until it is merged"):
+        adopt(model)
+    read_as_its_own(model)
