@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rnn_longctx.errors import InputError
+from rnn_longctx.models.patches import patches
+from rnn_longctx.models.precision import computes_as
 
 BLOCK = 2**16  # words of 64 bits under one pair of sums
 AT_ONCE = 128  # blocks, where launches count (64 MiB, and twice as much in between); on a CPU one a thread
@@ -68,13 +70,14 @@ class Identified:
 
     def measured(self, what: str) -> dict[Any, Any]:
         """A memo of what was measured on the model as it is now; of its former selves nothing is kept. (The tokenizer
-        and the type of the states, which a measurement hangs on too, are no part of the digest.)"""
+        and what it computes and keeps its states in, which a measurement hangs on too, are no part of the digest.)"""
         model: Any = self
         now: str = self.weights_hash
         memo: Any = vars(self).get("_measured")
         if memo is None or memo[0] != now:
             memo = vars(self)["_measured"] = (now, {})
-        return memo[1].setdefault((what, getattr(model.tokenizer, "name", None), model.state_dtype), {})
+        hangs_on = (getattr(model.tokenizer, "name", None), computes_as(model), model.state_dtype)
+        return memo[1].setdefault((what, *hangs_on), {})
 
 
 @torch.no_grad()
@@ -178,7 +181,8 @@ def _random(device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def _settings(module: nn.Module) -> Iterator[str]:
-    """A line a module: its type, and of its attributes and config what is plain and no label."""
+    """A line a module: its type, of its attributes and config what is plain and no label, and what was put around it
+    (`rnn_longctx.models.patches`)."""
     configs: dict[int, str] = {}
     for path, m in module.named_modules():
         texts = []
@@ -191,7 +195,7 @@ def _settings(module: nn.Module) -> Iterator[str]:
                 texts.append(f"{name}={configs[id(value)]}")
             elif (text := _plain(value)) is not None:
                 texts.append(f"{name}={text}")
-        yield " ".join([path, type(m).__qualname__, *sorted(texts)])
+        yield " ".join([path, type(m).__qualname__, *sorted(texts), *patches(m)])
 
 
 def _is_config(value: Any) -> bool:
