@@ -54,7 +54,7 @@ def _text(call: Any, depth: int = 3) -> str:
         reads = {} if isinstance(owner, nn.Module | type) else getattr(owner, "__dict__", {})
         return f"{_text(call.__func__, depth)} {_values(reads, depth)}"
     if not isinstance(call, FunctionType):
-        own = getattr(type(call), "__call__", None)
+        own = inspect.getattr_static(type(call), "__call__", None)
         code = _text(own, depth) if isinstance(own, FunctionType) else ""
         return f"{type(call).__qualname__} {code} {_values(getattr(call, '__dict__', {}), depth)}"
     reads = {name: call.__globals__[name] for name in call.__code__.co_names if name in call.__globals__}
