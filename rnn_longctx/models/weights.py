@@ -26,7 +26,7 @@ _LABELS = frozenset((
     "name", "name_or_path", "_name_or_path", "_commit_hash", "architectures", "auto_map", "model_type",
     "transformers_version", "tokenizer_class", "problem_type", "id2label", "label2id", "task_specific_params",
     "rnn_longctx", "dtype", "torch_dtype", "_use_kernels", "_weight_conversions", "_is_hf_initialized",
-    "_post_init_done", "hf_device_map", "_hf_device_map", "warnings_issued", "gradient_checkpointing", "use_cache",
+    "_post_init_done", "_is_torch_compile", "hf_device_map", "_hf_device_map", "warnings_issued", "gradient_checkpointing", "use_cache",
     "return_dict", "output_hidden_states", "output_attentions", "_output_attentions", "generation_config",
     "train_length", "tokenizer", "eos_token_id", "provenance", "_calibration", "_measured", "_remedies", "restart",
     "reader", "spread", "policy", "observer", "backend", "state_dtype", "A_init", "A_log_uniform", "dt_init",
