@@ -12,7 +12,6 @@ from torch import Tensor
 
 from rnn_longctx.errors import InputError
 from rnn_longctx.models.modes import in_evaluation
-from rnn_longctx.models.precision import computes_as
 
 if TYPE_CHECKING:
     from rnn_longctx.data import Text
@@ -89,7 +88,7 @@ def envelope_of(model: Mamba2LM, length: int, text: Text | None = None) -> Envel
             return _finite(kept, model.name)
     text = text or load_text("builtin")
     known = model.measured("envelope")
-    if (key := (length, text.hash, computes_as(model))) not in known:
+    if (key := (length, text.hash)) not in known:
         ids = torch.stack([torch.from_numpy(tokens(text, model.tokenizer, i, length)[0]) for i in range(SLICES)])
         known[key] = _finite(measure_envelope(model, ids, text.name, text.hash), model.name)
     return known[key]

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from rnn_longctx.models.modes import in_evaluation
-from rnn_longctx.models.precision import computes_as
 
 if TYPE_CHECKING:
     from rnn_longctx.data import Text
@@ -42,7 +41,7 @@ def steps_of(model: Mamba2LM, length: int, text: Text | None = None) -> tuple[li
 
     text = text or load_text("builtin")
     known = model.measured("steps")
-    if (key := (length, text.hash, computes_as(model))) not in known:
+    if (key := (length, text.hash)) not in known:
         ids = torch.stack([torch.from_numpy(tokens(text, model.tokenizer, i, length)[0]) for i in range(SLICES)])
         known[key] = measure_steps(model, ids)
     return known[key], f"{text.name} {text.hash}, {SLICES} x {length}"

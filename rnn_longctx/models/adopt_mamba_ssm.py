@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from rnn_longctx.errors import InputError
 from rnn_longctx.models import adopt_rows
-from rnn_longctx.models.adopt import Adopted
 from rnn_longctx.models.adopt_cache import AdoptedCache
 from rnn_longctx.models.adopt_layer import Beside
+from rnn_longctx.models.adopt_model import Adopted
 from rnn_longctx.models.adopt_transformers import UNLIMITED, AdoptedMixer, _Call, is_mamba_ssm
 from rnn_longctx.models.layers import causal_conv
 from rnn_longctx.ssd import tree_map

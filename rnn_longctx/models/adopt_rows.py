@@ -16,8 +16,8 @@ from rnn_longctx.models.cache import Cache, Carry, _zip_map, level_tails
 from rnn_longctx.ssd import ScanCarry, level, window_state
 
 if TYPE_CHECKING:
-    from rnn_longctx.models.adopt import Adopted
     from rnn_longctx.models.adopt_cache import AdoptedCache
+    from rnn_longctx.models.adopt_model import Adopted
 
 
 def concat(parts: list[AdoptedCache], order: list[int]) -> AdoptedCache:

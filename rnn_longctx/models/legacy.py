@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rnn_longctx.config import to_dict
 from rnn_longctx.models import formats
-from rnn_longctx.models.adopt import Adopted
+from rnn_longctx.models.adopt_model import Adopted
 from rnn_longctx.models.checkpoint import DTYPES, stored_state
 from rnn_longctx.models.mamba2 import Mamba2LM
 

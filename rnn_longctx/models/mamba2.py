@@ -16,10 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rnn_longctx.errors import InputError, nearest
+from rnn_longctx.errors import InputError
 from rnn_longctx.models.cache import Cache, Carry
 from rnn_longctx.models.layers import RMSNorm, Unscaled, causal_conv
 from rnn_longctx.models.losses import head_losses, token_losses
+from rnn_longctx.models.precision import state_dtype
 from rnn_longctx.models.restart import Restart, read_restarting
 from rnn_longctx.models.weights import Identified
 from rnn_longctx.ssd import PLAIN, Call, Observer, ScanPolicy, asked_of, choose, scan
@@ -29,20 +30,6 @@ if TYPE_CHECKING:
 
 # (model, ids (B, T), segment) to the logits (B, vocab) after the last token, and the cache
 Reader = Callable[[Any, Tensor, int], tuple[Tensor, Cache]]
-STATES = {str(d)[6:]: d for d in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
-
-
-def state_dtype(wanted: torch.dtype | str | None, dtype: torch.dtype) -> torch.dtype | None:
-    """What `use_state_dtype` asks for in a model of `dtype`; None where the scan's states are of that type anyway."""
-    if wanted is None:
-        return None
-    name = str(wanted).removeprefix("torch.")
-    if name not in STATES:
-        raise InputError(f"a state is kept in {', '.join(STATES)}, not in {name!r}{nearest(name, STATES)}")
-    found = STATES[name]
-    return None if found == (torch.float64 if dtype == torch.float64 else torch.float32) else found
-
-
 LARGEST = torch.finfo(torch.float32).max
 LARGEST_SIZE = 2**24  # of a model's shape: beyond, a config is damaged, and making the model would take for ever
 

@@ -1,10 +1,15 @@
-"""What a model computes in: the type of its weights, unless a global switch of torch changes its numbers."""
+"""What a model computes in (the type of its weights, unless a global switch of torch changes its numbers), and what
+its states are kept in."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+
+from rnn_longctx.errors import InputError, nearest
+
+STATES = {str(d)[6:]: d for d in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
 
 
 def computes_as(model: Any) -> str:
@@ -32,3 +37,14 @@ def _products(kind: str) -> str | None:
     asked = (getattr(place, "fp32_precision", "none") for place in places)
     precision = next((p for p in asked if p != "none"), "ieee")
     return None if precision == "ieee" else precision
+
+
+def state_dtype(wanted: torch.dtype | str | None, dtype: torch.dtype) -> torch.dtype | None:
+    """What `use_state_dtype` asks for in a model of `dtype`; None where the scan's states are of that type anyway."""
+    if wanted is None:
+        return None
+    name = str(wanted).removeprefix("torch.")
+    if name not in STATES:
+        raise InputError(f"a state is kept in {', '.join(STATES)}, not in {name!r}{nearest(name, STATES)}")
+    found = STATES[name]
+    return None if found == (torch.float64 if dtype == torch.float64 else torch.float32) else found

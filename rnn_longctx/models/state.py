@@ -10,8 +10,8 @@ from safetensors import SafetensorError
 
 from rnn_longctx.config import home_path
 from rnn_longctx.errors import InputError
-from rnn_longctx.models.adopt import Adopted
 from rnn_longctx.models.adopt_cache import AdoptedCache
+from rnn_longctx.models.adopt_model import Adopted
 from rnn_longctx.models.adopt_rows import from_cache, to_cache
 from rnn_longctx.models.cache import Cache
 from rnn_longctx.models.legacy import is_of

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rnn_longctx.errors import InputError
+from rnn_longctx.models.patches import patches
+from rnn_longctx.models.precision import computes_as
 
 BLOCK = 2**16  # words of 64 bits under one pair of sums
 AT_ONCE = 128  # blocks, where launches count (64 MiB, and twice as much in between); on a CPU one a thread
@@ -24,9 +26,10 @@ _LABELS = frozenset((
     "name", "name_or_path", "_name_or_path", "_commit_hash", "architectures", "auto_map", "model_type",
     "transformers_version", "tokenizer_class", "problem_type", "id2label", "label2id", "task_specific_params",
     "rnn_longctx", "dtype", "torch_dtype", "_use_kernels", "_weight_conversions", "_is_hf_initialized",
-    "_post_init_done", "hf_device_map", "_hf_device_map", "warnings_issued", "gradient_checkpointing", "use_cache",
-    "return_dict", "output_hidden_states", "output_attentions", "_output_attentions", "generation_config",
-    "train_length", "tokenizer", "eos_token_id", "provenance", "_calibration", "_measured", "_remedies", "restart",
+    "_post_init_done", "_is_torch_compile", "hf_device_map", "_hf_device_map", "warnings_issued",
+    "gradient_checkpointing", "use_cache", "return_dict", "output_hidden_states", "output_attentions",
+    "_output_attentions", "generation_config", "train_length", "tokenizer", "eos_token_id", "provenance",
+    "_calibration", "_measured", "_remedies", "restart",
     "reader", "spread", "policy", "observer", "backend", "state_dtype", "A_init", "A_log_uniform", "dt_init",
     "tie_embeddings",
 ))  # fmt: skip
@@ -68,13 +71,14 @@ class Identified:
 
     def measured(self, what: str) -> dict[Any, Any]:
         """A memo of what was measured on the model as it is now; of its former selves nothing is kept. (The tokenizer
-        and the type of the states, which a measurement hangs on too, are no part of the digest.)"""
+        and what it computes and keeps its states in, which a measurement hangs on too, are no part of the digest.)"""
         model: Any = self
         now: str = self.weights_hash
         memo: Any = vars(self).get("_measured")
         if memo is None or memo[0] != now:
             memo = vars(self)["_measured"] = (now, {})
-        return memo[1].setdefault((what, getattr(model.tokenizer, "name", None), model.state_dtype), {})
+        hangs_on = (getattr(model.tokenizer, "name", None), computes_as(model), model.state_dtype)
+        return memo[1].setdefault((what, *hangs_on), {})
 
 
 @torch.no_grad()
@@ -178,7 +182,8 @@ def _random(device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def _settings(module: nn.Module) -> Iterator[str]:
-    """A line a module: its type, and of its attributes and config what is plain and no label."""
+    """A line a module: its type, of its attributes and config what is plain and no label, and what was put around it
+    (`rnn_longctx.models.patches`)."""
     configs: dict[int, str] = {}
     for path, m in module.named_modules():
         texts = []
@@ -191,7 +196,7 @@ def _settings(module: nn.Module) -> Iterator[str]:
                 texts.append(f"{name}={configs[id(value)]}")
             elif (text := _plain(value)) is not None:
                 texts.append(f"{name}={text}")
-        yield " ".join([path, type(m).__qualname__, *sorted(texts)])
+        yield " ".join([path, type(m).__qualname__, *sorted(texts), *patches(m)])
 
 
 def _is_config(value: Any) -> bool:

@@ -309,6 +309,7 @@ def test_gradient_checkpointing(build):
 @torch.no_grad()
 def test_a_wrapper_of_our_own_model(make):
     own, ids = make(), torch.randint(61, (2, 30))
+    before = own.weights_hash
     for wrapped in (torch.compile(own, backend="eager"), AveragedModel(own), nn.Sequential(nn.Sequential(own))):
         inner = wrapped.module if isinstance(wrapped, AveragedModel) else own
         with mitigate(wrapped, "recompute:last=8"):
@@ -318,4 +319,4 @@ def test_a_wrapper_of_our_own_model(make):
         assert active(inner)[0] == "none" and inner.restart is None
     with pytest.raises(InputError, match=r"MODEL\.m$"):
         generate(Wrap(own), ids, 2)
-    assert len(own.weights_hash) == 16
+    assert own.weights_hash == before

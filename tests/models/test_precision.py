@@ -127,8 +127,7 @@ def test_a_default_dtype_changes_no_number(model: Mamba2LM) -> None:
     for dtype in (torch.float64, torch.bfloat16):
         torch.set_default_dtype(dtype)
         try:
-            model.__dict__.pop("_envelopes", None)
-            model.__dict__.pop("_steps", None)
+            model.__dict__.pop("_measured", None)
             assert evaluate(*what, text=TEXT, calibration_text=OTHER)["value"].tolist() == plain
         finally:
             torch.set_default_dtype(torch.float32)

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from rnn_longctx.data import ByteTokenizer, Text
 from rnn_longctx.eval.report import header
-from rnn_longctx.models import adopt as adopting
+from rnn_longctx.models import adopt_model as adopting
 from rnn_longctx.models import segments
 from rnn_longctx.models.adopt import adopt
 from rnn_longctx.models.generate import generate
