@@ -45,6 +45,7 @@ def lm_eval_table(model: Any, tasks: Sequence[str], lengths: Sequence[int | str]
     """Run lm-eval's tasks; one row a task, length, metric and remedy, with the columns of COLUMNS.
 
     Args:
+        model: this library's, or one of another library, which is adopted.
         tasks: names that lm-eval knows (tasks, groups, tags), this library's, or those of `include_path`.
         lengths: tokens, for tasks that make data of a given length. Remedies get it as their target length; for tasks
             of a fixed length they get the greatest.
@@ -77,7 +78,7 @@ def lm_eval_table(model: Any, tasks: Sequence[str], lengths: Sequence[int | str]
     harness = HarnessLM(
         model, max_length=max_length, batch_size=batch, add_bos_token=add_bos_token, seed=seed, progress=progress
     )
-    weights = harness.model.weights_hash
+    model, weights = harness.model, harness.model.weights_hash
     rows: list[dict[str, Any]] = []
     runs: list[dict[str, Any]] = []
 

@@ -17,6 +17,7 @@ from rnn_longctx.config import home_path
 from rnn_longctx.data import Text, make_passkey, tokens
 from rnn_longctx.data.pieces import encode_after
 from rnn_longctx.errors import InputError, nearest
+from rnn_longctx.models.adopt import reader_of
 from rnn_longctx.models.modes import in_evaluation
 from rnn_longctx.models.precision import computes_as
 from rnn_longctx.models.segments import SEGMENTS
@@ -118,12 +119,13 @@ def scalar_rows(found: Probe) -> Iterator[tuple[int, dict[str, float]]]:
 
 
 @in_evaluation
-def probe(model: Mamba2LM, text: Text, length: int, *, prompt: str = "text", every: int = 256, slices: int = 1,
+def probe(model: Any, text: Text, length: int, *, prompt: str = "text", every: int = 256, slices: int = 1,
           seed: int = 0, calibration_text: Text | None = None, prove: bool = False, remember: bool = False,
           say: Callable[[str], None] = lambda line: None) -> Probe:  # fmt: skip
     """Read `length` tokens and watch every head.
 
     Args:
+        model: this library's, or one of another library, which is adopted.
         text: what is read, and what the ablation's loss is of.
         prompt: text; newline (nothing but newlines, as in Stuffed Mamba, arXiv 2410.07145); passkey (its filler).
         every: tokens between two looks.
@@ -136,6 +138,7 @@ def probe(model: Mamba2LM, text: Text, length: int, *, prompt: str = "text", eve
         InputError: a length below `every`, an unknown prompt, a text too short, no training length known, a remedy for
             prompts (decimate, chunk-select) on the model: nothing of it would be seen.
     """
+    model = reader_of(model)
     if model.train_length is None:
         raise InputError(f"{model.name} does not say its training length: give --train-length")
     if model.reader is not None:

@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 
 from rnn_longctx.config import home_path
 from rnn_longctx.errors import InputError
+from rnn_longctx.models.adopt import reader_of
 from rnn_longctx.models.adopt_cache import AdoptedCache
 from rnn_longctx.models.adopt_model import Adopted
 from rnn_longctx.models.adopt_rows import from_cache, to_cache
@@ -22,7 +23,7 @@ from rnn_longctx.models.precision import computes_as
 def save_state(
     path: str | Path,
     cache: Cache | AdoptedCache,
-    model: Mamba2LM | Adopted,
+    model: Any,
     remedy: str = "none",
     target: int | None = None,
 ) -> None:
@@ -36,6 +37,7 @@ def save_state(
         InputError: a remedy is on that reads prompts its own way, attention's cache is no plain one of keys and values,
             or the file cannot be written.
     """
+    model = reader_of(model)
     if model.reader is not None:
         raise InputError(f"what {remedy} leaves of a prompt cannot be gone on from: its state is not kept")
     note = {"weights": model.weights_hash, "model": model.name, "policies": policies_hash(model), "remedy": remedy,
@@ -54,13 +56,14 @@ def target_of(path: str | Path) -> int | None:
     return note.get("target") if isinstance(note, dict) else None
 
 
-def load_state(path: str | Path, model: Mamba2LM | Adopted) -> Any:
+def load_state(path: str | Path, model: Any) -> Any:
     """The cache (of the model's kind) of `save_state`, on the model's device.
 
     Raises:
         InputError: no such file, another model or one that has changed since, or other policies, or another type of
             states or of numbers than the model has now.
     """
+    model = reader_of(model)
     cache, extra, note = Cache.load_with(path, model.device)
     if not isinstance(note, dict) or "weights" not in note:
         raise InputError(f"{path} was not written by save_state: it does not say which weights it belongs to")

@@ -29,9 +29,8 @@ _LABELS = frozenset((
     "_post_init_done", "_is_torch_compile", "hf_device_map", "_hf_device_map", "warnings_issued",
     "gradient_checkpointing", "use_cache", "return_dict", "output_hidden_states", "output_attentions",
     "_output_attentions", "generation_config", "train_length", "tokenizer", "eos_token_id", "provenance",
-    "_calibration", "_measured", "_remedies", "restart",
-    "reader", "spread", "policy", "observer", "backend", "state_dtype", "A_init", "A_log_uniform", "dt_init",
-    "tie_embeddings",
+    "_calibration", "_measured", "_remedies", "restart", "reader", "spread", "policy", "observer", "backend",
+    "state_dtype", "A_init", "A_log_uniform", "dt_init", "tie_embeddings",
 ))  # fmt: skip
 _PREFIXES = ("_attn_implementation", "_experts_implementation")
 
@@ -187,8 +186,10 @@ def _settings(module: nn.Module) -> Iterator[str]:
     configs: dict[int, str] = {}
     for path, m in module.named_modules():
         texts = []
+        # what transformers notes on a whole model: plans to load it by, hooks that were installed
+        notes = ("_",) if hasattr(type(m), "config_class") else _PREFIXES
         for name, value in vars(m).items():
-            if name in _MODULE or name in _LABELS or name.startswith(_PREFIXES):
+            if name in _MODULE or name in _LABELS or name.startswith(notes):
                 continue
             if _is_config(value):
                 if id(value) not in configs:

@@ -330,3 +330,24 @@ def test_on_a_gpu_370m_parameters_take_less_than_50_ms():
     taken = seconds(lambda: model.weights_hash, 10)
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.0f}M parameters: {1e3 * taken:.1f} ms")
     assert taken < 0.05
+
+
+@pytest.mark.parametrize("family_name", ["mamba2", "bamba", "zamba2"])
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_what_leaves_only_notes_on_a_model_is_not_told(family_name, tmp_path):
+    """Compiling, calling, saving, gradient checkpointing and capturing leave notes on a module, and no other one."""
+    torch.manual_seed(0)
+    model = hf.AutoModelForCausalLM.from_config(FAMILIES[family_name]()).eval()
+    ids, ours = random_ids(1, 12), adopt(model)
+    before = ours.weights_hash
+    torch.compile(model, backend="eager")
+    model.gradient_checkpointing_enable()
+    model.gradient_checkpointing_disable()
+    assert ours.weights_hash == before
+    model.config.output_hidden_states, model.config.use_cache = True, False
+    model(ids)
+    rnn_longctx.generate(ours, ids, 2)
+    model.generate(ids, max_new_tokens=2)
+    model.save_pretrained(tmp_path)
+    assert ours.weights_hash == before
+    assert adopt(hf.AutoModelForCausalLM.from_pretrained(tmp_path)).weights_hash == before
