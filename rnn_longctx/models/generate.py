@@ -32,6 +32,9 @@ from rnn_longctx.models.stops import (
 )
 from rnn_longctx.ssd import fused
 
+# Tokens between two looks at whether an answer has ended, where a GPU runs ahead, no cache is kept and no text is taken
+# on the way; what is said beyond the end is dropped.
+LOOK = 16
 COLDEST = 1e-30  # a temperature below would take logits past float32's range, and is greedy long before
 
 
@@ -118,12 +121,17 @@ class Continuation(Iterator[Tensor]):
         """Read the token that was said last, which otherwise waits until the next one is asked for."""
         if self._token is None:
             return
-        with evaluating(self.model):  # a token at a time: between two of them the model is as it was
-            if self._decoder is not None:
-                self._logits = self._decoder(self._token)
-            else:
+        if self._decoder is not None:  # in whose steps no mode enters
+            self._logits = self._decoder(self._token)
+        else:
+            with evaluating(self.model):  # a token at a time: between two of them the model is as it was
                 self._logits = self.model.logits(self.model(self._token[:, None], self._cache)[:, -1])
         self._token = None
+
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether steps are queued on a GPU, so that looking at a token would wait for all of them."""
+        return self._decoder is not None
 
     def cache(self) -> Any:
         """What was read so far: the cache that is moved on, or a copy of a decoder's state."""
@@ -201,23 +209,27 @@ class Answer:
         self.most, self.temperature = int(max_new_tokens), float(temperature)
         self.generator = None if seed is None else torch.Generator(model.device).manual_seed(int(seed))
         self.ends: tuple[int, ...] = end_ids(model)
-        stops, text = stop_strings(stop), text or bool(stop)
-        self.texts = [TextStream(tokenizer_for_text(model), stops) for _ in ids] if text else []
+        stops, self._streamed = stop_strings(stop), text
+        self.texts = [TextStream(tokenizer_for_text(model), stops) for _ in ids] if text or stops else []
         self.lengths = torch.zeros(len(ids), dtype=torch.int64, device="cpu")  # tokens of every row, its last included
         self._said: list[Tensor] = []
+        self._seen = 0  # of these, how many were looked at
         self._going = list(range(len(ids)))
 
     def steps(self) -> Generator[None, None, None]:
         """Say one token after another. Where this ends, or is closed, the cache holds all that was said."""
         logits, cache = prefill(self.model, self.ids, self.cache, mask=self.mask)
         saying = continuation(self.model, logits, cache, self.temperature, self.generator)
+        look = LOOK if saying.runs_ahead and self.cache is None and not self._streamed else 1
         ended: list[int] = []  # rows, with the token before
         aside: list[tuple[list[int], Any]] = []  # rows that ended before others, and what they had read
         while self._going and len(self._said) < self.most:
             token = next(saying)
             if ended and self.cache is not None:
                 aside.append((ended, saying.cache().rows(ended)))
-            ended = self._add(token)
+            self._said.append(token)
+            if len(self._said) % look == 0 or len(self._said) == self.most:
+                ended = self._look()
             try:
                 yield
             except GeneratorExit:
@@ -230,24 +242,26 @@ class Answer:
         """(B, n), what was said so far; rows that ended before others are filled up with the first of `ends`."""
         if not self._said:
             return self.ids[:, :0]
-        said = torch.stack(self._said, 1)
+        said = torch.stack(self._said[: int(self.lengths.max())], 1)
         over = torch.arange(said.shape[1], device="cpu") >= self.lengths[:, None]
         return said.masked_fill(over.to(said.device), self.ends[0] if self.ends else 0)
 
-    def _add(self, token: Tensor) -> list[int]:
-        """Keep a token (B,) of every row; returns the rows that end with it."""
-        self._said.append(token)
-        self.lengths[self._going] += 1
-        if not self.ends and not self.texts:
-            return []  # a GPU need not be waited for
-        ended, values = [], token.tolist()
-        for row in self._going:
-            ends = values[row] in self.ends
-            if self.texts and not ends:  # (the end is no text)
-                self.texts[row].add(values[row])
-                ends = self.texts[row].stopped
-            ended += [row] if ends else []
-        self._going = [row for row in self._going if row not in ended]
+    def _look(self) -> list[int]:
+        """Look at the tokens said since the last look; returns the rows that end in them."""
+        new, self._seen = self._said[self._seen :], len(self._said)
+        if not self.ends and not self.texts:  # a GPU need not be waited for
+            self.lengths += len(new)
+            return []
+        ended: list[int] = []
+        for values in torch.stack(new).tolist():
+            self.lengths[self._going] += 1
+            for row in self._going:
+                ends = values[row] in self.ends
+                if self.texts and not ends:  # (the end is no text)
+                    self.texts[row].add(values[row])
+                    ends = self.texts[row].stopped
+                ended += [row] if ends else []
+            self._going = [row for row in self._going if row not in ended]
         return ended
 
     @torch.no_grad()

@@ -305,6 +305,26 @@ def test_stop_strings(talker):
         generate(lm, [1, 2], 3, stop="a")
 
 
+def test_what_is_said_beyond_an_end_is_dropped(talker, monkeypatch):
+    """Where a GPU runs ahead, ends are looked for now and then alone."""
+    lm, prompts, how = talker, ["ab", "cde", "f"], {"temperature": 20.0, "seed": 5}
+    free = generate(lm, prompts, 40, **how)
+    lm.eos_token_id = [int(free[0, 4]), int(free[1, 22])]
+    stop, looks = bytes(free[2, 7:9].tolist()).decode(), []
+    expected = [generate(lm, prompts, n, stop=s, **how) for n in (40, 7) for s in ((), stop)]
+    monkeypatch.setattr(module.Continuation, "runs_ahead", True)
+    monkeypatch.setattr(module, "LOOK", 6)
+    look = module.Answer._look
+    monkeypatch.setattr(module.Answer, "_look", lambda answer: looks.append(len(answer._said)) or look(answer))
+    for before, n, s in zip(expected, (40, 40, 7, 7), ((), stop) * 2):
+        assert torch.equal(generate(lm, prompts, n, stop=s, **how), before)
+    assert looks[0] == 6 and looks[-2:] == [6, 7]
+    looks.clear()
+    assert "".join(generate_stream(lm, "ab", 9, **how)) and looks[:3] == [1, 2, 3]
+    generate(lm, "ab", 3, cache=lm.new_cache(), **how)
+    assert looks[-3:] == [1, 2, 3]
+
+
 def test_text_comes_without_what_ends_it(talker):
     lm, how = talker, {"temperature": 20.0, "seed": 5}
     free = generate(lm, "ab", 40, **how)[0].tolist()
