@@ -11,6 +11,7 @@ from rnn_longctx.errors import InputError
 from rnn_longctx.models.cache import Cache, Carry
 from rnn_longctx.models.layers import RMSNorm
 from rnn_longctx.models.mamba2 import Mamba2LM
+from rnn_longctx.models.patches import patched
 from rnn_longctx.ssd import ScanCarry, fused
 
 
@@ -55,6 +56,8 @@ class Decoder:
             return "keeps states in float32"
         if any(type(layer) is not nn.Linear for layer in _linears(model)):
             return "multiplies by weights alone, and an adapter stands around some"
+        if any(patched(module) for module in model.modules()):
+            return "calls no module, and hooks or another forward are on some"
         for mixer, carry in zip(model.mixers, cache.layers):
             policy = mixer.policy
             if mixer.observer is not None:

@@ -180,7 +180,9 @@ class Mamba2(nn.Module):
         xBC, conv = causal_conv(xBC, self.conv1d, edge, reset)
         x, B, C = xBC.split([c.d_inner, c.ngroups * c.d_state, c.ngroups * c.d_state], -1)
         groups = (c.ngroups, c.d_state)
-        linear = self.out_proj.bias is None  # a factor a token may then be applied after it
+        # a factor a token may be applied after the last product, unless a hook sees or edits what is before or behind
+        last_product = self.out_proj
+        linear = last_product.bias is None and not (last_product._forward_hooks or last_product._forward_pre_hooks)
         gate = self.norm.gate(z.unflatten(-1, (c.nheads, c.headdim))) if unscaled and linear else None
         conv = conv if stretch is None else last
         y, scanned = (scan if stretch is None else stretch.scan)(

@@ -35,6 +35,11 @@ def patches(module: nn.Module) -> Iterator[str]:
             yield f"forward={_text(forward)}"
 
 
+def patched(module: nn.Module) -> bool:
+    """Whether a person put anything around a module's forward."""
+    return next(patches(module), None) is not None
+
+
 def _theirs(call: Any) -> bool:
     while isinstance(call, functools.partial):
         call = call.func

@@ -113,6 +113,11 @@ def test_what_it_refuses():
     assert "restart" in Decoder.refuses(model, cache)
     with pytest.raises(InputError, match="restart"):
         Decoder(model, cache)
+    model.restart = None
+    handle = model.mixers[0].in_proj.register_forward_hook(lambda module, args, out: out * 2)
+    assert "hooks" in Decoder.refuses(model, cache)
+    handle.remove()
+    assert Decoder.refuses(model, cache) is None
 
 
 @pytest.mark.gpu

@@ -151,6 +151,11 @@ def _modes(model):
     return [(name, m.training) for name, m in model.named_modules()]
 
 
+def _seeing(model, seen):
+    """Note the mode of every layer that is called."""
+    return [m.in_proj.register_forward_pre_hook(lambda m, _: seen.append(m.training)) for m in _reader(model).mixers]
+
+
 def _half_trained(model):
     """In training, but for what a person has frozen in evaluation mode."""
     model.train()
@@ -167,10 +172,11 @@ CASES = [(made, name) for made in (ours, theirs) for name in CALLS] + [(ours, na
 def test_nothing_is_measured_with_dropout_on(make, build, made, call, tmp_path):
     model = made(make, build)
     twin, call = copy.deepcopy(model).eval(), (CALLS | OURS)[call]
+    _seeing(twin, [])  # (a model with hooks is another one than without)
     expected = call(twin)
     _half_trained(model)
     before, seen = _modes(model), []
-    hooks = [m.in_proj.register_forward_pre_hook(lambda m, _: seen.append(m.training)) for m in _reader(model).mixers]
+    hooks = _seeing(model, seen)
     found = call(model)
     assert _modes(model) == before and model.training and seen and not any(seen)
     for hook in hooks:

@@ -122,3 +122,19 @@ def test_a_module_with_no_hooks_says_nothing():
     from rnn_longctx.models.patches import patches
 
     assert list(patches(nn.Linear(2, 2))) == []
+
+
+def test_a_hook_on_the_last_product_of_a_layer_sees_it_whole(monkeypatch):
+    """Whatever a scan would leave to be scaled after it."""
+    from rnn_longctx.models.layers import RMSNorm
+
+    model, asked = own(), []
+    gate = RMSNorm.gate
+    monkeypatch.setattr(RMSNorm, "gate", lambda self, z: asked.append(1) or gate(self, z))
+    ids = torch.zeros(1, 8, dtype=torch.int64)
+    model(ids)
+    assert asked
+    asked.clear()
+    model.mixers[0].out_proj.register_forward_hook(lambda module, args, out: out + 1)
+    model(ids)
+    assert not asked
