@@ -15,6 +15,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from rnn_longctx.errors import InputError
 from rnn_longctx.models.mamba2 import Mamba2LM
+from rnn_longctx.models.patches import patched
 
 SCALES = ("lm_head_multiplier", "logits_scaling")  # of FalconH1's, and one over GraniteMoeHybrid's logits
 _PASS_ON: tuple[Any, ...] = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
@@ -62,6 +63,8 @@ def unreadable(model: nn.Module) -> str | None:
     if "forward" in vars(model) and not hasattr(model, "_hf_hook"):  # (a hook of accelerate's moves tensors alone)
         mixed = " (mixed precision of accelerate: accelerator.unwrap_model(model, keep_fp32_wrapper=False) undoes it)"
         return f"the forward of {kind.__name__} was replaced{mixed if hasattr(model, '_original_forward') else ''}"
+    if patched(model):
+        return f"{kind.__name__} has a hook on the whole model, of which this library calls the parts"
     if home.startswith("mamba_ssm."):
         return None
     inner: Any = model

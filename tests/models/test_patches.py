@@ -3,6 +3,7 @@
 import functools
 import types
 
+import pytest
 import torch
 import transformers as hf
 from adopted_families import _mamba2
@@ -10,6 +11,7 @@ from torch import nn
 
 import rnn_longctx
 from rnn_longctx import adopt
+from rnn_longctx.errors import InputError
 from rnn_longctx.models import Mamba2Config, Mamba2LM
 
 SCALE = 2.0
@@ -138,3 +140,16 @@ def test_a_hook_on_the_last_product_of_a_layer_sees_it_whole(monkeypatch):
     model.mixers[0].out_proj.register_forward_hook(lambda module, args, out: out + 1)
     model(ids)
     assert not asked
+
+
+def test_a_hook_on_a_whole_model_of_another_library_is_refused():
+    """Reading calls its parts, and would pass the hook by; one on a layer is called."""
+    theirs, ids = hf.AutoModelForCausalLM.from_config(_mamba2()).eval(), torch.ones(1, 8, dtype=torch.int64)
+    plain = rnn_longctx.generate(theirs, ids, 5)
+    handle = theirs.register_forward_hook(lambda module, args, out: out)
+    with pytest.raises(InputError, match="hook on the whole model"):
+        rnn_longctx.generate(theirs, ids, 5)
+    handle.remove()
+    assert torch.equal(rnn_longctx.generate(theirs, ids, 5), plain)
+    theirs.backbone.layers[0].register_forward_hook(_watch(seen := []))
+    assert torch.equal(rnn_longctx.generate(theirs, ids, 5), plain) and seen
