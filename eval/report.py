@@ -15,7 +15,7 @@ from rich.text import Text
 from rnn_longctx.config import format_length
 from rnn_longctx.eval.conclusion import conclusion
 from rnn_longctx.eval.leaderboard import board_tables
-from rnn_longctx.eval.sheets import RECALL, SETTING, Sheet, context_gain, is_control, sheets, summary
+from rnn_longctx.eval.sheets import RECALL, SETTING, Sheet, alike, context_gain, is_control, sheets, summary
 from rnn_longctx.eval.stats import wilson
 
 __all__ = ["asked", "conclusion", "context_gain", "header", "summary", "table", "to_text"]
@@ -71,17 +71,15 @@ def table(frame: pd.DataFrame, width: int = 110) -> list[RenderableType]:
 
 
 def asked(frame: pd.DataFrame) -> tuple[pd.DataFrame, str]:
-    """Of what `evaluate` returned of a folder, the rows of the call's own models, texts and tasks, and a line that says
-    what else is among them and what is left out. Its remedies at the folder's other lengths are among them, for a
+    """Return the rows of a folder's table that a call of `evaluate` asked for, whose `attrs` it has, and a line that
+    says what else is among them and what is left out. Its remedies at the folder's other lengths are among them, for a
     verdict that knew less than the folder would contradict it, and so are `none` and the controls, for comparison."""
     wanted = frame.attrs["asked"]
     settings = [tuple(setting) for setting in wanted["settings"]]
     remedies, tasks = ({s[i] for s in settings} for i in (0, 1))
     compared = frame["mitigation"].map(lambda m: m in remedies or m == "none" or is_control(m))
     keep = compared & frame["task"].isin(tasks) & ((frame["task"] != "lm") | frame["text_hash"].isin(wanted["texts"]))
-    for column in (*SETTING, "seed"):
-        keep &= frame[column].isna() if wanted[column] is None else frame[column] == wanted[column]
-    shown = frame[keep.fillna(False).astype(bool)]
+    shown = frame[keep & alike(frame, {c: wanted[c] for c in (*SETTING, "seed")})]
     left = len(frame) - len(shown)
     more = len(set(zip(shown["mitigation"], shown["task"], shown["length"])) - set(settings))
     said = [f"with {more} other setting{'s' * (more > 1)} measured here before"] if more else []

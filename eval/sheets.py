@@ -12,7 +12,7 @@ were asked for (`placed`): no verdict names a length that was not.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -130,6 +130,14 @@ def is_control(mitigation: str, *kinds: str) -> bool:
     """`reset:` and `recompute:`, alone, forget on purpose, and so do DIAGNOSTICS; they are what a remedy is compared
     with."""
     return mitigation.startswith(kinds or ("reset:", "recompute:", *DIAGNOSTICS)) and "+" not in mitigation
+
+
+def alike(frame: pd.DataFrame, where: Mapping[str, Any]) -> pd.Series:
+    """True at the rows whose columns have these values; None is a missing one."""
+    same = pd.Series(True, index=frame.index)
+    for column, value in where.items():
+        same &= frame[column].isna() if value is None else (frame[column] == value).fillna(False).astype(bool)
+    return same
 
 
 def sheets(frame: pd.DataFrame) -> list[Sheet]:

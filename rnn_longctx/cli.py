@@ -123,8 +123,10 @@ def evaluate_command(
             shortened(lm),
         )
     )
-    frame = evaluate(lm, c.lengths, c.tasks, c.mitigations, text=c.text, calibration_text=c.calibration_text,
-                     out=c.out, batch=c.batch, seed=c.seed, progress=True)  # fmt: skip
+    measured = evaluate(lm, c.lengths, c.tasks, c.mitigations, text=c.text, calibration_text=c.calibration_text,
+                        out=c.out, batch=c.batch, seed=c.seed, progress=True)  # fmt: skip
+    frame = Results.read(home_path(c.out))  # of all models
+    frame.attrs = measured.attrs
     shown, more = asked(frame)
     for part in table(shown, width=console.width):
         console.print(part)

@@ -35,7 +35,14 @@ class _Loader(yaml.SafeLoader):
 
 
 def home_path(path: str | Path) -> Path:
-    """The path with a leading ~ as the home directory, which a shell leaves alone in `--out=~/x`, as YAML does."""
+    """Return a person's path, with a leading ~ as the home directory, which a shell leaves alone in `--out=~/x`, as
+    YAML does. Raises InputError for what can be no path: text in the place of a file's name, a number."""
+    if not isinstance(path, str | Path):
+        raise InputError(f"expected a path, got {type(path).__name__} {path!r:.60}")
+    if "\0" in str(path) or any(len(os.fsencode(part)) > 255 for part in Path(path).parts):
+        raise InputError(
+            f"{str(path)[:40]!r}... cannot be the name of a file: a path was expected, not the text itself"
+        )
     return Path(os.path.expanduser(path))
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rnn_longctx.config import home_path
 from rnn_longctx.data.content import DAMAGED, lines
 from rnn_longctx.errors import InputError
 
@@ -54,14 +55,14 @@ def open_source(spec: str) -> Source | None:
         return _hugging_face(spec)
     if not colon or kind not in SUFFIXES:
         kinds = [k for k, suffixes in SUFFIXES.items() if spec.endswith(suffixes)]
-        if not kinds and _is_parquet(Path(spec).expanduser()):
+        if not kinds and _is_parquet(home_path(spec)):
             kinds = ["parquet"]
         if not kinds or kind in ("file", "dir"):
             return None
         kind, rest = kinds[0], spec
-    path, field = Path(rest).expanduser(), "text"
+    path, field = home_path(rest), "text"
     if not path.exists() and ":" in rest:
-        path, field = Path(rest.rpartition(":")[0]).expanduser(), rest.rpartition(":")[2]
+        path, field = home_path(rest.rpartition(":")[0]), rest.rpartition(":")[2]
     files = [path] if path.is_file() else [path / n for n in walk(path) if n.endswith(SUFFIXES[kind])]
     if not files:
         raise InputError(f"no {kind} files at {path}")

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
+from rnn_longctx.config import home_path
 from rnn_longctx.data.content import read_text
 from rnn_longctx.data.pieces import encode_after
 from rnn_longctx.data.sources import Shard, Source, identity, open_source, walk
@@ -147,7 +148,7 @@ def load_text(spec: str | Path | Text) -> Text:
     elif records is not None:
         text = Text(records.name, b"\0".join(records.documents()))
     else:
-        path = Path(name.removeprefix("file:").removeprefix("dir:")).expanduser()
+        path = home_path(name.removeprefix("file:").removeprefix("dir:"))
         if path.is_dir():
             _not_a_model(path)
             label = f"dir:{path.resolve().name}"
@@ -166,7 +167,7 @@ def load_text(spec: str | Path | Text) -> Text:
 
 def open_streamed(spec: str) -> Source | None:
     """A text to be streamed, not held: files of records, and directories of more than a gibibyte. None for others."""
-    path = Path(spec.removeprefix("dir:")).expanduser()
+    path = home_path(spec.removeprefix("dir:"))
     if (records := open_source(spec)) is not None or not path.is_dir():
         return records
     files = [f for f in (path / name for name in walk(path)) if f.is_file()]

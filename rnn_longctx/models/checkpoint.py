@@ -149,6 +149,9 @@ def save(model: Mamba2LM, directory: str | Path, *, dtype: torch.dtype | str | N
         InputError: an unknown layout or dtype, a model that the layout cannot hold, or a directory that cannot be
             written.
     """
+    if not isinstance(model, Mamba2LM):
+        raise InputError(f"{getattr(model, 'name', type(model).__name__)} is no model of this library's own: "
+                         "a model of another library has its save_pretrained")  # fmt: skip
     check_layout(model.config, layout)
     target = model.dtype if dtype is None else _dtype(dtype)
     state = stored_state(model, target)

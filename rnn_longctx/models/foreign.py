@@ -11,7 +11,7 @@ _SHAPE = "weights without a config.json, which says their shape"
 _FILES = [
     ("adapter_config.json", "a PEFT adapter{base} without its model",
      "python -c \"import peft; peft.AutoPeftModelForCausalLM.from_pretrained('{folder}').merge_and_unload()"
-     ".save_pretrained('OUT')\" writes one model of both"),
+     ".save_pretrained('OUT')\" writes one model of both; --tokenizer names a tokenizer that lies here"),
     ("zero_to_fp32.py", "a DeepSpeed checkpoint",
      f"python {{file}} {{folder}} pytorch_model.bin makes weights of it, {_CONFIG}"),
     ("*_optim_states.pt", "a part of a DeepSpeed checkpoint", "its zero_to_fp32.py makes weights of all parts"),

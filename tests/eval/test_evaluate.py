@@ -58,6 +58,11 @@ def test_several_texts_are_read_and_prompts_asked_once(model, text, unseen, tmp_
     for seed in (-1, "a", None):
         with pytest.raises(InputError, match="seed: expected a whole number, at least 0"):
             evaluate(model, [100], tasks, text=text, seed=seed)
+    for what, wrong in (("tasks", {"tasks": 5}), ("mitigations", {"mitigations": 5})):
+        with pytest.raises(InputError, match=f"{what}: expected one such as .*, or a list of them; got 5"):
+            evaluate(model, [100], text=text, **wrong)
+    with pytest.raises(InputError, match="expected a path, got int 5"):
+        evaluate(model, [100], ["lm"], text=text, out=5)
     with pytest.raises(InputError, match="at least one text"):
         evaluate(model, [100], tasks, text=[])
 

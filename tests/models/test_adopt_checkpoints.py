@@ -26,7 +26,7 @@ import rnn_longctx
 from rnn_longctx import cli
 from rnn_longctx.errors import InputError
 from rnn_longctx.mitigations import active, mitigate
-from rnn_longctx.models import Mamba2LM
+from rnn_longctx.models import Mamba2LM, checkpoint
 from rnn_longctx.models.adopt import adopt, load_adopted, load_any
 from rnn_longctx.ssd import PLAIN
 
@@ -39,6 +39,11 @@ def test_saved_and_loaded_as_before(model, tmp_path):
         model.save_pretrained(tmp_path)
     again = type(model).from_pretrained(tmp_path).eval()
     assert torch.equal(logits_of(again, ids), before) and active(again) == ("none", None)
+
+
+def test_another_librarys_model_is_saved_by_it(model, tmp_path):
+    with pytest.raises(InputError, match="a model of another library has its save_pretrained"):
+        checkpoint.save(adopt(model), tmp_path / "x")
 
 
 def test_what_has_no_mixer_is_refused_in_one_line():

@@ -14,6 +14,7 @@ from rnn_longctx import adopt, evaluate, mitigate
 from rnn_longctx.data import ByteTokenizer, Text
 from rnn_longctx.errors import InputError
 from rnn_longctx.eval import calibrate
+from rnn_longctx.eval.results import Results
 from rnn_longctx.models import Mamba2Config, Mamba2LM
 from rnn_longctx.models.precision import computes_as
 from rnn_longctx.models.state import load_state, save_state
@@ -73,8 +74,10 @@ def test_cells_measured_so_are_other_cells(model: Mamba2LM, switch: Callable, sa
     what = (model, [128, 256], ["lm:slices=2,tokens=0", "passkey:n=2,least=2"], "none")
     plain = evaluate(*what, text=TEXT, out=tmp_path)
     with switch():
-        both = evaluate(*what, text=TEXT, out=tmp_path)
+        there = evaluate(*what, text=TEXT, out=tmp_path)
         apart = evaluate(*what, text=TEXT)
+    both = Results(tmp_path).frame()
+    assert set(there["dtype"]) == {said}
     assert set(plain["dtype"]) == {"float32"} and set(apart["dtype"]) == {said}
     assert set(both["dtype"]) == {"float32", said} and len(both) == len(plain) + len(apart)
     assert sorted(both[both["dtype"] == said]["value"]) == sorted(apart["value"])
