@@ -33,8 +33,9 @@ def concat(parts: list[AdoptedCache], order: list[int]) -> AdoptedCache:
     for i, layer in enumerate(new.library.layers):
         layers = [p.library.layers[i] for p in parts]
         for states in ("conv_states", "recurrent_states"):
-            for k in getattr(layer, states, ()):
-                getattr(layer, states)[k] = cat([getattr(each, states)[k] for each in layers])
+            for k, state in getattr(layer, states, {}).items():
+                if state is not None:  # (a layer of an MLP alone has places for states, in transformers 5.17)
+                    getattr(layer, states)[k] = cat([getattr(each, states)[k] for each in layers])
         if attends(layer):
             for what in ("keys", "values"):
                 tensors = [getattr(each, what) for each in layers]
