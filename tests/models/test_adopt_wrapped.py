@@ -65,14 +65,20 @@ def _dispatched(model):
     return pytest.importorskip("accelerate").dispatch_model(model, {"": "cpu"}, main_device="cpu")
 
 
+def _data_parallel(model):
+    if torch.cuda.is_available():
+        pytest.skip("it takes the model to a GPU, and the test reads on the CPU")
+    return nn.DataParallel(model)
+
+
 PASS_ON = {
     "compiled": lambda m: torch.compile(m, backend="eager"),
     "compiled in place": _compiled_in_place,
     "compiled mixers": _compiled_mixers,
-    "DataParallel": nn.DataParallel,
+    "DataParallel": _data_parallel,
     "AveragedModel": AveragedModel,
     "Sequential": nn.Sequential,
-    "several": lambda m: nn.Sequential(nn.DataParallel(torch.compile(m, backend="eager"))),
+    "several": lambda m: nn.Sequential(_data_parallel(torch.compile(m, backend="eager"))),
     "parametrized": _parametrized,
     "weight norm": _weight_norm,
     "accelerate's prepare": _prepared,
