@@ -34,7 +34,8 @@ from rnn_longctx.mitigations.rri import RRI
 from rnn_longctx.mitigations.stored import Found, shape_of
 from rnn_longctx.models import Mamba2LM
 from rnn_longctx.models.adopt import reader_of
-from rnn_longctx.models.generate import SEGMENTS
+from rnn_longctx.models.precision import computes_as
+from rnn_longctx.models.segments import SEGMENTS
 from rnn_longctx.probes.ablation import tail_losses
 from rnn_longctx.ssd import PLAIN
 
@@ -42,6 +43,7 @@ GUARD = 0.1  # of recall
 ALPHAS = (1.0, 0.9999, 0.999, 0.998, 0.996, 0.99)
 FACTORS = (0.3, 0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 3.0)
 LEAST = 0.01  # the smallest factor (MambaExtend)
+LARGEST = 1e9  # a loss that is no number, to SPSA
 LEAST_FORGOTTEN = 1e-5  # where SPSA begins for an alpha of 1
 
 
@@ -155,6 +157,7 @@ def calibrate(model: Any, name: str, target: int | str, text: Text | str | Path,
     }
     if model.state_dtype is not None:
         scores["state_dtype"] = str(model.state_dtype)[6:]
+    scores["dtype"] = computes_as(model)
     whose = {"name": model.name, "weights": model.weights_hash, **shape_of(model)}
     return Found(best.remedy, whose, policies, target, f"{text.name} {text.hash}", seed, method, scores, helps,
                  kept_digests(text))  # fmt: skip
@@ -197,7 +200,8 @@ def _spsa(begun: Scored, layers: int, loss: Callable[[str], float], steps: int, 
     for k in range(steps):
         size, reach = 0.5 / (k + 1 + steps / 10) ** 0.602, 0.1 / (k + 1) ** 0.101  # Spall's exponents
         direction = rng.choice([-1.0, 1.0], layers)
-        up, down = loss(text(theta + reach * direction)), loss(text(theta - reach * direction))
+        up, down = (loss(text(theta + side * reach * direction)) for side in (1, -1))
+        up, down = (v if math.isfinite(v) else LARGEST for v in (up, down))  # away from what is no number
         for value, point in ((up, theta + reach * direction), (down, theta - reach * direction)):
             if value < least:
                 best, least = point, value

@@ -48,7 +48,7 @@ def _best_clauses(sheet: Sheet, recalls: list[Sheet]) -> list[str]:
     length = max(max(sheet.cells[r]) for r in sheet.remedies())
     bare = sheet.cells.get("none", {}).get(length)
     losses = {r: sheet.cells[r][length].value for r in sheet.remedies() if length in sheet.cells[r]}
-    losses = {r: v for r, v in losses.items() if math.isfinite(v)}
+    losses = {r: v for r, v in losses.items() if math.isfinite(v) and not sheet.broken(r)}
     lower = [r for r, v in losses.items() if bare is None or not v >= bare.value]
     forgot = {r: said for r in lower if (said := _lost_recall(sheet, r, recalls))}
     kept = [r for r in lower if r not in forgot]
@@ -56,7 +56,7 @@ def _best_clauses(sheet: Sheet, recalls: list[Sheet]) -> list[str]:
     best, passed = (sheet.lowest(names, length) for names in (sure or kept, list(forgot)))
     at = format_length(length)
     if best is None and passed is None:
-        return [f"no remedy has a loss below that without one at {at}" if losses else f"no remedy has a loss at {at}"]
+        return [f"no remedy has a loss {'below that without one' if losses else 'that is a number'} at {at}"]
     if best is None:
         return [f"no remedy is best at {at}: {passed} has the least loss, but recalls less ({forgot[passed or '']})"]
     text = f"best remedy at {at} is {best}"
@@ -64,7 +64,9 @@ def _best_clauses(sheet: Sheet, recalls: list[Sheet]) -> list[str]:
         why = ", since the loss without one was not measured" if bare is None else ""
         text = f"no remedy is surely better than none at {at}{why}: {best} has the least loss"
     against = sheet.best_recompute(length)
-    if against:
+    if against and not math.isfinite(sheet.cells[against][length].value):
+        text += f", not compared with {against}, whose loss is not a number"
+    elif against:
         text += f", {losses[best] / sheet.cells[against][length].value:.2f}x the loss of {against}"
         gain = sheet.gain(against, best, length)
         if gain and math.isfinite(gain.low):
@@ -120,6 +122,8 @@ def _hybrid_clauses(sheet: Sheet) -> list[str]:
     if short is None or length is None:
         return ["which part of the hybrid fails was not measured (it takes a length within training's, and one beyond)"]
     rise, at = bare[length].value - bare[short].value, f"at {format_length(length)}"
+    if not math.isfinite(rise):
+        return ["which part of the hybrid fails cannot be said where its loss is not a number"]
     if rise <= 0:
         return [f"{at} the loss is not above that at {format_length(short)}: no part of the hybrid is seen to fail"]
     n = min(len(bare[length].samples), len(bare[short].samples))  # slice i begins at the same place
@@ -130,6 +134,9 @@ def _hybrid_clauses(sheet: Sheet) -> list[str]:
         gain = sheet.gain("none", name, length) if name else None
         if gain is None:
             said.append(f"{part}'s share was not measured")
+            continue
+        if not math.isfinite(gain.gain):
+            said.append(f"with {name} the loss is not a number")
             continue
         measured += 1
         share, low, high = (value / rise for value in gain[:3])

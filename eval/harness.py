@@ -8,6 +8,8 @@ from an empty state. Importing this file without lm-eval is an InputError.
 from __future__ import annotations
 
 import json
+import logging
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,9 +28,13 @@ except ImportError as missing:
 from tqdm import tqdm
 
 from rnn_longctx.config import parse_length
+from rnn_longctx.eval.harness_tokens import PromptTokenizer
 from rnn_longctx.mitigations import mitigate
-from rnn_longctx.models.generate import SEGMENTS, continuation, prefill
+from rnn_longctx.models.generate import continuation, prefill
 from rnn_longctx.models.losses import LOGITS
+from rnn_longctx.models.modes import evaluating
+from rnn_longctx.models.segments import SEGMENTS
+from rnn_longctx.models.stops import end_ids
 
 NEW_TOKENS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # first found wins
 Scored = tuple[float, bool]
@@ -38,9 +44,10 @@ Scored = tuple[float, bool]
 class HarnessLM(TemplateLM):
     """A model of this library, with whatever remedy is on it, as lm-eval wants it.
 
-    Text is cut into tokens as by lm-eval's own HFLM: context and continuation as one, split after the context's tokens.
-    No BOS is added, and text is never read as a special token. An empty context is the tokenizer's end-of-document
-    token (NUL in bytes), or a newline where it has none.
+    Text is cut into tokens as by lm-eval's own HFLM: context and continuation as one, split after the context's tokens;
+    with BOS where the tokenizer adds it, chat markers and special tokens as one id each, and without special tokens in
+    answers. An empty context is BOS, or the end-of-document token (NUL in bytes). As there, a whole text that begins
+    with BOS is scored with it, after another. Unlike HFLM, no end token stands behind a prompt (see `PromptTokenizer`).
 
     Args:
         model: a loaded model, or what `rnn_longctx.load` or `load_adopted` reads (`--model_args model=...` of lm-eval).
@@ -50,7 +57,11 @@ class HarnessLM(TemplateLM):
         segment: tokens of all rows read in one call; None chooses for the device.
         mitigation, target_length, train_length, dtype, tokenizer, device: for a model that is loaded here; no
             mitigation, float32 and the CPU where they are not given.
+        add_bos_token: whether texts begin with BOS; None: where the tokenizer begins with it.
+        prefix_token_id: what an empty context is; None: BOS, or the end-of-document token.
         seed: of sampling, together with the number of the request.
+    Attributes:
+        tokens_read: by the name of a task, the tokens of each prompt: before the continuation, or of a whole text.
     Raises:
         InputError: a model that cannot be loaded, a setting out of range, or one that a loaded model does not take.
     """
@@ -58,22 +69,26 @@ class HarnessLM(TemplateLM):
     def __init__(self, model: Any, *, max_length: int | str | None = None, batch_size: int | str = 1,
                  max_batch_size: Any = None, segment: int | None = None, mitigation: str | None = None,
                  target_length: int | None = None, train_length: int | None = None, dtype: str | None = None,
-                 tokenizer: str | None = None, device: str | None = None, seed: int = 0,
-                 progress: bool = False):  # fmt: skip
+                 tokenizer: str | None = None, device: str | None = None, add_bos_token: bool | None = None,
+                 prefix_token_id: int | None = None, seed: int = 0, progress: bool = False):  # fmt: skip
         super().__init__()
         given = {"device": device, "dtype": dtype, "tokenizer": tokenizer, "train_length": train_length}
-        if isinstance(model, str):
-            from rnn_longctx.models.adopt import load_any
+        from rnn_longctx.models.adopt import load_any, reader_of
 
+        if isinstance(model, str):
             model = load_any(model, **given | {"device": device or "cpu", "dtype": dtype or "float32"})
             mitigate(model, mitigation or "none", target_length=target_length)
         else:
             given |= {"mitigation": mitigation, "target_length": target_length}
+            model = reader_of(model)
             if unread := [name for name, value in given.items() if value is not None]:
                 raise InputError(f"{', '.join(unread)}: of a model that is named; {model.name} is loaded already")
         if not str(batch_size).isdigit() or int(batch_size) < 1:
             raise InputError(f"batch_size: expected at least 1 row, got {batch_size!r}")
-        self.model, self.tokenizer, self.seed, self.progress = model, model.tokenizer, seed, progress
+        self.model, self.seed, self.progress = model, seed, progress
+        self.text = PromptTokenizer(model.tokenizer, add_bos_token, prefix_token_id)
+        self.tokenizer = self.text.theirs or model.tokenizer  # lm-eval looks for a chat template there
+        self.tokens_read: dict[str | None, list[int]] = {}
         self.max_length = None if max_length is None else parse_length(max_length, "max_length")
         self.batch_size = int(batch_size)
         self.segment = SEGMENTS[model.device.type] if segment is None else parse_length(segment, "segment")
@@ -83,21 +98,64 @@ class HarnessLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        eos = self.model.tokenizer.eos_id
-        return int(self.model.tokenizer.encode("\n")[0]) if eos is None else eos
+        return self.text.prefix_id if self.text.eos_id is None else self.text.eos_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        return self.text.prefix_id
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        return self.model.tokenizer.encode(string).tolist()
+        return self.text.encode(string, add_special_tokens)
 
     @property
     def tokenizer_name(self) -> str:
         return self.model.tokenizer.name
 
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """Return a conversation as the tokenizer's chat template has it. InputError: it has none."""
+        if not getattr(self.tokenizer, "chat_template", None):
+            raise InputError(f"tokenizer {self.tokenizer_name} has no chat template")
+        return str(self.tokenizer.apply_chat_template(
+            chat_history, tokenize=False, add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        ))  # fmt: skip
+
+    def _note(self, request: Any, tokens: int) -> None:
+        self.tokens_read.setdefault(request.task_name, []).append(tokens)
+
     # --- log-likelihoods
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[Scored]:
         """(log p of the continuation in nats, whether greedy decoding would say it), one a request."""
-        return super().loglikelihood(requests, disable_tqdm=True)
+        pairs = [self._pair(*request.args) for request in requests]
+        for request, (context, _, _) in zip(requests, pairs):
+            self._note(request, len(context))
+        if moved := sum(elsewhere for *_, elsewhere in pairs):
+            logging.getLogger(__name__).warning(
+                "the tokens of the context are not the first ones of context and continuation in %d of %d requests:"
+                " what is read there, as by lm-eval's own models, is not quite that text", moved, len(requests),
+            )  # fmt: skip
+        return self._loglikelihood_tokens([(r.args, *pair[:2]) for r, pair in zip(requests, pairs)])
+
+    def _pair(self, context: str, continuation: str) -> tuple[list[int], list[int], bool]:
+        """The ids of a context and of a continuation, and whether the first are no prefix of the ids of both.
+
+        InputError: the continuation adds no token, and would be scored as if it were certain.
+        """
+        if context:
+            before, scored = self._encode_pair(context, continuation)
+            moved = self.tok_encode(context + continuation)[: len(before)] != before
+            before = before or [self.prefix_token_id]  # spaces alone, which are scored
+        else:
+            scored, moved = self.tok_encode(continuation, add_special_tokens=False), False
+            before = [self.prefix_token_id]
+            if scored[:1] == before:
+                before, scored = scored[:1], scored[1:]
+        if not scored:
+            end = f"the context that ends in {context[-30:]!r}" if context else "an empty context"
+            raise InputError(f"the continuation {continuation!r:.60} adds no token to {end}: tokenizer "
+                             f"{self.tokenizer_name} drops it, or joins the two")  # fmt: skip
+        return before, scored, moved
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> list[float]:
         """log p in nats of each whole text, every token of it predicted once."""
@@ -105,7 +163,8 @@ class HarnessLM(TemplateLM):
         for i, request in enumerate(requests):
             ids = self.tok_encode(request.args[0])
             size = self.max_length or max(1, len(ids))
-            for pair in get_rolling_token_windows(ids, self.eot_token_id, size, 1):
+            self._note(request, min(size, len(ids)))
+            for pair in get_rolling_token_windows(ids, self.prefix_token_id, size, 1):
                 windows.append((None, *make_disjoint_window(pair)))
                 owners.append(i)
         totals = [0.0] * len(requests)
@@ -129,7 +188,7 @@ class HarnessLM(TemplateLM):
         apart: list[int] = []
         scores: dict[int, Scored] = {}
 
-        with self._bar(requests) as bar:
+        with self._bar(requests) as bar, evaluating(self.model):
             for prefix, rows in shared.items():
                 if len(rows) == 1 or len(prefix) == 1:
                     apart += rows
@@ -144,6 +203,11 @@ class HarnessLM(TemplateLM):
                 pairs = [(tuple(requests[i][1]), tuple(requests[i][2])) for i in some]
                 scores |= zip(some, self._score(pairs, self.model.new_cache(), bar))
 
+        if lost := sum(not math.isfinite(value) for value, _ in scores.values()):
+            said = (
+                "%d of %d log-likelihoods are not numbers, and no score means anything: try float32, or other weights"
+            )
+            logging.getLogger(__name__).warning(said, lost, len(requests))
         for i, (text, *_) in enumerate(requests):
             if text is not None:
                 self.cache_hook.add_partial("loglikelihood", text, scores[i])
@@ -181,11 +245,12 @@ class HarnessLM(TemplateLM):
 
     @torch.inference_mode()
     def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
-        """What the model says after each context, up to its stop sequences, end of document or max_gen_toks."""
-        prompts = [self.tok_encode(request.args[0]) or [self.eot_token_id] for request in requests]
+        """What the model says after each context, up to a stop sequence, one of its end tokens or max_gen_toks."""
+        prompts = [self.tok_encode(request.args[0]) or [self.prefix_token_id] for request in requests]
         settings = [_settings(request.args[1]) for request in requests]
-        for prompt, (_, new, _) in zip(prompts, settings):
+        for request, prompt, (_, new, _) in zip(requests, prompts, settings):
             self._fits(len(prompt) + new)
+            self._note(request, len(prompt))
         said: dict[int, str] = {}
         with self._bar([(None, prompt, [0]) for prompt in prompts]) as bar:
             # what is drawn must not depend on who sits beside: sampled rows go alone
@@ -205,23 +270,23 @@ class HarnessLM(TemplateLM):
         generator = torch.Generator(self.model.device).manual_seed(seed) if temperature else None
         logits, cache = prefill(self.model, torch.tensor(prompts), segment=max(1, self.segment // len(prompts)))
         stream = continuation(self.model, logits, cache, temperature, generator)
+        ends = {*end_ids(self.model), self.text.eos_id}
         ids: list[list[int]] = [[] for _ in prompts]
-        texts, going = [""] * len(prompts), set(range(len(prompts)))
+        going = set(range(len(prompts)))
         for _ in range(new):
             for row, token in enumerate(next(stream).tolist()):
-                if row not in going:
-                    continue
-                if token == self.model.tokenizer.eos_id:
-                    going.discard(row)
-                    continue
-                ids[row].append(token)
-                texts[row] = self.model.tokenizer.decode(ids[row])
-                ends = [at for stop in until if (at := texts[row].find(stop)) >= 0]
-                if ends:
-                    texts[row] = texts[row][: min(ends)]
-                    going.discard(row)
+                if row in going:
+                    ids[row].append(token)
+                    # a stop may be a chat marker, which answers go without, or stand around one
+                    ways = [self.text.decode(ids[row], skip) for skip in (False, True)] if until else []
+                    if token in ends or any(stop in said for stop in until for said in ways):
+                        going.discard(row)
             if not going:
                 break
+        texts = [self.text.decode(row) for row in ids]
+        end = "" if self.text.eos_id is None else self.text.decode([self.text.eos_id], False)
+        for stop in [*until, end] if end else until:  # a model may spell its end token out
+            texts = [text.split(stop)[0] for text in texts]
         return texts
 
     # --- both

@@ -1,8 +1,9 @@
 """lm-eval's tasks on this library's models, at chosen lengths and with remedies: one table, one JSON file.
 
 A task that makes its data from metadata (`custom_dataset`: RULER's, this library's passkey) is run once a length; any
-other is run once, as it is. Out come OUT/lm_eval.json (lm-eval's own results, and what was said to each document) and
-OUT/lm_eval.csv (the columns of COLUMNS).
+other is run once, as it is. What is drawn depends on the seed, the task and the length alone, so that models and
+remedies of separate runs are asked the same. Out come OUT/lm_eval.json (lm-eval's own results, and what was said to
+each document) and OUT/lm_eval.csv (the columns of COLUMNS).
 """
 
 from __future__ import annotations
@@ -13,31 +14,38 @@ import logging
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import pandas as pd
 
-from rnn_longctx.config import parse_lengths
+from rnn_longctx.config import format_length, parse_lengths
 from rnn_longctx.errors import InputError
 from rnn_longctx.eval.harness import HarnessLM
 from rnn_longctx.eval.results import Results, write_atomic
-from rnn_longctx.eval.ruler import check_it_ends
+from rnn_longctx.eval.ruler import TooShort, draw_from, is_ruler, maker, restored
 from rnn_longctx.mitigations import active, mitigate, parse_remedy
+from rnn_longctx.models.checkpoint import LazyTokenizer
+from rnn_longctx.models.precision import computes_as
 
-COLUMNS = ("task", "length", "metric", "value", "stderr", "n", "mitigation", "model", "weights_hash",
-           "state_dtype")  # fmt: skip
+# tokens_read: of a prompt (before its answer), the mean over the prompts of a task, and their least and most
+COLUMNS = ("task", "length", "tokens_read", "tokens_read_min", "tokens_read_max", "metric", "value", "stderr", "n",
+           "mitigation", "model", "weights_hash", "dtype", "state_dtype", "seed")  # fmt: skip
+NEAR = 0.95  # of a length: prompts that are shorter on average say nothing of it
 TASKS = Path(__file__).resolve().parent / "lm_eval_tasks"
 
 
 def lm_eval_table(model: Any, tasks: Sequence[str], lengths: Sequence[int | str] | str = "4k",
                   mitigations: Sequence[str] = ("none",), *, limit: int | None = None, include_path: str | None = None,
                   data: str | None = None, out: str | None = None, batch: int = 8, max_length: int | None = None,
-                  seed: int = 0, progress: bool = False) -> pd.DataFrame:  # fmt: skip
+                  add_bos_token: bool | None = None, seed: int = 0,
+                  progress: bool = False) -> pd.DataFrame:  # fmt: skip
     """Run lm-eval's tasks; one row a task, length, metric and remedy, with the columns of COLUMNS.
 
     Args:
+        model: this library's, or one of another library, which is adopted.
         tasks: names that lm-eval knows (tasks, groups, tags), this library's, or those of `include_path`.
         lengths: tokens, for tasks that make data of a given length. Remedies get it as their target length; for tasks
             of a fixed length they get the greatest.
@@ -46,9 +54,12 @@ def lm_eval_table(model: Any, tasks: Sequence[str], lengths: Sequence[int | str]
         data: a JSONL file, for the tasks that read one (rnn_longctx_qa, rnn_longctx_summary).
         batch: the most rows of equal length side by side.
         max_length: the most tokens a request may read; longer ones are refused. None: no limit.
+        add_bos_token: whether prompts begin with BOS; None: where the tokenizer begins with it.
+        seed: of the data that tasks make of a length, and of sampling.
     Raises:
         InputError: unknown tasks (with the nearest names) or remedies, bad lengths, tasks whose data or packages are
-            missing here (of a group they are named in a warning and left out), a request longer than `max_length`.
+            missing here (of a group they are named in a warning and left out; so is any that does not fit into one
+            of the lengths), a request longer than `max_length`.
     """
     wanted = sorted(set(parse_lengths(list(lengths) if not isinstance(lengths, str) else lengths)))
     remedies = list({str(r): r for r in map(parse_remedy, mitigations)}.values())
@@ -62,9 +73,12 @@ def lm_eval_table(model: Any, tasks: Sequence[str], lengths: Sequence[int | str]
     if data is not None and not Path(data).is_file():
         raise InputError(f"data: no file at {data}")
     if out:
-        Results(out)  # an unwritable folder shows now
+        out = str(Results(out).directory)  # an unwritable folder shows now
     paths = [str(TASKS), *([str(include_path)] if include_path else [])]
-    harness = HarnessLM(model, max_length=max_length, batch_size=batch, seed=seed, progress=progress)
+    harness = HarnessLM(
+        model, max_length=max_length, batch_size=batch, add_bos_token=add_bos_token, seed=seed, progress=progress
+    )
+    model, weights = harness.model, harness.model.weights_hash
     rows: list[dict[str, Any]] = []
     runs: list[dict[str, Any]] = []
 
@@ -72,17 +86,23 @@ def lm_eval_table(model: Any, tasks: Sequence[str], lengths: Sequence[int | str]
         save_tokenizer(model.tokenizer, Path(folder))
         shared = {"tokenizer": folder, "data": data, "limit": limit, "seed": seed}
         metadata = {k: v for k, v in shared.items() if v is not None}
-        count = lambda text: len(model.tokenizer.encode(text))  # noqa: E731
-        for length, loaded, manager in _loaded(names, wanted, paths, metadata, count):
+        for length, loaded, manager in _Tasks(names, wanted, paths, metadata, harness).by_length():
             for remedy in remedies:
                 with mitigate(model, remedy, target_length=length or wanted[-1]):
-                    mitigation = active(model)[0]
+                    mitigation = active(model, weights)[0]
+                    harness.tokens_read.clear()
                     results = _evaluate(harness, loaded, manager, limit)
-                about = {"mitigation": mitigation, "model": model.name, "weights_hash": model.weights_hash,
-                         "state_dtype": model.state_dtype and str(model.state_dtype)[6:]}  # fmt: skip
-                rows += [{"length": length} | row | about for row in _rows(results, length)]
-                runs.append({"length": length} | about | _kept(results, folder))
-                frame = pd.DataFrame(rows, columns=list(COLUMNS)).astype({"length": "Int64", "n": "Int64"})
+                about = {"mitigation": mitigation, "model": model.name, "weights_hash": weights,
+                         "dtype": computes_as(model),
+                         "state_dtype": model.state_dtype and str(model.state_dtype)[6:], "seed": seed}  # fmt: skip
+                read = {str(task): _read(tokens) for task, tokens in harness.tokens_read.items()}
+                rows += [{"length": length} | row | read.get(row["task"], {}) | about for row in _rows(results, length)]
+                runs.append({"length": length, "begin": harness.text.begin, "tokens_read": read} | about
+                            | _kept(results, folder))  # fmt: skip
+                if length and remedy is remedies[0]:
+                    _say_shorter(read, length)
+                whole = ["length", "tokens_read_min", "tokens_read_max", "n"]
+                frame = pd.DataFrame(rows, columns=list(COLUMNS)).astype(dict.fromkeys(whole, "Int64"))
                 if out:  # after every run: a long one that is stopped has left what it had
                     write_atomic(Path(out) / "lm_eval.json", (json.dumps(runs, indent=1, default=str) + "\n").encode())
                     write_atomic(Path(out) / "lm_eval.csv", frame.to_csv(index=False, lineterminator="\n").encode())
@@ -92,6 +112,7 @@ def lm_eval_table(model: Any, tasks: Sequence[str], lengths: Sequence[int | str]
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
     """The tokenizer as files that transformers reads: RULER's tasks measure their prompts with it. Bytes become a
     byte-level BPE without merges, which counts the same."""
+    tokenizer = tokenizer.load() if isinstance(tokenizer, LazyTokenizer) else tokenizer
     fast = getattr(tokenizer, "_fast", None)
     if fast is None:
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -104,44 +125,95 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
 
 
-def _loaded(
-    names: list[str], lengths: list[int], paths: list[str], shared: dict[str, Any], count: Callable[[str], int]
-) -> Iterator[tuple[int | None, list[Any], Any]]:
-    """(length, its tasks, their manager); those of a fixed length first, with None. A length's data is made when its
-    turn comes. Of a group what cannot be had here is named and left out."""
-    from lm_eval.tasks import TaskManager
+@dataclass
+class _Tasks:
+    """The tasks that were asked for. What cannot be had here, or not at a length, is named and left out; InputError
+    where one that was asked for by its own name cannot be had at all, and where nothing can."""
 
-    def manager(length: int) -> Any:
-        metadata = {"max_seq_lengths": [length], **shared}
-        own = TaskManager(include_path=paths, include_defaults=False, metadata=metadata)
+    names: list[str]
+    lengths: list[int]
+    paths: list[str]
+    shared: dict[str, Any]
+    harness: HarnessLM
+    gone: set[str] = field(default_factory=set)  # tasks that no length brings back
+
+    def by_length(self) -> Iterator[tuple[int | None, list[Any], Any]]:
+        """(length, its tasks, their manager); those of a fixed length first, with None. A length's data is made when
+        its turn comes."""
+        known = self._manager(self.lengths[0])
+        self._check(known)
+        members = {name: _members(known, name) for name in self.names}
+        first, refused = self._load(known, members, self.lengths[0])
+        some = False
+        if fixed := [task for each in first.values() for task in each if not _by_length(task)]:
+            some = True
+            yield None, fixed, known
+        self.gone |= {member for member, each in first.items() if not any(map(_by_length, each))}
+        members = {name: left for name, each in members.items() if (left := [m for m in each if m not in self.gone])}
+        for length in self.lengths if members else ():
+            here, loaded = known, first
+            if length != self.lengths[0]:
+                here = self._manager(length)
+                loaded, refused = self._load(here, members, length)
+            if made := [task for each in loaded.values() for task in each if _by_length(task)]:
+                some = True
+                yield length, made, here
+        if not some:
+            raise InputError(refused)
+
+    def _manager(self, length: int) -> Any:
+        from lm_eval.tasks import TaskManager
+
+        metadata = {"max_seq_lengths": [length], **self.shared}
+        own = TaskManager(include_path=self.paths, include_defaults=False, metadata=metadata)
         # reading all of lm-eval's own task files takes seconds
-        return own if set(names) <= set(own.all_tasks) else TaskManager(include_path=paths, metadata=metadata)
+        known = set(self.names) <= set(own.all_tasks)
+        return own if known else TaskManager(include_path=self.paths, metadata=metadata)
 
-    known = manager(lengths[0])
-    for name in names:
-        if name not in known.all_tasks:
-            raise InputError(f"lm-eval knows no task {name!r}{_own(name) or _near(name, known.all_tasks)}")
-        if _own(name):
-            logging.getLogger(__name__).warning("%s is a task of lm-eval's own%s", name, _own(name))
-    first: dict[str, list[Any]] = {}
-    for name in names:
-        members, refused = _members(known, name), []
-        for member in members:
-            try:
-                first[member] = _load(known, member, lengths[0], count)
-            except InputError as error:
-                refused.append(str(error))
-                if len(refused) == len(members):
-                    raise InputError(refused[0]) from None
-        for why in refused:
-            logging.getLogger(__name__).warning("%s goes without one of its tasks: %s", name, why)
-    if fixed := [task for some in first.values() for task in some if not _by_length(task)]:
-        yield None, fixed, known
-    again = [name for name, some in first.items() if any(map(_by_length, some))]
-    for length in lengths if again else ():
-        here = known if length == lengths[0] else manager(length)
-        some = [task for name in again for task in (first[name] if here is known else _load(here, name, length, count))]
-        yield length, [task for task in some if _by_length(task)], here
+    def _check(self, manager: Any) -> None:
+        for name in self.names:
+            if name not in manager.all_tasks:
+                raise InputError(f"lm-eval knows no task {name!r}{_own(name) or _near(name, manager.all_tasks)}")
+            if _own(name):
+                logging.getLogger(__name__).warning("%s is a task of lm-eval's own%s", name, _own(name))
+
+    def _load(self, manager: Any, members: dict[str, list[str]], length: int) -> tuple[dict[str, list[Any]], str]:
+        """The tasks that can be had, by their names, and the last reason why one cannot."""
+        loaded: dict[str, list[Any]] = {}
+        why = ""
+        for name, each in members.items():
+            missing = 0
+            for member in each:
+                try:
+                    loaded[member] = self._one(manager, member, length)
+                    continue
+                except TooShort as error:
+                    why = str(error)
+                except InputError as error:
+                    why, missing = str(error), missing + 1
+                    self.gone.add(member)
+                    if missing == len(each):
+                        raise
+                within = "" if each == [name] else f"{name} goes without one of its tasks: "
+                logging.getLogger(__name__).warning("%s%s", within, why)
+        return loaded, why
+
+    def _one(self, manager: Any, name: str, length: int) -> list[Any]:
+        """A task, or what a tag or group stands for that changes its tasks' settings."""
+        spec: Any = name
+        if is_ruler(name, manager.task_index[name].yaml_path):
+            count = lambda text: len(self.harness.tok_encode(text))  # noqa: E731
+            made = maker(name, length, count, self.shared.get("limit"), self.shared["seed"])
+            spec = {"group": f"one_{name}", "task": [{"task": name, "custom_dataset": made}]}
+        try:
+            with restored():
+                draw_from(self.shared["seed"], name)
+                return list(manager.load([spec])["tasks"].values())
+        except InputError:
+            raise
+        except Exception as error:  # data sets, downloads and packages of some 14000 tasks fail in many ways
+            cause = " ".join(str(error).split()) or type(error).__name__
+            raise InputError(f"task {name} cannot be had here: {cause[:300]}{_own(name)}") from None
 
 
 def _members(manager: Any, name: str) -> list[str]:
@@ -154,17 +226,6 @@ def _members(manager: Any, name: str) -> list[str]:
         return [name]
     settings = set(entry.cfg) - {"group", "group_alias", "task", "aggregate_metric_list", "metadata", "tag"}
     return [name] if settings else [one for member in plain for one in _members(manager, member)]
-
-
-def _load(manager: Any, name: str, length: int, count: Callable[[str], int]) -> list[Any]:
-    try:
-        check_it_ends(name, length, count)
-        return list(manager.load([name])["tasks"].values())
-    except InputError:
-        raise
-    except Exception as error:  # data sets, downloads and packages of some 14000 tasks fail in many ways
-        cause = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"task {name} cannot be had here: {cause[:300]}{_own(name)}") from None
 
 
 def _by_length(task: Any) -> bool:
@@ -209,6 +270,19 @@ def _rows(results: Any, length: int | None) -> Iterator[dict[str, Any]]:
             name = "score" if metric.isdigit() else metric
             name += "" if kind == "none" else f",{kind}"
             yield {"task": task, "metric": name, "value": float(value), "stderr": stderr, "n": n}
+
+
+def _read(tokens: list[int]) -> dict[str, float]:
+    """What of COLUMNS says how much was read."""
+    return {"tokens_read": sum(tokens) / len(tokens), "tokens_read_min": min(tokens), "tokens_read_max": max(tokens)}
+
+
+def _say_shorter(read: dict[str, dict[str, float]], length: int) -> None:
+    """Warn of tasks whose prompts are shorter than the length that they were made for."""
+    for task, each in read.items():
+        if each["tokens_read"] < NEAR * length:
+            logging.getLogger(__name__).warning("%s at %s reads %.0f tokens: its scores are of that length", task,
+                                                format_length(length), each["tokens_read"])  # fmt: skip
 
 
 def _stderr(samples: list[Any], value: float) -> float | None:

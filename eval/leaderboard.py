@@ -16,11 +16,12 @@ from rich.table import Table
 from rich.text import Text
 
 from rnn_longctx.config import format_length
-from rnn_longctx.eval.sheets import SETTING, Sheet, sheets
+from rnn_longctx.eval.sheets import SETTING, Sheet, placed, sheets
 from rnn_longctx.eval.stats import paired_bootstrap
 
 COLUMNS = ["model", "text", "length", "mitigation", "control", "loss", "gain", "gain_low", "gain_high", "change_short",
            "speed", "memory", "wins"]  # fmt: skip
+NO_NUMBER = "its loss is no number"
 
 
 def leaderboard(frame: pd.DataFrame) -> pd.DataFrame:
@@ -33,6 +34,7 @@ def leaderboard(frame: pd.DataFrame) -> pd.DataFrame:
     accuracy for each recall task; wins: what it beats the controls at.
     """
     rows: list[dict[str, Any]] = []
+    frame = placed(frame)
     everything = sheets(frame)
     losses = [s for s in everything if s.task == "lm"]
     for sheet in losses:
@@ -92,6 +94,8 @@ def _rows(frame: pd.DataFrame, sheet: Sheet, recalls: list[Sheet], length: int) 
         # without a loss by the last task's prompts: at the first one's kernels may be compiled
         row |= next((c for s in (sheet, *reversed(recalls)) if (c := _cost(frame, s, name, length))), {})
         row["wins"] = ", ".join(wins) if controls else "not compared"
+        if name in here and not math.isfinite(here[name].value):
+            row["wins"] = NO_NUMBER
         rows.append(row)
     return rows
 
@@ -148,6 +152,8 @@ def board_tables(frame: pd.DataFrame) -> list[RenderableType]:
                 not row["control"] and row["mitigation"] != "none"
             )  # the bare model is no remedy that wins or fails
             ends = Text((row["wins"] or "nothing") if ranked else "", "" if row["wins"] else "red")
+            if row["wins"] == NO_NUMBER:
+                ends = Text(NO_NUMBER, "red")
             numbers = [_text(row["loss"], ".3f"), _text(row["gain"], "+.3f"), span, _text(row["change_short"], "+.3f"),
                        *(_text(row[t], ".2f") for t in (*tasks, *costs))]  # fmt: skip
             grid.add_row(name, *numbers, ends)

@@ -23,6 +23,7 @@ from rnn_longctx.errors import InputError
 from rnn_longctx.eval.results import Row
 from rnn_longctx.eval.task import Context, Task, forget_peak, peak_bytes
 from rnn_longctx.models import Cache
+from rnn_longctx.models.modes import evaluating
 from rnn_longctx.spec import quiet
 
 PEAK_BINS = 4  # the highest loss within the training length is taken over so many equal stretches of it
@@ -113,6 +114,7 @@ class LanguageModel(Task):
                 "seconds": seconds[length],
                 "tokens_per_second": read[length] / seconds[length] if seconds[length] else None,
                 "peak_bytes": peak_bytes(context),
+                "tokens_read": length,
             }
             yield context.row(self, text, length, "nats_per_byte", per_byte.tolist(), **cost)
             if length == train:
@@ -156,14 +158,17 @@ class _Pass:
         name = f"{_stream(context, text)}-{rows[0]}-{rows[-1]}-{reach}"
         self.path = context.results.snapshot_path(name) if context.results else None
 
-    @torch.inference_mode()
     def run(self) -> None:
+        with torch.inference_mode(), evaluating(self.context.model):
+            self._run()
+
+    def _run(self) -> None:
         c, reach, size = self.context, self.reach, len(self.rows)
         pairs = [tokens(self.text, c.model.tokenizer, i, reach + 1) for i in self.rows]
         ids = torch.from_numpy(np.stack([p[0] for p in pairs]))
         # bytes of the tokens that are predicted at positions 1 .. t
         byte_sums = torch.from_numpy(np.stack([p[1] for p in pairs]))[:, 1:].cumsum(1)
-        zeros = torch.zeros(size, dtype=torch.float64)
+        zeros = torch.zeros(size, dtype=torch.float64, device="cpu")
         self.nbytes = {m: byte_sums[:, m - 1].double() if m else zeros for m in self.marks}
         self.sums = {0: zeros}
         del pairs, byte_sums

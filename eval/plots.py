@@ -18,7 +18,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from rnn_longctx.config import format_length
+from rnn_longctx.config import format_length, home_path
 from rnn_longctx.eval.sheets import Sheet, sheets
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")  # remedies
@@ -31,7 +31,7 @@ _SIZE = (9.0, 5.0)  # inches; at 150 dpi sharp, at 900 pixels still readable
 def plot_all(frame: pd.DataFrame, directory: str | Path) -> list[Path]:
     """Draw what the table has rows for: loss_over_length.png, context_gain.png, passkey.png (and any other
     accuracy task by its name). Of several models or texts, each gets its own files. Returns the paths."""
-    directory = Path(directory)
+    directory = home_path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     everything = sheets(frame)
     paths = []
@@ -87,7 +87,7 @@ def _gain(sheet: Sheet) -> Figure | None:
     lengths = sorted({k for row in gains.values() for k in row})
     figure, axes = _axes(sheet, lengths)
     # A collapsed model would flatten all else: what is over 10% worse than the control leaves the plot.
-    floor = -0.1 * min(abs(sheet.cells[control][k].value) for k in lengths)
+    floor = -0.1 * min((abs(v) for k in lengths if np.isfinite(v := sheet.cells[control][k].value)), default=0.0)
     axes.axhline(0, color="black", linewidth=1)
     looks = {name: look for name, *look in _looks(sheet)}
     for i, (name, row) in enumerate(gains.items()):
@@ -98,7 +98,7 @@ def _gain(sheet: Sheet) -> Figure | None:
         label = name if worst >= floor else f"{name} (off the plot, to {worst:.2f})"
         axes.plot(x, value, color=colour, marker=marker, markersize=5, linewidth=1.2, label=label)
         axes.vlines(x, low, high, color=colour, linewidth=2.5, alpha=0.5)
-    shown = [v for row in gains.values() for g in row.values() for v in g[:3] if v >= floor] + [0.0]
+    shown = [v for row in gains.values() for g in row.values() for v in g[:3] if floor <= v < np.inf] + [0.0]
     margin = 0.08 * (max(shown) - min(shown)) or 0.01
     axes.set_ylim(min(shown) - margin, max(shown) + margin)
     axes.set_ylabel("loss of control minus loss, nats per token")

@@ -15,7 +15,7 @@ from rich.text import Text
 from rnn_longctx.config import format_length
 from rnn_longctx.eval.conclusion import conclusion
 from rnn_longctx.eval.leaderboard import board_tables
-from rnn_longctx.eval.sheets import RECALL, SETTING, Sheet, context_gain, is_control, sheets, summary
+from rnn_longctx.eval.sheets import RECALL, SETTING, Sheet, alike, context_gain, is_control, sheets, summary
 from rnn_longctx.eval.stats import wilson
 
 __all__ = ["asked", "conclusion", "context_gain", "header", "summary", "table", "to_text"]
@@ -35,14 +35,17 @@ def header(
     device: str,
     dtype: str,
     backend: str,
+    reads: str | None = None,
 ) -> RenderableType:
-    """What is measured, on what. `scan_state` and `conv_state` in elements of one sequence, all layers."""
-    lines = (
+    """What is measured, on what. `scan_state` and `conv_state` in elements of one sequence, all layers; `reads`: how,
+    where that is unusual."""
+    lines = [
         ("model", f"{model}, {_count(parameters)} parameters"),
         ("state", f"{scan_state + conv_state:,} elements (scan {scan_state:,} + conv {conv_state:,})"),
         ("trained at", "unknown length" if train_length is None else f"{format_length(train_length)} tokens"),
         ("runs on", f"{device}, {dtype}, {backend}"),
-    )
+        *([("reads", reads)] if reads else []),
+    ]
     grid = Table.grid(padding=(0, 2))
     for name, text in lines:
         grid.add_row(Text(name, style="dim"), Text(text))
@@ -68,17 +71,15 @@ def table(frame: pd.DataFrame, width: int = 110) -> list[RenderableType]:
 
 
 def asked(frame: pd.DataFrame) -> tuple[pd.DataFrame, str]:
-    """Of what `evaluate` returned of a folder, the rows of the call's own models, texts and tasks, and a line that says
-    what else is among them and what is left out. Its remedies at the folder's other lengths are among them, for a
+    """Return the rows of a folder's table that a call of `evaluate` asked for, whose `attrs` it has, and a line that
+    says what else is among them and what is left out. Its remedies at the folder's other lengths are among them, for a
     verdict that knew less than the folder would contradict it, and so are `none` and the controls, for comparison."""
     wanted = frame.attrs["asked"]
     settings = [tuple(setting) for setting in wanted["settings"]]
     remedies, tasks = ({s[i] for s in settings} for i in (0, 1))
     compared = frame["mitigation"].map(lambda m: m in remedies or m == "none" or is_control(m))
     keep = compared & frame["task"].isin(tasks) & ((frame["task"] != "lm") | frame["text_hash"].isin(wanted["texts"]))
-    for column in (*SETTING, "seed"):
-        keep &= frame[column].isna() if wanted[column] is None else frame[column] == wanted[column]
-    shown = frame[keep.fillna(False).astype(bool)]
+    shown = frame[keep & alike(frame, {c: wanted[c] for c in (*SETTING, "seed")})]
     left = len(frame) - len(shown)
     more = len(set(zip(shown["mitigation"], shown["task"], shown["length"])) - set(settings))
     said = [f"with {more} other setting{'s' * (more > 1)} measured here before"] if more else []
@@ -102,7 +103,8 @@ def _loss_tables(sheet: Sheet, width: int) -> list[RenderableType]:
 
     def cell(name: str, length: int) -> Text:
         value, peak = sheet.cells[name][length].value, sheet.peak(name)
-        if peak is not None and length > (sheet.train_length or 0) and not value <= 2 * peak:
+        failed = peak is not None and length > (sheet.train_length or 0) and not value <= 2 * peak
+        if failed or not math.isfinite(value):
             return Text(_number(value), style="red")
         rivals = [row[length].value for n, row in sheet.cells.items() if length in row and n in candidates]
         best = len(rivals) > 1 and name in candidates and value == min(rivals, key=_finite)
@@ -112,6 +114,8 @@ def _loss_tables(sheet: Sheet, width: int) -> list[RenderableType]:
         first, text = sheet.verdict(name)
         if first is not None:
             return Text(f"at {format_length(first)}", style="red")
+        if sheet.broken(name):
+            return Text("no number", style="red")
         return Text(text.replace("no collapse up to", "not by") if text.startswith("no ") else "unknown")
 
     peak = sheet.peak("none")
@@ -183,7 +187,8 @@ def _tables(
 
 
 def _counts(sheet: Sheet) -> dict[str, list[int]]:
-    """What is to be known of lengths whose cells were measured with different numbers of samples."""
+    """What is to be known of lengths whose cells were measured with different numbers of samples, or of which others
+    were asked for."""
     unit = "slices" if sheet.task == "lm" else "prompts"
     said: dict[str, list[int]] = {}
     for length in sheet.lengths:
@@ -196,6 +201,8 @@ def _counts(sheet: Sheet) -> dict[str, list[int]]:
         else:
             continue
         said.setdefault(text, []).append(length)
+    for length, asked in sheet.asked.items():
+        said.setdefault(f"so many tokens were read where {format_length(asked)} were asked for", []).append(length)
     return said
 
 

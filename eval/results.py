@@ -25,6 +25,7 @@ from typing import Any
 
 import pandas as pd
 
+from rnn_longctx.config import home_path
 from rnn_longctx.errors import InputError
 
 # What makes two cells different. `length` in tokens; `depth` a fraction, None for all depths together; `state_dtype`
@@ -33,15 +34,17 @@ KEY = (
     *("model", "weights_hash", "mitigation", "calibration", "task", "text", "text_hash", "tokenizer"),
     *("length", "depth", "metric", "batch", "dtype", "backend", "device", "seed", "state_dtype"),
 )
-_LATER = {"state_dtype"}  # a column that older tables lack: None in their rows, and no part of a key where it is None
+# Columns that older tables lack: None in their rows, and no part of a key where they are None.
+_LATER = {"state_dtype", "tokens_read"}
 # What was measured. `samples`: one float per slice or prompt, in the order of the slices, so that two rows on
-# the same text pair by position. Times in seconds, `train_length` in tokens.
+# the same text pair by position. Times in seconds, `train_length` in tokens, and so `tokens_read`: of each slice or
+# prompt, the mean over them, whatever of it a remedy or control reads again or leaves out.
 VALUE = (
     *("value", "stderr", "n", "samples", "train_length", "seconds", "tokens_per_second"),
-    *("first_token_seconds", "next_token_seconds", "peak_bytes", "version"),
+    *("first_token_seconds", "next_token_seconds", "peak_bytes", "version", "tokens_read"),
 )
 COLUMNS = KEY + VALUE
-_INTS = {"length", "batch", "seed", "n", "train_length", "peak_bytes"}
+_INTS = {"length", "batch", "seed", "n", "train_length", "peak_bytes", "tokens_read"}
 _FLOATS = {"depth", *VALUE} - _INTS - {"samples", "version"}
 _STALE = 3600.0  # seconds after which a temporary file can only be a killed run's
 
@@ -53,7 +56,7 @@ class Results:
 
     def __init__(self, directory: str | Path) -> None:
         """Create `directory`. InputError at once, and not after an hour, if no file can be written there."""
-        self.directory = Path(directory)
+        self.directory = home_path(directory)
         self._cells = self.directory / "cells"
         try:
             self._cells.mkdir(parents=True, exist_ok=True)
@@ -117,7 +120,8 @@ class Results:
             path.unlink(missing_ok=True)
 
     def relabel(self, model: str, weights_hash: str, train_length: int | None) -> None:
-        """Give a model's stored rows another training length: what was measured does not depend on it."""
+        """Give a model's stored rows another training length: what was measured hangs on it by way of a calibration
+        alone, which is in the key with the length that it is of."""
         for row in self.rows():
             if (row["model"], row["weights_hash"]) == (model, weights_hash) and row["train_length"] != train_length:
                 self.put(row | {"train_length": train_length})
@@ -125,7 +129,8 @@ class Results:
     @staticmethod
     def read(directory: str | Path) -> pd.DataFrame:
         """The gathered table alone: results.parquet, else results.csv. InputError if neither can be read."""
-        parquet, csv = Path(directory) / "results.parquet", Path(directory) / "results.csv"
+        directory = home_path(directory)
+        parquet, csv = directory / "results.parquet", directory / "results.csv"
         path = parquet if parquet.exists() else csv
         try:
             if path == parquet:
@@ -135,7 +140,7 @@ class Results:
                 records = [{c: _parse(str(c), v) for c, v in record.items()} for record in records]
             return to_frame(_clean({str(c): v for c, v in record.items()}) for record in records)
         except FileNotFoundError:
-            none = "there is no folder" if not Path(directory).is_dir() else "no results.parquet or results.csv in"
+            none = "there is no folder" if not directory.is_dir() else "no results.parquet or results.csv in"
             raise InputError(f"{none} {directory}; evaluate first") from None
         except (OSError, ValueError) as error:
             raise InputError(f"cannot read {path}: {' '.join(str(error).split())}") from None

@@ -1,42 +1,235 @@
-"""RULER's makers of data in lm-eval that never end: where their smallest prompt does not fit, they try it for ever.
+"""RULER's tasks of lm-eval, made at the length that is read.
 
-`ruler_vt` begins with a worked example of at most 500 tokens, whatever the length; `ruler_cwe` with ten words.
+lm-eval's own makers step coarsely (`niah_single_1` at 4096 bytes reads 2,600), count a worked example that is in no
+prompt (`ruler_cwe`), make 500 prompts whatever the limit, draw from generators that nobody seeds, and try for ever
+where the smallest prompt does not fit. Here its texts get as many pieces of filler as fit into the length with all
+that the model reads before its answer (RULER counts the answer too), and what is drawn depends on the seed, the task,
+the length and the number of the prompt alone.
 """
 
 from __future__ import annotations
 
+import hashlib
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 
 from rnn_longctx.errors import InputError
 
-EXAMPLE, VT_ANSWER, CWE_ANSWER = 500, 30, 120  # tokens, in lm-eval's files
+# module of lm_eval.tasks.ruler: (what in it makes the prompts of one length, the method below that does it here)
+MAKERS = {"niah_utils": ("generate_samples", "niah"), "cwe_utils": ("get_dataset", "cwe"),
+          "vt_utils": ("get_dataset", "vt"), "fwe_utils": ("get_dataset", "fwe"),
+          "qa_utils": ("get_dataset", "qa")}  # fmt: skip
+# task: (its module, its function there); niah_* are functions of niah_utils
+TASKS = {"ruler_cwe": ("cwe_utils", "get_cw_dataset"), "ruler_vt": ("vt_utils", "get_vt_dataset"),
+         "ruler_fwe": ("fwe_utils", "fwe_download"), "ruler_qa_squad": ("qa_utils", "get_squad"),
+         "ruler_qa_hotpot": ("qa_utils", "get_hotpotqa")}  # fmt: skip
+SAMPLES = 500  # lm-eval's
+EXAMPLE = 500  # tokens of the worked example of variable tracking, with its answer
+Doc = dict[str, Any]
 
 
-def check_it_ends(task: str, length: int, count: Callable[[str], int]) -> None:
-    """Raise InputError where lm-eval would look for a prompt of `length` tokens for ever. count: tokens of a text."""
-    if task not in ("ruler_vt", "ruler_cwe"):
-        return
-    drawn = random.getstate(), np.random.get_state()  # what lm-eval makes is to be what it is without this look
+class TooShort(InputError):
+    """The smallest prompt of a task does not fit into a length."""
+
+
+def is_ruler(task: str, path: Any) -> bool:
+    """Whether a task is one of RULER's, by its name and the file that lm-eval has it from."""
+    return (task in TASKS or task.startswith("niah_")) and "lm_eval/tasks/ruler/" in str(path).replace("\\", "/")
+
+
+def maker(task: str, length: int, count: Callable[[str], int], limit: int | None, seed: int) -> Callable[..., Any]:
+    """Return the `custom_dataset` of one of RULER's tasks at a length.
+
+    Args:
+        count: the tokens that the model reads of a prompt.
+        limit: how many prompts are made; None: lm-eval's 500.
+    """
+
+    def make(**metadata: Any) -> Any:
+        place, function = TASKS.get(task, ("niah_utils", task))
+        module = import_module(f"lm_eval.tasks.ruler.{place}")
+        sampler, method = MAKERS[place]
+        ours = getattr(_Maker(task, length, count, limit or SAMPLES, seed), method)
+        with patch.object(module, sampler, ours), patch.object(module, "get_tokenizer", lambda *_: None), restored():
+            return getattr(module, function)(**metadata | {"max_seq_lengths": [length]})
+
+    return make
+
+
+@contextmanager
+def restored() -> Iterator[None]:
+    """Leave the generators of `random` and numpy as they were."""
+    before = random.getstate(), np.random.get_state()
     try:
-        if task == "ruler_vt":
-            made: Any = import_module("lm_eval.tasks.ruler.vt_utils")
-            example = count(made.generate_input_output(5, 1, 4, is_icl=True)[0]) + VT_ANSWER
-            if example > EXAMPLE:
-                raise InputError(f"task ruler_vt has a worked example of at most {EXAMPLE} tokens, and the shortest "
-                                 f"takes {example} of this tokenizer: leave it out")  # fmt: skip
-            least = example + count(made.generate_input_output(10, 1, 4)[0]) + VT_ANSWER
-        else:
-            made = import_module("lm_eval.tasks.ruler.cwe_utils")
-            before = made.RNG.getstate()
-            least = count(made.generate_input_output(10, length)[1]) + CWE_ANSWER
-            made.RNG.setstate(before)
+        yield
     finally:
-        random.setstate(drawn[0])
-        np.random.set_state(drawn[1])
-    if least > length:
-        raise InputError(f"task {task} takes at least {least} tokens of this tokenizer; {length} were asked for")
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+
+
+def draw_from(*what: Any) -> int:
+    """Seed the generators of `random` and numpy by what is drawn, and return that seed."""
+    seed = int.from_bytes(hashlib.sha256(repr(what).encode()).digest()[:4], "big")
+    random.seed(seed)
+    np.random.seed(seed)
+    return seed
+
+
+class _Maker:
+    """Prompts of one task and length."""
+
+    def __init__(self, task: str, length: int, count: Callable[[str], int], samples: int, seed: int):
+        self.task, self.length, self.count, self.samples, self.seed = task, length, count, samples, seed
+
+    # Each of these stands in for one of lm-eval's functions and takes its arguments.
+
+    def niah(self, haystack: Any, *, template: str, type_haystack: str, type_needle_k: str, type_needle_v: str,
+             num_needle_v: int = 1, num_needle_k: int = 1, num_needle_q: int = 1, **_: Any) -> list[Doc]:  # fmt: skip
+        made = import_module("lm_eval.tasks.ruler.prepare_niah")
+        keys = max(num_needle_k, num_needle_q)
+        single = num_needle_q * num_needle_v == 1
+        what, verb = (type_needle_v[:-1], "is") if single else (type_needle_v, "are")
+
+        def make(pieces: int, index: int) -> Doc:
+            text, answers, query = made.generate_input_output(
+                pieces, haystack, type_haystack=type_haystack, num_needle_k=keys, type_needle_k=type_needle_k,
+                num_needle_v=num_needle_v, type_needle_v=type_needle_v, template=template, num_needle_q=num_needle_q,
+            )  # fmt: skip
+            prefix = f"The special magic {what} for {query} mentioned in the provided text {verb}"
+            return {"input": text, "outputs": answers, "gen_prefix": prefix}
+
+        return self._filled(make, keys * num_needle_v, len(haystack) if type_haystack == "essay" else None)
+
+    def cwe(self, *_: Any, **__: Any) -> list[Doc]:
+        made = import_module("lm_eval.tasks.ruler.cwe_utils")
+
+        def make_as(size: int) -> Callable[[int, int], Doc]:
+            def make(words: int, index: int) -> Doc:
+                made.RNG.seed(random.getrandbits(32))
+                _, text, answer = made.generate_input_output(words, size)
+                return _cut(text, made.CONFIG["answer_prefix"]) | {"outputs": answer}
+
+            return make
+
+        # From 4096 tokens on the common words stand there 30 times each, which leaves bytes no room for others.
+        often, seldom = make_as(max(self.length, 4096)), make_as(4095)
+        roomy = self.length >= 4096 and self._size(self._draw(often, 40, 0)) <= self.length
+        return self._filled(often if roomy else seldom, 11, len(made.WORDS), "\n\n")
+
+    def fwe(self, *_: Any, **__: Any) -> list[Doc]:
+        made = import_module("lm_eval.tasks.ruler.fwe_utils")
+
+        def make(words: int, index: int) -> Doc:
+            # with a limit that no text meets, it has the words that it is told to
+            text, answer, _ = made.generate_input_output(
+                1 << 60, _no_tokens, num_words=words, vocab_size=max(20, self.length // 50)
+            )
+            return _cut(text, made.CONFIG["answer_prefix"]) | {"outputs": answer}
+
+        return self._filled(make, 100)  # of fewer words the third and the fourth stand there equally often
+
+    def vt(self, *_: Any, **__: Any) -> list[Doc]:
+        made = import_module("lm_eval.tasks.ruler.vt_utils")
+        begin = made.CONFIG["variable_tracking"]["template"][:20]
+
+        def example(noises: int) -> str:
+            draw_from(self.seed, self.task, self.length, "example")
+            text, answer = made.generate_input_output(noises, 1, 4, is_icl=True)
+            return f"{text} {' '.join(answer)}\n\n"
+
+        # lm-eval tries for ever where five sentences of noise do not fit
+        noises = next((n for n in range(20, 1, -1) if self.count(example(n)) <= EXAMPLE), 1)
+        shown = example(noises)
+
+        def make(noises: int, index: int) -> Doc:
+            text, answer = made.generate_input_output(noises, 1, 4)
+            at = text.index(begin)
+            text = f"{text[:at]}{made.randomize_icl(shown)}\n\n{text[at:]}"
+            return _cut(text, " Answer: According to the chain(s) of variable assignment") | {"outputs": answer}
+
+        return self._filled(make, 1)
+
+    def qa(self, tokenizer: Any, docs: list[str], qas: list[Any], **_: Any) -> list[Doc]:
+        made = import_module("lm_eval.tasks.ruler.qa_utils")
+
+        def make(documents: int, index: int) -> Doc:
+            text, answer = made.generate_input_output(index, documents, qas=qas, docs=docs)
+            return {"input": text, "outputs": answer, "gen_prefix": "Answer:"}
+
+        # with all documents lm-eval shuffles the list that the questions point into
+        return self._filled(make, lambda index: len(qas[index]["context"]), len(docs) - 1, questions=len(qas))
+
+    # --- all of them
+
+    def _draw(self, make: Callable[[int, int], Doc], pieces: int, index: int) -> Doc:
+        draw_from(self.seed, self.task, self.length, index)
+        return make(pieces, index)
+
+    def _size(self, doc: Doc, delimiter: str = " ") -> int:
+        return self.count(f"{doc['input']}{delimiter}{doc['gen_prefix']}")
+
+    def _filled(self, make: Callable[[int, int], Doc], least: int | Callable[[int], int], most: int | None = None,
+                delimiter: str = " ", questions: int | None = None) -> list[Doc]:  # fmt: skip
+        """Prompts with as many pieces of filler, `least` to `most`, as fit into the length.
+
+        questions: there are so many, and those whose smallest prompt does not fit are passed over.
+        Raises TooShort where no prompt fits.
+        """
+        docs: list[Doc] = []
+        pieces, smallest = 0, 0
+        for index in range(self.samples if questions is None else questions):
+            first = least if isinstance(least, int) else least(index)
+            doc, pieces, size = self._largest(make, index, first, most, max(pieces, first + 1), delimiter)
+            if size > self.length:
+                smallest = min(smallest or size, size)
+                if questions is None:
+                    break
+                continue
+            docs.append(doc | {"index": index, "length": size, "max_length": self.length})
+            if len(docs) == self.samples:
+                return docs
+        if smallest and (questions is None or not docs):
+            raise TooShort(f"task {self.task} takes at least {smallest} tokens of this tokenizer; {self.length} were "
+                           "asked for")  # fmt: skip
+        return docs
+
+    def _largest(self, make: Callable[[int, int], Doc], index: int, least: int, most: int | None, guess: int,
+                 delimiter: str) -> tuple[Doc, int, int]:  # fmt: skip
+        """(prompt, its pieces, its tokens) with the most pieces that fit, from a guess on; or the smallest."""
+        top = 1 << 60 if most is None else most
+        best = self._draw(make, least, index)
+        low, size = least, self._size(best, delimiter)
+        first, rise = size, 0.0
+        for _ in range(20):
+            n = min(guess, top)
+            if size > self.length or n <= low:
+                break
+            doc = self._draw(make, n, index)
+            tokens = self._size(doc, delimiter)
+            rise = max((tokens - first) / (n - least), 1e-3)  # tokens a piece
+            if tokens <= self.length:
+                best, low, size = doc, n, tokens
+            else:
+                top = n - 1
+            guess = low + int((self.length - size) / rise)
+        return best, low, size
+
+
+def _cut(text: str, prefix: str) -> Doc:
+    """A prompt and what is put before its answer."""
+    at = text.rfind(prefix)
+    return {"input": text[:at].strip(), "gen_prefix": text[at:].strip()}
+
+
+class _NoTokens:
+    input_ids: tuple[int, ...] = ()
+
+
+def _no_tokens(text: str) -> _NoTokens:
+    return _NoTokens()

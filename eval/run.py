@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +18,7 @@ from rnn_longctx.errors import InputError
 from rnn_longctx.eval.lm import LanguageModel, text_of
 from rnn_longctx.eval.passkey import MultiKey, Passkey, Words
 from rnn_longctx.eval.results import Results, Row, to_frame
-from rnn_longctx.eval.sheets import SETTING
+from rnn_longctx.eval.sheets import SETTING, alike
 from rnn_longctx.eval.task import Context, Task
 from rnn_longctx.eval.unseen import check_unseen
 from rnn_longctx.mitigations import (
@@ -33,7 +33,8 @@ from rnn_longctx.mitigations import (
 )
 from rnn_longctx.models import Mamba2LM
 from rnn_longctx.models.adopt import reader_of
-from rnn_longctx.models.generate import SEGMENTS
+from rnn_longctx.models.modes import in_evaluation
+from rnn_longctx.models.segments import SEGMENTS
 from rnn_longctx.spec import parse
 
 TASKS: dict[str, type[Task]] = {t.name: t for t in (LanguageModel, Passkey, MultiKey, Words)}
@@ -71,6 +72,7 @@ def parse_task(text: str | Task) -> Task:
     return parse(text, TASKS, "task")
 
 
+@in_evaluation
 def evaluate(model: Any, lengths: Sequence[int | str] | int | str,
              tasks: Sequence[str | Task] | str | Task = ("lm", "passkey"),
              mitigations: Sequence[str | Remedy] | str | Remedy | None = None, *,
@@ -91,8 +93,8 @@ def evaluate(model: Any, lengths: Sequence[int | str] | int | str,
         text: evaluated on (`rnn_longctx.load_text`): "stdlib", a file, a directory, records; or several of them.
         calibration_text: for remedies that are calibrated; None takes what is kept with the checkpoint.
         out: a folder for cells, snapshots, results.parquet and results.csv; finished cells there are not measured
-            again, and a long pass goes on from its last snapshot. None keeps nothing. The table then holds all of the
-            folder; `rnn_longctx.eval.report.asked` has the part that this call asked for.
+            again, and a long pass goes on from its last snapshot. None keeps nothing. The table returned then holds
+            what the folder has of this model as it is now, also of earlier calls; the files hold all of the folder.
         progress: show a bar, or, where the output is no terminal, a line a task on stderr.
     Raises:
         InputError: no model, bad lengths, tasks or remedies, a text that is missing, shorter than a length or of bytes
@@ -104,22 +106,25 @@ def evaluate(model: Any, lengths: Sequence[int | str] | int | str,
         raise InputError(f"seed: expected a whole number, at least 0, got {seed!r:.40}")
     model = reader_of(model)
     wanted = sorted(set(parse_lengths([lengths] if isinstance(lengths, int) else lengths)))
-    jobs = [parse_task(t) for t in ([tasks] if isinstance(tasks, str | Task) else tasks or ())]
-    named = [mitigations] if isinstance(mitigations, str | Remedy) else ["none"] if mitigations is None else mitigations
+    jobs = [parse_task(t) for t in _several(tasks, str | Task, "tasks", "lm or passkey:n=100")]
+    named = (
+        ["none"] if mitigations is None else _several(mitigations, str | Remedy, "mitigations", "none or state-norm")
+    )
     asked = [parse_remedy(w) for w in named if w != "all"]
     named = [w for name in named for w in (standard(model.train_length) if name == "all" else [name])]
     remedies = list({str(r): r for r in map(parse_remedy, named)}.values())
     if not wanted or not jobs or not remedies:
         raise InputError("evaluate needs at least one length, one task and one mitigation")
-    results = Results(out) if out else None
+    results, now = Results(out) if out else None, model.weights_hash
     if results:
-        results.relabel(model.name, model.weights_hash, model.train_length)
+        results.relabel(model.name, now, model.train_length)
     several = text if isinstance(text, list | tuple) else [text]
     texts: dict[Any, Any] = {str(t) if isinstance(t, str | Path) else id(t): t for t in several}
     if not texts:
         raise InputError("evaluate needs at least one text")
+    segment = SEGMENTS[model.device.type]
     contexts = [
-        Context(model, text=t, batch=batch, seed=seed, results=results, segment=SEGMENTS[model.device.type])
+        Context(model, text=t, batch=batch, seed=seed, results=results, segment=segment, _memory={"weights": now})
         for t in texts.values()
     ]
     for context in contexts:
@@ -130,7 +135,7 @@ def evaluate(model: Any, lengths: Sequence[int | str] | int | str,
     if getattr(model, "attends", False) and 1 < (model.train_length or 0) < max(wanted, default=0):
         losses: list[Task] = [job for job in jobs if isinstance(job, LanguageModel)]
         further = map(parse_remedy, diagnostics(model.train_length) if losses else [])
-        if "none" in map(str, remedies) and active(model)[0] == "none":
+        if "none" in map(str, remedies) and active(model, now)[0] == "none":
             todo += [(remedy, losses, False) for remedy in further if remedy not in remedies]
     given = calibration_text or None
     calibration = None if given is None else load_text(given)
@@ -156,9 +161,19 @@ def evaluate(model: Any, lengths: Sequence[int | str] | int | str,
     frame = results.gather() if results else to_frame(rows)
     texts_asked = [text_of(c).hash for c in contexts] if any(isinstance(job, LanguageModel) for job in jobs) else []
     key = contexts[0].key(Task(), "", 0, "")
+    frame = frame[alike(frame, {c: key.get(c) for c in SETTING})].reset_index(drop=True)
     frame.attrs["asked"] = {c: key.get(c) for c in (*SETTING, "seed")} | {"texts": texts_asked,
                                                                         "settings": sorted(settings)}  # fmt: skip
     return frame
+
+
+def _several(given: Any, one: Any, what: str, such_as: str) -> list[Any]:
+    """Return one of something, or several, as a list. InputError for what is neither."""
+    if given is None or isinstance(given, one):
+        return [] if given is None else [given]
+    if not isinstance(given, Iterable):
+        raise InputError(f"{what}: expected one such as {such_as}, or a list of them; got {given!r:.60}")
+    return list(given)
 
 
 def _plan(model: Mamba2LM, todo: list[tuple[Remedy, list[Task], bool]], lengths: list[int], calibration: Any,
@@ -191,7 +206,7 @@ def _plan(model: Mamba2LM, todo: list[tuple[Remedy, list[Task], bool]], lengths:
 @contextmanager
 def _mitigated(model: Mamba2LM, remedy: Remedy, target: int, calibration: Any, context: Context) -> Iterator[None]:
     with mitigate(model, remedy, target_length=target, text=calibration):
-        context.mitigation, context.calibration = active(model)
+        context.mitigation, context.calibration = active(model, context.weights_hash)
         yield
 
 

@@ -5,13 +5,14 @@ precisions end up on different sheets. Loss alone never shows that a remedy work
 keeps it flat. So *context gain* is the loss of recomputing from the last tokens minus the loss of the remedy,
 on the same tokens, paired by slice: only above 0 does the state hold what re-reading them does not give.
 Cells of one length are of the same slices or prompts: where runs into one folder asked for different numbers of
-them, of the first ones, that all have.
+them, of the first ones, that all have. The length of a cell is that of the tokens that were read, whatever length they
+were asked for (`placed`): no verdict names a length that was not.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -50,7 +51,8 @@ class Sheet:
     `cells[name][length]` holds all depths together, `depths[name][length, depth]` one depth. Names are
     mitigations (with their calibration where that tells two apart), ordered: none, remedies, controls.
     `where` holds the columns that all rows share, None where they do not; `note` what tells this sheet from
-    the others. `cut[length]` is the most samples that a cell had there before it was cut to what all have.
+    the others. `cut[length]` is the most samples that a cell had there before it was cut to what all have;
+    `asked[length]` the length that was asked for where so many tokens were read instead.
     """
 
     task: str
@@ -62,6 +64,7 @@ class Sheet:
     depths: dict[str, dict[tuple[int, float], Cell]] = field(default_factory=dict)
     peaks: dict[str, float] = field(default_factory=dict)
     cut: dict[int, int] = field(default_factory=dict)
+    asked: dict[int, int] = field(default_factory=dict)
 
     @property
     def lengths(self) -> list[int]:
@@ -97,11 +100,16 @@ class Sheet:
 
     def peak(self, name: str) -> float | None:
         """The highest loss within the training length, of the bare model where it was measured: a remedy that
-        does harm at short lengths must not raise its own threshold by it."""
+        does harm at short lengths must not raise its own threshold by it. None where a loss there is no number."""
         name = "none" if "none" in self.cells else name
-        if self.train_length is None or name not in self.cells:
+        if self.train_length is None or name not in self.cells or self.broken(name):
             return None
         return peak_within(*self.values(name), self.train_length, self.peaks.get(name))
+
+    def broken(self, name: str) -> bool:
+        """Whether a loss is not finite already within the training length: nothing can be said of it beyond."""
+        within = {length for length in self.cells[name] if length <= (self.train_length or 0)}
+        return any(not math.isfinite(self.cells[name][length].value) for length in within)
 
     def verdict(self, name: str) -> Verdict:
         return verdict(*self.values(name), self.train_length, self.peak(name))
@@ -124,6 +132,14 @@ def is_control(mitigation: str, *kinds: str) -> bool:
     return mitigation.startswith(kinds or ("reset:", "recompute:", *DIAGNOSTICS)) and "+" not in mitigation
 
 
+def alike(frame: pd.DataFrame, where: Mapping[str, Any]) -> pd.Series:
+    """True at the rows whose columns have these values; None is a missing one."""
+    same = pd.Series(True, index=frame.index)
+    for column, value in where.items():
+        same &= frame[column].isna() if value is None else (frame[column] == value).fillna(False).astype(bool)
+    return same
+
+
 def sheets(frame: pd.DataFrame) -> list[Sheet]:
     """Sort rows into sheets, model by model, losses first, and cut the cells of a length to the samples that all of
     them have. Unknown metrics are left out."""
@@ -133,9 +149,17 @@ def sheets(frame: pd.DataFrame) -> list[Sheet]:
     return found
 
 
+def placed(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return the table with the tokens that were read as `length`, where it has them, and what was asked as `asked`."""
+    if "asked" in frame:
+        return frame
+    read = frame["tokens_read"].fillna(frame["length"]) if "tokens_read" in frame else frame["length"]
+    return frame.assign(asked=frame["length"], length=read.astype("Int64"))
+
+
 def whole_sheets(frame: pd.DataFrame) -> list[Sheet]:
     """`sheets` with all samples of every cell: for what is said of each by itself, and compares none."""
-    frame = frame.assign(**{c: None for c in SETTING if c not in frame})  # tables from before a column
+    frame = placed(frame).assign(**{c: None for c in SETTING if c not in frame})  # tables from before a column
     found: list[Sheet] = []
     loss, peak = frame["metric"] == "nats_per_token", frame["metric"] == "nats_per_token_peak"
     lm = (frame["task"] == "lm") & (loss | peak)
@@ -236,6 +260,8 @@ def _sheet(frame: pd.DataFrame, train_length: int | None) -> Sheet:
         cells: dict[int, Cell] = {}
         depths: dict[tuple[int, float], Cell] = {}
         for row in (r for r in rows if names[r["mitigation"], r["calibration"]] == name):
+            if row["length"] != row["asked"]:
+                sheet.asked[int(row["length"])] = int(row["asked"])
             if row["metric"] == "nats_per_token_peak":
                 if row["length"] != train_length:  # of a training length that was given once and was wrong
                     continue

@@ -22,7 +22,8 @@ class Interval(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """`first_failing`: the shortest measured length that collapses, in tokens, or None; `text` in words."""
+    """`first_failing`: the shortest measured length that collapses, in tokens, or None; `text` in words. Whether a
+    model collapses whose loss is no number within its training length cannot be said: None."""
 
     first_failing: int | None
     text: str
@@ -33,7 +34,8 @@ def mean_stderr(samples: Sequence[float]) -> tuple[float, float]:
     x = np.asarray(samples, dtype=float)
     if x.size == 0:
         return math.nan, math.nan
-    return float(x.mean()), float(x.std(ddof=1) / math.sqrt(x.size)) if x.size > 1 else math.nan
+    with np.errstate(invalid="ignore"):  # infinite ones have no spread
+        return float(x.mean()), float(x.std(ddof=1) / math.sqrt(x.size)) if x.size > 1 else math.nan
 
 
 # The 97.5% quantile of Student's t with 1, 2, ... 18 degrees of freedom.
@@ -57,7 +59,8 @@ def paired_bootstrap(a: Sequence[float], b: Sequence[float], n_boot: int = 2000,
     is hard about a slice cancels. Below, where that is too narrow (at 4 slices it excludes 0 by chance once in 5),
     Student's t on the differences. ValueError: sizes differ, or there are none.
     """
-    d = np.asarray(a, dtype=float) - np.asarray(b, dtype=float) if len(a) == len(b) else np.empty(0)
+    with np.errstate(invalid="ignore"):  # two infinite losses have no difference
+        d = np.asarray(a, dtype=float) - np.asarray(b, dtype=float) if len(a) == len(b) else np.empty(0)
     if d.size == 0:
         raise ValueError(f"pairs need as many samples on both sides, and some: got {len(a)} and {len(b)}")
     if d.size == 1 or not np.isfinite(d).all():
@@ -95,6 +98,22 @@ def peak_within(
     return max(within)[1] if within else None
 
 
+def not_finite(lengths: Sequence[int], losses: Sequence[float]) -> str | None:
+    """Where losses are no numbers, in words, or None: "the loss is not a number from 1K on"."""
+    pairs = sorted(zip(lengths, losses))
+    bad = [length for length, loss in pairs if not math.isfinite(loss)]
+    if not bad:
+        return None
+    what = "infinite" if all(math.isinf(loss) for _, loss in pairs if not math.isfinite(loss)) else "not a number"
+    on = len(bad) > 1 and all(length in bad for length, _ in pairs if length >= bad[0])
+    return f"the loss is {what} " + (f"from {format_length(bad[0])} on" if on else f"at {_and(bad)}")
+
+
+def _and(lengths: Sequence[int]) -> str:
+    *before, last = map(format_length, lengths)
+    return f"{', '.join(before)} and {last}" if before else last
+
+
 def verdict(
     lengths: Sequence[int], losses: Sequence[float], train_length: int | None, peak: float | None = None
 ) -> Verdict:
@@ -102,11 +121,15 @@ def verdict(
 
     It fails at a length beyond its training length if its loss there exceeds twice the highest loss seen
     within the training length. `losses` are nats per token over positions (L/2, L] at each of `lengths`, in
-    any order; NaN and infinite ones fail. `peak` is the highest mean loss over bins of (0, train_length];
-    without it, see peak_within.
+    any order; NaN and infinite ones fail, and within the training length allow no verdict. `peak` is the highest mean
+    loss over bins of (0, train_length]; without it, see peak_within.
     """
+    bad = not_finite(lengths, losses)
     if train_length is None:
-        return Verdict(None, "training length unknown")
+        return Verdict(None, "training length unknown" + (f"; {bad}" if bad else ""))
+    if bad and any(length <= train_length and not math.isfinite(loss) for length, loss in zip(lengths, losses)):
+        return Verdict(None, f"{bad}, already within the training length, so whether it collapses cannot be said: "
+                             "measure in float32, or look at the weights")  # fmt: skip
     beyond = sorted((length, loss) for length, loss in zip(lengths, losses) if length > train_length)
     if not beyond:
         return Verdict(None, "not measured beyond the training length")
@@ -115,5 +138,6 @@ def verdict(
         return Verdict(None, "not measured within the training length")
     for length, loss in beyond:
         if not loss <= 2 * peak:  # "not <=" rather than ">", so that NaN fails
-            return Verdict(length, f"collapses at {format_length(length)} ({loss:.2f} > 2 x {peak:.2f})")
+            why = f"{loss:.2f} > 2 x {peak:.2f}" if math.isfinite(loss) else bad
+            return Verdict(length, f"collapses at {format_length(length)} ({why})")
     return Verdict(None, f"no collapse up to {format_length(beyond[-1][0])}")

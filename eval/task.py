@@ -18,6 +18,7 @@ from rnn_longctx.data import Text
 from rnn_longctx.eval.results import Results, Row
 from rnn_longctx.eval.stats import mean_stderr
 from rnn_longctx.models import Mamba2LM
+from rnn_longctx.models.precision import computes_as
 from rnn_longctx.spec import canonical
 
 
@@ -50,16 +51,21 @@ class Context:
             self._memory[key] = make()
         return self._memory[key]
 
+    @property
+    def weights_hash(self) -> str:
+        """The model's when it was first asked for: it is not to change while a context is worked with."""
+        return self.memo("weights", lambda: self.model.weights_hash)
+
     def key(self, task: Task, text: Text | str, length: int, metric: str, depth: float | None = None) -> Row:
         m = self.model
         device = torch.cuda.get_device_name(m.device) if m.device.type == "cuda" else m.device.type
         kept = {} if m.state_dtype is None else {"state_dtype": str(m.state_dtype).removeprefix("torch.")}
         return kept | {
-            "model": m.name, "weights_hash": m.weights_hash, "mitigation": self.mitigation,
+            "model": m.name, "weights_hash": self.weights_hash, "mitigation": self.mitigation,
             "calibration": self.calibration, "task": task.label, "text": text if isinstance(text, str) else text.name,
             "text_hash": None if isinstance(text, str) else text.hash, "tokenizer": m.tokenizer.name,
             "length": length, "depth": depth, "metric": metric, "batch": self.batch,
-            "dtype": str(m.dtype).removeprefix("torch."), "backend": m.backend, "device": device, "seed": self.seed,
+            "dtype": computes_as(m), "backend": m.backend, "device": device, "seed": self.seed,
         }  # fmt: skip
 
     def row(self, task: Task, text: Text | str, length: int, metric: str, samples: Sequence[float],

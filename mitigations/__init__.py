@@ -30,6 +30,7 @@ from rnn_longctx.mitigations.token_filter import TokenFilter
 from rnn_longctx.mitigations.window import Window
 from rnn_longctx.models import Mamba2LM, checkpoint
 from rnn_longctx.models.adopt import Adopted, adopted, reader_of
+from rnn_longctx.models.wrapped import innermost
 from rnn_longctx.spec import parse
 from rnn_longctx.ssd import PLAIN, ScanPolicy
 
@@ -204,7 +205,7 @@ def mitigate(model: Any, remedy: str | Remedy, *, target_length: int | str | Non
     text = None if text is None else load_text(text)
     with _bare(model):
         handle = Handle(model, remedy, remedy.plan(model, target_length, text), text)
-    if (handle.plan.restart or handle.plan.reader) and model is not given:
+    if (handle.plan.restart or handle.plan.reader) and isinstance(model, Adopted) and model is not given:
         raise NotApplicable(
             f"{remedy} is a way to read, which {type(given).__name__} has of its own: put it on "
             "rnn_longctx.adopt(model), and read with rnn_longctx.generate or rnn_longctx.evaluate"
@@ -218,8 +219,8 @@ def fold(model: Mamba2LM, remedy: str | Remedy, text: Text | str | Path | None =
     scale the log-decay by a constant a head and do nothing else: a-floor, a-winsor, a-scale (place=rate), and
     compositions of them. `copy.deepcopy(model)` first keeps the model as it was.
 
-    The model is then another one, without any policy, and is saved as any other: its name, weights_hash and provenance
-    ("folded": what, on which weights, calibrated on what) say so. What was calibrated on the old weights is dropped.
+    The model is then another one, without any policy, and is saved as any other: its name and provenance ("folded":
+    what, on which weights, calibrated on what) say so. What was calibrated on the old weights is dropped.
 
     Args:
         text: what to calibrate on, as of `mitigate`.
@@ -235,43 +236,46 @@ def fold(model: Mamba2LM, remedy: str | Remedy, text: Text | str | Path | None =
     if handles_on(model):
         raise InputError(f"{model.name} is under {active(model)[0]}: take it off before {remedy} is folded in")
     parts = _parts(remedy)
-    text = None if text is None else load_text(text)
+    text, device = None if text is None else load_text(text), model.device
     with _bare(model):
         known = all(isinstance(part, AFloor | AWinsor | AScale) for part in parts)
         plans = [part.plan(model, None, text) for part in parts] if known else []
     if not plans or any(policy != ScanPolicy(mul=policy.mul) for plan in plans for policy in plan.policies):
         raise InputError(f"{remedy} cannot be folded into weights: a-floor, a-winsor and a-scale (place=rate) can")
     plan = combine(plans, model)
+    entry = {"mitigation": str(remedy), "name": model.name, "weights": model.weights_hash}
     before = [mixer.A_log.data for mixer in model.mixers]
     for mixer, A_log, policy in zip(model.mixers, before, plan.policies):
-        log = torch.as_tensor(policy.mul, dtype=torch.float64, device=A_log.device).log()
+        log = torch.as_tensor(policy.mul, dtype=torch.float64, device=device).log()
         # at least float32, as a checkpoint keeps it; a new tensor, for the old one may be a mapped file's
         mixer.A_log.data = (A_log.double() + log).to(torch.promote_types(A_log.dtype, torch.float32))
     try:
-        found = checkpoint.hash_now(model)
+        checkpoint.check_finite(dict(model.named_parameters()), model.name)
     except InputError:
         for mixer, A_log in zip(model.mixers, before):
             mixer.A_log.data = A_log
         raise
-    entry = {"mitigation": str(remedy), "name": model.name, "weights": model.weights_hash}
-    model.name, model.weights_hash, model.calibration = f"{model.name}+{remedy}", found, None
+    model.name, model.calibration = f"{model.name}+{remedy}", None
     folded = [*model.provenance.get("folded", []), entry | {"calibration": plan.calibration}]
     model.provenance = {**model.provenance, "folded": folded}
-    for measured in ("_steps", "_envelopes"):
-        model.__dict__.pop(measured, None)
     return model
 
 
-def active(model: Mamba2LM | Adopted | nn.Module) -> tuple[str, str | None]:
-    """The canonical text of what is on a model, `none` if nothing is, and what it was calibrated on."""
+def active(model: Mamba2LM | Adopted | nn.Module, now: str | None = None) -> tuple[str, str | None]:
+    """The canonical text of what is on a model, `none` if nothing is, and what it was calibrated on: with the weights
+    that it was worked out on, where the model has others by now. now: the model's `weights_hash`, where it is known."""
     handles = [h for h in handles_on(model) if not isinstance(h.remedy, Nothing)]
-    calibration = "; ".join(h.plan.calibration for h in handles if h.plan.calibration)
+    if now is None and any(h.plan.weights for h in handles):
+        now = reader_of(model).weights_hash
+    old = [f"worked out on {h.plan.weights}" if h.plan.weights not in (None, now) else None for h in handles]
+    on = [", ".join(filter(None, (h.plan.calibration, was))) for h, was in zip(handles, old)]
+    calibration = "; ".join(filter(None, on))
     return "+".join(str(h.remedy) for h in handles) or "none", calibration or None
 
 
 def handles_on(model: Mamba2LM | Adopted | nn.Module) -> list[Handle]:
     """The remedies on a model, in the order in which they were put on."""
-    return list((adopted(model) or model).__dict__.get("_remedies", []))
+    return list((adopted(model) or innermost(model)).__dict__.get("_remedies", []))
 
 
 def combine(plans: list[Plan], model: Mamba2LM) -> Plan:
@@ -287,7 +291,8 @@ def combine(plans: list[Plan], model: Mamba2LM) -> Plan:
     policies = policies or [PLAIN] * len(model.mixers)
     documents = frozenset[str]().union(*(p.documents for p in plans))
     reader = readers[0] if readers else None
-    return Plan(tuple(policies), restarts[0] if restarts else None, calibration, reader, documents)
+    weights = next((p.weights for p in plans if p.weights), None)
+    return Plan(tuple(policies), restarts[0] if restarts else None, calibration, reader, documents, weights)
 
 
 class _bare:

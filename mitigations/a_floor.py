@@ -52,4 +52,4 @@ class AFloor(Remedy):
             slow = (m < 1 / tokens) & (m >= LEAST)
             mul = torch.where(slow, 1 / (tokens * m), 1.0)
             policies.append(ScanPolicy(mul=tuple(mul.tolist())) if bool(slow.any()) else PLAIN)
-        return Plan(tuple(policies), calibration=label)
+        return Plan(tuple(policies), calibration=label, weights=model.weights_hash)

@@ -42,6 +42,6 @@ class AWinsor(Remedy):
         policies = []
         for mixer in model.mixers:
             A = mixer.A.detach().double().cpu()
-            low, high = torch.quantile(A, torch.tensor([self.share, 1 - self.share], dtype=A.dtype))
+            low, high = torch.quantile(A, torch.tensor([self.share, 1 - self.share], dtype=A.dtype, device=A.device))
             policies.append(ScanPolicy(mul=tuple((A.clamp(low, high) / A).tolist())))
-        return Plan(tuple(policies))
+        return Plan(tuple(policies), weights=model.weights_hash)

@@ -23,13 +23,15 @@ class NotApplicable(InputError):
 class Plan:
     """A remedy worked out for one model: a policy a layer, a reader's control, what it was calibrated on, and how it
     reads a prompt where that is not token after token. documents: digests of those that a calibration kept in a file
-    has seen (`rnn_longctx.eval.unseen`)."""
+    has seen (`rnn_longctx.eval.unseen`). weights: the model's `weights_hash`, where it follows from the weights.
+    """
 
     policies: tuple[ScanPolicy, ...]
     restart: Restart | None = None
     calibration: str | None = None
     reader: Reader | None = None
     documents: frozenset[str] = frozenset()
+    weights: str | None = None
 
 
 @dataclass(frozen=True)

@@ -48,10 +48,10 @@ def read(model: Mamba2LM, ids: Tensor, segment: int, chunk: int, query: int) -> 
     """Logits (B, vocab) after the last of ids (B, T), and the cache, of each row's surest chunk."""
     chosen = [_surest(model, row.to(model.device), segment, chunk, query) for row in ids]
     if len(ids) == 1:
-        chosen[0][1].position = torch.full((1,), ids.shape[1])
+        chosen[0][1].position = torch.full((1,), ids.shape[1], device="cpu")
         return chosen[0]
     cache = type(chosen[0][1]).concat([part for _, part in chosen], list(range(len(ids))))
-    cache.position = torch.full((len(ids),), ids.shape[1])
+    cache.position = torch.full((len(ids),), ids.shape[1], device="cpu")
     return torch.cat([logits for logits, _ in chosen]), cache
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from rnn_longctx.errors import InputError
 from rnn_longctx.mitigations.base import NotApplicable, Plan, Remedy, one_step_a_head, same_everywhere
 from rnn_longctx.models import Cache, Mamba2LM
+from rnn_longctx.models.segments import longest
 from rnn_longctx.spec import quiet
 
 if TYPE_CHECKING:
@@ -47,8 +48,8 @@ class Decimate(Remedy):
         own = isinstance(model, Mamba2LM)
         if not own and getattr(model, "attends", True):
             raise NotApplicable(f"decimate drops tokens between layers, which attention in {model.name} needs")
-        if not own and model.mixers[0].library == "mamba_ssm":
-            raise NotApplicable("decimate reads layer by layer, which is not written for mamba_ssm's models")
+        if not own and (getattr(model, "hybrid", True) or model.mixers[0].library == "mamba_ssm"):
+            raise NotApplicable(f"decimate reads layer by layer, which is not written for {type(model.model).__name__}")
         layers = len(model.mixers)
         first = layers // 2 if self.first is None else self.first
         if not 0 <= first < layers:
@@ -79,7 +80,7 @@ def read(model: Mamba2LM, ids: Tensor, segment: int, first: int, keep: list[int]
             h, normed = _heaviest([h, normed, _score(model.mixers[i], normed)], keep[i - first])[:2]
         out, carries[i] = block.mixer(normed, None, None, None)
     last = model.backbone.norm_f.add(h, out, fp32)[0][:, -1]
-    return model.logits(last), Cache(carries, torch.full((len(ids),), ids.shape[1]))
+    return model.logits(last), Cache(carries, torch.full((len(ids),), ids.shape[1], device="cpu"))
 
 
 @torch.no_grad()
@@ -88,6 +89,7 @@ def read_adopted(model: Any, ids: Tensor, segment: int, first: int, keep: list[i
     from transformers import DynamicCache
 
     base, cache = model.base, model.new_cache()
+    segment = min(segment, longest(model, len(ids)) or segment)
     cache.library = DynamicCache(config=base.config)
 
     def scored(i: int, h: Tensor) -> list[Tensor]:
@@ -107,7 +109,7 @@ def read_adopted(model: Any, ids: Tensor, segment: int, first: int, keep: list[i
             if i > first:
                 h = _heaviest(scored(i, h), keep[i - first])[0]
             h = block(h, cache.library)
-    cache.seen, cache.position = ids.shape[1], torch.full((len(ids),), ids.shape[1])
+    cache.seen, cache.position = ids.shape[1], torch.full((len(ids),), ids.shape[1], device="cpu")
     return model.logits(base.norm_f(h[:, -1])), cache
 
 

@@ -39,5 +39,5 @@ class NoiseStart(Remedy):
     def plan(self, model: Mamba2LM, target_length: int | None = None, text: Text | None = None) -> Plan:
         draw = torch.Generator().manual_seed(self.seed)
         shapes = [(m.heads, m.headdim, m.d_state) for m in model.mixers]
-        starts = [torch.randn(shape, generator=draw) * self.std for shape in shapes]
+        starts = [torch.randn(shape, generator=draw, dtype=torch.float32, device="cpu") * self.std for shape in shapes]
         return Plan(tuple(ScanPolicy(start=nested(start)) if self.std else ScanPolicy() for start in starts))

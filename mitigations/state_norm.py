@@ -42,4 +42,4 @@ class StateNorm(Remedy):
     def plan(self, model: Mamba2LM, target_length: int | None = None, text: Text | None = None) -> Plan:
         envelope = envelope_of(model, train_length(model, "state-norm"), text)
         policies = tuple(ScanPolicy(caps=(Cap(caps, self.every),)) for caps in envelope.norms(self.quantile))
-        return Plan(policies, calibration=envelope.label)
+        return Plan(policies, calibration=envelope.label, weights=model.weights_hash)

@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from rnn_longctx.config import load_yaml
+from rnn_longctx.config import home_path, load_yaml
 from rnn_longctx.errors import InputError
 from rnn_longctx.mitigations.base import Plan, Remedy
+from rnn_longctx.models.legacy import is_of
 from rnn_longctx.ssd import ScanPolicy
 
 if TYPE_CHECKING:
@@ -54,8 +55,9 @@ class Found:
     def save(self, path: str | Path) -> None:
         first = {"remedy": self.remedy, "helps": self.helps}
         data = first | {k: getattr(self, k) for k in self.__dataclass_fields__}
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_text(yaml.safe_dump(data, sort_keys=False, default_flow_style=None, width=120))
+        path = home_path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(yaml.safe_dump(data, sort_keys=False, default_flow_style=None, width=120))
 
 
 @dataclass(frozen=True)
@@ -92,8 +94,9 @@ class Stored(Remedy):
         if len(self.found.policies) != len(model.mixers):
             raise InputError(f"{self.file} holds {len(self.found.policies)} policies for {len(model.mixers)} layers")
         named, had = self.found.model.get("name"), self.found.model.get("weights")
-        if had not in (None, model.weights_hash) or (had is None and named != model.name):
-            _warn(self.file, f"{named} (weights {had or 'not said'})", f"{model.name} (weights {model.weights_hash})")
+        now = model.weights_hash
+        if (named != model.name) if had is None else not is_of(had, model, now):
+            _warn(self.file, f"{named} (weights {had or 'not said'})", f"{model.name} (weights {now})")
         calibration = f"{self.found.text}, {self.found.method}, seed {self.found.seed}"
         policies = tuple(map(ScanPolicy.from_dict, self.found.policies))
         for layer, p in enumerate(policies):

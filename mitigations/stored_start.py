@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rnn_longctx.config import home_path
 from rnn_longctx.errors import InputError
 from rnn_longctx.mitigations.base import Plan, Remedy
 from rnn_longctx.models import Cache
+from rnn_longctx.models.legacy import is_of
 from rnn_longctx.ssd import ScanPolicy, window_state
 from rnn_longctx.ssd.policy import nested
 
@@ -38,7 +39,7 @@ class StoredStart(Remedy):
     @property
     def hash(self) -> str:
         """Of the file's bytes; empty while there is none."""
-        path = Path(self.file)
+        path = home_path(self.file)
         return hashlib.sha256(path.read_bytes()).hexdigest()[:8] if path.is_file() else ""
 
     def __str__(self) -> str:
@@ -54,9 +55,9 @@ class StoredStart(Remedy):
                 f"stored-start: {self.file} holds {found}, the model has {len(shapes)} of (H, P, N) = {shapes[0]}"
             )
         read_by = note.get("weights") if isinstance(note, dict) else None  # (`Cache.save` alone does not say)
-        if read_by not in (None, model.weights_hash):
+        now = model.weights_hash
+        if read_by is not None and not is_of(read_by, model, now):
             raise InputError(
-                f"stored-start: {self.file} was read by {note['model']} {read_by}, not by {model.name} "
-                f"{model.weights_hash}"
+                f"stored-start: {self.file} was read by {note['model']} {read_by}, not by {model.name} {now}"
             )
-        return Plan(tuple(ScanPolicy(start=nested(state)) for state in states))
+        return Plan(tuple(ScanPolicy(start=nested(state)) for state in states), weights=now)

@@ -58,13 +58,13 @@ class TokenFilter(Remedy):
         one_step_a_head(model, "token-filter")
         steps, label = steps_of(model, length, text)
         if target_length <= length:
-            return Plan(same_everywhere(model), calibration=label)
+            return Plan(same_everywhere(model), calibration=label, weights=model.weights_hash)
         policies = []
         for mixer, dt in zip(model.mixers, steps):
             far = (dt.sum(1).mean(0) * mixer.A.detach().cpu().float()).exp() > self.theta
             g = thresholds(dt.flatten(0, 1), length / target_length, self.clamp)
             policies.append(ScanPolicy(min_dt=tuple(torch.where(far, g * (1 - MARGIN), 0.0).tolist())))
-        return Plan(tuple(policies), calibration=label)
+        return Plan(tuple(policies), calibration=label, weights=model.weights_hash)
 
 
 def thresholds(dt: Tensor, share: float, clamp: float) -> Tensor:

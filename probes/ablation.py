@@ -21,7 +21,8 @@ from torch import Tensor
 
 from rnn_longctx.config import format_length
 from rnn_longctx.models import Restart
-from rnn_longctx.models.generate import SEGMENTS
+from rnn_longctx.models.modes import in_evaluation
+from rnn_longctx.models.segments import SEGMENTS
 from rnn_longctx.ssd import Cap, ScanPolicy
 
 if TYPE_CHECKING:
@@ -33,11 +34,12 @@ EVERY = 64  # tokens between two caps
 
 
 @torch.inference_mode()
+@in_evaluation
 def tail_losses(model: Mamba2LM, ids: Tensor, segment: int | None = None) -> Tensor:
     """(B,) float64: mean -log p in nats per token over positions (L/2, L], for ids (B, L + 1), streamed."""
     length, t = ids.shape[1] - 1, 0
     segment = segment or max(1, SEGMENTS[model.device.type] // len(ids))
-    total = torch.zeros(len(ids), dtype=torch.float64)
+    total = torch.zeros(len(ids), dtype=torch.float64, device="cpu")
     for hidden in model.stream(ids[:, :-1], model.new_cache(), segment):
         goal = ids[:, 1 + t : 1 + t + hidden.shape[1]].to(hidden.device)
         skip = max(0, length // 2 - t)
@@ -75,7 +77,8 @@ class Ablation:
         others: by as many heads drawn from the rest, a value a draw; by all of the rest, one value, where they are no
             more than `fewest`; empty where none are left, or nothing is lost.
         drawn: heads a draw.
-    Where `without` is not above `recompute`, nothing is lost: no head is capped, and `fewest` is empty.
+    Where `without` is not above `recompute`, nothing is lost, and where one of them is no number no share is either: no
+    head is capped, and `fewest` is empty.
     """
 
     length: int
@@ -89,6 +92,11 @@ class Ablation:
 
     def __str__(self) -> str:
         losses = f"{self.without:.3f} against {self.recompute:.3f} nats per token"
+        if not math.isfinite(self.without - self.recompute):
+            which = "of recomputing " if math.isfinite(self.without) else ""
+            return (
+                f"the loss {which}is not a number at {format_length(self.length)}: what capping recovers cannot be said"
+            )
         if self.without <= self.recompute:
             return f"nothing is lost at {format_length(self.length)} that capping could recover ({losses})"
         if not self.fewest:
@@ -122,7 +130,7 @@ def ablate(model: Mamba2LM, ids: Tensor, ranked: Sequence[Head], norms: Sequence
         model.restart = kept
     length = ids.shape[1] - 1
     say(f"without a remedy {without:.4f}, recomputing {again:.4f}")
-    if not ranked or without <= again:
+    if not ranked or not math.isfinite(without - again) or without <= again:
         return Ablation(length, without, again, [], 0.0, 0.0, [])
     known: dict[int, float] = {}
 

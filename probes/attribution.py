@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 
 from rnn_longctx.errors import InputError
-from rnn_longctx.models.generate import SEGMENT
+from rnn_longctx.models.adopt import reader_of
+from rnn_longctx.models.segments import SEGMENT
 from rnn_longctx.probes.terms import Terms, read_terms, refuse
 
 if TYPE_CHECKING:
@@ -110,6 +111,7 @@ def attribute(model: Mamba2LM, ids: Tensor, top: int | None = None, *, queries: 
         InputError: a model that is adopted, a policy that does more than change the gates (a cap, window, reset or
             start: the output is then no such sum), a control or reader, ids of another shape, numbers out of range.
     """
+    model = reader_of(model)
     refuse(model, ids, segment)
     wanted = [ids.shape[1] - 1] if queries is None else sorted({int(q) for q in queries})
     if not wanted or not 0 <= wanted[0] <= wanted[-1] < ids.shape[1]:
@@ -117,16 +119,16 @@ def attribute(model: Mamba2LM, ids: Tensor, top: int | None = None, *, queries: 
     if top is not None and (not isinstance(top, Integral) or top < 1):
         raise InputError(f"top: expected a whole number, at least 1 token, got {top!r:.40}")
     ids = ids[:, : wanted[-1] + 1]  # what comes after does not matter
-    length, at = ids.shape[1], torch.tensor(wanted)
+    length, at = ids.shape[1], torch.tensor(wanted, device="cpu")
     once = list(read_terms(model, ids, segment)) if length <= segment else None
     asked, until = _asked(once or read_terms(model, ids, segment), wanted)
     layers, heads = len(asked), until[0].shape[1]
     wide = asked[0].dtype
     kept = 0 if top else length
-    values = [torch.zeros(len(wanted), heads, kept, dtype=wide) for _ in range(layers)]
-    tokens = [torch.arange(kept).expand(len(wanted), heads, kept) for _ in range(layers)]
-    sums = torch.zeros(layers, len(wanted), heads, dtype=wide)
-    totals = torch.zeros(layers, len(wanted), length, dtype=wide)
+    values = [torch.zeros(len(wanted), heads, kept, dtype=wide, device="cpu") for _ in range(layers)]
+    tokens = [torch.arange(kept, device="cpu").expand(len(wanted), heads, kept) for _ in range(layers)]
+    sums = torch.zeros(layers, len(wanted), heads, dtype=wide, device="cpu")
+    totals = torch.zeros(layers, len(wanted), length, dtype=wide, device="cpu")
     so_far = [torch.zeros_like(u[0]) for u in until]
     for parts in once or read_terms(model, ids, segment):
         for i, part in enumerate(parts):
@@ -134,7 +136,7 @@ def attribute(model: Mamba2LM, ids: Tensor, top: int | None = None, *, queries: 
             before = so_far[i] + part.log_decay.double().cumsum(0)  # (t, H)
             so_far[i] = before[-1]
             left = until[i][:, None] - before  # (Q, t, H): log of what is left of s at T
-            here = torch.arange(t, u)
+            here = torch.arange(t, u, device="cpu")
             left = left.masked_fill((here > at[:, None]).to(left.device)[..., None], -math.inf).exp().to(wide)
             alike = torch.einsum("qgn,tgn->qtg", asked[i], part.B).repeat_interleave(heads // part.B.shape[1], -1)
             new = (left * part.scale * alike * part.size).transpose(1, 2).cpu()  # (Q, H, t)

@@ -11,12 +11,14 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from rnn_longctx.data.passkey import PAPER, PasskeyPrompt, passkey_batch
+from rnn_longctx.data.passkey import PasskeyPrompt, passkey_batch
 from rnn_longctx.data.tokenizers import Tokenizer
 from rnn_longctx.errors import InputError
 from rnn_longctx.mitigations import Remedy, mitigate
-from rnn_longctx.models.generate import SEGMENT, generate
+from rnn_longctx.models.adopt import reader_of
+from rnn_longctx.models.generate import generate
 from rnn_longctx.models.mamba2 import Mamba2LM
+from rnn_longctx.models.segments import SEGMENT
 from rnn_longctx.probes.attribution import attribute
 from rnn_longctx.probes.terms import read_terms, refuse
 from rnn_longctx.ssd import PLAIN, ScanPolicy
@@ -36,6 +38,7 @@ def dropped_share(model: Mamba2LM, ids: Tensor, remedy: str | Remedy = "token-fi
         dropped (share of the T tokens), share (of the sizes of the contributions at the last token).
     Raises: InputError: what `attribute` and `mitigate` refuse, another remedy, a model that has one already.
     """
+    model = reader_of(model)
     refuse(model, ids, segment)
     if any(mixer.policy != PLAIN for mixer in model.mixers):
         raise InputError("the plain model is compared with the filtered one: take the remedy off first")
@@ -75,6 +78,7 @@ def key_hits(model: Mamba2LM, n: int = 20, length: int = 1024, top: int = 10, se
         chance (of a hit by `top` tokens drawn at random), right (answers), n. Empty where no answer is right.
     Raises: InputError: numbers below 1, a model without a tokenizer, what `attribute` and `passkey_batch` refuse.
     """
+    model = reader_of(model)
     if n < 1 or top < 1:
         raise InputError(f"expected at least one prompt and one token, got n={n}, top={top}")
     if model.tokenizer is None:
@@ -84,15 +88,14 @@ def key_hits(model: Mamba2LM, n: int = 20, length: int = 1024, top: int = 10, se
     refuse(model, ids[:1], SEGMENT)
     hits, shares, chances = [], [], []
     for row, prompt in zip(ids, prompts):
-        new = len(model.tokenizer.encode(f" {prompt.answer}.")) + 1
-        said = generate(model, row[None], new)[0].cpu()
+        said = generate(model, row[None], prompt.new_tokens)[0].cpu()
         if re.match(r"\d*", model.tokenizer.decode(said.tolist()).strip())[0] != prompt.answer:  # type: ignore[index]
             continue
         first = next(i for i, token in enumerate(said.tolist()) if _digit(model.tokenizer, token))
         digits = key_digits(model.tokenizer, prompt)
-        before = length - len(model.tokenizer.encode(PAPER.question)) - 1
-        found = attribute(model, torch.cat([row, said[:first]])[None], top, queries=[before, length + first - 1])
-        hit = torch.isin(found.tokens, torch.tensor(digits)) & (found.values != 0)  # (L, 2, H, top)
+        queries = [prompt.asked - 1, length + first - 1]
+        found = attribute(model, torch.cat([row, said[:first]])[None], top, queries=queries)
+        hit = torch.isin(found.tokens, torch.tensor(digits, device="cpu")) & (found.values != 0)  # (L, 2, H, top)
         hits.append(hit.any(-1))
         shares.append((found.values.abs() * hit).sum(-1) / found.sums.clamp(min=torch.finfo(found.sums.dtype).tiny))
         seen = length + first
@@ -113,9 +116,7 @@ def key_hits(model: Mamba2LM, n: int = 20, length: int = 1024, top: int = 10, se
 
 def key_digits(tokenizer: Tokenizer, prompt: PasskeyPrompt) -> list[int]:
     """Positions of the tokens of a prompt's key sentence that hold a digit."""
-    sentence = tokenizer.encode(PAPER.key.format(prompt.answer))
-    span = range(prompt.position, prompt.position + len(sentence))
-    return [i for i in span if _digit(tokenizer, int(prompt.ids[i]))]
+    return [i for span in prompt.spans for i in range(*span) if _digit(tokenizer, int(prompt.ids[i]))]
 
 
 def _digit(tokenizer: Tokenizer, token: int) -> bool:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from rnn_longctx.errors import InputError
+from rnn_longctx.models.modes import in_evaluation
+from rnn_longctx.models.segments import longest
 from rnn_longctx.probes.trace import Course, watching
 from rnn_longctx.ssd import Statistics
 
@@ -61,6 +63,7 @@ class _First(GateWatcher):
 
 
 @torch.no_grad()
+@in_evaluation
 def gates_of(lm: Any, every: int, text: Text, lasting: bool = True) -> dict[str, Any]:
     """Of the log of the first layer's mean input scale over windows of a text: mean and standard deviation [head], the
     limits of the shift over 1 to SMOOTH windows in a row, the passages (if `lasting`) and how far they lie apart. The
@@ -74,7 +77,9 @@ def gates_of(lm: Any, every: int, text: Text, lasting: bool = True) -> dict[str,
     count = min(SLICES, int(tokens_there / (PASSAGE * every))) if lasting else 0  # passages that do not overlap
     ids = torch.stack([read(i, PASSAGE if count >= FEW else WINDOWS) for i in range(SLICES)])
     found = []
-    for part in ids.split(AT_ONCE):
+    limit = longest(lm)  # (of all rows: a call that is read in pieces would end after its first)
+    at_once = AT_ONCE if limit is None else max(1, min(AT_ONCE, limit // ids.shape[1]))
+    for part in ids.split(at_once):
         eye = _First(lm.mixers[0], every)
         with watching([eye]):
             try:
@@ -90,7 +95,7 @@ def gates_of(lm: Any, every: int, text: Text, lasting: bool = True) -> dict[str,
     limits = [SLACK * float(away.unfold(2, k, 1).mean(-1).square().mean(1).sqrt().max()) for k in range(1, SMOOTH + 1)]
     passages = gates[:count].mean(2) if count >= FEW else gates[:0].mean(2)  # (n, H)
     between = torch.cdist(passages / std, passages / std) / len(mean) ** 0.5
-    nearest = between.fill_diagonal_(math.inf).amin(1) if len(passages) else torch.ones(1).double()
+    nearest = between.fill_diagonal_(math.inf).amin(1) if len(passages) else torch.ones(1, device="cpu").double()
     noise = (gates.std(2) / std).square().mean(1).sqrt().median() / PASSAGE**0.5
     apart = max(APART * float(nearest.quantile(FOUR_IN_FIVE)), NOISE * float(noise), FLOOR)
     return {

@@ -49,11 +49,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from rnn_longctx.config import parse_length
+from rnn_longctx.config import home_path, parse_length
 from rnn_longctx.errors import InputError
 from rnn_longctx.models.adopt import reader_of
-from rnn_longctx.models.weights import hash_of
-from rnn_longctx.probes.envelope import Envelope, envelope_of
+from rnn_longctx.models.legacy import is_of
+from rnn_longctx.models.modes import warn_of_training
+from rnn_longctx.probes.envelope import envelope_of
 from rnn_longctx.probes.inputs import PASSAGE, SMOOTH, TINY, gates_of
 from rnn_longctx.probes.trace import watching
 
@@ -182,11 +183,12 @@ class CollapseMonitor:
             raise InputError(f"a monitor is calibrated on text, and {lm.name} has no tokenizer: give it one")
         text = load_text(text) if isinstance(text, str | Path) else text
         with unwatched(lm):
-            envelope = finite_envelope(lm, length, text)
+            envelope = envelope_of(lm, length, text)
             gates = gates_of(lm, every, text or load_text("builtin"), lasting=text is not None)
-        spread = torch.tensor(envelope.peaks, dtype=torch.float64).log().std(1, correction=0)  # (L, H)
+        spread = torch.tensor(envelope.peaks, dtype=torch.float64, device="cpu").log().std(1, correction=0)  # (L, H)
         norms, margins = _lists(envelope.norms()), (SPREADS * spread).exp().clamp(*MARGINS).tolist()
-        return cls(lm.name, weights_of(lm), shape_of(lm), every, length, envelope.label, norms, margins, norms, **gates)
+        whose = (lm.name, lm.weights_hash, shape_of(lm))
+        return cls(*whose, every, length, envelope.label, norms, margins, norms, **gates)
 
     # --- kept beside a checkpoint
 
@@ -198,7 +200,7 @@ class CollapseMonitor:
     def load(cls, path: str | Path, model: Any) -> CollapseMonitor:
         """Raises InputError: no such file, not a monitor, or another model's."""
         try:
-            data = json.loads(Path(path).read_text())
+            data = json.loads(home_path(path).read_text())
             if data.pop("kind") != "collapse monitor" or data.pop("version") != 2:
                 raise ValueError("another kind or version")
             monitor = cls(**data)
@@ -210,10 +212,11 @@ class CollapseMonitor:
         return monitor
 
     def check(self, lm: Any) -> None:
-        """Raises InputError where the model is not the one this was calibrated on."""
-        if (shape := shape_of(lm)) != self.shape or weights_of(lm) != self.weights:
+        """Raises InputError where the model does not compute what the one that this was calibrated on did."""
+        shape, now = shape_of(lm), lm.weights_hash
+        if shape != self.shape or not is_of(self.weights, lm, now):
             ours = f"{len(self.shape)} layers, first {self.shape[0]}"
-            theirs = f"{len(shape)} layers, first {shape[0]}, weights {weights_of(lm)}"
+            theirs = f"{len(shape)} layers, first {shape[0]}, weights {now}"
             raise InputError(f"the monitor is of {self.model} ({ours}, weights {self.weights}), not of {lm.name} "
                              f"({theirs}): calibrate one for it")  # fmt: skip
 
@@ -238,7 +241,7 @@ class CollapseMonitor:
 
         lm = reader_of(model)
         self.check(lm)
-        at, now = (torch.tensor(v, dtype=torch.float64) for v in (self.calibrated_norms, self.norms))
+        at, now = (torch.tensor(v, dtype=torch.float64, device="cpu") for v in (self.calibrated_norms, self.norms))
         moved: dict[str, Any] = {}
         if isinstance(seen, Watch):
             norms, gates = seen.recent()
@@ -252,9 +255,9 @@ class CollapseMonitor:
         else:
             seen = load_text(seen) if isinstance(seen, str | Path) else seen
             with unwatched(lm):
-                envelope = finite_envelope(lm, self.length, seen)
+                envelope = envelope_of(lm, self.length, seen)
                 moved |= gates_of(lm, self.every, seen)
-            found, where = torch.tensor(envelope.norms(), dtype=torch.float64), envelope.label
+            found, where = torch.tensor(envelope.norms(), dtype=torch.float64, device="cpu"), envelope.label
         moved |= {"norms": found.clamp(at / FACTOR, at * FACTOR).tolist(), "text": f"{self.text}; moved to {where}"}
         self._before.append({name: getattr(self, name) for name in moved})
         vars(self).update(moved)
@@ -272,6 +275,8 @@ class CollapseMonitor:
            prometheus: str | Path | None = None,
            fallback: Callable[[Report, Tensor], Tensor | None] | None = None) -> Iterator[Watch]:  # fmt: skip
         """Watch a model inside the `with` block, in this library's reading and generation and, adopted, in its own.
+        This library's generation is in evaluation mode; a model's own calls stay in the mode that it is in, and an
+        adopted one in training mode is warned of.
 
         Args:
             action: what to do.
@@ -293,13 +298,15 @@ class CollapseMonitor:
         one after the other: in turns, their looks are taken for one stream's, and the shift is mostly not known.
 
         Raises:
-            InputError: another model's monitor, an action that is not known or cannot be taken, a file that cannot be
+            InputError: another model's monitor (also of this one, when its weights or settings have changed: told here
+                and where a stream begins), an action that is not known or cannot be taken, a file that cannot be
                 written, a model that is watched already or under a control.
         """
         from rnn_longctx.probes.watch import Watch
 
         lm = reader_of(model)
         self.check(lm)
+        warn_of_training(lm)
         watch = Watch(self, lm, action, log, prometheus, fallback, raw=model is not lm)
         try:
             with watching(watch.eyes), watch.reading():
@@ -342,29 +349,22 @@ class CollapseMonitor:
     def _tensors(self) -> tuple[Tensor, ...]:
         """log norms and log margins (heads of all layers), gates' mean, std (first layer's heads), limits (SMOOTH),
         passages (n, first layer's heads)."""
-        flat = [torch.tensor([v for layer in x for v in layer]).double().log() for x in (self.norms, self.margins)]
-        gates = [torch.tensor(v).double() for v in (self.gate_mean, self.gate_std, self.gate_limits)]
+        flat = [
+            torch.tensor([v for layer in x for v in layer], dtype=torch.float32, device="cpu").double().log()
+            for x in (self.norms, self.margins)
+        ]
+        gates = [
+            torch.tensor(v, dtype=torch.float32, device="cpu").double()
+            for v in (self.gate_mean, self.gate_std, self.gate_limits)
+        ]
         heads = sum(shape[0] for shape in self.shape)
         if [len(v) for v in (*flat, *gates)] != [heads, heads, self.shape[0][0], self.shape[0][0], SMOOTH]:
             raise ValueError("its values are not one a head")
-        return *flat, *gates, torch.tensor(self.passages).double().reshape(-1, self.shape[0][0])
+        passages = torch.tensor(self.passages, dtype=torch.float32, device="cpu").double()
+        return *flat, *gates, passages.reshape(-1, self.shape[0][0])
 
 
 # --- models and files
-
-
-def finite_envelope(lm: Any, length: int, text: Text | None) -> Envelope:
-    """Raises InputError where a state is not finite: no ratio could be told from it."""
-    envelope = envelope_of(lm, length, text)
-    lost = [i for i, layer in enumerate(envelope.norms()) if not all(map(math.isfinite, layer))]
-    if lost:
-        raise InputError(f"the states of {lm.name} are not finite within {length} tokens (first in layer {lost[0]}): "
-                         "nothing to calibrate on")  # fmt: skip
-    return envelope
-
-
-def weights_of(lm: Any) -> str:
-    return lm.weights_hash or hash_of(lm)
 
 
 def shape_of(lm: Any) -> list[list[int]]:
@@ -384,7 +384,7 @@ def unwatched(lm: Any) -> Iterator[None]:
 
 def write_atomically(path: str | Path, text: str) -> None:
     """Raises InputError where it cannot be written."""
-    path = Path(path)
+    path = home_path(path)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         temporary.write_text(text)

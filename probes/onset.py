@@ -69,9 +69,12 @@ def accused(found: pd.DataFrame) -> list[tuple[int, int]]:
 def doubling(losses: pd.DataFrame, train_length: int) -> float | None:
     """The position (tokens) from which the loss stays above twice its mean within the training length; None: nowhere.
 
-    losses: columns position (end of a stretch, ascending) and loss (its mean, nats per token)."""
+    losses: columns position (end of a stretch, ascending) and loss (its mean, nats per token). None, too, where one
+    within the training length is no number: twice of it is none."""
     early = losses[losses["position"] <= train_length]
-    base = float((early if len(early) else losses.head(1))["loss"].mean())
+    base = float((early if len(early) else losses.head(1))["loss"].to_numpy().mean())
+    if not np.isfinite(base):
+        return None
     low = np.flatnonzero(losses["loss"].to_numpy() <= 2 * base)
     first = 0 if not len(low) else int(low[-1]) + 1
     return float(losses["position"].iloc[first]) if first < len(losses) else None
@@ -98,7 +101,13 @@ def verdict(found: pd.DataFrame, losses: pd.DataFrame | None = None, train_lengt
         parts.append(f"first token retained {'up to ' if len(shown) > 1 else ''}{kept:.2f} at the end")
     if losses is not None and len(losses) and train_length is not None:
         at = doubling(losses, train_length)
-        parts.append("the loss does not double" if at is None else f"loss doubles at {_tokens(at)}")
+        said = "the loss does not double" if at is None else f"loss doubles at {_tokens(at)}"
+        bad = losses["position"][~np.isfinite(losses["loss"])]
+        if len(bad):
+            within = at is None and bad.iloc[0] <= max(train_length, losses["position"].iloc[0])
+            said = f"{'' if at is None else f'{said}; '}the loss is not a number from {_tokens(bad.iloc[0])} on"
+            said += ", within the training length, so whether it doubles cannot be said" if within else ""
+        parts.append(said)
     return "; ".join(parts)
 
 

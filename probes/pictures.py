@@ -17,7 +17,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure, FigureBase
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from rnn_longctx.config import format_length
+from rnn_longctx.config import format_length, home_path
 from rnn_longctx.probes.onset import MARGIN, not_finite_is_beyond
 from rnn_longctx.probes.run import Probe
 
@@ -30,7 +30,7 @@ MAPS = 3  # lengths of the heat maps
 def draw(probe: Probe, directory: str | Path) -> list[Path]:
     """Write sheet.png (all of them), heads.png, norms.png, retention.png, loss.png and remembrance.png where it was
     measured; returns the paths."""
-    directory, paths = Path(directory), []
+    directory, paths = home_path(directory), []
     panels: dict[str, Callable[[Axes, Probe], None]] = {"norms": _norms, "retention": _retention, "loss": _loss}
     if probe.remembrance is not None:
         panels["remembrance"] = _remembrance

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from rnn_longctx.errors import InputError
-from rnn_longctx.models.generate import SEGMENT, prefill, prompt_ids
+from rnn_longctx.models.generate import prefill, prompt_ids
+from rnn_longctx.models.segments import SEGMENT
 
 if TYPE_CHECKING:
     from rnn_longctx.models import Mamba2LM

@@ -13,9 +13,14 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from rnn_longctx.config import home_path
 from rnn_longctx.data import Text, make_passkey, tokens
+from rnn_longctx.data.pieces import encode_after
 from rnn_longctx.errors import InputError, nearest
-from rnn_longctx.models.generate import SEGMENTS
+from rnn_longctx.models.adopt import reader_of
+from rnn_longctx.models.modes import in_evaluation
+from rnn_longctx.models.precision import computes_as
+from rnn_longctx.models.segments import SEGMENTS
 from rnn_longctx.probes.ablation import Ablation, ablate
 from rnn_longctx.probes.envelope import envelope_of
 from rnn_longctx.probes.onset import MARGIN, accused, doubling, not_finite_is_beyond, onsets, verdict
@@ -34,8 +39,8 @@ class Probe:
     """What was seen.
 
     Attributes:
-        about: model, weights_hash, prompt, text, text_hash, length, every, train_length, seed, state_dtype
-            (None: the scan's own).
+        about: model, weights_hash, prompt, text, text_hash, length, every, train_length, seed, dtype
+            (`rnn_longctx.models.precision`), state_dtype (None: the scan's own).
         trace: of `Trace.table`.
         losses: position (the end of a stretch of `every` tokens) and loss, its mean over rows, nats per token.
         heads: of `rnn_longctx.probes.onset.onsets`, with at_train, horizon and class of `rnn_longctx.probes.retention`
@@ -77,7 +82,7 @@ class Probe:
     def save(self, directory: str | Path) -> list[Path]:
         """trace.parquet, heads.csv, losses.csv, probe.json, and remembrance.csv where it was measured; returns the
         paths. Raises InputError: no such place."""
-        out = Path(directory)
+        out = home_path(directory)
         try:
             out.mkdir(parents=True, exist_ok=True)
             self.trace.to_parquet(out / "trace.parquet", index=False)
@@ -113,12 +118,14 @@ def scalar_rows(found: Probe) -> Iterator[tuple[int, dict[str, float]]]:
         yield int(str(position)), row
 
 
-def probe(model: Mamba2LM, text: Text, length: int, *, prompt: str = "text", every: int = 256, slices: int = 1,
+@in_evaluation
+def probe(model: Any, text: Text, length: int, *, prompt: str = "text", every: int = 256, slices: int = 1,
           seed: int = 0, calibration_text: Text | None = None, prove: bool = False, remember: bool = False,
           say: Callable[[str], None] = lambda line: None) -> Probe:  # fmt: skip
     """Read `length` tokens and watch every head.
 
     Args:
+        model: this library's, or one of another library, which is adopted.
         text: what is read, and what the ablation's loss is of.
         prompt: text; newline (nothing but newlines, as in Stuffed Mamba, arXiv 2410.07145); passkey (its filler).
         every: tokens between two looks.
@@ -131,6 +138,7 @@ def probe(model: Mamba2LM, text: Text, length: int, *, prompt: str = "text", eve
         InputError: a length below `every`, an unknown prompt, a text too short, no training length known, a remedy for
             prompts (decimate, chunk-select) on the model: nothing of it would be seen.
     """
+    model = reader_of(model)
     if model.train_length is None:
         raise InputError(f"{model.name} does not say its training length: give --train-length")
     if model.reader is not None:
@@ -162,7 +170,7 @@ def probe(model: Mamba2LM, text: Text, length: int, *, prompt: str = "text", eve
         "model": model.name, "weights_hash": model.weights_hash, "prompt": prompt, "text": text.name,
         "text_hash": text.hash, "length": length, "every": every, "slices": slices, "seed": seed,
         "train_length": model.train_length, "envelope_of": envelope.label,
-        "state_dtype": model.state_dtype and str(model.state_dtype)[6:],
+        "dtype": computes_as(model), "state_dtype": model.state_dtype and str(model.state_dtype)[6:],
     }  # fmt: skip
     return Probe(about, table, losses, heads, norms, found, kept)
 
@@ -173,9 +181,10 @@ def prompt_ids(model: Mamba2LM, text: Text, length: int, prompt: str, slices: in
     if prompt == "text":
         rows = [tokens(text, tokenizer, seed * slices + i, length + 1)[0] for i in range(slices)]
     elif prompt == "newline":
-        rows = [tokenizer.encode(b"\n" * (length + 1))[: length + 1]] * slices
-        if len(rows[0]) < length + 1:  # a tokenizer that joins them
-            rows = [np.tile(rows[0][:1], length + 1)] * slices
+        newline = encode_after(tokenizer, "x", "\n")[0]  # several might be joined in one token
+        if tokenizer.decode(newline) != "\n":
+            raise InputError(f"tokenizer {tokenizer.name} cannot say a newline; choose another prompt")
+        rows = [np.resize(newline, length + 1)] * slices
     elif prompt == "passkey":
         rows = [
             make_passkey(tokenizer, length + 1, (i + 0.5) / slices, np.random.default_rng([seed, i])).ids

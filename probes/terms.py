@@ -12,6 +12,7 @@ from torch import Tensor
 from rnn_longctx.errors import InputError
 from rnn_longctx.models.layers import causal_conv
 from rnn_longctx.models.mamba2 import Mamba2LM
+from rnn_longctx.models.modes import evaluating
 from rnn_longctx.ssd import ScanPolicy
 from rnn_longctx.ssd.gates import gates
 
@@ -59,7 +60,8 @@ def read_terms(model: Mamba2LM, ids: Tensor, segment: int) -> Iterator[list[Term
         ]
         try:
             found = []
-            model(ids[:, start : start + segment].to(model.device), cache)
+            with evaluating(model):
+                model(ids[:, start : start + segment].to(model.device), cache)
         finally:
             for hook in hooks:
                 hook.remove()

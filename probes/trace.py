@@ -129,7 +129,7 @@ class Convolution:
         x = projected[..., c.d_inner : c.d_inner + c.conv_dim]
         before = x.new_zeros(len(x), taps, c.conv_dim) if self._before is None else self._before.transpose(1, 2)
         first = self._position // self.every * self.every + self.every
-        ends = torch.tensor(range(first, self._position + x.shape[1] + 1, self.every), dtype=torch.int64)
+        ends = torch.tensor(range(first, self._position + x.shape[1] + 1, self.every), dtype=torch.int64, device="cpu")
         if not len(ends) or not taps:
             return
         # Tokens of this call, or of the ones before it where they are negative. Made on the device, and the index too:
@@ -160,7 +160,7 @@ class Trace:
             for look in one.looks:
                 rows, n = look["mean"].shape
                 frame = {
-                    "row": torch.arange(rows).repeat_interleave(n), "layer": one.layer,
+                    "row": torch.arange(rows, device="cpu").repeat_interleave(n), "layer": one.layer,
                     "position": look["position"].repeat(rows),
                 }  # fmt: skip
                 frame |= {k: v.double().cpu().flatten().numpy() for k, v in look.items() if k != "position"}
@@ -182,9 +182,9 @@ class Trace:
                 rows, heads, n = look["norm"].shape
                 frame = {
                     "stream": look["stream"],
-                    "row": torch.arange(rows).repeat_interleave(heads * n),
+                    "row": torch.arange(rows, device="cpu").repeat_interleave(heads * n),
                     "layer": watcher.layer,
-                    "head": torch.arange(heads).repeat_interleave(n).repeat(rows),
+                    "head": torch.arange(heads, device="cpu").repeat_interleave(n).repeat(rows),
                     "position": look["position"].repeat(rows * heads),
                 }
                 for name, value in look.items():
@@ -203,7 +203,8 @@ class Trace:
 def record(model: Mamba2LM, layers: Iterable[int] | None = None, every: int | str = 256,
            whole: bool = False) -> Iterator[Trace]:  # fmt: skip
     """Watch the states of a model while it reads inside the `with` block, one stream after the other. Without
-    gradients (`torch.inference_mode()`) that takes the memory of a segment and of the table.
+    gradients (`torch.inference_mode()`) that takes the memory of a segment and of the table. The model stays in the
+    mode that it is in, and an adopted one in training mode is warned of.
 
     Args:
         model: this library's, or one of another library, which is adopted.
@@ -216,8 +217,10 @@ def record(model: Mamba2LM, layers: Iterable[int] | None = None, every: int | st
     """
     from rnn_longctx.models.adopt import reader_of
     from rnn_longctx.models.mamba2 import Mamba2LM as Own
+    from rnn_longctx.models.modes import warn_of_training
 
     lm = reader_of(model)
+    warn_of_training(lm)
     count = len(lm.mixers)
     try:
         wanted = list(range(count)) if layers is None else list(dict.fromkeys(index(i) for i in layers))

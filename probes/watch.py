@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rnn_longctx.config import home_path
 from rnn_longctx.errors import CollapseError, InputError, nearest
 from rnn_longctx.models.adopt_transformers import UNKNOWN
 from rnn_longctx.probes.inputs import GateWatcher
@@ -101,7 +102,7 @@ class Watch:
         self._prometheus, self._log = prometheus, None
         if log is not None:
             try:
-                self._log = Path(log).open("a")  # noqa: SIM115 (closed with the block)
+                self._log = home_path(log).open("a")
             except OSError as error:
                 raise InputError(f"cannot write {log}: {error.strerror}") from None
         try:
@@ -168,6 +169,7 @@ class Watch:
     def _judge(self, at: int, norm: Tensor, scale: Tensor) -> list[Report]:
         position, history = at + self._dropped, self._history
         if history.position is None or position != history.position + self.every:
+            self.monitor.check(self.lm)
             if not self._silent:
                 self._previous = "ok"
             history = self._history = History()
@@ -311,7 +313,7 @@ class Watch:
             again = answer.to(ids.device)
             if again.ndim != 2 or len(again) != len(ids) or not again.shape[1] or again.is_floating_point():
                 raise InputError(f"a fallback returns ids (B, n) of {len(ids)} rows, got shape {tuple(again.shape)}")
-            cache.layers, cache.position = [], torch.zeros(0, dtype=torch.int64)
+            cache.layers, cache.position = [], torch.zeros(0, dtype=torch.int64, device="cpu")
             self._dropped += self._at - again.shape[1]
             self._at, self._history = again.shape[1], History()
             n = min(ids.shape[1], again.shape[1])

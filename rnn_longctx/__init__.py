@@ -14,6 +14,7 @@ __all__ = [
     "evaluate",
     "fold",
     "generate",
+    "generate_stream",
     "load",
     "load_text",
     "mitigate",
@@ -30,6 +31,7 @@ _WHERE = {
     "evaluate": "rnn_longctx.eval",
     "fold": "rnn_longctx.mitigations",
     "generate": "rnn_longctx.models.generate",
+    "generate_stream": "rnn_longctx.models.generate",
     "load": "rnn_longctx.models.checkpoint",
     "load_text": "rnn_longctx.data",
     "mitigate": "rnn_longctx.mitigations",
@@ -44,7 +46,7 @@ if TYPE_CHECKING:
     from rnn_longctx.models import Cache
     from rnn_longctx.models.adopt import adopt
     from rnn_longctx.models.checkpoint import load
-    from rnn_longctx.models.generate import generate
+    from rnn_longctx.models.generate import generate, generate_stream
     from rnn_longctx.probes.monitor import CollapseMonitor
     from rnn_longctx.probes.trace import record
 

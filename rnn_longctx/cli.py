@@ -12,6 +12,7 @@ import typer
 
 from rnn_longctx.cli_bench import bench
 from rnn_longctx.cli_capacity import capacity
+from rnn_longctx.config import home_path
 from rnn_longctx.errors import InputError
 
 TEXTS = "stdlib, a file, a directory, jsonl:PATH[:field], parquet:PATH[:column], hf:dataset[:split[:column]]."
@@ -29,9 +30,9 @@ Many = list[str] | None
 MODEL = typer.Argument(help='"demo", "demo-long", a directory, or a Hugging Face hub id.')
 
 
-def _option(help: str, default: str) -> Any:
+def _option(help: str, default: str, **more: Any) -> Any:
     """Of an option that is None where it is not given: what stands for it then is shown as its default."""
-    return typer.Option(help=help, show_default=default)
+    return typer.Option(help=help, show_default=default, **more)
 
 
 TrainLength = Annotated[
@@ -82,6 +83,7 @@ def evaluate_command(
     from rnn_longctx.eval.plots import plot_all
     from rnn_longctx.eval.report import asked, header, table
     from rnn_longctx.mitigations import parse_remedy
+    from rnn_longctx.models.segments import shortened
 
     given = {
         "model": model, "lengths": lengths and parse_lengths(lengths), "tasks": task or None,
@@ -118,10 +120,13 @@ def evaluate_command(
             str(lm.device),
             c.dtype if lm.state_dtype is None else f"{c.dtype} with states in {c.state_dtype}",
             lm.backend,
+            shortened(lm),
         )
     )
-    frame = evaluate(lm, c.lengths, c.tasks, c.mitigations, text=c.text, calibration_text=c.calibration_text,
-                     out=c.out, batch=c.batch, seed=c.seed, progress=True)  # fmt: skip
+    measured = evaluate(lm, c.lengths, c.tasks, c.mitigations, text=c.text, calibration_text=c.calibration_text,
+                        out=c.out, batch=c.batch, seed=c.seed, progress=True)  # fmt: skip
+    frame = Results.read(home_path(c.out))  # of all models
+    frame.attrs = measured.attrs
     shown, more = asked(frame)
     for part in table(shown, width=console.width):
         console.print(part)
@@ -129,7 +134,7 @@ def evaluate_command(
         console.print(f"{c.out}: {more}", highlight=False)
     written = ["results.parquet", "results.csv"]
     if len(frame["mitigation"].unique()) > 1:
-        leaderboard(frame).to_csv(Path(c.out) / "leaderboard.csv", index=False)
+        leaderboard(frame).to_csv(home_path(c.out) / "leaderboard.csv", index=False)
         written.append("leaderboard.csv")
     written += [p.name for p in plot_all(frame, c.out)]
     console.print(f"{c.out}: {', '.join(written)}")
@@ -257,8 +262,9 @@ def generate_command(
         _option("Watch for collapse: warn, raise, mitigate:NAME, rollback:NAME, fallback:truncate.", "no watch"),
     ] = None,
     load_state: Annotated[Path | None, typer.Option(help="Go on from what --save-state kept.")] = None,
-    save_state: Annotated[Path | None, typer.Option(help="Keep what the prompt left, to ask it again.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    save_state: Annotated[Path | None, typer.Option(help="Keep what was read and said, to go on from it.")] = None,
+    max_new_tokens: Annotated[int | None, _option("At most.", "128, with --save-state 0", min=0)] = None,
+    stop: Annotated[Many, _option("End with this text; again for more.", "the end-of-sequence id alone")] = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
     seed: Annotated[int, typer.Option()] = 0,
     train_length: TrainLength = None,
@@ -267,39 +273,45 @@ def generate_command(
     dtype: Dtype = "float32",
     state_dtype: StateDtype = None,
 ) -> None:
-    """Continue a prompt of any length, with a remedy on the model."""
+    """Continue a prompt of any length, with a remedy on the model; the text is printed as it is made."""
     from contextlib import nullcontext
 
-    import torch
-
-    from rnn_longctx import CollapseError, CollapseMonitor, mitigate
+    from rnn_longctx import CollapseError, CollapseMonitor, generate_stream, mitigate
+    from rnn_longctx.data.content import as_text, not_utf8
     from rnn_longctx.mitigations import active, parse_remedy
     from rnn_longctx.models import state
-    from rnn_longctx.models.generate import continuation, prefill
 
     remedy, target = parse_remedy(mitigation), state.target_of(load_state) if load_state else None
     lm = _load(model, device, dtype, tokenizer, train_length, state_dtype)
-    raw = sys.stdin.buffer.read() if prompt == "-" else prompt.encode("utf-8", "surrogateescape")
-    ids = torch.from_numpy(lm.tokenizer.encode(raw))[None]
-    if ids.shape[1] == 0:
+    raw = (
+        as_text(sys.stdin.buffer.read(), "standard input")
+        if prompt == "-"
+        else prompt.encode("utf-8", "surrogateescape")
+    )
+    if (bad := not_utf8(raw)) is not None:
+        raise InputError(f"--prompt is not UTF-8 text at byte {bad}")
+    if not len(ids := lm.tokenizer.encode(raw)):
         raise InputError("the prompt is empty")
-    target = target or ids.shape[1] + max_new_tokens
+    new = max_new_tokens if max_new_tokens is not None else 0 if save_state else 128
+    target, said = target or len(ids) + new, ""
     with mitigate(lm, remedy, target_length=target):
-        read = state.load_state(load_state, lm) if load_state else None
+        cache: Any = state.load_state(load_state, lm) if load_state else lm.new_cache() if save_state else None
         watching = CollapseMonitor.calibrated(lm).on(lm, monitor) if monitor else nullcontext()
+        how: Any = {"temperature": temperature, "seed": seed, "cache": cache, "stop": stop or ()}
         try:
             with watching as watch:
-                logits, cache = prefill(lm, ids, read)
+                for said in generate_stream(lm, ids, new, **how):
+                    typer.echo(said, nl=False)
                 if save_state:  # under what is on by now
                     state.save_state(save_state, cache, lm, active(lm)[0], target)
-                    typer.echo(f"wrote {save_state}, {save_state.stat().st_size / 2**20:.3g} MiB", err=True)
-                draw = torch.Generator(lm.device).manual_seed(seed)
-                said = continuation(lm, logits, cache, temperature, draw)
-                new = [int(next(said)) for _ in range(max_new_tokens)]
         except CollapseError as error:
             typer.echo(f"rnn-longctx: {error}", err=True)
             raise typer.Exit(1) from None
-    typer.echo(lm.tokenizer.decode(new))
+        finally:
+            if said:
+                typer.echo()
+    if save_state:
+        typer.echo(f"wrote {save_state}, {save_state.stat().st_size / 2**20:.3g} MiB", err=True)
     if watch is not None:
         typer.echo(f"monitor: {watch.summary()}", err=True)
 
@@ -318,9 +330,17 @@ def lm_eval_command(
     out: Annotated[str, typer.Option(help="Folder for lm_eval.json and lm_eval.csv.")] = "runs/lm-eval",
     batch: Annotated[int, typer.Option(min=1, help="The most rows of equal length side by side.")] = 8,
     max_length: Annotated[str | None, _option("Refuse longer requests.", "no limit")] = None,
+    add_bos_token: Annotated[
+        bool | None,
+        typer.Option(
+            "--add-bos-token/--no-add-bos-token",
+            help="Whether prompts begin with BOS.",
+            show_default="as the tokenizer does",
+        ),
+    ] = None,
     train_length: TrainLength = None,
     tokenizer: Tokenizer = None,
-    seed: Annotated[int, typer.Option()] = 0,
+    seed: Annotated[int, typer.Option(help="Of prompts that are made of a length, and of sampling.")] = 0,
     device: Device = "auto",
     dtype: Dtype = "float32",
     state_dtype: StateDtype = None,
@@ -340,12 +360,13 @@ def lm_eval_command(
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     frame = lm_eval_table(
         _load(model, device, dtype, tokenizer, train_length, state_dtype), names, lengths, remedies, limit=limit,
-        include_path=include_path, data=data, out=out, batch=batch, seed=seed,
+        include_path=include_path, data=data, out=out, batch=batch, seed=seed, add_bos_token=add_bos_token,
         max_length=None if max_length is None else parse_length(max_length), progress=sys.stderr.isatty(),
     )  # fmt: skip
-    shown = frame.drop(columns=["model", "weights_hash", *(["state_dtype"] if state_dtype is None else [])])
+    hidden = ["model", "weights_hash", "dtype", "tokens_read_min", "tokens_read_max", "seed"]
+    shown = frame.drop(columns=hidden + (["state_dtype"] if state_dtype is None else []))
     typer.echo(shown.to_string(index=False, na_rep="-", float_format=lambda v: f"{v:.4g}"))
-    typer.echo(f"{out}: lm_eval.json, lm_eval.csv")
+    typer.echo(f"{out}: lm_eval.json, lm_eval.csv (seed {seed})")
 
 
 @app.command("plot")

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from rnn_longctx.config import home_path
 from rnn_longctx.errors import InputError
 
 bench = typer.Typer(no_args_is_help=True, help="Speed, side by side with what people use today.")
@@ -138,6 +139,7 @@ def _record(rows: Iterator[dict[str, Any]], out: Path | None) -> None:
         typer.echo("  ".join(f"{k} {v}" for k, v in shown.items()))
         kept.append(shown | about)
         if out:
+            out = home_path(out)
             out.parent.mkdir(parents=True, exist_ok=True)
             with out.open("w", newline="") as file:
                 writer = csv.DictWriter(file, kept[0].keys())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import os
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,29 @@ from rnn_longctx.errors import InputError, nearest
 
 T = TypeVar("T")
 _UNITS = {"": 1, "k": 1024, "m": 1024**2}
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML whose mappings say every key once: PyYAML silently takes the last."""
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)
+        keys = [key.value for key, _ in node.value]
+        if twice := next((key for key in keys if keys.count(key) > 1), None):
+            raise yaml.composer.ComposerError(None, None, f"{twice!r} is there twice", node.start_mark)
+        return node
+
+
+def home_path(path: str | Path) -> Path:
+    """Return a person's path, with a leading ~ as the home directory, which a shell leaves alone in `--out=~/x`, as
+    YAML does. Raises InputError for what can be no path: text in the place of a file's name, a number."""
+    if not isinstance(path, str | Path):
+        raise InputError(f"expected a path, got {type(path).__name__} {path!r:.60}")
+    if "\0" in str(path) or any(len(os.fsencode(part)) > 255 for part in Path(path).parts):
+        raise InputError(
+            f"{str(path)[:40]!r}... cannot be the name of a file: a path was expected, not the text itself"
+        )
+    return Path(os.path.expanduser(path))
 
 
 def parse_length(text: str | int, what: str = "a length") -> int:
@@ -63,9 +87,9 @@ def from_dict(cls: type[T], mapping: Mapping[str, Any], where: str = "") -> T:
 def load_yaml(cls: type[T], path: str | Path, overrides: Sequence[str] = (), what: str = "config") -> T:
     """Read a YAML file into the dataclass `cls`; `overrides` are ``"a.b=value"`` with a YAML value; `what` the file is
     called where it cannot be read."""
-    path = Path(path)
+    path = home_path(path)
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise InputError(f"cannot read {what} {path}: {reason}") from None
@@ -177,7 +201,7 @@ def _convert(hint: Any, value: Any, key: str, where: str) -> Any:
         element = args[1] if args else Any
         return {str(k): _convert(element, v, f"{key}.{k}", where) for k, v in value.items()}
     if hint is Path and isinstance(value, str):
-        return Path(value)
+        return home_path(value)
     if hint is float and not isinstance(value, bool):
         try:
             return float(value) if isinstance(value, (int, float, str)) else _fail(wrong)

@@ -7,7 +7,10 @@ from __future__ import annotations
 import torch
 import transformers as hf
 
+from rnn_longctx.mitigations import active, handles_on, mitigate
+from rnn_longctx.models.adopt import adopt
 from rnn_longctx.models.adopt_transformers import cache_name
+from rnn_longctx.models.generate import generate
 from rnn_longctx.ssd import Cap, ScanPolicy
 
 VOCAB = 97
@@ -96,6 +99,7 @@ POLICIES = {
     "reset": ScanPolicy(reset=6),
 }
 NEAR = {"rtol": 0, "atol": 1e-4}
+RRI = "rri:alpha=0.9,beta=0.4"
 
 
 def cached(model, ids, cache=None):
@@ -125,3 +129,30 @@ def logits_of(model, ids, **given):
 def streamed(adopted, ids, cuts):
     cache = adopted.new_cache()
     return torch.cat([adopted.logits(adopted(part, cache)) for part in ids.split(cuts, 1)], 1), cache
+
+
+@torch.no_grad()
+def own_logits(model, ids):
+    out = model(ids)
+    logits = out.logits if hasattr(out, "logits") else out[0]
+    assert logits.std() > 1e-3  # not a comparison of zeros
+    return logits.float()
+
+
+@torch.no_grad()
+def read_as_its_own(model):
+    """With and without a remedy; greedy generation is recomputation."""
+    ours, ids = adopt(model), random_ids(2, 14)
+    before = own_logits(model, ids)
+    torch.testing.assert_close(streamed(ours, ids, [5, 1, 8])[0], before, **NEAR)
+    with mitigate(model, RRI):
+        assert active(model)[0] == active(ours)[0] == RRI and len(handles_on(model)) == 1
+        changed = own_logits(model, ids)
+        assert (changed - before).abs().max() > 1e-5
+        torch.testing.assert_close(streamed(ours, ids, [5, 1, 8])[0], changed, **NEAR)
+        new = generate(model, ids, 4)
+        whole = own_logits(model, torch.cat([ids, new], 1))[:, 13:-1]
+        best = whole.max(-1).values
+        assert (best - whole.gather(2, new[..., None])[..., 0]).max() < 1e-4  # (two may be alike to a last bit)
+    assert torch.equal(own_logits(model, ids), before) and active(model)[0] == "none"
+    return ours

@@ -23,6 +23,7 @@ def model():
     torch.set_num_threads(1)
     lm = Mamba2LM(Mamba2Config(d_model=32, n_layer=2, headdim=16, d_state=8)).eval()
     lm.train_length, lm.tokenizer, lm.name = 64, ByteTokenizer(), "tiny"
+    torch.nn.init.zeros_(lm.backbone.embedding.weight[0])  # so that NUL, which ends an answer, is not said
     return lm
 
 
@@ -32,7 +33,9 @@ def theirs():
     torch.set_num_threads(1)
     config = hf.Mamba2Config(hidden_size=32, vocab_size=256, num_heads=4, head_dim=16, state_size=8, n_groups=1,
                              num_hidden_layers=2)  # fmt: skip
-    return hf.AutoModelForCausalLM.from_config(config).eval()
+    lm = hf.AutoModelForCausalLM.from_config(config).eval()
+    torch.nn.init.zeros_(lm.get_output_embeddings().weight[:3])  # so that what ends an answer is not said
+    return lm
 
 
 @pytest.fixture
@@ -55,8 +58,12 @@ def test_prompts_of_every_kind(model, theirs):
     ("prompt", "words"),
     [
         (None, "got NoneType None"),
-        ([[1, 2], [3]], "a prompt is text, or token ids"),
-        (["some", "words"], "got list"),
+        ([], "got shape (1, 0)"),
+        ([None], "got NoneType None"),
+        (["some", ""], "at least one of them; got shape (1, 0)"),
+        ([[1, 2], []], "at least one of them; got shape (1, 0)"),
+        ([[1, 2], [3, 256]], "lie in 0 to 255; got 3 to 256"),
+        ([[[1, 2], [3, 4]], [1]], "each is one row; got one of shape (2, 2)"),
         (torch.rand(1, 3), "got float32 of shape (1, 3)"),
         (torch.ones(1, 3, dtype=torch.bool), "got bool"),
         (torch.ones(1, 2, 3, dtype=torch.int64), "got shape (1, 2, 3)"),

@@ -1,5 +1,7 @@
 """The command line in this process: what it prints, and one line and exit code 2 for whatever is wrong."""
 
+import gzip
+import io
 import json
 import os
 import pickle
@@ -17,7 +19,7 @@ from rnn_longctx import cli
 from rnn_longctx.config import parse_lengths
 from rnn_longctx.data import ByteTokenizer
 from rnn_longctx.eval import EvalConfig
-from rnn_longctx.models import Mamba2Config, Mamba2LM, checkpoint
+from rnn_longctx.models import Cache, Mamba2Config, Mamba2LM, checkpoint
 
 SHAPE = {"d_model": 32, "n_layer": 1, "headdim": 16, "d_state": 8}
 OFFICIAL = {
@@ -199,9 +201,74 @@ def test_generate(run):
     assert code == 0 and printed == run(*words)[1]
 
 
+def test_a_prompt_from_standard_input(run, monkeypatch):
+    words = ("generate", "ok", "--max-new-tokens", "4", "--prompt")
+    expected = run(*words, "import os")[1]
+    for raw in (b"import os", gzip.compress(b"import os"), "import os".encode("utf-16")):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(raw)))
+        assert run(*words, "-")[:2] == (0, expected)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"%PDF-1.5\n")))
+    code, _, said = run(*words, "-")
+    assert code == 2 and "standard input looks like a PDF; pdftotext" in said
+    code, _, said = run(*words, "ab\udcff")  # as the shell's bytes come
+    assert code == 2 and "--prompt is not UTF-8 text at byte 2" in said
+
+
+@pytest.fixture
+def talker(tmp_path):
+    """A folder with a model that says other letters for other prompts."""
+    model = Mamba2LM(Mamba2Config(**SHAPE, tie_embeddings=False)).eval()
+    with torch.no_grad():
+        model.lm_head.weight[97:123] *= 3000
+    model.train_length, model.tokenizer, model.name = 128, ByteTokenizer(), "talker"
+    checkpoint.save(model, tmp_path / "talker", dtype=torch.float32)
+    return str(tmp_path / "talker")
+
+
+def test_generate_ends(run, talker, tmp_path):
+    how = ("generate", talker, "--prompt", "import os", "--temperature", "20", "--seed", "3", "--max-new-tokens", "30")
+    whole = run(*how)[1]
+    assert re.fullmatch("[a-z]{30}\n", whole)
+    ends = [whole.index(stop) + 2 for stop in (whole[9:11], whole[4:6])]
+    assert run(*how, "--stop", whole[9:11])[1] == whole[: ends[0]] + "\n"
+    assert run(*how, "--stop", whole[9:11], "--stop", whole[4:6])[1] == whole[: min(ends)] + "\n"
+    code, _, said = run(*how, "--stop", "")
+    assert code == 2 and "stop: expected a string" in said
+    file = Path(talker, "config.json")
+    config = json.loads(file.read_text()) | {"eos_token_id": [7, ord(whole[6])]}
+    file.write_text(json.dumps(config))
+    text = whole[: whole.index(whole[6])]
+    assert run(*how)[1] == text + "\n" * bool(text)  # the end is read, not printed
+
+
+def test_generate_prints_as_it_goes(run, talker, monkeypatch):
+    printed, read = [], []
+    echo, own = cli.typer.echo, Mamba2LM.read
+    monkeypatch.setattr(cli.typer, "echo", lambda text="", **more: printed.append(len(read)) or echo(text, **more))
+    monkeypatch.setattr(Mamba2LM, "read", lambda *given: read.append(0) or own(*given))
+    run("generate", talker, "--prompt", "import os", "--max-new-tokens", "5")
+    assert printed == [1, 2, 3, 4, 5, 5]
+
+
+def test_a_conversation_on_the_command_line(run, talker, tmp_path):
+    """What is saved is what was read and printed; without a number of tokens, what was read."""
+    one, two, three = (str(tmp_path / name) for name in "123")
+    how = ("generate", talker, "--max-new-tokens")
+    first = run(*how, "7", "--prompt", "ab", "--save-state", one)[1].rstrip()
+    second = run(*how, "3", "--prompt", "cd", "--load-state", one, "--save-state", two)[1].rstrip()
+    assert len(first) == 7 and second == run(*how, "3", "--prompt", f"ab{first}cd")[1].rstrip()
+    code, printed, said = run("generate", talker, "--prompt", f"ab{first}cd{second}", "--save-state", three)
+    assert code == 0 and not printed and said.startswith(f"wrote {three}, ")
+    a, b = (Cache.load(path) for path in (two, three))
+    assert a.position.tolist() == b.position.tolist() == [14]
+    torch.testing.assert_close(a.layers[0].scan.state, b.layers[0].scan.state)
+    torch.testing.assert_close(a.layers[0].conv, b.layers[0].conv)
+
+
 def test_generate_with_a_monitor(run, store, tmp_path):
     model = Mamba2LM(Mamba2Config(**SHAPE, A_init=(1e-6, 1e-5), dt_init=(0.05, 0.2))).eval()
     torch.nn.init.constant_(model.mixers[0].conv1d.bias, 0.5)  # so that its states grow with what is read
+    torch.nn.init.zeros_(model.backbone.embedding.weight[0])  # so that NUL, which ends an answer, is not said
     model.train_length, model.tokenizer, model.name = 128, ByteTokenizer(), "lost"
     checkpoint.save(model, tmp_path / "lost", dtype=torch.float32)
     prompt = (store / "text.py").read_text()
@@ -226,7 +293,9 @@ MISTAKES = {
     "eval evilzip": "refused, nothing in it was run",
     "eval nan": "is not finite",
     "eval official": "--tokenizer",
-    "eval ok --tokenizer words --text latin.txt --task lm": "needs UTF-8 text",
+    "eval ok --text latin.txt --task lm": "latin.txt is not UTF-8 text at byte 0 (0xe9); if it is text",
+    "eval ok --text ok --task lm": "ok is a model (config.json, model.safetensors), not text",
+    "eval ok --text words/tokenizer.json --task lm": "looks like a tokenizer.json; that goes to --tokenizer",
     "eval ok --mitigation state-nrom": 'did you mean "state-norm"',
     "eval ok --task passkey:m=3": "has no parameter 'm' (choices",
     "eval ok --task pasky": 'did you mean "passkey"',

@@ -172,3 +172,31 @@ def test_shipped_training_configs_load(file: Path) -> None:
 
     config = load_yaml(TrainConfig, file)
     assert from_dict(TrainConfig, to_dict(config)) == config
+
+
+def test_a_key_said_twice(tmp_path):
+    """snowflakedb/ArcticTraining#85, yaml/pyyaml#165: of two values PyYAML takes the last, without a word."""
+    file = tmp_path / "c.yaml"
+    for text in ("name: a\nsteps: 1\nsteps: 2\n", "name: a\ninner:\n  rate: 1\n  rate: 2\n"):
+        file.write_text(text)
+        with pytest.raises(InputError, match=r"c.yaml is not valid YAML: .*'(steps|rate)' is there twice") as caught:
+            load_yaml(Outer, file)
+        assert "line" in str(caught.value)
+    file.write_text("name: a\nmore: &base {rate: 1.0}\ninner:\n  <<: *base\n  rate: 2.0\n")
+    found = load_yaml(Outer, file)  # what a merge brings may be overridden
+    assert found.more == {"rate": 1.0} and found.inner.rate == 2.0
+
+
+@pytest.mark.parametrize("path", ["hello there " * 40, "a\0b", "x/" + "y" * 256, 5])
+def test_what_can_be_no_path_is_said(path):
+    """Text in the place of its file's name, which the system would refuse in its own words."""
+    from rnn_longctx import load, load_text
+    from rnn_longctx.config import home_path
+    from rnn_longctx.data import load_tokenizer
+
+    for read in (home_path, load, load_text, load_tokenizer):
+        with pytest.raises(InputError) as error:
+            read(path)
+        assert len(str(error.value)) < 200 and "\n" not in str(error.value)
+    with pytest.raises(InputError, match=r"(a path was expected|expected a path)"):
+        home_path(path)

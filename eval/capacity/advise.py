@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from rnn_longctx.config import format_length
+from rnn_longctx.config import format_length, home_path
 from rnn_longctx.errors import InputError
 from rnn_longctx.eval.capacity import fits as fitting
 from rnn_longctx.eval.capacity import paper, tables
@@ -78,7 +78,7 @@ def advise(context: int, recall: float = PAPER_RECALL, study: str | Path | None 
     """
     if not 0 < recall < 1:
         raise InputError(f"recall lies between 0 and 1, got {recall}")
-    return _by_paper(context, recall) if study is None else _by_study(context, recall, Path(study), mitigation)
+    return _by_paper(context, recall) if study is None else _by_study(context, recall, home_path(study), mitigation)
 
 
 def _by_paper(context: int, recall: float) -> Advice:

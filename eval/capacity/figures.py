@@ -19,7 +19,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from rnn_longctx.config import format_length
+from rnn_longctx.config import format_length, home_path
 from rnn_longctx.eval.capacity import fits as fitting
 from rnn_longctx.eval.capacity import paper, tables
 from rnn_longctx.eval.capacity.fits import MILLION, Fit, K
@@ -34,7 +34,7 @@ _PAPER = "#555555"
 def draw(directory: str | Path, target: float) -> list[Path]:
     """Read the results and models.csv in `directory`; write findings.csv, points.csv, fits.csv, same_size.csv and
     mqar.csv and every figure there is data for. Returns the paths. Raises InputError: no tables."""
-    directory = Path(directory)
+    directory = home_path(directory)
     results, about = tables.read(directory)
     found = tables.findings(results, about, target)
     points = tables.points(found)

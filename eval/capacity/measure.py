@@ -19,7 +19,7 @@ from rnn_longctx.eval.results import Results
 from rnn_longctx.eval.run import evaluate
 from rnn_longctx.eval.task import Context
 from rnn_longctx.mitigations import Remedy, active, mitigate, parse_remedy
-from rnn_longctx.models.generate import SEGMENTS
+from rnn_longctx.models.segments import SEGMENTS
 
 START = 1024  # where the search for T_recall begins, of a model whose training length is not known
 
@@ -78,7 +78,7 @@ def t_recall(model: Any, task: Passkey, remedy: Remedy, c: MeasureConfig, out: s
     n = task.n
 
     def at(length: int) -> Context:
-        name, calibration = active(model)
+        name, calibration = active(model, texts.weights_hash)
         return Context(model, name, calibration, text=c.text, batch=c.batch, seed=c.seed, results=results,
                        segment=SEGMENTS[model.device.type], _memory=texts._memory)  # fmt: skip
 

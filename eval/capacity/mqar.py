@@ -17,7 +17,7 @@ from rnn_longctx.eval.capacity.config import Cell, MQARConfig
 from rnn_longctx.eval.results import Results
 from rnn_longctx.eval.stats import mean_stderr
 from rnn_longctx.models.mamba2 import Mamba2LM
-from rnn_longctx.models.weights import hash_of
+from rnn_longctx.models.modes import in_evaluation
 from rnn_longctx.train.config import OptimizerConfig, ScheduleConfig
 from rnn_longctx.train.snapshots import newest_snapshot, save_snapshot
 from rnn_longctx.train.trainer import learning_rate, make_optimizer
@@ -52,15 +52,17 @@ def train_mqar(cell: Cell, c: MQARConfig, folder: Path, device: torch.device) ->
             print(f"step {done}/{c.steps} loss {loss.item():.3f}", flush=True)
             parts = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": done}
             save_snapshot(folder / "snapshots", done, parts)
-    model.name, model.weights_hash = cell.name, hash_of(model)
+    model.name = cell.name
     return model.eval()
 
 
 @torch.inference_mode()
+@in_evaluation
 def measure_mqar(model: Mamba2LM, cell: Cell, c: MQARConfig, results: Results, say: Callable[[str], None]) -> None:
     """A row for every number of pairs: the share of answers that are right, one sample a sequence. `length` is that of
     the sequences, in tokens."""
     device = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else model.device.type
+    weights = model.weights_hash
     for pairs in c.pairs:
         rng = np.random.default_rng([2**32 - 1, cell.seed, pairs])  # no step of the training has this seed
         ids, answers = _batch(rng, c.samples, pairs, cell, c, model.device)
@@ -70,7 +72,7 @@ def measure_mqar(model: Mamba2LM, cell: Cell, c: MQARConfig, results: Results, s
             right += (logits.argmax(-1) == goal).view(len(some), -1).double().mean(1).tolist()
         value, stderr = mean_stderr(right)
         results.put({
-            "model": model.name, "weights_hash": model.weights_hash, "mitigation": "none",
+            "model": model.name, "weights_hash": weights, "mitigation": "none",
             "task": f"{cell.task}{pairs}", "text": cell.task, "length": ids.shape[1], "metric": "accuracy",
             "batch": c.batch_size, "dtype": "float32", "backend": model.backend, "device": device, "seed": cell.seed,
             "value": value, "stderr": stderr, "n": len(right), "samples": right, "version": rnn_longctx.__version__,

@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from rnn_longctx.config import to_dict
+from rnn_longctx.config import home_path, to_dict
 from rnn_longctx.data import load_text, open_streamed
 from rnn_longctx.errors import InputError
 from rnn_longctx.eval.capacity import models, tables
@@ -44,7 +44,7 @@ def run_study(config: CapacityConfig, parallel: int = 1, say: Callable[[str], No
     if parallel < 1:
         raise InputError(f"parallel: expected a number of processes, got {parallel}")
     device_of(config.train.device)  # there is such a one
-    study = Path(config.out)
+    study = home_path(config.out)
     train = to_dict(replace(config.train, accumulate=1, sequence_parallel=1))
     claim: dict[str, Any] = {"train": {k: v for k, v in train.items() if k not in _NEUTRAL}}
     claim |= {"pretrain": config.pretrain and to_dict(config.pretrain)}

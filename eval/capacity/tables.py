@@ -13,7 +13,7 @@ from typing import Any
 
 import pandas as pd
 
-from rnn_longctx.config import format_length
+from rnn_longctx.config import format_length, home_path
 from rnn_longctx.errors import InputError
 from rnn_longctx.eval.capacity import models
 from rnn_longctx.eval.capacity.forget import forget_of
@@ -30,7 +30,7 @@ _MQAR = re.compile(r"((?:forgetting-)?mqar)(\d+)")
 
 def read(directory: str | Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     """results and models, of a folder that a study or `rnn-longctx capacity MODEL` has written. Raises InputError."""
-    return _once(Results.read(directory)), models.read(Path(directory))
+    return _once(Results.read(directory)), models.read(home_path(directory))
 
 
 def _once(results: pd.DataFrame) -> pd.DataFrame:
@@ -46,7 +46,7 @@ def passes(study: Path, name: str, limit: int, text: str) -> bool:
     frame = _once(Results(study).frame())
     for sheet in whole_sheets(frame[(frame["model"] == name) & (frame["text"] == text) & (frame["length"] <= limit)]):
         if sheet.task == "lm" and "none" in sheet.cells and max(sheet.lengths) >= limit:
-            return sheet.verdict("none").first_failing is None
+            return sheet.verdict("none").first_failing is None and not sheet.broken("none")
     raise InputError(f"{name} was not measured without a remedy at {format_length(limit)} tokens of {text}")
 
 

@@ -6,11 +6,13 @@ import json
 import re
 import string
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import datasets
 
 from rnn_longctx.data import load_tokenizer, passkey_batch
+from rnn_longctx.data.content import DAMAGED, lines
 from rnn_longctx.errors import InputError
 
 Docs = dict[str, datasets.Dataset]
@@ -87,16 +89,19 @@ def _lines(path: str, task: str, keys: tuple[str, ...]) -> list[dict[str, Any]]:
     """The rows of a JSONL file, with `keys` alone."""
     if not path:
         raise InputError(f"{task} reads a JSONL file of {', '.join(keys)}: name it with --data")
-    rows = []
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
+    rows, number = [], 0
+    try:
+        for line in lines(Path(path)):
+            number += 1
+            if line.strip():
                 row = json.loads(line)
                 rows.append({key: row[key] for key in keys})
-            except (ValueError, KeyError, TypeError):
-                raise InputError(f"{path}, line {number}: expected a JSON object with {', '.join(keys)}") from None
+    except DAMAGED as error:
+        raise InputError(f"{path} cannot be read after line {number}: {error}") from None
+    except InputError:
+        raise
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"{path}, line {number}: expected a JSON object with {', '.join(keys)}") from None
     if not rows:
         raise InputError(f"{path} holds no documents")
     return rows

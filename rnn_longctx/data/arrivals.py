@@ -1,8 +1,9 @@
 """Text that arrives in a directory, each byte of it read once: files appear, and those that are there may grow.
 
 Files are read in the order of their names, from where reading of each stopped. JSON Lines (.jsonl, .ndjson) are
-documents of the field `text`, a line read once it has ended; any other file is UTF-8 text, one document. Hidden files
-are not looked at, so that one may be written aside and renamed.
+documents of the field `text`, a line read once it has ended; any other file is UTF-8 text, one document. A file that
+may grow cannot be unpacked: one that is packed is skipped, as what is no text is. Hidden files are not looked at, so
+that one may be written aside and renamed.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from rnn_longctx.data.content import HEAD, encoding_of, looks_like, packing_of
 from rnn_longctx.data.sources import JSONL, _document, _field, walk
 from rnn_longctx.data.text import BLOCK, _whole
 from rnn_longctx.data.tokenizers import Tokenizer
@@ -96,8 +98,9 @@ class Arrivals:
         if found.st_size == start:
             return np.zeros(0, np.int64), start
         with path.open("rb") as file:
-            file.seek(start)
-            return (self._records if name.endswith(JSONL) else self._text)(file, start, most)
+            begin = start or _beginning(file.read(HEAD))
+            file.seek(begin)
+            return (self._records if name.endswith(JSONL) else self._text)(file, begin, most)
 
     def _text(self, file: BinaryIO, start: int, most: int) -> tuple[np.ndarray, int]:
         parts, have, stop = [np.zeros(0, np.int64)], 0, start
@@ -142,3 +145,15 @@ class Arrivals:
                 have += len(parts[-2]) + len(end)
             stop += len(line)
         return np.concatenate(parts), stop
+
+
+def _beginning(head: bytes) -> int:
+    """Where the text of a file begins: after UTF-8's mark, if there is one. Raises InputError where it is none."""
+    if packing := packing_of(head):
+        raise InputError(f"packed by {packing}, and a file that may grow is read as it is: unpack it")
+    encoding = encoding_of(head)
+    if encoding in ("utf-16", "utf-32"):
+        raise InputError(f"{encoding.upper()}, not UTF-8 text: convert it")
+    if said := looks_like(head):
+        raise InputError(said)
+    return 3 if encoding else 0

@@ -2,19 +2,25 @@
 
 The wording of Stuffed Mamba (arXiv 2410.07145): header / filler / key sentence / filler / question. Its fixed
 parts take 244 bytes with the answer, so short contexts go without the header.
+
+Each piece (header, filler, what stands around the answer, the answer with the space before it, question) has tokens of
+its own (`rnn_longctx.data.pieces`). So the answer is made of the same tokens wherever it stands, and where is known.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
+from rnn_longctx.data.pieces import encode_after
 from rnn_longctx.data.text import Text, tokens
 from rnn_longctx.data.tokenizers import Tokenizer
 from rnn_longctx.errors import InputError, nearest
 
-FILLER = " The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+LAST = " There and back again."
+FILLER = " The grass is green. The sky is blue. The sun is yellow. Here we go." + LAST
 
 
 @dataclass(frozen=True)
@@ -59,12 +65,23 @@ SHORTEST_PAPER = 1024  # "auto": below this the header would crowd out the fille
 
 @dataclass(frozen=True)
 class PasskeyPrompt:
-    """`ids` (length,) int64; `answer` five digits; the key sentence starts at token `position`."""
+    """`ids` (length,) int64; `answer` five digits, or a word; the sentence that holds it starts at token `position`,
+    the question, which ends the prompt, at token `asked`; `spans` [start, stop) are the tokens that hold the answer's
+    characters, in order; `reply` the tokens that answer the question."""
 
     ids: np.ndarray
     answer: str
     depth: float
     position: int
+    asked: int
+    spans: tuple[tuple[int, int], ...]
+    reply: np.ndarray
+
+    @property
+    def new_tokens(self) -> int:
+        """Tokens to read an answer from: the reply, a character a token if a model says it so, and the one after it,
+        which shows that the answer ends there."""
+        return max(len(self.reply), len(self.answer) + 1) + 1
 
 
 def make_passkey(
@@ -106,9 +123,8 @@ def multikey_batch(tokenizer: Tokenizer, length: int, n: int, seed: int, keys: i
         rng = np.random.default_rng([seed, length, i, keys])
         labels, answers = rng.permutation(LABELS)[:keys], [_draw(rng) for _ in range(keys)]
         depths = [_depth(i, n), *rng.random(keys - 1)]
-        said = [(d, _put(wording.key, a, w)) for d, w, a in zip(depths, labels, answers)]
-        question, hay = _put(wording.question, "", labels[0]), _slice(haystack, i)
-        made.append(_filled(tokenizer, length, wording.header, question, said, answers[0], hay=hay))
+        said = list(zip(depths, answers, map(str, labels)))
+        made.append(_filled(tokenizer, length, wording, said, hay=_slice(haystack, i)))
     return made
 
 
@@ -129,13 +145,13 @@ def training_sequence(
     True on the answer, and with `said_again` where the key's own sentence repeats it, too). Raises InputError when
     `length` is too small."""
     key, depth = _draw(rng), rng.random()
-    answer = tokenizer.encode(f" {key}.")
+    reply, stop = _reply(tokenizer, PAPER.question, key), _piece(tokenizer, key, ".")[0]
+    answer = np.concatenate([reply, stop])
     prompt = _prompt(tokenizer, length - len(answer), depth, key, style)
     mask = np.arange(length) >= length - len(answer)
     if said_again:
-        first, between = PAPER.key.split("{0}")[:2]
-        again = prompt.position + len(tokenizer.encode(first + key + between))
-        mask[again : again + len(tokenizer.encode(key))] = True
+        again = prompt.spans[1]
+        mask[slice(*again)] = True
     return np.concatenate([prompt.ids, answer]), mask
 
 
@@ -150,9 +166,7 @@ def _prompt(tokenizer: Tokenizer, length: int, depth: float, answer: str, style:
         if style not in STYLES:
             raise InputError(f"unknown passkey style {style!r}{nearest(style, [*STYLES, 'auto'])}")
         what, style = f"a {style} passkey prompt", STYLES[style]
-    return _filled(
-        tokenizer, length, style.header, style.question, [(depth, _put(style.key, answer))], answer, what, hay
-    )
+    return _filled(tokenizer, length, style, [(depth, answer, "")], what, hay)
 
 
 def _fitting(style: Style, length: int) -> Style:
@@ -168,19 +182,17 @@ def _depth(i: int, n: int) -> float:
     return (i % bins + 0.5) / bins
 
 
-def _put(wording: str, answer: str, label: str = "") -> str:
-    return wording.replace("{0}", answer).replace("{1}", label)  # a person's wording may hold other braces
-
-
-def _filled(tokenizer: Tokenizer, length: int, header: str, question: str, said: list[tuple[float, str]], answer: str,
-            what: str = "a prompt", hay: tuple[Text, int] | None = None) -> PasskeyPrompt:  # fmt: skip
-    """Sentences each at a depth of the filler; the first of them holds the answer. hay: a text, which slice."""
-    opening, asked = tokenizer.encode(header), tokenizer.encode(question)
-    sentences = [tokenizer.encode(text) for _, text in said]
-    room = length - len(opening) - len(asked) - sum(map(len, sentences))
+def _filled(tokenizer: Tokenizer, length: int, style: Style, said: list[tuple[float, str, str]], what: str = "a prompt",
+            hay: tuple[Text, int] | None = None) -> PasskeyPrompt:  # fmt: skip
+    """Sentences, each a (depth of the filler, answer, label); the first is asked for. hay: a text, which slice."""
+    depth, answer, label = said[0]
+    question = style.question.replace("{1}", label or "{1}")
+    opening, asked = tokenizer.encode(style.header), _piece(tokenizer, LAST, question)[0]
+    sentences = [_sentence(tokenizer, style.key, a, w) for _, a, w in said]
+    room = length - len(opening) - len(asked) - sum(len(ids) for ids, _ in sentences)
     if room < 0:
         raise InputError(f"{what} takes at least {length - room} tokens; {length} were asked for")
-    filler, parts, done, position = tokenizer.encode(FILLER), [opening], 0, 0
+    filler, parts, done, position = _piece(tokenizer, FILLER, FILLER)[0], [opening], 0, 0
     text = None if hay is None else tokens(hay[0], tokenizer, hay[1], room)[0]
     for i in sorted(range(len(said)), key=lambda i: said[i][0]):
         before = round(said[i][0] * room)
@@ -188,9 +200,50 @@ def _filled(tokenizer: Tokenizer, length: int, header: str, question: str, said:
         done = before
         if i == 0:
             position = sum(map(len, parts))
-        parts.append(sentences[i])
+        parts.append(sentences[i][0])
     ids = np.concatenate([*parts, _last(filler, room - done) if text is None else text[done:], asked])
-    return PasskeyPrompt(ids, answer, said[0][0], position)
+    spans = tuple((position + start, position + stop) for start, stop in sentences[0][1])
+    reply = _reply(tokenizer, question, answer).copy()
+    for where in (reply, *(ids[start:stop] for start, stop in spans)):
+        if (read := tokenizer.decode(where).strip()) != answer:
+            raise InputError(f"tokenizer {tokenizer.name} cannot say the answer: {answer} reads back as {read!r:.60}")
+    return PasskeyPrompt(ids, answer, depth, position, length - len(asked), spans, reply)
+
+
+def _sentence(tokenizer: Tokenizer, wording: str, answer: str, label: str) -> tuple[np.ndarray, list[tuple[int, int]]]:
+    """The tokens of a sentence, and where those are that hold the answer, {0}; a space before {0} goes with it."""
+    # replaced, not formatted: a person's wording may hold other braces
+    first, *others = wording.replace("{1}", label).split("{0}")
+    parts, spans, before, n = [], [], LAST, 0
+
+    def add(text: str) -> np.ndarray:
+        nonlocal before, n
+        ids, nbytes = _piece(tokenizer, before, text)
+        parts.append(ids)
+        before, n = before + text, n + len(ids)
+        return nbytes
+
+    text = first
+    for other in others:
+        space = " " * text.endswith(" ")
+        add(text.removesuffix(" "))
+        nbytes = add(space + answer)
+        spans.append((n - int((np.cumsum(nbytes) > len(space)).sum()), n))
+        text = other
+    add(text)
+    return np.concatenate(parts), spans
+
+
+@lru_cache(1024)
+def _piece(tokenizer: Tokenizer, before: str, text: str) -> tuple[np.ndarray, np.ndarray]:
+    """`encode_after`, remembered: most pieces are the same in every prompt."""
+    return encode_after(tokenizer, before, text)
+
+
+def _reply(tokenizer: Tokenizer, question: str, answer: str) -> np.ndarray:
+    """The tokens that answer a question, with the space that parts it from the answer."""
+    space = "" if question[-1:].isspace() else " "
+    return _piece(tokenizer, question, space + answer)[0]
 
 
 def _draw(rng: np.random.Generator) -> str:

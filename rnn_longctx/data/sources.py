@@ -1,4 +1,4 @@
-"""Files of records as documents: JSON Lines (plain, .gz, .bz2, .zst, .lz4), Parquet, Hugging Face data sets.
+"""Files of records as documents: JSON Lines (plain, .gz, .bz2, .xz, .zst, .lz4), Parquet, Hugging Face data sets.
 
 A source is a list of shards, its files in order. One record is held at a time: a line, or a few rows of a Parquet file.
 """
@@ -6,7 +6,6 @@ A source is a list of shards, its files in order. One record is held at a time: 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -14,10 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rnn_longctx.config import home_path
+from rnn_longctx.data.content import DAMAGED, lines
 from rnn_longctx.errors import InputError
 
 JSONL = (".jsonl", ".ndjson")
-PACKED = ("", ".gz", ".bz2", ".zst", ".lz4")  # what Arrow reads by suffix
+PACKED = ("", ".gz", ".bz2", ".xz", ".zst", ".lz4")  # how files of records are named; what packed one its bytes say
 SUFFIXES = {"jsonl": tuple(j + p for j in JSONL for p in PACKED), "parquet": (".parquet",)}
 ROWS = 64  # of a Parquet file at once: they may be whole books
 
@@ -45,7 +46,7 @@ class Source:
 
 
 def open_source(spec: str) -> Source | None:
-    """The records at ``jsonl:PATH[:field]``, ``parquet:PATH[:column]``, a path with such a suffix, or
+    """The records at ``jsonl:PATH[:field]``, ``parquet:PATH[:column]``, a path with such a suffix or to Parquet, or
     ``hf:dataset[/config][:split[:column]]`` (of the hub, or a local directory, also one of `save_to_disk`); None for
     anything else. Of a directory, its files of the kind, recursively, sorted. Field and column are `text` when not
     given. Raises InputError when there is no such file, or a data set cannot be opened."""
@@ -53,13 +54,15 @@ def open_source(spec: str) -> Source | None:
     if kind == "hf" and colon:
         return _hugging_face(spec)
     if not colon or kind not in SUFFIXES:
-        found = [k for k, suffixes in SUFFIXES.items() if spec.endswith(suffixes)]
-        if not found or kind in ("file", "dir"):
+        kinds = [k for k, suffixes in SUFFIXES.items() if spec.endswith(suffixes)]
+        if not kinds and _is_parquet(home_path(spec)):
+            kinds = ["parquet"]
+        if not kinds or kind in ("file", "dir"):
             return None
-        kind, rest = found[0], spec
-    path, field = Path(rest).expanduser(), "text"
+        kind, rest = kinds[0], spec
+    path, field = home_path(rest), "text"
     if not path.exists() and ":" in rest:
-        path, field = Path(rest.rpartition(":")[0]).expanduser(), rest.rpartition(":")[2]
+        path, field = home_path(rest.rpartition(":")[0]), rest.rpartition(":")[2]
     files = [path] if path.is_file() else [path / n for n in walk(path) if n.endswith(SUFFIXES[kind])]
     if not files:
         raise InputError(f"no {kind} files at {path}")
@@ -98,25 +101,22 @@ def _document(value: str) -> bytes:
 
 
 def _jsonl(path: Path, field: str) -> Iterator[bytes]:
-    import pyarrow
-
     number = 0
     try:
-        with pyarrow.input_stream(str(path), compression="detect") as stream:
-            for number, line in enumerate(io.BufferedReader(stream, 1 << 16), 1):
-                if not line.strip():
-                    continue
-                try:
-                    text = _field(json.loads(line), field)
-                except json.JSONDecodeError as error:
-                    raise InputError(f"{path}:{number}: not JSON ({error.msg} at column {error.colno})") from None
-                except UnicodeDecodeError:
-                    raise InputError(f"{path}:{number}: not UTF-8 text") from None
-                except InputError as error:
-                    raise InputError(f"{path}:{number}: {error}") from None
-                if text:
-                    yield _document(text)
-    except (OSError, pyarrow.ArrowException) as error:
+        for number, line in enumerate(lines(path), 1):
+            if not line.strip():
+                continue
+            try:
+                text = _field(json.loads(line), field)
+            except json.JSONDecodeError as error:
+                raise InputError(f"{path}:{number}: not JSON ({error.msg} at column {error.colno})") from None
+            except UnicodeDecodeError:
+                raise InputError(f"{path}:{number}: not UTF-8 text") from None
+            except InputError as error:
+                raise InputError(f"{path}:{number}: {error}") from None
+            if text:
+                yield _document(text)
+    except (*DAMAGED, UnicodeError) as error:
         raise InputError(f"{path}: cannot be read after line {number} ({_one_line(error)})") from None
 
 
@@ -131,6 +131,15 @@ def _field(record: Any, field: str) -> str | None:
     return record[field]
 
 
+def _is_parquet(path: Path) -> bool:
+    """Whether a file begins and ends as Parquet does."""
+    try:
+        with path.open("rb") as file:
+            return file.read(4) == b"PAR1" and file.seek(-4, 2) > 0 and file.read() == b"PAR1"
+    except (OSError, ValueError):  # (a name with NUL)
+        return False
+
+
 def _parquet(path: Path, column: str) -> Iterator[bytes]:
     import pyarrow
     from pyarrow import parquet
@@ -142,7 +151,8 @@ def _parquet(path: Path, column: str) -> Iterator[bytes]:
             if column not in schema.names:
                 raise InputError(f"{path}: no column {column!r} (columns: {', '.join(schema.names)})")
             kind = schema.field(column).type
-            if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+            value = kind.value_type if pyarrow.types.is_dictionary(kind) else kind  # a category of pandas' or Polars'
+            if str(value) not in ("string", "large_string", "string_view"):  # (the last is new in pyarrow 16)
                 raise InputError(f"{path}: column {column!r} is {kind}, not text")
             for batch in file.iter_batches(ROWS, columns=[column]):
                 yield from (_document(text) for text in batch.column(0).to_pylist() if text)

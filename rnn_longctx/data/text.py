@@ -7,16 +7,23 @@ standard library, are text to *train* on. Both are on every machine.
 from __future__ import annotations
 
 import hashlib
+import json
+import logging
+import lzma
 import site
 import sysconfig
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
+from importlib import resources
 from pathlib import Path
 
 import numpy as np
 
+from rnn_longctx.config import home_path
+from rnn_longctx.data.content import read_text
+from rnn_longctx.data.pieces import encode_after
 from rnn_longctx.data.sources import Shard, Source, identity, open_source, walk
 from rnn_longctx.data.tokenizers import Tokenizer
 from rnn_longctx.errors import InputError
@@ -97,7 +104,8 @@ def tokens(text: Text, tokenizer: Tokenizer, i: int, n: int) -> tuple[np.ndarray
     have = position = 0
     while have < n and position < len(ring):
         stop = _cut(ring, position)
-        new_ids, new_sizes = tokenizer.encode_with_bytes(ring[position:stop])
+        before = ring[max(0, position - 4) : position].decode("utf-8", "ignore")[-1:].strip("\0")  # a document's end
+        new_ids, new_sizes = encode_after(tokenizer, before, ring[position:stop])
         ids.append(new_ids)
         sizes.append(new_sizes)
         have, position = have + len(new_ids), stop
@@ -111,12 +119,17 @@ def load_text(spec: str | Path | Text) -> Text:
 
     stdlib         the standard library's .py files, without tests; to evaluate on
     site-packages  installed packages' .py files, less copies of stdlib code and this package; to train on
-    builtin        this package's own source, on every machine; to calibrate on where nothing is named
-    file           its bytes as they are, one document (file:PATH, where the name ends like one of records)
-    directory      its regular text files, recursively, sorted, less hidden files and those with NUL bytes
+    builtin        81 files of Python that come with the package, 621,021 bytes, the same in every version and
+                   installation; to calibrate on where nothing is named
+    file           its text, one document but for NUL bytes (file:PATH, where the name ends like one of records)
+    directory      its text files, recursively, sorted, less hidden files and those with NUL bytes; what else is left
+                   out, because it is no text or cannot be read, is counted in a warning
     records        ``jsonl:PATH[:field]``, ``parquet:PATH[:column]``, ``hf:dataset[/config][:split[:column]]``, or a
                    file by its suffix (.jsonl, .jsonl.gz, .jsonl.zst, .parquet): a document each; see
                    `rnn_longctx.data.sources`
+
+    What a file holds is told by its bytes: packed ones are unpacked, UTF-16 and UTF-32 become UTF-8
+    (`rnn_longctx.data.content`).
 
     Raises InputError when it is missing or empty, or no text at all.
     """
@@ -131,17 +144,20 @@ def load_text(spec: str | Path | Text) -> Text:
     elif name == "site-packages":
         text = Text(name, b"\0".join(_site_packages()))
     elif name == "builtin":
-        root = Path(__file__).parents[1]
-        text = Text(name, b"\0".join(_read_all([root / n for n in walk(root, ".py", _TESTS)])))
+        text = Text(name, lzma.decompress(resources.files("rnn_longctx.data").joinpath("builtin.txt.xz").read_bytes()))
     elif records is not None:
         text = Text(records.name, b"\0".join(records.documents()))
     else:
-        path = Path(name.removeprefix("file:").removeprefix("dir:")).expanduser()
+        path = home_path(name.removeprefix("file:").removeprefix("dir:"))
         if path.is_dir():
-            documents = [d for d in _read_all([path / p for p in walk(path)]) if d and b"\0" not in d]
-            text = Text(f"dir:{path.resolve().name}", b"\0".join(documents))
+            _not_a_model(path)
+            label = f"dir:{path.resolve().name}"
+            text = Text(label, b"\0".join(_texts([path / p for p in walk(path)], label)))
         elif path.is_file():
-            text = Text(f"file:{path.name}", _read(path))
+            text = Text(f"file:{path.name}", read_text(path))
+            if not name.startswith("file:") and _json_lines(text.data):
+                said = "%s is read as plain text, but holds JSON Lines: jsonl:%s[:field] reads a field of each"
+                logging.getLogger(__name__).warning(said, path, path)
         else:
             raise InputError(f"no text at {name}; expected {SOURCES}")
     if not text.data:
@@ -151,31 +167,63 @@ def load_text(spec: str | Path | Text) -> Text:
 
 def open_streamed(spec: str) -> Source | None:
     """A text to be streamed, not held: files of records, and directories of more than a gibibyte. None for others."""
-    path = Path(spec.removeprefix("dir:")).expanduser()
+    path = home_path(spec.removeprefix("dir:"))
     if (records := open_source(spec)) is not None or not path.is_dir():
         return records
     files = [f for f in (path / name for name in walk(path)) if f.is_file()]
     sizes = [f.stat().st_size for f in files]
     if sum(sizes) <= HELD:
         return None
+    name = f"dir:{path.resolve().name}"
     groups: dict[int, list[Path]] = {}
     before = 0
     for file, size in zip(files, sizes):
         groups.setdefault(before // GROUP, []).append(file)
         before += size
-    shards = [Shard(identity(group), lambda group=group: _files(group)) for group in groups.values()]  # type: ignore[misc]
-    return Source(f"dir:{path.resolve().name}", f"dir:{path.resolve()}", shards)
+    shards = [Shard(identity(group), lambda group=group: _texts(group, name)) for group in groups.values()]  # type: ignore[misc]
+    return Source(name, f"dir:{path.resolve()}", shards)
 
 
-def _files(paths: list[Path]) -> Iterator[bytes]:
-    for path in paths:
-        data = _read(path)
-        if data and b"\0" not in data:
-            try:
-                data.decode("utf-8")
-            except UnicodeDecodeError as error:
-                raise InputError(f"{path}: not UTF-8 text at byte {error.start}") from None
-            yield data
+def _texts(paths: list[Path], label: str) -> Iterator[bytes]:
+    """The texts of files, in order, read by threads: there may be tens of thousands. What is left out is counted in a
+    warning."""
+
+    def read(path: Path) -> bytes | str:
+        if not path.is_file():
+            return f"{path.name} cannot be read"  # a broken link, a pipe
+        try:
+            data = read_text(path)
+        except InputError as error:
+            return str(error).replace(str(path), path.name, 1)
+        return f"{path.name} holds NUL bytes" if b"\0" in data else data
+
+    left_out = []
+    with ThreadPoolExecutor(16) as pool:
+        for text in pool.map(read, paths, chunksize=64):
+            if isinstance(text, str):
+                left_out.append(text)
+            elif text:
+                yield text
+    if left_out:
+        some = "; ".join(left_out[:3]) + (f"; and {len(left_out) - 3} more" if len(left_out) > 3 else "")
+        logging.getLogger(__name__).warning(
+            "%s: %d of %d files are left out: %s", label, len(left_out), len(paths), some
+        )
+
+
+def _not_a_model(folder: Path) -> None:
+    weights = [f.name for pattern in ("*.safetensors", "pytorch_model*.bin") for f in folder.glob(pattern)]
+    if (folder / "config.json").is_file() and weights:
+        raise InputError(f"{folder} is a model (config.json, {sorted(weights)[0]}), not text; expected {SOURCES}")
+
+
+def _json_lines(data: bytes) -> bool:
+    """Whether a text begins with two lines of JSON, each an object."""
+    try:
+        two = [json.loads(line) for line in data[: 2 * BLOCK].split(b"\n", 2)[:2]]
+    except (ValueError, RecursionError):
+        return False
+    return len(two) == 2 and all(isinstance(line, dict) for line in two)
 
 
 def _cut(data: bytes, position: int) -> int:
@@ -254,10 +302,3 @@ def _read_all(paths: list[Path], smallest: int = 0, largest: int | None = None) 
         for data in pool.map(read, paths, chunksize=64):
             if data is not None:
                 yield data
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise InputError(f"cannot read text {path}: {error.strerror}") from None

@@ -2,10 +2,14 @@
 
 A NUL byte separates documents. Losses per byte need ``nbytes``: it always sums to the bytes of text that went
 in, so a text's loss per byte can be compared between tokenizers.
+
+A model's vocabulary may be larger than its tokenizer's (50277 tokens padded to 50288 rows, say). A row that stands for
+no token is never said (`rnn_longctx.models.stops`) and has no text: `decode` raises InputError for its id.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
@@ -14,13 +18,17 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from rnn_longctx.config import home_path
 from rnn_longctx.errors import InputError
 
 _FILES = ["config.json", "*tokenizer*", "special_tokens*", "added_tokens.json", "vocab*", "merges.txt"]
 
 
 class Tokenizer(Protocol):
-    """What the library asks of a tokenizer. Ids and byte counts are int64 arrays of shape (tokens,)."""
+    """What the library asks of a tokenizer. Ids and byte counts are int64 arrays of shape (tokens,).
+
+    `vocab_size` is the largest id + 1. Where ids below it stand for no token, an attribute `unused` lists them.
+    """
 
     name: str
     vocab_size: int
@@ -31,6 +39,8 @@ class Tokenizer(Protocol):
     def decode(self, ids: Any) -> str: ...
 
     def encode_with_bytes(self, data: bytes) -> tuple[np.ndarray, np.ndarray]: ...
+
+    def __hash__(self) -> int: ...
 
 
 class ByteTokenizer:
@@ -45,7 +55,8 @@ class ByteTokenizer:
         return np.frombuffer(raw, dtype=np.uint8).astype(np.int64)
 
     def decode(self, ids: Any) -> str:
-        return np.asarray(ids, dtype=np.int64).astype(np.uint8).tobytes().decode("utf-8", errors="replace")
+        """Return the text of ids; bytes that are no UTF-8 become U+FFFD. Raises InputError for an id beyond 255."""
+        return _known(self, ids).astype(np.uint8).tobytes().decode("utf-8", errors="replace")
 
     def encode_with_bytes(self, data: bytes) -> tuple[np.ndarray, np.ndarray]:
         ids = self.encode(data)
@@ -61,7 +72,8 @@ class HFTokenizer:
     counted to the next token.
     """
 
-    def __init__(self, tokenizer: Any, name: str | None = None, eos_id: int | None = None):
+    def __init__(self, tokenizer: Any, name: str | None = None, eos_id: int | None = None, folder: Path | None = None):
+        """folder: where it was read from, if not by transformers."""
         from tokenizers import Tokenizer as Fast
 
         backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
@@ -75,10 +87,13 @@ class HFTokenizer:
         self._fast.no_truncation()
         self._fast.no_padding()
         self._fast.encode_special_tokens = True
+        self._folder, self._theirs = folder, None if isinstance(tokenizer, Fast) else tokenizer
         name = name or str(getattr(tokenizer, "name_or_path", "") or "tokenizer")
         # Two folders of one name may hold two tokenizers: the name says which one this is.
         self.name = f"{name} {hashlib.sha256(self._fast.to_str().encode()).hexdigest()[:8]}"
-        self.vocab_size = self._fast.get_vocab_size()
+        tokens = np.array(sorted(self._fast.get_vocab(with_added_tokens=True).values()), dtype=np.int64)
+        self.vocab_size = int(tokens[-1]) + 1 if len(tokens) else 0
+        self.unused = np.setdiff1d(np.arange(self.vocab_size), tokens)
         self.eos_id = eos_id if eos_id is not None else getattr(tokenizer, "eos_token_id", None)
 
     def encode(self, data: bytes | str) -> np.ndarray:
@@ -90,7 +105,24 @@ class HFTokenizer:
         return np.concatenate([part for each in ids for part in (end, each)][1:])
 
     def decode(self, ids: Any) -> str:
-        return self._fast.decode(np.asarray(ids, dtype=np.int64).tolist(), skip_special_tokens=False)
+        """Return the text of ids, special tokens included. Raises InputError for an id that stands for no token."""
+        return self._fast.decode(_known(self, ids).tolist(), skip_special_tokens=False)
+
+    def transformers(self) -> Any:
+        """Return it as transformers reads prompts: with its BOS, special tokens in a text as one id each, and its chat
+        template. It is the caller's own tokenizer where one was given."""
+        if self._theirs is None:
+            from tokenizers import Tokenizer as Fast
+            from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+            if self._folder is not None:
+                with contextlib.suppress(Exception):  # transformers raises many kinds; tokenizer.json has been read
+                    self._theirs = AutoTokenizer.from_pretrained(self._folder)
+            if self._theirs is None:
+                end = None if self.eos_id is None else self._fast.id_to_token(self.eos_id)
+                copy = Fast.from_str(self._fast.to_str())  # one in which text is read as special tokens
+                self._theirs = PreTrainedTokenizerFast(tokenizer_object=copy, eos_token=end)
+        return self._theirs
 
     def _documents(self, data: bytes) -> list[str]:
         try:
@@ -127,7 +159,7 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
         raise InputError(f'a tokenizer is named by "bytes", a directory or a hub id; got {given}')
     if str(spec) == "bytes":
         return ByteTokenizer()
-    directory = Path(spec)
+    directory = home_path(spec)
     file = directory / "tokenizer.json"
     if file.is_file():
         from tokenizers import Tokenizer as Fast
@@ -137,7 +169,7 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
             eos = _eos_token(directory)
         except Exception as error:
             raise InputError(f"cannot read tokenizer {file}: {_one_line(error)}") from None
-        return HFTokenizer(fast, directory.resolve().name, fast.token_to_id(eos) if eos else None)
+        return HFTokenizer(fast, directory.resolve().name, fast.token_to_id(eos) if eos else None, directory)
     if directory.exists() and not (directory / "tokenizer_config.json").is_file():
         raise InputError(f"{spec} holds no tokenizer.json; expected a tokenizer directory, a hub id or bytes")
     if not directory.exists() and (isinstance(spec, Path) or not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", spec)):
@@ -152,6 +184,17 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
         what = "" if directory.exists() else ", which is neither a directory nor a hub id that can be reached"
         raise InputError(f"cannot load tokenizer {str(spec)!r}{what}: {_one_line(error)}") from None
     return HFTokenizer(tokenizer, directory.resolve().name if directory.exists() else str(spec))
+
+
+def _known(tokenizer: Tokenizer, ids: Any) -> np.ndarray:
+    """The ids (tokens,), or InputError where one of them stands for no token."""
+    ids = np.asarray(ids, dtype=np.int64)
+    strange = ids[(ids < 0) | (ids >= tokenizer.vocab_size) | np.isin(ids, getattr(tokenizer, "unused", ()))]
+    if len(strange):
+        count = tokenizer.vocab_size - len(getattr(tokenizer, "unused", ()))
+        has = f"tokenizer {tokenizer.name} has {count}, their ids lie in 0 to {tokenizer.vocab_size - 1}"
+        raise InputError(f"id {strange[0]} stands for no token: {has}")
+    return ids
 
 
 def _byte_ends(text: str) -> np.ndarray:

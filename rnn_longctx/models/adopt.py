@@ -11,36 +11,23 @@ and step are ours (`rnn_longctx.models.adopt_transformers`, `rnn_longctx.models.
 
 from __future__ import annotations
 
-import inspect
-import itertools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
-from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch import nn
 
 from rnn_longctx.config import parse_length
 from rnn_longctx.errors import InputError
-from rnn_longctx.models import adopt_rows
-from rnn_longctx.models.adopt_cache import AdoptedCache
-from rnn_longctx.models.adopt_mamba1 import AdoptedMamba1, is_mamba1
-from rnn_longctx.models.adopt_transformers import AdoptedMixer, cache_name, is_mamba2, is_mamba_ssm
-from rnn_longctx.models.checkpoint import LazyTokenizer, _device, _dtype, _fits, load, locate, tokenizer_of
+from rnn_longctx.models.adopt_model import Adopted
+from rnn_longctx.models.adopt_transformers import UNLIMITED, is_mamba_ssm
+from rnn_longctx.models.checkpoint import _device, _dtype, _fits, load, locate, tokenizer_of
 from rnn_longctx.models.formats import ADOPTED, one_line, read_json
-from rnn_longctx.models.losses import token_losses
-from rnn_longctx.models.mamba2 import Mamba2LM, rows_of, state_dtype
-from rnn_longctx.models.restart import Restart, read_restarting
-from rnn_longctx.models.weights import computes_in, hash_of
-from rnn_longctx.ssd import PLAIN, Call, asked_of, choose
+from rnn_longctx.models.mamba2 import Mamba2LM, dt_limits
+from rnn_longctx.models.weights import computes_in
+from rnn_longctx.models.wrapped import innermost, unwrapped
 
 _KEY = "_rnn_longctx_adopted"
-_reading: ContextVar[bool] = ContextVar("reading", default=False)  # whether it is we who call the library's forward
 
 
 def adopt(model: nn.Module | Adopted, *, name: str | None = None, tokenizer: Any = None,
@@ -50,7 +37,8 @@ def adopt(model: nn.Module | Adopted, *, name: str | None = None, tokenizer: Any
     Families: those of transformers with Mamba-2 mixers (Mamba2, Bamba, FalconH1, GraniteMoeHybrid, NemotronH, Zamba2),
     and with Mamba-1's (Mamba, FalconMamba, Jamba), each of whose channels is a head; and those of mamba_ssm with its
     Mamba2 or Mamba2Simple mixers (`rnn_longctx.models.adopt_mamba_ssm`).
-    Adopting a model again returns the same object, with what is newly given filled in.
+    Adopting a model again returns the same object, with what is newly given filled in. A wrapper that only passes
+    everything on is adopted as the model inside it (`rnn_longctx.models.wrapped`).
 
     Args:
         name: for results; None takes the one in its config.
@@ -59,15 +47,20 @@ def adopt(model: nn.Module | Adopted, *, name: str | None = None, tokenizer: Any
         time_step_limit_in_decode: let single-token steps respect the limits of dt. The library does not, so that a
             cached token and the same token in a prompt differ where the limits bite. Our step runs then.
     Raises:
-        InputError: no model, no such mixer in it, one of this library's own, or a transformers older than 5.15.
+        InputError: no model, no such mixer in it, one of this library's own, a wrapper that does more than pass
+            everything on, or a transformers older than 5.15.
     """
     length = None if train_length is None else parse_length(train_length, "train_length")
-    if isinstance(model, Mamba2LM):
-        raise InputError(f"{model.name} is this library's own and needs no adopting: give these to rnn_longctx.load")
+    if isinstance(own := innermost(model), Mamba2LM):
+        raise InputError(f"{own.name} is this library's own and needs no adopting: give these to rnn_longctx.load")
     if not isinstance(model, Adopted | nn.Module):
         what = f"the name {model!r}" if isinstance(model, str) else f"{type(model).__name__} {model!r:.40}"
-        raise InputError(f'expected a model, got {what}: load one first, as in rnn_longctx.load("demo")')
-    found = model if isinstance(model, Adopted) else adopted(model) or _made(model)
+        helps = 'load one first, as in rnn_longctx.load("demo")'
+        if isinstance(getattr(model, "model", None), nn.Module):  # a pipeline, a Trainer
+            helps = "give the model inside it, its .model"
+        raise InputError(f"expected a model, got {what}: {helps}")
+    inner = model if isinstance(model, Adopted) else unwrapped(model)
+    found = inner if isinstance(inner, Adopted) else adopted(inner) or _made(inner)
     found.model.__dict__[_KEY] = found
     found.name = name or found.name
     found.train_length = length or found.train_length
@@ -98,13 +91,21 @@ def load_adopted(source: str | Path, *, device: torch.device | str = "cpu", dtyp
     spec: Any = tokenizer or tokenizer_of(directory)
     if spec is None:
         raise InputError(f"{name} comes without a tokenizer: name one with --tokenizer")
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     device, wanted, found = _device(device), _dtype(dtype), load_tokenizer(spec)
     try:
-        read: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=wanted, output_loading_info=True)
+        settings: Any = AutoConfig.from_pretrained(directory)
+        if hasattr(settings, "time_step_limit"):
+            limits = settings.time_step_limit
+            settings.time_step_limit = UNLIMITED if limits is None else dt_limits(limits, "time_step_limit")
+        read: Any = AutoModelForCausalLM.from_pretrained(
+            directory, config=settings, dtype=wanted, output_loading_info=True
+        )
         model, told = read[0].to(device), read[1]
-    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+    except InputError as error:
+        raise InputError(f"{config}: {error}") from None
+    except Exception as error:  # a config of nonsense raises nearly anything
         raise InputError(f"transformers cannot read {name}: {one_line(error)}") from None
     if told["missing_keys"]:  # which transformers draws at random
         raise InputError(f"{name} lacks {len(told['missing_keys'])} weights, {min(told['missing_keys'])} among them")
@@ -134,260 +135,17 @@ def _made(model: nn.Module) -> Adopted:
 
 
 def adopted(model: Any) -> Adopted | None:
-    """What `adopt` made of a model, or None if it has not been adopted."""
-    known = getattr(model, "__dict__", {}).get(_KEY)
-    return known if known is not None and known.model is model else None
+    """Return what `adopt` made of a model, or of the one inside a wrapper, or None if it has not been adopted."""
+    inner = innermost(model)
+    known = getattr(inner, "__dict__", {}).get(_KEY)
+    return known if known is not None and known.model is inner else None
 
 
 def reader_of(model: Any) -> Any:
-    """The model as this library reads it: its own as it is, one of another library adopted. InputError: see `adopt`."""
-    return model if hasattr(model, "mixers") else adopt(model)
-
-
-class Adopted:
-    """A model of another library as a stream. The interface is `Mamba2LM`'s.
-
-    Attributes:
-        model: the library's, as it was given.
-        mixers: its recurrent layers, in order.
-        name, train_length, tokenizer, calibration, restart, reader: as in `Mamba2LM`.
-    """
-
-    library = "transformers"
-    kinds: ClassVar[list[tuple[Callable, type[AdoptedMixer]]]] = [
-        (is_mamba2, AdoptedMixer), (is_mamba1, AdoptedMamba1)
-    ]  # fmt: skip
-
-    def __init__(self, model: nn.Module):
-        self.model: Any = model
-        self.mixers = [make(m, name) for name, m in model.named_modules() for fits, make in self.kinds if fits(m)]
-        if not self.mixers:
-            raise InputError(_nothing_found(model))
-        config: Any = getattr(model, "config", None)
-        self.config: Any = config.get_text_config() if hasattr(config, "get_text_config") else config
-        self.name = str(getattr(config, "_name_or_path", "") or type(model).__name__)
-        self.train_length: int | None = None
-        self.tokenizer: Any = LazyTokenizer(tokenizer_of(self.name), self.name, getattr(self.config, "vocab_size", 0))
-        self.calibration: dict | None = None
-        self.provenance: dict = {}
-        self.restart: Restart | None = None
-        self.reader: Any = None
-        self._ways: str = ""  # the remedies that its own forward refuses, and the hooks that do
-        self._guards: list[RemovableHandle] = []
-        self.base: Any = getattr(model, "base_model", model)  # without the head
-        self._takes = set(inspect.signature(self.base.forward).parameters)
-
-    @cached_property
-    def weights_hash(self) -> str:
-        """See `hash_of`."""
-        return hash_of(self.model)
-
-    @property
-    def scan_state_elements(self) -> int:
-        return sum(m.heads * m.headdim * m.d_state for m in self.mixers)
-
-    @property
-    def conv_state_elements(self) -> int:
-        convs = [m.module.conv1d for m in self.mixers]
-        return sum(c.in_channels * (c.kernel_size[0] - 1) for c in convs)
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        return self.model.parameters()
-
-    @property
-    def backend(self) -> str:
-        """The scan that the present policies choose here; the library's name where its own runs."""
-        names = set()
-        for m in self.mixers:
-            call = Call(
-                self.device, asked_of(self.dtype, m.state_dtype), isinstance(m, AdoptedMamba1), m.headdim, m.d_state
-            )
-            names.add(choose(m.policy, m.backend, call).name if m.active else self.library)
-        return "+".join(sorted(names))
-
-    def use_backend(self, name: str | None) -> None:
-        """Force one scan backend for every layer (None: choose), wherever a policy is active."""
-        choose(PLAIN, name)
-        for mixer in self.mixers:
-            mixer.backend = name
-
-    @property
-    def attends(self) -> bool:
-        """Whether attention stands beside the recurrence: a hybrid keeps keys and values, a pure model states alone."""
-        return not self._takes.isdisjoint(("past_key_values", "position_ids"))
-
-    @property
-    def state_dtype(self) -> torch.dtype | None:
-        return self.mixers[0].state_dtype
-
-    def use_state_dtype(self, dtype: torch.dtype | str | None) -> None:
-        """As `Mamba2LM.use_state_dtype`, in the model's own forward and generate too: our scan runs then, under any
-        policy."""
-        found = state_dtype(dtype, self.dtype)
-        for mixer in self.mixers:
-            mixer.state_dtype = found
-            mixer.policy = mixer.policy
-
-    def refuse_own(self, ways: str) -> None:
-        """Let the library's own forward and generate raise InputError: remedies are on that are ways to read, and only
-        our reading follows them. ways: their names; none lets it work again."""
-        while self._guards:
-            self._guards.pop().remove()
-        self._ways = ways
-        # (the first mixer's, since a call of base.forward passes the hooks of base itself by)
-        guarded = (self.base, self.mixers[0].module) if ways else ()
-        self._guards = [module.register_forward_pre_hook(self._refuse) for module in guarded]
-
-    @contextmanager
-    def reading(self) -> Iterator[None]:
-        """Parts of the library's model may be called, whatever `refuse_own` was told: it is we who read."""
-        ours = _reading.set(True)
-        try:
-            yield
-        finally:
-            _reading.reset(ours)
-
-    @torch.compiler.disable
-    def _refuse(self, module: nn.Module, args: Any) -> None:
-        if not _reading.get():
-            raise InputError(
-                f"{self._ways} is on {self.name} and is a way to read, which its own forward and generate do not "
-                "follow: read with rnn_longctx.generate or rnn_longctx.evaluate, or remove() it"
-            )
-
-    @property
-    def embedding(self) -> Any:
-        return self.model.get_input_embeddings()
-
-    @property
-    def head(self) -> Any:
-        """The map from hidden states to logits, or None."""
-        return self.model.get_output_embeddings()
-
-    @property
-    def d_model(self) -> int:
-        return self.config.hidden_size
-
-    @property
-    def device(self) -> torch.device:
-        weight = getattr(self.embedding, "weight", None)
-        return (weight if isinstance(weight, Tensor) else next(self.parameters())).device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What the embedding's weights are of; where those are packed, the first parameter that is not."""
-        weights = itertools.chain([getattr(self.embedding, "weight", None)], self.parameters())
-        return next((d for d in map(computes_in, weights) if d is not None), torch.float32)
-
-    # --- reading
-
-    def __call__(self, ids: Tensor, cache: AdoptedCache | None = None, mask: Tensor | None = None,
-                 reset: Tensor | None = None) -> Tensor:  # fmt: skip
-        return self.forward(ids, cache, mask, reset)
-
-    def forward(self, ids: Tensor, cache: AdoptedCache | None = None, mask: Tensor | None = None,
-                reset: Tensor | None = None) -> Tensor:  # fmt: skip
-        """Read ids (B, T) and return the hidden states (B, T, d_model) after the last norm.
-
-        Args:
-            cache: what the stream has read so far; it is moved on in place. None starts and forgets a stream.
-            mask: (B, T) bool, False at left padding (only before a row's first token).
-            reset: (B, T) bool, True where a new document begins. Each is read as a row of its own, in its own call of
-                the model, so that documents cost what they would unpacked.
-        """
-        cache = cache if cache is not None else self.new_cache()
-        if mask is not None and bool(mask.all()):
-            mask = None
-        if reset is not None and bool(reset.any()):
-            if mask is not None or self.restart is not None:
-                raise InputError("documents packed into one row go with no padding and no control in an adopted model")
-            return adopt_rows.read_packed(self, ids, cache, reset)
-        if self.restart is not None:
-            if mask is not None or len(set(cache.position.tolist())) > 1:
-                raise InputError(f"the control {self.restart} needs rows of equal lengths in an adopted model")
-            return read_restarting(self.read, self.restart, ids, cache, None)  # type: ignore[arg-type]
-        return self.read(ids, cache, mask)
-
-    def read(self, ids: Tensor, cache: AdoptedCache, mask: Tensor | None = None) -> Tensor:
-        """`forward` without the reader's control."""
-        batch, length = ids.shape
-        if cache.seen and len(cache.position) != batch:
-            raise InputError(f"the cache holds {len(cache.position)} rows, the ids {batch}")
-        if not length:
-            return torch.zeros(batch, 0, self.d_model, dtype=self.dtype, device=self.device)
-        before = cache.position if cache.seen else torch.zeros(batch, dtype=torch.int64)
-        padding = cache.padding if cache.padding is not None else torch.zeros(batch, dtype=torch.int64)
-        read = torch.full((batch,), length) if mask is None else mask.sum(1).cpu()
-        if mask is not None:
-            begun = torch.arange(length) >= length - read[:, None]
-            if bool((begun != mask.cpu().bool()).any()) or bool(((read < length) & (before > 0)).any()):
-                raise InputError("padding may stand only before a row's first token (left padding)")
-            if length == 1:
-                raise InputError("padding is read together with at least one token more: the library does not mask one")
-            padding = padding + length - read
-        with self.reading():
-            hidden = self._call(ids, cache, mask, before, padding)
-        cache.seen, cache.padding, cache.position = cache.seen + length, padding, before + read
-        return hidden
-
-    def _call(self, ids: Tensor, cache: AdoptedCache, mask: Tensor | None, before: Tensor, padding: Tensor) -> Tensor:
-        """The library reads ids (B, T), T > 0, and its cache is moved on. before, padding: (B,) on the CPU, tokens read
-        before and columns of padding up to here."""
-        total, length = cache.seen + ids.shape[1], ids.shape[1]
-        given: dict[str, Any] = {}
-        key = cache_name(self.base)
-        if bool(padding.any()) and (self.attends or mask is not None):
-            # a pure model's mask is of this call's tokens, a hybrid's of all
-            columns = torch.arange(cache.dropped if self.attends else cache.seen, total)
-            given["attention_mask"] = (columns >= padding[:, None]).long().to(ids.device)
-        if "position_ids" in self._takes:  # some families count a cached call's tokens from 0
-            at = (torch.arange(cache.seen, total) - padding[:, None]).clamp(min=0)
-            given["position_ids"] = at.to(ids.device)
-        forgetful = [m for m in self.mixers if isinstance(m, AdoptedMamba1) and cache.seen and length > 1]
-        try:
-            for each in forgetful:
-                each.continue_stream(True)
-            if cache.library is not None:
-                for mixer in self.mixers:
-                    if mixer.active:
-                        mixer.place(mixer.layer_of(cache.library), before)
-            out = self.base(input_ids=ids, use_cache=True, return_dict=True, **{key: cache.library}, **given)
-        finally:
-            for each in forgetful:
-                each.continue_stream(False)
-        cache.library = out[key]
-        return out[0]
-
-    def stream(self, ids: Tensor, cache: AdoptedCache | None = None, segment: int = 4096) -> Iterator[Tensor]:
-        """Hidden states of ids (B, T), or (T), a segment at a time, in the memory of one (and attention's cache)."""
-        ids, cache = rows_of(ids), self.new_cache() if cache is None else cache
-        for t in range(0, ids.shape[1], segment):
-            yield self(ids[:, t : t + segment].to(self.device), cache)
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """(..., vocab) float32 from hidden states (..., d_model)."""
-        head = self.head
-        if head is None:
-            raise InputError(f"{type(self.model).__name__} has no head for logits: load it as a causal language model")
-        logits = head(hidden.to(computes_in(getattr(head, "weight", None)) or hidden.dtype))
-        if (factor := getattr(self.config, "lm_head_multiplier", None)) is not None:  # FalconH1
-            logits = logits * factor
-        if (divisor := getattr(self.config, "logits_scaling", None)) is not None:  # GraniteMoeHybrid
-            logits = logits / divisor
-        return logits if logits.dtype == torch.float64 else logits.float()
-
-    def losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """-log p(target) in nats, (B, T), from hidden states (B, T, d_model); never all logits at once."""
-        return token_losses(self.logits, self.config.vocab_size, hidden, targets)
-
-    def new_cache(self) -> AdoptedCache:
-        return AdoptedCache(self.mixers)
-
-
-def _nothing_found(model: nn.Module) -> str:
-    looked = "no Mamba-2 mixer (A_log with one value a head, dt_bias, in_proj, conv1d), nor one of Mamba-1"
-    kinds = sorted({type(m).__name__ for m in model.modules() if m is not model and list(m.children())})
-    return f"{type(model).__name__} has {looked}; found {', '.join(kinds[:6]) or 'no submodules'}"
+    """Return a model as this library reads it: its own as it is, also from inside a wrapper (see `adopt`), one of
+    another library adopted. InputError: see `adopt`."""
+    inner = unwrapped(model) if isinstance(model, nn.Module) else model
+    return inner if hasattr(inner, "mixers") else adopt(model)
 
 
 def _tokenizer(tokenizer: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 
 import torch
@@ -15,6 +16,22 @@ from rnn_longctx.models.cache import Carry
 from rnn_longctx.ssd import ScanCarry
 
 
+@functools.cache
+def unattended() -> Any:
+    """Return the class of a transformers cache for hybrids whose layers are all recurrent: to make attention's mask,
+    which no layer takes, transformers (5.24) asks the first layer that attends how much it holds, and finds none."""
+    from transformers import DynamicCache
+
+    class Unattended(DynamicCache):
+        def get_seq_length(self, layer_idx: int = 0) -> int:
+            return 0
+
+        def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+            return query_length, 0
+
+    return Unattended
+
+
 class AdoptedCache:
     """A library's cache as a stream's: recurrent layers as carries, attention's beside them.
 
@@ -24,12 +41,16 @@ class AdoptedCache:
         seen, padding: columns read since the library's cache was new, and how many of them are a row's padding (B,).
         dropped: how many of the first columns attention holds no more.
         tail: see `Cache`.
+        torn: whether a call broke off (out of memory, an interrupt): the library moves its cache on layer by layer, and
+            some of its layers have read what others have not.
     """
+
+    torn = False
 
     def __init__(self, mixers: list[AdoptedMixer]):
         self.mixers = mixers
         self.library: Any = None
-        self.position = torch.zeros(0, dtype=torch.int64)
+        self.position = torch.zeros(0, dtype=torch.int64, device="cpu")
         self.seen = self.dropped = 0
         self.padding: Tensor | None = None
         self.tail: Tensor | None = None
@@ -55,7 +76,7 @@ class AdoptedCache:
     def layers(self, layers: list[Carry]) -> None:
         if layers:
             raise InputError("the layers of an adopted model's cache can be dropped, not replaced")
-        self.library, self.seen, self.padding, self.dropped = None, 0, None, 0
+        self.library, self.seen, self.padding, self.dropped, self.torn = None, 0, None, 0, False
 
     def crop_attention(self, tokens: int) -> None:
         """Drop attention's keys and values but for the last `tokens` columns. InputError: see `adopt_rows.attends`."""
@@ -70,7 +91,7 @@ class AdoptedCache:
 
     def rows(self, index: Tensor | list[int]) -> AdoptedCache:
         """The cache of some rows, in that order (beam search, ragged batches)."""
-        index = torch.as_tensor(index)
+        index = torch.as_tensor(index, device=getattr(index, "device", "cpu"))
         new = self.clone()
         if new.library is not None:
             new._reorder(index)

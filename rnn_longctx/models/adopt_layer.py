@@ -36,11 +36,11 @@ def following(base: Any) -> Any:
             self._select(beam_idx)
 
         def batch_repeat_interleave(self, repeats: int) -> None:
-            rows = torch.arange(len(self.recurrent_states[0])).repeat_interleave(repeats)
+            rows = torch.arange(len(self.recurrent_states[0]), device="cpu").repeat_interleave(repeats)
             self._move("batch_repeat_interleave", repeats, rows)
 
         def batch_select_indices(self, indices: Tensor) -> None:
-            rows = torch.arange(len(self.recurrent_states[0]))[indices.cpu()]  # (indices may be bool)
+            rows = torch.arange(len(self.recurrent_states[0]), device="cpu")[indices.cpu()]  # (indices may be bool)
             self._move("batch_select_indices", indices, rows)
 
         def reset(self) -> None:

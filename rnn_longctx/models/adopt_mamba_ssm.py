@@ -19,9 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rnn_longctx.errors import InputError
-from rnn_longctx.models.adopt import Adopted
+from rnn_longctx.models import adopt_rows
 from rnn_longctx.models.adopt_cache import AdoptedCache
 from rnn_longctx.models.adopt_layer import Beside
+from rnn_longctx.models.adopt_model import Adopted
 from rnn_longctx.models.adopt_transformers import UNLIMITED, AdoptedMixer, _Call, is_mamba_ssm
 from rnn_longctx.models.layers import causal_conv
 from rnn_longctx.ssd import tree_map
@@ -74,9 +75,18 @@ class MambaSSMMixer(AdoptedMixer):
     def keep(self, layer: Any, beside: Beside) -> None:
         layer.beside = beside
 
+    @property
+    def weight(self) -> Tensor:
+        """The convolution's, which is used without a call of its own. InputError where accelerate has taken it away."""
+        if (weight := self.module.conv1d.weight).is_meta:
+            raise InputError(
+                f"the weights of {self.name} are offloaded, and mamba_ssm's mixers are read whole: load it anew"
+            )
+        return weight
+
     def new_states(self, batch: int) -> tuple[Tensor, Tensor]:
         """What a row begins with: inputs of the convolution (B, channels, d_conv) and state (B, H, P, N), of zeros."""
-        weight = self.module.conv1d.weight
+        weight = self.weight
         kept = self.state_dtype or torch.promote_types(weight.dtype, torch.float32)
         conv = weight.new_zeros(batch, self.module.d_conv, len(weight)).transpose(1, 2)  # (laid out as the library's)
         return conv, torch.zeros(batch, *self.shape, dtype=kept, device=weight.device)
@@ -90,7 +100,7 @@ class MambaSSMMixer(AdoptedMixer):
             InputError: inference_params of `generate(cg=True)`; packed rows without seq_idx, or with a cache.
         """
         if not self.active:
-            return self._own["forward"](*args, **kwargs)
+            return self.own("forward")(*args, **kwargs)
         given = dict(zip(self._arguments, args)) | kwargs
         u, seqlen, seq_idx, params = (given.get(n) for n in ("u", "seqlen", "seq_idx", "inference_params"))
         if given.get("cu_seqlens") is not None and (params is not None or seq_idx is None):
@@ -113,7 +123,7 @@ class MambaSSMMixer(AdoptedMixer):
         """As the mixer's: hidden_states (B, T, d_model), T of any length; both states are moved on in place. States of
         zeros that have seen no policy begin a row."""
         if not self.active:
-            return self._own["step"](hidden_states, conv_state, ssm_state)
+            return self.own("step")(hidden_states, conv_state, ssm_state)
         known = getattr(ssm_state, "beside", None) is not None
         fresh = not known and not bool(ssm_state.any()) and not bool(conv_state.any())
         return self._layer(hidden_states, (conv_state, ssm_state), fresh, None, None), conv_state, ssm_state
@@ -121,7 +131,7 @@ class MambaSSMMixer(AdoptedMixer):
     def _layer(self, u: Tensor, states: tuple[Tensor, Tensor] | None, fresh: bool, mask: Tensor | None,
                seq_idx: Tensor | None) -> Tensor:  # fmt: skip
         """u and what is returned: (B, T, d_model). `fresh`: rows begin, whatever the states hold."""
-        m, (heads, headdim, d_state) = self.module, self.shape
+        m, (heads, headdim, d_state), _ = self.module, self.shape, self.weight
         projected = m.in_proj(u)
         both = m.ngroups * d_state
         mlp = (projected.shape[-1] - 2 * self.width - 2 * both - heads) // 2
@@ -172,6 +182,10 @@ class AdoptedMambaSSM(Adopted):
         return self.base.embedding
 
     @property
+    def attends(self) -> bool:
+        return len(getattr(self.base, "layers", ())) > len(self.mixers)
+
+    @property
     def head(self) -> Any:
         return getattr(self.model, "lm_head", None)
 
@@ -212,6 +226,21 @@ class AdoptedMambaSSM(Adopted):
 
 class MambaSSMCache(AdoptedCache):
     """See `AdoptedCache`; `library` is mamba_ssm's InferenceParams."""
+
+    @staticmethod
+    def concat(parts: list[AdoptedCache], order: list[int]) -> AdoptedCache:
+        """As `Cache.concat`."""
+        cat, new = adopt_rows.in_order(order), parts[0].clone()
+        held = new.library.key_value_memory_dict
+        for key in held:
+            pairs = [p.library.key_value_memory_dict[key] for p in parts]
+            besides: list[Any] = [getattr(state, "beside", None) for _, state in pairs]
+            held[key] = tuple(cat(list(tensors)) for tensors in zip(*pairs))
+            if besides[0] is not None:
+                held[key][1].beside = adopt_rows.join_besides(besides, cat)
+        new.library.max_batch_size = len(order)
+        adopt_rows.place(new, parts, cat)
+        return new
 
     def _reorder(self, index: Tensor) -> None:
         held = self.library.key_value_memory_dict

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,12 +12,12 @@ from torch import Tensor
 
 from rnn_longctx.errors import InputError
 from rnn_longctx.models.adopt_layer import Beside
-from rnn_longctx.models.cache import Cache, Carry, _zip_map
-from rnn_longctx.ssd import ScanCarry, window_state
+from rnn_longctx.models.cache import Cache, Carry, _zip_map, level_tails
+from rnn_longctx.ssd import ScanCarry, level, window_state
 
 if TYPE_CHECKING:
-    from rnn_longctx.models.adopt import Adopted
     from rnn_longctx.models.adopt_cache import AdoptedCache
+    from rnn_longctx.models.adopt_model import Adopted
 
 
 def concat(parts: list[AdoptedCache], order: list[int]) -> AdoptedCache:
@@ -23,22 +25,17 @@ def concat(parts: list[AdoptedCache], order: list[int]) -> AdoptedCache:
     at the left, as if so many columns of padding had stood before the row.
 
     Raises:
-        InputError: rows that stand at different places of a sliding window's blocks, or under a cropped attention.
+        InputError: rows under a cropped attention, and see `attends`.
     """
-    back = torch.empty(len(order), dtype=torch.int64)
-    back[torch.tensor(order)] = torch.arange(len(order))
-
-    def cat(tensors: list[Tensor]) -> Tensor:
-        return torch.cat(tensors)[back.to(tensors[0].device)]
-
-    new, seen = parts[0].clone(), max(p.seen for p in parts)
+    cat, new = in_order(order), parts[0].clone()
     if any(p.dropped for p in parts):
         raise InputError("rows whose attention was cropped cannot be put together")
     for i, layer in enumerate(new.library.layers):
         layers = [p.library.layers[i] for p in parts]
         for states in ("conv_states", "recurrent_states"):
-            for k in getattr(layer, states, ()):
-                getattr(layer, states)[k] = cat([getattr(each, states)[k] for each in layers])
+            for k, state in getattr(layer, states, {}).items():
+                if state is not None:  # (a layer of an MLP alone has places for states, in transformers 5.17)
+                    getattr(layer, states)[k] = cat([getattr(each, states)[k] for each in layers])
         if attends(layer):
             for what in ("keys", "values"):
                 tensors = [getattr(each, what) for each in layers]
@@ -46,13 +43,31 @@ def concat(parts: list[AdoptedCache], order: list[int]) -> AdoptedCache:
                 setattr(layer, what, cat([F.pad(t, (0, 0, longest - t.shape[2], 0)) for t in tensors]))
         besides: list[Any] = [getattr(each, "beside", None) for each in layers]
         if besides[0] is not None:
-            if len({b.window.x.shape[1] for b in besides if b.window}) > 1:
-                raise InputError("rows of unequal lengths under a sliding window cannot be put together")
-            layer.beside = _zip_map(cat, besides)
-    shifts = [torch.full((len(p.position),), seen - p.seen) for p in parts]
+            layer.beside = join_besides(besides, cat)
+    place(new, parts, cat)
+    return new
+
+
+def in_order(order: list[int]) -> Callable[[list[Tensor]], Tensor]:
+    """Puts tensors together whose i-th row belongs at row order[i]."""
+    back = torch.tensor(order, device="cpu").argsort()
+    return lambda tensors: torch.cat(tensors)[back.to(tensors[0].device)]
+
+
+def join_besides(besides: list[Beside], cat: Callable) -> Beside:
+    """What lies beside one layer's states, of all rows."""
+    if windows := [b.window for b in besides if b.window is not None]:
+        besides = [replace(b, window=w) for b, w in zip(besides, level(windows))]
+    return _zip_map(cat, besides)
+
+
+def place(new: AdoptedCache, parts: list[AdoptedCache], cat: Callable) -> None:
+    """Say where the rows of a cache stand that was made of others."""
+    seen = max(p.seen for p in parts)
+    shifts = [torch.full((len(p.position),), seen - p.seen, device="cpu") for p in parts]
     new.seen, new.position = seen, cat([p.position for p in parts])
     new.padding = cat([s if p.padding is None else s + p.padding for p, s in zip(parts, shifts)])
-    return new
+    new.tail = None if new.tail is None else cat(level_tails(parts))
 
 
 def read_packed(model: Adopted, ids: Tensor, cache: AdoptedCache, reset: Tensor) -> Tensor:
@@ -76,12 +91,14 @@ def read_packed(model: Adopted, ids: Tensor, cache: AdoptedCache, reset: Tensor)
 def to_cache(cache: AdoptedCache) -> tuple[Cache, dict[str, Tensor]]:
     """The recurrent layers as a `Cache`, and beside it the keys and values of attention, where it stands in the stream
     (columns read, columns dropped) and the rows' padding; new tensors or views. Raises InputError: see `attends`."""
-    found, extra = Cache([], cache.position, cache.tail), {"columns": torch.tensor([cache.seen, cache.dropped])}
+    found = Cache([], cache.position, cache.tail)
+    extra = {"columns": torch.tensor([cache.seen, cache.dropped], device="cpu")}
     if cache.padding is not None:
         extra["padding"] = cache.padding
     for mixer, carry in zip(cache.mixers, cache.layers):
         beside = mixer.beside(cache.library.layers[mixer.module.layer_idx])
-        if beside is not None and beside.log_decay is not None:
+        # (under no policy the library steps itself, past what lies beside)
+        if mixer.active and beside is not None and beside.log_decay is not None:
             state = carry.scan.state if beside.window is None else beside.window.block
             carry = Carry(carry.conv, ScanCarry(state, beside.position, beside.log_decay, beside.window))
         found.layers.append(carry)

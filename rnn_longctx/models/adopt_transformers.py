@@ -26,6 +26,9 @@ from torch import Tensor, nn
 
 from rnn_longctx.errors import InputError
 from rnn_longctx.models.adopt_layer import Beside, following
+from rnn_longctx.models.mamba2 import dt_limits
+from rnn_longctx.models.weights import held
+from rnn_longctx.models.wrapped import holds
 from rnn_longctx.ssd import PLAIN, Observer, ScanCarry, ScanPolicy, scan, window_state
 
 UNLIMITED = (0.0, math.inf)
@@ -44,10 +47,11 @@ class AdoptedMixer:
         backend: the scan to force, or None.
         state_dtype: see `scan`; another than None takes our scan, as a policy does.
         continuing: our scan runs under any policy, as long as it is set (see `continue_stream`).
+        stays: ours stand before the module's methods without a policy too, from `stand` on.
     """
 
     library = "transformers"
-    continuing = False
+    continuing = stays = False
     entries: tuple[str, ...] = ("forward",)  # the module's methods that ours stand before
 
     def __init__(self, module: nn.Module, name: str, time_step_limit_in_decode: bool = False):
@@ -63,15 +67,17 @@ class AdoptedMixer:
                 f"{name} is a mixer ({type(module).__name__}) that does not call {' and '.join(missing)}: "
                 f"transformers 5.15 or newer is needed, and a model of its own code"
             )
+        limits = dt_limits(self.dt_limit, f"{name}: the limits of dt")
+        if limits != self.dt_limit:  # its own forward would fail at the first token
+            raise InputError(f"{name}: the limits of dt, {self.dt_limit}, are beyond float32: {limits} says the same")
         self.heads, self.headdim, self.d_state = self.shape
         self.limit_in_decode = time_step_limit_in_decode
         self._arguments = list(inspect.signature(type(module).forward).parameters)[1:]
         self._policy = PLAIN
         self._observer: Observer | None = None
         self._era = 0
-        self._own: dict[str, Callable] = {}  # the mixer's own entries, while ours stand before them
+        self._stands = self._on = False  # whether ours stand before the mixer's own methods, and whether they act
         self._had: dict[str, Any] = {}  # what the instance itself held (a hook of accelerate)
-        self.policy = PLAIN
 
     @staticmethod
     def functions() -> dict[str, Any]:
@@ -92,7 +98,7 @@ class AdoptedMixer:
     @property
     def A(self) -> Tensor:
         """(H,) or (H, N) float32, the decay rates: -exp(A_log)."""
-        return -self.module.A_log.detach().float().exp()
+        return -held(self.module, "A_log").detach().float().exp()
 
     @property
     def in_proj(self) -> nn.Module:
@@ -104,12 +110,12 @@ class AdoptedMixer:
         dt = projected[..., -self.heads :]
         if (multipliers := getattr(self.module, "mup_vector", None)) is not None:
             dt = dt * multipliers[..., -self.heads :]
-        return F.softplus(dt + self.module.dt_bias).clamp(*self.dt_limit)
+        return F.softplus(dt + held(self.module, "dt_bias").to(dt.device)).clamp(*self.dt_limit)
 
     @property
     def D(self) -> Tensor:
         """(H,) or (H, P)."""
-        return self.module.D
+        return held(self.module, "D")
 
     @property
     def policy(self) -> ScanPolicy:
@@ -118,24 +124,35 @@ class AdoptedMixer:
     @policy.setter
     def policy(self, policy: ScanPolicy) -> None:
         self._policy = policy
-        active = self._needed
-        if active and not self._own:
-            if isinstance(getattr(self.module.forward, "__self__", None), AdoptedMixer):
+        if self._needed and not self._on:
+            other = getattr(self.module.forward, "__self__", None)
+            if isinstance(other, AdoptedMixer) and other is not self and other.active:
                 self._policy = PLAIN
                 raise InputError(f"{self.name} is under a remedy already, by way of another model that holds it")
             self._era = next(_eras)
-            self._had = {n: self.module.__dict__.get(n) for n in self.entries}
-            self._own = {n: getattr(self.module, n) for n in self.entries}
+        self._on = self._needed
+        if (self._on or self.stays) and not self._stands:
+            self._stands, self._had = True, {n: self.module.__dict__.get(n) for n in self.entries}
             for n in self.entries:
                 setattr(self.module, n, getattr(self, n))
-        elif not active and self._own and self.module.__dict__.get("forward") == self.forward:
+        elif not (self._on or self.stays) and self._stands and self.module.__dict__.get("forward") == self.forward:
             # (a hook that was put before ours in the meantime stays, and ours behind it passes everything on)
             for n, had in self._had.items():
                 if had is None:
                     delattr(self.module, n)
                 else:
                     setattr(self.module, n, had)
-            self._own, self._had = {}, {}
+            self._stands, self._had = False, {}
+
+    def stand(self) -> None:
+        """Begin to stand before the module's methods, where that is so without a policy too."""
+        self.policy = self.policy
+
+    def own(self, name: str) -> Callable:
+        """Return the mixer's own method, or what the instance held in its place. (Looked up anew, so that a model can
+        be pickled.)"""
+        had = self._had.get(name)
+        return had if had is not None else getattr(type(self.module), name).__get__(self.module)
 
     @property
     def observer(self) -> Observer | None:
@@ -149,7 +166,7 @@ class AdoptedMixer:
 
     @property
     def active(self) -> bool:
-        return bool(self._own) and self._needed
+        return self._on and self._needed
 
     @property
     def _needed(self) -> bool:
@@ -159,7 +176,7 @@ class AdoptedMixer:
 
     @property
     def dt_limit(self) -> tuple[float, float]:
-        return tuple(self.module.time_step_limit)
+        return tuple(self.module.time_step_limit or ())
 
     def continue_stream(self, on: bool) -> None:
         """Read what the library's own forward cannot: set before a call, and taken back after it."""
@@ -178,15 +195,19 @@ class AdoptedMixer:
         """The inputs of the convolution, (B, channels, taps), in the library's cache."""
         return self.layer_of(library).conv_states[0]
 
-    @torch.compiler.disable
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The mixer's own forward, its scan and step ours. InputError: a static cache that attention shares."""
-        if not self.active:
-            return self._own["forward"](*args, **kwargs)
+        """The mixer's own forward, its scan and step ours where a policy is active or the library's would be wrong.
+        InputError: a static cache that attention shares."""
         given = dict(zip(self._arguments, args)) | kwargs
         cache = next((given[n] for n in CACHE_NAMES if given.get(n) is not None), None)
+        if self.active or self.drops(given, cache):
+            return self._forward(given, cache, args, kwargs)
+        return self.own("forward")(*args, **kwargs)
+
+    @torch.compiler.disable
+    def _forward(self, given: dict[str, Any], cache: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         mask = given.get("attention_mask")
-        if _static_attention(cache):
+        if self.active and _static_attention(cache):
             raise InputError(
                 f"{self.name} is under a remedy or watched, which takes the cache that grows: generate without "
                 'cache_implementation="static"'
@@ -196,7 +217,7 @@ class AdoptedMixer:
         token = _running.set(_Call(self, layer, None if mask is None or mask.ndim != 2 else mask.bool(), fresh))
         try:
             with _replaced(self.names, self.functions()):
-                return self._own["forward"](*args, **kwargs)
+                return self.own("forward")(*args, **kwargs)
         except InputError as error:
             if mask is None or "left padding" not in str(error):
                 raise
@@ -204,6 +225,10 @@ class AdoptedMixer:
                              "it attention_mask=torch.ones_like(ids)") from None  # fmt: skip
         finally:
             _running.reset(token)
+
+    def drops(self, given: dict[str, Any], cache: Any) -> bool:
+        """Whether the library's own scan would drop the state in this call of the mixer."""
+        return False
 
     # --- what lies beside the state in a cache's layer
 
@@ -215,7 +240,7 @@ class AdoptedMixer:
     def carry(self, layer: Any, state: Tensor) -> ScanCarry:
         """The carry of a layer that has read something; state (B, H, P, N) is the library's."""
         if (beside := self.beside(layer)) is None:
-            self.place(layer, torch.full((len(state),), UNKNOWN, dtype=torch.int64))
+            self.place(layer, torch.full((len(state),), UNKNOWN, dtype=torch.int64, device="cpu"))
             beside = layer.beside
         p = self._policy
         placed = p.window is not None or p.reset is not None or any(c.every > 1 for c in p.caps)
@@ -353,13 +378,15 @@ def _static_attention(cache: Any) -> bool:
 def cache_name(module: nn.Module) -> str:
     """What a module of transformers calls the cache, as an argument and in its output."""
     takes = inspect.signature(module.forward).parameters
-    return next(n for n in CACHE_NAMES if n in takes)
+    name = next((n for n in CACHE_NAMES if n in takes), None)
+    if name is None:
+        raise InputError(f"{type(module).__name__} takes no cache: mitigate it, and read with its own forward")
+    return name
 
 
 def is_mamba2(module: nn.Module) -> bool:
     """By its parts: isinstance across families fails."""
-    A_log = getattr(module, "A_log", None)
-    return isinstance(A_log, Tensor) and A_log.ndim == 1 and all(
+    return holds(module, "A_log", 1) and all(
         hasattr(module, part) for part in ("dt_bias", "in_proj", "conv1d")
     )  # fmt: skip
 

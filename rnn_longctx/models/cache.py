@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from rnn_longctx.config import home_path
 from rnn_longctx.errors import InputError
-from rnn_longctx.ssd import ScanCarry, WindowCarry, tree_map
+from rnn_longctx.ssd import ScanCarry, WindowCarry, level, tree_map
 
 
 @dataclass
@@ -37,7 +39,7 @@ class Cache:
     """
 
     layers: list[Carry] = field(default_factory=list)
-    position: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    position: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64, device="cpu"))
     tail: Tensor | None = None
 
     def clone(self) -> Cache:
@@ -45,7 +47,7 @@ class Cache:
 
     def rows(self, index: Tensor | list[int]) -> Cache:
         """The cache of some rows, in that order (beam search, ragged batches)."""
-        index = torch.as_tensor(index)
+        index = torch.as_tensor(index, device=getattr(index, "device", "cpu"))
         return tree_map(lambda t: t[index.to(t.device)], self)
 
     def to(self, device: torch.device | str) -> Cache:
@@ -59,15 +61,20 @@ class Cache:
     @staticmethod
     def concat(parts: list[Cache], order: list[int]) -> Cache:
         """Row groups put together again; `order[i]` is the row at which the i-th of their rows belongs."""
-        back = torch.empty(len(order), dtype=torch.int64)
-        back[torch.tensor(order)] = torch.arange(len(order))
+        back = torch.tensor(order, device="cpu").argsort()
+        parts = [Cache(list(p.layers), p.position, tail) for p, tail in zip(parts, level_tails(parts))]
+        for i, layer in enumerate(parts[0].layers):
+            if layer.scan.window is not None:
+                for p, w in zip(parts, level([p.layers[i].scan.window for p in parts])):  # type: ignore[misc]
+                    conv, scan = p.layers[i].conv, p.layers[i].scan
+                    p.layers[i] = Carry(conv, ScanCarry(w.block, scan.position, scan.log_decay, w))
         return _zip_map(lambda ts: torch.cat(ts)[back.to(ts[0].device)], parts)
 
     def save(self, path: str | Path, extra: dict[str, Tensor] | None = None, note: Any = None) -> None:
         """Write to one safetensors file by atomic rename; `extra` tensors and a JSON `note` travel with it."""
         tensors: dict[str, Tensor] = {f"extra.{k}": v.contiguous() for k, v in (extra or {}).items()}
         shape = _flatten(self, "cache", tensors)
-        path = Path(path)
+        path = home_path(path)
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
         save_file(tensors, temporary, {"cache": json.dumps(shape), "note": json.dumps(note)})
         os.replace(temporary, path)
@@ -80,7 +87,7 @@ class Cache:
     def load_with(cls, path: str | Path, device: torch.device | str = "cpu") -> tuple[Cache, dict[str, Tensor], Any]:
         """The cache, the extra tensors and the note of `save`. Raises InputError if the file is not one."""
         try:
-            with safe_open(path, "pt") as file:
+            with safe_open(home_path(path), "pt") as file:
                 header = file.metadata() or {}
                 tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (not a dict)
             cache = _unflatten(json.loads(header["cache"]), "cache", tensors)
@@ -90,6 +97,12 @@ class Cache:
             raise InputError(f"{path} is no state that generate --save-state wrote{why}") from None
         extra = {k.removeprefix("extra."): v for k, v in tensors.items() if k.startswith("extra.")}
         return cache.to(device), extra, json.loads(header["note"])
+
+
+def level_tails(parts: list[Any]) -> list[Any]:
+    """The tails of caches, as long as the longest: padded at the left, with ids that are never read again in time."""
+    width = max((p.tail.shape[1] for p in parts if p.tail is not None), default=0)
+    return [p.tail if p.tail is None else F.pad(p.tail, (width - p.tail.shape[1], 0)) for p in parts]
 
 
 _TYPES = {cls.__name__: cls for cls in (Cache, Carry, ScanCarry, WindowCarry)}

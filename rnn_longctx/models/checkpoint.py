@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import hashlib
 import json
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from importlib.resources import files
@@ -23,20 +23,21 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rnn_longctx.config import parse_length, to_dict
+from rnn_longctx.config import home_path, parse_length
 from rnn_longctx.data.tokenizers import ByteTokenizer, HFTokenizer, Tokenizer, load_tokenizer
 from rnn_longctx.errors import InputError, nearest
 from rnn_longctx.models import formats
+from rnn_longctx.models.foreign import file_instead
 from rnn_longctx.models.formats import check_layout, one_line
-from rnn_longctx.models.mamba2 import Mamba2Config, Mamba2LM
+from rnn_longctx.models.mamba2 import Mamba2LM
 
 BUNDLED = Path(str(files("rnn_longctx"))) / "checkpoints"
 DEMOS = ("demo", "demo-long")  # as trained at 512 tokens, and continued at 16K so that it does not collapse
 DTYPES = {str(d)[6:]: d for d in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
 # Rounded to 16 bits these change the decays over thousands of tokens, so mamba-ssm keeps them in float32.
 _SENSITIVE = ("A_log", "D", "dt_bias")
-_INIT = ("A_init", "A_log_uniform", "dt_init")  # settings that only an initialisation reads
-_FILES = ["config.json", formats.SIDE, "calibration.json", "*tokenizer*", "special_tokens*", "vocab.json", "merges.txt"]
+_FILES = ["config.json", "generation_config.json", "adapter_config.json", formats.SIDE, "calibration.json",
+          "*tokenizer*", "special_tokens*", "vocab.json", "merges.txt"]  # fmt: skip
 _SAFE = ["model*.safetensors", "model.safetensors.index.json"]
 _PICKLED = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
 
@@ -48,6 +49,17 @@ class LazyTokenizer:
     def __init__(self, spec: str | Path | None, model: str, size: int):
         self.spec, self.model, self.size = spec, model, size
         self._tokenizer: Tokenizer | None = None
+        self._missing = spec is None  # whether it was looked for in vain
+
+    def at_hand(self) -> Tokenizer | None:
+        """The tokenizer, or None where it cannot be had, which is tried once and warned of."""
+        try:
+            return None if self._missing else self.load()
+        except InputError as error:
+            self._missing = True
+            warnings.warn(f"generation of {self.model} knows neither its end of text nor which rows of its vocabulary "
+                          f"stand for no token: {error}", RuntimeWarning, stacklevel=2)  # fmt: skip
+            return None
 
     def load(self) -> Tokenizer:
         if self.spec is None:
@@ -71,7 +83,7 @@ class LazyTokenizer:
 def tokenizer_of(source: str | Path) -> str | Path | None:
     """Where the tokenizer of a model lies that transformers read from `source`: that folder, if it holds one, or a hub
     id; None where there is none to be seen."""
-    folder = Path(source)
+    folder = home_path(source)
     if folder.is_dir():
         return (
             folder if any((folder / f"{file}.json").is_file() for file in ("tokenizer", "tokenizer_config")) else None
@@ -89,8 +101,7 @@ def load(source: str | Path, *, device: torch.device | str = "cpu", dtype: torch
         tokenizer: instead of the checkpoint's own: a directory, a hub id or "bytes".
         train_length: tokens (2048, "2k"), where the checkpoint does not say or is wrong.
     Returns:
-        The model, with name, weights_hash (the same in every layout of the same weights), train_length,
-        tokenizer, provenance and calibration.
+        The model, with name, train_length, tokenizer, provenance and calibration.
     Raises:
         InputError: no such checkpoint, an unsupported one, one that is damaged or does not fit its config, or
             weights that are not finite. An unreachable tokenizer raises when it is used, unless named here.
@@ -102,7 +113,7 @@ def load(source: str | Path, *, device: torch.device | str = "cpu", dtype: torch
     with torch.device("meta"):
         model = Mamba2LM(header.config)
     stored = _fitting(formats.read_weights(directory), model, str(source))
-    model.weights_hash = _hash(stored, header.config, str(source))
+    check_finite(stored, str(source))
 
     state = {k: t.to(device, _kept(k, target)) for k, t in stored.items()}
     model.load_state_dict(state, assign=True, strict=False)
@@ -113,6 +124,7 @@ def load(source: str | Path, *, device: torch.device | str = "cpu", dtype: torch
     model.train_length = given or header.train_length
     model.provenance = header.provenance or provenance
     model.calibration = header.calibration
+    model.eos_token_id = header.eos_token_id
     spec = tokenizer or header.tokenizer
     # One that was asked for by name must be there; any other may be missing until it is used.
     eager = tokenizer is not None or spec == "bytes"
@@ -137,14 +149,19 @@ def save(model: Mamba2LM, directory: str | Path, *, dtype: torch.dtype | str | N
         InputError: an unknown layout or dtype, a model that the layout cannot hold, or a directory that cannot be
             written.
     """
+    if not isinstance(model, Mamba2LM):
+        raise InputError(f"{getattr(model, 'name', type(model).__name__)} is no model of this library's own: "
+                         "a model of another library has its save_pretrained")  # fmt: skip
     check_layout(model.config, layout)
     target = model.dtype if dtype is None else _dtype(dtype)
-    state = _written(model, target)
-    extra = {
+    state = stored_state(model, target)
+    extra: dict[str, Any] = {
         "tokenizer": _tokenizer_spec(model),
         "train_length": model.train_length,
         "provenance": model.provenance if provenance is None else provenance,
     }
+    if model.eos_token_id is not None:
+        extra["eos_token_id"] = model.eos_token_id
     if layout == "rnn-longctx":
         config = formats.own_config(model.config, extra)
     elif layout == "transformers":
@@ -154,7 +171,7 @@ def save(model: Mamba2LM, directory: str | Path, *, dtype: torch.dtype | str | N
         state.setdefault("lm_head.weight", state["backbone.embedding.weight"])  # it asks for a tied one too
         config = formats.official_config(model.config)
 
-    directory = Path(directory).absolute()
+    directory = home_path(directory).absolute()
     aside = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
     try:
         shutil.rmtree(aside, ignore_errors=True)
@@ -178,13 +195,7 @@ def save(model: Mamba2LM, directory: str | Path, *, dtype: torch.dtype | str | N
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def hash_now(model: Mamba2LM) -> str:
-    """The `weights_hash` of a model whose weights have changed since it was loaded: what `load` will find in what
-    `save` writes of it. Raises InputError if one is not finite."""
-    return _hash(_written(model, model.dtype), model.config, model.name)
-
-
-def _written(model: Mamba2LM, dtype: torch.dtype) -> dict[str, Tensor]:
+def stored_state(model: Mamba2LM, dtype: torch.dtype) -> dict[str, Tensor]:
     """The weights as a file of that dtype holds them, on the CPU, a tied one once."""
     state = {k: t.detach().to("cpu", _kept(k, dtype)).contiguous() for k, t in model.state_dict().items()}
     if model.config.tie_embeddings:
@@ -199,24 +210,17 @@ def _fits(tokenizer: Tokenizer, size: int) -> Tokenizer:
     return tokenizer
 
 
-def _hash(tensors: dict[str, Tensor], config: Mamba2Config, source: str) -> str:
-    """First 16 hex digits of a sha256 over the shape of the model and each tensor's name, dtype, shape and sha256 of
-    its bytes. What only an initialisation reads does not count.
+def check_finite(tensors: dict[str, Tensor], source: str) -> None:
+    """Raise InputError if one holds NaN or infinity. Mapped weights are read in place, several tensors at a time."""
 
-    Mapped weights are read in place, several tensors at a time. Raises InputError if one is not finite.
-    """
+    def finite(name: str) -> bool:
+        tensor = tensors[name].detach()
+        return not tensor.numel() or all(bool(v.isfinite()) for v in tensor.aminmax())
 
-    def line(name: str) -> str:
-        tensor = tensors[name]
-        if tensor.numel() and not all(bool(v.isfinite()) for v in tensor.aminmax()):
-            raise InputError(f"{source}: {name} is not finite: it holds NaN or infinity")
-        raw = memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
-        return f"{name} {tensor.dtype} {list(tensor.shape)} {hashlib.sha256(raw).hexdigest()}"
-
-    shape = {k: v for k, v in formats.plain(to_dict(config)).items() if k not in _INIT}
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        lines = [json.dumps(shape, sort_keys=True), *pool.map(line, sorted(tensors))]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+        for name, fine in zip(tensors, pool.map(finite, tensors)):
+            if not fine:
+                raise InputError(f"{source}: {name} is not finite: it holds NaN or infinity")
 
 
 def _fitting(stored: dict[str, Tensor], model: Mamba2LM, source: str) -> dict[str, Tensor]:
@@ -256,13 +260,14 @@ def locate(source: str | Path) -> tuple[Path, str, dict[str, Any]]:
         return BUNDLED / source, str(source), {}
     if not isinstance(source, str | Path):
         raise InputError(f'expected "demo", a directory or a hub id, got {type(source).__name__}')
-    path = Path(source)
+    path = home_path(source)
     if path.is_dir():
         if not any(path.iterdir()):
             raise InputError(f"{source} is an empty directory; expected config.json and weights")
         return path, path.resolve().name, {}
     if path.exists():
-        raise InputError(f"{source} is a file; expected a checkpoint directory, such as the one it lies in")
+        expected = "is a file; expected a checkpoint directory, such as the one it lies in"
+        raise InputError(f"{source} {file_instead(path) or expected}")
     close = difflib.get_close_matches(str(source), DEMOS, n=1, cutoff=0.7)
     near = f'; did you mean "{close[0]}"?' if close else ""
     neither = f"{str(source)!r} is neither a directory nor a hub id that can be reached{near}"
@@ -303,7 +308,7 @@ def _tokenizer_spec(model: Mamba2LM) -> str | None:
     if isinstance(tokenizer, ByteTokenizer):
         return "bytes"
     spec = tokenizer.spec if isinstance(tokenizer, LazyTokenizer) else None
-    return spec if isinstance(spec, str) and not Path(spec).exists() else None
+    return spec if isinstance(spec, str) and not home_path(spec).exists() else None
 
 
 def _write_tokenizer(model: Mamba2LM, directory: Path) -> None:
@@ -317,6 +322,10 @@ def _write_tokenizer(model: Mamba2LM, directory: Path) -> None:
     fast.save(str(directory / "tokenizer.json"))
     eos = None if tokenizer.eos_id is None else fast.id_to_token(tokenizer.eos_id)
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eos}
+    theirs = tokenizer.transformers()
+    for name in ("bos_token", "unk_token", "chat_template"):  # what prompts are made of
+        if value := getattr(theirs, name, None):
+            settings[name] = value
     _write_json(directory / "tokenizer_config.json", settings)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
@@ -9,14 +11,15 @@ from rnn_longctx.errors import InputError
 from rnn_longctx.models.cache import Cache, Carry
 from rnn_longctx.models.layers import RMSNorm
 from rnn_longctx.models.mamba2 import Mamba2LM
+from rnn_longctx.models.patches import patched
 from rnn_longctx.ssd import ScanCarry, fused
 
 
 class Decoder:
     """Goes on from a cache: call it with the next tokens (B), get their logits (B, vocab).
 
-    The state lives in buffers of this object from then on; `cache()` copies it out. A layer's policy may be changed
-    between two tokens.
+    The state lives in buffers of this object from then on; `cache()` copies it out. A layer's policy and the weights
+    may be changed between two tokens.
 
     Raises:
         InputError: `Decoder.refuses` says why.
@@ -51,6 +54,10 @@ class Decoder:
             return f"does not restart: {model.restart}"
         if model.state_dtype is not None:
             return "keeps states in float32"
+        if any(type(layer) is not nn.Linear for layer in _linears(model)):
+            return "multiplies by weights alone, and an adapter stands around some"
+        if any(patched(module) for module in model.modules()):
+            return "calls no module, and hooks or another forward are on some"
         for mixer, carry in zip(model.mixers, cache.layers):
             policy = mixer.policy
             if mixer.observer is not None:
@@ -66,7 +73,11 @@ class Decoder:
         return None
 
     def __call__(self, token: Tensor) -> Tensor:
-        if self._policies != [m.policy for m in self.model.mixers]:
+        with torch.cuda.device_of(self._token):  # graphs and Triton take the current device
+            return self._next(token)
+
+    def _next(self, token: Tensor) -> Tensor:
+        if self._policies != [m.policy for m in self.model.mixers] or not self._in_place():
             self._prepare()
         self._token.copy_(token)
         turn = self._tokens % 2
@@ -95,8 +106,13 @@ class Decoder:
         heads, device = self.model.config.nheads, self.model.device
         self._tables = [fused.gate_table(m.policy, heads, device) for m in mixers]
         self._caps = [fused.cap_table(m.policy, heads, device) if m.policy.caps else None for m in mixers]
-        self._A = [-m.A_log.detach().float().exp() for m in mixers]
+        held = [(m._parameters, name, p) for m in self.model.modules() for name, p in m._parameters.items()]
+        self._weights = [(holder, name, p, p.data_ptr()) for holder, name, p in held if p is not None]
         self._graphs: list[tuple[torch.cuda.CUDAGraph, Tensor] | None] = [None, None]
+
+    def _in_place(self) -> bool:
+        """Whether the weights lie where a graph has recorded them."""
+        return all(holder[name] is p and p.data_ptr() == at for holder, name, p, at in self._weights)
 
     @torch.no_grad()
     def _capture(self, turn: int) -> None:
@@ -108,7 +124,7 @@ class Decoder:
             self._step(turn)  # compiles and allocates
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=side):  # its own default is a stream of the card of the first graph
             logits = self._step(turn)
         for buffer, before in zip(self._buffers(), kept):
             buffer.copy_(before)
@@ -123,19 +139,26 @@ class Decoder:
 
         model, c = self.model, self.model.config
         h, out = model.backbone.embedding(self._token), None
+        A = -torch.stack([m.A_log.float() for m in model.mixers]).exp()  # (each time: the weights may have changed)
         for i, block in enumerate(model.backbone.blocks):
             m, policy = block.mixer, block.mixer.policy
             projected, h = _project(block.norm, m.in_proj, h, out, c.residual_in_fp32)
             y = projected.new_empty(len(projected), c.d_inner, dtype=torch.float32)
             decode.decode(
                 projected, m.conv1d.weight[:, 0], m.conv1d.bias, self._conv[i][turn], self._conv[i][1 - turn],
-                self._A[i], m.dt_bias, m.D, self._tables[i], self._caps[i], self._position, self._states[i],
+                A[i], m.dt_bias, m.D, self._tables[i], self._caps[i], self._position, self._states[i],
                 self._log_decay[i], y, c.ngroups, c.dt_limit, policy.caps[0].every if policy.caps else 1, policy.reset,
             )  # fmt: skip
             out = _project(m.norm, m.out_proj, y)[0]
         logits = _project(model.backbone.norm_f, model.lm_head, h, out, c.residual_in_fp32)[0]
         self._position += 1
         return logits
+
+
+def _linears(model: Mamba2LM) -> Iterator[nn.Module]:
+    yield model.lm_head
+    for mixer in model.mixers:
+        yield from (mixer.in_proj, mixer.out_proj)
 
 
 def _project(

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from rnn_longctx.config import from_dict, to_dict
 from rnn_longctx.errors import InputError, nearest
+from rnn_longctx.models.foreign import held_instead
 from rnn_longctx.models.mamba2 import Mamba2Config
 
 FORMAT = "rnn-longctx"
@@ -34,6 +35,8 @@ ADOPTED = ("bamba", "falcon_h1", "granitemoehybrid", "nemotron_h", "zamba2", "ma
 LAYOUTS = ("rnn-longctx", "transformers", "state-spaces")
 SIDE = "rnn_longctx.json"  # beside a config.json of mamba-ssm, which refuses keys that are not its own
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # each whole, or in shards that <name>.index.json lists
+
+_WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 # mamba-ssm: what shapes the model, in ssm_cfg too, what must be so, and what only initialises it or picks a kernel
 _TOP = ("d_model", "n_layer", "vocab_size", "tie_embeddings", "residual_in_fp32")
@@ -70,6 +73,7 @@ class Header:
     train_length: int | None = None
     provenance: dict[str, Any] | None = None
     calibration: dict[str, Any] | None = None
+    eos_token_id: int | list[int] | None = None
 
 
 @dataclass
@@ -79,6 +83,7 @@ class _Extra:
     tokenizer: str | None = None
     train_length: int | None = None
     provenance: dict[str, Any] | None = None
+    eos_token_id: int | list[int] | None = None
 
     def __post_init__(self) -> None:
         if self.train_length is not None and self.train_length < 1:
@@ -90,6 +95,8 @@ def read_header(directory: Path) -> Header:
     path = directory / "config.json"
     if not path.is_file():
         weights = [f.name for f in sorted(directory.iterdir()) if f.name.startswith(WEIGHTS)]
+        if not weights and (said := held_instead(directory)):
+            raise InputError(f"{directory} {said}")
         held = f"{weights[0]} but no" if weights else "no"
         raise InputError(f"{directory} holds {held} config.json; supported: {SUPPORTED}; adopted: {', '.join(ADOPTED)}")
     data, where = read_json(path), str(path)
@@ -99,7 +106,8 @@ def read_header(directory: Path) -> Header:
         shape: Any = data.get("model")
         header = _header(from_dict(Mamba2Config, shape, f"{where}, model"), extra)
     elif "model_type" in data:
-        extra = from_dict(_Extra, data.get("rnn_longctx", {}), f"{where}, rnn_longctx")
+        ends = _ends(directory, data)
+        extra = from_dict(_Extra, {**data.get("rnn_longctx", {}), "eos_token_id": ends}, f"{where}, rnn_longctx")
         header = _header(_transformers(data, where), extra)
     elif {"d_model", "n_layer", "vocab_size"} <= data.keys():
         side = directory / SIDE
@@ -118,6 +126,12 @@ def read_header(directory: Path) -> Header:
     return header
 
 
+def _ends(directory: Path, data: dict[str, Any]) -> Any:
+    """The end-of-sequence ids that transformers' generate goes by: generation_config.json's, else config.json's."""
+    file = directory / "generation_config.json"
+    return (read_json(file) if file.is_file() else data).get("eos_token_id")
+
+
 def own_config(config: Mamba2Config, extra: dict[str, Any]) -> dict[str, Any]:
     """config.json of the library's own layout."""
     return plain({"format": FORMAT, "model": to_dict(config), **extra})
@@ -126,11 +140,12 @@ def own_config(config: Mamba2Config, extra: dict[str, Any]) -> dict[str, Any]:
 def transformers_config(config: Mamba2Config, dtype: torch.dtype, extra: dict[str, Any]) -> dict[str, Any]:
     """config.json for transformers' Mamba2ForCausalLM; `extra` goes under "rnn_longctx", which it ignores."""
     data: dict[str, Any] = {"architectures": ["Mamba2ForCausalLM"], "model_type": "mamba2"}
+    extra, ends = {k: v for k, v in extra.items() if k != "eos_token_id"}, extra.get("eos_token_id")
     data |= {theirs: getattr(config, name) for name, (theirs, _) in _TRANSFORMERS.items()}
     data["num_heads"] = config.nheads
     data["time_step_limit"] = [v if math.isfinite(v) else {"__float__": "Infinity"} for v in config.dt_limit]
     # Its own defaults for these ids belong to another vocabulary.
-    data |= {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    data |= {"bos_token_id": None, "eos_token_id": ends, "pad_token_id": None}
     return plain({**data, "dtype": str(dtype)[6:], "rnn_longctx": extra})
 
 
@@ -154,7 +169,8 @@ def check_layout(config: Mamba2Config, layout: str) -> None:
 
 
 def canonical(name: str) -> str:
-    """The official name of a tensor."""
+    """The official name of a tensor, without what wrappers (DDP, FSDP, torch.compile) put into the names of theirs."""
+    name = ".".join(piece for piece in name.split(".") if piece not in _WRAPPERS)
     return name.replace("backbone.embeddings.", "backbone.embedding.", 1)
 
 
@@ -163,7 +179,10 @@ def read_weights(directory: Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for path in _weight_files(directory):
         read = _read_safetensors if path.suffix == ".safetensors" else _read_pickle
-        tensors |= {canonical(name): tensor for name, tensor in read(path).items()}
+        for name, tensor in read(path).items():
+            if canonical(name) in tensors:
+                raise InputError(f"{path}: {canonical(name)} is there twice, once as {name}")
+            tensors[canonical(name)] = tensor
     return tensors
 
 
@@ -195,7 +214,7 @@ def one_line(error: Exception) -> str:
 
 
 def _header(config: Mamba2Config, extra: _Extra) -> Header:
-    return Header(config, extra.tokenizer, extra.train_length, extra.provenance)
+    return Header(config, extra.tokenizer, extra.train_length, extra.provenance, eos_token_id=extra.eos_token_id)
 
 
 def _official(data: dict[str, Any], where: str) -> Mamba2Config:
@@ -260,8 +279,10 @@ def _weight_files(directory: Path) -> list[Path]:
             if missing:
                 raise InputError(f"missing shard {missing[0]}, one of the {len(shards)} that {index} lists")
             return [directory / s for s in shards]
-    expected = f"{' or '.join(WEIGHTS)}, or shards with <name>.index.json"
-    raise InputError(f"{directory} holds config.json but no weights; expected {expected}")
+    said, expected = held_instead(directory), f"{' or '.join(WEIGHTS)}, or shards with <name>.index.json"
+    raise InputError(
+        f"{directory} holds config.json but no weights; {f'it {said}' if said else f'expected {expected}'}"
+    )
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rnn_longctx.errors import InputError
 from rnn_longctx.ssd import Gate, fused
 
 
@@ -88,6 +89,8 @@ def causal_conv(x: Tensor, conv: nn.Conv1d, before: Tensor | None, reset: Tensor
     Args: before: what the call before returned; reset (B, T) bool: a document begins at this token, and no tap
         reaches back over it.
     A sum over taps in this layout: on a CPU twice as fast as turning channels first for a library call."""
+    if hasattr(conv, "base_layer"):  # its weight alone is not what it computes
+        raise InputError("an adapter around a convolution is not read: merge it first (merge_and_unload)")
     if reset is None and conv.kernel_size[0] <= 4 and _kernels(x):
         return _made_by().conv_silu(x, conv.weight, conv.bias, before)
     taps, length = conv.kernel_size[0] - 1, x.shape[1]

@@ -9,17 +9,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+IGNORED = -100  # a target that asks for nothing, as in PyTorch and transformers
 LOGITS = 2**22  # the most logits held at once
 LOGITS_ON_CUDA = 2**26  # in training there: fewer, larger products
 
 
 def token_losses(logits: Callable[[Tensor], Tensor], vocab: int, hidden: Tensor, targets: Tensor) -> Tensor:
-    """-log p(target) in nats, (B, T), from hidden states (B, T, d_model), with at most LOGITS logits at once.
+    """-log p(target) in nats, (B, T), from hidden states (B, T, d_model), with at most LOGITS logits at once; 0 where a
+    target is IGNORED.
     (Gradients through it keep all of them: see `head_losses`.)"""
     flat, goal = hidden.flatten(0, 1), targets.flatten()
     rows = max(1, LOGITS // vocab)
     parts = [
-        F.cross_entropy(logits(flat[i : i + rows]), goal[i : i + rows], reduction="none")
+        F.cross_entropy(logits(flat[i : i + rows]), goal[i : i + rows], reduction="none", ignore_index=IGNORED)
         for i in range(0, len(flat), rows)
     ]
     return torch.cat(parts).view(targets.shape)
@@ -40,17 +42,20 @@ class _HeadLosses(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, low: torch.dtype) -> Tensor:
         wide = torch.promote_types(low, torch.float32)
         losses = torch.empty(targets.shape, dtype=wide, device=hidden.device)  # no view: FSDP2 warns of those
-        flat, goal = losses.view(-1), targets.flatten()
+        ignored = targets == IGNORED
+        flat, goal = losses.view(-1), targets.masked_fill(ignored, 0).flatten()
         for own, logits in _pieces(hidden.flatten(0, 1), weight, low):
             flat[own] = F.cross_entropy(logits, goal[own], reduction="none")
         ctx.save_for_backward(hidden, weight, targets, losses)
         ctx.low = low
-        return losses
+        return losses.masked_fill(ignored, 0)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
         whole, weight, targets, losses = ctx.saved_tensors
         hidden, goal, losses, grad = whole.flatten(0, 1), targets.flatten(), losses.view(-1), grad.flatten()
+        ignored = goal == IGNORED
+        goal, grad = goal.masked_fill(ignored, 0), grad.masked_fill(ignored, 0)
         d_hidden, d_weight = torch.empty_like(hidden), None
         if ctx.needs_input_grad[1]:
             d_weight = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))

@@ -11,15 +11,18 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rnn_longctx.errors import InputError, nearest
+from rnn_longctx.errors import InputError
 from rnn_longctx.models.cache import Cache, Carry
 from rnn_longctx.models.layers import RMSNorm, Unscaled, causal_conv
 from rnn_longctx.models.losses import head_losses, token_losses
+from rnn_longctx.models.precision import state_dtype
 from rnn_longctx.models.restart import Restart, read_restarting
+from rnn_longctx.models.weights import Identified
 from rnn_longctx.ssd import PLAIN, Call, Observer, ScanPolicy, asked_of, choose, scan
 
 if TYPE_CHECKING:
@@ -27,18 +30,23 @@ if TYPE_CHECKING:
 
 # (model, ids (B, T), segment) to the logits (B, vocab) after the last token, and the cache
 Reader = Callable[[Any, Tensor, int], tuple[Tensor, Cache]]
-STATES = {str(d)[6:]: d for d in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
+LARGEST = torch.finfo(torch.float32).max
+LARGEST_SIZE = 2**24  # of a model's shape: beyond, a config is damaged, and making the model would take for ever
 
 
-def state_dtype(wanted: torch.dtype | str | None, dtype: torch.dtype) -> torch.dtype | None:
-    """What `use_state_dtype` asks for in a model of `dtype`; None where the scan's states are of that type anyway."""
-    if wanted is None:
-        return None
-    name = str(wanted).removeprefix("torch.")
-    if name not in STATES:
-        raise InputError(f"a state is kept in {', '.join(STATES)}, not in {name!r}{nearest(name, STATES)}")
-    found = STATES[name]
-    return None if found == (torch.float64 if dtype == torch.float64 else torch.float32) else found
+def dt_limits(limits: Any, name: str) -> tuple[float, float]:
+    """Return the limits of dt as a scan takes them: an upper one beyond float32 is infinite, no limit.
+
+    Raises:
+        InputError: not two numbers, one that is none, negative ones, the lower above the upper, no room above 0.
+    """
+    try:
+        low, high = map(float, limits)
+    except (TypeError, ValueError, OverflowError):
+        low = high = math.nan
+    if not 0 <= low <= high or high == 0 or low > LARGEST:
+        raise InputError(f"{name}: expected two limits of a step, from 0 on, the lower first, got {limits!r:.60}")
+    return low, high if high <= LARGEST else math.inf
 
 
 @dataclass
@@ -68,15 +76,18 @@ class Mamba2Config:
 
     def __post_init__(self) -> None:
         for name in ("d_model", "n_layer", "vocab_size", "d_state", "d_conv", "expand", "headdim", "ngroups"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+            if not 1 <= getattr(self, name) <= LARGEST_SIZE:
+                raise InputError(f"{name} must be at least 1 and at most {LARGEST_SIZE}, got {getattr(self, name)}")
+        self.dt_limit = dt_limits(self.dt_limit, "dt_limit")
+        if not 0 <= self.norm_eps <= LARGEST:
+            raise InputError(f"norm_eps: expected a small number, at least 0, got {self.norm_eps}")
         if self.d_inner % self.headdim:
             raise InputError(f"expand * d_model = {self.d_inner} must be a multiple of headdim = {self.headdim}")
         if self.nheads % self.ngroups:
             raise InputError(f"{self.nheads} heads do not divide into ngroups = {self.ngroups}")
         for name in ("A_init", "dt_init"):
             low, high = getattr(self, name)
-            if not 0 < low <= high < math.inf:
+            if not 0 < low <= high <= LARGEST:
                 raise InputError(f"{name}: expected a range above 0, its lower end first, got {[low, high]}")
 
     @property
@@ -135,6 +146,7 @@ class Mamba2(nn.Module):
     @property
     def A(self) -> Tensor:
         """(H), at least float32: the rate at which each head decays, below 0."""
+        refuse_offloaded(self.A_log, "a mixer")
         return -self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)).exp()
 
     @property
@@ -168,7 +180,9 @@ class Mamba2(nn.Module):
         xBC, conv = causal_conv(xBC, self.conv1d, edge, reset)
         x, B, C = xBC.split([c.d_inner, c.ngroups * c.d_state, c.ngroups * c.d_state], -1)
         groups = (c.ngroups, c.d_state)
-        linear = self.out_proj.bias is None  # a factor a token may then be applied after it
+        # a factor a token may be applied after the last product, unless a hook sees or edits what is before or behind
+        last_product = self.out_proj
+        linear = last_product.bias is None and not (last_product._forward_hooks or last_product._forward_pre_hooks)
         gate = self.norm.gate(z.unflatten(-1, (c.nheads, c.headdim))) if unscaled and linear else None
         conv = conv if stretch is None else last
         y, scanned = (scan if stretch is None else stretch.scan)(
@@ -178,7 +192,7 @@ class Mamba2(nn.Module):
             observer=self.observer, gate=gate, state_dtype=self.state_dtype,
         )  # fmt: skip
         if gate is not None and gate.squares is not None:
-            out = Unscaled(self.out_proj(y.flatten(-2)), gate.squares, c.d_inner, c.norm_eps)
+            out = Unscaled(self.out_proj(y.flatten(-2)), gate.squares, c.d_inner, self.norm.eps)
             return out, Carry(conv, scanned)
         return self.out_proj(self.norm(y.flatten(-2), z)), Carry(conv, scanned)
 
@@ -204,11 +218,13 @@ class Backbone(nn.Module):
         return list(self.layers)  # type: ignore[arg-type]
 
 
-class Mamba2LM(nn.Module):
+class Mamba2LM(Identified, nn.Module):
     """A language model whose context is a stream.
 
     Attributes:
-        name, weights_hash, train_length, tokenizer: filled in by `rnn_longctx.load`.
+        name, train_length, tokenizer, provenance, calibration: filled in by `rnn_longctx.load`.
+        weights_hash: of what the model computes now, in whatever layout it was stored (see `digest`).
+        eos_token_id: the id or ids that its config ends an answer with, beside the tokenizer's, or None.
         restart: a control that drops the state and reads the last tokens again, or None.
         reader: how a prompt is read where that is not token after token, or None.
         spread: finds the stretch of a call, of ids, mask and reset, where a stream is spread over several ranks (see
@@ -224,14 +240,21 @@ class Mamba2LM(nn.Module):
         if config.tie_embeddings:
             self.lm_head.weight = self.backbone.embedding.weight
         self.name = "unnamed"
-        self.weights_hash = ""
         self.train_length: int | None = None
         self.tokenizer: Any = None
+        self.eos_token_id: int | list[int] | None = None
         self.provenance: dict = {}
-        self.calibration: dict | None = None
         self.restart: Restart | None = None
         self.reader: Reader | None = None
         self.spread: Callable[[Tensor, Tensor | None, Tensor | None], Stretch] | None = None
+
+    @property
+    def module(self) -> Mamba2LM:
+        return self
+
+    @property
+    def tied(self) -> bool:
+        return self.lm_head.weight is self.backbone.embedding.weight
 
     # --- the layer interface that remedies and probes use
 
@@ -275,7 +298,7 @@ class Mamba2LM(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.backbone.embedding.weight.device
+        return refuse_offloaded(self.backbone.embedding.weight, self.name).device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -315,7 +338,7 @@ class Mamba2LM(nn.Module):
             out, carry = block.mixer(normed, before, mask, reset, unscaled=True, stretch=stretch)
             carries.append(carry)
         length = ids.shape[1] if stretch is None else stretch.total
-        read = torch.full((len(ids),), length) if mask is None else mask.sum(1).cpu()
+        read = torch.full((len(ids),), length, device="cpu") if mask is None else mask.sum(1).cpu()
         cache.position = read + (cache.position if cache.layers else 0)
         cache.layers = carries
         return self.backbone.norm_f.add(h, out, self.config.residual_in_fp32)[0]
@@ -332,8 +355,9 @@ class Mamba2LM(nn.Module):
         return logits if logits.dtype == torch.float64 else logits.float()
 
     def losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """-log p(target) in nats, (B, T), from hidden states (B, T, d_model); never all logits at once."""
-        if torch.is_grad_enabled():
+        """-log p(target) in nats, (B, T), from hidden states (B, T, d_model); never all logits at once. A target
+        of -100 is ignored: 0, without a gradient."""
+        if torch.is_grad_enabled() and isinstance(self.lm_head, nn.Linear):  # (no adapter around it)
             return head_losses(hidden, self.lm_head.weight, targets)
         return token_losses(self.logits, self.config.vocab_size, hidden, targets)
 
@@ -341,10 +365,21 @@ class Mamba2LM(nn.Module):
         return Cache()
 
 
+def refuse_offloaded(weight: Tensor, name: str) -> Tensor:
+    """The weight. InputError where there are no numbers in it: what is read in here is read whole, on one device."""
+    if weight.is_meta:
+        raise InputError(
+            f"the weights of {name} are offloaded, and this library's own models are read whole: load it anew"
+        )
+    return weight
+
+
 def rows_of(ids: Any, wanted: str = "a stream is read from token ids (B, T) or (T) of whole numbers") -> Tensor:
     """Token ids as a tensor (B, T), int64, (T) as one row. Raises InputError for anything else."""
+    if isinstance(ids, np.ndarray) and ids.dtype.kind in "iu":  # in any order of items and of bytes
+        ids = np.ascontiguousarray(ids, dtype=np.int64)
     try:
-        rows = torch.as_tensor(ids)
+        rows = ids if isinstance(ids, Tensor) else torch.as_tensor(ids, device="cpu")
     except (TypeError, ValueError, RuntimeError):
         raise InputError(f"{wanted}; got {type(ids).__name__} {ids!r:.60}") from None
     rows = rows[None] if rows.ndim == 1 else rows

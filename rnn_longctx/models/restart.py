@@ -66,7 +66,7 @@ def read_restarting(read: Read, restart: Restart, ids: Tensor, cache: Cache, mas
     """`read(ids, cache)` under a restart; moves `cache` on in place and returns the hidden states (B, T, d_model)."""
     batch = len(ids)
     if len(cache.position) == 0:
-        cache.position = torch.zeros(batch, dtype=torch.int64)
+        cache.position = torch.zeros(batch, dtype=torch.int64, device="cpu")
     real = mask.sum(1).tolist() if mask is not None else [ids.shape[1]] * batch
     if len(set(zip(cache.position.tolist(), real))) <= 1 and mask is None:
         return _read_level(read, restart, ids, cache)
@@ -90,14 +90,6 @@ def read_restarting(read: Read, restart: Restart, ids: Tensor, cache: Cache, mas
         hidden[rows, ids.shape[1] - count :] = out
         parts.append(part)
         order += rows
-    width = min(p.tail.shape[1] for p in parts if p.tail is not None)
-    if width < restart.overlap:  # tails of different lengths: pad with ids that are never read again in time
-        width = max(p.tail.shape[1] for p in parts if p.tail is not None)
-        for p in parts:
-            assert p.tail is not None
-            p.tail = torch.nn.functional.pad(p.tail, (width - p.tail.shape[1], 0))
-    if len({layer.scan.window.x.shape[1] for p in parts for layer in p.layers if layer.scan.window}) > 1:
-        raise InputError(f"the control {restart} cannot be combined with a sliding window in rows of unequal lengths")
     whole = Cache.concat(parts, order)
     cache.layers, cache.position, cache.tail = whole.layers, whole.position, whole.tail
     assert hidden is not None
@@ -118,6 +110,6 @@ def _read_level(read: Read, restart: Restart, ids: Tensor, cache: Cache) -> Tens
         u = min(ids.shape[1], t + restart.every - at % restart.every)
         outputs.append(read(ids[:, t:u], cache))
         t = u
-    cache.position = torch.full((len(ids),), position + ids.shape[1], dtype=torch.int64)
+    cache.position = torch.full((len(ids),), position + ids.shape[1], dtype=torch.int64, device="cpu")
     cache.tail = torch.cat([tail, ids], 1)[:, -restart.overlap :] if restart.overlap else ids[:, :0]
     return torch.cat(outputs, 1) if outputs else read(ids, cache)

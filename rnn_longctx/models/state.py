@@ -8,18 +8,22 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from rnn_longctx.config import home_path
 from rnn_longctx.errors import InputError
-from rnn_longctx.models.adopt import Adopted
+from rnn_longctx.models.adopt import reader_of
 from rnn_longctx.models.adopt_cache import AdoptedCache
+from rnn_longctx.models.adopt_model import Adopted
 from rnn_longctx.models.adopt_rows import from_cache, to_cache
 from rnn_longctx.models.cache import Cache
+from rnn_longctx.models.legacy import is_of
 from rnn_longctx.models.mamba2 import Mamba2LM
+from rnn_longctx.models.precision import computes_as
 
 
 def save_state(
     path: str | Path,
     cache: Cache | AdoptedCache,
-    model: Mamba2LM | Adopted,
+    model: Any,
     remedy: str = "none",
     target: int | None = None,
 ) -> None:
@@ -33,12 +37,13 @@ def save_state(
         InputError: a remedy is on that reads prompts its own way, attention's cache is no plain one of keys and values,
             or the file cannot be written.
     """
+    model = reader_of(model)
     if model.reader is not None:
         raise InputError(f"what {remedy} leaves of a prompt cannot be gone on from: its state is not kept")
     note = {"weights": model.weights_hash, "model": model.name, "policies": policies_hash(model), "remedy": remedy,
-            "target": target, "states": str(model.state_dtype)}  # fmt: skip
+            "target": target, "states": str(model.state_dtype), "dtype": computes_as(model)}  # fmt: skip
     try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        home_path(path).parent.mkdir(parents=True, exist_ok=True)
         plain, extra = to_cache(cache) if isinstance(cache, AdoptedCache) else (cache, {})
         plain.save(path, extra, note)
     except (OSError, SafetensorError) as error:
@@ -51,23 +56,27 @@ def target_of(path: str | Path) -> int | None:
     return note.get("target") if isinstance(note, dict) else None
 
 
-def load_state(path: str | Path, model: Mamba2LM | Adopted) -> Any:
+def load_state(path: str | Path, model: Any) -> Any:
     """The cache (of the model's kind) of `save_state`, on the model's device.
 
     Raises:
-        InputError: no such file, other weights, or other policies or another type of states than the model has now.
+        InputError: no such file, another model or one that has changed since, or other policies, or another type of
+            states or of numbers than the model has now.
     """
+    model = reader_of(model)
     cache, extra, note = Cache.load_with(path, model.device)
     if not isinstance(note, dict) or "weights" not in note:
         raise InputError(f"{path} was not written by save_state: it does not say which weights it belongs to")
-    if note["weights"] != model.weights_hash:
-        other, ours = f"{note['model']} {note['weights']}", f"{model.name} {model.weights_hash}"
+    if not is_of(note["weights"], model, now := model.weights_hash):
+        other, ours = f"{note['model']} {note['weights']}", f"{model.name} {now}"
         raise InputError(f"{path} was read by {other}, not by {ours}")
     if note["policies"] != policies_hash(model):
         raise InputError(f"{path} was read with the remedy {note['remedy']}: put the same on, found as it was then")
     if note.get("states", "None") != str(model.state_dtype):
         kept = note["states"].replace("None", "full precision").removeprefix("torch.")
         raise InputError(f"{path} was read with states in {kept}: give the same --state-dtype")
+    if (was := note.get("dtype")) not in (None, now := computes_as(model)):
+        raise InputError(f"{path} was read in {was}, and {model.name} computes in {now} now: read on as it was begun")
     return from_cache(model, cache, extra) if isinstance(model, Adopted) else cache
 
 

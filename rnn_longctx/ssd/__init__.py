@@ -22,10 +22,10 @@ from rnn_longctx.ssd.backends import Backend, Call, Gate, choose, register
 from rnn_longctx.ssd.carry import ScanCarry, WindowCarry, tree_map
 from rnn_longctx.ssd.policy import PLAIN, Cap, ScanPolicy
 from rnn_longctx.ssd.statistics import Observer, Statistics
-from rnn_longctx.ssd.window import window_state
+from rnn_longctx.ssd.window import level, window_state
 
 __all__ = ["PLAIN", "Backend", "Call", "Cap", "Gate", "Observer", "ScanCarry", "ScanPolicy",
-           "Statistics", "WindowCarry", "asked_of", "choose", "row_counts", "scan", "tree_map", "wide_of",
+           "Statistics", "WindowCarry", "asked_of", "choose", "level", "row_counts", "scan", "tree_map", "wide_of",
            "window_state"]  # fmt: skip
 
 
@@ -171,7 +171,7 @@ def row_counts(position: Tensor, length: int, *, mask: Tensor | None = None, res
     Returns: counts (B, T), tokens of its row read up to and with each token, and drop (B, T) bool, True where the
     state is dropped before the token (a new row, or every `every` tokens), or None if nowhere.
     """
-    real = torch.ones(len(position), length, dtype=torch.int64) if mask is None else mask.cpu().long()
+    real = torch.ones(len(position), length, dtype=torch.int64, device="cpu") if mask is None else mask.cpu().long()
     counts = position[:, None] + real.cumsum(1)
     drop = None
     if reset is not None and bool(reset.any()):

@@ -24,11 +24,11 @@ def row_caps(policy: ScanPolicy, counts: Tensor | None, heads: int, like: Tensor
     Capping at p and then at q is capping at min(p, q), so the order of caps does not matter here.
     """
     assert counts is not None
-    caps = torch.full((*counts.shape, heads), float("inf"), dtype=like.dtype)
+    caps = torch.full((*counts.shape, heads), float("inf"), dtype=like.dtype, device="cpu")
     for cap in policy.caps:
         norm = per_head(cap.norm, heads, caps)
         due = ((counts > 0) & (counts % cap.every == 0))[..., None]
-        caps = torch.where(due, torch.minimum(caps, torch.as_tensor(norm, dtype=caps.dtype)), caps)
+        caps = torch.where(due, torch.minimum(caps, torch.as_tensor(norm, dtype=caps.dtype, device="cpu")), caps)
     return caps.to(like.device)
 
 

@@ -69,7 +69,7 @@ class ScanCarry:
         shape = (batch, heads, d_state) if per_channel else (batch, heads)
         return cls(
             state=state,
-            position=torch.zeros(batch, dtype=torch.int64),
+            position=torch.zeros(batch, dtype=torch.int64, device="cpu"),
             log_decay=torch.zeros(shape, dtype=torch.float64, device=device),
         )
 

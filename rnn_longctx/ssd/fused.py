@@ -152,7 +152,7 @@ def run(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *, dt_bias: Tens
         )  # fmt: skip
         if gate is not None:
             gate.squares = squares[0]
-        positions = int(carry.position[0]) + looks[0] * torch.arange(1, sums.shape[-1] + 1)
+        positions = int(carry.position[0]) + looks[0] * torch.arange(1, sums.shape[-1] + 1, device="cpu")
         elements = x.shape[3] * B.shape[3]
         log_decay = before[..., None] + spent[..., : sums.shape[-1]]
         looks[1].append(Statistics(positions, elements, sums[0], sums[1], sums[2], log_decay))
@@ -214,7 +214,7 @@ def _cut(y: Tensor, state: Tensor, x: Tensor, C: Tensor, D: Tensor | None, polic
          t: int) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`state` after token t cut back to its cap, and the token's output, y[:, -1], from what is left of it."""
     cap = per_head(policy.caps[0].norm, x.shape[2], state)
-    state = state * clip_factor(state, torch.as_tensor(cap, device=state.device))[..., None, None]
+    state = state * clip_factor(state, torch.as_tensor(cap, dtype=state.dtype, device=state.device))[..., None, None]
     last = torch.einsum("bhpn,bhn->bhp", state, C[:, t].repeat_interleave(x.shape[2] // C.shape[2], 1).to(state.dtype))
     if D is not None:
         last = last + (D if D.ndim == 2 else D[:, None]).to(state.dtype) * x[:, t]
@@ -246,6 +246,7 @@ def cap_table(policy: ScanPolicy, heads: int, device: torch.device) -> Tensor:
 
 def _rows(values: list[PerHead], heads: int, device: torch.device) -> Tensor:
     with torch.inference_mode(False):  # a later call may train with it
-        rows = [per_head(value, heads, torch.empty(0)) for value in values]
-        filled = [torch.full((heads,), row) if isinstance(row, float) else row for row in rows]
-        return torch.stack(filled).to(device, torch.float32)
+        kind: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever a person's defaults are
+        rows = [per_head(value, heads, torch.empty(0, **kind)) for value in values]
+        filled = [torch.full((heads,), row, **kind) if isinstance(row, float) else row for row in rows]
+        return torch.stack(filled).to(device)

@@ -37,7 +37,7 @@ def run(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *, dt_bias: Tens
 
     if reset is not None or mask is not None:
         raise InputError("backend 'mamba_ssm' reads whole rows: no padding, no documents in a row")
-    if x.shape[0] * x.shape[1] * x.stride(1) >= MOST:
+    if x.shape[0] * x.shape[1] * max(t.stride(1) for t in (x, dt, B, C)) >= MOST:
         raise InputError(f"backend 'mamba_ssm' counts in int32: {x.shape[1]} tokens are too many for one call")
     y, state = mamba_chunk_scan_combined(
         x, dt, A, B, C, 128, D=D, dt_bias=dt_bias, dt_softplus=dt_softplus, dt_limit=dt_limit,

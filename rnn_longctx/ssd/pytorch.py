@@ -17,7 +17,7 @@ def run(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *, dt_bias: Tens
         mask: Tensor | None, counts: Tensor | None, drop: Tensor | None) -> tuple[Tensor, ScanCarry]:  # fmt: skip
     inputs, dtype = x, carry.state.dtype
     if counts is None and policy.caps:
-        counts = carry.position[:, None] + torch.arange(1, x.shape[1] + 1)
+        counts = carry.position[:, None] + torch.arange(1, x.shape[1] + 1, device="cpu")
     x, dt, A, B, C = (t.to(dtype) for t in (x, dt, A, B, C))
     dt_bias = None if dt_bias is None else dt_bias.to(dtype)
     log_decay, scale = gates(

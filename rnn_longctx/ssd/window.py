@@ -14,6 +14,7 @@ changes no result. Padding may stand only before a row's first token.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields, replace
 
 import torch
 import torch.nn.functional as F
@@ -94,23 +95,59 @@ def extend(w: WindowCarry, block: Tensor, x: Tensor, B: Tensor, log_decay: Tenso
 
 def _turn(w: WindowCarry) -> WindowCarry:
     """The full block becomes the block before, and a new one begins."""
-    tail = _after_each(w.log_decay)  # (B, r, H[, N])
-    heads = w.x.shape[2]
-    if tail.ndim == 3:
-        x, B = w.x * tail.exp()[..., None], w.B
-    else:
-        x, B = w.x, w.B.repeat_interleave(heads // w.B.shape[2], 2) * tail.exp()
+    x, B = _decayed(w.x, w.B, _after_each(w.log_decay))
+    return WindowCarry(
+        w.size, torch.zeros_like(w.block), torch.zeros_like(w.head),
+        w.x[:, :0], w.B[:, :0], w.log_decay[:, :0], x, B, _after_chunks(x, B, w.size),
+    )  # fmt: skip
+
+
+def level(windows: list[WindowCarry]) -> list[WindowCarry]:
+    """The same carries with their blocks begun at one place, so that their rows can be put together: as many tokens in
+    each one's current block as in the one that has fewest. Those before go into the block before."""
+    offset = min(w.x.shape[1] for w in windows)
+    return [_moved(w, w.x.shape[1] - offset) for w in windows]
+
+
+def _moved(w: WindowCarry, count: int) -> WindowCarry:
+    """The carry whose blocks begin `count` tokens later: so many of the current one's tokens are of the block before.
+    Worked out at least in float32."""
+    if count == 0:
+        return w
+    dtypes = {f.name: v.dtype for f in fields(w) if isinstance(v := getattr(w, f.name), Tensor)}
+    wide = {name: getattr(w, name).to(torch.promote_types(dtype, torch.float32)) for name, dtype in dtypes.items()}
+    w = replace(w, **wide)
+    gone, log_decay = w.log_decay[:, :count], w.log_decay[:, count:]
+    old = _decayed(w.x_before[:, count:], w.B_before[:, count:], gone.sum(1, keepdim=True))
+    new = _decayed(w.x[:, :count], w.B[:, :count], _after_each(gone))
+    x_before, B_before = (torch.cat(pair, 1) for pair in zip(old, new))
+    x, B = _decayed(w.x[:, count:], w.B[:, count:], _after_each(log_decay))
+    block = torch.einsum("bshp,bshn->bhpn", x, B.repeat_interleave(x.shape[2] // B.shape[2], 2))
+    moved = WindowCarry(
+        w.size, block, log_decay.sum(1), w.x[:, count:], w.B[:, count:], log_decay,
+        x_before, B_before, _after_chunks(x_before, B_before, w.size),
+    )  # fmt: skip
+    return replace(moved, **{name: getattr(moved, name).to(dtype) for name, dtype in dtypes.items()})
+
+
+def _decayed(x: Tensor, B: Tensor, log_decay: Tensor) -> tuple[Tensor, Tensor]:
+    """x (B,c,H,P) times the decay after each token, log_decay (B,c or 1,H); where that is per channel (B,c or 1,H,N),
+    B (B,c,G or H,N) times it."""
+    if log_decay.ndim == 3:
+        return x * log_decay.exp()[..., None], B
+    return x, B.repeat_interleave(x.shape[2] // B.shape[2], 2) * log_decay.exp()
+
+
+def _after_chunks(x: Tensor, B: Tensor, size: int) -> Tensor:
+    """`WindowCarry.after` of a block's r tokens, each decayed to the block's end."""
     # every chunk but the first, and one of zeros: each adds to the states of all chunks before it
-    chunks = -(-w.size // CHUNK)
+    chunks = -(-size // CHUNK)
     x_KC, B_KC = (
-        F.pad(v[:, CHUNK:], (0, 0, 0, 0, 0, chunks * CHUNK - max(0, w.size - CHUNK))).unflatten(1, (chunks, CHUNK))
+        F.pad(v[:, CHUNK:], (0, 0, 0, 0, 0, chunks * CHUNK - max(0, size - CHUNK))).unflatten(1, (chunks, CHUNK))
         for v in (x, B)
     )
     added = torch.einsum("bkcgrp,bkcgn->bkgrpn", x_KC.unflatten(3, (B.shape[2], -1)), B_KC).flatten(2, 3)
-    return WindowCarry(
-        w.size, torch.zeros_like(w.block), torch.zeros_like(w.head),
-        w.x[:, :0], w.B[:, :0], w.log_decay[:, :0], x, B, added.flip(1).cumsum(1).flip(1),
-    )  # fmt: skip
+    return added.flip(1).cumsum(1).flip(1)
 
 
 def _after_each(log_decay: Tensor) -> Tensor:

@@ -233,11 +233,8 @@ def load_corpus(config: DataConfig, tokenizer: Tokenizer, length: int) -> Corpus
                 cut = boundary + 1
             while 0 < cut < len(text) and text.data[cut] & 0xC0 == 0x80:  # not inside a UTF-8 character
                 cut -= 1
-            try:
-                train.append(_encode(tokenizer, text.data[:cut] + b"\0"))
-                held_out.append(_encode(tokenizer, text.data[cut:] + b"\0"))
-            except InputError as error:  # which knows no name, and the byte of a part alone
-                raise InputError(f"data.text: {text.name}: {_not_utf8(text.data) or error}") from None
+            train.append(_encode(tokenizer, text.data[:cut] + b"\0"))
+            held_out.append(_encode(tokenizer, text.data[cut:] + b"\0"))
             texts.append({"name": text.name, "hash": text.hash, "bytes": len(text)})
         else:
             found = stored(source, tokenizer, config.min_document, part.tokens, lambda line: print(line, flush=True))
@@ -280,14 +277,6 @@ def _cut(tokens: np.ndarray, eos: int | None, held_out: float) -> int:
             return start + int(ends[-1]) + 1
         stop = start
     return cut
-
-
-def _not_utf8(data: bytes) -> str | None:
-    try:
-        data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        return f"not UTF-8 text at byte {error.start}"
-    return None
 
 
 def _encode(tokenizer: Tokenizer, data: bytes) -> torch.Tensor:

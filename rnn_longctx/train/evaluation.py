@@ -13,6 +13,8 @@ import torch
 
 from rnn_longctx.data import Tokenizer, passkey_batch
 from rnn_longctx.errors import InputError
+from rnn_longctx.models.modes import in_evaluation
+from rnn_longctx.models.stops import unused_rows
 from rnn_longctx.scalars import Write
 from rnn_longctx.train.config import TrainConfig
 from rnn_longctx.train.corpus import Corpus
@@ -27,6 +29,7 @@ ASK_EVERY = 20  # steps between two looks at a stage that may not begin yet
 
 
 @torch.inference_mode()
+@in_evaluation
 def held_out_loss(model: Any, corpus: Corpus, length: int, rows: int, context: Context, since: int = 0,
                   most: int = 1024) -> float:  # fmt: skip
     """Mean loss at positions `since` + 1 to `length` of at most `most` held-out windows, `rows` at a time; NaN where
@@ -49,6 +52,7 @@ def late_loss(model: Any, corpus: Corpus, length: int, rows: int, context: Conte
 
 
 @torch.inference_mode()
+@in_evaluation
 def passkey_accuracy(model: Any, tokenizer: Tokenizer, length: int, n: int, seed: int, style: str, rows: int,
                      context: Context) -> float:  # fmt: skip
     """Share of `n` prompts of `length` tokens answered exactly. Greedy decoding gives the answer exactly if every
@@ -57,7 +61,7 @@ def passkey_accuracy(model: Any, tokenizer: Tokenizer, length: int, n: int, seed
     right, prompts = 0, passkey_batch(tokenizer, length, n, seed, style)
     for i in range(0, n, rows):
         some = prompts[i : i + rows]
-        answers = [torch.from_numpy(tokenizer.encode(f" {p.answer}")) for p in some]
+        answers = [torch.from_numpy(p.reply) for p in some]
         padded = torch.nn.utils.rnn.pad_sequence(answers, batch_first=True, padding_value=-1)  # some may be shorter
         ids = torch.cat([torch.stack([torch.from_numpy(p.ids) for p in some]), padded.clamp(min=0)], 1)
         ids, padded = ids.to(model.device), padded.to(model.device)
@@ -65,7 +69,9 @@ def passkey_accuracy(model: Any, tokenizer: Tokenizer, length: int, n: int, seed
         with context():
             for piece in ids[:, : length - 1].split(SEGMENT, 1):
                 model(piece, cache)
-            said = model.logits(model(ids[:, length - 1 : -1], cache)).argmax(-1)
+            logits = model.logits(model(ids[:, length - 1 : -1], cache))
+        unused = unused_rows(tokenizer, logits.shape[-1], logits.device)
+        said = (logits if unused is None else logits.masked_fill(unused, -math.inf)).argmax(-1)
         right += int(((said == padded) | (padded < 0)).all(1).sum())
     return right / n
 
@@ -88,7 +94,8 @@ class Evaluation:
                 raise InputError(f"evaluate.lengths: {length} is too long: {fits}; see data.held_out")
             if self.settings.passkeys:
                 try:
-                    passkey_batch(corpus.tokenizer, length, 1, config.seed, config.data.passkey.style)
+                    n, style = self.settings.passkeys, config.data.passkey.style
+                    passkey_batch(corpus.tokenizer, length, n, config.seed, style)  # all: they differ in tokens
                 except InputError as error:
                     raise InputError(f"evaluate.lengths: {error}; or set evaluate.passkeys=0") from None
         self.file = out / "eval.csv"
@@ -150,7 +157,8 @@ def stage_of(config: TrainConfig, step: int, state: dict[str, Any], loss: Callab
 
 
 def final_metrics(config: TrainConfig, corpus: Corpus, model: Any, out: Path, context: Context) -> dict[str, Any]:
-    """Losses, and passkey accuracy of 100 prompts that end at the training length."""
+    """Losses, and passkey accuracy of 100 prompts that end, with the longest of their answers, at the training
+    length."""
     with (out / "log.csv").open() as file:
         losses_seen = [float(line.split(",")[2]) for line in list(file)[1:]]
     finite = [loss for loss in losses_seen if math.isfinite(loss)]
@@ -161,7 +169,11 @@ def final_metrics(config: TrainConfig, corpus: Corpus, model: Any, out: Path, co
         metrics["validation_loss"] = loss
     if config.data.passkey.fraction:
         length, style = config.data.passkey.lengths[1], config.data.passkey.style
-        length -= len(corpus.tokenizer.encode(" 12345"))  # the answer comes after the prompt
-        seen = (model, corpus.tokenizer, length, 100, config.seed, style, config.batch_size, context)
+        answer, longest = 0, 1
+        while answer < longest:  # prompts of another length have other answers
+            answer = longest
+            prompts = passkey_batch(corpus.tokenizer, length - answer, 100, config.seed, style)
+            longest = max(len(p.reply) for p in prompts)
+        seen = (model, corpus.tokenizer, length - answer, 100, config.seed, style, config.batch_size, context)
         metrics["passkey_accuracy"] = passkey_accuracy(*seen)
     return metrics

@@ -30,6 +30,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from rnn_longctx.config import home_path
 from rnn_longctx.data import Arrival, Arrivals, load_tokenizer
 from rnn_longctx.errors import InputError
 from rnn_longctx.scalars import Write, scalars
@@ -69,7 +70,7 @@ def train_online(config: TrainConfig, stream: str | Path) -> Path:
     if team.world > 1:
         raise InputError(f"a stream is trained on by one process, not {team.world}")
     arrivals = Arrivals(stream, load_tokenizer(config.data.tokenizer))
-    out = Path(config.out)
+    out = home_path(config.out)
     with ExitStack() as stack:
         config, corpus, model = prepare(config, team, stack, online=True)
         write = stack.enter_context(scalars(config.log_to, out, out.name))
@@ -125,7 +126,7 @@ class Online:
     def __post_init__(self) -> None:
         assert self.config.online is not None
         self.settings: OnlineConfig = self.config.online
-        self.out = Path(self.config.out)
+        self.out = home_path(self.config.out)
         self.context = partial(autocast, self.config, self.team.device)
         self.optimizer = make_optimizer(self.model, self.config.optimizer)
         self.evaluation = Evaluation(self.config, self.corpus, self.model, self.out, self.context)

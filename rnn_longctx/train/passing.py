@@ -208,7 +208,12 @@ class Starts:
         fitted = self.fitted
         if self.passing.start == "noise":
             heads = self.model.config.nheads
-            fitted = torch.tensor([0.0, NOISE]).view(2, 1, 1).expand(2, len(start), heads).to(self.model.device)
+            fitted = (
+                torch.tensor([0.0, NOISE], dtype=torch.float32)
+                .view(2, 1, 1)
+                .expand(2, len(start), heads)
+                .to(self.model.device)
+            )
         if fitted is None:
             return start
         for row in range(len(batch.ids)):

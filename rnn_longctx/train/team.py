@@ -108,7 +108,7 @@ class Team:
         plain.load_state_dict({k: t.to(self.device) for k, t in state.items()}, assign=True)
         if model.config.tie_embeddings:
             plain.lm_head.weight = plain.backbone.embedding.weight
-        for name in ("name", "train_length", "tokenizer", "provenance"):
+        for name in ("name", "train_length", "tokenizer", "provenance", "eos_token_id"):
             setattr(plain, name, getattr(model, name))
         return plain
 

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from rnn_longctx.config import to_dict
+from rnn_longctx.config import home_path, to_dict
 from rnn_longctx.data import ByteTokenizer, Tokenizer, load_tokenizer, training_sequence
 from rnn_longctx.errors import InputError
 from rnn_longctx.mitigations import fold
@@ -72,7 +72,7 @@ def train(config: TrainConfig) -> Path:
 
 def _train(config: TrainConfig, team: Team, stack: ExitStack) -> Path:
     config, corpus, model = prepare(config, team, stack)
-    out = Path(config.out)
+    out = home_path(config.out)
     learner = team.spread(Learner(model, recorded=team.sequence == 1 and not team.sharded))
     optimizer = make_optimizer(model, config.optimizer)
     writers: list[Write] = []
@@ -93,7 +93,10 @@ def _train(config: TrainConfig, team: Team, stack: ExitStack) -> Path:
 def prepare(config: TrainConfig, team: Team, stack: ExitStack, online: bool = False) -> tuple[TrainConfig, Corpus, Any]:
     """The folder claimed until the stack ends, the text read, and the model to train, on the team's device; the config
     with that model's shape. Raises InputError, as `train` does."""
-    out, device = Path(config.out), team.device
+    out, device = home_path(config.out), team.device
+    if device.type == "cuda":  # graphs and streams are made on the current card, and PyTorch keeps the first one's
+        stack.enter_context(torch.cuda.device(device))
+        torch.cuda.graph.default_capture_stream = None
     for kind in config.log_to if team.rank == 0 else []:  # before a text is read for hours
         library(kind)
     tokenizer = load_tokenizer(config.data.tokenizer)
@@ -154,7 +157,7 @@ def _check_stretches(config: TrainConfig) -> None:
 def _check_prompts(config: TrainConfig, tokenizer: Tokenizer) -> None:
     """InputError where the shortest passkey prompt does not fit, which a run would meet at some step or other."""
     passkey = config.data.passkey
-    for seed in range(32 if passkey.fraction else 0):  # keys differ in tokens
+    for seed in range(200 if passkey.fraction else 0):  # keys differ in tokens
         try:
             training_sequence(tokenizer, passkey.lengths[0], np.random.default_rng(seed), passkey.style)
         except InputError as error:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -29,6 +30,13 @@ class Pairs(ByteTokenizer):
     def encode(self, data: bytes | str) -> np.ndarray:
         raw = data.encode() if isinstance(data, str) else data
         return np.array([int.from_bytes(raw[i : i + 2], "big") for i in range(0, len(raw), 2)], dtype=np.int64)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return b"".join(int(i).to_bytes(2, "big").lstrip(b"\0") for i in ids).decode()
+
+    def encode_with_bytes(self, data: bytes) -> tuple[np.ndarray, np.ndarray]:
+        ids = self.encode(data)
+        return ids, np.where(ids < 256, 1, 2)
 
 
 @pytest.mark.parametrize("style", ["paper", "headerless"])

@@ -115,7 +115,7 @@ def test_file_and_directory(tmp_path: Path) -> None:
     (folder / "broken").symlink_to(tmp_path / "nowhere")
     text = load_text(folder)
     assert (text.name, text.data) == ("dir:books", "first é\0last".encode())
-    raw = b"\xff raw\0bytes"
+    raw = "é raw\0bytes".encode()
     (tmp_path / "f.bin").write_bytes(raw)
     for spec in (tmp_path / "f.bin", f"file:{tmp_path / 'f.bin'}"):
         text = load_text(spec)

@@ -39,7 +39,36 @@ def test_bytes_round_trip() -> None:
     assert ids.dtype == nbytes.dtype == np.int64 and bytes(ids.tolist()) == data and nbytes.sum() == len(data)
     text = random_text(rng, 100)
     assert tokenizer.decode(tokenizer.encode(text)) == text
-    assert tokenizer.decode([0xC3]) == "�" and tokenizer.eos_id == 0
+    assert tokenizer.decode([0xC3]) == "�" and tokenizer.eos_id == 0 and tokenizer.decode([]) == ""
+
+
+def test_an_id_that_stands_for_no_token_has_no_text(bpe: Tokenizer) -> None:
+    with pytest.raises(
+        InputError, match="id 304 stands for no token: tokenizer bytes has 256, their ids lie in 0 to 255"
+    ):
+        ByteTokenizer().decode([48, 304])
+    with pytest.raises(InputError, match="id -1 stands for no token"):
+        ByteTokenizer().decode([-1])
+    size = bpe.get_vocab_size()
+    copy = Tokenizer.from_str(bpe.to_str())
+    copy.add_tokens(["<more>"])
+    holes = json.loads(copy.to_str())
+    holes["added_tokens"][-1]["id"] += 3
+    for made, vocab, unused in (
+        (bpe, size, []),
+        (copy, size + 1, []),
+        (Tokenizer(models.WordLevel({"a": 0, "b": 5}, unk_token="a")), 6, [1, 2, 3, 4]),
+        (Tokenizer.from_str(json.dumps(holes)), None, None),
+    ):
+        tokenizer = HFTokenizer(made, "t")
+        known = made.get_vocab(with_added_tokens=True).values()
+        if vocab is None:  # a library may put an added token where there is room
+            vocab, unused = max(known) + 1, sorted(set(range(max(known))) - set(known))
+        assert tokenizer.vocab_size == vocab and tokenizer.unused.tolist() == unused
+        tokenizer.decode(sorted(known))
+        for strange in (vocab, *unused):
+            with pytest.raises(InputError, match=f"id {strange} stands for no token: tokenizer t .* has {len(known)},"):
+                tokenizer.decode([0, strange])
 
 
 def test_bpe_round_trip_and_byte_counts(bpe: Tokenizer) -> None:

@@ -15,7 +15,7 @@ from rnn_longctx.eval.leaderboard import leaderboard
 from rnn_longctx.eval.sheets import sheets
 from rnn_longctx.mitigations import REMEDIES, Plan, Remedy
 from rnn_longctx.mitigations.base import same_everywhere
-from rnn_longctx.models import Mamba2LM
+from rnn_longctx.models import Mamba2Config, Mamba2LM
 from rnn_longctx.ssd import ScanPolicy
 
 
@@ -58,6 +58,11 @@ def test_several_texts_are_read_and_prompts_asked_once(model, text, unseen, tmp_
     for seed in (-1, "a", None):
         with pytest.raises(InputError, match="seed: expected a whole number, at least 0"):
             evaluate(model, [100], tasks, text=text, seed=seed)
+    for what, wrong in (("tasks", {"tasks": 5}), ("mitigations", {"mitigations": 5})):
+        with pytest.raises(InputError, match=f"{what}: expected one such as .*, or a list of them; got 5"):
+            evaluate(model, [100], text=text, **wrong)
+    with pytest.raises(InputError, match="expected a path, got int 5"):
+        evaluate(model, [100], ["lm"], text=text, out=5)
     with pytest.raises(InputError, match="at least one text"):
         evaluate(model, [100], tasks, text=[])
 
@@ -68,7 +73,8 @@ def test_memory_is_a_remedys_own(text):
     model = make_model().to("cuda")
     task = "lm:slices=2,tokens=0"
     frame = evaluate(model, [2000], [task], ["none", "window:tokens=900", "rri"], text=text)
-    peaks = frame[frame.metric == "nats_per_token"].set_index("mitigation").peak_bytes
+    longest = frame[(frame.metric == "nats_per_token") & (frame.length == 2000)]  # (and its training length)
+    peaks = longest.set_index("mitigation").peak_bytes
     assert peaks["rri:alpha=0.9999,beta=0.75"] < peaks["window:tokens=900"]
 
 
@@ -142,9 +148,24 @@ def test_passkey_generates_greedily_from_the_prompt(model):
     for prompt, answer in zip(prompts, answers):
         ids = torch.from_numpy(prompt.ids)[None]
         with torch.no_grad():
-            for _ in range(6):
+            for _ in range(7):  # a space, five digits and what shows that there is no sixth
                 ids = torch.cat([ids, model.logits(model(ids)[:, -1:]).argmax(-1)], 1)
         assert ByteTokenizer().decode(ids[0, 150:]).strip() == answer
+
+
+def test_a_passkey_is_never_said_in_rows_without_a_token():
+    from rnn_longctx.eval.passkey import _answer
+
+    model = Mamba2LM(Mamba2Config(d_model=32, n_layer=1, headdim=16, d_state=8, vocab_size=300, tie_embeddings=False))
+    model.tokenizer = ByteTokenizer()
+    with torch.no_grad():
+        model.lm_head.weight[256:] *= 100
+    prompts = passkey_batch(ByteTokenizer(), 150, 3, 3)
+    answers, _ = _answer(Context(model.eval()), prompts)
+    with torch.no_grad():
+        likeliest = [int(model.logits(model(torch.from_numpy(p.ids)[None])[0, -1])[:256].argmax()) for p in prompts]
+    strip = [ByteTokenizer().decode([token]).strip() for token in likeliest]
+    assert all(answer.startswith(first) for answer, first in zip(answers, strip))
 
 
 def test_a_remedy_that_depends_on_the_length_gets_a_pass_per_length(model, text, monkeypatch):
@@ -244,3 +265,11 @@ def test_passes_that_differ_in_length_alone_are_told_apart(model, text, unseen, 
     said = [line.split(maxsplit=1)[1] for line in capsys.readouterr().err.splitlines() if ", lm" in line]
     assert said[0] == "none, lm" and len(said) == len(set(said)) == 4
     assert [line.rpartition(", ")[2] for line in said[1:]] == ["lm at 64", "lm at 96", "lm at 128"]
+
+
+def test_every_row_has_the_tokens_that_were_read(model, text, tmp_path):
+    """Of each slice or prompt, whatever of it a control reads again or leaves out."""
+    controls = ["none", "reset:every=64,overlap=8", "recompute:last=64"]
+    frame = evaluate(model, [100, 300], ["lm:slices=2,tokens=0", "passkey:n=2"], controls, text=text, out=tmp_path)
+    assert set(frame["task"]) == {"lm", "passkey"} and set(frame["mitigation"]) == set(controls)
+    assert (frame["tokens_read"] == frame["length"]).all()

@@ -2,7 +2,7 @@
 
 import csv
 import json
-import random
+import re
 import sys
 
 import pytest
@@ -22,7 +22,6 @@ from rnn_longctx.errors import InputError
 from rnn_longctx.eval.harness import HarnessLM
 from rnn_longctx.eval.harness_run import COLUMNS, TASKS, lm_eval_table, save_tokenizer
 from rnn_longctx.eval.lm_eval_tasks import utils
-from rnn_longctx.eval.ruler import check_it_ends
 from rnn_longctx.models import Mamba2Config, Mamba2LM, checkpoint
 
 DOCS = [
@@ -98,7 +97,7 @@ def model(folder):
 def bytes_model():
     torch.manual_seed(1)
     model = Mamba2LM(Mamba2Config(d_model=32, n_layer=1, headdim=16, d_state=8)).eval()
-    model.tokenizer, model.name, model.weights_hash, model.train_length = ByteTokenizer(), "tiny-bytes", "00", 64
+    model.tokenizer, model.name, model.train_length = ByteTokenizer(), "tiny-bytes", 64
     return model
 
 
@@ -241,13 +240,25 @@ def test_one_row_a_task_length_and_remedy(bytes_model, folder, tmp_path, monkeyp
     assert set(key.itertuples(index=False, name=None)) == {
         (*kind, remedy) for kind in kinds for remedy in ("none", "window:tokens=50")
     }
-    assert set(frame.n) == {1, 2} and set(frame.weights_hash) == {"00"}
+    rows = frame.set_index("task")
+    by_length = rows.loc["rnn_longctx_passkey"]
+    assert (by_length["tokens_read"] == by_length["length"]).all() and set(frame["seed"]) == {0}
+    read = [len(doc["text"].rstrip()) for doc in DOCS[:2] for _ in doc["choices"]]  # a context a choice
+    assert set(rows.loc["tiny_choices"]["tokens_read"]) == {sum(read) / len(read)}
+    assert (rows.loc["rnn_longctx_qa"]["tokens_read_min"] == len("abc\n\nQuestion: d?\nAnswer:")).all()
+    assert set(frame.n) == {1, 2} and set(frame.weights_hash) == {bytes_model.weights_hash}
     with (tmp_path / "out" / "lm_eval.csv").open() as file:
         assert len(list(csv.DictReader(file))) == len(frame)
     runs = json.loads((tmp_path / "out" / "lm_eval.json").read_text())
     assert len(runs) == 6 and "arguments" not in json.dumps(runs)
     assert all(mixer.policy.window is None for mixer in bytes_model.mixers)
     assert "git" not in capfd.readouterr().err
+
+
+def test_lengths_are_in_the_model_s_own_tokens(folder):
+    """They were bytes where the tokenizer had not been used before."""
+    frame = lm_eval_table(load(folder / "model"), ["rnn_longctx_passkey"], "400", limit=2)
+    assert frame["tokens_read"].item() == pytest.approx(400, rel=0.05)
 
 
 def test_the_command(folder, bytes_model, tmp_path, capsys, monkeypatch):
@@ -264,6 +275,7 @@ def test_the_command(folder, bytes_model, tmp_path, capsys, monkeypatch):
     where = ("--out", str(tmp_path / "out"), "--limit", "1")
     out = said("--tasks", "rnn_longctx_passkey", "--lengths", "200", *where)
     assert "rnn_longctx_passkey" in out and "exact_match" in out and "lm_eval.csv" in out and "state_dtype" not in out
+    assert re.search(r"tokens_read .*\n *rnn_longctx_passkey +200 +200 ", out) and "seed 0" in out
     out = said("--tasks", "rnn_longctx_passkey", "--lengths", "200", "--state-dtype", "bfloat16", *where)
     assert (
         "state_dtype" in out
@@ -277,6 +289,7 @@ def test_the_command(folder, bytes_model, tmp_path, capsys, monkeypatch):
         return err
 
     assert "name it with --data" in line("--tasks", "rnn_longctx_qa")
+    assert "add_bos_token: tokenizer bytes has no BOS token" in line("--tasks", "x", "--add-bos-token")
     assert "at least" in line("--tasks", "rnn_longctx_passkey", "--lengths", "64")
     assert 'did you mean "state-norm"' in line("--tasks", "x", "--mitigation", "state-nrm")
     assert "more than max_length" in line("--tasks", "rnn_longctx_passkey", "--lengths", "200", "--max-length", "100")
@@ -313,24 +326,6 @@ def test_a_group_goes_without_what_cannot_be_had(bytes_model, folder, tmp_path, 
             lm_eval_table(bytes_model, [name], **given)
 
 
-def test_makers_of_data_that_would_not_end_are_refused():
-    """With bytes the worked example of RULER's variable tracking never fits; with longer tokens it does."""
-    before = random.getstate()
-    with pytest.raises(
-        InputError, match=r"ruler_vt has a worked example of at most 500 tokens, and the shortest takes"
-    ):
-        check_it_ends("ruler_vt", 4096, len)
-    check_it_ends("ruler_vt", 4096, lambda text: len(text) // 4)
-    with pytest.raises(InputError, match=r"ruler_vt takes at least \d+ tokens of this tokenizer; 256 were asked for"):
-        check_it_ends("ruler_vt", 256, lambda text: len(text) // 4)
-    check_it_ends("niah_single_1", 1, len)
-    assert random.getstate() == before
-    pytest.importorskip("wonderwords")
-    with pytest.raises(InputError, match="ruler_cwe takes at least"):
-        check_it_ends("ruler_cwe", 512, len)
-    check_it_ends("ruler_cwe", 2048, len)
-
-
 def test_without_lm_eval_one_line_says_what_to_install(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
     for name in ("rnn_longctx.eval.harness", "rnn_longctx.eval.harness_run"):
@@ -356,3 +351,15 @@ def test_lm_eval_finds_the_model_by_its_name(bytes_model, tmp_path):
         f"model={tmp_path / 'theirs'},tokenizer=bytes,train_length=64,mitigation=rri", {"device": "cpu"}
     )
     assert made.model.train_length == 64 and made.model.mixers[0].policy.gain == 0.75
+
+
+@torch.no_grad()
+def test_log_likelihoods_that_are_no_numbers_are_said(caplog):
+    model = Mamba2LM(Mamba2Config(d_model=32, n_layer=1, headdim=16, d_state=8)).eval()
+    model.tokenizer = ByteTokenizer()
+    pairs = [("a", " b"), ("a", " c"), ("a longer one", " d")]
+    HarnessLM(model).loglikelihood(ask("loglikelihood", *pairs))
+    assert "not numbers" not in caplog.text
+    model.mixers[0].D.fill_(torch.inf)
+    HarnessLM(model).loglikelihood(ask("loglikelihood", *pairs))
+    assert "3 of 3 log-likelihoods are not numbers" in caplog.text

@@ -9,6 +9,8 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
+from rnn_longctx.eval.leaderboard import leaderboard
+from rnn_longctx.eval.plots import plot_all
 from rnn_longctx.eval.report import conclusion, context_gain, header, summary, table, to_text
 from rnn_longctx.eval.results import to_frame
 from rnn_longctx.eval.sheets import sheets, whole_sheets
@@ -312,6 +314,40 @@ def test_losses_that_blew_up_are_shown_and_fail(story):
     assert "is rri:alpha=0.99," not in conclusion(story)
 
 
+@pytest.mark.parametrize("blown", [math.nan, math.inf])
+def test_losses_that_are_no_numbers_are_said_in_words(story, blown, tmp_path):
+    """Of a model that is broken within its training length nothing is said of collapse, and no such remedy is best."""
+    story = story[story["task"] == "lm"].reset_index(drop=True)
+    lengths = sorted(story["length"].unique())
+    train = int(story["train_length"].iloc[0])
+    remedy = "rri:alpha=0.999,beta=0.75"
+    assert f"best remedy at 64K is {remedy}" in conclusion(story)
+    for metric in ("nats_per_token", "nats_per_token_peak"):
+        for length in (n for n in lengths if metric == "nats_per_token" or n == train):
+            put(story, blown, mitigation="none", metric=metric, length=length)
+    put(story, blown, mitigation=remedy, metric="nats_per_token", length=train)
+    put(story, blown, mitigation="recompute:last=512", metric="nats_per_token", length=65536)
+    said = conclusion(story)
+    assert "already within the training length, so whether it collapses cannot be said" in said and "nan" not in said
+    assert "collapses at" not in said and f"is {remedy}" not in said and f"{remedy} has" not in said
+    assert (
+        "best remedy at 64K is state-norm" in said and "not compared with recompute:last=512, whose loss is not" in said
+    )
+    found = summary(story).query("task == 'lm'").set_index("mitigation")
+    assert pd.isna(found.loc["none", "first_failing"]) and "cannot be said" in found.loc["none", "verdict"]
+    text = to_text(story)
+    line = next(line for line in text.splitlines() if line.startswith("none "))
+    assert line.endswith("no number") and "> 2 x" not in text
+    assert all(path.stat().st_size for path in plot_all(story, tmp_path))
+    board = leaderboard(story.assign(tokens_per_second=1.0))
+    bare = board[(board["mitigation"] == "none") & (board["length"] == 65536)]
+    assert set(bare["wins"]) == {"its loss is no number"}
+    for name in (n for n in set(story["mitigation"]) if n not in CONTROLS):
+        put(story, blown, mitigation=name, metric="nats_per_token", length=65536)
+    assert "no remedy has a loss that is a number at 64K" in conclusion(story)
+    assert plot_all(story, tmp_path)
+
+
 def test_several_recompute_controls_each_have_a_table_and_the_best_one_judges(story):
     again = story[story["mitigation"] == "recompute:last=512"].replace("recompute:last=512", "recompute:last=256")
     both = pd.concat([story, again], ignore_index=True)
@@ -383,3 +419,20 @@ def test_states_of_other_precision_are_not_mixed(make):
     notes = [s.note for s in sheets(both) if s.task == "lm"]
     assert sorted(notes) == ["state_dtype=None", "state_dtype=bfloat16"]
     assert len(sheets(make().drop(columns="state_dtype"))) == len(sheets(make()))
+
+
+def test_no_verdict_names_a_length_that_was_not_read(make):
+    """Of what was asked for at 4K, 2,610 tokens were read: what holds there, or fails, does so at 2610."""
+    frame = make([256, 512, 1024, 2048, 4096], tokens_per_second=1.0, first_token_seconds=1.0)
+    frame = frame[frame["mitigation"].isin(["none", "state-norm"])]
+    put(frame, 9.0, mitigation="none", task="lm", metric="nats_per_token", length=4096)
+    put(frame, 1.0, mitigation="state-norm", task="passkey", length=4096)
+    bare = frame.assign(length=frame["length"].replace({4096: 2610})).drop(columns="tokens_read")
+    frame = frame.assign(tokens_read=frame["length"].replace({4096: 2610}))
+    words = conclusion(frame)
+    assert "collapses at 2610 (9.00 > 2 x" in words and "up to 2610 with state-norm" in words
+    assert "4K" not in words and "4096" not in words
+    assert "At 2610: so many tokens were read where 4K were asked for." in to_text(frame)
+    assert conclusion(bare) == words  # a table from before the column, of those lengths
+    assert set(summary(frame)["length"]) == {2610} and summary(bare).equals(summary(frame))
+    assert 2610 in set(leaderboard(frame)["length"]) and leaderboard(frame).equals(leaderboard(bare))

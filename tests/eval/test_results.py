@@ -251,23 +251,24 @@ def test_snapshots_have_a_folder(tmp_path):
 
 
 def test_a_table_from_before_a_column_is_read_on(tmp_path):
-    """`state_dtype` came later: cells and tables without it are as good as new ones where nothing was asked for."""
+    """`state_dtype` and `tokens_read` came later: cells and tables without them are as good as new ones."""
     store = Results(tmp_path)
     store.put(row())
     cell = only_cell(tmp_path)
-    old = {k: v for k, v in json.loads(cell.read_text())["row"].items() if k != "state_dtype"}
+    old = {k: v for k, v in json.loads(cell.read_text())["row"].items() if k not in ("state_dtype", "tokens_read")}
     checksum = hashlib.sha256(json.dumps(old, sort_keys=True).encode()).hexdigest()
     key = json.dumps([old[c] for c in KEY if c != "state_dtype"])
     assert cell.stem == hashlib.sha256(key.encode()).hexdigest()[:32]  # it was called so before
     cell.write_text(json.dumps({"checksum": checksum, "row": old}))
-    assert store.get(row()) == old | {"state_dtype": None} and len(store.rows()) == 1
-    store.put(row(state_dtype="bfloat16"))
+    assert store.get(row()) == old | {"state_dtype": None, "tokens_read": None} and len(store.rows()) == 1
+    store.put(row(state_dtype="bfloat16", tokens_read=1000))
     frame = store.gather()
     assert sorted(frame["state_dtype"].fillna("-")) == ["-", "bfloat16"]
     for name, write in (("results.parquet", "to_parquet"), ("results.csv", "to_csv")):
         for path in tmp_path.glob("results.*"):
             path.unlink()
-        bare = frame[frame["state_dtype"].isna()].drop(columns="state_dtype")
+        bare = frame[frame["state_dtype"].isna()].drop(columns=["state_dtype", "tokens_read"])
         bare = bare.assign(samples=bare["samples"].map(json.dumps)) if name.endswith("csv") else bare
         getattr(bare, write)(tmp_path / name, index=False)
-        assert Results.read(tmp_path)["state_dtype"].isna().all() and len(Results.read(tmp_path)) == 1
+        assert Results.read(tmp_path)[["state_dtype", "tokens_read"]].isna().all(axis=None)
+        assert len(Results.read(tmp_path)) == 1

@@ -107,6 +107,18 @@ def test_verdict_edges():
     assert verdict([512], [1.0], 256) == (None, "not measured within the training length")
     assert verdict([512], [1.0], 256, 0.4).first_failing == 512
     assert verdict([256, 512], [1.0, 9.0], None) == (None, "training length unknown")
+    for blown, said in ((math.nan, "not a number"), (math.inf, "infinite")):
+        words = f"collapses at 1K (the loss is {said} at 1K)"
+        assert verdict([256, 512, 1024], [1.0, 1.0, blown], 256) == (1024, words)
+        words = f"collapses at 512 (the loss is {said} from 512 on)"
+        assert verdict([1024, 256, 512], [blown, 1.0, blown], 256) == (512, words)
+        words = f"the loss is {said} from 256 on, already within the training length, so whether it collapses cannot"
+        for more in ([], [blown]):
+            first, text = verdict([128, 256, 512, *[1024] * len(more)], [1.0, blown, blown, *more], 256, blown)
+            assert first is None and text.startswith(words) and "float32" in text and "weights" in text
+        assert "at 128, already within" in verdict([128, 256, 512], [blown, 1.0, 9.0], 256).text
+        assert verdict([256], [blown], 256).text.startswith(f"the loss is {said} at 256, already within")
+        assert verdict([256], [blown], None) == (None, f"training length unknown; the loss is {said} at 256")
     for blown in (math.nan, math.inf):
         assert verdict([256, 512, 1024], [1.0, 1.0, blown], 256).first_failing == 1024
     assert verdict([256, 65536, 1048576], [1, 1, 1], 256, math.nan).text == "no collapse up to 1M"

@@ -159,7 +159,7 @@ def test_handles_compose_and_come_off_in_any_order(model):
 def test_calibration_sees_the_bare_model(model, made):
     with mitigate(model, "state-norm", text=made) as handle:
         bare = handle.plan.policies
-    model.__dict__.pop("_envelopes", None)
+    model.__dict__.pop("_measured")
     with mitigate(model, "rri:alpha=0.5,beta=0.1"), mitigate(model, "state-norm", text=made) as handle:
         assert handle.plan.policies == bare
 
@@ -216,7 +216,7 @@ def test_no_training_length_is_a_refusal(model):
 )
 def test_generation_follows_the_remedy_as_reading_does(model, text, made):
     """Greedy tokens from prefill and steps are those of reading everything again in one call."""
-    ids = torch.randint(256, (2, 37))
+    ids, model.tokenizer.eos_id = torch.randint(256, (2, 37)), None  # so that answers go on
     with mitigate(model, text, text=made if "norm" in text else None):
         new = generate(model, ids, 25)
         for n in range(25):

@@ -92,3 +92,10 @@ def own(make, tmp_path):
     """A directory in the library's own layout."""
     checkpoint.save(make(), tmp_path / "own")
     return tmp_path / "own"
+
+
+@pytest.fixture
+def eager():
+    """What is compiled is a module of another kind all the same; compiling a family's PyTorch scan takes a minute."""
+    with torch.compiler.set_stance("force_eager"):
+        yield

@@ -132,6 +132,7 @@ def test_on_and_off(model):
     ids = random_ids()
     logits, tokens = logits_of(model, ids), model.generate(ids, max_new_tokens=6, do_sample=False)
     names = dict(model.state_dict())
+    adopt(model)  # (from then on ours stands before a Mamba-1 mixer, whose library drops the state of a cached chunk)
     forwards = [m.forward for m in model.modules()]
     with mitigate(model, "rri:alpha=0.9,beta=0.4"), mitigate(model, "window:tokens=4") as handle:
         assert active(model)[0] == "rri:alpha=0.9,beta=0.4+window:tokens=4"
@@ -292,6 +293,7 @@ def test_steps_are_those_of_its_own_scan(model, family, monkeypatch):
 def test_states_of_fewer_bits(model):
     adopted, ids, sizes = adopt(model), random_ids(), [12, 1, 1, 1, 5]
     before, tokens = logits_of(model, ids), model.generate(ids, max_new_tokens=6, do_sample=False)
+    entries = [m.module.forward for m in adopted.mixers]
     cut, _ = streamed(adopted, ids, sizes)
     adopted.use_state_dtype("float32")
     assert adopted.state_dtype is None and torch.equal(streamed(adopted, ids, sizes)[0], cut)
@@ -317,5 +319,5 @@ def test_states_of_fewer_bits(model):
         whole = logits_of(model, ids)
         assert (again - whole).norm() < 0.03 * whole.norm()
     adopted.use_state_dtype(None)
-    assert torch.equal(logits_of(model, ids), before) and all("forward" not in vars(m.module) for m in adopted.mixers)
+    assert torch.equal(logits_of(model, ids), before) and [m.module.forward for m in adopted.mixers] == entries
     assert torch.equal(model.generate(ids, max_new_tokens=6, do_sample=False), tokens)

@@ -180,7 +180,6 @@ def test_a_saved_state_is_gone_on_from(model, remedy, tmp_path):
     with mitigate(adopted, "rri"), pytest.raises(InputError, match="was read with the remedy"):
         load_state(tmp_path / "s", adopted)
     model.get_input_embeddings().weight[0, 0] += 1
-    del adopted.weights_hash  # it is worked out once
     with pytest.raises(InputError, match="was read by small"):
         load_state(tmp_path / "s", adopted)
 
@@ -208,15 +207,16 @@ def test_generate_from_a_saved_state_on_the_command_line(build, family, tmp_path
 
     def said(*words):
         options = ["--tokenizer", "bytes", "--device", "cpu", "--max-new-tokens", "6"]
-        cli.app(["generate", str(tmp_path / "kept"), *words, *options], standalone_mode=False)
+        cli.app(["generate", str(tmp_path / "kept"), *options, *words], standalone_mode=False)
         return capsys.readouterr().out
 
     one, two, three = (str(tmp_path / name) for name in "123")
     whole = said("--prompt", "!!##$$ %%&& ''((", "--save-state", one)
-    said("--prompt", "!!##$$ %%&", "--save-state", two)
+    said("--prompt", "!!##$$ %%&", "--save-state", two, "--max-new-tokens", "0")
     assert said("--prompt", "& ''((", "--load-state", two, "--save-state", three) == whole
     for a, b in zip(Cache.load(one).layers, Cache.load(three).layers, strict=True):
-        assert a.scan.position.tolist() == b.scan.position.tolist() == [16] and a.scan.state.abs().max() > 1e-3
+        at = a.scan.position.tolist()
+        assert at == b.scan.position.tolist() and 16 < at[0] <= 22 and a.scan.state.abs().max() > 1e-3
         torch.testing.assert_close(a.scan.state, b.scan.state, **NEAR)
 
 

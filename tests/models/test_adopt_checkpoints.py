@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import shutil
 import sys
 
@@ -25,7 +26,7 @@ import rnn_longctx
 from rnn_longctx import cli
 from rnn_longctx.errors import InputError
 from rnn_longctx.mitigations import active, mitigate
-from rnn_longctx.models import Mamba2LM
+from rnn_longctx.models import Mamba2LM, checkpoint
 from rnn_longctx.models.adopt import adopt, load_adopted, load_any
 from rnn_longctx.ssd import PLAIN
 
@@ -38,6 +39,11 @@ def test_saved_and_loaded_as_before(model, tmp_path):
         model.save_pretrained(tmp_path)
     again = type(model).from_pretrained(tmp_path).eval()
     assert torch.equal(logits_of(again, ids), before) and active(again) == ("none", None)
+
+
+def test_another_librarys_model_is_saved_by_it(model, tmp_path):
+    with pytest.raises(InputError, match="a model of another library has its save_pretrained"):
+        checkpoint.save(adopt(model), tmp_path / "x")
 
 
 def test_what_has_no_mixer_is_refused_in_one_line():
@@ -94,6 +100,39 @@ def test_what_cannot_be_adopted_is_one_line(build, tmp_path, capsys, monkeypatch
     assert "model_type 'gpt2'; supported:" in line("gpt2") and "falcon_h1" in line("gpt2")
     assert "unknown dtype 'int8'" in line("kept", "--dtype", "int8")
     assert "is not available here" in line("kept", "--device", "cuda:99")
+
+
+@torch.no_grad()
+def test_limits_of_dt_of_a_config(build, tmp_path):
+    """Beyond float32 they are none; nonsense is refused, and not at the first token."""
+    build("bamba", 256).save_pretrained(tmp_path / "m")
+    path = tmp_path / "m" / "config.json"
+    plain, ids = load_adopted(tmp_path / "m", tokenizer="bytes"), torch.randint(200, (1, 9))
+    config = json.loads(path.read_text())
+    for limits in ([0.0, 1e308], [0.0, float("inf")], [0, "Infinity"], None):
+        path.write_text(json.dumps(config | {"time_step_limit": limits}))
+        try:
+            read = load_adopted(tmp_path / "m", tokenizer="bytes")
+        except InputError as error:  # what transformers itself does not take
+            assert "transformers cannot read m: " in str(error) and limits in ([0, "Infinity"], None)
+            continue
+        assert {m.dt_limit for m in read.mixers} == {(0.0, float("inf"))}
+        assert torch.equal(read(ids), plain(ids))
+    for limits in ([0.5, 0.1], [-1.0, 1.0], [0.0, float("nan")], [1e308, 1e308], [0.0], "x"):
+        path.write_text(json.dumps(config | {"time_step_limit": limits}))
+        with pytest.raises(InputError, match=r"config\.json: time_step_limit: expected two limits|cannot read m: "):
+            load_adopted(tmp_path / "m", tokenizer="bytes")
+    theirs = build("bamba")
+    for module in theirs.modules():
+        if hasattr(module, "time_step_limit"):
+            module.time_step_limit = (0.0, 1e308)
+    with pytest.raises(InputError, match=r"are beyond float32: \(0.0, inf\) says the same"):
+        adopt(theirs)
+    for name, value in (("mamba_d_conv", 0), ("mamba_expand", None), ("mamba_n_heads", -1), ("hidden_size", "wide")):
+        path.write_text(json.dumps(config | {name: value}))
+        with pytest.raises(InputError, match="cannot read m: ") as caught:
+            load_adopted(tmp_path / "m", tokenizer="bytes")
+        assert "\n" not in str(caught.value)
 
 
 class Int8(torch.Tensor):
@@ -205,5 +244,4 @@ def test_quantised_weights(build, family, how):
             getattr(linear.weight, part)[0, 0] ^= 1  # a bit of one number
     if how == "module":
         linear.weight[0, 0] ^= 1
-    del adopt(again).__dict__["weights_hash"]
     assert adopt(again).weights_hash != adopted.weights_hash

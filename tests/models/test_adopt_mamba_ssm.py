@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from rnn_longctx.data import ByteTokenizer
 from rnn_longctx.errors import InputError
 from rnn_longctx.mitigations import active, mitigate
 from rnn_longctx.models import Mamba2Config, Mamba2LM, checkpoint
@@ -358,6 +359,26 @@ def test_mamba2_simple(on_cpu, randomise):
         adopt(model)(_ids())
 
 
+@torch.no_grad()
+def test_wrapped(build):
+    class Wrap(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.m = model
+
+    model, ids = build(), _ids()
+    adopted, expected = adopt(model), _logits(model, ids)
+    assert not adopted.attends and adopt(nn.Sequential(model)) is adopted
+    for wrapped in (nn.Sequential(model), torch.optim.swa_utils.AveragedModel(model)):
+        torch.testing.assert_close(_stream(adopt(wrapped), ids, [7, 1, 12])[0], expected, **NEAR)
+        with mitigate(wrapped, "rri:alpha=0.9,beta=0.4"):
+            changed = wrapped(ids).logits
+            assert (changed - expected).abs().max() > 1e-3
+            torch.testing.assert_close(_stream(adopt(wrapped), ids, [7, 1, 12])[0], changed, **NEAR)
+    with pytest.raises(InputError, match=r"give the model inside it, MODEL\.m$"):
+        adopt(Wrap(model))
+
+
 def test_what_is_refused(build):
     model = build()
     params = InferenceParams(21, 2, lengths_per_sample=torch.zeros(2))  # what `generate(cg=True)` gives
@@ -401,3 +422,23 @@ def test_with_its_kernels(randomise, dtype):
         with pytest.raises(InputError, match="cg=True"):
             model.generate(ids, max_length=310, cg=True)
     assert torch.equal(model(ids).logits, expected) and torch.equal(model.generate(ids, max_length=310), tokens)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("policy", [PLAIN, *POLICIES.values()], ids=["plain", *POLICIES])
+def test_a_conversation_in_rows_that_end_apart(build, policy):
+    adopted, tokenizer = adopt(build()), ByteTokenizer()
+    _set(adopted, policy)
+    prompts, how = [_ids(1, n)[0].tolist() for n in (3, 6)], {"temperature": 9.0, "seed": 1}
+    adopted.tokenizer = None
+    free = generate(adopted, prompts, 8, **how).tolist()
+    adopted.tokenizer, tokenizer.eos_id = tokenizer, free[0][2]
+    cache = adopted.new_cache()
+    generate(adopted, prompts, 8, cache=cache, **how)
+    rows = [[*p, *said[: said.index(free[0][2]) + 1 if free[0][2] in said else 8]] for p, said in zip(prompts, free)]
+    assert cache.position.tolist() == [len(row) for row in rows]
+    more = _ids(2, 4)
+    found = adopted.logits(adopted(more, cache))
+    for row, token, logits in zip(rows, more, found):
+        wanted = adopted.logits(adopted(torch.tensor([[*row, *token.tolist()]])))[0, -4:]
+        torch.testing.assert_close(logits, wanted, rtol=0, atol=1e-3)

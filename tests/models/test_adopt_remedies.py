@@ -57,6 +57,7 @@ def test_controls(model):
 def test_what_it_cannot_follow_its_own_forward_refuses(build, family, remedy):
     theirs, ids = build(family), random_ids(2, 17)
     ours, before = adopt(theirs, name="mine"), logits_of(theirs, ids)
+    hooks = [len(m._forward_pre_hooks) for m in theirs.modules()]
     own = [lambda: theirs(ids), lambda: theirs.forward(ids), lambda: theirs.base_model(ids),
            lambda: theirs.base_model.forward(ids), lambda: theirs.generate(ids, max_new_tokens=2)]  # fmt: skip
     first = mitigate(ours, "a-scale:scale=1.5")
@@ -71,7 +72,8 @@ def test_what_it_cannot_follow_its_own_forward_refuses(build, family, remedy):
     assert plain.shape == (2, 3) and not torch.allclose(scaled, before)
     first.remove()
     assert torch.equal(logits_of(theirs, ids), before)
-    assert len([call() for call in own]) == len(own) and not any(m._forward_pre_hooks for m in theirs.modules())
+    assert len([call() for call in own]) == len(own)
+    assert [len(m._forward_pre_hooks) for m in theirs.modules()] == hooks
 
 
 @torch.no_grad()
@@ -132,7 +134,7 @@ def test_a_tokenizer_is_found_where_the_model_came_from(build, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
     text = Text("made", bytes(torch.randint(32, VOCAB, (3000,)).tolist()))
     mitigate(model, "a-floor:tokens=20", text=text).remove()
-    assert generate(model, "some words", 3).shape == (1, 3)
+    assert generate(model, "some words", 3).shape[0] == 1
     (tmp_path / "tokenizer.json").write_text("{}")
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     with pytest.raises(InputError, match=r"cannot read tokenizer .*; name another with --tokenizer"):

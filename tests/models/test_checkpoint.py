@@ -120,7 +120,7 @@ def test_what_mamba_ssm_is_given(shape, make, tmp_path):
     assert tied == model.config.tie_embeddings
 
     back = checkpoint.load(tmp_path / "a")
-    assert same(back, model) and back.config == model.config and back.weights_hash == checkpoint.hash_now(model)
+    assert same(back, model) and back.config == model.config and back.weights_hash == model.weights_hash
     assert back.tokenizer.name == "bytes" and back.train_length == 300 and back.provenance == {"seed": 3}
     assert back.calibration == {"norms": [[1.5]]}
 
@@ -206,13 +206,15 @@ def test_one_layout_over_another(before, after, make, tmp_path):
     assert {p.name for p in (tmp_path / "a").iterdir()} == {p.name for p in (tmp_path / "b").iterdir()}
 
 
-def test_hash_is_of_the_stored_weights(own, make, tmp_path):
+def test_hash_is_of_the_weights_as_they_are(own, make, tmp_path):
     model = checkpoint.load(own)
     first = model.weights_hash
     assert len(first) == 16 and int(first, 16) >= 0
-    assert checkpoint.load(own, dtype="bfloat16").weights_hash == first  # as stored, not as loaded
+    rounded = checkpoint.load(own, dtype="bfloat16")
+    assert rounded.weights_hash not in (first, checkpoint.load(own, dtype="float64").weights_hash)
     checkpoint.save(model, tmp_path / "half", dtype=torch.bfloat16)
     assert checkpoint.load(tmp_path / "half").weights_hash != first
+    assert checkpoint.load(tmp_path / "half", dtype="bfloat16").weights_hash == rounded.weights_hash
     state = load_file(own / "model.safetensors")
     bits = state["backbone.layers.1.mixer.D"].view(torch.int32)
     bits[3] ^= 1
@@ -411,3 +413,19 @@ def test_tokenizer_files_travel_with_the_weights(layout, own, tokenizer_files, t
     checkpoint.save(checkpoint.load(tmp_path / "once"), tmp_path / "twice", layout=layout)
     again = checkpoint.load(tmp_path / "twice")
     assert again.tokenizer.encode("a b\0b").tolist() == ids and again.tokenizer.eos_id == 1
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_fsdp_wrapped_module."])
+def test_names_that_wrappers_gave(prefix, tmp_path):
+    """karpathy/nanoGPT#325, huggingface/pytorch-image-models#2003: what torch.compile, DDP or FSDP wraps has the
+    wrapper's name before each tensor's, or within it where blocks were wrapped alone."""
+    model = Mamba2LM(Mamba2Config(d_model=24, n_layer=2, vocab_size=61, d_state=8, headdim=8)).eval()
+    checkpoint.save(model, tmp_path / "plain")
+    expected = checkpoint.load(tmp_path / "plain")
+    for name, change in (("all", lambda k: prefix + k), ("blocks", lambda k: k.replace(".mixer.", f".{prefix}mixer."))):
+        state = {change(k): v for k, v in load_file(tmp_path / "plain" / "model.safetensors").items()}
+        write(tmp_path / name, (tmp_path / "plain" / "config.json").read_text(), state)
+        found = checkpoint.load(tmp_path / name)
+        assert found.weights_hash == expected.weights_hash and same(found, expected)
+    twice = state | load_file(tmp_path / "plain" / "model.safetensors")
+    refused(write(tmp_path / "twice", (tmp_path / "plain" / "config.json").read_text(), twice), "is there twice")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_files import edit, refused, write
+from checkpoint_files import edit, refused, same, write
 from safetensors.torch import load_file
 
 from rnn_longctx.errors import InputError
@@ -51,6 +51,96 @@ def test_transformers_configs_that_are_refused(change, words, make, tmp_path):
     checkpoint.save(make(), tmp_path / "a", layout="transformers")
     config = json.loads((tmp_path / "a" / "config.json").read_text())
     refused(write(tmp_path / "a", config | change), "config.json", *words)
+
+
+NONSENSE = {
+    "d_conv": [0, -1, 2**40, 2.5, "many", None, math.nan, 1e308],
+    "expand": [0, -2, 2**40, "two", None, math.inf],
+    "n_layer": [0, 10**9, None],
+    "headdim": [0, -8, 7, None],
+    "norm_eps": [-1e-5, math.nan, math.inf, 1e308, "small", None],
+    "dt_limit": [[0.0], None, "none", [0.5, 0.1], [-1.0, 1.0], [math.nan, 1.0], [0.0, math.nan], [0.0, None],
+                 [1e308, math.inf], [math.inf, math.inf], [0.0, 0.0], [0.0, {"__float__": "NaN"}], [0.0, [1]]],
+    "A_init": [[1.0, 1e308], [0.0, 1.0], [2.0, 1.0], [math.nan, 1.0]],
+}  # fmt: skip
+THEIRS = {"d_conv": "conv_kernel", "n_layer": "num_hidden_layers", "headdim": "head_dim", "expand": "expand",
+          "norm_eps": "layer_norm_epsilon", "dt_limit": "time_step_limit"}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in NONSENSE.items() for value in values])
+def test_numbers_of_a_config_that_are_nonsense_are_refused(name, value, make, tmp_path):
+    """At load, in every layout, and not at the first token. json writes NaN and Infinity as bare words."""
+    model = make()
+    for layout in checkpoint.formats.LAYOUTS:
+        checkpoint.save(model, tmp_path / layout, layout=layout)
+        config = json.loads((tmp_path / layout / "config.json").read_text())
+        if layout == "transformers":
+            if name not in THEIRS:
+                continue
+            config[THEIRS[name]] = value
+        elif layout == "rnn-longctx":
+            config["model"][name] = value
+        elif name in config["ssm_cfg"] or name == "dt_limit":
+            config["ssm_cfg"][name] = value
+        else:
+            continue
+        refused(write(tmp_path / layout, config), "config.json", name)
+
+
+@pytest.mark.parametrize("high", [math.inf, 1e308, 1e39, "Infinity", "inf", {"__float__": "Infinity"}, 10**300])
+def test_an_upper_limit_beyond_float32_is_none(high, make, tmp_path):
+    model = make()
+    for layout in checkpoint.formats.LAYOUTS:
+        checkpoint.save(model, tmp_path / layout, layout=layout)
+        config = json.loads((tmp_path / layout / "config.json").read_text())
+        if isinstance(high, dict) and layout != "transformers":
+            continue
+        where = {"transformers": config, "rnn-longctx": config.get("model"), "state-spaces": config.get("ssm_cfg")}
+        where[layout]["time_step_limit" if layout == "transformers" else "dt_limit"] = [0.0, high]
+        read = checkpoint.load(write(tmp_path / layout, config))
+        assert read.config.dt_limit == (0.0, math.inf) and same(read, model)
+
+
+OTHERS = {
+    "adapter": ({"adapter_config.json": '{"base_model_name_or_path": "owner/big"}', "adapter_model.safetensors": ""},
+                "holds a PEFT adapter of owner/big without its model (adapter_config.json): python -c \"import peft; "
+                "peft.AutoPeftModelForCausalLM.from_pretrained('{0}').merge_and_unload().save_pretrained('OUT')\""),
+    "GGUF": ({"m-q4.gguf": ""}, "holds a GGUF model (m-q4.gguf): python -c \"import transformers; transformers."
+             "AutoModelForCausalLM.from_pretrained('{0}', gguf_file='m-q4.gguf').save_pretrained('OUT')\""),
+    "Lightning": ({"epoch=1-step=9.ckpt": ""}, "holds a Lightning checkpoint (epoch=1-step=9.ckpt): python -c "
+                  "\"import torch; w = torch.load('{0}/epoch=1-step=9.ckpt', map_location='cpu')['state_dict']; "),
+    "DeepSpeed": ({"zero_to_fp32.py": "", "latest": "", "global_step9/mp_rank_00_model_states.pt": ""},
+                  "holds a DeepSpeed checkpoint (zero_to_fp32.py): python {0}/zero_to_fp32.py {0} pytorch_model.bin"),
+    "FSDP": ({"pytorch_model_fsdp_0/__0_0.distcp": "", "pytorch_model_fsdp_0/.metadata": ""},
+             "holds a part of a distributed checkpoint of PyTorch (FSDP) (__0_0.distcp): python -m torch.distributed."
+             "checkpoint.format_utils dcp_to_torch {0}/pytorch_model_fsdp_0 pytorch_model.bin joins all parts"),
+    "safetensors": ({"weights.safetensors": ""}, "holds weights without a config.json, which says their shape"),
+    "TensorFlow": ({"tf_model.h5": ""}, "holds a TensorFlow checkpoint (tf_model.h5): transformers 4 reads it"),
+    "Flax": ({"flax_model.msgpack": ""}, "holds a Flax checkpoint (flax_model.msgpack): transformers 4 reads it"),
+    "optimizer": ({"optimizer.pt": "", "scheduler.pt": ""}, "holds an optimizer's state and no model"),
+    "ONNX": ({"model.onnx": "", "tokenizer.json": ""}, "holds an ONNX export (model.onnx): name the checkpoint that"),
+    "tokenizer": ({"tokenizer.json": ""}, "holds a tokenizer and no model (tokenizer.json): it goes to --tokenizer"),
+    "a run": ({"model/config.json": "", "last/config.json": "", "log.csv": ""},
+              "holds no config.json, but folders that do: name one of last, model"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_what_a_folder_holds_instead_is_said_with_the_line_that_helps(kind, make, tmp_path):
+    held, said = OTHERS[kind]
+    folder = tmp_path / "m"
+    for name, text in held.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    said = said.format(folder)
+    assert refused(folder).startswith(f"{folder} {said}")
+    (file,) = [folder / name for name in held][:1]
+    if file.suffix in (".gguf", ".ckpt", ".onnx", ".h5"):
+        assert refused(file).startswith(f"{file} is {said.removeprefix('holds ')[:40]}")
+    if kind != "a run":  # a config.json alone does not make it a checkpoint
+        checkpoint.save(make(), tmp_path / "whole")
+        write(folder, (tmp_path / "whole" / "config.json").read_text())
+        refused(folder, "holds config.json but no weights", f"it {said[:60]}")
 
 
 def test_what_save_refuses(make, tmp_path):

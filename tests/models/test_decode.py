@@ -8,6 +8,7 @@ pytest.importorskip("triton")
 from rnn_longctx.errors import InputError
 from rnn_longctx.models import Cache, Mamba2Config, Mamba2LM, Restart
 from rnn_longctx.models.decode import Decoder
+from rnn_longctx.models.generate import generate
 from rnn_longctx.ssd import Cap, ScanPolicy, fused
 
 if fused.missing():
@@ -43,6 +44,26 @@ def both(model, cache, tokens):
         torch.stack([model.logits(model(tokens[:, i : i + 1], cache)[:, 0]) for i in range(tokens.shape[1])], 1),
         decoder,
     )
+
+
+@torch.no_grad()
+def test_follows_weights_that_change_between_two_tokens():
+    """Numbers written in place, and tensors put in the place of others."""
+    model, tokens, cache = small(), torch.randint(50, (2, 8), device=DEVICE), Cache()
+    model(torch.randint(50, (2, 7), device=DEVICE), cache)
+    decoder, last = Decoder(model, cache.clone()), None
+    for i, token in enumerate(tokens.unbind(1)):
+        mixer = model.mixers[i % 2]
+        if i == 2:
+            mixer.A_log.data.add_(2.0)
+        if i == 4:
+            mixer.out_proj.weight.data = mixer.out_proj.weight * 3
+        if i == 6:
+            mixer.D = torch.nn.Parameter(mixer.D + 1)
+        ours, expected = decoder(token), model.logits(model(token[:, None], cache)[:, 0])
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+        assert last is None or not torch.allclose(expected, last, rtol=1e-3)
+        last = expected
 
 
 @pytest.mark.parametrize(("name", "rows"), [*((name, 2) for name in POLICIES), ("rri", matvec.MOST + 1)])
@@ -92,6 +113,11 @@ def test_what_it_refuses():
     assert "restart" in Decoder.refuses(model, cache)
     with pytest.raises(InputError, match="restart"):
         Decoder(model, cache)
+    model.restart = None
+    handle = model.mixers[0].in_proj.register_forward_hook(lambda module, args, out: out * 2)
+    assert "hooks" in Decoder.refuses(model, cache)
+    handle.remove()
+    assert Decoder.refuses(model, cache) is None
 
 
 @pytest.mark.gpu
@@ -110,3 +136,16 @@ def test_launches_of_every_kind_agree(rows, monkeypatch):
         logits.append(torch.stack([decoder(tokens[:, i]) for i in range(300)]))
     assert torch.equal(logits[1], logits[2])
     assert (logits[1] - logits[0]).norm() < 0.02 * logits[0].norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two cards")
+@torch.no_grad()
+def test_a_card_that_is_not_the_current_one():
+    """triton-lang/triton#2441, #5205: kernels and graphs take the current card, wherever the tensors are."""
+    first = small(ngroups=1)
+    second = small(ngroups=1).to("cuda:1")
+    tokens = torch.randint(50, (2, 12), device="cuda:0")
+    said = [generate(model, tokens, 20).cpu() for model in (first, second, first)]
+    assert torch.cuda.current_device() == 0
+    assert torch.equal(said[0], said[1]) and torch.equal(said[0], said[2])

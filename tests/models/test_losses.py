@@ -89,3 +89,21 @@ def test_never_all_logits():
         plain(hidden, weight, targets).sum().backward()
     assert theirs.numbers == 500 * 50, "what is looked for would be seen"
     assert ours.numbers == hidden.numel(), "logits come 300 at a time"
+
+
+def test_ignored_targets_ask_for_nothing(seed):
+    """huggingface/transformers#2718, pytorch/pytorch#15508: masked labels are -100, and no row of the vocabulary."""
+    random.seed(seed)
+    for _ in range(5):
+        hidden, weight, targets, asked = draw()
+        targets[torch.rand(targets.shape) < 0.4] = -100
+        hidden.data[targets < 0] *= 1e4  # far from any target: a gradient of 0 must not become 0 * inf
+        expected, found = plain(hidden, weight, targets), head_losses(hidden, weight, targets)
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+        assert bool((found[targets < 0] == 0).all())
+        measured = losses.token_losses(lambda h, w=weight: h @ w.t(), len(weight), hidden, targets)
+        torch.testing.assert_close(measured, expected, rtol=1e-12, atol=1e-12)
+        wanted = torch.autograd.grad((expected * asked).sum(), (hidden, weight))
+        got = torch.autograd.grad((found * asked).sum(), (hidden, weight))
+        for a, b in zip(got, wanted):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)

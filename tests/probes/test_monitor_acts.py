@@ -125,7 +125,7 @@ def test_a_fallback_of_ones_own(lost):
 def test_in_generation(lost):
     lm, monitor, ids, position = lost
     monitor = dataclasses.replace(monitor, gate_limits=[1e9] * 4, passages=[])  # what it writes is no other input
-    prompt, more = ids[:, : position - 7], 160
+    prompt, more, lm.tokenizer.eos_id = ids[:, : position - 7], 160, None
     with monitor.on(lm, f"mitigate:{RRI}") as watch:
         new = generate(lm, prompt, more)
     assert any(r.position == position for r in watch.reports)
@@ -137,6 +137,25 @@ def test_in_generation(lost):
         with mitigate(lm, RRI):
             wanted = lm.logits(lm(whole[:, acted:], cache)).argmax(-1)
     assert torch.equal(new[:, acted - prompt.shape[1] + 1 :], wanted[:, :])
+
+
+@pytest.mark.parametrize("action", [f"rollback:{RRI}", "fallback:truncate", f"mitigate:{RRI}"])
+def test_in_a_conversation(lost, action):
+    """What an action does to the cache in the middle of an answer is there at the next turn."""
+    lm, monitor, ids, position = lost
+    monitor, lm.tokenizer.eos_id = dataclasses.replace(monitor, gate_limits=[1e9] * 4, passages=[]), None
+    cache, parts = lm.new_cache(), []
+    with monitor.on(lm, action) as watch:
+        for prompt in (ids[:, : position - 7], ids[:, :5]):
+            parts += [prompt, generate(lm, prompt, 20, cache=cache)]
+    assert any(r.action == action for r in watch.reports)
+    again = lm.new_cache()
+    with torch.no_grad(), monitor.on(lm, action):
+        for part in parts:  # as it was read, but for the cuts
+            lm(part, again)
+    for a, b in zip(cache.layers, again.layers):
+        torch.testing.assert_close(a.scan.state, b.scan.state, rtol=1e-3, atol=1e-3)
+    assert torch.equal(cache.position, again.position)
 
 
 # --- models of transformers

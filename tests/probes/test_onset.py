@@ -34,7 +34,7 @@ def tiny(A_init=(1e-6, 1e-5), seed=0, **more):
     lm = Mamba2LM(
         Mamba2Config(d_model=16, n_layer=2, headdim=16, d_state=8, A_init=A_init, dt_init=(0.05, 0.1), **more)
     )
-    lm.train_length, lm.tokenizer, lm.name, lm.weights_hash = 64, ByteTokenizer(), "tiny", "hash"
+    lm.train_length, lm.tokenizer, lm.name = 64, ByteTokenizer(), "tiny"
     return lm.eval()
 
 
@@ -77,6 +77,32 @@ def test_where_the_loss_doubles():
         return doubling(pd.DataFrame({"position": range(10, 10 * len(values) + 1, 10), "loss": values}), 20)
 
     assert at(1, 1, 3, 1, 3, 3) == 50 and at(1, 1, 1.9) is None and at(1, 3, 9) == 30
+
+
+@pytest.mark.parametrize("blown", [np.nan, np.inf])
+def test_a_loss_that_is_no_number_is_said_in_words(blown, monkeypatch):
+    heads = onsets(table({(0, 0): [1, 1.2]}), [[1]])
+
+    def said(*values):
+        losses = pd.DataFrame({"position": range(10, 10 * len(values) + 1, 10), "loss": values})
+        return verdict(heads, losses, 20).split("; ")[1:]
+
+    assert said(1, 1, 3, blown, blown) == ["loss doubles at 30", "the loss is not a number from 40 on"]
+    cannot = "within the training length, so whether it doubles cannot be said"
+    for values, start in [((1, blown, 3, 9), 20), ((blown, 1, 1, 1), 10), ((blown,), 10)]:
+        assert said(*values) == [f"the loss is not a number from {start} on, {cannot}"]
+    monkeypatch.setattr("rnn_longctx.probes.ablation.tail_losses", lambda model, ids: torch.tensor([blown]))
+    found = ablate(tiny(), torch.zeros(1, 9, dtype=torch.int64), [(0, 0)], [[1, 1]] * 2, 4)
+    assert str(found) == "the loss is not a number at 8: what capping recovers cannot be said" and found.fewest == []
+
+
+@torch.no_grad()
+def test_an_envelope_is_not_measured_where_states_are_no_numbers():
+    lm = tiny()
+    lm.mixers[1].in_proj.weight[32, 0] = torch.nan
+    for text in (TEXT, None):
+        with pytest.raises(InputError, match=r"not finite within 64 tokens \(first in layer 1\): nothing .*float32"):
+            envelope_of(lm, 64, text)
 
 
 @torch.no_grad()
@@ -167,15 +193,20 @@ def test_probe_of_a_model_that_never_forgets_and_of_one_that_does(tmp_path):
 
 
 @torch.no_grad()
-def test_probe_of_a_model_whose_states_are_not_finite():
-    """Reported as out of range from the first look on, its layer and those above; below it as ever."""
+def test_probe_of_a_model_whose_states_are_not_finite(monkeypatch):
+    """Reported as out of range from the first look on, its layer and those above; below it as ever. (The envelope is of
+    before: this stands for states that are finite within the training length.)"""
     lm = tiny()
-    envelope_of(lm, 64, TEXT)
+    before = envelope_of(lm, 64, TEXT)
+    monkeypatch.setattr("rnn_longctx.probes.run.envelope_of", lambda *_: before)
     lm.mixers[1].in_proj.weight[32, 0] = torch.nan  # of the inputs x; before it are those of z
     found = probe(lm, TEXT, 512, every=32, calibration_text=TEXT)
     heads = found.heads.set_index(["layer", "head"])
     assert heads.loc[(1, 0), "onset"] == 32 and heads.loc[(1, 0), "ratio"] == np.inf
-    assert heads.loc[0, "horizon"].notna().all() and "loss doubles at 32" in found.verdict
+    assert heads.loc[0, "horizon"].notna().all() and "doubles at" not in found.verdict
+    assert (
+        "the loss is not a number from 32 on, within the training length, so whether it doubles cannot" in found.verdict
+    )
     lm.mixers[0].in_proj.weight[-1, 0] = torch.nan  # of dt: its decays are no numbers either
     found = probe(lm, TEXT, 512, every=32, calibration_text=TEXT)
     assert len(accused(found.heads)) >= 3 and len(found.heads) == 4

@@ -273,7 +273,7 @@ def test_compile_and_export_see_one_operator():
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="compiled on the device itself")
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("capability", [pytest.param(80, marks=pytest.mark.slow), 90])  # a minute and a half each
 def test_compiles_ahead_of_time(capability):
     """For devices that are not here, in the sizes of published models; shared memory fits."""
     run = subprocess.run(

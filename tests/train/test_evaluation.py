@@ -11,13 +11,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from made_tokenizers import NAMES, made_tokenizer
 from torch.nn import functional as F
 from training_runs import TINY, final, rows
 
 import rnn_longctx
-from rnn_longctx.data import ByteTokenizer
+from rnn_longctx.data import ByteTokenizer, passkey_batch
 from rnn_longctx.errors import InputError
 from rnn_longctx.models.mamba2 import Mamba2LM
 from rnn_longctx.train import TrainConfig, evaluation, train, trainer
@@ -70,10 +72,58 @@ def test_passkeys_are_right_when_every_token_is(monkeypatch: pytest.MonkeyPatch)
                 at = random.randrange(5) if asked in wrong else None
                 said.append([32, *(ord(c) if i != at else ord(c) ^ 1 for i, c in enumerate(key))])
                 asked += 1
-            return F.one_hot(torch.tensor(said), 256).float()
+            likely = F.one_hot(torch.tensor(said), 256).float()
+            return F.pad(likely, (0, 44), value=2.0)  # rows that stand for no token are never the answer
 
     found = passkey_accuracy(Model(), ByteTokenizer(), 230, n, 3, "headerless", 4, nullcontext)
     assert found == pytest.approx(12 / 17) and asked == n
+
+
+@pytest.mark.parametrize("kind", NAMES)
+def test_passkeys_are_judged_with_any_tokenizer(kind: str) -> None:
+    """A model that says the replies is right, one that says another's is wrong; one token more is not asked for."""
+    tokenizer, n = made_tokenizer(kind), 6
+    prompts = passkey_batch(tokenizer, 230, n, 3)
+    size = tokenizer.vocab_size
+
+    class Model:
+        device = torch.device("cpu")
+
+        def __init__(self, by: int):
+            self.replies = {tuple(p.ids): prompts[(i + by) % n].reply for i, p in enumerate(prompts)}
+
+        def new_cache(self) -> list[torch.Tensor]:
+            return []
+
+        def __call__(self, ids: torch.Tensor, cache: list[torch.Tensor]) -> tuple[torch.Tensor, int]:
+            cache.append(ids)
+            return torch.cat(cache, 1), ids.shape[1]
+
+        def logits(self, hidden: tuple[torch.Tensor, int]) -> torch.Tensor:
+            seen, last = hidden
+            said = [np.resize(self.replies[tuple(row[:230].tolist())], last) for row in seen]
+            assert last == max(len(p.reply) for p in prompts)
+            return F.one_hot(torch.from_numpy(np.stack(said)), size).float()
+
+    assert passkey_accuracy(Model(0), tokenizer, 230, n, 3, "headerless", n, nullcontext) == 1
+    assert passkey_accuracy(Model(1), tokenizer, 230, n, 3, "headerless", n, nullcontext) == 0
+
+
+@pytest.mark.parametrize("kind", ["bytes", "byte-level", "llama-2"])
+def test_the_last_passkeys_end_at_the_training_length(
+    kind: str, config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No prompt and answer are longer than what was trained on, and the longest are as long."""
+    tokenizer, lengths = made_tokenizer(kind), []
+    monkeypatch.setattr(evaluation, "held_out_loss", lambda *_: 1.0)
+    monkeypatch.setattr(evaluation, "passkey_accuracy", lambda model, t, length, *_: lengths.append(length) or 1.0)
+    (tmp_path / "log.csv").write_text("step,tokens,loss\n1,1,1.0\n")
+    data = replace(config.data, passkey=replace(config.data.passkey, fraction=0.5, lengths=[100, 120]))
+    corpus = Corpus([], torch.zeros(0), [], tokenizer)
+    evaluation.final_metrics(replace(config, data=data), corpus, None, tmp_path, nullcontext)
+    (length,) = lengths
+    longest = max(len(p.reply) for p in passkey_batch(tokenizer, length, 100, config.seed, "headerless"))
+    assert 120 - 6 <= length <= 120 - longest
 
 
 def test_evaluation_during_a_run(config: TrainConfig, capsys: pytest.CaptureFixture[str]) -> None:

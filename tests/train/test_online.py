@@ -187,9 +187,7 @@ def test_a_lost_passkey_undoes_even_where_the_loss_holds(config: TrainConfig, tm
         return FILLER + HEADERLESS.key.replace("{0}", str(key)) + FILLER + HEADERLESS.question + f" {always}.\n"
 
     (tmp_path / "in" / "lies.txt").write_text("".join(lie() for _ in range(40)))
-    (tmp_path / "code.txt").write_bytes(
-        b"".join(p.read_bytes() for p in sorted(Path(online.__file__).parent.glob("*.py")))
-    )
+    (tmp_path / "code.txt").write_bytes(rnn_longctx.load_text("builtin").data[:100_000].replace(b"\0", b""))
     config = replace(
         config,
         init="demo",
@@ -372,7 +370,7 @@ def test_bad_input(config: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFi
     (tmp_path / "in" / "a.txt").write_bytes(b"\xff\xfe")
     rows = finished(config, tmp_path / "in")
     assert [(r["update"], r["decision"], r["text"]) for r in rows[1:]] == [("1", "skipped", "a.txt")]
-    assert "skipped a.txt: not UTF-8 text at byte 0\n" in capsys.readouterr().out
+    assert "skipped a.txt: UTF-16, not UTF-8 text: convert it\n" in capsys.readouterr().out
     with pytest.raises(InputError, match="holds a run of another config"):
         train(replace(config, passing=None, online=None))
     with pytest.raises(InputError, match="online: is of text that arrives in a directory; name it with --stream"):

@@ -1,0 +1,50 @@
+"""What a model computes in (the type of its weights, unless a global switch of torch changes its numbers), and what
+its states are kept in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from rnn_longctx.errors import InputError, nearest
+
+STATES = {str(d)[6:]: d for d in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
+
+
+def computes_as(model: Any) -> str:
+    """Return what rows, saved states and calibrations are told apart by: "float32", "bfloat16 autocast" of float32
+    weights, "float32 with tf32 products" where those of float32 matrices are rounded.
+
+    Convolutions of cuDNN are left out: it rounds them to TF32 unless it is told not to, and hardly any is called.
+    """
+    kind, weights = model.device.type, str(model.dtype).removeprefix("torch.")
+    if torch.is_autocast_enabled(kind):
+        cast = str(torch.get_autocast_dtype(kind)).removeprefix("torch.")
+        return f"{cast} autocast" + ("" if weights == "float32" else f" of {weights}")
+    products = _products(kind)
+    return weights if weights != "float32" or products is None else f"{weights} with {products} products"
+
+
+def _products(kind: str) -> str | None:
+    """What products of float32 matrices are rounded to on a kind of device, None for nothing.
+
+    torch.get_float32_matmul_precision raises where the newer switches (torch 2.9) were used, so those are asked."""
+    backend: Any = torch.backends.cuda.matmul if kind == "cuda" else torch.backends.mkldnn
+    if kind == "cuda" and not hasattr(backend, "fp32_precision"):
+        return "tf32" if backend.allow_tf32 else None
+    places = (backend if kind == "cuda" else getattr(backend, "matmul", None), torch.backends)
+    asked = (getattr(place, "fp32_precision", "none") for place in places)
+    precision = next((p for p in asked if p != "none"), "ieee")
+    return None if precision == "ieee" else precision
+
+
+def state_dtype(wanted: torch.dtype | str | None, dtype: torch.dtype) -> torch.dtype | None:
+    """What `use_state_dtype` asks for in a model of `dtype`; None where the scan's states are of that type anyway."""
+    if wanted is None:
+        return None
+    name = str(wanted).removeprefix("torch.")
+    if name not in STATES:
+        raise InputError(f"a state is kept in {', '.join(STATES)}, not in {name!r}{nearest(name, STATES)}")
+    found = STATES[name]
+    return None if found == (torch.float64 if dtype == torch.float64 else torch.float32) else found

@@ -1,0 +1,51 @@
+"""How many tokens are read at once."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any
+
+SEGMENT = 4096
+# Tokens read at once, of all rows together, where a text is only measured. On a CPU a call's activations should stay
+# near its caches.
+SEGMENTS = {"cpu": 4096, "cuda": 65536}
+ELEMENTS = 2**31  # of one view: the kernels of mamba-ssm count them in 32 bits, and read elsewhere beyond
+
+
+def widest(model: Any) -> int:
+    """Return the elements a token of the widest view that a layer's kernels read: what `in_proj` gives."""
+    return max(_width(mixer) for mixer in model.mixers)
+
+
+def longest(model: Any, rows: int = 1) -> int | None:
+    """Return the most tokens a row that a call may have for another library's kernels to read it rightly, or None where
+    there is no such limit: rows * tokens * `widest` < 2^31 on a GPU, where those may be mamba-ssm's (state-spaces/mamba
+    #1015). This library's own kernels count in 64 bits."""
+    theirs = hasattr(model, "library") or "mamba_ssm" in model.backend
+    if model.device.type != "cuda" or not theirs:
+        return None
+    return max(1, (ELEMENTS - 1) // (max(1, rows) * widest(model)))
+
+
+def kernels_there() -> bool:
+    """Whether the kernels of mamba-ssm may run, from its package or the hub's."""
+    return any(find_spec(package) is not None for package in ("mamba_ssm", "kernels"))
+
+
+def shortened(model: Any) -> str | None:
+    """Return a line that says to how many tokens `longest` cuts the segment of a measurement, and why; else None."""
+    limit = longest(model)
+    if limit is None or limit >= SEGMENTS[model.device.type]:
+        return None
+    return (
+        f"{limit:,} tokens at once instead of {SEGMENTS[model.device.type]:,}: layers {widest(model):,} wide take "
+        "mamba-ssm's kernels past their 32-bit limit beyond that"
+    )
+
+
+def _width(mixer: Any) -> int:
+    if width := getattr(mixer.in_proj, "out_features", None):
+        return int(width)
+    module = getattr(mixer, "module", mixer)  # (packed weights may not say it: x, z, B, C and dt)
+    groups = getattr(module, "n_groups", getattr(module, "ngroups", 1))
+    return 2 * mixer.heads * mixer.headdim + 2 * groups * mixer.d_state + mixer.heads
