@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 import yaml
 from adopted_families import FAMILIES
 from transformers import AutoModelForCausalLM
@@ -134,9 +135,13 @@ def run(*words: str) -> None:
 
 
 def machine() -> list[str]:
-    """What the last bit of a float depends on, beside the code."""
-    processor = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return [torch.__version__, torch.backends.cpu.get_cpu_capability(), platform.machine(), *processor[:1]]
+    """What the last bit of a float depends on, beside the code: versions, and a digest of the kind of processor."""
+    kinds = ("vendor_id", "cpu family", "model", "stepping", "flags")
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().split("\n\n")[0].splitlines() if file.exists() else [platform.processor()]
+    processor = sorted(line for line in lines if line.startswith(kinds))
+    kind = hashlib.sha256("\n".join(processor).encode()).hexdigest()[:16]
+    return [torch.__version__, transformers.__version__, torch.backends.cpu.get_cpu_capability(), kind]
 
 
 def compute() -> dict[str, Any]:
