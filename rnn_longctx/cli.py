@@ -255,7 +255,10 @@ def probe_command(
 @app.command("generate")
 def generate_command(
     model: Annotated[str, MODEL],
-    prompt: Annotated[str, typer.Option(help="Text to continue; - reads it from standard input.")],
+    prompt: Annotated[
+        list[str],
+        typer.Option(help="Text to continue, - for that of standard input; again for more, answered in turn."),
+    ],
     mitigation: Annotated[str, typer.Option()] = "none",
     monitor: Annotated[
         str | None,
@@ -283,25 +286,31 @@ def generate_command(
 
     remedy, target = parse_remedy(mitigation), state.target_of(load_state) if load_state else None
     lm = _load(model, device, dtype, tokenizer, train_length, state_dtype)
-    raw = (
-        as_text(sys.stdin.buffer.read(), "standard input")
-        if prompt == "-"
-        else prompt.encode("utf-8", "surrogateescape")
-    )
-    if (bad := not_utf8(raw)) is not None:
-        raise InputError(f"--prompt is not UTF-8 text at byte {bad}")
-    if not len(ids := lm.tokenizer.encode(raw)):
+    prompts = []
+    for text in prompt:
+        stdin = text == "-"
+        raw = as_text(sys.stdin.buffer.read(), "standard input") if stdin else text.encode("utf-8", "surrogateescape")
+        if (bad := not_utf8(raw)) is not None:
+            raise InputError(f"--prompt is not UTF-8 text at byte {bad}")
+        prompts.append(lm.tokenizer.encode(raw))
+    if not all(map(len, prompts)):
         raise InputError("the prompt is empty")
+    if len(prompts) > 1 and (save_state or monitor):
+        raise InputError("--save-state and --monitor are of one stream: give them one --prompt")
     new = max_new_tokens if max_new_tokens is not None else 0 if save_state else 128
-    target, said = target or len(ids) + new, ""
+    target, said = target or max(map(len, prompts)) + new, ""
     with mitigate(lm, remedy, target_length=target):
         cache: Any = state.load_state(load_state, lm) if load_state else lm.new_cache() if save_state else None
         watching = CollapseMonitor.calibrated(lm).on(lm, monitor) if monitor else nullcontext()
-        how: Any = {"temperature": temperature, "seed": seed, "cache": cache, "stop": stop or ()}
+        how: Any = {"temperature": temperature, "seed": seed, "stop": stop or ()}
         try:
             with watching as watch:
-                for said in generate_stream(lm, ids, new, **how):
-                    typer.echo(said, nl=False)
+                for i, ids in enumerate(prompts):
+                    if i:
+                        typer.echo()
+                    read = cache if i == len(prompts) - 1 or cache is None else cache.clone()
+                    for said in generate_stream(lm, ids, new, cache=read, **how):
+                        typer.echo(said, nl=False)
                 if save_state:  # under what is on by now
                     state.save_state(save_state, cache, lm, active(lm)[0], target)
         except CollapseError as error:

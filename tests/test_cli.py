@@ -241,6 +241,23 @@ def test_generate_ends(run, talker, tmp_path):
     assert run(*how)[1] == text + "\n" * bool(text)  # the end is read, not printed
 
 
+def test_several_prompts(run, talker, tmp_path):
+    """Of any lengths, answered in turn as each alone; after a document, each from where it ended."""
+    how, asked = ("generate", talker, "--max-new-tokens", "6"), ("ab", "import os", "c")
+    several = [word for text in asked for word in ("--prompt", text)]
+    assert run(*how, *several)[1] == "".join(run(*how, "--prompt", text)[1] for text in asked)
+    state = str(tmp_path / "state")
+    run("generate", talker, "--prompt", "a document", "--save-state", state)
+    alone = [run(*how, "--load-state", state, "--prompt", text)[1] for text in asked]
+    assert run(*how, "--load-state", state, *several)[1] == "".join(alone)
+    assert alone[0] != run(*how, "--prompt", asked[0])[1]
+    for one in (("--save-state", state), ("--monitor", "warn")):
+        code, _, said = run(*how, *several, *one)
+        assert code == 2 and "are of one stream: give them one --prompt" in said
+    code, _, said = run(*how, "--prompt", "ab", "--prompt", "")
+    assert code == 2 and "the prompt is empty" in said
+
+
 def test_generate_prints_as_it_goes(run, talker, monkeypatch):
     printed, read = [], []
     echo, own = cli.typer.echo, Mamba2LM.read
