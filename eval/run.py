@@ -15,12 +15,12 @@ import pandas as pd
 from rnn_longctx.config import format_length, parse_lengths
 from rnn_longctx.data import Text, load_text
 from rnn_longctx.errors import InputError
-from rnn_longctx.eval.lm import LanguageModel, text_of
-from rnn_longctx.eval.passkey import MultiKey, Passkey, Words
+from rnn_longctx.eval.jobs.base import Context, Task
+from rnn_longctx.eval.jobs.loss import LanguageModel, text_of
+from rnn_longctx.eval.jobs.recall import MultiKey, Passkey, Words
 from rnn_longctx.eval.results import Results, Row, to_frame
-from rnn_longctx.eval.sheets import SETTING, alike
-from rnn_longctx.eval.task import Context, Task
-from rnn_longctx.eval.unseen import check_unseen
+from rnn_longctx.eval.search.unseen import check_unseen
+from rnn_longctx.eval.tables.sheets import SETTING, alike
 from rnn_longctx.mitigations import (
     NotApplicable,
     Remedy,
@@ -31,8 +31,8 @@ from rnn_longctx.mitigations import (
     parse_remedy,
     standard,
 )
-from rnn_longctx.models import Mamba2LM
-from rnn_longctx.models.adopt import reader_of
+from rnn_longctx.models.adopt.adopting import reader_of
+from rnn_longctx.models.lm import Mamba2LM
 from rnn_longctx.models.modes import in_evaluation
 from rnn_longctx.models.segments import SEGMENTS
 from rnn_longctx.spec import parse

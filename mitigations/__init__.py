@@ -28,11 +28,12 @@ from rnn_longctx.mitigations.stored import Stored
 from rnn_longctx.mitigations.stored_start import StoredStart
 from rnn_longctx.mitigations.token_filter import TokenFilter
 from rnn_longctx.mitigations.window import Window
-from rnn_longctx.models import Mamba2LM, checkpoint
-from rnn_longctx.models.adopt import Adopted, adopted, reader_of
-from rnn_longctx.models.wrapped import innermost
+from rnn_longctx.models.adopt.adopting import Adopted, adopted, reader_of
+from rnn_longctx.models.adopt.wrapped import innermost
+from rnn_longctx.models.checkpoint import checkpoint
+from rnn_longctx.models.lm import Mamba2LM
+from rnn_longctx.recurrence.policy import PLAIN, ScanPolicy
 from rnn_longctx.spec import parse
-from rnn_longctx.ssd import PLAIN, ScanPolicy
 
 if TYPE_CHECKING:
     from torch import nn

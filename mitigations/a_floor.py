@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from rnn_longctx.errors import InputError
+from rnn_longctx.measure.steps import steps_of
 from rnn_longctx.mitigations.base import Plan, Remedy, one_step_a_head, train_length
-from rnn_longctx.probes.gates import steps_of
+from rnn_longctx.recurrence.policy import PLAIN, ScanPolicy
 from rnn_longctx.spec import quiet
-from rnn_longctx.ssd import PLAIN, ScanPolicy
 
 if TYPE_CHECKING:
     from rnn_longctx.data import Text
-    from rnn_longctx.models import Mamba2LM
+    from rnn_longctx.models.lm import Mamba2LM
 
 LEAST = torch.finfo(torch.float32).tiny  # a log-decay below it is a head that takes no steps: there is none to scale
 

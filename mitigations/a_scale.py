@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING
 
 from rnn_longctx.errors import InputError
 from rnn_longctx.mitigations.base import Plan, Remedy, above_zero, per_layer
+from rnn_longctx.recurrence.policy import ScanPolicy
 from rnn_longctx.spec import quiet
-from rnn_longctx.ssd import ScanPolicy
 
 if TYPE_CHECKING:
     from rnn_longctx.data import Text
-    from rnn_longctx.models import Mamba2LM
+    from rnn_longctx.models.lm import Mamba2LM
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from rnn_longctx.errors import InputError
-from rnn_longctx.models import Reader, Restart
+from rnn_longctx.models.lm import Reader
+from rnn_longctx.models.restart import Restart
+from rnn_longctx.recurrence.policy import PLAIN, ScanPolicy
 from rnn_longctx.spec import canonical
-from rnn_longctx.ssd import PLAIN, ScanPolicy
 
 if TYPE_CHECKING:
     from rnn_longctx.data import Text
-    from rnn_longctx.models import Mamba2LM
+    from rnn_longctx.models.lm import Mamba2LM
 
 
 class NotApplicable(InputError):
@@ -23,7 +24,7 @@ class NotApplicable(InputError):
 class Plan:
     """A remedy worked out for one model: a policy a layer, a reader's control, what it was calibrated on, and how it
     reads a prompt where that is not token after token. documents: digests of those that a calibration kept in a file
-    has seen (`rnn_longctx.eval.unseen`). weights: the model's `weights_hash`, where it follows from the weights.
+    has seen (`rnn_longctx.eval.search.unseen`). weights: the model's `weights_hash`, where it follows from the weights.
     """
 
     policies: tuple[ScanPolicy, ...]

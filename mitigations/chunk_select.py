@@ -18,12 +18,12 @@ from torch import Tensor
 
 from rnn_longctx.errors import InputError
 from rnn_longctx.mitigations.base import Plan, Remedy, same_everywhere
-from rnn_longctx.models import Cache
+from rnn_longctx.models.cache import Cache
 from rnn_longctx.spec import quiet
 
 if TYPE_CHECKING:
     from rnn_longctx.data import Text
-    from rnn_longctx.models import Mamba2LM
+    from rnn_longctx.models.lm import Mamba2LM
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 
 from rnn_longctx.errors import InputError
 from rnn_longctx.mitigations.base import Plan, Remedy, same_everywhere
-from rnn_longctx.models import Restart
+from rnn_longctx.models.restart import Restart
 from rnn_longctx.spec import quiet
 
 if TYPE_CHECKING:
     from rnn_longctx.data import Text
-    from rnn_longctx.models import Mamba2LM
+    from rnn_longctx.models.lm import Mamba2LM
 
 
 @dataclass(frozen=True)

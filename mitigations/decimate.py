@@ -18,7 +18,8 @@ from torch import Tensor
 
 from rnn_longctx.errors import InputError
 from rnn_longctx.mitigations.base import NotApplicable, Plan, Remedy, one_step_a_head, same_everywhere
-from rnn_longctx.models import Cache, Mamba2LM
+from rnn_longctx.models.cache import Cache
+from rnn_longctx.models.lm import Mamba2LM
 from rnn_longctx.models.segments import longest
 from rnn_longctx.spec import quiet
 

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING
 from rnn_longctx.errors import InputError
 from rnn_longctx.mitigations.base import NotApplicable, Plan, Remedy, same_everywhere
 from rnn_longctx.models.restart import Crop
-from rnn_longctx.ssd import ScanPolicy
+from rnn_longctx.recurrence.policy import ScanPolicy
 
 if TYPE_CHECKING:
     from rnn_longctx.data import Text
-    from rnn_longctx.models import Mamba2LM
+    from rnn_longctx.models.lm import Mamba2LM
 
 MOVING = ("dynamic", "longrope")  # rotations that change with the longest position seen, however near the tokens are
 

@@ -13,13 +13,12 @@ import torch
 
 from rnn_longctx.errors import InputError
 from rnn_longctx.mitigations.base import Plan, Remedy
+from rnn_longctx.recurrence.policy import ScanPolicy, nested
 from rnn_longctx.spec import quiet
-from rnn_longctx.ssd import ScanPolicy
-from rnn_longctx.ssd.policy import nested
 
 if TYPE_CHECKING:
     from rnn_longctx.data import Text
-    from rnn_longctx.models import Mamba2LM
+    from rnn_longctx.models.lm import Mamba2LM
 
 
 @dataclass(frozen=True)

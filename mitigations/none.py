@@ -9,7 +9,7 @@ from rnn_longctx.mitigations.base import Plan, Remedy, same_everywhere
 
 if TYPE_CHECKING:
     from rnn_longctx.data import Text
-    from rnn_longctx.models import Mamba2LM
+    from rnn_longctx.models.lm import Mamba2LM
 
 
 @dataclass(frozen=True)

@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rnn_longctx.errors import InputError
+from rnn_longctx.measure.envelope import envelope_of
 from rnn_longctx.mitigations.base import Plan, Remedy, train_length
-from rnn_longctx.probes.envelope import envelope_of
+from rnn_longctx.recurrence.policy import Cap, ScanPolicy
 from rnn_longctx.spec import quiet
-from rnn_longctx.ssd import Cap, ScanPolicy
 
 if TYPE_CHECKING:
     from rnn_longctx.data import Text
-    from rnn_longctx.models import Mamba2LM
+    from rnn_longctx.models.lm import Mamba2LM
 
 
 @dataclass(frozen=True)

@@ -23,12 +23,12 @@ import yaml
 from rnn_longctx.config import home_path, load_yaml
 from rnn_longctx.errors import InputError
 from rnn_longctx.mitigations.base import Plan, Remedy
-from rnn_longctx.models.legacy import is_of
-from rnn_longctx.ssd import ScanPolicy
+from rnn_longctx.models.checkpoint.legacy import is_of
+from rnn_longctx.recurrence.policy import ScanPolicy
 
 if TYPE_CHECKING:
     from rnn_longctx.data import Text
-    from rnn_longctx.models import Mamba2LM
+    from rnn_longctx.models.lm import Mamba2LM
 
 
 def shape_of(model: Mamba2LM) -> dict[str, Any]:

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING
 from rnn_longctx.config import home_path
 from rnn_longctx.errors import InputError
 from rnn_longctx.mitigations.base import Plan, Remedy
-from rnn_longctx.models import Cache
-from rnn_longctx.models.legacy import is_of
-from rnn_longctx.ssd import ScanPolicy, window_state
-from rnn_longctx.ssd.policy import nested
+from rnn_longctx.models.cache import Cache
+from rnn_longctx.models.checkpoint.legacy import is_of
+from rnn_longctx.recurrence.policy import ScanPolicy, nested
+from rnn_longctx.recurrence.ssd.window import window_state
 
 if TYPE_CHECKING:
     from rnn_longctx.data import Text
-    from rnn_longctx.models import Mamba2LM
+    from rnn_longctx.models.lm import Mamba2LM
 
 
 @dataclass(frozen=True)

@@ -21,14 +21,14 @@ import torch
 from torch import Tensor
 
 from rnn_longctx.errors import InputError
+from rnn_longctx.measure.steps import steps_of
 from rnn_longctx.mitigations.base import NotApplicable, Plan, Remedy, one_step_a_head, same_everywhere, train_length
-from rnn_longctx.probes.gates import steps_of
+from rnn_longctx.recurrence.policy import ScanPolicy
 from rnn_longctx.spec import quiet
-from rnn_longctx.ssd import ScanPolicy
 
 if TYPE_CHECKING:
     from rnn_longctx.data import Text
-    from rnn_longctx.models import Mamba2LM
+    from rnn_longctx.models.lm import Mamba2LM
 
 # Of g, which is a step of the text: the first layer's hang on the token alone, and all tokens of that kind would be
 # kept or skipped as rounding has it, otherwise in every cut of a stream.

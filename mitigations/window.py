@@ -2,7 +2,7 @@
 
     S^(r)_t = S_t - exp(sum of log_decay over the last r tokens) * S_{t-r}
 
-Exact per token, without the subtraction (`rnn_longctx.ssd.window`). Reads nothing of the model; costs a delay line of
+Exact per token, without the subtraction (`recurrence.ssd.window`). Reads nothing of the model; costs a delay line of
 2 r tokens a layer. The last layer still sees L * r tokens back, through the layers below.
 """
 
@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 
 from rnn_longctx.errors import InputError
 from rnn_longctx.mitigations.base import Plan, Remedy, same_everywhere
-from rnn_longctx.ssd import ScanPolicy
+from rnn_longctx.recurrence.policy import ScanPolicy
 
 if TYPE_CHECKING:
     from rnn_longctx.data import Text
-    from rnn_longctx.models import Mamba2LM
+    from rnn_longctx.models.lm import Mamba2LM
 
 
 @dataclass(frozen=True)

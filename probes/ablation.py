@@ -20,13 +20,13 @@ import torch
 from torch import Tensor
 
 from rnn_longctx.config import format_length
-from rnn_longctx.models import Restart
 from rnn_longctx.models.modes import in_evaluation
+from rnn_longctx.models.restart import Restart
 from rnn_longctx.models.segments import SEGMENTS
-from rnn_longctx.ssd import Cap, ScanPolicy
+from rnn_longctx.recurrence.policy import Cap, ScanPolicy
 
 if TYPE_CHECKING:
-    from rnn_longctx.models import Mamba2LM
+    from rnn_longctx.models.lm import Mamba2LM
 
 Head = tuple[int, int]  # layer, head
 GOAL = 0.8  # of the lost loss

@@ -2,7 +2,7 @@
 
     y_T = sum over s <= T of  exp(sum of log_decay over (s, T]) * input_scale_s * (C_T . B_s) * x_s      (+ D * x_T)
 
-is the recurrence of `rnn_longctx.ssd` written out (Mamba-2, arXiv 2405.21060, section 3: the layer as a matrix of the
+is the recurrence of `recurrence.ssd` written out (Mamba-2, arXiv 2405.21060, section 3: the layer as a matrix of the
 sequence). A token's contribution is the size of its term, times the sign of C_T . B_s: a number a head, in the units of
 the head's output. Token s stands for what the layer is given at s: its convolution mixes in the d_conv - 1 tokens
 before, and the layers below may have brought anything there.
@@ -25,12 +25,12 @@ import torch
 from torch import Tensor
 
 from rnn_longctx.errors import InputError
-from rnn_longctx.models.adopt import reader_of
+from rnn_longctx.models.adopt.adopting import reader_of
 from rnn_longctx.models.segments import SEGMENT
 from rnn_longctx.probes.terms import Terms, read_terms, refuse
 
 if TYPE_CHECKING:
-    from rnn_longctx.models import Mamba2LM
+    from rnn_longctx.models.lm import Mamba2LM
 
 
 @dataclass(frozen=True)

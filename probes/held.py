@@ -11,17 +11,17 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from rnn_longctx.data.passkey import PasskeyPrompt, passkey_batch
 from rnn_longctx.data.tokenizers import Tokenizer
 from rnn_longctx.errors import InputError
 from rnn_longctx.mitigations import Remedy, mitigate
-from rnn_longctx.models.adopt import reader_of
+from rnn_longctx.models.adopt.adopting import reader_of
 from rnn_longctx.models.generate import generate
-from rnn_longctx.models.mamba2 import Mamba2LM
+from rnn_longctx.models.lm import Mamba2LM
 from rnn_longctx.models.segments import SEGMENT
 from rnn_longctx.probes.attribution import attribute
 from rnn_longctx.probes.terms import read_terms, refuse
-from rnn_longctx.ssd import PLAIN, ScanPolicy
+from rnn_longctx.recurrence.policy import PLAIN, ScanPolicy
+from rnn_longctx.tasks.passkey import PasskeyPrompt, passkey_batch
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """Which heads leave the range that training showed them, when, and what it says in words.
 
 A head *leaves its range* at the first look from which the norm of its state stays above MARGIN times its envelope, the
-largest norm it reached within the training length (`rnn_longctx.probes.envelope`). Heads are ranked by how far beyond
+largest norm it reached within the training length (`rnn_longctx.measure.envelope`). Heads are ranked by how far beyond
 it they stand at the end. A state that is not finite has left its range at its first such look.
 """
 

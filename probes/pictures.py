@@ -19,7 +19,7 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 
 from rnn_longctx.config import format_length, home_path
 from rnn_longctx.probes.onset import MARGIN, not_finite_is_beyond
-from rnn_longctx.probes.run import Probe
+from rnn_longctx.probes.probe import Probe
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 RED = "#cc3311"  # marks the training length and the margin, as in the plots of an evaluation

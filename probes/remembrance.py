@@ -23,7 +23,7 @@ from rnn_longctx.models.generate import prefill, prompt_ids
 from rnn_longctx.models.segments import SEGMENT
 
 if TYPE_CHECKING:
-    from rnn_longctx.models import Mamba2LM
+    from rnn_longctx.models.lm import Mamba2LM
 
 
 @torch.no_grad()
@@ -49,7 +49,7 @@ def remembrance(
         InputError: ids that are no tensor of the model's tokens, no rows of at least 2 of them, no cut, one that is no
             whole number or out of range, a segment below 1.
     """
-    from rnn_longctx.models.adopt import reader_of
+    from rnn_longctx.models.adopt.adopting import reader_of
 
     lm = reader_of(model)
     if not isinstance(ids, Tensor):

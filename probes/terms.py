@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from rnn_longctx.errors import InputError
-from rnn_longctx.models.layers import causal_conv
-from rnn_longctx.models.mamba2 import Mamba2LM
+from rnn_longctx.models.conv import causal_conv
+from rnn_longctx.models.lm import Mamba2LM
 from rnn_longctx.models.modes import evaluating
-from rnn_longctx.ssd import ScanPolicy
-from rnn_longctx.ssd.gates import gates
+from rnn_longctx.recurrence.gates import gates
+from rnn_longctx.recurrence.policy import ScanPolicy
 
 
 @dataclass(frozen=True)

@@ -30,11 +30,11 @@ from torch import Tensor
 
 from rnn_longctx.config import parse_length
 from rnn_longctx.errors import InputError
-from rnn_longctx.ssd import ScanPolicy, Statistics
-from rnn_longctx.ssd.policy import per_head
+from rnn_longctx.recurrence.policy import ScanPolicy, per_head
+from rnn_longctx.recurrence.statistics import Statistics
 
 if TYPE_CHECKING:
-    from rnn_longctx.models import Mamba2LM
+    from rnn_longctx.models.lm import Mamba2LM
 
 KEYS = ["stream", "row", "layer", "head", "position"]
 OF_BOTH = ["mean", "variance", "rms", "max", "norm"]  # of a state, and of a convolution's inputs
@@ -81,7 +81,7 @@ class Course:
 
 
 class Watcher:
-    """The observer of one layer (`rnn_longctx.ssd.Observer`). What it is shown is kept where it was made, and worked
+    """The observer of one layer (`recurrence.ssd.Observer`). What it is shown is kept where it was made, and worked
     out when it is asked for: a model on a GPU need not wait."""
 
     def __init__(self, mixer: Any, layer: int, every: int, whole: bool):
@@ -215,8 +215,8 @@ def record(model: Mamba2LM, layers: Iterable[int] | None = None, every: int | st
     Raises:
         InputError: no such layer, an `every` below 1, a model that is being watched already.
     """
-    from rnn_longctx.models.adopt import reader_of
-    from rnn_longctx.models.mamba2 import Mamba2LM as Own
+    from rnn_longctx.models.adopt.adopting import reader_of
+    from rnn_longctx.models.lm import Mamba2LM as Own
     from rnn_longctx.models.modes import warn_of_training
 
     lm = reader_of(model)

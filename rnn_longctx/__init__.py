@@ -25,14 +25,14 @@ __all__ = [
 _WHERE = {
     "Cache": "rnn_longctx.models",
     "CollapseError": "rnn_longctx.errors",
-    "CollapseMonitor": "rnn_longctx.probes.monitor",
+    "CollapseMonitor": "rnn_longctx.probes.monitor.monitor",
     "InputError": "rnn_longctx.errors",
-    "adopt": "rnn_longctx.models.adopt",
+    "adopt": "rnn_longctx.models.adopt.adopting",
     "evaluate": "rnn_longctx.eval",
     "fold": "rnn_longctx.mitigations",
     "generate": "rnn_longctx.models.generate",
     "generate_stream": "rnn_longctx.models.generate",
-    "load": "rnn_longctx.models.checkpoint",
+    "load": "rnn_longctx.models.checkpoint.checkpoint",
     "load_text": "rnn_longctx.data",
     "mitigate": "rnn_longctx.mitigations",
     "record": "rnn_longctx.probes.trace",
@@ -43,11 +43,11 @@ if TYPE_CHECKING:
     from rnn_longctx.errors import CollapseError, InputError
     from rnn_longctx.eval import evaluate
     from rnn_longctx.mitigations import fold, mitigate
-    from rnn_longctx.models import Cache
-    from rnn_longctx.models.adopt import adopt
-    from rnn_longctx.models.checkpoint import load
+    from rnn_longctx.models.adopt.adopting import adopt
+    from rnn_longctx.models.cache import Cache
+    from rnn_longctx.models.checkpoint.checkpoint import load
     from rnn_longctx.models.generate import generate, generate_stream
-    from rnn_longctx.probes.monitor import CollapseMonitor
+    from rnn_longctx.probes.monitor.monitor import CollapseMonitor
     from rnn_longctx.probes.trace import record
 
 

@@ -19,7 +19,10 @@ from rnn_longctx import cli
 from rnn_longctx.config import parse_lengths
 from rnn_longctx.data import ByteTokenizer
 from rnn_longctx.eval import EvalConfig
-from rnn_longctx.models import Cache, Mamba2Config, Mamba2LM, checkpoint
+from rnn_longctx.models.cache import Cache
+from rnn_longctx.models.checkpoint import checkpoint
+from rnn_longctx.models.lm import Mamba2LM
+from rnn_longctx.models.mixers.mamba2 import Mamba2Config
 
 SHAPE = {"d_model": 32, "n_layer": 1, "headdim": 16, "d_state": 8}
 OFFICIAL = {

@@ -15,9 +15,13 @@ from rnn_longctx import CollapseMonitor, InputError, evaluate, fold, generate, l
 from rnn_longctx.data import ByteTokenizer, Text, load_tokenizer
 from rnn_longctx.eval.results import Results
 from rnn_longctx.mitigations import active, handles_on
-from rnn_longctx.models import Cache, Mamba2Config, Mamba2LM, checkpoint
-from rnn_longctx.models.state import load_state, save_state
-from rnn_longctx.ssd import Cap, ScanPolicy, fused
+from rnn_longctx.models.cache import Cache
+from rnn_longctx.models.checkpoint import checkpoint
+from rnn_longctx.models.lm import Mamba2LM
+from rnn_longctx.models.mixers.mamba2 import Mamba2Config
+from rnn_longctx.models.saved_state import load_state, save_state
+from rnn_longctx.recurrence.policy import Cap, ScanPolicy
+from rnn_longctx.recurrence.ssd import fused
 
 LM = "lm:slices=2,tokens=0"
 REMEDIES = ["none", "state-norm:every=16", "window:tokens=24", "rri", "reset:every=32", "recompute:last=32", "a-winsor",

@@ -8,10 +8,10 @@ from typing import Any
 
 from rnn_longctx.errors import InputError
 from rnn_longctx.eval.capacity.recall import samples_for
-from rnn_longctx.eval.passkey import Passkey
+from rnn_longctx.eval.jobs.recall import Passkey
 from rnn_longctx.eval.run import parse_task
 from rnn_longctx.mitigations import parse_remedy
-from rnn_longctx.models.mamba2 import Mamba2Config
+from rnn_longctx.models.mixers.mamba2 import Mamba2Config
 from rnn_longctx.train import TrainConfig
 from rnn_longctx.train.config import OptimizerConfig
 

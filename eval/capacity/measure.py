@@ -13,11 +13,11 @@ from rnn_longctx.errors import InputError
 from rnn_longctx.eval.capacity import models
 from rnn_longctx.eval.capacity.config import MeasureConfig
 from rnn_longctx.eval.capacity.recall import Answers, Recall, recall_of, search
-from rnn_longctx.eval.lm import LanguageModel
-from rnn_longctx.eval.passkey import Passkey
+from rnn_longctx.eval.jobs.base import Context
+from rnn_longctx.eval.jobs.loss import LanguageModel
+from rnn_longctx.eval.jobs.recall import Passkey
 from rnn_longctx.eval.results import Results
 from rnn_longctx.eval.run import evaluate
-from rnn_longctx.eval.task import Context
 from rnn_longctx.mitigations import Remedy, active, mitigate, parse_remedy
 from rnn_longctx.models.segments import SEGMENTS
 

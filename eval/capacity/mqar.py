@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 import rnn_longctx
-from rnn_longctx.data.mqar import mqar_batch
 from rnn_longctx.eval.capacity.config import Cell, MQARConfig
 from rnn_longctx.eval.results import Results
 from rnn_longctx.eval.stats import mean_stderr
-from rnn_longctx.models.mamba2 import Mamba2LM
+from rnn_longctx.models.lm import Mamba2LM
 from rnn_longctx.models.modes import in_evaluation
+from rnn_longctx.tasks.mqar import mqar_batch
 from rnn_longctx.train.config import OptimizerConfig, ScheduleConfig
 from rnn_longctx.train.snapshots import newest_snapshot, save_snapshot
 from rnn_longctx.train.trainer import learning_rate, make_optimizer

@@ -20,8 +20,8 @@ from rnn_longctx.eval.capacity.forget import forget_of
 from rnn_longctx.eval.capacity.recall import recall_of
 from rnn_longctx.eval.results import KEY as ROW
 from rnn_longctx.eval.results import Results
-from rnn_longctx.eval.sheets import Sheet, whole_sheets
 from rnn_longctx.eval.stats import wilson
+from rnn_longctx.eval.tables.sheets import Sheet, whole_sheets
 
 KEY = ["shape", "mitigation", "quantity"]
 _OF_ONE = ("model", "weights_hash", "train_length", "train_seed", "train_tokens")  # of one model, not of its shape

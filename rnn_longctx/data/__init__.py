@@ -1,7 +1,11 @@
 """Tokenizers, texts and synthetic tasks. Knows nothing of models."""
 
 from rnn_longctx.data.arrivals import Arrival, Arrivals
-from rnn_longctx.data.passkey import (
+from rnn_longctx.data.sources import Shard, Source
+from rnn_longctx.data.store import Stored, stored
+from rnn_longctx.data.text import Text, load_text, open_streamed, tokens
+from rnn_longctx.data.tokenizers import ByteTokenizer, HFTokenizer, Tokenizer, load_tokenizer
+from rnn_longctx.tasks.passkey import (
     PasskeyPrompt,
     Style,
     make_passkey,
@@ -10,10 +14,6 @@ from rnn_longctx.data.passkey import (
     training_sequence,
     words_batch,
 )
-from rnn_longctx.data.sources import Shard, Source
-from rnn_longctx.data.store import Stored, stored
-from rnn_longctx.data.text import Text, load_text, open_streamed, tokens
-from rnn_longctx.data.tokenizers import ByteTokenizer, HFTokenizer, Tokenizer, load_tokenizer
 
 __all__ = [
     "Arrival",

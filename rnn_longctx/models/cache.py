@@ -17,7 +17,8 @@ from torch import Tensor
 
 from rnn_longctx.config import home_path
 from rnn_longctx.errors import InputError
-from rnn_longctx.ssd import ScanCarry, WindowCarry, level, tree_map
+from rnn_longctx.recurrence.carry import ScanCarry, WindowCarry, tree_map
+from rnn_longctx.recurrence.ssd.window import level
 
 
 @dataclass

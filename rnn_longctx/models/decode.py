@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from rnn_longctx.errors import InputError
 from rnn_longctx.models.cache import Cache, Carry
-from rnn_longctx.models.layers import RMSNorm
-from rnn_longctx.models.mamba2 import Mamba2LM
+from rnn_longctx.models.lm import Mamba2LM
+from rnn_longctx.models.norm import RMSNorm
 from rnn_longctx.models.patches import patched
-from rnn_longctx.ssd import ScanCarry, fused
+from rnn_longctx.recurrence.carry import ScanCarry
+from rnn_longctx.recurrence.ssd import fused
 
 
 class Decoder:
@@ -135,7 +136,7 @@ class Decoder:
 
     @torch.no_grad()
     def _step(self, turn: int) -> Tensor:
-        from rnn_longctx.ssd.kernels import decode
+        from rnn_longctx.recurrence.ssd.kernels import decode
 
         model, c = self.model, self.model.config
         h, out = model.backbone.embedding(self._token), None
@@ -165,7 +166,7 @@ def _project(
     norm: RMSNorm, linear: nn.Linear, x: Tensor, add: Tensor | None = None, in_fp32: bool = False
 ) -> tuple[Tensor, Tensor]:
     """`linear` (B, out) of the norm of x (B, dim) + add, and x + add, float32 if asked for."""
-    from rnn_longctx.models import matvec
+    from rnn_longctx.models.kernels import matvec
 
     if len(x) <= matvec.MOST:
         total = torch.float32 if in_fp32 else x.dtype

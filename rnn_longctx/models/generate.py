@@ -16,10 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rnn_longctx.errors import InputError
-from rnn_longctx.models.adopt import reader_of
+from rnn_longctx.models.adopt.adopting import reader_of
 from rnn_longctx.models.cache import Cache
 from rnn_longctx.models.decode import Decoder
-from rnn_longctx.models.mamba2 import Mamba2LM, rows_of
+from rnn_longctx.models.ids import rows_of
+from rnn_longctx.models.lm import Mamba2LM
 from rnn_longctx.models.modes import evaluating, in_evaluation
 from rnn_longctx.models.segments import SEGMENT
 from rnn_longctx.models.stops import (
@@ -30,7 +31,7 @@ from rnn_longctx.models.stops import (
     tokenizer_for_text,
     unused_rows,
 )
-from rnn_longctx.ssd import fused
+from rnn_longctx.recurrence.ssd import fused
 
 # Tokens between two looks at whether an answer has ended, where a GPU runs ahead, no cache is kept and no text is taken
 # on the way; what is said beyond the end is dropped.

@@ -11,8 +11,8 @@ import yaml
 
 from rnn_longctx.config import parse_length
 from rnn_longctx.errors import InputError, nearest
-from rnn_longctx.models.mamba2 import Mamba2Config
-from rnn_longctx.scalars import KINDS
+from rnn_longctx.loggers import KINDS
+from rnn_longctx.models.mixers.mamba2 import Mamba2Config
 
 
 @dataclass(frozen=True)

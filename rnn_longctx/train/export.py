@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from rnn_longctx.config import to_dict
-from rnn_longctx.models import checkpoint
-from rnn_longctx.probes.envelope import SLICES, measure_envelope
+from rnn_longctx.measure.envelope import SLICES, measure_envelope
+from rnn_longctx.models.checkpoint import checkpoint
 from rnn_longctx.train.config import TrainConfig
 from rnn_longctx.train.corpus import Corpus
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from rnn_longctx.ssd import PLAIN
+from rnn_longctx.recurrence.policy import PLAIN
 
 if TYPE_CHECKING:
     from rnn_longctx.train.passing import States

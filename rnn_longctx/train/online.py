@@ -33,7 +33,7 @@ from torch import nn
 from rnn_longctx.config import home_path
 from rnn_longctx.data import Arrival, Arrivals, load_tokenizer
 from rnn_longctx.errors import InputError
-from rnn_longctx.scalars import Write, scalars
+from rnn_longctx.loggers import Write, scalars
 from rnn_longctx.train.config import OnlineConfig, TrainConfig
 from rnn_longctx.train.corpus import Corpus
 from rnn_longctx.train.evaluation import Evaluation, held_out_loss

@@ -16,7 +16,7 @@ Without gradients, a stream longer than fits at once is several calls with one c
             hidden = model(part[:, stretch(part.shape[1])], cache)
 
 Afterwards every rank has the cache of the whole stream, and can go on from it alone. Gradients flow through a cache,
-too, unless it is detached. How the ranks work together: `rnn_longctx.ssd.parallel`. The method is that of
+too, unless it is detached. How the ranks work together: `recurrence.ssd.parallel`. The method is that of
 sequence-parallel scans (arXiv 2405.21060, section 8.2).
 """
 
@@ -30,8 +30,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from rnn_longctx.errors import InputError
-from rnn_longctx.models.mamba2 import Mamba2LM
-from rnn_longctx.ssd.parallel import Stretch, refusal
+from rnn_longctx.models.lm import Mamba2LM
+from rnn_longctx.recurrence.ssd.parallel import Stretch, refusal
 
 
 def stretch(length: int, group: dist.ProcessGroup | None = None) -> slice:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from rnn_longctx.models.cache import Cache, Carry
-from rnn_longctx.ssd import ScanCarry
+from rnn_longctx.recurrence.carry import ScanCarry
 from rnn_longctx.train.config import PassingConfig
 from rnn_longctx.train.corpus import Batch
 from rnn_longctx.train.graphs import Graphs

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from rnn_longctx.errors import InputError
-from rnn_longctx.models.mamba2 import Mamba2LM
+from rnn_longctx.models.lm import Mamba2LM
 from rnn_longctx.train.config import TrainConfig
 from rnn_longctx.train.parallel import sequence_parallel, stretch
 

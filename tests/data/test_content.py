@@ -243,7 +243,7 @@ def test_what_arrives_and_is_no_text(tmp_path: Path, name: str, data: bytes, rea
 
 def test_questions_for_lm_eval(tmp_path: Path) -> None:
     """Its --data is read by content too."""
-    utils = pytest.importorskip("rnn_longctx.eval.lm_eval_tasks.utils")
+    utils = pytest.importorskip("rnn_longctx.eval.harness.lm_eval_tasks.utils")
     row = {"context": "é", "question": "q", "answers": "a"}
     raw = (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-16")
     path = tmp_path / "qa.jsonl"

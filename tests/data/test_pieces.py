@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from made_tokenizers import NAMES, as_read, lines, made_tokenizer
 
-from rnn_longctx.data import Text, passkey, tokens
+from rnn_longctx.data import Text, tokens
 from rnn_longctx.data.pieces import encode_after
+from rnn_longctx.tasks import passkey
 
 
 @pytest.mark.parametrize("kind", NAMES)

@@ -12,9 +12,10 @@ from rnn_longctx import evaluate
 from rnn_longctx.data import HFTokenizer
 from rnn_longctx.data.pieces import encode_after
 from rnn_longctx.errors import InputError
-from rnn_longctx.eval import Context, parse_task, passkey
+from rnn_longctx.eval import Context, parse_task
+from rnn_longctx.eval.jobs import recall
 from rnn_longctx.probes.held import key_digits
-from rnn_longctx.probes.run import prompt_ids
+from rnn_longctx.probes.probe import prompt_ids
 
 TASKS = ("passkey:n=4", "multikey:n=4", "words:n=4")
 
@@ -27,9 +28,9 @@ def context(tokenizer):
 def judge(monkeypatch, task, prompts, replies, tokenizer):
     """What each prompt scores if a model says these tokens, over and over."""
     said = torch.from_numpy(np.stack([np.resize(ids, 30) for ids in replies]))
-    monkeypatch.setattr(passkey, "prefill", lambda model, ids, segment: (torch.zeros(len(ids), 2), None))
-    monkeypatch.setattr(passkey, "continuation", lambda *_: iter(said.T))
-    texts, _ = passkey._answer(context(tokenizer), prompts)
+    monkeypatch.setattr(recall, "prefill", lambda model, ids, segment: (torch.zeros(len(ids), 2), None))
+    monkeypatch.setattr(recall, "continuation", lambda *_: iter(said.T))
+    texts, _ = recall._answer(context(tokenizer), prompts)
     return [task.right(text, prompt.answer) for prompt, text in zip(prompts, texts)]
 
 
@@ -108,8 +109,8 @@ def test_answers_of_more_tokens_are_seen_before_a_run():
 def test_passkeys_of_lm_eval(kind, tmp_path):
     """Text in the place of tokens: the answer is in it, and its question ends it; read again it is about as long."""
     pytest.importorskip("lm_eval")
-    from rnn_longctx.eval.harness_run import save_tokenizer
-    from rnn_longctx.eval.lm_eval_tasks import utils
+    from rnn_longctx.eval.harness.lm_eval_tasks import utils
+    from rnn_longctx.eval.harness.run import save_tokenizer
 
     tokenizer = made_tokenizer(kind)
     save_tokenizer(tokenizer, tmp_path)

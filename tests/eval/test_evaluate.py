@@ -11,12 +11,13 @@ from rnn_longctx.data import ByteTokenizer, load_text, passkey_batch, tokens
 from rnn_longctx.errors import InputError
 from rnn_longctx.eval import Context, Task, parse_task
 from rnn_longctx.eval import run as run_module
-from rnn_longctx.eval.leaderboard import leaderboard
-from rnn_longctx.eval.sheets import sheets
+from rnn_longctx.eval.tables.leaderboard import leaderboard
+from rnn_longctx.eval.tables.sheets import sheets
 from rnn_longctx.mitigations import REMEDIES, Plan, Remedy
 from rnn_longctx.mitigations.base import same_everywhere
-from rnn_longctx.models import Mamba2Config, Mamba2LM
-from rnn_longctx.ssd import ScanPolicy
+from rnn_longctx.models.lm import Mamba2LM
+from rnn_longctx.models.mixers.mamba2 import Mamba2Config
+from rnn_longctx.recurrence.policy import ScanPolicy
 
 
 def test_a_short_text_has_few_slices(model, text, caplog):
@@ -123,7 +124,7 @@ def test_several_remedies_and_the_one_already_on(model, text):
 
 def test_passkey_counts_exact_answers(model, monkeypatch):
     """A model that says the key of even prompts only is right half of the time, at every depth it is right at."""
-    from rnn_longctx.eval import passkey as module
+    from rnn_longctx.eval.jobs import recall as module
 
     prompts = {p.ids.tobytes(): (i, p) for i, p in enumerate(passkey_batch(ByteTokenizer(), 128, 20, 0))}
 
@@ -141,7 +142,7 @@ def test_passkey_counts_exact_answers(model, monkeypatch):
 
 
 def test_passkey_generates_greedily_from_the_prompt(model):
-    from rnn_longctx.eval.passkey import _answer
+    from rnn_longctx.eval.jobs.recall import _answer
 
     prompts = passkey_batch(ByteTokenizer(), 150, 4, 3)
     answers, _ = _answer(Context(model), prompts)
@@ -154,7 +155,7 @@ def test_passkey_generates_greedily_from_the_prompt(model):
 
 
 def test_a_passkey_is_never_said_in_rows_without_a_token():
-    from rnn_longctx.eval.passkey import _answer
+    from rnn_longctx.eval.jobs.recall import _answer
 
     model = Mamba2LM(Mamba2Config(d_model=32, n_layer=1, headdim=16, d_state=8, vocab_size=300, tie_embeddings=False))
     model.tokenizer = ByteTokenizer()
@@ -217,12 +218,12 @@ def test_cost_columns_are_of_their_length(model, text):
 
 def test_a_passkey_answer_is_read_whole(model, monkeypatch):
     """Digits may be cut into tokens anyhow; five right ones followed by a sixth are wrong."""
-    from rnn_longctx.eval import passkey
+    from rnn_longctx.eval.jobs import recall
 
-    right = passkey.Passkey().right
+    right = recall.Passkey().right
     assert right("34847 and more", "34847") and not right("348471", "34847")
     assert not right("", "34847") and not right("x34847", "34847")
-    assert passkey.Words().right("apple.", "apple") and not passkey.Words().right("apples", "apple")
+    assert recall.Words().right("apple.", "apple") and not recall.Words().right("apples", "apple")
     asked = []
 
     class Pairs(ByteTokenizer):  # repeated digits are one token, others several
@@ -231,8 +232,8 @@ def test_a_passkey_answer_is_read_whole(model, monkeypatch):
             return super().encode("8" if raw.strip() == "88888" else raw)
 
     model.tokenizer = Pairs()
-    read = passkey.continuation
-    monkeypatch.setattr(passkey, "continuation", lambda *a: (asked.append(1) or t for t in read(*a)))
+    read = recall.continuation
+    monkeypatch.setattr(recall, "continuation", lambda *a: (asked.append(1) or t for t in read(*a)))
     evaluate(model, [200], ["passkey:n=1"])
     assert len(asked) >= 6
 

@@ -15,9 +15,10 @@ from evaluated import make_model, value
 
 from rnn_longctx import evaluate
 from rnn_longctx.eval import Context, Results
-from rnn_longctx.eval.lm import LanguageModel
-from rnn_longctx.eval.sheets import sheets
-from rnn_longctx.models import Cache, Mamba2LM
+from rnn_longctx.eval.jobs.loss import LanguageModel
+from rnn_longctx.eval.tables.sheets import sheets
+from rnn_longctx.models.cache import Cache
+from rnn_longctx.models.lm import Mamba2LM
 
 
 def test_finished_cells_are_not_measured_again(model, text, tmp_path, monkeypatch):

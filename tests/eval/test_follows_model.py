@@ -15,19 +15,19 @@ from typer.testing import CliRunner
 
 import rnn_longctx
 from rnn_longctx import CollapseMonitor, adopt, evaluate, mitigate
-from rnn_longctx.cli import app
+from rnn_longctx.cli.program import app
 from rnn_longctx.data import ByteTokenizer, Text
 from rnn_longctx.errors import InputError
-from rnn_longctx.eval.calibrate import calibrate
-from rnn_longctx.eval.lm import LanguageModel
+from rnn_longctx.eval.jobs.base import Context
+from rnn_longctx.eval.jobs.loss import LanguageModel
 from rnn_longctx.eval.results import Results
-from rnn_longctx.eval.task import Context
+from rnn_longctx.eval.search.calibrate import calibrate
+from rnn_longctx.measure.envelope import measure_envelope
+from rnn_longctx.measure.steps import steps_of
 from rnn_longctx.mitigations import active, handles_on
-from rnn_longctx.models import checkpoint
+from rnn_longctx.models.checkpoint import checkpoint
 from rnn_longctx.models.generate import prefill
-from rnn_longctx.models.state import load_state, save_state
-from rnn_longctx.probes.envelope import measure_envelope
-from rnn_longctx.probes.gates import steps_of
+from rnn_longctx.models.saved_state import load_state, save_state
 
 TEXT = Text("made", bytes(torch.randint(32, 127, (20000,), generator=torch.Generator().manual_seed(1)).tolist()))
 OTHER = Text("other", bytes(torch.randint(32, 127, (20000,), generator=torch.Generator().manual_seed(2)).tolist()))

@@ -8,10 +8,10 @@ from adopted_families import _mamba2
 import rnn_longctx
 from rnn_longctx import adopt, generate
 from rnn_longctx.errors import InputError
-from rnn_longctx.models.state import load_state, save_state
+from rnn_longctx.measure.envelope import envelope_of
+from rnn_longctx.models.saved_state import load_state, save_state
 from rnn_longctx.probes.attribution import attribute
-from rnn_longctx.probes.envelope import envelope_of
-from rnn_longctx.probes.run import probe
+from rnn_longctx.probes.probe import probe
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def test_a_saved_state(given, theirs, tmp_path):
 
 def test_lm_evals_tasks(given):
     pytest.importorskip("lm_eval")
-    from rnn_longctx.eval.harness_run import lm_eval_table
+    from rnn_longctx.eval.harness.run import lm_eval_table
 
     frame = lm_eval_table(given, ["rnn_longctx_passkey"], [512], ["none", "recompute:last=128"], limit=1)
     assert set(frame["model"]) == {"theirs"} and frame["mitigation"].tolist() == ["none", "recompute:last=128"]

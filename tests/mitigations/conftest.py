@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from rnn_longctx.data import ByteTokenizer, Text
-from rnn_longctx.models import Mamba2Config, Mamba2LM
+from rnn_longctx.models.lm import Mamba2LM
+from rnn_longctx.models.mixers.mamba2 import Mamba2Config
 
 
 @pytest.fixture(autouse=True)

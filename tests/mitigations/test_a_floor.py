@@ -7,10 +7,11 @@ import torch
 
 from rnn_longctx.data import tokens
 from rnn_longctx.errors import InputError
+from rnn_longctx.measure.steps import SLICES
 from rnn_longctx.mitigations import NotApplicable, mitigate, standard
-from rnn_longctx.models import Cache, checkpoint
-from rnn_longctx.probes.gates import SLICES
-from rnn_longctx.ssd import PLAIN
+from rnn_longctx.models.cache import Cache
+from rnn_longctx.models.checkpoint import checkpoint
+from rnn_longctx.recurrence.policy import PLAIN
 
 
 @pytest.fixture

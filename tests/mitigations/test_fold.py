@@ -11,8 +11,8 @@ import rnn_longctx
 from rnn_longctx.data import ByteTokenizer, load_text
 from rnn_longctx.errors import InputError
 from rnn_longctx.mitigations import active, fold, mitigate
-from rnn_longctx.models import checkpoint, formats
-from rnn_longctx.ssd import PLAIN
+from rnn_longctx.models.checkpoint import checkpoint, formats
+from rnn_longctx.recurrence.policy import PLAIN
 
 FOLDED = [
     "a-floor",

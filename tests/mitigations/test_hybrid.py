@@ -12,7 +12,7 @@ from rnn_longctx.data import ByteTokenizer
 from rnn_longctx.errors import InputError
 from rnn_longctx.mitigations import NotApplicable, diagnostics, parse_remedy
 from rnn_longctx.models.generate import generate, prefill
-from rnn_longctx.models.state import load_state, save_state
+from rnn_longctx.models.saved_state import load_state, save_state
 
 SHAPE = {"hidden_size": 32, "vocab_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0,
          "intermediate_size": 48, "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 16, "mamba_n_groups": 1,

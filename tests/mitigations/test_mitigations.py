@@ -8,9 +8,10 @@ import torch
 from rnn_longctx.errors import InputError
 from rnn_longctx.mitigations import REMEDIES, active, fold, mitigate, parse_remedy
 from rnn_longctx.mitigations.base import NotApplicable
-from rnn_longctx.models import Cache, Restart
+from rnn_longctx.models.cache import Cache
 from rnn_longctx.models.generate import generate, prefill
-from rnn_longctx.ssd import PLAIN, Cap, ScanPolicy
+from rnn_longctx.models.restart import Restart
+from rnn_longctx.recurrence.policy import PLAIN, Cap, ScanPolicy
 
 
 @pytest.mark.parametrize(

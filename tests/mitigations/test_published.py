@@ -8,14 +8,16 @@ import torch
 
 from rnn_longctx.data import Text
 from rnn_longctx.errors import InputError
+from rnn_longctx.measure.steps import measure_steps
 from rnn_longctx.mitigations import REMEDIES, diagnostics, mitigate, parse_remedy, standard
 from rnn_longctx.mitigations.base import NotApplicable
 from rnn_longctx.mitigations.token_filter import thresholds
-from rnn_longctx.models import Cache, Mamba2Config, Mamba2LM
+from rnn_longctx.models.cache import Cache
 from rnn_longctx.models.generate import continuation, generate, prefill
-from rnn_longctx.models.state import save_state
-from rnn_longctx.probes.gates import measure_steps
-from rnn_longctx.ssd import reference
+from rnn_longctx.models.lm import Mamba2LM
+from rnn_longctx.models.mixers.mamba2 import Mamba2Config
+from rnn_longctx.models.saved_state import save_state
+from rnn_longctx.recurrence.ssd import reference
 
 
 def scans(model, ids):
@@ -248,7 +250,7 @@ def test_reference_of_a_filter():
     """The definition itself: skipped tokens neither decay nor write."""
     x, dt = torch.randn(1, 6, 1, 2).double(), torch.tensor([0.5, 0.01, 0.3, 0.02, 0.4, 0.6]).double().view(1, 6, 1)
     B, C = torch.randn(1, 6, 1, 3).double(), torch.randn(1, 6, 1, 3).double()
-    from rnn_longctx.ssd import ScanPolicy
+    from rnn_longctx.recurrence.policy import ScanPolicy
 
     A = -torch.ones(1).double()
     y, state, _ = reference.scan(x, dt, A, B, C, dt_softplus=False, policy=ScanPolicy(min_dt=0.1))

@@ -6,16 +6,20 @@ import torch
 pytest.importorskip("triton")
 
 from rnn_longctx.errors import InputError
-from rnn_longctx.models import Cache, Mamba2Config, Mamba2LM, Restart
+from rnn_longctx.models.cache import Cache
 from rnn_longctx.models.decode import Decoder
 from rnn_longctx.models.generate import generate
-from rnn_longctx.ssd import Cap, ScanPolicy, fused
+from rnn_longctx.models.lm import Mamba2LM
+from rnn_longctx.models.mixers.mamba2 import Mamba2Config
+from rnn_longctx.models.restart import Restart
+from rnn_longctx.recurrence.policy import Cap, ScanPolicy
+from rnn_longctx.recurrence.ssd import fused
 
 if fused.missing():
     pytest.skip(fused.missing(), allow_module_level=True)
 
-from rnn_longctx.models import matvec
-from rnn_longctx.ssd.kernels import decode
+from rnn_longctx.models.kernels import matvec
+from rnn_longctx.recurrence.ssd.kernels import decode
 
 DEVICE = "cpu" if fused.interpreted() else "cuda"
 POLICIES = {

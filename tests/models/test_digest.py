@@ -14,9 +14,11 @@ from torch import nn
 
 import rnn_longctx
 from rnn_longctx import adopt, mitigate
-from rnn_longctx.models import Mamba2Config, Mamba2LM, checkpoint, formats
-from rnn_longctx.models.legacy import is_of, old_hashes
-from rnn_longctx.models.weights import BLOCK, digest
+from rnn_longctx.models.checkpoint import checkpoint, formats
+from rnn_longctx.models.checkpoint.legacy import is_of, old_hashes
+from rnn_longctx.models.hashing import BLOCK, digest
+from rnn_longctx.models.lm import Mamba2LM
+from rnn_longctx.models.mixers.mamba2 import Mamba2Config
 
 
 class Holder(nn.Module):
@@ -157,14 +159,14 @@ def test_eps_of_a_norm_is_one_everywhere(make, monkeypatch):
     model = make(ngroups=1)
     model.mixers[0].norm.eps = 0.25
     held = []
-    monkeypatch.setattr("rnn_longctx.models.mamba2.Unscaled", lambda *parts: held.append(parts) or parts[0])
+    monkeypatch.setattr("rnn_longctx.models.mixers.mamba2.DeferredNorm", lambda *parts: held.append(parts) or parts[0])
 
     class Gate:
         squares = torch.ones(1, 3, 1)
 
     monkeypatch.setattr(model.mixers[0].norm, "gate", lambda z: Gate())
-    scan = rnn_longctx.models.mamba2.scan
-    monkeypatch.setattr("rnn_longctx.models.mamba2.scan", lambda *a, gate, **k: scan(*a, gate=None, **k))
+    scan = rnn_longctx.models.mixers.mamba2.scan
+    monkeypatch.setattr("rnn_longctx.models.mixers.mamba2.scan", lambda *a, gate, **k: scan(*a, gate=None, **k))
     with torch.no_grad():
         model.mixers[0](torch.randn(1, 3, 24), None, None, None, unscaled=True)
     assert held[0][3] == 0.25

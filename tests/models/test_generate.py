@@ -12,12 +12,14 @@ from adopted_families import POLICIES, VOCAB, put
 from rnn_longctx import generate, generate_stream, mitigate
 from rnn_longctx.data import ByteTokenizer
 from rnn_longctx.errors import InputError
-from rnn_longctx.models import Mamba2Config, Mamba2LM
 from rnn_longctx.models import generate as module
-from rnn_longctx.models.adopt import adopt
+from rnn_longctx.models.adopt.adopting import adopt
 from rnn_longctx.models.generate import prefill
-from rnn_longctx.models.state import load_state, save_state
-from rnn_longctx.ssd import PLAIN, fused
+from rnn_longctx.models.lm import Mamba2LM
+from rnn_longctx.models.mixers.mamba2 import Mamba2Config
+from rnn_longctx.models.saved_state import load_state, save_state
+from rnn_longctx.recurrence.policy import PLAIN
+from rnn_longctx.recurrence.ssd import fused
 
 NEAR = {"rtol": 0, "atol": 2e-3}  # of logits of ten and more, read in other pieces
 

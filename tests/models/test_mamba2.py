@@ -10,8 +10,12 @@ import torch
 import torch.nn.functional as F
 
 from rnn_longctx.errors import InputError
-from rnn_longctx.models import Cache, Mamba2Config, Mamba2LM, Restart, losses
-from rnn_longctx.ssd import PLAIN, Cap, ScanPolicy
+from rnn_longctx.models import losses
+from rnn_longctx.models.cache import Cache
+from rnn_longctx.models.lm import Mamba2LM
+from rnn_longctx.models.mixers.mamba2 import Mamba2Config
+from rnn_longctx.models.restart import Restart
+from rnn_longctx.recurrence.policy import PLAIN, Cap, ScanPolicy
 
 VOCAB, HEADS, HEADDIM, D_STATE = 61, 6, 8, 8  # of the models that `make` makes
 TOLERANCE = {"rtol": 0, "atol": 1e-10}

@@ -14,18 +14,18 @@ from torch import nn
 
 from rnn_longctx import CollapseMonitor, evaluate, record
 from rnn_longctx.data import ByteTokenizer, Text
-from rnn_longctx.eval.calibrate import calibrate
+from rnn_longctx.eval.search.calibrate import calibrate
+from rnn_longctx.measure.envelope import measure_envelope
+from rnn_longctx.measure.steps import measure_steps
 from rnn_longctx.mitigations import mitigate
-from rnn_longctx.models.adopt import adopt
+from rnn_longctx.models.adopt.adopting import adopt
 from rnn_longctx.models.generate import continuation, generate, prefill
 from rnn_longctx.models.modes import evaluating
 from rnn_longctx.probes.ablation import tail_losses
 from rnn_longctx.probes.attribution import attribute
-from rnn_longctx.probes.envelope import measure_envelope
-from rnn_longctx.probes.gates import measure_steps
 from rnn_longctx.probes.held import dropped_share
+from rnn_longctx.probes.probe import probe
 from rnn_longctx.probes.remembrance import remembrance
-from rnn_longctx.probes.run import probe
 from rnn_longctx.train.evaluation import held_out_loss, passkey_accuracy
 
 TEXT = Text("made", bytes(np.random.default_rng(0).integers(97, 123, 20_000, dtype=np.uint8)))
@@ -95,7 +95,7 @@ def _passkeys(model):
 
 
 def _harness(model):
-    harness = pytest.importorskip("rnn_longctx.eval.harness")
+    harness = pytest.importorskip("rnn_longctx.eval.harness.model")
     from lm_eval.api.instance import Instance
 
     lm = harness.HarnessLM(_reader(model))

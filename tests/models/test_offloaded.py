@@ -11,9 +11,9 @@ import rnn_longctx
 from rnn_longctx import CollapseMonitor, adopt, fold, mitigate
 from rnn_longctx.data import ByteTokenizer, Text
 from rnn_longctx.errors import InputError
+from rnn_longctx.measure.steps import measure_steps
 from rnn_longctx.models.generate import prefill
-from rnn_longctx.models.state import load_state, save_state
-from rnn_longctx.probes.gates import measure_steps
+from rnn_longctx.models.saved_state import load_state, save_state
 
 accelerate = pytest.importorskip("accelerate")
 TEXT = Text("made", bytes(torch.randint(32, 120, (9000,), generator=torch.Generator().manual_seed(3)).tolist()))

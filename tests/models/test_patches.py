@@ -12,7 +12,8 @@ from torch import nn
 import rnn_longctx
 from rnn_longctx import adopt
 from rnn_longctx.errors import InputError
-from rnn_longctx.models import Mamba2Config, Mamba2LM
+from rnn_longctx.models.lm import Mamba2LM
+from rnn_longctx.models.mixers.mamba2 import Mamba2Config
 
 SCALE = 2.0
 
@@ -128,7 +129,7 @@ def test_a_module_with_no_hooks_says_nothing():
 
 def test_a_hook_on_the_last_product_of_a_layer_sees_it_whole(monkeypatch):
     """Whatever a scan would leave to be scaled after it."""
-    from rnn_longctx.models.layers import RMSNorm
+    from rnn_longctx.models.norm import RMSNorm
 
     model, asked = own(), []
     gate = RMSNorm.gate

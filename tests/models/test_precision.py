@@ -13,14 +13,15 @@ import transformers as hf
 from rnn_longctx import adopt, evaluate, mitigate
 from rnn_longctx.data import ByteTokenizer, Text
 from rnn_longctx.errors import InputError
-from rnn_longctx.eval import calibrate
 from rnn_longctx.eval.results import Results
-from rnn_longctx.models import Mamba2Config, Mamba2LM
+from rnn_longctx.eval.search import calibrate
+from rnn_longctx.measure.envelope import envelope_of
+from rnn_longctx.measure.steps import steps_of
+from rnn_longctx.models.lm import Mamba2LM
+from rnn_longctx.models.mixers.mamba2 import Mamba2Config
 from rnn_longctx.models.precision import computes_as
-from rnn_longctx.models.state import load_state, save_state
-from rnn_longctx.probes.envelope import envelope_of
-from rnn_longctx.probes.gates import steps_of
-from rnn_longctx.probes.run import probe
+from rnn_longctx.models.saved_state import load_state, save_state
+from rnn_longctx.probes.probe import probe
 
 TEXT = Text("made", bytes(torch.randint(32, 127, (4000,)).tolist()))
 OTHER = Text("other", bytes(torch.randint(32, 127, (4000,)).tolist()))

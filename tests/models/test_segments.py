@@ -11,13 +11,13 @@ from adopted_families import FAMILIES, MAMBA1, NEAR, random_ids, streamed
 from rich.console import Console
 
 from rnn_longctx.data import ByteTokenizer, Text
-from rnn_longctx.eval.report import header
-from rnn_longctx.models import adopt_model as adopting
+from rnn_longctx.eval.show.terminal import header
+from rnn_longctx.measure.steps import measure_steps
 from rnn_longctx.models import segments
-from rnn_longctx.models.adopt import adopt
+from rnn_longctx.models.adopt import model as adopting
+from rnn_longctx.models.adopt.adopting import adopt
 from rnn_longctx.models.generate import generate
-from rnn_longctx.probes.gates import measure_steps
-from rnn_longctx.probes.inputs import gates_of
+from rnn_longctx.probes.monitor.inputs import gates_of
 
 
 class OnGPU:
@@ -72,7 +72,7 @@ def test_the_width_is_that_of_what_in_proj_gives(build, family):
 def narrow(monkeypatch):
     """Calls of at most 11 tokens, all rows together."""
     monkeypatch.setattr(adopting, "longest", lambda model, rows=1: max(1, 11 // rows))
-    monkeypatch.setattr("rnn_longctx.probes.inputs.longest", lambda model, rows=1: 11)
+    monkeypatch.setattr("rnn_longctx.probes.monitor.inputs.longest", lambda model, rows=1: 11)
 
 
 @torch.no_grad()

@@ -8,11 +8,13 @@ import transformers
 
 from rnn_longctx import mitigate
 from rnn_longctx.errors import InputError
-from rnn_longctx.models import Mamba2Config, Mamba2LM
-from rnn_longctx.models import mamba2 as models
+from rnn_longctx.measure.steps import measure_steps
+from rnn_longctx.models.lm import Mamba2LM
+from rnn_longctx.models.mixers import mamba2 as models
+from rnn_longctx.models.mixers.mamba2 import Mamba2Config
 from rnn_longctx.probes.attribution import attribute
-from rnn_longctx.probes.gates import measure_steps
-from rnn_longctx.ssd import Cap, ScanPolicy, reference
+from rnn_longctx.recurrence.policy import Cap, ScanPolicy
+from rnn_longctx.recurrence.ssd import reference
 
 VOCAB = 47
 

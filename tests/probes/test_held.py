@@ -9,10 +9,11 @@ import rnn_longctx
 from rnn_longctx import mitigate
 from rnn_longctx.data import ByteTokenizer, passkey_batch
 from rnn_longctx.errors import InputError
-from rnn_longctx.models import Mamba2Config, Mamba2LM
+from rnn_longctx.measure.steps import measure_steps
+from rnn_longctx.models.lm import Mamba2LM
+from rnn_longctx.models.mixers.mamba2 import Mamba2Config
 from rnn_longctx.probes import held
 from rnn_longctx.probes.attribution import attribute
-from rnn_longctx.probes.gates import measure_steps
 from rnn_longctx.probes.held import dropped_share, key_digits, key_hits
 
 

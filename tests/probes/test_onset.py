@@ -9,12 +9,13 @@ import torch
 
 from rnn_longctx.data import ByteTokenizer, Text
 from rnn_longctx.errors import InputError
+from rnn_longctx.measure.envelope import envelope_of
 from rnn_longctx.mitigations import mitigate
-from rnn_longctx.models import Mamba2Config, Mamba2LM
+from rnn_longctx.models.lm import Mamba2LM
+from rnn_longctx.models.mixers.mamba2 import Mamba2Config
 from rnn_longctx.probes.ablation import ablate, capped, tail_losses
-from rnn_longctx.probes.envelope import envelope_of
 from rnn_longctx.probes.onset import accused, doubling, onsets, verdict
-from rnn_longctx.probes.run import probe
+from rnn_longctx.probes.probe import probe
 
 TEXT = Text("made", bytes(torch.randint(32, 127, (6000,), generator=torch.Generator().manual_seed(1)).tolist()))
 
@@ -198,7 +199,7 @@ def test_probe_of_a_model_whose_states_are_not_finite(monkeypatch):
     before: this stands for states that are finite within the training length.)"""
     lm = tiny()
     before = envelope_of(lm, 64, TEXT)
-    monkeypatch.setattr("rnn_longctx.probes.run.envelope_of", lambda *_: before)
+    monkeypatch.setattr("rnn_longctx.probes.probe.envelope_of", lambda *_: before)
     lm.mixers[1].in_proj.weight[32, 0] = torch.nan  # of the inputs x; before it are those of z
     found = probe(lm, TEXT, 512, every=32, calibration_text=TEXT)
     heads = found.heads.set_index(["layer", "head"])
@@ -215,7 +216,7 @@ def test_probe_of_a_model_whose_states_are_not_finite(monkeypatch):
 def test_remembrance_is_of_the_prompt(monkeypatch):
     """Also where the accused were proved on text."""
     seen = []
-    monkeypatch.setattr("rnn_longctx.probes.run.remembrance", lambda model, ids: seen.append(ids))
+    monkeypatch.setattr("rnn_longctx.probes.probe.remembrance", lambda model, ids: seen.append(ids))
     for prove in (False, True):
         probe(tiny(), TEXT, 256, prompt="newline", every=64, calibration_text=TEXT, prove=prove, remember=True)
     assert torch.equal(*seen)

@@ -15,11 +15,12 @@ import rnn_longctx
 from rnn_longctx import cli
 from rnn_longctx.data import ByteTokenizer
 from rnn_longctx.errors import InputError
-from rnn_longctx.models import Mamba2Config, Mamba2LM
-from rnn_longctx.models.checkpoint import save
+from rnn_longctx.loggers import scalars
+from rnn_longctx.models.checkpoint.checkpoint import save
+from rnn_longctx.models.lm import Mamba2LM
+from rnn_longctx.models.mixers.mamba2 import Mamba2Config
 from rnn_longctx.probes.pictures import draw, ratios
-from rnn_longctx.probes.run import Probe, probe, scalar_rows
-from rnn_longctx.scalars import scalars
+from rnn_longctx.probes.probe import Probe, probe, scalar_rows
 
 
 @pytest.fixture

@@ -8,7 +8,8 @@ import transformers
 
 from rnn_longctx import mitigate
 from rnn_longctx.errors import InputError
-from rnn_longctx.models import Mamba2Config, Mamba2LM
+from rnn_longctx.models.lm import Mamba2LM
+from rnn_longctx.models.mixers.mamba2 import Mamba2Config
 from rnn_longctx.probes.remembrance import remembered, remembrance
 
 

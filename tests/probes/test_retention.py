@@ -8,10 +8,11 @@ import torch
 
 from rnn_longctx import mitigate, record
 from rnn_longctx.errors import InputError
-from rnn_longctx.models import Mamba2Config, Mamba2LM
-from rnn_longctx.probes.gates import measure_steps
+from rnn_longctx.measure.steps import measure_steps
+from rnn_longctx.models.lm import Mamba2LM
+from rnn_longctx.models.mixers.mamba2 import Mamba2Config
 from rnn_longctx.probes.retention import retention
-from rnn_longctx.ssd import ScanPolicy
+from rnn_longctx.recurrence.policy import ScanPolicy
 
 
 @pytest.fixture(autouse=True)

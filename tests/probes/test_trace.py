@@ -9,8 +9,9 @@ import torch
 import rnn_longctx
 from rnn_longctx import mitigate, record
 from rnn_longctx.errors import InputError
-from rnn_longctx.models import Mamba2Config, Mamba2LM
 from rnn_longctx.models.generate import generate
+from rnn_longctx.models.lm import Mamba2LM
+from rnn_longctx.models.mixers.mamba2 import Mamba2Config
 
 EVERY = 16
 

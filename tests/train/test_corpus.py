@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models
 
 from rnn_longctx.data import ByteTokenizer, HFTokenizer
 from rnn_longctx.errors import InputError
-from rnn_longctx.models.mamba2 import Mamba2Config
+from rnn_longctx.models.mixers.mamba2 import Mamba2Config
 from rnn_longctx.train.config import DataConfig, PasskeyConfig, TrainConfig
 from rnn_longctx.train.corpus import Corpus, load_corpus
 

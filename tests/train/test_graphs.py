@@ -13,8 +13,9 @@ import pytest
 import torch
 from training_runs import rows, run_and_kill
 
-from rnn_longctx.models.mamba2 import Mamba2Config, Mamba2LM
-from rnn_longctx.ssd import ScanPolicy
+from rnn_longctx.models.lm import Mamba2LM
+from rnn_longctx.models.mixers.mamba2 import Mamba2Config
+from rnn_longctx.recurrence.policy import ScanPolicy
 from rnn_longctx.train import TrainConfig, graphs, train
 from rnn_longctx.train import passing as passing_module
 from rnn_longctx.train.config import OptimizerConfig, PassingConfig

@@ -19,7 +19,8 @@ from training_runs import TINY
 from rnn_longctx.config import from_dict
 from rnn_longctx.data import ByteTokenizer, HFTokenizer
 from rnn_longctx.errors import InputError
-from rnn_longctx.models.mamba2 import Mamba2Config, Mamba2LM
+from rnn_longctx.models.lm import Mamba2LM
+from rnn_longctx.models.mixers.mamba2 import Mamba2Config
 from rnn_longctx.train import corpus as corpus_module
 from rnn_longctx.train.config import DataConfig, MixedText, PassingConfig, PasskeyConfig, TrainConfig
 from rnn_longctx.train.corpus import Batch, Corpus, load_corpus

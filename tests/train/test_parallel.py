@@ -14,8 +14,12 @@ import torch.distributed as dist
 from ranks import Ranks
 
 from rnn_longctx.errors import InputError
-from rnn_longctx.models import Cache, Mamba2Config, Mamba2LM, Restart
-from rnn_longctx.ssd import PLAIN, Cap, ScanPolicy, tree_map
+from rnn_longctx.models.cache import Cache
+from rnn_longctx.models.lm import Mamba2LM
+from rnn_longctx.models.mixers.mamba2 import Mamba2Config
+from rnn_longctx.models.restart import Restart
+from rnn_longctx.recurrence.carry import tree_map
+from rnn_longctx.recurrence.policy import PLAIN, Cap, ScanPolicy
 from rnn_longctx.train.parallel import reduce_gradients, sequence_parallel, shard, stretch
 
 VOCAB, HEADS, HEADDIM, D_STATE = 61, 6, 8, 8
@@ -183,7 +187,7 @@ def check_low_precision(device: torch.device, world: int, dtype: torch.dtype, ba
 
 
 def check_benchmark(device: torch.device) -> None:
-    from rnn_longctx.eval.bench_parallel import parallel_rows  # and all tables and plots
+    from rnn_longctx.eval.bench.parallel import parallel_rows  # and all tables and plots
 
     rows = list(parallel_rows(small(device), 203, 16, 70, (2, 30)))
     assert len(rows) == (9 if dist.get_rank() == 0 else 0)

@@ -8,15 +8,7 @@ import pytest
 import torch
 
 from rnn_longctx.errors import InputError
-from rnn_longctx.train.snapshots import (
-    COLUMNS,
-    Log,
-    claim_folder,
-    held,
-    newest_snapshot,
-    save_snapshot,
-    write_atomic,
-)
+from rnn_longctx.train.snapshots import COLUMNS, Log, claim_folder, held, newest_snapshot, save_snapshot, write_atomic
 
 CPU = torch.device("cpu")
 

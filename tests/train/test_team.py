@@ -24,7 +24,7 @@ from training_runs import TINY, Killed, assert_same, final, rows
 import rnn_longctx
 from rnn_longctx.config import to_dict
 from rnn_longctx.errors import InputError
-from rnn_longctx.models.mamba2 import Mamba2LM
+from rnn_longctx.models.lm import Mamba2LM
 from rnn_longctx.train import TrainConfig, passing, train
 from rnn_longctx.train.config import EvaluateConfig, PassingConfig
 from rnn_longctx.train.corpus import Corpus

@@ -20,7 +20,7 @@ from training_runs import TINY, assert_same, final, rows
 import rnn_longctx
 from rnn_longctx.config import to_dict
 from rnn_longctx.errors import InputError
-from rnn_longctx.models.mamba2 import Mamba2LM
+from rnn_longctx.models.lm import Mamba2LM
 from rnn_longctx.train import TrainConfig, TrainingDiverged, train, trainer
 from rnn_longctx.train.config import EvaluateConfig, OptimizerConfig, PassingConfig, ScheduleConfig
 from rnn_longctx.train.corpus import Batch, load_corpus
@@ -43,7 +43,7 @@ def test_a_run(config: TrainConfig, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_finished_model(config: TrainConfig) -> None:
-    from rnn_longctx.models import checkpoint
+    from rnn_longctx.models.checkpoint import checkpoint
 
     directory = train(config)
     model = checkpoint.load(directory)

@@ -1,0 +1,52 @@
+"""Speed side by side with transformers on one machine, in one run."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable
+from statistics import median
+
+import torch
+
+from rnn_longctx.models.checkpoint.checkpoint import save
+from rnn_longctx.models.lm import Mamba2LM
+
+
+@torch.inference_mode()
+def cpu(model: Mamba2LM, batch: int = 4, length: int = 4096, repeats: int = 3) -> str:
+    """Tokens per second of reading (batch, length) random tokens to their logits, and of transformers' Mamba-2 with
+    the same weights and its default chunk_size of 256; turn about, medians, float32. Returns the table as text."""
+    from transformers import Mamba2ForCausalLM
+    from transformers import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    with tempfile.TemporaryDirectory() as folder:
+        save(model, folder, layout="transformers")
+        other = Mamba2ForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ids = torch.randint(model.config.vocab_size, (batch, length))
+
+    def ours() -> torch.Tensor:
+        return torch.cat([model.logits(h) for h in model.stream(ids, segment=max(64, 2048 // batch))], 1)
+
+    def theirs() -> torch.Tensor:
+        return other(ids, use_cache=False).logits
+
+    difference = (ours()[:, :512] - other(ids[:, :512]).logits).abs().max().item()
+    times: dict[str, list[float]] = {"rnn-longctx": [], "transformers": []}
+    for _ in range(repeats):
+        for name, run in (("rnn-longctx", ours), ("transformers", theirs)):
+            times[name].append(_seconds(run))
+    speed = {name: batch * length / median(t) for name, t in times.items()}
+    lines = [f"{batch} x {length} tokens, float32, {torch.get_num_threads()} threads, median of {repeats}"]
+    lines += [f"{name:14} {tokens:10,.0f} tokens/s" for name, tokens in speed.items()]
+    lines += [
+        f"ratio {speed['rnn-longctx'] / speed['transformers']:.1f}x, largest difference of logits {difference:.1e}"
+    ]
+    return "\n".join(lines)
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    run()
+    return time.perf_counter() - began

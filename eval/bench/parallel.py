@@ -1,0 +1,167 @@
+"""Several GPUs against one of them: the time to read one context, the memory to train on it, and the speed of training
+on a batch each. Under torchrun."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from statistics import median
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from rnn_longctx.errors import InputError
+from rnn_longctx.eval.bench import train
+from rnn_longctx.eval.bench.model import SHAPE_370M
+from rnn_longctx.models.cache import Cache
+from rnn_longctx.models.lm import Mamba2LM
+from rnn_longctx.train.parallel import reduce_gradients, sequence_parallel, shard, stretch
+from rnn_longctx.train.passing import Learner
+
+Row = dict[str, Any]
+
+
+@contextmanager
+def joined() -> Iterator[int]:
+    """This process as a rank of those that torchrun began, one a GPU; gives its rank. Raises InputError elsewhere."""
+    if "LOCAL_RANK" not in os.environ or not torch.cuda.is_available():
+        raise InputError(
+            "bench parallel needs CUDA devices and a process for each: "
+            "torchrun --nproc-per-node 4 -m rnn_longctx.cli.program bench parallel"
+        )
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl")
+    try:
+        yield dist.get_rank()
+    finally:
+        dist.destroy_process_group()
+
+
+def model_370m() -> Mamba2LM:
+    """The same random weights on every rank, bfloat16, on this rank's device."""
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        return Mamba2LM(SHAPE_370M).bfloat16()
+
+
+def parallel_rows(model: Mamba2LM, length: int, segment: int, train: int,
+                  each: tuple[int, int] | None = None) -> Iterator[Row]:  # fmt: skip
+    """Rows for 1, 2, 4, ... ranks, on rank 0; the others yield none. Collective. One rank reads without any of it.
+
+        read    `length` tokens, `segment` a rank and call, without gradients; error: of the next token's logits
+        train   forward and backward of `train` tokens, their loss's gradients summed over the ranks; error: of those
+        data    data-parallel updates of float32 weights in bf16 autocast (DDP), `each` rank with a batch x tokens of
+                its own
+
+    `times_one`: how much sooner than one rank, of `data` how many times its tokens a second. peak_gib: the most that a
+    rank held at once, and more_gib what of it was not there before; NaN on CPUs. error: relative, against one rank.
+    """
+    world, rank, device = dist.get_world_size(), dist.get_rank(), model.device
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(model.config.vocab_size, (1, max(length, train) + 1), generator=draw).to(device)
+    sizes = sorted({2**i for i in range(world.bit_length())} | {world})
+    alone: dict[str, tuple[float, Tensor | None]] = {}
+    for ranks in sizes:
+        group = dist.new_group(list(range(ranks)))  # which every rank must make
+        for what, tokens, run in (("read", length, _read), ("train", train, _train)):
+            if tokens and rank < ranks:
+                row, result = _measured(run, model, ids[:, : tokens + 1], segment, group, ranks)
+                if ranks == 1:
+                    alone[what] = row["seconds"], result
+                if rank == 0:
+                    seconds, expected = alone[what]
+                    error = math.nan if expected is None or result is None else _error(result, expected)
+                    yield {"what": what, "length": tokens, "ranks": ranks, **row, "times_one": seconds / row["seconds"],
+                           "error": error}  # fmt: skip
+            dist.barrier()
+        if each and rank < ranks:
+            row = _data_parallel(model, *each, group, ranks)
+            alone.setdefault("data", (row["seconds"], None))
+            if rank == 0:
+                times = ranks * alone["data"][0] / row["seconds"]
+                tokens = ranks * each[0] * each[1]
+                yield {"what": "data", "length": tokens, "ranks": ranks, **row,
+                       "tokens_per_second": tokens / row["seconds"], "times_one": times}  # fmt: skip
+        dist.barrier()
+
+
+def _data_parallel(model: Mamba2LM, batch: int, length: int, group: dist.ProcessGroup, ranks: int) -> Row:
+    gc.collect()  # the graphs of the learner before
+    if model.device.type == "cuda":
+        torch.cuda.empty_cache()
+    trained = copy.deepcopy(model).to(torch.promote_types(model.dtype, torch.float32))
+    learner: nn.Module = Learner(trained, recorded=True)
+    if ranks > 1:
+        learner = nn.parallel.DistributedDataParallel(learner, process_group=group)
+    ids = torch.randint(model.config.vocab_size, (batch, length + 1), device=model.device)
+    row = train.measured(trained, train.learning(learner, trained), ids)
+    found = torch.tensor([row["seconds"], row["peak_gib"]], dtype=torch.float64, device=ids.device)
+    dist.all_reduce(found, dist.ReduceOp.MAX, group)
+    return row | dict(zip(("seconds", "peak_gib"), found.tolist()))
+
+
+def _measured(run: Callable[..., Tensor], model: Mamba2LM, ids: Tensor, segment: int, group: dist.ProcessGroup,
+              ranks: int) -> tuple[Row, Tensor | None]:  # fmt: skip
+    cuda, times, result, note = ids.is_cuda, [], None, ""
+    over = group if ranks > 1 else None
+    if cuda:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated() if cuda else math.nan
+    try:
+        run(model, ids[:, : segment * ranks + 1], segment, over)  # compiles
+        for _ in range(3):
+            if cuda:
+                torch.cuda.synchronize()
+            dist.barrier(group)
+            began = time.perf_counter()
+            result = run(model, ids, segment, over)
+            if cuda:
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - began)
+    except torch.OutOfMemoryError as problem:
+        if ranks > 1:  # the others wait for this one
+            raise
+        note = str(problem).splitlines()[0][:80]
+    model.zero_grad()
+    peak = torch.cuda.max_memory_allocated() if cuda else math.nan
+    found = torch.tensor([median(times) if times else math.nan, peak / 2**30, (peak - before) / 2**30],
+                         dtype=torch.float64, device=ids.device)  # fmt: skip
+    dist.all_reduce(found, dist.ReduceOp.MAX, group)
+    seconds, peak, more = found.tolist()
+    speed = (ids.shape[1] - 1) / seconds
+    row = {"seconds": seconds, "tokens_per_second": speed, "peak_gib": peak, "more_gib": more, "note": note}
+    return row, result
+
+
+@torch.inference_mode()
+def _read(model: Mamba2LM, ids: Tensor, segment: int, group: dist.ProcessGroup | None) -> Tensor:
+    """The logits (1, V) after all tokens: the last is read by every rank alone, from the cache of the others."""
+    cache = Cache()
+    at_once = segment * (1 if group is None else dist.get_world_size(group))
+    with nullcontext() if group is None else sequence_parallel(model, group):
+        for part in ids[:, :-1].tensor_split(math.ceil((ids.shape[1] - 1) / at_once), 1):
+            model(part if group is None else part[:, stretch(part.shape[1], group)], cache)
+    return model.logits(model(ids[:, -1:], cache)[:, -1])
+
+
+def _train(model: Mamba2LM, ids: Tensor, segment: int, group: dist.ProcessGroup | None) -> Tensor:
+    """All gradients, one after the other."""
+    model.zero_grad()
+    own, targets = (ids[:, :-1], ids[:, 1:]) if group is None else shard(ids, group)
+    with nullcontext() if group is None else sequence_parallel(model, group):
+        (model.losses(model(own), targets).sum() / (ids.shape[1] - 1)).backward()
+    if group is not None:
+        reduce_gradients(model, group)
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def _error(ours: Tensor, expected: Tensor) -> float:
+    return ((ours.double() - expected.double()).norm() / expected.double().norm()).item()

@@ -1,0 +1,1 @@
+"""lm-eval, with this library's models and remedies."""

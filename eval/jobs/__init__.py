@@ -1,0 +1,1 @@
+"""What reads models: losses over length, recall."""

@@ -1,0 +1,237 @@
+"""Language-model loss over length.
+
+`lm` at length L is the mean loss over positions (L/2, L] of fixed slices of a text, whatever other lengths were asked
+for; the loss at position t is that of token t + 1, after t tokens have been read. One pass over a slice gives all
+lengths. Shorter lengths use more slices (the first n of one fixed sequence), so that every length rests on about as
+many tokens.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rnn_longctx.data import Text, load_text, tokens
+from rnn_longctx.errors import InputError
+from rnn_longctx.eval.jobs.base import Context, Task, forget_peak, peak_bytes
+from rnn_longctx.eval.results import Row
+from rnn_longctx.models.cache import Cache
+from rnn_longctx.models.modes import evaluating
+from rnn_longctx.spec import quiet
+
+PEAK_BINS = 4  # the highest loss within the training length is taken over so many equal stretches of it
+
+
+@dataclass(frozen=True)
+class LanguageModel(Task):
+    """slices: at least so many at every length; tokens: more at shorter ones, up to `most`, while n * L stays below and
+    the text has as many that do not overlap; max: the longest length measured."""
+
+    name = "lm"
+    slices: int = 4
+    tokens: int = 256 * 1024
+    most: int = 128
+    max: int | None = quiet(None)
+
+    def __post_init__(self) -> None:
+        if self.slices < 1 or self.tokens < 0 or self.most < 1:
+            raise InputError("lm: slices and most must be at least 1, tokens at least 0")
+
+    def count(self, context: Context, length: int) -> int:
+        return max(self.slices, min(self.most, self.tokens // length, self._apart(context, length)))
+
+    def _apart(self, context: Context, length: int) -> int:
+        """How many slices of so many tokens the text has before two of them overlap."""
+        text, tokenizer, most = text_of(context), context.model.tokenizer, max(self.slices, self.most)
+
+        def found() -> int:
+            return text.distinct(int(tokens(text, tokenizer, 0, length + 1)[1].sum()), most)
+
+        return context.memo(("apart", text.hash, tokenizer.name, length, most), found)
+
+    def lengths(self, asked: list[int], train_length: int | None) -> list[int]:
+        wanted = super().lengths(asked, train_length)
+        if train_length is not None and wanted and max(wanted) > train_length:
+            wanted = sorted({*wanted, train_length})  # the verdict needs it
+        return wanted
+
+    def check(self, context: Context, lengths: list[int]) -> None:
+        """Refuse lengths that the text does not have, before anything is read."""
+        text, tokenizer = text_of(context), context.model.tokenizer
+        tokens(text, tokenizer, 0, max(lengths) + 1)
+        if tokenizer.name != "bytes":
+            try:
+                text.data.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise InputError(f"tokenizer {tokenizer.name} needs UTF-8 text; byte {error.start} is not") from None
+        short = [n for n in lengths if self._apart(context, n) < self.slices]
+        if short:
+            apart = f"{self._apart(context, short[0])} of {short[0]} tokens that do not overlap"
+            said = "text %s is short: of the %d slices read it has %s, so errors and intervals are too small"
+            logging.getLogger(__name__).warning(said, text.name, self.slices, apart)
+
+    def cost(self, context: Context, lengths: list[int]) -> int:
+        todo = self._todo(context, lengths)
+        return sum(len(rows) * reach for rows, reach in self._passes(context, todo)) if todo else 0
+
+    def run(self, context: Context, lengths: list[int]) -> Iterator[Row]:
+        todo = self._todo(context, lengths)
+        if not todo:
+            return
+        text, train = text_of(context), context.model.train_length
+        marks = sorted(
+            {m for length in todo for m in (length // 2, length)} | set(_bins(train) if train in todo else ())
+        )
+        sums: dict[int, list[Tensor]] = {m: [] for m in marks}  # of the loss up to the mark, one value a slice
+        nbytes: dict[int, list[Tensor]] = {m: [] for m in marks}
+        forget_peak(context)
+        seconds, read = (
+            dict.fromkeys(marks, 0.0),
+            dict.fromkeys(marks, 0),
+        )  # until the mark, of all slices that reach it
+        for rows, reach in self._passes(context, todo):
+            part = _Pass(context, text, rows, reach, [m for m in marks if m <= reach])
+            part.run()
+            for m in part.marks:
+                sums[m].append(part.sums[m])
+                nbytes[m].append(part.nbytes[m])
+                seconds[m], read[m] = seconds[m] + part.times[m], read[m] + len(rows) * m
+        whole = {m: (torch.cat(sums[m]), torch.cat(nbytes[m])) for m in marks}
+        for length in todo:
+            n = self.count(context, length)
+            (high, high_bytes), (low, low_bytes) = whole[length], whole[length // 2]
+            loss = high[:n] - low[:n]
+            per_token = loss / (length - length // 2)
+            per_byte = loss / (high_bytes[:n] - low_bytes[:n])
+            cost = {
+                "seconds": seconds[length],
+                "tokens_per_second": read[length] / seconds[length] if seconds[length] else None,
+                "peak_bytes": peak_bytes(context),
+                "tokens_read": length,
+            }
+            yield context.row(self, text, length, "nats_per_byte", per_byte.tolist(), **cost)
+            if length == train:
+                edges = _bins(length)
+                means = torch.stack([(whole[b][0][:n] - whole[a][0][:n]) / (b - a) for a, b in zip(edges, edges[1:])])
+                peak = means[means.mean(1).argmax()]
+                yield context.row(self, text, length, "nats_per_token_peak", peak.tolist(), **cost)
+            # written last: it says that the others are there
+            yield context.row(self, text, length, "nats_per_token", per_token.tolist(), **cost)
+        if context.results:
+            context.results.forget_snapshots(_stream(context, text))
+
+    def _todo(self, context: Context, lengths: list[int]) -> list[int]:
+        text = text_of(context)
+        train, found = context.model.train_length, []
+        for n in lengths:
+            metrics = ["nats_per_token", *(["nats_per_token_peak"] if n == train else [])]
+            if not all(context.done(self, text, n, metric, self.count(context, n)) for metric in metrics):
+                found.append(n)
+        return found
+
+    def _passes(self, context: Context, lengths: list[int]) -> Iterator[tuple[list[int], int]]:
+        """(slices, how far they are read): slices that reach equally far together, at most `batch` of them."""
+        counts = {n: self.count(context, n) for n in lengths}
+        reach = {i: max(n for n in lengths if counts[n] > i) for i in range(max(counts.values()))}
+        for far, group in groupby(reach, key=reach.__getitem__):
+            rows = list(group)
+            for i in range(0, len(rows), context.batch):
+                yield rows[i : i + context.batch], far
+
+
+class _Pass:
+    """One stream over some slices, from its last snapshot if it was killed."""
+
+    def __init__(self, context: Context, text: Text, rows: list[int], reach: int, marks: list[int]):
+        self.context, self.text, self.rows, self.reach, self.marks = context, text, rows, reach, marks
+        self.sums: dict[int, Tensor] = {}
+        self.nbytes: dict[int, Tensor] = {}
+        self.times: dict[int, float] = {0: 0.0}  # seconds until a mark
+        self.seconds = 0.0
+        name = f"{_stream(context, text)}-{rows[0]}-{rows[-1]}-{reach}"
+        self.path = context.results.snapshot_path(name) if context.results else None
+
+    def run(self) -> None:
+        with torch.inference_mode(), evaluating(self.context.model):
+            self._run()
+
+    def _run(self) -> None:
+        c, reach, size = self.context, self.reach, len(self.rows)
+        pairs = [tokens(self.text, c.model.tokenizer, i, reach + 1) for i in self.rows]
+        ids = torch.from_numpy(np.stack([p[0] for p in pairs]))
+        # bytes of the tokens that are predicted at positions 1 .. t
+        byte_sums = torch.from_numpy(np.stack([p[1] for p in pairs]))[:, 1:].cumsum(1)
+        zeros = torch.zeros(size, dtype=torch.float64, device="cpu")
+        self.nbytes = {m: byte_sums[:, m - 1].double() if m else zeros for m in self.marks}
+        self.sums = {0: zeros}
+        del pairs, byte_sums
+
+        cache, t, total = self._resume() or (c.model.new_cache(), 0, zeros)
+        segment = max(1, c.segment // size)
+        if c.model.device.type == "cuda":  # kernels are compiled at their first call, which no remedy is to pay for
+            warm, sizes = c.model.new_cache(), (segment, segment, reach % segment)  # begun, gone on with, cut short
+            for n in sizes if reach > segment else (reach,):
+                part = ids[:, : n + 1].to(c.model.device)
+                c.model.losses(c.model(part[:, :-1], warm), part[:, 1:]).sum().item()
+            del warm
+        began = saved = time.perf_counter()
+        done_before = self.seconds
+        c.progress(t * size)
+        while t < reach:
+            u = min(reach, t + segment)
+            hidden = c.model(ids[:, t:u].to(c.model.device), cache)
+            losses = c.model.losses(hidden, ids[:, t + 1 : u + 1].to(c.model.device)).double().cpu()
+            running = total[:, None] + losses.cumsum(1)
+            for m in self.marks:
+                if t < m <= u:
+                    self.sums[m] = running[:, m - t - 1].clone()
+            total = running[:, -1].clone()
+            c.progress((u - t) * size)
+            now = time.perf_counter()
+            self.seconds = done_before + now - began
+            self.times |= {m: self.seconds for m in self.marks if t < m <= u}
+            t = u
+            late = now - saved > c.snapshot_seconds and isinstance(cache, Cache)  # (another library's is not kept)
+            if self.path and (late or t == reach):
+                self._save(cache if t < reach else Cache(), t, total)
+                saved = time.perf_counter()
+
+    def _save(self, cache: Cache, t: int, total: Tensor) -> None:
+        extra = {"total": total} | {f"sum.{m}": s for m, s in self.sums.items()}
+        assert self.path is not None
+        cache.save(self.path, extra, {"read": t, "times": {**self.times, t: self.seconds}})
+
+    def _resume(self) -> tuple[Cache, int, Tensor] | None:
+        if not self.path or not self.path.exists():
+            return None
+        try:
+            cache, extra, note = Cache.load_with(self.path, self.context.model.device)
+        except InputError:  # torn: read again from the start
+            return None
+        read, sums = note["read"], {int(k.removeprefix("sum.")): v for k, v in extra.items() if k.startswith("sum.")}
+        if any(m <= read and m not in sums for m in self.marks):  # made when other lengths were asked for
+            return None
+        self.sums, self.times = sums, {int(m): seconds for m, seconds in note["times"].items()}
+        self.seconds = self.times[read]
+        return cache, read, extra["total"]
+
+
+def _stream(context: Context, text: Text) -> str:
+    """How the names of a stream's snapshots begin."""
+    return context.snapshot_name("lm", text.name, text.hash)
+
+
+def _bins(length: int | None) -> list[int]:
+    return [length * k // PEAK_BINS for k in range(PEAK_BINS + 1)] if length else []
+
+
+def text_of(context: Context) -> Text:
+    given = context.text
+    return given if isinstance(given, Text) else context.memo(("text", given), lambda: load_text(given))

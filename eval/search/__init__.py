@@ -1,0 +1,1 @@
+"""Settings searched for a remedy, and the check that what was searched on is not evaluated on."""

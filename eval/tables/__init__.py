@@ -1,0 +1,1 @@
+"""What reads tables of results; knows no torch."""

@@ -1,0 +1,1 @@
+"""A watch over the states of a model in use."""

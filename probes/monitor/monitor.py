@@ -1,0 +1,398 @@
+"""Whether a model has collapsed, while it works: a monitor calibrated once, kept as JSON beside the checkpoint.
+
+    monitor = rnn_longctx.CollapseMonitor.calibrated(model)
+    with monitor.on(model, action="mitigate:state-norm") as watch:
+        rnn_longctx.generate(model, ids, 10_000)
+    watch.reports
+
+What is judged, every `every` tokens:
+
+    ratio      the Frobenius norm of a head's state over the largest that the head reached within the training length
+               (`probes.envelope`), its geometric mean over the last SMOOTH looks
+    margin     what a head's ratio may reach: exp(SPREADS standard deviations of its log peaks over the calibration's
+               slices), within MARGINS. A head whose peaks differ tenfold from slice to slice will pass its largest
+    shift      how far the mean input scales of the first recurrent layer over those looks lie from the calibration
+               text's, per head and in its standard deviations, root mean square over heads, as a share of the limit.
+               Those scales follow from the tokens alone, so that no state, collapsed or not, moves them. Over the
+               last PASSAGE looks, the same distance from the nearest of the calibration text's passages as long; the
+               larger of the two
+
+    collapsed  a share of heads passes twice its margin, or one head 16 times; or a state is not finite
+    drift      the shift is above 1 (the input is not what was calibrated on) and the norms are not gross: a share of
+               heads past 4 times its margin, or one past 16 times, is a collapse whatever the input, and so is one
+               that was there before the input changed
+    warning    a share of heads passes its margin, or one 4 times
+    ok         else
+
+One head alone raises no alarm, unless by far: on 128K tokens of a healthy stream (the demo model kept from collapsing
+by a decay of 0.997, calibrated as such) three of 64 heads left their margins at most, in a table of character codes,
+and on 1M tokens with a decay of 0.99 one did. Of the demo model itself ten do at 2K tokens and 29 at 4K: on 11 of 12
+slices it is warned of at 1.5K to 2.25K tokens, where the loss is some 6% above that of re-reading the last ones, and
+called collapsed at 3.5K to 4K, where it is 23 to 34% above. The twelfth is a table, called drift and then collapsed.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import math
+import os
+import uuid
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from rnn_longctx.config import home_path, parse_length
+from rnn_longctx.errors import InputError
+from rnn_longctx.measure.envelope import envelope_of
+from rnn_longctx.models.adopt.adopting import reader_of
+from rnn_longctx.models.checkpoint.legacy import is_of
+from rnn_longctx.models.modes import warn_of_training
+from rnn_longctx.probes.monitor.inputs import PASSAGE, SMOOTH, TINY, gates_of
+from rnn_longctx.probes.trace import watching
+
+if TYPE_CHECKING:
+    from rnn_longctx.data import Text
+    from rnn_longctx.probes.monitor.watch import Watch
+
+STATUSES = ("ok", "warning", "drift", "collapsed")
+SPREADS, MARGINS = 3.0, (2.0, 16.0)
+WARNED, COLLAPSED = 1 / 12, 1 / 8  # shares of heads
+FACTOR = 2.0  # the most that recalibration moves an envelope from where it was calibrated
+LISTED = 16  # heads named in a report
+
+
+@dataclass(frozen=True)
+class Report:
+    """One segment.
+
+    Attributes:
+        position: tokens read.
+        status: ok, warning, drift or collapsed; of a batch, the worst row's.
+        heads: (layer, head, ratio) of heads outside their margins, the largest ratio first, 16 at most; ratio is
+            infinite where a state is not finite.
+        outside: how many there are.
+        worst: the largest ratio, of the heads outside their margins where there are any, else of all.
+        shift: of the input, in units of its limit, over the heads where it is known; None where it is of none (the
+            first looks at a stream that had begun before, a norm cap on the model).
+        action: what was done, or None.
+    """
+
+    position: int
+    status: str
+    heads: tuple[tuple[int, int, float], ...]
+    outside: int
+    worst: float
+    shift: float | None
+    action: str | None = None
+
+    def __str__(self) -> str:
+        said = f"position {self.position}: {self.status}"
+        if self.heads:
+            layer, head, ratio = self.heads[0]
+            said += f", {self.outside} heads outside their margins (layer {layer} head {head} at {ratio:.3g} times)"
+        if self.shift is not None:
+            said += f", input shift {self.shift:.2g}"
+        return said + (f"; {self.action}" if self.action else "")
+
+
+@dataclass
+class History:
+    """The last looks at one stream: log norms (B, all heads) and log input scales (B, first layer's heads); and which
+    rows (B) stood as collapsed at the last."""
+
+    position: int | None = None
+    norms: deque[Tensor] = field(default_factory=lambda: deque(maxlen=SMOOTH))
+    gates: deque[Tensor] = field(default_factory=lambda: deque(maxlen=PASSAGE))
+    collapsed: Tensor | None = None
+
+    def add(self, position: int, norm: Tensor, scale: Tensor) -> None:
+        self.position = position
+        self.norms.append(norm.double().log())
+        self.gates.append(scale.double().clamp(min=TINY).log())
+
+    def copy(self) -> History:
+        return History(self.position, copy.copy(self.norms), copy.copy(self.gates), self.collapsed)
+
+
+@dataclass
+class CollapseMonitor:
+    """What a model does within its training length, and when it leaves that. Made by `calibrated` or `load`.
+
+    Attributes:
+        model, weights, shape: whose it is: name, weights hash, (heads, headdim, d_state) of every recurrent layer.
+        every, length: tokens between two looks; training length.
+        text: what it was calibrated on.
+        norms, margins: [layer][head]; norms in the units of the state.
+        calibrated_norms: norms as `calibrated` found them, which bound `recalibrate`.
+        gate_mean, gate_std: of the first layer's heads, log of the mean input scale over `every` tokens.
+        gate_limits: what the shift may reach, over one look, two, up to SMOOTH.
+        passages: [passage][head of the first layer], means of the log over PASSAGE looks; none of a short text.
+        apart: how far from the nearest of them a passage may lie.
+    """
+
+    model: str
+    weights: str
+    shape: list[list[int]]
+    every: int
+    length: int
+    text: str
+    norms: list[list[float]]
+    margins: list[list[float]]
+    calibrated_norms: list[list[float]]
+    gate_mean: list[float]
+    gate_std: list[float]
+    gate_limits: list[float]
+    passages: list[list[float]]
+    apart: float
+
+    def __post_init__(self) -> None:
+        self._before: list[dict[str, Any]] = []  # for `undo`
+
+    @classmethod
+    def calibrated(cls, model: Any, text: Text | str | Path | None = None, length: int | str | None = None,
+                   every: int | str = 256) -> CollapseMonitor:  # fmt: skip
+        """Calibrate on a model as it is without remedies.
+
+        Args:
+            model: this library's, or one of another library, which is adopted.
+            text: from `rnn_longctx.load_text`, or its name; None takes the envelope kept with the checkpoint, if it is
+                of that length, and the builtin text. At least 8 * every tokens, and `length`. Small changes of the
+                input that last are told only where a text is given, and is of 256 * every tokens or more.
+            length: tokens of a context in training (2048, "2k"); None takes the model's.
+            every: tokens between two looks (256, "2k").
+        Raises:
+            InputError: a length or tokenizer that is not known, a text too short, a model that is being watched, or
+                whose states are not finite within that length.
+        """
+        from rnn_longctx.data import load_text
+
+        lm = reader_of(model)
+        length = lm.train_length if length is None else parse_length(length, "length")
+        every = parse_length(every, "every")
+        if length is None:
+            raise InputError(f"a monitor needs the training length, which {lm.name} does not say: give length=")
+        if lm.tokenizer is None:
+            raise InputError(f"a monitor is calibrated on text, and {lm.name} has no tokenizer: give it one")
+        text = load_text(text) if isinstance(text, str | Path) else text
+        with unwatched(lm):
+            envelope = envelope_of(lm, length, text)
+            gates = gates_of(lm, every, text or load_text("builtin"), lasting=text is not None)
+        spread = torch.tensor(envelope.peaks, dtype=torch.float64, device="cpu").log().std(1, correction=0)  # (L, H)
+        norms, margins = _lists(envelope.norms()), (SPREADS * spread).exp().clamp(*MARGINS).tolist()
+        whose = (lm.name, lm.weights_hash, shape_of(lm))
+        return cls(*whose, every, length, envelope.label, norms, margins, norms, **gates)
+
+    # --- kept beside a checkpoint
+
+    def save(self, path: str | Path) -> None:
+        """As JSON, by atomic rename. Raises InputError where it cannot be written."""
+        write_atomically(path, json.dumps({"kind": "collapse monitor", "version": 2} | dataclasses.asdict(self)) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path, model: Any) -> CollapseMonitor:
+        """Raises InputError: no such file, not a monitor, or another model's."""
+        try:
+            data = json.loads(home_path(path).read_text())
+            if data.pop("kind") != "collapse monitor" or data.pop("version") != 2:
+                raise ValueError("another kind or version")
+            monitor = cls(**data)
+            monitor._tensors()
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            why = "no such file" if isinstance(error, FileNotFoundError) else error
+            raise InputError(f"{path} is not a saved monitor ({why})") from None
+        monitor.check(reader_of(model))
+        return monitor
+
+    def check(self, lm: Any) -> None:
+        """Raises InputError where the model does not compute what the one that this was calibrated on did."""
+        shape, now = shape_of(lm), lm.weights_hash
+        if shape != self.shape or not is_of(self.weights, lm, now):
+            ours = f"{len(self.shape)} layers, first {self.shape[0]}"
+            theirs = f"{len(shape)} layers, first {shape[0]}, weights {now}"
+            raise InputError(f"the monitor is of {self.model} ({ours}, weights {self.weights}), not of {lm.name} "
+                             f"({theirs}): calibrate one for it")  # fmt: skip
+
+    # --- moved, and moved back
+
+    def recalibrate(self, model: Any, seen: Text | str | Path | Watch) -> None:
+        """Move the envelope towards a text's, or what a watch saw last, where the input has changed for good.
+
+        No head's norm moves by more than a factor of 2 from where `calibrated` found it, however often this is called:
+        a collapse cannot be learned as normal. What a watch saw only widens the envelope, since a few looks are no
+        maximum. The input's statistics become those of the text, or centre on the last looks, which become one more
+        passage. `undo` takes it back.
+
+        Args:
+            seen: a text or its name, read within the training length (not while the model is watched), or the `watch`
+                of `on`.
+        Raises:
+            InputError: another model, nothing seen yet, a state that is not finite.
+        """
+        from rnn_longctx.data import load_text
+        from rnn_longctx.probes.monitor.watch import Watch
+
+        lm = reader_of(model)
+        self.check(lm)
+        at, now = (torch.tensor(v, dtype=torch.float64, device="cpu") for v in (self.calibrated_norms, self.norms))
+        moved: dict[str, Any] = {}
+        if isinstance(seen, Watch):
+            norms, gates = seen.recent()
+            if not bool(norms.isfinite().all()):
+                raise InputError("what was seen last is not finite: there is nothing to recalibrate on")
+            found = torch.maximum(norms.exp().view_as(at), now)
+            if gates is not None:
+                moved["gate_mean"] = gates.tolist()
+                moved["passages"] = self.passages and [*self.passages, gates.tolist()]
+            where = f"a stream up to {seen.reports[-1].position}"
+        else:
+            seen = load_text(seen) if isinstance(seen, str | Path) else seen
+            with unwatched(lm):
+                envelope = envelope_of(lm, self.length, seen)
+                moved |= gates_of(lm, self.every, seen)
+            found, where = torch.tensor(envelope.norms(), dtype=torch.float64, device="cpu"), envelope.label
+        moved |= {"norms": found.clamp(at / FACTOR, at * FACTOR).tolist(), "text": f"{self.text}; moved to {where}"}
+        self._before.append({name: getattr(self, name) for name in moved})
+        vars(self).update(moved)
+
+    def undo(self) -> None:
+        """Take the last `recalibrate` back. Raises InputError if there is none."""
+        if not self._before:
+            raise InputError("nothing was recalibrated: there is nothing to undo")
+        vars(self).update(self._before.pop())
+
+    # --- watching
+
+    @contextmanager
+    def on(self, model: Any, action: str | Callable[[Report], Any] = "warn", log: str | Path | None = None,
+           prometheus: str | Path | None = None,
+           fallback: Callable[[Report, Tensor], Tensor | None] | None = None) -> Iterator[Watch]:  # fmt: skip
+        """Watch a model inside the `with` block, in this library's reading and generation and, adopted, in its own.
+        This library's generation is in evaluation mode; a model's own calls stay in the mode that it is in, and an
+        adopted one in training mode is warned of.
+
+        Args:
+            action: what to do.
+                warn: `warnings.warn` where the status changes to another than ok.
+                raise: `CollapseError` at the first collapse.
+                mitigate:NAME: at the first collapse the remedy is switched on, for the rest of the block.
+                rollback:NAME: at the first collapse the cache goes back to where the status was last ok (or to where
+                this block began to read it), the remedy is switched on, and the tokens since are read again.
+                fallback:truncate: at every collapse the state is dropped, and the last `length` tokens are read again.
+                fallback: with `fallback`, which is called with the report and the last ids (B, <= length) at every
+                collapse. It returns the ids (B, n) to read instead of the state, or None to leave it.
+                A callable: called with every report.
+            log: file to which every report is appended as a line of JSON. It holds no text and no ids.
+            prometheus: file rewritten atomically with the last report, in Prometheus' exposition format.
+        Rollback and fallback need a model read by this library (`rnn_longctx.adopt`): the hidden states of the present
+        call are those after the action, and a stream is read in calls of at most `every` tokens. Elsewhere a remedy is
+        on from the call after the one in which the collapse was seen. A rollback keeps a copy of the cache (with
+        attention's, in a hybrid) and the ids since. Rows stand at one position: padding is refused. Streams are read
+        one after the other: in turns, their looks are taken for one stream's, and the shift is mostly not known.
+
+        Raises:
+            InputError: another model's monitor (also of this one, when its weights or settings have changed: told here
+                and where a stream begins), an action that is not known or cannot be taken, a file that cannot be
+                written, a model that is watched already or under a control.
+        """
+        from rnn_longctx.probes.monitor.watch import Watch
+
+        lm = reader_of(model)
+        self.check(lm)
+        warn_of_training(lm)
+        watch = Watch(self, lm, action, log, prometheus, fallback, raw=model is not lm)
+        try:
+            with watching(watch.eyes), watch.reading():
+                yield watch
+        finally:
+            watch.close()
+
+    def judge(self, position: int, history: History) -> Report:
+        """A report of a stream's last looks, without action; the history is told which rows have collapsed."""
+        envelope, margin, mean, std, limits, passages = self._tensors()
+        ratios = torch.stack(list(history.norms)).mean(0) - envelope  # (B, heads), logs
+        ratios = ratios.masked_fill(ratios.isnan(), math.inf)
+        finite, over = (ratios < math.inf).all(1), ratios - margin
+
+        def past(factor: float, share: float, alone: float) -> Tensor:
+            return ((over > math.log(factor)).double().mean(1) >= share) | (over.amax(1) > math.log(alone))
+
+        looks = torch.stack(list(history.gates))  # (looks, B, heads)
+        gates = looks[-SMOOTH:]
+        shift = ((gates.mean(0) - mean) / std).square().nanmean(1).sqrt() / limits[len(gates) - 1]  # (B,)
+        if len(looks) == PASSAGE and len(passages):
+            away = ((looks.mean(0)[:, None] - passages) / std).square().nanmean(2).sqrt().amin(1)
+            shift = torch.fmax(shift, away / self.apart)
+        level = torch.where(past(1, WARNED, 4), 1, 0)
+        level = level.where(~past(2, COLLAPSED, 16), 3)
+        excused = (shift > 1) & ~past(4, COLLAPSED, 16)
+        if history.collapsed is not None:  # before the input changed
+            excused &= ~history.collapsed | (level < 3)
+        level = level.where(~excused, 2).where(finite, 3)
+        history.collapsed = level == 3
+        worst, outside = ratios.amax(0).exp(), over.amax(0) > 0
+        named = [(i, h) for i, (heads, *_) in enumerate(self.shape) for h in range(heads)]
+        order = [i for i in worst.argsort(descending=True).tolist() if outside[i]]
+        heads = tuple((*named[i], float(worst[i])) for i in order[:LISTED])
+        largest = heads[0][2] if heads else float(worst.max())
+        known = not bool(shift.isnan().any())
+        return Report(position, STATUSES[int(level.max())], heads, len(order), largest,
+                      float(shift.max()) if known else None)  # fmt: skip
+
+    def _tensors(self) -> tuple[Tensor, ...]:
+        """log norms and log margins (heads of all layers), gates' mean, std (first layer's heads), limits (SMOOTH),
+        passages (n, first layer's heads)."""
+        flat = [
+            torch.tensor([v for layer in x for v in layer], dtype=torch.float32, device="cpu").double().log()
+            for x in (self.norms, self.margins)
+        ]
+        gates = [
+            torch.tensor(v, dtype=torch.float32, device="cpu").double()
+            for v in (self.gate_mean, self.gate_std, self.gate_limits)
+        ]
+        heads = sum(shape[0] for shape in self.shape)
+        if [len(v) for v in (*flat, *gates)] != [heads, heads, self.shape[0][0], self.shape[0][0], SMOOTH]:
+            raise ValueError("its values are not one a head")
+        passages = torch.tensor(self.passages, dtype=torch.float32, device="cpu").double()
+        return *flat, *gates, passages.reshape(-1, self.shape[0][0])
+
+
+# --- models and files
+
+
+def shape_of(lm: Any) -> list[list[int]]:
+    return [[m.heads, m.headdim, m.d_state] for m in lm.mixers]
+
+
+@contextmanager
+def unwatched(lm: Any) -> Iterator[None]:
+    """The model without its remedies, for a calibration. Raises InputError while it is being watched."""
+    from rnn_longctx.mitigations import _bare
+
+    if any(m.observer is not None for m in lm.mixers):
+        raise InputError("the model is being watched, and cannot be calibrated meanwhile: leave the block first")
+    with _bare(lm):
+        yield
+
+
+def write_atomically(path: str | Path, text: str) -> None:
+    """Raises InputError where it cannot be written."""
+    path = home_path(path)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        temporary.write_text(text)
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise InputError(f"cannot write {path}: {error.strerror}") from None
+
+
+def _lists(rows: tuple[tuple[float, ...], ...]) -> list[list[float]]:
+    return [list(row) for row in rows]

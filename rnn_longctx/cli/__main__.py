@@ -1,0 +1,3 @@
+from rnn_longctx.cli import main
+
+main()

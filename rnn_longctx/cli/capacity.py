@@ -1,0 +1,149 @@
+"""`rnn-longctx capacity`: of checkpoints there are, of a family that it trains, from tables alone, and as advice."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+from typer.core import TyperGroup
+
+from rnn_longctx.errors import InputError
+
+Many = Optional[list[str]]  # noqa: UP045 (typer reads it)
+RECALL = 0.95
+
+
+class _ModelsFirst(TyperGroup):
+    """`capacity MODEL ...` stands for `capacity measure MODEL ...`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands and args[0] != "--help":
+            args = ["measure", *args]
+        return super().parse_args(ctx, args)
+
+
+capacity = typer.Typer(
+    cls=_ModelsFirst,
+    no_args_is_help=True,
+    help="How much a state holds: the training length from which a model forgets (T_forget), the context it recalls "
+    "(T_recall). `capacity MODEL ...` is `capacity measure MODEL ...`.",
+)
+
+
+@capacity.command("measure")
+def measure_command(
+    model: Annotated[list[str], typer.Argument(help='"demo", a directory, or a hub id; several to compare.')],
+    limit: Annotated[str, typer.Option(help="The longest context, in tokens.")] = "1m",
+    needle: Annotated[
+        Many, typer.Option(help="passkey, words, multikey:keys=2, passkey:haystack=TEXT,template=FILE; again for more.")
+    ] = None,
+    mitigation: Annotated[Many, typer.Option(help="none, state-norm, a+b; again for more.")] = None,
+    recall: Annotated[float, typer.Option(help="Accuracy that T_recall asks for.")] = RECALL,
+    width: Annotated[
+        float, typer.Option(help="Of an accuracy's interval: says how many prompts a length takes.")
+    ] = 0.06,
+    slices: Annotated[int, typer.Option(min=1, help="Of the text, read to the limit.")] = 4,
+    text: Annotated[str, typer.Option(help="stdlib, a file, a directory, hf:dataset[:split[:column]].")] = "stdlib",
+    out: Annotated[Path, typer.Option(help="Folder for tables and figures.")] = Path("runs/capacity"),
+    batch: Annotated[int, typer.Option(min=1, help="The most streams read side by side.")] = 32,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    train_length: Annotated[Optional[str], typer.Option(help="Where the checkpoint does not say.")] = None,  # noqa: UP045
+    tokenizer: Annotated[Optional[str], typer.Option(help='"bytes", a directory, or a hub id.')] = None,  # noqa: UP045
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, float64.")] = "float32",
+) -> None:
+    """Of checkpoints: whether they forget, and how far they recall, with every remedy asked for."""
+    import torch
+
+    from rnn_longctx.config import parse_length
+    from rnn_longctx.eval import Results
+    from rnn_longctx.eval.capacity import MeasureConfig, check, measure, models
+    from rnn_longctx.models.adopt.adopting import load_any
+
+    settings = MeasureConfig(parse_length(limit), slices, needle or ["passkey"], recall, width, mitigation or ["none"],
+                             text, batch, seed)  # fmt: skip
+    results = Results(out)
+    where = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    length = None if train_length is None else parse_length(train_length)
+
+    def load(name: str) -> Any:
+        return load_any(name, device=where, dtype=dtype, tokenizer=tokenizer, train_length=length)
+
+    for name in model[1:]:  # a mistake in the last shows before the first is measured
+        check(load(name), settings)
+    for name in model:
+        lm = load(name)
+        measure(lm, settings, out, typer.echo, shape=models.shape_of(out, lm))
+        models.gather(out)  # so that what there is can be drawn while the next is measured
+        results.gather()
+    _report(out, recall)
+
+
+@capacity.command("train")
+def train_command(
+    config: Annotated[Path, typer.Argument(help="YAML file, such as configs/capacity/small.yaml.")],
+    set: Annotated[Many, typer.Option("--set", help="Override one key: measure.limit=64k; again for more.")] = None,
+    parallel: Annotated[int, typer.Option(min=1, help="Cells (models) trained at once on the device.")] = 1,
+) -> None:
+    """Of a family: train what the search asks for, measure, fit and plot; a killed study goes on."""
+    from rnn_longctx.config import load_yaml
+    from rnn_longctx.eval.capacity import CapacityConfig, run_study
+
+    study = load_yaml(CapacityConfig, config, set or [])
+    _report(run_study(study, parallel, typer.echo), study.measure.recall)
+
+
+@capacity.command("plot")
+def plot_command(
+    directory: Annotated[Path, typer.Argument(help="A folder with results.csv and models.csv.")],
+    recall: Annotated[float, typer.Option(help="Accuracy that T_recall asks for.")] = RECALL,
+) -> None:
+    """Findings, fits and figures again, from the tables alone."""
+    _report(directory, recall)
+
+
+@capacity.command("advise")
+def advise_command(
+    context: Annotated[str, typer.Option(help="Tokens to recall over, such as 256k.")],
+    recall: Annotated[float, typer.Option(help="Accuracy asked for.")] = RECALL,
+    study: Annotated[Optional[Path], typer.Option(help="A study's folder; without one the paper's fits.")] = None,  # noqa: UP045
+    mitigation: Annotated[str, typer.Option(help="As the study measured it.")] = "none",
+) -> None:
+    """The state that a context needs, with its interval, memory and speed, and why not to trust it."""
+    from rnn_longctx.config import parse_length
+    from rnn_longctx.eval.capacity import advise
+
+    typer.echo(str(advise(parse_length(context), recall, study, mitigation)))
+
+
+def _report(directory: Path, recall: float) -> None:
+    """Draw, and say in words what was found. Points are of families: of single checkpoints they repeat the findings."""
+    import pandas as pd
+
+    from rnn_longctx.eval.capacity import draw, tables
+
+    if not 0 < recall < 1:
+        raise InputError(f"recall lies between 0 and 1, got {recall}")
+    paths = draw(directory, recall)
+    tokens = ["train_length", "passes", "fails", "right", "asked"]  # whole numbers, in one style
+    shown = {
+        "findings": "model mitigation state_elements train_length quantity passes fails right asked worst",
+        "points": "shape state_elements mitigation quantity train_length models text",
+        "fits": "mitigation quantity form points bounds contradicts curve r2 r2_loo aic carrier best",
+        "same_size": "mitigation quantity state_elements shapes values spread",
+    }
+    found = tables.findings(*tables.read(directory), recall)
+    family = found.drop_duplicates(["shape", "model", "weights_hash"])["shape"].duplicated().any()
+    for name, columns in shown.items():
+        file = directory / f"{name}.csv"
+        frame = pd.read_csv(file) if file in paths and file.stat().st_size > 1 else pd.DataFrame()
+        if len(frame) and (family or name != "points"):
+            frame = frame[frame["axis"] == "state_elements"] if name == "fits" else frame
+            for column in frame.columns.intersection(tokens):
+                frame[column] = frame[column].map(lambda n: "-" if pd.isna(n) else f"{n:.0f}")
+            typer.echo(f"\n{name}{', lengths in tokens' if name == 'findings' else ''}")
+            typer.echo(frame[columns.split()].to_string(index=False, na_rep="-", float_format=lambda v: f"{v:.4g}"))
+    if len(found) and not family:
+        typer.echo("\n" + "\n".join(tables.in_words(found)))
+    typer.echo(f"\n{directory}: {', '.join(p.name for p in paths)}")

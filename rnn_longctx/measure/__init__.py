@@ -1,0 +1,1 @@
+"""What both remedies and probes need of a model: envelopes of its states, its steps."""

@@ -1,0 +1,105 @@
+"""The range a model's states keep to within its training length: what "too large" is measured against."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from rnn_longctx.errors import InputError
+from rnn_longctx.models.adopt.adopting import reader_of
+from rnn_longctx.models.modes import in_evaluation
+
+if TYPE_CHECKING:
+    from rnn_longctx.data import Text
+    from rnn_longctx.models.lm import Mamba2LM
+
+EVERY = 16  # tokens between two looks at the state
+SLICES = 32
+
+
+@dataclass(frozen=True)
+class Envelope:
+    """The largest Frobenius norm each head's state reaches within `length` tokens, for each of some slices of a text.
+
+    peaks[layer][slice][head], in the units of the state.
+    """
+
+    peaks: tuple[tuple[tuple[float, ...], ...], ...]
+    length: int
+    text: str
+    text_hash: str
+
+    @property
+    def slices(self) -> int:
+        return len(self.peaks[0])
+
+    @property
+    def label(self) -> str:
+        """What it was calibrated on, for a result's key."""
+        found = hashlib.sha256(repr(self.peaks).encode()).hexdigest()[:8]
+        return f"{self.text} {self.text_hash}, {self.slices} x {self.length}, {found}"
+
+    def norms(self, quantile: float = 1.0) -> tuple[tuple[float, ...], ...]:
+        """[layer][head]: the norm that this share of the slices stays below; 1 is the largest of all."""
+        found = torch.tensor(self.peaks, dtype=torch.float64, device="cpu").quantile(quantile, dim=1)
+        return tuple(map(tuple, found.tolist()))
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Envelope:
+        try:
+            peaks = tuple(tuple(tuple(map(float, row)) for row in layer) for layer in data["peaks"])
+            torch.tensor(peaks, device="cpu")  # of one shape
+            return cls(**{**data, "peaks": peaks})
+        except (TypeError, KeyError, ValueError) as error:
+            raise InputError(f"the calibration kept with the checkpoint is not one ({error})") from None
+
+
+@torch.inference_mode()
+@in_evaluation
+def measure_envelope(model: Mamba2LM, ids: Tensor, text: str, text_hash: str) -> Envelope:
+    """Read ids (slices, length) and keep each head's largest norms, looked at every 16 tokens (token by token would
+    take many times as long) and at the end."""
+    length = ids.shape[1]
+    ids, cache, looks = ids.to(model.device), model.new_cache(), []
+    for t in range(0, length, EVERY):
+        model(ids[:, t : t + EVERY], cache)
+        looks.append(torch.stack([c.scan.state.flatten(-2).norm(dim=-1) for c in cache.layers]))  # (L, slices, H)
+    peaks = torch.stack(looks).amax(0).clamp(min=1e-6).tolist()
+    rounded = tuple(tuple(tuple(float(f"{v:.6g}") for v in row) for row in layer) for layer in peaks)
+    return Envelope(rounded, length, text, text_hash)
+
+
+def envelope_of(model: Mamba2LM, length: int, text: Text | None = None) -> Envelope:
+    """The envelope kept with the checkpoint, if it is of that length and of the weights as they are, and no text is
+    named; else measured, on the builtin text where none is named. Raises InputError if the text is too short, or a
+    state is not finite."""
+    from rnn_longctx.data import load_text, tokens
+
+    model = reader_of(model)
+    if text is None and (calibration := model.calibration):
+        kept = Envelope.from_dict(calibration)
+        if kept.length == length:
+            return _finite(kept, model.name)
+    text = text or load_text("builtin")
+    known = model.measured("envelope")
+    if (key := (length, text.hash)) not in known:
+        ids = torch.stack([torch.from_numpy(tokens(text, model.tokenizer, i, length)[0]) for i in range(SLICES)])
+        known[key] = _finite(measure_envelope(model, ids, text.name, text.hash), model.name)
+    return known[key]
+
+
+def _finite(envelope: Envelope, model: str) -> Envelope:
+    """Raises InputError where a state is not finite: no ratio could be told from it."""
+    lost = [i for i, layer in enumerate(envelope.norms()) if not all(map(math.isfinite, layer))]
+    if lost:
+        raise InputError(f"the states of {model} are not finite within {envelope.length} tokens (first in layer "
+                         f"{lost[0]}): nothing to calibrate on; try float32, or look at the weights")  # fmt: skip
+    return envelope

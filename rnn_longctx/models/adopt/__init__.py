@@ -1,0 +1,1 @@
+"""Models of other libraries behind this library's interface."""

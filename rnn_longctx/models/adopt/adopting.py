@@ -1,0 +1,159 @@
+"""Models of other libraries behind this library's interface: `adopt(model)`.
+
+    model = AutoModelForCausalLM.from_pretrained(...)
+    with rnn_longctx.mitigate(model, "rri:alpha=0.999,beta=0.75"):  # adopts it
+        model.generate(...)
+    rnn_longctx.evaluate(rnn_longctx.adopt(model, tokenizer=tokenizer, train_length=2048), ...)
+
+The model stays as it is: its mixers, norms, masks and attention are its own. Where a policy is active, a mixer's scan
+and step are ours (`rnn_longctx.models.adopt.families.mamba2`, `rnn_longctx.models.adopt.families.mamba_ssm`).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from rnn_longctx.config import parse_length
+from rnn_longctx.errors import InputError
+from rnn_longctx.models.adopt.families.mamba2 import UNLIMITED, is_mamba_ssm
+from rnn_longctx.models.adopt.model import Adopted
+from rnn_longctx.models.adopt.wrapped import innermost, unwrapped
+from rnn_longctx.models.checkpoint.checkpoint import _device, _dtype, _fits, load, locate, tokenizer_of
+from rnn_longctx.models.checkpoint.formats import ADOPTED, one_line, read_json
+from rnn_longctx.models.hashing import computes_in
+from rnn_longctx.models.lm import Mamba2LM
+from rnn_longctx.models.mixers.mamba2 import dt_limits
+
+_KEY = "_rnn_longctx_adopted"
+
+
+def adopt(model: nn.Module | Adopted, *, name: str | None = None, tokenizer: Any = None,
+          train_length: int | str | None = None, time_step_limit_in_decode: bool = False) -> Adopted:  # fmt: skip
+    """Put a model of another library behind the interface that remedies, probes and evaluation use.
+
+    Families: those of transformers with Mamba-2 mixers (Mamba2, Bamba, FalconH1, GraniteMoeHybrid, NemotronH, Zamba2),
+    and with Mamba-1's (Mamba, FalconMamba, Jamba), each of whose channels is a head; and those of mamba_ssm with its
+    Mamba2 or Mamba2Simple mixers (`rnn_longctx.models.adopt.families.mamba_ssm`).
+    Adopting a model again returns the same object, with what is newly given filled in. A wrapper that only passes
+    everything on is adopted as the model inside it (`rnn_longctx.models.adopt.wrapped`).
+
+    Args:
+        name: for results; None takes the one in its config.
+        tokenizer: ours, a fast one of transformers, or its name: bytes, a directory, a hub id. None: the one beside it.
+        train_length: tokens a context had in training (2048, "2k"), which its config does not say.
+        time_step_limit_in_decode: let single-token steps respect the limits of dt. The library does not, so that a
+            cached token and the same token in a prompt differ where the limits bite. Our step runs then.
+    Raises:
+        InputError: no model, no such mixer in it, one of this library's own, a wrapper that does more than pass
+            everything on, or a transformers older than 5.15.
+    """
+    length = None if train_length is None else parse_length(train_length, "train_length")
+    if isinstance(own := innermost(model), Mamba2LM):
+        raise InputError(f"{own.name} is this library's own and needs no adopting: give these to rnn_longctx.load")
+    if not isinstance(model, Adopted | nn.Module):
+        what = f"the name {model!r}" if isinstance(model, str) else f"{type(model).__name__} {model!r:.40}"
+        helps = 'load one first, as in rnn_longctx.load("demo")'
+        if isinstance(getattr(model, "model", None), nn.Module):  # a pipeline, a Trainer
+            helps = "give the model inside it, its .model"
+        raise InputError(f"expected a model, got {what}: {helps}")
+    inner = model if isinstance(model, Adopted) else unwrapped(model)
+    found = inner if isinstance(inner, Adopted) else adopted(inner) or _made(inner)
+    found.model.__dict__[_KEY] = found
+    found.name = name or found.name
+    found.train_length = length or found.train_length
+    if tokenizer is not None:
+        found.tokenizer = _tokenizer(tokenizer)
+    if time_step_limit_in_decode:
+        for mixer in found.mixers:
+            mixer.limit_in_decode = True
+            mixer.policy = mixer.policy
+    return found
+
+
+def load_adopted(source: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | str | None = None,
+                 tokenizer: str | None = None, train_length: int | str | None = None) -> Adopted | None:  # fmt: skip
+    """A checkpoint that transformers reads and this library adopts, from a directory or a hub id; None where it is of
+    no such family. Arguments as of `rnn_longctx.load`.
+
+    Raises:
+        InputError: it names no tokenizer and none is given, the tokenizer has more tokens than the model, transformers
+            cannot read it, or weights are missing or not finite.
+    """
+    from rnn_longctx.data import load_tokenizer
+
+    directory, name, _ = locate(source)
+    config = directory / "config.json"
+    if not config.is_file() or read_json(config).get("model_type") not in ADOPTED:
+        return None
+    spec: Any = tokenizer or tokenizer_of(directory)
+    if spec is None:
+        raise InputError(f"{name} comes without a tokenizer: name one with --tokenizer")
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    device, wanted, found = _device(device), _dtype(dtype), load_tokenizer(spec)
+    try:
+        settings: Any = AutoConfig.from_pretrained(directory)
+        if hasattr(settings, "time_step_limit"):
+            limits = settings.time_step_limit
+            settings.time_step_limit = UNLIMITED if limits is None else dt_limits(limits, "time_step_limit")
+        read: Any = AutoModelForCausalLM.from_pretrained(
+            directory, config=settings, dtype=wanted, output_loading_info=True
+        )
+        model, told = read[0].to(device), read[1]
+    except InputError as error:
+        raise InputError(f"{config}: {error}") from None
+    except Exception as error:  # a config of nonsense raises nearly anything
+        raise InputError(f"transformers cannot read {name}: {one_line(error)}") from None
+    if told["missing_keys"]:  # which transformers draws at random
+        raise InputError(f"{name} lacks {len(told['missing_keys'])} weights, {min(told['missing_keys'])} among them")
+    for weight, p in model.named_parameters():
+        if computes_in(p) is not None and not bool(p.isfinite().all()):
+            raise InputError(f"{name}: {weight} is not finite: it holds NaN or infinity")
+    _fits(found, model.config.get_text_config().vocab_size)
+    return adopt(model.eval(), name=name, tokenizer=found, train_length=train_length)
+
+
+def load_any(source: str | Path, **given: Any) -> Mamba2LM | Adopted:
+    """What `rnn_longctx.load` reads, or else `load_adopted`; arguments and errors are theirs."""
+    try:
+        return load(source, **given)
+    except InputError:
+        if (found := load_adopted(source, **given)) is None:
+            raise
+        return found
+
+
+def _made(model: nn.Module) -> Adopted:
+    if any(map(is_mamba_ssm, model.modules())):
+        from rnn_longctx.models.adopt.families.mamba_ssm import AdoptedMambaSSM
+
+        return AdoptedMambaSSM(model)
+    return Adopted(model)
+
+
+def adopted(model: Any) -> Adopted | None:
+    """Return what `adopt` made of a model, or of the one inside a wrapper, or None if it has not been adopted."""
+    inner = innermost(model)
+    known = getattr(inner, "__dict__", {}).get(_KEY)
+    return known if known is not None and known.model is inner else None
+
+
+def reader_of(model: Any) -> Any:
+    """Return a model as this library reads it: its own as it is, also from inside a wrapper (see `adopt`), one of
+    another library adopted. InputError: see `adopt`."""
+    inner = unwrapped(model) if isinstance(model, nn.Module) else model
+    return inner if hasattr(inner, "mixers") else adopt(model)
+
+
+def _tokenizer(tokenizer: Any) -> Any:
+    if isinstance(tokenizer, str | Path):
+        from rnn_longctx.data import load_tokenizer
+
+        return load_tokenizer(tokenizer)
+    from rnn_longctx.data.tokenizers import HFTokenizer
+
+    return tokenizer if hasattr(tokenizer, "encode_with_bytes") else HFTokenizer(tokenizer)

@@ -1,0 +1,1 @@
+"""One file a family of mixers of other libraries."""

@@ -1,0 +1,116 @@
+"""Mamba-1 mixers of transformers (Mamba, FalconMamba, Jamba) under our policies.
+
+A channel is a head of headdim 1 whose decays are one a channel of the state, A (H, N): the scan's other form. The
+library's own scan drops the state of a cached call of several tokens (transformers 5.24), so such calls are ours
+always, in the model's own forward and `generate(prefill_chunk_size=...)` too: a remedy is not to look better for it.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rnn_longctx.errors import InputError
+from rnn_longctx.models.adopt.families.mamba2 import UNLIMITED, AdoptedMixer, _Call, _fused
+from rnn_longctx.models.adopt.layer import Beside
+from rnn_longctx.models.adopt.wrapped import holds
+from rnn_longctx.recurrence.carry import ScanCarry
+from rnn_longctx.recurrence.ssd.scan import scan
+from rnn_longctx.recurrence.ssd.window import window_state
+
+
+class AdoptedMamba1(AdoptedMixer):
+    """See `AdoptedMixer`."""
+
+    stays = True
+
+    @staticmethod
+    def functions() -> dict[str, Any]:
+        return {"mamba_selective_scan": _scan, "mamba_selective_state_update": _step, "mamba_inner_fn": _fused}
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.module.A_log.shape[0], 1, self.module.A_log.shape[1]
+
+    @property
+    def dt_limit(self) -> tuple[float, float]:
+        return UNLIMITED
+
+    def stand(self) -> None:
+        """As `AdoptedMixer.stand`. Warns of an adapter on dt_proj: the library reads that layer's weight past it."""
+        super().stand()
+        layer = self.module.dt_proj
+        if hasattr(layer, "base_layer") and not getattr(layer, "merged", False):
+            warnings.warn(
+                f"the adapter on {self.name}.dt_proj does nothing, in the library's own forward either, until it is "
+                "merged (merge_and_unload): the mixer reads that layer's weight past it",
+                RuntimeWarning, stacklevel=2,
+            )  # fmt: skip
+
+    def steps(self, projected: Tensor) -> Tensor:
+        raise InputError(f"{self.name} is a mixer of Mamba-1, whose steps come after its convolution, one a channel")
+
+    def state_of(self, layer: Any) -> Tensor:
+        return layer.recurrent_states[0].unsqueeze(2)
+
+    def no_log_decay(self, state: Tensor) -> Tensor:
+        shape = (*state.shape[:2], state.shape[3])
+        return torch.full(shape, math.nan, dtype=torch.float64, device=state.device)
+
+    def drops(self, given: dict[str, Any], cache: Any) -> bool:
+        tokens = given["hidden_states"].shape[1]
+        return cache is not None and tokens > 1 and cache.has_previous_state(self.module.layer_idx)
+
+    def read_channels(self, call: _Call, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, z: Tensor | None,
+                      bias: Tensor | None) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """x, dt, z (B,T,H), B and C (B,T,N); returns y (B,T,H) and the state (B,H,N) after."""
+        m, carry = self.module, None
+        if not call.fresh:
+            state = self.state_of(call.layer)
+            if self.active:
+                carry = self.carry(call.layer, state)
+            else:  # counted by nobody
+                state = state.clone() if torch.is_grad_enabled() else state  # (the library writes into it)
+                carry = ScanCarry(
+                    state, torch.zeros(len(state), dtype=torch.int64, device="cpu"), self.no_log_decay(state), None
+                )
+        y, new = scan(
+            x[..., None], dt, -m.A_log.to(torch.promote_types(m.A_log.dtype, torch.float32)).exp(), B[:, :, None],
+            C[:, :, None], dt_bias=bias, dt_limit=UNLIMITED, D=m.D, policy=self.policy, mask=call.mask,
+            backend=self.backend, state_dtype=self.state_dtype, observer=self._observer, carry=carry,
+        )  # fmt: skip
+        if call.layer is not None and self.active:
+            self.keep(call.layer, Beside(self._era, new.position, new.log_decay, new.window))
+        y = y[..., 0]
+        return (y if z is None else y * F.silu(z)), window_state(new)[:, :, 0]
+
+
+def _scan(call: _Call, hidden_states: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None,
+          z: Tensor | None = None, delta_bias: Tensor | None = None, delta_softplus: bool = False,
+          return_last_state: bool = False, **_: Any) -> Any:  # fmt: skip
+    mixer: Any = call.mixer
+    x, dt, B, C = (t.transpose(1, 2) for t in (hidden_states, dt, B, C))
+    y, state = mixer.read_channels(call, x, dt, B, C, None if z is None else z.transpose(1, 2), delta_bias)
+    y = y.transpose(1, 2)
+    return (y, state) if return_last_state else y
+
+
+def _step(call: _Call, state: Tensor, hidden_states: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor,
+          D: Tensor | None = None, dt_bias: Tensor | None = None, dt_softplus: bool = False, z: Tensor | None = None,
+          **_: Any) -> Tensor:  # fmt: skip
+    mixer: Any = call.mixer
+    x, dt, B, C = (t[:, None] for t in (hidden_states, dt, B, C))
+    y, new = mixer.read_channels(call, x, dt, B, C, None if z is None else z[:, None], dt_bias)
+    state.copy_(new)
+    return y[:, 0]
+
+
+def is_mamba1(module: nn.Module) -> bool:
+    return holds(module, "A_log", 2) and all(
+        hasattr(module, part) for part in ("dt_proj", "x_proj", "in_proj", "conv1d")
+    )  # fmt: skip

@@ -1,0 +1,348 @@
+"""A model of another library as a stream: what `rnn_longctx.models.adopt.adopting.adopt` makes of it."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cached_property
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from rnn_longctx.errors import InputError
+from rnn_longctx.models.adopt import rows
+from rnn_longctx.models.adopt.cache import AdoptedCache, unattended
+from rnn_longctx.models.adopt.families.mamba1 import AdoptedMamba1, is_mamba1
+from rnn_longctx.models.adopt.families.mamba2 import AdoptedMixer, cache_name, is_mamba2
+from rnn_longctx.models.adopt.wrapped import unreadable
+from rnn_longctx.models.checkpoint.checkpoint import LazyTokenizer, tokenizer_of
+from rnn_longctx.models.hashing import Identified, computes_in, device_of
+from rnn_longctx.models.ids import rows_of
+from rnn_longctx.models.losses import token_losses
+from rnn_longctx.models.precision import state_dtype
+from rnn_longctx.models.restart import Restart, read_restarting
+from rnn_longctx.models.segments import kernels_there, longest, widest
+from rnn_longctx.recurrence.backends import Call, choose
+from rnn_longctx.recurrence.policy import PLAIN
+from rnn_longctx.recurrence.ssd.scan import asked_of
+
+_reading: ContextVar[bool] = ContextVar("reading", default=False)  # whether it is we who call the library's forward
+
+
+class Adopted(Identified):
+    """A model of another library as a stream. The interface is `Mamba2LM`'s.
+
+    Attributes:
+        model: the library's; of a wrapper, the one inside it.
+        mixers: its recurrent layers, in order.
+        name, weights_hash, train_length, tokenizer, calibration, restart, reader: as in `Mamba2LM`.
+    """
+
+    library = "transformers"
+    kinds: ClassVar[list[tuple[Callable, type[AdoptedMixer]]]] = [
+        (is_mamba2, AdoptedMixer), (is_mamba1, AdoptedMamba1)
+    ]  # fmt: skip
+
+    def __init__(self, model: nn.Module):
+        self.model: Any = model
+        self.mixers = [make(m, name) for name, m in model.named_modules() for fits, make in self.kinds if fits(m)]
+        if not self.mixers:
+            raise InputError(_nothing_found(model))
+        config: Any = getattr(model, "config", None)
+        self.config: Any = config.get_text_config() if hasattr(config, "get_text_config") else config
+        self.name = str(getattr(config, "_name_or_path", "") or type(model).__name__)
+        self.train_length: int | None = None
+        self.tokenizer: Any = LazyTokenizer(tokenizer_of(self.name), self.name, getattr(self.config, "vocab_size", 0))
+        self.provenance: dict = {}
+        self.restart: Restart | None = None
+        self.reader: Any = None
+        self._ways: str = ""  # the remedies that its own forward refuses, and the hooks that do
+        self._guards: list[RemovableHandle] = []
+        self.base: Any = getattr(model, "base_model", model)  # without the head
+        self._takes = set(inspect.signature(self.base.forward).parameters)
+        self._warned = False  # of a call too wide for the library's kernels
+        places = [getattr(m.module, "layer_idx", None) for m in self.mixers]
+        if twice := next(
+            (m.name for m, at in zip(self.mixers, places) if at is not None and places.count(at) > 1), None
+        ):
+            raise InputError(
+                f"{self.name} holds a recurrent layer more than once ({twice}): an adapter that keeps a copy of whole "
+                "layers must be merged first (merge_and_unload), and of two models each is adopted alone"
+            )
+        for mixer in self.mixers:
+            mixer.stand()
+        if kernels_there():
+            self.mixers[0].module.register_forward_pre_hook(self._measure, with_kwargs=True)
+
+    @property
+    def module(self) -> nn.Module:
+        return self.model
+
+    def settings(self) -> list[str]:
+        return [f"{m.name} limits dt in single tokens" for m in self.mixers if m.limit_in_decode]
+
+    @property
+    def scan_state_elements(self) -> int:
+        return sum(m.heads * m.headdim * m.d_state for m in self.mixers)
+
+    @property
+    def conv_state_elements(self) -> int:
+        convs = [m.module.conv1d for m in self.mixers]
+        return sum(c.in_channels * (c.kernel_size[0] - 1) for c in convs)
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        return self.model.parameters()
+
+    @property
+    def backend(self) -> str:
+        """The scan that the present policies choose here; the library's name where its own runs."""
+        names = set()
+        for m in self.mixers:
+            call = Call(
+                self.device, asked_of(self.dtype, m.state_dtype), isinstance(m, AdoptedMamba1), m.headdim, m.d_state
+            )
+            names.add(choose(m.policy, m.backend, call).name if m.active else self.library)
+        return "+".join(sorted(names))
+
+    def use_backend(self, name: str | None) -> None:
+        """Force one scan backend for every layer (None: choose), wherever a policy is active."""
+        choose(PLAIN, name)
+        for mixer in self.mixers:
+            mixer.backend = name
+
+    @property
+    def attends(self) -> bool:
+        """Whether attention stands beside the recurrence: a hybrid keeps keys and values, a pure model states alone."""
+        return self.hybrid and self._attention
+
+    @property
+    def hybrid(self) -> bool:
+        """Whether it is of a family of hybrids, though all its own layers may be recurrent."""
+        return not self._takes.isdisjoint(("past_key_values", "position_ids"))
+
+    @cached_property
+    def _attention(self) -> bool:
+        from transformers import DynamicCache
+
+        return any(hasattr(layer, "get_seq_length") for layer in DynamicCache(config=self.config).layers)
+
+    @property
+    def state_dtype(self) -> torch.dtype | None:
+        return self.mixers[0].state_dtype
+
+    def use_state_dtype(self, dtype: torch.dtype | str | None) -> None:
+        """As `Mamba2LM.use_state_dtype`, in the model's own forward and generate too: our scan runs then, under any
+        policy."""
+        found = state_dtype(dtype, self.dtype)
+        for mixer in self.mixers:
+            mixer.state_dtype = found
+            mixer.policy = mixer.policy
+
+    def refuse_own(self, ways: str) -> None:
+        """Let the library's own forward and generate raise InputError: remedies are on that are ways to read, and only
+        our reading follows them. ways: their names; none lets it work again."""
+        while self._guards:
+            self._guards.pop().remove()
+        self._ways = ways
+        # (the first mixer's, since a call of base.forward passes the hooks of base itself by)
+        guarded = (self.base, self.mixers[0].module) if ways else ()
+        self._guards = [module.register_forward_pre_hook(self._refuse) for module in guarded]
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Parts of the library's model may be called, whatever `refuse_own` was told: it is we who read."""
+        ours = _reading.set(True)
+        try:
+            yield
+        finally:
+            _reading.reset(ours)
+
+    @torch.compiler.disable
+    def _refuse(self, module: nn.Module, args: Any) -> None:
+        if not _reading.get():
+            raise InputError(
+                f"{self._ways} is on {self.name} and is a way to read, which its own forward and generate do not "
+                "follow: read with rnn_longctx.generate or rnn_longctx.evaluate, or remove() it"
+            )
+
+    @property
+    def embedding(self) -> Any:
+        if not hasattr(self.model, "get_input_embeddings"):
+            self._readable()
+        return self.model.get_input_embeddings()
+
+    @property
+    def head(self) -> Any:
+        """The map from hidden states to logits, or None."""
+        return self.model.get_output_embeddings()
+
+    @property
+    def d_model(self) -> int:
+        return self.config.hidden_size
+
+    @property
+    def device(self) -> torch.device:
+        weight = getattr(self.embedding, "weight", None)
+        return device_of(self.embedding, weight if isinstance(weight, Tensor) else next(self.parameters()))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the embedding's weights are of; where those are packed, the first parameter that is not."""
+        weights = itertools.chain([getattr(self.embedding, "weight", None)], self.parameters())
+        return next((d for d in map(computes_in, weights) if d is not None), torch.float32)
+
+    # --- reading
+
+    def __call__(self, ids: Tensor, cache: AdoptedCache | None = None, mask: Tensor | None = None,
+                 reset: Tensor | None = None) -> Tensor:  # fmt: skip
+        return self.forward(ids, cache, mask, reset)
+
+    def forward(self, ids: Tensor, cache: AdoptedCache | None = None, mask: Tensor | None = None,
+                reset: Tensor | None = None) -> Tensor:  # fmt: skip
+        """Read ids (B, T) and return the hidden states (B, T, d_model) after the last norm.
+
+        Args:
+            cache: what the stream has read so far; it is moved on in place. None starts and forgets a stream.
+            mask: (B, T) bool, False at left padding (only before a row's first token).
+            reset: (B, T) bool, True where a new document begins. Each is read as a row of its own, in its own call of
+                the model, so that documents cost what they would unpacked.
+        """
+        cache = cache if cache is not None else self.new_cache()
+        if mask is not None and bool(mask.all()):
+            mask = None
+        if reset is not None and bool(reset.any()):
+            if mask is not None or self.restart is not None:
+                raise InputError("documents packed into one row go with no padding and no control in an adopted model")
+            return rows.read_packed(self, ids, cache, reset)
+        if self.restart is not None:
+            if mask is not None or len(set(cache.position.tolist())) > 1:
+                raise InputError(f"the control {self.restart} needs rows of equal lengths in an adopted model")
+            return read_restarting(self.read, self.restart, ids, cache, None)  # type: ignore[arg-type]
+        return self.read(ids, cache, mask)
+
+    def read(self, ids: Tensor, cache: AdoptedCache, mask: Tensor | None = None) -> Tensor:
+        """`forward` without the reader's control, in calls no longer than `longest`."""
+        self._readable()
+        batch, length = ids.shape
+        most = longest(self, batch)
+        if most is None or length <= most:
+            return self._read(ids, cache, mask)
+        hidden = []
+        for t in range(0, length, most):
+            some = None if mask is None or bool(mask[:, t : t + most].all()) else mask[:, t : t + most]
+            hidden.append(self._read(ids[:, t : t + most], cache, some))
+        return torch.cat(hidden, 1)
+
+    def _readable(self) -> None:
+        """Raises InputError where our reading would not equal the model's own forward, as that is now."""
+        if reason := unreadable(self.model):
+            raise InputError(f"{reason}: mitigate it, and read with its own forward")
+
+    def _read(self, ids: Tensor, cache: AdoptedCache, mask: Tensor | None) -> Tensor:
+        """`read` in one call of the library."""
+        batch, length = ids.shape
+        if cache.torn:
+            raise InputError(
+                "a call on this cache broke off, and its layers have read different tokens: start a new one, or keep a "
+                "clone() before calls that may fail"
+            )
+        if cache.seen and len(cache.position) != batch:
+            raise InputError(f"the cache holds {len(cache.position)} rows, the ids {batch}")
+        if not length:
+            return torch.zeros(batch, 0, self.d_model, dtype=self.dtype, device=self.device)
+        before = cache.position if cache.seen else torch.zeros(batch, dtype=torch.int64, device="cpu")
+        padding = cache.padding if cache.padding is not None else torch.zeros(batch, dtype=torch.int64, device="cpu")
+        read = torch.full((batch,), length, device="cpu") if mask is None else mask.sum(1).cpu()
+        if mask is not None:
+            begun = torch.arange(length, device="cpu") >= length - read[:, None]
+            if bool((begun != mask.cpu().bool()).any()) or bool(((read < length) & (before > 0)).any()):
+                raise InputError("padding may stand only before a row's first token (left padding)")
+            if length == 1:
+                raise InputError("padding is read together with at least one token more: the library does not mask one")
+            padding = padding + length - read
+        try:
+            with self.reading():
+                hidden = self._call(ids, cache, mask, before, padding)
+        except BaseException:
+            cache.torn = cache.library is not None
+            raise
+        cache.seen, cache.padding, cache.position = cache.seen + length, padding, before + read
+        return hidden
+
+    def _call(self, ids: Tensor, cache: AdoptedCache, mask: Tensor | None, before: Tensor, padding: Tensor) -> Tensor:
+        """The library reads ids (B, T), T > 0, and its cache is moved on. before, padding: (B,) on the CPU, tokens read
+        before and columns of padding up to here."""
+        total = cache.seen + ids.shape[1]
+        given: dict[str, Any] = {}
+        key = cache_name(self.base)
+        if bool(padding.any()) and (self.attends or mask is not None):
+            # a pure model's mask is of this call's tokens, a hybrid's of all
+            columns = torch.arange(cache.dropped if self.attends else cache.seen, total, device="cpu")
+            given["attention_mask"] = (columns >= padding[:, None]).long().to(ids.device)
+        if "position_ids" in self._takes:  # some families count a cached call's tokens from 0
+            at = (torch.arange(cache.seen, total, device="cpu") - padding[:, None]).clamp(min=0)
+            given["position_ids"] = at.to(ids.device)
+        if cache.library is None and self.hybrid and not self._attention:
+            cache.library = unattended()(config=self.config)
+        if cache.seen:
+            for mixer in self.mixers:
+                if mixer.active:
+                    mixer.place(mixer.layer_of(cache.library), before)
+        out = self.base(input_ids=ids, use_cache=True, return_dict=True, **{key: cache.library}, **given)
+        if out.get(key) is None:  # checkpointed layers in training mode
+            raise InputError(f"{self.name} keeps no cache where gradient checkpointing is on in training: model.eval()")
+        cache.library = out[key]
+        return out[0]
+
+    def _measure(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Warn once of a call too long for the kernels of mamba-ssm: a person's own, since ours are cut."""
+        if self._warned or torch.compiler.is_compiling() or self.mixers[0].active:
+            return
+        u = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.ndim == 3), None)
+        limit = None if u is None else longest(self, len(u))
+        if u is not None and limit is not None and u.shape[1] > limit:
+            self._warned = True
+            warnings.warn(
+                f"{self.name}: a call of {len(u)} x {u.shape[1]:,} tokens through layers {widest(self):,} wide is past "
+                f"the 32-bit limit of mamba-ssm's kernels, which then fault or give wrong numbers: read at most "
+                f"{limit:,} tokens at once, or with rnn_longctx.generate and evaluate, which do",
+                RuntimeWarning, stacklevel=2,
+            )  # fmt: skip
+
+    def stream(self, ids: Tensor, cache: AdoptedCache | None = None, segment: int = 4096) -> Iterator[Tensor]:
+        """Hidden states of ids (B, T), or (T), a segment at a time, in the memory of one (and attention's cache)."""
+        ids, cache = rows_of(ids), self.new_cache() if cache is None else cache
+        for t in range(0, ids.shape[1], segment):
+            yield self(ids[:, t : t + segment].to(self.device), cache)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., vocab) float32 from hidden states (..., d_model)."""
+        head = self.head
+        if head is None:
+            raise InputError(f"{type(self.model).__name__} has no head for logits: load it as a causal language model")
+        logits = head(hidden.to(computes_in(getattr(head, "weight", None)) or hidden.dtype))
+        if (factor := getattr(self.config, "lm_head_multiplier", None)) is not None:  # FalconH1
+            logits = logits * factor
+        if (divisor := getattr(self.config, "logits_scaling", None)) is not None:  # GraniteMoeHybrid
+            logits = logits / divisor
+        return logits if logits.dtype == torch.float64 else logits.float()
+
+    def losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """-log p(target) in nats, (B, T), from hidden states (B, T, d_model); never all logits at once. A target
+        of -100 is ignored: 0, without a gradient."""
+        return token_losses(self.logits, self.config.vocab_size, hidden, targets)
+
+    def new_cache(self) -> AdoptedCache:
+        return AdoptedCache(self.mixers)
+
+
+def _nothing_found(model: nn.Module) -> str:
+    looked = "no Mamba-2 mixer (A_log with one value a head, dt_bias, in_proj, conv1d), nor one of Mamba-1"
+    kinds = sorted({type(m).__name__ for m in model.modules() if m is not model and list(m.children())})
+    return f"{type(model).__name__} has {looked}; found {', '.join(kinds[:6]) or 'no submodules'}"

@@ -1,0 +1,63 @@
+"""The hashes in files of older versions (saved states, monitors, calibrations): sha256 of a model's stored weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rnn_longctx.config import to_dict
+from rnn_longctx.models.adopt.model import Adopted
+from rnn_longctx.models.checkpoint import formats
+from rnn_longctx.models.checkpoint.checkpoint import DTYPES, stored_state
+from rnn_longctx.models.lm import Mamba2LM
+
+_INIT = ("A_init", "A_log_uniform", "dt_init")  # settings that only an initialisation reads
+
+
+def is_of(weights: str, model: Mamba2LM | Adopted, now: str | None = None) -> bool:
+    """Whether a file's hash is of this model as it is now. A hash of an older version counts, where the weights are now
+    what they were when they were stored. now: the model's `weights_hash`, where it is known."""
+    return weights == (now or model.weights_hash) or weights in old_hashes(model)
+
+
+def old_hashes(model: Mamba2LM | Adopted) -> Iterator[str]:
+    """What an older version may have said of these weights: of this library's, one for each type that holds all of
+    their numbers, since it was of the file that they came from; none where they are offloaded."""
+    if isinstance(model, Mamba2LM):
+        shape = {k: v for k, v in formats.plain(to_dict(model.config)).items() if k not in _INIT}
+        weights = stored_state(model, model.dtype)
+        for dtype in dict.fromkeys((model.dtype, *DTYPES.values())):
+            tensors = stored_state(model, dtype)
+            if all(torch.equal(t.to(weights[n].dtype), weights[n]) for n, t in tensors.items()):
+                lines = [f"{n} {t.dtype} {list(t.shape)} {hashlib.sha256(_bytes(t)).hexdigest()}"
+                         for n, t in sorted(tensors.items())]  # fmt: skip
+                yield _short(hashlib.sha256("\n".join([json.dumps(shape, sort_keys=True), *lines]).encode()))
+        return
+    found = hashlib.sha256()
+    state = {name: t for name, t in model.model.state_dict().items() if isinstance(t, Tensor)}
+    if not any(t.is_meta for t in state.values()):
+        for name, t in sorted(state.items()):
+            _add(found, name, t)
+        yield _short(found)
+
+
+def _short(sha: Any) -> str:
+    return sha.hexdigest()[:16]
+
+
+def _add(found: Any, name: str, t: Tensor) -> None:
+    found.update(f"{name} {t.dtype} {list(t.shape)}".encode())
+    if hasattr(t, "__tensor_flatten__"):
+        for part in t.__tensor_flatten__()[0]:
+            _add(found, f"{name}.{part}", getattr(t, part))
+    else:
+        found.update(_bytes(t))
+
+
+def _bytes(t: Tensor) -> memoryview:
+    return memoryview(t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]

@@ -1,0 +1,21 @@
+"""What a layer hands on before its last factor a token is applied."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class DeferredNorm(NamedTuple):
+    """values (B,T,dim) that a norm's factor a token, 1 / rms, is still to multiply. squares (B,T,·), float32, add up to
+    the `width` squares of which rms^2 is the mean, and eps."""
+
+    values: Tensor
+    squares: Tensor
+    width: int
+    eps: float
+
+    def scaled(self) -> Tensor:
+        factor = (self.squares.sum(-1, keepdim=True) / self.width + self.eps).rsqrt()
+        return (self.values * factor).to(self.values.dtype)

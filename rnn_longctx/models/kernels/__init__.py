@@ -1,0 +1,1 @@
+"""Triton kernels of what a layer does beside its scan."""

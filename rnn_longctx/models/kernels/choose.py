@@ -1,0 +1,23 @@
+"""Where kernels are used, and which: those that keep what a gradient needs, where one is asked for."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from rnn_longctx.recurrence.ssd import fused
+
+
+def fits(x: Tensor) -> bool:
+    if not x.is_cuda or torch.compiler.is_compiling():  # a compiler fuses these itself
+        return False
+    return x.dtype in fused.DTYPES and fused.missing() is None
+
+
+def chosen() -> ModuleType:
+    """Kernels that keep what a gradient needs, where one is asked for."""
+    from rnn_longctx.models.kernels import conv_norm, conv_norm_grads
+
+    return conv_norm_grads if torch.is_grad_enabled() else conv_norm

@@ -1,0 +1,176 @@
+"""A language model that reads a context as a stream. Nothing about a stream is kept on a module; a reader's control
+(`rnn_longctx.models.restart`) is the model's `restart`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from rnn_longctx.errors import InputError
+from rnn_longctx.models.block import Backbone
+from rnn_longctx.models.cache import Cache
+from rnn_longctx.models.hashing import Identified
+from rnn_longctx.models.ids import refuse_offloaded, rows_of
+from rnn_longctx.models.losses import head_losses, token_losses
+from rnn_longctx.models.mixers.mamba2 import Mamba2, Mamba2Config
+from rnn_longctx.models.precision import state_dtype
+from rnn_longctx.models.restart import Restart, read_restarting
+from rnn_longctx.recurrence.backends import Call, choose
+from rnn_longctx.recurrence.policy import PLAIN
+from rnn_longctx.recurrence.ssd.scan import asked_of
+
+if TYPE_CHECKING:
+    from rnn_longctx.recurrence.ssd.parallel import Stretch
+
+# (model, ids (B, T), segment) to the logits (B, vocab) after the last token, and the cache
+Reader = Callable[[Any, Tensor, int], tuple[Tensor, Cache]]
+
+
+class Mamba2LM(Identified, nn.Module):
+    """A language model whose context is a stream.
+
+    Attributes:
+        name, train_length, tokenizer, provenance, calibration: filled in by `rnn_longctx.load`.
+        weights_hash: of what the model computes now, in whatever layout it was stored (see `digest`).
+        eos_token_id: the id or ids that its config ends an answer with, beside the tokenizer's, or None.
+        restart: a control that drops the state and reads the last tokens again, or None.
+        reader: how a prompt is read where that is not token after token, or None.
+        spread: finds the stretch of a call, of ids, mask and reset, where a stream is spread over several ranks (see
+            `rnn_longctx.train.parallel`), or None.
+    """
+
+    def __init__(self, config: Mamba2Config):
+        super().__init__()
+        self.config = config
+        self.backbone = Backbone(config)
+        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        nn.init.normal_(self.backbone.embedding.weight, std=0.02)
+        if config.tie_embeddings:
+            self.lm_head.weight = self.backbone.embedding.weight
+        self.name = "unnamed"
+        self.train_length: int | None = None
+        self.tokenizer: Any = None
+        self.eos_token_id: int | list[int] | None = None
+        self.provenance: dict = {}
+        self.restart: Restart | None = None
+        self.reader: Reader | None = None
+        self.spread: Callable[[Tensor, Tensor | None, Tensor | None], Stretch] | None = None
+
+    @property
+    def module(self) -> Mamba2LM:
+        return self
+
+    @property
+    def tied(self) -> bool:
+        return self.lm_head.weight is self.backbone.embedding.weight
+
+    # --- the layer interface that remedies and probes use
+
+    @property
+    def mixers(self) -> list[Mamba2]:
+        """The recurrent layers, in order."""
+        return [block.mixer for block in self.backbone.blocks]
+
+    @property
+    def backend(self) -> str:
+        """The scan that the present policies choose here."""
+        asked = asked_of(self.dtype, self.state_dtype)
+        call = Call(self.device, asked, False, self.config.headdim, self.config.d_state)
+        return "+".join(sorted({choose(m.policy, m.backend, call).name for m in self.mixers}))
+
+    def use_backend(self, name: str | None) -> None:
+        """Force one scan backend for every layer (None: choose). Raises InputError if it is missing here."""
+        choose(PLAIN, name)
+        for mixer in self.mixers:
+            mixer.backend = name
+
+    @property
+    def state_dtype(self) -> torch.dtype | None:
+        """What the state is rounded to between calls, or None: see `use_state_dtype`."""
+        return self.mixers[0].state_dtype
+
+    def use_state_dtype(self, dtype: torch.dtype | str | None) -> None:
+        """Keep every layer's recurrent state at another precision than the scan's own, which is float32 (float64 in a
+        float64 model; None goes back to it): float32, bfloat16, float16 or float64.
+
+        The state is rounded whenever a call hands it on, that is after each segment of a prompt and after each token in
+        generation, and nowhere else: within a call the scan is float32 (float64 for a float64 state, too). A sliding
+        window's delay line is rounded with it; a convolution's last inputs are as they were.
+
+        Raises:
+            InputError: another type.
+        """
+        found = state_dtype(dtype, self.dtype)
+        for mixer in self.mixers:
+            mixer.state_dtype = found
+
+    @property
+    def device(self) -> torch.device:
+        return refuse_offloaded(self.backbone.embedding.weight, self.name).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.backbone.embedding.weight.dtype
+
+    # --- reading
+
+    def forward(self, ids: Tensor, cache: Cache | None = None, mask: Tensor | None = None,
+                reset: Tensor | None = None) -> Tensor:  # fmt: skip
+        """Read ids (B, T) and return the hidden states (B, T, d_model) after the last norm.
+
+        Args:
+            cache: what the stream has read so far; it is moved on in place. None starts and forgets a stream.
+            mask: (B, T) bool, False at left padding (only before a row's first token).
+            reset: (B, T) bool, True where a new document begins.
+        """
+        cache = cache if cache is not None else Cache()
+        if self.restart is not None:
+            if reset is not None:
+                raise InputError(f"the control {self.restart} cannot be combined with document boundaries")
+            return read_restarting(self.read, self.restart, ids, cache, mask)
+        return self.read(ids, cache, mask, reset)
+
+    def read(self, ids: Tensor, cache: Cache, mask: Tensor | None = None, reset: Tensor | None = None) -> Tensor:
+        """`forward` without the reader's control."""
+        if cache.layers and len(cache.position) != len(ids):
+            raise InputError(f"the cache holds {len(cache.position)} rows, the ids {len(ids)}")
+        stretch = None if self.spread is None else self.spread(ids, mask, reset)
+        if ids.shape[1] == 0:
+            return self.backbone.embedding.weight.new_zeros(*ids.shape, self.config.d_model)
+        if mask is not None and bool(mask.all()):
+            mask = None
+        h, out, carries = self.backbone.embedding(ids), None, []
+        for i, block in enumerate(self.backbone.blocks):
+            normed, h = block.norm.add(h, out, self.config.residual_in_fp32)
+            before = cache.layers[i] if cache.layers else None
+            out, carry = block.mixer(normed, before, mask, reset, unscaled=True, stretch=stretch)
+            carries.append(carry)
+        length = ids.shape[1] if stretch is None else stretch.total
+        read = torch.full((len(ids),), length, device="cpu") if mask is None else mask.sum(1).cpu()
+        cache.position = read + (cache.position if cache.layers else 0)
+        cache.layers = carries
+        return self.backbone.norm_f.add(h, out, self.config.residual_in_fp32)[0]
+
+    def stream(self, ids: Tensor, cache: Cache | None = None, segment: int = 4096) -> Iterator[Tensor]:
+        """Hidden states of ids (B, T), or (T), one row, a segment at a time, in the memory of one segment."""
+        ids, cache = rows_of(ids), self.new_cache() if cache is None else cache
+        for t in range(0, ids.shape[1], segment):
+            yield self(ids[:, t : t + segment].to(self.device), cache)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., vocab) float32 from hidden states (..., d_model)."""
+        logits = self.lm_head(hidden)
+        return logits if logits.dtype == torch.float64 else logits.float()
+
+    def losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """-log p(target) in nats, (B, T), from hidden states (B, T, d_model); never all logits at once. A target
+        of -100 is ignored: 0, without a gradient."""
+        if torch.is_grad_enabled() and isinstance(self.lm_head, nn.Linear):  # (no adapter around it)
+            return head_losses(hidden, self.lm_head.weight, targets)
+        return token_losses(self.logits, self.config.vocab_size, hidden, targets)
+
+    def new_cache(self) -> Cache:
+        return Cache()

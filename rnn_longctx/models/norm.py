@@ -1,0 +1,54 @@
+"""RMSNorm: PyTorch, and on a GPU one kernel, with gradients one more."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rnn_longctx.models.deferred import DeferredNorm
+from rnn_longctx.models.kernels import choose
+from rnn_longctx.recurrence.backends import Gate
+
+
+class RMSNorm(nn.Module):
+    """Over the last axis, or over each of `groups` equal parts of it (arXiv 2405.21060)."""
+
+    def __init__(self, dim: int, eps: float, groups: int = 1):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps, self.groups = eps, groups
+
+    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        """x (..., dim), times silu(gate) before it is normed."""
+        if choose.fits(x):
+            return choose.chosen().norm(x, self.weight, self.eps, self.groups, gate)[0]
+        return self._norm(x, gate).to(x.dtype)
+
+    def gate(self, z: Tensor) -> Gate | None:
+        """For a scan to apply this norm, gated by z (B,T,H,P); None where kernels are not to be used, or cannot, and
+        where a gradient is asked for."""
+        return Gate(z, self.weight) if self.groups == 1 and not torch.is_grad_enabled() and choose.fits(z) else None
+
+    def add(self, x: Tensor, more: Tensor | DeferredNorm | None, in_fp32: bool) -> tuple[Tensor, Tensor]:
+        """The norm of x + more, in the weight's type (by kernels in the one that autocast multiplies in), and x + more
+        itself: float32 if asked for (float64 stays). The sum is normed as it is, not rounded to the weight's type first
+        as in transformers: in bf16 that rounding is the difference."""
+        wide = torch.float32 if in_fp32 and x.dtype != torch.float64 else x.dtype
+        if choose.fits(x):
+            dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else self.weight.dtype
+            return choose.chosen().norm(x, self.weight, self.eps, self.groups, add=more, dtype=dtype, total=wide)
+        if more is not None:
+            x = x.to(wide) + (more.scaled() if isinstance(more, DeferredNorm) else more)
+        return self._norm(x, None).to(self.weight.dtype), x
+
+    def _norm(self, x: Tensor, gate: Tensor | None) -> Tensor:
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        if gate is not None:
+            x = x * F.silu(gate.to(x.dtype))
+        if self.groups == 1:
+            x = F.rms_norm(x, x.shape[-1:], None, self.eps)
+        else:
+            parts = x.unflatten(-1, (self.groups, -1))
+            x = F.rms_norm(parts, parts.shape[-1:], None, self.eps).flatten(-2)
+        return x * self.weight

@@ -1,0 +1,86 @@
+"""Read once, ask often: the cache after a document, in a file that only the same weights and policies go on from."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from rnn_longctx.config import home_path
+from rnn_longctx.errors import InputError
+from rnn_longctx.models.adopt.adopting import reader_of
+from rnn_longctx.models.adopt.cache import AdoptedCache
+from rnn_longctx.models.adopt.model import Adopted
+from rnn_longctx.models.adopt.rows import from_cache, to_cache
+from rnn_longctx.models.cache import Cache
+from rnn_longctx.models.checkpoint.legacy import is_of
+from rnn_longctx.models.lm import Mamba2LM
+from rnn_longctx.models.precision import computes_as
+
+
+def save_state(
+    path: str | Path,
+    cache: Cache | AdoptedCache,
+    model: Any,
+    remedy: str = "none",
+    target: int | None = None,
+) -> None:
+    """Write what `model` has read, as safetensors; of an adopted hybrid with attention's keys and values, which grow
+    with the tokens read.
+
+    Args:
+        remedy: named in the message of a load that does not fit.
+        target: the length the remedy was worked out for, for `target_of`.
+    Raises:
+        InputError: a remedy is on that reads prompts its own way, attention's cache is no plain one of keys and values,
+            or the file cannot be written.
+    """
+    model = reader_of(model)
+    if model.reader is not None:
+        raise InputError(f"what {remedy} leaves of a prompt cannot be gone on from: its state is not kept")
+    note = {"weights": model.weights_hash, "model": model.name, "policies": policies_hash(model), "remedy": remedy,
+            "target": target, "states": str(model.state_dtype), "dtype": computes_as(model)}  # fmt: skip
+    try:
+        home_path(path).parent.mkdir(parents=True, exist_ok=True)
+        plain, extra = to_cache(cache) if isinstance(cache, AdoptedCache) else (cache, {})
+        plain.save(path, extra, note)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def target_of(path: str | Path) -> int | None:
+    """The length that the remedy of a saved state was worked out for, so that it can be worked out again."""
+    note = Cache.load_with(path)[2]
+    return note.get("target") if isinstance(note, dict) else None
+
+
+def load_state(path: str | Path, model: Any) -> Any:
+    """The cache (of the model's kind) of `save_state`, on the model's device.
+
+    Raises:
+        InputError: no such file, another model or one that has changed since, or other policies, or another type of
+            states or of numbers than the model has now.
+    """
+    model = reader_of(model)
+    cache, extra, note = Cache.load_with(path, model.device)
+    if not isinstance(note, dict) or "weights" not in note:
+        raise InputError(f"{path} was not written by save_state: it does not say which weights it belongs to")
+    if not is_of(note["weights"], model, now := model.weights_hash):
+        other, ours = f"{note['model']} {note['weights']}", f"{model.name} {now}"
+        raise InputError(f"{path} was read by {other}, not by {ours}")
+    if note["policies"] != policies_hash(model):
+        raise InputError(f"{path} was read with the remedy {note['remedy']}: put the same on, found as it was then")
+    if note.get("states", "None") != str(model.state_dtype):
+        kept = note["states"].replace("None", "full precision").removeprefix("torch.")
+        raise InputError(f"{path} was read with states in {kept}: give the same --state-dtype")
+    if (was := note.get("dtype")) not in (None, now := computes_as(model)):
+        raise InputError(f"{path} was read in {was}, and {model.name} computes in {now} now: read on as it was begun")
+    return from_cache(model, cache, extra) if isinstance(model, Adopted) else cache
+
+
+def policies_hash(model: Mamba2LM | Adopted) -> str:
+    """Of the policy of every layer and the reader's control."""
+    told: list[Any] = [mixer.policy.hash for mixer in model.mixers]
+    return hashlib.sha256(repr((told, model.restart)).encode()).hexdigest()[:16]

@@ -1,0 +1,213 @@
+"""The scan in PyTorch: streaming, differentiable, on any device.
+
+A stretch of T tokens is cut into pieces: at most CHUNK tokens long, and cut wherever some row's state is dropped
+(document boundaries) or capped (every k tokens). Inside a piece the recurrence is a masked matrix product, the
+state-space duality of arXiv 2405.21060 (section 6):
+
+    y_t = exp(cum_t) C_t S_0 + sum_{s <= t} exp(cum_t - cum_s) w_s (C_t . B_s) x_s,   cum = cumsum(log_decay)
+
+Where a piece forgets less than exp(-FACTOR) the exponentials are split into factors, which lets the heads of a group
+share their products; where it forgets more, differences are masked before the exponential, and nothing overflows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rnn_longctx.recurrence.carry import ScanCarry
+from rnn_longctx.recurrence.policy import ScanPolicy
+from rnn_longctx.recurrence.ssd.caps import capped_gates, clip_factor, row_caps
+from rnn_longctx.recurrence.ssd.window import window_scan
+
+CHUNK = 64  # the best on CPU among 32, 64, 128, 256
+BLOCK = 16  # pieces that are worked out together; a block's memory is that of its inputs times d_state / CHUNK
+CHUNK_PER_CHANNEL = 16  # the decays of a piece are (H, c, c, N) numbers there
+FACTOR = 60.0  # nats; exp(60) = 1e26 leaves float32 room for a factor of 1e12
+# Caps that apply more often than this are found token by token inside a piece instead of cutting it.
+DENSE_CAP = 32
+Part = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # x, log_decay, scale, B, C of some tokens
+
+
+def chunked_scan(x: Tensor, log_decay: Tensor, scale: Tensor, B: Tensor, C: Tensor, *, policy: ScanPolicy,
+                 carry: ScanCarry, counts: Tensor | None, drop: Tensor | None) -> tuple[Tensor, ScanCarry]:  # fmt: skip
+    """Scan a stretch with its gates worked out.
+
+    Args: x (B,T,H,P), log_decay (B,T,H[,N]), scale (B,T,H), B and C (B,T,G,N), all of one floating dtype;
+        counts (B,T) int64 on the CPU, tokens read by each row up to and with t (None if the policy needs none);
+        drop (B,T) bool on the CPU, True where the state is dropped before the token.
+    Returns: y (B,T,H,P) and the carry (its position and log_decay are the caller's).
+    """
+    if policy.window is not None:
+        return window_scan(x, log_decay, scale, B, C, size=policy.window, carry=carry, drop=drop, piece=piece)
+    length = x.shape[1]
+    caps = row_caps(policy, counts, x.shape[2], x) if policy.caps else None  # (B, T, H), inf where none applies
+    dense = any(cap.every < DENSE_CAP for cap in policy.caps)
+    ends = {length}
+    if caps is not None and not dense:
+        ends |= {t + 1 for t in torch.isfinite(caps).flatten(2).any(2).any(0).nonzero().flatten().tolist()}
+    if drop is not None:
+        ends |= {t for t in drop.any(0).nonzero().flatten().tolist() if t > 0}
+
+    state, outputs = carry.state, []
+    start = policy.start_state(state) if drop is not None else None
+    edges = [0, *sorted(ends)]
+    # split, not slices: the gradient of each slice would be as large as the whole
+    parts = _split((x, log_decay, scale, B, C), [u - t for t, u in pairwise(edges)])
+    part: Part
+    for (t, u), part in zip(pairwise(edges), parts, strict=True):
+        if drop is not None and start is not None and drop[:, t].any():
+            state = torch.where(drop[:, t].to(state.device)[:, None, None, None], start, state)
+        if caps is not None and dense:
+            y, state = _densely_capped(*part, state, caps[:, t:u])
+        else:
+            y, state = stretch(*part, state)
+            if caps is not None and torch.isfinite(caps[:, u - 1]).any():
+                r = clip_factor(state, caps[:, u - 1])  # (B, H)
+                state = state * r[..., None, None]
+                y = torch.cat([y[:, :-1], y[:, -1:] * r[:, None, :, None]], 1)
+        outputs.append(y)
+    return _joined(outputs), ScanCarry(state, carry.position, carry.log_decay)
+
+
+def _joined(outputs: list[Tensor]) -> Tensor:
+    return torch.cat(outputs, 1) if len(outputs) > 1 else outputs[0]
+
+
+def _split(tensors: tuple[Tensor, ...], sizes: list[int]) -> Iterator[Any]:
+    return zip(*(v.split(sizes, 1) for v in tensors), strict=True)
+
+
+def _sizes(length: int, most: int) -> list[int]:
+    return [most] * (length // most) + ([length % most] if length % most else [])
+
+
+def _densely_capped(x: Tensor, log_decay: Tensor, scale: Tensor, B: Tensor, C: Tensor, state: Tensor,
+                    caps: Tensor) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Caps found token by token: each piece hangs on the capped state that the one before it leaves."""
+    outputs = []
+    chunk = CHUNK if log_decay.ndim == 3 else CHUNK_PER_CHANNEL
+    for some, ld, w, b, c, cap in _split((x, log_decay, scale, B, C, caps), _sizes(x.shape[1], chunk)):
+        ld, w = capped_gates(some, ld, w, b, state, cap)
+        y, state = piece(some, ld, w, b, c, state)
+        outputs.append(y)
+    return _joined(outputs), state
+
+
+def stretch(x: Tensor, log_decay: Tensor, scale: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens with nothing in between, any number: outputs (B,T,H,P) and the state after them."""
+    outputs = []
+    per_channel = log_decay.ndim == 4
+    whole = 0 if per_channel else x.shape[1] // CHUNK * CHUNK  # in blocks of whole pieces, then what is left
+    sizes = _sizes(whole, BLOCK * CHUNK) + _sizes(x.shape[1] - whole, CHUNK_PER_CHANNEL if per_channel else CHUNK)
+    part: Part
+    for part in _split((x, log_decay, scale, B, C), sizes):
+        y, state = (piece if per_channel or part[0].shape[1] % CHUNK else block)(*part, state)
+        outputs.append(y)
+    return _joined(outputs), state
+
+
+def block(x: Tensor, log_decay: Tensor, scale: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """n whole pieces of CHUNK tokens: what does not hang on the state, for all of them in one product."""
+    n = x.shape[1] // CHUNK
+    cum = log_decay.unflatten(1, (n, CHUNK)).cumsum(2)  # (B, n, c, H)
+    if n == 1 or float(cum.detach().abs().amax()) >= FACTOR:
+        outputs = []
+        part: Part
+        for part in _split((x, log_decay, scale, B, C), [CHUNK] * n):
+            y, state = piece(*part, state)
+            outputs.append(y)
+        return _joined(outputs), state
+    batch, _, heads, headdim = x.shape
+    groups, d_state = B.shape[2:]
+    grow = cum.exp()
+    weighted = x * (scale.unflatten(1, (n, CHUNK)) * (-cum).exp()).flatten(1, 2)[..., None]
+    weighted, B, C = (_by_group(v, n, groups) for v in (weighted, B, C))  # (B*n*G, c, R*P or N)
+    y = (C @ B.mT).tril() @ weighted
+    added = (weighted.mT @ B).view(batch, n, heads, headdim, d_state)
+    last = grow[:, :, -1, :, None, None]  # (B, n, H, 1, 1)
+    before = []
+    for i in range(n):
+        before.append(state)
+        state = (state + added[:, i]) * last[:, i]
+    states = torch.stack(before, 1).view(batch * n * groups, -1, d_state)
+    y = (
+        y.baddbmm_(C, states.mT)
+        .view(batch, n, groups, CHUNK, -1)
+        .transpose(2, 3)
+        .reshape(batch, n, CHUNK, heads, headdim)
+    )
+    return (y * grow[..., None]).flatten(1, 2), state
+
+
+def _by_group(v: Tensor, n: int, groups: int) -> Tensor:
+    """(B, n*c, G or H, X) to (B*n*G, c, everything else)."""
+    v = v.reshape(v.shape[0], n, CHUNK, groups, -1).transpose(2, 3)
+    return v.reshape(-1, CHUNK, v.shape[-1])
+
+
+def piece(x: Tensor, log_decay: Tensor, scale: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """One piece of c tokens from `state` (B,H,P,N): outputs (B,c,H,P) and the state after it."""
+    if log_decay.ndim == 4:
+        return _piece_per_channel(x, log_decay, scale, B, C, state)
+    cum = log_decay.cumsum(1)  # (B, c, H)
+    if float(cum.detach().abs().amax()) < FACTOR:
+        return _piece_factored(x, cum, scale, B, C, state)
+    return _piece_masked(x, cum, scale, B, C, state)
+
+
+def _piece_factored(
+    x: Tensor, cum: Tensor, scale: Tensor, B: Tensor, C: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """exp(cum_t - cum_s) as exp(cum_t) * exp(-cum_s): the heads of a group then share one masked product. All terms
+    of a sum are scaled alike, so nothing is lost as long as neither factor leaves the range of floats."""
+    batch, c, heads, headdim = x.shape
+    groups, d_state = B.shape[2:]
+    flat = (batch * groups, c, -1)
+    B, C = (t.transpose(1, 2).reshape(flat) for t in (B, C))  # (B*G, c, N)
+    weighted = x * (scale * (-cum).exp())[..., None]
+    weighted = weighted.unflatten(2, (groups, -1)).transpose(1, 2).reshape(flat)  # (B*G, c, R*P)
+    state = state.reshape(batch * groups, -1, d_state)  # (B*G, R*P, N)
+    y = torch.baddbmm(C @ state.mT, (C @ B.mT).tril(), weighted)
+    y = y.view(batch, groups, c, -1).transpose(1, 2).reshape(batch, c, heads, headdim) * cum.exp()[..., None]
+    state = torch.baddbmm(state, weighted.mT, B).view(batch, heads, headdim, d_state)
+    return y, state * cum[:, -1].exp()[..., None, None]
+
+
+def _piece_masked(x: Tensor, cum: Tensor, scale: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """The same for decays of any size: differences first, masked, then the exponential; (c, c) weights a head."""
+    c, heads, groups = *x.shape[1:3], B.shape[2]
+    cum, scale = cum.transpose(1, 2), scale.transpose(1, 2)  # (B, H, c)
+    x, C = x.transpose(1, 2), C.transpose(1, 2)  # (B, H, c, P), (B, G, c, N)
+    B = B.transpose(1, 2)
+    decay = (cum[..., :, None] - cum[..., None, :]).masked_fill(_above(c, x.device), float("-inf")).exp()
+    inner = (C @ B.mT).repeat_interleave(heads // groups, 1)
+    y = (decay * scale[..., None, :] * inner) @ x
+    C, B = (t.repeat_interleave(heads // groups, 1) for t in (C, B))  # (B, H, c, N)
+    y = y + (C @ state.mT) * cum.exp()[..., None]
+    left = scale * (cum[..., -1:] - cum).exp()  # (B, H, c)
+    state = state * cum[..., -1].exp()[..., None, None] + (x * left[..., None]).mT @ B
+    return y.transpose(1, 2), state
+
+
+def _piece_per_channel(x: Tensor, log_decay: Tensor, scale: Tensor, B: Tensor, C: Tensor,
+                       state: Tensor) -> tuple[Tensor, Tensor]:  # fmt: skip
+    c, heads = x.shape[1:3]
+    B, C = (t.repeat_interleave(heads // t.shape[2], 2) for t in (B, C))  # (B, c, H, N)
+    cum = log_decay.cumsum(1)  # (B, c, H, N)
+    decay = cum[:, :, None] - cum[:, None]  # (B, t, s, H, N)
+    decay = decay.masked_fill(_above(c, x.device)[:, :, None, None], float("-inf")).exp()
+    weights = torch.einsum("bthn,btshn,bshn->bhts", C, decay, B * scale[..., None])
+    y = torch.einsum("bhts,bshp->bthp", weights, x)
+    y = y + torch.einsum("bthn,bhpn->bthp", C * cum.exp(), state)
+    left = B * (cum[:, -1:] - cum).exp() * scale[..., None]
+    state = state * cum[:, -1].exp()[:, :, None] + torch.einsum("bshp,bshn->bhpn", x, left)
+    return y, state
+
+
+def _above(c: int, device: torch.device) -> Tensor:
+    return torch.ones(c, c, dtype=torch.bool, device=device).triu(1)

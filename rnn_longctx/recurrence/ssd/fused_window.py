@@ -1,0 +1,139 @@
+"""The sliding window on a GPU: the stream cut into its blocks of r tokens, which the kernels read as rows of a batch.
+
+The carry is the one of `recurrence.ssd.window`, so calls of either backend may follow each other. What lies in whole
+blocks costs a plain scan and, where the block before is still heard, part of a second one; what begins or ends inside
+a block is read alone. Nothing of the size of the stream is made but y.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import torch
+from torch import Tensor
+
+from rnn_longctx.recurrence.carry import ScanCarry, WindowCarry, tree_map
+from rnn_longctx.recurrence.gates import gates
+from rnn_longctx.recurrence.policy import ScanPolicy
+from rnn_longctx.recurrence.ssd import pytorch, window
+
+SHORT = 16  # tokens in a call below which PyTorch's few products are as fast
+ROWS = 2**15  # blocks of a window times those of a state: a grid's last axis ends at 65535 programs
+
+
+def run(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *, dt_bias: Tensor | None, dt_softplus: bool,
+        dt_limit: tuple[float, float], D: Tensor | None, policy: ScanPolicy, carry: ScanCarry, reset: Tensor | None,
+        mask: Tensor | None, counts: Tensor | None, drop: Tensor | None,
+        table: Tensor) -> tuple[Tensor, ScanCarry]:  # fmt: skip
+    """As `recurrence.ssd.fused.run`; table (4, H) are the policy's gates. Gradients, documents, padding, and windows
+    shorter than a chunk of the carry are PyTorch's."""
+    size, length = policy.window or 0, x.shape[1]
+    delay = None if carry.window is None else carry.window.x
+    asked = (x, dt, A, B, C, D, dt_bias, carry.state, delay)
+    graded = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in asked)
+    graded = graded or torch.compiler.is_compiling()  # which sees no kernels here
+    if graded or length < SHORT or size < window.CHUNK or mask is not None or reset is not None or drop is not None:
+        return pytorch.run(x, dt, A, B, C, dt_bias=dt_bias, dt_softplus=dt_softplus, dt_limit=dt_limit, D=D,
+                           policy=policy, carry=carry, reset=reset, mask=mask, counts=counts, drop=drop)  # fmt: skip
+    x, B, C = (v if v.stride(-1) == 1 else v.contiguous() for v in (x, B.to(x.dtype), C.to(x.dtype)))
+    read = _Reader(x, dt, A.contiguous(), B, C, D, None if dt_bias is None else dt_bias.contiguous(), dt_softplus,
+                   dt_limit, policy, table)  # fmt: skip
+    held, log_decay, t = carry.window, carry.log_decay, 0
+    with torch.cuda.device_of(x):  # Triton launches on the current device
+        while t < length:
+            offset = 0 if held is None else held.x.shape[1]
+            if offset or length - t < size:
+                count = min(size - offset, length - t)
+                held, spent = read.part(t, count, held, carry)
+            else:
+                blocks = min((length - t) // size, max(1, ROWS // (len(x) * -(-x.shape[3] // read.blocks.BP))))
+                count = blocks * size
+                held, spent = read.whole(t, blocks, held)
+            log_decay, t = log_decay + spent, t + count
+    assert held is not None
+    return read.y, ScanCarry(held.block, carry.position, log_decay, held)
+
+
+class _Reader:
+    """One call's inputs, and y, which its parts are written into."""
+
+    def __init__(self, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
+                 dt_bias: Tensor | None, softplus: bool, limit: tuple[float, float], policy: ScanPolicy,
+                 table: Tensor) -> None:  # fmt: skip
+        from rnn_longctx.recurrence.ssd.kernels import launch
+
+        self.x, self.dt, self.A, self.B, self.C, self.D, self.dt_bias = x, dt, A, B, C, D, dt_bias
+        self.softplus, self.low, self.high = softplus, float(limit[0]), float(limit[1])
+        self.policy, self.size, self.table = policy, policy.window or 0, table
+        self.blocks = launch.blocks(x.shape[3], B.shape[3], x.dtype, 0)
+        self.y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+    def part(self, t: int, count: int, w: WindowCarry | None, carry: ScanCarry) -> tuple[WindowCarry, Tensor]:
+        """`count` tokens from t on that lie in one block and do not make one; the carry, and their log-decay (B,H)."""
+        from rnn_longctx.recurrence.ssd.kernels import window as kernels
+
+        x, dt, B, C, y = (v[:, t : t + count] for v in (self.x, self.dt, self.B, self.C, self.y))
+        bias = None if self.dt_bias is None else self.dt_bias.float()
+        log_decay, scale = gates(
+            dt.float(), self.A.float(), dt_bias=bias, dt_softplus=self.softplus, dt_limit=(self.low, self.high),
+            policy=self.policy,
+        )  # fmt: skip
+        B_kept, offset = B.float(), 0 if w is None else w.x.shape[1]
+        held = w or window.empty(x.float(), log_decay, B_kept, self.size, carry)
+        block, ready = self._scan(x, dt, B, C, y, held.block.float().contiguous())
+        if w is not None:
+            spans = kernels.Spans(self.A, self.table, self.low, ready)
+            kernels.carried(C, y, self.A, self.table, self.low, w.head, w.x_before, w.B_before, w.after, ready, spans,
+                            offset, window.CHUNK, 1, self.blocks)  # fmt: skip
+        held = window.extend(held, block, x * scale[..., None], B_kept, log_decay)
+        return held, ready.spent.sum(2, dtype=torch.float64)
+
+    def whole(self, t: int, blocks: int, w: WindowCarry | None) -> tuple[WindowCarry, Tensor]:
+        """That many blocks from t on, the first of which begins there; the carry, and their log-decay (B,H)."""
+        batch, size = len(self.x), self.size
+        arrays = [v[:, t : t + blocks * size] for v in (self.x, self.dt, self.B, self.C, self.y)]
+        if batch == 1 or all(v.stride(0) == blocks * size * v.stride(1) for v in arrays):
+            return self._rows(arrays, blocks, w)
+        made = [  # one row of the batch after the other: their blocks do not stand at equal distances
+            self._rows([v[b : b + 1] for v in arrays], blocks, w and _row(w, b)) for b in range(batch)
+        ]
+        return _join([held for held, _ in made]), torch.cat([spent for _, spent in made])
+
+    def _rows(self, arrays: list[Tensor], blocks: int, w: WindowCarry | None) -> tuple[WindowCarry, Tensor]:
+        from rnn_longctx.recurrence.ssd.kernels import window as kernels
+
+        batch, size = len(arrays[0]), self.size
+        x, dt, B, C, y = (v.view(batch * blocks, size, *v.shape[2:]) for v in arrays)
+        _, ready = self._scan(x, dt, B, C, y, None)
+        spans = kernels.Spans(self.A, self.table, self.low, ready)
+        kernels.pairs(x, B, C, y, ready, spans, blocks, self.blocks)
+        head = x.new_zeros(batch, x.shape[2], dtype=torch.float32)
+        if w is not None:
+            kernels.carried(C, y, self.A, self.table, self.low, head, w.x_before, w.B_before, w.after, ready, spans, 0,
+                            window.CHUNK, blocks, self.blocks)  # fmt: skip
+        x_before, after = kernels.turned(x, B, ready, spans, window.CHUNK, blocks, self.blocks)
+        B_before = arrays[2][:, -size:].to(torch.float32, copy=True)  # the caller keeps its own
+        log_decay = head.new_zeros(batch, 0, x.shape[2])
+        held = WindowCarry(size, torch.zeros_like(after[:, 0]), head, x_before[:, :0], B_before[:, :0], log_decay,
+                           x_before, B_before, after)  # fmt: skip
+        return held, ready.spent.unflatten(0, (batch, blocks)).sum((1, 3), dtype=torch.float64)
+
+    def _scan(self, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, y: Tensor,
+              initial: Tensor | None) -> tuple:  # fmt: skip
+        """y of every row's own tokens, from the initial state or zero; the final state, if there is an initial one."""
+        from rnn_longctx.recurrence.ssd.kernels import launch
+
+        ready = launch.prepare_chunks(dt, self.A, B, C, self.dt_bias, self.table, None, None, self.low, self.high,
+                                      self.softplus, x.shape[3], self.blocks)  # fmt: skip
+        _, final = launch.scan_forward(x, B, C, self.D, self.A, self.table, None, initial, self.low, ready,
+                                       self.blocks, y)  # fmt: skip
+        return final, ready
+
+
+def _row(w: WindowCarry, b: int) -> WindowCarry:
+    return tree_map(lambda v: v[b : b + 1], w)
+
+
+def _join(parts: list[WindowCarry]) -> WindowCarry:
+    names = [f.name for f in fields(WindowCarry) if f.name != "size"]
+    return WindowCarry(parts[0].size, **{name: torch.cat([getattr(w, name) for w in parts]) for name in names})

@@ -1,0 +1,417 @@
+"""Calibration: the guard, the searches, the file it writes and who may read it; saved states; the leaderboard."""
+
+import copy
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, MambaConfig
+from typer.testing import CliRunner
+
+from rnn_longctx import cli
+from rnn_longctx.data import ByteTokenizer, Text, load_text, multikey_batch, words_batch
+from rnn_longctx.errors import InputError
+from rnn_longctx.eval import evaluate
+from rnn_longctx.eval.search import calibrate as module
+from rnn_longctx.eval.search.calibrate import calibrate
+from rnn_longctx.eval.tables.leaderboard import board_tables, leaderboard
+from rnn_longctx.mitigations import mitigate, parse_remedy
+from rnn_longctx.mitigations.stored import Found
+from rnn_longctx.models.adopt.adopting import adopt
+from rnn_longctx.models.cache import Cache
+from rnn_longctx.models.generate import generate, prefill
+from rnn_longctx.models.lm import Mamba2LM
+from rnn_longctx.models.mixers.mamba2 import Mamba2Config
+from rnn_longctx.models.saved_state import load_state, save_state
+
+TEXT = Text("made", bytes(torch.randint(32, 127, (9000,), generator=torch.Generator().manual_seed(1)).tolist()))
+
+
+def tiny(layers=2, **more):
+    torch.set_num_threads(1)
+    config = Mamba2Config(d_model=16, n_layer=layers, headdim=16, d_state=8, **more)
+    lm = Mamba2LM(config).eval()
+    lm.train_length, lm.tokenizer, lm.name = 32, ByteTokenizer(), "tiny"
+    return lm
+
+
+def losses(monkeypatch, loss, recall=lambda remedy: 1.0):
+    """An objective of our own, in place of the model's."""
+    monkeypatch.setattr(module._Objective, "loss", lambda self, remedy: loss(remedy))
+    monkeypatch.setattr(module._Objective, "recall", lambda self, remedy: {"passkey@32": recall(remedy)})
+
+
+def scales(remedy):
+    return np.array([float(v) for v in remedy.partition("scale=")[2].split("/")]) if "scale=" in remedy else np.ones(1)
+
+
+def alphas(remedy):
+    return np.array([float(v) for v in str(parse_remedy(remedy).alpha).split("/")])
+
+
+def test_the_least_loss_that_keeps_recall(monkeypatch):
+    losses(monkeypatch, lambda r: 1.0 if r == "none" else 1 - parse_remedy(r).share,
+           lambda r: 0.0 if "0.25" in r else 1.0)  # fmt: skip
+    found = calibrate(tiny(), "a-winsor", 128, TEXT)
+    assert found.remedy == "a-winsor:share=0.15" and found.method == "grid"
+    assert found.scores["loss"] == pytest.approx(0.85) and found.scores["loss_without"] == 1.0
+    assert sum(not t["kept"] for t in found.scores["tried"]) == 1
+    losses(monkeypatch, lambda r: 1.0, lambda r: 1.0 if r == "none" else 0.5)
+    with pytest.raises(InputError, match="no setting of 18 keeps the recall"):
+        calibrate(tiny(), "rri", 128, TEXT)
+
+
+def test_a_winner_that_does_not_help_is_said_and_marked(monkeypatch, tmp_path):
+    said = []
+    losses(monkeypatch, lambda r: 1.25 if r == "none" else float(3.25 - alphas(r).mean() - parse_remedy(r).beta))
+    found = calibrate(tiny(), "rri", 128, TEXT, say=said.append)
+    assert parse_remedy(found.remedy) == parse_remedy("rri:alpha=1,beta=1") and not found.helps
+    assert said[-1].endswith("lowers the loss (1.2500 without): rri:alpha=1,beta=1 changes nothing")
+    found.save(tmp_path / "r.yaml")
+    assert (tmp_path / "r.yaml").read_text().splitlines()[1] == "helps: false"
+    assert parse_remedy(str(tmp_path / "r.yaml")).found == found
+    losses(monkeypatch, lambda r: 1.0 if r == "none" else 2.0)
+    found = calibrate(tiny(), "a-winsor", 128, TEXT, say=said.append)
+    assert not found.helps and said[-1].endswith(f"lowers the loss (1.0000 without): {found.remedy} has 2.0000")
+    losses(monkeypatch, lambda r: math.inf if r == "none" else 2.0)
+    assert calibrate(tiny(), "a-winsor", 128, TEXT).helps
+
+
+def test_settings_that_blow_up(monkeypatch):
+    losses(monkeypatch, lambda r: 1.0 if r == "none" else math.nan)
+    with pytest.raises(InputError, match="of 5 settings that keep recall none has a finite loss at 128 tokens"):
+        calibrate(tiny(), "a-winsor", 128, TEXT)
+    losses(monkeypatch, lambda r: 1.0, lambda r: 1.0 if r == "none" else 0.5)
+    for name in ("state-norm", "token-filter", "delta-scale", "a-scale", "window"):
+        with pytest.raises(InputError, match=r"keeps the recall of the bare model \(passkey@32 1.00\): try another"):
+            calibrate(tiny(), name, 128, TEXT)
+
+
+def test_parameters_may_be_held(monkeypatch):
+    losses(monkeypatch, lambda r: 1.0 if r == "none" else float("nan") if "0.75" in r else parse_remedy(r).quantile)
+    found = calibrate(tiny(), "state-norm:every=16,quantile=1", 128, TEXT)
+    assert found.remedy == "state-norm:every=16,quantile=1"
+    found = calibrate(tiny(), "state-norm:every=16", 128, TEXT)
+    assert found.remedy == "state-norm:every=16,quantile=0" and found.policies[0]["caps"][0]["every"] == 16
+    assert len(found.scores["tried"]) == 5
+    losses(monkeypatch, lambda r: 1.0 if r == "none" else float(alphas(r).mean()) + parse_remedy(r).beta)
+    found = calibrate(tiny(), "rri:alpha=0.95", 128, TEXT)
+    assert parse_remedy(found.remedy) == parse_remedy("rri:alpha=0.95,beta=0.5") and found.method == "grid"
+    with pytest.raises(InputError, match="evry"):
+        calibrate(tiny(), "state-norm:evry=16", 128, TEXT)
+
+
+def test_spsa_finds_an_alpha_a_layer(monkeypatch):
+    goal = np.log([3e-4, 1e-3, 6e-3])  # of 1 - alpha
+    losses(monkeypatch, lambda r: 9.0 if r == "none" else float(((np.log(1 - alphas(r) + 1e-9) - goal) ** 2).sum()))
+    found = calibrate(tiny(3), "rri", 128, TEXT, steps=60)
+    single = min(t["loss"] for t in found.scores["tried"] if "/" not in t["remedy"])
+    assert found.method == "spsa" and found.scores["loss"] < 0.3 * single
+    assert [p["add"] for p in found.policies] == pytest.approx(np.log(alphas(found.remedy)).tolist())
+
+
+def test_spsa_goes_on_beside_settings_that_blow_up(monkeypatch):
+    """A layer's factor above 1 has no loss: the way turns back from there."""
+    goal = np.log([0.5, 0.9, 0.95])
+
+    def loss(remedy):
+        point = np.log(scales(remedy))
+        return float(((point - goal) ** 2).sum()) if (point <= 0).all() else math.nan
+
+    losses(monkeypatch, lambda r: 9.0 if r == "none" else loss(r))
+    found = calibrate(tiny(3), "delta-scale", 128, TEXT, steps=60)
+    single = min(t["loss"] for t in found.scores["tried"] if "/" not in t["remedy"])
+    assert found.scores["loss"] < 0.3 * single and all(
+        "/" not in t["remedy"] or t["loss"] < 9 for t in found.scores["tried"]
+    )
+
+
+def test_spsa_finds_a_scale_of_the_decay_a_layer(monkeypatch):
+    """The other place of a-scale forgets as RRI does, and its values are tried as RRI's are."""
+    goal = np.log([3e-4, 1e-3, 6e-3])  # of 1 - scale
+    forgotten = lambda r: 1 - np.array([float(v) for v in str(parse_remedy(r).scale).split("/")])  # noqa: E731
+    losses(monkeypatch, lambda r: 9.0 if r == "none" else float(((np.log(forgotten(r) + 1e-9) - goal) ** 2).sum()))
+    found = calibrate(tiny(3), "a-scale:place=decay", 128, TEXT, steps=60)
+    single = min(t["loss"] for t in found.scores["tried"] if "/" not in t["remedy"])
+    assert found.method == "spsa" and found.scores["loss"] < 0.3 * single
+    assert [p["add"] for p in found.policies] == pytest.approx(np.log(1 - forgotten(found.remedy)).tolist())
+
+
+def test_spsa_finds_a_factor_a_layer(monkeypatch):
+    goal = np.log([0.5, 0.9, 1.6])
+    losses(monkeypatch, lambda r: float(((np.log(scales(r)) - goal) ** 2).sum()))
+    found = calibrate(tiny(3), "delta-scale", 128, TEXT, steps=60)
+    single = min(t["loss"] for t in found.scores["tried"] if "/" not in t["remedy"])
+    assert found.method == "spsa" and found.scores["loss"] < 0.3 * single
+    assert [p["mul"] for p in found.policies] == pytest.approx(scales(found.remedy).tolist())
+
+
+@torch.no_grad()
+def test_its_own_objective():
+    """Loss over the second half of the target, of the calibration text alone; recall of both kinds."""
+    lm = tiny()
+    objective = module._Objective(lm, 64, TEXT, 0, 2, 4, 300)
+    ids = objective.ids
+    expected = lm.losses(lm(ids[:, :-1]), ids[:, 1:])[:, 32:].mean()
+    assert objective.loss("none") == pytest.approx(float(expected), rel=1e-5)
+    assert set(objective.recall("none")) == {"passkey@300", "passkey@600", "multikey@300", "multikey@600"}
+    said = []
+    lm.train_length = 150
+    found = calibrate(lm, "state-norm", 400, TEXT, slices=2, prompts=2, say=said.append)
+    assert found.method == "quantile" and len(said) == 6 + (not found.helps) and "made" in found.text
+
+
+def test_what_cannot_be_calibrated():
+    with pytest.raises(InputError, match="'rrj' cannot be calibrated"):
+        calibrate(tiny(), "rrj", 128, TEXT)
+    with pytest.raises(InputError, match="above the training length"):
+        calibrate(tiny(), "rri", 32, TEXT)
+    with pytest.raises(InputError, match=r"were asked for|has"):
+        calibrate(tiny(), "rri", 10**6, TEXT)
+    with pytest.raises(InputError, match="takes the name of a remedy"):
+        calibrate(tiny(), None, 128, TEXT)
+    for count in ({"slices": 0}, {"prompts": 1.5}, {"steps": -1}, {"seed": None}):
+        with pytest.raises(InputError, match=f"{next(iter(count))}: expected a whole number, at least"):
+            calibrate(tiny(), "rri", 128, TEXT, **count)
+    for held in ("rri:junk", "a-scale:place=rates", "rri:alphas=1"):
+        with pytest.raises(InputError):
+            calibrate(tiny(), held, 128, TEXT)
+
+
+def test_the_file(tmp_path, monkeypatch):
+    losses(monkeypatch, lambda r: 1.0 if r == "none" else float(alphas(r).mean()))
+    found, lm, path = calibrate(tiny(), "rri", 128, TEXT), tiny(), tmp_path / "remedy.yaml"
+    found.save(path)
+    remedy = parse_remedy(str(path))
+    assert remedy.found == found and str(parse_remedy(str(remedy))) == str(remedy)
+    with mitigate(lm, found.remedy):
+        expected = [m.policy for m in lm.mixers]
+    with mitigate(lm, str(path)) as handle:
+        assert [m.policy for m in lm.mixers] == expected and "made" in handle.plan.calibration
+    with pytest.raises(InputError, match="found for a model of 2 layers, this one has 3"):
+        mitigate(tiny(3), str(path))
+    path.write_text(path.read_text().replace("-0.01", "-0.02"))
+    with pytest.raises(InputError, match="has changed"):
+        parse_remedy(str(remedy))
+    path.write_text("remedy: rri\n")
+    with pytest.raises(InputError, match="missing"):
+        parse_remedy(str(path))
+    bad = Found("rri", found.model, [{"mull": 1.0}, {}], 128, "made", 0, "grid")
+    bad.save(path)
+    with pytest.raises(InputError, match="unknown policy field 'mull'"):
+        parse_remedy(str(path))
+
+
+def test_bad_files_and_words(tmp_path, monkeypatch):
+    losses(monkeypatch, lambda r: 1.0 if r == "none" else float(alphas(r).mean()))
+    found = calibrate(tiny(), "rri", 128, TEXT)
+    for policy in ({"window": "x"}, {"window": 1.5}, {"mul": float("nan")}, {"caps": 3},
+                   {"caps": [{"norm": 1.0, "ever": 2}]}, {"caps": [{"norm": 1.0, "every": 1.5}]}):  # fmt: skip
+        Found("rri", found.model, [policy, {}], 128, "made", 0, "grid").save(tmp_path / "bad.yaml")
+        with pytest.raises(InputError, match=r"bad\.yaml: a policy in it") as error:
+            parse_remedy(str(tmp_path / "bad.yaml"))
+        assert "\n" not in str(error.value)
+    for start, message in (("abc", "no state of numbers"), ([[1.0]], "start has shape")):
+        Found("rri", found.model, [{"start": start}, {}], 128, "made", 0, "grid").save(tmp_path / "bad.yaml")
+        with mitigate(lm := tiny(), str(tmp_path / "bad.yaml")), pytest.raises(InputError, match=message):
+            lm(torch.zeros(1, 3, dtype=torch.int64))
+    with pytest.raises(InputError, match="cannot write"):
+        save_state(tmp_path, Cache(), tiny())
+    with mitigate(tiny(), "decimate") as handle, pytest.raises(InputError, match="cannot be gone on from"):
+        save_state(tmp_path / "s", Cache(), handle.model, "decimate")
+    (tmp_path / "t.txt").write_bytes(TEXT.data)
+    with pytest.raises(InputError, match="has no loss of a text"):
+        evaluate(tiny(), [64], ["lm"], ["decimate"], text=str(tmp_path / "t.txt"))
+    frame = evaluate(tiny(), [64], ["lm:slices=2,tokens=1"], ["none", "rri"], text=str(tmp_path / "t.txt"))
+    assert (leaderboard(frame)["wins"] == "not compared").all()  # without a control
+
+
+def test_another_model_of_the_shape_is_named_once(tmp_path, caplog, monkeypatch):
+    losses(monkeypatch, lambda r: 1.0 if r == "none" else float(alphas(r).mean()))
+    path, lm = tmp_path / "remedy.yaml", tiny()
+    sister = copy.deepcopy(lm)
+    calibrate(lm, "rri", 128, TEXT).save(path)
+    with mitigate(lm, str(path)):
+        assert not caplog.records
+    old, sister.name = sister.weights_hash, "sister"
+    sister.lm_head.weight.data.mul_(0.5)
+    for _ in range(2):
+        mitigate(sister, str(path)).remove()
+    said = f"was calibrated on tiny (weights {old}), not on this sister (weights {sister.weights_hash})"
+    assert [r.getMessage() for r in caplog.records] == [f"{path} {said}"]
+
+
+def test_values_a_head_are_counted_before_anything_is_read(tmp_path):
+    lm, path = tiny(), tmp_path / "made.yaml"
+    for policy, said in (({"mul": [2.0] * 9}, "mul of layer 1 has 9 values"), ({"caps": [{"norm": [1.0] * 9}]}, "cap")):
+        about = {"name": "tiny", **module.shape_of(lm)}
+        Found("mine", about, [{}, policy], 128, "made", 0, "by hand").save(path)
+        with pytest.raises(InputError, match=rf"{said}.*the model has 2 heads a layer"):
+            mitigate(lm, str(path))
+
+
+def test_what_a_model_lacks_shows_before_anything_is_measured():
+    said = []
+    config = MambaConfig(hidden_size=16, vocab_size=256, state_size=4, num_hidden_layers=1, time_step_rank=4)
+    theirs = adopt(AutoModelForCausalLM.from_config(config).eval(), tokenizer="bytes", train_length=32)
+    with pytest.raises(InputError, match="token-filter reads one step a head"):
+        calibrate(theirs, "token-filter", 128, TEXT, say=said.append)
+    assert not said
+
+
+def test_a_file_of_an_unknown_remedy_composes_by_itself(tmp_path):
+    lm, path = tiny(), tmp_path / "made.yaml"
+    Found("mine", {"name": "tiny", **module.shape_of(lm)}, [{"mul": 2.0}, {}], 128, "made", 0, "by hand").save(path)
+    with mitigate(lm, f"{path}+a-scale:scale=3"):
+        assert [m.policy.mul for m in lm.mixers] == [6.0, 3.0]
+
+
+@pytest.mark.parametrize("train", [33, 2048, 2**21 + 4])
+def test_what_is_tried_can_be_read(train):
+    for name in ("rri", "window", "state-norm", "token-filter", "a-winsor", "a-floor", "delta-scale", "a-scale"):
+        grid = module.grid_of(name, train)
+        tried = [parse_remedy(text) for text in module._grid(name, grid)]
+        for key, values in grid.items():
+            assert {getattr(remedy, key) for remedy in tried} == set(values)
+
+
+def test_nothing_that_guards_is_an_error(monkeypatch):
+    lm = tiny()
+    lm.train_length = 16  # no prompt is so short
+    with pytest.raises(InputError, match="nothing would guard recall"):
+        calibrate(lm, "rri", 64, TEXT)
+
+
+def test_no_evaluation_on_the_text_of_a_calibration(tmp_path, monkeypatch):
+    losses(monkeypatch, lambda r: 1.0 if r == "none" else float(alphas(r).mean()))
+    (tmp_path / "t.txt").write_bytes(TEXT.data)
+    text = load_text(str(tmp_path / "t.txt"))
+    calibrate(tiny(), "rri", 128, text).save(tmp_path / "remedy.yaml")
+    with pytest.raises(InputError, match="which is to be evaluated"):
+        evaluate(tiny(), [64], ["lm"], [f"{tmp_path / 'remedy.yaml'}+none"], text=str(tmp_path / "t.txt"))
+    with pytest.raises(InputError, match=r"state-norm was calibrated on .*t\.txt, which is to be evaluated"):
+        evaluate(tiny(), [64], ["lm"], ["state-norm"], text=str(tmp_path / "t.txt"),
+                 calibration_text=str(tmp_path / "t.txt"))  # fmt: skip
+    lm = tiny()
+    with mitigate(lm, str(tmp_path / "remedy.yaml")), pytest.raises(InputError, match="which is to be evaluated"):
+        evaluate(lm, [64], ["lm"], text=str(tmp_path / "t.txt"))
+
+
+def test_more_keys_and_words():
+    tokenizer = ByteTokenizer()
+    for prompt in multikey_batch(tokenizer, 900, 12, seed=3, keys=4):
+        text = tokenizer.decode(prompt.ids.tolist())
+        assert len(prompt.ids) == 900 and text.count("Remember it.") == 4 and text.count(prompt.answer) == 2
+        label = text.rpartition("The ")[2].split()[0]
+        assert f"The {label} passkey is {prompt.answer}." in text[prompt.position :]
+        assert text[prompt.position :].startswith(f"\nThe {label} passkey")
+    for prompt in words_batch(tokenizer, 1500, 5, seed=3):
+        text = tokenizer.decode(prompt.ids.tolist())
+        assert len(prompt.ids) == 1500 and f"The secret word is {prompt.answer}." in text[prompt.position :]
+    with pytest.raises(InputError, match="takes at least"):
+        multikey_batch(tokenizer, 200, 1, seed=0)
+    with pytest.raises(InputError, match="2 to 8 keys"):
+        multikey_batch(tokenizer, 2000, 1, seed=0, keys=9)
+
+
+@torch.no_grad()
+def test_a_saved_state_goes_on_as_if_never_stopped(tmp_path):
+    lm, ids = tiny(), torch.randint(256, (1, 50))
+    for name in ("none", "rri", "window:tokens=7", "reset:every=8,overlap=3"):
+        with mitigate(lm, name):
+            expected = generate(lm, ids, 6)
+            save_state(tmp_path / "s", prefill(lm, ids[:, :33])[1], lm, name)
+            assert torch.equal(generate(lm, ids[:, 33:], 6, cache=load_state(tmp_path / "s", lm)), expected)
+    with pytest.raises(InputError, match="with the remedy reset:every=8,overlap=3"):
+        load_state(tmp_path / "s", lm)
+    lm.use_state_dtype("bfloat16")
+    save_state(tmp_path / "s", prefill(lm, ids)[1], lm)
+    assert load_state(tmp_path / "s", lm).layers[0].scan.state.dtype == torch.bfloat16
+    lm.use_state_dtype(None)
+    with pytest.raises(InputError, match="states in bfloat16: give the same --state-dtype"):
+        load_state(tmp_path / "s", lm)
+    old = lm.weights_hash
+    lm.lm_head.weight.data.mul_(0.5)
+    with pytest.raises(InputError, match=f"was read by tiny {old}, not by tiny {lm.weights_hash}"):
+        load_state(tmp_path / "s", lm)
+    Cache().save(tmp_path / "c")
+    with pytest.raises(InputError, match="does not say which weights"):
+        load_state(tmp_path / "c", lm)
+    with pytest.raises(InputError, match="no state that generate --save-state wrote"):
+        load_state(tmp_path / "none", lm)
+
+
+def test_generate_command_keeps_and_loads_a_state(tmp_path):
+    run, state = CliRunner().invoke, str(tmp_path / "s.state")
+    whole = run(cli.app, ["generate", "demo", "--prompt", "def f(x):\n    return", "--max-new-tokens", "5"])
+    first = run(cli.app, ["generate", "demo", "--prompt", "def f(x):\n", "--save-state", state])
+    second = run(
+        cli.app, ["generate", "demo", "--prompt", "    return", "--load-state", state, "--max-new-tokens", "5"]
+    )
+    assert first.exit_code == second.exit_code == 0 and second.stdout == whole.stdout
+    assert len(whole.stdout) > 1 and not first.stdout  # only read
+    assert first.stderr.startswith(f"wrote {state}, ") and first.stderr.endswith(" MiB\n")
+
+
+def test_leaderboard():
+    """Loss surely below every control's, recall surely above theirs, and the rest."""
+    rng, rows = np.random.default_rng(0), []
+
+    def put(mitigation, task, metric, length, samples):
+        rows.append({"model": "m", "weights_hash": "h", "mitigation": mitigation, "calibration": None, "task": task,
+                     "text": "t" if task == "lm" else None, "text_hash": "x" if task == "lm" else None,
+                     "tokenizer": "bytes", "length": length, "depth": None, "metric": metric, "batch": 1,
+                     "dtype": "float32", "backend": "torch", "device": "cpu", "seed": 0, "value": np.mean(samples),
+                     "stderr": 0.0, "n": len(samples), "samples": list(samples), "train_length": 32, "seconds": 1.0,
+                     "tokens_per_second": 50.0 if mitigation == "rri" else 100.0, "peak_bytes": 10,
+                     "first_token_seconds": 0.5 if mitigation == "decimate" else 2.0})  # fmt: skip
+
+    hard = rng.normal(0, 0.5, 24)
+    for name, loss in (
+        ("none", 4.0),
+        ("rri", 1.0),
+        ("a-winsor", 2.2),
+        ("reset:every=8", 2.0),
+        ("recompute:last=8", 1.5),
+    ):
+        put(name, "lm", "nats_per_token", 32, 1.0 + (name == "rri") * 0.1 + hard)
+        put(name, "lm", "nats_per_token", 128, loss + hard + rng.normal(0, 0.05, 24))
+        put(name, "passkey", "accuracy", 128, [1.0] * 20 if name == "a-winsor" else [0.0] * 20)
+    put("decimate", "passkey", "accuracy", 128, [1.0] * 20)
+    board = leaderboard(pd.DataFrame(rows))
+    at = board[board["length"] == 128].set_index("mitigation")
+    assert at.loc["rri", "wins"] == "loss" and at.loc["a-winsor", "wins"] == "passkey" and at.loc["none", "wins"] == ""
+    assert at.loc["rri", "gain"] == pytest.approx(0.5, abs=0.05) and at.loc["rri", "speed"] == 0.5
+    assert at.loc["rri", "change_short"] == pytest.approx(0.1) and at.index[0] == "rri"
+    assert at.loc["decimate", "wins"] == "passkey" and np.isnan(at.loc["decimate", "loss"])
+    assert at.loc["decimate", "speed"] == 4  # in reading prompts, since it reads no text
+    assert at.loc["reset:every=8", "control"] and not at.loc["rri", "control"]
+
+    for row in rows:
+        if row["mitigation"] == "reset:every=8":
+            row |= {"value": float("nan"), "samples": [float("nan")] * row["n"]}
+        row["device"] = "gpu"
+    frame = pd.DataFrame(rows)
+    at = leaderboard(frame).query("length == 128").set_index("mitigation")
+    assert at.loc["rri", "gain"] == pytest.approx(0.5, abs=0.05)  # over the control that did not blow up
+    assert at.loc["rri", "wins"] == "loss"  # which it beats as well
+    _, grid, _ = board_tables(frame)
+    assert [column.header for column in grid.columns][-3:] == ["speed", "memory", "wins"]
+    names, wins = ([str(cell) for cell in grid.columns[i]._cells] for i in (0, -1))
+    assert dict(zip(names, wins))["rri"] == "loss" and dict(zip(names, wins))["none"] == ""
+
+    other = frame.assign(dtype="bfloat16", tokens_per_second=frame["tokens_per_second"] ** 2)
+    for both in ([frame, other], [other, frame]):
+        at = leaderboard(whole := pd.concat(both, ignore_index=True)).query("length == 128 and mitigation == 'rri'")
+        assert dict(zip(at["model"], at["speed"])) == {"m [dtype=float32]": 0.5, "m [dtype=bfloat16]": 0.25}
+        assert len(board_tables(whole)) == 2 * len(board_tables(frame))
+
+
+def test_remedies_that_read_a_prompt_have_no_loss(tmp_path):
+    (tmp_path / "t.txt").write_bytes(TEXT.data)
+    frame = evaluate(tiny(), [150, 300], ["lm:slices=2,tokens=1", "words:n=2"], ["none", "decimate"],
+                     text=str(tmp_path / "t.txt"))  # fmt: skip
+    assert set(frame[frame["task"] == "lm"]["mitigation"]) == {"none"}
+    assert any(m.startswith("decimate") for m in frame[frame["task"] == "words"]["mitigation"])

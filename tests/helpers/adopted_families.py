@@ -1,0 +1,158 @@
+"""What tests of adopted models share: small random models of every family, built from its config, and what is read of
+them.
+"""
+
+from __future__ import annotations
+
+import torch
+import transformers as hf
+
+from rnn_longctx.mitigations import active, handles_on, mitigate
+from rnn_longctx.models.adopt.adopting import adopt
+from rnn_longctx.models.adopt.families.mamba2 import cache_name
+from rnn_longctx.models.generate import generate
+from rnn_longctx.recurrence.policy import Cap, ScanPolicy
+
+VOCAB = 97
+COMMON = {"hidden_size": 32, "vocab_size": VOCAB, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
+ATTENTION = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48}
+MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 16, "mamba_n_groups": 1, "mamba_chunk_size": 8}
+
+
+def _mamba2():
+    return hf.Mamba2Config(
+        **COMMON, num_heads=8, head_dim=8, state_size=16, n_groups=1, num_hidden_layers=3, chunk_size=8
+    )
+
+
+def _bamba():
+    return hf.BambaConfig(**COMMON, **ATTENTION, **MAMBA, num_hidden_layers=3, attn_layer_indices=[1])
+
+
+def _falcon_h1():
+    return hf.FalconH1Config(
+        **COMMON, **ATTENTION, **MAMBA, mamba_d_ssm=64, num_hidden_layers=2, lm_head_multiplier=0.5,
+        ssm_in_multiplier=1.5, ssm_multipliers=[0.5, 1.5, 0.7, 1.3, 1.1], mamba_rms_norm=False,
+    )  # fmt: skip
+
+
+def _granite():
+    return hf.GraniteMoeHybridConfig(
+        **COMMON, **ATTENTION, **MAMBA, num_hidden_layers=3, layer_types=["mamba", "attention", "mamba"],
+        num_local_experts=0, num_experts_per_tok=0, shared_intermediate_size=48, logits_scaling=2.0,
+        position_embedding_type="rope",
+    )  # fmt: skip
+
+
+def _nemotron():  # whose steps drop the limit of dt that its prompts respect: one that binds is Zamba2's matter here
+    return hf.NemotronHConfig(
+        **COMMON, **ATTENTION, head_dim=8, mamba_num_heads=8, mamba_head_dim=8, ssm_state_size=16, n_groups=1,
+        chunk_size=8, layers_block_type=["mamba", "attention", "mlp", "mamba"], mlp_hidden_act="relu2",
+        time_step_min=1e-6,
+    )  # fmt: skip
+
+
+def _zamba2():
+    return hf.Zamba2Config(
+        **COMMON, **ATTENTION, num_hidden_layers=3, n_mamba_heads=8, mamba_headdim=8, mamba_d_state=16,
+        mamba_ngroups=1, mamba_expand=2, chunk_size=8, hybrid_layer_ids=[1], use_mem_rope=True, time_step_min=1e-3,
+        layers_block_type=["mamba", "hybrid", "mamba"], num_mem_blocks=1, adapter_rank=4,
+        attention_head_dim=16,
+    )  # fmt: skip
+
+
+def _mamba():
+    return hf.MambaConfig(**COMMON, state_size=4, num_hidden_layers=2, expand=2, time_step_rank=4)
+
+
+def _falcon_mamba():
+    return hf.FalconMambaConfig(**COMMON, state_size=4, num_hidden_layers=2, expand=2, time_step_rank=4)
+
+
+def _jamba():
+    return hf.JambaConfig(
+        **COMMON, **ATTENTION, num_hidden_layers=3, attn_layer_period=3, attn_layer_offset=1, num_experts=1,
+        expert_layer_period=9, expert_layer_offset=8, mamba_d_state=4, mamba_dt_rank=4, use_mamba_kernels=False,
+    )  # fmt: skip
+
+
+FAMILIES = {
+    "mamba2": _mamba2, "bamba": _bamba, "falcon_h1": _falcon_h1, "granitemoehybrid": _granite,
+    "nemotron_h": _nemotron, "zamba2": _zamba2, "mamba": _mamba, "falcon_mamba": _falcon_mamba, "jamba": _jamba,
+}  # fmt: skip
+RECURRENT = {
+    "mamba2": 3,
+    "bamba": 2,
+    "falcon_h1": 2,
+    "granitemoehybrid": 2,
+    "nemotron_h": 2,
+    "zamba2": 3,
+    **dict.fromkeys(("mamba", "falcon_mamba", "jamba"), 2),
+}
+MAMBA1 = ("mamba", "falcon_mamba", "jamba")
+POLICIES = {
+    "gates": ScanPolicy(mul=0.7, add=-0.1, gain=0.75),
+    "filter": ScanPolicy(min_dt=0.5),
+    "cap every token": ScanPolicy(caps=(Cap(0.5),)),
+    "cap every 7": ScanPolicy(caps=(Cap(0.4, 7),)),
+    "window": ScanPolicy(window=5),
+    "reset": ScanPolicy(reset=6),
+}
+NEAR = {"rtol": 0, "atol": 1e-4}
+RRI = "rri:alpha=0.9,beta=0.4"
+
+
+def cached(model, ids, cache=None):
+    """The library's own call with a cache: logits, and the cache moved on."""
+    name = cache_name(model)
+    out = model(ids, **{name: cache}, use_cache=True)
+    return out.logits, out[name]
+
+
+def random_ids(batch=2, length=20):
+    return torch.randint(2, VOCAB, (batch, length))
+
+
+def put(adopted, policy):
+    for mixer in adopted.mixers:
+        mixer.policy = policy
+
+
+@torch.no_grad()
+def logits_of(model, ids, **given):
+    logits = model(ids, use_cache=False, **given).logits
+    assert logits.std() > 0.01  # not a comparison of zeros
+    return logits.float()
+
+
+@torch.no_grad()
+def streamed(adopted, ids, cuts):
+    cache = adopted.new_cache()
+    return torch.cat([adopted.logits(adopted(part, cache)) for part in ids.split(cuts, 1)], 1), cache
+
+
+@torch.no_grad()
+def own_logits(model, ids):
+    out = model(ids)
+    logits = out.logits if hasattr(out, "logits") else out[0]
+    assert logits.std() > 1e-3  # not a comparison of zeros
+    return logits.float()
+
+
+@torch.no_grad()
+def read_as_its_own(model):
+    """With and without a remedy; greedy generation is recomputation."""
+    ours, ids = adopt(model), random_ids(2, 14)
+    before = own_logits(model, ids)
+    torch.testing.assert_close(streamed(ours, ids, [5, 1, 8])[0], before, **NEAR)
+    with mitigate(model, RRI):
+        assert active(model)[0] == active(ours)[0] == RRI and len(handles_on(model)) == 1
+        changed = own_logits(model, ids)
+        assert (changed - before).abs().max() > 1e-5
+        torch.testing.assert_close(streamed(ours, ids, [5, 1, 8])[0], changed, **NEAR)
+        new = generate(model, ids, 4)
+        whole = own_logits(model, torch.cat([ids, new], 1))[:, 13:-1]
+        best = whole.max(-1).values
+        assert (best - whole.gather(2, new[..., None])[..., 0]).max() < 1e-4  # (two may be alike to a last bit)
+    assert torch.equal(own_logits(model, ids), before) and active(model)[0] == "none"
+    return ours
