@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 pytest.importorskip("triton")
 
+from rnn_longctx.models.kernels import choose
 from rnn_longctx.models.lm import Mamba2LM
 from rnn_longctx.models.mixers.mamba2 import Mamba2Config
 from rnn_longctx.recurrence.ssd import fused
