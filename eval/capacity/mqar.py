@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import rnn_longctx
 from rnn_longctx.eval.capacity.config import Cell, MQARConfig
 from rnn_longctx.eval.results import Results
 from rnn_longctx.eval.stats import mean_stderr
@@ -21,6 +20,7 @@ from rnn_longctx.tasks.mqar import mqar_batch
 from rnn_longctx.train.config import OptimizerConfig, ScheduleConfig
 from rnn_longctx.train.snapshots import newest_snapshot, save_snapshot
 from rnn_longctx.train.trainer import learning_rate, make_optimizer
+from rnn_longctx.version import __version__
 
 EVERY = 200  # steps between snapshots
 WARMUP = 0.1  # share of the steps
@@ -75,7 +75,7 @@ def measure_mqar(model: Mamba2LM, cell: Cell, c: MQARConfig, results: Results, s
             "model": model.name, "weights_hash": weights, "mitigation": "none",
             "task": f"{cell.task}{pairs}", "text": cell.task, "length": ids.shape[1], "metric": "accuracy",
             "batch": c.batch_size, "dtype": "float32", "backend": model.backend, "device": device, "seed": cell.seed,
-            "value": value, "stderr": stderr, "n": len(right), "samples": right, "version": rnn_longctx.__version__,
+            "value": value, "stderr": stderr, "n": len(right), "samples": right, "version": __version__,
         })  # fmt: skip
         say(f"{cell.name}: {pairs} pairs {value:.3f}")
 

@@ -13,13 +13,13 @@ from typing import Any, ClassVar
 
 import torch
 
-import rnn_longctx
 from rnn_longctx.data import Text
 from rnn_longctx.eval.results import Results, Row
 from rnn_longctx.eval.stats import mean_stderr
 from rnn_longctx.models.lm import Mamba2LM
 from rnn_longctx.models.precision import computes_as
 from rnn_longctx.spec import canonical
+from rnn_longctx.version import __version__
 
 
 @dataclass
@@ -74,7 +74,7 @@ class Context:
         value, stderr = mean_stderr(samples)
         row = self.key(task, text, length, metric, depth) | {
             "value": value, "stderr": stderr, "n": len(samples), "samples": [float(s) for s in samples],
-            "train_length": self.model.train_length, "version": rnn_longctx.__version__, **cost,
+            "train_length": self.model.train_length, "version": __version__, **cost,
         }  # fmt: skip
         if self.results:
             self.results.put(row)
