@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from rnn_longctx.errors import InputError
-from rnn_longctx.mitigations.base import NotApplicable, Plan, Remedy, one_step_a_head, same_everywhere
+from rnn_longctx.mitigations.base import REMEDIES, Need, NotApplicable, Plan, Remedy, same_everywhere
 from rnn_longctx.models.cache import Cache
-from rnn_longctx.models.lm import Mamba2LM
+from rnn_longctx.models.interface import LanguageModel
 from rnn_longctx.models.segments import longest
 from rnn_longctx.spec import quiet
 
@@ -27,12 +27,14 @@ if TYPE_CHECKING:
     from rnn_longctx.data import Text
 
 
+@REMEDIES.register
 @dataclass(frozen=True)
 class Decimate(Remedy):
     """base: tokens that layer `first` keeps (counted from 0; the default is the middle layer); beta: how much fewer
     each layer after it keeps, in (0, 1]; least: never fewer."""
 
     name = "decimate"
+    needs = frozenset({Need.RECURRENCE, Need.STEPS, Need.NO_ATTENTION})
     base: int = 2000
     beta: float = 0.5
     first: int | None = quiet(None)
@@ -44,13 +46,11 @@ class Decimate(Remedy):
         if not 0 < self.beta <= 1:
             raise InputError(f"decimate: beta must lie in (0, 1], got {self.beta:g}")
 
-    def plan(self, model: Mamba2LM, target_length: int | None = None, text: Text | None = None) -> Plan:
-        one_step_a_head(model, "decimate")
-        own = isinstance(model, Mamba2LM)
-        if not own and getattr(model, "attends", True):
-            raise NotApplicable(f"decimate drops tokens between layers, which attention in {model.name} needs")
+    def plan(self, model: LanguageModel, target_length: int | None = None, text: Text | None = None) -> Plan:
+        own = hasattr(model, "backbone")
         if not own and (getattr(model, "hybrid", True) or model.mixers[0].library == "mamba_ssm"):
-            raise NotApplicable(f"decimate reads layer by layer, which is not written for {type(model.model).__name__}")
+            kind = type(model.module).__name__
+            raise NotApplicable(f"decimate reads layer by layer, which is not written for {kind}")
         layers = len(model.mixers)
         first = layers // 2 if self.first is None else self.first
         if not 0 <= first < layers:
@@ -61,7 +61,7 @@ class Decimate(Remedy):
 
 
 @torch.no_grad()
-def read(model: Mamba2LM, ids: Tensor, segment: int, first: int, keep: list[int]) -> tuple[Tensor, Cache]:
+def read(model: LanguageModel, ids: Tensor, segment: int, first: int, keep: list[int]) -> tuple[Tensor, Cache]:
     """Logits (B, vocab) after the last of ids (B, T), and the cache; keep[i]: tokens of layer first + i."""
     blocks, fp32 = model.backbone.blocks, model.config.residual_in_fp32
     carries: list = [None] * len(blocks)
