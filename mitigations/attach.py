@@ -97,7 +97,7 @@ def mitigate(
     calibration_text = read_text(text)
     with without_remedies(lm):
         handle = Handle(lm, remedy, planned(remedy, lm, target_length, calibration_text), calibration_text)
-    if (handle.plan.restart or handle.plan.reader) and _reads_itself(lm) and lm is not model:
+    if (handle.plan.restart or handle.plan.reader) and lm.own_forward and lm is not model:
         raise NotApplicable(
             f"{remedy} is a way to read, which {type(model).__name__} has of its own: put it on "
             "rnn_longctx.adopt(model), and read with rnn_longctx.generate or rnn_longctx.evaluate"
@@ -148,18 +148,12 @@ def _handles(model: LanguageModel) -> list[Handle]:
     return vars(model).setdefault(HANDLES, [])
 
 
-def _reads_itself(model: LanguageModel) -> bool:
-    """Whether it is a model of another library, with a forward of its own that knows no ways to read."""
-    return hasattr(model, "refuse_own")
-
-
 def _apply(model: LanguageModel) -> None:
     handles = _handles(model)
     Composite(tuple(part for handle in handles for part in handle.remedy.parts))  # refuses what `a+b` does
     _set(model, combine([handle.plan for handle in handles], model))
-    if _reads_itself(model):
-        ways = [str(handle.remedy) for handle in handles if handle.plan.restart or handle.plan.reader]
-        model.refuse_own("+".join(ways))  # type: ignore[attr-defined]
+    ways = [str(handle.remedy) for handle in handles if handle.plan.restart or handle.plan.reader]
+    model.refuse_own("+".join(ways))
 
 
 def _set(model: LanguageModel, plan: Plan) -> None:

@@ -172,11 +172,12 @@ def _lacks(need: Need, remedy: str, model: LanguageModel, target_length: int | N
     match need:
         case Need.RECURRENCE if not model.mixers:
             return f"{remedy} changes a recurrence, and {model.name} has none"
-        case Need.STEPS if not has_steps(model):
-            return f"{remedy} reads one step a head, as Mamba-2 has: {model.name} has {_gates_of(model)}"
-        case Need.RATES if not has_rates(model):
-            of_channels = ", one a channel" if _gates_of(model) == "Mamba-1's" else ""
-            return f"{remedy} needs one A a head, as Mamba-2 has: {model.name} has {_gates_of(model)}{of_channels}"
+        case Need.STEPS if not _one_step_a_head(model):
+            has = "Mamba-1's" if _per_channel(model) else "none"
+            return f"{remedy} reads one step a head, as Mamba-2 has: {model.name} has {has}"
+        case Need.RATES if not _one_step_a_head(model):
+            has = "Mamba-1's, one a channel" if _per_channel(model) else "none"
+            return f"{remedy} needs one A a head, as Mamba-2 has: {model.name} has {has}"
         case Need.ATTENTION if not (model.attends and model.mixers):
             return f"{remedy} is for hybrids, and {model.name} has no {'attention' if model.mixers else 'recurrence'}"
         case Need.NO_ATTENTION if model.attends:
@@ -188,18 +189,12 @@ def _lacks(need: Need, remedy: str, model: LanguageModel, target_length: int | N
     return None
 
 
-def has_rates(model: LanguageModel) -> bool:
-    """Return whether every recurrent layer decays by one learned rate A a head, (H)."""
-    return all(getattr(mixer, "A", None) is not None and mixer.A.ndim == 1 for mixer in model.mixers)
+def _one_step_a_head(model: LanguageModel) -> bool:
+    return all(mixer.one_step_a_head for mixer in model.mixers)
 
 
-def has_steps(model: LanguageModel) -> bool:
-    """Return whether every recurrent layer takes one step dt a head and token, (B, T, H)."""
-    return has_rates(model) and all(hasattr(mixer, "steps") for mixer in model.mixers)
-
-
-def _gates_of(model: LanguageModel) -> str:
-    return "Mamba-1's" if any(getattr(mixer, "A", None) is not None for mixer in model.mixers) else "none"
+def _per_channel(model: LanguageModel) -> bool:
+    return any(getattr(mixer, "per_channel", False) for mixer in model.mixers)
 
 
 def _unknown_train_length(remedy: str, model: LanguageModel) -> str | None:

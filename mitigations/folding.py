@@ -33,7 +33,7 @@ def fold(model: Any, remedy: str | Remedy, text: Text | str | Path | None = None
             is then as it was.
     """
     remedy = parse_remedy(remedy)
-    if not all(hasattr(mixer, "A_log") for mixer in getattr(model, "mixers", [None])):
+    if not (getattr(model, "foldable", False) and model.module is model):  # (a wrapper may pass attributes on)
         raise InputError(f"{type(model).__name__} is no model of rnn_longctx.load: {remedy} is folded into those alone")
     if handles_on(model):
         raise InputError(f"{model.name} is under {active(model)[0]}: take it off before {remedy} is folded in")
