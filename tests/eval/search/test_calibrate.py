@@ -185,7 +185,7 @@ def test_the_file(tmp_path, monkeypatch):
     found, lm, path = calibrate(tiny(), "rri", 128, TEXT), tiny(), tmp_path / "remedy.yaml"
     found.save(path)
     remedy = parse_remedy(str(path))
-    assert remedy.found == found and str(parse_remedy(str(remedy))) == str(remedy)
+    assert remedy.content == found and str(parse_remedy(str(remedy))) == str(remedy)
     with mitigate(lm, found.remedy):
         expected = [m.policy for m in lm.mixers]
     with mitigate(lm, str(path)) as handle:

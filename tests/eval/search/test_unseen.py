@@ -7,7 +7,7 @@ import torch
 
 from rnn_longctx import InputError, evaluate, load_text, mitigate
 from rnn_longctx.data import ByteTokenizer, Text
-from rnn_longctx.eval.search import calibrate
+from rnn_longctx.eval.search.calibrate import calibrate
 from rnn_longctx.eval.search.unseen import DIGESTS, LEAST, shared, smallest_digests
 from rnn_longctx.models.lm import Mamba2LM
 from rnn_longctx.models.mixers.mamba2 import Mamba2Config
