@@ -17,11 +17,11 @@ from rnn_longctx.data import ByteTokenizer, Text
 from rnn_longctx.eval.search.calibrate import calibrate
 from rnn_longctx.measure.envelope import measure_envelope
 from rnn_longctx.measure.steps import measure_steps
+from rnn_longctx.measure.stream import tail_loss
 from rnn_longctx.mitigations import mitigate
 from rnn_longctx.models.adopt.adopting import adopt
 from rnn_longctx.models.generate import continuation, generate, prefill
 from rnn_longctx.models.modes import evaluating
-from rnn_longctx.measure.stream import tail_loss
 from rnn_longctx.probes.attribution import attribute
 from rnn_longctx.probes.held import dropped_share
 from rnn_longctx.probes.probe import probe
