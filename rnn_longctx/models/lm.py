@@ -14,6 +14,8 @@ from rnn_longctx.models.block import Backbone
 from rnn_longctx.models.cache import Cache
 from rnn_longctx.models.hashing import Identified
 from rnn_longctx.models.ids import refuse_offloaded, rows_of
+from rnn_longctx.models.interface import StateSize
+from rnn_longctx.models.layerwise import BlockByBlock
 from rnn_longctx.models.losses import head_losses, token_losses
 from rnn_longctx.models.mixers.mamba2 import Mamba2, Mamba2Config
 from rnn_longctx.models.precision import state_dtype
@@ -58,6 +60,20 @@ class Mamba2LM(Identified, nn.Module):
         self.restart: Restart | None = None
         self.reader: Reader | None = None
         self.spread: Callable[[Tensor, Tensor | None, Tensor | None], Stretch] | None = None
+
+    own_forward = attends = False
+    foldable = True
+
+    @property
+    def vocab_size(self) -> int:
+        return self.config.vocab_size
+
+    @property
+    def d_model(self) -> int:
+        return self.config.d_model
+
+    def state_size(self) -> StateSize:
+        return StateSize({"scan": self.config.scan_state_elements, "conv": self.config.conv_state_elements})
 
     @property
     def module(self) -> Mamba2LM:
@@ -174,3 +190,9 @@ class Mamba2LM(Identified, nn.Module):
 
     def new_cache(self) -> Cache:
         return Cache()
+
+    def refuse_own(self, ways: str) -> None:
+        """Nothing is to be refused: this model's forward follows its `restart`, and `generate` its `reader`."""
+
+    def layer_by_layer(self) -> BlockByBlock:
+        return BlockByBlock(self.backbone, self.config.residual_in_fp32)

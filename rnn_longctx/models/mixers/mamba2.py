@@ -107,6 +107,8 @@ class Mamba2Config:
 class Mamba2(nn.Module):
     """One mixer. `policy` is data: set it, and the next token follows it. `observer`, `state_dtype`: see `scan`."""
 
+    one_step_a_head = True
+
     def __init__(self, config: Mamba2Config):
         super().__init__()
         c = self.config = config
