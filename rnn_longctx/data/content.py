@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from rnn_longctx.errors import InputError
+from rnn_longctx.errors import InputError, one_line
 
 DAMAGED = (OSError, EOFError, lzma.LZMAError)  # (pyarrow's is an OSError)
 HEAD = 1024  # bytes that tell what a file is
@@ -75,7 +75,7 @@ def as_text(data: bytes, where: str) -> bytes:
         try:
             data = unpacked(io.BytesIO(data), packing).read()
         except DAMAGED as error:
-            raise InputError(f"{where}: its {packing} is damaged or cut short ({_one_line(error)})") from None
+            raise InputError(f"{where}: its {packing} is damaged or cut short ({one_line(error)})") from None
         packings.append(packing)
     inside = f"{where}, unpacked from {' and '.join(packings)}," if packings else where
     encoding = encoding_of(data[:4])
@@ -201,7 +201,3 @@ def _zipped(data: bytes) -> str:
     if any(name.endswith("data.pkl") for name in names):
         return f"looks like a PyTorch file; {_MODEL}"
     return f"looks like a ZIP archive; {_UNPACK}"
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:120]

@@ -15,7 +15,7 @@ from typing import Any
 
 from rnn_longctx.config import home_path
 from rnn_longctx.data.content import DAMAGED, lines
-from rnn_longctx.errors import InputError
+from rnn_longctx.errors import InputError, one_line
 
 JSONL = (".jsonl", ".ndjson")
 PACKED = ("", ".gz", ".bz2", ".xz", ".zst", ".lz4")  # how files of records are named; what packed one its bytes say
@@ -117,7 +117,7 @@ def _jsonl(path: Path, field: str) -> Iterator[bytes]:
             if text:
                 yield _document(text)
     except (*DAMAGED, UnicodeError) as error:
-        raise InputError(f"{path}: cannot be read after line {number} ({_one_line(error)})") from None
+        raise InputError(f"{path}: cannot be read after line {number} ({one_line(error)})") from None
 
 
 def _field(record: Any, field: str) -> str | None:
@@ -158,7 +158,7 @@ def _parquet(path: Path, column: str) -> Iterator[bytes]:
                 yield from (_document(text) for text in batch.column(0).to_pylist() if text)
                 row += len(batch)
     except (OSError, UnicodeDecodeError, pyarrow.ArrowException) as error:
-        raise InputError(f"{path}: cannot be read after row {row} ({_one_line(error)})") from None
+        raise InputError(f"{path}: cannot be read after row {row} ({one_line(error)})") from None
 
 
 def _hugging_face(spec: str) -> Source:
@@ -181,7 +181,7 @@ def _hugging_face(spec: str) -> Source:
             rows = datasets.load_dataset(dataset, *config, split=split, streaming=True)
         names = rows.column_names or list(next(iter(rows)))
     except Exception as error:  # datasets and its hub client raise many kinds
-        raise InputError(f"cannot load text {spec}: {_one_line(error)}") from None
+        raise InputError(f"cannot load text {spec}: {one_line(error)}") from None
     if column not in names:
         raise InputError(f"text {spec}: no column {column!r} (columns: {', '.join(names)})")
 
@@ -194,7 +194,7 @@ def _hugging_face(spec: str) -> Source:
                 good += 1
         except Exception as error:
             where = f"text {spec}: shard {i + 1} of {rows.num_shards}"
-            raise InputError(f"{where} cannot be read after row {good} ({_one_line(error)})") from None
+            raise InputError(f"{where} cannot be read after row {good} ({one_line(error)})") from None
 
     local = Path(dataset).exists()
     name, where = (Path(dataset).resolve().name, str(Path(dataset).resolve())) if local else (dataset, dataset)
@@ -217,7 +217,3 @@ def _from_disk(datasets: Any, folder: str, split: str) -> Any:
         raise InputError(f"no split {split!r} (splits: {', '.join(splits)})")
     found = splits[split]
     return found.to_iterable_dataset(num_shards=max(1, min(len(found.cache_files), len(found))))
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from rnn_longctx.config import home_path
-from rnn_longctx.errors import InputError
+from rnn_longctx.errors import InputError, one_line
 
 _FILES = ["config.json", "*tokenizer*", "special_tokens*", "added_tokens.json", "vocab*", "merges.txt"]
 
@@ -168,7 +168,7 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
             fast = Fast.from_file(str(file))
             eos = _eos_token(directory)
         except Exception as error:
-            raise InputError(f"cannot read tokenizer {file}: {_one_line(error)}") from None
+            raise InputError(f"cannot read tokenizer {file}: {one_line(error)}") from None
         return HFTokenizer(fast, directory.resolve().name, fast.token_to_id(eos) if eos else None, directory)
     if directory.exists() and not (directory / "tokenizer_config.json").is_file():
         raise InputError(f"{spec} holds no tokenizer.json; expected a tokenizer directory, a hub id or bytes")
@@ -182,7 +182,7 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except Exception as error:  # transformers and its hub client raise many kinds
         what = "" if directory.exists() else ", which is neither a directory nor a hub id that can be reached"
-        raise InputError(f"cannot load tokenizer {str(spec)!r}{what}: {_one_line(error)}") from None
+        raise InputError(f"cannot load tokenizer {str(spec)!r}{what}: {one_line(error)}") from None
     return HFTokenizer(tokenizer, directory.resolve().name if directory.exists() else str(spec))
 
 
@@ -213,8 +213,3 @@ def _eos_token(directory: Path) -> str | None:
     file = directory / "tokenizer_config.json"
     token = json.loads(file.read_text(encoding="utf-8")).get("eos_token") if file.is_file() else None
     return token.get("content") if isinstance(token, dict) else token
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return text if len(text) <= 200 else text[:197] + "..."
