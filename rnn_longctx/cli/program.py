@@ -12,29 +12,56 @@ from typer.core import TyperGroup
 
 from rnn_longctx.cli.command import COMMANDS, flattened
 from rnn_longctx.cli.options import Many
-from rnn_longctx.errors import InputError
+from rnn_longctx.errors import InputError, one_line
 
 
-class _PluginsFirst(TyperGroup):
-    """`--plugin` may stand anywhere on the line: what it brings is there before a command is looked at."""
+class _Program(TyperGroup):
+    """The commands of the registry. `--plugin` may stand anywhere on the line: what it registers, a command too, is
+    there before a command is looked for."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        from rnn_longctx.plugins import load_plugin
-
-        rest, words = [], iter(args)
+        line, words = [], iter(args)
         for word in words:
             name, equals, value = word.partition("=")
-            if name != "--plugin":
-                rest.append(word)
-            elif value := value if equals else next(words, ""):
-                load_plugin(value)
+            if word == "--":  # what follows are no options
+                line += [word, *words]
+            elif name != "--plugin":
+                line.append(word)
             else:
-                raise InputError("--plugin needs a module, or a file: --plugin my_remedy.py")
-        return super().parse_args(ctx, rest)
+                _load(value if equals else next(words, ""))
+        self.commands |= _registered()
+        return super().parse_args(ctx, line)
+
+
+def _load(plugin: str) -> None:
+    """Import a plugin. Raises InputError, which names it, for whatever goes wrong in it."""
+    from rnn_longctx.plugins import load_plugin
+
+    if not plugin:
+        raise InputError("--plugin needs a module, or a file: --plugin my_remedy.py")
+    try:
+        load_plugin(plugin)
+    except InputError as error:
+        raise InputError(f"--plugin {plugin}: {error}") from None
+    except Exception as error:  # its code is somebody else's
+        raise InputError(
+            f"--plugin {plugin} fails as it is imported: {type(error).__name__}: {one_line(error)}"
+        ) from error
+
+
+def _registered() -> dict[str, Any]:
+    """Return the commands of the registry as click runs them, by their names."""
+    program = typer.Typer(add_completion=False)
+    for name, command in COMMANDS.items():
+        if isinstance(command.run, typer.Typer):
+            program.add_typer(command.run, name=name)
+        else:
+            program.command(name)(flattened(command.run))
+    return typer.main.get_group(program).commands
 
 
 app = typer.Typer(
-    cls=_PluginsFirst,
+    cls=_Program,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -48,14 +75,7 @@ def _options(
         Many, typer.Option(help="A module or a .py file with a remedy, mixer or task of your own; again for more.")
     ] = None,
 ) -> None:
-    """(`_PluginsFirst` reads it.)"""
-
-
-for name, command in COMMANDS.items():
-    if isinstance(command.run, typer.Typer):
-        app.add_typer(command.run, name=name)
-    else:
-        app.command(name)(flattened(command.run))
+    """(`_Program` reads it.)"""
 
 
 def _tune_cpu() -> None:
@@ -68,7 +88,8 @@ def _tune_cpu() -> None:
 
 
 def main() -> None:
-    """Entry point. Errors of input and a full GPU are one line; a reader that went away (`| head`) is no error."""
+    """Run the command line. An error of input or a full GPU is one line; a reader that went away (`| head`) is no
+    error."""
     _tune_cpu()
     try:
         app(standalone_mode=True)
