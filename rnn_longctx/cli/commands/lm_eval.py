@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from rnn_longctx.cli.command import command
 from rnn_longctx.cli.options import MODEL_HELP, Many, ModelOptions, option
+
+if TYPE_CHECKING:
+    from rnn_longctx.eval.harness.run import HarnessConfig
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,19 @@ class HarnessOptions:
     ] = None
     seed: Annotated[int, typer.Option(help="Of prompts that are made of a length, and of sampling.")] = 0
 
+    def config(self, tasks: str) -> HarnessConfig:
+        """Return what is asked, checked."""
+        from rnn_longctx.config import parse_length
+        from rnn_longctx.eval.harness.run import HarnessConfig
+
+        values = vars(self) | {
+            "tasks": [name.strip() for name in tasks.split(",") if name.strip()],
+            "mitigations": self.mitigation or ["none"],
+            "max_length": None if self.max_length is None else parse_length(self.max_length),
+        }
+        values.pop("mitigation")
+        return HarnessConfig(**values)
+
 
 @command("lm-eval")
 def lm_eval(
@@ -47,23 +63,12 @@ def lm_eval(
     """Tasks of EleutherAI's lm-eval at chosen lengths, without and with remedies: a table, JSON and CSV."""
     import logging
 
-    from rnn_longctx.config import parse_length, parse_lengths
-    from rnn_longctx.mitigations import parse_remedy
-
-    c = harness
-    names, remedies = [t.strip() for t in tasks.split(",") if t.strip()], c.mitigation or ["none"]
-    parse_lengths(c.lengths)
-    for words in remedies:  # a misspelt name shows before anything is loaded
-        parse_remedy(words)
     from rnn_longctx.eval.harness.run import lm_eval_table
 
+    config = harness.config(tasks)  # a misspelt name shows before anything is loaded
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    frame = lm_eval_table(
-        options.load(model), names, c.lengths, remedies, limit=c.limit,
-        include_path=c.include_path, data=c.data, out=c.out, batch=c.batch, seed=c.seed, add_bos_token=c.add_bos_token,
-        max_length=None if c.max_length is None else parse_length(c.max_length), progress=sys.stderr.isatty(),
-    )  # fmt: skip
+    frame = lm_eval_table(options.load(model), config, progress=sys.stderr.isatty())
     hidden = ["model", "weights_hash", "dtype", "tokens_read_min", "tokens_read_max", "seed"]
     shown = frame.drop(columns=hidden + (["state_dtype"] if options.state_dtype is None else []))
     typer.echo(shown.to_string(index=False, na_rep="-", float_format=lambda v: f"{v:.4g}"))
-    typer.echo(f"{c.out}: lm_eval.json, lm_eval.csv (seed {c.seed})")
+    typer.echo(f"{config.out}: lm_eval.json, lm_eval.csv (seed {config.seed})")
