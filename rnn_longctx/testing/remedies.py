@@ -26,7 +26,7 @@ from rnn_longctx.models.lm import Mamba2LM
 from rnn_longctx.models.mixers.mamba2 import Mamba2Config
 from rnn_longctx.recurrence.policy import PLAIN
 
-TRAIN_LENGTH, TARGET_LENGTH = 32, 96  # tokens
+TRAIN_LENGTH, TARGET_LENGTH = 32, 72  # tokens
 ALPHABET = "abcdefghijklmnopqrstuvwxyz "  # of the text that is calibrated on
 
 
@@ -63,7 +63,8 @@ def is_applicable(text: str, model: LanguageModel) -> bool:
         _on(text, model).remove()
     except NotApplicable as error:
         reason = str(error)
-        assert reason.startswith(parse_remedy(text).name), f"the reason does not begin with the remedy's name: {reason}"
+        names = tuple(part.name for part in parse_remedy(text).parts)
+        assert reason.startswith(names), f"the reason does not begin with the remedy's name: {reason}"
         assert "\n" not in reason, f"the reason takes several lines: {reason}"
         assert active(model) == ("none", None), f"{text} is not applicable to {model.name}, and is on it"
         return False
@@ -98,10 +99,10 @@ def check_cuts(text: str, model: LanguageModel, seed: int = 0) -> None:
     """How a stream is cut into calls changes nothing but rounding."""
     draw = random.Random(seed)
     ids = _ids(model, seed, rows=2)
-    close = 1e-8 if model.dtype == torch.float64 else 1e-3
+    close = 1e-5 if model.own_forward else 1e-8  # (parts of transformers compute in float32 whatever the model is in)
     with _on(text, model):
         whole = _read(model, ids)
-        for _ in range(3):
+        for _ in range(2):
             cuts = sorted(draw.sample(range(1, TARGET_LENGTH), draw.randint(1, 5)))
             read = _read(model, ids, [0, *cuts, TARGET_LENGTH])
             off = float((read - whole).abs().max())
