@@ -28,6 +28,7 @@ from torch import Tensor
 
 from rnn_longctx.config import home_path
 from rnn_longctx.errors import InputError
+from rnn_longctx.models.mixers import MIXERS
 from rnn_longctx.recurrence.carry import ON_CPU, ScanCarry, WindowCarry, tree_map
 from rnn_longctx.recurrence.ssd.window import level
 
@@ -120,11 +121,6 @@ class Cache:
         tensors: list[Tensor] = []
         tree_map(tensors.append, self)
         return tensors
-
-    def with_leaves(self, tensors: list[Tensor]) -> Cache:
-        """Return a cache like this one that holds other tensors, in the order of `leaves`."""
-        ahead = iter(tensors)
-        return tree_map(lambda _: next(ahead), self)
 
     def rows(self, index: Tensor | list[int]) -> Cache:
         """Return the cache of some rows, in that order (beam search, ragged batches)."""
@@ -220,5 +216,7 @@ def _unflatten(shape: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     if "tensor" in shape:
         return tensors[shape["tensor"]]
     if "type" in shape:
+        if shape["type"] not in _TYPES:
+            len(MIXERS)  # imports those that nothing has asked for yet
         return _TYPES[shape["type"]](**{k: _unflatten(v, name, tensors) for k, v in shape["fields"].items()})
     return shape["value"]

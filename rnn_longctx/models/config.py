@@ -68,8 +68,8 @@ class ModelConfig:
 def model_config(data: Mapping[str, Any], where: str = "") -> ModelConfig | Mamba2Config:
     """Return the config that a mapping spells out: a `ModelConfig` where it says `mixer`, a flat Mamba-2 otherwise.
     where: leads every error message. Raises InputError as `from_dict` does."""
-    kind: type[ModelConfig] | type[Mamba2Config] = ModelConfig if "mixer" in data else Mamba2Config
-    return from_dict(kind, data, where)
+    named = isinstance(data, Mapping) and "mixer" in data
+    return from_dict(ModelConfig if named else Mamba2Config, data, where)
 
 
 class _Configs(Mapping[str, type]):

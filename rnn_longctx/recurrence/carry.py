@@ -68,7 +68,7 @@ class ScanCarry:
 
     state: Tensor
     position: Tensor = field(metadata=ON_CPU)
-    log_decay: Tensor
+    log_decay: Tensor = field(metadata={"tally": True})  # only policies and observers read it
     window: WindowCarry | None = None
 
     @classmethod

@@ -43,6 +43,8 @@ class Recurrent(nn.Module):
         name, Config: the mixer's name, and the dataclass of its parameters (`rnn_longctx.models.config`).
         per_channel: whether every channel of the state decays by itself.
         stepped: whether `inputs` gives `SteppedGates`.
+        one_step_a_head: whether a token has one step a head, from what `in_proj` gives, which `steps` works out.
+        heads, headdim, d_state: the shape (H, P, N) of a row's state.
         policy, observer, backend, state_dtype: see `rnn_longctx.recurrence.ssd.scan.scan`.
         tap: is called with the `MixerReading` of every call, before its scan; None: nobody looks.
     """
@@ -53,9 +55,8 @@ class Recurrent(nn.Module):
     per_channel: ClassVar[bool] = False
     stepped: ClassVar[bool] = True
 
-    heads: int
-    headdim: int
-    d_state: int
+    one_step_a_head: ClassVar[bool] = False
+
     norm: RMSNorm
     out_proj: nn.Linear
 
@@ -70,6 +71,18 @@ class Recurrent(nn.Module):
     @classmethod
     def of(cls, config: Any, model: Shape) -> Recurrent:
         """Make the mixer of one layer of a model."""
+        raise NotImplementedError
+
+    @property
+    def heads(self) -> int:
+        raise NotImplementedError
+
+    @property
+    def headdim(self) -> int:
+        raise NotImplementedError
+
+    @property
+    def d_state(self) -> int:
         raise NotImplementedError
 
     # --- the layer

@@ -130,6 +130,7 @@ class Mamba2(Recurrent):
     """A Mamba-2 layer. `policy` is data: set it, and the next token follows it."""
 
     name, Config = "mamba2", Mamba2Layer
+    one_step_a_head = True
 
     def __init__(self, config: Mamba2Config):
         super().__init__()
