@@ -53,7 +53,10 @@ class ModelConfig:
             raise InputError('mixer: expected at least one, such as "mamba2"')
         with torch.device("meta"):
             for text in dict.fromkeys(self.texts):  # whoever does not fit says so
-                _make(text, self)
+                try:
+                    _make(text, self)
+                except InputError as error:
+                    raise InputError(f"mixer: {error}") from None
 
     @property
     def texts(self) -> list[str]:
