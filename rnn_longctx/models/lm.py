@@ -20,10 +20,10 @@ from rnn_longctx.models.precision import state_dtype
 from rnn_longctx.models.restart import Restart, read_restarting
 from rnn_longctx.recurrence.backends import Call, choose
 from rnn_longctx.recurrence.policy import PLAIN
-from rnn_longctx.recurrence.ssd.scan import asked_of
+from rnn_longctx.recurrence.ssd.scan import compute_dtype
 
 if TYPE_CHECKING:
-    from rnn_longctx.recurrence.ssd.parallel import Stretch
+    from rnn_longctx.recurrence.shard import Shard
 
 # (model, ids (B, T), segment) to the logits (B, vocab) after the last token, and the cache
 Reader = Callable[[Any, Tensor, int], tuple[Tensor, Cache]]
@@ -38,7 +38,7 @@ class Mamba2LM(Identified, nn.Module):
         eos_token_id: the id or ids that its config ends an answer with, beside the tokenizer's, or None.
         restart: a control that drops the state and reads the last tokens again, or None.
         reader: how a prompt is read where that is not token after token, or None.
-        spread: finds the stretch of a call, of ids, mask and reset, where a stream is spread over several ranks (see
+        spread: finds the shard of a call, of ids, mask and reset, where a stream is spread over several ranks (see
             `rnn_longctx.train.parallel`), or None.
     """
 
@@ -57,7 +57,7 @@ class Mamba2LM(Identified, nn.Module):
         self.provenance: dict = {}
         self.restart: Restart | None = None
         self.reader: Reader | None = None
-        self.spread: Callable[[Tensor, Tensor | None, Tensor | None], Stretch] | None = None
+        self.spread: Callable[[Tensor, Tensor | None, Tensor | None], Shard] | None = None
 
     @property
     def module(self) -> Mamba2LM:
@@ -77,7 +77,7 @@ class Mamba2LM(Identified, nn.Module):
     @property
     def backend(self) -> str:
         """The scan that the present policies choose here."""
-        asked = asked_of(self.dtype, self.state_dtype)
+        asked = compute_dtype(self.dtype, self.state_dtype)
         call = Call(self.device, asked, False, self.config.headdim, self.config.d_state)
         return "+".join(sorted({choose(m.policy, m.backend, call).name for m in self.mixers}))
 
@@ -137,7 +137,7 @@ class Mamba2LM(Identified, nn.Module):
         """`forward` without the reader's control."""
         if cache.layers and len(cache.position) != len(ids):
             raise InputError(f"the cache holds {len(cache.position)} rows, the ids {len(ids)}")
-        stretch = None if self.spread is None else self.spread(ids, mask, reset)
+        shard = None if self.spread is None else self.spread(ids, mask, reset)
         if ids.shape[1] == 0:
             return self.backbone.embedding.weight.new_zeros(*ids.shape, self.config.d_model)
         if mask is not None and bool(mask.all()):
@@ -146,9 +146,9 @@ class Mamba2LM(Identified, nn.Module):
         for i, block in enumerate(self.backbone.blocks):
             normed, h = block.norm.add(h, out, self.config.residual_in_fp32)
             before = cache.layers[i] if cache.layers else None
-            out, carry = block.mixer(normed, before, mask, reset, unscaled=True, stretch=stretch)
+            out, carry = block.mixer(normed, before, mask, reset, unscaled=True, shard=shard)
             carries.append(carry)
-        length = ids.shape[1] if stretch is None else stretch.total
+        length = ids.shape[1] if shard is None else shard.total
         read = torch.full((len(ids),), length, device="cpu") if mask is None else mask.sum(1).cpu()
         cache.position = read + (cache.position if cache.layers else 0)
         cache.layers = carries

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from streams import reference_scan
 
 from rnn_longctx.data import Text
 from rnn_longctx.errors import InputError
@@ -17,7 +18,6 @@ from rnn_longctx.models.generate import continuation, generate, prefill
 from rnn_longctx.models.lm import Mamba2LM
 from rnn_longctx.models.mixers.mamba2 import Mamba2Config
 from rnn_longctx.models.saved_state import save_state
-from rnn_longctx.recurrence.ssd import reference
 
 
 def scans(model, ids):
@@ -253,8 +253,8 @@ def test_reference_of_a_filter():
     from rnn_longctx.recurrence.policy import ScanPolicy
 
     A = -torch.ones(1).double()
-    y, state, _ = reference.scan(x, dt, A, B, C, dt_softplus=False, policy=ScanPolicy(min_dt=0.1))
+    y, state, _ = reference_scan(x, dt, A, B, C, dt_softplus=False, policy=ScanPolicy(min_dt=0.1))
     some = [0, 2, 4, 5]
-    z, left, _ = reference.scan(x[:, some], dt[:, some], A, B[:, some], C[:, some], dt_softplus=False)
+    z, left, _ = reference_scan(x[:, some], dt[:, some], A, B[:, some], C[:, some], dt_softplus=False)
     torch.testing.assert_close(y[:, some], z)
     torch.testing.assert_close(state, left)

@@ -166,7 +166,8 @@ def test_eps_of_a_norm_is_one_everywhere(make, monkeypatch):
 
     monkeypatch.setattr(model.mixers[0].norm, "gate", lambda z: Gate())
     scan = rnn_longctx.models.mixers.mamba2.scan
-    monkeypatch.setattr("rnn_longctx.models.mixers.mamba2.scan", lambda *a, gate, **k: scan(*a, gate=None, **k))
+    plain = lambda *a, output_gate, **k: scan(*a, output_gate=None, **k)  # noqa: E731
+    monkeypatch.setattr("rnn_longctx.models.mixers.mamba2.scan", plain)
     with torch.no_grad():
         model.mixers[0](torch.randn(1, 3, 24), None, None, None, unscaled=True)
     assert held[0][3] == 0.25

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,12 +16,12 @@ from rnn_longctx.models.conv import causal_conv
 from rnn_longctx.models.deferred import DeferredNorm
 from rnn_longctx.models.ids import refuse_offloaded
 from rnn_longctx.models.norm import RMSNorm
+from rnn_longctx.recurrence.gates import ScanInputs, SteppedGates
 from rnn_longctx.recurrence.policy import PLAIN, ScanPolicy
+from rnn_longctx.recurrence.shard import Shard
+from rnn_longctx.recurrence.span import Span
 from rnn_longctx.recurrence.ssd.scan import scan
 from rnn_longctx.recurrence.statistics import Observer
-
-if TYPE_CHECKING:
-    from rnn_longctx.recurrence.ssd.parallel import Stretch
 
 LARGEST = torch.finfo(torch.float32).max
 LARGEST_SIZE = 2**24  # of a model's shape: beyond, a config is damaged, and making the model would take for ever
@@ -160,17 +160,17 @@ class Mamba2(nn.Module):
 
     def forward(self, u: Tensor, carry: Carry | None, mask: Tensor | None, reset: Tensor | None,
                 unscaled: bool = False,
-                stretch: Stretch | None = None) -> tuple[Tensor | DeferredNorm, Carry]:  # fmt: skip
+                shard: Shard | None = None) -> tuple[Tensor | DeferredNorm, Carry]:  # fmt: skip
         """(B, T, d_model) in and out, with the carry after it. unscaled: where the scan can apply the norm, its factor
-        a token may be left to the sum that comes next, which saves a pass over memory. stretch: of the stream, where it
+        a token may be left to the sum that comes next, which saves a pass over memory. shard: of the stream, where it
         is spread over several ranks; the carries are then those before and after all of it."""
         c = self.config
         z, xBC, dt = self.in_proj(u).split([c.d_inner, c.conv_dim, c.nheads], -1)
         if mask is not None:
             xBC = xBC * mask[..., None]
         edge = carry.conv if carry else None
-        if stretch is not None:
-            edge, last = stretch.edges(xBC, c.d_conv - 1, edge, reset)
+        if shard is not None:
+            edge, last = shard.edges(xBC, c.d_conv - 1, edge, reset)
         xBC, conv = causal_conv(xBC, self.conv1d, edge, reset)
         x, B, C = xBC.split([c.d_inner, c.ngroups * c.d_state, c.ngroups * c.d_state], -1)
         groups = (c.ngroups, c.d_state)
@@ -178,12 +178,14 @@ class Mamba2(nn.Module):
         last_product = self.out_proj
         linear = last_product.bias is None and not (last_product._forward_hooks or last_product._forward_pre_hooks)
         gate = self.norm.gate(z.unflatten(-1, (c.nheads, c.headdim))) if unscaled and linear else None
-        conv = conv if stretch is None else last
-        y, scanned = (scan if stretch is None else stretch.scan)(
-            x.unflatten(-1, (c.nheads, c.headdim)), dt, self.A,
-            B.unflatten(-1, groups), C.unflatten(-1, groups), dt_bias=self.dt_bias, dt_limit=c.dt_limit, D=self.D,
-            policy=self.policy, carry=carry.scan if carry else None, reset=reset, mask=mask, backend=self.backend,
-            observer=self.observer, gate=gate, state_dtype=self.state_dtype,
+        conv = conv if shard is None else last
+        inputs = ScanInputs(
+            x.unflatten(-1, (c.nheads, c.headdim)), B.unflatten(-1, groups), C.unflatten(-1, groups), self.D
+        )
+        y, scanned = scan(
+            inputs, SteppedGates(dt, self.A, self.dt_bias, c.dt_limit), Span(mask, reset, shard), policy=self.policy,
+            carry=carry.scan if carry else None, backend=self.backend, observer=self.observer, output_gate=gate,
+            state_dtype=self.state_dtype,
         )  # fmt: skip
         if gate is not None and gate.squares is not None:
             out = DeferredNorm(self.out_proj(y.flatten(-2)), gate.squares, c.d_inner, self.norm.eps)
