@@ -30,8 +30,9 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """A layer: h <- h + mixer(norm(h)), and with an MLP h <- h + mlp(norm2(h)). Every sum is made together with the norm
-    after it."""
+    """A layer: h <- h + mixer(norm(h)), and with an MLP h <- h + mlp(norm2(h)).
+
+    Every sum is made together with the norm after it."""
 
     def __init__(self, config: Shape, mixer: nn.Module):
         super().__init__()

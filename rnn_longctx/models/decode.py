@@ -14,6 +14,7 @@ from rnn_longctx.models.lm import LM
 from rnn_longctx.models.mixers.mamba2 import Mamba2
 from rnn_longctx.models.norm import RMSNorm
 from rnn_longctx.models.patches import patched
+from rnn_longctx.recurrence import triton
 from rnn_longctx.recurrence.carry import ScanCarry
 from rnn_longctx.recurrence.ssd import fused
 
@@ -49,9 +50,9 @@ class Decoder:
             return "steps this library's own models"
         if not all(type(layer.mixer) is Mamba2 and layer.mlp is None for layer in model.layers):
             return "steps layers of Mamba-2 alone"
-        if fused.missing() is not None or not (model.device.type == "cuda" or fused.interpreted()):
+        if triton.missing() is not None or not (model.device.type == "cuda" or triton.interpreted()):
             return "needs a CUDA device and Triton"
-        if model.dtype not in fused.DTYPES:
+        if model.dtype not in triton.DTYPES:
             return f"steps bfloat16, float16 and float32, not {model.dtype}"
         if not cache.layers:
             return "goes on from a prompt, and nothing has been read"

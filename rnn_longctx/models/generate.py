@@ -31,7 +31,7 @@ from rnn_longctx.models.stops import (
     tokenizer_for_text,
     unused_rows,
 )
-from rnn_longctx.recurrence.ssd import fused
+from rnn_longctx.recurrence import triton
 
 # Tokens between two looks at whether an answer has ended, where a GPU runs ahead, no cache is kept and no text is taken
 # on the way; what is said beyond the end is dropped.
@@ -102,7 +102,7 @@ class Continuation(Iterator[Tensor]):
                  generator: torch.Generator | None = None):  # fmt: skip
         self.model, self.temperature, self.generator = model, temperature, generator
         self._cache, self._logits = cache, logits
-        self._decoder = None if Decoder.refuses(model, cache) or fused.interpreted() else Decoder(model, cache)
+        self._decoder = None if Decoder.refuses(model, cache) or triton.interpreted() else Decoder(model, cache)
         self._unused = unused_rows(tokenizer_at_hand(model), logits.shape[-1], logits.device)
         self._token: Tensor | None = None  # said, and not read yet
 

@@ -35,7 +35,7 @@ def check_mixer(text: str, seed: int = 0) -> None:
 
 
 def small_model(text: str, seed: int, layers: int = 2) -> LM:
-    """Return a model of such layers in float64, whose embedding and biases are large enough for every part to matter."""
+    """Return a model of such layers in float64, whose embedding is large enough for every part to matter."""
     torch.manual_seed(seed)
     random.seed(seed)
     model = LM(ModelConfig(text, d_model=D_MODEL, n_layer=layers, vocab_size=VOCAB)).double().eval()

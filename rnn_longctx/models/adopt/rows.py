@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rnn_longctx.errors import InputError
 from rnn_longctx.models.adopt.layer import Beside
-from rnn_longctx.models.cache import Cache, Carry, tree_zip, level_tails
+from rnn_longctx.models.cache import Cache, Carry, level_tails, tree_zip
 from rnn_longctx.recurrence.carry import ScanCarry
 from rnn_longctx.recurrence.ssd.window import level, window_state
 

@@ -32,6 +32,7 @@ from rnn_longctx.recurrence.span import Span
 from rnn_longctx.recurrence.ssd.scan import compute_dtype, scan
 from rnn_longctx.recurrence.statistics import Observer
 
+
 class Recurrent(nn.Module):
     """A mixer of a linear recurrence. `policy` is data: set it, and the next token follows it.
 
@@ -87,9 +88,7 @@ class Recurrent(nn.Module):
 
     # --- the layer
 
-    def inputs(
-        self, u: Tensor, carry: Carry | None, span: Span
-    ) -> tuple[ScanInputs, Gates | SteppedGates, Rest]:
+    def inputs(self, u: Tensor, carry: Carry | None, span: Span) -> tuple[ScanInputs, Gates | SteppedGates, Rest]:
         """Return what the scan reads of u (B, T, d_model), and what is needed after it. Nothing else knows the
         projections."""
         raise NotImplementedError
@@ -175,6 +174,4 @@ class Recurrent(nn.Module):
         dtype = torch.promote_types(weight.dtype, torch.float32)
         conv = None if self.channels is None else torch.zeros(rows, *self.channels, dtype=dtype, device=weight.device)
         sizes = (rows, self.heads, self.headdim, self.d_state)
-        return Carry(
-            conv, ScanCarry.start(*sizes, per_channel=self.per_channel, dtype=dtype, device=weight.device)
-        )
+        return Carry(conv, ScanCarry.start(*sizes, per_channel=self.per_channel, dtype=dtype, device=weight.device))

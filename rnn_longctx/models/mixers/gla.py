@@ -49,9 +49,7 @@ class GLAConfig:
         """Return the channels of one head. Raises InputError where heads do not divide them."""
         width = expand * d_model
         if width != int(width) or int(width) < self.heads or int(width) % self.heads:
-            raise InputError(
-                f"gla: {expand:g} * d_model = {width:g} channels do not divide into {self.heads} heads"
-            )
+            raise InputError(f"gla: {expand:g} * d_model = {width:g} channels do not divide into {self.heads} heads")
         return int(width) // self.heads
 
 
@@ -71,9 +69,7 @@ class GLA(Recurrent):
         self.k_proj = nn.Linear(model.d_model, keys, bias=False)
         self.v_proj = nn.Linear(model.d_model, values, bias=False)
         self.g_proj = nn.Linear(model.d_model, values, bias=False)
-        self.decay_proj = nn.Sequential(
-            nn.Linear(model.d_model, config.rank, bias=False), nn.Linear(config.rank, keys)
-        )
+        self.decay_proj = nn.Sequential(nn.Linear(model.d_model, config.rank, bias=False), nn.Linear(config.rank, keys))
         self.norm = RMSNorm(self.headdim, model.norm_eps)
         self.out_proj = nn.Linear(values, model.d_model, bias=False)
         with torch.no_grad():

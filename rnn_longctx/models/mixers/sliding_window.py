@@ -138,7 +138,9 @@ def turned(x: Tensor, first: int) -> Tensor:
     """Return x (B, T, H, D) turned by the angles of the places from `first` on."""
     half, wide = x.shape[-1] // 2, torch.promote_types(x.dtype, torch.float32)
     rates = BASE ** (-torch.arange(half, device=x.device, dtype=wide) / half)
-    angles = torch.arange(first, first + x.shape[1], device=x.device, dtype=wide)[:, None, None] * rates  # (T, 1, D / 2)
+    angles = (
+        torch.arange(first, first + x.shape[1], device=x.device, dtype=wide)[:, None, None] * rates
+    )  # (T, 1, D / 2)
     cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
     a, b = x.split(half, -1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
