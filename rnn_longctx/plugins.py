@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 
 from rnn_longctx.config import home_path
 from rnn_longctx.errors import InputError
+from rnn_longctx.registry import Registry
 
 T = TypeVar("T", bound=type)
 
@@ -41,9 +42,8 @@ def register(thing: T) -> T:
     """
     for _, base, registry in _KINDS:
         if isinstance(thing, type) and issubclass(thing, _named(base)):
-            things = _named(registry)
-            if isinstance(getattr(thing, "name", None), str):
-                _ = thing.name in things  # imports the file that has the name already, if there is one
+            things: Registry[T] = _named(registry)
+            _ = getattr(thing, "name", None) in things  # imports the file that has the name already, if there is one
             return things.register(thing)
     kinds = ", ".join(f"a {what} ({base.partition(':')[2]})" for what, base, _ in _KINDS)
     raise InputError(f"{thing!r:.80} cannot be registered: it is none of {kinds}")

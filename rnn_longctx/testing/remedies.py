@@ -20,9 +20,10 @@ from rnn_longctx.errors import InputError
 from rnn_longctx.mitigations import NotApplicable, active, mitigate, parse_remedy
 from rnn_longctx.mitigations.base import REMEDIES
 from rnn_longctx.models.adopt.adopting import adopt
+from rnn_longctx.models.config import ModelConfig
 from rnn_longctx.models.generate import prefill
 from rnn_longctx.models.interface import LanguageModel
-from rnn_longctx.models.lm import Mamba2LM
+from rnn_longctx.models.lm import LM
 from rnn_longctx.models.mixers.mamba2 import Mamba2Config
 from rnn_longctx.recurrence.policy import PLAIN
 
@@ -139,10 +140,20 @@ def calibration_text() -> Text:
 
 
 def own_model(seed: int = 0) -> LanguageModel:
-    """Return a model of this library, of 3 layers, some of whose heads hardly forget, in float64."""
+    """Return a model of this library, of 3 Mamba-2 layers, some of whose heads hardly forget, in float64."""
+    return _own(
+        Mamba2Config(d_model=32, n_layer=3, headdim=16, d_state=8, A_init=(1e-3, 1.0), A_log_uniform=True), seed
+    )
+
+
+def model_of(mixer: str | list[str], seed: int = 0) -> LanguageModel:
+    """Return a model of this library, of 2 layers of other mixers, as `name:key=value`, in float64."""
+    return _own(ModelConfig(mixer, d_model=32, n_layer=2, vocab_size=256), seed)
+
+
+def _own(config: Any, seed: int) -> LanguageModel:
     torch.manual_seed(seed)
-    config = Mamba2Config(d_model=32, n_layer=3, headdim=16, d_state=8, A_init=(1e-3, 1.0), A_log_uniform=True)
-    model = Mamba2LM(config).double().eval()
+    model = LM(config).double().eval()
     model.name, model.train_length, model.tokenizer = "own", TRAIN_LENGTH, ByteTokenizer()
     return model
 
@@ -166,6 +177,8 @@ _BAMBA = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2,
 
 KINDS: dict[str, Callable[[int], LanguageModel]] = {
     "own": own_model,
+    "given gates": lambda seed: model_of("gla:heads=2", seed),
+    "attention alone": lambda seed: model_of("sliding-window:heads=2,window=16", seed),
     "adopted Mamba-2": lambda seed: adopted_model("Mamba2", seed, **_MAMBA2),
     "adopted Mamba-1": lambda seed: adopted_model("Mamba", seed, **_MAMBA1),
     "hybrid": lambda seed: adopted_model("Bamba", seed, **_BAMBA),

@@ -64,6 +64,8 @@ def test_which_kinds_of_models_take_which_remedies(models):
     """What `needs` says, and what happens, are the same."""
     lacks = {
         "own": {Need.ATTENTION},
+        "given gates": {Need.ATTENTION, Need.STEPS, Need.RATES},
+        "attention alone": {Need.RECURRENCE, Need.ATTENTION, Need.STEPS, Need.RATES, Need.NO_ATTENTION},
         "adopted Mamba-2": {Need.ATTENTION},
         "adopted Mamba-1": {Need.ATTENTION, Need.STEPS, Need.RATES},
         "hybrid": {Need.NO_ATTENTION},
