@@ -194,7 +194,8 @@ def _one_step_a_head(model: LanguageModel) -> bool:
 
 
 def _per_channel(model: LanguageModel) -> bool:
-    return any(getattr(mixer, "per_channel", False) for mixer in model.mixers)
+    """Whether a layer learned its rates for every channel of the state, as Mamba-1 does."""
+    return any(mixer.per_channel and mixer.A is not None for mixer in model.mixers)
 
 
 def _unknown_train_length(remedy: str, model: LanguageModel) -> str | None:

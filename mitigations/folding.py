@@ -47,16 +47,15 @@ def fold(model: Any, remedy: str | Remedy, text: Text | str | Path | None = None
         raise InputError(f"{remedy} cannot be folded into weights: {', '.join(first)} and {last} can")
     plan = combine(plans, model)
     entry = {"mitigation": str(remedy), "name": model.name, "weights": model.weights_hash}
-    before = [mixer.A_log.data for mixer in model.mixers]
-    for mixer, A_log, policy in zip(model.mixers, before, plan.policies):
-        log = torch.as_tensor(policy.mul, dtype=torch.float64, device=model.device).log()
-        # at least float32, as a checkpoint keeps it; a new tensor, for the old one may be a mapped file's
-        mixer.A_log.data = (A_log.double() + log).to(torch.promote_types(A_log.dtype, torch.float32))
+    before = [(p, p.data) for p in model.parameters()]
     try:
+        for mixer, policy in zip(model.mixers, plan.policies):
+            factor = torch.as_tensor(policy.mul, dtype=torch.float64, device=model.device)
+            mixer.scale_rates(factor)
         checkpoint.check_finite(dict(model.named_parameters()), model.name)
     except InputError:
-        for mixer, A_log in zip(model.mixers, before):
-            mixer.A_log.data = A_log
+        for parameter, data in before:
+            parameter.data = data
         raise
     model.name, model.calibration = f"{model.name}+{remedy}", None
     folded = [*model.provenance.get("folded", []), entry | {"calibration": plan.calibration}]

@@ -20,6 +20,7 @@ __all__ = [
     "load_text",
     "mitigate",
     "record",
+    "register",
 ]
 
 # Imported on first use: `import rnn_longctx` alone stays light.
@@ -37,6 +38,7 @@ _WHERE = {
     "load_text": "rnn_longctx.data",
     "mitigate": "rnn_longctx.mitigations",
     "record": "rnn_longctx.probes.trace",
+    "register": "rnn_longctx.plugins",
 }
 
 if TYPE_CHECKING:
@@ -48,6 +50,7 @@ if TYPE_CHECKING:
     from rnn_longctx.models.cache import Cache
     from rnn_longctx.models.checkpoint.checkpoint import load
     from rnn_longctx.models.generate import generate, generate_stream
+    from rnn_longctx.plugins import register
     from rnn_longctx.probes.monitor.monitor import CollapseMonitor
     from rnn_longctx.probes.trace import record
 

@@ -24,8 +24,8 @@ import torch
 from rnn_longctx.config import parse_length
 from rnn_longctx.data import Text, load_text, tokens
 from rnn_longctx.errors import InputError, nearest
-from rnn_longctx.eval.jobs.base import Context, Task
-from rnn_longctx.eval.jobs.recall import MultiKey, Passkey
+from rnn_longctx.eval.jobs.base import Job, Measuring
+from rnn_longctx.eval.jobs.recall import Counts, Recall
 from rnn_longctx.eval.search.spsa import spsa
 from rnn_longctx.eval.search.unseen import smallest_digests
 from rnn_longctx.measure.stream import tail_loss
@@ -37,6 +37,8 @@ from rnn_longctx.models.interface import LanguageModel
 from rnn_longctx.models.precision import computes_as
 from rnn_longctx.models.segments import SEGMENTS
 from rnn_longctx.recurrence.policy import PLAIN
+from rnn_longctx.tasks.multikey import MultiKey
+from rnn_longctx.tasks.passkey import Passkey
 
 GUARD = 0.1  # of recall
 
@@ -195,9 +197,9 @@ class _Objective:
         self.model, self.target, self.text = model, target, text
         rows = range(seed * slices, (seed + 1) * slices)
         self.ids = torch.stack([torch.from_numpy(tokens(text, model.tokenizer, i, target + 1)[0]) for i in rows])
-        self.context = Context(model, batch=prompts, seed=seed + 10**6, segment=SEGMENTS[model.device.type])
-        self.guards: list[tuple[Task, int]] = [(Passkey(n=prompts), train), (Passkey(n=prompts), 2 * train)]
-        self.guards += [(MultiKey(n=prompts, keys=2), n) for n in (train, 2 * train)]
+        self.context = Measuring(model, batch=prompts, seed=seed + 10**6, segment=SEGMENTS[model.device.type])
+        tasks, counts = (Passkey(), MultiKey(keys=2)), Counts(n=prompts)
+        self.guards: list[tuple[Job, int]] = [(Recall(t, counts), n) for t in tasks for n in (train, 2 * train)]
         self.losses: dict[str, float] = {}
 
     def loss(self, remedy: str) -> float:

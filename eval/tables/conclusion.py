@@ -25,8 +25,8 @@ def conclusion(frame: pd.DataFrame) -> str:
     everything = sheets(frame)
     for sheet in everything:
         setting = tuple(sheet.where[c] for c in SETTING)
-        recalls = [s for s in everything if s.task != "lm" and tuple(s.where[c] for c in SETTING) == setting]
-        clauses = _loss_clauses(sheet, recalls) if sheet.task == "lm" else _recall_clauses(sheet)
+        recalls = [s for s in everything if s.kind == "accuracy" and tuple(s.where[c] for c in SETTING) == setting]
+        clauses = _loss_clauses(sheet, recalls) if sheet.kind == "loss" else _recall_clauses(sheet)
         if clauses and sheet.note:
             clauses[0] = f"[{sheet.note}] {clauses[0]}"
         lines.setdefault(setting, []).extend(clauses)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from rnn_longctx.models.block import Backbone
 from rnn_longctx.models.cache import Cache
+from rnn_longctx.recurrence.span import WHOLE
 
 
 class BlockByBlock:
@@ -17,7 +18,7 @@ class BlockByBlock:
 
     def __init__(self, backbone: Backbone, residual_in_fp32: bool):
         self.backbone, self.residual_in_fp32 = backbone, residual_in_fp32
-        self.blocks = backbone.blocks
+        self.blocks: Any = backbone.layers
         self.carries: list[Any] = [None] * len(self.blocks)
 
     def longest(self, rows: int) -> int | None:
@@ -34,8 +35,9 @@ class BlockByBlock:
         return tokens[1]
 
     def leave(self, layer: int, tokens: list[Tensor]) -> list[Tensor]:
-        residual, normed = tokens
-        out, self.carries[layer] = self.blocks[layer].mixer(normed, self.carries[layer], None, None)
+        block, (residual, normed) = self.blocks[layer], tokens
+        out, self.carries[layer] = block.mixer(normed, self.carries[layer], WHOLE)
+        residual, out = block.feed_forward(residual, out, self.residual_in_fp32)
         return [residual, out]
 
     def finish(self, tokens: list[Tensor], length: int) -> tuple[Tensor, Cache]:
