@@ -28,6 +28,7 @@ from rnn_longctx.eval.jobs.base import Job, Measuring
 from rnn_longctx.eval.jobs.recall import Counts, Recall
 from rnn_longctx.eval.search.spsa import spsa
 from rnn_longctx.eval.search.unseen import smallest_digests
+from rnn_longctx.eval.tables.conclusion import GUARD
 from rnn_longctx.measure.stream import tail_loss
 from rnn_longctx.mitigations import REMEDIES, mitigate, parse_remedy
 from rnn_longctx.mitigations.base import train_length
@@ -39,8 +40,6 @@ from rnn_longctx.models.segments import SEGMENTS
 from rnn_longctx.recurrence.policy import PLAIN
 from rnn_longctx.tasks.multikey import MultiKey
 from rnn_longctx.tasks.passkey import Passkey
-
-GUARD = 0.1  # of recall
 
 
 @dataclass(frozen=True)

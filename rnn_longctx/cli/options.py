@@ -54,7 +54,7 @@ def load_model(
     tokenizer: str | None,
     train_length: str | int | None,
     state_dtype: str | None,
-) -> Any:
+) -> LanguageModel:
     """Return the model of a name, its own or of another library, with its state kept in `state_dtype`."""
     from rnn_longctx.devices import device_of
     from rnn_longctx.models.adopt.adopting import load_any

@@ -28,9 +28,12 @@ PACKED = {  # pyarrow's name of it, or xz, which it does not read
     "lz4": rb"\x04\x22\x4d\x18",
 }
 MARKS = {  # UTF-32's before UTF-16's, which it begins with
-    codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32", codecs.BOM_UTF16_LE: "utf-16",
-    codecs.BOM_UTF16_BE: "utf-16", codecs.BOM_UTF8: "utf-8-sig",
-}  # fmt: skip
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+    codecs.BOM_UTF8: "utf-8-sig",
+}
 _TEXT = "expected text"
 _UNPACK = "unpack it and name the text in it"
 _MODEL = "a model's weights are loaded, not read as text"

@@ -132,8 +132,8 @@ class _Build:
                 if time.monotonic() - last_said > SAY_EVERY:
                     last_said = time.monotonic()
                     tokens, written = self._sum("tokens"), len(self.shards)
-                    self.say(f"text: {self.source.name}: {tokens:,} tokens of {written} of {len(self.source.shards)} "
-                             "shards")  # fmt: skip
+                    shards = f"{written} of {len(self.source.shards)} shards"
+                    self.say(f"text: {self.source.name}: {tokens:,} tokens of {shards}")
 
     def _append(self, shard: Shard, file: BinaryIO) -> dict[str, Any]:
         """Append the documents of a shard to the file, which reaches the disk, and return the shard's row."""

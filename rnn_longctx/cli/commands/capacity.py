@@ -69,9 +69,16 @@ def measure(
 
     c = options
     settings = MeasureConfig(
-        parse_length(c.limit), c.slices, c.needle or ["passkey"], c.recall, c.width, c.mitigation or ["none"],
-        c.text, c.batch, c.seed,
-    )  # fmt: skip
+        limit=parse_length(c.limit),
+        slices=c.slices,
+        needles=c.needle or ["passkey"],
+        recall=c.recall,
+        width=c.width,
+        mitigations=c.mitigation or ["none"],
+        text=c.text,
+        batch=c.batch,
+        seed=c.seed,
+    )
     results = Results(c.out)
     length = None if c.train_length is None else parse_length(c.train_length)
 
@@ -129,7 +136,7 @@ def advise(
 
 
 def _report(directory: Path, recall: float) -> None:
-    """Draw, and say in words what was found. Points are of families: of single checkpoints they repeat the findings."""
+    """Draw the figures, and print the tables. Points are of families: single checkpoints' repeat findings."""
     import pandas as pd
 
     from rnn_longctx.eval.capacity import draw, tables
@@ -144,8 +151,8 @@ def _report(directory: Path, recall: float) -> None:
         "fits": "mitigation quantity form points bounds contradicts curve r2 r2_loo aic carrier best",
         "same_size": "mitigation quantity state_elements shapes values spread",
     }
-    found = tables.findings(*tables.read(directory), recall)
-    family = found.drop_duplicates(["shape", "model", "weights_hash"])["shape"].duplicated().any()
+    findings = tables.findings(*tables.read(directory), recall)
+    family = findings.drop_duplicates(["shape", "model", "weights_hash"])["shape"].duplicated().any()
     for name, columns in shown.items():
         file = directory / f"{name}.csv"
         frame = pd.read_csv(file) if file in paths and file.stat().st_size > 1 else pd.DataFrame()
@@ -155,6 +162,6 @@ def _report(directory: Path, recall: float) -> None:
                 frame[column] = frame[column].map(lambda n: "-" if pd.isna(n) else f"{n:.0f}")
             typer.echo(f"\n{name}{', lengths in tokens' if name == 'findings' else ''}")
             typer.echo(frame[columns.split()].to_string(index=False, na_rep="-", float_format=lambda v: f"{v:.4g}"))
-    if len(found) and not family:
-        typer.echo("\n" + "\n".join(tables.in_words(found)))
+    if len(findings) and not family:
+        typer.echo("\n" + "\n".join(tables.in_words(findings)))
     typer.echo(f"\n{directory}: {', '.join(p.name for p in paths)}")

@@ -14,7 +14,10 @@ from rnn_longctx.config import home_path
 from rnn_longctx.errors import InputError
 
 if TYPE_CHECKING:
-    from rnn_longctx.eval.run import EvalConfig
+    from rich.console import RenderableType
+
+    from rnn_longctx.eval import EvalConfig
+    from rnn_longctx.models.interface import LanguageModel
 
 
 @dataclass(frozen=True)
@@ -45,11 +48,11 @@ class EvalOptions:
     def over(self, config: Path | None, model: str | None) -> EvalConfig:
         """Return the config of a file with what the command line says in its place."""
         from rnn_longctx.config import from_dict, load_yaml, parse_length, parse_lengths, to_dict
-        from rnn_longctx.eval.run import EvalConfig
+        from rnn_longctx.eval import EvalConfig
 
         if config is None and model is None:
             raise InputError("name a model (demo, a directory, a hub id) or a --config file")
-        said: dict[str, Any] = vars(self) | {
+        options: dict[str, Any] = vars(self) | {
             "model": model,
             "lengths": self.lengths and parse_lengths(self.lengths),
             "tasks": self.task or None,
@@ -57,9 +60,9 @@ class EvalOptions:
             "text": self.text or None,
             "train_length": self.train_length and parse_length(self.train_length),
         }
-        said = {k: v for k, v in said.items() if v is not None and k not in ("task", "mitigation")}
+        options = {k: v for k, v in options.items() if v is not None and k not in ("task", "mitigation")}
         base = to_dict(load_yaml(EvalConfig, config)) if config else {}
-        return from_dict(EvalConfig, base | said, "eval")
+        return from_dict(EvalConfig, base | options, "eval")
 
 
 @command("eval")
@@ -71,18 +74,13 @@ def evaluate(
     """Loss and recall of a model at increasing lengths, without and with remedies: a table, results and plots."""
     from rich.console import Console
 
-    from rnn_longctx.eval import Results, evaluate, parse_task
+    from rnn_longctx.eval import Results, answer
     from rnn_longctx.eval.show.plots import plot_all
     from rnn_longctx.eval.show.terminal import asked, table
     from rnn_longctx.eval.tables.leaderboard import leaderboard
-    from rnn_longctx.mitigations import parse_remedy
 
     c = options.over(config, model)
-    for words in c.tasks:  # a misspelt name shows before anything is loaded, and so does an unwritable folder
-        parse_task(words)
-    for words in c.mitigations:
-        if words != "all":
-            parse_remedy(words)
+    question = c.question()  # a misspelt name shows before anything is loaded, and so does an unwritable folder
     Results(c.out)
     lm = load_model(c.model, c.device, c.dtype, c.tokenizer, c.train_length, c.state_dtype)
     lm.use_backend(c.backend)
@@ -90,8 +88,7 @@ def evaluate(
     if not console.is_terminal:  # a log: lines as wide as the tables want
         console = Console(width=110)
     console.print(_about(lm, c))
-    measured = evaluate(lm, c.lengths, c.tasks, c.mitigations, text=c.text, calibration_text=c.calibration_text,
-                        out=c.out, batch=c.batch, seed=c.seed, progress=True)  # fmt: skip
+    measured = answer(lm, question, out=c.out, progress=True)
     frame = Results.read(home_path(c.out))  # of all models
     frame.attrs = measured.attrs
     shown, more = asked(frame)
@@ -107,17 +104,17 @@ def evaluate(
     console.print(f"{c.out}: {', '.join(written)}")
 
 
-def _about(lm: Any, c: EvalConfig) -> Any:
-    """What stands above the table."""
+def _about(lm: LanguageModel, c: EvalConfig) -> RenderableType:
+    """Return what stands above the table."""
     from rnn_longctx.eval.show.terminal import header
     from rnn_longctx.models.segments import shortened
 
-    state = lm if hasattr(lm, "scan_state_elements") else lm.config
+    state = lm.state_size().fixed
     return header(
         lm.name,
         sum(p.numel() for p in lm.parameters()),
-        state.scan_state_elements,
-        state.conv_state_elements,
+        state.get("scan", 0),
+        state.get("conv", 0),
         lm.train_length,
         str(lm.device),
         c.dtype if lm.state_dtype is None else f"{c.dtype} with states in {c.state_dtype}",

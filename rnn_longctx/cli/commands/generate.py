@@ -15,6 +15,8 @@ from rnn_longctx.cli.options import MODEL, Many, ModelOptions, option
 from rnn_longctx.errors import CollapseError, InputError
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from rnn_longctx.models.interface import LanguageModel
 
 
@@ -59,7 +61,7 @@ def generate(
 
     load, save = state.load_state, state.save_state
     remedy, target = parse_remedy(mitigation), saved_state.target_of(load) if load else None
-    lm: Any = options.load(model)
+    lm = options.load(model)
     prompts = [_tokens(lm, text) for text in prompt]
     if not all(map(len, prompts)):
         raise InputError("the prompt is empty")
@@ -93,8 +95,8 @@ def generate(
         typer.echo(f"monitor: {watch.summary()}", err=True)
 
 
-def _tokens(lm: LanguageModel, prompt: str) -> Any:
-    """The ids of a prompt, `-` for standard input. Raises InputError for bytes that are no text."""
+def _tokens(lm: LanguageModel, prompt: str) -> np.ndarray:
+    """Return the ids of a prompt, `-` for standard input. Raises InputError for bytes that are no text."""
     from rnn_longctx.data.content import as_text, not_utf8
 
     if prompt == "-":

@@ -56,9 +56,17 @@ def probe(
         folder = c.out if len(model) == 1 else c.out / f"{i}-{lm.name}"
         with mitigate(lm, remedy, target_length=length):
             result = probe(
-                lm, text, length, prompt=c.prompt, every=parse_length(c.every, "--every"), slices=c.slices,
-                seed=c.seed, prove=c.prove, remember=c.remember, say=typer.echo,
-            )  # fmt: skip
+                lm,
+                text,
+                length,
+                prompt=c.prompt,
+                every=parse_length(c.every, "--every"),
+                slices=c.slices,
+                seed=c.seed,
+                prove=c.prove,
+                remember=c.remember,
+                say=typer.echo,
+            )
         paths = [*result.save(folder), *draw(result, folder)]
         with scalars(c.log or [], folder, lm.name) as write:
             for position, values in scalar_rows(result):
