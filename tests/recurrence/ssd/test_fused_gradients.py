@@ -10,6 +10,7 @@ pytest.importorskip("triton")
 from streams import DEVICE, POLICIES, H, N, P, documents, error, inputs, scan
 
 from rnn_longctx.recurrence import triton
+from rnn_longctx.recurrence.carry import ScanCarry
 from rnn_longctx.recurrence.policy import ScanPolicy
 from rnn_longctx.recurrence.ssd import fused, ops
 
