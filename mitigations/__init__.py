@@ -28,7 +28,7 @@ from rnn_longctx.mitigations.stored import Stored
 from rnn_longctx.mitigations.stored_start import StoredStart
 from rnn_longctx.mitigations.token_filter import TokenFilter
 from rnn_longctx.mitigations.window import Window
-from rnn_longctx.models.adopt.adopting import Adopted, adopted, reader_of
+from rnn_longctx.models.adopt.adopting import Adopted, adopted, as_language_model
 from rnn_longctx.models.adopt.wrapped import innermost
 from rnn_longctx.models.checkpoint import checkpoint
 from rnn_longctx.models.lm import Mamba2LM
@@ -202,7 +202,7 @@ def mitigate(model: Any, remedy: str | Remedy, *, target_length: int | str | Non
 
     remedy = parse_remedy(remedy)
     target_length = None if target_length is None else parse_length(target_length, "target_length")
-    given, model = model, reader_of(model)
+    given, model = model, as_language_model(model)
     text = None if text is None else load_text(text)
     with _bare(model):
         handle = Handle(model, remedy, remedy.plan(model, target_length, text), text)
@@ -267,7 +267,7 @@ def active(model: Mamba2LM | Adopted | nn.Module, now: str | None = None) -> tup
     that it was worked out on, where the model has others by now. now: the model's `weights_hash`, where it is known."""
     handles = [h for h in handles_on(model) if not isinstance(h.remedy, Nothing)]
     if now is None and any(h.plan.weights for h in handles):
-        now = reader_of(model).weights_hash
+        now = as_language_model(model).weights_hash
     old = [f"worked out on {h.plan.weights}" if h.plan.weights not in (None, now) else None for h in handles]
     on = [", ".join(filter(None, (h.plan.calibration, was))) for h, was in zip(handles, old)]
     calibration = "; ".join(filter(None, on))

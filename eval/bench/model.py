@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rnn_longctx.errors import InputError
 from rnn_longctx.eval.bench.scan import ceilings
-from rnn_longctx.models.adopt.families.mamba2 import cache_name
+from rnn_longctx.models.adopt.dispatch import cache_name
 from rnn_longctx.models.cache import Cache
 from rnn_longctx.models.checkpoint.checkpoint import save
 from rnn_longctx.models.decode import Decoder

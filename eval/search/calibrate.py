@@ -32,7 +32,7 @@ from rnn_longctx.mitigations import mitigate, parse_remedy
 from rnn_longctx.mitigations.base import Remedy, train_length
 from rnn_longctx.mitigations.rri import RRI
 from rnn_longctx.mitigations.stored import Found, shape_of
-from rnn_longctx.models.adopt.adopting import reader_of
+from rnn_longctx.models.adopt.adopting import as_language_model
 from rnn_longctx.models.lm import Mamba2LM
 from rnn_longctx.models.precision import computes_as
 from rnn_longctx.models.segments import SEGMENTS
@@ -100,7 +100,7 @@ def calibrate(model: Any, name: str, target: int | str, text: Text | str | Path,
     for what, count, least in (("slices", slices, 1), ("prompts", prompts, 1), ("steps", steps, 0), ("seed", seed, 0)):
         if not isinstance(count, Integral) or count < least:
             raise InputError(f"{what}: expected a whole number, at least {least}, got {count!r:.40}")
-    model, target = reader_of(model), parse_length(target, "target")
+    model, target = as_language_model(model), parse_length(target, "target")
     text = load_text(text)
     train = train_length(model, "calibration")
     name, _, fixed = name.partition(":")
