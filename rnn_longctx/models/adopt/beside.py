@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rnn_longctx.models.cache import _zip_map
+from rnn_longctx.models.cache import tree_zip
 from rnn_longctx.recurrence.carry import WindowCarry, tree_map
 from rnn_longctx.recurrence.ssd.window import level
 
@@ -59,7 +59,7 @@ def joined(besides: list[Beside], cat: Callable) -> Beside:
     """Return what lies beside one layer's states, of all rows. cat: puts their tensors together."""
     if windows := [b.window for b in besides if b.window is not None]:
         besides = [replace(b, window=w) for b, w in zip(besides, level(windows))]
-    return _zip_map(cat, besides)
+    return tree_zip(cat, besides)
 
 
 @functools.cache
