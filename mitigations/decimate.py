@@ -17,21 +17,22 @@ import torch
 from torch import Tensor
 
 from rnn_longctx.errors import InputError
-from rnn_longctx.mitigations.base import NotApplicable, Plan, Remedy, one_step_a_head, same_everywhere
+from rnn_longctx.mitigations.base import REMEDIES, Need, NotApplicable, Plan, Remedy, same_everywhere
 from rnn_longctx.models.interface import LanguageModel, SteppedMixer
 from rnn_longctx.spec import quiet
 
 if TYPE_CHECKING:
     from rnn_longctx.data import Text
-    from rnn_longctx.models.lm import Mamba2LM
 
 
+@REMEDIES.register
 @dataclass(frozen=True)
 class Decimate(Remedy):
     """base: tokens that layer `first` keeps (counted from 0; the default is the middle layer); beta: how much fewer
     each layer after it keeps, in (0, 1]; least: never fewer."""
 
     name = "decimate"
+    needs = frozenset({Need.RECURRENCE, Need.STEPS, Need.NO_ATTENTION})
     base: int = 2000
     beta: float = 0.5
     first: int | None = quiet(None)
@@ -43,10 +44,7 @@ class Decimate(Remedy):
         if not 0 < self.beta <= 1:
             raise InputError(f"decimate: beta must lie in (0, 1], got {self.beta:g}")
 
-    def plan(self, model: Mamba2LM, target_length: int | None = None, text: Text | None = None) -> Plan:
-        one_step_a_head(model, "decimate")
-        if model.attends:
-            raise NotApplicable(f"decimate drops tokens between layers, which attention in {model.name} needs")
+    def plan(self, model: LanguageModel, target_length: int | None = None, text: Text | None = None) -> Plan:
         if model.layer_by_layer() is None:
             kind = type(model.module).__name__
             raise NotApplicable(f"decimate reads layer by layer, which is not written for {kind}")
@@ -60,7 +58,7 @@ class Decimate(Remedy):
 
 @torch.no_grad()
 def read(model: LanguageModel, ids: Tensor, segment: int, first: int, keep: list[int]) -> tuple[Tensor, Any]:
-    """Logits (B, vocab) after the last of ids (B, T), and the cache; keep[i]: tokens of layer first + i."""
+    """Return the logits (B, vocab) after the last of ids (B, T), and the cache; keep[i]: tokens of layer first + i."""
     layers = model.layer_by_layer()
     assert layers is not None
     segment = min(segment, layers.longest(len(ids)) or segment)
@@ -85,14 +83,14 @@ def read(model: LanguageModel, ids: Tensor, segment: int, first: int, keep: list
 
 
 def _score(mixer: SteppedMixer, normed: Tensor) -> Tensor:
-    """||dt_t||_2 over the heads of a layer, (B, T)."""
+    """Return ||dt_t||_2 over the heads of a layer, (B, T)."""
     steps = mixer.steps(mixer.in_proj(normed))
     return steps.to(torch.promote_types(steps.dtype, torch.float32)).norm(dim=-1)
 
 
 def _heaviest(tensors: list[Tensor], k: int) -> list[Tensor]:
-    """Of tensors (B, T, ...), the last of which are scores (B, T): the last token and the k - 1 others of largest
-    score, in order; the earlier one where two are alike."""
+    """Return of tensors (B, T, ...), the last of which are scores (B, T), the last token and the k - 1 others of
+    largest score, in order; the earlier one where two are alike."""
     score = tensors[-1].clone()
     if score.shape[1] <= k:
         return tensors

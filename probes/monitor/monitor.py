@@ -374,11 +374,11 @@ def shape_of(lm: Any) -> list[list[int]]:
 @contextmanager
 def unwatched(lm: Any) -> Iterator[None]:
     """The model without its remedies, for a calibration. Raises InputError while it is being watched."""
-    from rnn_longctx.mitigations import _bare
+    from rnn_longctx.mitigations.attach import without_remedies
 
     if any(m.observer is not None for m in lm.mixers):
         raise InputError("the model is being watched, and cannot be calibrated meanwhile: leave the block first")
-    with _bare(lm):
+    with without_remedies(lm):
         yield
 
 
