@@ -25,7 +25,7 @@ from rnn_longctx.data import ByteTokenizer, Tokenizer, load_tokenizer
 from rnn_longctx.errors import InputError
 from rnn_longctx.loggers import Write, library, scalars
 from rnn_longctx.mitigations import fold
-from rnn_longctx.models.checkpoint import checkpoint
+from rnn_longctx.models import checkpoint
 from rnn_longctx.models.lm import Mamba2LM
 from rnn_longctx.tasks.passkey import training_sequence
 from rnn_longctx.train.config import OptimizerConfig, ScheduleConfig, TrainConfig

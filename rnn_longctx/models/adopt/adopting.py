@@ -18,13 +18,17 @@ import torch
 from torch import nn
 
 from rnn_longctx.config import parse_length
-from rnn_longctx.errors import InputError
+from rnn_longctx.devices import device_of, dtype_of
+from rnn_longctx.errors import InputError, one_line
 from rnn_longctx.models.adopt.family import adopted_by_family
 from rnn_longctx.models.adopt.mixer import UNLIMITED
 from rnn_longctx.models.adopt.model import Adopted
 from rnn_longctx.models.adopt.wrapped import innermost, unwrapped
-from rnn_longctx.models.checkpoint.checkpoint import _device, _dtype, _fits, load, locate, tokenizer_of
-from rnn_longctx.models.checkpoint.formats import ADOPTED, one_line, read_json
+from rnn_longctx.models.checkpoint.json_files import read_json
+from rnn_longctx.models.checkpoint.layouts import ADOPTED
+from rnn_longctx.models.checkpoint.load import load
+from rnn_longctx.models.checkpoint.locate import locate
+from rnn_longctx.models.checkpoint.tokenizer import fits, tokenizer_of
 from rnn_longctx.models.hashing import Identified, computes_in
 from rnn_longctx.models.interface import LanguageModel
 from rnn_longctx.models.mixers.mamba2 import dt_limits
@@ -99,7 +103,8 @@ def load_adopted(source: str | Path, *, device: torch.device | str = "cpu", dtyp
         raise InputError(f"{name} comes without a tokenizer: name one with --tokenizer")
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    device, weights_dtype, loaded_tokenizer = _device(device), _dtype(dtype), load_tokenizer(spec)
+    device, weights_dtype = device_of(device), dtype_of("float32" if dtype is None else dtype)
+    loaded_tokenizer = load_tokenizer(spec)
     try:
         settings: Any = AutoConfig.from_pretrained(directory)
         if hasattr(settings, "time_step_limit"):
@@ -118,7 +123,7 @@ def load_adopted(source: str | Path, *, device: torch.device | str = "cpu", dtyp
     for weight, p in model.named_parameters():
         if computes_in(p) is not None and not bool(p.isfinite().all()):
             raise InputError(f"{name}: {weight} is not finite: it holds NaN or infinity")
-    _fits(loaded_tokenizer, model.config.get_text_config().vocab_size)
+    fits(loaded_tokenizer, model.config.get_text_config().vocab_size)
     return adopt(model.eval(), name=name, tokenizer=loaded_tokenizer, train_length=train_length)
 
 

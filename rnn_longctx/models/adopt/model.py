@@ -22,7 +22,7 @@ from rnn_longctx.models.adopt.layerwise import AdoptedBlocks
 from rnn_longctx.models.adopt.mixer import AdoptedMixer
 from rnn_longctx.models.adopt.packed import read_packed
 from rnn_longctx.models.adopt.wrapped import unreadable
-from rnn_longctx.models.checkpoint.checkpoint import LazyTokenizer, tokenizer_of
+from rnn_longctx.models.checkpoint.tokenizer import LazyTokenizer, tokenizer_of
 from rnn_longctx.models.hashing import Identified, computes_in, device_of
 from rnn_longctx.models.ids import rows_of
 from rnn_longctx.models.interface import LayerByLayer, StateSize
