@@ -31,7 +31,7 @@ from rnn_longctx.mitigations import (
     parse_remedy,
     standard,
 )
-from rnn_longctx.models.adopt.adopting import reader_of
+from rnn_longctx.models.adopt.adopting import as_language_model
 from rnn_longctx.models.lm import Mamba2LM
 from rnn_longctx.models.modes import in_evaluation
 from rnn_longctx.models.segments import SEGMENTS
@@ -89,7 +89,7 @@ def evaluate(model: Any, lengths: Sequence[int | str] | int | str,
         mitigations: one or several; each is put on top of what is on the model already; None measures the model as it
             is; "all" stands for every remedy (`rnn_longctx.mitigations.standard`) and the controls; a warning names
             those of them that are not applicable. Where "none" is among them and the loss of a hybrid is measured
-            beyond its training length, it is measured under the two controls of `rnn_longctx.mitigations.hybrid` too.
+            beyond its training length, it is measured under its two controls (`mitigations.diagnostics`) too.
         text: evaluated on (`rnn_longctx.load_text`): "stdlib", a file, a directory, records; or several of them.
         calibration_text: for remedies that are calibrated; None takes what is kept with the checkpoint.
         out: a folder for cells, snapshots, results.parquet and results.csv; finished cells there are not measured
@@ -104,7 +104,7 @@ def evaluate(model: Any, lengths: Sequence[int | str] | int | str,
         raise InputError(f"batch must be at least 1 stream, got {batch!r}")
     if not isinstance(seed, int) or seed < 0:
         raise InputError(f"seed: expected a whole number, at least 0, got {seed!r:.40}")
-    model = reader_of(model)
+    model = as_language_model(model)
     wanted = sorted(set(parse_lengths([lengths] if isinstance(lengths, int) else lengths)))
     jobs = [parse_task(t) for t in _several(tasks, str | Task, "tasks", "lm or passkey:n=100")]
     named = (

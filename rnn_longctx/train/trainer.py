@@ -21,12 +21,13 @@ import torch
 from torch import nn
 
 from rnn_longctx.config import home_path, to_dict
-from rnn_longctx.data import ByteTokenizer, Tokenizer, load_tokenizer, training_sequence
+from rnn_longctx.data import ByteTokenizer, Tokenizer, load_tokenizer
 from rnn_longctx.errors import InputError
 from rnn_longctx.loggers import Write, library, scalars
 from rnn_longctx.mitigations import fold
-from rnn_longctx.models.checkpoint import checkpoint
+from rnn_longctx.models import checkpoint
 from rnn_longctx.models.lm import Mamba2LM
+from rnn_longctx.tasks.passkey import training_sequence
 from rnn_longctx.train.config import OptimizerConfig, ScheduleConfig, TrainConfig
 from rnn_longctx.train.corpus import Batch, Corpus, load_corpus
 from rnn_longctx.train.evaluation import Context, Evaluation, final_metrics, late_loss, stage_of

@@ -7,7 +7,7 @@ import torch
 from evaluated import make_model, value
 
 from rnn_longctx import evaluate
-from rnn_longctx.data import ByteTokenizer, load_text, passkey_batch, tokens
+from rnn_longctx.data import ByteTokenizer, load_text, tokens
 from rnn_longctx.errors import InputError
 from rnn_longctx.eval import Context, Task, parse_task
 from rnn_longctx.eval import run as run_module
@@ -18,6 +18,7 @@ from rnn_longctx.mitigations.base import same_everywhere
 from rnn_longctx.models.lm import Mamba2LM
 from rnn_longctx.models.mixers.mamba2 import Mamba2Config
 from rnn_longctx.recurrence.policy import ScanPolicy
+from rnn_longctx.tasks.passkey import passkey_batch
 
 
 def test_a_short_text_has_few_slices(model, text, caplog):
@@ -177,7 +178,7 @@ def test_a_remedy_that_depends_on_the_length_gets_a_pass_per_length(model, text,
         def plan(self, model, target_length=None, text=None):
             return Plan(same_everywhere(model, ScanPolicy(gain=1.0 / target_length)))
 
-    monkeypatch.setitem(REMEDIES, "by-length", ByLength)
+    monkeypatch.setitem(REMEDIES._known, "by-length", ByLength)
     frame = evaluate(model, [64, 128], ["lm:slices=2,tokens=0"], ["by-length"], text=text)
     for length in (64, 128):
         for mixer in model.mixers:
