@@ -5,7 +5,7 @@ Every update makes new tensors, so a carry may be kept, cloned or handed to anot
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -59,7 +59,7 @@ class ScanCarry:
 
     state: Tensor
     position: Tensor
-    log_decay: Tensor
+    log_decay: Tensor = field(metadata={"tally": True})  # only policies and observers read it
     window: WindowCarry | None = None
 
     @classmethod

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, closing
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,12 @@ from rnn_longctx.errors import InputError
 from rnn_longctx.loggers import Write
 from rnn_longctx.models.modes import in_evaluation
 from rnn_longctx.models.stops import unused_rows
+from rnn_longctx.train.autocast import Autocast
 from rnn_longctx.train.config import TrainConfig
 from rnn_longctx.train.corpus import Corpus
 from rnn_longctx.train.snapshots import Log
+from rnn_longctx.train.state import RunState
 
-Context = Callable[[], AbstractContextManager]
 COLUMNS = ["step", "tokens", "length", "loss", "passkey"]
 SEGMENT = 4096  # tokens read at once
 TOKENS = 2**18  # of held-out text read at one length, at most
@@ -30,7 +31,7 @@ ASK_EVERY = 20  # steps between two looks at a stage that may not begin yet
 
 @torch.inference_mode()
 @in_evaluation
-def held_out_loss(model: Any, corpus: Corpus, length: int, rows: int, context: Context, since: int = 0,
+def held_out_loss(model: Any, corpus: Corpus, length: int, rows: int, autocast: Autocast, since: int = 0,
                   most: int = 1024) -> float:  # fmt: skip
     """Mean loss at positions `since` + 1 to `length` of at most `most` held-out windows, `rows` at a time; NaN where
     the held-out text is shorter than one."""
@@ -39,22 +40,22 @@ def held_out_loss(model: Any, corpus: Corpus, length: int, rows: int, context: C
         cache = model.new_cache()
         for t in range(0, length, SEGMENT):
             goal = ids[:, t + 1 : t + 1 + SEGMENT]
-            with context():
+            with autocast():
                 losses = model.losses(model(ids[:, :-1][:, t : t + SEGMENT], cache), goal)
             losses = losses[:, max(0, since - t) :]
             total, count = total + float(losses.double().sum()), count + losses.numel()
     return total / count if count else math.nan
 
 
-def late_loss(model: Any, corpus: Corpus, length: int, rows: int, context: Context) -> float:
+def late_loss(model: Any, corpus: Corpus, length: int, rows: int, autocast: Autocast) -> float:
     """Mean loss over the second half of the length, (length / 2, length]: of tokens that have a context to use."""
-    return held_out_loss(model, corpus, length, rows, context, length // 2, max(1, TOKENS // length))
+    return held_out_loss(model, corpus, length, rows, autocast, length // 2, max(1, TOKENS // length))
 
 
 @torch.inference_mode()
 @in_evaluation
 def passkey_accuracy(model: Any, tokenizer: Tokenizer, length: int, n: int, seed: int, style: str, rows: int,
-                     context: Context) -> float:  # fmt: skip
+                     autocast: Autocast) -> float:  # fmt: skip
     """Share of `n` prompts of `length` tokens answered exactly. Greedy decoding gives the answer exactly if every
     answer token is the most likely one after the true ones before it, so one pass over prompt and answer decides it.
     Raises InputError when the length is too short for a prompt."""
@@ -66,7 +67,7 @@ def passkey_accuracy(model: Any, tokenizer: Tokenizer, length: int, n: int, seed
         ids = torch.cat([torch.stack([torch.from_numpy(p.ids) for p in some]), padded.clamp(min=0)], 1)
         ids, padded = ids.to(model.device), padded.to(model.device)
         cache = model.new_cache()
-        with context():
+        with autocast():
             for piece in ids[:, : length - 1].split(SEGMENT, 1):
                 model(piece, cache)
             logits = model.logits(model(ids[:, length - 1 : -1], cache))
@@ -82,11 +83,11 @@ class Evaluation:
     Raises InputError for a length that the held-out text or a passkey prompt does not fit in.
     """
 
-    def __init__(self, config: TrainConfig, corpus: Corpus, model: Any, out: Path, context: Context,
+    def __init__(self, config: TrainConfig, corpus: Corpus, model: Any, out: Path, autocast: Autocast,
                  writers: Sequence[Write] = ()):  # fmt: skip
         assert config.evaluate is not None
         self.writers = writers
-        self.config, self.corpus, self.model, self.context = config, corpus, model, context
+        self.config, self.corpus, self.model, self.autocast = config, corpus, model, autocast
         self.settings = config.evaluate
         for length in self.settings.lengths:
             if len(corpus.held_out) < length + 1:
@@ -125,38 +126,40 @@ class Evaluation:
         """Of each length in turn: tokens, late loss, and the share of its passkeys answered, NaN without any."""
         c, rows, n = self.config, self.config.batch_size, self.settings.passkeys
         for length in self.settings.lengths:
-            loss = late_loss(self.model, self.corpus, length, rows, self.context)
-            seen = (self.model, self.corpus.tokenizer, length, n, c.seed, c.data.passkey.style, rows, self.context)
+            loss = late_loss(self.model, self.corpus, length, rows, self.autocast)
+            seen = (self.model, self.corpus.tokenizer, length, n, c.seed, c.data.passkey.style, rows, self.autocast)
             yield length, loss, passkey_accuracy(*seen) if n else math.nan
 
 
-def stage_of(config: TrainConfig, step: int, state: dict[str, Any], loss: Callable[[], float]) -> int:
-    """The stage of step `step` (from 0), one after `state["stage"]` where that is due and may begin.
+def stage_of(config: TrainConfig, state: RunState, loss: Callable[[], float]) -> int:
+    """Return the stage of the step after `state.step`: `state.stage`, or the one after it where that is due and may
+    begin.
 
     A stage is due when the steps of those before it are over, and not entered while `loss()`, of the held-out text at
     the first stage's length, is more than 5% above the least at the start and at earlier entries, kept in
-    `state["gate"]`. It is asked again every 20 steps; the wait is taken off the stage, the sum of steps stays.
+    `state.gate`. It is asked again every 20 steps; the wait is taken off the stage, the sum of steps stays.
     """
-    stage: int = state["stage"]
+    step, stage = state.step, state.stage
     if stage + 1 == len(config.stages):
         return stage
     if step == 0:
-        state["gate"] = loss()
+        state.gate = loss()
     wait = step - sum(steps for _, steps in config.stages[: stage + 1])
     if wait < 0 or wait % ASK_EVERY:
         return stage
-    found, least = loss(), state["gate"]
+    assert state.gate is not None
+    now, least = loss(), state.gate
     (first, _), (here, _), (there, _) = config.stages[0], config.stages[stage], config.stages[stage + 1]
-    if not found <= WORSE * least:
-        reason = f"held-out loss at {first} is {found:.4f}, more than 5% above {least:.4f}"
+    if not now <= WORSE * least:
+        reason = f"held-out loss at {first} is {now:.4f}, more than 5% above {least:.4f}"
         print(f"step {step}: stays at {here} tokens, not on to {there}: {reason}", flush=True)
         return stage
-    print(f"step {step}: on to {there} tokens; held-out loss at {first} is {found:.4f}", flush=True)
-    state["gate"] = min(found, least)
+    print(f"step {step}: on to {there} tokens; held-out loss at {first} is {now:.4f}", flush=True)
+    state.gate = min(now, least)
     return stage + 1
 
 
-def final_metrics(config: TrainConfig, corpus: Corpus, model: Any, out: Path, context: Context) -> dict[str, Any]:
+def final_metrics(config: TrainConfig, corpus: Corpus, model: Any, out: Path, autocast: Autocast) -> dict[str, Any]:
     """Losses, and passkey accuracy of 100 prompts that end, with the longest of their answers, at the training
     length."""
     with (out / "log.csv").open() as file:
@@ -164,7 +167,7 @@ def final_metrics(config: TrainConfig, corpus: Corpus, model: Any, out: Path, co
     finite = [loss for loss in losses_seen if math.isfinite(loss)]
     metrics: dict[str, Any] = {"train_loss": finite[-1] if finite else None}
     metrics |= {"validation_loss": None, "passkey_accuracy": None}
-    loss = held_out_loss(model, corpus, config.longest, config.batch_size, context)
+    loss = held_out_loss(model, corpus, config.longest, config.batch_size, autocast)
     if not math.isnan(loss):
         metrics["validation_loss"] = loss
     if config.data.passkey.fraction:
@@ -174,6 +177,6 @@ def final_metrics(config: TrainConfig, corpus: Corpus, model: Any, out: Path, co
             answer = longest
             prompts = passkey_batch(corpus.tokenizer, length - answer, 100, config.seed, style)
             longest = max(len(p.reply) for p in prompts)
-        seen = (model, corpus.tokenizer, length - answer, 100, config.seed, style, config.batch_size, context)
+        seen = (model, corpus.tokenizer, length - answer, 100, config.seed, style, config.batch_size, autocast)
         metrics["passkey_accuracy"] = passkey_accuracy(*seen)
     return metrics

@@ -13,6 +13,7 @@ from rnn_longctx.measure.envelope import SLICES, measure_envelope
 from rnn_longctx.models.checkpoint import checkpoint
 from rnn_longctx.train.config import TrainConfig
 from rnn_longctx.train.corpus import Corpus
+from rnn_longctx.train.state import RunState
 
 
 def export(config: TrainConfig, corpus: Corpus, model: Any, where: Path, metrics: dict[str, Any],
@@ -30,12 +31,12 @@ def export(config: TrainConfig, corpus: Corpus, model: Any, where: Path, metrics
 
 
 def keep_best(config: TrainConfig, corpus: Corpus, model: Any, out: Path, score: list[float],
-              state: dict[str, Any]) -> None:  # fmt: skip
-    """The model just evaluated becomes last/, and best/ if its score is the largest so far."""
-    metrics = {"step": state["step"]}
+              state: RunState) -> None:  # fmt: skip
+    """Make the model just evaluated last/, and best/ if its score is the largest so far."""
+    metrics = {"step": state.step}
     export(config, corpus, model, out / "last", metrics, envelope=False)
-    if "best" not in state or score > state["best"]:
-        state["best"] = score
+    if state.best is None or score > state.best:
+        state.best = score
         export(config, corpus, model, out / "best", metrics, envelope=False)
 
 

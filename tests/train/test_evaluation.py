@@ -22,10 +22,12 @@ import rnn_longctx
 from rnn_longctx.data import ByteTokenizer, passkey_batch
 from rnn_longctx.errors import InputError
 from rnn_longctx.models.lm import Mamba2LM
-from rnn_longctx.train import TrainConfig, evaluation, train, trainer
+from rnn_longctx.train import TrainConfig, evaluation, loop, train
 from rnn_longctx.train.config import EvaluateConfig, OptimizerConfig, PassingConfig
 from rnn_longctx.train.corpus import Corpus, load_corpus
 from rnn_longctx.train.evaluation import Evaluation, held_out_loss, late_loss, passkey_accuracy, stage_of
+from rnn_longctx.train.optimizer import learning_rate
+from rnn_longctx.train.state import RunState
 
 
 def table(config: TrainConfig) -> list[dict[str, float]]:
@@ -191,7 +193,7 @@ def test_a_schedule_of_lengths(config: TrainConfig) -> None:
     log = rows(c)
     assert [r["length"] for r in log] == [112] * 3 + [115] * 2 + [120] * 4
     assert log[-1]["tokens"] == 4 * (3 * 112 + 2 * 115 + 4 * 120)
-    rates = [1e-3 * trainer.learning_rate(c.schedule, i, 9) for i in range(9)]
+    rates = [1e-3 * learning_rate(c.schedule, i, 9) for i in range(9)]
     assert [r["lr"] for r in log] == pytest.approx(rates, rel=1e-5)
     assert rnn_longctx.load(Path(c.out) / "model").train_length == 120
 
@@ -203,26 +205,26 @@ def test_a_new_stage_begins_at_zero(config: TrainConfig, monkeypatch: pytest.Mon
         seen.append(c.train_length)
         return batch(self, c, step)
 
-    kept, begin = [], trainer.Starts.begin
+    kept, begin = [], loop.Starts.begin
 
     def begun(self: Any, step: int, b: Any) -> Any:
-        kept.append(self.kept is not None)
+        kept.append(self.last is not None)
         return begin(self, step, b)
 
     monkeypatch.setattr(Corpus, "batch", spy)
-    monkeypatch.setattr(trainer.Starts, "begin", begun)
+    monkeypatch.setattr(loop.Starts, "begin", begun)
     train(staged(config, "112:3,120:3", passing=PassingConfig(50, 0, "previous", 1.0)))
     assert seen == [112] * 3 + [120] * 3 and kept == [False, True, True, False, True, True]
 
 
 def stages(config: TrainConfig, losses: list[float]) -> list[int]:
-    state: dict[str, Any] = {"stage": 0}
-    found, taken = [], iter(losses)
+    state, entered, taken = RunState(), [], iter(losses)
     for step in range(config.steps):
-        state["stage"] = stage_of(config, step, state, lambda: next(taken))
-        found.append(state["stage"])
+        state.step = step
+        state.stage = stage_of(config, state, lambda: next(taken))
+        entered.append(state.stage)
     assert next(taken, None) is None, "asked as often as expected"
-    return found
+    return entered
 
 
 def test_the_gate(config: TrainConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -246,7 +248,7 @@ def test_a_stage_that_may_not_begin_is_in_the_log(
 ) -> None:
     monkeypatch.setattr(evaluation, "ASK_EVERY", 2)
     losses = iter([1.0, 2.0, 2.0, 1.0])
-    monkeypatch.setattr(trainer, "late_loss", lambda *_: next(losses))
+    monkeypatch.setattr(loop, "late_loss", lambda *_: next(losses))
     c = staged(config, "112:3,120:6", log_every=1)
     train(c)
     assert [r["length"] for r in rows(c)] == [112] * 7 + [120] * 2

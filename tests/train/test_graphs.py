@@ -17,11 +17,13 @@ from rnn_longctx.models.lm import Mamba2LM
 from rnn_longctx.models.mixers.mamba2 import Mamba2Config
 from rnn_longctx.recurrence.policy import ScanPolicy
 from rnn_longctx.train import TrainConfig, graphs, train
-from rnn_longctx.train import passing as passing_module
+from rnn_longctx.train import learner as learner_module
+from rnn_longctx.train.bptt import MicroBatch, accumulate
 from rnn_longctx.train.config import OptimizerConfig, PassingConfig
 from rnn_longctx.train.corpus import Batch
-from rnn_longctx.train.passing import Learner, Part, accumulate, zeros
-from rnn_longctx.train.trainer import make_optimizer
+from rnn_longctx.train.learner import Learner
+from rnn_longctx.train.optimizer import make_optimizer
+from rnn_longctx.train.starts import zeros
 
 SHAPE = Mamba2Config(d_model=128, n_layer=3, vocab_size=97, d_state=64, headdim=32, A_init=(1e-2, 1.0))
 PASSING = {"whole": None, "0": PassingConfig(96, 0), "2": PassingConfig(70, 2), "all": PassingConfig(64, "all")}
@@ -75,7 +77,7 @@ def imitated(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def learner(model: Any) -> Learner:
         made = Learner(model)
-        made.graphs = graphs.Graphs(model, passing_module._read)
+        made.graphs = graphs.Graphs(model, learner_module.read)
         return made
 
     return learner
@@ -103,12 +105,12 @@ def test_nothing_of_a_buffer_is_kept(name: str, imitated: Any) -> None:
                 change = 0.01 * torch.randn_like(one)
                 one += change
                 other += change
-    assert replayed.graphs.made
+    assert replayed.graphs.recordings
 
 
 def update(learner: Learner, batch: Batch, passing: PassingConfig | None, context: Any, start: Any) -> tuple:
     learner.zero_grad(set_to_none=True)
-    found = accumulate(learner, Part.of(batch), passing, start, 0.5, context)
+    found = accumulate(learner, MicroBatch.of(batch), passing, start, 0.5, context)
     return *found, {name: p.grad.clone() for name, p in learner.named_parameters()}
 
 
@@ -135,7 +137,7 @@ def test_replayed_is_read(name: str, context: Any) -> None:
     passing, start = PASSING[name], None
     for length, count in ((300, 3), (210, 3), (300, 2)):
         ids, answer = torch.randint(97, (count, length + 1)).cuda(), torch.rand(count, length).cuda() < 0.1
-        if start is None or len(start[0][0]) != count:
+        if start is None or len(start.position) != count:
             start = zeros(eager.model, count) if passing else None
         expected = update(eager, Batch(ids, answer), passing, context, start)
         found = update(replayed, Batch(ids, answer), passing, context, start)
@@ -148,7 +150,7 @@ def test_replayed_is_read(name: str, context: Any) -> None:
         for optimizer in optimizers:
             optimizer.step()
         replayed.model.load_state_dict(eager.model.state_dict())  # compared update by update
-    assert replayed.graphs is not None and replayed.graphs.made
+    assert replayed.graphs is not None and replayed.graphs.recordings
 
 
 @pytest.mark.gpu
@@ -168,9 +170,9 @@ def test_what_cannot_be_replayed_is_read() -> None:
         for learner in (eager, replayed):
             for mixer in learner.model.mixers:
                 mixer.policy = policy
-        known = len(replayed.graphs.made)
+        known = len(replayed.graphs.recordings)
         near(update(replayed, batch, passing, nullcontext, start), update(eager, batch, passing, nullcontext, start))
-        assert (len(replayed.graphs.made) > known) is more
+        assert (len(replayed.graphs.recordings) > known) is more
 
 
 @pytest.mark.gpu
