@@ -21,7 +21,8 @@ from rnn_longctx.models.segments import SEGMENT
 from rnn_longctx.probes.attribution import attribute
 from rnn_longctx.probes.terms import read_terms, refuse
 from rnn_longctx.recurrence.policy import PLAIN, ScanPolicy
-from rnn_longctx.tasks.passkey import PasskeyPrompt, passkey_batch
+from rnn_longctx.tasks.passkey import passkey_batch
+from rnn_longctx.tasks.prompts import Prompt
 
 
 @torch.no_grad()
@@ -93,7 +94,7 @@ def key_hits(model: Mamba2LM, n: int = 20, length: int = 1024, top: int = 10, se
             continue
         first = next(i for i, token in enumerate(said.tolist()) if _digit(model.tokenizer, token))
         digits = key_digits(model.tokenizer, prompt)
-        queries = [prompt.asked - 1, length + first - 1]
+        queries = [prompt.question - 1, length + first - 1]
         found = attribute(model, torch.cat([row, said[:first]])[None], top, queries=queries)
         hit = torch.isin(found.tokens, torch.tensor(digits, device="cpu")) & (found.values != 0)  # (L, 2, H, top)
         hits.append(hit.any(-1))
@@ -114,7 +115,7 @@ def key_hits(model: Mamba2LM, n: int = 20, length: int = 1024, top: int = 10, se
     return table[columns].sort_values(["hits", "share"], ascending=False, ignore_index=True)
 
 
-def key_digits(tokenizer: Tokenizer, prompt: PasskeyPrompt) -> list[int]:
+def key_digits(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
     """Positions of the tokens of a prompt's key sentence that hold a digit."""
     return [i for span in prompt.spans for i in range(*span) if _digit(tokenizer, int(prompt.ids[i]))]
 

@@ -15,9 +15,10 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from rnn_longctx.data import Shard, Source, Text, Tokenizer, load_text, open_streamed, stored, training_sequence
+from rnn_longctx.data import Shard, Source, Text, Tokenizer, load_text, open_streamed, stored
 from rnn_longctx.data.text import GOLDEN
 from rnn_longctx.errors import InputError
+from rnn_longctx.tasks.passkey import training_sequence
 from rnn_longctx.train.config import DataConfig, MixedText, PasskeyConfig, TrainConfig
 
 HELD_OUT = 2**24  # tokens held out of a text that is streamed, at most

@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 
-from rnn_longctx.data import Tokenizer, passkey_batch
+from rnn_longctx.data import Tokenizer
 from rnn_longctx.errors import InputError
 from rnn_longctx.loggers import Write
 from rnn_longctx.models.modes import in_evaluation
 from rnn_longctx.models.stops import unused_rows
+from rnn_longctx.tasks.passkey import passkey_batch
 from rnn_longctx.train.autocast import Autocast
 from rnn_longctx.train.config import TrainConfig
 from rnn_longctx.train.corpus import Corpus

@@ -12,12 +12,13 @@ import numpy as np
 import torch
 
 from rnn_longctx.config import home_path, to_dict
-from rnn_longctx.data import ByteTokenizer, Tokenizer, load_tokenizer, training_sequence
+from rnn_longctx.data import ByteTokenizer, Tokenizer, load_tokenizer
 from rnn_longctx.errors import InputError
 from rnn_longctx.loggers import library
 from rnn_longctx.mitigations import fold
 from rnn_longctx.models.checkpoint import checkpoint
 from rnn_longctx.models.lm import Mamba2LM
+from rnn_longctx.tasks.passkey import training_sequence
 from rnn_longctx.train.autocast import autocast
 from rnn_longctx.train.config import TrainConfig
 from rnn_longctx.train.corpus import Corpus, load_corpus

@@ -19,9 +19,10 @@ from torch.nn import functional as F
 from training_runs import TINY, final, rows
 
 import rnn_longctx
-from rnn_longctx.data import ByteTokenizer, passkey_batch
+from rnn_longctx.data import ByteTokenizer
 from rnn_longctx.errors import InputError
 from rnn_longctx.models.lm import Mamba2LM
+from rnn_longctx.tasks.passkey import passkey_batch
 from rnn_longctx.train import TrainConfig, evaluation, loop, train
 from rnn_longctx.train.config import EvaluateConfig, OptimizerConfig, PassingConfig
 from rnn_longctx.train.corpus import Corpus, load_corpus

@@ -22,7 +22,8 @@ from training_runs import TINY, Killed, assert_same
 import rnn_longctx
 from rnn_longctx.config import load_yaml, to_dict
 from rnn_longctx.errors import InputError
-from rnn_longctx.tasks.passkey import FILLER, HEADERLESS
+from rnn_longctx.tasks.passkey import HEADERLESS
+from rnn_longctx.tasks.prompts import FILLER
 from rnn_longctx.train import TrainConfig, online, train, train_online
 from rnn_longctx.train.config import (
     DataConfig,
