@@ -304,7 +304,7 @@ def backward(run: Run, config: TrainConfig, learner: nn.Module, starts: Starts |
             start = None if begun is None else rows_of(begun, chosen)
             around = partial(team.step, learner, last)
             some = MicroBatch(rows.rows(chosen), tokens, answers, team.world, team.stretch, around)
-            weight = config.data.passkey.answer_weight
+            weight = config.data.weight_of_answers
             loss, answer_loss, end = accumulate(learner, some, config.passing, start, weight, run.autocast)
             losses = losses + torch.stack([loss, answer_loss])
             ends.append(end)

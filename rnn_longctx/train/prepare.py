@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from rnn_longctx.config import home_path, to_dict
@@ -18,10 +17,10 @@ from rnn_longctx.loggers import library
 from rnn_longctx.mitigations import fold
 from rnn_longctx.models.checkpoint import checkpoint
 from rnn_longctx.models.lm import Mamba2LM
-from rnn_longctx.tasks.passkey import training_sequence
 from rnn_longctx.train.autocast import autocast
 from rnn_longctx.train.config import TrainConfig
 from rnn_longctx.train.corpus import Corpus, load_corpus
+from rnn_longctx.train.mix import check_mix
 from rnn_longctx.train.snapshots import claim_folder, held
 from rnn_longctx.train.team import Team
 
@@ -70,7 +69,8 @@ def prepare(config: TrainConfig, team: Team, stack: ExitStack, online: bool = Fa
         config = replace(config, model=started.config, init=label)
     _check_model(config, tokenizer)
     _check_stretches(config)
-    _check_prompts(config, tokenizer)
+    assert config.model is not None
+    check_mix(config.data, tokenizer, config.model.vocab_size)
     if started is not None and config.mitigation is not None:
         _fold(started, config.mitigation)
     team.first(lambda: _claim(config, stack, online))
@@ -127,17 +127,6 @@ def _check_stretches(config: TrainConfig) -> None:
         if config.sequence_parallel > 1 and least // config.sequence_parallel < needed:
             cut = f"a segment of {least} tokens over {config.sequence_parallel} ranks"
             raise InputError(f"sequence_parallel: {cut} leaves fewer than {needed} tokens a rank")
-
-
-def _check_prompts(config: TrainConfig, tokenizer: Tokenizer) -> None:
-    """Raise InputError where the shortest passkey prompt does not fit, which a run would meet at some step or other."""
-    passkey = config.data.passkey
-    for seed in range(200 if passkey.fraction else 0):  # keys differ in tokens
-        try:
-            training_sequence(tokenizer, passkey.lengths[0], np.random.default_rng(seed), passkey.style)
-        except InputError as error:
-            least = f"{passkey.lengths[0]} is too short for prompt and answer"
-            raise InputError(f"data.passkey.lengths: {least} ({error} beside the answer)") from None
 
 
 def _started_from(init: str, tokenizer: Any, device: torch.device) -> Mamba2LM:
