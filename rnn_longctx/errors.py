@@ -29,3 +29,9 @@ def nearest(name: str, choices: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, options, n=1, cutoff=0.4) if len(name) > 1 else []
     hint = f'; did you mean "{close[0]}"?' if close else ""
     return f"{hint} (choices: {', '.join(options)})"
+
+
+def one_line(error: BaseException, most: int = 160) -> str:
+    """Return an error's text on one line, its kind where it has none, with dots in the place of what is longer."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= most else text[: most - 3] + "..."

@@ -34,7 +34,7 @@ def joined() -> Iterator[int]:
     if "LOCAL_RANK" not in os.environ or not torch.cuda.is_available():
         raise InputError(
             "bench parallel needs CUDA devices and a process for each: "
-            "torchrun --nproc-per-node 4 -m rnn_longctx.cli.program bench parallel"
+            "torchrun --nproc-per-node 4 -m rnn_longctx.cli bench parallel"
         )
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl")

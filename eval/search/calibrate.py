@@ -28,6 +28,7 @@ from rnn_longctx.errors import InputError, nearest
 from rnn_longctx.eval.jobs.base import Context, Task
 from rnn_longctx.eval.jobs.recall import MultiKey, Passkey
 from rnn_longctx.eval.search.unseen import kept as kept_digests
+from rnn_longctx.measure.stream import tail_loss
 from rnn_longctx.mitigations import mitigate, parse_remedy
 from rnn_longctx.mitigations.base import Remedy, train_length
 from rnn_longctx.mitigations.rri import RRI
@@ -36,7 +37,6 @@ from rnn_longctx.models.adopt.adopting import reader_of
 from rnn_longctx.models.lm import Mamba2LM
 from rnn_longctx.models.precision import computes_as
 from rnn_longctx.models.segments import SEGMENTS
-from rnn_longctx.probes.ablation import tail_losses
 from rnn_longctx.recurrence.policy import PLAIN
 
 GUARD = 0.1  # of recall
@@ -224,7 +224,7 @@ class _Objective:
     def loss(self, remedy: str) -> float:
         if remedy not in self.losses:
             with mitigate(self.model, remedy, target_length=self.target, text=self.text):
-                self.losses[remedy] = float(tail_losses(self.model, self.ids).mean())
+                self.losses[remedy] = float(tail_loss(self.model, self.ids).mean())
         return self.losses[remedy]
 
     def recall(self, remedy: str) -> dict[str, float]:

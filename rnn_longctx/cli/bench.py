@@ -112,7 +112,7 @@ def bench_parallel(
     out: Annotated[Path | None, OUT] = None,
 ) -> None:
     """One context over 1, 2, 4, ... GPUs, and a batch each, with a model of 370M parameters, under torchrun: torchrun
-    --nproc-per-node 4 -m rnn_longctx.cli.program bench parallel"""
+    --nproc-per-node 4 -m rnn_longctx.cli bench parallel"""
     from rnn_longctx.config import parse_length
     from rnn_longctx.eval.bench.parallel import joined, model_370m, parallel_rows
 

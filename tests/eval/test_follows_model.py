@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 import rnn_longctx
 from rnn_longctx import CollapseMonitor, adopt, evaluate, mitigate
-from rnn_longctx.cli.program import app
+from rnn_longctx.cli import app
 from rnn_longctx.data import ByteTokenizer, Text
 from rnn_longctx.errors import InputError
 from rnn_longctx.eval.jobs.base import Context

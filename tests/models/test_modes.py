@@ -17,11 +17,11 @@ from rnn_longctx.data import ByteTokenizer, Text
 from rnn_longctx.eval.search.calibrate import calibrate
 from rnn_longctx.measure.envelope import measure_envelope
 from rnn_longctx.measure.steps import measure_steps
+from rnn_longctx.measure.stream import tail_loss
 from rnn_longctx.mitigations import mitigate
 from rnn_longctx.models.adopt.adopting import adopt
 from rnn_longctx.models.generate import continuation, generate, prefill
 from rnn_longctx.models.modes import evaluating
-from rnn_longctx.probes.ablation import tail_losses
 from rnn_longctx.probes.attribution import attribute
 from rnn_longctx.probes.held import dropped_share
 from rnn_longctx.probes.probe import probe
@@ -120,7 +120,7 @@ CALLS = {
     "evaluate": lambda m: evaluate(m, [24, 96], "lm:slices=2", ["none", "rri"], text=TEXT)["value"],
     "passkey": lambda m: evaluate(m, 128, "passkey:n=2", text=TEXT)["value"],
     "remembrance": lambda m: remembrance(m, random_ids_of(20))["tv"],
-    "ablation": lambda m: tail_losses(_reader(m), random_ids_of(33)),
+    "ablation": lambda m: tail_loss(_reader(m), random_ids_of(33)),
     "envelope": lambda m: measure_envelope(_reader(m), random_ids_of(24), "made", "0").peaks,
     "steps": lambda m: torch.stack(measure_steps(_reader(m), random_ids_of(24))),
     "monitor": lambda m: repr(vars(CollapseMonitor.calibrated(m, TEXT, every=8))),

@@ -331,7 +331,7 @@ def test_a_killed_study_goes_on(config):
     """In processes, two at once, killed hard in the middle; what it then finds is what one that was not killed does."""
 
     def start() -> subprocess.Popen:
-        words = [sys.executable, "-m", "rnn_longctx.cli.program", "capacity", "train", "study.yaml", "--parallel", "2"]
+        words = [sys.executable, "-m", "rnn_longctx.cli", "capacity", "train", "study.yaml", "--parallel", "2"]
         return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     process = start()
