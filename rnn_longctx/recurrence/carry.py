@@ -14,14 +14,25 @@ from torch import Tensor
 T = TypeVar("T")
 
 
-def tree_map(function: Any, value: T) -> T:
-    """`function` on every tensor inside nested dataclasses, lists, tuples and None."""
+# The mark of a field whose tensor stays on the CPU wherever its carry is moved: what Python looks at between calls.
+ON_CPU = {"cpu": True}
+# The mark of a running sum that policies and observers alone read: training by segments begins it anew in each.
+TALLY = {"tally": True}
+
+
+def tree_map(function: Any, value: T, on_cpu: Any = None) -> T:
+    """Return the value with `function` applied to every tensor inside nested dataclasses, lists, tuples and None; and
+    `on_cpu`, where there is one, to those of fields that are marked `ON_CPU`."""
     if isinstance(value, Tensor):
         return function(value)
     if is_dataclass(value) and not isinstance(value, type):
-        return replace(value, **{f.name: tree_map(function, getattr(value, f.name)) for f in fields(value)})
+        mapped = {}
+        for f in fields(value):
+            how = on_cpu if on_cpu is not None and f.metadata.get("cpu") else function
+            mapped[f.name] = tree_map(how, getattr(value, f.name), on_cpu)
+        return replace(value, **mapped)
     if isinstance(value, list | tuple):
-        return type(value)(tree_map(function, v) for v in value)
+        return type(value)(tree_map(function, v, on_cpu) for v in value)
     return value
 
 
@@ -58,8 +69,8 @@ class ScanCarry:
     """
 
     state: Tensor
-    position: Tensor
-    log_decay: Tensor = field(metadata={"tally": True})  # only policies and observers read it
+    position: Tensor = field(metadata=ON_CPU)
+    log_decay: Tensor = field(metadata=TALLY)
     window: WindowCarry | None = None
 
     @classmethod
