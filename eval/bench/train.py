@@ -21,7 +21,6 @@ from rnn_longctx.train.config import OptimizerConfig, PassingConfig
 from rnn_longctx.train.corpus import Batch
 from rnn_longctx.train.learner import Learner
 from rnn_longctx.train.optimizer import make_optimizer
-from rnn_longctx.train.starts import zeros
 
 REPEATS = 5
 Row = dict[str, Any]
@@ -86,7 +85,7 @@ def learning(learner: nn.Module, model: Any, segment: int = 0) -> Learn:
     def learn(ids: Tensor) -> None:
         part = MicroBatch.of(Batch(ids, torch.zeros_like(ids[:, 1:], dtype=torch.bool)))
         passing = PassingConfig(segment, bptt=0) if segment else None
-        start = zeros(model, len(ids)) if segment else None
+        start = model.new_cache(len(ids)) if segment else None
         accumulate(learner, part, passing, start, 0.0, lambda: torch.autocast(ids.device.type, torch.bfloat16))
 
     return learn

@@ -11,12 +11,13 @@ import torch
 from rnn_longctx.config import to_dict
 from rnn_longctx.measure.envelope import SLICES, measure_envelope
 from rnn_longctx.models.checkpoint import checkpoint
+from rnn_longctx.models.lm import LM
 from rnn_longctx.train.config import TrainConfig
 from rnn_longctx.train.corpus import Corpus
 from rnn_longctx.train.state import RunState
 
 
-def export(config: TrainConfig, corpus: Corpus, model: Any, where: Path, metrics: dict[str, Any],
+def export(config: TrainConfig, corpus: Corpus, model: LM, where: Path, metrics: dict[str, Any],
            envelope: bool = True) -> None:  # fmt: skip
     """Write `model` to the directory `where`, in `config.save_dtype` and `config.save_layout`; envelope: with how far
     its states go. Raises InputError where it cannot be written."""
@@ -30,7 +31,7 @@ def export(config: TrainConfig, corpus: Corpus, model: Any, where: Path, metrics
     model.train()
 
 
-def keep_best(config: TrainConfig, corpus: Corpus, model: Any, out: Path, score: list[float],
+def keep_best(config: TrainConfig, corpus: Corpus, model: LM, out: Path, score: list[float],
               state: RunState) -> None:  # fmt: skip
     """Make the model just evaluated last/, and best/ if its score is the largest so far."""
     metrics = {"step": state.step}
@@ -40,7 +41,7 @@ def keep_best(config: TrainConfig, corpus: Corpus, model: Any, out: Path, score:
         export(config, corpus, model, out / "best", metrics, envelope=False)
 
 
-def _envelope(config: TrainConfig, corpus: Corpus, model: Any) -> dict[str, Any] | None:
+def _envelope(config: TrainConfig, corpus: Corpus, model: LM) -> dict[str, Any] | None:
     """How far the states of the finished model go within the training length, on the held-out text."""
     windows = next(corpus.validation(config.longest, SLICES, most=SLICES), None)
     if windows is None or len(windows) == 0:
@@ -51,7 +52,7 @@ def _envelope(config: TrainConfig, corpus: Corpus, model: Any) -> dict[str, Any]
     return measure_envelope(model, ids, f"{names} (held out)", digest).to_dict()
 
 
-def _provenance(config: TrainConfig, corpus: Corpus, model: Any, metrics: dict[str, Any]) -> dict[str, Any]:
+def _provenance(config: TrainConfig, corpus: Corpus, model: LM, metrics: dict[str, Any]) -> dict[str, Any]:
     """What the finished model is made of, and what the one it was started from was. No paths: texts go by their
     canonical names."""
     recipe = {k: v for k, v in to_dict(config).items() if k not in ("out", "device", "licences")}

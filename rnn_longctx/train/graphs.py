@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from rnn_longctx.models.cache import Cache
-from rnn_longctx.models.interface import LanguageModel
+from rnn_longctx.models.lm import LM
 from rnn_longctx.recurrence.policy import PLAIN
 from rnn_longctx.train.carries import is_integer, leaves, state_map, tensors, with_leaves, with_tensors
 
 MOST = 8  # kinds that are recorded; more than a stream's segments and its last, with and without gradients, are rare
-Read = Callable[[Any, Tensor, Tensor | None, Cache | None], tuple[Tensor | None, Cache]]
+Read = Callable[[LM, Tensor, Tensor | None, Cache | None], tuple[Tensor | None, Cache]]
 Replay = Callable[..., tuple[Tensor, ...]]
 
 
@@ -36,7 +36,7 @@ class Graphs:
         read: what is recorded: a function of (model, ids, targets, before).
     """
 
-    def __init__(self, model: LanguageModel, read: Read):
+    def __init__(self, model: LM, read: Read):
         self.model, self.read = model, read
         self.kernels = model.backend == "triton"
         self.pool: Any = None
@@ -67,12 +67,12 @@ class Graphs:
         return losses, read.cache([t.clone() for t in after], before, ids.shape[1])
 
     def fits(self) -> bool:
-        """Whether all that the model does are kernels, which look at no numbers between them and at no position, and
-        whether what it carries stays as large as it is."""
-        m: Any = self.model
+        """Whether all layers are recurrent, so that what they carry keeps its size, and all that they do are kernels,
+        which look at no numbers between them and at no position."""
+        m = self.model
         return (
             self.kernels
-            and not getattr(m, "attends", False)
+            and len(m.mixers) == len(m.layers)
             and m.restart is None
             and m.spread is None
             and all(
@@ -128,7 +128,7 @@ class _Read(nn.Module):
         before: a cache whose states the tensors stand for, or None.
     """
 
-    def __init__(self, model: Any, read: Read, scored: bool, before: Cache | None):
+    def __init__(self, model: LM, read: Read, scored: bool, before: Cache | None):
         super().__init__()
         self.model, self.read, self.scored = model, read, scored
         self.amp = {"enabled": torch.is_autocast_enabled("cuda"), "dtype": torch.get_autocast_dtype("cuda")}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from rnn_longctx.models.cache import Cache
-from rnn_longctx.models.interface import LanguageModel
+from rnn_longctx.models.lm import LM
 from rnn_longctx.train.carries import state_map
 from rnn_longctx.train.graphs import Graphs
 
@@ -18,9 +18,9 @@ class Learner(nn.Module):
             is that of several ranks.
     """
 
-    def __init__(self, model: LanguageModel, recorded: bool = False):
+    def __init__(self, model: LM, recorded: bool = False):
         super().__init__()
-        self.model: LanguageModel = model
+        self.model = model
         self.graphs = Graphs(model, read) if recorded and model.device.type == "cuda" else None
 
     def forward(self, ids: Tensor, targets: Tensor | None, before: Cache | None,
@@ -37,7 +37,7 @@ class Learner(nn.Module):
         return read(self.model, ids, targets, before, reset)
 
 
-def read(model: LanguageModel, ids: Tensor, targets: Tensor | None, before: Cache | None,
+def read(model: LM, ids: Tensor, targets: Tensor | None, before: Cache | None,
          reset: Tensor | None = None) -> tuple[Tensor | None, Cache]:  # fmt: skip
     """Read a segment as `Learner.forward` does, without graphs."""
     cache = model.new_cache() if before is None else state_map(lambda tensor: tensor, before)

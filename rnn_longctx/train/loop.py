@@ -191,7 +191,7 @@ class Loop:
             return
         state.seconds = time.monotonic() - self.began
         loss, answer_loss, norm = (_mean([update.losses] if update.fault else state.window, i) for i in range(3))
-        norms = team.sum(state_norms(update.final)) / team.world  # lanes have as many rows each
+        norms = team.sum(state_norms(self.run.model, update.final)) / team.world  # lanes have as many rows each
         row: dict[str, Any] = {
             "step": update.step,
             "tokens": state.tokens,

@@ -241,9 +241,9 @@ class Online:
     def _save(self) -> None:
         state = {"update": self.update, "kept": self.kept, "tokens": self.tokens, "best": self.best}
         state |= {"read": self.arrivals.read, "skipped": self.arrivals.skipped}
-        parts = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
-        parts["texts"] = self.run.text_hashes
-        save_snapshot(self.run.out / "snapshots", self.update, {**parts, "state": state})
+        weights, moments = self.model.state_dict(), self.optimizer.state_dict()
+        parts = {"model": weights, "optimizer": moments, "texts": self.run.text_hashes, "state": state}
+        save_snapshot(self.run.out / "snapshots", self.update, parts)
 
     def _restored(self) -> bool:
         """Go to the newest snapshot, if there is one."""

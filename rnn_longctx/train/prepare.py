@@ -6,7 +6,6 @@ import time
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -16,12 +15,14 @@ from rnn_longctx.errors import InputError
 from rnn_longctx.loggers import library
 from rnn_longctx.mitigations import fold
 from rnn_longctx.models.checkpoint import checkpoint
-from rnn_longctx.models.lm import Mamba2LM
+from rnn_longctx.models.lm import LM
 from rnn_longctx.train.autocast import autocast
 from rnn_longctx.train.config import TrainConfig
 from rnn_longctx.train.corpus import Corpus, load_corpus
 from rnn_longctx.train.mix import check_mix
+from rnn_longctx.train.parallel import least_tokens
 from rnn_longctx.train.snapshots import claim_folder, held
+from rnn_longctx.train.starts import check_start
 from rnn_longctx.train.team import Team
 
 # Settings that change where and how often things are written and how the work is cut, not what is trained.
@@ -40,7 +41,7 @@ class Run:
 
     config: TrainConfig
     corpus: Corpus
-    model: Any
+    model: LM
     team: Team
 
     @property
@@ -68,7 +69,7 @@ def prepare(config: TrainConfig, team: Team, stack: ExitStack, online: bool = Fa
         label = f"{started.name}@{started.weights_hash}"  # no path: this is recorded with the finished model
         config = replace(config, model=started.config, init=label)
     _check_model(config, tokenizer)
-    _check_stretches(config)
+    _check_passing(config)
     assert config.model is not None
     check_mix(config.data, tokenizer, config.model.vocab_size)
     if started is not None and config.mitigation is not None:
@@ -77,7 +78,7 @@ def prepare(config: TrainConfig, team: Team, stack: ExitStack, online: bool = Fa
     corpus = _read_text(config, tokenizer, team)
     torch.manual_seed(config.seed)
     assert config.model is not None
-    model: Any = Mamba2LM(config.model).to(team.device) if started is None else started
+    model = LM(config.model).to(team.device) if started is None else started
     model.train_length, model.name, model.tokenizer = config.longest, home_path(config.out).name, tokenizer
     return Run(config, corpus, model, team)
 
@@ -118,18 +119,27 @@ def _check_model(config: TrainConfig, tokenizer: Tokenizer) -> None:
         raise InputError(f"save_layout: {error}") from None
 
 
-def _check_stretches(config: TrainConfig) -> None:
-    """Raise InputError where a segment leaves a rank of a lane too few tokens for its convolution's edge."""
+def _check_passing(config: TrainConfig) -> None:
+    """Raise InputError where streams cannot begin as they should, or where a segment leaves a rank of a lane too few
+    tokens for its convolutions' edges."""
     assert config.model is not None
+    with torch.device("meta"):
+        model = LM(config.model)
+    if config.passing is not None:
+        check_start(model, config.passing.start)
+    if config.sequence_parallel == 1:
+        return
+    if model.attends:
+        raise InputError("sequence_parallel: a model with attention layers is not read over several ranks; set it to 1")
     for length, _ in config.stages:
         segment = length if config.passing is None else config.passing.segment
-        least, needed = min(segment, length % segment or segment), max(1, config.model.d_conv - 1)
-        if config.sequence_parallel > 1 and least // config.sequence_parallel < needed:
+        least, needed = min(segment, length % segment or segment), least_tokens(model)
+        if least // config.sequence_parallel < needed:
             cut = f"a segment of {least} tokens over {config.sequence_parallel} ranks"
             raise InputError(f"sequence_parallel: {cut} leaves fewer than {needed} tokens a rank")
 
 
-def _started_from(init: str, tokenizer: Any, device: torch.device) -> Mamba2LM:
+def _started_from(init: str, tokenizer: Tokenizer, device: torch.device) -> LM:
     """Return the checkpoint in float32, with where it comes from as its provenance."""
     try:
         model = checkpoint.load(init, device=device)
@@ -147,7 +157,7 @@ def _started_from(init: str, tokenizer: Any, device: torch.device) -> Mamba2LM:
     return model
 
 
-def _fold(model: Mamba2LM, mitigation: str) -> None:
+def _fold(model: LM, mitigation: str) -> None:
     """Fold the mitigation into the checkpoint, whose training length is still its own. A run that goes on takes its
     weights, folded once, from the snapshot."""
     try:

@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rnn_longctx.models.cache import Cache, Carry
-from rnn_longctx.models.interface import LanguageModel
-from rnn_longctx.recurrence.carry import ScanCarry, tree_map
+from rnn_longctx.errors import InputError
+from rnn_longctx.models.cache import Cache
+from rnn_longctx.models.lm import LM
+from rnn_longctx.recurrence.carry import tree_map
 from rnn_longctx.train.carries import is_integer, leaves, tensors, with_leaves, with_tensors
 from rnn_longctx.train.config import PassingConfig
 from rnn_longctx.train.corpus import Batch
@@ -20,25 +21,27 @@ NOISE = 0.1  # standard deviation of `noise`, in the units of the state; a train
 FIT_EVERY = 20  # steps between measurements of the final states for `fitted-noise`
 
 
-def zeros(model: Any, rows: int) -> Cache:
-    """Return the cache of `rows` rows that begin, float32 (float64 in a float64 model)."""
-    c, dtype = model.config, torch.promote_types(model.dtype, torch.float32)
-    carries = []
-    for _ in range(c.n_layer):
-        conv = torch.zeros(rows, c.conv_dim, c.d_conv - 1, dtype=dtype, device=model.device)
-        scan = ScanCarry.start(rows, c.nheads, c.headdim, c.d_state, dtype=dtype, device=model.device)
-        carries.append(Carry(conv, scan))
-    return Cache(carries, torch.zeros(rows, dtype=torch.int64, device="cpu"))
+def scan_states(model: LM, cache: Cache) -> list[Tensor]:
+    """Return the states (B, H, P, N) of the layers that have one: those whose mixer says, by a method `scan_state`,
+    what it is in their carry."""
+    hooks = (getattr(layer.mixer, "scan_state", None) for layer in model.layers)
+    return [hook(carry) for hook, carry in zip(hooks, cache.layers, strict=True) if hook is not None]
 
 
-def scan_states(cache: Cache) -> list[Tensor]:
-    """Return the states (B, H, P, N) of the recurrent layers."""
-    return [layer.scan.state for layer in cache.layers]
+def state_norms(model: LM, cache: Cache) -> Tensor:
+    """Return the Frobenius norm of each head's state, in order of the layers, the mean over rows; NaN where no layer
+    has a state."""
+    norms = [state.float().flatten(2).norm(dim=2).mean(0) for state in scan_states(model, cache)]
+    return torch.cat(norms) if norms else torch.full((1,), torch.nan, device=model.device)
 
 
-def state_norms(cache: Cache) -> Tensor:
-    """Return (L, H): the Frobenius norm of each head's state, the mean over rows."""
-    return torch.stack([state.float().flatten(2).norm(dim=2).mean(0) for state in scan_states(cache)])
+def check_start(model: LM, start: str) -> None:
+    """Raise InputError where a model's streams cannot begin so."""
+    if start == "previous" and model.state_size().per_token:
+        grows = "the model keeps something of every token, so what rows go on from would grow without end"
+        raise InputError(f"passing.start: previous is for states of a fixed size, and {grows}; set passing.start=zero")
+    if "noise" in start and not scan_states(model, model.new_cache(1)):
+        raise InputError(f"passing.start: {start} is that of a recurrent state, and no layer of the model has one")
 
 
 class Starts:
@@ -51,22 +54,22 @@ class Starts:
         total: returns the sum over all rows of what is a sum over these.
     """
 
-    def __init__(self, model: LanguageModel, passing: PassingConfig, seed: int, rows: slice = slice(None),
+    def __init__(self, model: LM, passing: PassingConfig, seed: int, rows: slice = slice(None),
                  total: Callable[[Tensor], Tensor] = lambda t: t):  # fmt: skip
         self.model, self.passing, self.seed, self.rows, self.total = model, passing, seed, rows, total
         self.last: Cache | None = None  # previous: what the rows' last streams ended with
-        self.fitted: Tensor | None = None  # fitted-noise: (2, L, H), mean and standard deviation
+        self.fitted: Tensor | None = None  # fitted-noise: (2, heads), mean and standard deviation
 
     def begin(self, step: int, batch: Batch) -> Cache:
         """Return the cache before the first token of each of these rows, which are all that `batch` has."""
         if self.passing.start == "previous" and self.last is not None:
             assert batch.carried is not None
             return _where(batch.carried, self.last)
-        start = zeros(self.model, len(batch.ids))
+        start = self.model.new_cache(len(batch.ids))
         fitted = self.fitted
         if self.passing.start == "noise":
-            shape = len(scan_states(start)), scan_states(start)[0].shape[1]
-            fitted = torch.tensor([0.0, NOISE]).view(2, 1, 1).expand(2, *shape).to(self.model.device)
+            heads = sum(state.shape[1] for state in scan_states(self.model, start))
+            fitted = torch.tensor([[0.0], [NOISE]]).expand(2, heads).to(self.model.device)
         if fitted is not None:
             for row in range(len(batch.ids)):
                 self._draw_noise(step, row, start, fitted)
@@ -78,19 +81,21 @@ class Starts:
         key = [self.seed, step, (self.rows.start or 0) + row]
         seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]) % 2**63
         draw = torch.Generator(self.model.device).manual_seed(seed)
-        for state, mean, std in zip(scan_states(start), fitted[0], fitted[1], strict=True):
+        states = scan_states(self.model, start)
+        for state, of_heads in zip(states, fitted.split([state.shape[1] for state in states], 1), strict=True):
+            mean, std = of_heads[..., None, None]
             noise = torch.randn(state.shape[1:], generator=draw, dtype=state.dtype, device=state.device)
-            state[row] = mean[:, None, None] + std[:, None, None] * noise
+            state[row] = mean + std * noise
 
     def end(self, step: int, cache: Cache) -> None:
         """Take note of what the streams of a step ended with."""
         if self.passing.start == "previous":
             self.last = cache
         elif self.passing.start == "fitted-noise" and step % FIT_EVERY == 0:
-            states = scan_states(cache)
-            heads = torch.stack([state.transpose(0, 1).flatten(1).double() for state in states])  # (L, H, B * P * N)
-            sums = torch.stack([torch.full_like(heads[..., 0], heads.shape[2]), heads.sum(2), heads.square().sum(2)])
-            count, one, two = self.total(sums)
+            states = scan_states(self.model, cache)
+            heads = [state.transpose(0, 1).flatten(1).double() for state in states]  # (H, B * P * N)
+            sums = [torch.stack([torch.full_like(h[:, 0], h.shape[1]), h.sum(1), h.square().sum(1)]) for h in heads]
+            count, one, two = self.total(torch.cat(sums, 1))
             spread = (two - one.square() / count).clamp(min=0) / (count - 1)
             self.fitted = torch.stack([one / count, spread.sqrt()]).to(states[0].dtype)
 
@@ -107,17 +112,17 @@ class Starts:
         return {"kept": layers, "integers": integers, "fitted": self.fitted}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what `state_dict` returned; a snapshot of an older version has no integers (positions)."""
+        """Go on from what `state_dict` returned; an older version's snapshot has no integers (positions)."""
         device = self.model.device
         self.last = None
         if state["kept"] is not None:
             floats = [t[self.rows].to(device) for layer in state["kept"] for t in layer]
-            cache = zeros(self.model, len(floats[0]))
+            cache = self.model.new_cache(len(floats[0]))
             if state.get("integers") is not None:
                 own = zip(tensors(cache, is_integer), state["integers"], strict=True)
                 cache = with_tensors(cache, [t[self.rows].to(begun.device) for begun, t in own], is_integer)
             self.last = with_leaves(cache, floats)
-        self.fitted = None if state["fitted"] is None else state["fitted"].to(device)
+        self.fitted = None if state["fitted"] is None else state["fitted"].to(device).flatten(1)  # was (2, L, H)
 
 
 def _where(goes_on: Tensor, cache: Cache) -> Cache:

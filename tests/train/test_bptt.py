@@ -29,7 +29,7 @@ from rnn_longctx.train.carries import state_map
 from rnn_longctx.train.config import OptimizerConfig, PassingConfig
 from rnn_longctx.train.corpus import Batch, Corpus, load_corpus
 from rnn_longctx.train.learner import Learner
-from rnn_longctx.train.starts import Starts, zeros
+from rnn_longctx.train.starts import Starts
 
 
 def new_model(**shape: Any) -> Any:
@@ -47,7 +47,7 @@ def streams(length: int, rows: int = 3) -> Batch:
 
 
 def random_start(model: Any, rows: int) -> Cache:
-    return state_map(torch.randn_like, zeros(model, rows))
+    return state_map(torch.randn_like, model.new_cache(rows))
 
 
 def states(cache: Cache) -> list[tuple[Tensor, Tensor]]:
@@ -153,7 +153,7 @@ def test_a_longer_stream_takes_no_more_memory() -> None:
             held -= size
 
         with torch.autograd.graph.saved_tensors_hooks(Saved, lambda saved: saved.tensor):
-            run(model, streams(length), PassingConfig(32, "all"), zeros(model, 3), 1.0)
+            run(model, streams(length), PassingConfig(32, "all"), model.new_cache(3), 1.0)
         return peak
 
     # the loss of a segment that hands a gradient on saves a little more than a stream of one segment
@@ -175,7 +175,7 @@ def test_an_answer_teaches_the_key_segments_before_it(bptt: Any) -> None:
     batch = Batch(torch.from_numpy(ids)[None], torch.from_numpy(answer[1:])[None])
 
     def gradient(weight: float) -> Tensor:
-        run(model, batch, PassingConfig(40, bptt), zeros(model, 1), weight)
+        run(model, batch, PassingConfig(40, bptt), model.new_cache(1), weight)
         return model.backbone.embedding.weight.grad[200:205].clone()
 
     taught = (gradient(1.0) - gradient(0.0)).abs().amax(1)  # by the answer alone
@@ -270,11 +270,11 @@ def test_fitted_noise(config: TrainConfig) -> None:
     assert all(not state.any() for _, state in states(starts.begin(0, batch))), "nothing measured yet"
     mean, std = torch.randn(2, 4), torch.rand(2, 4) + 0.1
     made = [m[:, None, None] + s[:, None, None] * torch.randn(32, 4, 8, 64) for m, s in zip(mean, std)]
-    ended = zeros(model, 32)
+    ended = model.new_cache(32)
     for layer, state in zip(ended.layers, made):
         layer.scan.state = state
     starts.end(0, ended)
-    starts.end(1, zeros(model, 32))  # not a step to measure at
+    starts.end(1, model.new_cache(32))  # not a step to measure at
     drawn = states(starts.begin(2, batch))
     for i, (conv, state) in enumerate(drawn):
         assert not conv.any()

@@ -22,11 +22,11 @@ import rnn_longctx
 from rnn_longctx.data import ByteTokenizer
 from rnn_longctx.errors import InputError
 from rnn_longctx.models.lm import Mamba2LM
-from rnn_longctx.tasks.passkey import passkey_batch
+from rnn_longctx.tasks.passkey import Passkey, passkey_batch
 from rnn_longctx.train import TrainConfig, evaluation, loop, train
 from rnn_longctx.train.config import EvaluateConfig, OptimizerConfig, PassingConfig
 from rnn_longctx.train.corpus import Corpus, load_corpus
-from rnn_longctx.train.evaluation import Evaluation, held_out_loss, late_loss, passkey_accuracy, stage_of
+from rnn_longctx.train.evaluation import Evaluation, examples_of, held_out_loss, late_loss, recall, stage_of
 from rnn_longctx.train.optimizer import learning_rate
 from rnn_longctx.train.state import RunState
 
@@ -45,6 +45,12 @@ def test_late_loss_is_that_of_the_second_half(config: TrainConfig, monkeypatch: 
     assert late_loss(model, corpus, 111, 4, nullcontext) == pytest.approx(float(losses[:, 55:].mean()), rel=1e-9)
     assert held_out_loss(model, corpus, 111, 4, nullcontext) == pytest.approx(float(losses.mean()), rel=1e-9)
     assert math.isnan(held_out_loss(model, corpus, 50_000, 4, nullcontext))
+
+
+def score(model: Any, tokenizer: Any, n: int, rows: int) -> float:
+    """Of a model at passkeys in prompts of 230 tokens."""
+    task = Passkey(style="headerless")
+    return recall(model, task, examples_of(task, tokenizer, 230, n, 3), tokenizer, rows, nullcontext)
 
 
 def test_passkeys_are_right_when_every_token_is(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,7 +84,7 @@ def test_passkeys_are_right_when_every_token_is(monkeypatch: pytest.MonkeyPatch)
             likely = F.one_hot(torch.tensor(said), 256).float()
             return F.pad(likely, (0, 44), value=2.0)  # rows that stand for no token are never the answer
 
-    found = passkey_accuracy(Model(), ByteTokenizer(), 230, n, 3, "headerless", 4, nullcontext)
+    found = score(Model(), ByteTokenizer(), n, 4)
     assert found == pytest.approx(12 / 17) and asked == n
 
 
@@ -108,8 +114,7 @@ def test_passkeys_are_judged_with_any_tokenizer(kind: str) -> None:
             assert last == max(len(p.reply) for p in prompts)
             return F.one_hot(torch.from_numpy(np.stack(said)), size).float()
 
-    assert passkey_accuracy(Model(0), tokenizer, 230, n, 3, "headerless", n, nullcontext) == 1
-    assert passkey_accuracy(Model(1), tokenizer, 230, n, 3, "headerless", n, nullcontext) == 0
+    assert score(Model(0), tokenizer, n, n) == 1 and score(Model(1), tokenizer, n, n) == 0
 
 
 @pytest.mark.parametrize("kind", ["bytes", "byte-level", "llama-2"])
@@ -119,7 +124,8 @@ def test_the_last_passkeys_end_at_the_training_length(
     """No prompt and answer are longer than what was trained on, and the longest are as long."""
     tokenizer, lengths = made_tokenizer(kind), []
     monkeypatch.setattr(evaluation, "held_out_loss", lambda *_: 1.0)
-    monkeypatch.setattr(evaluation, "passkey_accuracy", lambda model, t, length, *_: lengths.append(length) or 1.0)
+    measured = lambda model, task, examples, *_: lengths.append(len(examples[0].prompt)) or 1.0  # noqa: E731
+    monkeypatch.setattr(evaluation, "recall", measured)
     (tmp_path / "log.csv").write_text("step,tokens,loss\n1,1,1.0\n")
     data = replace(config.data, passkey=replace(config.data.passkey, fraction=0.5, lengths=[100, 120]))
     corpus = Corpus([], torch.zeros(0), [], tokenizer)
@@ -160,7 +166,7 @@ def test_scores(config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyP
     c = replace(config, evaluate=EvaluateConfig([111, 120], passkeys=3))
     corpus = load_corpus(c.data, ByteTokenizer(), 120)
     monkeypatch.setattr(evaluation, "late_loss", lambda m, c, length, *_: length / 100)
-    monkeypatch.setattr(evaluation, "passkey_accuracy", lambda m, t, length, *_: length / 1000)
+    monkeypatch.setattr(evaluation, "recall", lambda m, t, examples, *_: len(examples[0].prompt) / 1000)
     assert Evaluation(c, corpus, None, tmp_path, nullcontext)(5, 9) == pytest.approx([0.1155, -1.155])
     monkeypatch.setattr(evaluation, "late_loss", lambda *_: math.nan)
     assert Evaluation(c, corpus, None, tmp_path, nullcontext)(5, 9)[1] == -math.inf, "the worst of all"

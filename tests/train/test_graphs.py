@@ -25,7 +25,6 @@ from rnn_longctx.train.config import OptimizerConfig, PassingConfig
 from rnn_longctx.train.corpus import Batch
 from rnn_longctx.train.learner import Learner
 from rnn_longctx.train.optimizer import make_optimizer
-from rnn_longctx.train.starts import zeros
 
 SHAPE = Mamba2Config(d_model=128, n_layer=3, vocab_size=97, d_state=64, headdim=32, A_init=(1e-2, 1.0))
 PASSING = {"whole": None, "0": PassingConfig(96, 0), "2": PassingConfig(70, 2), "all": PassingConfig(64, "all")}
@@ -93,7 +92,7 @@ def test_nothing_of_a_buffer_is_kept(name: str, imitated: Any) -> None:
     passing = PASSING[name]
     for length in (300, 210):
         batch = Batch(torch.randint(97, (3, length + 1)), torch.rand(3, length) < 0.1)
-        start = zeros(eager.model, 3) if passing else None
+        start = eager.model.new_cache(3) if passing else None
         first = update(eager, batch, passing, nullcontext, start)
         found = update(replayed, batch, passing, nullcontext, start)
         if passing:  # the next stream goes on from this one, whose states are kept
@@ -148,7 +147,7 @@ def test_replayed_is_read(name: str, context: Any) -> None:
     for length, count in ((300, 3), (210, 3), (300, 2)):
         ids, answer = torch.randint(97, (count, length + 1)).cuda(), torch.rand(count, length).cuda() < 0.1
         if start is None or len(start.position) != count:
-            start = zeros(eager.model, count) if passing else None
+            start = eager.model.new_cache(count) if passing else None
         expected = update(eager, Batch(ids, answer), passing, context, start)
         found = update(replayed, Batch(ids, answer), passing, context, start)
         if context is nullcontext:
@@ -170,7 +169,7 @@ def test_what_cannot_be_replayed_is_read() -> None:
     replayed = Learner(copy.deepcopy(eager.model), recorded=True)
     ids, answer = torch.randint(97, (2, 201)).cuda(), torch.zeros(2, 200, dtype=torch.bool).cuda()
     reset = torch.rand(2, 200).cuda() < 0.05
-    passing, start = PassingConfig(64, "all"), zeros(eager.model, 2)
+    passing, start = PassingConfig(64, "all"), eager.model.new_cache(2)
     assert replayed.graphs is not None
     for batch, policy, more in (
         (Batch(ids, answer), ScanPolicy(), True),
