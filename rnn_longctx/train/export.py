@@ -42,7 +42,10 @@ def keep_best(config: TrainConfig, corpus: Corpus, model: LM, out: Path, score: 
 
 
 def _envelope(config: TrainConfig, corpus: Corpus, model: LM) -> dict[str, Any] | None:
-    """How far the states of the finished model go within the training length, on the held-out text."""
+    """Return how far the states of the finished model go within the training length, on the held-out text, or None
+    where there is not enough of it or some layer has no state."""
+    if len(model.mixers) < len(model.layers):  # it is that of recurrent layers
+        return None
     windows = next(corpus.validation(config.longest, SLICES, most=SLICES), None)
     if windows is None or len(windows) == 0:
         return None
