@@ -165,10 +165,6 @@ class Recurrent(nn.Module):
         """Return the state (B, H, P, N) of a carry: what training shows the norm of, and begins as noise."""
         return carry.scan.state
 
-    def scan_state(self, carry: Carry) -> Tensor:
-        """Return the state (B, H, P, N) in a carry."""
-        return carry.scan.state
-
     def state_size(self) -> StateSize:
         fixed = {"scan": self.heads * self.headdim * self.d_state}
         if self.channels is not None:
