@@ -20,8 +20,8 @@ from rnn_longctx import cli
 from rnn_longctx.config import parse_lengths
 from rnn_longctx.data import ByteTokenizer
 from rnn_longctx.eval import EvalConfig
+from rnn_longctx.models import checkpoint
 from rnn_longctx.models.cache import Cache
-from rnn_longctx.models.checkpoint import checkpoint
 from rnn_longctx.models.lm import Mamba2LM
 from rnn_longctx.models.mixers.mamba2 import Mamba2Config
 

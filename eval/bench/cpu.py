@@ -12,7 +12,8 @@ import torch
 
 from rnn_longctx.config import parse_length
 from rnn_longctx.eval.bench.base import bench
-from rnn_longctx.models.checkpoint.checkpoint import load, save
+from rnn_longctx.models.checkpoint.load import load
+from rnn_longctx.models.checkpoint.save import save
 from rnn_longctx.models.lm import Mamba2LM
 
 

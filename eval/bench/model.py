@@ -18,9 +18,9 @@ from rnn_longctx.config import parse_length, parse_lengths
 from rnn_longctx.errors import InputError
 from rnn_longctx.eval.bench.base import Row, bench
 from rnn_longctx.eval.bench.scan import ceilings
-from rnn_longctx.models.adopt.families.mamba2 import cache_name
+from rnn_longctx.models.adopt.dispatch import cache_name
 from rnn_longctx.models.cache import Cache
-from rnn_longctx.models.checkpoint.checkpoint import save
+from rnn_longctx.models.checkpoint.save import save
 from rnn_longctx.models.decode import Decoder
 from rnn_longctx.models.lm import Mamba2LM
 from rnn_longctx.models.mixers.mamba2 import Mamba2Config

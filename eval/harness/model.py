@@ -31,7 +31,7 @@ from tqdm import tqdm
 from rnn_longctx.config import parse_length
 from rnn_longctx.eval.harness.tokens import PromptTokenizer
 from rnn_longctx.mitigations import mitigate
-from rnn_longctx.models.adopt.adopting import load_any, reader_of
+from rnn_longctx.models.adopt.adopting import as_language_model, load_any
 from rnn_longctx.models.generate import continuation, prefill
 from rnn_longctx.models.interface import LanguageModel
 from rnn_longctx.models.losses import LOGITS
@@ -93,7 +93,7 @@ class HarnessOptions:
             mitigate(loaded, self.mitigation or "none", target_length=self.target_length)
             return loaded
         loading |= {"mitigation": self.mitigation, "target_length": self.target_length}
-        reader = reader_of(model)
+        reader = as_language_model(model)
         if unread := [name for name, value in loading.items() if value is not None]:
             raise InputError(f"{', '.join(unread)}: of a model that is named; {reader.name} is loaded already")
         return reader

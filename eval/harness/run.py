@@ -30,7 +30,7 @@ from rnn_longctx.eval.harness.ruler import TooShort, draw_from, is_ruler, maker,
 from rnn_longctx.eval.results import Results
 from rnn_longctx.files import write_atomic
 from rnn_longctx.mitigations import Remedy, active, mitigate, parse_remedy
-from rnn_longctx.models.checkpoint.checkpoint import LazyTokenizer
+from rnn_longctx.models.checkpoint.tokenizer import LazyTokenizer
 from rnn_longctx.models.interface import LanguageModel
 from rnn_longctx.models.precision import computes_as
 

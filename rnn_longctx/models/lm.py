@@ -82,7 +82,7 @@ class LM(Identified, nn.Module):
     @property
     def mixers(self) -> list[Recurrent]:
         """The recurrent mixers, in order; a model of attention alone has none."""
-        return [block.mixer for block in self.backbone.layers if isinstance(block.mixer, Recurrent)]  # type: ignore
+        return [layer.mixer for layer in self.layers if isinstance(layer.mixer, Recurrent)]
 
     @property
     def attends(self) -> bool:
