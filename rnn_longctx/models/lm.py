@@ -20,10 +20,10 @@ from rnn_longctx.models.losses import head_losses, token_losses
 from rnn_longctx.models.mixers.base import Recurrent
 from rnn_longctx.models.precision import state_dtype
 from rnn_longctx.models.restart import Restart, read_restarting
-from rnn_longctx.recurrence.backends import choose
 from rnn_longctx.recurrence.policy import PLAIN
 from rnn_longctx.recurrence.shard import Shard
 from rnn_longctx.recurrence.span import Span
+from rnn_longctx.recurrence.ssd.scan import SSD
 
 
 class LM(Identified, nn.Module):
@@ -109,8 +109,10 @@ class LM(Identified, nn.Module):
 
     def use_backend(self, name: str | None) -> None:
         """Force one scan backend for every layer (None: choose). Raises InputError if it is missing here."""
-        choose(PLAIN, name)
-        for mixer in self.mixers:
+        mixers = self.mixers
+        for recurrence in {m.recurrence.name: m.recurrence for m in mixers}.values() or [SSD]:
+            recurrence.backends.choose(PLAIN, name)
+        for mixer in mixers:
             mixer.backend = name
 
     @property
