@@ -30,7 +30,7 @@ TINY = 1e-30  # an input scale may underflow to 0
 FLOOR = 0.01  # of a standard deviation of log input scales: a text may hold one kind of line only
 
 
-class GateWatcher:
+class ScaleWatcher:
     """An observer of a layer that works out its input scales, as they are without a policy's gain."""
 
     def __init__(self, mixer: Any, every: int):
@@ -54,7 +54,7 @@ class _Enough(Exception):
     """The first layer has been read, and what comes after it is not needed."""
 
 
-class _First(GateWatcher):
+class _First(ScaleWatcher):
     found: Tensor
 
     def __call__(self, s: Statistics) -> None:
@@ -64,7 +64,7 @@ class _First(GateWatcher):
 
 @torch.no_grad()
 @in_evaluation
-def gates_of(lm: Any, every: int, text: Text, lasting: bool = True) -> dict[str, Any]:
+def input_statistics(lm: Any, every: int, text: Text, lasting: bool = True) -> dict[str, Any]:
     """Of the log of the first layer's mean input scale over windows of a text: mean and standard deviation [head], the
     limits of the shift over 1 to SMOOTH windows in a row, the passages (if `lasting`) and how far they lie apart. The
     layers above are not read."""

@@ -59,6 +59,10 @@ class Cache:
             new.scan.position = old.scan.position
         return moved
 
+    def restore(self, other: Cache) -> None:
+        """Become what another cache is, in place; the other is given up, since both share its tensors and lists."""
+        vars(self).update(vars(other))
+
     @staticmethod
     def concat(parts: list[Cache], order: list[int]) -> Cache:
         """Row groups put together again; `order[i]` is the row at which the i-th of their rows belongs."""

@@ -17,6 +17,7 @@ from rnn_longctx.models.ids import refuse_offloaded, rows_of
 from rnn_longctx.models.losses import head_losses, token_losses
 from rnn_longctx.models.mixers.mamba2 import Mamba2, Mamba2Config
 from rnn_longctx.models.precision import state_dtype
+from rnn_longctx.models.reading import Hooked
 from rnn_longctx.models.restart import Restart, read_restarting
 from rnn_longctx.recurrence.backends import Call, choose
 from rnn_longctx.recurrence.policy import PLAIN
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 Reader = Callable[[Any, Tensor, int], tuple[Tensor, Cache]]
 
 
-class Mamba2LM(Identified, nn.Module):
+class Mamba2LM(Hooked, Identified, nn.Module):
     """A language model whose context is a stream.
 
     Attributes:
@@ -130,8 +131,8 @@ class Mamba2LM(Identified, nn.Module):
         if self.restart is not None:
             if reset is not None:
                 raise InputError(f"the control {self.restart} cannot be combined with document boundaries")
-            return read_restarting(self.read, self.restart, ids, cache, mask)
-        return self.read(ids, cache, mask, reset)
+            return read_restarting(self.hooked_read(), self.restart, ids, cache, mask)
+        return self.hooked_read()(ids, cache, mask, reset)
 
     def read(self, ids: Tensor, cache: Cache, mask: Tensor | None = None, reset: Tensor | None = None) -> Tensor:
         """`forward` without the reader's control."""
