@@ -21,6 +21,7 @@ from rnn_longctx.mitigations.base import NotApplicable, Plan, Remedy, one_step_a
 from rnn_longctx.models.cache import Cache
 from rnn_longctx.models.lm import Mamba2LM
 from rnn_longctx.models.segments import longest
+from rnn_longctx.recurrence.span import WHOLE
 from rnn_longctx.spec import quiet
 
 if TYPE_CHECKING:
@@ -63,14 +64,14 @@ class Decimate(Remedy):
 @torch.no_grad()
 def read(model: Mamba2LM, ids: Tensor, segment: int, first: int, keep: list[int]) -> tuple[Tensor, Cache]:
     """Logits (B, vocab) after the last of ids (B, T), and the cache; keep[i]: tokens of layer first + i."""
-    blocks, fp32 = model.backbone.blocks, model.config.residual_in_fp32
+    blocks, fp32 = model.layers, model.config.residual_in_fp32
     carries: list = [None] * len(blocks)
     kept: list[Tensor] = []  # residual (B, k, d), output of the layer below, normed, score (B, k)
     for t in range(0, ids.shape[1], segment):
         h, out = model.backbone.embedding(ids[:, t : t + segment].to(model.device)), None
         for i, block in enumerate(blocks[:first]):
             normed, h = block.norm.add(h, out, fp32)
-            out, carries[i] = block.mixer(normed, carries[i], None, None)
+            out, carries[i] = block.mixer(normed, carries[i], WHOLE)
         normed, h = blocks[first].norm.add(h, out, fp32)
         fresh = [h, normed, _score(model.mixers[first], normed)]
         kept = _heaviest([torch.cat(pair, 1) for pair in zip(kept, fresh)] if kept else fresh, keep[0])
@@ -79,7 +80,7 @@ def read(model: Mamba2LM, ids: Tensor, segment: int, first: int, keep: list[int]
         if i > first:
             normed, h = block.norm.add(h, out, fp32)
             h, normed = _heaviest([h, normed, _score(model.mixers[i], normed)], keep[i - first])[:2]
-        out, carries[i] = block.mixer(normed, None, None, None)
+        out, carries[i] = block.mixer(normed, None, WHOLE)
     last = model.backbone.norm_f.add(h, out, fp32)[0][:, -1]
     return model.logits(last), Cache(carries, torch.full((len(ids),), ids.shape[1], device="cpu"))
 

@@ -13,7 +13,7 @@ from rnn_longctx.errors import InputError
 from rnn_longctx.models.conv import causal_conv
 from rnn_longctx.models.lm import Mamba2LM
 from rnn_longctx.models.modes import evaluating
-from rnn_longctx.recurrence.gates import gates
+from rnn_longctx.recurrence.gates import SteppedGates
 from rnn_longctx.recurrence.policy import ScanPolicy
 
 
@@ -45,13 +45,10 @@ def read_terms(model: Mamba2LM, ids: Tensor, segment: int) -> Iterator[list[Term
         xBC, _ = causal_conv(xBC, mixer.conv1d, carry.conv if carry else None, None)  # as the mixer has just done
         wide = torch.promote_types(xBC.dtype, torch.float32)  # as the scan reads it
         x, B, C = xBC[0].to(wide).split([c.d_inner, c.ngroups * c.d_state, c.ngroups * c.d_state], -1)
-        log_decay, scale = gates(
-            dt.to(wide), mixer.A, dt_bias=mixer.dt_bias.to(wide), dt_softplus=True, dt_limit=c.dt_limit,
-            policy=mixer.policy,
-        )  # fmt: skip
+        gates = SteppedGates(dt, mixer.A, mixer.dt_bias, c.dt_limit).worked_out(wide, mixer.policy)
         size = x.unflatten(-1, (c.nheads, c.headdim)).norm(dim=-1)
         B, C = (v.unflatten(-1, (c.ngroups, c.d_state)) for v in (B, C))
-        found.append(Terms(start, log_decay[0], scale[0], size, B, C))
+        found.append(Terms(start, gates.log_decay[0], gates.input_scale[0], size, B, C))
 
     for start in range(0, ids.shape[1], segment):
         # hooks stand only while the model reads: a caller may drop this iterator half way

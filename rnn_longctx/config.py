@@ -170,8 +170,9 @@ def _convert(hint: Any, value: Any, key: str, where: str) -> Any:
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in args:
             return None
-        # An exact type goes first, so that a number given to `str | float` stays a number.
-        for arg in sorted(args, key=lambda a: a is not type(value)):
+        # An exact type goes first, so that a number given to `str | float` stays a number, and of several dataclasses
+        # the one that a mapping spells out best.
+        for arg in sorted(args, key=lambda a: (a is not type(value), _misfit(a, value))):
             try:
                 return _convert(arg, value, key, where)
             except InputError as error:
@@ -217,6 +218,15 @@ def _convert(hint: Any, value: Any, key: str, where: str) -> Any:
     if not isinstance(hint, type) or not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         raise wrong
     return value
+
+
+def _misfit(hint: Any, value: Any) -> tuple[int, int]:
+    """Return how many keys a mapping lacks to be a dataclass, and how many it has too many."""
+    if not dataclasses.is_dataclass(hint) or not isinstance(value, Mapping):
+        return 0, 0
+    fields = {f.name: f for f in dataclasses.fields(hint) if f.init}
+    required = [n for n, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING]
+    return sum(n not in value for n in required), sum(n not in fields for n in value)
 
 
 def _fail(error: Exception) -> Any:

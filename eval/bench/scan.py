@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rnn_longctx.errors import InputError
+from rnn_longctx.recurrence.gates import ScanInputs, SteppedGates
 from rnn_longctx.recurrence.policy import PLAIN, Cap, ScanPolicy
 from rnn_longctx.recurrence.ssd.scan import scan
 from rnn_longctx.recurrence.statistics import Observer, Statistics
@@ -63,9 +64,10 @@ class Shape:
         return self.batch * self.length * (self.heads * head + 2 * CHUNK * self.d_state)
 
 
-def ours(policy: ScanPolicy = PLAIN, observer: Observer | None = None) -> System:
+def ours(policy: ScanPolicy = PLAIN, observer: Observer | None = None, backend: str = "triton") -> System:
     def run(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor) -> Tensor:
-        return scan(x, dt, A, B, C, D=D, dt_bias=dt_bias, policy=policy, backend="triton", observer=observer)[0]
+        inputs, gates = ScanInputs(x, B, C, D), SteppedGates(dt, A, dt_bias)
+        return scan(inputs, gates, policy=policy, backend=backend, observer=observer)[0]
 
     return run
 
@@ -82,7 +84,9 @@ class Look:
 def remedies(inputs: dict[str, Any]) -> dict[str, ScanPolicy]:
     """Policies by what they cost. Caps are a quarter of the norm that a plain stream ends with, so that each clips."""
     with torch.no_grad():
-        _, carry = scan(**inputs, backend="triton")
+        i = inputs
+        scanned = ScanInputs(i["x"], i["B"], i["C"], i["D"])
+        _, carry = scan(scanned, SteppedGates(i["dt"], i["A"], i["dt_bias"]), backend="triton")
     norms = (carry.state.flatten(-2).norm(dim=-1).amin(0) / 4).tolist()
     few = tuple(n if h % 10 == 0 and h < 30 else math.inf for h, n in enumerate(norms))  # 3 of 32 heads
     every = tuple(norms)
@@ -213,11 +217,11 @@ def _error(run: System, shape: Shape, policy: ScanPolicy, train: bool, length: i
     """Relative error of a short stream's outputs, or of the worst of its gradients, against float64."""
     small = Shape(1, length, shape.heads, shape.headdim, shape.d_state).inputs(train)
     wide: dict[str, Any] = {k: v.detach().double().requires_grad_(train) for k, v in small.items()}
-    ours, (expected, _) = run(**small), scan(**wide, policy=policy, backend="torch")
-    pairs = [(ours, expected)]
+    y, expected = run(**small), ours(policy, backend="torch")(**wide)
+    pairs = [(y, expected)]
     if train:
-        weight = torch.randn_like(ours)
-        found = torch.autograd.grad(ours, list(small.values()), weight)
+        weight = torch.randn_like(y)
+        found = torch.autograd.grad(y, list(small.values()), weight)
         pairs = list(zip(found, torch.autograd.grad(expected, list(wide.values()), weight.double())))
     return max(((a.double() - b).norm() / b.norm()).item() for a, b in pairs)
 

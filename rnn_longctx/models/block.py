@@ -1,29 +1,65 @@
-"""What mixers are stacked into: residual blocks with a norm each, embeddings before, a norm behind."""
+"""What mixers are stacked into: residual layers with a norm each, embeddings before, a norm behind."""
 
 from __future__ import annotations
 
-from torch import nn
+from typing import Any
 
-from rnn_longctx.models.mixers.mamba2 import Mamba2, Mamba2Config
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rnn_longctx.models.deferred import DeferredNorm
+from rnn_longctx.models.interface import Shape
 from rnn_longctx.models.norm import RMSNorm
+from rnn_longctx.recurrence.span import Span
+
+# What a layer gives, to be added to the residual together with the norm that comes next.
+Output = Tensor | DeferredNorm | None
+
+
+class MLP(nn.Module):
+    """A gated MLP (SwiGLU): down(silu(gate(u)) * up(u))."""
+
+    def __init__(self, d_model: int, width: int):
+        super().__init__()
+        self.gate_up = nn.Linear(d_model, 2 * width, bias=False)
+        self.down = nn.Linear(width, d_model, bias=False)
+
+    def forward(self, u: Tensor) -> Tensor:
+        gate, up = self.gate_up(u).chunk(2, -1)
+        return self.down(F.silu(gate) * up)
 
 
 class Block(nn.Module):
-    """Pre-norm residual block: h <- h + mixer(norm(h)). The sum is made together with the norm after it."""
+    """A layer: h <- h + mixer(norm(h)), and with an MLP h <- h + mlp(norm2(h)).
 
-    def __init__(self, config: Mamba2Config):
+    Every sum is made together with the norm after it."""
+
+    def __init__(self, config: Shape, mixer: nn.Module):
         super().__init__()
         self.norm = RMSNorm(config.d_model, config.norm_eps)
-        self.mixer = Mamba2(config)
+        self.mixer = mixer
+        # (registered even where there is none, so that such a block is what it was before there were any)
+        self.register_module("norm2", RMSNorm(config.d_model, config.norm_eps) if config.mlp else None)
+        self.register_module("mlp", MLP(config.d_model, round(config.mlp * config.d_model)) if config.mlp else None)
+
+    def read(self, h: Tensor, out: Output, carry: Any, span: Span, in_fp32: bool) -> tuple[Tensor, Output, Any]:
+        """Read the residual h (B, T, d_model) plus the output of the layer before; return the residual, what is still
+        to be added to it, and the carry of the mixer."""
+        normed, h = self.norm.add(h, out, in_fp32)
+        out, carry = self.mixer(normed, carry, span)
+        return *self.feed_forward(h, out, in_fp32), carry
+
+    def feed_forward(self, h: Tensor, out: Output, in_fp32: bool) -> tuple[Tensor, Output]:
+        """Return the residual and what is still to be added to it, after the MLP, if there is one."""
+        if self.mlp is None:
+            return h, out
+        normed, h = self.norm2.add(h, out, in_fp32)
+        return h, self.mlp(normed)
 
 
 class Backbone(nn.Module):
-    def __init__(self, config: Mamba2Config):
+    def __init__(self, config: Shape):
         super().__init__()
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.layers = nn.ModuleList(Block(config, mixer) for mixer in config.make_mixers())
         self.norm_f = RMSNorm(config.d_model, config.norm_eps)
-
-    @property
-    def blocks(self) -> list[Block]:
-        return list(self.layers)  # type: ignore[arg-type]

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rnn_longctx.errors import InputError
 from rnn_longctx.models.cache import Cache, Carry
-from rnn_longctx.models.lm import Mamba2LM
+from rnn_longctx.models.lm import LM
+from rnn_longctx.models.mixers.mamba2 import Mamba2
 from rnn_longctx.models.norm import RMSNorm
 from rnn_longctx.models.patches import patched
+from rnn_longctx.recurrence import triton
 from rnn_longctx.recurrence.carry import ScanCarry
 from rnn_longctx.recurrence.ssd import fused
 
@@ -26,7 +29,7 @@ class Decoder:
         InputError: `Decoder.refuses` says why.
     """
 
-    def __init__(self, model: Mamba2LM, cache: Cache):
+    def __init__(self, model: LM, cache: Cache):
         if reason := self.refuses(model, cache):
             raise InputError(f"a decoder {reason}")
         self.model, device = model, model.device
@@ -41,13 +44,15 @@ class Decoder:
         self._prepare()
 
     @staticmethod
-    def refuses(model: Mamba2LM, cache: Cache) -> str | None:
-        """Why not, or None."""
-        if not isinstance(model, Mamba2LM):
+    def refuses(model: LM, cache: Cache) -> str | None:
+        """Return why a model cannot be stepped here from a cache, or None."""
+        if not isinstance(model, LM):
             return "steps this library's own models"
-        if fused.missing() is not None or not (model.device.type == "cuda" or fused.interpreted()):
+        if not all(type(layer.mixer) is Mamba2 and layer.mlp is None for layer in model.layers):
+            return "steps layers of Mamba-2 alone"
+        if triton.missing() is not None or not (model.device.type == "cuda" or triton.interpreted()):
             return "needs a CUDA device and Triton"
-        if model.dtype not in fused.DTYPES:
+        if model.dtype not in triton.DTYPES:
             return f"steps bfloat16, float16 and float32, not {model.dtype}"
         if not cache.layers:
             return "goes on from a prompt, and nothing has been read"
@@ -69,7 +74,7 @@ class Decoder:
                 return "has no stored start after a reset"
             if len(policy.caps) > 1:
                 return "has one norm cap a layer"
-            if policy.caps and mixer.config.headdim * mixer.config.d_state > 2**14:
+            if policy.caps and mixer.headdim * mixer.d_state > 2**14:
                 return "has norm caps for states of up to 16384 numbers a head"
         return None
 
@@ -104,9 +109,9 @@ class Decoder:
     def _prepare(self) -> None:
         mixers = self.model.mixers
         self._policies = [m.policy for m in mixers]
-        heads, device = self.model.config.nheads, self.model.device
-        self._tables = [fused.gate_table(m.policy, heads, device) for m in mixers]
-        self._caps = [fused.cap_table(m.policy, heads, device) if m.policy.caps else None for m in mixers]
+        device = self.model.device
+        self._tables = [fused.gate_table(m.policy, m.heads, device) for m in mixers]
+        self._caps = [fused.cap_table(m.policy, m.heads, device) if m.policy.caps else None for m in mixers]
         held = [(m._parameters, name, p) for m in self.model.modules() for name, p in m._parameters.items()]
         self._weights = [(holder, name, p, p.data_ptr()) for holder, name, p in held if p is not None]
         self._graphs: list[tuple[torch.cuda.CUDAGraph, Tensor] | None] = [None, None]
@@ -138,12 +143,14 @@ class Decoder:
     def _step(self, turn: int) -> Tensor:
         from rnn_longctx.recurrence.ssd.kernels import decode
 
-        model, c = self.model, self.model.config
+        model, in_fp32 = self.model, self.model.config.residual_in_fp32
+        mixers: list[Any] = model.mixers
         h, out = model.backbone.embedding(self._token), None
-        A = -torch.stack([m.A_log.float() for m in model.mixers]).exp()  # (each time: the weights may have changed)
-        for i, block in enumerate(model.backbone.blocks):
-            m, policy = block.mixer, block.mixer.policy
-            projected, h = _project(block.norm, m.in_proj, h, out, c.residual_in_fp32)
+        A = -torch.stack([m.A_log.float() for m in mixers]).exp()  # (each time: the weights may have changed)
+        for i, layer in enumerate(model.layers):
+            m: Any = layer.mixer
+            c, policy = m.config, m.policy
+            projected, h = _project(layer.norm, m.in_proj, h, out, in_fp32)
             y = projected.new_empty(len(projected), c.d_inner, dtype=torch.float32)
             decode.decode(
                 projected, m.conv1d.weight[:, 0], m.conv1d.bias, self._conv[i][turn], self._conv[i][1 - turn],
@@ -151,14 +158,15 @@ class Decoder:
                 self._log_decay[i], y, c.ngroups, c.dt_limit, policy.caps[0].every if policy.caps else 1, policy.reset,
             )  # fmt: skip
             out = _project(m.norm, m.out_proj, y)[0]
-        logits = _project(model.backbone.norm_f, model.lm_head, h, out, c.residual_in_fp32)[0]
+        logits = _project(model.backbone.norm_f, model.lm_head, h, out, in_fp32)[0]
         self._position += 1
         return logits
 
 
-def _linears(model: Mamba2LM) -> Iterator[nn.Module]:
+def _linears(model: LM) -> Iterator[nn.Module]:
     yield model.lm_head
-    for mixer in model.mixers:
+    mixers: list[Any] = model.mixers
+    for mixer in mixers:
         yield from (mixer.in_proj, mixer.out_proj)
 
 

@@ -20,7 +20,7 @@ from rnn_longctx.models.adopt.adopting import reader_of
 from rnn_longctx.models.cache import Cache
 from rnn_longctx.models.decode import Decoder
 from rnn_longctx.models.ids import rows_of
-from rnn_longctx.models.lm import Mamba2LM
+from rnn_longctx.models.interface import LanguageModel
 from rnn_longctx.models.modes import evaluating, in_evaluation
 from rnn_longctx.models.segments import SEGMENT
 from rnn_longctx.models.stops import (
@@ -31,7 +31,7 @@ from rnn_longctx.models.stops import (
     tokenizer_for_text,
     unused_rows,
 )
-from rnn_longctx.recurrence.ssd import fused
+from rnn_longctx.recurrence import triton
 
 # Tokens between two looks at whether an answer has ended, where a GPU runs ahead, no cache is kept and no text is taken
 # on the way; what is said beyond the end is dropped.
@@ -41,7 +41,7 @@ COLDEST = 1e-30  # a temperature below would take logits past float32's range, a
 
 @torch.no_grad()
 @in_evaluation
-def prefill(model: Mamba2LM, ids: Tensor, cache: Cache | None = None, segment: int = SEGMENT,
+def prefill(model: LanguageModel, ids: Tensor, cache: Cache | None = None, segment: int = SEGMENT,
             mask: Tensor | None = None) -> tuple[Tensor, Cache]:  # fmt: skip
     """Read ids (B, T) and return the logits (B, vocab) after the last token, and the cache.
 
@@ -102,7 +102,7 @@ class Continuation(Iterator[Tensor]):
                  generator: torch.Generator | None = None):  # fmt: skip
         self.model, self.temperature, self.generator = model, temperature, generator
         self._cache, self._logits = cache, logits
-        self._decoder = None if Decoder.refuses(model, cache) or fused.interpreted() else Decoder(model, cache)
+        self._decoder = None if Decoder.refuses(model, cache) or triton.interpreted() else Decoder(model, cache)
         self._unused = unused_rows(tokenizer_at_hand(model), logits.shape[-1], logits.device)
         self._token: Tensor | None = None  # said, and not read yet
 
@@ -139,7 +139,7 @@ class Continuation(Iterator[Tensor]):
         return self._cache if self._decoder is None else self._decoder.cache()
 
 
-def continuation(model: Mamba2LM, logits: Tensor, cache: Cache, temperature: float = 0.0,
+def continuation(model: LanguageModel, logits: Tensor, cache: Cache, temperature: float = 0.0,
                  generator: torch.Generator | None = None) -> Continuation:  # fmt: skip
     """Token after token, (B,) each, after `prefill`; greedy where temperature is 0. Endless: it stops at no id.
 

@@ -6,22 +6,25 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
+from rnn_longctx.models.cache import Cache, Carry
+from rnn_longctx.models.deferred import DeferredNorm
 from rnn_longctx.models.reading import ReadingHook
+from rnn_longctx.models.restart import Restart
+from rnn_longctx.recurrence.gates import Gates, ScanInputs, SteppedGates
 from rnn_longctx.recurrence.policy import ScanPolicy
+from rnn_longctx.recurrence.span import Span
 from rnn_longctx.recurrence.statistics import Observer
 
 if TYPE_CHECKING:
     from rnn_longctx.data import Tokenizer
-    from rnn_longctx.models.cache import Cache
-    from rnn_longctx.models.restart import Restart
 
 # (model, ids (B, T), segment) to the logits (B, vocab) after the last token, and the cache
-Reader = Callable[[Any, Tensor, int], "tuple[Tensor, Cache]"]
+Reader = Callable[[Any, Tensor, int], tuple[Tensor, Cache]]
 
 
 @dataclass(frozen=True)
@@ -46,9 +49,93 @@ class StateSize:
         return sum(self.fixed.values()) + length * self.per_token
 
 
+class Shape(Protocol):
+    """What a model is built from.
+
+    Attributes:
+        mlp: the width of a gated MLP after every mixer, as a multiple of d_model; 0: there is none.
+    """
+
+    d_model: int
+    n_layer: int
+    vocab_size: int
+    norm_eps: float
+    tie_embeddings: bool
+    residual_in_fp32: bool
+
+    @property
+    def mlp(self) -> float: ...
+    def make_mixers(self) -> Iterator[nn.Module]: ...
+
+
+class Rest(NamedTuple):
+    """What a layer's projections give beside the inputs of its scan.
+
+    Attributes:
+        z: (B, T, H * P), what gates the output.
+        conv: (B, channels, d_conv - 1), the convolution's last inputs, for the carry.
+        convolved: (B, T, channels), what the convolution read; zero at padding.
+    """
+
+    z: Tensor | None = None
+    conv: Tensor | None = None
+    convolved: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class MixerReading:
+    """One call of a recurrent layer, as its `tap` gets it before the scan.
+
+    Attributes:
+        inputs: x (B, T, H, P), B and C (B, T, G, N), as the scan reads them (after convolutions and activations).
+        gates: given, or to be worked out; `gates.worked_out(dtype, policy)` gives numbers (B, T, H).
+        span: padding, documents and positions of the call.
+        carry: the layer's carry before the call, or None where its stream begins.
+        rest: what else the projections gave, such as what the convolution read.
+    """
+
+    inputs: ScanInputs
+    gates: Gates | SteppedGates
+    span: Span
+    carry: Carry | None
+    rest: Rest
+
+
+Tap = Callable[[MixerReading], None]
+
+
+class Mixer(Protocol):
+    """A layer that mixes tokens: an nn.Module, registered in `rnn_longctx.models.mixers.MIXERS` by its name.
+
+    Its carry is of a kind of its own: any dataclass that `rnn_longctx.models.cache.carry` registers.
+
+    Attributes:
+        name, Config: the mixer's name, and a frozen dataclass of its parameters; `of` makes it of one.
+        attends: whether it keeps keys and values of the tokens that it has read.
+    """
+
+    name: ClassVar[str]
+    Config: ClassVar[type]
+    attends: ClassVar[bool]
+
+    @classmethod
+    def of(cls, config: Any, model: Shape) -> Any: ...
+    def forward(self, u: Tensor, carry: Any, span: Span) -> tuple[Tensor | DeferredNorm, Any]:
+        """Read u (B, T, d_model) after a carry, None at the beginning of a stream; return as much, and the carry after
+        it, of new tensors. Padding changes no carry, and a document sees nothing of the one before."""
+
+    def new_carry(self, rows: int) -> Any:
+        """Return as tensors what None stands for: the carry of rows that have read nothing."""
+
+    def state_size(self) -> StateSize:
+        """Return how many numbers of its carry a row keeps, counters aside."""
+
+
 @runtime_checkable
 class RecurrentMixer(Protocol):
     """A layer whose recurrence follows a policy: of this library's models, and of adopted ones.
+
+    Those of this library are `rnn_longctx.models.mixers.base.Recurrent`, which have `inputs`, `tap`, `scale_rates` too.
 
     Attributes:
         heads, headdim, d_state: the shape (H, P, N) of a row's state.
@@ -69,6 +156,15 @@ class RecurrentMixer(Protocol):
     def headdim(self) -> int: ...
     @property
     def d_state(self) -> int: ...
+
+
+class Layer(Protocol):
+    """A residual layer of a model: h <- h + mixer(norm(h)), and where there is one h <- h + mlp(norm2(h))."""
+
+    norm: nn.Module
+    mixer: Any
+    norm2: nn.Module | None
+    mlp: nn.Module | None
 
 
 @runtime_checkable

@@ -4,34 +4,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from rnn_longctx.errors import InputError
-from rnn_longctx.models.block import Backbone
+from rnn_longctx.models.block import Backbone, Block, Output
 from rnn_longctx.models.cache import Cache
 from rnn_longctx.models.hashing import Identified
 from rnn_longctx.models.ids import refuse_offloaded, rows_of
+from rnn_longctx.models.interface import Reader, Shape, StateSize
 from rnn_longctx.models.losses import head_losses, token_losses
-from rnn_longctx.models.mixers.mamba2 import Mamba2, Mamba2Config
+from rnn_longctx.models.mixers.base import Recurrent
 from rnn_longctx.models.precision import state_dtype
 from rnn_longctx.models.reading import Hooked
 from rnn_longctx.models.restart import Restart, read_restarting
-from rnn_longctx.recurrence.backends import Call, choose
+from rnn_longctx.recurrence.backends import choose
 from rnn_longctx.recurrence.policy import PLAIN
-from rnn_longctx.recurrence.ssd.scan import asked_of
-
-if TYPE_CHECKING:
-    from rnn_longctx.recurrence.ssd.parallel import Stretch
-
-# (model, ids (B, T), segment) to the logits (B, vocab) after the last token, and the cache
-Reader = Callable[[Any, Tensor, int], tuple[Tensor, Cache]]
+from rnn_longctx.recurrence.shard import Shard
+from rnn_longctx.recurrence.span import Span
 
 
-class Mamba2LM(Hooked, Identified, nn.Module):
+class LM(Hooked, Identified, nn.Module):
     """A language model whose context is a stream.
+
+        model = LM(ModelConfig("gla:heads=4", d_model=256, n_layer=6))
+        model = LM(Mamba2Config(d_model=256, n_layer=6))
 
     Attributes:
         name, train_length, tokenizer, provenance, calibration: filled in by `rnn_longctx.load`.
@@ -39,13 +38,15 @@ class Mamba2LM(Hooked, Identified, nn.Module):
         eos_token_id: the id or ids that its config ends an answer with, beside the tokenizer's, or None.
         restart: a control that drops the state and reads the last tokens again, or None.
         reader: how a prompt is read where that is not token after token, or None.
-        spread: finds the stretch of a call, of ids, mask and reset, where a stream is spread over several ranks (see
+        spread: finds the shard of a call, of ids, mask and reset, where a stream is spread over several ranks (see
             `rnn_longctx.train.parallel`), or None.
     """
 
-    def __init__(self, config: Mamba2Config):
+    digested_as: ClassVar[str] = "Mamba2LM"  # its name when saved states and cells were first keyed by the digest
+
+    def __init__(self, config: Shape):
         super().__init__()
-        self.config = config
+        self.config: Any = config
         self.backbone = Backbone(config)
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         nn.init.normal_(self.backbone.embedding.weight, std=0.02)
@@ -58,10 +59,10 @@ class Mamba2LM(Hooked, Identified, nn.Module):
         self.provenance: dict = {}
         self.restart: Restart | None = None
         self.reader: Reader | None = None
-        self.spread: Callable[[Tensor, Tensor | None, Tensor | None], Stretch] | None = None
+        self.spread: Callable[[Tensor, Tensor | None, Tensor | None], Shard] | None = None
 
     @property
-    def module(self) -> Mamba2LM:
+    def module(self) -> LM:
         return self
 
     @property
@@ -71,16 +72,37 @@ class Mamba2LM(Hooked, Identified, nn.Module):
     # --- the layer interface that remedies and probes use
 
     @property
-    def mixers(self) -> list[Mamba2]:
-        """The recurrent layers, in order."""
-        return [block.mixer for block in self.backbone.blocks]
+    def layers(self) -> list[Block]:
+        """The residual layers, in order."""
+        return list(self.backbone.layers)  # type: ignore[arg-type]
+
+    @property
+    def mixers(self) -> list[Recurrent]:
+        """The recurrent mixers, in order; a model of attention alone has none."""
+        return [block.mixer for block in self.backbone.layers if isinstance(block.mixer, Recurrent)]  # type: ignore
+
+    @property
+    def attends(self) -> bool:
+        """Whether some layer keeps keys and values of the tokens that it has read."""
+        return any(block.mixer.attends for block in self.layers)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.config.vocab_size
+
+    @property
+    def d_model(self) -> int:
+        return self.config.d_model
+
+    def state_size(self) -> StateSize:
+        """Return how many numbers a row keeps between two tokens, in all layers."""
+        return sum((block.mixer.state_size() for block in self.layers), StateSize())
 
     @property
     def backend(self) -> str:
-        """The scan that the present policies choose here."""
-        asked = asked_of(self.dtype, self.state_dtype)
-        call = Call(self.device, asked, False, self.config.headdim, self.config.d_state)
-        return "+".join(sorted({choose(m.policy, m.backend, call).name for m in self.mixers}))
+        """The scan that the present policies choose here; "torch" where there is no scan."""
+        names = {mixer.chosen_backend(self.device, self.dtype) for mixer in self.mixers}
+        return "+".join(sorted(names)) or "torch"
 
     def use_backend(self, name: str | None) -> None:
         """Force one scan backend for every layer (None: choose). Raises InputError if it is missing here."""
@@ -91,7 +113,7 @@ class Mamba2LM(Hooked, Identified, nn.Module):
     @property
     def state_dtype(self) -> torch.dtype | None:
         """What the state is rounded to between calls, or None: see `use_state_dtype`."""
-        return self.mixers[0].state_dtype
+        return next((mixer.state_dtype for mixer in self.mixers), None)
 
     def use_state_dtype(self, dtype: torch.dtype | str | None) -> None:
         """Keep every layer's recurrent state at another precision than the scan's own, which is float32 (float64 in a
@@ -99,14 +121,15 @@ class Mamba2LM(Hooked, Identified, nn.Module):
 
         The state is rounded whenever a call hands it on, that is after each segment of a prompt and after each token in
         generation, and nowhere else: within a call the scan is float32 (float64 for a float64 state, too). A sliding
-        window's delay line is rounded with it; a convolution's last inputs are as they were.
+        window's delay line is rounded with it; a convolution's last inputs are as they were, and so is attention's
+        cache.
 
         Raises:
             InputError: another type.
         """
-        found = state_dtype(dtype, self.dtype)
+        rounded = state_dtype(dtype, self.dtype)
         for mixer in self.mixers:
-            mixer.state_dtype = found
+            mixer.state_dtype = rounded
 
     @property
     def device(self) -> torch.device:
@@ -118,8 +141,9 @@ class Mamba2LM(Hooked, Identified, nn.Module):
 
     # --- reading
 
-    def forward(self, ids: Tensor, cache: Cache | None = None, mask: Tensor | None = None,
-                reset: Tensor | None = None) -> Tensor:  # fmt: skip
+    def forward(
+        self, ids: Tensor, cache: Cache | None = None, mask: Tensor | None = None, reset: Tensor | None = None
+    ) -> Tensor:
         """Read ids (B, T) and return the hidden states (B, T, d_model) after the last norm.
 
         Args:
@@ -135,43 +159,52 @@ class Mamba2LM(Hooked, Identified, nn.Module):
         return self.hooked_read()(ids, cache, mask, reset)
 
     def read(self, ids: Tensor, cache: Cache, mask: Tensor | None = None, reset: Tensor | None = None) -> Tensor:
-        """`forward` without the reader's control."""
+        """Read as `forward` does, without the reader's control."""
         if cache.layers and len(cache.position) != len(ids):
             raise InputError(f"the cache holds {len(cache.position)} rows, the ids {len(ids)}")
-        stretch = None if self.spread is None else self.spread(ids, mask, reset)
+        shard = None if self.spread is None else self.spread(ids, mask, reset)
         if ids.shape[1] == 0:
             return self.backbone.embedding.weight.new_zeros(*ids.shape, self.config.d_model)
         if mask is not None and bool(mask.all()):
             mask = None
-        h, out, carries = self.backbone.embedding(ids), None, []
-        for i, block in enumerate(self.backbone.blocks):
-            normed, h = block.norm.add(h, out, self.config.residual_in_fp32)
-            before = cache.layers[i] if cache.layers else None
-            out, carry = block.mixer(normed, before, mask, reset, unscaled=True, stretch=stretch)
+        span, in_fp32 = Span(mask, reset, shard), self.config.residual_in_fp32
+        h: Tensor = self.backbone.embedding(ids)  # (B, T, d_model)
+        out: Output = None
+        carries = []
+        for i, block in enumerate(self.layers):
+            h, out, carry = block.read(h, out, cache.layers[i] if cache.layers else None, span, in_fp32)
             carries.append(carry)
-        length = ids.shape[1] if stretch is None else stretch.total
+        length = ids.shape[1] if shard is None else shard.total
         read = torch.full((len(ids),), length, device="cpu") if mask is None else mask.sum(1).cpu()
         cache.position = read + (cache.position if cache.layers else 0)
         cache.layers = carries
-        return self.backbone.norm_f.add(h, out, self.config.residual_in_fp32)[0]
+        return self.backbone.norm_f.add(h, out, in_fp32)[0]
 
     def stream(self, ids: Tensor, cache: Cache | None = None, segment: int = 4096) -> Iterator[Tensor]:
-        """Hidden states of ids (B, T), or (T), one row, a segment at a time, in the memory of one segment."""
+        """Yield the hidden states of ids (B, T), or (T), one row, a segment at a time, in the memory of one segment."""
         ids, cache = rows_of(ids), self.new_cache() if cache is None else cache
         for t in range(0, ids.shape[1], segment):
             yield self(ids[:, t : t + segment].to(self.device), cache)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(..., vocab) float32 from hidden states (..., d_model)."""
+        """Return (..., vocab) float32 from hidden states (..., d_model)."""
         logits = self.lm_head(hidden)
         return logits if logits.dtype == torch.float64 else logits.float()
 
     def losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """-log p(target) in nats, (B, T), from hidden states (B, T, d_model); never all logits at once. A target
+        """Return -log p(target) in nats, (B, T), from hidden states (B, T, d_model); never all logits at once. A target
         of -100 is ignored: 0, without a gradient."""
         if torch.is_grad_enabled() and isinstance(self.lm_head, nn.Linear):  # (no adapter around it)
             return head_losses(hidden, self.lm_head.weight, targets)
         return token_losses(self.logits, self.config.vocab_size, hidden, targets)
 
-    def new_cache(self) -> Cache:
-        return Cache()
+    def new_cache(self, rows: int | None = None) -> Cache:
+        """Return the cache before the first token; of `rows` rows, as tensors of zeros, where those are given (to begin
+        a stream from other states than none)."""
+        if rows is None:
+            return Cache()
+        position = torch.zeros(rows, dtype=torch.int64, device="cpu")
+        return Cache([block.mixer.new_carry(rows) for block in self.layers], position)
+
+
+Mamba2LM = LM  # its name when all layers were Mamba-2

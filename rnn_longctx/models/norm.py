@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from rnn_longctx.models.deferred import DeferredNorm
 from rnn_longctx.models.kernels import choose
-from rnn_longctx.recurrence.backends import Gate
+from rnn_longctx.recurrence.backends import OutputGate
 
 
 class RMSNorm(nn.Module):
@@ -25,10 +25,11 @@ class RMSNorm(nn.Module):
             return choose.chosen().norm(x, self.weight, self.eps, self.groups, gate)[0]
         return self._norm(x, gate).to(x.dtype)
 
-    def gate(self, z: Tensor) -> Gate | None:
+    def gate(self, z: Tensor) -> OutputGate | None:
         """For a scan to apply this norm, gated by z (B,T,H,P); None where kernels are not to be used, or cannot, and
         where a gradient is asked for."""
-        return Gate(z, self.weight) if self.groups == 1 and not torch.is_grad_enabled() and choose.fits(z) else None
+        fits = self.groups == 1 and not torch.is_grad_enabled() and choose.fits(z)
+        return OutputGate(z, self.weight) if fits else None
 
     def add(self, x: Tensor, more: Tensor | DeferredNorm | None, in_fp32: bool) -> tuple[Tensor, Tensor]:
         """The norm of x + more, in the weight's type (by kernels in the one that autocast multiplies in), and x + more

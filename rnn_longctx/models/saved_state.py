@@ -16,7 +16,7 @@ from rnn_longctx.models.adopt.model import Adopted
 from rnn_longctx.models.adopt.rows import from_cache, to_cache
 from rnn_longctx.models.cache import Cache
 from rnn_longctx.models.checkpoint.legacy import is_of
-from rnn_longctx.models.lm import Mamba2LM
+from rnn_longctx.models.interface import LanguageModel
 from rnn_longctx.models.precision import computes_as
 
 
@@ -80,7 +80,7 @@ def load_state(path: str | Path, model: Any) -> Any:
     return from_cache(model, cache, extra) if isinstance(model, Adopted) else cache
 
 
-def policies_hash(model: Mamba2LM | Adopted) -> str:
-    """Of the policy of every layer and the reader's control."""
-    told: list[Any] = [mixer.policy.hash for mixer in model.mixers]
-    return hashlib.sha256(repr((told, model.restart)).encode()).hexdigest()[:16]
+def policies_hash(model: LanguageModel) -> str:
+    """Return a hash of the policy of every layer and the reader's control."""
+    hashes = [mixer.policy.hash for mixer in model.mixers]
+    return hashlib.sha256(repr((hashes, model.restart)).encode()).hexdigest()[:16]

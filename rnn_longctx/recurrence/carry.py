@@ -5,7 +5,7 @@ Every update makes new tensors, so a carry may be kept, cloned or handed to anot
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -14,14 +14,23 @@ from torch import Tensor
 T = TypeVar("T")
 
 
-def tree_map(function: Any, value: T) -> T:
-    """`function` on every tensor inside nested dataclasses, lists, tuples and None."""
+# The mark of a field whose tensor stays on the CPU wherever its carry is moved: what Python looks at between calls.
+ON_CPU = {"cpu": True}
+
+
+def tree_map(function: Any, value: T, on_cpu: Any = None) -> T:
+    """Return the value with `function` applied to every tensor inside nested dataclasses, lists, tuples and None; and
+    `on_cpu`, where there is one, to those of fields that are marked `ON_CPU`."""
     if isinstance(value, Tensor):
         return function(value)
     if is_dataclass(value) and not isinstance(value, type):
-        return replace(value, **{f.name: tree_map(function, getattr(value, f.name)) for f in fields(value)})
+        mapped = {}
+        for f in fields(value):
+            how = on_cpu if on_cpu is not None and f.metadata.get("cpu") else function
+            mapped[f.name] = tree_map(how, getattr(value, f.name), on_cpu)
+        return replace(value, **mapped)
     if isinstance(value, list | tuple):
-        return type(value)(tree_map(function, v) for v in value)
+        return type(value)(tree_map(function, v, on_cpu) for v in value)
     return value
 
 
@@ -58,8 +67,8 @@ class ScanCarry:
     """
 
     state: Tensor
-    position: Tensor
-    log_decay: Tensor
+    position: Tensor = field(metadata=ON_CPU)
+    log_decay: Tensor = field(metadata={"tally": True})  # only policies and observers read it
     window: WindowCarry | None = None
 
     @classmethod

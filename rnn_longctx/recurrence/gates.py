@@ -1,39 +1,144 @@
-"""The gates of the recurrence, from what a layer computes and what its policy says."""
+"""What a scan reads: its inputs, and the gates that say how much of the state is kept and how much is written.
+
+    S_t = exp(log_decay_t) * S_{t-1} + input_scale_t * x_t B_t^T
+
+Gates are given (`Gates`: gated linear attention and its relatives), or worked out of a step dt as in Mamba
+(`SteppedGates`): then the fast kernels work them out themselves, and they are never stored.
+"""
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rnn_longctx.recurrence.policy import ScanPolicy, per_head
+from rnn_longctx.errors import InputError
+from rnn_longctx.recurrence.policy import PLAIN, ScanPolicy, per_head
+
+UNLIMITED = (0.0, math.inf)
 
 
-def gates(dt: Tensor, A: Tensor, *, dt_bias: Tensor | None, dt_softplus: bool, dt_limit: tuple[float, float],
-          policy: ScanPolicy, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """log_decay (B,T,H) or (B,T,H,N) and input_scale (B,T,H), in the dtype of `A`'s computation (at least float32).
+@dataclass(frozen=True, eq=False)
+class ScanInputs:
+    """The inputs of a scan; in the words of attention x are the values, B the keys, C the queries.
 
-    Mamba-2 (arXiv 2405.21060): dt = clamp(softplus(dt + dt_bias), dt_limit), log_decay = dt * A, input_scale = dt;
-    then the policy's affine parts. Where `mask` (B,T) is False both are 0: the token changes nothing.
+    Attributes:
+        x: (B, T, H, P).
+        B, C: (B, T, G, N), G dividing H.
+        D: (H) or (H, P): D * x is added to the output; None adds nothing.
     """
-    dt = dt if dt_bias is None else dt + dt_bias
-    if dt_softplus:
-        dt = F.softplus(dt)
-    if dt_limit != (0.0, float("inf")) or not dt_softplus:  # softplus is above 0 by itself
-        dt = dt.clamp(*dt_limit)
-    heads = dt.shape[-1]
-    per_channel = A.ndim == 2
-    log_decay = dt[..., None] * A if per_channel else dt * A
-    scale = dt
+
+    x: Tensor
+    B: Tensor
+    C: Tensor
+    D: Tensor | None = None
+
+    def tokens(self, start: int, stop: int) -> ScanInputs:
+        """Return the inputs of the tokens from `start` up to and without `stop`."""
+        return ScanInputs(self.x[:, start:stop], self.B[:, start:stop], self.C[:, start:stop], self.D)
+
+
+@dataclass(frozen=True, eq=False)
+class Gates:
+    """Gates that a layer gives, token by token.
+
+    Attributes:
+        log_decay: (B, T, H), or (B, T, H, N) for decays per channel; natural logarithms.
+        input_scale: (B, T, H).
+    """
+
+    log_decay: Tensor
+    input_scale: Tensor
+
+    @property
+    def per_channel(self) -> bool:
+        return self.log_decay.ndim == 4
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """The tensors a gradient may be asked of."""
+        return self.log_decay, self.input_scale
+
+    def tokens(self, start: int, stop: int) -> Gates:
+        """Return the gates of the tokens from `start` up to and without `stop`."""
+        return Gates(self.log_decay[:, start:stop], self.input_scale[:, start:stop])
+
+    def worked_out(self, dtype: torch.dtype, policy: ScanPolicy = PLAIN, mask: Tensor | None = None) -> Gates:
+        """Return the gates in `dtype`, changed by a policy's mul, add and gain. Where `mask` (B, T) is False both are
+        0: the token changes nothing.
+
+        Raises:
+            InputError: a policy with min_dt, which is about a step that given gates do not have.
+        """
+        if policy.min_dt != 0.0:
+            raise InputError(
+                "min_dt leaves out tokens by the size of their step dt, and this layer's gates have no step"
+            )
+        return _changed(self.log_decay.to(dtype), self.input_scale.to(dtype), policy, mask)
+
+
+@dataclass(frozen=True, eq=False)
+class SteppedGates:
+    """Gates that follow from a step, as in Mamba-2 (arXiv 2405.21060): dt = clamp(softplus(dt + dt_bias), dt_limit),
+
+        log_decay = dt * A,   input_scale = dt
+
+    Attributes:
+        dt: (B, T, H), before bias and softplus.
+        A: (H), or (H, N) for decays per channel; negative in Mamba.
+        dt_bias: (H), or None.
+        dt_limit: the smallest and the largest step.
+        softplus: whether the softplus is taken.
+    """
+
+    dt: Tensor
+    A: Tensor
+    dt_bias: Tensor | None = None
+    dt_limit: tuple[float, float] = UNLIMITED
+    softplus: bool = True
+
+    @property
+    def per_channel(self) -> bool:
+        return self.A.ndim == 2
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """The tensors a gradient may be asked of."""
+        return self.dt, self.A, self.dt_bias
+
+    def tokens(self, start: int, stop: int) -> SteppedGates:
+        """Return the gates of the tokens from `start` up to and without `stop`."""
+        return SteppedGates(self.dt[:, start:stop], self.A, self.dt_bias, self.dt_limit, self.softplus)
+
+    def worked_out(self, dtype: torch.dtype, policy: ScanPolicy = PLAIN, mask: Tensor | None = None) -> Gates:
+        """Return the gates as numbers of `dtype`, changed by a policy's mul, add, gain and min_dt. Where `mask` (B, T)
+        is False both are 0: the token changes nothing."""
+        dt, A = self.dt.to(dtype), self.A.to(dtype)
+        if self.dt_bias is not None:
+            dt = dt + self.dt_bias.to(dtype)
+        if self.softplus:
+            dt = F.softplus(dt)
+        if self.dt_limit != UNLIMITED or not self.softplus:  # softplus is above 0 by itself
+            dt = dt.clamp(*self.dt_limit)
+        return _changed(dt[..., None] * A if self.per_channel else dt * A, dt, policy, mask)
+
+
+def _changed(log_decay: Tensor, scale: Tensor, policy: ScanPolicy, mask: Tensor | None) -> Gates:
+    """Return the gates under a policy. With min_dt the scale that comes in is the step."""
+    per_channel, step, heads = log_decay.ndim == 4, scale, scale.shape[-1]
     if policy.changes_gates:
-        mul, add, gain = (per_head(v, heads, dt) for v in (policy.mul, policy.add, policy.gain))
+        mul, add, gain = (per_head(v, heads, scale) for v in (policy.mul, policy.add, policy.gain))
         if per_channel:
             mul, add = (v if isinstance(v, float) else v[:, None] for v in (mul, add))
         log_decay = mul * log_decay + add
         scale = gain * scale
     if policy.min_dt != 0.0:
-        keep = dt >= per_head(policy.min_dt, heads, dt)
+        keep = step >= per_head(policy.min_dt, heads, step)
         log_decay, scale = log_decay * (keep[..., None] if per_channel else keep), scale * keep
     if mask is not None:
         real = mask[..., None]
         log_decay, scale = log_decay * (real[..., None] if per_channel else real), scale * real
-    return log_decay, scale
+    return Gates(log_decay, scale)

@@ -12,6 +12,7 @@ import yaml
 from rnn_longctx.config import parse_length
 from rnn_longctx.errors import InputError, nearest
 from rnn_longctx.loggers import KINDS
+from rnn_longctx.models.config import ModelConfig
 from rnn_longctx.models.mixers.mamba2 import Mamba2Config
 
 
@@ -184,7 +185,7 @@ class OnlineConfig:
 class TrainConfig:
     """A run. `train_length` may be a schedule of tokens:steps, such as 4k:200,16k:300; the sum is then `steps`."""
 
-    model: Mamba2Config | None = None  # with init: what that is
+    model: ModelConfig | Mamba2Config | None = None  # with init: what that is
     init: str | None = None  # a checkpoint to start from, as `rnn_longctx.load` takes it: demo, a directory, a hub id
     mitigation: str | None = None  # with init: folded into its weights before the first step (`rnn_longctx.fold`)
     data: DataConfig = field(default_factory=DataConfig)

@@ -31,7 +31,8 @@ from torch import Tensor, nn
 
 from rnn_longctx.errors import InputError
 from rnn_longctx.models.lm import Mamba2LM
-from rnn_longctx.recurrence.ssd.parallel import Stretch, refusal
+from rnn_longctx.recurrence.shard import Shard
+from rnn_longctx.recurrence.ssd.parallel import refusal
 
 
 def stretch(length: int, group: dist.ProcessGroup | None = None) -> slice:
@@ -70,7 +71,7 @@ def sequence_parallel(model: Mamba2LM, group: dist.ProcessGroup | None = None) -
     if model.spread is not None:
         raise InputError("the model is read over several ranks already")
 
-    def spread(ids: Tensor, mask: Tensor | None, reset: Tensor | None) -> Stretch:
+    def spread(ids: Tensor, mask: Tensor | None, reset: Tensor | None) -> Shard:
         over = f"cannot be followed where a context is read over {dist.get_world_size(group)} ranks"
         if model.restart is not None:
             raise InputError(f"the control {model.restart} {over}")
@@ -79,7 +80,7 @@ def sequence_parallel(model: Mamba2LM, group: dist.ProcessGroup | None = None) -
         for policy in {mixer.policy for mixer in model.mixers}:
             if (reason := refusal(policy, reset is not None)) is not None:
                 raise InputError(f"the policy {policy.to_dict()} {over}: {reason}")
-        return Stretch.of(ids, reset, group, least=max(1, model.config.d_conv - 1))
+        return Shard.of(ids, reset, group, least=max(1, model.config.d_conv - 1))
 
     model.spread = spread
     try:

@@ -4,7 +4,11 @@ import math
 
 import torch
 
+from rnn_longctx.recurrence.gates import ScanInputs, SteppedGates
 from rnn_longctx.recurrence.policy import Cap, ScanPolicy
+from rnn_longctx.recurrence.span import Span
+from rnn_longctx.recurrence.ssd import reference
+from rnn_longctx.recurrence.ssd import scan as ssd
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 H, P, G, N = 4, 20, 2, 24  # not powers of two: part of every tile lies outside
@@ -24,6 +28,28 @@ def inputs(length, batch=2, decay=0.5, dtype=torch.float32, sizes=(H, P, G, N)):
         "dt_limit": (0.01, 2.0),
         "D": torch.randn(h, device=DEVICE),
     }
+
+
+def operands(x, dt, A, B, C, dt_bias=None, dt_softplus=True, dt_limit=(0.0, math.inf), D=None, mask=None, reset=None):
+    """What a scan reads (inputs, stepped gates and span) from Mamba-2's names."""
+    return ScanInputs(x, B, C, D), SteppedGates(dt, A, dt_bias, dt_limit, dt_softplus), Span(mask, reset)
+
+
+def _split(settings):
+    names = ("dt_bias", "dt_softplus", "dt_limit", "D", "mask", "reset")
+    return {k: v for k, v in settings.items() if k in names}, {k: v for k, v in settings.items() if k not in names}
+
+
+def scan(x, dt, A, B, C, **settings):
+    """The scan with all that it reads by Mamba-2's names."""
+    read, others = _split(settings)
+    return ssd.scan(*operands(x, dt, A, B, C, **read), **others)
+
+
+def reference_scan(x, dt, A, B, C, **settings):
+    """The definition, likewise."""
+    read, others = _split(settings)
+    return reference.scan(*operands(x, dt, A, B, C, **read), **others)
 
 
 def error(ours, expected):

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from streams import reference_scan
 
 from rnn_longctx.data import Text
 from rnn_longctx.errors import InputError
@@ -17,7 +18,7 @@ from rnn_longctx.models.generate import continuation, generate, prefill
 from rnn_longctx.models.lm import Mamba2LM
 from rnn_longctx.models.mixers.mamba2 import Mamba2Config
 from rnn_longctx.models.saved_state import save_state
-from rnn_longctx.recurrence.ssd import reference
+from rnn_longctx.recurrence.span import WHOLE
 
 
 def scans(model, ids):
@@ -175,13 +176,13 @@ def test_decimate(model, first):
     expected = []
     for row in ids:
         h = model.backbone.embedding(row[None])
-        for i, block in enumerate(model.backbone.blocks):
+        for i, block in enumerate(model.layers):
             normed = block.norm(h)
             if i in keep:
                 size = block.mixer.steps(block.mixer.in_proj(normed))[0].norm(dim=-1)
                 chosen = sorted({h.shape[1] - 1, *size[:-1].topk(min(keep[i], h.shape[1]) - 1).indices.tolist()})
                 h, normed = h[:, chosen], normed[:, chosen]
-            h = h + block.mixer(normed, None, None, None)[0]
+            h = h + block.mixer(normed, None, WHOLE)[0]
         expected.append(model.logits(model.backbone.norm_f(h)[:, -1]))
     with mitigate(model, f"decimate:base=12,first={first},least=3"):
         for segment in (40, 7):
@@ -253,8 +254,8 @@ def test_reference_of_a_filter():
     from rnn_longctx.recurrence.policy import ScanPolicy
 
     A = -torch.ones(1).double()
-    y, state, _ = reference.scan(x, dt, A, B, C, dt_softplus=False, policy=ScanPolicy(min_dt=0.1))
+    y, state, _ = reference_scan(x, dt, A, B, C, dt_softplus=False, policy=ScanPolicy(min_dt=0.1))
     some = [0, 2, 4, 5]
-    z, left, _ = reference.scan(x[:, some], dt[:, some], A, B[:, some], C[:, some], dt_softplus=False)
+    z, left, _ = reference_scan(x[:, some], dt[:, some], A, B[:, some], C[:, some], dt_softplus=False)
     torch.testing.assert_close(y[:, some], z)
     torch.testing.assert_close(state, left)

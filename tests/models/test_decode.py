@@ -12,16 +12,16 @@ from rnn_longctx.models.generate import generate
 from rnn_longctx.models.lm import Mamba2LM
 from rnn_longctx.models.mixers.mamba2 import Mamba2Config
 from rnn_longctx.models.restart import Restart
+from rnn_longctx.recurrence import triton
 from rnn_longctx.recurrence.policy import Cap, ScanPolicy
-from rnn_longctx.recurrence.ssd import fused
 
-if fused.missing():
-    pytest.skip(fused.missing(), allow_module_level=True)
+if triton.missing():
+    pytest.skip(triton.missing(), allow_module_level=True)
 
 from rnn_longctx.models.kernels import matvec
 from rnn_longctx.recurrence.ssd.kernels import decode
 
-DEVICE = "cpu" if fused.interpreted() else "cuda"
+DEVICE = "cpu" if triton.interpreted() else "cuda"
 POLICIES = {
     "plain": ScanPolicy(),
     "rri": ScanPolicy(add=-0.01, gain=0.75, mul=0.5),

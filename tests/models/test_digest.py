@@ -18,7 +18,9 @@ from rnn_longctx.models.checkpoint import checkpoint, formats
 from rnn_longctx.models.checkpoint.legacy import is_of, old_hashes
 from rnn_longctx.models.hashing import BLOCK, digest
 from rnn_longctx.models.lm import Mamba2LM
+from rnn_longctx.models.mixers import base
 from rnn_longctx.models.mixers.mamba2 import Mamba2Config
+from rnn_longctx.recurrence.span import WHOLE
 
 
 class Holder(nn.Module):
@@ -159,16 +161,16 @@ def test_eps_of_a_norm_is_one_everywhere(make, monkeypatch):
     model = make(ngroups=1)
     model.mixers[0].norm.eps = 0.25
     held = []
-    monkeypatch.setattr("rnn_longctx.models.mixers.mamba2.DeferredNorm", lambda *parts: held.append(parts) or parts[0])
+    monkeypatch.setattr("rnn_longctx.models.mixers.base.DeferredNorm", lambda *parts: held.append(parts) or parts[0])
 
     class Gate:
         squares = torch.ones(1, 3, 1)
 
     monkeypatch.setattr(model.mixers[0].norm, "gate", lambda z: Gate())
-    scan = rnn_longctx.models.mixers.mamba2.scan
-    monkeypatch.setattr("rnn_longctx.models.mixers.mamba2.scan", lambda *a, gate, **k: scan(*a, gate=None, **k))
+    scan = base.scan
+    monkeypatch.setattr(base, "scan", lambda *a, output_gate, **k: scan(*a, output_gate=None, **k))
     with torch.no_grad():
-        model.mixers[0](torch.randn(1, 3, 24), None, None, None, unscaled=True)
+        model.mixers[0](torch.randn(1, 3, 24), None, WHOLE)
     assert held[0][3] == 0.25
 
 

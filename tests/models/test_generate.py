@@ -18,8 +18,8 @@ from rnn_longctx.models.generate import prefill
 from rnn_longctx.models.lm import Mamba2LM
 from rnn_longctx.models.mixers.mamba2 import Mamba2Config
 from rnn_longctx.models.saved_state import load_state, save_state
+from rnn_longctx.recurrence import triton
 from rnn_longctx.recurrence.policy import PLAIN
-from rnn_longctx.recurrence.ssd import fused
 
 NEAR = {"rtol": 0, "atol": 2e-3}  # of logits of ten and more, read in other pieces
 
@@ -172,7 +172,7 @@ def test_the_decoders_state_comes_back(where, make, monkeypatch):
     """A decoder steps in buffers of its own."""
     pytest.importorskip("triton")
     if where == "interpreter":
-        if not fused.interpreted():
+        if not triton.interpreted():
             pytest.skip("Triton compiles here")
         monkeypatch.setattr(module, "fused", type("Compiled", (), {"interpreted": staticmethod(lambda: False)}))
     lm, made, device = make(vocab_size=VOCAB), [], "cuda" if where == "cuda" else "cpu"

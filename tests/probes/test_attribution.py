@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import transformers
+from streams import reference_scan
 
 from rnn_longctx import mitigate
 from rnn_longctx.errors import InputError
@@ -14,7 +15,6 @@ from rnn_longctx.models.mixers import mamba2 as models
 from rnn_longctx.models.mixers.mamba2 import Mamba2Config
 from rnn_longctx.probes.attribution import attribute
 from rnn_longctx.recurrence.policy import Cap, ScanPolicy
-from rnn_longctx.recurrence.ssd import reference
 
 VOCAB = 47
 
@@ -54,9 +54,10 @@ def scans(lm, ids, monkeypatch):
     """What every layer's scan was given, and the policy it was given with."""
     seen, scan = [], models.scan
 
-    def spy(x, dt, A, B, C, **settings):
-        seen.append(((x, dt, A, B, C), {k: settings[k] for k in ("dt_bias", "dt_limit", "policy")}))
-        return scan(x, dt, A, B, C, **settings)
+    def spy(inputs, gates, span, **settings):
+        limits = {"dt_bias": gates.dt_bias, "dt_limit": gates.dt_limit, "policy": settings["policy"]}
+        seen.append(((inputs.x, gates.dt, gates.A, inputs.B, inputs.C), limits))
+        return scan(inputs, gates, span, **settings)
 
     with monkeypatch.context() as patch:
         patch.setattr(models, "scan", spy)
@@ -74,7 +75,7 @@ def test_contributions_sum_to_the_scans_output(kind, segment, monkeypatch):
     assert found.queries == tuple(queries) and found.values.dtype == torch.float64
     assert found.values.shape == (2, 4, lm.config.nheads, 43)
     for i, (inputs, settings) in enumerate(scans(lm, ids, monkeypatch)):
-        y, _, _ = reference.scan(*inputs, **settings)  # without D
+        y, _, _ = reference_scan(*inputs, **settings)  # without D
         x = inputs[0][0].transpose(0, 1)  # (H, T, P)
         direction = x / x.norm(dim=-1, keepdim=True)
         for j, q in enumerate(queries):

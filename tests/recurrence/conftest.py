@@ -19,5 +19,5 @@ def small_blocks(monkeypatch):
         monkeypatch.setattr(launch, "blocks", lambda *_: launch.Blocks(16, 16, 32, 4, 1))
         monkeypatch.setattr(launch_grads, "BACKWARD_CHUNKS", 2)
         monkeypatch.setattr(launch, "segment_chunks", lambda *_: 2)
-        monkeypatch.setattr(ops, "STRETCH", 64)
+        monkeypatch.setattr(ops, "SEGMENT", 64)
         monkeypatch.setattr(ops, "FIRST", 32)

@@ -5,10 +5,10 @@ import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from streams import reference_scan
 
 from rnn_longctx.errors import InputError
 from rnn_longctx.recurrence.policy import PLAIN, Cap, ScanPolicy
-from rnn_longctx.recurrence.ssd import reference
 
 numbers = st.floats(0.1, 2.0)
 per_head = st.one_of(numbers, st.tuples(numbers, numbers, numbers))
@@ -84,11 +84,11 @@ def test_reference_is_the_recurrence():
     s1 = 0.5 * 1.0
     s2 = a[1] * s1 + 1.0 * 2.0
     s3 = a[2] * s2 + 0.25 * 3.0
-    y, state, total = reference.scan(x, dt, A, ones, ones, dt_softplus=False)
+    y, state, total = reference_scan(x, dt, A, ones, ones, dt_softplus=False)
     torch.testing.assert_close(y.flatten(), torch.stack([torch.tensor(s1).double(), s2, s3]))
     torch.testing.assert_close(state.flatten(), s3[None])
     torch.testing.assert_close(total.flatten(), torch.tensor([-1.75]).double())
-    y, *_ = reference.scan(x, dt, A, ones, ones, dt_softplus=False, policy=ScanPolicy(caps=(Cap(1.0),)))
+    y, *_ = reference_scan(x, dt, A, ones, ones, dt_softplus=False, policy=ScanPolicy(caps=(Cap(1.0),)))
     assert y.flatten().tolist() == pytest.approx([0.5, 1.0, 1.0])
-    y, *_ = reference.scan(x, dt, A, ones, ones, dt_softplus=False, policy=ScanPolicy(window=1))
+    y, *_ = reference_scan(x, dt, A, ones, ones, dt_softplus=False, policy=ScanPolicy(window=1))
     assert y.flatten().tolist() == pytest.approx([0.5, 2.0, 0.75])

@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
+from streams import scan
 
 from rnn_longctx.errors import InputError
+from rnn_longctx.recurrence import triton
 from rnn_longctx.recurrence.policy import Cap, ScanPolicy
-from rnn_longctx.recurrence.ssd import fused
-from rnn_longctx.recurrence.ssd.scan import scan
 from rnn_longctx.recurrence.ssd.window import window_state
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -47,8 +47,8 @@ def part(x, i, j):
 @pytest.mark.parametrize("name", POLICIES)
 def test_against_states_one_by_one(name, backend, monkeypatch):
     if backend == "triton":
-        if fused.missing():
-            pytest.skip(fused.missing())
+        if triton.missing():
+            pytest.skip(triton.missing())
         from rnn_longctx.recurrence.ssd.kernels import launch
 
         if DEVICE == "cpu":

@@ -31,7 +31,7 @@ from rnn_longctx.models.restart import Restart, read_restarting
 from rnn_longctx.models.segments import kernels_there, longest, widest
 from rnn_longctx.recurrence.backends import Call, choose
 from rnn_longctx.recurrence.policy import PLAIN
-from rnn_longctx.recurrence.ssd.scan import asked_of
+from rnn_longctx.recurrence.ssd.scan import compute_dtype
 
 _reading: ContextVar[bool] = ContextVar("reading", default=False)  # whether it is we who call the library's forward
 
@@ -105,9 +105,8 @@ class Adopted(Hooked, Identified):
         """The scan that the present policies choose here; the library's name where its own runs."""
         names = set()
         for m in self.mixers:
-            call = Call(
-                self.device, asked_of(self.dtype, m.state_dtype), isinstance(m, AdoptedMamba1), m.headdim, m.d_state
-            )
+            dtype, per_channel = compute_dtype(self.dtype, m.state_dtype), isinstance(m, AdoptedMamba1)
+            call = Call(self.device, dtype, per_channel, m.headdim, m.d_state)
             names.add(choose(m.policy, m.backend, call).name if m.active else self.library)
         return "+".join(sorted(names))
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rnn_longctx.errors import InputError
 from rnn_longctx.models.adopt.layer import Beside
-from rnn_longctx.models.cache import Cache, Carry, _zip_map, level_tails
+from rnn_longctx.models.cache import Cache, Carry, level_tails, tree_zip
 from rnn_longctx.recurrence.carry import ScanCarry
 from rnn_longctx.recurrence.ssd.window import level, window_state
 
@@ -59,7 +59,7 @@ def join_besides(besides: list[Beside], cat: Callable) -> Beside:
     """What lies beside one layer's states, of all rows."""
     if windows := [b.window for b in besides if b.window is not None]:
         besides = [replace(b, window=w) for b, w in zip(besides, level(windows))]
-    return _zip_map(cat, besides)
+    return tree_zip(cat, besides)
 
 
 def place(new: AdoptedCache, parts: list[AdoptedCache], cat: Callable) -> None:

@@ -29,7 +29,7 @@ from rnn_longctx.errors import InputError, nearest
 from rnn_longctx.models.checkpoint import formats
 from rnn_longctx.models.checkpoint.foreign import file_instead
 from rnn_longctx.models.checkpoint.formats import check_layout, one_line
-from rnn_longctx.models.lm import Mamba2LM
+from rnn_longctx.models.lm import LM
 
 BUNDLED = Path(str(files("rnn_longctx"))) / "checkpoints"
 DEMOS = ("demo", "demo-long")  # as trained at 512 tokens, and continued at 16K so that it does not collapse
@@ -92,7 +92,7 @@ def tokenizer_of(source: str | Path) -> str | Path | None:
 
 
 def load(source: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | str | None = None,
-         tokenizer: str | None = None, train_length: int | str | None = None) -> Mamba2LM:  # fmt: skip
+         tokenizer: str | None = None, train_length: int | str | None = None) -> LM:  # fmt: skip
     """A model in eval mode from a directory, a Hugging Face hub id, or "demo" or "demo-long", which come with the
     package.
 
@@ -111,7 +111,7 @@ def load(source: str | Path, *, device: torch.device | str = "cpu", dtype: torch
     directory, name, provenance = locate(source)
     header = formats.read_header(directory)
     with torch.device("meta"):
-        model = Mamba2LM(header.config)
+        model = LM(header.config)
     stored = _fitting(formats.read_weights(directory), model, str(source))
     check_finite(stored, str(source))
 
@@ -133,7 +133,7 @@ def load(source: str | Path, *, device: torch.device | str = "cpu", dtype: torch
     return model.eval()
 
 
-def save(model: Mamba2LM, directory: str | Path, *, dtype: torch.dtype | str | None = None,
+def save(model: LM, directory: str | Path, *, dtype: torch.dtype | str | None = None,
          provenance: dict[str, Any] | None = None, layout: str = "rnn-longctx",
          calibration: dict[str, Any] | None = None) -> None:  # fmt: skip
     """Write weights and config.json. In a new directory a reader finds the checkpoint whole or not at all; over an
@@ -149,7 +149,7 @@ def save(model: Mamba2LM, directory: str | Path, *, dtype: torch.dtype | str | N
         InputError: an unknown layout or dtype, a model that the layout cannot hold, or a directory that cannot be
             written.
     """
-    if not isinstance(model, Mamba2LM):
+    if not isinstance(model, LM):
         raise InputError(f"{getattr(model, 'name', type(model).__name__)} is no model of this library's own: "
                          "a model of another library has its save_pretrained")  # fmt: skip
     check_layout(model.config, layout)
@@ -195,7 +195,7 @@ def save(model: Mamba2LM, directory: str | Path, *, dtype: torch.dtype | str | N
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def stored_state(model: Mamba2LM, dtype: torch.dtype) -> dict[str, Tensor]:
+def stored_state(model: LM, dtype: torch.dtype) -> dict[str, Tensor]:
     """The weights as a file of that dtype holds them, on the CPU, a tied one once."""
     state = {k: t.detach().to("cpu", _kept(k, dtype)).contiguous() for k, t in model.state_dict().items()}
     if model.config.tie_embeddings:
@@ -223,7 +223,7 @@ def check_finite(tensors: dict[str, Tensor], source: str) -> None:
                 raise InputError(f"{source}: {name} is not finite: it holds NaN or infinity")
 
 
-def _fitting(stored: dict[str, Tensor], model: Mamba2LM, source: str) -> dict[str, Tensor]:
+def _fitting(stored: dict[str, Tensor], model: LM, source: str) -> dict[str, Tensor]:
     """The tensors that `model` asks for, each once. Raises InputError for any that does not fit."""
     expected = {k: v.shape for k, v in model.state_dict().items()}
     if model.config.tie_embeddings:
@@ -302,7 +302,7 @@ def _device(device: torch.device | str) -> torch.device:
         raise InputError(f"device {str(device)!r} is not available here: {one_line(error)}") from None
 
 
-def _tokenizer_spec(model: Mamba2LM) -> str | None:
+def _tokenizer_spec(model: LM) -> str | None:
     """What config.json says: a name that loads anywhere, or None where files lie beside the weights."""
     tokenizer: Any = model.tokenizer
     if isinstance(tokenizer, ByteTokenizer):
@@ -311,7 +311,7 @@ def _tokenizer_spec(model: Mamba2LM) -> str | None:
     return spec if isinstance(spec, str) and not home_path(spec).exists() else None
 
 
-def _write_tokenizer(model: Mamba2LM, directory: Path) -> None:
+def _write_tokenizer(model: LM, directory: Path) -> None:
     tokenizer: Any = model.tokenizer
     if isinstance(tokenizer, LazyTokenizer) and _tokenizer_spec(model) is None:
         with contextlib.suppress(InputError):  # a model without a tokenizer is saved without one

@@ -1,6 +1,6 @@
 """What a checkpoint directory holds: a config.json of one of three layouts, and weights.
 
-    rnn-longctx    "format": "rnn-longctx", "model": {fields of Mamba2Config}, ...
+    rnn-longctx    "format": "rnn-longctx", "model": {fields of Mamba2Config, or of ModelConfig}, ...
     state-spaces   mamba-ssm's, of the official ones: "d_model", "n_layer", "ssm_cfg": {"layer": "Mamba2", ...}, ...
     transformers   Mamba2ForCausalLM: "model_type": "mamba2"
 
@@ -26,6 +26,7 @@ from torch import Tensor
 from rnn_longctx.config import from_dict, to_dict
 from rnn_longctx.errors import InputError, nearest
 from rnn_longctx.models.checkpoint.foreign import held_instead
+from rnn_longctx.models.config import ModelConfig, model_config
 from rnn_longctx.models.mixers.mamba2 import Mamba2Config
 
 FORMAT = "rnn-longctx"
@@ -68,7 +69,7 @@ _TRANSFORMERS = {
 class Header:
     """What a directory says beside its weights; None: not said. `load_tokenizer` takes `tokenizer`."""
 
-    config: Mamba2Config
+    config: Mamba2Config | ModelConfig
     tokenizer: str | Path | None = None
     train_length: int | None = None
     provenance: dict[str, Any] | None = None
@@ -104,7 +105,7 @@ def read_header(directory: Path) -> Header:
         inner = {k: v for k, v in data.items() if k not in ("format", "model")}
         extra = from_dict(_Extra, inner, where)
         shape: Any = data.get("model")
-        header = _header(from_dict(Mamba2Config, shape, f"{where}, model"), extra)
+        header = _header(model_config(shape, f"{where}, model"), extra)
     elif "model_type" in data:
         ends = _ends(directory, data)
         extra = from_dict(_Extra, {**data.get("rnn_longctx", {}), "eos_token_id": ends}, f"{where}, rnn_longctx")
@@ -132,7 +133,7 @@ def _ends(directory: Path, data: dict[str, Any]) -> Any:
     return (read_json(file) if file.is_file() else data).get("eos_token_id")
 
 
-def own_config(config: Mamba2Config, extra: dict[str, Any]) -> dict[str, Any]:
+def own_config(config: Mamba2Config | ModelConfig, extra: dict[str, Any]) -> dict[str, Any]:
     """config.json of the library's own layout."""
     return plain({"format": FORMAT, "model": to_dict(config), **extra})
 
@@ -158,10 +159,12 @@ def official_config(config: Mamba2Config) -> dict[str, Any]:
     return data | {"attn_layer_idx": [], "attn_cfg": {}, "fused_add_norm": True, "pad_vocab_size_multiple": 1}
 
 
-def check_layout(config: Mamba2Config, layout: str) -> None:
+def check_layout(config: Mamba2Config | ModelConfig, layout: str) -> None:
     """InputError where there is no such layout, or it has no place for something that this model computes with."""
     if layout not in LAYOUTS:
         raise InputError(f"unknown layout {layout!r}{nearest(layout, LAYOUTS)}")
+    if layout != "rnn-longctx" and not isinstance(config, Mamba2Config):
+        raise InputError(f"layout {layout!r} is for models of Mamba-2 alone: save this one in 'rnn-longctx'")
     if layout == "state-spaces" and config.norm_eps != Mamba2Config.norm_eps:
         raise InputError(
             f"layout 'state-spaces' cannot hold norm_eps {config.norm_eps:g}: mamba-ssm's is {Mamba2Config.norm_eps:g}"
@@ -213,7 +216,7 @@ def one_line(error: Exception) -> str:
     return text if len(text) <= 160 else text[:157] + "..."
 
 
-def _header(config: Mamba2Config, extra: _Extra) -> Header:
+def _header(config: Mamba2Config | ModelConfig, extra: _Extra) -> Header:
     return Header(config, extra.tokenizer, extra.train_length, extra.provenance, eos_token_id=extra.eos_token_id)
 
 

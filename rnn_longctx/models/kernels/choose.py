@@ -7,13 +7,13 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from rnn_longctx.recurrence.ssd import fused
+from rnn_longctx.recurrence import triton
 
 
 def fits(x: Tensor) -> bool:
     if not x.is_cuda or torch.compiler.is_compiling():  # a compiler fuses these itself
         return False
-    return x.dtype in fused.DTYPES and fused.missing() is None
+    return x.dtype in triton.DTYPES and triton.missing() is None
 
 
 def chosen() -> ModuleType:

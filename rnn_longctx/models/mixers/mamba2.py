@@ -1,10 +1,11 @@
-"""Mamba-2 (arXiv 2405.21060), with the parameter names of the official checkpoints. Remedies change its `policy`."""
+"""Mamba-2 (arXiv 2405.21060), with the parameter names of the official checkpoints."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -12,16 +13,13 @@ from torch import Tensor, nn
 
 from rnn_longctx.errors import InputError
 from rnn_longctx.models.cache import Carry
-from rnn_longctx.models.conv import causal_conv
-from rnn_longctx.models.deferred import DeferredNorm
 from rnn_longctx.models.ids import refuse_offloaded
+from rnn_longctx.models.interface import Rest, Shape
+from rnn_longctx.models.mixers import MIXERS
+from rnn_longctx.models.mixers.base import Recurrent
 from rnn_longctx.models.norm import RMSNorm
-from rnn_longctx.recurrence.policy import PLAIN, ScanPolicy
-from rnn_longctx.recurrence.ssd.scan import scan
-from rnn_longctx.recurrence.statistics import Observer
-
-if TYPE_CHECKING:
-    from rnn_longctx.recurrence.ssd.parallel import Stretch
+from rnn_longctx.recurrence.gates import ScanInputs, SteppedGates
+from rnn_longctx.recurrence.span import Span
 
 LARGEST = torch.finfo(torch.float32).max
 LARGEST_SIZE = 2**24  # of a model's shape: beyond, a config is damaged, and making the model would take for ever
@@ -44,10 +42,12 @@ def dt_limits(limits: Any, name: str) -> tuple[float, float]:
 
 @dataclass
 class Mamba2Config:
-    """Shape of a model and how to initialise one. Names follow mamba-ssm.
+    """The shape of a model whose layers are all Mamba-2, and how to initialise one. Names follow mamba-ssm.
 
     A_init and A_log_uniform: range that -A is drawn from; dt_init: range of the initial step, log-uniform.
     """
+
+    mlp: ClassVar[float] = 0.0  # (there is none)
 
     d_model: int = 256
     n_layer: int = 6
@@ -95,6 +95,11 @@ class Mamba2Config:
     def conv_dim(self) -> int:
         return self.d_inner + 2 * self.ngroups * self.d_state
 
+    def make_mixers(self) -> Iterator[nn.Module]:
+        """Make the mixer of every layer, with fresh weights."""
+        for _ in range(self.n_layer):
+            yield Mamba2(self)
+
     @property
     def scan_state_elements(self) -> int:
         return self.n_layer * self.nheads * self.headdim * self.d_state
@@ -104,8 +109,28 @@ class Mamba2Config:
         return self.n_layer * self.conv_dim * (self.d_conv - 1)
 
 
-class Mamba2(nn.Module):
-    """One mixer. `policy` is data: set it, and the next token follows it. `observer`, `state_dtype`: see `scan`."""
+@dataclass(frozen=True)
+class Mamba2Layer:
+    """The shape of one layer beside others; names and defaults are those of `Mamba2Config`."""
+
+    d_state: int = 128
+    d_conv: int = 4
+    expand: int = 2
+    headdim: int = 64
+    ngroups: int = 1
+
+    def whole(self, model: Shape) -> Mamba2Config:
+        """Return the config of a model of such layers alone."""
+        shared = {name: getattr(model, name) for name in ("d_model", "n_layer", "vocab_size", "norm_eps")}
+        return Mamba2Config(**shared, **asdict(self))
+
+
+@MIXERS.register
+class Mamba2(Recurrent):
+    """A Mamba-2 layer. `policy` is data: set it, and the next token follows it."""
+
+    name, Config = "mamba2", Mamba2Layer
+    one_step_a_head = True
 
     def __init__(self, config: Mamba2Config):
         super().__init__()
@@ -117,11 +142,11 @@ class Mamba2(nn.Module):
         self.D = nn.Parameter(torch.ones(c.nheads))
         self.norm = RMSNorm(c.d_inner, c.norm_eps, c.ngroups)
         self.out_proj = nn.Linear(c.d_inner, c.d_model, bias=c.bias)
-        self.policy: ScanPolicy = PLAIN
-        self.backend: str | None = None
-        self.observer: Observer | None = None
-        self.state_dtype: torch.dtype | None = None
         self.reset_parameters()
+
+    @classmethod
+    def of(cls, config: Mamba2Layer, model: Shape) -> Mamba2:
+        return cls(config.whole(model))
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -154,38 +179,27 @@ class Mamba2(nn.Module):
     def d_state(self) -> int:
         return self.config.d_state
 
+    @property
+    def channels(self) -> tuple[int, int]:
+        return self.config.conv_dim, self.config.d_conv - 1
+
     def steps(self, projected: Tensor) -> Tensor:
-        """dt (B, T, H), after softplus and clamp, from what `in_proj` gives (B, T, ...)."""
+        """Return dt (B, T, H), after softplus and clamp, from what `in_proj` gives (B, T, ...)."""
         return F.softplus(projected[..., -self.heads :] + self.dt_bias).clamp(*self.config.dt_limit)
 
-    def forward(self, u: Tensor, carry: Carry | None, mask: Tensor | None, reset: Tensor | None,
-                unscaled: bool = False,
-                stretch: Stretch | None = None) -> tuple[Tensor | DeferredNorm, Carry]:  # fmt: skip
-        """(B, T, d_model) in and out, with the carry after it. unscaled: where the scan can apply the norm, its factor
-        a token may be left to the sum that comes next, which saves a pass over memory. stretch: of the stream, where it
-        is spread over several ranks; the carries are then those before and after all of it."""
+    @torch.no_grad()
+    def scale_rates(self, factor: Tensor) -> None:
+        # at least float32, as a checkpoint keeps it; a new tensor, for the old one may be a mapped file's
+        A_log = self.A_log.data.double() + factor.log()
+        self.A_log.data = A_log.to(torch.promote_types(self.A_log.dtype, torch.float32))
+
+    def inputs(self, u: Tensor, carry: Carry | None, span: Span) -> tuple[ScanInputs, SteppedGates, Rest]:
         c = self.config
-        z, xBC, dt = self.in_proj(u).split([c.d_inner, c.conv_dim, c.nheads], -1)
-        if mask is not None:
-            xBC = xBC * mask[..., None]
-        edge = carry.conv if carry else None
-        if stretch is not None:
-            edge, last = stretch.edges(xBC, c.d_conv - 1, edge, reset)
-        xBC, conv = causal_conv(xBC, self.conv1d, edge, reset)
+        z, xBC, dt = self.in_proj(u).split([c.d_inner, c.conv_dim, c.nheads], -1)  # each (B, T, ·)
+        xBC, conv, convolved = self.convolve(self.conv1d, xBC, carry, span)
         x, B, C = xBC.split([c.d_inner, c.ngroups * c.d_state, c.ngroups * c.d_state], -1)
         groups = (c.ngroups, c.d_state)
-        # a factor a token may be applied after the last product, unless a hook sees or edits what is before or behind
-        last_product = self.out_proj
-        linear = last_product.bias is None and not (last_product._forward_hooks or last_product._forward_pre_hooks)
-        gate = self.norm.gate(z.unflatten(-1, (c.nheads, c.headdim))) if unscaled and linear else None
-        conv = conv if stretch is None else last
-        y, scanned = (scan if stretch is None else stretch.scan)(
-            x.unflatten(-1, (c.nheads, c.headdim)), dt, self.A,
-            B.unflatten(-1, groups), C.unflatten(-1, groups), dt_bias=self.dt_bias, dt_limit=c.dt_limit, D=self.D,
-            policy=self.policy, carry=carry.scan if carry else None, reset=reset, mask=mask, backend=self.backend,
-            observer=self.observer, gate=gate, state_dtype=self.state_dtype,
-        )  # fmt: skip
-        if gate is not None and gate.squares is not None:
-            out = DeferredNorm(self.out_proj(y.flatten(-2)), gate.squares, c.d_inner, self.norm.eps)
-            return out, Carry(conv, scanned)
-        return self.out_proj(self.norm(y.flatten(-2), z)), Carry(conv, scanned)
+        inputs = ScanInputs(
+            x.unflatten(-1, (c.nheads, c.headdim)), B.unflatten(-1, groups), C.unflatten(-1, groups), self.D
+        )
+        return inputs, SteppedGates(dt, self.A, self.dt_bias, c.dt_limit), Rest(z, conv, convolved)

@@ -8,48 +8,24 @@ is made of scans of its blocks (`recurrence.ssd.fused_window`). `refuses` says w
 
 from __future__ import annotations
 
-import os
+from dataclasses import replace
 from functools import lru_cache
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rnn_longctx.recurrence.backends import Call, Gate
+from rnn_longctx.recurrence.backends import Call, Reading
 from rnn_longctx.recurrence.carry import ScanCarry
-from rnn_longctx.recurrence.gates import gates
+from rnn_longctx.recurrence.gates import Gates, ScanInputs, SteppedGates
 from rnn_longctx.recurrence.policy import PerHead, ScanPolicy, per_head
 from rnn_longctx.recurrence.ssd import fused_window, ops, pytorch
 from rnn_longctx.recurrence.ssd.caps import clip_factor
+from rnn_longctx.recurrence.ssd.operands import Operands
 from rnn_longctx.recurrence.statistics import Statistics
+from rnn_longctx.recurrence.triton import DTYPES, interpreted
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SHARED = 2**17 + 2**14  # bytes of shared memory that states of more than 256 columns take
-
-
-def _unfit() -> str | None:
-    try:
-        found = version("triton")
-    except PackageNotFoundError:
-        return "needs Triton, which is not installed"
-    fit = tuple(int(part) for part in found.split(".")[:2]) >= (3, 4)
-    return None if fit else f"needs Triton 3.4, {found} is installed"
-
-
-_UNFIT = _unfit()  # constants, so that torch.compile need not look
-_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-
-
-def interpreted() -> bool:
-    """Whether Triton runs its kernels in Python, on the CPU (TRITON_INTERPRET=1, read when it is imported)."""
-    return _INTERPRETED
-
-
-def missing() -> str | None:
-    if _UNFIT is not None or _INTERPRETED:
-        return _UNFIT
-    return None if torch.cuda.is_available() and not torch.version.hip else "needs a CUDA device"
 
 
 def refuses(policy: ScanPolicy, call: Call | None) -> str | None:
@@ -69,6 +45,8 @@ def refuses(policy: ScanPolicy, call: Call | None) -> str | None:
         return f"reads bfloat16, float16 and float32, not {call.dtype}"
     if call.dtype == torch.bfloat16 and interpreted():
         return "reads no bfloat16 in Triton's interpreter, whose products of them are wrong"
+    if not call.stepped:
+        return "works the gates out of a step dt, and this layer gives them"
     if call.per_channel:
         return "has one decay a head, not one a channel"
     if not 1 <= call.headdim <= 256 or not 1 <= call.d_state <= 512:
@@ -96,113 +74,131 @@ def observes(policy: ScanPolicy, call: Call, every: int) -> bool:
     return every % launch.blocks(call.headdim, call.d_state, dtype, 0).Q == 0
 
 
-def run(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *, dt_bias: Tensor | None, dt_softplus: bool,
-        dt_limit: tuple[float, float], D: Tensor | None, policy: ScanPolicy, carry: ScanCarry, reset: Tensor | None,
-        mask: Tensor | None, counts: Tensor | None, drop: Tensor | None,
-        looks: tuple[int, list[Statistics]] | None = None,
-        gate: Gate | None = None) -> tuple[Tensor, ScanCarry]:  # fmt: skip
-    """`looks`: (k, where to leave the statistics every k tokens); see `observes`. `gate`: applied to bfloat16 and
-    float32 without a window or caps."""
+def run(reading: Reading) -> tuple[Tensor, ScanCarry]:
+    """See `Backend.run`. The output gate is applied to bfloat16 and float32 without a window or caps."""
+    inputs, policy, carry, looks = reading.inputs, reading.policy, reading.carry, reading.looks
+    x, reset = inputs.x, reading.reset
     if x.dtype == torch.float16:  # its products with a state that grows leave its range
-        y, after = run(x.float(), dt, A, B.float(), C.float(), dt_bias=dt_bias, dt_softplus=dt_softplus,
-                       dt_limit=dt_limit, D=D, policy=policy, carry=carry, reset=reset, mask=mask, counts=counts,
-                       drop=drop, looks=looks)  # fmt: skip
+        wide = ScanInputs(x.float(), inputs.B.float(), inputs.C.float(), inputs.D)
+        y, after = run(replace(reading, inputs=wide, output_gate=None))
         return y.to(x.dtype), after
     if policy.window is not None:
-        return fused_window.run(x, dt, A, B, C, dt_bias=dt_bias, dt_softplus=dt_softplus, dt_limit=dt_limit, D=D,
-                                policy=policy, carry=carry, reset=reset, mask=mask, counts=counts, drop=drop,
-                                table=gate_table(policy, x.shape[2], x.device))  # fmt: skip
+        return fused_window.run(reading, gate_table(policy, x.shape[2], x.device))
     # Rows that stand at different places reach a cap at different tokens, which chunks do not follow.
     ragged = policy.caps and (
-        mask is not None or reset is not None or bool((carry.position != carry.position[0]).any())
+        reading.mask is not None or reset is not None or bool((carry.position != carry.position[0]).any())
     )
     if x.shape[1] == 1 or ragged:  # one token is a handful of small products: nothing to fuse
-        return pytorch.run(x, dt, A, B, C, dt_bias=dt_bias, dt_softplus=dt_softplus, dt_limit=dt_limit, D=D,
-                           policy=policy, carry=carry, reset=reset, mask=mask, counts=counts, drop=drop)  # fmt: skip
-    pad = None if mask is None else (~mask).sum(1, dtype=torch.int32).to(x.device)
-    marks = None if drop is None else drop.to(x.device, torch.int8).contiguous()
-    table = gate_table(policy, x.shape[2], x.device)
-    x, B, C = (t if t.stride(-1) == 1 else t.contiguous() for t in (x, B.to(x.dtype), C.to(x.dtype)))
-    A, dt_bias = A.contiguous(), None if dt_bias is None else dt_bias.contiguous()
-    asked = (x, dt, A, B, C, D, dt_bias, carry.state)
-    graded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in asked)
-    op = ops.scan if graded or torch.compiler.is_compiling() else ops.forward
-    if policy.caps or op is ops.scan:
-        gate = None
-
-    every = policy.caps[0].every if _in_pieces(policy) else 0
-    due = [cap.every for cap in policy.caps]
-    position = int(carry.position[0]) if policy.caps else 0
-
-    def read(x: Tensor, dt: Tensor, B: Tensor, C: Tensor, state: Tensor, capped: bool) -> tuple:
-        caps = cap_table(policy, x.shape[2], x.device) if capped else None
-        args = (x, dt, A, B, C, D, dt_bias, state.contiguous(), table, pad, marks, caps, float(dt_limit[0]),
-                float(dt_limit[1]), dt_softplus, every, due, position)  # fmt: skip
-        if gate is None:
-            return op(*args)[:3]
-        *made, gate.squares = ops.watched(0, gate.operands(), *args)
-        return tuple(made)
-
-    before, lead = carry.log_decay, min(x.shape[1], -position % every) if every else 0
+        return pytorch.run(reading)
+    o = _operands(reading)
+    graded = reading.graded or torch.compiler.is_compiling()
+    gate = None if policy.caps or graded else reading.output_gate
     if looks is not None:
-        caps = cap_table(policy, x.shape[2], x.device) if policy.caps else None
-        y, state, spent, sums, *squares = ops.watched(
-            looks[0], None if gate is None else gate.operands(), x, dt, A, B, C, D, dt_bias, carry.state.contiguous(),
-            table, pad, marks, caps, float(dt_limit[0]), float(dt_limit[1]), dt_softplus, every, due, position,
-        )  # fmt: skip
-        if gate is not None:
-            gate.squares = squares[0]
-        positions = int(carry.position[0]) + looks[0] * torch.arange(1, sums.shape[-1] + 1, device="cpu")
-        elements = x.shape[3] * B.shape[3]
-        log_decay = before[..., None] + spent[..., : sums.shape[-1]]
-        looks[1].append(Statistics(positions, elements, sums[0], sums[1], sums[2], log_decay))
-        return y, ScanCarry(state, carry.position, before + spent[..., -1])
+        return _looking(reading, o)
+    before, lead = carry.log_decay, min(x.shape[1], -o.position % o.every) if o.every else 0
     if not lead:
-        y, state, total = read(x, dt, B, C, carry.state, bool(policy.caps))
+        if gate is not None:
+            y, state, total, gate.squares = ops.watched(o, 0, gate.operands())
+        else:
+            y, state, total = (ops.scan(*o) if graded else ops.forward(o))[:3]
         if reset is not None:
-            total = _of_last_document(dt, A, dt_bias, dt_softplus, dt_limit, policy, mask, reset)
+            total = _of_last_document(reading)
             before = torch.where(reset.to(before.device).any(1)[:, None], 0.0, before)
         return y, ScanCarry(state, carry.position, before + total)
 
     # first up to where pieces of k tokens begin, so that each is whole chunks
-    y, state, total = read(x[:, :lead], dt[:, :lead], B[:, :lead], C[:, :lead], carry.state, False)
-    if (position + lead) % every == 0:
-        y, state = _cut(y, state, x, C, D, policy, lead - 1)
+    first = o.tokens(0, lead)._replace(caps=None)
+    y, state, total = (ops.scan(*first) if graded else ops.forward(first))[:3]
+    if (o.position + lead) % o.every == 0:
+        y, state = _cut(y, state, ScanInputs(o.x, o.B, o.C, o.D), policy, lead - 1)
     if lead < x.shape[1]:
-        rest, state, more = read(x[:, lead:], dt[:, lead:], B[:, lead:], C[:, lead:], state, True)
-        y, total = torch.cat([y, rest], 1), total + more
+        rest = o.tokens(lead, x.shape[1])._replace(initial=state.contiguous())
+        more, state, last = (ops.scan(*rest) if graded else ops.forward(rest))[:3]
+        y, total = torch.cat([y, more], 1), total + last
     return y, ScanCarry(state, carry.position, before + total)
 
 
+def _operands(reading: Reading) -> Operands:
+    inputs, gates, policy, carry = reading.inputs, reading.gates, reading.policy, reading.carry
+    assert isinstance(gates, SteppedGates)
+    x, mask, drop = inputs.x, reading.mask, reading.drop
+    heads, device = x.shape[2], x.device
+    x, B, C = (t if t.stride(-1) == 1 else t.contiguous() for t in (x, inputs.B.to(x.dtype), inputs.C.to(x.dtype)))
+    return Operands(
+        x,
+        gates.dt,
+        gates.A.contiguous(),
+        B,
+        C,
+        inputs.D,
+        None if gates.dt_bias is None else gates.dt_bias.contiguous(),
+        carry.state.contiguous(),
+        gate_table(policy, heads, device),
+        pad=None if mask is None else (~mask).sum(1, dtype=torch.int32).to(device),
+        drop=None if drop is None else drop.to(device, torch.int8).contiguous(),
+        caps=cap_table(policy, heads, device) if policy.caps else None,
+        low=float(gates.dt_limit[0]),
+        high=float(gates.dt_limit[1]),
+        softplus=gates.softplus,
+        every=policy.caps[0].every if _in_pieces(policy) else 0,
+        due=[cap.every for cap in policy.caps],
+        position=int(carry.position[0]) if policy.caps else 0,
+    )
+
+
+def _looking(reading: Reading, o: Operands) -> tuple[Tensor, ScanCarry]:
+    """Read the tokens and leave the statistics of every `looks.every`-th. Without gradients."""
+    carry, looks = reading.carry, reading.looks
+    assert looks is not None
+    gate, before, every = None if reading.policy.caps else reading.output_gate, carry.log_decay, looks.every
+    y, state, totals, sums, *squares = ops.watched(o, every, None if gate is None else gate.operands())
+    if gate is not None:
+        gate.squares = squares[0]
+    positions = int(carry.position[0]) + every * torch.arange(1, sums.shape[-1] + 1, device="cpu")
+    log_decay = before[..., None] + totals[..., : sums.shape[-1]]
+    looks.seen.append(Statistics(positions, o.x.shape[3] * o.B.shape[3], sums[0], sums[1], sums[2], log_decay))
+    return y, ScanCarry(state, carry.position, before + totals[..., -1])
+
+
 @torch.no_grad()
-def stretch_sum(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, *, dt_bias: Tensor | None, dt_softplus: bool,
-                dt_limit: tuple[float, float], policy: ScanPolicy, drop: Tensor | None, dtype: torch.dtype,
-                back: bool = False) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """See `pytorch.stretch_sum`. No caps, no window."""
+def shard_sum(
+    x: Tensor,
+    gates: Gates | SteppedGates,
+    B: Tensor,
+    *,
+    policy: ScanPolicy,
+    drop: Tensor | None,
+    dtype: torch.dtype,
+    back: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """See `pytorch.shard_sum`. No caps, no window."""
     from rnn_longctx.recurrence.ssd.kernels import launch
 
+    assert isinstance(gates, SteppedGates)
     if x.dtype == torch.float16:
         x = x.float()
-    settings: dict[str, Any] = {
-        "dt_bias": dt_bias, "dt_softplus": dt_softplus, "dt_limit": dt_limit, "policy": policy, "dtype": dtype,
-        "back": back,
-    }  # fmt: skip
     length, Q = x.shape[1], launch.blocks(x.shape[3], B.shape[3], x.dtype, 0).Q
     if length < Q:
-        return pytorch.stretch_sum(x, dt, A, B, drop=drop, **settings)
+        return pytorch.shard_sum(x, gates, B, policy=policy, drop=drop, dtype=dtype, back=back)
     lead = 0 if back else length % Q  # then whole chunks follow
     late = None if drop is None else drop[:, lead:].to(x.device, torch.int8).contiguous()
-    own, B_own = (t[:, lead:] if t.stride(-1) == 1 else t[:, lead:].contiguous() for t in (x, B.to(x.dtype)))
-    found, total = ops.stretch_sum(
-        own, dt[:, lead:], A.contiguous(), B_own, None if dt_bias is None else dt_bias.contiguous(),
-        gate_table(policy, x.shape[2], x.device), late, float(dt_limit[0]), float(dt_limit[1]), dt_softplus, back,
-    )  # fmt: skip
+    x_late, B_late = (t[:, lead:] if t.stride(-1) == 1 else t[:, lead:].contiguous() for t in (x, B.to(x.dtype)))
+    gates_late = SteppedGates(
+        gates.dt[:, lead:],
+        gates.A.contiguous(),
+        None if gates.dt_bias is None else gates.dt_bias.contiguous(),
+        (float(gates.dt_limit[0]), float(gates.dt_limit[1])),
+        gates.softplus,
+    )
+    state, total = ops.shard_sum(x_late, gates_late, B_late, gate_table(policy, x.shape[2], x.device), late, back)
     if lead:
         early = None if drop is None else drop[:, :lead]
-        first, before = pytorch.stretch_sum(x[:, :lead], dt[:, :lead], A, B[:, :lead], drop=early, **settings)
+        first, before = pytorch.shard_sum(
+            x[:, :lead], gates.tokens(0, lead), B[:, :lead], policy=policy, drop=early, dtype=dtype, back=back
+        )
         left = total if late is None else total.masked_fill(late.any(1)[:, None], float("-inf"))
-        found, total = torch.addcmul(found, first, left.exp().float()[..., None, None]), before + total
-    return found.to(dtype), total
+        state, total = torch.addcmul(state, first, left.exp().float()[..., None, None]), before + total
+    return state.to(dtype), total
 
 
 def _in_pieces(policy: ScanPolicy) -> bool:
@@ -210,9 +206,10 @@ def _in_pieces(policy: ScanPolicy) -> bool:
     return len(policy.caps) == 1 and policy.caps[0].every % 16 == 0
 
 
-def _cut(y: Tensor, state: Tensor, x: Tensor, C: Tensor, D: Tensor | None, policy: ScanPolicy,
-         t: int) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`state` after token t cut back to its cap, and the token's output, y[:, -1], from what is left of it."""
+def _cut(y: Tensor, state: Tensor, inputs: ScanInputs, policy: ScanPolicy, t: int) -> tuple[Tensor, Tensor]:
+    """Return the token's output, y[:, -1], and the state after it, where the state is cut back to its cap after token
+    t."""
+    x, C, D = inputs.x, inputs.C, inputs.D
     cap = per_head(policy.caps[0].norm, x.shape[2], state)
     state = state * clip_factor(state, torch.as_tensor(cap, dtype=state.dtype, device=state.device))[..., None, None]
     last = torch.einsum("bhpn,bhn->bhp", state, C[:, t].repeat_interleave(x.shape[2] // C.shape[2], 1).to(state.dtype))
@@ -221,15 +218,13 @@ def _cut(y: Tensor, state: Tensor, x: Tensor, C: Tensor, D: Tensor | None, polic
     return torch.cat([y[:, :-1], last[:, None].to(y.dtype)], 1), state
 
 
-def _of_last_document(dt: Tensor, A: Tensor, dt_bias: Tensor | None, dt_softplus: bool, dt_limit: tuple[float, float],
-                      policy: ScanPolicy, mask: Tensor | None, reset: Tensor) -> Tensor:  # fmt: skip
-    """Log-decay (B, H) float64 of each row since its last document began."""
-    with torch.no_grad():
-        bias = None if dt_bias is None else dt_bias.float()
-        log_decay, _ = gates(dt.float(), A.float(), dt_bias=bias, dt_softplus=dt_softplus, dt_limit=dt_limit,
-                             policy=policy, mask=mask)  # fmt: skip
-        began = reset.to(dt.device).long().cumsum(1)
-        return (log_decay * (began == began[:, -1:])[..., None]).sum(1, dtype=torch.float64)
+@torch.no_grad()
+def _of_last_document(reading: Reading) -> Tensor:
+    """Return the log-decay (B, H) float64 of each row since its last document began."""
+    log_decay = reading.gates.worked_out(torch.float32, reading.policy, reading.mask).log_decay
+    assert reading.reset is not None
+    begun = reading.reset.to(log_decay.device).long().cumsum(1)
+    return (log_decay * (begun == begun[:, -1:])[..., None]).sum(1, dtype=torch.float64)
 
 
 @lru_cache(maxsize=256)

@@ -7,13 +7,14 @@ a block is read alone. Nothing of the size of the stream is made but y.
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import torch
 from torch import Tensor
 
+from rnn_longctx.recurrence.backends import Reading
 from rnn_longctx.recurrence.carry import ScanCarry, WindowCarry, tree_map
-from rnn_longctx.recurrence.gates import gates
+from rnn_longctx.recurrence.gates import ScanInputs, SteppedGates
 from rnn_longctx.recurrence.policy import ScanPolicy
 from rnn_longctx.recurrence.ssd import pytorch, window
 
@@ -21,23 +22,23 @@ SHORT = 16  # tokens in a call below which PyTorch's few products are as fast
 ROWS = 2**15  # blocks of a window times those of a state: a grid's last axis ends at 65535 programs
 
 
-def run(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *, dt_bias: Tensor | None, dt_softplus: bool,
-        dt_limit: tuple[float, float], D: Tensor | None, policy: ScanPolicy, carry: ScanCarry, reset: Tensor | None,
-        mask: Tensor | None, counts: Tensor | None, drop: Tensor | None,
-        table: Tensor) -> tuple[Tensor, ScanCarry]:  # fmt: skip
+def run(reading: Reading, table: Tensor) -> tuple[Tensor, ScanCarry]:
     """As `recurrence.ssd.fused.run`; table (4, H) are the policy's gates. Gradients, documents, padding, and windows
     shorter than a chunk of the carry are PyTorch's."""
-    size, length = policy.window or 0, x.shape[1]
+    inputs, gates, policy, carry = reading.inputs, reading.gates, reading.policy, reading.carry
+    assert isinstance(gates, SteppedGates)
+    x, size, length = inputs.x, policy.window or 0, inputs.x.shape[1]
     delay = None if carry.window is None else carry.window.x
-    asked = (x, dt, A, B, C, D, dt_bias, carry.state, delay)
-    graded = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in asked)
+    graded = reading.graded or (torch.is_grad_enabled() and delay is not None and delay.requires_grad)
     graded = graded or torch.compiler.is_compiling()  # which sees no kernels here
-    if graded or length < SHORT or size < window.CHUNK or mask is not None or reset is not None or drop is not None:
-        return pytorch.run(x, dt, A, B, C, dt_bias=dt_bias, dt_softplus=dt_softplus, dt_limit=dt_limit, D=D,
-                           policy=policy, carry=carry, reset=reset, mask=mask, counts=counts, drop=drop)  # fmt: skip
-    x, B, C = (v if v.stride(-1) == 1 else v.contiguous() for v in (x, B.to(x.dtype), C.to(x.dtype)))
-    read = _Reader(x, dt, A.contiguous(), B, C, D, None if dt_bias is None else dt_bias.contiguous(), dt_softplus,
-                   dt_limit, policy, table)  # fmt: skip
+    whole = reading.mask is None and reading.reset is None and reading.drop is None
+    if graded or length < SHORT or size < window.CHUNK or not whole:
+        return pytorch.run(reading)
+    x, B, C = (v if v.stride(-1) == 1 else v.contiguous() for v in (x, inputs.B.to(x.dtype), inputs.C.to(x.dtype)))
+    dense = replace(
+        gates, A=gates.A.contiguous(), dt_bias=None if gates.dt_bias is None else gates.dt_bias.contiguous()
+    )
+    read = _Reader(ScanInputs(x, B, C, inputs.D), dense, policy, table)
     held, log_decay, t = carry.window, carry.log_decay, 0
     with torch.cuda.device_of(x):  # Triton launches on the current device
         while t < length:
@@ -57,13 +58,13 @@ def run(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *, dt_bias: Tens
 class _Reader:
     """One call's inputs, and y, which its parts are written into."""
 
-    def __init__(self, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
-                 dt_bias: Tensor | None, softplus: bool, limit: tuple[float, float], policy: ScanPolicy,
-                 table: Tensor) -> None:  # fmt: skip
+    def __init__(self, inputs: ScanInputs, gates: SteppedGates, policy: ScanPolicy, table: Tensor) -> None:
         from rnn_longctx.recurrence.ssd.kernels import launch
 
-        self.x, self.dt, self.A, self.B, self.C, self.D, self.dt_bias = x, dt, A, B, C, D, dt_bias
-        self.softplus, self.low, self.high = softplus, float(limit[0]), float(limit[1])
+        x, B = inputs.x, inputs.B
+        self.x, self.B, self.C, self.D = x, B, inputs.C, inputs.D
+        self.gates, self.dt, self.A, self.dt_bias = gates, gates.dt, gates.A, gates.dt_bias
+        self.low, self.high = float(gates.dt_limit[0]), float(gates.dt_limit[1])
         self.policy, self.size, self.table = policy, policy.window or 0, table
         self.blocks = launch.blocks(x.shape[3], B.shape[3], x.dtype, 0)
         self.y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -73,11 +74,8 @@ class _Reader:
         from rnn_longctx.recurrence.ssd.kernels import window as kernels
 
         x, dt, B, C, y = (v[:, t : t + count] for v in (self.x, self.dt, self.B, self.C, self.y))
-        bias = None if self.dt_bias is None else self.dt_bias.float()
-        log_decay, scale = gates(
-            dt.float(), self.A.float(), dt_bias=bias, dt_softplus=self.softplus, dt_limit=(self.low, self.high),
-            policy=self.policy,
-        )  # fmt: skip
+        gates = self.gates.tokens(t, t + count).worked_out(torch.float32, self.policy)
+        log_decay, scale = gates.log_decay, gates.input_scale
         B_kept, offset = B.float(), 0 if w is None else w.x.shape[1]
         held = w or window.empty(x.float(), log_decay, B_kept, self.size, carry)
         block, ready = self._scan(x, dt, B, C, y, held.block.float().contiguous())
@@ -124,7 +122,7 @@ class _Reader:
         from rnn_longctx.recurrence.ssd.kernels import launch
 
         ready = launch.prepare_chunks(dt, self.A, B, C, self.dt_bias, self.table, None, None, self.low, self.high,
-                                      self.softplus, x.shape[3], self.blocks)  # fmt: skip
+                                      self.gates.softplus, x.shape[3], self.blocks)  # fmt: skip
         _, final = launch.scan_forward(x, B, C, self.D, self.A, self.table, None, initial, self.low, ready,
                                        self.blocks, y)  # fmt: skip
         return final, ready

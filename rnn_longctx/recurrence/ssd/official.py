@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from rnn_longctx.errors import InputError
-from rnn_longctx.recurrence.backends import Call
+from rnn_longctx.recurrence.backends import Call, Reading
 from rnn_longctx.recurrence.carry import ScanCarry
-from rnn_longctx.recurrence.gates import gates
+from rnn_longctx.recurrence.gates import SteppedGates
 from rnn_longctx.recurrence.policy import ScanPolicy
 
 MOST = 2**31  # elements: its kernels count in int32, and read elsewhere beyond
@@ -27,23 +27,25 @@ def refuses(policy: ScanPolicy, call: Call | None) -> str | None:
         return "knows no policy"
     if call is not None and (call.device.type != "cuda" or call.per_channel or call.dtype == torch.float64):
         return "reads tensors on a CUDA device, below float64, with one decay a head"
+    if call is not None and not call.stepped:
+        return "works the gates out of a step dt, and this layer gives them"
     return None
 
 
-def run(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *, dt_bias: Tensor | None, dt_softplus: bool,
-        dt_limit: tuple[float, float], D: Tensor | None, policy: ScanPolicy, carry: ScanCarry, reset: Tensor | None,
-        mask: Tensor | None, counts: Tensor | None, drop: Tensor | None) -> tuple[Tensor, ScanCarry]:  # fmt: skip
+def run(reading: Reading) -> tuple[Tensor, ScanCarry]:
+    """See `Backend.run`."""
     from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
 
-    if reset is not None or mask is not None:
+    inputs, gates, carry = reading.inputs, reading.gates, reading.carry
+    assert isinstance(gates, SteppedGates)
+    if reading.reset is not None or reading.mask is not None:
         raise InputError("backend 'mamba_ssm' reads whole rows: no padding, no documents in a row")
-    if x.shape[0] * x.shape[1] * max(t.stride(1) for t in (x, dt, B, C)) >= MOST:
+    x, B, C = inputs.x, inputs.B, inputs.C
+    if x.shape[0] * x.shape[1] * max(t.stride(1) for t in (x, gates.dt, B, C)) >= MOST:
         raise InputError(f"backend 'mamba_ssm' counts in int32: {x.shape[1]} tokens are too many for one call")
     y, state = mamba_chunk_scan_combined(
-        x, dt, A, B, C, 128, D=D, dt_bias=dt_bias, dt_softplus=dt_softplus, dt_limit=dt_limit,
-        initial_states=carry.state, return_final_states=True,
+        x, gates.dt, gates.A, B, C, 128, D=inputs.D, dt_bias=gates.dt_bias, dt_softplus=gates.softplus,
+        dt_limit=gates.dt_limit, initial_states=carry.state, return_final_states=True,
     )  # fmt: skip
-    bias = None if dt_bias is None else dt_bias.float()
-    log_decay, _ = gates(dt.float(), A.float(), dt_bias=bias, dt_softplus=dt_softplus, dt_limit=dt_limit, policy=policy)
-    total = carry.log_decay + log_decay.sum(1, dtype=torch.float64)
+    total = carry.log_decay + gates.worked_out(torch.float32).log_decay.sum(1, dtype=torch.float64)
     return y, ScanCarry(state.float(), carry.position, total)

@@ -9,28 +9,33 @@ Slow on purpose. Nothing here is shared with the backends that are tested agains
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rnn_longctx.errors import InputError
+from rnn_longctx.recurrence.gates import Gates, ScanInputs, SteppedGates
 from rnn_longctx.recurrence.policy import PLAIN, PerHead, ScanPolicy
+from rnn_longctx.recurrence.span import WHOLE, Span
 
 
-def scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *, dt_bias: Tensor | None = None,
-         dt_softplus: bool = True, dt_limit: tuple[float, float] = (0.0, math.inf), D: Tensor | None = None,
-         policy: ScanPolicy = PLAIN, reset: Tensor | None = None, mask: Tensor | None = None,
-         state: Tensor | None = None, position: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def scan(
+    inputs: ScanInputs,
+    gates: Gates | SteppedGates,
+    span: Span = WHOLE,
+    *,
+    policy: ScanPolicy = PLAIN,
+    state: Tensor | None = None,
+    position: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """The whole recurrence, of rows that begin here or go on from `state` (B,H,P,N) after `position` (B,) tokens.
 
-    Args: x (B,T,H,P), dt (B,T,H), A (H) or (H,N), B and C (B,T,G,N), dt_bias (H), D (H) or (H,P),
-        reset (B,T) bool: a new row (document) begins at this token; mask (B,T) bool: False is padding, which
-        neither reads, decays nor counts.
+    Padding (`span.mask`) neither reads, decays nor counts.
     Returns: y (B,T,H,P), final states (B,H,P,N), log-decay of the last row summed over these tokens (B,H) or
         (B,H,N); float64.
     """
-    x, dt, A, B, C = (t.double() for t in (x, dt, A, B, C))
+    mask, reset = span.mask, span.reset
+    x, B, C, D = inputs.x.double(), inputs.B.double(), inputs.C.double(), inputs.D
     batch, length, heads, headdim = x.shape
     groups, d_state = B.shape[2:]
     y = torch.zeros_like(x)
@@ -51,11 +56,8 @@ def scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *, dt_bias: Ten
                     continue
                 if reset is not None and reset[b, t]:
                     S, log_total, count, held = start[h], x.new_zeros(d_state), 0, []
-                step = dt[b, t, h] + (dt_bias.double()[h] if dt_bias is not None else 0.0)
-                step = (F.softplus(step) if dt_softplus else step).clamp(*dt_limit)
-                keep = 1.0 if step >= _of(policy.min_dt, h) else 0.0
-                log_decay = keep * (_of(policy.mul, h) * step * A[h] + _of(policy.add, h)).expand(d_state)
-                scale = keep * _of(policy.gain, h) * step
+                log_decay, scale = _gates_of(gates, policy, b, t, h)
+                log_decay = log_decay.expand(d_state)
                 if policy.reset is not None and count > 0 and count % policy.reset == 0:
                     S, held = start[h], []
                 count += 1
@@ -76,7 +78,20 @@ def scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *, dt_bias: Ten
             final[b, h], total[b, h] = S, log_total
     if D is not None:
         y = y + (D.double() if D.ndim == 2 else D.double()[:, None]) * x
-    return y, final, total if A.ndim == 2 else total[..., 0]
+    return y, final, total if gates.per_channel else total[..., 0]
+
+
+def _gates_of(gates: Gates | SteppedGates, policy: ScanPolicy, b: int, t: int, h: int) -> tuple[Tensor, Tensor]:
+    """Return the log-decay, () or (N), and the input scale, (), of one token and head under a policy, in float64."""
+    mul, add, gain, min_dt = (_of(v, h) for v in (policy.mul, policy.add, policy.gain, policy.min_dt))
+    if isinstance(gates, Gates):
+        if min_dt != 0.0:
+            raise InputError("min_dt leaves out tokens by their step dt, and given gates have no step")
+        return mul * gates.log_decay[b, t, h].double() + add, gain * gates.input_scale[b, t, h].double()
+    step = gates.dt[b, t, h].double() + (gates.dt_bias[h].double() if gates.dt_bias is not None else 0.0)
+    step = (F.softplus(step) if gates.softplus else step).clamp(*gates.dt_limit)
+    keep = 1.0 if step >= min_dt else 0.0
+    return keep * (mul * step * gates.A[h].double() + add), keep * gain * step
 
 
 def _of(value: PerHead, head: int) -> float:

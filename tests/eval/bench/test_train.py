@@ -40,7 +40,7 @@ def test_operations_of_matrix_weights():
         shape = replace(TINY, d_model=width, headdim=width // 2, tie_embeddings=False)  # as many heads
         model = Mamba2LM(shape)
         with FlopCounterMode(display=False) as counter:
-            for block in model.backbone.blocks:
+            for block in model.layers:
                 x = torch.randn(1, 40, width, requires_grad=True)
                 block.mixer.in_proj(x).sum().backward()
                 y = torch.randn(1, 40, 2 * width, requires_grad=True)

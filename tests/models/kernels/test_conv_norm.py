@@ -17,16 +17,17 @@ from rnn_longctx.models.kernels import choose
 from rnn_longctx.models.lm import Mamba2LM
 from rnn_longctx.models.mixers.mamba2 import Mamba2Config
 from rnn_longctx.models.norm import RMSNorm
+from rnn_longctx.recurrence import triton
 from rnn_longctx.recurrence.policy import PLAIN, ScanPolicy
-from rnn_longctx.recurrence.ssd import fused, ops
+from rnn_longctx.recurrence.ssd import ops
 
-if fused.missing():
-    pytest.skip(fused.missing(), allow_module_level=True)
+if triton.missing():
+    pytest.skip(triton.missing(), allow_module_level=True)
 
 from rnn_longctx.models.kernels import conv_norm, matvec
 from rnn_longctx.recurrence.ssd.kernels import launch
 
-DEVICE = "cpu" if fused.interpreted() else "cuda"
+DEVICE = "cpu" if triton.interpreted() else "cuda"
 
 
 @pytest.mark.parametrize(("taps", "channels", "parts"), [
@@ -89,7 +90,7 @@ def folds(monkeypatch):
     folded = []
     watched = ops.watched
     monkeypatch.setattr(
-        ops, "watched", lambda look, gate, *args: (gate and folded.append(gate)) or watched(look, gate, *args)
+        ops, "watched", lambda o, look, gate: (gate and folded.append(gate)) or watched(o, look, gate)
     )
 
     @torch.no_grad()

@@ -9,14 +9,14 @@ pytest.importorskip("triton")
 from rnn_longctx.models.kernels import choose
 from rnn_longctx.models.lm import Mamba2LM
 from rnn_longctx.models.mixers.mamba2 import Mamba2Config
-from rnn_longctx.recurrence.ssd import fused
+from rnn_longctx.recurrence import triton
 
-if fused.missing():
-    pytest.skip(fused.missing(), allow_module_level=True)
+if triton.missing():
+    pytest.skip(triton.missing(), allow_module_level=True)
 
 from rnn_longctx.models.kernels import conv_norm_grads
 
-DEVICE = "cpu" if fused.interpreted() else "cuda"
+DEVICE = "cpu" if triton.interpreted() else "cuda"
 
 
 def draw(*shape, dtype=torch.float32):

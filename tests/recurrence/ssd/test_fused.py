@@ -16,19 +16,19 @@ import torch.nn.functional as F
 
 pytest.importorskip("triton")
 
-from streams import DEVICE, POLICIES, G, H, N, P, documents, error, inputs, on_cpu, worst
+from streams import DEVICE, POLICIES, G, H, N, P, documents, error, inputs, on_cpu, reference_scan, scan, worst
 
 from rnn_longctx.errors import InputError
-from rnn_longctx.recurrence import ssd
-from rnn_longctx.recurrence.backends import Call, Gate, choose  # fmt: skip
-from rnn_longctx.recurrence.carry import ScanCarry  # fmt: skip
-from rnn_longctx.recurrence.policy import Cap, ScanPolicy  # fmt: skip
+from rnn_longctx.recurrence import ssd, triton
+from rnn_longctx.recurrence.backends import Call, OutputGate, choose
+from rnn_longctx.recurrence.carry import ScanCarry
+from rnn_longctx.recurrence.gates import SteppedGates
+from rnn_longctx.recurrence.policy import Cap, ScanPolicy
 from rnn_longctx.recurrence.rows import row_counts
-from rnn_longctx.recurrence.ssd import fused, ops, pytorch, reference
-from rnn_longctx.recurrence.ssd.scan import scan
+from rnn_longctx.recurrence.ssd import fused, ops, pytorch
 
-if fused.missing():
-    pytest.skip(fused.missing(), allow_module_level=True)
+if triton.missing():
+    pytest.skip(triton.missing(), allow_module_level=True)
 
 from rnn_longctx.recurrence.ssd.kernels import launch, launch_caps
 
@@ -43,7 +43,7 @@ def test_definition(name):
     mask[1, :7] = False
     for m, r in ((None, None), (mask, documents(length))):
         x, more = inputs(length)
-        expected, state, total = reference.scan(**on_cpu(x), **on_cpu(more), policy=POLICIES[name], mask=m, reset=r)
+        expected, state, total = reference_scan(**on_cpu(x), **on_cpu(more), policy=POLICIES[name], mask=m, reset=r)
         whole = {"mask": None if m is None else m.to(DEVICE), "reset": r}
         expected_position = scan(**x, **more, **whole, backend="torch")[1].position.tolist()
         for cuts in ([], [1, 37]):
@@ -73,7 +73,7 @@ def test_gate(name, headdim):
     z = torch.randn(2, length, 3 * inner, device=DEVICE)[..., 5 : 5 + inner].unflatten(-1, (H, headdim))
     weight = torch.randn(inner, device=DEVICE)
     for m, r in ((None, None), (mask, documents(length))):
-        y, state, _ = reference.scan(**on_cpu(x), **on_cpu(more), policy=POLICIES[name], mask=m, reset=r)
+        y, state, _ = reference_scan(**on_cpu(x), **on_cpu(more), policy=POLICIES[name], mask=m, reset=r)
         product = y * F.silu(z.cpu().double())
         expected, squares = product * weight.view(H, headdim).cpu(), product.square().sum((2, 3))
         real = torch.ones(2, length, dtype=torch.bool) if m is None else m
@@ -82,8 +82,8 @@ def test_gate(name, headdim):
             for i, j in zip([0, *cuts], [*cuts, length]):
                 part = {k: v if k == "A" else v[:, i:j] for k, v in x.items()}
                 marks = {"mask": None if m is None else m[:, i:j].to(DEVICE), "reset": None if r is None else r[:, i:j]}
-                gate = Gate(z[:, i:j], weight)
-                settings = {"policy": POLICIES[name], "backend": "triton", "gate": gate}
+                gate = OutputGate(z[:, i:j], weight)
+                settings = {"policy": POLICIES[name], "backend": "triton", "output_gate": gate}
                 ours, carry = scan(**part, **more, **marks, **settings, carry=carry)
                 if j - i == 1:
                     assert gate.squares is None
@@ -97,8 +97,8 @@ def test_gate(name, headdim):
 
 
 @pytest.mark.parametrize("name", [name for name, policy in POLICIES.items() if not policy.caps])
-@pytest.mark.parametrize("sums", [fused.stretch_sum, pytorch.stretch_sum], ids=["triton", "torch"])
-def test_what_a_stretch_alone_adds(name, sums):
+@pytest.mark.parametrize("sums", [fused.shard_sum, pytorch.shard_sum], ids=["triton", "torch"])
+def test_what_a_shard_alone_adds(name, sums):
     """To the state after it, and to the gradient of the state before it. Many segments, the first of them shorter,
     and less than a chunk; one head forgets at once."""
     policy = POLICIES[name]
@@ -113,13 +113,13 @@ def test_what_a_stretch_alone_adds(name, sums):
         carry.state.requires_grad_()
         y, after = scan(**wide, **others, policy=policy, reset=reset, carry=carry, backend="torch")
         (grad,) = torch.autograd.grad(y, carry.state, dy.double().cpu())
-        given = {"dt_bias": more["dt_bias"], "dt_softplus": True, "dt_limit": more["dt_limit"], "policy": policy,
-                 "drop": drop, "dtype": torch.float32}  # fmt: skip
-        state, total = sums(x["x"], x["dt"], x["A"], x["B"], **given)
+        gates = SteppedGates(x["dt"], x["A"], more["dt_bias"], more["dt_limit"])
+        settings = {"policy": policy, "drop": drop, "dtype": torch.float32}
+        state, total = sums(x["x"], gates, x["B"], **settings)
         assert worst(state, after.state.detach(), 1) < 1e-5
         if reset is None:
             torch.testing.assert_close(total.cpu(), after.log_decay, rtol=1e-5, atol=1e-5)
-        before, _ = sums(dy, x["dt"], x["A"], x["C"], **given, back=True)
+        before, _ = sums(dy, gates, x["C"], **settings, back=True)
         for ours, expected in zip(before.unbind(1), grad.unbind(1)):  # what forgets has next to none
             assert (ours.cpu() - expected).norm() < 1e-5 * (1 + expected.norm())
 
@@ -130,12 +130,12 @@ def test_where_a_gate_is_not_applied():
     z, weight = torch.randn_like(x["x"]), torch.randn(H * P, device=DEVICE)
     window = ScanPolicy(window=16)
     for policy, backend in ((POLICIES["cap every 16"], "triton"), (window, "triton"), (ScanPolicy(), "torch")):
-        gate = Gate(z, weight)
-        y, _ = scan(**x, **more, policy=policy, backend=backend, gate=gate)
+        gate = OutputGate(z, weight)
+        y, _ = scan(**x, **more, policy=policy, backend=backend, output_gate=gate)
         assert gate.squares is None and torch.equal(y, scan(**x, **more, policy=policy, backend=backend)[0])
-    gate = Gate(z, weight)
+    gate = OutputGate(z, weight)
     leaf = x["x"].requires_grad_()
-    y, _ = scan(**x, **more, backend="triton", gate=gate)
+    y, _ = scan(**x, **more, backend="triton", output_gate=gate)
     assert gate.squares is None and torch.autograd.grad(y.sum(), leaf)[0].isfinite().all()
 
 
@@ -158,7 +158,7 @@ def test_caps_token_by_token(name):
     for decay, cuts in ((0.5, [1, 38]), (40.0, [])):
         x, more = inputs(length, batch=1, decay=decay)
         start, position = 5 * torch.randn(1, H, P, N), torch.full((1,), 7)
-        expected, state, _ = reference.scan(
+        expected, state, _ = reference_scan(
             **on_cpu(x), **on_cpu(more), policy=CAPS[name], state=start, position=position
         )
         carry = ssd.ScanCarry(start.to(DEVICE), position, torch.zeros(1, H, dtype=torch.float64, device=DEVICE))
@@ -177,7 +177,7 @@ def test_caps_of_the_same_token_again(forgets):
     x, more = inputs(61, batch=1, decay=0.05 if forgets else 0.0)
     x = {k: v if k == "A" else v[:, :1].expand(v.shape).contiguous() for k, v in x.items()}
     for policy in (ScanPolicy(caps=(Cap(3.0),)), ScanPolicy(caps=(Cap((0.05, 4.0, 30.0, 300.0)),))):
-        expected, state, _ = reference.scan(**on_cpu(x), **on_cpu(more), policy=policy)
+        expected, state, _ = reference_scan(**on_cpu(x), **on_cpu(more), policy=policy)
         y, carry = scan(**x, **more, policy=policy, backend="triton")
         assert error(y, expected) < 1e-5 and worst(carry.state, state, 1) < 1e-5
 
@@ -208,7 +208,7 @@ def test_a_cap_that_leaves_nothing(every):
 @pytest.mark.parametrize("decay", [1e-4, 40.0, 1e3])
 def test_decays_of_any_size(decay):
     x, more = inputs(70, decay=decay)
-    expected, state, _ = reference.scan(**on_cpu(x), **on_cpu(more))
+    expected, state, _ = reference_scan(**on_cpu(x), **on_cpu(more))
     y, carry = scan(**x, **more, backend="triton")
     assert error(y, expected) < 1e-5 and error(carry.state, state) < 1e-5
 

@@ -7,15 +7,14 @@ import torch
 
 pytest.importorskip("triton")
 
-from streams import DEVICE, POLICIES, H, N, P, documents, error, inputs
+from streams import DEVICE, POLICIES, H, N, P, documents, error, inputs, scan
 
-from rnn_longctx.recurrence import ssd
+from rnn_longctx.recurrence import ssd, triton
 from rnn_longctx.recurrence.policy import ScanPolicy
 from rnn_longctx.recurrence.ssd import fused, ops
-from rnn_longctx.recurrence.ssd.scan import scan
 
-if fused.missing():
-    pytest.skip(fused.missing(), allow_module_level=True)
+if triton.missing():
+    pytest.skip(triton.missing(), allow_module_level=True)
 
 from rnn_longctx.recurrence.ssd.kernels import launch_grads
 

@@ -12,17 +12,17 @@ import torch
 pytest.importorskip("triton")
 
 import streams
-from streams import DEVICE, error, on_cpu
+from streams import DEVICE, error, on_cpu, reference_scan, scan
 
-from rnn_longctx.recurrence import ssd
-from rnn_longctx.recurrence.backends import Call
+from rnn_longctx.recurrence import triton
+from rnn_longctx.recurrence.backends import Call, choose
+from rnn_longctx.recurrence.carry import tree_map
 from rnn_longctx.recurrence.policy import ScanPolicy
-from rnn_longctx.recurrence.ssd import fused, fused_window, reference, window
-from rnn_longctx.recurrence.ssd.scan import scan
+from rnn_longctx.recurrence.ssd import fused, fused_window, window
 from rnn_longctx.recurrence.ssd.window import window_state
 
-if fused.missing():
-    pytest.skip(fused.missing(), allow_module_level=True)
+if triton.missing():
+    pytest.skip(triton.missing(), allow_module_level=True)
 
 from rnn_longctx.recurrence.ssd.kernels import launch
 from rnn_longctx.recurrence.ssd.kernels import window as kernels
@@ -62,7 +62,7 @@ POLICIES = {
 
 def check(x, more, policy, *runs):
     """Each run, a list of cuts and the backends to take in turn, gives the definition's outputs and carry."""
-    expected, state, total = reference.scan(**on_cpu(x), **on_cpu(more), policy=policy)
+    expected, state, total = reference_scan(**on_cpu(x), **on_cpu(more), policy=policy)
     for cuts, backends in runs:
         y, carry = in_parts(x, more, cuts, backends, policy=policy)
         assert error(y, expected) < 1e-5, (cuts, backends)
@@ -147,14 +147,14 @@ def test_strided_inputs():
 def test_a_kept_carry_is_not_changed():
     x, more = inputs(60)
     _, carry = scan(**x, **more, policy=ScanPolicy(window=40), backend="triton")
-    kept = ssd.tree_map(torch.clone, carry)
+    kept = tree_map(torch.clone, carry)
     scan(**x, **more, policy=ScanPolicy(window=40), carry=carry, backend="triton")
     for value in x.values():
         value.zero_()  # the caller's own: no part of a carry
     pairs: list = []
-    ssd.tree_map(lambda v: pairs.append(v), carry)
+    tree_map(lambda v: pairs.append(v), carry)
     others: list = []
-    ssd.tree_map(lambda v: others.append(v), kept)
+    tree_map(lambda v: others.append(v), kept)
     assert len(pairs) == len(others) > 9
     assert all(torch.equal(a, b) for a, b in zip(pairs, others))
 
@@ -180,7 +180,7 @@ def test_documents_padding_and_gradients_are_pytorchs():
 
 def test_it_is_chosen():
     call = Call(torch.device(DEVICE), torch.float32, False, P, N)
-    assert ssd.choose(ScanPolicy(window=100), "triton", call).name == "triton"
+    assert choose(ScanPolicy(window=100), "triton", call).name == "triton"
 
 
 @pytest.mark.gpu

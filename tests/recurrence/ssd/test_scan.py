@@ -6,12 +6,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from streams import reference_scan, scan
 
 from rnn_longctx.errors import InputError
-from rnn_longctx.recurrence import ssd
+from rnn_longctx.recurrence import backends
+from rnn_longctx.recurrence.carry import ScanCarry
 from rnn_longctx.recurrence.policy import Cap, ScanPolicy
-from rnn_longctx.recurrence.ssd import chunked, reference
-from rnn_longctx.recurrence.ssd.scan import scan
+from rnn_longctx.recurrence.ssd import chunked
 from rnn_longctx.recurrence.ssd.window import window_state
 
 H, P, G, N = 4, 5, 2, 7
@@ -77,7 +78,7 @@ def test_definition(name, per_channel):
     reset[0, 70] = reset[1, 90] = reset[1, 91] = True
     for m, r in ((None, None), (mask, reset)):
         x, more = inputs(length=length, per_channel=per_channel)
-        expected, state, total = reference.scan(**x, **more, policy=policy, mask=m, reset=r)
+        expected, state, total = reference_scan(**x, **more, policy=policy, mask=m, reset=r)
         cuts = sorted(torch.randint(1, length, (6,)).unique().tolist())
         whole = scan(**x, **more, policy=policy, mask=m, reset=r)
         parts = in_parts(x, more, [1, 2, *[c for c in cuts if c > 2]], m, r, policy=policy)
@@ -94,8 +95,8 @@ def test_definition(name, per_channel):
 ], ids=["cap every 256", "window 100", "most tokens clipped"])  # fmt: skip
 def test_long_streams_in_odd_parts(policy):
     x, more = inputs(length=1301, decay=0.02)  # more than one block of pieces; slow enough for every policy to matter
-    expected, *_ = reference.scan(**x, **more, policy=policy)
-    plain, *_ = reference.scan(**x, **more)
+    expected, *_ = reference_scan(**x, **more, policy=policy)
+    plain, *_ = reference_scan(**x, **more)
     assert (expected - plain).abs().max() > 0.1  # the policy has something to do
     cuts = sorted({1, 2, 255, 256, 257, *torch.randint(1, 1301, (5,)).tolist()})
     for y, _ in (scan(**x, **more, policy=policy), in_parts(x, more, cuts, policy=policy)):
@@ -105,7 +106,7 @@ def test_long_streams_in_odd_parts(policy):
 @pytest.mark.parametrize("name", POLICIES)
 def test_float32(name):
     x, more = inputs(length=201, dtype=torch.float32)
-    expected, *_ = reference.scan(**x, **more, policy=POLICIES[name])
+    expected, *_ = reference_scan(**x, **more, policy=POLICIES[name])
     y, _ = scan(**x, **more, policy=POLICIES[name])
     assert y.dtype == torch.float32
     assert (y - expected).norm() / expected.norm() < 1e-5
@@ -125,7 +126,7 @@ def test_any_cut_of_any_policy(data):
     ]))  # fmt: skip
     torch.manual_seed(data.draw(st.integers(0, 2**31)))
     x, more = inputs(batch=1, length=length)
-    expected, *_ = reference.scan(**x, **more, policy=policy)
+    expected, *_ = reference_scan(**x, **more, policy=policy)
     y, _ = in_parts(x, more, cuts, policy=policy)
     torch.testing.assert_close(y, expected, rtol=0, atol=1e-10)
 
@@ -134,7 +135,7 @@ def test_decays_of_any_size():
     """Strong forgetting takes the masked form, weak the factored one; they agree where both may be used."""
     for decay in (1e-4, 0.3, 40.0, 1e4):
         x, more = inputs(decay=decay, length=130)
-        expected, *_ = reference.scan(**x, **more)
+        expected, *_ = reference_scan(**x, **more)
         y, carry = scan(**x, **more)
         torch.testing.assert_close(y, expected, rtol=0, atol=1e-10)
         assert torch.isfinite(carry.state).all()
@@ -164,7 +165,7 @@ def test_gradients(name, per_channel):
     leaves = [t.requires_grad_() for t in [*x.values(), more["dt_bias"], more["D"]]]
     weight = torch.randn(1, 70, H, P, dtype=torch.float64)
     grads = []
-    for run in (scan, reference.scan):
+    for run in (scan, reference_scan):
         y = run(**x, **more, policy=POLICIES[name])[0]
         grads.append(torch.autograd.grad((y * weight).sum(), leaves))
     for ours, expected in zip(*grads):
@@ -173,12 +174,12 @@ def test_gradients(name, per_channel):
 
 def test_gradient_to_the_initial_state():
     x, more = inputs(batch=1, length=80)
-    carry = ssd.ScanCarry.start(1, H, P, N, dtype=torch.float64)
+    carry = ScanCarry.start(1, H, P, N, dtype=torch.float64)
     carry.state = torch.randn_like(carry.state).requires_grad_()
     y, after = scan(**x, **more, carry=carry)
     (grad,) = torch.autograd.grad(y.sum() + after.state.sum(), carry.state)
     step = torch.randn_like(carry.state) * 1e-6
-    moved = ssd.ScanCarry(carry.state.detach() + step, carry.position, carry.log_decay)
+    moved = ScanCarry(carry.state.detach() + step, carry.position, carry.log_decay)
     y2, after2 = scan(**x, **more, carry=moved)
     change = (y2 - y).sum() + (after2.state - after.state).sum()
     torch.testing.assert_close(change, (grad * step).sum(), rtol=1e-5, atol=1e-12)
@@ -228,16 +229,14 @@ def test_gradients_of_pieces_that_forget(forgets):
 
 
 def test_a_backend_that_cannot_is_refused():
-    from rnn_longctx.recurrence import backends
-
-    backend = ssd.Backend("picky", None, lambda: None, lambda p, call: "no windows" if p.window else None)
+    backend = backends.Backend("picky", None, lambda: None, lambda p, call: "no windows" if p.window else None)
     backends._BACKENDS["picky"] = backend
     try:
-        assert ssd.choose(ScanPolicy(), "picky").name == "picky"
+        assert backends.choose(ScanPolicy(), "picky").name == "picky"
         with pytest.raises(InputError, match="no windows"):
-            ssd.choose(ScanPolicy(window=3), "picky")
-        on_cpu = ssd.Call(torch.device("cpu"), torch.float32, False, 4, 4)
-        assert ssd.choose(ScanPolicy(window=3), call=on_cpu).name == "torch"
+            backends.choose(ScanPolicy(window=3), "picky")
+        on_cpu = backends.Call(torch.device("cpu"), torch.float32, False, 4, 4)
+        assert backends.choose(ScanPolicy(window=3), call=on_cpu).name == "torch"
     finally:
         del backends._BACKENDS["picky"]
 

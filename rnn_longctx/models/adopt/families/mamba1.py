@@ -20,6 +20,8 @@ from rnn_longctx.models.adopt.families.mamba2 import UNLIMITED, AdoptedMixer, _C
 from rnn_longctx.models.adopt.layer import Beside
 from rnn_longctx.models.adopt.wrapped import holds
 from rnn_longctx.recurrence.carry import ScanCarry
+from rnn_longctx.recurrence.gates import ScanInputs, SteppedGates
+from rnn_longctx.recurrence.span import Span
 from rnn_longctx.recurrence.ssd.scan import scan
 from rnn_longctx.recurrence.ssd.window import window_state
 
@@ -79,10 +81,11 @@ class AdoptedMamba1(AdoptedMixer):
                 carry = ScanCarry(
                     state, torch.zeros(len(state), dtype=torch.int64, device="cpu"), self.no_log_decay(state), None
                 )
+        A = -m.A_log.to(torch.promote_types(m.A_log.dtype, torch.float32)).exp()
         y, new = scan(
-            x[..., None], dt, -m.A_log.to(torch.promote_types(m.A_log.dtype, torch.float32)).exp(), B[:, :, None],
-            C[:, :, None], dt_bias=bias, dt_limit=UNLIMITED, D=m.D, policy=self.policy, mask=call.mask,
-            backend=self.backend, state_dtype=self.state_dtype, observer=self._observer, carry=carry,
+            ScanInputs(x[..., None], B[:, :, None], C[:, :, None], m.D), SteppedGates(dt, A, bias, UNLIMITED),
+            Span(call.mask), policy=self.policy, backend=self.backend, state_dtype=self.state_dtype,
+            observer=self._observer, carry=carry,
         )  # fmt: skip
         if call.layer is not None and self.active:
             self.keep(call.layer, Beside(self._era, new.position, new.log_decay, new.window))

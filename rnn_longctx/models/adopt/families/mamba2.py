@@ -30,7 +30,9 @@ from rnn_longctx.models.adopt.wrapped import holds
 from rnn_longctx.models.hashing import held
 from rnn_longctx.models.mixers.mamba2 import dt_limits
 from rnn_longctx.recurrence.carry import ScanCarry
+from rnn_longctx.recurrence.gates import ScanInputs, SteppedGates
 from rnn_longctx.recurrence.policy import PLAIN, ScanPolicy
+from rnn_longctx.recurrence.span import Span
 from rnn_longctx.recurrence.ssd.scan import scan
 from rnn_longctx.recurrence.ssd.window import window_state
 from rnn_longctx.recurrence.statistics import Observer
@@ -279,10 +281,10 @@ class AdoptedMixer:
         m, reset = self.module, None
         if seq_idx is not None:
             reset = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0))
+        A = -m.A_log.to(torch.promote_types(m.A_log.dtype, torch.float32)).exp()
         y, new = scan(
-            x, dt, -m.A_log.to(torch.promote_types(m.A_log.dtype, torch.float32)).exp(), B, C, dt_bias=m.dt_bias,
-            dt_limit=dt_limit, D=self.D, policy=self._policy, mask=call.mask, reset=reset, backend=self.backend,
-            state_dtype=self.state_dtype, observer=self._observer,
+            ScanInputs(x, B, C, self.D), SteppedGates(dt, A, m.dt_bias, dt_limit), Span(call.mask, reset),
+            policy=self._policy, backend=self.backend, state_dtype=self.state_dtype, observer=self._observer,
             carry=None if state is None else self.carry(call.layer, state),
         )  # fmt: skip
         if call.layer is not None:

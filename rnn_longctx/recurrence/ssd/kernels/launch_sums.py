@@ -1,4 +1,4 @@
-"""What a stretch of a stream alone adds to the state at its end, and to the gradient of the state at its beginning,
+"""What a shard of a stream alone adds to the state at its end, and to the gradient of the state at its beginning,
 without the outputs between: the first passes of forward and backward (`forward.segment_states`,
 `backward.segment_grads`) over every segment, folded. Heads that forget are left early."""
 
@@ -10,19 +10,21 @@ import torch
 import triton
 from torch import Tensor
 
+from rnn_longctx.recurrence.gates import SteppedGates
 from rnn_longctx.recurrence.ssd.kernels import backward, forward, launch
 
 
-def stretch_sum(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, dt_bias: Tensor | None, table: Tensor,
-                drop: Tensor | None, low: float, high: float, softplus: bool,
-                back: bool) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(B,H,P,N) float32 and log-decay (B,H) float64. back: x is the gradient of the outputs, B is C; otherwise the
-    tokens must be whole chunks."""
+def shard_sum(
+    x: Tensor, gates: SteppedGates, B: Tensor, table: Tensor, drop: Tensor | None, back: bool
+) -> tuple[Tensor, Tensor]:
+    """Return (B,H,P,N) float32 and log-decay (B,H) float64. back: x is the gradient of the outputs, B is C; otherwise
+    the tokens must be whole chunks."""
+    dt, A, dt_bias, (low, high) = gates.dt, gates.A, gates.dt_bias, gates.dt_limit
     batch, length, heads, headdim = x.shape
     groups, d_state = B.shape[2:]
     c = launch.blocks(headdim, d_state, x.dtype, 0)
     # with products of B that nobody asks for: a twentieth of what the states take
-    ready = launch.prepare_chunks(dt, A, B, B, dt_bias, table, None, drop, low, high, softplus, headdim, c)
+    ready = launch.prepare_chunks(dt, A, B, B, dt_bias, table, None, drop, low, high, gates.softplus, headdim, c)
     chunks, segments, size = ready.totals.shape[2], ready.wild.shape[2], ready.segment_chunks
     empty = partial(torch.empty, dtype=torch.float32, device=x.device)
     parts, ends = empty(batch, heads, segments, headdim, d_state), empty(batch, heads, segments)

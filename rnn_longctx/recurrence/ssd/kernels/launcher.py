@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from rnn_longctx.recurrence.ssd import fused
+from rnn_longctx.recurrence import triton
 
 KNOWN = 4096  # launches remembered
 _here = local()  # of a thread: `compiling`, a pool of threads and what they were given
@@ -51,7 +51,7 @@ class Launched:
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable:
         def launch(*args: Any, **options: Any) -> None:
-            if fused.interpreted():
+            if triton.interpreted():
                 self.jit[grid](*args, **options)
                 return
             kinds = [a if (c := a.__class__) is int or c is float else _kind(a) for a in args]  # most are numbers

@@ -1,0 +1,108 @@
+"""Gated linear attention (arXiv 2312.06635): every channel of a key forgets at a pace of its own, which the text sets.
+
+    S_t = S_{t-1} diag(a_t) + v_t k_t^T        a_t = sigmoid(low-rank map of u_t)^(1 / TEMPERATURE), one a key channel
+    y_t = S_t q_t / sqrt(d_k)                  out_t = W_o (RMSNorm_head(y_t) * silu(W_g u_t))
+
+Section 4.4 of the paper; no short convolution. In the scan's words x are the values, B the keys, C the queries.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rnn_longctx.errors import InputError
+from rnn_longctx.models.cache import Carry
+from rnn_longctx.models.interface import Rest, Shape
+from rnn_longctx.models.mixers import MIXERS
+from rnn_longctx.models.mixers.base import Recurrent
+from rnn_longctx.models.norm import RMSNorm
+from rnn_longctx.recurrence.gates import Gates, ScanInputs
+from rnn_longctx.recurrence.span import Span
+
+TEMPERATURE = 16.0  # tau of the paper: decays begin near 1
+
+
+@dataclass(frozen=True)
+class GLAConfig:
+    """The shape of a layer.
+
+    Attributes:
+        expand_k, expand_v: widths of all keys and of all values together, as multiples of d_model.
+        rank: of the map that makes the decays.
+    """
+
+    heads: int = 4
+    expand_k: float = 0.5
+    expand_v: float = 1.0
+    rank: int = 16
+
+    def __post_init__(self) -> None:
+        if self.heads < 1 or self.rank < 1:
+            raise InputError(f"gla: heads and rank are at least 1, got {self.heads} and {self.rank}")
+
+    def head_size(self, expand: float, d_model: int) -> int:
+        """Return the channels of one head. Raises InputError where heads do not divide them."""
+        width = expand * d_model
+        if width != int(width) or int(width) < self.heads or int(width) % self.heads:
+            raise InputError(f"gla: {expand:g} * d_model = {width:g} channels do not divide into {self.heads} heads")
+        return int(width) // self.heads
+
+
+@MIXERS.register
+class GLA(Recurrent):
+    """A layer of gated linear attention."""
+
+    name, Config = "gla", GLAConfig
+    per_channel, stepped = True, False
+
+    def __init__(self, config: GLAConfig, model: Shape):
+        super().__init__()
+        self.config = config
+        self.sizes = config.head_size(config.expand_k, model.d_model), config.head_size(config.expand_v, model.d_model)
+        keys, values = (size * config.heads for size in self.sizes)
+        self.q_proj = nn.Linear(model.d_model, keys, bias=False)
+        self.k_proj = nn.Linear(model.d_model, keys, bias=False)
+        self.v_proj = nn.Linear(model.d_model, values, bias=False)
+        self.g_proj = nn.Linear(model.d_model, values, bias=False)
+        self.decay_proj = nn.Sequential(nn.Linear(model.d_model, config.rank, bias=False), nn.Linear(config.rank, keys))
+        self.norm = RMSNorm(self.headdim, model.norm_eps)
+        self.out_proj = nn.Linear(values, model.d_model, bias=False)
+        with torch.no_grad():
+            self.out_proj.weight /= math.sqrt(model.n_layer)
+
+    @classmethod
+    def of(cls, config: GLAConfig, model: Shape) -> GLA:
+        return cls(config, model)
+
+    @property
+    def heads(self) -> int:
+        return self.config.heads
+
+    @property
+    def headdim(self) -> int:
+        return self.sizes[1]
+
+    @property
+    def d_state(self) -> int:
+        return self.sizes[0]
+
+    def inputs(self, u: Tensor, carry: Carry | None, span: Span) -> tuple[ScanInputs, Gates, Rest]:
+        q, k, v, decay = (
+            proj(u).unflatten(-1, (self.heads, -1)) for proj in (self.q_proj, self.k_proj, self.v_proj, self.decay_proj)
+        )  # each (B, T, H, ·)
+        wide = torch.promote_types(decay.dtype, torch.float32)
+        log_decay = F.logsigmoid(decay.to(wide)) / TEMPERATURE  # (B, T, H, N)
+        gates = Gates(log_decay, log_decay.new_ones(log_decay.shape[:3]))
+        return ScanInputs(v, k, q * self.d_state**-0.5), gates, Rest(self.g_proj(u))
+
+    def output_gate(self, rest: Rest) -> None:
+        """The norm is over a head and comes before the gate: no scan applies such a one."""
+
+    def output(self, y: Tensor, rest: Rest) -> Tensor:
+        assert rest.z is not None
+        return self.out_proj(self.norm(y).flatten(-2) * F.silu(rest.z))

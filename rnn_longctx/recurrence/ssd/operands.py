@@ -1,0 +1,53 @@
+"""The numbers of a fused scan, flat, as torch operators and kernels take them."""
+
+# no `from __future__ import annotations`: tools read the types
+from typing import NamedTuple
+
+from torch import Tensor
+
+Maybe = Tensor | None
+
+
+class Operands(NamedTuple):
+    """The arguments of the operator `rnn_longctx::scan`, in its order. No policy is known here.
+
+    Attributes:
+        x, B, C, D: as in `ScanInputs`, with the last axis of x, B and C dense and all of one type.
+        dt, A, dt_bias: as in `SteppedGates`, A (H); low, high, softplus: its dt_limit and softplus.
+        initial: (B, H, P, N) the state before.
+        table: (4, H) float32: the policy's mul, add, gain, min_dt.
+        pad: (B) int32: leading tokens of a row to leave out.
+        drop: (B, T) int8: 1 where the state is dropped before the token.
+        caps: (n, H) float32: norm caps. With `every` > 0 there is one, after each `every`-th token, whole chunks;
+            otherwise one is due after token t where due[i] divides position + t + 1.
+    """
+
+    x: Tensor
+    dt: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Maybe
+    dt_bias: Maybe
+    initial: Tensor
+    table: Tensor
+    pad: Maybe
+    drop: Maybe
+    caps: Maybe
+    low: float
+    high: float
+    softplus: bool
+    every: int
+    due: list[int]
+    position: int
+
+    def tokens(self, start: int, stop: int) -> "Operands":
+        """Return the operands of the tokens from `start` up to and without `stop` (of rows without marks)."""
+        x, dt, B, C = (t[:, start:stop] for t in (self.x, self.dt, self.B, self.C))
+        return self._replace(x=x, dt=dt, B=B, C=C)
+
+    @property
+    def kind(self) -> tuple:
+        """What kernels are compiled for: types, sizes, and which operands there are."""
+        maybe = (self.D, self.dt_bias, self.pad, self.drop, self.caps)
+        return self.x.device, self.x.dtype, self.x.shape[3], self.B.shape[2:], self.every, *(t is None for t in maybe)
