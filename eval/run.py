@@ -89,7 +89,7 @@ def evaluate(model: Any, lengths: Sequence[int | str] | int | str,
         mitigations: one or several; each is put on top of what is on the model already; None measures the model as it
             is; "all" stands for every remedy (`rnn_longctx.mitigations.standard`) and the controls; a warning names
             those of them that are not applicable. Where "none" is among them and the loss of a hybrid is measured
-            beyond its training length, it is measured under the two controls of `rnn_longctx.mitigations.hybrid` too.
+            beyond its training length, it is measured under its two controls (`mitigations.diagnostics`) too.
         text: evaluated on (`rnn_longctx.load_text`): "stdlib", a file, a directory, records; or several of them.
         calibration_text: for remedies that are calibrated; None takes what is kept with the checkpoint.
         out: a folder for cells, snapshots, results.parquet and results.csv; finished cells there are not measured

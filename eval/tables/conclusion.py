@@ -112,7 +112,7 @@ def _lost_recall(sheet: Sheet, name: str, recalls: list[Sheet]) -> str | None:
 
 def _hybrid_clauses(sheet: Sheet) -> list[str]:
     """Of a hybrid: how much of what the loss rises beyond the training length comes back where attention alone, and
-    where the recurrence alone, is held to that length (`rnn_longctx.mitigations.hybrid`). It points at a part of which
+    where the recurrence alone, is held to that length (`mitigations.diagnostics`). It points at a part of which
     surely more than PART of the rise comes back, and acquits one of which surely less does."""
     if not any(name.startswith(DIAGNOSTICS) for name in sheet.cells):
         return []

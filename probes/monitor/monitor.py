@@ -48,7 +48,7 @@ from rnn_longctx.data import Text, load_text
 from rnn_longctx.errors import InputError
 from rnn_longctx.files import write_atomic
 from rnn_longctx.measure.envelope import envelope_of
-from rnn_longctx.mitigations import _bare
+from rnn_longctx.mitigations.attach import without_remedies
 from rnn_longctx.models.adopt.adopting import reader_of
 from rnn_longctx.models.checkpoint.legacy import is_of
 from rnn_longctx.models.interface import LanguageModel
@@ -295,5 +295,5 @@ def unwatched(model: LanguageModel) -> Iterator[None]:
     """Take the remedies off a model inside the block, for a calibration. Raises InputError while it is watched."""
     if any(mixer.observer is not None for mixer in model.mixers):
         raise InputError("the model is being watched, and cannot be calibrated meanwhile: leave the block first")
-    with _bare(model):
+    with without_remedies(model):
         yield

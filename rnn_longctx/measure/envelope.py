@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rnn_longctx.errors import InputError
+from rnn_longctx.measure.calibration import Calibration
 from rnn_longctx.models.adopt.adopting import reader_of
 from rnn_longctx.models.modes import in_evaluation
 
@@ -39,10 +40,15 @@ class Envelope:
         return len(self.peaks[0])
 
     @property
+    def calibration(self) -> Calibration:
+        """What it was measured on, with a digest of the peaks."""
+        digest = hashlib.sha256(repr(self.peaks).encode()).hexdigest()[:8]
+        return Calibration(self.text, self.text_hash, self.slices, self.length, digest)
+
+    @property
     def label(self) -> str:
         """What it was calibrated on, for a result's key."""
-        found = hashlib.sha256(repr(self.peaks).encode()).hexdigest()[:8]
-        return f"{self.text} {self.text_hash}, {self.slices} x {self.length}, {found}"
+        return str(self.calibration)
 
     def norms(self, quantile: float = 1.0) -> tuple[tuple[float, ...], ...]:
         """[layer][head]: the norm that this share of the slices stays below; 1 is the largest of all."""

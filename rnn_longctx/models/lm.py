@@ -15,6 +15,7 @@ from rnn_longctx.models.cache import Cache
 from rnn_longctx.models.hashing import Identified
 from rnn_longctx.models.ids import refuse_offloaded, rows_of
 from rnn_longctx.models.interface import Reader, Shape, StateSize
+from rnn_longctx.models.layerwise import BlockByBlock
 from rnn_longctx.models.losses import head_losses, token_losses
 from rnn_longctx.models.mixers.base import Recurrent
 from rnn_longctx.models.precision import state_dtype
@@ -60,6 +61,8 @@ class LM(Hooked, Identified, nn.Module):
         self.restart: Restart | None = None
         self.reader: Reader | None = None
         self.spread: Callable[[Tensor, Tensor | None, Tensor | None], Shard] | None = None
+
+    own_forward, foldable = False, True
 
     @property
     def module(self) -> LM:
@@ -205,6 +208,12 @@ class LM(Hooked, Identified, nn.Module):
             return Cache()
         position = torch.zeros(rows, dtype=torch.int64, device="cpu")
         return Cache([block.mixer.new_carry(rows) for block in self.layers], position)
+
+    def refuse_own(self, ways: str) -> None:
+        """Nothing is to be refused: this model's forward follows its `restart`, and `generate` its `reader`."""
+
+    def layer_by_layer(self) -> BlockByBlock:
+        return BlockByBlock(self.backbone, self.config.residual_in_fp32)
 
 
 Mamba2LM = LM  # its name when all layers were Mamba-2

@@ -113,7 +113,7 @@ def test_a_rounded_decay_is_folded_in_float32(model, made):
 )  # fmt: skip
 def test_what_cannot_be_folded(model, name):
     before, said = [m.A_log.clone() for m in model.mixers], (model.name, model.weights_hash, dict(model.provenance))
-    with pytest.raises(InputError, match=r"cannot be folded .*a-floor, a-winsor and a-scale") as error:
+    with pytest.raises(InputError, match=r"cannot be folded .*a-floor, a-scale \(place=rate\) and a-winsor") as error:
         fold(model, name)
     assert "\n" not in str(error.value) and said == (model.name, model.weights_hash, model.provenance)
     assert all(torch.equal(m.A_log, b) and m.policy == PLAIN for m, b in zip(model.mixers, before))

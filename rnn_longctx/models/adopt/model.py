@@ -20,10 +20,12 @@ from rnn_longctx.models.adopt import rows
 from rnn_longctx.models.adopt.cache import AdoptedCache, unattended
 from rnn_longctx.models.adopt.families.mamba1 import AdoptedMamba1, is_mamba1
 from rnn_longctx.models.adopt.families.mamba2 import AdoptedMixer, cache_name, is_mamba2
+from rnn_longctx.models.adopt.layerwise import AdoptedBlocks
 from rnn_longctx.models.adopt.wrapped import unreadable
 from rnn_longctx.models.checkpoint.checkpoint import LazyTokenizer, tokenizer_of
 from rnn_longctx.models.hashing import Identified, computes_in, device_of
 from rnn_longctx.models.ids import rows_of
+from rnn_longctx.models.interface import LayerByLayer, StateSize
 from rnn_longctx.models.losses import token_losses
 from rnn_longctx.models.precision import state_dtype
 from rnn_longctx.models.reading import Hooked
@@ -46,6 +48,8 @@ class Adopted(Hooked, Identified):
     """
 
     library = "transformers"
+    own_forward = True
+    foldable = False
     kinds: ClassVar[list[tuple[Callable, type[AdoptedMixer]]]] = [
         (is_mamba2, AdoptedMixer), (is_mamba1, AdoptedMamba1)
     ]  # fmt: skip
@@ -105,10 +109,27 @@ class Adopted(Hooked, Identified):
         """The scan that the present policies choose here; the library's name where its own runs."""
         names = set()
         for m in self.mixers:
-            dtype, per_channel = compute_dtype(self.dtype, m.state_dtype), isinstance(m, AdoptedMamba1)
-            call = Call(self.device, dtype, per_channel, m.headdim, m.d_state)
+            dtype = compute_dtype(self.dtype, m.state_dtype)
+            call = Call(self.device, dtype, m.per_channel, m.headdim, m.d_state)
             names.add(choose(m.policy, m.backend, call).name if m.active else self.library)
         return "+".join(sorted(names))
+
+    @property
+    def vocab_size(self) -> int:
+        return getattr(self.config, "vocab_size", None) or self.embedding.num_embeddings
+
+    def state_size(self) -> StateSize:
+        fixed = {"scan": self.scan_state_elements, "conv": self.conv_state_elements}
+        return StateSize(fixed, self._attention_size() if self.attends else 0)
+
+    def _attention_size(self) -> int:
+        """Numbers of keys and values that all layers of attention together keep for a token. (A family's are equally
+        wide; Zamba2's share one module, so layers are counted in the cache.)"""
+        from transformers import DynamicCache
+
+        layers = sum(hasattr(layer, "get_seq_length") for layer in DynamicCache(config=self.config).layers)
+        projections = [(m.k_proj, m.v_proj) for m in self.model.modules() if hasattr(m, "k_proj")]
+        return layers * max(k.out_features + v.out_features for k, v in projections)
 
     def use_backend(self, name: str | None) -> None:
         """Force one scan backend for every layer (None: choose), wherever a policy is active."""
@@ -340,6 +361,11 @@ class Adopted(Hooked, Identified):
 
     def new_cache(self) -> AdoptedCache:
         return AdoptedCache(self.mixers)
+
+    def layer_by_layer(self) -> LayerByLayer | None:
+        if self.hybrid:
+            return None
+        return AdoptedBlocks(self.base, self.new_cache(), self.reading, lambda rows: longest(self, rows))
 
 
 def _nothing_found(model: nn.Module) -> str:

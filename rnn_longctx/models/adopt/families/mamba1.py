@@ -29,7 +29,8 @@ from rnn_longctx.recurrence.ssd.window import window_state
 class AdoptedMamba1(AdoptedMixer):
     """See `AdoptedMixer`."""
 
-    stays = True
+    one_step_a_head = False
+    per_channel = stays = True
 
     @staticmethod
     def functions() -> dict[str, Any]:

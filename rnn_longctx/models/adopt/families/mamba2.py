@@ -57,6 +57,8 @@ class AdoptedMixer:
     """
 
     library = "transformers"
+    one_step_a_head = True
+    per_channel = False  # whether a head has a rate for each channel of its state
     continuing = stays = False
     entries: tuple[str, ...] = ("forward",)  # the module's methods that ours stand before
 

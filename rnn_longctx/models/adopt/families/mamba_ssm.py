@@ -193,6 +193,12 @@ class AdoptedMambaSSM(Adopted):
     def d_model(self) -> int:
         return self.embedding.embedding_dim
 
+    def _attention_size(self) -> int:
+        return sum(2 * m.num_heads_kv * m.head_dim for m in self.model.modules() if hasattr(m, "num_heads_kv"))
+
+    def layer_by_layer(self) -> None:
+        return None
+
     def new_cache(self) -> AdoptedCache:
         return MambaSSMCache(self.mixers)
 
