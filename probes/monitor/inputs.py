@@ -38,16 +38,17 @@ class ScaleWatcher:
         self._course = Course(mixer, every)
 
     def scales(self, s: Statistics) -> Tensor:
-        """(B, H, n): mean input scale over the tokens since the look before; not a number where it is not known."""
-        policy, A = self.mixer.policy, self._course.A.to(s.log_decay.device)
+        """(B, H, n): mean input scale over the tokens since the look before, or, where decays are given and not of
+        steps, mean log-decay without its sign; not a number where it is not known."""
+        policy, A = self.mixer.policy, self._course.rates.to(s.log_decay.device)
         mul, add, gain = (
             torch.as_tensor(v, dtype=torch.float64, device=A.device).reshape(-1, 1)
             for v in (policy.mul, policy.add, policy.gain)
         )
-        found = self._course.add(s, policy)["input_scale"] / gain
+        scales = self._course.steps(self._course.add(s, policy)["decay"], policy) / gain
         # It is worked out from the decay in float32: what a policy adds there may leave nothing of a small rate.
         rate = (mul * (A.mean(-1) if A.ndim == 2 else A)[:, None]).abs()
-        return found.masked_fill((add.abs() * 2**-24 > 0.01 * rate * found).to(found.device), math.nan)
+        return scales.masked_fill((add.abs() * 2**-24 > 0.01 * rate * scales).to(scales.device), math.nan)
 
 
 class _Enough(Exception):

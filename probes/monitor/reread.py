@@ -56,7 +56,7 @@ class Rereader:
         self._snapshot: tuple[Any, History] | None = None
 
     def __call__(self, read: Callable[..., Tensor], ids: Tensor, cache: Any, *more: Any) -> Tensor:
-        """Read ids (B, T) with the model's own `read`, and return the hidden states (B, T, d_model) after any action."""
+        """Read ids (B, T) with the model's own `read`; return the hidden states (B, T, d_model), after any action."""
         if any(v is not None for v in more) or not ids.shape[1]:
             return read(ids, cache, *more)  # masks and documents: the scan says what an observer refuses
         self._begin(cache)
