@@ -137,14 +137,16 @@ class LayerTap:
 
     def _scales(self, gates: Gates, start: int, ends: range) -> Tensor:
         scale = gates.worked_out(torch.float64, self.mixer.policy).input_scale  # (B, T, H)
-        before = torch.zeros_like(scale[:, :1])
+        before = torch.zeros_like(scale[:, :1])  # of the tokens since the last look
         if start % self.every:
             follows = self._sum is not None and start == self._position and len(self._sum) == len(scale)
             before = self._sum if follows else torch.full_like(before, float("nan"))
-        total = torch.cat([before, before + scale.cumsum(1)], 1)
-        at = total[:, [end - start for end in ends]]
-        self._sum = total[:, -1:] - (at[:, -1:] if len(ends) else 0)
-        return torch.diff(at, prepend=torch.zeros_like(before), dim=1).transpose(1, 2) / self.every
+        total = torch.cat([torch.zeros_like(before), scale.cumsum(1)], 1)
+        sums = torch.diff(total[:, [0, *(end - start for end in ends)]], dim=1)
+        sums[:, :1] += before
+        last = ends[-1] - start if ends else 0
+        self._sum = total[:, -1:] - total[:, last : last + 1] + (0 if ends else before)
+        return sums.transpose(1, 2) / self.every
 
     def _look(self, x: Tensor, before: Tensor | None, start: int, ends: range) -> None:
         """x (B, T, channels) was read, after `before` (B, channels, taps)."""
