@@ -31,7 +31,7 @@ from rnn_longctx.mitigations import (
     parse_remedy,
     standard,
 )
-from rnn_longctx.models.adopt.adopting import reader_of
+from rnn_longctx.models.adopt.adopting import as_language_model
 from rnn_longctx.models.lm import Mamba2LM
 from rnn_longctx.models.modes import in_evaluation
 from rnn_longctx.models.segments import SEGMENTS
@@ -104,7 +104,7 @@ def evaluate(model: Any, lengths: Sequence[int | str] | int | str,
         raise InputError(f"batch must be at least 1 stream, got {batch!r}")
     if not isinstance(seed, int) or seed < 0:
         raise InputError(f"seed: expected a whole number, at least 0, got {seed!r:.40}")
-    model = reader_of(model)
+    model = as_language_model(model)
     wanted = sorted(set(parse_lengths([lengths] if isinstance(lengths, int) else lengths)))
     jobs = [parse_task(t) for t in _several(tasks, str | Task, "tasks", "lm or passkey:n=100")]
     named = (

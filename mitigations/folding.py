@@ -11,7 +11,7 @@ from rnn_longctx.errors import InputError
 from rnn_longctx.mitigations.attach import active, handles_on, read_text, without_remedies
 from rnn_longctx.mitigations.base import REMEDIES, Remedy, planned
 from rnn_longctx.mitigations.compose import combine, parse_remedy
-from rnn_longctx.models.checkpoint import checkpoint
+from rnn_longctx.models.checkpoint.weights import check_finite
 from rnn_longctx.recurrence.policy import ScanPolicy
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def fold(model: Any, remedy: str | Remedy, text: Text | str | Path | None = None
         # at least float32, as a checkpoint keeps it; a new tensor, for the old one may be a mapped file's
         mixer.A_log.data = (A_log.double() + log).to(torch.promote_types(A_log.dtype, torch.float32))
     try:
-        checkpoint.check_finite(dict(model.named_parameters()), model.name)
+        check_finite(dict(model.named_parameters()), model.name)
     except InputError:
         for mixer, A_log in zip(model.mixers, before):
             mixer.A_log.data = A_log

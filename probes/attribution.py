@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from rnn_longctx.errors import InputError
-from rnn_longctx.models.adopt.adopting import reader_of
+from rnn_longctx.models.adopt.adopting import as_language_model
 from rnn_longctx.models.interface import LanguageModel
 from rnn_longctx.models.segments import SEGMENT
 from rnn_longctx.probes.terms import Terms, read_terms, refuse
@@ -126,7 +126,7 @@ def attribute(
         InputError: a model that is adopted, a policy that does more than change the gates (a cap, window, reset or
             start: the output is then no such sum), a control or reader, ids of another shape, numbers out of range.
     """
-    lm: LanguageModel = reader_of(model)
+    lm: LanguageModel = as_language_model(model)
     refuse(lm, ids, segment)
     positions = _positions(queries, ids.shape[1])
     if top is not None and (not isinstance(top, Integral) or top < 1):

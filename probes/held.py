@@ -14,14 +14,15 @@ from torch import Tensor
 from rnn_longctx.data.tokenizers import Tokenizer
 from rnn_longctx.errors import InputError
 from rnn_longctx.mitigations import Remedy, mitigate
-from rnn_longctx.models.adopt.adopting import reader_of
+from rnn_longctx.models.adopt.adopting import as_language_model
 from rnn_longctx.models.generate import generate
 from rnn_longctx.models.lm import Mamba2LM
 from rnn_longctx.models.segments import SEGMENT
 from rnn_longctx.probes.attribution import attribute
 from rnn_longctx.probes.terms import read_terms, refuse
 from rnn_longctx.recurrence.policy import PLAIN, ScanPolicy
-from rnn_longctx.tasks.passkey import PasskeyPrompt, passkey_batch
+from rnn_longctx.tasks.passkey import passkey_batch
+from rnn_longctx.tasks.prompts import Prompt
 
 
 @torch.no_grad()
@@ -38,7 +39,7 @@ def dropped_share(model: Mamba2LM, ids: Tensor, remedy: str | Remedy = "token-fi
         dropped (share of the T tokens), share (of the sizes of the contributions at the last token).
     Raises: InputError: what `attribute` and `mitigate` refuse, another remedy, a model that has one already.
     """
-    model = reader_of(model)
+    model = as_language_model(model)
     refuse(model, ids, segment)
     if any(mixer.policy != PLAIN for mixer in model.mixers):
         raise InputError("the plain model is compared with the filtered one: take the remedy off first")
@@ -78,7 +79,7 @@ def key_hits(model: Mamba2LM, n: int = 20, length: int = 1024, top: int = 10, se
         chance (of a hit by `top` tokens drawn at random), right (answers), n. Empty where no answer is right.
     Raises: InputError: numbers below 1, a model without a tokenizer, what `attribute` and `passkey_batch` refuse.
     """
-    model = reader_of(model)
+    model = as_language_model(model)
     if n < 1 or top < 1:
         raise InputError(f"expected at least one prompt and one token, got n={n}, top={top}")
     if model.tokenizer is None:
@@ -93,7 +94,7 @@ def key_hits(model: Mamba2LM, n: int = 20, length: int = 1024, top: int = 10, se
             continue
         first = next(i for i, token in enumerate(said.tolist()) if _digit(model.tokenizer, token))
         digits = key_digits(model.tokenizer, prompt)
-        queries = [prompt.asked - 1, length + first - 1]
+        queries = [prompt.question - 1, length + first - 1]
         found = attribute(model, torch.cat([row, said[:first]])[None], top, queries=queries)
         hit = torch.isin(found.tokens, torch.tensor(digits, device="cpu")) & (found.values != 0)  # (L, 2, H, top)
         hits.append(hit.any(-1))
@@ -114,7 +115,7 @@ def key_hits(model: Mamba2LM, n: int = 20, length: int = 1024, top: int = 10, se
     return table[columns].sort_values(["hits", "share"], ascending=False, ignore_index=True)
 
 
-def key_digits(tokenizer: Tokenizer, prompt: PasskeyPrompt) -> list[int]:
+def key_digits(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
     """Positions of the tokens of a prompt's key sentence that hold a digit."""
     return [i for span in prompt.spans for i in range(*span) if _digit(tokenizer, int(prompt.ids[i]))]
 

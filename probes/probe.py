@@ -20,7 +20,7 @@ from rnn_longctx.devices import dtype_name
 from rnn_longctx.errors import InputError, nearest
 from rnn_longctx.measure.envelope import envelope_of, recurrent_states
 from rnn_longctx.measure.stream import stream_losses
-from rnn_longctx.models.adopt.adopting import reader_of
+from rnn_longctx.models.adopt.adopting import as_language_model
 from rnn_longctx.models.interface import LanguageModel
 from rnn_longctx.models.modes import in_evaluation
 from rnn_longctx.models.precision import computes_as
@@ -153,7 +153,7 @@ def probe(
             without recurrent layers, a remedy for prompts (decimate, chunk-select) on the model: nothing of it would be
             seen.
     """
-    lm: LanguageModel = reader_of(model)
+    lm: LanguageModel = as_language_model(model)
     train_length = _check(lm, length, every, slices)
     ids = prompt_ids(lm, text, length, prompt, slices, seed)
     envelope = envelope_of(lm, train_length, calibration_text)

@@ -32,7 +32,7 @@ from torch import Tensor
 from rnn_longctx.config import parse_length
 from rnn_longctx.errors import InputError
 from rnn_longctx.measure.taps import tapping
-from rnn_longctx.models.adopt.adopting import reader_of
+from rnn_longctx.models.adopt.adopting import as_language_model
 from rnn_longctx.models.interface import LanguageModel, MixerReading
 from rnn_longctx.models.modes import warn_of_training
 from rnn_longctx.recurrence.gates import Gates
@@ -276,7 +276,7 @@ def record(
     Raises:
         InputError: no such layer, an `every` below 1, a model that is being watched already.
     """
-    lm: LanguageModel = reader_of(model)
+    lm: LanguageModel = as_language_model(model)
     warn_of_training(lm)
     chosen = _layers(layers, len(lm.mixers))
     every = parse_length(every, "every")

@@ -19,12 +19,16 @@ import numpy as np
 import torch
 
 from rnn_longctx.config import load_yaml
-from rnn_longctx.data import PasskeyPrompt, Style, Text, load_text, multikey_batch, passkey_batch, words_batch
+from rnn_longctx.data import Text, load_text
 from rnn_longctx.errors import InputError
 from rnn_longctx.eval.jobs.base import Context, Task, forget_peak, peak_bytes
 from rnn_longctx.eval.results import Row
 from rnn_longctx.models.generate import continuation, prefill
 from rnn_longctx.spec import quiet
+from rnn_longctx.tasks.multikey import multikey_batch
+from rnn_longctx.tasks.passkey import passkey_batch
+from rnn_longctx.tasks.prompts import Prompt, Style
+from rnn_longctx.tasks.words import words_batch
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,7 @@ class Passkey(Task):
         fit = self.tokens // length
         return min(self.n, max(self.least, fit // 10 * 10 or fit))  # whole rounds of the ten depths
 
-    def prompts(self, context: Context, length: int, n: int) -> list[PasskeyPrompt]:
+    def prompts(self, context: Context, length: int, n: int) -> list[Prompt]:
         style, hay = self.wording() or "auto", self.hay(context)
         return passkey_batch(context.model.tokenizer, length, n, context.seed, style, hay)
 
@@ -135,7 +139,7 @@ class MultiKey(Passkey):
     def label(self) -> str:
         return super().label.replace(self.name, f"{self.name}{self.keys}", 1)
 
-    def prompts(self, context: Context, length: int, n: int) -> list[PasskeyPrompt]:
+    def prompts(self, context: Context, length: int, n: int) -> list[Prompt]:
         wording, hay = self.wording(), self.hay(context)
         return multikey_batch(context.model.tokenizer, length, n, context.seed, self.keys, wording, hay)
 
@@ -146,7 +150,7 @@ class Words(Passkey):
 
     name = "words"
 
-    def prompts(self, context: Context, length: int, n: int) -> list[PasskeyPrompt]:
+    def prompts(self, context: Context, length: int, n: int) -> list[Prompt]:
         return words_batch(context.model.tokenizer, length, n, context.seed, self.wording(), self.hay(context))
 
     def right(self, said: str, answer: str) -> bool:
@@ -162,7 +166,7 @@ def _slug(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9.]+", "-", name).strip("-")
 
 
-def _answer(context: Context, prompts: list[PasskeyPrompt]) -> tuple[list[str], tuple[float, float]]:
+def _answer(context: Context, prompts: list[Prompt]) -> tuple[list[str], tuple[float, float]]:
     """What the model says after each prompt, greedily, and seconds to the first token and to each next one."""
     model, tokenizer = context.model, context.model.tokenizer
     new = max(p.new_tokens for p in prompts)

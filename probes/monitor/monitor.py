@@ -49,7 +49,7 @@ from rnn_longctx.errors import InputError
 from rnn_longctx.files import write_atomic
 from rnn_longctx.measure.envelope import envelope_of
 from rnn_longctx.mitigations.attach import without_remedies
-from rnn_longctx.models.adopt.adopting import reader_of
+from rnn_longctx.models.adopt.adopting import as_language_model
 from rnn_longctx.models.checkpoint.legacy import is_of
 from rnn_longctx.models.interface import LanguageModel
 from rnn_longctx.models.modes import warn_of_training
@@ -118,7 +118,7 @@ class CollapseMonitor:
             InputError: a length or tokenizer that is not known, a text too short, a model that is being watched, or
                 whose states are not finite within that length.
         """
-        lm = reader_of(model)
+        lm = as_language_model(model)
         length = lm.train_length if length is None else parse_length(length, "length")
         every = parse_length(every, "every")
         if length is None:
@@ -162,7 +162,7 @@ class CollapseMonitor:
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             why = "no such file" if isinstance(error, FileNotFoundError) else error
             raise InputError(f"{path} is not a saved monitor ({why})") from None
-        monitor.check(reader_of(model))
+        monitor.check(as_language_model(model))
         return monitor
 
     def check(self, model: LanguageModel) -> None:
@@ -190,7 +190,7 @@ class CollapseMonitor:
         Raises:
             InputError: another model, nothing seen yet, a state that is not finite.
         """
-        lm = reader_of(model)
+        lm = as_language_model(model)
         self.check(lm)
         at, now = (torch.tensor(v, dtype=torch.float64, device="cpu") for v in (self.calibrated_norms, self.norms))
         moved: dict[str, Any] = {}
@@ -259,7 +259,7 @@ class CollapseMonitor:
                 and where a stream begins), an action that is not known or cannot be taken, a file that cannot be
                 written, a model that is watched already or under a control.
         """
-        lm = reader_of(model)
+        lm = as_language_model(model)
         self.check(lm)
         warn_of_training(lm)
         chosen = parse_action(lm, action, fallback)

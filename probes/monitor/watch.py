@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from rnn_longctx.errors import InputError
-from rnn_longctx.models.adopt.families.mamba2 import UNKNOWN
 from rnn_longctx.models.interface import LanguageModel
 from rnn_longctx.probes.monitor.actions import Action
 from rnn_longctx.probes.monitor.inputs import ScaleWatcher
@@ -118,7 +117,7 @@ class Watch:
         self._pending, reports = [], []
         try:
             for i, at in enumerate(s.position.tolist()):
-                reports += self._judge(at - UNKNOWN if at < 0 else at, norms[..., i], scales[..., i])
+                reports += self._judge(at, norms[..., i], scales[..., i])
         finally:
             self._report(reports)
         for report in reports:

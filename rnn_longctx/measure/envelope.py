@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rnn_longctx.errors import InputError
 from rnn_longctx.measure.calibration import Calibration
-from rnn_longctx.models.adopt.adopting import reader_of
+from rnn_longctx.models.adopt.adopting import as_language_model
 from rnn_longctx.models.cache import Carry
 from rnn_longctx.models.interface import LanguageModel
 from rnn_longctx.models.modes import in_evaluation
@@ -106,7 +106,7 @@ def envelope_of(model: LanguageModel, length: int, text: Text | None = None) -> 
     """
     from rnn_longctx.data import load_text, tokens
 
-    model = reader_of(model)
+    model = as_language_model(model)
     if text is None and (calibration := model.calibration):
         envelope = Envelope.from_dict(calibration)
         if envelope.length == length:

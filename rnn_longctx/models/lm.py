@@ -62,7 +62,8 @@ class LM(Hooked, Identified, nn.Module):
         self.reader: Reader | None = None
         self.spread: Callable[[Tensor, Tensor | None, Tensor | None], Shard] | None = None
 
-    own_forward, foldable = False, True
+    own_forward = False
+    foldable = True
 
     @property
     def module(self) -> LM:
@@ -82,7 +83,7 @@ class LM(Hooked, Identified, nn.Module):
     @property
     def mixers(self) -> list[Recurrent]:
         """The recurrent mixers, in order; a model of attention alone has none."""
-        return [block.mixer for block in self.backbone.layers if isinstance(block.mixer, Recurrent)]  # type: ignore
+        return [layer.mixer for layer in self.layers if isinstance(layer.mixer, Recurrent)]
 
     @property
     def attends(self) -> bool:

@@ -1,1 +1,5 @@
-"""One file a task: what is asked, and what is right."""
+"""What a model is asked and what is right, one file a task, for training and for measuring alike."""
+
+from rnn_longctx.tasks.base import TASKS, Example, Task, TooShort
+
+__all__ = ["TASKS", "Example", "Task", "TooShort"]

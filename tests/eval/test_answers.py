@@ -65,7 +65,7 @@ def test_where_a_probe_finds_the_key(kind):
         for span in (first, second):
             assert tokenizer.decode(prompt.ids[span]).strip() == prompt.answer
             assert span == list(range(span[0], span[-1] + 1))
-        question = tokenizer.decode(prompt.ids[prompt.asked :]).strip().lower()
+        question = tokenizer.decode(prompt.ids[prompt.question :]).strip().lower()
         assert question == "what is the passkey? the passkey is"
 
 

@@ -7,7 +7,7 @@ import torch
 from evaluated import make_model, value
 
 from rnn_longctx import evaluate
-from rnn_longctx.data import ByteTokenizer, load_text, passkey_batch, tokens
+from rnn_longctx.data import ByteTokenizer, load_text, tokens
 from rnn_longctx.errors import InputError
 from rnn_longctx.eval import Context, Task, parse_task
 from rnn_longctx.eval import run as run_module
@@ -18,6 +18,7 @@ from rnn_longctx.mitigations.base import same_everywhere
 from rnn_longctx.models.lm import Mamba2LM
 from rnn_longctx.models.mixers.mamba2 import Mamba2Config
 from rnn_longctx.recurrence.policy import ScanPolicy
+from rnn_longctx.tasks.passkey import passkey_batch
 
 
 def test_a_short_text_has_few_slices(model, text, caplog):

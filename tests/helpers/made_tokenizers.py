@@ -10,7 +10,10 @@ import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from rnn_longctx.data import ByteTokenizer, HFTokenizer
-from rnn_longctx.tasks.passkey import FILLER, LABELLED, PAPER, WORDED, WORDS, Style
+from rnn_longctx.tasks.multikey import LABELLED
+from rnn_longctx.tasks.passkey import PAPER
+from rnn_longctx.tasks.prompts import FILLER, Style
+from rnn_longctx.tasks.words import WORDED, WORDS
 
 UNKNOWN, SIZE, SEED = "<unk>", 600, 0
 # Llama 3's and GPT-4's: punctuation takes the newlines after it, digits go by three.

@@ -7,7 +7,7 @@ import torch
 
 import rnn_longctx
 from rnn_longctx import mitigate
-from rnn_longctx.data import ByteTokenizer, passkey_batch
+from rnn_longctx.data import ByteTokenizer
 from rnn_longctx.errors import InputError
 from rnn_longctx.measure.steps import measure_steps
 from rnn_longctx.models.lm import Mamba2LM
@@ -15,6 +15,7 @@ from rnn_longctx.models.mixers.mamba2 import Mamba2Config
 from rnn_longctx.probes import held
 from rnn_longctx.probes.attribution import attribute
 from rnn_longctx.probes.held import dropped_share, key_digits, key_hits
+from rnn_longctx.tasks.passkey import passkey_batch
 
 
 @pytest.fixture(autouse=True)

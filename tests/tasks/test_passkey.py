@@ -6,18 +6,12 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from rnn_longctx.data import (
-    ByteTokenizer,
-    Style,
-    Text,
-    make_passkey,
-    multikey_batch,
-    passkey_batch,
-    training_sequence,
-    words_batch,
-)
+from rnn_longctx.data import ByteTokenizer, Text
 from rnn_longctx.errors import InputError
-from rnn_longctx.tasks.passkey import FILLER, LABELS, STYLES, WORDS
+from rnn_longctx.tasks.multikey import LABELS, multikey_batch
+from rnn_longctx.tasks.passkey import STYLES, make_passkey, passkey_batch, training_sequence
+from rnn_longctx.tasks.prompts import FILLER, Style
+from rnn_longctx.tasks.words import WORDS, words_batch
 
 TOKENIZER = ByteTokenizer()
 

@@ -10,26 +10,19 @@ import pytest
 from made_tokenizers import NAMES, as_read, byte_level, lines, made_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from rnn_longctx.data import (
-    ByteTokenizer,
-    HFTokenizer,
-    PasskeyPrompt,
-    Style,
-    Text,
-    multikey_batch,
-    passkey_batch,
-    training_sequence,
-    words_batch,
-)
+from rnn_longctx.data import ByteTokenizer, HFTokenizer, Text
 from rnn_longctx.data.pieces import encode_after
 from rnn_longctx.errors import InputError
-from rnn_longctx.tasks.passkey import FILLER, HEADERLESS, LABELLED, LABELS, PAPER, WORDED
+from rnn_longctx.tasks.multikey import LABELLED, LABELS, multikey_batch
+from rnn_longctx.tasks.passkey import HEADERLESS, PAPER, passkey_batch, training_sequence
+from rnn_longctx.tasks.prompts import FILLER, Prompt, Style
+from rnn_longctx.tasks.words import WORDED, words_batch
 
 N, LENGTH = 6, 420
 HAY = Text("hay", " ".join(lines()).encode() * 3)
 ODD = Style("Look!\n", "<{0} {x} {0}>", "Which {x}? ")  # no space before an answer, one after the question
 SEVERAL = Style("", "\n{1}: ({0})\n", "\n{1}: (")
-TASKS: dict[str, tuple[Style, Callable[..., list[PasskeyPrompt]]]] = {
+TASKS: dict[str, tuple[Style, Callable[..., list[Prompt]]]] = {
     "paper": (PAPER, lambda t, seed: passkey_batch(t, LENGTH, N, seed, "paper")),
     "headerless": (HEADERLESS, lambda t, seed: passkey_batch(t, LENGTH, N, seed)),
     "template": (ODD, lambda t, seed: passkey_batch(t, LENGTH, N, seed, ODD)),
@@ -60,7 +53,7 @@ def test_prompts(kind: str, task: str, seed: int) -> None:
             for piece in (style.key, style.question)
         )
         # the question ends the prompt, and begins where it says
-        assert text.endswith(question) and read(prompt.ids[prompt.asked :]).lstrip() == question.lstrip()
+        assert text.endswith(question) and read(prompt.ids[prompt.question :]).lstrip() == question.lstrip()
         # the answer is where it says, and nowhere else in its sentence
         assert len(prompt.spans) == style.key.count("{0}")
         for start, stop in prompt.spans:
@@ -99,7 +92,7 @@ def test_what_is_trained_on(kind: str) -> None:
         assert before.lower().replace(" ", "").endswith(f"rememberit.{key}"), "the second time that it is said"
         # what is asked at evaluation is what was trained on: the question of a prompt, and the same reply
         (prompt,) = passkey_batch(tokenizer, length, 1, 0, style)
-        question = prompt.ids[prompt.asked :]
+        question = prompt.ids[prompt.question :]
         assert (ids[answer[0] - len(question) : answer[0]] == question).all()
         reply = encode_after(tokenizer, PAPER.question, f" {key}")[0]
         assert (ids[answer[: len(reply)]] == reply).all()
@@ -131,7 +124,7 @@ def test_a_tokenizer_that_cannot_say_the_answer_is_refused() -> None:
             training_sequence(HFTokenizer(tokenizer, "t"), 300, np.random.default_rng())
 
 
-def _hash(prompts: Iterable[PasskeyPrompt]) -> str:
+def _hash(prompts: Iterable[Prompt]) -> str:
     digest = hashlib.sha256()
     for p in prompts:
         digest.update(p.ids.tobytes())

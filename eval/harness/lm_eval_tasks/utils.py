@@ -11,9 +11,10 @@ from typing import Any
 
 import datasets
 
-from rnn_longctx.data import load_tokenizer, passkey_batch
+from rnn_longctx.data import load_tokenizer
 from rnn_longctx.data.content import DAMAGED, lines
 from rnn_longctx.errors import InputError
+from rnn_longctx.tasks.passkey import passkey_batch
 
 Docs = dict[str, datasets.Dataset]
 

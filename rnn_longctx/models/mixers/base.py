@@ -161,6 +161,10 @@ class Recurrent(nn.Module):
         call = Call(device, dtype, self.per_channel, self.headdim, self.d_state, self.stepped)
         return choose(self.policy, self.backend, call).name
 
+    def scan_state(self, carry: Carry) -> Tensor:
+        """Return the state (B, H, P, N) of a carry: what training shows the norm of, and begins as noise."""
+        return carry.scan.state
+
     def state_size(self) -> StateSize:
         fixed = {"scan": self.heads * self.headdim * self.d_state}
         if self.channels is not None:

@@ -17,14 +17,15 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, MambaConfig
 
 from rnn_longctx import cli, load
-from rnn_longctx.data import ByteTokenizer, HFTokenizer, passkey_batch
+from rnn_longctx.data import ByteTokenizer, HFTokenizer
 from rnn_longctx.errors import InputError
 from rnn_longctx.eval.harness.lm_eval_tasks import utils
 from rnn_longctx.eval.harness.model import HarnessLM
 from rnn_longctx.eval.harness.run import COLUMNS, TASKS, lm_eval_table, save_tokenizer
-from rnn_longctx.models.checkpoint import checkpoint
+from rnn_longctx.models import checkpoint
 from rnn_longctx.models.lm import Mamba2LM
 from rnn_longctx.models.mixers.mamba2 import Mamba2Config
+from rnn_longctx.tasks.passkey import passkey_batch
 
 DOCS = [
     {"text": "The grass is green and the", "choices": [" sky is blue", " sun", " grass"], "answer": 0},

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, MambaConfig
 from typer.testing import CliRunner
 
 from rnn_longctx import cli
-from rnn_longctx.data import ByteTokenizer, Text, load_text, multikey_batch, words_batch
+from rnn_longctx.data import ByteTokenizer, Text, load_text
 from rnn_longctx.errors import InputError
 from rnn_longctx.eval import evaluate
 from rnn_longctx.eval.search import calibrate as module
@@ -25,6 +25,8 @@ from rnn_longctx.models.generate import generate, prefill
 from rnn_longctx.models.lm import Mamba2LM
 from rnn_longctx.models.mixers.mamba2 import Mamba2Config
 from rnn_longctx.models.saved_state import load_state, save_state
+from rnn_longctx.tasks.multikey import multikey_batch
+from rnn_longctx.tasks.words import words_batch
 
 TEXT = Text("made", bytes(torch.randint(32, 127, (9000,), generator=torch.Generator().manual_seed(1)).tolist()))
 
