@@ -3,6 +3,7 @@ somewhere."""
 
 from __future__ import annotations
 
+import pkgutil
 import re
 import sys
 from pathlib import Path
@@ -114,3 +115,16 @@ def test_links_lead_somewhere(page):
     prose = FENCE.sub("", page.read_text())
     gone = [link for link in LINK.findall(prose) if not (page.parent / link.strip()).exists()]
     assert not gone, f"{page.name}: no such file: {', '.join(gone)}"
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: page.name)
+def test_what_pages_name_is_there(page):
+    """Files of this repository by their paths, and modules and names of the package."""
+    prose = FENCE.sub("", page.read_text())
+    paths = re.findall(
+        r"(?<![\w./-])(?:rnn_longctx|mitigations|probes|eval|configs|tests|findings|benchmarks)/[\w./-]*\w", prose
+    )
+    assert not [path for path in paths if not (ROOT / path).exists()]
+    for name in set(re.findall(r"\brnn_longctx(?:\.[A-Za-z]\w*)+", prose)):
+        if not name.endswith((".py", ".json")):
+            pkgutil.resolve_name(name)
