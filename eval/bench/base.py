@@ -25,7 +25,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Bench:
-    """A name, and what measures: rows as they are measured, or a text."""
+    """A name, and a function that measures: it yields rows as they are measured, or returns a text."""
 
     name: str
     run: Callable[..., Iterator[Row] | str]
@@ -45,7 +45,7 @@ def bench(name: str) -> Callable[[Any], Any]:
 
 
 def sizes(what: str, text: str) -> list[tuple[int, int]]:
-    """Batches and lengths of "8x8k,1x128k". Raises InputError for anything else."""
+    """Return the batches and lengths of "8x8k,1x128k". Raises InputError for anything else."""
     pairs = [word.split("x") for word in text.split(",") if word]
     if any(len(pair) != 2 or not pair[0].isdigit() for pair in pairs):
         raise InputError(f"{what}: expected batch x tokens, such as 8x8k, got {text!r}")
@@ -53,7 +53,7 @@ def sizes(what: str, text: str) -> list[tuple[int, int]]:
 
 
 def environment() -> dict[str, str]:
-    """What a figure depends on beside the code."""
+    """Return what a figure depends on beside the code."""
     named = ("torch", "triton", "mamba_ssm", "fla-core")
     versions = "; ".join(f"{p} {v}" for p in named if (v := _version(p)))
     return {"device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu", "versions": versions}

@@ -14,7 +14,7 @@ from rnn_longctx.config import parse_length
 from rnn_longctx.eval.bench.base import bench
 from rnn_longctx.models.checkpoint.load import load
 from rnn_longctx.models.checkpoint.save import save
-from rnn_longctx.models.lm import Mamba2LM
+from rnn_longctx.models.lm import LM
 
 
 @bench("cpu")
@@ -30,9 +30,9 @@ def bench_cpu(
 
 
 @torch.inference_mode()
-def cpu(model: Mamba2LM, batch: int = 4, length: int = 4096, repeats: int = 3) -> str:
-    """Tokens per second of reading (batch, length) random tokens to their logits, and of transformers' Mamba-2 with
-    the same weights and its default chunk_size of 256; turn about, medians, float32. Returns the table as text."""
+def cpu(model: LM, batch: int = 4, length: int = 4096, repeats: int = 3) -> str:
+    """Return, as text, the tokens per second of reading (batch, length) random tokens to their logits, here and in
+    transformers' Mamba-2 with the same weights and its default chunk_size of 256; turn about, medians, float32."""
     from transformers import Mamba2ForCausalLM
     from transformers import logging as transformers_logging
 
@@ -45,13 +45,13 @@ def cpu(model: Mamba2LM, batch: int = 4, length: int = 4096, repeats: int = 3) -
     def ours() -> torch.Tensor:
         return torch.cat([model.logits(h) for h in model.stream(ids, segment=max(64, 2048 // batch))], 1)
 
-    def theirs() -> torch.Tensor:
+    def transformers() -> torch.Tensor:
         return other(ids, use_cache=False).logits
 
     difference = (ours()[:, :512] - other(ids[:, :512]).logits).abs().max().item()
     times: dict[str, list[float]] = {"rnn-longctx": [], "transformers": []}
     for _ in range(repeats):
-        for name, run in (("rnn-longctx", ours), ("transformers", theirs)):
+        for name, run in (("rnn-longctx", ours), ("transformers", transformers)):
             times[name].append(_seconds(run))
     speed = {name: batch * length / median(t) for name, t in times.items()}
     lines = [f"{batch} x {length} tokens, float32, {torch.get_num_threads()} threads, median of {repeats}"]

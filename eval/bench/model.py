@@ -22,7 +22,7 @@ from rnn_longctx.models.adopt.dispatch import cache_name
 from rnn_longctx.models.cache import Cache
 from rnn_longctx.models.checkpoint.save import save
 from rnn_longctx.models.decode import Decoder
-from rnn_longctx.models.lm import Mamba2LM
+from rnn_longctx.models.lm import LM
 from rnn_longctx.models.mixers.mamba2 import Mamba2Config
 from rnn_longctx.recurrence.policy import PLAIN, Cap, ScanPolicy
 
@@ -33,15 +33,15 @@ Read = Callable[[Tensor], Tensor]  # ids (B, T) to the last logits (B, V)
 Step = Callable[[Tensor], Tensor]  # tokens (B) to the next tokens' logits (B, V)
 
 
-def _model() -> Mamba2LM:
+def _model() -> LM:
     if not torch.cuda.is_available():
         raise InputError("this benchmark needs a CUDA device")
     with torch.device("cuda"):
-        return Mamba2LM(SHAPE_370M).bfloat16().eval()
+        return LM(SHAPE_370M).bfloat16().eval()
 
 
-def _exact(model: Mamba2LM, ids: Tensor) -> Tensor:
-    """The last logits (B, V) in float64."""
+def _exact(model: LM, ids: Tensor) -> Tensor:
+    """Return the last logits (B, V) in float64."""
     wide = copy.deepcopy(model).double()
     wide.use_backend("torch")
     return wide.logits(wide(ids)[:, -1])
@@ -51,7 +51,7 @@ def _error(logits: Tensor, expected: Tensor) -> float:
     return ((logits.double().view_as(expected) - expected).norm() / expected.norm()).item()
 
 
-def _official(model: Mamba2LM) -> Any:
+def _official(model: LM) -> Any:
     try:
         from mamba_ssm.models.config_mamba import MambaConfig
         from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel
@@ -63,8 +63,8 @@ def _official(model: Mamba2LM) -> Any:
     return official
 
 
-def _transformers(model: Mamba2LM) -> Any:
-    """With mamba-ssm's kernels, where that is installed."""
+def _transformers(model: LM) -> Any:
+    """Return the same model in transformers, which takes mamba-ssm's kernels where that is installed."""
     try:
         from transformers import Mamba2ForCausalLM
         from transformers import logging as transformers_logging
@@ -90,15 +90,18 @@ def bench_model(
 
 
 def prefill_rows(lengths: list[int], segment: int) -> Iterator[Row]:
-    """A row a length and system: seconds to read a prompt of one row to its last token's logits."""
+    """Yield a row a length and system: seconds to read a prompt of one row to its last token's logits."""
     model = _model()
     ids = torch.randint(SHAPE_370M.vocab_size, (1, max(lengths)), device="cuda")
     expected = _exact(model, ids[:, :CHECKED])
 
     _, rate = ceilings()
     # ours first: a kernel that fails may leave the device unusable; one model at a time, for its memory's sake
-    systems = {f"rnn-longctx, segments of {segment}": _stream(segment), "mamba-ssm, one call": _official_prefill,
-               "transformers, one call": _transformers_prefill}  # fmt: skip
+    systems = {
+        f"rnn-longctx, segments of {segment}": _stream(segment),
+        "mamba-ssm, one call": _official_prefill,
+        "transformers, one call": _transformers_prefill,
+    }
     for name, make in systems.items():
         read = make(model)
         if read is None:
@@ -111,8 +114,8 @@ def prefill_rows(lengths: list[int], segment: int) -> Iterator[Row]:
         torch.cuda.empty_cache()
 
 
-def _stream(segment: int) -> Callable[[Mamba2LM], Read]:
-    def make(model: Mamba2LM) -> Read:
+def _stream(segment: int) -> Callable[[LM], Read]:
+    def make(model: LM) -> Read:
         def read(ids: Tensor) -> Tensor:
             for hidden in model.stream(ids, segment=segment):
                 last = hidden[:, -1]
@@ -123,18 +126,18 @@ def _stream(segment: int) -> Callable[[Mamba2LM], Read]:
     return make
 
 
-def _official_prefill(model: Mamba2LM) -> Read | None:
+def _official_prefill(model: LM) -> Read | None:
     official = _official(model)
     return None if official is None else lambda ids: official(ids, num_last_tokens=1).logits
 
 
-def _transformers_prefill(model: Mamba2LM) -> Read | None:
+def _transformers_prefill(model: LM) -> Read | None:
     other = _transformers(model)
     return None if other is None else lambda ids: other(ids, logits_to_keep=1).logits
 
 
-def _operations(model: Mamba2LM) -> int:
-    """Of a token: the projections, and the recurrence itself."""
+def _operations(model: LM) -> int:
+    """Return the operations that a token takes: the projections, and the recurrence itself."""
     c = model.config
     weights = sum(p.numel() for name, p in model.named_parameters() if "_proj" in name)
     return 2 * weights + 4 * c.scan_state_elements
@@ -170,7 +173,7 @@ def bench_decode(
 
 
 def decode_rows(tokens: int, batch: int) -> Iterator[Row]:
-    """A row a system and remedy: tokens per second and row after a short prompt, and the error of the first step."""
+    """Yield a row a system and remedy: tokens per second and row after a short prompt, the error of the first."""
     model = _model()
     ids = torch.randint(SHAPE_370M.vocab_size, (batch, PROMPT + 1), device="cuda")
     rri, cap = ScanPolicy(add=math.log(0.999), gain=0.75), ScanPolicy(caps=(Cap(10.0),))
@@ -183,8 +186,14 @@ def decode_rows(tokens: int, batch: int) -> Iterator[Row]:
         expected, cache = _exact(model, ids), Cache()
         model(ids[:, :-1], cache)
         for system, step in (("graph", Decoder(model, cache.clone())), ("eager", _eager(model, cache.clone()))):
-            yield {"what": "decode", "batch": batch, "system": f"rnn-longctx, {system}", "policy": name,
-                   **_steps(step, ids, tokens if system == "graph" else 25, expected), **shared}  # fmt: skip
+            yield {
+                "what": "decode",
+                "batch": batch,
+                "system": f"rnn-longctx, {system}",
+                "policy": name,
+                **_steps(step, ids, tokens if system == "graph" else 25, expected),
+                **shared,
+            }
     for mixer in model.mixers:
         mixer.policy = PLAIN
     expected = _exact(model, ids)
@@ -194,8 +203,14 @@ def decode_rows(tokens: int, batch: int) -> Iterator[Row]:
         except ImportError:
             continue
         count = tokens if "graph" in system else 25
-        yield {"what": "decode", "batch": batch, "system": system, "policy": "none",
-               **_steps(step, ids, count, expected), **shared}  # fmt: skip
+        yield {
+            "what": "decode",
+            "batch": batch,
+            "system": system,
+            "policy": "none",
+            **_steps(step, ids, count, expected),
+            **shared,
+        }
 
 
 def _steps(step: Step, ids: Tensor, count: int, expected: Tensor) -> Row:
@@ -211,12 +226,12 @@ def _steps(step: Step, ids: Tensor, count: int, expected: Tensor) -> Row:
     return {"tokens_per_second": count / (time.perf_counter() - began), "error": error}
 
 
-def _eager(model: Mamba2LM, cache: Cache) -> Step:
+def _eager(model: LM, cache: Cache) -> Step:
     return lambda token: model.logits(model(token[:, None], cache)[:, -1])
 
 
-def _official_step(model: Mamba2LM, prompt: Tensor, tokens: int) -> Step:
-    """As `mamba_ssm.utils.generation.decode(cg=True)` steps."""
+def _official_step(model: LM, prompt: Tensor, tokens: int) -> Step:
+    """Return a step as `mamba_ssm.utils.generation.decode(cg=True)` makes it."""
     official = _official(model)
     if official is None:
         raise ImportError
@@ -239,7 +254,7 @@ def _official_step(model: Mamba2LM, prompt: Tensor, tokens: int) -> Step:
     return step
 
 
-def _transformers_step(model: Mamba2LM, prompt: Tensor, tokens: int) -> Step:
+def _transformers_step(model: LM, prompt: Tensor, tokens: int) -> Step:
     other = _transformers(model)
     if other is None:
         raise ImportError

@@ -23,14 +23,14 @@ from rnn_longctx.eval.bench import train as training
 from rnn_longctx.eval.bench.base import Row, bench, sizes
 from rnn_longctx.eval.bench.model import SHAPE_370M
 from rnn_longctx.models.cache import Cache
-from rnn_longctx.models.lm import Mamba2LM
+from rnn_longctx.models.lm import LM
 from rnn_longctx.train.learner import Learner
 from rnn_longctx.train.parallel import reduce_gradients, sequence_parallel, shard, stretch
 
 
 @contextmanager
 def joined() -> Iterator[int]:
-    """This process as a rank of those that torchrun began, one a GPU; gives its rank. Raises InputError elsewhere."""
+    """Join the processes that torchrun began, one a GPU, and give this one's rank. Raises InputError elsewhere."""
     if "LOCAL_RANK" not in os.environ or not torch.cuda.is_available():
         raise InputError(
             "bench parallel needs CUDA devices and a process for each: "
@@ -44,11 +44,11 @@ def joined() -> Iterator[int]:
         dist.destroy_process_group()
 
 
-def model_370m() -> Mamba2LM:
-    """The same random weights on every rank, bfloat16, on this rank's device."""
+def model_370m() -> LM:
+    """Return a model of the same random weights on every rank, bfloat16, on this rank's device."""
     torch.manual_seed(0)
     with torch.device("cuda"):
-        return Mamba2LM(SHAPE_370M).bfloat16()
+        return LM(SHAPE_370M).bfloat16()
 
 
 @bench("parallel")
@@ -67,9 +67,10 @@ def bench_parallel(
         yield from parallel_rows(model_370m(), tokens, at_once, trained, batches[0] if batches else None)
 
 
-def parallel_rows(model: Mamba2LM, length: int, segment: int, train: int,
-                  each: tuple[int, int] | None = None) -> Iterator[Row]:  # fmt: skip
-    """Rows for 1, 2, 4, ... ranks, on rank 0; the others yield none. Collective. One rank reads without any of it.
+def parallel_rows(
+    model: LM, length: int, segment: int, train: int, each: tuple[int, int] | None = None
+) -> Iterator[Row]:
+    """Yield rows for 1, 2, 4, ... ranks, on rank 0; others yield none. Collective. One rank reads without any of it.
 
         read    `length` tokens, `segment` a rank and call, without gradients; error: of the next token's logits
         train   forward and backward of `train` tokens, their loss's gradients summed over the ranks; error: of those
@@ -94,8 +95,14 @@ def parallel_rows(model: Mamba2LM, length: int, segment: int, train: int,
                 if rank == 0:
                     seconds, expected = alone[what]
                     error = math.nan if expected is None or result is None else _error(result, expected)
-                    yield {"what": what, "length": tokens, "ranks": ranks, **row, "times_one": seconds / row["seconds"],
-                           "error": error}  # fmt: skip
+                    yield {
+                        "what": what,
+                        "length": tokens,
+                        "ranks": ranks,
+                        **row,
+                        "times_one": seconds / row["seconds"],
+                        "error": error,
+                    }
             dist.barrier()
         if each and rank < ranks:
             row = _data_parallel(model, *each, group, ranks)
@@ -103,12 +110,18 @@ def parallel_rows(model: Mamba2LM, length: int, segment: int, train: int,
             if rank == 0:
                 times = ranks * alone["data"][0] / row["seconds"]
                 tokens = ranks * each[0] * each[1]
-                yield {"what": "data", "length": tokens, "ranks": ranks, **row,
-                       "tokens_per_second": tokens / row["seconds"], "times_one": times}  # fmt: skip
+                yield {
+                    "what": "data",
+                    "length": tokens,
+                    "ranks": ranks,
+                    **row,
+                    "tokens_per_second": tokens / row["seconds"],
+                    "times_one": times,
+                }
         dist.barrier()
 
 
-def _data_parallel(model: Mamba2LM, batch: int, length: int, group: dist.ProcessGroup, ranks: int) -> Row:
+def _data_parallel(model: LM, batch: int, length: int, group: dist.ProcessGroup, ranks: int) -> Row:
     gc.collect()  # the graphs of the learner before
     if model.device.type == "cuda":
         torch.cuda.empty_cache()
@@ -118,13 +131,14 @@ def _data_parallel(model: Mamba2LM, batch: int, length: int, group: dist.Process
         learner = nn.parallel.DistributedDataParallel(learner, process_group=group)
     ids = torch.randint(model.config.vocab_size, (batch, length + 1), device=model.device)
     row = training.measured(trained, training.learning(learner, trained), ids)
-    found = torch.tensor([row["seconds"], row["peak_gib"]], dtype=torch.float64, device=ids.device)
-    dist.all_reduce(found, dist.ReduceOp.MAX, group)
-    return row | dict(zip(("seconds", "peak_gib"), found.tolist()))
+    figures = torch.tensor([row["seconds"], row["peak_gib"]], dtype=torch.float64, device=ids.device)
+    dist.all_reduce(figures, dist.ReduceOp.MAX, group)
+    return row | dict(zip(("seconds", "peak_gib"), figures.tolist()))
 
 
-def _measured(run: Callable[..., Tensor], model: Mamba2LM, ids: Tensor, segment: int, group: dist.ProcessGroup,
-              ranks: int) -> tuple[Row, Tensor | None]:  # fmt: skip
+def _measured(
+    run: Callable[..., Tensor], model: LM, ids: Tensor, segment: int, group: dist.ProcessGroup, ranks: int
+) -> tuple[Row, Tensor | None]:
     cuda, times, result, note = ids.is_cuda, [], None, ""
     over = group if ranks > 1 else None
     if cuda:
@@ -148,32 +162,35 @@ def _measured(run: Callable[..., Tensor], model: Mamba2LM, ids: Tensor, segment:
         note = str(problem).splitlines()[0][:80]
     model.zero_grad()
     peak = torch.cuda.max_memory_allocated() if cuda else math.nan
-    found = torch.tensor([median(times) if times else math.nan, peak / 2**30, (peak - before) / 2**30],
-                         dtype=torch.float64, device=ids.device)  # fmt: skip
-    dist.all_reduce(found, dist.ReduceOp.MAX, group)
-    seconds, peak, more = found.tolist()
+    figures = torch.tensor(
+        [median(times) if times else math.nan, peak / 2**30, (peak - before) / 2**30],
+        dtype=torch.float64,
+        device=ids.device,
+    )
+    dist.all_reduce(figures, dist.ReduceOp.MAX, group)
+    seconds, peak, more = figures.tolist()
     speed = (ids.shape[1] - 1) / seconds
     row = {"seconds": seconds, "tokens_per_second": speed, "peak_gib": peak, "more_gib": more, "note": note}
     return row, result
 
 
 @torch.inference_mode()
-def _read(model: Mamba2LM, ids: Tensor, segment: int, group: dist.ProcessGroup | None) -> Tensor:
-    """The logits (1, V) after all tokens: the last is read by every rank alone, from the cache of the others."""
+def _read(model: LM, ids: Tensor, segment: int, group: dist.ProcessGroup | None) -> Tensor:
+    """Return the logits (1, V) after all tokens: the last is read by every rank alone, from the cache of the others."""
     cache = Cache()
     at_once = segment * (1 if group is None else dist.get_world_size(group))
     with nullcontext() if group is None else sequence_parallel(model, group):
-        for part in ids[:, :-1].tensor_split(math.ceil((ids.shape[1] - 1) / at_once), 1):
-            model(part if group is None else part[:, stretch(part.shape[1], group)], cache)
+        for tokens in ids[:, :-1].tensor_split(math.ceil((ids.shape[1] - 1) / at_once), 1):
+            model(tokens if group is None else tokens[:, stretch(tokens.shape[1], group)], cache)
     return model.logits(model(ids[:, -1:], cache)[:, -1])
 
 
-def _train(model: Mamba2LM, ids: Tensor, segment: int, group: dist.ProcessGroup | None) -> Tensor:
-    """All gradients, one after the other."""
+def _train(model: LM, ids: Tensor, segment: int, group: dist.ProcessGroup | None) -> Tensor:
+    """Return all gradients, one after the other."""
     model.zero_grad()
-    own, targets = (ids[:, :-1], ids[:, 1:]) if group is None else shard(ids, group)
+    inputs, targets = (ids[:, :-1], ids[:, 1:]) if group is None else shard(ids, group)
     with nullcontext() if group is None else sequence_parallel(model, group):
-        (model.losses(model(own), targets).sum() / (ids.shape[1] - 1)).backward()
+        (model.losses(model(inputs), targets).sum() / (ids.shape[1] - 1)).backward()
     if group is not None:
         reduce_gradients(model, group)
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])

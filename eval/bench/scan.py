@@ -30,7 +30,7 @@ System = Callable[..., Tensor]
 
 @dataclass(frozen=True)
 class Shape:
-    """B batch, T tokens, H heads, P headdim, N d_state, one group; bfloat16."""
+    """The shape of a scan's inputs: B batch, T tokens, H heads, P headdim, N d_state, one group; bfloat16."""
 
     batch: int
     length: int
@@ -39,28 +39,32 @@ class Shape:
     d_state: int = 128
 
     def inputs(self, train: bool = False) -> dict[str, Tensor]:
-        """Random tensors with Mamba-2's initial gates: A from -16 to -1, steps from 0.001 to 0.1, log-uniform."""
+        """Return random tensors with Mamba-2's initial gates: A of -16 to -1, steps of 0.001 to 0.1, log-uniform."""
         b, t, h, p, n = self.batch, self.length, self.heads, self.headdim, self.d_state
         step = torch.exp(torch.empty(h, device="cuda").uniform_(math.log(1e-3), math.log(1e-1)))
 
         def normal(*shape: int) -> Tensor:
             return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
 
-        made = {
-            "x": normal(b, t, h, p), "dt": normal(b, t, h) * 0.5, "A": -torch.empty(h, device="cuda").uniform_(1, 16),
-            "B": normal(b, t, 1, n), "C": normal(b, t, 1, n), "D": torch.ones(h, device="cuda"),
+        tensors = {
+            "x": normal(b, t, h, p),
+            "dt": normal(b, t, h) * 0.5,
+            "A": -torch.empty(h, device="cuda").uniform_(1, 16),
+            "B": normal(b, t, 1, n),
+            "C": normal(b, t, 1, n),
+            "D": torch.ones(h, device="cuda"),
             "dt_bias": step + torch.log(-torch.expm1(-step)),
-        }  # fmt: skip
-        return {k: v.requires_grad_(train) for k, v in made.items()}
+        }
+        return {k: v.requires_grad_(train) for k, v in tensors.items()}
 
     @property
     def moved(self) -> int:
-        """Bytes: x, dt, B and C read once, y written once."""
+        """Return the bytes that are moved: x, dt, B and C read once, y written once."""
         return self.batch * self.length * 2 * (2 * self.heads * self.headdim + self.heads + 2 * self.d_state)
 
     @property
     def operations(self) -> int:
-        """Of the chunked scan with C B^T shared by the heads (arXiv 2405.21060, section 6)."""
+        """Return the operations of the chunked scan with C B^T shared by the heads (arXiv 2405.21060, section 6)."""
         head = 2 * self.headdim * (2 * self.d_state + CHUNK)
         return self.batch * self.length * (self.heads * head + 2 * CHUNK * self.d_state)
 
@@ -83,7 +87,7 @@ class Look:
 
 
 def remedies(inputs: dict[str, Any]) -> dict[str, ScanPolicy]:
-    """Policies by what they cost. Caps are a quarter of the norm that a plain stream ends with, so that each clips."""
+    """Return policies by what they cost. Caps are a quarter of the norm that a plain stream ends with: each clips."""
     with torch.no_grad():
         i = inputs
         scanned = ScanInputs(i["x"], i["B"], i["C"], i["D"])
@@ -104,13 +108,13 @@ def remedies(inputs: dict[str, Any]) -> dict[str, ScanPolicy]:
 
 
 def systems(inputs: dict[str, Any], train: bool, what: str) -> dict[str, tuple[System, ScanPolicy]]:
-    """This project, with remedies where `what` says so, and of the others what is installed."""
-    found = {PLAIN_NAME: (ours(), PLAIN)}
+    """Return this project's scan, with remedies where `what` says so, and those of others that are installed."""
+    scans = {PLAIN_NAME: (ours(), PLAIN)}
     if what == "remedies":
-        found |= {f"{PLAIN_NAME}, {name}": (ours(policy), policy) for name, policy in remedies(inputs).items()}
+        scans |= {f"{PLAIN_NAME}, {name}": (ours(policy), policy) for name, policy in remedies(inputs).items()}
         if inputs["x"].shape[1] > 2**17:
-            found[f"{PLAIN_NAME}, statistics every {EVERY}"] = (ours(observer=Look()), PLAIN)
-        return found
+            scans[f"{PLAIN_NAME}, statistics every {EVERY}"] = (ours(observer=Look()), PLAIN)
+        return scans
     try:
         from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
     except ImportError:
@@ -120,7 +124,7 @@ def systems(inputs: dict[str, Any], train: bool, what: str) -> dict[str, tuple[S
         def mamba(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor) -> Tensor:
             return mamba_chunk_scan_combined(x, dt, A, B, C, 128, D=D, dt_bias=dt_bias, dt_softplus=True)
 
-        found["mamba-ssm, chunk 128"] = mamba, PLAIN
+        scans["mamba-ssm, chunk 128"] = mamba, PLAIN
     try:
         from fla.ops.simple_gla import chunk_simple_gla
     except ImportError:
@@ -131,13 +135,16 @@ def systems(inputs: dict[str, Any], train: bool, what: str) -> dict[str, tuple[S
             step = F.softplus(dt.float() + dt_bias)
             heads = x.shape[2]
             y = chunk_simple_gla(
-                C.expand(-1, -1, heads, -1), B.expand(-1, -1, heads, -1), (x * step[..., None]).to(x.dtype),
-                g=step * A, scale=1.0,
-            )[0]  # fmt: skip
+                C.expand(-1, -1, heads, -1),
+                B.expand(-1, -1, heads, -1),
+                (x * step[..., None]).to(x.dtype),
+                g=step * A,
+                scale=1.0,
+            )[0]
             return y + (x * D[:, None]).to(y.dtype)
 
-        found["fla simple_gla"] = gla, PLAIN
-    return found
+        scans["fla simple_gla"] = gla, PLAIN
+    return scans
 
 
 @bench("scan")
@@ -152,9 +159,10 @@ def bench_scan(
     return scan_rows(forward, sizes("train", train), sizes("remedies", remedies))
 
 
-def scan_rows(forward: list[int], backward: list[tuple[int, int]],
-              remedied: list[tuple[int, int]]) -> Iterator[dict[str, Any]]:  # fmt: skip
-    """A row a system and size, as it is measured: forward at batch 1 of each length, forward and backward of each
+def scan_rows(
+    forward: list[int], backward: list[tuple[int, int]], remedied: list[tuple[int, int]]
+) -> Iterator[dict[str, Any]]:
+    """Yield a row a system and size, as it is measured: forward at batch 1 of each length, forward and backward of each
     (batch, length), and what remedies add to the plain scan, forward, of each (batch, length).
 
     Raises:
@@ -171,9 +179,15 @@ def scan_rows(forward: list[int], backward: list[tuple[int, int]],
         for name, measured in _measure(shape, what):
             plain = measured["ms"] if name == PLAIN_NAME else plain
             yield {
-                "what": what, "batch": shape.batch, "length": shape.length, "system": name, **measured,
-                "of_plain": measured["ms"] / plain, "floor_ms": math.nan if "backward" in what else floor, **common,
-            }  # fmt: skip
+                "what": what,
+                "batch": shape.batch,
+                "length": shape.length,
+                "system": name,
+                **measured,
+                "of_plain": measured["ms"] / plain,
+                "floor_ms": math.nan if "backward" in what else floor,
+                **common,
+            }
 
 
 def _measure(shape: Shape, what: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -211,7 +225,7 @@ def _measure(shape: Shape, what: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _graphed(call: Callable[[], Any]) -> float:
-    """Milliseconds of the same launches replayed from a CUDA graph: without the time Python takes to make them."""
+    """Return milliseconds of the same launches replayed from a CUDA graph: without the time of Python."""
     from triton.testing import do_bench
 
     side = torch.cuda.Stream()
@@ -220,27 +234,27 @@ def _graphed(call: Callable[[], Any]) -> float:
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        kept = call()
+        output = call()
     took = do_bench(graph.replay, warmup=50, rep=200, return_mode="median")
-    del kept
+    del output
     return took
 
 
 def _error(run: System, shape: Shape, policy: ScanPolicy, train: bool, length: int = 3001) -> float:
-    """Relative error of a short stream's outputs, or of the worst of its gradients, against float64."""
+    """Return the relative error of a short stream's outputs, or of the worst of its gradients, against float64."""
     small = Shape(1, length, shape.heads, shape.headdim, shape.d_state).inputs(train)
     wide: dict[str, Any] = {k: v.detach().double().requires_grad_(train) for k, v in small.items()}
     y, expected = run(**small), ours(policy, backend="torch")(**wide)
     pairs = [(y, expected)]
     if train:
         weight = torch.randn_like(y)
-        found = torch.autograd.grad(y, list(small.values()), weight)
-        pairs = list(zip(found, torch.autograd.grad(expected, list(wide.values()), weight.double())))
+        grads = torch.autograd.grad(y, list(small.values()), weight)
+        pairs = list(zip(grads, torch.autograd.grad(expected, list(wide.values()), weight.double())))
     return max(((a.double() - b).norm() / b.norm()).item() for a, b in pairs)
 
 
 def ceilings() -> tuple[float, float]:
-    """Bytes a second of a large copy (read and written) and operations a second of a large bfloat16 product."""
+    """Return bytes a second of a large copy (read and written) and operations a second of a large bfloat16 product."""
     from triton.testing import do_bench
 
     a = torch.empty(2**30, dtype=torch.uint8, device="cuda")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from rnn_longctx.config import parse_lengths
 from rnn_longctx.eval.bench.base import Row, bench, sizes
-from rnn_longctx.models.lm import Mamba2LM
+from rnn_longctx.models.lm import LM
 from rnn_longctx.models.losses import head_losses
 from rnn_longctx.models.mixers.mamba2 import Mamba2Config
 from rnn_longctx.train.bptt import MicroBatch, accumulate
@@ -43,10 +43,11 @@ def bench_train(
     return train_rows(shape, sizes("whole", whole), sizes("streams", streams), parse_lengths(segments))
 
 
-def train_rows(shape: Mamba2Config, whole: list[tuple[int, int]], streams: list[tuple[int, int]],
-               segments: list[int]) -> Iterator[Row]:  # fmt: skip
-    """A row a size and system: seconds and tokens a second of an update, after one that compiles; the most memory held
-    (NaN on a CPU); and mfu, the operations that the model asks for over what the device's matrix units could have
+def train_rows(
+    shape: Mamba2Config, whole: list[tuple[int, int]], streams: list[tuple[int, int]], segments: list[int]
+) -> Iterator[Row]:
+    """Yield a row a size and system: seconds and tokens a second of an update, after one that compiles; the most memory
+    held (NaN on a CPU); and mfu, the operations that the model asks for over what the device's matrix units could have
     done in that time, as a large bf16 product measures them here.
 
     Operations of a token: 6 a matrix weight (a product forwards, two backwards; projections and head), and 12 a state
@@ -66,24 +67,33 @@ def train_rows(shape: Mamba2Config, whole: list[tuple[int, int]], streams: list[
     runs += [("mamba-ssm", *size, 0) for size in whole]  # last: a kernel that fails may leave the device unusable
     for system, batch, length, segment in runs:
         torch.manual_seed(0)
-        made = systems[system](shape, device, segment)
-        if made is None:
+        pair = systems[system](shape, device, segment)
+        if pair is None:
             continue
-        model, learn = made
+        model, learn = pair
         ids = torch.randint(shape.vocab_size, (batch, length + 1), device=device)
         row = measured(model, learn, ids)
         speed = batch * length / row["seconds"]
         mfu = speed * operations(shape) / rate
-        yield {"what": "train", "batch": batch, "length": length, "segment": segment or length, "system": system,
-               "tokens_per_second": speed, "mfu": mfu, **row, "matrix_tflop_s": rate / 1e12}  # fmt: skip
-        del model, learn, made
+        yield {
+            "what": "train",
+            "batch": batch,
+            "length": length,
+            "segment": segment or length,
+            "system": system,
+            "tokens_per_second": speed,
+            "mfu": mfu,
+            **row,
+            "matrix_tflop_s": rate / 1e12,
+        }
+        del model, learn, pair
         gc.collect()  # graphs, and the memory they hold
         if device.type == "cuda":
             torch.cuda.empty_cache()
 
 
 def operations(shape: Mamba2Config) -> int:
-    """That training on one token takes: see `train_rows`."""
+    """Return the operations that training on one token takes: see `train_rows`."""
     in_proj = shape.d_model * (shape.d_inner + shape.conv_dim + shape.nheads)
     weights = shape.n_layer * (in_proj + shape.d_inner * shape.d_model) + shape.vocab_size * shape.d_model
     return 6 * weights + 12 * shape.scan_state_elements
@@ -91,24 +101,24 @@ def operations(shape: Mamba2Config) -> int:
 
 def _ours(shape: Mamba2Config, device: torch.device, segment: int) -> tuple[nn.Module, Learn]:
     with device:
-        model = Mamba2LM(shape)
+        model = LM(shape)
     return model, learning(Learner(model, recorded=True), model, segment)
 
 
 def learning(learner: nn.Module, model: Any, segment: int = 0) -> Learn:
-    """learner: the model's, wrapped or not. segment: tokens, or 0 for all of a sequence."""
+    """Return a function that learns. learner: the model's, wrapped or not. segment: tokens, 0 for a whole sequence."""
 
     def learn(ids: Tensor) -> None:
-        part = MicroBatch.of(Batch(ids, torch.zeros_like(ids[:, 1:], dtype=torch.bool)))
+        batch = MicroBatch.of(Batch(ids, torch.zeros_like(ids[:, 1:], dtype=torch.bool)))
         passing = PassingConfig(segment, bptt=0) if segment else None
         start = model.new_cache(len(ids)) if segment else None
-        accumulate(learner, part, passing, start, 0.0, lambda: torch.autocast(ids.device.type, torch.bfloat16))
+        accumulate(learner, batch, passing, start, 0.0, lambda: torch.autocast(ids.device.type, torch.bfloat16))
 
     return learn
 
 
 def _official(shape: Mamba2Config, device: torch.device, segment: int) -> tuple[nn.Module, Learn] | None:
-    """With the losses from here, which hold no more logits than ours."""
+    """Return mamba-ssm's model with the losses from here, which hold no more logits than ours."""
     try:
         from mamba_ssm.models.config_mamba import MambaConfig
         from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel
@@ -127,7 +137,7 @@ def _official(shape: Mamba2Config, device: torch.device, segment: int) -> tuple[
 
 
 def measured(model: nn.Module, learn: Learn, ids: Tensor) -> Row:
-    """seconds of an update, the median; peak_gib held; note: why there are none."""
+    """Return a row: seconds of an update, the median; peak_gib held; note, why there are none."""
     cuda, times = ids.is_cuda, []
     optimizer = make_optimizer(model, OptimizerConfig(lr=1e-4))
 
@@ -157,7 +167,7 @@ def measured(model: nn.Module, learn: Learn, ids: Tensor) -> Row:
 
 
 def _matrix_rate(device: torch.device) -> float:
-    """Operations a second of a large bfloat16 product."""
+    """Return operations a second of a large bfloat16 product."""
     if device.type == "cuda":
         from rnn_longctx.eval.bench.scan import ceilings
 
