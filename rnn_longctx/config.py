@@ -39,7 +39,7 @@ def home_path(path: str | Path) -> Path:
     YAML does. Raises InputError for what can be no path: text in the place of a file's name, a number."""
     if not isinstance(path, str | Path):
         raise InputError(f"expected a path, got {type(path).__name__} {path!r:.60}")
-    if "\0" in str(path) or any(len(os.fsencode(part)) > 255 for part in Path(path).parts):
+    if "\0" in str(path) or any(len(os.fsencode(name)) > 255 for name in Path(path).parts):
         raise InputError(
             f"{str(path)[:40]!r}... cannot be the name of a file: a path was expected, not the text itself"
         )
@@ -133,10 +133,10 @@ def _override(data: dict[str, Any], item: str) -> dict[str, Any]:
         raise InputError(f"--set {item}: {text!r} is not a YAML value") from None
     data = copy.deepcopy(data)
     node = data
-    for depth, part in enumerate(parts[:-1]):
-        child = node.setdefault(part, {})
+    for depth, name in enumerate(parts[:-1]):
+        child = node.setdefault(name, {})
         if child is None:
-            child = node[part] = {}
+            child = node[name] = {}
         if not isinstance(child, dict):
             raise InputError(f"--set {item}: {'.'.join(parts[: depth + 1])} is {_shown(child)}, not a group of keys")
         node = child

@@ -42,7 +42,7 @@ def arguments(text: str, parameters: Sequence[Field], what: str) -> dict[str, An
     known = [f.name for f in parameters]
     values: dict[str, Any] = {}
     for item in rest.split(",") if rest else ():
-        key, equals, value = (part.strip() for part in item.partition("="))
+        key, equals, value = (word.strip() for word in item.partition("="))
         if not equals or not value:
             raise InputError(f"{what} {name}: {item!r} is not key=value")
         if key not in known:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import typer
@@ -29,7 +30,7 @@ class _Program(TyperGroup):
                 line.append(word)
             else:
                 _load(value if equals else next(words, ""))
-        self.commands |= _registered()
+        self.commands.update(_registered())
         return super().parse_args(ctx, line)
 
 
@@ -49,7 +50,7 @@ def _load(plugin: str) -> None:
         ) from error
 
 
-def _registered() -> dict[str, Any]:
+def _registered() -> Mapping[str, Any]:
     """Return the commands of the registry as click runs them, by their names."""
     program = typer.Typer(add_completion=False)
     for name, command in COMMANDS.items():

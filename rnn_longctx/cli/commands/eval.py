@@ -92,8 +92,8 @@ def evaluate(
     frame = Results.read(home_path(c.out))  # of all models
     frame.attrs = measured.attrs
     shown, more = asked(frame)
-    for part in table(shown, width=console.width):
-        console.print(part)
+    for section in table(shown, width=console.width):
+        console.print(section)
     if more:
         console.print(f"{c.out}: {more}", highlight=False)
     written = ["results.parquet", "results.csv"]
