@@ -11,11 +11,14 @@ from rnn_longctx.models.kernels import choose
 
 
 def causal_conv(x: Tensor, conv: nn.Conv1d, before: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Causal depthwise convolution and SiLU of x (B, T, channels), and the inputs (B, channels, taps-1) to go on from.
+    """Return the causal depthwise convolution and SiLU of x (B, T, channels), and the inputs (B, channels, taps - 1) to
+    go on from.
 
-    Args: before: what the call before returned; reset (B, T) bool: a document begins at this token, and no tap
-        reaches back over it.
-    A sum over taps in this layout: on a CPU twice as fast as turning channels first for a library call."""
+    Args:
+        before: what the call before returned.
+        reset: (B, T) bool, True where a document begins; no tap reaches back over it.
+    """
+    # A sum over taps in this layout: on a CPU twice as fast as turning channels first for a library call.
     if hasattr(conv, "base_layer"):  # its weight alone is not what it computes
         raise InputError("an adapter around a convolution is not read: merge it first (merge_and_unload)")
     if reset is None and conv.kernel_size[0] <= 4 and choose.fits(x):

@@ -59,23 +59,23 @@ class Decoder:
         if model.restart is not None:
             return f"does not restart: {model.restart}"
         if model.state_dtype is not None:
-            return "keeps states in float32"
+            return "keeps states in float32 alone"
         if any(type(layer) is not nn.Linear for layer in _linears(model)):
-            return "multiplies by weights alone, and an adapter stands around some"
+            return "multiplies by plain weights, and some layers have an adapter"
         if any(patched(module) for module in model.modules()):
-            return "calls no module, and hooks or another forward are on some"
+            return "calls no module, and some modules have hooks or another forward"
         for mixer, carry in zip(model.mixers, cache.layers):
             policy = mixer.policy
             if mixer.observer is not None:
-                return "shows nobody its states"
+                return "does not support observers"
             if policy.window is not None or carry.scan.window is not None:
-                return "has no sliding window"
+                return "does not support a sliding window"
             if policy.start is not None and policy.reset is not None:
-                return "has no stored start after a reset"
+                return "does not support a stored start together with resets"
             if len(policy.caps) > 1:
-                return "has one norm cap a layer"
+                return "supports at most one norm cap a layer"
             if policy.caps and mixer.headdim * mixer.d_state > 2**14:
-                return "has norm caps for states of up to 16384 numbers a head"
+                return "supports norm caps for states of up to 16384 numbers a head"
         return None
 
     def __call__(self, token: Tensor) -> Tensor:
@@ -98,7 +98,7 @@ class Decoder:
         return logits.to(torch.float32, copy=True)
 
     def cache(self) -> Cache:
-        """What was read so far, as a cache of its own."""
+        """Return what was read so far, as a new cache."""
         rows = self._rows + self._tokens
         layers = [
             Carry(conv[self._tokens % 2].clone(), ScanCarry(state.clone(), rows.clone(), log_decay.clone()))
@@ -117,13 +117,13 @@ class Decoder:
         self._graphs: list[tuple[torch.cuda.CUDAGraph, Tensor] | None] = [None, None]
 
     def _in_place(self) -> bool:
-        """Whether the weights lie where a graph has recorded them."""
+        """Return whether the weights lie where a graph has recorded them."""
         return all(holder[name] is p and p.data_ptr() == at for holder, name, p, at in self._weights)
 
     @torch.no_grad()
     def _capture(self, turn: int) -> None:
         """Record one step. What the steps before it on a side stream do to the state is undone."""
-        kept = [t.clone() for t in self._buffers()]
+        saved = [t.clone() for t in self._buffers()]
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -132,7 +132,7 @@ class Decoder:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=side):  # its own default is a stream of the card of the first graph
             logits = self._step(turn)
-        for buffer, before in zip(self._buffers(), kept):
+        for buffer, before in zip(self._buffers(), saved):
             buffer.copy_(before)
         self._graphs[turn] = (graph, logits)
 
@@ -153,10 +153,25 @@ class Decoder:
             projected, h = _project(layer.norm, m.in_proj, h, out, in_fp32)
             y = projected.new_empty(len(projected), c.d_inner, dtype=torch.float32)
             decode.decode(
-                projected, m.conv1d.weight[:, 0], m.conv1d.bias, self._conv[i][turn], self._conv[i][1 - turn],
-                A[i], m.dt_bias, m.D, self._tables[i], self._caps[i], self._position, self._states[i],
-                self._log_decay[i], y, c.ngroups, c.dt_limit, policy.caps[0].every if policy.caps else 1, policy.reset,
-            )  # fmt: skip
+                projected,
+                m.conv1d.weight[:, 0],
+                m.conv1d.bias,
+                self._conv[i][turn],
+                self._conv[i][1 - turn],
+                A[i],
+                m.dt_bias,
+                m.D,
+                self._tables[i],
+                self._caps[i],
+                self._position,
+                self._states[i],
+                self._log_decay[i],
+                y,
+                c.ngroups,
+                c.dt_limit,
+                policy.caps[0].every if policy.caps else 1,
+                policy.reset,
+            )
             out = _project(m.norm, m.out_proj, y)[0]
         logits = _project(model.backbone.norm_f, model.lm_head, h, out, in_fp32)[0]
         self._position += 1

@@ -8,8 +8,12 @@ from torch import Tensor
 
 
 class DeferredNorm(NamedTuple):
-    """values (B,T,dim) that a norm's factor a token, 1 / rms, is still to multiply. squares (B,T,·), float32, add up to
-    the `width` squares of which rms^2 is the mean, and eps."""
+    """The output of a layer before a norm's factor a token, 1 / rms, is applied to it.
+
+    Attributes:
+        values: (B, T, dim).
+        squares: (B, T, ·), float32; they add up to the `width` squares of which rms^2 is the mean, plus eps.
+    """
 
     values: Tensor
     squares: Tensor
@@ -17,5 +21,6 @@ class DeferredNorm(NamedTuple):
     eps: float
 
     def scaled(self) -> Tensor:
+        """Return the values with the factor applied."""
         factor = (self.squares.sum(-1, keepdim=True) / self.width + self.eps).rsqrt()
         return (self.values * factor).to(self.values.dtype)

@@ -41,8 +41,9 @@ COLDEST = 1e-30  # a temperature below would take logits past float32's range, a
 
 @torch.no_grad()
 @in_evaluation
-def prefill(model: LanguageModel, ids: Tensor, cache: Cache | None = None, segment: int = SEGMENT,
-            mask: Tensor | None = None) -> tuple[Tensor, Cache]:  # fmt: skip
+def prefill(
+    model: LanguageModel, ids: Tensor, cache: Cache | None = None, segment: int = SEGMENT, mask: Tensor | None = None
+) -> tuple[Tensor, Cache]:
     """Read ids (B, T) and return the logits (B, vocab) after the last token, and the cache.
 
     Under a control only the tokens that its state depends on are read.
@@ -77,29 +78,30 @@ def prefill(model: LanguageModel, ids: Tensor, cache: Cache | None = None, segme
 
 
 def _read_apart(model: Any, ids: Tensor, cache: Any, segment: int, mask: Tensor) -> tuple[Tensor, Any]:
-    """`prefill` of rows of unequal lengths, those of one length side by side."""
+    """Read rows of unequal lengths as `prefill` does, those of one length side by side."""
     lengths: list[int] = mask.sum(1).tolist()
     logits: list[Tensor] = []
-    parts: list[Any] = []
+    caches: list[Any] = []
     order: list[int] = []
     for length in sorted(set(lengths)):
         rows = [row for row, n in enumerate(lengths) if n == length]
-        part = None if cache is None else cache.rows(rows)
-        some, part = prefill(model, ids[rows, -length:], part, segment)
+        group = None if cache is None else cache.rows(rows)
+        some, group = prefill(model, ids[rows, -length:], group, segment)
         logits.append(some)
-        parts.append(part)
+        caches.append(group)
         order += rows
-    whole = type(parts[0]).concat(parts, order)
+    whole = type(caches[0]).concat(caches, order)
     if cache is not None:
-        vars(cache).update(vars(whole))
+        cache.restore(whole)
     return torch.cat(logits)[torch.tensor(order).argsort().to(model.device)], whole if cache is None else cache
 
 
 class Continuation(Iterator[Tensor]):
-    """What a model says after `prefill`, token after token, (B,) each; endless. See `continuation`."""
+    """An endless iterator of what a model says after `prefill`: a token (B,) at a time. See `continuation`."""
 
-    def __init__(self, model: Any, logits: Tensor, cache: Any, temperature: float = 0.0,
-                 generator: torch.Generator | None = None):  # fmt: skip
+    def __init__(
+        self, model: Any, logits: Tensor, cache: Any, temperature: float = 0.0, generator: torch.Generator | None = None
+    ):
         self.model, self.temperature, self.generator = model, temperature, generator
         self._cache, self._logits = cache, logits
         self._decoder = None if Decoder.refuses(model, cache) or triton.interpreted() else Decoder(model, cache)
@@ -135,13 +137,18 @@ class Continuation(Iterator[Tensor]):
         return self._decoder is not None
 
     def cache(self) -> Any:
-        """What was read so far: the cache that is moved on, or a copy of a decoder's state."""
+        """Return what was read so far: the cache that is moved on, or a copy of a decoder's state."""
         return self._cache if self._decoder is None else self._decoder.cache()
 
 
-def continuation(model: LanguageModel, logits: Tensor, cache: Cache, temperature: float = 0.0,
-                 generator: torch.Generator | None = None) -> Continuation:  # fmt: skip
-    """Token after token, (B,) each, after `prefill`; greedy where temperature is 0. Endless: it stops at no id.
+def continuation(
+    model: LanguageModel,
+    logits: Tensor,
+    cache: Cache,
+    temperature: float = 0.0,
+    generator: torch.Generator | None = None,
+) -> Continuation:
+    """Return an iterator of the tokens (B,) after `prefill`; greedy where temperature is 0. It stops at no id.
 
     Rows of the vocabulary that stand for no token are never said. The last token is not read until the next is asked
     for. The cache is moved on, but where a `Decoder` steps on a GPU.
@@ -150,17 +157,17 @@ def continuation(model: LanguageModel, logits: Tensor, cache: Cache, temperature
 
 
 def prompt_ids(model: Any, prompt: Any) -> Tensor:
-    """A prompt as ids (B, T), int64, T >= 1: text, which the model's tokenizer encodes, or whole numbers in the model's
-    vocabulary, (B, T) or, as one row, (T). Ids that stand for no token of the tokenizer are read as any other, since
-    the model has a row for each. Raises InputError for anything else."""
+    """Return a prompt as ids (B, T), int64, T >= 1: text, which the model's tokenizer encodes, or whole numbers in the
+    model's vocabulary, (B, T) or, as one row, (T). Ids that stand for no token of the tokenizer are read as any other,
+    since the model has a row for each. Raises InputError for anything else."""
     if isinstance(prompt, str | bytes):
         if model.tokenizer is None:
             raise InputError(f"the prompt is text, and {model.name} has no tokenizer: give ids (B, T), or a tokenizer")
         prompt = model.tokenizer.encode(prompt)
-    wanted = "a prompt is text, or token ids (B, T) or (T) as a tensor, array or list of whole numbers"
-    ids = rows_of(prompt, wanted)
+    expected = "a prompt is text, or token ids (B, T) or (T) as a tensor, array or list of whole numbers"
+    ids = rows_of(prompt, expected)
     if 0 in ids.shape:
-        raise InputError(f"{wanted}, at least one of them; got shape {tuple(ids.shape)}")
+        raise InputError(f"{expected}, at least one of them; got shape {tuple(ids.shape)}")
     size = getattr(getattr(model, "embedding", None), "num_embeddings", model.config.vocab_size)
     low, high = ids.aminmax()
     if low < 0 or high >= size:
@@ -169,7 +176,7 @@ def prompt_ids(model: Any, prompt: Any) -> Tensor:
 
 
 def prompt_rows(model: Any, prompts: Any) -> tuple[Tensor, Tensor | None]:
-    """`prompt_ids` of a prompt, or of a list of prompts, of one row each and of any lengths: ids (B, T), padded at the
+    """Return the ids of a prompt, or of a list of prompts of one row each and of any lengths: (B, T), padded at the
     left, and a mask (B, T) that is False there, None where nothing is padded."""
     several = isinstance(prompts, list | tuple) and len(prompts) > 0
     if not several or isinstance(prompts[0], Real) or getattr(prompts[0], "ndim", 1) == 0:
@@ -196,8 +203,17 @@ class Answer:
         ends: ids that end a row.
     """
 
-    def __init__(self, model: Any, prompt: Any, max_new_tokens: Any, temperature: Any, seed: Any, cache: Any,
-                 stop: str | Sequence[str], text: bool = False):  # fmt: skip
+    def __init__(
+        self,
+        model: Any,
+        prompt: Any,
+        max_new_tokens: Any,
+        temperature: Any,
+        seed: Any,
+        cache: Any,
+        stop: str | Sequence[str],
+        text: bool = False,
+    ):
         model = as_language_model(model)
         ids, mask = prompt_rows(model, prompt)
         if not isinstance(max_new_tokens, Integral) or max_new_tokens < 0:
@@ -240,12 +256,12 @@ class Answer:
             self._settle(saying.cache(), aside)
 
     def tokens(self) -> Tensor:
-        """(B, n), what was said so far; rows that ended before others are filled up with the first of `ends`."""
+        """Return what was said so far, (B, n); rows that ended before others are filled up with the first of `ends`."""
         if not self._said:
             return self.ids[:, :0]
-        said = torch.stack(self._said[: int(self.lengths.max())], 1)
-        over = torch.arange(said.shape[1], device="cpu") >= self.lengths[:, None]
-        return said.masked_fill(over.to(said.device), self.ends[0] if self.ends else 0)
+        spoken = torch.stack(self._said[: int(self.lengths.max())], 1)
+        over = torch.arange(spoken.shape[1], device="cpu") >= self.lengths[:, None]
+        return spoken.masked_fill(over.to(spoken.device), self.ends[0] if self.ends else 0)
 
     def _look(self) -> list[int]:
         """Look at the tokens said since the last look; returns the rows that end in them."""
@@ -271,14 +287,22 @@ class Answer:
         if aside:
             early = [row for rows, _ in aside for row in rows]
             late = [row for row in range(len(self.ids)) if row not in early]
-            parts = [part for _, part in aside]
-            state = type(state).concat([*parts, state.rows(late)] if late else parts, early + late)
+            caches = [group for _, group in aside]
+            state = type(state).concat([*caches, state.rows(late)] if late else caches, early + late)
         if state is not self.cache:
-            vars(self.cache).update(vars(state))
+            self.cache.restore(state)
 
 
-def generate(model: Any, prompt: Any, max_new_tokens: int = 64, *, temperature: float = 0.0, seed: int | None = None,
-             cache: Any = None, stop: str | Sequence[str] = ()) -> Tensor:  # fmt: skip
+def generate(
+    model: Any,
+    prompt: Any,
+    max_new_tokens: int = 64,
+    *,
+    temperature: float = 0.0,
+    seed: int | None = None,
+    cache: Any = None,
+    stop: str | Sequence[str] = (),
+) -> Tensor:
     """Continue a prompt, or several side by side; returns the new tokens alone, (B, n), n <= max_new_tokens.
 
     A row ends with an end-of-sequence id (the tokenizer's, or one of the config's: see `rnn_longctx.models.stops`) or
@@ -305,9 +329,16 @@ def generate(model: Any, prompt: Any, max_new_tokens: int = 64, *, temperature: 
     return answer.tokens()
 
 
-def generate_stream(model: Any, prompt: Any, max_new_tokens: int = 64, *, temperature: float = 0.0,
-                    seed: int | None = None, cache: Any = None,
-                    stop: str | Sequence[str] = ()) -> Iterator[str]:  # fmt: skip
+def generate_stream(
+    model: Any,
+    prompt: Any,
+    max_new_tokens: int = 64,
+    *,
+    temperature: float = 0.0,
+    seed: int | None = None,
+    cache: Any = None,
+    stop: str | Sequence[str] = (),
+) -> Iterator[str]:
     """Continue one prompt; yields the new text as it is made, in pieces.
 
     A character of several tokens comes whole, and so does a stop string, which ends the text together with whatever

@@ -54,11 +54,11 @@ class Identified:
 
     @property
     def weights_hash(self) -> str:
-        """`digest` of the model as it is now. It reads all weights: ask once for what belongs together."""
+        """The `digest` of the model as it is now. It reads all weights: ask once for what belongs together."""
         return digest(self.module, *self.settings())
 
     def settings(self) -> list[str]:
-        """What the model computes with that does not lie in its module."""
+        """Return what the model computes with that does not lie in its module."""
         return []
 
     @property
@@ -72,8 +72,9 @@ class Identified:
         vars(self)["_calibration"] = (value, None if value is None else self.weights_hash)
 
     def measured(self, what: str) -> dict[Any, Any]:
-        """A memo of what was measured on the model as it is now; of its former selves nothing is kept. (The tokenizer
-        and what it computes and keeps its states in, which a measurement hangs on too, are no part of the digest.)"""
+        """Return a memo of what was measured on the model as it is now; of its former selves nothing is kept. (The
+        tokenizer and what it computes and keeps its states in, which a measurement hangs on too, are no part of the
+        digest.)"""
         model: Any = self
         now: str = self.weights_hash
         memo: Any = vars(self).get("_measured")
@@ -98,22 +99,22 @@ def digest(module: nn.Module, *more: str) -> str:
     """
     tensors = sorted(_tensors(module).items())
     lines = [f"{name} {t.dtype} {list(t.shape)}" for name, t in tensors] + sorted(_settings(module)) + sorted(more)
-    found = hashlib.sha256("\n".join(lines).encode())
-    found.update(_sums([_words(t) for _, t in tensors if t.numel()]))
-    return found.hexdigest()[:16]
+    hashed = hashlib.sha256("\n".join(lines).encode())
+    hashed.update(_sums([_words(t) for _, t in tensors if t.numel()]))
+    return hashed.hexdigest()[:16]
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Every tensor by its name; of one made of others (quantised weights) those."""
-    found = {name: t for name, t in module.state_dict().items() if isinstance(t, Tensor)}
+    """Return every tensor by its name; of one made of others (quantised weights) those."""
+    tensors = {name: t for name, t in module.state_dict().items() if isinstance(t, Tensor)}
     for path, m in module.named_modules():
         beside = {n: b for n, b in m._buffers.items() if b is not None}
         beside |= {n: v for n, v in vars(m).items() if isinstance(v, Tensor)}
-        found |= {name: t for n, t in beside.items() if (name := f"{path}.{n}" if path else n) not in found}
+        tensors |= {name: t for n, t in beside.items() if (name := f"{path}.{n}" if path else n) not in tensors}
     if isinstance(module, Identified) and module.tied:
-        del found["lm_head.weight"]
+        del tensors["lm_head.weight"]
     plain: dict[str, Tensor] = {}
-    for name, t in found.items():
+    for name, t in tensors.items():
         plain |= _parts(name, offloaded(module, name) if t.is_meta else t)
     return plain
 
@@ -125,7 +126,7 @@ def _parts(name: str, t: Tensor) -> dict[str, Tensor]:
 
 
 def _words(t: Tensor) -> Tensor:
-    """(n) int64: a tensor's bytes in the order of its indices, with zeros up to a whole word."""
+    """Return a tensor's bytes as (n) int64, in the order of its indices, with zeros up to a whole word."""
     data = t.detach().contiguous().view(-1).view(torch.uint8)
     if rest := len(data) % 8:
         data = F.pad(data, (0, 8 - rest))
@@ -135,8 +136,8 @@ def _words(t: Tensor) -> Tensor:
 
 
 def _sums(rows: list[Tensor]) -> bytes:
-    """Two sums a block of the words of the rows, on the devices where they lie: of every row's whole blocks, which need
-    no copy, then of what is left of each, one after the other."""
+    """Return two sums a block of the words of the rows, on the devices where they lie: of every row's whole blocks,
+    which need no copy, then of what is left of each, one after the other."""
     ends = [len(row) // BLOCK * BLOCK for row in rows]
     rows = [row[:end] for row, end in zip(rows, ends)] + [row[end:] for row, end in zip(rows, ends)]
     sums: tuple[list[Tensor], list[Tensor]] = ([], [])
@@ -158,7 +159,7 @@ def _sums(rows: list[Tensor]) -> bytes:
 
 
 def _chunks(rows: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Views of the rows in their order, whole blocks together but for the last."""
+    """Yield views of the rows in their order, whole blocks together but for the last."""
     chunk: list[Tensor] = []
     room = 0
     for row in rows:
@@ -176,7 +177,7 @@ def _chunks(rows: list[Tensor]) -> Iterator[list[Tensor]]:
 
 @lru_cache(maxsize=16)
 def _random(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Twice (BLOCK) int64, the same in every version of everything."""
+    """Return twice (BLOCK) random int64, the same in every version of everything."""
     with torch.inference_mode(False):
         raw = bytearray(hashlib.shake_256(b"rnn-longctx").digest(2 * 8 * BLOCK))
         low, high = torch.frombuffer(raw, dtype=torch.int64).to(device).view(2, BLOCK)
@@ -184,8 +185,8 @@ def _random(device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def _settings(module: nn.Module) -> Iterator[str]:
-    """A line a module: its type, of its attributes and config what is plain and no label, and what was put around it
-    (`rnn_longctx.models.patches`)."""
+    """Yield a line a module: its type, of its attributes and config what is plain and no label, and what was put around
+    it (`rnn_longctx.models.patches`)."""
     configs: dict[int, str] = {}
     for path, m in module.named_modules():
         texts = []
@@ -205,7 +206,7 @@ def _settings(module: nn.Module) -> Iterator[str]:
 
 
 def _is_config(value: Any) -> bool:
-    """Of this library, of mamba_ssm or peft, or of transformers."""
+    """Return whether a value is a config of this library, of mamba_ssm or peft, or of transformers."""
     return (is_dataclass(value) and not isinstance(value, type)) or hasattr(type(value), "model_type")
 
 
@@ -221,7 +222,7 @@ def _config(config: Any) -> str:
 
 
 def _plain(value: Any) -> str | None:
-    """One text for equal values (2 is 2.0, a list is a tuple); None for what is not plain."""
+    """Return one text for equal values (2 is 2.0, a list is a tuple); None for what is not plain."""
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
     if value is None or isinstance(value, bool | int | float | complex | str | bytes | torch.dtype):
@@ -239,7 +240,7 @@ def _plain(value: Any) -> str | None:
 
 
 def offloaded(module: nn.Module, name: str) -> Tensor:
-    """A tensor by its name, from where accelerate keeps it. Raises InputError where it is nowhere."""
+    """Return a tensor by its name, from where accelerate keeps it. Raises InputError where it is nowhere."""
     path = name.split(".")
     for depth in range(len(path)):
         holder = module.get_submodule(".".join(path[: len(path) - 1 - depth]))
@@ -252,13 +253,13 @@ def offloaded(module: nn.Module, name: str) -> Tensor:
 
 
 def held(module: nn.Module, name: str) -> Tensor:
-    """A module's own parameter or buffer, wherever it lies."""
+    """Return a module's own parameter or buffer, wherever it lies."""
     t = getattr(module, name)
     return offloaded(module, name) if t.is_meta else t
 
 
 def device_of(module: nn.Module, t: Tensor) -> torch.device:
-    """Where a module's tensor is computed with."""
+    """Return the device that a module's tensor is computed on."""
     if not t.is_meta:
         return t.device
     where = [h.execution_device for h in _hooks(module) if getattr(h, "execution_device", None) is not None]
@@ -275,6 +276,6 @@ def _maps(module: nn.Module) -> list[Mapping[str, Tensor]]:
 
 
 def computes_in(weight: Any) -> torch.dtype | None:
-    """The type of a weight, or None where that is how it is packed (bytes, 8-bit floats) or there is none."""
+    """Return the type of a weight, or None where that is how it is packed (bytes, 8-bit floats) or there is none."""
     dtype = getattr(weight, "dtype", None)
     return dtype if dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64) else None

@@ -15,9 +15,8 @@ LOGITS_ON_CUDA = 2**26  # in training there: fewer, larger products
 
 
 def token_losses(logits: Callable[[Tensor], Tensor], vocab: int, hidden: Tensor, targets: Tensor) -> Tensor:
-    """-log p(target) in nats, (B, T), from hidden states (B, T, d_model), with at most LOGITS logits at once; 0 where a
-    target is IGNORED.
-    (Gradients through it keep all of them: see `head_losses`.)"""
+    """Return -log p(target) in nats, (B, T), from hidden states (B, T, d_model), with at most LOGITS logits at once; 0
+    where a target is IGNORED. (Gradients through it keep all of them: see `head_losses`.)"""
     flat, goal = hidden.flatten(0, 1), targets.flatten()
     rows = max(1, LOGITS // vocab)
     parts = [
@@ -28,9 +27,9 @@ def token_losses(logits: Callable[[Tensor], Tensor], vocab: int, hidden: Tensor,
 
 
 def head_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """The same for logits hidden @ weight^T, weight (V, d_model), with gradients. Backwards the logits are made once
-    more, a third of the head's work on top, and the weight's gradient is summed in float32 over the pieces. Products
-    are in autocast's type where that is on, in the weight's otherwise; the rest is at least float32."""
+    """Return the same for logits hidden @ weight^T, weight (V, d_model), with gradients. Backwards the logits are made
+    once more, a third of the head's work on top, and the weight's gradient is summed in float32 over the pieces.
+    Products are in autocast's type where that is on, in the weight's otherwise; the rest is at least float32."""
     kind = hidden.device.type
     low = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
     low = torch.float64 if weight.dtype == torch.float64 else low
@@ -44,8 +43,8 @@ class _HeadLosses(torch.autograd.Function):
         losses = torch.empty(targets.shape, dtype=wide, device=hidden.device)  # no view: FSDP2 warns of those
         ignored = targets == IGNORED
         flat, goal = losses.view(-1), targets.masked_fill(ignored, 0).flatten()
-        for own, logits in _pieces(hidden.flatten(0, 1), weight, low):
-            flat[own] = F.cross_entropy(logits, goal[own], reduction="none")
+        for piece, logits in _pieces(hidden.flatten(0, 1), weight, low):
+            flat[piece] = F.cross_entropy(logits, goal[piece], reduction="none")
         ctx.save_for_backward(hidden, weight, targets, losses)
         ctx.low = low
         return losses.masked_fill(ignored, 0)
@@ -59,25 +58,25 @@ class _HeadLosses(torch.autograd.Function):
         d_hidden, d_weight = torch.empty_like(hidden), None
         if ctx.needs_input_grad[1]:
             d_weight = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
-        for own, logits in _pieces(hidden, weight, ctx.low):
-            asked = goal[own, None]
-            total = losses[own, None] + logits.gather(1, asked)  # log of the sum of exponentials
+        for piece, logits in _pieces(hidden, weight, ctx.low):
+            target = goal[piece, None]
+            total = losses[piece, None] + logits.gather(1, target)  # log of the sum of exponentials
             p = logits.sub_(total).exp_()
-            p.scatter_add_(1, asked, p.new_full(asked.shape, -1.0))
-            p = p.mul_(grad[own, None]).to(ctx.low)
+            p.scatter_add_(1, target, p.new_full(target.shape, -1.0))
+            p = p.mul_(grad[piece, None]).to(ctx.low)
             with torch.autocast(hidden.device.type, enabled=False):
-                d_hidden[own] = p @ weight.to(ctx.low)
+                d_hidden[piece] = p @ weight.to(ctx.low)
                 if d_weight is not None:
-                    d_weight += p.t() @ hidden[own].to(ctx.low)
+                    d_weight += p.t() @ hidden[piece].to(ctx.low)
         return d_hidden.view_as(whole), None if d_weight is None else d_weight.to(weight.dtype), None, None
 
 
 def _pieces(hidden: Tensor, weight: Tensor, low: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """Some rows, and their logits, which are the caller's to overwrite."""
+    """Yield some rows, and their logits, which are the caller's to overwrite."""
     w = weight.to(low).t()
     rows = max(1, (LOGITS_ON_CUDA if hidden.is_cuda else LOGITS) // len(weight))
     for i in range(0, len(hidden), rows):
-        own = slice(i, i + rows)
+        piece = slice(i, i + rows)
         with torch.autocast(hidden.device.type, enabled=False):
-            logits = hidden[own].to(low) @ w
-        yield own, logits.to(torch.promote_types(low, torch.float32))
+            logits = hidden[piece].to(low) @ w
+        yield piece, logits.to(torch.promote_types(low, torch.float32))

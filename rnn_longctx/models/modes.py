@@ -51,8 +51,9 @@ def warn_of_training(model: Any, stacklevel: int = 4) -> None:
         warnings.warn(
             f"{model.name} is in training mode, where dropout may be on: what its own calls show is not what it does "
             "in evaluation mode, of which envelopes and monitors are; model.eval() changes it",
-            RuntimeWarning, stacklevel=stacklevel,
-        )  # fmt: skip
+            RuntimeWarning,
+            stacklevel=stacklevel,
+        )
 
 
 def module_of(model: Any) -> nn.Module | None:

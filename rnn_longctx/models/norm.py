@@ -12,7 +12,7 @@ from rnn_longctx.recurrence.backends import OutputGate
 
 
 class RMSNorm(nn.Module):
-    """Over the last axis, or over each of `groups` equal parts of it (arXiv 2405.21060)."""
+    """A norm over the last axis, or over each of `groups` equal parts of it (arXiv 2405.21060)."""
 
     def __init__(self, dim: int, eps: float, groups: int = 1):
         super().__init__()
@@ -20,21 +20,21 @@ class RMSNorm(nn.Module):
         self.eps, self.groups = eps, groups
 
     def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
-        """x (..., dim), times silu(gate) before it is normed."""
+        """Return the norm of x (..., dim), which is multiplied by silu(gate) first."""
         if choose.fits(x):
             return choose.chosen().norm(x, self.weight, self.eps, self.groups, gate)[0]
         return self._norm(x, gate).to(x.dtype)
 
     def gate(self, z: Tensor) -> OutputGate | None:
-        """For a scan to apply this norm, gated by z (B,T,H,P); None where kernels are not to be used, or cannot, and
-        where a gradient is asked for."""
+        """Return what a scan needs to apply this norm, gated by z (B, T, H, P); None where kernels are not to be used,
+        or cannot, and where a gradient is asked for."""
         fits = self.groups == 1 and not torch.is_grad_enabled() and choose.fits(z)
         return OutputGate(z, self.weight) if fits else None
 
     def add(self, x: Tensor, more: Tensor | DeferredNorm | None, in_fp32: bool) -> tuple[Tensor, Tensor]:
-        """The norm of x + more, in the weight's type (by kernels in the one that autocast multiplies in), and x + more
-        itself: float32 if asked for (float64 stays). The sum is normed as it is, not rounded to the weight's type first
-        as in transformers: in bf16 that rounding is the difference."""
+        """Return the norm of x + more, in the weight's type (by kernels in the one that autocast multiplies in), and x
+        + more itself: float32 if asked for (float64 stays). The sum is normed as it is, not rounded to the weight's
+        type first as in transformers: in bf16 that rounding is the difference."""
         wide = torch.float32 if in_fp32 and x.dtype != torch.float64 else x.dtype
         if choose.fits(x):
             dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else self.weight.dtype

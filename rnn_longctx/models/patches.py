@@ -59,8 +59,8 @@ def _text(call: Any, depth: int = 3) -> str:
         reads = {} if isinstance(owner, nn.Module | type) else getattr(owner, "__dict__", {})
         return f"{_text(call.__func__, depth)} {_values(reads, depth)}"
     if not isinstance(call, FunctionType):
-        own = inspect.getattr_static(type(call), "__call__", None)
-        code = _text(own, depth) if isinstance(own, FunctionType) else ""
+        method = inspect.getattr_static(type(call), "__call__", None)
+        code = _text(method, depth) if isinstance(method, FunctionType) else ""
         return f"{type(call).__qualname__} {code} {_values(getattr(call, '__dict__', {}), depth)}"
     reads = {name: call.__globals__[name] for name in call.__code__.co_names if name in call.__globals__}
     reads |= {str(i): v for i, v in enumerate(call.__defaults__ or ())} | (call.__kwdefaults__ or {})

@@ -34,17 +34,17 @@ def _products(kind: str) -> str | None:
     if kind == "cuda" and not hasattr(backend, "fp32_precision"):
         return "tf32" if backend.allow_tf32 else None
     places = (backend if kind == "cuda" else getattr(backend, "matmul", None), torch.backends)
-    asked = (getattr(place, "fp32_precision", "none") for place in places)
-    precision = next((p for p in asked if p != "none"), "ieee")
+    settings = (getattr(place, "fp32_precision", "none") for place in places)
+    precision = next((p for p in settings if p != "none"), "ieee")
     return None if precision == "ieee" else precision
 
 
-def state_dtype(wanted: torch.dtype | str | None, dtype: torch.dtype) -> torch.dtype | None:
+def state_dtype(requested: torch.dtype | str | None, dtype: torch.dtype) -> torch.dtype | None:
     """What `use_state_dtype` asks for in a model of `dtype`; None where the scan's states are of that type anyway."""
-    if wanted is None:
+    if requested is None:
         return None
-    name = str(wanted).removeprefix("torch.")
+    name = str(requested).removeprefix("torch.")
     if name not in STATES:
         raise InputError(f"a state is kept in {', '.join(STATES)}, not in {name!r}{nearest(name, STATES)}")
-    found = STATES[name]
-    return None if found == (torch.float64 if dtype == torch.float64 else torch.float32) else found
+    chosen = STATES[name]
+    return None if chosen == (torch.float64 if dtype == torch.float64 else torch.float32) else chosen

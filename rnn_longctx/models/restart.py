@@ -24,6 +24,8 @@ Read = Callable[..., Tensor]
 
 @dataclass(frozen=True)
 class Restart:
+    """Before token n * every of a row its cache is dropped, and the row's last `overlap` tokens are read again."""
+
     every: int
     overlap: int = 0
 
@@ -43,14 +45,15 @@ class Restart:
             read(last, cache)
 
     def block_start(self, length: int) -> int:
-        """The restart that the state after `length` tokens comes from: nothing before it matters but its overlap."""
+        """Return the restart that the state after `length` tokens comes from: nothing before it matters but its
+        overlap."""
         return max(0, (length - 1) // self.every * self.every)
 
 
 @dataclass(frozen=True)
 class Crop(Restart):
-    """Of an adopted hybrid: attention alone drops what is older than the last `overlap` tokens; nothing is read again,
-    and the recurrence goes on."""
+    """Attention alone drops what is older than the last `overlap` tokens; nothing is read again, and the recurrence
+    goes on."""
 
     def __str__(self) -> str:
         return f"attention cropped every {self.every} tokens, {self.overlap} kept"
@@ -63,7 +66,7 @@ class Crop(Restart):
 
 
 def read_restarting(read: Read, restart: Restart, ids: Tensor, cache: Cache, mask: Tensor | None) -> Tensor:
-    """`read(ids, cache)` under a restart; moves `cache` on in place and returns the hidden states (B, T, d_model)."""
+    """Read ids under a restart: move `cache` on in place and return the hidden states (B, T, d_model)."""
     batch = len(ids)
     if len(cache.position) == 0:
         cache.position = torch.zeros(batch, dtype=torch.int64, device="cpu")
@@ -75,29 +78,28 @@ def read_restarting(read: Read, restart: Restart, ids: Tensor, cache: Cache, mas
     groups: dict[tuple[int, int], list[int]] = {}
     for row, key in enumerate(zip(cache.position.tolist(), real)):
         groups.setdefault(key, []).append(row)
-    parts, order, hidden = [], [], None
+    caches, order, hidden = [], [], None
     for (_, count), rows in groups.items():
-        part = cache.rows(rows)
+        group = cache.rows(rows)
         if count:
-            out = _read_level(read, restart, ids[rows][:, ids.shape[1] - count :], part)
+            out = _read_level(read, restart, ids[rows][:, ids.shape[1] - count :], group)
         else:  # rows that have not begun: padding alone makes the carry that they begin with
-            if not part.layers:
-                read(ids[rows][:, :1], part, torch.zeros(len(rows), 1, dtype=torch.bool, device=ids.device))
-            out = read(ids[rows][:, :0], part)
-            part.tail = ids[rows][:, :0] if part.tail is None else part.tail
+            if not group.layers:
+                read(ids[rows][:, :1], group, torch.zeros(len(rows), 1, dtype=torch.bool, device=ids.device))
+            out = read(ids[rows][:, :0], group)
+            group.tail = ids[rows][:, :0] if group.tail is None else group.tail
         if hidden is None:
             hidden = out.new_zeros(batch, ids.shape[1], out.shape[2])
         hidden[rows, ids.shape[1] - count :] = out
-        parts.append(part)
+        caches.append(group)
         order += rows
-    whole = Cache.concat(parts, order)
-    cache.layers, cache.position, cache.tail = whole.layers, whole.position, whole.tail
+    cache.restore(type(cache).concat(caches, order))
     assert hidden is not None
     return hidden
 
 
 def _read_level(read: Read, restart: Restart, ids: Tensor, cache: Cache) -> Tensor:
-    """Rows that all stand at one position."""
+    """Read rows that all stand at one position."""
     position = int(cache.position[0])
     tail = cache.tail if cache.tail is not None else ids[:, :0]
     outputs, t = [], 0

@@ -40,8 +40,15 @@ def save_state(
     model = as_language_model(model)
     if model.reader is not None:
         raise InputError(f"what {remedy} leaves of a prompt cannot be gone on from: its state is not kept")
-    note = {"weights": model.weights_hash, "model": model.name, "policies": policies_hash(model), "remedy": remedy,
-            "target": target, "states": str(model.state_dtype), "dtype": computes_as(model)}  # fmt: skip
+    note = {
+        "weights": model.weights_hash,
+        "model": model.name,
+        "policies": policies_hash(model),
+        "remedy": remedy,
+        "target": target,
+        "states": str(model.state_dtype),
+        "dtype": computes_as(model),
+    }
     try:
         home_path(path).parent.mkdir(parents=True, exist_ok=True)
         plain, extra = to_cache(cache) if isinstance(cache, AdoptedCache) else (cache, {})
@@ -51,13 +58,13 @@ def save_state(
 
 
 def target_of(path: str | Path) -> int | None:
-    """The length that the remedy of a saved state was worked out for, so that it can be worked out again."""
+    """Return the length that the remedy of a saved state was worked out for, so that it can be worked out again."""
     note = Cache.load_with(path)[2]
     return note.get("target") if isinstance(note, dict) else None
 
 
 def load_state(path: str | Path, model: Any) -> Any:
-    """The cache (of the model's kind) of `save_state`, on the model's device.
+    """Return the cache (of the model's kind) that `save_state` wrote, on the model's device.
 
     Raises:
         InputError: no such file, another model or one that has changed since, or other policies, or another type of
@@ -73,8 +80,8 @@ def load_state(path: str | Path, model: Any) -> Any:
     if note["policies"] != policies_hash(model):
         raise InputError(f"{path} was read with the remedy {note['remedy']}: put the same on, found as it was then")
     if note.get("states", "None") != str(model.state_dtype):
-        kept = note["states"].replace("None", "full precision").removeprefix("torch.")
-        raise InputError(f"{path} was read with states in {kept}: give the same --state-dtype")
+        precision = note["states"].replace("None", "full precision").removeprefix("torch.")
+        raise InputError(f"{path} was read with states in {precision}: give the same --state-dtype")
     if (was := note.get("dtype")) not in (None, now := computes_as(model)):
         raise InputError(f"{path} was read in {was}, and {model.name} computes in {now} now: read on as it was begun")
     return from_cache(model, cache, extra) if isinstance(model, Adopted) else cache

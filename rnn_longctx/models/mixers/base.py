@@ -105,9 +105,16 @@ class Recurrent(nn.Module):
             self.tap(MixerReading(inputs, gates, span, carry, rest))
         output_gate = self.output_gate(rest)
         y, scanned = self.recurrence.scan(
-            inputs, gates, span, policy=self.policy, carry=None if carry is None else carry.scan, backend=self.backend,
-            observer=self.observer, output_gate=output_gate, state_dtype=self.state_dtype,
-        )  # fmt: skip
+            inputs,
+            gates,
+            span,
+            policy=self.policy,
+            carry=None if carry is None else carry.scan,
+            backend=self.backend,
+            observer=self.observer,
+            output_gate=output_gate,
+            state_dtype=self.state_dtype,
+        )
         after = Carry(rest.conv, scanned)
         if output_gate is not None and output_gate.squares is not None:
             width = self.heads * self.headdim

@@ -129,9 +129,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, begin: Tensor) -> Tensor:
     their own; each of at most S tokens before its own, none before the place `begin` (B, T)."""
     before = k.shape[1] - q.shape[1]
     places = torch.arange(k.shape[1], device=q.device)
-    own = places[before:, None]  # (T, 1)
-    near = (places <= own) & (places >= own - before)  # (T, S + T)
-    seen = near & ((places >= begin[..., None]) | (places == own))  # (B, T, S + T); padding sees itself
+    queries = places[before:, None]  # (T, 1)
+    near = (places <= queries) & (places >= queries - before)  # (T, S + T)
+    seen = near & ((places >= begin[..., None]) | (places == queries))  # (B, T, S + T); padding sees itself
     y = F.scaled_dot_product_attention(
         turned(q, before).transpose(1, 2), turned(k, 0).transpose(1, 2), v.transpose(1, 2), seen[:, None]
     )
