@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rnn_longctx.config import home_path
-from rnn_longctx.data import Text, make_passkey, tokens
+from rnn_longctx.data import Text, tokens
 from rnn_longctx.data.pieces import encode_after
 from rnn_longctx.devices import dtype_name
 from rnn_longctx.errors import InputError, nearest
@@ -29,6 +29,7 @@ from rnn_longctx.probes.onset import MARGIN, accused, doubling, not_finite_is_be
 from rnn_longctx.probes.remembrance import remembrance
 from rnn_longctx.probes.retention import retention
 from rnn_longctx.probes.trace import CHANNELS, record
+from rnn_longctx.tasks.passkey import make_passkey
 
 PROMPTS = ("text", "newline", "passkey")
 
