@@ -13,18 +13,15 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import Tensor
 
 from rnn_longctx.config import format_length
 from rnn_longctx.measure.stream import tail_loss
+from rnn_longctx.models.interface import LanguageModel
 from rnn_longctx.models.restart import Restart
 from rnn_longctx.recurrence.policy import Cap, ScanPolicy
-
-if TYPE_CHECKING:
-    from rnn_longctx.models.lm import Mamba2LM
 
 Head = tuple[int, int]  # layer, head
 GOAL = 0.8  # of the lost loss
@@ -32,12 +29,12 @@ EVERY = 64  # tokens between two caps
 
 
 @contextmanager
-def capped(model: Mamba2LM, heads: Iterable[Head], norms: Sequence[Sequence[float]]) -> Iterator[None]:
-    """Inside the block the states of these heads are capped at their norms[layer][head], every 64 tokens; no others."""
-    wanted, before = set(heads), [m.policy for m in model.mixers]
+def capped(model: LanguageModel, heads: Iterable[Head], norms: Sequence[Sequence[float]]) -> Iterator[None]:
+    """Cap the states of these heads at their norms[layer][head] inside the block, every 64 tokens; no others."""
+    chosen, before = set(heads), [m.policy for m in model.mixers]
     try:
         for layer, mixer in enumerate(model.mixers):
-            limits = [norms[layer][h] if (layer, h) in wanted else float("inf") for h in range(mixer.heads)]
+            limits = [norms[layer][h] if (layer, h) in chosen else float("inf") for h in range(mixer.heads)]
             if min(limits) < float("inf"):
                 mixer.policy = mixer.policy.then(ScanPolicy(caps=(Cap(tuple(limits), EVERY),)))
         yield
@@ -93,8 +90,16 @@ class Ablation:
         return f"capping {len(self.fewest)} {heads} recovers {self.recovered:.0%} of the lost loss ({losses}); {others}"
 
 
-def ablate(model: Mamba2LM, ids: Tensor, ranked: Sequence[Head], norms: Sequence[Sequence[float]], train_length: int,
-           draws: int = 5, seed: int = 0, say: Callable[[str], None] = lambda line: None) -> Ablation:  # fmt: skip
+def ablate(
+    model: LanguageModel,
+    ids: Tensor,
+    ranked: Sequence[Head],
+    norms: Sequence[Sequence[float]],
+    train_length: int,
+    draws: int = 5,
+    seed: int = 0,
+    say: Callable[[str], None] = lambda line: None,
+) -> Ablation:
     """Cap the accused heads and measure.
 
     Args:
@@ -105,11 +110,11 @@ def ablate(model: Mamba2LM, ids: Tensor, ranked: Sequence[Head], norms: Sequence
         say: called with a line a measurement.
     """
     without = float(tail_loss(model, ids).mean())
-    kept, model.restart = model.restart, Restart(every=max(1, train_length // 2), overlap=max(1, train_length // 2))
+    restart, model.restart = model.restart, Restart(every=max(1, train_length // 2), overlap=max(1, train_length // 2))
     try:
         again = float(tail_loss(model, ids).mean())
     finally:
-        model.restart = kept
+        model.restart = restart
     length = ids.shape[1] - 1
     say(f"without a remedy {without:.4f}, recomputing {again:.4f}")
     if not ranked or not math.isfinite(without - again) or without <= again:

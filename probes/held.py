@@ -4,7 +4,7 @@ passkey is among it."""
 from __future__ import annotations
 
 import math
-import re
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -13,10 +13,11 @@ from torch import Tensor
 
 from rnn_longctx.data.tokenizers import Tokenizer
 from rnn_longctx.errors import InputError
+from rnn_longctx.measure.answers import begins_with
 from rnn_longctx.mitigations import Remedy, mitigate
 from rnn_longctx.models.adopt.adopting import as_language_model
 from rnn_longctx.models.generate import generate
-from rnn_longctx.models.lm import Mamba2LM
+from rnn_longctx.models.interface import LanguageModel
 from rnn_longctx.models.segments import SEGMENT
 from rnn_longctx.probes.attribution import attribute
 from rnn_longctx.probes.terms import read_terms, refuse
@@ -26,9 +27,14 @@ from rnn_longctx.tasks.prompts import Prompt
 
 
 @torch.no_grad()
-def dropped_share(model: Mamba2LM, ids: Tensor, remedy: str | Remedy = "token-filter",
-                  target_length: int | None = None, segment: int = SEGMENT) -> pd.DataFrame:  # fmt: skip
-    """How much of what the plain model held at the last token came from tokens that a filter drops.
+def dropped_share(
+    model: Any,
+    ids: Tensor,
+    remedy: str | Remedy = "token-filter",
+    target_length: int | None = None,
+    segment: int = SEGMENT,
+) -> pd.DataFrame:
+    """Return how much of what the plain model held at the last token came from tokens that a filter drops.
 
     Which tokens are dropped is read off the filtered model, whose lower layers already differ; how much they
     contributed, off the plain one. What LongMamba (arXiv 2504.16053) takes away.
@@ -39,33 +45,35 @@ def dropped_share(model: Mamba2LM, ids: Tensor, remedy: str | Remedy = "token-fi
         dropped (share of the T tokens), share (of the sizes of the contributions at the last token).
     Raises: InputError: what `attribute` and `mitigate` refuse, another remedy, a model that has one already.
     """
-    model = as_language_model(model)
-    refuse(model, ids, segment)
-    if any(mixer.policy != PLAIN for mixer in model.mixers):
+    lm: LanguageModel = as_language_model(model)
+    refuse(lm, ids, segment)
+    if any(mixer.policy != PLAIN for mixer in lm.mixers):
         raise InputError("the plain model is compared with the filtered one: take the remedy off first")
     target = ids.shape[1] if target_length is None else target_length
-    with mitigate(model, remedy, target_length=target) as handle:
+    with mitigate(lm, remedy, target_length=target) as handle:
         plan = handle.plan
         if plan.restart or plan.reader or any(p != ScanPolicy(min_dt=p.min_dt) for p in plan.policies):
             raise InputError(f"{handle.remedy} does something else than drop tokens (as token-filter does)")
-        skipped = [[(p.scale == 0) & (p.log_decay == 0) for p in parts] for parts in read_terms(model, ids, segment)]
+        skipped = [[(p.scale == 0) & (p.log_decay == 0) for p in terms] for terms in read_terms(lm, ids, segment)]
     dropped = torch.stack([torch.cat(layer).T.cpu() for layer in zip(*skipped)])  # (L, H, T)
-    plain = attribute(model, ids, segment=segment)
+    plain = attribute(lm, ids, segment=segment)
     size = plain.values[:, 0].abs()
     share = (size * dropped).sum(-1) / size.sum(-1).clamp(min=torch.finfo(size.dtype).tiny)
     layers, heads = share.shape
-    return pd.DataFrame({
-        "layer": np.repeat(np.arange(layers), heads),
-        "head": np.tile(np.arange(heads), layers),
-        "min_dt": np.concatenate([np.broadcast_to(p.min_dt, heads) for p in plan.policies]),
-        "dropped": dropped.double().mean(-1).flatten().numpy(),
-        "share": share.flatten().numpy(),
-    })  # fmt: skip
+    return pd.DataFrame(
+        {
+            "layer": np.repeat(np.arange(layers), heads),
+            "head": np.tile(np.arange(heads), layers),
+            "min_dt": np.concatenate([np.broadcast_to(p.min_dt, heads) for p in plan.policies]),
+            "dropped": dropped.double().mean(-1).flatten().numpy(),
+            "share": share.flatten().numpy(),
+        }
+    )
 
 
 @torch.no_grad()
-def key_hits(model: Mamba2LM, n: int = 20, length: int = 1024, top: int = 10, seed: int = 0) -> pd.DataFrame:
-    """Where a passkey is found: of right answers, how often a head's top tokens hold a digit of the key.
+def key_hits(model: Any, n: int = 20, length: int = 1024, top: int = 10, seed: int = 0) -> pd.DataFrame:
+    """Return where a passkey is found: of right answers, how often a head's top tokens hold a digit of the key.
 
     The query is the position that says the answer's first digit, the key's digits are those of its sentence in the
     prompt (twice five). Beside it stands the same at the last token before the question: a head with as much there
@@ -79,44 +87,51 @@ def key_hits(model: Mamba2LM, n: int = 20, length: int = 1024, top: int = 10, se
         chance (of a hit by `top` tokens drawn at random), right (answers), n. Empty where no answer is right.
     Raises: InputError: numbers below 1, a model without a tokenizer, what `attribute` and `passkey_batch` refuse.
     """
-    model = as_language_model(model)
+    lm: LanguageModel = as_language_model(model)
     if n < 1 or top < 1:
         raise InputError(f"expected at least one prompt and one token, got n={n}, top={top}")
-    if model.tokenizer is None:
-        raise InputError(f"{model.name} has no tokenizer: the passkey's prompts are text")
-    prompts = passkey_batch(model.tokenizer, length, n, seed)
+    if lm.tokenizer is None:
+        raise InputError(f"{lm.name} has no tokenizer: the passkey's prompts are text")
+    prompts = passkey_batch(lm.tokenizer, length, n, seed)
     ids = torch.from_numpy(np.stack([p.ids for p in prompts]))
-    refuse(model, ids[:1], SEGMENT)
+    refuse(lm, ids[:1], SEGMENT)
     hits, shares, chances = [], [], []
     for row, prompt in zip(ids, prompts):
-        said = generate(model, row[None], prompt.new_tokens)[0].cpu()
-        if re.match(r"\d*", model.tokenizer.decode(said.tolist()).strip())[0] != prompt.answer:  # type: ignore[index]
+        answer = generate(lm, row[None], prompt.new_tokens)[0].cpu()
+        if not begins_with(lm.tokenizer.decode(answer.tolist()), prompt.answer):
             continue
-        first = next(i for i, token in enumerate(said.tolist()) if _digit(model.tokenizer, token))
-        digits = key_digits(model.tokenizer, prompt)
+        first = next(i for i, token in enumerate(answer.tolist()) if _digit(lm.tokenizer, token))
+        digits = key_digits(lm.tokenizer, prompt)
         queries = [prompt.question - 1, length + first - 1]
-        found = attribute(model, torch.cat([row, said[:first]])[None], top, queries=queries)
-        hit = torch.isin(found.tokens, torch.tensor(digits, device="cpu")) & (found.values != 0)  # (L, 2, H, top)
+        tops = attribute(lm, torch.cat([row, answer[:first]])[None], top, queries=queries)
+        hit = torch.isin(tops.tokens, torch.tensor(digits, device="cpu")) & (tops.values != 0)  # (L, 2, H, top)
         hits.append(hit.any(-1))
-        shares.append((found.values.abs() * hit).sum(-1) / found.sums.clamp(min=torch.finfo(found.sums.dtype).tiny))
-        seen = length + first
-        chances.append(1 - math.comb(seen - len(digits), min(top, seen)) / math.comb(seen, min(top, seen)))
+        shares.append((tops.values.abs() * hit).sum(-1) / tops.sums.clamp(min=torch.finfo(tops.sums.dtype).tiny))
+        tokens = length + first
+        chances.append(1 - math.comb(tokens - len(digits), min(top, tokens)) / math.comb(tokens, min(top, tokens)))
     columns = ["layer", "head", "hits", "share", "unasked_hits", "unasked_share", "chance", "right", "n"]
     if not hits:
         return pd.DataFrame(columns=columns)
     rate, share = (torch.stack(v).double().mean(0) for v in (hits, shares))  # (L, 2, H)
     layers, _, heads = rate.shape
-    table = pd.DataFrame({
-        "layer": np.repeat(np.arange(layers), heads), "head": np.tile(np.arange(heads), layers),
-        "hits": rate[:, 1].flatten().numpy(), "share": share[:, 1].flatten().numpy(),
-        "unasked_hits": rate[:, 0].flatten().numpy(), "unasked_share": share[:, 0].flatten().numpy(),
-        "chance": float(np.mean(chances)), "right": len(hits), "n": n,
-    })  # fmt: skip
+    table = pd.DataFrame(
+        {
+            "layer": np.repeat(np.arange(layers), heads),
+            "head": np.tile(np.arange(heads), layers),
+            "hits": rate[:, 1].flatten().numpy(),
+            "share": share[:, 1].flatten().numpy(),
+            "unasked_hits": rate[:, 0].flatten().numpy(),
+            "unasked_share": share[:, 0].flatten().numpy(),
+            "chance": float(np.mean(chances)),
+            "right": len(hits),
+            "n": n,
+        }
+    )
     return table[columns].sort_values(["hits", "share"], ascending=False, ignore_index=True)
 
 
 def key_digits(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
-    """Positions of the tokens of a prompt's key sentence that hold a digit."""
+    """Return the positions of the tokens of a prompt's key sentence that hold a digit."""
     return [i for span in prompt.spans for i in range(*span) if _digit(tokenizer, int(prompt.ids[i]))]
 
 

@@ -21,7 +21,7 @@ NAMED = 6  # heads that a verdict names
 
 
 def onsets(table: pd.DataFrame, norms: Sequence[Sequence[float]], margin: float = MARGIN) -> pd.DataFrame:
-    """A row a head, worst first.
+    """Return a row a head, worst first.
 
     Args:
         table: of `Trace.table`; of several streams and rows, a head's norm at a position is their mean.
@@ -44,30 +44,35 @@ def onsets(table: pd.DataFrame, norms: Sequence[Sequence[float]], margin: float 
         ratio = one["norm"].to_numpy() / norms[layer][head]
         inside = np.flatnonzero(ratio <= margin)
         first = 0 if not len(inside) else int(inside[-1]) + 1  # beyond from here to the end
-        rows.append({
-            "layer": layer, "head": head,
-            "onset": float(one["position"].iloc[first]) if first < len(one) else np.nan,
-            "ratio": ratio[-1], "worst": ratio.max(), "retained": float(one["retention"].iloc[-1]),
-        })  # fmt: skip
-    found = pd.DataFrame(rows)
+        rows.append(
+            {
+                "layer": layer,
+                "head": head,
+                "onset": float(one["position"].iloc[first]) if first < len(one) else np.nan,
+                "ratio": ratio[-1],
+                "worst": ratio.max(),
+                "retained": float(one["retention"].iloc[-1]),
+            }
+        )
+    heads = pd.DataFrame(rows)
     # NaN last: heads that left come before those that only stand high
-    found["left"] = found["onset"].notna()
-    return found.sort_values(["left", "ratio"], ascending=False, ignore_index=True).drop(columns="left")
+    heads["left"] = heads["onset"].notna()
+    return heads.sort_values(["left", "ratio"], ascending=False, ignore_index=True).drop(columns="left")
 
 
 def not_finite_is_beyond(norms: pd.Series) -> pd.Series:
-    """Norms, infinite where they are not finite: beyond any range."""
+    """Return norms, infinite where they are not finite: beyond any range."""
     return norms.where(np.isfinite(norms), np.inf)
 
 
-def accused(found: pd.DataFrame) -> list[tuple[int, int]]:
-    """(layer, head) of those that left their range, worst first."""
-    left = found[found["onset"].notna()]
+def accused(heads: pd.DataFrame) -> list[tuple[int, int]]:
+    """Return (layer, head) of those that left their range, worst first."""
+    left = heads[heads["onset"].notna()]
     return list(zip(left["layer"].tolist(), left["head"].tolist()))
 
 
 def doubling(losses: pd.DataFrame, train_length: int) -> float | None:
-    """The position (tokens) from which the loss stays above twice its mean within the training length; None: nowhere.
+    """Return the position (tokens) from which the loss stays above twice its mean within the training length, or None.
 
     losses: columns position (end of a stretch, ascending) and loss (its mean, nats per token). None, too, where one
     within the training length is no number: twice of it is none."""
@@ -80,12 +85,12 @@ def doubling(losses: pd.DataFrame, train_length: int) -> float | None:
     return float(losses["position"].iloc[first]) if first < len(losses) else None
 
 
-def verdict(found: pd.DataFrame, losses: pd.DataFrame | None = None, train_length: int | None = None) -> str:
-    """What `onsets` and a loss curve (see `doubling`) say, in one sentence."""
-    left = found[found["onset"].notna()]
-    parts = []
+def verdict(heads: pd.DataFrame, losses: pd.DataFrame | None = None, train_length: int | None = None) -> str:
+    """Say in one sentence what `onsets` and a loss curve (see `doubling`) show."""
+    left = heads[heads["onset"].notna()]
+    clauses = []
     if left.empty:
-        parts.append(f"no head of {len(found)} leaves its range (the furthest stands at {found['worst'].max():.1f}x)")
+        clauses.append(f"no head of {len(heads)} leaves its range (the furthest stands at {heads['worst'].max():.1f}x)")
     else:
         shown = left.head(NAMED)
         names = [
@@ -96,19 +101,19 @@ def verdict(found: pd.DataFrame, losses: pd.DataFrame | None = None, train_lengt
         verb = "leaves its range" if len(left) == 1 else "leave their range"
         first, last = shown["onset"].min(), shown["onset"].max()
         when = f"at {_tokens(first)} tokens" if first == last else f"at {_tokens(first)} to {_tokens(last)} tokens"
-        parts.append(f"{who} {verb} {when}")
-        kept = shown["retained"].max()  # at the last look, not where they leave
-        parts.append(f"first token retained {'up to ' if len(shown) > 1 else ''}{kept:.2f} at the end")
+        clauses.append(f"{who} {verb} {when}")
+        share = shown["retained"].max()  # at the last look, not where they leave
+        clauses.append(f"first token retained {'up to ' if len(shown) > 1 else ''}{share:.2f} at the end")
     if losses is not None and len(losses) and train_length is not None:
         at = doubling(losses, train_length)
-        said = "the loss does not double" if at is None else f"loss doubles at {_tokens(at)}"
+        clause = "the loss does not double" if at is None else f"loss doubles at {_tokens(at)}"
         bad = losses["position"][~np.isfinite(losses["loss"])]
         if len(bad):
             within = at is None and bad.iloc[0] <= max(train_length, losses["position"].iloc[0])
-            said = f"{'' if at is None else f'{said}; '}the loss is not a number from {_tokens(bad.iloc[0])} on"
-            said += ", within the training length, so whether it doubles cannot be said" if within else ""
-        parts.append(said)
-    return "; ".join(parts)
+            clause = f"{'' if at is None else f'{clause}; '}the loss is not a number from {_tokens(bad.iloc[0])} on"
+            clause += ", within the training length, so whether it doubles cannot be said" if within else ""
+        clauses.append(clause)
+    return "; ".join(clauses)
 
 
 def _and(names: list[str]) -> str:

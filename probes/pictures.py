@@ -29,7 +29,7 @@ MAPS = 3  # lengths of the heat maps
 
 def draw(probe: Probe, directory: str | Path) -> list[Path]:
     """Write sheet.png (all of them), heads.png, norms.png, retention.png, loss.png and remembrance.png where it was
-    measured; returns the paths."""
+    measured; return the paths."""
     directory, paths = home_path(directory), []
     panels: dict[str, Callable[[Axes, Probe], None]] = {"norms": _norms, "retention": _retention, "loss": _loss}
     if probe.remembrance is not None:
@@ -43,9 +43,9 @@ def draw(probe: Probe, directory: str | Path) -> list[Path]:
     paths.append(_write(figure, directory / "heads.png"))
 
     sheet = Figure(figsize=(12.0, 11.0), layout="constrained")
-    parts = sheet.subfigures(2, 1, height_ratios=(0.4, 0.6), squeeze=False)[:, 0]
-    _maps(parts[0], probe)
-    places = list(parts[1].subplots(2, 2).flat)
+    halves = sheet.subfigures(2, 1, height_ratios=(0.4, 0.6), squeeze=False)[:, 0]
+    _maps(halves[0], probe)
+    places = list(halves[1].subplots(2, 2).flat)
     for axes, panel in zip(places, panels.values()):
         panel(axes, probe)
     for axes in places[len(panels) :]:
@@ -53,14 +53,17 @@ def draw(probe: Probe, directory: str | Path) -> list[Path]:
     about = probe.about
     sheet.suptitle(
         f"{about['model']} reads {format_length(about['length'])} tokens of {about['text']} ({about['prompt']})\n"
-        + _wrapped(probe.verdict), fontsize=11, x=0.01, ha="left",
-    )  # fmt: skip
+        + _wrapped(probe.verdict),
+        fontsize=11,
+        x=0.01,
+        ha="left",
+    )
     return [_write(sheet, directory / "sheet.png"), *paths]
 
 
 def ratios(probe: Probe) -> pd.DataFrame:
-    """layer, head, position, ratio (the mean norm over the envelope's, infinite where it is not finite) of a probe's
-    trace."""
+    """Return a table of layer, head, position, ratio (the mean norm over the envelope's, infinite where it is not
+    finite) of a probe's trace."""
     trace = probe.trace.assign(norm=not_finite_is_beyond(probe.trace["norm"]))
     mean = trace.groupby(["layer", "head", "position"], as_index=False)["norm"].mean()
     limits = np.array([probe.envelope[layer][head] for layer, head in zip(mean["layer"], mean["head"])])
@@ -68,14 +71,14 @@ def ratios(probe: Probe) -> pd.DataFrame:
 
 
 def _maps(figure: FigureBase, probe: Probe) -> None:
-    """log2 of norm over envelope, layer by head, at the training length, at the end and between."""
-    found, train = ratios(probe), probe.about["train_length"]
-    looks = np.sort(found["position"].unique())
-    wanted = np.geomspace(min(train, looks[-1]), looks[-1], MAPS)
-    chosen = sorted({int(looks[np.abs(looks - w).argmin()]) for w in wanted})
+    """Draw log2 of norm over envelope, layer by head, at the training length, at the end and between."""
+    table, train = ratios(probe), probe.about["train_length"]
+    looks = np.sort(table["position"].unique())
+    lengths = np.geomspace(min(train, looks[-1]), looks[-1], MAPS)
+    chosen = sorted({int(looks[np.abs(looks - w).argmin()]) for w in lengths})
     axes = figure.subplots(1, len(chosen), squeeze=False, sharey=True)[0]
     for panel, position in zip(axes, chosen):
-        grid = found[found["position"] == position].pivot(index="layer", columns="head", values="ratio")
+        grid = table[table["position"] == position].pivot(index="layer", columns="head", values="ratio")
         values = np.log2(grid.to_numpy().clip(2.0**-6, 2.0**6))
         image = panel.imshow(values, cmap="PuOr_r", vmin=-6, vmax=6, aspect="auto", interpolation="nearest")
         left = np.argwhere(grid.to_numpy() > MARGIN)
@@ -90,8 +93,8 @@ def _maps(figure: FigureBase, probe: Probe) -> None:
 
 
 def _norms(axes: Axes, probe: Probe) -> None:
-    found = ratios(probe)
-    everyone = found.pivot(index="position", columns=["layer", "head"], values="ratio")
+    table = ratios(probe)
+    everyone = table.pivot(index="position", columns=["layer", "head"], values="ratio")
     axes.plot(everyone.index, everyone.to_numpy(), color="#cccccc", linewidth=0.6, zorder=1)
     for i, (layer, head) in enumerate(zip(probe.heads["layer"][:WORST], probe.heads["head"][:WORST])):
         one = everyone[layer, head]
@@ -118,8 +121,14 @@ def _loss(axes: Axes, probe: Probe) -> None:
     axes.plot(probe.losses["position"], smooth, color="black", linewidth=1.6)
     onset = probe.heads["onset"].dropna()
     if len(onset):
-        axes.plot(np.sort(onset), np.full(len(onset), smooth.min()), "|", color=COLOURS[1], markersize=10,
-                  label=f"a head leaves its range ({len(onset)})")  # fmt: skip
+        axes.plot(
+            np.sort(onset),
+            np.full(len(onset), smooth.min()),
+            "|",
+            color=COLOURS[1],
+            markersize=10,
+            label=f"a head leaves its range ({len(onset)})",
+        )
         axes.legend(fontsize=8, frameon=False)
     _positions(axes, probe, "Loss, nats per token")
 

@@ -22,7 +22,7 @@ COLUMNS = ("stream", "row", "layer", "head", "position", "retention", "decay")
 
 
 def retention(table: pd.DataFrame, train_length: int | str, theta: float = THETA) -> pd.DataFrame:
-    """Per layer and head, what is left of a stream's first token.
+    """Return, for each layer and head, what is left of a stream's first token.
 
     Where `record` looked before and after the training length, but not at it, the log-decay is taken to grow evenly
     between the two looks. `record(model, every=...)` with a divisor of the training length is exact.
@@ -71,23 +71,23 @@ def retention(table: pd.DataFrame, train_length: int | str, theta: float = THETA
         logs = table.assign(left=np.log(table["retention"].to_numpy(dtype=float)))
     streams = pd.DataFrame(
         [
-            (layer, head, _at(part, train_length), part["left"].iloc[-1], float(part["position"].iloc[-1]))
-            for (layer, head, _, _), part in logs.groupby(["layer", "head", "stream", "row"])
+            (layer, head, _at(one, train_length), one["left"].iloc[-1], float(one["position"].iloc[-1]))
+            for (layer, head, _, _), one in logs.groupby(["layer", "head", "stream", "row"])
         ],
         columns=["layer", "head", "at_train", "at_end", "end"],
     )
-    found = streams.groupby(["layer", "head"]).mean()
-    found[["at_train", "at_end"]] = np.exp(found[["at_train", "at_end"]])
+    heads = streams.groupby(["layer", "head"]).mean()
+    heads[["at_train", "at_end"]] = np.exp(heads[["at_train", "at_end"]])
     # looks lie evenly, so the mean over looks is the mean over tokens; of a stream that had begun the first is unknown
     decay = table.groupby(["layer", "head"])["decay"].mean()
-    found["horizon"] = np.where(decay < 0, -1 / decay.where(decay < 0, -1.0), np.inf)
-    found["class"] = np.where(found["at_train"] > theta, "global", "local")
-    return found.reset_index()
+    heads["horizon"] = np.where(decay < 0, -1 / decay.where(decay < 0, -1.0), np.inf)
+    heads["class"] = np.where(heads["at_train"] > theta, "global", "local")
+    return heads.reset_index()
 
 
-def _at(part: pd.DataFrame, length: int) -> float:
-    """The log of what is left after `length` tokens, of one head of one stream."""
-    position, left = part["position"].to_numpy(), part["left"].to_numpy()
+def _at(stream: pd.DataFrame, length: int) -> float:
+    """Return the log of what is left after `length` tokens, of one head of one stream."""
+    position, left = stream["position"].to_numpy(), stream["left"].to_numpy()
     after = int(np.searchsorted(position, length))
     if position[after] == length:  # not through the line below: -inf beside a finite number is no number
         return float(left[after])

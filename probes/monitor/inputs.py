@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rnn_longctx.errors import InputError
+from rnn_longctx.models.interface import LanguageModel
 from rnn_longctx.models.modes import in_evaluation
 from rnn_longctx.models.segments import longest
 from rnn_longctx.probes.trace import Course, watching
@@ -56,19 +57,19 @@ class _Enough(Exception):
 
 
 class _First(ScaleWatcher):
-    found: Tensor
+    seen: Tensor
 
     def __call__(self, s: Statistics) -> None:
-        self.found = self.scales(s)
+        self.seen = self.scales(s)
         raise _Enough
 
 
 @torch.no_grad()
 @in_evaluation
-def input_statistics(lm: Any, every: int, text: Text, lasting: bool = True) -> dict[str, Any]:
-    """Of the log of the first layer's mean input scale over windows of a text: mean and standard deviation [head], the
-    limits of the shift over 1 to SMOOTH windows in a row, the passages (if `lasting`) and how far they lie apart. The
-    layers above are not read."""
+def input_statistics(lm: LanguageModel, every: int, text: Text, lasting: bool = True) -> dict[str, Any]:
+    """Return statistics of the log of the first layer's mean input scale over windows of a text: mean and standard
+    deviation [head], the limits of the shift over 1 to SMOOTH windows in a row, the passages (if `lasting`) and how far
+    they lie apart. The layers above are not read."""
     from rnn_longctx.data import tokens
 
     def read(i: int, looks: int) -> Tensor:
@@ -77,17 +78,17 @@ def input_statistics(lm: Any, every: int, text: Text, lasting: bool = True) -> d
     tokens_there = len(text) * WINDOWS * every / tokens(text, lm.tokenizer, 0, WINDOWS * every)[1].sum()
     count = min(SLICES, int(tokens_there / (PASSAGE * every))) if lasting else 0  # passages that do not overlap
     ids = torch.stack([read(i, PASSAGE if count >= FEW else WINDOWS) for i in range(SLICES)])
-    found = []
+    scales = []
     limit = longest(lm)  # (of all rows: a call that is read in pieces would end after its first)
     at_once = AT_ONCE if limit is None else max(1, min(AT_ONCE, limit // ids.shape[1]))
-    for part in ids.split(at_once):
-        eye = _First(lm.mixers[0], every)
-        with watching([eye]):
+    for rows in ids.split(at_once):
+        watcher = _First(lm.mixers[0], every)
+        with watching([watcher]):
             try:
-                lm(part.to(lm.device))
+                lm(rows.to(lm.device))
             except _Enough:
-                found.append(eye.found.double().clamp(min=TINY).log().cpu())
-    gates = torch.cat(found)  # (slices, H, looks)
+                scales.append(watcher.seen.double().clamp(min=TINY).log().cpu())
+    gates = torch.cat(scales)  # (slices, H, looks)
     windows = gates[..., :WINDOWS]
     mean, std = windows.mean((0, 2)), windows.std((0, 2), correction=0).clamp(min=FLOOR)
     if not bool(mean.isfinite().all()):
@@ -100,6 +101,9 @@ def input_statistics(lm: Any, every: int, text: Text, lasting: bool = True) -> d
     noise = (gates.std(2) / std).square().mean(1).sqrt().median() / PASSAGE**0.5
     apart = max(APART * float(nearest.quantile(FOUR_IN_FIVE)), NOISE * float(noise), FLOOR)
     return {
-        "gate_mean": mean.tolist(), "gate_std": std.tolist(), "gate_limits": [max(limit, FLOOR) for limit in limits],
-        "passages": passages.tolist(), "apart": apart,
-    }  # fmt: skip
+        "gate_mean": mean.tolist(),
+        "gate_std": std.tolist(),
+        "gate_limits": [max(limit, FLOOR) for limit in limits],
+        "passages": passages.tolist(),
+        "apart": apart,
+    }
