@@ -89,8 +89,10 @@ class DispatchedMixer(AdoptedMixer):
         except LeftPaddingError as error:
             if mask is None:
                 raise
-            raise InputError(f"{error}; the library's generate takes every pad id for padding: where no token is, pass "
-                             "it attention_mask=torch.ones_like(ids)") from None  # fmt: skip
+            raise InputError(
+                f"{error}; the library's generate takes every pad id for padding: where no token is, pass "
+                "it attention_mask=torch.ones_like(ids)"
+            ) from None
         finally:
             _running.reset(token)
 

@@ -259,16 +259,27 @@ class AdoptedMixer:
 
     # --- our scan in the place of the library's
 
-    def read(self, call: Call, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, state: Tensor | None,
-             dt_limit: tuple[float, float], seq_idx: Tensor | None) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """x (B,T,H,P), dt (B,T,H), B and C (B,T,G,N), the library's state; returns y like x, and the state after."""
-        m, reset = self.module, None
-        if seq_idx is not None:
-            reset = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0))
+    def gates(self, dt: Tensor, dt_limit: tuple[float, float]) -> SteppedGates:
+        """Return the gates of raw steps dt (B, T, H)."""
+        m = self.module
         A = -m.A_log.to(torch.promote_types(m.A_log.dtype, torch.float32)).exp()
+        return SteppedGates(dt, A, m.dt_bias, dt_limit)
+
+    def read(
+        self, call: Call, inputs: ScanInputs, gates: SteppedGates, state: Tensor | None, seq_idx: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Scan a call's tokens under the policy, and keep what lies beside the state.
+
+        Args:
+            state: (B, H, P, N), the library's, or None where the rows begin.
+            seq_idx: (B, T) the document of each token, or None.
+        Returns:
+            y (B, T, H, P), and the state after it.
+        """
+        reset = None if seq_idx is None else F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0))
         y, new = scan(
-            ScanInputs(x, B, C, self.D),
-            SteppedGates(dt, A, m.dt_bias, dt_limit),
+            inputs,
+            gates,
             Span(call.mask, reset),
             policy=self._policy,
             backend=self.backend,

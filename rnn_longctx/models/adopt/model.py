@@ -213,12 +213,14 @@ class Adopted(Identified):
 
     # --- reading
 
-    def __call__(self, ids: Tensor, cache: AdoptedCache | None = None, mask: Tensor | None = None,
-                 reset: Tensor | None = None) -> Tensor:  # fmt: skip
+    def __call__(
+        self, ids: Tensor, cache: AdoptedCache | None = None, mask: Tensor | None = None, reset: Tensor | None = None
+    ) -> Tensor:
         return self.forward(ids, cache, mask, reset)
 
-    def forward(self, ids: Tensor, cache: AdoptedCache | None = None, mask: Tensor | None = None,
-                reset: Tensor | None = None) -> Tensor:  # fmt: skip
+    def forward(
+        self, ids: Tensor, cache: AdoptedCache | None = None, mask: Tensor | None = None, reset: Tensor | None = None
+    ) -> Tensor:
         """Read ids (B, T) and return the hidden states (B, T, d_model) after the last norm.
 
         Args:
@@ -293,22 +295,22 @@ class Adopted(Identified):
         """The library reads ids (B, T), T > 0, and its cache is moved on. before, padding: (B,) on the CPU, tokens read
         before and columns of padding up to here."""
         total = cache.seen + ids.shape[1]
-        given: dict[str, Any] = {}
+        inputs: dict[str, Any] = {}
         key = cache_name(self.base)
         if bool(padding.any()) and (self.attends or mask is not None):
             # a pure model's mask is of this call's tokens, a hybrid's of all
             columns = torch.arange(cache.dropped if self.attends else cache.seen, total, device="cpu")
-            given["attention_mask"] = (columns >= padding[:, None]).long().to(ids.device)
+            inputs["attention_mask"] = (columns >= padding[:, None]).long().to(ids.device)
         if "position_ids" in self._takes:  # some families count a cached call's tokens from 0
             at = (torch.arange(cache.seen, total, device="cpu") - padding[:, None]).clamp(min=0)
-            given["position_ids"] = at.to(ids.device)
+            inputs["position_ids"] = at.to(ids.device)
         if cache.library is None and self.hybrid and not self._attention:
             cache.library = unattended()(config=self.config)
         if cache.seen:
             for mixer in self.mixers:
                 if mixer.active:
                     mixer.place(mixer.layer_of(cache.library), before)
-        out = self.base(input_ids=ids, use_cache=True, return_dict=True, **{key: cache.library}, **given)
+        out = self.base(input_ids=ids, use_cache=True, return_dict=True, **{key: cache.library}, **inputs)
         if out.get(key) is None:  # checkpointed layers in training mode
             raise InputError(f"{self.name} keeps no cache where gradient checkpointing is on in training: model.eval()")
         cache.library = out[key]
@@ -326,8 +328,9 @@ class Adopted(Identified):
                 f"{self.name}: a call of {len(u)} x {u.shape[1]:,} tokens through layers {widest(self):,} wide is past "
                 f"the 32-bit limit of mamba-ssm's kernels, which then fault or give wrong numbers: read at most "
                 f"{limit:,} tokens at once, or with rnn_longctx.generate and evaluate, which do",
-                RuntimeWarning, stacklevel=2,
-            )  # fmt: skip
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     def stream(self, ids: Tensor, cache: AdoptedCache | None = None, segment: int = 4096) -> Iterator[Tensor]:
         """Hidden states of ids (B, T), or (T), a segment at a time, in the memory of one (and attention's cache)."""

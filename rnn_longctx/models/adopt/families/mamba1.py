@@ -54,8 +54,9 @@ class Mamba1Mixer(DispatchedMixer):
             warnings.warn(
                 f"the adapter on {self.name}.dt_proj does nothing, in the library's own forward either, until it is "
                 "merged (merge_and_unload): the mixer reads that layer's weight past it",
-                RuntimeWarning, stacklevel=2,
-            )  # fmt: skip
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     def steps(self, projected: Tensor) -> Tensor:
         raise InputError(f"{self.name} is a mixer of Mamba-1, whose steps come after its convolution, one a channel")
@@ -71,8 +72,9 @@ class Mamba1Mixer(DispatchedMixer):
         tokens = arguments["hidden_states"].shape[1]
         return cache is not None and tokens > 1 and cache.has_previous_state(self.module.layer_idx)
 
-    def read_channels(self, call: Call, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, z: Tensor | None,
-                      bias: Tensor | None) -> tuple[Tensor, Tensor]:  # fmt: skip
+    def read_channels(
+        self, call: Call, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, z: Tensor | None, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """x, dt, z (B,T,H), B and C (B,T,N); returns y (B,T,H) and the state (B,H,N) after."""
         m, carry = self.module, None
         if not call.fresh:
@@ -101,9 +103,20 @@ class Mamba1Mixer(DispatchedMixer):
         return (y if z is None else y * F.silu(z)), window_state(new)[:, :, 0]
 
 
-def _scan(call: Call, hidden_states: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None,
-          z: Tensor | None = None, delta_bias: Tensor | None = None, delta_softplus: bool = False,
-          return_last_state: bool = False, **_: Any) -> Any:  # fmt: skip
+def _scan(
+    call: Call,
+    hidden_states: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    return_last_state: bool = False,
+    **_: Any,
+) -> Any:
     mixer: Any = call.mixer
     x, dt, B, C = (t.transpose(1, 2) for t in (hidden_states, dt, B, C))
     y, state = mixer.read_channels(call, x, dt, B, C, None if z is None else z.transpose(1, 2), delta_bias)
@@ -111,9 +124,20 @@ def _scan(call: Call, hidden_states: Tensor, dt: Tensor, A: Tensor, B: Tensor, C
     return (y, state) if return_last_state else y
 
 
-def _step(call: Call, state: Tensor, hidden_states: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor,
-          D: Tensor | None = None, dt_bias: Tensor | None = None, dt_softplus: bool = False, z: Tensor | None = None,
-          **_: Any) -> Tensor:  # fmt: skip
+def _step(
+    call: Call,
+    state: Tensor,
+    hidden_states: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    z: Tensor | None = None,
+    **_: Any,
+) -> Tensor:
     mixer: Any = call.mixer
     x, dt, B, C = (t[:, None] for t in (hidden_states, dt, B, C))
     y, new = mixer.read_channels(call, x, dt, B, C, None if z is None else z[:, None], dt_bias)
@@ -123,7 +147,7 @@ def _step(call: Call, state: Tensor, hidden_states: Tensor, dt: Tensor, A: Tenso
 
 def is_mamba1(module: nn.Module) -> bool:
     parts = ("dt_proj", "x_proj", "in_proj", "conv1d")
-    return holds(module, "A_log", 2) and all(hasattr(module, part) for part in parts)
+    return holds(module, "A_log", 2) and all(hasattr(module, name) for name in parts)
 
 
 FAMILIES.register(Family("mamba1", is_mamba1, Mamba1Mixer))
