@@ -38,12 +38,12 @@ _reading: ContextVar[bool] = ContextVar("reading", default=False)  # whether it 
 
 
 class Adopted(Identified):
-    """A model of another library as a stream. The interface is `Mamba2LM`'s.
+    """A model of another library as a stream. See `LanguageModel`.
 
     Attributes:
         model: the library's; of a wrapper, the one inside it.
         mixers: its recurrent layers, in order.
-        name, weights_hash, train_length, tokenizer, calibration, restart, reader: as in `Mamba2LM`.
+        name, weights_hash, train_length, tokenizer, calibration, restart, reader: as in `LanguageModel`.
     """
 
     library = "transformers"
@@ -117,8 +117,8 @@ class Adopted(Identified):
         return StateSize(fixed, self._attention_size() if self.attends else 0)
 
     def _attention_size(self) -> int:
-        """Numbers of keys and values that all layers of attention together keep for a token. (A family's are equally
-        wide; Zamba2's share one module, so layers are counted in the cache.)"""
+        """Return how many numbers of keys and values all layers of attention together keep for a token. (A family's are
+        equally wide; Zamba2's share one module, so layers are counted in the cache.)"""
         from transformers import DynamicCache
 
         layers = sum(hasattr(layer, "get_seq_length") for layer in DynamicCache(config=self.config).layers)
@@ -152,8 +152,8 @@ class Adopted(Identified):
         return self.mixers[0].state_dtype
 
     def use_state_dtype(self, dtype: torch.dtype | str | None) -> None:
-        """As `Mamba2LM.use_state_dtype`, in the model's own forward and generate too: our scan runs then, under any
-        policy."""
+        """Keep states in another type, as `LM.use_state_dtype` does, in the model's own forward and generate too: our
+        scan runs then, under any policy."""
         checked = state_dtype(dtype, self.dtype)
         for mixer in self.mixers:
             mixer.state_dtype = checked
@@ -170,7 +170,7 @@ class Adopted(Identified):
 
     @contextmanager
     def reading(self) -> Iterator[None]:
-        """Parts of the library's model may be called, whatever `refuse_own` was told: it is we who read."""
+        """Let parts of the library's model be called, whatever `refuse_own` refuses: it is we who read."""
         ours = _reading.set(True)
         try:
             yield
@@ -207,7 +207,7 @@ class Adopted(Identified):
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the embedding's weights are of; where those are packed, the first parameter that is not."""
+        """The type of the embedding's weights; where those are packed, of the first parameter that is not."""
         weights = itertools.chain([getattr(self.embedding, "weight", None)], self.parameters())
         return next((d for d in map(computes_in, weights) if d is not None), torch.float32)
 
@@ -243,7 +243,7 @@ class Adopted(Identified):
         return self.read(ids, cache, mask)
 
     def read(self, ids: Tensor, cache: AdoptedCache, mask: Tensor | None = None) -> Tensor:
-        """`forward` without the reader's control, in calls no longer than `longest`."""
+        """Read as `forward` does, without the reader's control, in calls no longer than `longest`."""
         self._readable()
         batch, length = ids.shape
         most = longest(self, batch)
@@ -256,12 +256,12 @@ class Adopted(Identified):
         return torch.cat(hidden, 1)
 
     def _readable(self) -> None:
-        """Raises InputError where our reading would not equal the model's own forward, as that is now."""
+        """Raise InputError where our reading would not equal the model's own forward, as that is now."""
         if reason := unreadable(self.model):
             raise InputError(f"{reason}: mitigate it, and read with its own forward")
 
     def _read(self, ids: Tensor, cache: AdoptedCache, mask: Tensor | None) -> Tensor:
-        """`read` in one call of the library."""
+        """Read in one call of the library."""
         batch, length = ids.shape
         if cache.torn:
             raise InputError(
@@ -292,7 +292,7 @@ class Adopted(Identified):
         return hidden
 
     def _call(self, ids: Tensor, cache: AdoptedCache, mask: Tensor | None, before: Tensor, padding: Tensor) -> Tensor:
-        """The library reads ids (B, T), T > 0, and its cache is moved on. before, padding: (B,) on the CPU, tokens read
+        """Let the library read ids (B, T), T > 0, and move its cache on. before, padding: (B,) on the CPU, tokens read
         before and columns of padding up to here."""
         total = cache.seen + ids.shape[1]
         inputs: dict[str, Any] = {}
@@ -333,13 +333,14 @@ class Adopted(Identified):
             )
 
     def stream(self, ids: Tensor, cache: AdoptedCache | None = None, segment: int = 4096) -> Iterator[Tensor]:
-        """Hidden states of ids (B, T), or (T), a segment at a time, in the memory of one (and attention's cache)."""
+        """Yield the hidden states of ids (B, T), or (T), a segment at a time, in the memory of one (and attention's
+        cache)."""
         ids, cache = rows_of(ids), self.new_cache() if cache is None else cache
         for t in range(0, ids.shape[1], segment):
             yield self(ids[:, t : t + segment].to(self.device), cache)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(..., vocab) float32 from hidden states (..., d_model)."""
+        """Return (..., vocab) float32 from hidden states (..., d_model)."""
         head = self.head
         if head is None:
             raise InputError(f"{type(self.model).__name__} has no head for logits: load it as a causal language model")
@@ -351,7 +352,7 @@ class Adopted(Identified):
         return logits if logits.dtype == torch.float64 else logits.float()
 
     def losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """-log p(target) in nats, (B, T), from hidden states (B, T, d_model); never all logits at once. A target
+        """Return -log p(target) in nats, (B, T), from hidden states (B, T, d_model); never all logits at once. A target
         of -100 is ignored: 0, without a gradient."""
         return token_losses(self.logits, self.config.vocab_size, hidden, targets)
 

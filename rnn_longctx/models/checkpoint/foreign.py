@@ -67,7 +67,7 @@ def _sentence(file: Path, what: str, helps: str) -> str:
 
 
 def _base(adapter: Path) -> str:
-    """ " of MODEL", where an adapter's config names it."""
+    """Return " of MODEL", where an adapter's config names it."""
     try:
         base = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
     except (OSError, ValueError, AttributeError):

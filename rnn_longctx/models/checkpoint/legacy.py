@@ -27,7 +27,7 @@ def is_of(weights: str, model: LanguageModel, now: str | None = None) -> bool:
 
 
 def old_hashes(model: LanguageModel) -> Iterator[str]:
-    """What an older version may have said of these weights: of this library's, one for each type that holds all of
+    """Yield what an older version may have called these weights: of this library's, one for each type that holds all of
     their numbers, since it was of the file that they came from; none where they are offloaded."""
     if isinstance(model, LM):
         shape = {k: v for k, v in plain(to_dict(model.config)).items() if k not in _INIT}

@@ -93,7 +93,7 @@ def save(
 
 
 def _put(aside: Path, directory: Path) -> None:
-    """Finished files to their place: one rename if nothing is there, else file by file, config.json last."""
+    """Move finished files to their place: one rename if nothing is there, else file by file, config.json last."""
     if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
         os.replace(aside, directory)
         return

@@ -29,7 +29,7 @@ from rnn_longctx.recurrence.ssd.window import window_state
 
 
 class Mamba1Mixer(DispatchedMixer):
-    """See `AdoptedMixer`."""
+    """A mixer whose channels are heads of headdim 1, each with its own step; see `AdoptedMixer`."""
 
     one_step_a_head = False
     per_channel = stays = True
@@ -47,7 +47,8 @@ class Mamba1Mixer(DispatchedMixer):
         return UNLIMITED
 
     def stand(self) -> None:
-        """As `AdoptedMixer.stand`. Warns of an adapter on dt_proj: the library reads that layer's weight past it."""
+        """Begin to stand before the module's methods. Warns of an adapter on dt_proj: the library reads that layer's
+        weight past it."""
         super().stand()
         layer = self.module.dt_proj
         if hasattr(layer, "base_layer") and not getattr(layer, "merged", False):
@@ -75,7 +76,7 @@ class Mamba1Mixer(DispatchedMixer):
     def read_channels(
         self, call: Call, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, z: Tensor | None, bias: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """x, dt, z (B,T,H), B and C (B,T,N); returns y (B,T,H) and the state (B,H,N) after."""
+        """Scan x, dt, z (B, T, H), B and C (B, T, N); return y (B, T, H) and the state (B, H, N) after it."""
         m, carry = self.module, None
         if not call.fresh:
             state = self.state_of(call.layer)

@@ -17,7 +17,7 @@ from rnn_longctx.recurrence.gates import ScanInputs
 
 
 class Mamba2Mixer(DispatchedMixer):
-    """See `AdoptedMixer`."""
+    """A mixer with one step a head; see `AdoptedMixer`."""
 
     @staticmethod
     def functions() -> dict[str, Callable]:

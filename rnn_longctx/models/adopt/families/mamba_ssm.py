@@ -30,7 +30,7 @@ from rnn_longctx.recurrence.gates import ScanInputs
 
 
 class MambaSSMMixer(AdoptedMixer):
-    """See `AdoptedMixer`. A layer of the library's cache is its state's tensor (B, H, P, N)."""
+    """A mixer whose layer of the library's cache is its state's tensor (B, H, P, N); see `AdoptedMixer`."""
 
     def __init__(self, module: nn.Module, name: str):
         m: Any = module
@@ -72,7 +72,8 @@ class MambaSSMMixer(AdoptedMixer):
 
     @property
     def weight(self) -> Tensor:
-        """The convolution's, which is used without a call of its own. InputError where accelerate has taken it away."""
+        """The convolution's weight, which is used without a call of its own. InputError where accelerate has taken it
+        away."""
         if (weight := self.module.conv1d.weight).is_meta:
             raise InputError(
                 f"the weights of {self.name} are offloaded, and mamba_ssm's mixers are read whole: load it anew"
@@ -80,7 +81,8 @@ class MambaSSMMixer(AdoptedMixer):
         return weight
 
     def new_states(self, batch: int) -> tuple[Tensor, Tensor]:
-        """What a row begins with: inputs of the convolution (B, channels, d_conv) and state (B, H, P, N), of zeros."""
+        """Return what a row begins with: inputs of the convolution (B, channels, d_conv) and state (B, H, P, N), of
+        zeros."""
         weight = self.weight
         dtype = self.state_dtype or torch.promote_types(weight.dtype, torch.float32)
         conv = weight.new_zeros(batch, self.module.d_conv, len(weight)).transpose(1, 2)  # (laid out as the library's)
@@ -88,7 +90,7 @@ class MambaSSMMixer(AdoptedMixer):
 
     @torch.compiler.disable
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The mixer's forward, between its projections ours. `mask` (B, T) bool is False at left padding; several
+        """Call the mixer's projections, and ours between them. `mask` (B, T) bool is False at left padding; several
         tokens may follow what the cache has read.
 
         Raises:
@@ -115,8 +117,8 @@ class MambaSSMMixer(AdoptedMixer):
 
     @torch.compiler.disable
     def step(self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """As the mixer's: hidden_states (B, T, d_model), T of any length; both states are moved on in place. States of
-        zeros that have seen no policy begin a row."""
+        """Step as the mixer does: hidden_states (B, T, d_model), T of any length; both states are moved on in place.
+        States of zeros that have seen no policy begin a row."""
         if not self.active:
             return self.original("step")(hidden_states, conv_state, ssm_state)
         known = getattr(ssm_state, "beside", None) is not None
@@ -126,7 +128,7 @@ class MambaSSMMixer(AdoptedMixer):
     def _layer(
         self, u: Tensor, states: tuple[Tensor, Tensor] | None, fresh: bool, mask: Tensor | None, seq_idx: Tensor | None
     ) -> Tensor:
-        """u and what is returned: (B, T, d_model). `fresh`: rows begin, whatever the states hold."""
+        """Read u (B, T, d_model) and return as much. `fresh`: rows begin, whatever the states hold."""
         m, (heads, headdim, d_state), _ = self.module, self.shape, self.weight
         projected = m.in_proj(u)
         both = m.ngroups * d_state
@@ -224,11 +226,11 @@ class AdoptedMambaSSM(Adopted):
 
 
 class MambaSSMCache(AdoptedCache):
-    """See `AdoptedCache`; `library` is mamba_ssm's InferenceParams."""
+    """An `AdoptedCache` whose `library` is mamba_ssm's InferenceParams."""
 
     @staticmethod
     def concat(parts: list[AdoptedCache], order: list[int]) -> AdoptedCache:
-        """As `Cache.concat`."""
+        """Return the rows of several caches as one cache; see `Cache.concat`."""
         cat, new = in_order(order), parts[0].clone()
         states = new.library.key_value_memory_dict
         for key in states:
