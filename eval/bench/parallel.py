@@ -24,8 +24,8 @@ from rnn_longctx.eval.bench.base import Row, bench, sizes
 from rnn_longctx.eval.bench.model import SHAPE_370M
 from rnn_longctx.models.cache import Cache
 from rnn_longctx.models.lm import Mamba2LM
+from rnn_longctx.train.learner import Learner
 from rnn_longctx.train.parallel import reduce_gradients, sequence_parallel, shard, stretch
-from rnn_longctx.train.passing import Learner
 
 
 @contextmanager

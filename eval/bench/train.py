@@ -18,10 +18,11 @@ from rnn_longctx.eval.bench.base import Row, bench, sizes
 from rnn_longctx.models.lm import Mamba2LM
 from rnn_longctx.models.losses import head_losses
 from rnn_longctx.models.mixers.mamba2 import Mamba2Config
+from rnn_longctx.train.bptt import MicroBatch, accumulate
 from rnn_longctx.train.config import OptimizerConfig, PassingConfig
 from rnn_longctx.train.corpus import Batch
-from rnn_longctx.train.passing import Learner, Part, accumulate, zeros
-from rnn_longctx.train.trainer import make_optimizer
+from rnn_longctx.train.learner import Learner
+from rnn_longctx.train.optimizer import make_optimizer
 
 REPEATS = 5
 Learn = Callable[[Tensor], None]  # ids (B, T + 1): leaves the gradients in the parameters
@@ -98,9 +99,9 @@ def learning(learner: nn.Module, model: Any, segment: int = 0) -> Learn:
     """learner: the model's, wrapped or not. segment: tokens, or 0 for all of a sequence."""
 
     def learn(ids: Tensor) -> None:
-        part = Part.of(Batch(ids, torch.zeros_like(ids[:, 1:], dtype=torch.bool)))
+        part = MicroBatch.of(Batch(ids, torch.zeros_like(ids[:, 1:], dtype=torch.bool)))
         passing = PassingConfig(segment, bptt=0) if segment else None
-        start = zeros(model, len(ids)) if segment else None
+        start = model.new_cache(len(ids)) if segment else None
         accumulate(learner, part, passing, start, 0.0, lambda: torch.autocast(ids.device.type, torch.bfloat16))
 
     return learn

@@ -19,9 +19,9 @@ from rnn_longctx.models.checkpoint import layouts
 from rnn_longctx.models.checkpoint.legacy import is_of, old_hashes
 from rnn_longctx.models.hashing import BLOCK, digest
 from rnn_longctx.models.lm import Mamba2LM
-from rnn_longctx.models.mixers import base
 from rnn_longctx.models.mixers.mamba2 import Mamba2Config
 from rnn_longctx.recurrence.span import WHOLE
+from rnn_longctx.recurrence.ssd import SSD
 
 
 class Holder(nn.Module):
@@ -168,8 +168,8 @@ def test_eps_of_a_norm_is_one_everywhere(make, monkeypatch):
         squares = torch.ones(1, 3, 1)
 
     monkeypatch.setattr(model.mixers[0].norm, "gate", lambda z: Gate())
-    scan = base.scan
-    monkeypatch.setattr(base, "scan", lambda *a, output_gate, **k: scan(*a, output_gate=None, **k))
+    scan = SSD.scan
+    monkeypatch.setattr(SSD, "scan", lambda *a, output_gate, **k: scan(*a, output_gate=None, **k))
     with torch.no_grad():
         model.mixers[0](torch.randn(1, 3, 24), None, WHOLE)
     assert held[0][3] == 0.25

@@ -91,6 +91,10 @@ class AdoptedCache:
         new.library = copy.deepcopy(self.library)
         return new
 
+    def restore(self, other: AdoptedCache) -> None:
+        """Become what another cache is, in place; the other is given up, since both share the library's cache."""
+        vars(self).update(vars(other))
+
     def rows(self, index: Tensor | list[int]) -> AdoptedCache:
         """Return the cache of some rows, in that order (beam search, ragged batches)."""
         index = torch.as_tensor(index, device=getattr(index, "device", "cpu"))

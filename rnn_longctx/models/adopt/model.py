@@ -28,6 +28,7 @@ from rnn_longctx.models.ids import rows_of
 from rnn_longctx.models.interface import LayerByLayer, StateSize
 from rnn_longctx.models.losses import token_losses
 from rnn_longctx.models.precision import state_dtype
+from rnn_longctx.models.reading import Hooked
 from rnn_longctx.models.restart import Restart, read_restarting
 from rnn_longctx.models.segments import kernels_there, longest, widest
 from rnn_longctx.recurrence.backends import Call, choose
@@ -37,7 +38,7 @@ from rnn_longctx.recurrence.ssd.scan import compute_dtype
 _reading: ContextVar[bool] = ContextVar("reading", default=False)  # whether it is we who call the library's forward
 
 
-class Adopted(Identified):
+class Adopted(Hooked, Identified):
     """A model of another library as a stream. See `LanguageModel`.
 
     Attributes:
@@ -239,8 +240,8 @@ class Adopted(Identified):
         if self.restart is not None:
             if mask is not None or len(set(cache.position.tolist())) > 1:
                 raise InputError(f"the control {self.restart} needs rows of equal lengths in an adopted model")
-            return read_restarting(self.read, self.restart, ids, cache, None)  # type: ignore[arg-type]
-        return self.read(ids, cache, mask)
+            return read_restarting(self.hooked_read(), self.restart, ids, cache, None)  # type: ignore[arg-type]
+        return self.hooked_read()(ids, cache, mask)
 
     def read(self, ids: Tensor, cache: AdoptedCache, mask: Tensor | None = None) -> Tensor:
         """Read as `forward` does, without the reader's control, in calls no longer than `longest`."""
