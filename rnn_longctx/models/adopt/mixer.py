@@ -11,7 +11,7 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from rnn_longctx.errors import InputError
 from rnn_longctx.models.adopt.beside import Beside, following, tokens_counted
 from rnn_longctx.models.hashing import held
+from rnn_longctx.models.interface import RecurrentMixer
 from rnn_longctx.models.mixers.mamba2 import dt_limits
 from rnn_longctx.recurrence.carry import ScanCarry
 from rnn_longctx.recurrence.gates import ScanInputs, SteppedGates
@@ -316,3 +317,9 @@ class _Counting:
 
     def __call__(self, statistics: Statistics) -> None:
         self.observer(replace(statistics, position=tokens_counted(statistics.position)))
+
+
+if TYPE_CHECKING:
+
+    def _held_to_the_protocol(mixer: AdoptedMixer) -> RecurrentMixer:
+        return mixer
