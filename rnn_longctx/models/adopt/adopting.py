@@ -36,8 +36,14 @@ from rnn_longctx.models.mixers.mamba2 import dt_limits
 _KEY = "_rnn_longctx_adopted"
 
 
-def adopt(model: nn.Module | Adopted, *, name: str | None = None, tokenizer: Any = None,
-          train_length: int | str | None = None, time_step_limit_in_decode: bool = False) -> Adopted:  # fmt: skip
+def adopt(
+    model: nn.Module | Adopted,
+    *,
+    name: str | None = None,
+    tokenizer: Any = None,
+    train_length: int | str | None = None,
+    time_step_limit_in_decode: bool = False,
+) -> Adopted:
     """Put a model of another library behind the interface that remedies, probes and evaluation use.
 
     Families: those of transformers with Mamba-2 mixers (Mamba2, Bamba, FalconH1, GraniteMoeHybrid, NemotronH, Zamba2),
@@ -83,8 +89,14 @@ def adopt(model: nn.Module | Adopted, *, name: str | None = None, tokenizer: Any
     return lm
 
 
-def load_adopted(source: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | str | None = None,
-                 tokenizer: str | None = None, train_length: int | str | None = None) -> Adopted | None:  # fmt: skip
+def load_adopted(
+    source: str | Path,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | str | None = None,
+    tokenizer: str | None = None,
+    train_length: int | str | None = None,
+) -> Adopted | None:
     """Return a checkpoint that transformers reads and this library adopts, from a directory or a hub id; None where it
     is of no such family. Arguments as of `rnn_longctx.load`.
 

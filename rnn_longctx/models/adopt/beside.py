@@ -24,7 +24,7 @@ UNCOUNTED = -(2**30)  # below 0 for a long time
 
 @dataclass
 class Beside:
-    """What a carry holds beside the state.
+    """The parts of a carry that the library's cache has no place for.
 
     Attributes:
         era: since when the mixer counts without a gap.
@@ -40,7 +40,7 @@ class Beside:
 
     @classmethod
     def uncounted(cls, era: int, rows: int) -> Beside:
-        """Rows that have read tokens which nobody counted."""
+        """Return what lies beside the states of rows that have read tokens which nobody counted."""
         return cls(era, torch.full((rows,), UNCOUNTED, dtype=torch.int64, device="cpu"))
 
     @property

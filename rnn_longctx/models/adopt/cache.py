@@ -59,7 +59,7 @@ class AdoptedCache:
 
     @property
     def layers(self) -> list[Carry]:
-        """The recurrent layers' carries, in order; empty before the first token. `scan.state` is what the library
+        """The carries of the recurrent layers, in order; empty before the first token. `scan.state` is what the library
         holds (the windowed state under a window); `log_decay` is not a number where no policy was active."""
         if self.library is None:
             return []
@@ -96,7 +96,7 @@ class AdoptedCache:
         vars(self).update(vars(other))
 
     def rows(self, index: Tensor | list[int]) -> AdoptedCache:
-        """The cache of some rows, in that order (beam search, ragged batches)."""
+        """Return the cache of some rows, in that order (beam search, ragged batches)."""
         index = torch.as_tensor(index, device=getattr(index, "device", "cpu"))
         new = self.clone()
         if new.library is not None:
@@ -108,7 +108,7 @@ class AdoptedCache:
 
     @staticmethod
     def concat(parts: list[Any], order: list[int]) -> Any:
-        """Rows of several caches as one; see `Cache.concat`.
+        """Return the rows of several caches as one cache; see `Cache.concat`.
 
         Where rows have read unequally much, attention's keys and values (B, heads, T, dim) are padded at the left, as
         if so many columns of padding had stood before the row.

@@ -48,13 +48,14 @@ class DispatchedMixer(AdoptedMixer):
 
     @staticmethod
     def functions() -> dict[str, Callable]:
-        """What stands in the place of the modeling file's scan, its step, and its shortcut in training: each is called
-        with the `Call` before the arguments of the original."""
+        """Return what stands in the place of the modeling file's scan, its step, and its shortcut in training, by their
+        names: each is called with the `Call` before the arguments of the original."""
         raise NotImplementedError
 
     @property
     def names(self) -> dict[str, Any]:
-        """Where the mixer's forward looks up what it calls: the globals of the file of the class that defines it."""
+        """The place where the mixer's forward looks up what it calls: the globals of the file of the class that defines
+        it."""
         home = next(c for c in type(self.module).__mro__ if "forward" in vars(c))
         return vars(sys.modules[home.__module__])
 
@@ -63,8 +64,8 @@ class DispatchedMixer(AdoptedMixer):
         return False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The mixer's own forward, its scan and step ours where a policy is active or the library's would be wrong.
-        InputError: a static cache that attention shares."""
+        """Call the mixer's own forward, its scan and step ours where a policy is active or the library's would be
+        wrong. InputError: a static cache that attention shares."""
         arguments = self.arguments(args, kwargs)
         cache = next((arguments[n] for n in CACHE_NAMES if arguments.get(n) is not None), None)
         if self.active or self.drops(arguments, cache):
@@ -89,8 +90,10 @@ class DispatchedMixer(AdoptedMixer):
         except LeftPaddingError as error:
             if mask is None:
                 raise
-            raise InputError(f"{error}; the library's generate takes every pad id for padding: where no token is, pass "
-                             "it attention_mask=torch.ones_like(ids)") from None  # fmt: skip
+            raise InputError(
+                f"{error}; the library's generate takes every pad id for padding: where no token is, pass "
+                "it attention_mask=torch.ones_like(ids)"
+            ) from None
         finally:
             _running.reset(token)
 
@@ -110,7 +113,7 @@ def cache_name(module: nn.Module) -> str:
 
 @contextmanager
 def _dispatchers(names: dict[str, Any], functions: dict[str, Callable]) -> Iterator[None]:
-    """Dispatchers in the place of a modeling file's functions, for as long as a mixer with a policy runs."""
+    """Put dispatchers in the place of a modeling file's functions, for as long as a mixer with a policy runs."""
     key = id(names)
     with _lock:
         _users[key] = _users.get(key, 0) + 1

@@ -11,7 +11,7 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from rnn_longctx.errors import InputError
 from rnn_longctx.models.adopt.beside import Beside, following, tokens_counted
 from rnn_longctx.models.hashing import held
+from rnn_longctx.models.interface import RecurrentMixer
 from rnn_longctx.models.mixers.mamba2 import dt_limits
 from rnn_longctx.recurrence.carry import ScanCarry
 from rnn_longctx.recurrence.gates import ScanInputs, SteppedGates
@@ -75,24 +76,24 @@ class AdoptedMixer:
         self._replaced: dict[str, Any] = {}  # what the instance itself held (a hook of accelerate)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The mixer's own forward where no policy is active."""
+        """Read as the library's mixer does, with our scan where `active`: a family says how."""
         raise NotImplementedError
 
     # --- what the library's mixer holds
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Heads, headdim, d_state."""
+        """The shape of a row's state: heads, headdim, d_state."""
         return self.module.num_heads, self.module.head_dim, self.module.ssm_state_size
 
     @property
     def A(self) -> Tensor:
-        """(H,) or (H, N) float32, the decay rates: -exp(A_log)."""
+        """The decay rates, -exp(A_log): (H,) or (H, N) float32."""
         return -held(self.module, "A_log").detach().float().exp()
 
     @property
     def D(self) -> Tensor:
-        """(H,) or (H, P)."""
+        """The part of x that goes straight to y: (H,) or (H, P)."""
         return held(self.module, "D")
 
     @property
@@ -124,8 +125,8 @@ class AdoptedMixer:
 
     @property
     def observer(self) -> Observer | None:
-        """Shown the states, as `Mamba2.observer`: our scan runs while there is one. Positions that it sees of rows
-        which began before count from when our scan came."""
+        """The observer that is shown the states: our scan runs while there is one. Positions that it sees of rows which
+        began before count from when our scan came."""
         return self._observer
 
     @observer.setter
@@ -136,7 +137,7 @@ class AdoptedMixer:
 
     @property
     def state_dtype(self) -> torch.dtype | None:
-        """See `scan`; another than None takes our scan, as a policy does."""
+        """The type that states are kept in, see `scan`; another than None takes our scan, as a policy does."""
         return self._state_dtype
 
     @state_dtype.setter
@@ -197,34 +198,34 @@ class AdoptedMixer:
         return replaced if replaced is not None else getattr(type(self.module), name).__get__(self.module)
 
     def arguments(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The arguments of a call of the mixer's forward, by their names."""
+        """Return the arguments of a call of the mixer's forward, by their names."""
         return dict(zip(self._parameters, args)) | kwargs
 
     # --- what lies in the library's cache
 
     def layer_of(self, library: Any) -> Any:
-        """This mixer's part of the library's cache."""
+        """Return this mixer's part of the library's cache."""
         return library.layers[self.module.layer_idx]
 
     def state_of(self, layer: Any) -> Tensor:
-        """The state (B, H, P, N) in a layer of the library's cache."""
+        """Return the state (B, H, P, N) in a layer of the library's cache."""
         return layer.recurrent_states[0]
 
     def conv_of(self, library: Any) -> Tensor:
-        """The inputs of the convolution, (B, channels, taps), in the library's cache."""
+        """Return the inputs of the convolution, (B, channels, taps), in the library's cache."""
         return self.layer_of(library).conv_states[0]
 
     def no_log_decay(self, state: Tensor) -> Tensor:
-        """A total log-decay that nobody has counted, of a state (B, H, P, N)."""
+        """Return a total log-decay that nobody has counted, of a state (B, H, P, N)."""
         return torch.full(state.shape[:2], math.nan, dtype=torch.float64, device=state.device)
 
     def beside(self, layer: Any) -> Any:
-        """What this policy keeps there, or None where it has not read all the tokens before."""
+        """Return what this policy keeps there, or None where it has not read all the tokens before."""
         beside = getattr(layer, "beside", None)
         return beside if beside is not None and beside.era == self._era else None
 
     def carry(self, layer: Any, state: Tensor) -> ScanCarry:
-        """The carry of a layer that has read something; state (B, H, P, N) is the library's."""
+        """Return the carry of a layer that has read something; state (B, H, P, N) is the library's."""
         if (beside := self.beside(layer)) is None:
             beside = Beside.uncounted(self._era, len(state))
             self.lay(layer, beside)
@@ -259,16 +260,27 @@ class AdoptedMixer:
 
     # --- our scan in the place of the library's
 
-    def read(self, call: Call, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, state: Tensor | None,
-             dt_limit: tuple[float, float], seq_idx: Tensor | None) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """x (B,T,H,P), dt (B,T,H), B and C (B,T,G,N), the library's state; returns y like x, and the state after."""
-        m, reset = self.module, None
-        if seq_idx is not None:
-            reset = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0))
+    def gates(self, dt: Tensor, dt_limit: tuple[float, float]) -> SteppedGates:
+        """Return the gates of raw steps dt (B, T, H)."""
+        m = self.module
         A = -m.A_log.to(torch.promote_types(m.A_log.dtype, torch.float32)).exp()
+        return SteppedGates(dt, A, m.dt_bias, dt_limit)
+
+    def read(
+        self, call: Call, inputs: ScanInputs, gates: SteppedGates, state: Tensor | None, seq_idx: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Scan a call's tokens under the policy, and keep what lies beside the state.
+
+        Args:
+            state: (B, H, P, N), the library's, or None where the rows begin.
+            seq_idx: (B, T) the document of each token, or None.
+        Returns:
+            y (B, T, H, P), and the state after it.
+        """
+        reset = None if seq_idx is None else F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0))
         y, new = scan(
-            ScanInputs(x, B, C, self.D),
-            SteppedGates(dt, A, m.dt_bias, dt_limit),
+            inputs,
+            gates,
             Span(call.mask, reset),
             policy=self._policy,
             backend=self.backend,
@@ -305,3 +317,9 @@ class _Counting:
 
     def __call__(self, statistics: Statistics) -> None:
         self.observer(replace(statistics, position=tokens_counted(statistics.position)))
+
+
+if TYPE_CHECKING:
+
+    def _held_to_the_protocol(mixer: AdoptedMixer) -> RecurrentMixer:
+        return mixer

@@ -10,8 +10,13 @@ from torch import Tensor
 from rnn_longctx.models.adopt.cache import AdoptedCache
 
 
-def read_packed(read: Callable[[Tensor, AdoptedCache], Tensor], new_cache: Callable[[], AdoptedCache], ids: Tensor,
-                cache: AdoptedCache, reset: Tensor) -> Tensor:  # fmt: skip
+def read_packed(
+    read: Callable[[Tensor, AdoptedCache], Tensor],
+    new_cache: Callable[[], AdoptedCache],
+    ids: Tensor,
+    cache: AdoptedCache,
+    reset: Tensor,
+) -> Tensor:
     """Read rows in which documents begin where reset (B, T) is True, and return the hidden states.
 
     Each document is read as a row of its own, one after the other, since the families' convolutions keep documents

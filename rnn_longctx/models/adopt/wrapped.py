@@ -53,7 +53,7 @@ def unwrapped(model: Any) -> Any:
 
 
 def unreadable(model: nn.Module) -> str | None:
-    """Why a model takes remedies in its own forward alone, or None where our reading equals that forward."""
+    """Return why a model takes remedies in its own forward alone, or None where our reading equals that forward."""
     kind = type(model)
     if not is_model(model):
         return f"{kind.__name__} is no MambaLMHeadModel, nor a model of transformers"
@@ -149,7 +149,7 @@ def _sharded(model: Any) -> bool:
 
 
 def _models_in(model: nn.Module) -> list[str]:
-    """The outermost models of a library inside it, by their names."""
+    """Return the outermost models of a library inside it, by their names."""
     names: list[str] = []
     for name, module in model.named_modules():
         inside = any(name.startswith(f"{outer}.") for outer in names)

@@ -60,7 +60,7 @@ _TRANSFORMERS = {
 
 @dataclass
 class Header:
-    """What a directory says beside its weights; None: not said. `load_tokenizer` takes `tokenizer`."""
+    """The statements of a directory beside its weights; None: it says nothing. `load_tokenizer` takes `tokenizer`."""
 
     config: Mamba2Config | ModelConfig
     tokenizer: str | Path | None = None
@@ -72,7 +72,7 @@ class Header:
 
 @dataclass
 class _Extra:
-    """What this library knows about a checkpoint beyond its shape, in every layout it writes."""
+    """The facts that this library knows about a checkpoint beyond its shape, in every layout it writes."""
 
     tokenizer: str | None = None
     train_length: int | None = None

@@ -27,7 +27,7 @@ def is_of(weights: str, model: LanguageModel, now: str | None = None) -> bool:
 
 
 def old_hashes(model: LanguageModel) -> Iterator[str]:
-    """What an older version may have said of these weights: of this library's, one for each type that holds all of
+    """Yield what an older version may have called these weights: of this library's, one for each type that holds all of
     their numbers, since it was of the file that they came from; none where they are offloaded."""
     if isinstance(model, LM):
         shape = {k: v for k, v in plain(to_dict(model.config)).items() if k not in _INIT}
@@ -35,8 +35,10 @@ def old_hashes(model: LanguageModel) -> Iterator[str]:
         for dtype in dict.fromkeys((model.dtype, *DTYPES.values())):
             tensors = stored_state(model, dtype)
             if all(torch.equal(t.to(weights[n].dtype), weights[n]) for n, t in tensors.items()):
-                lines = [f"{n} {t.dtype} {list(t.shape)} {hashlib.sha256(_bytes(t)).hexdigest()}"
-                         for n, t in sorted(tensors.items())]  # fmt: skip
+                lines = [
+                    f"{n} {t.dtype} {list(t.shape)} {hashlib.sha256(_bytes(t)).hexdigest()}"
+                    for n, t in sorted(tensors.items())
+                ]
                 yield _short(hashlib.sha256("\n".join([json.dumps(shape, sort_keys=True), *lines]).encode()))
         return
     sha = hashlib.sha256()
@@ -54,8 +56,8 @@ def _short(sha: Any) -> str:
 def _add(sha: Any, name: str, t: Tensor) -> None:
     sha.update(f"{name} {t.dtype} {list(t.shape)}".encode())
     if hasattr(t, "__tensor_flatten__"):
-        for part in t.__tensor_flatten__()[0]:
-            _add(sha, f"{name}.{part}", getattr(t, part))
+        for inner in t.__tensor_flatten__()[0]:
+            _add(sha, f"{name}.{inner}", getattr(t, inner))
     else:
         sha.update(_bytes(t))
 

@@ -16,8 +16,14 @@ from rnn_longctx.models.checkpoint.weights import check_finite, fitting, read_we
 from rnn_longctx.models.lm import LM
 
 
-def load(source: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | str | None = None,
-         tokenizer: str | None = None, train_length: int | str | None = None) -> LM:  # fmt: skip
+def load(
+    source: str | Path,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | str | None = None,
+    tokenizer: str | None = None,
+    train_length: int | str | None = None,
+) -> LM:
     """Return a model in eval mode from a directory, a Hugging Face hub id, or "demo" or "demo-long", which come with
     the package.
 

@@ -17,8 +17,17 @@ BUNDLED = Path(str(files("rnn_longctx"))) / "checkpoints"
 DEMOS = ("demo", "demo-long")  # as trained at 512 tokens, and continued at 16K so that it does not collapse
 
 # What is fetched from the hub, by name; pickled weights only where there are no others.
-FILES = ["config.json", "generation_config.json", "adapter_config.json", SIDE, "calibration.json",
-         "*tokenizer*", "special_tokens*", "vocab.json", "merges.txt"]  # fmt: skip
+FILES = [
+    "config.json",
+    "generation_config.json",
+    "adapter_config.json",
+    SIDE,
+    "calibration.json",
+    "*tokenizer*",
+    "special_tokens*",
+    "vocab.json",
+    "merges.txt",
+]
 SAFE = ["model*.safetensors", "model.safetensors.index.json"]
 PICKLED = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
 

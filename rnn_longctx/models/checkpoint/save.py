@@ -22,9 +22,15 @@ from rnn_longctx.models.checkpoint.weights import WEIGHTS, stored_state
 from rnn_longctx.models.lm import LM
 
 
-def save(model: LM, directory: str | Path, *, dtype: torch.dtype | str | None = None,
-         provenance: dict[str, Any] | None = None, layout: str = "rnn-longctx",
-         calibration: dict[str, Any] | None = None) -> None:  # fmt: skip
+def save(
+    model: LM,
+    directory: str | Path,
+    *,
+    dtype: torch.dtype | str | None = None,
+    provenance: dict[str, Any] | None = None,
+    layout: str = "rnn-longctx",
+    calibration: dict[str, Any] | None = None,
+) -> None:
     """Write weights and config.json. In a new directory a reader finds the checkpoint whole or not at all; over an
     older one, of whichever layout, files are replaced one by one, config.json last.
 
@@ -39,8 +45,10 @@ def save(model: LM, directory: str | Path, *, dtype: torch.dtype | str | None = 
             written.
     """
     if not isinstance(model, LM):
-        raise InputError(f"{getattr(model, 'name', type(model).__name__)} is no model of this library's own: "
-                         "a model of another library has its save_pretrained")  # fmt: skip
+        raise InputError(
+            f"{getattr(model, 'name', type(model).__name__)} is no model of this library's own: "
+            "a model of another library has its save_pretrained"
+        )
     layouts.check_layout(model.config, layout)
     target = model.dtype if dtype is None else dtype_of(dtype)
     state = stored_state(model, target)
@@ -85,7 +93,7 @@ def save(model: LM, directory: str | Path, *, dtype: torch.dtype | str | None = 
 
 
 def _put(aside: Path, directory: Path) -> None:
-    """Finished files to their place: one rename if nothing is there, else file by file, config.json last."""
+    """Move finished files to their place: one rename if nothing is there, else file by file, config.json last."""
     if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
         os.replace(aside, directory)
         return

@@ -30,8 +30,12 @@ class LazyTokenizer:
             return None if self._missing else self.load()
         except InputError as error:
             self._missing = True
-            warnings.warn(f"generation of {self.model} knows neither its end of text nor which rows of its vocabulary "
-                          f"stand for no token: {error}", RuntimeWarning, stacklevel=2)  # fmt: skip
+            warnings.warn(
+                f"generation of {self.model} knows neither its end of text nor which rows of its vocabulary "
+                f"stand for no token: {error}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
             return None
 
     def load(self) -> Tokenizer:

@@ -29,7 +29,7 @@ from rnn_longctx.recurrence.ssd.window import window_state
 
 
 class Mamba1Mixer(DispatchedMixer):
-    """See `AdoptedMixer`."""
+    """A mixer whose channels are heads of headdim 1, each with its own step; see `AdoptedMixer`."""
 
     one_step_a_head = False
     per_channel = stays = True
@@ -47,15 +47,17 @@ class Mamba1Mixer(DispatchedMixer):
         return UNLIMITED
 
     def stand(self) -> None:
-        """As `AdoptedMixer.stand`. Warns of an adapter on dt_proj: the library reads that layer's weight past it."""
+        """Begin to stand before the module's methods. Warns of an adapter on dt_proj: the library reads that layer's
+        weight past it."""
         super().stand()
         layer = self.module.dt_proj
         if hasattr(layer, "base_layer") and not getattr(layer, "merged", False):
             warnings.warn(
                 f"the adapter on {self.name}.dt_proj does nothing, in the library's own forward either, until it is "
                 "merged (merge_and_unload): the mixer reads that layer's weight past it",
-                RuntimeWarning, stacklevel=2,
-            )  # fmt: skip
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     def steps(self, projected: Tensor) -> Tensor:
         raise InputError(f"{self.name} is a mixer of Mamba-1, whose steps come after its convolution, one a channel")
@@ -71,9 +73,10 @@ class Mamba1Mixer(DispatchedMixer):
         tokens = arguments["hidden_states"].shape[1]
         return cache is not None and tokens > 1 and cache.has_previous_state(self.module.layer_idx)
 
-    def read_channels(self, call: Call, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, z: Tensor | None,
-                      bias: Tensor | None) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """x, dt, z (B,T,H), B and C (B,T,N); returns y (B,T,H) and the state (B,H,N) after."""
+    def read_channels(
+        self, call: Call, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, z: Tensor | None, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Scan x, dt, z (B, T, H), B and C (B, T, N); return y (B, T, H) and the state (B, H, N) after it."""
         m, carry = self.module, None
         if not call.fresh:
             state = self.state_of(call.layer)
@@ -101,9 +104,20 @@ class Mamba1Mixer(DispatchedMixer):
         return (y if z is None else y * F.silu(z)), window_state(new)[:, :, 0]
 
 
-def _scan(call: Call, hidden_states: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None,
-          z: Tensor | None = None, delta_bias: Tensor | None = None, delta_softplus: bool = False,
-          return_last_state: bool = False, **_: Any) -> Any:  # fmt: skip
+def _scan(
+    call: Call,
+    hidden_states: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    return_last_state: bool = False,
+    **_: Any,
+) -> Any:
     mixer: Any = call.mixer
     x, dt, B, C = (t.transpose(1, 2) for t in (hidden_states, dt, B, C))
     y, state = mixer.read_channels(call, x, dt, B, C, None if z is None else z.transpose(1, 2), delta_bias)
@@ -111,9 +125,20 @@ def _scan(call: Call, hidden_states: Tensor, dt: Tensor, A: Tensor, B: Tensor, C
     return (y, state) if return_last_state else y
 
 
-def _step(call: Call, state: Tensor, hidden_states: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor,
-          D: Tensor | None = None, dt_bias: Tensor | None = None, dt_softplus: bool = False, z: Tensor | None = None,
-          **_: Any) -> Tensor:  # fmt: skip
+def _step(
+    call: Call,
+    state: Tensor,
+    hidden_states: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    z: Tensor | None = None,
+    **_: Any,
+) -> Tensor:
     mixer: Any = call.mixer
     x, dt, B, C = (t[:, None] for t in (hidden_states, dt, B, C))
     y, new = mixer.read_channels(call, x, dt, B, C, None if z is None else z[:, None], dt_bias)
@@ -123,7 +148,7 @@ def _step(call: Call, state: Tensor, hidden_states: Tensor, dt: Tensor, A: Tenso
 
 def is_mamba1(module: nn.Module) -> bool:
     parts = ("dt_proj", "x_proj", "in_proj", "conv1d")
-    return holds(module, "A_log", 2) and all(hasattr(module, part) for part in parts)
+    return holds(module, "A_log", 2) and all(hasattr(module, name) for name in parts)
 
 
 FAMILIES.register(Family("mamba1", is_mamba1, Mamba1Mixer))
