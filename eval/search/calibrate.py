@@ -28,6 +28,7 @@ from rnn_longctx.errors import InputError, nearest
 from rnn_longctx.eval.jobs.base import Job, Measuring
 from rnn_longctx.eval.jobs.recall import Counts, Recall
 from rnn_longctx.eval.search.unseen import kept as kept_digests
+from rnn_longctx.eval.tables.sheets import GUARD
 from rnn_longctx.mitigations import mitigate, parse_remedy
 from rnn_longctx.mitigations.base import Remedy, train_length
 from rnn_longctx.mitigations.rri import RRI
@@ -41,7 +42,6 @@ from rnn_longctx.recurrence.policy import PLAIN
 from rnn_longctx.tasks.multikey import MultiKey
 from rnn_longctx.tasks.passkey import Passkey
 
-GUARD = 0.1  # of recall
 ALPHAS = (1.0, 0.9999, 0.999, 0.998, 0.996, 0.99)
 FACTORS = (0.3, 0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 3.0)
 LEAST = 0.01  # the smallest factor (MambaExtend)

@@ -13,9 +13,9 @@ from rich.table import Table
 from rich.text import Text
 
 from rnn_longctx.config import format_length
+from rnn_longctx.eval.show.ranking import board_tables
 from rnn_longctx.eval.stats import wilson
 from rnn_longctx.eval.tables.conclusion import conclusion
-from rnn_longctx.eval.tables.leaderboard import board_tables
 from rnn_longctx.eval.tables.sheets import (
     RECALL,
     SETTING,

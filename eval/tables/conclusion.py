@@ -12,9 +12,8 @@ import math
 import pandas as pd
 
 from rnn_longctx.config import format_length
-from rnn_longctx.eval.search.calibrate import GUARD
 from rnn_longctx.eval.stats import paired_bootstrap
-from rnn_longctx.eval.tables.sheets import DIAGNOSTICS, RECALL, SETTING, Sheet, sheets
+from rnn_longctx.eval.tables.sheets import DIAGNOSTICS, GUARD, RECALL, SETTING, Sheet, sheets
 
 PART = 0.1  # of the rise: a part of a hybrid that gives back surely more has failed, surely less has not
 
