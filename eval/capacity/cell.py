@@ -31,8 +31,8 @@ def asked(config: CapacityConfig, cell: StudyCell) -> dict[str, Any]:
     How many streams it reads side by side, and which other cells there are, is no part of it."""
     if cell.task == "pretrain":
         return {}
-    given = to_dict(config.measure if cell.task == "text" else config.mqar)
-    return {k: v for k, v in given.items() if k not in ("batch", "tasks", "seeds")}
+    settings = to_dict(config.measure if cell.task == "text" else config.mqar)
+    return {k: v for k, v in settings.items() if k not in ("batch", "tasks", "seeds")}
 
 
 def is_done(config: CapacityConfig, cell: StudyCell, study: Path) -> bool:

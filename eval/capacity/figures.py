@@ -33,13 +33,13 @@ def draw(directory: str | Path, target: float) -> list[Path]:
     mqar.csv and every figure there is data for. Returns the paths. Raises InputError: no tables."""
     directory = home_path(directory)
     results, about = tables.read(directory)
-    found = tables.findings(results, about, target)
-    points = tables.points(found)
+    lines = tables.findings(results, about, target)
+    points = tables.points(lines)
     paths = []
     judged = {"fits": fitting.table(points), "same_size": tables.same_size(points)} if len(points) else {}
     if len(pairs := tables.associations(results, about)):
         judged["mqar"] = pairs
-    for name, frame in {"findings": found, "points": points, **judged}.items():
+    for name, frame in {"findings": lines, "points": points, **judged}.items():
         paths.append(directory / f"{name}.csv")
         frame.to_csv(paths[-1], index=False, lineterminator="\n")
     for key, group in points.groupby(["mitigation", "quantity"], sort=False) if len(points) else []:

@@ -83,7 +83,7 @@ def run_study(config: CapacityConfig, parallel: int = 1, say: Callable[[str], No
 
 def _todo(config: CapacityConfig, study: Path, known: dict[str, bool], text: str) -> list[StudyCell]:
     """Cells that may be run now, the next of every shape's search first."""
-    wanted = []
+    cells_due = []
     for model in config.models:
         cells = {(n, s): StudyCell(model, n, s) for n in config.train_lengths for s in range(config.seeds)}
         outcomes: dict[tuple[int, int], bool] = {}
@@ -92,28 +92,28 @@ def _todo(config: CapacityConfig, study: Path, known: dict[str, bool], text: str
                 known[cell.name] = tables.passes(study, cell.name, config.measure.limit, text)
             if cell.name in known:
                 outcomes[where] = known[cell.name]
-        wanted += [cells[where] for where in next_models(config.train_lengths, range(config.seeds), outcomes)]
+        cells_due += [cells[where] for where in next_models(config.train_lengths, range(config.seeds), outcomes)]
     if config.pretrain is not None:
-        ready = [cell if is_done(config, config.start_of(cell), study) else config.start_of(cell) for cell in wanted]
-        wanted = list({cell.name: cell for cell in ready}.values())
-    return wanted + [cell for cell in config.mqar_cells() if not is_done(config, cell, study)]
+        ready = [cell if is_done(config, config.start_of(cell), study) else config.start_of(cell) for cell in cells_due]
+        cells_due = list({cell.name: cell for cell in ready}.values())
+    return cells_due + [cell for cell in config.mqar_cells() if not is_done(config, cell, study)]
 
 
 def _texts(config: CapacityConfig, study: Path) -> list[str | MixedText]:
     """What is trained on, the installed packages gathered once, and not by every cell. Raises InputError: there is no
     such text, which every cell would find out by itself."""
-    found: list[str | MixedText] = []
+    texts: list[str | MixedText] = []
     for spec in config.train.data.text:
-        part = spec if isinstance(spec, MixedText) else MixedText(spec)
-        if part.source == "site-packages":
-            kept = study / "site-packages.txt"
-            if not kept.exists():
-                write_atomic(kept, load_text("site-packages").data)
-            part = replace(part, source=str(kept))
-        elif open_streamed(part.source) is None:
-            load_text(part.source)
-        found.append(part if isinstance(spec, MixedText) else part.source)
-    return found
+        mixed = spec if isinstance(spec, MixedText) else MixedText(spec)
+        if mixed.source == "site-packages":
+            gathered = study / "site-packages.txt"
+            if not gathered.exists():
+                write_atomic(gathered, load_text("site-packages").data)
+            mixed = replace(mixed, source=str(gathered))
+        elif open_streamed(mixed.source) is None:
+            load_text(mixed.source)
+        texts.append(mixed if isinstance(spec, MixedText) else mixed.source)
+    return texts
 
 
 def command(cell: StudyCell, study: Path) -> list[str]:

@@ -111,18 +111,18 @@ def _cost(frame: pd.DataFrame, sheet: Sheet, name: str, length: int) -> dict[str
         value = sheet.where.get(column)
         if column in at and (value is not None or column in SETTING):
             at = at[at[column].isna() if value is None else at[column] == value]
-    wanted, calibration = sheet.mitigations.get(name, (name, None))
-    mine, bare = at[at["mitigation"] == wanted], at[at["mitigation"] == "none"]
-    mine = mine[mine["calibration"].isna() if calibration is None else mine["calibration"] == calibration]
-    if mine.empty or bare.empty:
+    mitigation, calibration = sheet.mitigations.get(name, (name, None))
+    remedy, bare = at[at["mitigation"] == mitigation], at[at["mitigation"] == "none"]
+    remedy = remedy[remedy["calibration"].isna() if calibration is None else remedy["calibration"] == calibration]
+    if remedy.empty or bare.empty:
         return {}
-    mine, bare = mine.iloc[0], bare.iloc[0]
+    remedy, bare = remedy.iloc[0], bare.iloc[0]
     speeds = [
         row["tokens_per_second"] if sheet.kind == "loss" else 1 / (row["first_token_seconds"] or math.nan)
-        for row in (mine, bare)
+        for row in (remedy, bare)
     ]
     return {
         "speed": speeds[0] / (speeds[1] or math.nan),
         # of a process the system knows only the highest mark so far, whoever set it
-        "memory": mine["peak_bytes"] / bare["peak_bytes"] if mine["device"] != "cpu" else math.nan,
+        "memory": remedy["peak_bytes"] / bare["peak_bytes"] if remedy["device"] != "cpu" else math.nan,
     }
