@@ -14,7 +14,7 @@ from rnn_longctx.eval.question import Question, TextLike
 from rnn_longctx.eval.results import Results, Row, to_frame
 from rnn_longctx.eval.tables.sheets import SETTING, alike
 from rnn_longctx.mitigations import Remedy
-from rnn_longctx.models.adopt.adopting import reader_of
+from rnn_longctx.models.adopt.adopting import as_language_model
 from rnn_longctx.models.interface import LanguageModel
 from rnn_longctx.models.modes import in_evaluation
 from rnn_longctx.models.segments import SEGMENTS
@@ -45,7 +45,7 @@ def evaluate(
         mitigations: one or several; each is put on top of what is on the model already; None measures the model as it
             is; "all" stands for every remedy (`rnn_longctx.mitigations.standard`) and the controls; a warning names
             those of them that are not applicable. Where "none" is among them and the loss of a hybrid is measured
-            beyond its training length, it is measured under the two controls of `rnn_longctx.mitigations.hybrid` too.
+            beyond its training length, it is measured under its two controls (`mitigations.diagnostics`) too.
         text: evaluated on (`rnn_longctx.load_text`): "stdlib", a file, a directory, records; or several of them.
         calibration_text: for remedies that are calibrated; None takes what is kept with the checkpoint.
         out: a folder for cells, snapshots, results.parquet and results.csv; finished cells there are not measured
@@ -57,7 +57,7 @@ def evaluate(
             that the tokenizer cannot read, before anything is measured.
     """
     question = Question.of(lengths, tasks, mitigations, text, calibration_text, batch, seed)
-    return answer(reader_of(model), question, out, progress)
+    return answer(as_language_model(model), question, out, progress)
 
 
 @in_evaluation

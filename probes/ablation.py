@@ -16,13 +16,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from rnn_longctx.config import format_length
-from rnn_longctx.models.modes import in_evaluation
+from rnn_longctx.measure.stream import tail_loss
 from rnn_longctx.models.restart import Restart
-from rnn_longctx.models.segments import SEGMENTS
 from rnn_longctx.recurrence.policy import Cap, ScanPolicy
 
 if TYPE_CHECKING:
@@ -31,22 +29,6 @@ if TYPE_CHECKING:
 Head = tuple[int, int]  # layer, head
 GOAL = 0.8  # of the lost loss
 EVERY = 64  # tokens between two caps
-
-
-@torch.inference_mode()
-@in_evaluation
-def tail_losses(model: Mamba2LM, ids: Tensor, segment: int | None = None) -> Tensor:
-    """(B,) float64: mean -log p in nats per token over positions (L/2, L], for ids (B, L + 1), streamed."""
-    length, t = ids.shape[1] - 1, 0
-    segment = segment or max(1, SEGMENTS[model.device.type] // len(ids))
-    total = torch.zeros(len(ids), dtype=torch.float64, device="cpu")
-    for hidden in model.stream(ids[:, :-1], model.new_cache(), segment):
-        goal = ids[:, 1 + t : 1 + t + hidden.shape[1]].to(hidden.device)
-        skip = max(0, length // 2 - t)
-        if skip < hidden.shape[1]:
-            total += model.losses(hidden[:, skip:], goal[:, skip:]).double().sum(1).cpu()
-        t += hidden.shape[1]
-    return total / (length - length // 2)
 
 
 @contextmanager
@@ -122,10 +104,10 @@ def ablate(model: Mamba2LM, ids: Tensor, ranked: Sequence[Head], norms: Sequence
         draws: how many times other heads are drawn, as many as `fewest`.
         say: called with a line a measurement.
     """
-    without = float(tail_losses(model, ids).mean())
+    without = float(tail_loss(model, ids).mean())
     kept, model.restart = model.restart, Restart(every=max(1, train_length // 2), overlap=max(1, train_length // 2))
     try:
-        again = float(tail_losses(model, ids).mean())
+        again = float(tail_loss(model, ids).mean())
     finally:
         model.restart = kept
     length = ids.shape[1] - 1
@@ -136,7 +118,7 @@ def ablate(model: Mamba2LM, ids: Tensor, ranked: Sequence[Head], norms: Sequence
 
     def recovered(heads: Sequence[Head], which: str) -> float:
         with capped(model, heads, norms):
-            loss = float(tail_losses(model, ids).mean())
+            loss = float(tail_loss(model, ids).mean())
         share = (without - loss) / (without - again)
         say(f"{which}, capped: {loss:.4f}, recovers {share:.0%}")
         return share

@@ -24,8 +24,14 @@ class CollapseError(RuntimeError):
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:
-    """Suffix for an unknown-name message: ``'; did you mean "lm"? (choices: lm, passkey)'``."""
+    """Return the end of a message about an unknown name: '; did you mean "lm"? (choices: lm, passkey)'."""
     options = sorted(choices)
     close = difflib.get_close_matches(name, options, n=1, cutoff=0.4) if len(name) > 1 else []
     hint = f'; did you mean "{close[0]}"?' if close else ""
     return f"{hint} (choices: {', '.join(options)})"
+
+
+def one_line(error: BaseException, most: int = 160) -> str:
+    """Return an error's text on one line, its kind where it has none, with dots in the place of what is longer."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= most else text[: most - 3] + "..."

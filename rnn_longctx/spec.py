@@ -17,12 +17,12 @@ T = TypeVar("T")
 
 
 def quiet(default: Any) -> Any:
-    """A parameter that canonical text leaves out where it has its default."""
+    """Return a parameter that canonical text leaves out where it has its default."""
     return field(default=default, metadata={"quiet": True})
 
 
 def parse(text: str, kinds: Mapping[str, type[T]], what: str) -> T:
-    """One `name:key=value,...` as an instance of `kinds[name]`.
+    """Return the instance of `kinds[name]` that `name:key=value,...` stands for.
 
     Raises:
         InputError: an unknown name or parameter (with the nearest one), one given twice, a value of the wrong kind or
@@ -69,7 +69,7 @@ def build(kind: type[T], values: Mapping[str, Any], text: str, what: str) -> T:
 
 
 def canonical(name: str, thing: Any) -> str:
-    """The text that `parse` would read the thing from, parameters in the order of the fields."""
+    """Return the text that `parse` would read the thing from, parameters in the order of the fields."""
     shown = [f for f in fields(thing) if not (f.metadata.get("quiet") and getattr(thing, f.name) == f.default)]
     text = ",".join(f"{f.name}={_text(getattr(thing, f.name))}" for f in shown)
     return f"{name}:{text}" if text else name

@@ -14,8 +14,8 @@ import rnn_longctx
 from rnn_longctx.config import load_yaml
 from rnn_longctx.eval import EvalConfig, Results
 from rnn_longctx.eval.bench import cpu
-from rnn_longctx.models.checkpoint.checkpoint import BUNDLED, DEMOS
 from rnn_longctx.models.checkpoint.legacy import old_hashes
+from rnn_longctx.models.checkpoint.locate import BUNDLED, DEMOS
 
 DEMO = BUNDLED / "demo"
 
@@ -99,7 +99,7 @@ def test_what_the_demo_must_show(demo, tmp_path):
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of a child process as Linux counts it")
 def test_a_million_tokens_take_less_than_2_gib(tmp_path):
     words = ["eval", "demo", "--lengths", "1m", "--task", "lm:slices=1,tokens=0", "--out", str(tmp_path / "r")]
-    subprocess.run([sys.executable, "-m", "rnn_longctx.cli.program", *words], check=True, timeout=900)
+    subprocess.run([sys.executable, "-m", "rnn_longctx.cli", *words], check=True, timeout=900)
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 < 2 * 2**30
     assert (Results.read(tmp_path / "r").peak_bytes < 2 * 2**30).all()
 

@@ -132,7 +132,7 @@ class CapacityConfig:
         if unknown:
             raise InputError(f"shapes: a model has no {', '.join(unknown)}")
         if not isinstance(self.train.model, Mamba2Config):
-            raise InputError("train.model: a study varies the shape of Mamba-2, given without `mixer`")
+            raise InputError("train.model: a study's shapes are those of Mamba-2, and this model names another mixer")
         return replace(self.train.model, **shape)  # type: ignore[arg-type]
 
     @cached_property

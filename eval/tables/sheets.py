@@ -24,7 +24,6 @@ SETTING = ("model", "weights_hash", "tokenizer", "dtype", "state_dtype")  # neve
 DIAGNOSTICS = ("attention-window:", "reset-recurrence:")  # one part of a hybrid forgets, the other reads on
 DEPTHS = 10  # at most, of prompts
 Kind = Literal["loss", "accuracy"]
-GUARD = 0.1  # of recall: a remedy that recalls less by more than this is no good one, whatever its loss
 RECALL = 0.95  # T_recall is the longest context with an accuracy above this (arXiv 2410.07145)
 
 

@@ -1,1 +1,1 @@
-"""What both remedies and probes need of a model: envelopes of its states, its steps."""
+"""What both remedies and probes need of a model: losses over a stream, answers, envelopes of its states, its steps."""

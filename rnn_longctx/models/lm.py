@@ -15,17 +15,19 @@ from rnn_longctx.models.cache import Cache
 from rnn_longctx.models.hashing import Identified
 from rnn_longctx.models.ids import refuse_offloaded, rows_of
 from rnn_longctx.models.interface import Reader, Shape, StateSize
+from rnn_longctx.models.layerwise import BlockByBlock
 from rnn_longctx.models.losses import head_losses, token_losses
 from rnn_longctx.models.mixers.base import Recurrent
 from rnn_longctx.models.precision import state_dtype
+from rnn_longctx.models.reading import Hooked
 from rnn_longctx.models.restart import Restart, read_restarting
-from rnn_longctx.recurrence.backends import choose
 from rnn_longctx.recurrence.policy import PLAIN
 from rnn_longctx.recurrence.shard import Shard
 from rnn_longctx.recurrence.span import Span
+from rnn_longctx.recurrence.ssd.scan import SSD
 
 
-class LM(Identified, nn.Module):
+class LM(Hooked, Identified, nn.Module):
     """A language model whose context is a stream.
 
         model = LM(ModelConfig("gla:heads=4", d_model=256, n_layer=6))
@@ -60,6 +62,9 @@ class LM(Identified, nn.Module):
         self.reader: Reader | None = None
         self.spread: Callable[[Tensor, Tensor | None, Tensor | None], Shard] | None = None
 
+    own_forward = False
+    foldable = True
+
     @property
     def module(self) -> LM:
         return self
@@ -78,7 +83,7 @@ class LM(Identified, nn.Module):
     @property
     def mixers(self) -> list[Recurrent]:
         """The recurrent mixers, in order; a model of attention alone has none."""
-        return [block.mixer for block in self.backbone.layers if isinstance(block.mixer, Recurrent)]  # type: ignore
+        return [layer.mixer for layer in self.layers if isinstance(layer.mixer, Recurrent)]
 
     @property
     def attends(self) -> bool:
@@ -105,8 +110,10 @@ class LM(Identified, nn.Module):
 
     def use_backend(self, name: str | None) -> None:
         """Force one scan backend for every layer (None: choose). Raises InputError if it is missing here."""
-        choose(PLAIN, name)
-        for mixer in self.mixers:
+        mixers = self.mixers
+        for recurrence in {m.recurrence.name: m.recurrence for m in mixers}.values() or [SSD]:
+            recurrence.backends.choose(PLAIN, name)
+        for mixer in mixers:
             mixer.backend = name
 
     @property
@@ -154,8 +161,8 @@ class LM(Identified, nn.Module):
         if self.restart is not None:
             if reset is not None:
                 raise InputError(f"the control {self.restart} cannot be combined with document boundaries")
-            return read_restarting(self.read, self.restart, ids, cache, mask)
-        return self.read(ids, cache, mask, reset)
+            return read_restarting(self.hooked_read(), self.restart, ids, cache, mask)
+        return self.hooked_read()(ids, cache, mask, reset)
 
     def read(self, ids: Tensor, cache: Cache, mask: Tensor | None = None, reset: Tensor | None = None) -> Tensor:
         """Read as `forward` does, without the reader's control."""
@@ -204,6 +211,14 @@ class LM(Identified, nn.Module):
             return Cache()
         position = torch.zeros(rows, dtype=torch.int64, device="cpu")
         return Cache([block.mixer.new_carry(rows) for block in self.layers], position)
+
+    def refuse_own(self, ways: str) -> None:
+        """Nothing is to be refused: this model's forward follows its `restart`, and `generate` its `reader`."""
+
+    def layer_by_layer(self) -> BlockByBlock | None:
+        if len(self.mixers) < len(self.layers):  # attention needs the tokens that are left out
+            return None
+        return BlockByBlock(self.backbone, self.config.residual_in_fp32)
 
 
 Mamba2LM = LM  # its name when all layers were Mamba-2

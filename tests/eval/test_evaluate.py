@@ -181,7 +181,7 @@ def test_a_remedy_that_depends_on_the_length_gets_a_pass_per_length(model, text,
         def plan(self, model, target_length=None, text=None):
             return Plan(same_everywhere(model, ScanPolicy(gain=1.0 / target_length)))
 
-    monkeypatch.setitem(REMEDIES, "by-length", ByLength)
+    monkeypatch.setitem(REMEDIES._known, "by-length", ByLength)
     frame = evaluate(model, [64, 128], ["lm:slices=2,tokens=0"], ["by-length"], text=text)
     for length in (64, 128):
         for mixer in model.mixers:

@@ -17,16 +17,17 @@ from rnn_longctx.data import ByteTokenizer, Text
 from rnn_longctx.eval.search.calibrate import calibrate
 from rnn_longctx.measure.envelope import measure_envelope
 from rnn_longctx.measure.steps import measure_steps
+from rnn_longctx.measure.stream import tail_loss
 from rnn_longctx.mitigations import mitigate
 from rnn_longctx.models.adopt.adopting import adopt
 from rnn_longctx.models.generate import continuation, generate, prefill
 from rnn_longctx.models.modes import evaluating
-from rnn_longctx.probes.ablation import tail_losses
 from rnn_longctx.probes.attribution import attribute
 from rnn_longctx.probes.held import dropped_share
 from rnn_longctx.probes.probe import probe
 from rnn_longctx.probes.remembrance import remembrance
-from rnn_longctx.train.evaluation import held_out_loss, passkey_accuracy
+from rnn_longctx.tasks.passkey import Passkey
+from rnn_longctx.train.evaluation import examples_of, held_out_loss, recall
 
 TEXT = Text("made", bytes(np.random.default_rng(0).integers(97, 123, 20_000, dtype=np.uint8)))
 
@@ -91,7 +92,8 @@ def _held_out(model):
 def _passkeys(model):
     from contextlib import nullcontext
 
-    return passkey_accuracy(_reader(model), ByteTokenizer(), 128, 2, 0, "auto", 2, nullcontext)
+    task, tokenizer = Passkey(), ByteTokenizer()
+    return recall(_reader(model), task, examples_of(task, tokenizer, 128, 2, 0), tokenizer, 2, nullcontext)
 
 
 def _harness(model):
@@ -120,7 +122,7 @@ CALLS = {
     "evaluate": lambda m: evaluate(m, [24, 96], "lm:slices=2", ["none", "rri"], text=TEXT)["value"],
     "passkey": lambda m: evaluate(m, 128, "passkey:n=2", text=TEXT)["value"],
     "remembrance": lambda m: remembrance(m, random_ids_of(20))["tv"],
-    "ablation": lambda m: tail_losses(_reader(m), random_ids_of(33)),
+    "ablation": lambda m: tail_loss(_reader(m), random_ids_of(33)),
     "envelope": lambda m: measure_envelope(_reader(m), random_ids_of(24), "made", "0").peaks,
     "steps": lambda m: torch.stack(measure_steps(_reader(m), random_ids_of(24))),
     "monitor": lambda m: repr(vars(CollapseMonitor.calibrated(m, TEXT, every=8))),

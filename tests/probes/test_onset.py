@@ -13,7 +13,7 @@ from rnn_longctx.measure.envelope import envelope_of
 from rnn_longctx.mitigations import mitigate
 from rnn_longctx.models.lm import Mamba2LM
 from rnn_longctx.models.mixers.mamba2 import Mamba2Config
-from rnn_longctx.probes.ablation import ablate, capped, tail_losses
+from rnn_longctx.probes.ablation import ablate, capped
 from rnn_longctx.probes.onset import accused, doubling, onsets, verdict
 from rnn_longctx.probes.probe import probe
 
@@ -92,7 +92,7 @@ def test_a_loss_that_is_no_number_is_said_in_words(blown, monkeypatch):
     cannot = "within the training length, so whether it doubles cannot be said"
     for values, start in [((1, blown, 3, 9), 20), ((blown, 1, 1, 1), 10), ((blown,), 10)]:
         assert said(*values) == [f"the loss is not a number from {start} on, {cannot}"]
-    monkeypatch.setattr("rnn_longctx.probes.ablation.tail_losses", lambda model, ids: torch.tensor([blown]))
+    monkeypatch.setattr("rnn_longctx.probes.ablation.tail_loss", lambda model, ids: torch.tensor([blown]))
     found = ablate(tiny(), torch.zeros(1, 9, dtype=torch.int64), [(0, 0)], [[1, 1]] * 2, 4)
     assert str(found) == "the loss is not a number at 8: what capping recovers cannot be said" and found.fewest == []
 
@@ -104,14 +104,6 @@ def test_an_envelope_is_not_measured_where_states_are_no_numbers():
     for text in (TEXT, None):
         with pytest.raises(InputError, match=r"not finite within 64 tokens \(first in layer 1\): nothing .*float32"):
             envelope_of(lm, 64, text)
-
-
-@torch.no_grad()
-def test_tail_losses_are_of_the_second_half():
-    lm, ids = tiny(), torch.randint(256, (3, 102))
-    wanted = lm.losses(lm(ids[:, :-1]), ids[:, 1:])[:, 50:].mean(1)
-    for segment in (7, 101, None):
-        assert tail_losses(lm, ids, segment).numpy() == pytest.approx(wanted.double().numpy(), rel=1e-5)
 
 
 @torch.no_grad()
@@ -152,7 +144,7 @@ def test_the_fewest_that_recover(monkeypatch):
         return torch.tensor([3.0 - 2.0 * sum(weight[h] for h in now["heads"])])
 
     monkeypatch.setattr("rnn_longctx.probes.ablation.capped", Capped)
-    monkeypatch.setattr("rnn_longctx.probes.ablation.tail_losses", loss)
+    monkeypatch.setattr("rnn_longctx.probes.ablation.tail_loss", loss)
     lines = []
     found = ablate(lm, torch.zeros(1, 9, dtype=torch.int64), ranked, [[1, 1]] * 2, 4, say=lines.append)
     assert [line.partition(", capped")[0] for line in lines[1:]] == [
@@ -174,7 +166,7 @@ def test_the_fewest_that_recover(monkeypatch):
 def test_nothing_lost_is_not_recovered(monkeypatch):
     lm, ids = tiny(), torch.zeros(1, 9, dtype=torch.int64)
     monkeypatch.setattr(
-        "rnn_longctx.probes.ablation.tail_losses", lambda model, ids: torch.tensor([1.0 + (model.restart is not None)])
+        "rnn_longctx.probes.ablation.tail_loss", lambda model, ids: torch.tensor([1.0 + (model.restart is not None)])
     )
     found = ablate(lm, ids, [(0, 0), (1, 1)], [[1, 1]] * 2, 4)
     assert found.fewest == [] and str(found).startswith("nothing is lost at 8 that capping could recover (1.000 ")

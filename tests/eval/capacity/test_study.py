@@ -28,7 +28,7 @@ from rnn_longctx.eval.capacity import CapacityConfig, MeasureConfig, measure, mo
 from rnn_longctx.eval.capacity.cell import STUDY, asked, is_done, run_cell
 from rnn_longctx.eval.capacity.config import MQARConfig, PretrainConfig, StudyCell, label
 from rnn_longctx.eval.results import Results
-from rnn_longctx.models.checkpoint import checkpoint
+from rnn_longctx.models import checkpoint
 from rnn_longctx.models.lm import Mamba2LM
 from rnn_longctx.models.mixers.mamba2 import Mamba2Config
 
@@ -334,7 +334,7 @@ def test_a_killed_study_goes_on(config):
     """In processes, two at once, killed hard in the middle; what it then finds is what one that was not killed does."""
 
     def start() -> subprocess.Popen:
-        words = [sys.executable, "-m", "rnn_longctx.cli.program", "capacity", "train", "study.yaml", "--parallel", "2"]
+        words = [sys.executable, "-m", "rnn_longctx.cli", "capacity", "train", "study.yaml", "--parallel", "2"]
         return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     process = start()

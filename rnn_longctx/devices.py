@@ -1,0 +1,41 @@
+"""Devices and types by the names that a person gives them."""
+
+from __future__ import annotations
+
+import torch
+
+from rnn_longctx.errors import InputError, nearest, one_line
+
+DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return "float32" of torch.float32."""
+    return str(dtype).removeprefix("torch.")
+
+
+def dtype_of(dtype: torch.dtype | str) -> torch.dtype:
+    """Return one of `DTYPES` by its name, or as it is. Raises InputError for another."""
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise InputError(f"unknown dtype {name!r}{nearest(name, DTYPES)}")
+    return DTYPES[name]
+
+
+def device_of(name: torch.device | str) -> torch.device:
+    """Return the device of a name; "auto" is a CUDA device where there is one, else the CPU.
+
+    Raises:
+        InputError: there is no such device here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device {str(name)!r} is not available here: {one_line(error)}") from None
+
+
+def device_name(device: torch.device) -> str:
+    """Return what results call a device: the name of the GPU, or "cpu"."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -1,0 +1,17 @@
+"""The one way in which long work speaks of its progress: it calls `say` with a line, and whoever called it chooses."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+Say = Callable[[str], object]
+
+
+def silent(line: str) -> None:
+    """Say nothing: what a function of the library does unless it is given another `say`."""
+
+
+def to_stderr(line: str) -> None:
+    """Write a line at once, beside the output that a program hands on."""
+    print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,116 @@
+"""The pages of docs/: what they have one write is written, registered from outside the package, and run; links lead
+somewhere."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from rnn_longctx import evaluate, load, mitigate
+from rnn_longctx.config import from_dict
+from rnn_longctx.data import Text
+from rnn_longctx.mitigations import REMEDIES
+from rnn_longctx.models.mixers import MIXERS
+from rnn_longctx.plugins import load_plugin, register
+from rnn_longctx.recurrence.gates import ScanInputs
+from rnn_longctx.recurrence.interface import RECURRENCES
+from rnn_longctx.recurrence.ssd import SSD
+from rnn_longctx.tasks import TASKS
+from rnn_longctx.testing.mixers import check_mixer
+from rnn_longctx.train import TrainConfig, train
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+FENCE = re.compile(r"^```python *([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\[[^\]]*\]\((?!https?://)([^)#]+)")
+TEXT = Text("page", b"def add(a, b):\n    return a + b\n\n\n" * 200)
+
+
+def blocks(page: str) -> tuple[str, str]:
+    """The file that a page has one write, and the test that it shows of it."""
+    found = FENCE.findall((ROOT / "docs" / f"add-a-{page}.md").read_text())
+    assert [title for title, _ in found] == ["", 'title="test"'], f"{page}: one whole file, and one test"
+    return found[0][1], found[1][1]
+
+
+@pytest.fixture
+def written(monkeypatch, tmp_path):
+    """A function that writes a page's file, imports it as a plugin, and runs the page's test."""
+    torch.set_num_threads(1)
+    for registry in (REMEDIES, TASKS, MIXERS, RECURRENCES):  # all that are there, and what comes until the test ends
+        monkeypatch.setattr(registry, "_known", dict(registry))
+    before = set(sys.modules)
+
+    def write(page: str) -> None:
+        file, test = blocks(page)
+        path = tmp_path / f"page_{page}.py"
+        path.write_text(file)
+        load_plugin(str(path))
+        exec(compile(test, f"add-a-{page}.md", "exec"), {})
+
+    yield write
+    for name in set(sys.modules) - before:
+        if "page_" in name:
+            del sys.modules[name]
+
+
+def test_add_a_remedy(written):
+    written("remedy")
+    model = load("demo")
+    frame = evaluate(model, [600], ["lm:slices=1,tokens=0"], ["none", "forget-faster:factor=2"], text=TEXT)
+    values = frame[frame.length == 600].groupby("mitigation").value.first()
+    assert set(values.index) == {"none", "forget-faster:factor=2"} and values.nunique() == 2
+    with mitigate(model, "forget-faster+state-norm"):
+        assert model.mixers[0].policy.mul == 1.5 and model.mixers[0].policy.caps
+
+
+def test_add_a_task(written):
+    written("task")
+    frame = evaluate(load("demo"), [64, 128], ["say-again:n=4,copied=2"], text=TEXT)
+    assert set(frame.task) == {"say-again"} and set(frame.n) == {4} and frame.value.between(0, 1).all()
+
+
+def test_add_a_mixer(written, tmp_path):
+    written("mixer")
+    (tmp_path / "text.py").write_bytes(TEXT.data)
+    settings = {
+        "model": {"mixer": ["retention:heads=2", "sliding-window:window=8,heads=2"], "d_model": 32, "n_layer": 2},
+        "data": {"text": [str(tmp_path / "text.py")], "passkey": {"fraction": 0.0}},
+        "train_length": 32,
+        "batch_size": 2,
+        "steps": 2,
+        "device": "cpu",
+        "out": str(tmp_path / "run"),
+    }
+    model = load(str(train(from_dict(TrainConfig, settings))))
+    assert model.train_length == 32 and len(model.mixers) == 1
+    frame = evaluate(model, [64], ["lm:slices=1,tokens=0"], ["none", "window:tokens=16"], text=TEXT)
+    assert frame.value.notna().all() and set(frame.mitigation) >= {"none", "window:tokens=16"}
+
+
+def test_add_a_recurrence(written):
+    """And a mixer of it, which is the mixer of the other page but for the recurrence that it names."""
+    written("recurrence")
+    assert set(RECURRENCES) == {"ssd", "gated-delta"} and RECURRENCES["ssd"] is SSD
+    written("mixer")
+
+    @register
+    class Delta(MIXERS["retention"]):
+        name, recurrence = "delta", RECURRENCES["gated-delta"]
+
+        def inputs(self, u, carry, span):
+            inputs, gates, rest = super().inputs(u, carry, span)
+            return ScanInputs(inputs.x, torch.nn.functional.normalize(inputs.B, dim=-1), inputs.C), gates, rest
+
+    check_mixer("delta:heads=2")
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    prose = FENCE.sub("", page.read_text())
+    gone = [link for link in LINK.findall(prose) if not (page.parent / link.strip()).exists()]
+    assert not gone, f"{page.name}: no such file: {', '.join(gone)}"
