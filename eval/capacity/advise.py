@@ -89,14 +89,14 @@ def _by_paper(context: int, recall: float) -> Advice:
     assert recalls is not None and forgets is not None
     curve, sizes, lengths = recalls
     state = fitting.inverse(curve, context / K)
-    found = fitting.fit(curve.form, sizes, lengths)
-    assert found is not None and found.carrier is not None
-    _, low, high = found.needed(context / K)
+    fitted = fitting.fit(curve.form, sizes, lengths)
+    assert fitted is not None and fitted.carrier is not None
+    _, low, high = fitted.needed(context / K)
     warnings = [
         f"of other models than yours: {len(sizes)} Mamba-2s of 36M to 370M parameters, trained further on long texts",
         f"the interval is of an exponential through so few points that one carries it "
-        f"({lengths[found.carrier]:g}K tokens at {sizes[found.carrier]}M): one left out gives an R² of "
-        f"{found.r2_loo:.2f}",
+        f"({lengths[fitted.carrier]:g}K tokens at {sizes[fitted.carrier]}M): one left out gives an R² of "
+        f"{fitted.r2_loo:.2f}",
         *_beyond(state, min(sizes), max(sizes)),
     ]
     train = float(forgets[0](np.array([state]))[0]) * K
@@ -110,16 +110,16 @@ def _by_study(context: int, recall: float, study: Path, mitigation: str) -> Advi
     if not len(points):
         raise InputError(f"{study} holds no findings of T_forget or T_recall")
     mitigation = str(parse_remedy(mitigation))  # as tables write it
-    mine = points[points["mitigation"] == mitigation]
-    if not len(mine):
+    under = points[points["mitigation"] == mitigation]
+    if not len(under):
         known = ", ".join(points["mitigation"].unique())
         raise InputError(f"{study} has nothing measured under {mitigation}; it has {known}")
-    recalls = mine[mine["quantity"] == "T_recall"]
-    found = _fit(recalls)
-    if found is None:
+    recalls = under[under["quantity"] == "T_recall"]
+    fitted = _fit(recalls)
+    if fitted is None:
         seen = f" ({_measured(results, about, recalls, context)})" if len(recalls) else ""
         raise InputError(f"{study} has too few points of T_recall under {mitigation} for a fit{seen}")
-    form, f, doubts = found
+    form, f, doubts = fitted
     state, low, high = f.needed(context / K) if f.curve.grows else (math.nan,) * 3
     warnings = _beyond(state, float(f.s.min()), float(f.s.max())) + doubts
     exact = recalls[recalls["bound"] == ""]
@@ -129,7 +129,7 @@ def _by_study(context: int, recall: float, study: Path, mitigation: str) -> Advi
         )
     if math.isinf(high):
         warnings.append("the upper end of the interval is unbounded: some resampled fits never reach this context")
-    forget = _fit(mine[mine["quantity"] == "T_forget"])
+    forget = _fit(under[under["quantity"] == "T_forget"])
     train = None if forget is None or not math.isfinite(state) else float(forget[1].curve(np.array([state]))[0]) * K
     if forget is None:
         warnings.append("too few points of T_forget for a fit: the training length it takes to forget is not known")
@@ -171,11 +171,11 @@ def _measured(results: pd.DataFrame, about: pd.DataFrame, recalls: pd.DataFrame,
 def _fit(points: pd.DataFrame) -> tuple[str, fitting.Fit, list[str]] | None:
     """The best form through the points that are more than a bound, its fit, and what speaks against it."""
     exact, bounds = points[points["bound"] == ""], points[points["bound"] != ""]
-    found = fitting.fit_all((exact["state_elements"] / MILLION).to_list(), (exact["value"] / K).to_list())
-    form = fitting.best(found)
+    fits = fitting.fit_all((exact["state_elements"] / MILLION).to_list(), (exact["value"] / K).to_list())
+    form = fitting.best(fits)
     if form is None:
         return None
-    f, doubts = found[form], []
+    f, doubts = fits[form], []
     if len(bounds):
         broken = fitting.contradicted(f.curve, bounds)
         doubts.append(f"{len(bounds)} of {len(points)} points are known only as a bound and not fitted; the {form} "

@@ -5,11 +5,8 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import shutil
-import stat
 import sys
-import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,9 +14,10 @@ from typing import Any
 from rnn_longctx.config import load_yaml, to_dict
 from rnn_longctx.errors import InputError
 from rnn_longctx.eval.capacity import models
-from rnn_longctx.eval.capacity.config import CapacityConfig, Cell, label
+from rnn_longctx.eval.capacity.config import CapacityConfig, StudyCell, label
 from rnn_longctx.eval.capacity.measure import measure
 from rnn_longctx.eval.capacity.mqar import measure_mqar, train_mqar
+from rnn_longctx.eval.pool import end_with_parent
 from rnn_longctx.eval.results import Results, write_atomic
 from rnn_longctx.models import checkpoint
 from rnn_longctx.train import train
@@ -28,16 +26,16 @@ from rnn_longctx.train.team import device_of
 STUDY = "study.yaml"
 
 
-def asked(config: CapacityConfig, cell: Cell) -> dict[str, Any]:
+def asked(config: CapacityConfig, cell: StudyCell) -> dict[str, Any]:
     """What a finished cell has measured: a cell that finds other settings in its done.json measures what is missing.
     How many streams it reads side by side, and which other cells there are, is no part of it."""
     if cell.task == "pretrain":
         return {}
-    given = to_dict(config.measure if cell.task == "text" else config.mqar)
-    return {k: v for k, v in given.items() if k not in ("batch", "tasks", "seeds")}
+    settings = to_dict(config.measure if cell.task == "text" else config.mqar)
+    return {k: v for k, v in settings.items() if k not in ("batch", "tasks", "seeds")}
 
 
-def is_done(config: CapacityConfig, cell: Cell, study: Path) -> bool:
+def is_done(config: CapacityConfig, cell: StudyCell, study: Path) -> bool:
     try:
         done = json.loads((study / "models" / cell.name / "done.json").read_text())
         return done | asked(config, cell) == done
@@ -45,7 +43,7 @@ def is_done(config: CapacityConfig, cell: Cell, study: Path) -> bool:
         return False
 
 
-def run_cell(config: CapacityConfig, cell: Cell, study: Path) -> None:
+def run_cell(config: CapacityConfig, cell: StudyCell, study: Path) -> None:
     """Train and measure one cell, unless it is done. One process at a time: another waits for it and finds it done."""
     folder = study / "models" / cell.name
     folder.mkdir(parents=True, exist_ok=True)
@@ -80,15 +78,8 @@ def run_cell(config: CapacityConfig, cell: Cell, study: Path) -> None:
             shutil.rmtree(folder / "snapshots", ignore_errors=True)
 
 
-def _end_with_parent() -> None:
-    """The study that started this process holds the other end of its standard input, and a study that was killed must
-    not leave cells behind that train on."""
-    if stat.S_ISFIFO(os.fstat(0).st_mode):
-        threading.Thread(target=lambda: (os.read(0, 1), os._exit(1)), daemon=True).start()
-
-
 if __name__ == "__main__":
-    _end_with_parent()
+    end_with_parent()
     try:
         where = Path(sys.argv[1])
         study_config = load_yaml(CapacityConfig, where / STUDY)

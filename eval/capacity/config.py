@@ -123,9 +123,9 @@ class CapacityConfig:
         if len({label(self.model(shape)) for shape in self.shapes}) < len(self.shapes):
             raise InputError("shapes: one is given twice")
         for length in self.train_lengths:
-            self.training(Cell(self.model(self.shapes[0]), length, 0), "")
+            self.training(StudyCell(self.model(self.shapes[0]), length, 0), "")
         if self.pretrain is not None:
-            self.training(self.start_of(Cell(self.model(self.shapes[0]), 0, 0)), "")
+            self.training(self.start_of(StudyCell(self.model(self.shapes[0]), 0, 0)), "")
 
     def model(self, shape: dict[str, int]) -> Mamba2Config:
         unknown = sorted(set(shape) - set(asdict(Mamba2Config())))
@@ -140,12 +140,12 @@ class CapacityConfig:
         """The shapes, smallest state first."""
         return sorted(map(self.model, self.shapes), key=lambda m: m.scan_state_elements + m.conv_state_elements)
 
-    def start_of(self, cell: Cell) -> Cell:
+    def start_of(self, cell: StudyCell) -> StudyCell:
         """What `cell` goes on from; only with `pretrain`."""
         assert self.pretrain is not None
         return replace(cell, train_length=self.pretrain.train_length, task="pretrain")
 
-    def training(self, cell: Cell, out: str) -> TrainConfig:
+    def training(self, cell: StudyCell, out: str) -> TrainConfig:
         base, length = self.train, cell.train_length
         rows = None
         if cell.task == "pretrain":
@@ -161,24 +161,24 @@ class CapacityConfig:
         data = replace(base.data, passkey=replace(passkey, lengths=(min(passkey.lengths[0], high), high)))
         return replace(base, model=cell.model, train_length=length, batch_size=rows, seed=cell.seed, data=data, out=out)
 
-    def mqar_cells(self) -> list[Cell]:
+    def mqar_cells(self) -> list[StudyCell]:
         if self.mqar is None:
             return []
-        return [Cell(m, 0, s, t) for t in self.mqar.tasks for m in self.models for s in range(self.mqar.seeds)]
+        return [StudyCell(m, 0, s, t) for t in self.mqar.tasks for m in self.models for s in range(self.mqar.seeds)]
 
-    def find(self, name: str) -> Cell:
+    def find(self, name: str) -> StudyCell:
         """The cell of that name. Raises InputError: there is none."""
         lengths, seeds = self.train_lengths, range(self.seeds)
-        text = (Cell(m, n, s) for m in self.models for n in lengths for s in seeds)
-        starts = [] if self.pretrain is None else [self.start_of(Cell(m, 0, s)) for m in self.models for s in seeds]
-        for cell in [*text, *starts, *self.mqar_cells()]:
+        text = (StudyCell(m, n, s) for m in self.models for n in lengths for s in seeds)
+        first = [StudyCell(m, 0, s) for m in self.models for s in seeds if self.pretrain is not None]
+        for cell in [*text, *map(self.start_of, first), *self.mqar_cells()]:
             if cell.name == name:
                 return cell
         raise InputError(f"this study has no cell {name}")
 
 
 @dataclass(frozen=True)
-class Cell:
+class StudyCell:
     """One model to train and measure; train_length 0 where `task` is not text."""
 
     model: Mamba2Config

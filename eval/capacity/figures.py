@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
@@ -23,12 +22,10 @@ from rnn_longctx.config import format_length, home_path
 from rnn_longctx.eval.capacity import fits as fitting
 from rnn_longctx.eval.capacity import paper, tables
 from rnn_longctx.eval.capacity.fits import MILLION, Fit, K
+from rnn_longctx.eval.show.style import BLUE, GREEN, GREYS, GRID, MARKERS, PINK, RED, SKY, VERMILION, YELLOW, write
 
-_COLOURS = {"line": "#0072B2", "exponential": "#D55E00", "power": "#009E73", "constant": "#8c8c8c"}
-_RED = "#cc3311"
-_MARKERS = "osD^vPX"
-_SHAPES = ("black", "#CC79A7", "#56B4E9", "#F0E442")  # no colour of a fit
-_PAPER = "#555555"
+_FITS = {"line": BLUE, "exponential": VERMILION, "power": GREEN, "constant": GREYS[1]}
+_SHAPES = ("black", PINK, SKY, YELLOW)  # no colour of a fit
 
 
 def draw(directory: str | Path, target: float) -> list[Path]:
@@ -36,23 +33,23 @@ def draw(directory: str | Path, target: float) -> list[Path]:
     mqar.csv and every figure there is data for. Returns the paths. Raises InputError: no tables."""
     directory = home_path(directory)
     results, about = tables.read(directory)
-    found = tables.findings(results, about, target)
-    points = tables.points(found)
+    lines = tables.findings(results, about, target)
+    points = tables.points(lines)
     paths = []
     judged = {"fits": fitting.table(points), "same_size": tables.same_size(points)} if len(points) else {}
     if len(pairs := tables.associations(results, about)):
         judged["mqar"] = pairs
-    for name, frame in {"findings": found, "points": points, **judged}.items():
+    for name, frame in {"findings": lines, "points": points, **judged}.items():
         paths.append(directory / f"{name}.csv")
         frame.to_csv(paths[-1], index=False, lineterminator="\n")
     for key, group in points.groupby(["mitigation", "quantity"], sort=False) if len(points) else []:
         mitigation, quantity = map(str, key)
         end = "" if mitigation == "none" else f" {mitigation}"
-        paths.append(_write(growth(group, quantity, mitigation), directory / f"{_slug(quantity + end)}.png"))
+        paths.append(write(growth(group, quantity, mitigation), directory / f"{_slug(quantity + end)}.png"))
     if len(points) and len(depths := tables.by_depth(results, points)):
-        paths.append(_write(recall(depths), directory / "recall_by_depth.png"))
+        paths.append(write(recall(depths), directory / "recall_by_depth.png"))
     if len(pairs):
-        paths.append(_write(mqar(pairs), directory / "mqar.png"))
+        paths.append(write(mqar(pairs), directory / "mqar.png"))
     return paths
 
 
@@ -73,10 +70,10 @@ def growth(group: pd.DataFrame, quantity: str, mitigation: str) -> Figure:
     near.set_ylim(0, 1.1 * float(group[["value", "high"]].to_numpy(float, na_value=0).max()) / K)
     bent = fitting.best({form: f for form, f in fits.items() if form != "constant"})  # a constant leans on nothing
     if bent is not None and (i := fits[bent].carrier) is not None:
-        near.plot(s[i], y[i], "o", markersize=15, markerfacecolor="none", markeredgecolor=_RED, zorder=4,
+        near.plot(s[i], y[i], "o", markersize=15, markerfacecolor="none", markeredgecolor=RED, zorder=4,
                   label=f"the {bent} leans on it: R² {fits[bent].r2_without:.3f} without")  # fmt: skip
     if best is not None:
-        far.plot(x, _positive(fits[best].curve(x)), color=_COLOURS[best], linewidth=1.6, label=f"ours, {best}")
+        far.plot(x, _positive(fits[best].curve(x)), color=_FITS[best], linewidth=1.6, label=f"ours, {best}")
     least = min(float(group["value"].min()) / K, _papers(far, quantity))
     far.set_xscale("log")
     far.set_yscale("log")
@@ -86,7 +83,7 @@ def growth(group: pd.DataFrame, quantity: str, mitigation: str) -> Figure:
     for axes in (near, far):
         axes.set_xlabel("state, millions of numbers (scan and convolution)")
         axes.set_ylabel("K tokens")
-        axes.grid(color="#e6e6e6", linewidth=0.8)
+        axes.grid(color=GRID, linewidth=0.8)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(0, -0.12))
@@ -100,7 +97,7 @@ def growth(group: pd.DataFrame, quantity: str, mitigation: str) -> Figure:
 
 
 def _curve(axes: Axes, x: np.ndarray, f: Fit, form: str, is_best: bool) -> None:
-    colour = _COLOURS[form]
+    colour = _FITS[form]
     judged = "" if math.isnan(f.r2) else f", R² {f.r2:.3f}, one left out {f.r2_loo:.3f}, AIC {f.aic:.1f}"
     label = textwrap.fill(f"{form}: {f.curve}{judged}", 60)
     axes.plot(
@@ -117,8 +114,8 @@ def _papers(axes: Axes, quantity: str) -> float:
         return math.inf
     curve, sizes, lengths = found
     x = np.geomspace(min(sizes), max(sizes), 100)
-    axes.plot(sizes, lengths, "*", color=_PAPER, markersize=10, label="Stuffed Mamba's points, read off its figure")
-    axes.plot(x, _positive(curve(x)), color=_PAPER, linewidth=1.2, label=f"its fit, {curve}")
+    axes.plot(sizes, lengths, "*", color=GREYS[0], markersize=10, label="Stuffed Mamba's points, read off its figure")
+    axes.plot(x, _positive(curve(x)), color=GREYS[0], linewidth=1.2, label=f"its fit, {curve}")
     fits = fitting.fit_all(sizes, lengths, 0)
     for form in dict.fromkeys((curve.form, fitting.best(fits))):
         if form is not None:
@@ -138,7 +135,7 @@ def _points(axes: Axes, group: pd.DataFrame) -> None:
             at, value = row["state_elements"] / MILLION, row["value"] / K
             known = row["bound"] == ""
             fill = colour if known else "white"
-            axes.plot(at, value, _MARKERS[i % len(_MARKERS)], color=colour, markersize=6, markerfacecolor=fill,
+            axes.plot(at, value, MARKERS[i % len(MARKERS)], color=colour, markersize=6, markerfacecolor=fill,
                       label=label or None, zorder=3)  # fmt: skip
             label = ""
             if not known:
@@ -166,7 +163,7 @@ def recall(frame: pd.DataFrame) -> Figure:
         train = some["train_length"].iloc[0]
         inside = 0 if pd.isna(train) else int((grid.columns <= train).sum())
         if inside:
-            panel.axvline(inside - 0.5, color=_RED, linewidth=2, clip_on=False)
+            panel.axvline(inside - 0.5, color=RED, linewidth=2, clip_on=False)
         of = "" if pd.isna(train) else f", trained at {format_length(int(train))}"
         size = _millions(some["state_elements"].iloc[0])
         panel.set_title(f"{shape}: state of {size}{of}", fontsize=8.5, loc="left")
@@ -197,15 +194,15 @@ def mqar(frame: pd.DataFrame) -> Figure:
         for axes, shape in zip(row, shapes):
             some = frame[(frame["task"] == task) & (frame["shape"] == shape)]
             for _, one in some.groupby("train_seed", dropna=False):
-                axes.plot(one["pairs"], one["value"], color=_COLOURS["line"], linewidth=1, alpha=0.8)
-                axes.fill_between(one["pairs"], one["low"], one["high"], color=_COLOURS["line"], alpha=0.2, linewidth=0)
+                axes.plot(one["pairs"], one["value"], color=_FITS["line"], linewidth=1, alpha=0.8)
+                axes.fill_between(one["pairs"], one["low"], one["high"], color=_FITS["line"], alpha=0.2, linewidth=0)
             middle = some.groupby("pairs")["value"].median()
             axes.plot(middle.index, middle, "o-", color="black", linewidth=2, markersize=3)
             axes.set_xscale("log", base=2)
             axes.xaxis.set_minor_locator(NullLocator())
             axes.set_xticks(ticks, [str(n) for n in ticks], fontsize=8)
             axes.set_ylim(0, 1.02)
-            axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
+            axes.grid(axis="y", color=GRID, linewidth=0.8)
             axes.spines[["top", "right"]].set_visible(False)
         row[0].set_ylabel(task, fontsize=10)
     for axes, shape in zip(panels[0], shapes):
@@ -227,8 +224,3 @@ def _millions(n: float) -> str:
 
 def _slug(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9._]+", "-", text).strip("-")
-
-
-def _write(figure: Figure, path: Path) -> Path:
-    FigureCanvasAgg(figure).print_figure(path, dpi=150)
-    return path

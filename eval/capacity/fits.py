@@ -129,8 +129,8 @@ def fit_all(s: Sequence[float], y: Sequence[float], n_boot: int = _BOOT) -> dict
     """Every form that there are points for; none through fewer than three, which say nothing of a form."""
     if len(s) < 3:
         return {}
-    found = {form: fit(form, s, y, n_boot) for form in FORMS}
-    return {form: one for form, one in found.items() if one is not None}
+    fits = {form: fit(form, s, y, n_boot) for form in FORMS}
+    return {form: one for form, one in fits.items() if one is not None}
 
 
 def best(fits: dict[str, Fit]) -> str | None:

@@ -59,10 +59,10 @@ def next_models(lengths: Sequence[int], seeds: Sequence[int], outcomes: Outcomes
     if majority(outcomes, grid[-1]) is None:
         return [(grid[-1], seeds[0])]
     known = {(n, seed): passes for (n, seed), passes in outcomes.items() if n in grid and seed in seeds}
-    found = forget_of(known)
-    if found is None or found.passes is None:
+    forget = forget_of(known)
+    if forget is None or forget.passes is None:
         return seeded(grid[-1])
-    low, high = grid.index(found.fails) if found.fails in grid else -1, grid.index(found.passes)
+    low, high = grid.index(forget.fails) if forget.fails in grid else -1, grid.index(forget.passes)
     if high - low > 1:
         return [(grid[(low + high) // 2], seeds[0])]
     return seeded(grid[high], *([grid[low]] if low >= 0 else []), grid[-1])

@@ -81,9 +81,7 @@ def t_recall(model: Any, task: Job, remedy: Remedy, c: MeasureConfig, out: str |
     def now() -> Measuring:
         name, calibration = active(model, memory.weights_hash)
         segment = SEGMENTS[model.device.type]
-        return Measuring(
-            model, name, calibration, c.text, c.batch, segment, c.seed, results, _memory=memory._memory
-        )
+        return Measuring(model, name, calibration, c.text, c.batch, segment, c.seed, results, _memory=memory._memory)
 
     def ask(length: int, prompts: int) -> Answers:
         with mitigate(model, remedy, target_length=length) if remedy.per_length else nullcontext():

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rnn_longctx.eval.capacity.config import Cell, MQARConfig
+from rnn_longctx.eval.capacity.config import MQARConfig, StudyCell
 from rnn_longctx.eval.results import Results
 from rnn_longctx.eval.stats import mean_stderr
 from rnn_longctx.models.lm import Mamba2LM
@@ -26,7 +26,7 @@ EVERY = 200  # steps between snapshots
 WARMUP = 0.1  # share of the steps
 
 
-def train_mqar(cell: Cell, c: MQARConfig, folder: Path, device: torch.device) -> Mamba2LM:
+def train_mqar(cell: StudyCell, c: MQARConfig, folder: Path, device: torch.device) -> Mamba2LM:
     """Train on the answers alone, a number of pairs drawn for every step; goes on from the newest snapshot. The batch
     of a step follows from the cell's seed and the step."""
     torch.manual_seed(cell.seed)
@@ -58,7 +58,7 @@ def train_mqar(cell: Cell, c: MQARConfig, folder: Path, device: torch.device) ->
 
 @torch.inference_mode()
 @in_evaluation
-def measure_mqar(model: Mamba2LM, cell: Cell, c: MQARConfig, results: Results, say: Callable[[str], None]) -> None:
+def measure_mqar(model: Mamba2LM, cell: StudyCell, c: MQARConfig, results: Results, say: Callable[[str], None]) -> None:
     """A row for every number of pairs: the share of answers that are right, one sample a sequence. `length` is that of
     the sequences, in tokens."""
     device = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else model.device.type
@@ -80,7 +80,7 @@ def measure_mqar(model: Mamba2LM, cell: Cell, c: MQARConfig, results: Results, s
         say(f"{cell.name}: {pairs} pairs {value:.3f}")
 
 
-def _batch(rng: np.random.Generator, rows: int, pairs: int, cell: Cell, c: MQARConfig,
+def _batch(rng: np.random.Generator, rows: int, pairs: int, cell: StudyCell, c: MQARConfig,
            device: torch.device) -> tuple[Tensor, Tensor]:  # fmt: skip
     ids, answers = mqar_batch(rng, rows, pairs, c.vocab_size, cell.task == "forgetting-mqar")
     return torch.from_numpy(ids).to(device), torch.from_numpy(answers).to(device)

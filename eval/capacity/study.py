@@ -6,10 +6,7 @@ stopped, and one that is finished runs nothing.
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,8 +19,9 @@ from rnn_longctx.data import load_text, open_streamed
 from rnn_longctx.errors import InputError
 from rnn_longctx.eval.capacity import models, tables
 from rnn_longctx.eval.capacity.cell import STUDY, is_done
-from rnn_longctx.eval.capacity.config import CapacityConfig, Cell
+from rnn_longctx.eval.capacity.config import CapacityConfig, StudyCell
 from rnn_longctx.eval.capacity.forget import next_models
+from rnn_longctx.eval.pool import Pool, last_line
 from rnn_longctx.eval.results import Results, write_atomic
 from rnn_longctx.train.config import MixedText
 from rnn_longctx.train.snapshots import claim_folder
@@ -31,9 +29,10 @@ from rnn_longctx.train.team import device_of
 
 # Of `train`: settings that do not change what is trained. (Those that cut the work, and of MQAR the sequences measured
 # and the seeds, are recorded as 1, whatever they are.)
-_NEUTRAL = ("out", "device", "log_every", "log_to", "checkpoint_every", "export_every", "save_layout", "fsdp",
-            "licences")  # fmt: skip
-_WAIT = 0.2  # seconds between two looks at the processes
+_NEUTRAL = (
+    *("out", "device", "log_every", "log_to", "checkpoint_every", "export_every", "save_layout", "fsdp"),
+    "licences",
+)
 
 
 def run_study(config: CapacityConfig, parallel: int = 1, say: Callable[[str], None] = print) -> Path:
@@ -55,35 +54,24 @@ def run_study(config: CapacityConfig, parallel: int = 1, say: Callable[[str], No
     local = replace(config, train=replace(config.train, data=replace(config.train.data, text=_texts(config, study))))
     write_atomic(study / STUDY, yaml.safe_dump(to_dict(local), sort_keys=False).encode())
 
-    running: dict[str, tuple[Cell, subprocess.Popen[bytes], float]] = {}
     failed: dict[str, str] = {}
     known: dict[str, bool] = {}  # outcomes of the test of forgetting, by the names of cells
     done = 0
-    try:
+    with Pool(parallel) as pool:
         while True:
-            todo = [c for c in _todo(config, study, known, text) if c.name not in failed and c.name not in running]
-            for cell in todo[: parallel - len(running)]:
-                running[cell.name] = (cell, _start(cell, study, parallel), time.monotonic())
-            if not running:
+            todo = [c for c in _todo(config, study, known, text) if c.name not in failed and c.name not in pool]
+            for cell in todo[: pool.free]:
+                pool.start(cell.name, command(cell, study), _log(study, cell.name))
+            if not len(pool):
                 break
-            while all(process.poll() is None for _, process, _ in running.values()):
-                time.sleep(_WAIT)
-            for name, (cell, process, began) in list(running.items()):
-                if process.poll() is None:
-                    continue
-                del running[name]
-                if process.returncode == 0 and is_done(config, cell, study):
+            for name, code, seconds in pool.ended():
+                if code == 0 and is_done(config, config.find(name), study):
                     done += 1
                     models.gather(study)  # so that a study can be looked at before it ends
-                    say(f"{name}: done in {time.monotonic() - began:.0f} s")
+                    say(f"{name}: done in {seconds:.0f} s")
                 else:
-                    failed[name] = _last_line(study / "models" / name / "log.txt") or f"exit {process.returncode}"
+                    failed[name] = last_line(_log(study, name)) or f"exit {code}"
                     say(f"{name}: failed: {failed[name]}")
-    finally:
-        for _, process, _ in running.values():  # interrupted: a cell goes on from its snapshot
-            process.terminate()
-        for _, process, _ in running.values():
-            process.wait()
     say(f"{done} cells run")
     models.gather(study)
     Results(study).gather()
@@ -93,51 +81,45 @@ def run_study(config: CapacityConfig, parallel: int = 1, say: Callable[[str], No
     return study
 
 
-def _todo(config: CapacityConfig, study: Path, known: dict[str, bool], text: str) -> list[Cell]:
+def _todo(config: CapacityConfig, study: Path, known: dict[str, bool], text: str) -> list[StudyCell]:
     """Cells that may be run now, the next of every shape's search first."""
-    wanted = []
+    cells_due = []
     for model in config.models:
-        cells = {(n, s): Cell(model, n, s) for n in config.train_lengths for s in range(config.seeds)}
+        cells = {(n, s): StudyCell(model, n, s) for n in config.train_lengths for s in range(config.seeds)}
         outcomes: dict[tuple[int, int], bool] = {}
         for where, cell in cells.items():
             if cell.name not in known and is_done(config, cell, study):
                 known[cell.name] = tables.passes(study, cell.name, config.measure.limit, text)
             if cell.name in known:
                 outcomes[where] = known[cell.name]
-        wanted += [cells[where] for where in next_models(config.train_lengths, range(config.seeds), outcomes)]
+        cells_due += [cells[where] for where in next_models(config.train_lengths, range(config.seeds), outcomes)]
     if config.pretrain is not None:
-        ready = [cell if is_done(config, config.start_of(cell), study) else config.start_of(cell) for cell in wanted]
-        wanted = list({cell.name: cell for cell in ready}.values())
-    return wanted + [cell for cell in config.mqar_cells() if not is_done(config, cell, study)]
+        ready = [cell if is_done(config, config.start_of(cell), study) else config.start_of(cell) for cell in cells_due]
+        cells_due = list({cell.name: cell for cell in ready}.values())
+    return cells_due + [cell for cell in config.mqar_cells() if not is_done(config, cell, study)]
 
 
 def _texts(config: CapacityConfig, study: Path) -> list[str | MixedText]:
     """What is trained on, the installed packages gathered once, and not by every cell. Raises InputError: there is no
     such text, which every cell would find out by itself."""
-    found: list[str | MixedText] = []
+    texts: list[str | MixedText] = []
     for spec in config.train.data.text:
-        part = spec if isinstance(spec, MixedText) else MixedText(spec)
-        if part.source == "site-packages":
-            kept = study / "site-packages.txt"
-            if not kept.exists():
-                write_atomic(kept, load_text("site-packages").data)
-            part = replace(part, source=str(kept))
-        elif open_streamed(part.source) is None:
-            load_text(part.source)
-        found.append(part if isinstance(spec, MixedText) else part.source)
-    return found
+        mixed = spec if isinstance(spec, MixedText) else MixedText(spec)
+        if mixed.source == "site-packages":
+            gathered = study / "site-packages.txt"
+            if not gathered.exists():
+                write_atomic(gathered, load_text("site-packages").data)
+            mixed = replace(mixed, source=str(gathered))
+        elif open_streamed(mixed.source) is None:
+            load_text(mixed.source)
+        texts.append(mixed if isinstance(spec, MixedText) else mixed.source)
+    return texts
 
 
-def _start(cell: Cell, study: Path, parallel: int) -> subprocess.Popen[bytes]:
-    folder = study / "models" / cell.name
-    folder.mkdir(parents=True, exist_ok=True)
-    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // parallel))}
-    with (folder / "log.txt").open("ab") as log:
-        words = [sys.executable, "-m", "rnn_longctx.eval.capacity.cell", str(study), cell.name]
-        # the pipe ends with this process, and the cell with the pipe
-        return subprocess.Popen(words, stdin=subprocess.PIPE, stdout=log, stderr=log, env=os.environ | threads)
+def command(cell: StudyCell, study: Path) -> list[str]:
+    """Return the command that trains and measures a cell."""
+    return [sys.executable, "-m", "rnn_longctx.eval.capacity.cell", str(study), cell.name]
 
 
-def _last_line(path: Path) -> str:
-    lines = path.read_text(errors="replace").split("\n") if path.exists() else []
-    return next((line.strip() for line in reversed(lines) if line.strip()), "")
+def _log(study: Path, name: str) -> Path:
+    return study / "models" / name / "log.txt"

@@ -71,14 +71,14 @@ def findings(results: pd.DataFrame, about: pd.DataFrame, target: float) -> pd.Da
     return joined.sort_values(order, ignore_index=True)
 
 
-def in_words(found: pd.DataFrame) -> list[str]:
+def in_words(table: pd.DataFrame) -> list[str]:
     """A line a checkpoint (of no family: each is a shape of its own) and remedy: whether it forgets, its T_recall."""
     lines = []
-    for (shape, mitigation), some in found.groupby(["shape", "mitigation"], sort=False):
+    for (shape, mitigation), some in table.groupby(["shape", "mitigation"], sort=False):
         train = some["train_length"].iloc[0]
         trained = "" if pd.isna(train) else f", trained at {format_length(int(train))}"
-        said = sorted(zip(some["quantity"] != "forgets", some["quantity"], some["text"]))
-        texts = [f"{quantity} {text}" if recalls else text for recalls, quantity, text in said]
+        entries = sorted(zip(some["quantity"] != "forgets", some["quantity"], some["text"]))
+        texts = [f"{quantity} {text}" if recalls else text for recalls, quantity, text in entries]
         lines.append(f"{shape}{trained}, {mitigation}: {'; '.join(texts)}")
     return lines
 
@@ -91,16 +91,16 @@ def _forgets(sheet: Sheet, name: str) -> dict[str, Any]:
 
 
 def _recall(sheet: Sheet, name: str, target: float) -> dict[str, Any]:
-    found = recall_of({n: (round(sum(c.samples)), c.n) for n, c in sheet.cells[name].items()}, target)
-    assert found is not None
-    at = found.passes or found.fails
+    recall = recall_of({n: (round(sum(c.samples)), c.n) for n, c in sheet.cells[name].items()}, target)
+    assert recall is not None
+    at = recall.passes or recall.fails
     depths = {d: cell.value for (n, d), cell in sheet.depths[name].items() if n == at}
     quantity = "T_recall" if sheet.task == "passkey" else f"T_recall of {sheet.task}"
     worst = min(depths, key=lambda d: (depths[d], d)) if depths else None
-    return {"quantity": quantity, "worst": worst, "text": str(found)} | found._asdict()
+    return {"quantity": quantity, "worst": worst, "text": str(recall)} | recall._asdict()
 
 
-def points(found: pd.DataFrame) -> pd.DataFrame:
+def points(table: pd.DataFrame) -> pd.DataFrame:
     """One line a shape, remedy and quantity (T_forget, T_recall): the columns of models.csv that its models share, and
     what follows. A checkpoint that is of no family has no T_forget, which is a quantity of several training lengths.
 
@@ -112,7 +112,7 @@ def points(found: pd.DataFrame) -> pd.DataFrame:
     fails: of T_recall, the shortest length that is not shown.
     """
     lines = []
-    for (_, mitigation, quantity), group in found.groupby(KEY, sort=False):
+    for (_, mitigation, quantity), group in table.groupby(KEY, sort=False):
         shared = {c: group[c].iloc[0] for c in models.COLUMNS if c not in _OF_ONE}
         line = shared | {"mitigation": mitigation, "models": len(group)}
         lines.append(line | (_t_forget(group) if quantity == "forgets" else {"quantity": quantity} | _t_recall(group)))
@@ -129,14 +129,14 @@ def _t_forget(group: pd.DataFrame) -> dict[str, Any]:
     tested = (reach > known["train_length"]) | known["fails"].notna()
     models_tested = zip(known["train_length"][tested], seeds[tested], known["fails"][tested])
     outcomes = {(int(n), int(s)): bool(pd.isna(fails)) for n, s, fails in models_tested}
-    found = forget_of(outcomes)
-    if found is None:
+    forget = forget_of(outcomes)
+    if forget is None:
         return {"quantity": "T_forget", "value": None}
-    bound = "above" if found.passes is None else "below" if found.fails is None else ""
-    value = found.fails if found.passes is None else found.passes
+    bound = "above" if forget.passes is None else "below" if forget.fails is None else ""
+    value = forget.fails if forget.passes is None else forget.passes
     read = reach[tested & known["fails"].isna()].min()  # models that pass, as far as they were read
-    text = str(found) if found.passes is None else f"{found}; read to {format_length(int(read))}"
-    return {"quantity": "T_forget", "value": value, "bound": bound, "low": found.fails, "high": found.passes,
+    text = str(forget) if forget.passes is None else f"{forget}; read to {format_length(int(read))}"
+    return {"quantity": "T_forget", "value": value, "bound": bound, "low": forget.fails, "high": forget.passes,
             "text": text}  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """Three figures from the gathered table alone: loss over length, context gain over length, passkey by depth.
 
 Drawn with matplotlib's Figure objects and no pyplot, so that nothing global changes and no display is needed.
-Colours are those of Okabe and Ito, which most colour-blind readers can tell apart.
+The bare model is black, remedies have colours, controls are grey.
 """
 
 from __future__ import annotations
@@ -14,17 +14,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from rnn_longctx.config import format_length, home_path
+from rnn_longctx.eval.show.style import COLOURS, GREYS, GRID, MARKERS, RED, UNMEASURED, write
 from rnn_longctx.eval.tables.sheets import Sheet, sheets
 
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")  # remedies
-_GREYS = ("#555555", "#8c8c8c", "#b0b0b0")  # controls; the bare model is black
-_MARKERS = "osD^vPX"
-_RED = "#cc3311"  # marks the training length and the collapse threshold
 _SIZE = (9.0, 5.0)  # inches; at 150 dpi sharp, at 900 pixels still readable
 
 
@@ -45,8 +41,7 @@ def plot_all(frame: pd.DataFrame, directory: str | Path) -> list[Path]:
         end = "-" + _slug(f"{sheet.where['model']} {sheet.note}") if several else ""
         for name, figure in figures.items():
             if figure is not None:
-                paths.append(directory / f"{name}{end}.png")
-                FigureCanvasAgg(figure).print_figure(paths[-1], dpi=150)
+                paths.append(write(figure, directory / f"{name}{end}.png"))
     return paths
 
 
@@ -67,7 +62,7 @@ def _loss(sheet: Sheet) -> Figure:
     peak = sheet.peak("none")
     if peak is not None:
         label = f"collapse: above {2 * peak:.2f}, twice the highest loss within the training length"
-        axes.axhline(2 * peak, color=_RED, linewidth=1, linestyle=":", label=label)
+        axes.axhline(2 * peak, color=RED, linewidth=1, linestyle=":", label=label)
     axes.set_ylabel("loss, nats per token")
     axes.set_title(_title(sheet, "Loss over positions (L/2, L]"), loc="left")
     _legend(figure, axes)
@@ -125,11 +120,11 @@ def _recall(sheet: Sheet) -> Figure:
             for i, depth in enumerate(depths):
                 if (length, depth) in sheet.depths[name]:
                     grid[i, j] = sheet.depths[name][length, depth].value
-        panel.set_facecolor("#dddddd")  # shows where nothing was measured
+        panel.set_facecolor(UNMEASURED)  # shows where nothing was measured
         image = panel.imshow(grid, vmin=0, vmax=1, cmap="cividis", aspect="auto", interpolation="nearest")
         if sheet.train_length is not None:
             inside = sum(length <= sheet.train_length for length in lengths)
-            panel.axvline(inside - 0.5, color=_RED, linewidth=2)
+            panel.axvline(inside - 0.5, color=RED, linewidth=2)
         look = {"color": "#666666", "style": "italic"} if sheet.is_control(name) else {}
         panel.set_title(textwrap.fill(name, 34), fontsize=10, loc="left", **look)
         panel.spines[:].set_visible(False)
@@ -153,11 +148,11 @@ def _axes(sheet: Sheet, lengths: list[int]) -> tuple[Figure, Axes]:
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xticks(lengths, [format_length(k) for k in lengths])
     axes.set_xlabel("length, tokens")
-    axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
+    axes.grid(axis="y", color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     if sheet.train_length is not None:
-        axes.axvline(sheet.train_length, color=_RED, linewidth=1.5, label="training length")
+        axes.axvline(sheet.train_length, color=RED, linewidth=1.5, label="training length")
     return figure, axes
 
 
@@ -168,10 +163,10 @@ def _looks(sheet: Sheet) -> Iterable[tuple[str, str, str, str]]:
         if name == "none":
             yield name, "black", "-", "."
         elif sheet.is_control(name):
-            yield name, _GREYS[controls % len(_GREYS)], ("--", "-.")[controls % 2], ""
+            yield name, GREYS[controls % len(GREYS)], ("--", "-.")[controls % 2], ""
             controls += 1
         else:
-            yield name, _COLOURS[remedies % len(_COLOURS)], "-", _MARKERS[remedies % len(_MARKERS)]
+            yield name, COLOURS[remedies % len(COLOURS)], "-", MARKERS[remedies % len(MARKERS)]
             remedies += 1
 
 

@@ -13,9 +13,9 @@ from rich.table import Table
 from rich.text import Text
 
 from rnn_longctx.config import format_length
+from rnn_longctx.eval.show.ranking import board_tables
 from rnn_longctx.eval.stats import wilson
 from rnn_longctx.eval.tables.conclusion import conclusion
-from rnn_longctx.eval.tables.leaderboard import board_tables
 from rnn_longctx.eval.tables.sheets import (
     RECALL,
     SETTING,
@@ -69,33 +69,33 @@ def table(frame: pd.DataFrame, width: int = 110) -> list[RenderableType]:
     mitigations the gain stands in their ranking alone, at the longest length. Bold is the lowest loss of a length among
     what is no control, a gain surely above 0, or an accuracy above 0.95; red is collapse.
     """
-    parts: list[RenderableType] = []
+    pieces: list[RenderableType] = []
     everything = sheets(frame)
     ranked = any(len(sheet.cells) > MANY for sheet in everything)
     for sheet in everything:
-        parts += _loss_tables(sheet, width) if sheet.kind == "loss" else _accuracy_tables(sheet, width)
-        parts += _gain_tables(sheet, width) if sheet.kind == "loss" and not ranked else []
-    parts += board_tables(frame) if ranked else []
+        pieces += _loss_tables(sheet, width) if sheet.kind == "loss" else _accuracy_tables(sheet, width)
+        pieces += _gain_tables(sheet, width) if sheet.kind == "loss" and not ranked else []
+    pieces += board_tables(frame) if ranked else []
     words = conclusion(frame)
-    return [*parts, Text(words or "no results yet", style="bold" if words else "")]
+    return [*pieces, Text(words or "no results yet", style="bold" if words else "")]
 
 
 def asked(frame: pd.DataFrame) -> tuple[pd.DataFrame, str]:
     """Return the rows of a folder's table that a call of `evaluate` asked for, whose `attrs` it has, and a line that
     says what else is among them and what is left out. Its remedies at the folder's other lengths are among them, for a
     verdict that knew less than the folder would contradict it, and so are `none` and the controls, for comparison."""
-    wanted = frame.attrs["asked"]
-    settings = [tuple(setting) for setting in wanted["settings"]]
+    question = frame.attrs["asked"]
+    settings = [tuple(setting) for setting in question["settings"]]
     remedies, tasks = ({s[i] for s in settings} for i in (0, 1))
     compared = frame["mitigation"].map(lambda m: m in remedies or m == "none" or is_control(m))
     losses = frame["metric"].map(kind_of) == "loss"
-    keep = compared & frame["task"].isin(tasks) & (~losses | frame["text_hash"].isin(wanted["texts"]))
-    shown = frame[keep & alike(frame, {c: wanted[c] for c in (*SETTING, "seed")})]
+    keep = compared & frame["task"].isin(tasks) & (~losses | frame["text_hash"].isin(question["texts"]))
+    shown = frame[keep & alike(frame, {c: question[c] for c in (*SETTING, "seed")})]
     left = len(frame) - len(shown)
     more = len(set(zip(shown["mitigation"], shown["task"], shown["length"])) - set(settings))
-    said = [f"with {more} other setting{'s' * (more > 1)} measured here before"] if more else []
-    said += [f"{left} rows of other models, texts, tasks or remedies are not shown"] if left else []
-    return shown, "; ".join(said)
+    notes = [f"with {more} other setting{'s' * (more > 1)} measured here before"] if more else []
+    notes += [f"{left} rows of other models, texts, tasks or remedies are not shown"] if left else []
+    return shown, "; ".join(notes)
 
 
 def to_text(frame: pd.DataFrame, width: int = 110) -> str:
@@ -193,15 +193,15 @@ def _tables(
             lines += [None, (Text("controls:", "dim"), {}, Text())]
         label = Text(f"  {name}", "dim") if name in controls else Text(name)
         lines.append((label, {k: cell(name, k) for k in row}, last[1](name) if last else Text()))
-    said = [Text(f"At {', '.join(map(format_length, where))}: {text}.") for text, where in _counts(sheet).items()]
-    return [*_draw(title, heads, lines, width, last[0] if last else ""), *said, *([Text("")] if said else [])]
+    notes = [Text(f"At {', '.join(map(format_length, where))}: {text}.") for text, where in _counts(sheet).items()]
+    return [*_draw(title, heads, lines, width, last[0] if last else ""), *notes, *([Text("")] if notes else [])]
 
 
 def _counts(sheet: Sheet) -> dict[str, list[int]]:
     """What is to be known of lengths whose cells were measured with different numbers of samples, or of which others
     were asked for."""
     unit = "slices" if sheet.kind == "loss" else "prompts"
-    said: dict[str, list[int]] = {}
+    notes: dict[str, list[int]] = {}
     for length in sheet.lengths:
         ns = [row[length].n for row in sheet.cells.values() if length in row]
         if min(ns) != max(ns):
@@ -211,10 +211,10 @@ def _counts(sheet: Sheet) -> dict[str, list[int]]:
             text = f"only the {first} of {sheet.cut[length]} {unit}, which all rows have"
         else:
             continue
-        said.setdefault(text, []).append(length)
+        notes.setdefault(text, []).append(length)
     for length, asked in sheet.asked.items():
-        said.setdefault(f"so many tokens were read where {format_length(asked)} were asked for", []).append(length)
-    return said
+        notes.setdefault(f"so many tokens were read where {format_length(asked)} were asked for", []).append(length)
+    return notes
 
 
 def _draw(

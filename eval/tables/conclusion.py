@@ -51,10 +51,10 @@ def _best_clauses(sheet: Sheet, recalls: list[Sheet]) -> list[str]:
     losses = {r: sheet.cells[r][length].value for r in sheet.remedies() if length in sheet.cells[r]}
     losses = {r: v for r, v in losses.items() if math.isfinite(v) and not sheet.broken(r)}
     lower = [r for r, v in losses.items() if bare is None or not v >= bare.value]
-    forgot = {r: said for r in lower if (said := _lost_recall(sheet, r, recalls))}
-    kept = [r for r in lower if r not in forgot]
-    sure = [r for r in kept if _surely_lower(sheet, r, length)]
-    best, passed = (sheet.lowest(names, length) for names in (sure or kept, list(forgot)))
+    forgot = {r: reason for r in lower if (reason := _lost_recall(sheet, r, recalls))}
+    remaining = [r for r in lower if r not in forgot]
+    sure = [r for r in remaining if _surely_lower(sheet, r, length)]
+    best, passed = (sheet.lowest(names, length) for names in (sure or remaining, list(forgot)))
     at = format_length(length)
     if best is None and passed is None:
         return [f"no remedy has a loss {'below that without one' if losses else 'that is a number'} at {at}"]
@@ -99,16 +99,16 @@ def _named(sheet: Sheet, name: str, other: Sheet) -> str | None:
 
 def _lost_recall(sheet: Sheet, name: str, recalls: list[Sheet]) -> str | None:
     """Where a remedy's recall falls farthest below that of the bare model or a control, if by more than GUARD."""
-    worst, said = GUARD + 1e-9, None
+    worst, words = GUARD + 1e-9, None
     for recall in recalls:
-        mine = recall.cells[found] if (found := _named(sheet, name, recall)) else {}
+        values = recall.cells[same] if (same := _named(sheet, name, recall)) else {}
         for rival in (n for n in recall.cells if n == "none" or recall.is_control(n)):
-            for length in sorted(mine.keys() & recall.cells[rival].keys()):
-                value, other = mine[length].value, recall.cells[rival][length].value
+            for length in sorted(values.keys() & recall.cells[rival].keys()):
+                value, other = values[length].value, recall.cells[rival][length].value
                 if other - value > worst:
                     worst, whose = other - value, "without a remedy" if rival == "none" else f"with {rival}"
-                    said = f"{recall.task} at {format_length(length)} {value:.2f}, {other:.2f} {whose}"
-    return said
+                    words = f"{recall.task} at {format_length(length)} {value:.2f}, {other:.2f} {whose}"
+    return words
 
 
 def _hybrid_clauses(sheet: Sheet) -> list[str]:
@@ -129,24 +129,26 @@ def _hybrid_clauses(sheet: Sheet) -> list[str]:
         return [f"{at} the loss is not above that at {format_length(short)}: no part of the hybrid is seen to fail"]
     n = min(len(bare[length].samples), len(bare[short].samples))  # slice i begins at the same place
     surely = n > 0 and paired_bootstrap(bare[length].samples[:n], bare[short].samples[:n]).low > 0
-    said, suspects, open_, measured = [], [], [], 0
-    for kind, part in zip(DIAGNOSTICS, ("attention", "the recurrence")):
+    shares, suspects, open_, measured = [], [], [], 0
+    for kind, component in zip(DIAGNOSTICS, ("attention", "the recurrence")):
         name = sheet.diagnostic(kind, length)
         gain = sheet.gain("none", name, length) if name else None
         if gain is None:
-            said.append(f"{part}'s share was not measured")
+            shares.append(f"{component}'s share was not measured")
             continue
         if not math.isfinite(gain.gain):
-            said.append(f"with {name} the loss is not a number")
+            shares.append(f"with {name} the loss is not a number")
             continue
         measured += 1
         share, low, high = (value / rise for value in gain[:3])
-        said.append(f"{name} recovers {share:.0%}" + (f" (95% {low:.0%} to {high:.0%})" if math.isfinite(low) else ""))
+        shares.append(
+            f"{name} recovers {share:.0%}" + (f" (95% {low:.0%} to {high:.0%})" if math.isfinite(low) else "")
+        )
         if surely and low > PART:
-            suspects.append(part)
+            suspects.append(component)
         elif not (surely and high <= PART):
-            open_.append(part)
-    text = f"{at} the hybrid's loss is {rise:.3f} above that at {format_length(short)}: {', '.join(said)}"
+            open_.append(component)
+    text = f"{at} the hybrid's loss is {rise:.3f} above that at {format_length(short)}: {', '.join(shares)}"
     if measured == len(DIAGNOSTICS):
         if suspects or not open_:
             text += f", which points at {' and '.join(suspects) or 'neither alone'}"

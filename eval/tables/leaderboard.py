@@ -11,16 +11,14 @@ import math
 from typing import Any
 
 import pandas as pd
-from rich.console import RenderableType
-from rich.table import Table
-from rich.text import Text
 
-from rnn_longctx.config import format_length
 from rnn_longctx.eval.stats import paired_bootstrap
 from rnn_longctx.eval.tables.sheets import SETTING, Sheet, placed, sheets
 
-COLUMNS = ["model", "text", "length", "mitigation", "control", "loss", "gain", "gain_low", "gain_high", "change_short",
-           "speed", "memory", "wins"]  # fmt: skip
+LEADERBOARD = [
+    *("model", "text", "length", "mitigation", "control", "loss", "gain", "gain_low", "gain_high"),
+    *("change_short", "speed", "memory", "wins"),
+]
 NO_NUMBER = "its loss is no number"
 
 
@@ -45,7 +43,7 @@ def leaderboard(frame: pd.DataFrame) -> pd.DataFrame:
     board = pd.DataFrame(rows)
     if board.empty:
         return board
-    order = COLUMNS + [c for c in board if c not in COLUMNS]
+    order = LEADERBOARD + [c for c in board if c not in LEADERBOARD]
     return board.reindex(columns=order).sort_values(
         ["model", "text", "length", "loss"], na_position="last", ignore_index=True
     )
@@ -113,56 +111,18 @@ def _cost(frame: pd.DataFrame, sheet: Sheet, name: str, length: int) -> dict[str
         value = sheet.where.get(column)
         if column in at and (value is not None or column in SETTING):
             at = at[at[column].isna() if value is None else at[column] == value]
-    wanted, calibration = sheet.mitigations.get(name, (name, None))
-    mine, bare = at[at["mitigation"] == wanted], at[at["mitigation"] == "none"]
-    mine = mine[mine["calibration"].isna() if calibration is None else mine["calibration"] == calibration]
-    if mine.empty or bare.empty:
+    mitigation, calibration = sheet.mitigations.get(name, (name, None))
+    remedy, bare = at[at["mitigation"] == mitigation], at[at["mitigation"] == "none"]
+    remedy = remedy[remedy["calibration"].isna() if calibration is None else remedy["calibration"] == calibration]
+    if remedy.empty or bare.empty:
         return {}
-    mine, bare = mine.iloc[0], bare.iloc[0]
+    remedy, bare = remedy.iloc[0], bare.iloc[0]
     speeds = [
         row["tokens_per_second"] if sheet.kind == "loss" else 1 / (row["first_token_seconds"] or math.nan)
-        for row in (mine, bare)
+        for row in (remedy, bare)
     ]
     return {
         "speed": speeds[0] / (speeds[1] or math.nan),
         # of a process the system knows only the highest mark so far, whoever set it
-        "memory": mine["peak_bytes"] / bare["peak_bytes"] if mine["device"] != "cpu" else math.nan,
+        "memory": remedy["peak_bytes"] / bare["peak_bytes"] if remedy["device"] != "cpu" else math.nan,
     }
-
-
-def board_tables(frame: pd.DataFrame) -> list[RenderableType]:
-    """The leaderboard of the longest length of each model and text, for a terminal."""
-    board = leaderboard(frame)
-    if board.empty:
-        return []
-    parts: list[RenderableType] = []
-    for (model, text), some in board.groupby(["model", "text"], sort=False):
-        length = some["length"].max()
-        rows = some[some["length"] == length]
-        tasks = [str(c) for c in board if c not in COLUMNS]
-        costs = [c for c in ("speed", "memory") if rows[c].notna().any()]
-        grid = Table(box=None, pad_edge=False)
-        grid.add_column("mitigation", overflow="fold", max_width=44)
-        for head in ("loss", "gain", "95%", "short", *tasks, *costs, "wins"):
-            grid.add_column(head, justify="left" if head == "wins" else "right")
-        for _, row in rows.iterrows():
-            name = Text(row["mitigation"] + (" (control)" if row["control"] else ""), "dim" if row["control"] else "")
-            span = "" if math.isnan(row["gain_low"]) else f"{row['gain_low']:+.3f} {row['gain_high']:+.3f}"
-            ranked = (
-                not row["control"] and row["mitigation"] != "none"
-            )  # the bare model is no remedy that wins or fails
-            ends = Text((row["wins"] or "nothing") if ranked else "", "" if row["wins"] else "red")
-            if row["wins"] == NO_NUMBER:
-                ends = Text(NO_NUMBER, "red")
-            numbers = [_text(row["loss"], ".3f"), _text(row["gain"], "+.3f"), span, _text(row["change_short"], "+.3f"),
-                       *(_text(row[t], ".2f") for t in (*tasks, *costs))]  # fmt: skip
-            grid.add_row(name, *numbers, ends)
-        title = (
-            f"{model} on {text} at {format_length(int(length))}: gain over the best control in nats per token, and wins"
-        )
-        parts += [Text(title, style="bold"), grid, Text("")]
-    return parts
-
-
-def _text(value: Any, form: str) -> str:
-    return "" if value is None or pd.isna(value) else format(float(value), form)

@@ -150,10 +150,10 @@ def alike(frame: pd.DataFrame, where: Mapping[str, Any]) -> pd.Series:
 def sheets(frame: pd.DataFrame) -> list[Sheet]:
     """Sort rows into sheets, model by model, losses first, and cut the cells of a length to the samples that all of
     them have. Unknown metrics are left out."""
-    found = whole_sheets(frame)
-    for sheet in found:
+    all_sheets = whole_sheets(frame)
+    for sheet in all_sheets:
         _cut(sheet)
-    return found
+    return all_sheets
 
 
 def placed(frame: pd.DataFrame) -> pd.DataFrame:
@@ -167,20 +167,20 @@ def placed(frame: pd.DataFrame) -> pd.DataFrame:
 def whole_sheets(frame: pd.DataFrame) -> list[Sheet]:
     """`sheets` with all samples of every cell: for what is said of each by itself, and compares none."""
     frame = placed(frame).assign(**{c: None for c in SETTING if c not in frame})  # tables from before a column
-    found: list[Sheet] = []
+    all_sheets: list[Sheet] = []
     losses = frame["metric"].isin(["nats_per_token", "nats_per_token_peak"])
     accuracies = frame["metric"] == "accuracy"
     for whole in _groups(frame, SETTING):
         # A prompt's text may change with its length (passkey has a short and a long form), a loss's may not.
         for rows, columns in ((losses, ("task", "text", "text_hash")), (accuracies, ("task",))):
             for group in _groups(whole[rows.loc[whole.index]], columns):
-                found += [_sheet(part, _train_length(whole)) for part in _split(group)]
-    found = [sheet for sheet in found if sheet.cells]
-    for sheet in found:
-        others = [s.where for s in found if s.task == sheet.task]
+                all_sheets += [_sheet(rows_alike, _train_length(whole)) for rows_alike in _split(group)]
+    all_sheets = [sheet for sheet in all_sheets if sheet.cells]
+    for sheet in all_sheets:
+        others = [s.where for s in all_sheets if s.task == sheet.task]
         differ = [c for c, v in sheet.where.items() if c != "model" and any(o[c] != v for o in others)]
         sheet.note = ", ".join(f"{c}={sheet.where[c]}" for c in differ)
-    return found
+    return all_sheets
 
 
 def context_gain(frame: pd.DataFrame) -> pd.DataFrame:
@@ -243,7 +243,7 @@ def _split(frame: pd.DataFrame) -> list[pd.DataFrame]:
     place = ["mitigation", "calibration", "metric", "length", "depth"]
     for column in ("seed", "device", "backend", "batch", "text", "text_hash"):
         if frame.duplicated(place).any() and frame[column].nunique(dropna=False) > 1:
-            return [part for group in _groups(frame, [column]) for part in _split(group)]
+            return [rows for group in _groups(frame, [column]) for rows in _split(group)]
     return [frame]
 
 

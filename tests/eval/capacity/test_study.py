@@ -10,6 +10,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -22,9 +23,10 @@ from rnn_longctx import cli
 from rnn_longctx.config import load_yaml
 from rnn_longctx.data import ByteTokenizer
 from rnn_longctx.errors import InputError
+from rnn_longctx.eval import pool
 from rnn_longctx.eval.capacity import CapacityConfig, MeasureConfig, measure, models, study, tables
 from rnn_longctx.eval.capacity.cell import STUDY, asked, is_done, run_cell
-from rnn_longctx.eval.capacity.config import Cell, MQARConfig, PretrainConfig, label
+from rnn_longctx.eval.capacity.config import MQARConfig, PretrainConfig, StudyCell, label
 from rnn_longctx.eval.results import Results
 from rnn_longctx.models import checkpoint
 from rnn_longctx.models.lm import Mamba2LM
@@ -70,10 +72,10 @@ def test_models_of_a_shape_and_seed_go_on_from_one_start(config):
     config = replace(config, pretrain=PretrainConfig(192, 3, steps=3), shapes=[{}], mqar=None)
     said: list[str] = []
     out = study.run_study(config, 1, said.append)
-    start = config.start_of(Cell(config.models[0], 256, 0))
+    start = config.start_of(StudyCell(config.models[0], 256, 0))
     assert said[0].startswith(start.name) and sum(start.name in line for line in said) == 1  # once, and before the rest
     first = checkpoint.load(out / "models" / start.name / "model")
-    cells = [Cell(config.models[0], n, 0) for n in (128, 256)]
+    cells = [StudyCell(config.models[0], n, 0) for n in (128, 256)]
     made = [checkpoint.load(out / "models" / cell.name / "model") for cell in cells]
     for model in made:
         assert model.provenance["init"]["weights"] == first.weights_hash != model.weights_hash
@@ -96,7 +98,7 @@ def test_models_of_a_shape_and_seed_go_on_from_one_start(config):
 
 def test_cells_are_trained_measured_and_not_again(config, monkeypatch):
     out = Path("study")
-    text, pairs = Cell(config.models[0], 128, 0), config.mqar_cells()[0]
+    text, pairs = StudyCell(config.models[0], 128, 0), config.mqar_cells()[0]
     monkeypatch.setattr("rnn_longctx.eval.capacity.mqar.EVERY", 2)
     for cell in (text, pairs):
         run_cell(config, cell, out)
@@ -144,7 +146,7 @@ def test_a_study_is_told_what_to_run_by_outcomes(config, monkeypatch):
             row = {"length": length, "metric": metric, "value": value, "samples": [value]}
             Results(out).put(shared | row)
 
-    def start(cell, where, parallel):
+    def command(cell, where):
         folder = where / "models" / cell.name
         folder.mkdir(parents=True, exist_ok=True)
         started.append(cell.name)
@@ -152,17 +154,18 @@ def test_a_study_is_told_what_to_run_by_outcomes(config, monkeypatch):
         passes = cell.train_length >= edges[cell.model.d_state]
         losses(cell, {cell.train_length: 1.0, config.measure.limit: 1.0 if passes else 5.0})
         if cell.name == broken:
-            words = ["sh", "-c", f"echo no memory > {folder}/log.txt; exit 3"]
-        else:
-            words = ["sh", "-c", f"sleep 0.0$RANDOM; echo '{done}' > {folder}/done.json"]
-        process = subprocess.Popen(words)
-        alive.append(process)
-        most[0] = max(most[0], sum(p.poll() is None for p in alive))
-        return process
+            return ["sh", "-c", "echo no memory; exit 3"]
+        return ["sh", "-c", f"sleep 0.0$RANDOM; echo '{done}' > {folder}/done.json"]
 
-    monkeypatch.setattr(study, "_start", start)
-    monkeypatch.setattr(study, "_WAIT", 0.01)
-    broken = Cell(config.models[1], 448, 0).name
+    def opened(*words, **more):
+        alive.append(subprocess.Popen(*words, **more))
+        most[0] = max(most[0], sum(p.poll() is None for p in alive))
+        return alive[-1]
+
+    monkeypatch.setattr(study, "command", command)
+    monkeypatch.setattr(pool, "subprocess", SimpleNamespace(Popen=opened, PIPE=subprocess.PIPE))
+    monkeypatch.setattr(pool, "_WAIT", 0.01)
+    broken = StudyCell(config.models[1], 448, 0).name
     said: list[str] = []
     with pytest.raises(InputError, match=rf"1 cells failed, the first of them {broken}: no memory"):
         study.run_study(config, 2, said.append)
@@ -219,7 +222,7 @@ def test_mistakes_in_a_config(config, tmp_path):
 
 def test_models_read_as_many_tokens_at_every_length(config):
     for length in (128, 256):
-        t = config.training(Cell(config.models[1], length, 5), "x")
+        t = config.training(StudyCell(config.models[1], length, 5), "x")
         assert t.batch_size * length * t.steps == 4 * 128 * 6 and t.seed == 5
         assert t.data.passkey.lengths == (110, length) and t.model.d_state == 16
 

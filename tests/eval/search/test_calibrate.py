@@ -16,7 +16,8 @@ from rnn_longctx.errors import InputError
 from rnn_longctx.eval import evaluate
 from rnn_longctx.eval.search import calibrate as module
 from rnn_longctx.eval.search.calibrate import calibrate
-from rnn_longctx.eval.tables.leaderboard import board_tables, leaderboard
+from rnn_longctx.eval.show.ranking import board_tables
+from rnn_longctx.eval.tables.leaderboard import leaderboard
 from rnn_longctx.mitigations import mitigate, parse_remedy
 from rnn_longctx.mitigations.calibrated import CalibrationFile
 from rnn_longctx.models.adopt.adopting import adopt

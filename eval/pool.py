@@ -1,0 +1,86 @@
+"""Processes side by side that end with the one that started them: the cells of a study, each killable by itself."""
+
+from __future__ import annotations
+
+import os
+import stat
+import subprocess
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+_WAIT = 0.2  # seconds between two looks at the processes
+
+
+class Ended(NamedTuple):
+    """A process that has ended: its name, its exit code and how many seconds it took."""
+
+    name: str
+    code: int
+    seconds: float
+
+
+class Pool:
+    """At most `parallel` processes, by name. Leaving the `with` block ends those that still run.
+
+    Each writes what it prints to the end of a log, and gets an even share of the processors. One of Python calls
+    `end_with_parent` first, so that a parent that was killed leaves none behind.
+    """
+
+    def __init__(self, parallel: int):
+        self.parallel = parallel
+        self._running: dict[str, tuple[subprocess.Popen[bytes], float]] = {}
+
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for process, _ in self._running.values():  # interrupted: each goes on from its snapshot when it is run again
+            process.terminate()
+        for process, _ in self._running.values():
+            process.wait()
+
+    def __len__(self) -> int:
+        return len(self._running)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._running
+
+    @property
+    def free(self) -> int:
+        """How many more processes may be started."""
+        return self.parallel - len(self)
+
+    def start(self, name: str, command: Sequence[str], log: Path) -> None:
+        """Start a process; the folder of its log is created."""
+        log.parent.mkdir(parents=True, exist_ok=True)
+        threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // self.parallel))}
+        with log.open("ab") as file:
+            # the pipe ends with this process, and the other process with the pipe
+            process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=file, stderr=file, env=os.environ | threads
+            )
+        self._running[name] = (process, time.monotonic())
+
+    def ended(self) -> Iterator[Ended]:
+        """Wait until a process ends; yield all that have."""
+        while all(process.poll() is None for process, _ in self._running.values()):
+            time.sleep(_WAIT)
+        for name, (process, began) in list(self._running.items()):
+            if process.poll() is not None:
+                del self._running[name]
+                yield Ended(name, process.returncode, time.monotonic() - began)
+
+
+def end_with_parent() -> None:
+    """End this process when the pool that started it is gone, which holds the other end of its standard input."""
+    if stat.S_ISFIFO(os.fstat(0).st_mode):
+        threading.Thread(target=lambda: (os.read(0, 1), os._exit(1)), daemon=True).start()
+
+
+def last_line(log: Path) -> str:
+    """Return the last line of a log that is not empty."""
+    lines = log.read_text(errors="replace").split("\n") if log.exists() else []
+    return next((line.strip() for line in reversed(lines) if line.strip()), "")
