@@ -50,8 +50,8 @@ if TYPE_CHECKING:
     from rnn_longctx.models.cache import Cache
     from rnn_longctx.models.checkpoint.checkpoint import load
     from rnn_longctx.models.generate import generate, generate_stream
-    from rnn_longctx.probes.monitor.monitor import CollapseMonitor
     from rnn_longctx.plugins import register
+    from rnn_longctx.probes.monitor.monitor import CollapseMonitor
     from rnn_longctx.probes.trace import record
 
 
