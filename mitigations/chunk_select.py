@@ -51,7 +51,7 @@ def read(model: LanguageModel, ids: Tensor, segment: int, chunk: int, query: int
     if len(ids) == 1:
         chosen[0][1].position = torch.full((1,), ids.shape[1], device="cpu")
         return chosen[0]
-    cache = type(chosen[0][1]).concat([part for _, part in chosen], list(range(len(ids))))
+    cache = type(chosen[0][1]).concat([cache for _, cache in chosen], list(range(len(ids))))
     cache.position = torch.full((len(ids),), ids.shape[1], device="cpu")
     return torch.cat([logits for logits, _ in chosen]), cache
 
