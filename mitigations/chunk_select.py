@@ -29,7 +29,12 @@ if TYPE_CHECKING:
 @REMEDIES.register
 @dataclass(frozen=True)
 class ChunkSelect(Remedy):
-    """chunk: tokens of a chunk, the question not counted; query: tokens of the question."""
+    """Answer from the chunk of the prompt that is surest.
+
+    Attributes:
+        chunk: tokens of a chunk, the question not counted.
+        query: tokens of the question.
+    """
 
     name = "chunk-select"
     chunk: int = 2000

@@ -26,7 +26,11 @@ if TYPE_CHECKING:
 @REMEDIES.register
 @dataclass(frozen=True)
 class StoredStart(Remedy):
-    """file: the state that `generate --save-state` kept, of the same weights."""
+    """Start every row from the state that a file holds.
+
+    Attributes:
+        file: the state that `generate --save-state` kept, of the same weights.
+    """
 
     name = "stored-start"
     needs = frozenset({Need.RECURRENCE})
