@@ -14,7 +14,7 @@ from rnn_longctx.eval.question import Question, TextLike
 from rnn_longctx.eval.results import Results, Row, to_frame
 from rnn_longctx.eval.tables.sheets import SETTING, alike
 from rnn_longctx.mitigations import Remedy
-from rnn_longctx.models.adopt.adopting import reader_of
+from rnn_longctx.models.adopt.adopting import as_language_model
 from rnn_longctx.models.interface import LanguageModel
 from rnn_longctx.models.modes import in_evaluation
 from rnn_longctx.models.segments import SEGMENTS
@@ -57,7 +57,7 @@ def evaluate(
             that the tokenizer cannot read, before anything is measured.
     """
     question = Question.of(lengths, tasks, mitigations, text, calibration_text, batch, seed)
-    return answer(reader_of(model), question, out, progress)
+    return answer(as_language_model(model), question, out, progress)
 
 
 @in_evaluation

@@ -15,7 +15,7 @@ from rnn_longctx.config import parse_length
 from rnn_longctx.errors import InputError
 from rnn_longctx.mitigations.base import NotApplicable, Plan, Remedy, planned
 from rnn_longctx.mitigations.compose import Composite, combine, parse_remedy
-from rnn_longctx.models.adopt.adopting import adopted, reader_of
+from rnn_longctx.models.adopt.adopting import adopted, as_language_model
 from rnn_longctx.models.adopt.wrapped import innermost
 from rnn_longctx.models.interface import LanguageModel
 from rnn_longctx.recurrence.policy import PLAIN
@@ -93,7 +93,7 @@ def mitigate(
     """
     remedy = parse_remedy(remedy)
     target_length = None if target_length is None else parse_length(target_length, "target_length")
-    lm: LanguageModel = reader_of(model)
+    lm: LanguageModel = as_language_model(model)
     calibration_text = read_text(text)
     with without_remedies(lm):
         handle = Handle(lm, remedy, planned(remedy, lm, target_length, calibration_text), calibration_text)
@@ -112,7 +112,7 @@ def active(model: LanguageModel | nn.Module, now: str | None = None) -> tuple[st
     known."""
     handles = [handle for handle in handles_on(model) if handle.remedy.parts]
     if now is None and any(handle.plan.weights for handle in handles):
-        now = reader_of(model).weights_hash
+        now = as_language_model(model).weights_hash
     labels = []
     for plan in (handle.plan for handle in handles):
         former = None if plan.weights in (None, now) else f"worked out on {plan.weights}"

@@ -11,7 +11,7 @@ from rnn_longctx.errors import InputError
 from rnn_longctx.mitigations.attach import active, handles_on, read_text, without_remedies
 from rnn_longctx.mitigations.base import REMEDIES, Remedy, planned
 from rnn_longctx.mitigations.compose import combine, parse_remedy
-from rnn_longctx.models.checkpoint import checkpoint
+from rnn_longctx.models.checkpoint.weights import check_finite
 from rnn_longctx.recurrence.policy import ScanPolicy
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def fold(model: Any, remedy: str | Remedy, text: Text | str | Path | None = None
         for mixer, policy in zip(model.mixers, plan.policies):
             factor = torch.as_tensor(policy.mul, dtype=torch.float64, device=model.device)
             mixer.scale_rates(factor)
-        checkpoint.check_finite(dict(model.named_parameters()), model.name)
+        check_finite(dict(model.named_parameters()), model.name)
     except InputError:
         for parameter, data in before:
             parameter.data = data

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,21 +16,20 @@ from torch import Tensor
 from rnn_longctx.config import home_path
 from rnn_longctx.data import Text, tokens
 from rnn_longctx.data.pieces import encode_after
+from rnn_longctx.devices import dtype_name
 from rnn_longctx.errors import InputError, nearest
-from rnn_longctx.measure.envelope import envelope_of
-from rnn_longctx.models.adopt.adopting import reader_of
+from rnn_longctx.measure.envelope import envelope_of, recurrent_states
+from rnn_longctx.measure.stream import stream_losses
+from rnn_longctx.models.adopt.adopting import as_language_model
+from rnn_longctx.models.interface import LanguageModel
 from rnn_longctx.models.modes import in_evaluation
 from rnn_longctx.models.precision import computes_as
-from rnn_longctx.models.segments import SEGMENTS
 from rnn_longctx.probes.ablation import Ablation, ablate
 from rnn_longctx.probes.onset import MARGIN, accused, doubling, not_finite_is_beyond, onsets, verdict
 from rnn_longctx.probes.remembrance import remembrance
 from rnn_longctx.probes.retention import retention
 from rnn_longctx.probes.trace import CHANNELS, record
 from rnn_longctx.tasks.passkey import make_passkey
-
-if TYPE_CHECKING:
-    from rnn_longctx.models.lm import Mamba2LM
 
 PROMPTS = ("text", "newline", "passkey")
 
@@ -62,26 +61,30 @@ class Probe:
 
     @property
     def verdict(self) -> str:
-        said = verdict(self.heads, self.losses, self.about["train_length"])
-        return f"{said}; {self.ablation}" if self.ablation else said
+        sentence = verdict(self.heads, self.losses, self.about["train_length"])
+        return f"{sentence}; {self.ablation}" if self.ablation else sentence
 
     def summary(self) -> dict[str, Any]:
-        """One row to compare models by: training length, heads, how many are accused and the first of their onsets, the
-        largest ratio, where the loss doubles (tokens), loss at the end; and what the ablation recovered."""
+        """Return one row to compare models by: training length, heads, how many are accused and the first of their
+        onsets, the largest ratio, where the loss doubles (tokens), loss at the end; and what the ablation recovered."""
         left, tail = self.heads[self.heads["onset"].notna()], self.losses["loss"]
         row = {
-            "train_length": self.about["train_length"], "length": self.about["length"], "heads": len(self.heads),
-            "accused": len(left), "first_onset": left["onset"].min(), "worst_ratio": self.heads["worst"].max(),
+            "train_length": self.about["train_length"],
+            "length": self.about["length"],
+            "heads": len(self.heads),
+            "accused": len(left),
+            "first_onset": left["onset"].min(),
+            "worst_ratio": self.heads["worst"].max(),
             "loss_doubles": doubling(self.losses, self.about["train_length"]),
             "loss": float(tail.iloc[len(tail) // 2 :].mean()),
-        }  # fmt: skip
+        }
         if self.ablation:
             a = self.ablation
             row |= {"fewest": len(a.fewest), "recovered": a.recovered, "others": max(a.others, default=float("nan"))}
         return row
 
     def save(self, directory: str | Path) -> list[Path]:
-        """trace.parquet, heads.csv, losses.csv, probe.json, and remembrance.csv where it was measured; returns the
+        """Write trace.parquet, heads.csv, losses.csv, probe.json, and remembrance.csv where it was measured; return the
         paths. Raises InputError: no such place."""
         out = home_path(directory)
         try:
@@ -102,14 +105,14 @@ class Probe:
         return [out / name for name in names]
 
 
-def scalar_rows(found: Probe) -> Iterator[tuple[int, dict[str, float]]]:
-    """Position (tokens) and what is worth a line in a log there: loss, heads beyond their range, the largest ratio and,
-    for each layer, the mean norm and retention."""
-    limits = {(i, h): v for i, row in enumerate(found.envelope) for h, v in enumerate(row)}
-    losses = found.losses.set_index("position")["loss"]
-    beyond = found.trace.assign(norm=not_finite_is_beyond(found.trace["norm"]))
-    for position, seen in beyond.groupby("position"):
-        mean = seen.groupby(["layer", "head"])[["norm", "retention"]].mean()
+def scalar_rows(probe: Probe) -> Iterator[tuple[int, dict[str, float]]]:
+    """Yield a position (tokens) and what is worth a line in a log there: loss, heads beyond their range, the largest
+    ratio and, for each layer, the mean norm and retention."""
+    limits = {(i, h): v for i, row in enumerate(probe.envelope) for h, v in enumerate(row)}
+    losses = probe.losses.set_index("position")["loss"]
+    beyond = probe.trace.assign(norm=not_finite_is_beyond(probe.trace["norm"]))
+    for position, looks in beyond.groupby("position"):
+        mean = looks.groupby(["layer", "head"])[["norm", "retention"]].mean()
         ratio = mean["norm"] / pd.Series(limits)
         row = {"heads_beyond": float((ratio > MARGIN).sum()), "largest_ratio": float(ratio.max())}
         if position in losses:
@@ -120,9 +123,20 @@ def scalar_rows(found: Probe) -> Iterator[tuple[int, dict[str, float]]]:
 
 
 @in_evaluation
-def probe(model: Any, text: Text, length: int, *, prompt: str = "text", every: int = 256, slices: int = 1,
-          seed: int = 0, calibration_text: Text | None = None, prove: bool = False, remember: bool = False,
-          say: Callable[[str], None] = lambda line: None) -> Probe:  # fmt: skip
+def probe(
+    model: Any,
+    text: Text,
+    length: int,
+    *,
+    prompt: str = "text",
+    every: int = 256,
+    slices: int = 1,
+    seed: int = 0,
+    calibration_text: Text | None = None,
+    prove: bool = False,
+    remember: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+) -> Probe:
     """Read `length` tokens and watch every head.
 
     Args:
@@ -136,10 +150,45 @@ def probe(model: Any, text: Text, length: int, *, prompt: str = "text", every: i
         remember: measure effective remembrance too, which reads three times as many tokens.
         say: called with a line as things are known.
     Raises:
-        InputError: a length below `every`, an unknown prompt, a text too short, no training length known, a remedy for
-            prompts (decimate, chunk-select) on the model: nothing of it would be seen.
+        InputError: a length below `every`, an unknown prompt, a text too short, no training length known, a model
+            without recurrent layers, a remedy for prompts (decimate, chunk-select) on the model: nothing of it would be
+            seen.
     """
-    model = reader_of(model)
+    lm: LanguageModel = as_language_model(model)
+    train_length = _check(lm, length, every, slices)
+    ids = prompt_ids(lm, text, length, prompt, slices, seed)
+    envelope = envelope_of(lm, train_length, calibration_text)
+    norms = [list(row) for row in envelope.norms()]
+    with record(lm, every=every) as trace, torch.inference_mode():
+        losses, channels = _read(lm, ids, every)
+    table = trace.table()
+    heads = _heads(table, norms, channels, train_length, reaches=every <= train_length <= length)
+    say(verdict(heads, losses, train_length))
+    ablation = None
+    if prove:
+        ids_of_text = ids if prompt == "text" else prompt_ids(lm, text, length, "text", slices, seed)
+        ablation = ablate(lm, ids_of_text, accused(heads), norms, train_length, seed=seed, say=say)
+    remembered = remembrance(lm, ids[:, :-1]) if remember else None
+    about = {
+        "model": lm.name,
+        "weights_hash": lm.weights_hash,
+        "prompt": prompt,
+        "text": text.name,
+        "text_hash": text.hash,
+        "length": length,
+        "every": every,
+        "slices": slices,
+        "seed": seed,
+        "train_length": train_length,
+        "envelope_of": envelope.label,
+        "dtype": computes_as(lm),
+        "state_dtype": None if lm.state_dtype is None else dtype_name(lm.state_dtype),
+    }
+    return Probe(about, table, losses, heads, norms, ablation, remembered)
+
+
+def _check(model: LanguageModel, length: int, every: int, slices: int) -> int:
+    """Return the training length of a model that can be probed. Raises InputError for another one."""
     if model.train_length is None:
         raise InputError(f"{model.name} does not say its training length: give --train-length")
     if model.reader is not None:
@@ -148,36 +197,11 @@ def probe(model: Any, text: Text, length: int, *, prompt: str = "text", every: i
         raise InputError(f"slices: expected at least 1 row, got {slices}")
     if length < every:
         raise InputError(f"{length} tokens are fewer than one look every {every} tokens needs")
-    ids = prompt_ids(model, text, length, prompt, slices, seed)
-    envelope = envelope_of(model, model.train_length, calibration_text)
-    norms = [list(row) for row in envelope.norms()]
-    with record(model, every=every) as trace, torch.inference_mode():
-        losses, channels = _read(model, ids, every)
-    table = trace.table()
-    heads = onsets(table, norms)
-    heads["channels"] = [tuple(channels[layer][head]) for layer, head in zip(heads["layer"], heads["head"])]
-    if every <= model.train_length <= length:
-        followed = table.groupby(["layer", "head"])["retention"].transform(lambda v: v.notna().all())
-        if followed.any():
-            far = retention(table[followed], model.train_length)[["layer", "head", "at_train", "horizon", "class"]]
-            heads = heads.merge(far, on=["layer", "head"], how="left")
-    say(verdict(heads, losses, model.train_length))
-    found = None
-    if prove:
-        asked = ids if prompt == "text" else prompt_ids(model, text, length, "text", slices, seed)
-        found = ablate(model, asked, accused(heads), norms, model.train_length, seed=seed, say=say)
-    kept = remembrance(model, ids[:, :-1]) if remember else None
-    about = {
-        "model": model.name, "weights_hash": model.weights_hash, "prompt": prompt, "text": text.name,
-        "text_hash": text.hash, "length": length, "every": every, "slices": slices, "seed": seed,
-        "train_length": model.train_length, "envelope_of": envelope.label,
-        "dtype": computes_as(model), "state_dtype": model.state_dtype and str(model.state_dtype)[6:],
-    }  # fmt: skip
-    return Probe(about, table, losses, heads, norms, found, kept)
+    return model.train_length
 
 
-def prompt_ids(model: Mamba2LM, text: Text, length: int, prompt: str, slices: int, seed: int) -> Tensor:
-    """ids (slices, length + 1) of a kind of prompt."""
+def prompt_ids(model: LanguageModel, text: Text, length: int, prompt: str, slices: int, seed: int) -> Tensor:
+    """Return ids (slices, length + 1) of a kind of prompt. Raises InputError for an unknown one."""
     tokenizer = model.tokenizer
     if prompt == "text":
         rows = [tokens(text, tokenizer, seed * slices + i, length + 1)[0] for i in range(slices)]
@@ -196,16 +220,32 @@ def prompt_ids(model: Mamba2LM, text: Text, length: int, prompt: str, slices: in
     return torch.from_numpy(np.stack(rows))
 
 
-def _read(model: Mamba2LM, ids: Tensor, every: int) -> tuple[pd.DataFrame, list[list[list[int]]]]:
-    """The losses, and [layer][head] the rows of the last state that hold most (of all rows of ids together)."""
-    cache, parts, t = model.new_cache(), [], 0
-    segment = max(1, SEGMENTS[model.device.type] // len(ids))
-    for hidden in model.stream(ids[:, :-1], cache, segment):
-        goal = ids[:, 1 + t : 1 + t + hidden.shape[1]].to(hidden.device)
-        parts.append(model.losses(hidden, goal).double().mean(0).cpu())
-        t += hidden.shape[1]
-    loss = torch.cat(parts)
+def _read(model: LanguageModel, ids: Tensor, every: int) -> tuple[pd.DataFrame, list[list[list[int]]]]:
+    """Read ids; return the losses, and [layer][head] the rows of the last state that hold most (of all rows of ids
+    together)."""
+    cache = model.new_cache()
+    loss = torch.cat([losses.double().mean(0).cpu() for _, losses in stream_losses(model, ids, cache=cache)])
     ends = list(range(every, len(loss) + 1, every))
     curve = pd.DataFrame({"position": ends, "loss": [float(loss[e - every : e].mean()) for e in ends]})
-    states = [carry.scan.state.square().sum((0, 3)) for carry in cache.layers]  # (H, P)
-    return curve, [s.topk(min(CHANNELS, s.shape[1]), -1).indices.tolist() for s in states]
+    sizes = [state.square().sum((0, 3)) for state in recurrent_states(cache)]  # (H, P)
+    return curve, [size.topk(min(CHANNELS, size.shape[1]), -1).indices.tolist() for size in sizes]
+
+
+def _heads(
+    table: pd.DataFrame,
+    norms: list[list[float]],
+    channels: list[list[list[int]]],
+    train_length: int,
+    reaches: bool,
+) -> pd.DataFrame:
+    """Return a row a head, worst first; with what is left of the first token at the training length, where looks reach
+    from within it to beyond it."""
+    heads = onsets(table, norms)
+    heads["channels"] = [tuple(channels[layer][head]) for layer, head in zip(heads["layer"], heads["head"])]
+    if not reaches:
+        return heads
+    followed = table.groupby(["layer", "head"])["retention"].transform(lambda v: v.notna().all())
+    if not followed.any():
+        return heads
+    far = retention(table[followed], train_length)[["layer", "head", "at_train", "horizon", "class"]]
+    return heads.merge(far, on=["layer", "head"], how="left")

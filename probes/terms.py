@@ -1,4 +1,4 @@
-"""What the outputs of the scans are sums of, read off a model's layers by hooks while it reads."""
+"""What the outputs of the scans are sums of, read off a model's recurrent layers while it reads."""
 
 from __future__ import annotations
 
@@ -10,18 +10,21 @@ import torch
 from torch import Tensor
 
 from rnn_longctx.errors import InputError
-from rnn_longctx.models.conv import causal_conv
-from rnn_longctx.models.lm import Mamba2LM
+from rnn_longctx.measure.taps import tapping, taps_everywhere
+from rnn_longctx.models.interface import LanguageModel, MixerReading, Tap
 from rnn_longctx.models.modes import evaluating
-from rnn_longctx.recurrence.gates import SteppedGates
 from rnn_longctx.recurrence.policy import ScanPolicy
 
 
 @dataclass(frozen=True)
 class Terms:
-    """What the terms of one layer are made of, over a segment of t tokens from `start` on.
+    """What the terms of one layer are made of, over a segment of t tokens from `start` on. float32, or float64 for a
+    float64 model.
 
-    Shapes: log_decay, scale, size (t, H), B and C (t, G, N); size is ||x||. float32, or float64 for a float64 model.
+    Attributes:
+        log_decay: (t, H), or (t, H, N) where every channel of the state decays by itself.
+        scale, size: (t, H), the input scales and ||x||.
+        B, C: (t, G, N).
     """
 
     start: int
@@ -31,46 +34,39 @@ class Terms:
     B: Tensor
     C: Tensor
 
+    @classmethod
+    def of(cls, reading: MixerReading, policy: ScanPolicy, start: int) -> Terms:
+        """The terms of one call on a single row, under the layer's policy."""
+        inputs = reading.inputs
+        dtype = torch.promote_types(inputs.x.dtype, torch.float32)  # as the scan reads it
+        gates = reading.gates.worked_out(dtype, policy)
+        size = inputs.x[0].to(dtype).norm(dim=-1)
+        return cls(start, gates.log_decay[0], gates.input_scale[0], size, inputs.B[0].to(dtype), inputs.C[0].to(dtype))
 
-def read_terms(model: Mamba2LM, ids: Tensor, segment: int) -> Iterator[list[Terms]]:
-    """Read ids (1, T) from a fresh cache; after each segment, the Terms of every layer."""
-    cache, projected, found, start = model.new_cache(), {}, [], 0
 
-    def keep(module: Any, inputs: Any, output: Tensor) -> None:
-        projected["now"] = output  # the layer that is being read; its mixer's hook below comes next
-
-    def note(mixer: Any, inputs: Any, output: Any) -> None:
-        c, carry = mixer.config, inputs[1]
-        _, xBC, dt = projected.pop("now").split([c.d_inner, c.conv_dim, c.nheads], -1)
-        xBC, _ = causal_conv(xBC, mixer.conv1d, carry.conv if carry else None, None)  # as the mixer has just done
-        wide = torch.promote_types(xBC.dtype, torch.float32)  # as the scan reads it
-        x, B, C = xBC[0].to(wide).split([c.d_inner, c.ngroups * c.d_state, c.ngroups * c.d_state], -1)
-        gates = SteppedGates(dt, mixer.A, mixer.dt_bias, c.dt_limit).worked_out(wide, mixer.policy)
-        size = x.unflatten(-1, (c.nheads, c.headdim)).norm(dim=-1)
-        B, C = (v.unflatten(-1, (c.ngroups, c.d_state)) for v in (B, C))
-        found.append(Terms(start, gates.log_decay[0], gates.input_scale[0], size, B, C))
-
+def read_terms(model: LanguageModel, ids: Tensor, segment: int) -> Iterator[list[Terms]]:
+    """Read ids (1, T) from a fresh cache; yield, after each segment, the Terms of every recurrent layer."""
+    cache = model.new_cache()
     for start in range(0, ids.shape[1], segment):
-        # hooks stand only while the model reads: a caller may drop this iterator half way
-        hooks = [
-            h for m in model.mixers for h in (m.in_proj.register_forward_hook(keep), m.register_forward_hook(note))
-        ]
-        try:
-            found = []
-            with evaluating(model):
-                model(ids[:, start : start + segment].to(model.device), cache)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        yield found
+        terms: list[Terms] = []
+
+        def tap_of(mixer: Any, start: int = start, terms: list[Terms] = terms) -> Tap:
+            return lambda reading: terms.append(Terms.of(reading, mixer.policy, start))
+
+        # taps stand only while the model reads: a caller may drop this iterator half way
+        with tapping(model.mixers, [tap_of(mixer) for mixer in model.mixers]), evaluating(model):
+            model(ids[:, start : start + segment].to(model.device), cache)
+        yield terms
 
 
-def refuse(model: Mamba2LM, ids: Tensor, segment: int) -> None:
-    """Raises InputError where a model's outputs are no plain sum of terms, or the arguments are wrong."""
-    if not isinstance(model, Mamba2LM):
+def refuse(model: LanguageModel, ids: Tensor, segment: int) -> None:
+    """Raise InputError where a model's outputs are no plain sum of terms, or the arguments are wrong."""
+    if not taps_everywhere(model):
         raise InputError(
             f"contributions are read off this library's own models, {type(model).__name__} is none of them"
         )
+    if not model.mixers:
+        raise InputError(f"{model.name} has no recurrent layer: nothing is contributed to a state")
     if not isinstance(ids, Tensor):
         raise InputError(f"ids must be a tensor (1, T) of whole numbers, got {type(ids).__name__} {ids!r:.60}")
     if ids.ndim != 2 or len(ids) != 1 or ids.shape[1] < 1:

@@ -131,7 +131,8 @@ class CapacityConfig:
         unknown = sorted(set(shape) - set(asdict(Mamba2Config())))
         if unknown:
             raise InputError(f"shapes: a model has no {', '.join(unknown)}")
-        assert self.train.model is not None
+        if not isinstance(self.train.model, Mamba2Config):
+            raise InputError("train.model: a study's shapes are those of Mamba-2, and this model names another mixer")
         return replace(self.train.model, **shape)  # type: ignore[arg-type]
 
     @cached_property

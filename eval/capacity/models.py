@@ -25,8 +25,8 @@ _WORDS = {"model", "weights_hash", "shape", "task"}
 
 def describe(model: Any, **more: Any) -> dict[str, Any]:
     """The line of a model; a hybrid's attention keys and values are no part of its state. More columns: `more`."""
-    sized = model if hasattr(model, "scan_state_elements") else model.config
-    scan, conv = sized.scan_state_elements, sized.conv_state_elements
+    fixed = model.state_size().fixed
+    scan, conv = fixed.get("scan", 0), fixed.get("conv", 0)
     line = dict.fromkeys(COLUMNS) | {
         "model": model.name, "weights_hash": model.weights_hash, "shape": model.name, "task": "text",
         "train_length": model.train_length, "parameters": sum(p.numel() for p in model.parameters()),

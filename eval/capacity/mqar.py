@@ -18,8 +18,8 @@ from rnn_longctx.models.lm import Mamba2LM
 from rnn_longctx.models.modes import in_evaluation
 from rnn_longctx.tasks.mqar import mqar_batch
 from rnn_longctx.train.config import OptimizerConfig, ScheduleConfig
+from rnn_longctx.train.optimizer import learning_rate, make_optimizer
 from rnn_longctx.train.snapshots import newest_snapshot, save_snapshot
-from rnn_longctx.train.trainer import learning_rate, make_optimizer
 from rnn_longctx.version import __version__
 
 EVERY = 200  # steps between snapshots

@@ -73,14 +73,14 @@ class HarnessLM(TemplateLM):
                  prefix_token_id: int | None = None, seed: int = 0, progress: bool = False):  # fmt: skip
         super().__init__()
         given = {"device": device, "dtype": dtype, "tokenizer": tokenizer, "train_length": train_length}
-        from rnn_longctx.models.adopt.adopting import load_any, reader_of
+        from rnn_longctx.models.adopt.adopting import as_language_model, load_any
 
         if isinstance(model, str):
             model = load_any(model, **given | {"device": device or "cpu", "dtype": dtype or "float32"})
             mitigate(model, mitigation or "none", target_length=target_length)
         else:
             given |= {"mitigation": mitigation, "target_length": target_length}
-            model = reader_of(model)
+            model = as_language_model(model)
             if unread := [name for name, value in given.items() if value is not None]:
                 raise InputError(f"{', '.join(unread)}: of a model that is named; {model.name} is loaded already")
         if not str(batch_size).isdigit() or int(batch_size) < 1:

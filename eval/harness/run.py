@@ -27,7 +27,7 @@ from rnn_longctx.eval.harness.model import HarnessLM
 from rnn_longctx.eval.harness.ruler import TooShort, draw_from, is_ruler, maker, restored
 from rnn_longctx.eval.results import Results, write_atomic
 from rnn_longctx.mitigations import active, mitigate, parse_remedy
-from rnn_longctx.models.checkpoint.checkpoint import LazyTokenizer
+from rnn_longctx.models.checkpoint.tokenizer import LazyTokenizer
 from rnn_longctx.models.precision import computes_as
 
 # tokens_read: of a prompt (before its answer), the mean over the prompts of a task, and their least and most

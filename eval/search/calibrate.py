@@ -32,7 +32,7 @@ from rnn_longctx.measure.stream import tail_loss
 from rnn_longctx.mitigations import REMEDIES, mitigate, parse_remedy
 from rnn_longctx.mitigations.base import train_length
 from rnn_longctx.mitigations.calibrated import CalibrationFile, shape_of
-from rnn_longctx.models.adopt.adopting import reader_of
+from rnn_longctx.models.adopt.adopting import as_language_model
 from rnn_longctx.models.interface import LanguageModel
 from rnn_longctx.models.precision import computes_as
 from rnn_longctx.models.segments import SEGMENTS
@@ -97,7 +97,7 @@ def calibrate(
     for what, count, least in (("slices", slices, 1), ("prompts", prompts, 1), ("steps", steps, 0), ("seed", seed, 0)):
         if not isinstance(count, Integral) or count < least:
             raise InputError(f"{what}: expected a whole number, at least {least}, got {count!r:.40}")
-    model, target = reader_of(model), parse_length(target, "target")
+    model, target = as_language_model(model), parse_length(target, "target")
     text = load_text(text)
     train = train_length(model, "calibration")
     name, _, parameters = name.partition(":")

@@ -30,7 +30,7 @@ TINY = 1e-30  # an input scale may underflow to 0
 FLOOR = 0.01  # of a standard deviation of log input scales: a text may hold one kind of line only
 
 
-class GateWatcher:
+class ScaleWatcher:
     """An observer of a layer that works out its input scales, as they are without a policy's gain."""
 
     def __init__(self, mixer: Any, every: int):
@@ -38,23 +38,24 @@ class GateWatcher:
         self._course = Course(mixer, every)
 
     def scales(self, s: Statistics) -> Tensor:
-        """(B, H, n): mean input scale over the tokens since the look before; not a number where it is not known."""
-        policy, A = self.mixer.policy, self._course.A.to(s.log_decay.device)
+        """(B, H, n): mean input scale over the tokens since the look before, or, where decays are given and not of
+        steps, mean log-decay without its sign; not a number where it is not known."""
+        policy, A = self.mixer.policy, self._course.rates.to(s.log_decay.device)
         mul, add, gain = (
             torch.as_tensor(v, dtype=torch.float64, device=A.device).reshape(-1, 1)
             for v in (policy.mul, policy.add, policy.gain)
         )
-        found = self._course.add(s, policy)["input_scale"] / gain
+        scales = self._course.steps(self._course.add(s, policy)["decay"], policy) / gain
         # It is worked out from the decay in float32: what a policy adds there may leave nothing of a small rate.
         rate = (mul * (A.mean(-1) if A.ndim == 2 else A)[:, None]).abs()
-        return found.masked_fill((add.abs() * 2**-24 > 0.01 * rate * found).to(found.device), math.nan)
+        return scales.masked_fill((add.abs() * 2**-24 > 0.01 * rate * scales).to(scales.device), math.nan)
 
 
 class _Enough(Exception):
     """The first layer has been read, and what comes after it is not needed."""
 
 
-class _First(GateWatcher):
+class _First(ScaleWatcher):
     found: Tensor
 
     def __call__(self, s: Statistics) -> None:
@@ -64,7 +65,7 @@ class _First(GateWatcher):
 
 @torch.no_grad()
 @in_evaluation
-def gates_of(lm: Any, every: int, text: Text, lasting: bool = True) -> dict[str, Any]:
+def input_statistics(lm: Any, every: int, text: Text, lasting: bool = True) -> dict[str, Any]:
     """Of the log of the first layer's mean input scale over windows of a text: mean and standard deviation [head], the
     limits of the shift over 1 to SMOOTH windows in a row, the passages (if `lasting`) and how far they lie apart. The
     layers above are not read."""

@@ -33,93 +33,34 @@ called collapsed at 3.5K to 4K, where it is 23 to 34% above. The twelfth is a ta
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
-import math
-import os
-import uuid
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from rnn_longctx.config import home_path, parse_length
+from rnn_longctx.data import Text, load_text
 from rnn_longctx.errors import InputError
+from rnn_longctx.files import write_atomic
 from rnn_longctx.measure.envelope import envelope_of
-from rnn_longctx.models.adopt.adopting import reader_of
+from rnn_longctx.mitigations.attach import without_remedies
+from rnn_longctx.models.adopt.adopting import as_language_model
 from rnn_longctx.models.checkpoint.legacy import is_of
+from rnn_longctx.models.interface import LanguageModel
 from rnn_longctx.models.modes import warn_of_training
-from rnn_longctx.probes.monitor.inputs import PASSAGE, SMOOTH, TINY, gates_of
-from rnn_longctx.probes.trace import watching
+from rnn_longctx.probes.monitor.actions import Fallback, parse_action
+from rnn_longctx.probes.monitor.inputs import input_statistics
+from rnn_longctx.probes.monitor.journal import Journal
+from rnn_longctx.probes.monitor.judge import History, Limits, Report, Seen, judge
+from rnn_longctx.probes.monitor.watch import Watch
 
-if TYPE_CHECKING:
-    from rnn_longctx.data import Text
-    from rnn_longctx.probes.monitor.watch import Watch
-
-STATUSES = ("ok", "warning", "drift", "collapsed")
 SPREADS, MARGINS = 3.0, (2.0, 16.0)
-WARNED, COLLAPSED = 1 / 12, 1 / 8  # shares of heads
 FACTOR = 2.0  # the most that recalibration moves an envelope from where it was calibrated
-LISTED = 16  # heads named in a report
-
-
-@dataclass(frozen=True)
-class Report:
-    """One segment.
-
-    Attributes:
-        position: tokens read.
-        status: ok, warning, drift or collapsed; of a batch, the worst row's.
-        heads: (layer, head, ratio) of heads outside their margins, the largest ratio first, 16 at most; ratio is
-            infinite where a state is not finite.
-        outside: how many there are.
-        worst: the largest ratio, of the heads outside their margins where there are any, else of all.
-        shift: of the input, in units of its limit, over the heads where it is known; None where it is of none (the
-            first looks at a stream that had begun before, a norm cap on the model).
-        action: what was done, or None.
-    """
-
-    position: int
-    status: str
-    heads: tuple[tuple[int, int, float], ...]
-    outside: int
-    worst: float
-    shift: float | None
-    action: str | None = None
-
-    def __str__(self) -> str:
-        said = f"position {self.position}: {self.status}"
-        if self.heads:
-            layer, head, ratio = self.heads[0]
-            said += f", {self.outside} heads outside their margins (layer {layer} head {head} at {ratio:.3g} times)"
-        if self.shift is not None:
-            said += f", input shift {self.shift:.2g}"
-        return said + (f"; {self.action}" if self.action else "")
-
-
-@dataclass
-class History:
-    """The last looks at one stream: log norms (B, all heads) and log input scales (B, first layer's heads); and which
-    rows (B) stood as collapsed at the last."""
-
-    position: int | None = None
-    norms: deque[Tensor] = field(default_factory=lambda: deque(maxlen=SMOOTH))
-    gates: deque[Tensor] = field(default_factory=lambda: deque(maxlen=PASSAGE))
-    collapsed: Tensor | None = None
-
-    def add(self, position: int, norm: Tensor, scale: Tensor) -> None:
-        self.position = position
-        self.norms.append(norm.double().log())
-        self.gates.append(scale.double().clamp(min=TINY).log())
-
-    def copy(self) -> History:
-        return History(self.position, copy.copy(self.norms), copy.copy(self.gates), self.collapsed)
 
 
 @dataclass
@@ -157,8 +98,13 @@ class CollapseMonitor:
         self._before: list[dict[str, Any]] = []  # for `undo`
 
     @classmethod
-    def calibrated(cls, model: Any, text: Text | str | Path | None = None, length: int | str | None = None,
-                   every: int | str = 256) -> CollapseMonitor:  # fmt: skip
+    def calibrated(
+        cls,
+        model: Any,
+        text: Text | str | Path | None = None,
+        length: int | str | None = None,
+        every: int | str = 256,
+    ) -> CollapseMonitor:
         """Calibrate on a model as it is without remedies.
 
         Args:
@@ -172,9 +118,7 @@ class CollapseMonitor:
             InputError: a length or tokenizer that is not known, a text too short, a model that is being watched, or
                 whose states are not finite within that length.
         """
-        from rnn_longctx.data import load_text
-
-        lm = reader_of(model)
+        lm = as_language_model(model)
         length = lm.train_length if length is None else parse_length(length, "length")
         every = parse_length(every, "every")
         if length is None:
@@ -184,45 +128,55 @@ class CollapseMonitor:
         text = load_text(text) if isinstance(text, str | Path) else text
         with unwatched(lm):
             envelope = envelope_of(lm, length, text)
-            gates = gates_of(lm, every, text or load_text("builtin"), lasting=text is not None)
+            statistics = input_statistics(lm, every, text or load_text("builtin"), lasting=text is not None)
         spread = torch.tensor(envelope.peaks, dtype=torch.float64, device="cpu").log().std(1, correction=0)  # (L, H)
-        norms, margins = _lists(envelope.norms()), (SPREADS * spread).exp().clamp(*MARGINS).tolist()
-        whose = (lm.name, lm.weights_hash, shape_of(lm))
-        return cls(*whose, every, length, envelope.label, norms, margins, norms, **gates)
-
-    # --- kept beside a checkpoint
+        norms = [list(row) for row in envelope.norms()]
+        margins = (SPREADS * spread).exp().clamp(*MARGINS).tolist()
+        return cls(
+            model=lm.name,
+            weights=lm.weights_hash,
+            shape=shape_of(lm),
+            every=every,
+            length=length,
+            text=envelope.label,
+            norms=norms,
+            margins=margins,
+            calibrated_norms=norms,
+            **statistics,
+        )
 
     def save(self, path: str | Path) -> None:
-        """As JSON, by atomic rename. Raises InputError where it cannot be written."""
-        write_atomically(path, json.dumps({"kind": "collapse monitor", "version": 2} | dataclasses.asdict(self)) + "\n")
+        """Write the monitor as JSON, all of it or nothing. Raises InputError where it cannot be written."""
+        data = {"kind": "collapse monitor", "version": 2} | dataclasses.asdict(self)
+        write_atomic(home_path(path), (json.dumps(data) + "\n").encode())
 
     @classmethod
     def load(cls, path: str | Path, model: Any) -> CollapseMonitor:
-        """Raises InputError: no such file, not a monitor, or another model's."""
+        """Read the monitor of a model. Raises InputError: no such file, not a monitor, or another model's."""
         try:
             data = json.loads(home_path(path).read_text())
             if data.pop("kind") != "collapse monitor" or data.pop("version") != 2:
                 raise ValueError("another kind or version")
             monitor = cls(**data)
-            monitor._tensors()
+            monitor._limits()
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             why = "no such file" if isinstance(error, FileNotFoundError) else error
             raise InputError(f"{path} is not a saved monitor ({why})") from None
-        monitor.check(reader_of(model))
+        monitor.check(as_language_model(model))
         return monitor
 
-    def check(self, lm: Any) -> None:
-        """Raises InputError where the model does not compute what the one that this was calibrated on did."""
-        shape, now = shape_of(lm), lm.weights_hash
-        if shape != self.shape or not is_of(self.weights, lm, now):
+    def check(self, model: LanguageModel) -> None:
+        """Raise InputError where the model does not compute what the one that this was calibrated on did."""
+        shape, now = shape_of(model), model.weights_hash
+        if shape != self.shape or not is_of(self.weights, model, now):
             ours = f"{len(self.shape)} layers, first {self.shape[0]}"
             theirs = f"{len(shape)} layers, first {shape[0]}, weights {now}"
-            raise InputError(f"the monitor is of {self.model} ({ours}, weights {self.weights}), not of {lm.name} "
-                             f"({theirs}): calibrate one for it")  # fmt: skip
+            raise InputError(
+                f"the monitor is of {self.model} ({ours}, weights {self.weights}), not of {model.name} ({theirs}): "
+                "calibrate one for it"
+            )
 
-    # --- moved, and moved back
-
-    def recalibrate(self, model: Any, seen: Text | str | Path | Watch) -> None:
+    def recalibrate(self, model: Any, seen: Text | str | Path | Seen) -> None:
         """Move the envelope towards a text's, or what a watch saw last, where the input has changed for good.
 
         No head's norm moves by more than a factor of 2 from where `calibrated` found it, however often this is called:
@@ -236,44 +190,47 @@ class CollapseMonitor:
         Raises:
             InputError: another model, nothing seen yet, a state that is not finite.
         """
-        from rnn_longctx.data import load_text
-        from rnn_longctx.probes.monitor.watch import Watch
-
-        lm = reader_of(model)
+        lm = as_language_model(model)
         self.check(lm)
         at, now = (torch.tensor(v, dtype=torch.float64, device="cpu") for v in (self.calibrated_norms, self.norms))
         moved: dict[str, Any] = {}
-        if isinstance(seen, Watch):
-            norms, gates = seen.recent()
-            if not bool(norms.isfinite().all()):
-                raise InputError("what was seen last is not finite: there is nothing to recalibrate on")
-            found = torch.maximum(norms.exp().view_as(at), now)
-            if gates is not None:
-                moved["gate_mean"] = gates.tolist()
-                moved["passages"] = self.passages and [*self.passages, gates.tolist()]
-            where = f"a stream up to {seen.reports[-1].position}"
-        else:
-            seen = load_text(seen) if isinstance(seen, str | Path) else seen
+        if isinstance(seen, Text | str | Path):
+            text = load_text(seen) if isinstance(seen, str | Path) else seen
             with unwatched(lm):
-                envelope = envelope_of(lm, self.length, seen)
-                moved |= gates_of(lm, self.every, seen)
-            found, where = torch.tensor(envelope.norms(), dtype=torch.float64, device="cpu"), envelope.label
-        moved |= {"norms": found.clamp(at / FACTOR, at * FACTOR).tolist(), "text": f"{self.text}; moved to {where}"}
+                envelope = envelope_of(lm, self.length, text)
+                moved |= input_statistics(lm, self.every, text)
+            norms, source = torch.tensor(envelope.norms(), dtype=torch.float64, device="cpu"), envelope.label
+        else:
+            recent = seen.recent()
+            if not bool(recent.norms.isfinite().all()):
+                raise InputError("what was seen last is not finite: there is nothing to recalibrate on")
+            norms, source = torch.maximum(recent.norms.exp().view_as(at), now), f"a stream up to {recent.position}"
+            if recent.scales is not None:
+                moved["gate_mean"] = recent.scales.tolist()
+                moved["passages"] = self.passages and [*self.passages, recent.scales.tolist()]
+        moved |= {"norms": norms.clamp(at / FACTOR, at * FACTOR).tolist(), "text": f"{self.text}; moved to {source}"}
         self._before.append({name: getattr(self, name) for name in moved})
-        vars(self).update(moved)
+        self._move(moved)
 
     def undo(self) -> None:
         """Take the last `recalibrate` back. Raises InputError if there is none."""
         if not self._before:
             raise InputError("nothing was recalibrated: there is nothing to undo")
-        vars(self).update(self._before.pop())
+        self._move(self._before.pop())
 
-    # --- watching
+    def _move(self, values: dict[str, Any]) -> None:
+        for name, value in values.items():
+            setattr(self, name, value)
 
     @contextmanager
-    def on(self, model: Any, action: str | Callable[[Report], Any] = "warn", log: str | Path | None = None,
-           prometheus: str | Path | None = None,
-           fallback: Callable[[Report, Tensor], Tensor | None] | None = None) -> Iterator[Watch]:  # fmt: skip
+    def on(
+        self,
+        model: Any,
+        action: str | Callable[[Report], Any] = "warn",
+        log: str | Path | None = None,
+        prometheus: str | Path | None = None,
+        fallback: Fallback | None = None,
+    ) -> Iterator[Watch]:
         """Watch a model inside the `with` block, in this library's reading and generation and, adopted, in its own.
         This library's generation is in evaluation mode; a model's own calls stay in the mode that it is in, and an
         adopted one in training mode is warned of.
@@ -302,97 +259,41 @@ class CollapseMonitor:
                 and where a stream begins), an action that is not known or cannot be taken, a file that cannot be
                 written, a model that is watched already or under a control.
         """
-        from rnn_longctx.probes.monitor.watch import Watch
-
-        lm = reader_of(model)
+        lm = as_language_model(model)
         self.check(lm)
         warn_of_training(lm)
-        watch = Watch(self, lm, action, log, prometheus, fallback, raw=model is not lm)
-        try:
-            with watching(watch.eyes), watch.reading():
-                yield watch
-        finally:
-            watch.close()
+        chosen = parse_action(lm, action, fallback)
+        if chosen.rereads and model is not lm:
+            raise InputError(
+                f"{chosen.text} reads tokens again, which {lm.name} does not in its own generate: give "
+                "rnn_longctx.adopt(model), and read with rnn_longctx.generate or stream"
+            )
+        if lm.restart is not None or lm.reader is not None:
+            raise InputError(
+                "a monitor follows a stream read token after token, and a control or a way to read prompts is on the "
+                "model: take it off"
+            )
+        watch = Watch(self, lm, chosen, Journal(log, prometheus))
+        with watch.watching():
+            yield watch
 
     def judge(self, position: int, history: History) -> Report:
-        """A report of a stream's last looks, without action; the history is told which rows have collapsed."""
-        envelope, margin, mean, std, limits, passages = self._tensors()
-        ratios = torch.stack(list(history.norms)).mean(0) - envelope  # (B, heads), logs
-        ratios = ratios.masked_fill(ratios.isnan(), math.inf)
-        finite, over = (ratios < math.inf).all(1), ratios - margin
+        """Return a report of a stream's last looks, without action; the history is told which rows have collapsed."""
+        return judge(self._limits(), position, history)
 
-        def past(factor: float, share: float, alone: float) -> Tensor:
-            return ((over > math.log(factor)).double().mean(1) >= share) | (over.amax(1) > math.log(alone))
-
-        looks = torch.stack(list(history.gates))  # (looks, B, heads)
-        gates = looks[-SMOOTH:]
-        shift = ((gates.mean(0) - mean) / std).square().nanmean(1).sqrt() / limits[len(gates) - 1]  # (B,)
-        if len(looks) == PASSAGE and len(passages):
-            away = ((looks.mean(0)[:, None] - passages) / std).square().nanmean(2).sqrt().amin(1)
-            shift = torch.fmax(shift, away / self.apart)
-        level = torch.where(past(1, WARNED, 4), 1, 0)
-        level = level.where(~past(2, COLLAPSED, 16), 3)
-        excused = (shift > 1) & ~past(4, COLLAPSED, 16)
-        if history.collapsed is not None:  # before the input changed
-            excused &= ~history.collapsed | (level < 3)
-        level = level.where(~excused, 2).where(finite, 3)
-        history.collapsed = level == 3
-        worst, outside = ratios.amax(0).exp(), over.amax(0) > 0
-        named = [(i, h) for i, (heads, *_) in enumerate(self.shape) for h in range(heads)]
-        order = [i for i in worst.argsort(descending=True).tolist() if outside[i]]
-        heads = tuple((*named[i], float(worst[i])) for i in order[:LISTED])
-        largest = heads[0][2] if heads else float(worst.max())
-        known = not bool(shift.isnan().any())
-        return Report(position, STATUSES[int(level.max())], heads, len(order), largest,
-                      float(shift.max()) if known else None)  # fmt: skip
-
-    def _tensors(self) -> tuple[Tensor, ...]:
-        """log norms and log margins (heads of all layers), gates' mean, std (first layer's heads), limits (SMOOTH),
-        passages (n, first layer's heads)."""
-        flat = [
-            torch.tensor([v for layer in x for v in layer], dtype=torch.float32, device="cpu").double().log()
-            for x in (self.norms, self.margins)
-        ]
-        gates = [
-            torch.tensor(v, dtype=torch.float32, device="cpu").double()
-            for v in (self.gate_mean, self.gate_std, self.gate_limits)
-        ]
-        heads = sum(shape[0] for shape in self.shape)
-        if [len(v) for v in (*flat, *gates)] != [heads, heads, self.shape[0][0], self.shape[0][0], SMOOTH]:
-            raise ValueError("its values are not one a head")
-        passages = torch.tensor(self.passages, dtype=torch.float32, device="cpu").double()
-        return *flat, *gates, passages.reshape(-1, self.shape[0][0])
+    def _limits(self) -> Limits:
+        return Limits.of(vars(self), [heads for heads, *_ in self.shape])
 
 
-# --- models and files
-
-
-def shape_of(lm: Any) -> list[list[int]]:
-    return [[m.heads, m.headdim, m.d_state] for m in lm.mixers]
+def shape_of(model: LanguageModel) -> list[list[int]]:
+    """Return heads, headdim and d_state of every recurrent layer."""
+    return [[mixer.heads, mixer.headdim, mixer.d_state] for mixer in model.mixers]
 
 
 @contextmanager
-def unwatched(lm: Any) -> Iterator[None]:
-    """The model without its remedies, for a calibration. Raises InputError while it is being watched."""
-    from rnn_longctx.mitigations.attach import without_remedies
-
-    if any(m.observer is not None for m in lm.mixers):
+def unwatched(model: LanguageModel) -> Iterator[None]:
+    """Take the remedies off a model inside the block, for a calibration. Raises InputError while it is watched."""
+    if any(mixer.observer is not None for mixer in model.mixers):
         raise InputError("the model is being watched, and cannot be calibrated meanwhile: leave the block first")
-    with without_remedies(lm):
+    with without_remedies(model):
         yield
-
-
-def write_atomically(path: str | Path, text: str) -> None:
-    """Raises InputError where it cannot be written."""
-    path = home_path(path)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        temporary.write_text(text)
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise InputError(f"cannot write {path}: {error.strerror}") from None
-
-
-def _lists(rows: tuple[tuple[float, ...], ...]) -> list[list[float]]:
-    return [list(row) for row in rows]

@@ -1,4 +1,4 @@
-"""The range a model's states keep to within its training length: what "too large" is measured against."""
+"""The range that a model's states keep to within its training length: what "too large" is measured against."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from torch import Tensor
 
 from rnn_longctx.errors import InputError
 from rnn_longctx.measure.calibration import Calibration
-from rnn_longctx.models.adopt.adopting import reader_of
+from rnn_longctx.models.adopt.adopting import as_language_model
+from rnn_longctx.models.cache import Carry
+from rnn_longctx.models.interface import LanguageModel
 from rnn_longctx.models.modes import in_evaluation
 
 if TYPE_CHECKING:
     from rnn_longctx.data import Text
-    from rnn_longctx.models.lm import Mamba2LM
 
 EVERY = 16  # tokens between two looks at the state
 SLICES = 32
@@ -51,9 +52,9 @@ class Envelope:
         return str(self.calibration)
 
     def norms(self, quantile: float = 1.0) -> tuple[tuple[float, ...], ...]:
-        """[layer][head]: the norm that this share of the slices stays below; 1 is the largest of all."""
-        found = torch.tensor(self.peaks, dtype=torch.float64, device="cpu").quantile(quantile, dim=1)
-        return tuple(map(tuple, found.tolist()))
+        """Return [layer][head], the norm that this share of the slices stays below; 1 is the largest of all."""
+        layers = [torch.tensor(layer, dtype=torch.float64, device="cpu") for layer in self.peaks]  # each (slices, H)
+        return tuple(tuple(layer.quantile(quantile, dim=0).tolist()) for layer in layers)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -62,7 +63,8 @@ class Envelope:
     def from_dict(cls, data: dict[str, Any]) -> Envelope:
         try:
             peaks = tuple(tuple(tuple(map(float, row)) for row in layer) for layer in data["peaks"])
-            torch.tensor(peaks, device="cpu")  # of one shape
+            for layer in peaks:
+                torch.tensor(layer, device="cpu")  # of one shape
             return cls(**{**data, "peaks": peaks})
         except (TypeError, KeyError, ValueError) as error:
             raise InputError(f"the calibration kept with the checkpoint is not one ({error})") from None
@@ -70,30 +72,45 @@ class Envelope:
 
 @torch.inference_mode()
 @in_evaluation
-def measure_envelope(model: Mamba2LM, ids: Tensor, text: str, text_hash: str) -> Envelope:
+def measure_envelope(model: LanguageModel, ids: Tensor, text: str, text_hash: str) -> Envelope:
     """Read ids (slices, length) and keep each head's largest norms, looked at every 16 tokens (token by token would
-    take many times as long) and at the end."""
+    take many times as long) and at the end.
+
+    Raises:
+        InputError: a model without recurrent layers.
+    """
+    if not model.mixers:
+        raise InputError(f"{model.name} has no recurrent layer, so there is no state to measure")
     length = ids.shape[1]
-    ids, cache, looks = ids.to(model.device), model.new_cache(), []
+    ids, cache = ids.to(model.device), model.new_cache()
+    looks: list[list[Tensor]] = []  # every 16 tokens, of every layer (slices, H)
     for t in range(0, length, EVERY):
         model(ids[:, t : t + EVERY], cache)
-        looks.append(torch.stack([c.scan.state.flatten(-2).norm(dim=-1) for c in cache.layers]))  # (L, slices, H)
-    peaks = torch.stack(looks).amax(0).clamp(min=1e-6).tolist()
+        looks.append([state.flatten(-2).norm(dim=-1) for state in recurrent_states(cache)])
+    peaks = [torch.stack(layer).amax(0).clamp(min=1e-6).tolist() for layer in zip(*looks)]
     rounded = tuple(tuple(tuple(float(f"{v:.6g}") for v in row) for row in layer) for layer in peaks)
     return Envelope(rounded, length, text, text_hash)
 
 
-def envelope_of(model: Mamba2LM, length: int, text: Text | None = None) -> Envelope:
-    """The envelope kept with the checkpoint, if it is of that length and of the weights as they are, and no text is
-    named; else measured, on the builtin text where none is named. Raises InputError if the text is too short, or a
-    state is not finite."""
+def recurrent_states(cache: Any) -> list[Tensor]:
+    """Return the states (B, H, P, N) of the recurrent layers, in order; attention's carries have none."""
+    return [layer.scan.state for layer in cache.layers if isinstance(layer, Carry)]
+
+
+def envelope_of(model: LanguageModel, length: int, text: Text | None = None) -> Envelope:
+    """Return the envelope kept with the checkpoint, if it is of that length and of the weights as they are, and no text
+    is named; else measure it, on the builtin text where none is named.
+
+    Raises:
+        InputError: a text that is too short, a state that is not finite, a model without recurrent layers.
+    """
     from rnn_longctx.data import load_text, tokens
 
-    model = reader_of(model)
+    model = as_language_model(model)
     if text is None and (calibration := model.calibration):
-        kept = Envelope.from_dict(calibration)
-        if kept.length == length:
-            return _finite(kept, model.name)
+        envelope = Envelope.from_dict(calibration)
+        if envelope.length == length:
+            return _finite(envelope, model.name)
     text = text or load_text("builtin")
     known = model.measured("envelope")
     if (key := (length, text.hash)) not in known:
@@ -103,9 +120,11 @@ def envelope_of(model: Mamba2LM, length: int, text: Text | None = None) -> Envel
 
 
 def _finite(envelope: Envelope, model: str) -> Envelope:
-    """Raises InputError where a state is not finite: no ratio could be told from it."""
+    """Return the envelope. Raises InputError where a state is not finite: no ratio could be told from it."""
     lost = [i for i, layer in enumerate(envelope.norms()) if not all(map(math.isfinite, layer))]
     if lost:
-        raise InputError(f"the states of {model} are not finite within {envelope.length} tokens (first in layer "
-                         f"{lost[0]}): nothing to calibrate on; try float32, or look at the weights")  # fmt: skip
+        raise InputError(
+            f"the states of {model} are not finite within {envelope.length} tokens (first in layer {lost[0]}): nothing "
+            "to calibrate on; try float32, or look at the weights"
+        )
     return envelope

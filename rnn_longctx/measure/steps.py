@@ -2,42 +2,80 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from rnn_longctx.errors import InputError
 from rnn_longctx.measure.calibration import Calibration
+from rnn_longctx.measure.taps import tapping, taps_everywhere
+from rnn_longctx.models.interface import LanguageModel, MixerReading, Tap
 from rnn_longctx.models.modes import in_evaluation
+from rnn_longctx.recurrence.gates import Gates
 
 if TYPE_CHECKING:
     from rnn_longctx.data import Text
-    from rnn_longctx.models.lm import Mamba2LM
 
 SLICES = 8
 
 
 @torch.inference_mode()
 @in_evaluation
-def measure_steps(model: Mamba2LM, ids: Tensor) -> list[Tensor]:
-    """dt (slices, T, H) float32 of every recurrent layer, after softplus and clamp, on ids (slices, T)."""
-    parts: list[list[Tensor]] = [[] for _ in model.mixers]  # of each layer, a piece a call of its
+def measure_steps(model: LanguageModel, ids: Tensor) -> list[Tensor]:
+    """Return dt (slices, T, H) float32 of every recurrent layer, after softplus and clamp, on ids (slices, T).
 
-    def note(layer: int, mixer: Any) -> Any:
-        return lambda module, inputs, projected: parts[layer].append(mixer.steps(projected).float().cpu())
-
-    hooks = [mixer.in_proj.register_forward_hook(note(i, mixer)) for i, mixer in enumerate(model.mixers)]
-    try:
+    Raises:
+        InputError: a layer whose gates are given token by token, or whose steps are one a channel.
+    """
+    pieces: list[list[Tensor]] = [[] for _ in model.mixers]  # of each layer, one a call
+    with _watching_steps(model, pieces):
         model(ids.to(model.device))
+    return [torch.cat(some, 1) for some in pieces]
+
+
+@contextmanager
+def _watching_steps(model: LanguageModel, pieces: list[list[Tensor]]) -> Iterator[None]:
+    if taps_everywhere(model):
+        with tapping(model.mixers, [_steps_into(model, some) for some in pieces]):
+            yield
+        return
+    hooks = [mixer.in_proj.register_forward_hook(_projected_into(mixer, p)) for mixer, p in zip(model.mixers, pieces)]
+    try:
+        yield
     finally:
         for hook in hooks:
             hook.remove()
-    return [torch.cat(pieces, 1) for pieces in parts]
 
 
-def steps_of(model: Mamba2LM, length: int, text: Text | None = None) -> tuple[list[Tensor], Calibration]:
-    """`measure_steps` on slices of a text (None: the builtin one), remembered while the model is the same; and
-    what it was measured on. Raises InputError if the text is too short."""
+def _steps_into(model: LanguageModel, pieces: list[Tensor]) -> Tap:
+    def tap(reading: MixerReading) -> None:
+        gates = reading.gates
+        if isinstance(gates, Gates):
+            raise InputError(
+                f"{model.name} has a layer whose gates are given token by token: there is no step dt in it"
+            )
+        kinds = [gates.dt.dtype, *([] if gates.dt_bias is None else [gates.dt_bias.dtype])]
+        dtype = functools.reduce(torch.promote_types, kinds)  # of the layer, not of its scan: what was calibrated stays
+        pieces.append(gates.worked_out(dtype).input_scale.float().cpu())
+
+    return tap
+
+
+def _projected_into(mixer: Any, pieces: list[Tensor]) -> Callable[..., None]:
+    return lambda module, inputs, projected: pieces.append(mixer.steps(projected).float().cpu())
+
+
+def steps_of(model: LanguageModel, length: int, text: Text | None = None) -> tuple[list[Tensor], Calibration]:
+    """Return `measure_steps` on slices of a text (None: the builtin one), remembered while the model is the same, and
+    what it was measured on.
+
+    Raises:
+        InputError: a text that is too short, a layer that `measure_steps` refuses.
+    """
     from rnn_longctx.data import load_text, tokens
 
     text = text or load_text("builtin")

@@ -131,6 +131,11 @@ class Cache:
         """Return the cache moved to a device; positions stay on the CPU."""
         return tree_map(lambda t: t.to(device), self, on_cpu=lambda t: t)
 
+    def crop_attention(self, tokens: int) -> None:
+        """Let attention forget all but each row's last `tokens` tokens: the layers whose carries have a method
+        `cropped(tokens)`, which returns such a carry."""
+        self.layers = [c.cropped(tokens) if hasattr(c, "cropped") else c for c in self.layers]
+
     def restore(self, other: Cache) -> None:
         """Become what another cache is, in place; the other is given up, since both share its tensors and lists."""
         vars(self).update(vars(other))

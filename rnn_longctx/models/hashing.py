@@ -29,7 +29,8 @@ _LABELS = frozenset((
     "_post_init_done", "_is_torch_compile", "hf_device_map", "_hf_device_map", "warnings_issued",
     "gradient_checkpointing", "use_cache", "return_dict", "output_hidden_states", "output_attentions",
     "_output_attentions", "generation_config", "train_length", "tokenizer", "eos_token_id", "provenance",
-    "_calibration", "_measured", "_remedies", "restart", "reader", "spread", "policy", "observer", "backend", "tap",
+    "_calibration", "_measured", "_remedies", "restart", "reader", "reading_hook", "spread", "policy", "observer",
+    "backend", "tap",
     "state_dtype", "A_init", "A_log_uniform", "dt_init", "tie_embeddings",
 ))  # fmt: skip
 _PREFIXES = ("_attn_implementation", "_experts_implementation")
@@ -39,10 +40,12 @@ class Identified:
     """A model that says what it is: this library's own, and one that was adopted.
 
     Attributes:
+        name: what results call it.
         module: its weights.
         tied: whether `lm_head.weight` of the module is another of its tensors.
     """
 
+    name: str
     module: Any
 
     @property

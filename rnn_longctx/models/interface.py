@@ -4,6 +4,7 @@ these and no class by its name."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from rnn_longctx.models.cache import Cache, Carry
 from rnn_longctx.models.deferred import DeferredNorm
+from rnn_longctx.models.reading import ReadingHook
 from rnn_longctx.models.restart import Restart
 from rnn_longctx.recurrence.gates import Gates, ScanInputs, SteppedGates
 from rnn_longctx.recurrence.policy import ScanPolicy
@@ -284,6 +286,7 @@ class LanguageModel(Protocol):
     def __call__(
         self, ids: Tensor, cache: Any = None, mask: Tensor | None = None, reset: Tensor | None = None
     ) -> Tensor: ...
+    def reading_with(self, hook: ReadingHook) -> AbstractContextManager[None]: ...
     def stream(self, ids: Tensor, cache: Any = None, segment: int = 4096) -> Iterator[Tensor]: ...
     def logits(self, hidden: Tensor) -> Tensor: ...
     def losses(self, hidden: Tensor, targets: Tensor) -> Tensor: ...

@@ -18,32 +18,27 @@ class BlockByBlock:
 
     def __init__(self, backbone: Backbone, residual_in_fp32: bool):
         self.backbone, self.residual_in_fp32 = backbone, residual_in_fp32
-        self.blocks: Any = backbone.layers
+        self.blocks: list[Any] = list(backbone.layers)
         self.carries: list[Any] = [None] * len(self.blocks)
 
     def longest(self, rows: int) -> int | None:
         return None
 
-    def embed(self, ids: Tensor) -> list[Tensor]:
-        return [self.backbone.embedding(ids)]
+    def embed(self, ids: Tensor) -> list[Any]:
+        return [self.backbone.embedding(ids), None]
 
-    def enter(self, layer: int, tokens: list[Tensor]) -> list[Tensor]:
-        normed, residual = self._added(self.blocks[layer].norm, tokens)
+    def enter(self, layer: int, tokens: list[Any]) -> list[Any]:
+        normed, residual = self.blocks[layer].norm.add(tokens[0], tokens[1], self.residual_in_fp32)
         return [residual, normed]
 
-    def normed(self, layer: int, tokens: list[Tensor]) -> Tensor:
+    def normed(self, layer: int, tokens: list[Any]) -> Tensor:
         return tokens[1]
 
-    def leave(self, layer: int, tokens: list[Tensor]) -> list[Tensor]:
-        block, (residual, normed) = self.blocks[layer], tokens
+    def leave(self, layer: int, tokens: list[Any]) -> list[Any]:
+        (residual, normed), block = tokens, self.blocks[layer]
         out, self.carries[layer] = block.mixer(normed, self.carries[layer], WHOLE)
-        residual, out = block.feed_forward(residual, out, self.residual_in_fp32)
-        return [residual, out]
+        return list(block.feed_forward(residual, out, self.residual_in_fp32))
 
-    def finish(self, tokens: list[Tensor], length: int) -> tuple[Tensor, Cache]:
-        last = self._added(self.backbone.norm_f, tokens)[0][:, -1]
+    def finish(self, tokens: list[Any], length: int) -> tuple[Tensor, Cache]:
+        last = self.backbone.norm_f.add(tokens[0], tokens[1], self.residual_in_fp32)[0][:, -1]
         return last, Cache(self.carries, torch.full((len(last),), length, device="cpu"))
-
-    def _added(self, norm: Any, tokens: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """The norm of the sum of tokens, and the sum."""
-        return norm.add(tokens[0], tokens[1] if len(tokens) > 1 else None, self.residual_in_fp32)

@@ -19,14 +19,15 @@ from rnn_longctx.models.layerwise import BlockByBlock
 from rnn_longctx.models.losses import head_losses, token_losses
 from rnn_longctx.models.mixers.base import Recurrent
 from rnn_longctx.models.precision import state_dtype
+from rnn_longctx.models.reading import Hooked
 from rnn_longctx.models.restart import Restart, read_restarting
-from rnn_longctx.recurrence.backends import choose
 from rnn_longctx.recurrence.policy import PLAIN
 from rnn_longctx.recurrence.shard import Shard
 from rnn_longctx.recurrence.span import Span
+from rnn_longctx.recurrence.ssd.scan import SSD
 
 
-class LM(Identified, nn.Module):
+class LM(Hooked, Identified, nn.Module):
     """A language model whose context is a stream.
 
         model = LM(ModelConfig("gla:heads=4", d_model=256, n_layer=6))
@@ -82,7 +83,7 @@ class LM(Identified, nn.Module):
     @property
     def mixers(self) -> list[Recurrent]:
         """The recurrent mixers, in order; a model of attention alone has none."""
-        return [block.mixer for block in self.backbone.layers if isinstance(block.mixer, Recurrent)]  # type: ignore
+        return [layer.mixer for layer in self.layers if isinstance(layer.mixer, Recurrent)]
 
     @property
     def attends(self) -> bool:
@@ -109,8 +110,10 @@ class LM(Identified, nn.Module):
 
     def use_backend(self, name: str | None) -> None:
         """Force one scan backend for every layer (None: choose). Raises InputError if it is missing here."""
-        choose(PLAIN, name)
-        for mixer in self.mixers:
+        mixers = self.mixers
+        for recurrence in {m.recurrence.name: m.recurrence for m in mixers}.values() or [SSD]:
+            recurrence.backends.choose(PLAIN, name)
+        for mixer in mixers:
             mixer.backend = name
 
     @property
@@ -158,8 +161,8 @@ class LM(Identified, nn.Module):
         if self.restart is not None:
             if reset is not None:
                 raise InputError(f"the control {self.restart} cannot be combined with document boundaries")
-            return read_restarting(self.read, self.restart, ids, cache, mask)
-        return self.read(ids, cache, mask, reset)
+            return read_restarting(self.hooked_read(), self.restart, ids, cache, mask)
+        return self.hooked_read()(ids, cache, mask, reset)
 
     def read(self, ids: Tensor, cache: Cache, mask: Tensor | None = None, reset: Tensor | None = None) -> Tensor:
         """Read as `forward` does, without the reader's control."""

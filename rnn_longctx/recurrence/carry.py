@@ -16,6 +16,8 @@ T = TypeVar("T")
 
 # The mark of a field whose tensor stays on the CPU wherever its carry is moved: what Python looks at between calls.
 ON_CPU = {"cpu": True}
+# The mark of a running sum that policies and observers alone read: training by segments begins it anew in each.
+TALLY = {"tally": True}
 
 
 def tree_map(function: Any, value: T, on_cpu: Any = None) -> T:
@@ -68,7 +70,7 @@ class ScanCarry:
 
     state: Tensor
     position: Tensor = field(metadata=ON_CPU)
-    log_decay: Tensor = field(metadata={"tally": True})  # only policies and observers read it
+    log_decay: Tensor = field(metadata=TALLY)
     window: WindowCarry | None = None
 
     @classmethod

@@ -18,10 +18,8 @@ from rnn_longctx.models.mixers.mamba2 import Mamba2Config
 
 @dataclass(frozen=True)
 class PasskeyConfig:
-    """A share of the sequences ends with a passkey prompt and its answer; text fills what comes before it. With `fill`
-    they are prompts from the end to the beginning, or as far as one more fits, of lengths drawn log-uniformly: in long
-    sequences one each is too few to learn recall from, and none is short. What the key's own sentence repeats of it
-    counts as an answer then, too: copying from next to it is learned first."""
+    """Passkeys mixed in, as `mix: [{task: passkey, ...}]` would. With `fill`, what the key's own sentence repeats of it
+    counts as an answer, too: copying from next to it is learned first."""
 
     fraction: float = 0.1  # of the sequences in a batch
     lengths: tuple[int, int] = (128, 256)  # tokens of prompt and answer, drawn uniformly, both ends included
@@ -30,12 +28,37 @@ class PasskeyConfig:
     fill: bool = False
 
     def __post_init__(self) -> None:
+        self.mixed  # noqa: B018 (is checked when made)
+        _check_weight(self.answer_weight)
+
+    @property
+    def mixed(self) -> MixedTask:
+        task = f"passkey:style={self.style}" + (",learn=both" if self.fill else "")
+        return MixedTask(task, self.fraction, self.lengths, self.fill)
+
+
+@dataclass(frozen=True)
+class MixedTask:
+    """A share of the sequences ends with an example of a task, answers included; text fills what comes before it.
+
+    With `fill` they are examples from the end to the beginning, or as far as one more fits, of lengths drawn
+    log-uniformly: in long sequences one each is too few to learn recall from, and none is short.
+    """
+
+    task: str  # such as passkey:style=paper
+    fraction: float = 0.1  # of the sequences in a batch
+    lengths: tuple[int, int] = (128, 256)  # tokens of an example, drawn uniformly, both ends included
+    fill: bool = False
+
+    def __post_init__(self) -> None:
         if not 0 <= self.fraction <= 1:
             raise InputError(f"fraction: expected a share between 0 and 1, got {self.fraction}")
         if not 0 < self.lengths[0] <= self.lengths[1]:
             raise InputError(f"lengths: expected the shortest and the longest, got {list(self.lengths)}")
-        if not 0 <= self.answer_weight < math.inf:
-            raise InputError(f"answer_weight: expected 0 or more, got {self.answer_weight}")
+
+    def within(self, length: int) -> MixedTask:
+        """Return what of it fits into sequences of `length` tokens."""
+        return replace(self, lengths=(self.lengths[0], min(self.lengths[1], length))) if self.fraction else self
 
 
 @dataclass(frozen=True)
@@ -62,6 +85,8 @@ class DataConfig:
     mask_first: bool = False  # a document's first token, which only the one before it could predict, counts as no loss
     reset: bool = False  # the state is dropped where a document begins
     passkey: PasskeyConfig = field(default_factory=PasskeyConfig)
+    mix: list[MixedTask] | None = None  # examples of any tasks, in the place of `passkey`; []: none
+    answer_weight: float | None = None  # with mix: as `passkey.answer_weight`; null: 1
 
     def __post_init__(self) -> None:
         if not 0 <= self.held_out < 1:
@@ -70,6 +95,14 @@ class DataConfig:
             raise InputError("text: expected at least one text, such as site-packages")
         if self.min_document < 0:
             raise InputError(f"min_document: expected a number of tokens, got {self.min_document}")
+        if self.mix is not None and self.passkey != PasskeyConfig():
+            raise InputError("mix: takes the place of passkey; give one of them")
+        if sum(mixed.fraction for mixed in self.mixed) > 1 + 1e-9:
+            raise InputError("mix: the fractions are more than 1 together")
+        if self.answer_weight is not None:
+            _check_weight(self.answer_weight)
+            if self.mix is None:
+                raise InputError("answer_weight: goes with mix; without it, give passkey.answer_weight")
         weights = [part.weight for part in self.parts]
         if None in weights and len({*weights}) > 1:
             raise InputError(f"text: {self.parts[weights.index(None)].source} has no weight, but another text has")
@@ -79,6 +112,31 @@ class DataConfig:
     @property
     def parts(self) -> list[MixedText]:
         return [MixedText(part) if isinstance(part, str) else part for part in self.text]
+
+    @property
+    def mixed(self) -> list[MixedTask]:
+        """The tasks whose examples are mixed in."""
+        return [self.passkey.mixed] if self.mix is None else self.mix
+
+    @property
+    def mixed_names(self) -> list[str]:
+        """What messages call each of them."""
+        return ["data.passkey"] if self.mix is None else [f"data.mix[{i}]" for i in range(len(self.mix))]
+
+    @property
+    def weight_of_answers(self) -> float:
+        """The weight of the answer tokens' mean loss, which is added to the loss of all tokens."""
+        if self.mix is None:
+            return self.passkey.answer_weight
+        return 1.0 if self.answer_weight is None else self.answer_weight
+
+    def within(self, length: int) -> DataConfig:
+        """Return the data for sequences of `length` tokens."""
+        if self.mix is not None:
+            return replace(self, mix=[mixed.within(length) for mixed in self.mix])
+        passkey = self.passkey
+        lengths = passkey.mixed.within(length).lengths
+        return replace(self, passkey=replace(passkey, lengths=lengths)) if passkey.fraction else self
 
 
 @dataclass(frozen=True)
@@ -123,7 +181,7 @@ class ScheduleConfig:
 @dataclass(frozen=True)
 class PassingConfig:
     """State passing: a stream of train_length tokens is read in segments, each from the state the one before left
-    (see `rnn_longctx.train.passing`)."""
+    (see `rnn_longctx.train.bptt`)."""
 
     segment: int = 512  # tokens
     bptt: int | Literal["all"] = 0  # segment boundaries that a loss's gradient may cross, at most
@@ -239,12 +297,15 @@ class TrainConfig:
             raise InputError("data.text: stdlib is the evaluation text and is never trained on; use site-packages")
         if self.passing is not None and self.passing.segment > shortest:
             raise InputError(f"passing.segment: {self.passing.segment} is longer than train_length {shortest}")
-        if self.data.passkey.fraction:
-            low, high = self.data.passkey.lengths
-            if high > self.longest or low > shortest:
+        for mixed, name in zip(self.data.mixed, self.data.mixed_names, strict=True):
+            low, high = mixed.lengths
+            if mixed.fraction and (high > self.longest or low > shortest):
                 wrong, limit = (high, self.longest) if high > self.longest else (low, shortest)
-                raise InputError(f"data.passkey.lengths: {wrong} is longer than train_length {limit}; passkey prompts "
-                                 "are mixed into the text unless data.passkey.fraction=0")  # fmt: skip
+                examples = "passkey prompts" if self.data.mix is None else "examples"
+                raise InputError(
+                    f"{name}.lengths: {wrong} is longer than train_length {limit}; {examples} are mixed into the text "
+                    f"unless {name}.fraction=0"
+                )
 
     @property
     def stages(self) -> list[tuple[int, int]]:
@@ -258,14 +319,11 @@ class TrainConfig:
         return max(length for length, _ in self.stages)
 
     def at(self, stage: int) -> TrainConfig:
-        """The config of one stage: its length alone, and no passkey prompts longer than that."""
+        """Return the config of one stage: its length alone, and no examples longer than that."""
         if len(self.stages) == 1 and isinstance(self.train_length, int):
             return self
         length, steps = self.stages[stage]
-        passkey = self.data.passkey
-        shorter = replace(passkey, lengths=(passkey.lengths[0], min(passkey.lengths[1], length)))
-        data = replace(self.data, passkey=shorter) if passkey.fraction else self.data
-        return replace(self, train_length=length, steps=steps, data=data)
+        return replace(self, train_length=length, steps=steps, data=self.data.within(length))
 
 
 def spelled_out(settings: Sequence[str]) -> list[str]:
@@ -285,6 +343,11 @@ def spelled_out(settings: Sequence[str]) -> list[str]:
         else:
             found.append(item)
     return found
+
+
+def _check_weight(weight: float) -> None:
+    if not 0 <= weight < math.inf:
+        raise InputError(f"answer_weight: expected 0 or more, got {weight}")
 
 
 def _stages(schedule: str) -> list[tuple[int, int]]:

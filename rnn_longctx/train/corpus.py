@@ -7,7 +7,6 @@ mapped (`rnn_longctx.data.stored`).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -18,8 +17,8 @@ import torch
 from rnn_longctx.data import Shard, Source, Text, Tokenizer, load_text, open_streamed, stored
 from rnn_longctx.data.text import GOLDEN
 from rnn_longctx.errors import InputError
-from rnn_longctx.tasks.passkey import training_sequence
-from rnn_longctx.train.config import DataConfig, MixedText, PasskeyConfig, TrainConfig
+from rnn_longctx.train.config import DataConfig, MixedText, TrainConfig
+from rnn_longctx.train.mix import place, rows_with_examples
 
 HELD_OUT = 2**24  # tokens held out of a text that is streamed, at most
 LEGS = 512  # a mixture's rows that go on from their last stream begin anew after so many steps, at the latest
@@ -91,28 +90,13 @@ class Corpus:
             found = places + step * config.train_length
         else:
             found = rng.integers(0, len(self.train) - length + 1, size)
-        passkey = config.data.passkey
-        rows = _prompted(config, rng, follows)
-        count = len(rows)
-        keys = np.zeros((count, length), dtype=np.int64)
-        from_text = np.ones((count, length), dtype=bool)
+        examples = place(config.data, self.tokenizer, rng, (size, length), shuffled=follows)
         answer = np.zeros((size, length), dtype=bool)
-        for i, row in enumerate(rows):
-            stop = length
-            while n := _prompt_length(passkey, rng, stop - 1, stop == length):
-                own = slice(stop - n, stop)
-                made = training_sequence(self.tokenizer, n, rng, passkey.style, said_again=passkey.fill)
-                keys[i, own], answer[row, own] = made
-                from_text[i, own] = False
-                stop -= n
-                if self.tokenizer.eos_id is not None:
-                    stop -= 1
-                    keys[i, stop] = self.tokenizer.eos_id
-                    from_text[i, stop] = False
+        answer[examples.rows] = examples.answers
         ids = self._read(chosen, found, length)
-        if count:
-            keep = torch.from_numpy(from_text).to(self.device)
-            ids[rows] = torch.where(keep, ids[rows], torch.from_numpy(keys).to(self.device))
+        if len(examples.rows):
+            text, tokens = (torch.from_numpy(array).to(self.device) for array in (examples.text, examples.ids))
+            ids[examples.rows] = torch.where(text, ids[examples.rows], tokens)
         if follows and carried is None:
             assert config.passing is not None
             carried = rng.random(size) < config.passing.carry
@@ -132,7 +116,9 @@ class Corpus:
             if follows:  # the token before: the text's, or the end of the prompt that the last stream ended with
                 reset[:, 0] = self._read(chosen, found - 1, 1)[:, 0] == self.tokenizer.eos_id
                 if step:
-                    reset[_prompted(config, np.random.default_rng([config.seed, step - 1]), follows), 0] = True
+                    last = np.random.default_rng([config.seed, step - 1])
+                    for rows in rows_with_examples(config.data, last, size, shuffled=True):
+                        reset[rows, 0] = True
         return replace(batch, reset=reset, counted=~ended if config.data.mask_first else None)
 
     def _read(self, chosen: np.ndarray, found: np.ndarray, length: int) -> torch.Tensor:
@@ -184,23 +170,6 @@ class Corpus:
         for i in range(0, len(chosen), batch_size):
             rows = [self.held_out[k * (length + 1) : (k + 1) * (length + 1)] for k in chosen[i : i + batch_size]]
             yield torch.stack(rows).long()
-
-
-def _prompt_length(passkey: PasskeyConfig, rng: np.random.Generator, room: int, first: bool) -> int:
-    """Tokens of a row's next prompt, from its end on, where `room` are left; 0: it has no more."""
-    low, high = passkey.lengths
-    if not passkey.fill:
-        return int(rng.integers(low, high + 1)) if first else 0
-    if room < low:
-        return 0
-    return int(math.exp(rng.uniform(math.log(low), math.log(min(high, room) + 1))))
-
-
-def _prompted(config: TrainConfig, rng: np.random.Generator, follows: bool) -> np.ndarray:
-    """The rows of a step that end in a prompt; where rows follow on, the first that its `rng` draws."""
-    size = config.batch_size
-    count = int(config.data.passkey.fraction * size + rng.random())  # its mean is exactly fraction * size
-    return rng.permutation(size)[:count] if follows else np.arange(count)  # no row of a stream always has them
 
 
 @lru_cache(2)

@@ -10,12 +10,14 @@ import torch
 
 from rnn_longctx.config import to_dict
 from rnn_longctx.measure.envelope import SLICES, measure_envelope
-from rnn_longctx.models.checkpoint import checkpoint
+from rnn_longctx.models import checkpoint
+from rnn_longctx.models.lm import LM
 from rnn_longctx.train.config import TrainConfig
 from rnn_longctx.train.corpus import Corpus
+from rnn_longctx.train.state import RunState
 
 
-def export(config: TrainConfig, corpus: Corpus, model: Any, where: Path, metrics: dict[str, Any],
+def export(config: TrainConfig, corpus: Corpus, model: LM, where: Path, metrics: dict[str, Any],
            envelope: bool = True) -> None:  # fmt: skip
     """Write `model` to the directory `where`, in `config.save_dtype` and `config.save_layout`; envelope: with how far
     its states go. Raises InputError where it cannot be written."""
@@ -29,18 +31,21 @@ def export(config: TrainConfig, corpus: Corpus, model: Any, where: Path, metrics
     model.train()
 
 
-def keep_best(config: TrainConfig, corpus: Corpus, model: Any, out: Path, score: list[float],
-              state: dict[str, Any]) -> None:  # fmt: skip
-    """The model just evaluated becomes last/, and best/ if its score is the largest so far."""
-    metrics = {"step": state["step"]}
+def keep_best(config: TrainConfig, corpus: Corpus, model: LM, out: Path, score: list[float],
+              state: RunState) -> None:  # fmt: skip
+    """Make the model just evaluated last/, and best/ if its score is the largest so far."""
+    metrics = {"step": state.step}
     export(config, corpus, model, out / "last", metrics, envelope=False)
-    if "best" not in state or score > state["best"]:
-        state["best"] = score
+    if state.best is None or score > state.best:
+        state.best = score
         export(config, corpus, model, out / "best", metrics, envelope=False)
 
 
-def _envelope(config: TrainConfig, corpus: Corpus, model: Any) -> dict[str, Any] | None:
-    """How far the states of the finished model go within the training length, on the held-out text."""
+def _envelope(config: TrainConfig, corpus: Corpus, model: LM) -> dict[str, Any] | None:
+    """Return how far the states of the finished model go within the training length, on the held-out text, or None
+    where there is not enough of it or some layer has no state."""
+    if len(model.mixers) < len(model.layers):  # it is that of recurrent layers
+        return None
     windows = next(corpus.validation(config.longest, SLICES, most=SLICES), None)
     if windows is None or len(windows) == 0:
         return None
@@ -50,7 +55,7 @@ def _envelope(config: TrainConfig, corpus: Corpus, model: Any) -> dict[str, Any]
     return measure_envelope(model, ids, f"{names} (held out)", digest).to_dict()
 
 
-def _provenance(config: TrainConfig, corpus: Corpus, model: Any, metrics: dict[str, Any]) -> dict[str, Any]:
+def _provenance(config: TrainConfig, corpus: Corpus, model: LM, metrics: dict[str, Any]) -> dict[str, Any]:
     """What the finished model is made of, and what the one it was started from was. No paths: texts go by their
     canonical names."""
     recipe = {k: v for k, v in to_dict(config).items() if k not in ("out", "device", "licences")}

@@ -22,7 +22,6 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +34,15 @@ from rnn_longctx.data import Arrival, Arrivals, load_tokenizer
 from rnn_longctx.errors import InputError
 from rnn_longctx.loggers import Write, scalars
 from rnn_longctx.train.config import OnlineConfig, TrainConfig
-from rnn_longctx.train.corpus import Corpus
 from rnn_longctx.train.evaluation import Evaluation, held_out_loss
 from rnn_longctx.train.export import export
-from rnn_longctx.train.passing import Learner, Starts
+from rnn_longctx.train.learner import Learner
+from rnn_longctx.train.loop import backward, fault
+from rnn_longctx.train.optimizer import make_optimizer
+from rnn_longctx.train.prepare import Run, prepare
 from rnn_longctx.train.snapshots import Log, newest_snapshot, save_snapshot
+from rnn_longctx.train.starts import Starts
 from rnn_longctx.train.team import Team
-from rnn_longctx.train.trainer import autocast, backward, fault, make_optimizer, prepare
 
 COLUMNS = ["update", "decision", "reason", "text", "tokens", "train_loss", "new_before", "new_after"]
 SHOWN = 3  # files named on the console's line
@@ -72,10 +73,10 @@ def train_online(config: TrainConfig, stream: str | Path) -> Path:
     arrivals = Arrivals(stream, load_tokenizer(config.data.tokenizer))
     out = home_path(config.out)
     with ExitStack() as stack:
-        config, corpus, model = prepare(config, team, stack, online=True)
+        prepared = prepare(config, team, stack, online=True)
         write = stack.enter_context(scalars(config.log_to, out, out.name))
         stopping = stack.enter_context(_signals())
-        run = Online(config, corpus, model, arrivals, team)
+        run = Online(prepared, arrivals)
         run.begin()
         log = stack.enter_context(closing(Log(out / "online.csv", run.update or -1, run.columns)))
         if not run.update:
@@ -113,23 +114,20 @@ def _follow(run: Online, arrivals: Arrivals, log: Log, write: Write, stopping: l
 class Online:
     """A run between two decisions. `best`: of each length, the least loss and the most passkeys of the models kept."""
 
-    config: TrainConfig
-    corpus: Corpus
-    model: Any
+    run: Run
     arrivals: Arrivals
-    team: Team
     update: int = 0
     kept: int = 0
     tokens: int = 0  # in the updates kept
     best: Figures = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        assert self.config.online is not None
-        self.settings: OnlineConfig = self.config.online
-        self.out = home_path(self.config.out)
-        self.context = partial(autocast, self.config, self.team.device)
-        self.optimizer = make_optimizer(self.model, self.config.optimizer)
-        self.evaluation = Evaluation(self.config, self.corpus, self.model, self.out, self.context)
+        run = self.run
+        assert run.config.online is not None
+        self.settings: OnlineConfig = run.config.online
+        self.config, self.corpus, self.model, self.team = run.config, run.corpus, run.model, run.team
+        self.optimizer = make_optimizer(run.model, run.config.optimizer)
+        self.evaluation = Evaluation(run.config, run.corpus, run.model, run.out, run.autocast)
         lengths = self.evaluation.settings.lengths
         self.columns = [*COLUMNS, *(f"{name}_{n}" for n in lengths for name in ("loss", "passkey"))]
 
@@ -191,7 +189,7 @@ class Online:
         if not kept:
             read, skipped, last = self.arrivals.read, self.arrivals.skipped, self.update
             if not self._restored() or self.update != last:
-                raise InputError(f"{self.out}: the snapshot to go back to, of update {last}, cannot be read")
+                raise InputError(f"{self.run.out}: the snapshot to go back to, of update {last}, cannot be read")
             self.arrivals.read, self.arrivals.skipped = read, skipped
         self.update = row["update"]
         self._save()
@@ -211,7 +209,7 @@ class Online:
             shares=[share, *base],
             mapped=frozenset(i + 1 for i in self.corpus.mapped),
         )
-        learner = Learner(self.model)
+        run, learner = replace(self.run, corpus=texts), Learner(self.model)
         starts = None if c.passing is None else Starts(self.model, c.passing, seed)
         losses: list[float] = []
         self.model.train()
@@ -219,7 +217,7 @@ class Online:
             if stopping:
                 return None, None
             self.optimizer.zero_grad(set_to_none=True)
-            _, found, final = backward(c, texts, self.model, learner, starts, step, self.context, self.team)
+            _, found, final = backward(run, c, learner, starts, step)
             norm = nn.utils.clip_grad_norm_(self.model.parameters(), c.optimizer.clip)
             loss, _, size = self.team.agreed(found, norm)
             if (bad := fault(loss, size, [])) is not None:
@@ -237,25 +235,23 @@ class Online:
         self.model.eval()
         length = min(self.config.longest, len(ids) - 1)
         return held_out_loss(
-            self.model, replace(self.corpus, held_out=ids), length, self.config.batch_size, self.context
+            self.model, replace(self.corpus, held_out=ids), length, self.config.batch_size, self.run.autocast
         )
-
-    def _hashes(self) -> list[Any]:
-        return [t["hash"] for t in self.corpus.texts]
 
     def _save(self) -> None:
         state = {"update": self.update, "kept": self.kept, "tokens": self.tokens, "best": self.best}
         state |= {"read": self.arrivals.read, "skipped": self.arrivals.skipped}
-        parts = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "texts": self._hashes()}
-        save_snapshot(self.out / "snapshots", self.update, {**parts, "state": state})
+        weights, moments = self.model.state_dict(), self.optimizer.state_dict()
+        parts = {"model": weights, "optimizer": moments, "texts": self.run.text_hashes, "state": state}
+        save_snapshot(self.run.out / "snapshots", self.update, parts)
 
     def _restored(self) -> bool:
         """Go to the newest snapshot, if there is one."""
-        snapshot = newest_snapshot(self.out / "snapshots")
+        snapshot = newest_snapshot(self.run.out / "snapshots")
         if snapshot is None:
             return False
-        if snapshot["texts"] != self._hashes():
-            raise InputError(f"{self.out}: the training text is not the one this run began with; set another out")
+        if snapshot["texts"] != self.run.text_hashes:
+            raise InputError(f"{self.run.out}: the training text is not the one this run began with; set another out")
         self.team.load(self.model, self.optimizer, snapshot)
         state = snapshot["state"]
         self.update, self.kept, self.tokens, self.best = (state[k] for k in ("update", "kept", "tokens", "best"))
@@ -264,7 +260,7 @@ class Online:
 
     def _publish(self) -> None:
         metrics = {"update": self.update, "kept": self.kept, "tokens": self.tokens}
-        export(self.config, self.corpus, self.model, self.out / "last", metrics, envelope=False)
+        export(self.config, self.corpus, self.model, self.run.out / "last", metrics, envelope=False)
 
 
 def refusal(figures: Figures, best: Figures, before: float, after: float, settings: OnlineConfig) -> str | None:

@@ -30,7 +30,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from rnn_longctx.errors import InputError
-from rnn_longctx.models.lm import Mamba2LM
+from rnn_longctx.models.lm import LM
 from rnn_longctx.recurrence.shard import Shard
 from rnn_longctx.recurrence.ssd.parallel import refusal
 
@@ -50,10 +50,15 @@ def shard(ids: Tensor, group: dist.ProcessGroup | None = None) -> tuple[Tensor, 
     return ids[:, own], ids[:, own.start + 1 : own.stop + 1]
 
 
+def least_tokens(model: LM) -> int:
+    """Return the tokens that a rank must read at least: what the convolution of the next rank goes on from."""
+    return max([1, *(mixer.channels[1] for mixer in model.mixers if mixer.channels is not None)])
+
+
 @contextmanager
-def sequence_parallel(model: Mamba2LM, group: dist.ProcessGroup | None = None) -> Iterator[None]:
+def sequence_parallel(model: LM, group: dist.ProcessGroup | None = None) -> Iterator[None]:
     """Inside, a call of the model is one call on all ranks of the group: each passes the stretch of the tokens (B, T)
-    that is its own (any lengths of at least d_conv - 1 tokens; `stretch` cuts equal ones), its part of `reset` where
+    that is its own (any lengths of at least `least_tokens`; `stretch` cuts equal ones), its part of `reset` where
     rows hold several documents, and the same cache or none; and gets the hidden states of its own tokens. The cache
     becomes that of the whole stream, on every rank.
 
@@ -66,8 +71,10 @@ def sequence_parallel(model: Mamba2LM, group: dist.ProcessGroup | None = None) -
             that is too short, a policy with a norm cap or a window, a stored start with resets, a reader's control,
             padding.
     """
-    if not isinstance(model, Mamba2LM):
-        raise InputError(f"only this project's Mamba-2 is read over several ranks, not {type(model).__name__}")
+    if not isinstance(model, LM):
+        raise InputError(f"only a model of this library is read over several ranks, not {type(model).__name__}")
+    if model.attends:
+        raise InputError("a model with attention layers is not read over several ranks")
     if model.spread is not None:
         raise InputError("the model is read over several ranks already")
 
@@ -80,7 +87,7 @@ def sequence_parallel(model: Mamba2LM, group: dist.ProcessGroup | None = None) -
         for policy in {mixer.policy for mixer in model.mixers}:
             if (reason := refusal(policy, reset is not None)) is not None:
                 raise InputError(f"the policy {policy.to_dict()} {over}: {reason}")
-        return Shard.of(ids, reset, group, least=max(1, model.config.d_conv - 1))
+        return Shard.of(ids, reset, group, least=least_tokens(model))
 
     model.spread = spread
     try:

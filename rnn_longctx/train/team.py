@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from rnn_longctx.errors import InputError
-from rnn_longctx.models.lm import Mamba2LM
+from rnn_longctx.models.lm import LM
 from rnn_longctx.train.config import TrainConfig
 from rnn_longctx.train.parallel import sequence_parallel, stretch
 
@@ -76,8 +76,8 @@ class Team:
 
         exempt = [name for name, p in learner.named_parameters() if getattr(p, "_no_weight_decay", False)]
         mesh = dist.init_device_mesh(self.device.type, (self.world,))
-        for mixer in learner.model.mixers:  # type: ignore[union-attr]
-            fully_shard(mixer, mesh=mesh)
+        for layer in learner.model.layers:  # type: ignore[union-attr]
+            fully_shard(layer.mixer, mesh=mesh)
         fully_shard(learner, mesh=mesh)  # the rest: embedding, head, norms
         for name in exempt:
             learner.get_parameter(name)._no_weight_decay = True  # type: ignore[attr-defined]
@@ -88,7 +88,7 @@ class Team:
         last of all alone. FSDP2 reduces them every time: no rank of a model that is sharded has room for all."""
         return nullcontext() if all(last) or self.world == 1 or self.sharded else learner.no_sync()  # type: ignore
 
-    def reading(self, model: Mamba2LM) -> AbstractContextManager:
+    def reading(self, model: LM) -> AbstractContextManager:
         """Inside, the ranks of a lane read each sequence together."""
         return nullcontext() if self.sequence == 1 else sequence_parallel(model, self.group)
 
@@ -96,7 +96,7 @@ class Team:
         """Which of `length` tokens that a lane reads are this rank's."""
         return slice(0, length) if self.sequence == 1 else stretch(length, self.group)
 
-    def whole(self, model: Mamba2LM) -> Mamba2LM:
+    def whole(self, model: LM) -> LM:
         """On rank 0 a model that can be used by itself: `model`, or a copy with all of its weights. Collective."""
         if not self.sharded:
             return model
@@ -104,7 +104,7 @@ class Team:
         if self.rank > 0:
             return model
         with torch.device("meta"):
-            plain = Mamba2LM(model.config)
+            plain = LM(model.config)
         plain.load_state_dict({k: t.to(self.device) for k, t in state.items()}, assign=True)
         if model.config.tie_embeddings:
             plain.lm_head.weight = plain.backbone.embedding.weight
@@ -121,7 +121,7 @@ class Team:
 
         return tree_map_only(DTensor, lambda t: t.full_tensor().cpu(), tree)
 
-    def load(self, model: Mamba2LM, optimizer: torch.optim.Optimizer, snapshot: dict[str, Any]) -> None:
+    def load(self, model: LM, optimizer: torch.optim.Optimizer, snapshot: dict[str, Any]) -> None:
         """Weights and moments from a snapshot, whatever ranks wrote it. Collective."""
         weights, moments = snapshot["model"], snapshot["optimizer"]
         if self.sharded:

@@ -25,7 +25,7 @@ from rnn_longctx.eval.search.calibrate import calibrate
 from rnn_longctx.measure.envelope import measure_envelope
 from rnn_longctx.measure.steps import steps_of
 from rnn_longctx.mitigations import active, handles_on
-from rnn_longctx.models.checkpoint import checkpoint
+from rnn_longctx.models import checkpoint
 from rnn_longctx.models.generate import prefill
 from rnn_longctx.models.saved_state import load_state, save_state
 

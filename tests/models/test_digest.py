@@ -14,13 +14,14 @@ from torch import nn
 
 import rnn_longctx
 from rnn_longctx import adopt, mitigate
-from rnn_longctx.models.checkpoint import checkpoint, formats
+from rnn_longctx.models import checkpoint
+from rnn_longctx.models.checkpoint import layouts
 from rnn_longctx.models.checkpoint.legacy import is_of, old_hashes
 from rnn_longctx.models.hashing import BLOCK, digest
 from rnn_longctx.models.lm import Mamba2LM
-from rnn_longctx.models.mixers import base
 from rnn_longctx.models.mixers.mamba2 import Mamba2Config
 from rnn_longctx.recurrence.span import WHOLE
+from rnn_longctx.recurrence.ssd import SSD
 
 
 class Holder(nn.Module):
@@ -104,7 +105,7 @@ def test_the_same_in_every_layout_tied_or_not(make, tmp_path):
     for tie in (True, False):
         model = make(tie_embeddings=tie, norm_eps=1e-5, dt_limit=(0.01, 0.5))
         found = {model.weights_hash, copy.deepcopy(model).weights_hash}
-        for layout in formats.LAYOUTS:
+        for layout in layouts.LAYOUTS:
             checkpoint.save(model, tmp_path / f"{layout}{tie}", layout=layout)
             found.add(checkpoint.load(tmp_path / f"{layout}{tie}").weights_hash)
         assert len(found) == 1
@@ -167,8 +168,8 @@ def test_eps_of_a_norm_is_one_everywhere(make, monkeypatch):
         squares = torch.ones(1, 3, 1)
 
     monkeypatch.setattr(model.mixers[0].norm, "gate", lambda z: Gate())
-    scan = base.scan
-    monkeypatch.setattr(base, "scan", lambda *a, output_gate, **k: scan(*a, output_gate=None, **k))
+    scan = SSD.scan
+    monkeypatch.setattr(SSD, "scan", lambda *a, output_gate, **k: scan(*a, output_gate=None, **k))
     with torch.no_grad():
         model.mixers[0](torch.randn(1, 3, 24), None, WHOLE)
     assert held[0][3] == 0.25

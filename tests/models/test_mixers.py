@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 import torch
+import torch.nn.functional as F
 
 from rnn_longctx.errors import InputError
-from rnn_longctx.models.cache import Cache
-from rnn_longctx.models.checkpoint import checkpoint
+from rnn_longctx.models import checkpoint
+from rnn_longctx.models.cache import Cache, carry
 from rnn_longctx.models.config import ModelConfig, model_config
+from rnn_longctx.models.interface import MixerReading, StateSize
 from rnn_longctx.models.lm import LM
-from rnn_longctx.models.mixers import MIXERS
+from rnn_longctx.models.mixers import MIXERS, sliding_window
 from rnn_longctx.models.mixers.mamba2 import Mamba2Config
+from rnn_longctx.models.restart import Crop
+from rnn_longctx.recurrence.span import WHOLE
+from rnn_longctx.recurrence.ssd.scan import scan
 from rnn_longctx.testing import mixers as contract
 
 # Small parameters, so that windows and chunks end within a test's stream; a mixer that is not named here has its own.
@@ -76,3 +83,179 @@ def test_a_flat_config_is_a_model_of_mamba2_layers():
 def test_a_config_that_is_none(data, message):
     with pytest.raises(InputError, match=message):
         model_config(data)
+
+
+# --- the contract can fail
+
+
+class Averages(torch.nn.Module):
+    """The mean of the inputs so far: a toy mixer, sound unless `fault` says otherwise."""
+
+    name, attends = "averages", False
+
+    @dataclass(frozen=True)
+    class Config:
+        fault: str = "none"
+
+    def __init__(self, config, model):
+        super().__init__()
+        self.fault = config.fault
+        self.proj = torch.nn.Linear(model.d_model, model.d_model)
+
+    @classmethod
+    def of(cls, config, model):
+        return cls(config, model)
+
+    def new_carry(self, rows):
+        width, fault = self.proj.in_features, self.fault
+        total = torch.zeros(rows, width, dtype=self.proj.weight.dtype)
+        return Total(total + (fault == "beginning"), torch.zeros(rows, dtype=torch.int64))
+
+    def state_size(self):
+        return StateSize({"total": self.proj.in_features + (self.fault == "size")})
+
+    def forward(self, u, carry, span):
+        fault = self.fault
+        begun = carry is not None
+        carry = Total(u.new_zeros(len(u), u.shape[2]), torch.zeros(len(u), dtype=torch.int64)) if not begun else carry
+        x = self.proj(u)
+        if fault == "future":
+            x = x + x.roll(-1, 1)
+        mask = torch.ones(u.shape[:2], dtype=torch.bool) if span.mask is None or fault == "padding" else span.mask
+        x = x * mask[..., None]
+        reset = torch.zeros(u.shape[:2], dtype=torch.bool) if span.reset is None or fault == "documents" else span.reset
+        document = reset.long().cumsum(1)
+        same = (document[:, :, None] == document[:, None]).tril()  # (B, T, T)
+        total, count = carry.total, carry.count
+        if fault == "gradient":
+            total = total.detach()
+        if fault == "rows":
+            total = total.mean(0, keepdim=True).expand_as(total)
+        first = (document == 0)[..., None]
+        sums = same.to(x.dtype) @ x + first * total[:, None]
+        counts = (same & mask[:, None]).sum(2) + (document == 0) * count[:, None]
+        after = Total(sums[:, -1], counts[:, -1])
+        if fault == "cut" and begun:
+            counts = counts + 1
+        return sums / counts.clamp(min=1)[..., None], after
+
+
+@carry
+@dataclass
+class Total:
+    total: torch.Tensor
+    count: torch.Tensor
+
+
+@pytest.fixture
+def averages(monkeypatch):
+    monkeypatch.setattr(MIXERS, "_known", {**MIXERS._known})
+    MIXERS.register(Averages)
+
+
+FAULTS = {
+    "future": contract.check_no_gradient_from_the_future,
+    "padding": contract.check_left_padded_rows_are_rows_alone,
+    "documents": contract.check_documents_are_documents_alone,
+    "gradient": contract.check_gradients_flow_through_carries,
+    "cut": contract.check_any_cut_is_one_pass,
+    "rows": contract.check_rows_are_reordered_and_joined,
+    "size": contract.check_state_size_is_what_a_carry_holds,
+    "beginning": contract.check_a_new_carry_is_none,
+}
+
+
+def test_a_mixer_from_elsewhere_keeps_the_contract(averages, seed):
+    contract.check_mixer("averages", seed)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_mixer_that_breaks_the_contract(averages, fault, seed):
+    with pytest.raises(AssertionError, match=f"averages:fault={fault}"):
+        FAULTS[fault](f"averages:fault={fault}", seed)
+
+
+def test_carries_are_registered_by_name():
+    with pytest.raises(InputError, match="two carries are called 'Total'"):
+        carry(dataclass(type("Total", (), {"__module__": "elsewhere", "__annotations__": {"x": torch.Tensor}})))
+
+    @dataclass
+    class Stranger:
+        x: torch.Tensor
+
+    with pytest.raises(InputError, match="Stranger is not registered"):
+        Cache([Stranger(torch.zeros(1))], torch.zeros(1, dtype=torch.int64)).save("never-written")
+
+
+# --- what the newcomers compute
+
+
+def mixer_of(text, **shape):
+    model = LM(ModelConfig(text, **{"d_model": 16, "n_layer": 1, "vocab_size": 9, **shape})).double()
+    return model.layers[0].mixer
+
+
+@torch.no_grad()
+def test_gla_is_its_recurrence():
+    mixer, u = mixer_of("gla:heads=2,rank=3"), torch.randn(2, 9, 16, dtype=torch.float64)
+    q, k, v = (proj(u).unflatten(-1, (2, -1)) for proj in (mixer.q_proj, mixer.k_proj, mixer.v_proj))
+    a = mixer.decay_proj(u).sigmoid().pow(1 / 16).unflatten(-1, (2, -1))
+    state, expected = torch.zeros(2, 2, 8, 4, dtype=torch.float64), []
+    for t in range(9):
+        state = state * a[:, t, :, None] + v[:, t, :, :, None] * k[:, t, :, None]
+        y = (state @ q[:, t, :, :, None])[..., 0] / 4**0.5  # (B, H, P)
+        y = y * (y.square().mean(-1, keepdim=True) + 1e-5).rsqrt()
+        expected.append(mixer.out_proj(y.flatten(1) * F.silu(mixer.g_proj(u[:, t]))))
+    torch.testing.assert_close(mixer(u, None, WHOLE)[0], torch.stack(expected, 1), rtol=0, atol=1e-10)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("window", [2, 7, 40])
+def test_sliding_window_is_softmax_over_a_window(window, monkeypatch):
+    monkeypatch.setattr(sliding_window, "CHUNK", 5)
+    mixer, u = mixer_of(f"sliding-window:window={window},heads=2"), torch.randn(1, 23, 16, dtype=torch.float64)
+    q, k, v = mixer.in_proj(u).unflatten(-1, (3, 2, 8))[0].unbind(1)  # (T, H, D)
+    rates = 10_000.0 ** (-torch.arange(4) / 4)
+
+    def turn(x, place):
+        z = torch.complex(x[..., :4], x[..., 4:]) * torch.polar(torch.ones(4), place * rates).to(torch.complex128)
+        return torch.cat([z.real, z.imag], -1)
+
+    expected = []
+    for t in range(23):
+        seen = range(max(0, t - window + 1), t + 1)
+        scores = torch.stack([(turn(q[t], t) * turn(k[s], s)).sum(-1) for s in seen]) / 8**0.5  # (S, H)
+        values = (scores.softmax(0)[..., None] * v[list(seen)]).sum(0)
+        expected.append(mixer.out_proj(values.flatten()))
+    torch.testing.assert_close(mixer(u, None, WHOLE)[0][0], torch.stack(expected), rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
+def test_attention_forgets_under_a_control():
+    """Attention of ours is cropped as that of an adopted hybrid is."""
+    model = LM(ModelConfig("sliding-window:window=30,heads=2", d_model=16, n_layer=1, vocab_size=9)).double().eval()
+    ids = torch.randint(9, (1, 24))
+    model.restart = Crop(4, 4)
+    cropped = model(ids)
+    model.restart = None
+    for start in range(0, 24, 4):  # every 4 tokens all but the last 4 are forgotten
+        alone = model(ids[:, max(0, start - 4) : start + 4])[:, -4:]
+        torch.testing.assert_close(cropped[:, start : start + 4], alone, rtol=0, atol=1e-9)
+
+
+@torch.no_grad()
+def test_a_tap_sees_what_a_layer_reads(seed):
+    model, ids = contract.small_model(SMALL["mamba2"], seed), torch.randint(31, (2, 9))
+    readings: list[MixerReading] = []
+    model.mixers[1].tap = readings.append
+    before = model.weights_hash
+    cache = Cache()
+    whole = model(ids[:, :5], cache), model(ids[:, 5:], cache)
+    model.mixers[1].tap = None
+    assert model.weights_hash == before and torch.equal(torch.cat(whole, 1)[:, :5], model(ids[:, :5]))
+    first, second = readings
+    assert first.carry is None and second.carry is not None and second.inputs.x.shape == (2, 4, 8, 8)
+    mixer = model.mixers[1]
+    y, _ = scan(second.inputs, second.gates, second.span, carry=second.carry.scan)
+    assert mixer.output(y, second.rest).shape == (2, 4, 32)
+    assert second.rest.convolved.shape == (2, 4, mixer.channels[0])

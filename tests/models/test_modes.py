@@ -26,7 +26,8 @@ from rnn_longctx.probes.attribution import attribute
 from rnn_longctx.probes.held import dropped_share
 from rnn_longctx.probes.probe import probe
 from rnn_longctx.probes.remembrance import remembrance
-from rnn_longctx.train.evaluation import held_out_loss, passkey_accuracy
+from rnn_longctx.tasks.passkey import Passkey
+from rnn_longctx.train.evaluation import examples_of, held_out_loss, recall
 
 TEXT = Text("made", bytes(np.random.default_rng(0).integers(97, 123, 20_000, dtype=np.uint8)))
 
@@ -91,7 +92,8 @@ def _held_out(model):
 def _passkeys(model):
     from contextlib import nullcontext
 
-    return passkey_accuracy(_reader(model), ByteTokenizer(), 128, 2, 0, "auto", 2, nullcontext)
+    task, tokenizer = Passkey(), ByteTokenizer()
+    return recall(_reader(model), task, examples_of(task, tokenizer, 128, 2, 0), tokenizer, 2, nullcontext)
 
 
 def _harness(model):

@@ -17,7 +17,7 @@ from rnn_longctx.models import segments
 from rnn_longctx.models.adopt import model as adopting
 from rnn_longctx.models.adopt.adopting import adopt
 from rnn_longctx.models.generate import generate
-from rnn_longctx.probes.monitor.inputs import gates_of
+from rnn_longctx.probes.monitor.inputs import input_statistics
 
 
 class OnGPU:
@@ -96,7 +96,7 @@ def test_every_call_of_ours_is_cut(build, family, narrow):
     generate(model, ids, 3)
     text = Text("made", bytes(torch.randint(97, 123, (4000,)).tolist()))
     if family == "mamba2":
-        gates_of(ours, 1, text)
+        input_statistics(ours, 1, text)
     assert max(calls) <= 11 and len(calls) > 10
     if steps is not None:
         assert [s.shape[:2] for s in steps] == [(2, 31)] * len(ours.mixers)

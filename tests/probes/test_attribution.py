@@ -11,7 +11,7 @@ from rnn_longctx import mitigate
 from rnn_longctx.errors import InputError
 from rnn_longctx.measure.steps import measure_steps
 from rnn_longctx.models.lm import Mamba2LM
-from rnn_longctx.models.mixers import mamba2 as models
+from rnn_longctx.models.mixers import base as models
 from rnn_longctx.models.mixers.mamba2 import Mamba2Config
 from rnn_longctx.probes.attribution import attribute
 from rnn_longctx.recurrence.policy import Cap, ScanPolicy
@@ -81,7 +81,7 @@ def test_contributions_sum_to_the_scans_output(kind, segment, monkeypatch):
         for j, q in enumerate(queries):
             summed = torch.einsum("hs,hsp->hp", found.values[i, j], direction)
             torch.testing.assert_close(summed, y[0, q], rtol=1e-9, atol=1e-12)
-    assert not any(m._forward_hooks for m in lm.modules())
+    assert not any(m._forward_hooks for m in lm.modules()) and all(m.tap is None for m in lm.mixers)
 
 
 @pytest.mark.parametrize("kind", ["gates", "filter"])

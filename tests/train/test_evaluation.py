@@ -22,11 +22,13 @@ import rnn_longctx
 from rnn_longctx.data import ByteTokenizer
 from rnn_longctx.errors import InputError
 from rnn_longctx.models.lm import Mamba2LM
-from rnn_longctx.tasks.passkey import passkey_batch
-from rnn_longctx.train import TrainConfig, evaluation, train, trainer
+from rnn_longctx.tasks.passkey import Passkey, passkey_batch
+from rnn_longctx.train import TrainConfig, evaluation, loop, train
 from rnn_longctx.train.config import EvaluateConfig, OptimizerConfig, PassingConfig
 from rnn_longctx.train.corpus import Corpus, load_corpus
-from rnn_longctx.train.evaluation import Evaluation, held_out_loss, late_loss, passkey_accuracy, stage_of
+from rnn_longctx.train.evaluation import Evaluation, examples_of, held_out_loss, late_loss, recall, stage_of
+from rnn_longctx.train.optimizer import learning_rate
+from rnn_longctx.train.state import RunState
 
 
 def table(config: TrainConfig) -> list[dict[str, float]]:
@@ -43,6 +45,12 @@ def test_late_loss_is_that_of_the_second_half(config: TrainConfig, monkeypatch: 
     assert late_loss(model, corpus, 111, 4, nullcontext) == pytest.approx(float(losses[:, 55:].mean()), rel=1e-9)
     assert held_out_loss(model, corpus, 111, 4, nullcontext) == pytest.approx(float(losses.mean()), rel=1e-9)
     assert math.isnan(held_out_loss(model, corpus, 50_000, 4, nullcontext))
+
+
+def score(model: Any, tokenizer: Any, n: int, rows: int) -> float:
+    """Of a model at passkeys in prompts of 230 tokens."""
+    task = Passkey(style="headerless")
+    return recall(model, task, examples_of(task, tokenizer, 230, n, 3), tokenizer, rows, nullcontext)
 
 
 def test_passkeys_are_right_when_every_token_is(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,7 +84,7 @@ def test_passkeys_are_right_when_every_token_is(monkeypatch: pytest.MonkeyPatch)
             likely = F.one_hot(torch.tensor(said), 256).float()
             return F.pad(likely, (0, 44), value=2.0)  # rows that stand for no token are never the answer
 
-    found = passkey_accuracy(Model(), ByteTokenizer(), 230, n, 3, "headerless", 4, nullcontext)
+    found = score(Model(), ByteTokenizer(), n, 4)
     assert found == pytest.approx(12 / 17) and asked == n
 
 
@@ -106,8 +114,7 @@ def test_passkeys_are_judged_with_any_tokenizer(kind: str) -> None:
             assert last == max(len(p.reply) for p in prompts)
             return F.one_hot(torch.from_numpy(np.stack(said)), size).float()
 
-    assert passkey_accuracy(Model(0), tokenizer, 230, n, 3, "headerless", n, nullcontext) == 1
-    assert passkey_accuracy(Model(1), tokenizer, 230, n, 3, "headerless", n, nullcontext) == 0
+    assert score(Model(0), tokenizer, n, n) == 1 and score(Model(1), tokenizer, n, n) == 0
 
 
 @pytest.mark.parametrize("kind", ["bytes", "byte-level", "llama-2"])
@@ -117,7 +124,8 @@ def test_the_last_passkeys_end_at_the_training_length(
     """No prompt and answer are longer than what was trained on, and the longest are as long."""
     tokenizer, lengths = made_tokenizer(kind), []
     monkeypatch.setattr(evaluation, "held_out_loss", lambda *_: 1.0)
-    monkeypatch.setattr(evaluation, "passkey_accuracy", lambda model, t, length, *_: lengths.append(length) or 1.0)
+    measured = lambda model, task, examples, *_: lengths.append(len(examples[0].prompt)) or 1.0  # noqa: E731
+    monkeypatch.setattr(evaluation, "recall", measured)
     (tmp_path / "log.csv").write_text("step,tokens,loss\n1,1,1.0\n")
     data = replace(config.data, passkey=replace(config.data.passkey, fraction=0.5, lengths=[100, 120]))
     corpus = Corpus([], torch.zeros(0), [], tokenizer)
@@ -158,7 +166,7 @@ def test_scores(config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyP
     c = replace(config, evaluate=EvaluateConfig([111, 120], passkeys=3))
     corpus = load_corpus(c.data, ByteTokenizer(), 120)
     monkeypatch.setattr(evaluation, "late_loss", lambda m, c, length, *_: length / 100)
-    monkeypatch.setattr(evaluation, "passkey_accuracy", lambda m, t, length, *_: length / 1000)
+    monkeypatch.setattr(evaluation, "recall", lambda m, t, examples, *_: len(examples[0].prompt) / 1000)
     assert Evaluation(c, corpus, None, tmp_path, nullcontext)(5, 9) == pytest.approx([0.1155, -1.155])
     monkeypatch.setattr(evaluation, "late_loss", lambda *_: math.nan)
     assert Evaluation(c, corpus, None, tmp_path, nullcontext)(5, 9)[1] == -math.inf, "the worst of all"
@@ -192,7 +200,7 @@ def test_a_schedule_of_lengths(config: TrainConfig) -> None:
     log = rows(c)
     assert [r["length"] for r in log] == [112] * 3 + [115] * 2 + [120] * 4
     assert log[-1]["tokens"] == 4 * (3 * 112 + 2 * 115 + 4 * 120)
-    rates = [1e-3 * trainer.learning_rate(c.schedule, i, 9) for i in range(9)]
+    rates = [1e-3 * learning_rate(c.schedule, i, 9) for i in range(9)]
     assert [r["lr"] for r in log] == pytest.approx(rates, rel=1e-5)
     assert rnn_longctx.load(Path(c.out) / "model").train_length == 120
 
@@ -204,26 +212,26 @@ def test_a_new_stage_begins_at_zero(config: TrainConfig, monkeypatch: pytest.Mon
         seen.append(c.train_length)
         return batch(self, c, step)
 
-    kept, begin = [], trainer.Starts.begin
+    kept, begin = [], loop.Starts.begin
 
     def begun(self: Any, step: int, b: Any) -> Any:
-        kept.append(self.kept is not None)
+        kept.append(self.last is not None)
         return begin(self, step, b)
 
     monkeypatch.setattr(Corpus, "batch", spy)
-    monkeypatch.setattr(trainer.Starts, "begin", begun)
+    monkeypatch.setattr(loop.Starts, "begin", begun)
     train(staged(config, "112:3,120:3", passing=PassingConfig(50, 0, "previous", 1.0)))
     assert seen == [112] * 3 + [120] * 3 and kept == [False, True, True, False, True, True]
 
 
 def stages(config: TrainConfig, losses: list[float]) -> list[int]:
-    state: dict[str, Any] = {"stage": 0}
-    found, taken = [], iter(losses)
+    state, entered, taken = RunState(), [], iter(losses)
     for step in range(config.steps):
-        state["stage"] = stage_of(config, step, state, lambda: next(taken))
-        found.append(state["stage"])
+        state.step = step
+        state.stage = stage_of(config, state, lambda: next(taken))
+        entered.append(state.stage)
     assert next(taken, None) is None, "asked as often as expected"
-    return found
+    return entered
 
 
 def test_the_gate(config: TrainConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -247,7 +255,7 @@ def test_a_stage_that_may_not_begin_is_in_the_log(
 ) -> None:
     monkeypatch.setattr(evaluation, "ASK_EVERY", 2)
     losses = iter([1.0, 2.0, 2.0, 1.0])
-    monkeypatch.setattr(trainer, "late_loss", lambda *_: next(losses))
+    monkeypatch.setattr(loop, "late_loss", lambda *_: next(losses))
     c = staged(config, "112:3,120:6", log_every=1)
     train(c)
     assert [r["length"] for r in rows(c)] == [112] * 7 + [120] * 2

@@ -22,9 +22,11 @@ from rnn_longctx.errors import InputError
 from rnn_longctx.models.lm import Mamba2LM
 from rnn_longctx.models.mixers.mamba2 import Mamba2Config
 from rnn_longctx.train import corpus as corpus_module
+from rnn_longctx.train.bptt import MicroBatch, accumulate
 from rnn_longctx.train.config import DataConfig, MixedText, PassingConfig, PasskeyConfig, TrainConfig
 from rnn_longctx.train.corpus import Batch, Corpus, load_corpus
-from rnn_longctx.train.passing import Learner, Part, Starts, accumulate
+from rnn_longctx.train.learner import Learner
+from rnn_longctx.train.starts import Starts
 
 Texts = list[str | MixedText]
 
@@ -173,7 +175,7 @@ def test_with_reset_a_document_is_read_as_if_alone(tmp_path: Path, carry: float,
         batch = data.batch(c, step)
         assert batch.carried is not None
         loss, _, final = accumulate(
-            Learner(model), Part.of(batch), passing, starts.begin(step, batch), 0.0, nullcontext
+            Learner(model), MicroBatch.of(batch), passing, starts.begin(step, batch), 0.0, nullcontext
         )
         starts.end(step, final)
         expected = 0.0
@@ -231,7 +233,7 @@ def test_losses_that_do_not_count(tmp_path: Path) -> None:
         model.zero_grad()
         passing = None if segment is None else PassingConfig(segment, "all", "zero")
         start = None if passing is None else Starts(model, passing, 0).begin(0, marked)
-        loss, _, _ = accumulate(Learner(model), Part.of(marked), passing, start, 0.0, nullcontext)
+        loss, _, _ = accumulate(Learner(model), MicroBatch.of(marked), passing, start, 0.0, nullcontext)
         torch.testing.assert_close(loss, expected.detach())
         for p, g in zip(model.parameters(), gradient, strict=True):
             torch.testing.assert_close(p.grad, g, rtol=1e-9, atol=1e-9 * float(g.abs().max()))

@@ -197,10 +197,10 @@ def test_a_lost_passkey_undoes_even_where_the_loss_holds(config: TrainConfig, tm
         passing=None,
         train_length=256,
         evaluate=EvaluateConfig([256], passkeys=10),
-        online=OnlineConfig(tokens=8000, replay=0.5, loss_tolerance=0.1, passkey_tolerance=0.2),
+        online=OnlineConfig(tokens=8000, replay=0.5, loss_tolerance=0.3, passkey_tolerance=0.2),
     )
     start, row = finished(config, tmp_path / "in")[:2]
-    assert float(start["passkey_256"]) >= 0.8 and float(row["loss_256"]) <= float(start["loss_256"]) + 0.1
+    assert float(start["passkey_256"]) >= 0.8 and float(row["loss_256"]) <= float(start["loss_256"]) + 0.3
     assert row["decision"] == "refused" and row["reason"].startswith("the passkeys at 256 tokens were")
     assert float(row["passkey_256"]) < float(start["passkey_256"]) - 0.2
     before, after = rnn_longctx.load("demo"), rnn_longctx.load(tmp_path / "run" / "last")

@@ -19,7 +19,7 @@ from training_runs import Killed, assert_same_run, rows, run_and_kill
 import rnn_longctx
 from rnn_longctx.config import to_dict
 from rnn_longctx.errors import InputError
-from rnn_longctx.train import TrainConfig, passing, train
+from rnn_longctx.train import TrainConfig, starts, train
 from rnn_longctx.train.config import EvaluateConfig, MixedText, OptimizerConfig, PassingConfig
 from rnn_longctx.train.corpus import Batch, Corpus
 
@@ -63,7 +63,7 @@ def mixed(config: TrainConfig, records: list[Path]) -> TrainConfig:
 def test_killed_anywhere_and_resumed_is_the_uninterrupted_run(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, mode: str, records: list[Path]
 ) -> None:
-    monkeypatch.setattr(passing, "FIT_EVERY", 3)
+    monkeypatch.setattr(starts, "FIT_EVERY", 3)
     config = replace(config, **MODES[mode])
     if mode.startswith("mixed"):
         config = mixed(config, records)

@@ -25,12 +25,12 @@ import rnn_longctx
 from rnn_longctx.config import to_dict
 from rnn_longctx.errors import InputError
 from rnn_longctx.models.lm import Mamba2LM
-from rnn_longctx.train import TrainConfig, passing, train
+from rnn_longctx.train import TrainConfig, starts, train
 from rnn_longctx.train.config import EvaluateConfig, PassingConfig
 from rnn_longctx.train.corpus import Corpus
-from rnn_longctx.train.passing import Learner
+from rnn_longctx.train.learner import Learner
+from rnn_longctx.train.optimizer import make_optimizer
 from rnn_longctx.train.team import Team
-from rnn_longctx.train.trainer import make_optimizer
 
 MODES: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -55,7 +55,7 @@ PAIRS = [("plain", "ddp"), ("plain", "fsdp"), ("plain", "sequence"), ("noise", "
 
 @pytest.fixture(autouse=True)
 def float64(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(passing, "FIT_EVERY", 2)
+    monkeypatch.setattr(starts, "FIT_EVERY", 2)
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
@@ -78,7 +78,7 @@ def config(config: TrainConfig) -> TrainConfig:
 
 def train_here(device: torch.device, config: TrainConfig, kill: int | None = None) -> None:
     """kill: the step that no rank lives to see."""
-    passing.FIT_EVERY = 2
+    starts.FIT_EVERY = 2
     torch.set_default_dtype(torch.float64)
     rank, world = str(dist.get_rank()), str(dist.get_world_size())
     os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world, LOCAL_WORLD_SIZE=world)

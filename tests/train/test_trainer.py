@@ -21,10 +21,12 @@ import rnn_longctx
 from rnn_longctx.config import to_dict
 from rnn_longctx.errors import InputError
 from rnn_longctx.models.lm import Mamba2LM
-from rnn_longctx.train import TrainConfig, TrainingDiverged, train, trainer
+from rnn_longctx.train import TrainConfig, TrainingDiverged, loop, train
+from rnn_longctx.train.bptt import MicroBatch, accumulate
 from rnn_longctx.train.config import EvaluateConfig, OptimizerConfig, PassingConfig, ScheduleConfig
 from rnn_longctx.train.corpus import Batch, load_corpus
-from rnn_longctx.train.passing import Learner, Part, accumulate
+from rnn_longctx.train.learner import Learner
+from rnn_longctx.train.optimizer import learning_rate, make_optimizer
 from rnn_longctx.train.snapshots import COLUMNS, newest_snapshot
 
 
@@ -43,7 +45,7 @@ def test_a_run(config: TrainConfig, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_finished_model(config: TrainConfig) -> None:
-    from rnn_longctx.models.checkpoint import checkpoint
+    from rnn_longctx.models import checkpoint
 
     directory = train(config)
     model = checkpoint.load(directory)
@@ -83,9 +85,9 @@ def test_without_passing_it_is_a_plain_loop(config: TrainConfig) -> None:
     corpus = load_corpus(config.data, rnn_longctx.data.ByteTokenizer(), 120)
     torch.manual_seed(config.seed)
     model = Mamba2LM(TINY)
-    optimizer = trainer.make_optimizer(model, config.optimizer)
+    optimizer = make_optimizer(model, config.optimizer)
     for i in range(config.steps):
-        optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = 3e-3 * trainer.learning_rate(
+        optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = 3e-3 * learning_rate(
             config.schedule, i, config.steps
         )
         rng = np.random.default_rng([config.seed, i])
@@ -145,13 +147,13 @@ def test_faults() -> None:
     than 32 there is no telling."""
     recent = [float(v) for v in np.random.default_rng().uniform(1.0, 2.0, 32)]
     middle = float(np.median(recent))
-    assert trainer.fault(1.999 * middle, 1e9, recent) is None, "a large gradient is clipped"
-    assert trainer.fault(2.001 * middle, 1.0, recent) == (
+    assert loop.fault(1.999 * middle, 1e9, recent) is None, "a large gradient is clipped"
+    assert loop.fault(2.001 * middle, 1.0, recent) == (
         f"loss {2.001 * middle:.3f} is over 2 times the median {middle:.3f}"
     )
-    assert trainer.fault(1e9, 1.0, recent[:31]) is None
+    assert loop.fault(1e9, 1.0, recent[:31]) is None
     for loss, norm in ((math.nan, 1.0), (math.inf, 1.0), (1.0, math.nan), (1.0, math.inf)):
-        assert trainer.fault(loss, norm, recent) == trainer.fault(loss, norm, []) == "not finite"
+        assert loop.fault(loss, norm, recent) == loop.fault(loss, norm, []) == "not finite"
 
 
 def test_a_spike_is_skipped_and_said(
@@ -165,7 +167,7 @@ def test_a_spike_is_skipped_and_said(
         return losses * (3 if len(seen) in (2, 7) else 1), states
 
     monkeypatch.setattr(Learner, "forward", spiking)
-    monkeypatch.setattr(trainer, "RECENT", 4)
+    monkeypatch.setattr(loop, "RECENT", 4)
     train(config)
     changed = [not torch.equal(a["lm_head.weight"], b["lm_head.weight"]) for a, b in zip(seen, seen[1:])]
     assert changed == [i != 7 for i in range(1, 12)], "the second step has too few before it"
@@ -183,7 +185,7 @@ def test_a_longer_stage_has_its_own_median(config: TrainConfig, monkeypatch: pyt
         return (losses * 3 if ids.shape[1] == 120 else losses), states
 
     monkeypatch.setattr(Learner, "forward", higher)
-    monkeypatch.setattr(trainer, "RECENT", 4)
+    monkeypatch.setattr(loop, "RECENT", 4)
     config = replace(config, train_length="112:6,120:6", log_every=1)
     train(config)
     assert [r["length"] for r in rows(config)] == [112] * 6 + [120] * 6
@@ -247,7 +249,7 @@ def test_answer_loss(config: TrainConfig) -> None:
     ids, answer = torch.randint(0, 256, (3, 41)), torch.rand(3, 40) < 0.2
 
     def found(answer: torch.Tensor) -> tuple:
-        return accumulate(Learner(model), Part.of(Batch(ids, answer)), None, None, 1.0, nullcontext)
+        return accumulate(Learner(model), MicroBatch.of(Batch(ids, answer)), None, None, 1.0, nullcontext)
 
     loss, answer_loss, _ = found(answer)
     expected = nn.functional.cross_entropy(
@@ -269,7 +271,7 @@ def test_the_answer_weight_matters(config: TrainConfig, tmp_path: Path) -> None:
 def test_weight_decay_groups() -> None:
     model = Mamba2LM(TINY)
     model.backbone.layers[0].mixer.in_proj.weight._no_weight_decay = True
-    optimizer = trainer.make_optimizer(model, OptimizerConfig(weight_decay=0.3))
+    optimizer = make_optimizer(model, OptimizerConfig(weight_decay=0.3))
     decay = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
     names = dict(model.named_parameters())
     assert len(decay) == len(names)
@@ -280,11 +282,11 @@ def test_weight_decay_groups() -> None:
 
 def test_learning_rate() -> None:
     cosine = ScheduleConfig("cosine", warmup=10, min_lr=0.1)
-    rates = [trainer.learning_rate(cosine, i, 100) for i in range(100)]
+    rates = [learning_rate(cosine, i, 100) for i in range(100)]
     assert rates[:10] == pytest.approx(np.arange(1, 11) / 10) and rates[10] == 1
     assert (np.diff(rates[10:]) < 0).all() and rates[55] == pytest.approx(0.55) and 0.1 < rates[-1] < 0.11
     wsd = ScheduleConfig("wsd", warmup=10, decay=0.2)
-    rates = [trainer.learning_rate(wsd, i, 100) for i in range(100)]
+    rates = [learning_rate(wsd, i, 100) for i in range(100)]
     assert set(rates[9:81]) == {1.0} and rates[90] == pytest.approx(0.5) and rates[99] == pytest.approx(0.05)
 
 

@@ -23,8 +23,13 @@ class AdoptedBlocks:
         longest: says how many tokens of so many rows may be read at once.
     """
 
-    def __init__(self, base: Any, cache: AdoptedCache, reading: Callable[[], AbstractContextManager[None]],
-                 longest: Callable[[int], int | None]):  # fmt: skip
+    def __init__(
+        self,
+        base: Any,
+        cache: AdoptedCache,
+        reading: Callable[[], AbstractContextManager[None]],
+        longest: Callable[[int], int | None],
+    ):
         from transformers import DynamicCache
 
         self.base, self.cache, self.reading, self.longest = base, cache, reading, longest

@@ -1,33 +1,34 @@
-"""A model of another library as a stream: what `rnn_longctx.models.adopt.adopting.adopt` makes of it."""
+"""A model of another library as a stream: what `adopt` makes of it."""
 
 from __future__ import annotations
 
 import inspect
 import itertools
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from rnn_longctx.errors import InputError
-from rnn_longctx.models.adopt import rows
 from rnn_longctx.models.adopt.cache import AdoptedCache, unattended
-from rnn_longctx.models.adopt.families.mamba1 import AdoptedMamba1, is_mamba1
-from rnn_longctx.models.adopt.families.mamba2 import AdoptedMixer, cache_name, is_mamba2
+from rnn_longctx.models.adopt.dispatch import cache_name
 from rnn_longctx.models.adopt.layerwise import AdoptedBlocks
+from rnn_longctx.models.adopt.mixer import AdoptedMixer
+from rnn_longctx.models.adopt.packed import read_packed
 from rnn_longctx.models.adopt.wrapped import unreadable
-from rnn_longctx.models.checkpoint.checkpoint import LazyTokenizer, tokenizer_of
+from rnn_longctx.models.checkpoint.tokenizer import LazyTokenizer, tokenizer_of
 from rnn_longctx.models.hashing import Identified, computes_in, device_of
 from rnn_longctx.models.ids import rows_of
 from rnn_longctx.models.interface import LayerByLayer, StateSize
 from rnn_longctx.models.losses import token_losses
 from rnn_longctx.models.precision import state_dtype
+from rnn_longctx.models.reading import Hooked
 from rnn_longctx.models.restart import Restart, read_restarting
 from rnn_longctx.models.segments import kernels_there, longest, widest
 from rnn_longctx.recurrence.backends import Call, choose
@@ -37,27 +38,22 @@ from rnn_longctx.recurrence.ssd.scan import compute_dtype
 _reading: ContextVar[bool] = ContextVar("reading", default=False)  # whether it is we who call the library's forward
 
 
-class Adopted(Identified):
-    """A model of another library as a stream. The interface is `Mamba2LM`'s.
+class Adopted(Hooked, Identified):
+    """A model of another library as a stream. See `LanguageModel`.
 
     Attributes:
         model: the library's; of a wrapper, the one inside it.
         mixers: its recurrent layers, in order.
-        name, weights_hash, train_length, tokenizer, calibration, restart, reader: as in `Mamba2LM`.
+        name, weights_hash, train_length, tokenizer, calibration, restart, reader: as in `LanguageModel`.
     """
 
     library = "transformers"
     own_forward = True
     foldable = False
-    kinds: ClassVar[list[tuple[Callable, type[AdoptedMixer]]]] = [
-        (is_mamba2, AdoptedMixer), (is_mamba1, AdoptedMamba1)
-    ]  # fmt: skip
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, mixers: list[AdoptedMixer]):
         self.model: Any = model
-        self.mixers = [make(m, name) for name, m in model.named_modules() for fits, make in self.kinds if fits(m)]
-        if not self.mixers:
-            raise InputError(_nothing_found(model))
+        self.mixers = mixers
         config: Any = getattr(model, "config", None)
         self.config: Any = config.get_text_config() if hasattr(config, "get_text_config") else config
         self.name = str(getattr(config, "_name_or_path", "") or type(model).__name__)
@@ -108,7 +104,8 @@ class Adopted(Identified):
         """The scan that the present policies choose here; the library's name where its own runs."""
         names = set()
         for m in self.mixers:
-            call = Call(self.device, compute_dtype(self.dtype, m.state_dtype), m.per_channel, m.headdim, m.d_state)
+            dtype = compute_dtype(self.dtype, m.state_dtype)
+            call = Call(self.device, dtype, m.per_channel, m.headdim, m.d_state)
             names.add(choose(m.policy, m.backend, call).name if m.active else self.library)
         return "+".join(sorted(names))
 
@@ -121,8 +118,8 @@ class Adopted(Identified):
         return StateSize(fixed, self._attention_size() if self.attends else 0)
 
     def _attention_size(self) -> int:
-        """Numbers of keys and values that all layers of attention together keep for a token. (A family's are equally
-        wide; Zamba2's share one module, so layers are counted in the cache.)"""
+        """Return how many numbers of keys and values all layers of attention together keep for a token. (A family's are
+        equally wide; Zamba2's share one module, so layers are counted in the cache.)"""
         from transformers import DynamicCache
 
         layers = sum(hasattr(layer, "get_seq_length") for layer in DynamicCache(config=self.config).layers)
@@ -156,12 +153,11 @@ class Adopted(Identified):
         return self.mixers[0].state_dtype
 
     def use_state_dtype(self, dtype: torch.dtype | str | None) -> None:
-        """As `Mamba2LM.use_state_dtype`, in the model's own forward and generate too: our scan runs then, under any
-        policy."""
-        found = state_dtype(dtype, self.dtype)
+        """Keep states in another type, as `LM.use_state_dtype` does, in the model's own forward and generate too: our
+        scan runs then, under any policy."""
+        checked = state_dtype(dtype, self.dtype)
         for mixer in self.mixers:
-            mixer.state_dtype = found
-            mixer.policy = mixer.policy
+            mixer.state_dtype = checked
 
     def refuse_own(self, ways: str) -> None:
         """Let the library's own forward and generate raise InputError: remedies are on that are ways to read, and only
@@ -175,7 +171,7 @@ class Adopted(Identified):
 
     @contextmanager
     def reading(self) -> Iterator[None]:
-        """Parts of the library's model may be called, whatever `refuse_own` was told: it is we who read."""
+        """Let parts of the library's model be called, whatever `refuse_own` refuses: it is we who read."""
         ours = _reading.set(True)
         try:
             yield
@@ -212,18 +208,20 @@ class Adopted(Identified):
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the embedding's weights are of; where those are packed, the first parameter that is not."""
+        """The type of the embedding's weights; where those are packed, of the first parameter that is not."""
         weights = itertools.chain([getattr(self.embedding, "weight", None)], self.parameters())
         return next((d for d in map(computes_in, weights) if d is not None), torch.float32)
 
     # --- reading
 
-    def __call__(self, ids: Tensor, cache: AdoptedCache | None = None, mask: Tensor | None = None,
-                 reset: Tensor | None = None) -> Tensor:  # fmt: skip
+    def __call__(
+        self, ids: Tensor, cache: AdoptedCache | None = None, mask: Tensor | None = None, reset: Tensor | None = None
+    ) -> Tensor:
         return self.forward(ids, cache, mask, reset)
 
-    def forward(self, ids: Tensor, cache: AdoptedCache | None = None, mask: Tensor | None = None,
-                reset: Tensor | None = None) -> Tensor:  # fmt: skip
+    def forward(
+        self, ids: Tensor, cache: AdoptedCache | None = None, mask: Tensor | None = None, reset: Tensor | None = None
+    ) -> Tensor:
         """Read ids (B, T) and return the hidden states (B, T, d_model) after the last norm.
 
         Args:
@@ -238,15 +236,15 @@ class Adopted(Identified):
         if reset is not None and bool(reset.any()):
             if mask is not None or self.restart is not None:
                 raise InputError("documents packed into one row go with no padding and no control in an adopted model")
-            return rows.read_packed(self, ids, cache, reset)
+            return read_packed(self.read, self.new_cache, ids, cache, reset)
         if self.restart is not None:
             if mask is not None or len(set(cache.position.tolist())) > 1:
                 raise InputError(f"the control {self.restart} needs rows of equal lengths in an adopted model")
-            return read_restarting(self.read, self.restart, ids, cache, None)  # type: ignore[arg-type]
-        return self.read(ids, cache, mask)
+            return read_restarting(self.hooked_read(), self.restart, ids, cache, None)  # type: ignore[arg-type]
+        return self.hooked_read()(ids, cache, mask)
 
     def read(self, ids: Tensor, cache: AdoptedCache, mask: Tensor | None = None) -> Tensor:
-        """`forward` without the reader's control, in calls no longer than `longest`."""
+        """Read as `forward` does, without the reader's control, in calls no longer than `longest`."""
         self._readable()
         batch, length = ids.shape
         most = longest(self, batch)
@@ -259,12 +257,12 @@ class Adopted(Identified):
         return torch.cat(hidden, 1)
 
     def _readable(self) -> None:
-        """Raises InputError where our reading would not equal the model's own forward, as that is now."""
+        """Raise InputError where our reading would not equal the model's own forward, as that is now."""
         if reason := unreadable(self.model):
             raise InputError(f"{reason}: mitigate it, and read with its own forward")
 
     def _read(self, ids: Tensor, cache: AdoptedCache, mask: Tensor | None) -> Tensor:
-        """`read` in one call of the library."""
+        """Read in one call of the library."""
         batch, length = ids.shape
         if cache.torn:
             raise InputError(
@@ -295,25 +293,25 @@ class Adopted(Identified):
         return hidden
 
     def _call(self, ids: Tensor, cache: AdoptedCache, mask: Tensor | None, before: Tensor, padding: Tensor) -> Tensor:
-        """The library reads ids (B, T), T > 0, and its cache is moved on. before, padding: (B,) on the CPU, tokens read
+        """Let the library read ids (B, T), T > 0, and move its cache on. before, padding: (B,) on the CPU, tokens read
         before and columns of padding up to here."""
         total = cache.seen + ids.shape[1]
-        given: dict[str, Any] = {}
+        inputs: dict[str, Any] = {}
         key = cache_name(self.base)
         if bool(padding.any()) and (self.attends or mask is not None):
             # a pure model's mask is of this call's tokens, a hybrid's of all
             columns = torch.arange(cache.dropped if self.attends else cache.seen, total, device="cpu")
-            given["attention_mask"] = (columns >= padding[:, None]).long().to(ids.device)
+            inputs["attention_mask"] = (columns >= padding[:, None]).long().to(ids.device)
         if "position_ids" in self._takes:  # some families count a cached call's tokens from 0
             at = (torch.arange(cache.seen, total, device="cpu") - padding[:, None]).clamp(min=0)
-            given["position_ids"] = at.to(ids.device)
+            inputs["position_ids"] = at.to(ids.device)
         if cache.library is None and self.hybrid and not self._attention:
             cache.library = unattended()(config=self.config)
         if cache.seen:
             for mixer in self.mixers:
                 if mixer.active:
                     mixer.place(mixer.layer_of(cache.library), before)
-        out = self.base(input_ids=ids, use_cache=True, return_dict=True, **{key: cache.library}, **given)
+        out = self.base(input_ids=ids, use_cache=True, return_dict=True, **{key: cache.library}, **inputs)
         if out.get(key) is None:  # checkpointed layers in training mode
             raise InputError(f"{self.name} keeps no cache where gradient checkpointing is on in training: model.eval()")
         cache.library = out[key]
@@ -331,17 +329,19 @@ class Adopted(Identified):
                 f"{self.name}: a call of {len(u)} x {u.shape[1]:,} tokens through layers {widest(self):,} wide is past "
                 f"the 32-bit limit of mamba-ssm's kernels, which then fault or give wrong numbers: read at most "
                 f"{limit:,} tokens at once, or with rnn_longctx.generate and evaluate, which do",
-                RuntimeWarning, stacklevel=2,
-            )  # fmt: skip
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     def stream(self, ids: Tensor, cache: AdoptedCache | None = None, segment: int = 4096) -> Iterator[Tensor]:
-        """Hidden states of ids (B, T), or (T), a segment at a time, in the memory of one (and attention's cache)."""
+        """Yield the hidden states of ids (B, T), or (T), a segment at a time, in the memory of one (and attention's
+        cache)."""
         ids, cache = rows_of(ids), self.new_cache() if cache is None else cache
         for t in range(0, ids.shape[1], segment):
             yield self(ids[:, t : t + segment].to(self.device), cache)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(..., vocab) float32 from hidden states (..., d_model)."""
+        """Return (..., vocab) float32 from hidden states (..., d_model)."""
         head = self.head
         if head is None:
             raise InputError(f"{type(self.model).__name__} has no head for logits: load it as a causal language model")
@@ -353,7 +353,7 @@ class Adopted(Identified):
         return logits if logits.dtype == torch.float64 else logits.float()
 
     def losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """-log p(target) in nats, (B, T), from hidden states (B, T, d_model); never all logits at once. A target
+        """Return -log p(target) in nats, (B, T), from hidden states (B, T, d_model); never all logits at once. A target
         of -100 is ignored: 0, without a gradient."""
         return token_losses(self.logits, self.config.vocab_size, hidden, targets)
 
@@ -364,9 +364,3 @@ class Adopted(Identified):
         if self.hybrid:
             return None
         return AdoptedBlocks(self.base, self.new_cache(), self.reading, lambda rows: longest(self, rows))
-
-
-def _nothing_found(model: nn.Module) -> str:
-    looked = "no Mamba-2 mixer (A_log with one value a head, dt_bias, in_proj, conv1d), nor one of Mamba-1"
-    kinds = sorted({type(m).__name__ for m in model.modules() if m is not model and list(m.children())})
-    return f"{type(model).__name__} has {looked}; found {', '.join(kinds[:6]) or 'no submodules'}"

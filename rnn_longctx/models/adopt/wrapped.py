@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from rnn_longctx.errors import InputError
-from rnn_longctx.models.lm import Mamba2LM
+from rnn_longctx.models.hashing import Identified
 from rnn_longctx.models.patches import patched
 
 SCALES = ("lm_head_multiplier", "logits_scaling")  # of FalconH1's, and one over GraniteMoeHybrid's logits
@@ -53,7 +53,7 @@ def unwrapped(model: Any) -> Any:
 
 
 def unreadable(model: nn.Module) -> str | None:
-    """Why a model takes remedies in its own forward alone, or None where our reading equals that forward."""
+    """Return why a model takes remedies in its own forward alone, or None where our reading equals that forward."""
     kind = type(model)
     if not is_model(model):
         return f"{kind.__name__} is no MambaLMHeadModel, nor a model of transformers"
@@ -78,7 +78,7 @@ def unreadable(model: nn.Module) -> str | None:
 
 def is_model(model: Any) -> bool:
     """Whether it is a model of transformers, with or without a head, of mamba_ssm, or of this library."""
-    return isinstance(model, Mamba2LM) or any(
+    return isinstance(model, Identified) or any(
         (c.__module__, c.__name__) == ("transformers.modeling_utils", "PreTrainedModel")
         or c.__module__.startswith("mamba_ssm.models.")
         for c in type(model).__mro__
@@ -149,7 +149,7 @@ def _sharded(model: Any) -> bool:
 
 
 def _models_in(model: nn.Module) -> list[str]:
-    """The outermost models of a library inside it, by their names."""
+    """Return the outermost models of a library inside it, by their names."""
     names: list[str] = []
     for name, module in model.named_modules():
         inside = any(name.startswith(f"{outer}.") for outer in names)

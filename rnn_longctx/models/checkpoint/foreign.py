@@ -52,22 +52,22 @@ def held_instead(folder: Path) -> str | None:
             return f"holds no config.json, but folders that do: name one of {', '.join(models[:5])}"
         for pattern, what, helps in kinds:
             for file in (f for place in places for f in sorted(place.glob(pattern))):
-                return f"holds {_said(file, what, helps)}"
+                return f"holds {_sentence(file, what, helps)}"
     return None
 
 
 def file_instead(file: Path) -> str | None:
     """Return what a file is that was named in the place of a folder, in words that follow its name, or None."""
-    return next((f"is {_said(file, what, helps)}" for name, what, helps in _FILES if file.match(name)), None)
+    return next((f"is {_sentence(file, what, helps)}" for name, what, helps in _FILES if file.match(name)), None)
 
 
-def _said(file: Path, what: str, helps: str) -> str:
+def _sentence(file: Path, what: str, helps: str) -> str:
     base = _base(file) if "{base}" in what else ""
     return f"{what.format(base=base)} ({file.name}): {helps.format(folder=file.parent, file=file, name=file.name)}"
 
 
 def _base(adapter: Path) -> str:
-    """ " of MODEL", where an adapter's config names it."""
+    """Return " of MODEL", where an adapter's config names it."""
     try:
         base = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
     except (OSError, ValueError, AttributeError):

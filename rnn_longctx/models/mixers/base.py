@@ -24,12 +24,13 @@ from rnn_longctx.models.conv import causal_conv
 from rnn_longctx.models.deferred import DeferredNorm
 from rnn_longctx.models.interface import MixerReading, Rest, Shape, StateSize, Tap
 from rnn_longctx.models.norm import RMSNorm
-from rnn_longctx.recurrence.backends import Call, OutputGate, choose
+from rnn_longctx.recurrence.backends import Call, OutputGate
 from rnn_longctx.recurrence.carry import ScanCarry
 from rnn_longctx.recurrence.gates import Gates, ScanInputs, SteppedGates
+from rnn_longctx.recurrence.interface import Recurrence
 from rnn_longctx.recurrence.policy import PLAIN, ScanPolicy
 from rnn_longctx.recurrence.span import Span
-from rnn_longctx.recurrence.ssd.scan import compute_dtype, scan
+from rnn_longctx.recurrence.ssd.scan import SSD, compute_dtype
 from rnn_longctx.recurrence.statistics import Observer
 
 
@@ -42,6 +43,7 @@ class Recurrent(nn.Module):
 
     Attributes:
         name, Config: the mixer's name, and the dataclass of its parameters (`rnn_longctx.models.config`).
+        recurrence: the rule by which a state follows from the one before.
         per_channel: whether every channel of the state decays by itself.
         stepped: whether `inputs` gives `SteppedGates`.
         one_step_a_head: whether a token has one step a head, from what `in_proj` gives, which `steps` works out.
@@ -52,6 +54,7 @@ class Recurrent(nn.Module):
 
     name: ClassVar[str]
     Config: ClassVar[type]
+    recurrence: ClassVar[Recurrence] = SSD
     attends: ClassVar[bool] = False
     per_channel: ClassVar[bool] = False
     stepped: ClassVar[bool] = True
@@ -101,7 +104,7 @@ class Recurrent(nn.Module):
         if self.tap is not None:
             self.tap(MixerReading(inputs, gates, span, carry, rest))
         output_gate = self.output_gate(rest)
-        y, scanned = scan(
+        y, scanned = self.recurrence.scan(
             inputs, gates, span, policy=self.policy, carry=None if carry is None else carry.scan, backend=self.backend,
             observer=self.observer, output_gate=output_gate, state_dtype=self.state_dtype,
         )  # fmt: skip
@@ -159,7 +162,11 @@ class Recurrent(nn.Module):
         """Return the name of the backend that reads inputs of a dtype on a device under the present policy."""
         dtype = compute_dtype(dtype, self.state_dtype)
         call = Call(device, dtype, self.per_channel, self.headdim, self.d_state, self.stepped)
-        return choose(self.policy, self.backend, call).name
+        return self.recurrence.backends.choose(self.policy, self.backend, call).name
+
+    def scan_state(self, carry: Carry) -> Tensor:
+        """Return the state (B, H, P, N) of a carry: what training shows the norm of, and begins as noise."""
+        return carry.scan.state
 
     def state_size(self) -> StateSize:
         fixed = {"scan": self.heads * self.headdim * self.d_state}

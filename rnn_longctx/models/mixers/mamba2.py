@@ -132,8 +132,6 @@ class Mamba2(Recurrent):
     name, Config = "mamba2", Mamba2Layer
     one_step_a_head = True
 
-    one_step_a_head = True
-
     def __init__(self, config: Mamba2Config):
         super().__init__()
         c = self.config = config

@@ -8,7 +8,7 @@ the first.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -56,6 +56,10 @@ class WindowKeys:
     keys: Tensor
     values: Tensor
     held: Tensor
+
+    def cropped(self, tokens: int) -> WindowKeys:
+        """Return the carry with the last `tokens` tokens alone."""
+        return replace(self, held=self.held.clamp(max=tokens))
 
 
 @MIXERS.register

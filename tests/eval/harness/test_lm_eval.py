@@ -22,7 +22,7 @@ from rnn_longctx.errors import InputError
 from rnn_longctx.eval.harness.lm_eval_tasks import utils
 from rnn_longctx.eval.harness.model import HarnessLM
 from rnn_longctx.eval.harness.run import COLUMNS, TASKS, lm_eval_table, save_tokenizer
-from rnn_longctx.models.checkpoint import checkpoint
+from rnn_longctx.models import checkpoint
 from rnn_longctx.models.lm import Mamba2LM
 from rnn_longctx.models.mixers.mamba2 import Mamba2Config
 from rnn_longctx.tasks.passkey import passkey_batch

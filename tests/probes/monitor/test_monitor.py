@@ -26,7 +26,7 @@ from rnn_longctx import CollapseMonitor, mitigate
 from rnn_longctx.data import ByteTokenizer
 from rnn_longctx.errors import InputError
 from rnn_longctx.probes.monitor.inputs import PASSAGE
-from rnn_longctx.probes.monitor.monitor import History
+from rnn_longctx.probes.monitor.judge import History
 
 
 @pytest.mark.parametrize("rows", [1, 3])

@@ -34,7 +34,7 @@ def test_warnings_and_errors(lost):
     assert [r.action for r in watch.reports].count("warn") == 2
     with torch.no_grad():
         assert torch.allclose(lm(ids), plain, rtol=0, atol=1e-3)  # (cut at other places, states of a hundred)
-    assert all(m.observer is None for m in lm.mixers) and "read" not in vars(lm)
+    assert all(m.observer is None for m in lm.mixers) and lm.reading_hook is None
     with torch.no_grad(), pytest.raises(CollapseError) as error, monitor.on(lm, "raise"):
         lm(ids)
     assert error.value.position == position and error.value.heads[0][2] > 2

@@ -11,27 +11,26 @@ by `allocate_inference_cache` it is of the type that states are kept in (float32
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rnn_longctx.errors import InputError
-from rnn_longctx.models.adopt import rows
-from rnn_longctx.models.adopt.cache import AdoptedCache
-from rnn_longctx.models.adopt.families.mamba2 import UNLIMITED, AdoptedMixer, _Call, is_mamba_ssm
-from rnn_longctx.models.adopt.layer import Beside
+from rnn_longctx.models.adopt.beside import Beside, joined
+from rnn_longctx.models.adopt.cache import AdoptedCache, in_order
+from rnn_longctx.models.adopt.families.mamba2 import is_mamba_ssm
+from rnn_longctx.models.adopt.family import FAMILIES, Family
+from rnn_longctx.models.adopt.mixer import UNLIMITED, AdoptedMixer, Call
 from rnn_longctx.models.adopt.model import Adopted
 from rnn_longctx.models.conv import causal_conv
 from rnn_longctx.recurrence.carry import tree_map
+from rnn_longctx.recurrence.gates import ScanInputs
 
 
 class MambaSSMMixer(AdoptedMixer):
-    """See `AdoptedMixer`. A layer of the library's cache is its state's tensor (B, H, P, N)."""
-
-    library = "mamba_ssm"
+    """A mixer whose layer of the library's cache is its state's tensor (B, H, P, N); see `AdoptedMixer`."""
 
     def __init__(self, module: nn.Module, name: str):
         m: Any = module
@@ -45,10 +44,6 @@ class MambaSSMMixer(AdoptedMixer):
             raise InputError(f"{name} is split over several devices, and is not adopted")
         if getattr(m, "learnable_init_states", False):
             raise InputError(f"{name} starts from a learned state, and is not adopted")
-
-    @staticmethod
-    def functions() -> dict[str, Any]:
-        return {}
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -72,12 +67,13 @@ class MambaSSMMixer(AdoptedMixer):
     def conv_of(self, library: Any) -> Tensor:
         return library.key_value_memory_dict[self.module.layer_idx][0][..., 1:]  # (the library never reads the first)
 
-    def keep(self, layer: Any, beside: Beside) -> None:
+    def lay(self, layer: Any, beside: Beside) -> None:
         layer.beside = beside
 
     @property
     def weight(self) -> Tensor:
-        """The convolution's, which is used without a call of its own. InputError where accelerate has taken it away."""
+        """The convolution's weight, which is used without a call of its own. InputError where accelerate has taken it
+        away."""
         if (weight := self.module.conv1d.weight).is_meta:
             raise InputError(
                 f"the weights of {self.name} are offloaded, and mamba_ssm's mixers are read whole: load it anew"
@@ -85,52 +81,54 @@ class MambaSSMMixer(AdoptedMixer):
         return weight
 
     def new_states(self, batch: int) -> tuple[Tensor, Tensor]:
-        """What a row begins with: inputs of the convolution (B, channels, d_conv) and state (B, H, P, N), of zeros."""
+        """Return what a row begins with: inputs of the convolution (B, channels, d_conv) and state (B, H, P, N), of
+        zeros."""
         weight = self.weight
-        kept = self.state_dtype or torch.promote_types(weight.dtype, torch.float32)
+        dtype = self.state_dtype or torch.promote_types(weight.dtype, torch.float32)
         conv = weight.new_zeros(batch, self.module.d_conv, len(weight)).transpose(1, 2)  # (laid out as the library's)
-        return conv, torch.zeros(batch, *self.shape, dtype=kept, device=weight.device)
+        return conv, torch.zeros(batch, *self.shape, dtype=dtype, device=weight.device)
 
     @torch.compiler.disable
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The mixer's forward, between its projections ours. `mask` (B, T) bool is False at left padding; several
+        """Call the mixer's projections, and ours between them. `mask` (B, T) bool is False at left padding; several
         tokens may follow what the cache has read.
 
         Raises:
             InputError: inference_params of `generate(cg=True)`; packed rows without seq_idx, or with a cache.
         """
         if not self.active:
-            return self.own("forward")(*args, **kwargs)
-        given = dict(zip(self._arguments, args)) | kwargs
-        u, seqlen, seq_idx, params = (given.get(n) for n in ("u", "seqlen", "seq_idx", "inference_params"))
-        if given.get("cu_seqlens") is not None and (params is not None or seq_idx is None):
+            return self.original("forward")(*args, **kwargs)
+        arguments = self.arguments(args, kwargs)
+        u, seqlen, seq_idx, params = (arguments.get(n) for n in ("u", "seqlen", "seq_idx", "inference_params"))
+        if arguments.get("cu_seqlens") is not None and (params is not None or seq_idx is None):
             raise InputError("packed sequences need seq_idx beside cu_seqlens, and no cache")
         if getattr(params, "lengths_per_sample", None) is not None:
             raise InputError("a recorded CUDA graph knows no remedy: generate without cg=True")
         assert isinstance(u, Tensor)
         rows = u if seqlen is None else u.unflatten(0, (-1, seqlen))
         if params is None:
-            out = self._layer(rows, None, True, given.get("mask"), seq_idx)
+            out = self._layer(rows, None, True, arguments.get("mask"), seq_idx)
         else:
-            held, index = params.key_value_memory_dict, self.module.layer_idx
-            if index not in held:
-                held[index] = self.new_states(len(rows))
-            out = self._layer(rows, held[index], params.seqlen_offset == 0, given.get("mask"), seq_idx)
+            states, index = params.key_value_memory_dict, self.module.layer_idx
+            if index not in states:
+                states[index] = self.new_states(len(rows))
+            out = self._layer(rows, states[index], params.seqlen_offset == 0, arguments.get("mask"), seq_idx)
         return out if seqlen is None else out.flatten(0, 1)
 
     @torch.compiler.disable
     def step(self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """As the mixer's: hidden_states (B, T, d_model), T of any length; both states are moved on in place. States of
-        zeros that have seen no policy begin a row."""
+        """Step as the mixer does: hidden_states (B, T, d_model), T of any length; both states are moved on in place.
+        States of zeros that have seen no policy begin a row."""
         if not self.active:
-            return self.own("step")(hidden_states, conv_state, ssm_state)
+            return self.original("step")(hidden_states, conv_state, ssm_state)
         known = getattr(ssm_state, "beside", None) is not None
         fresh = not known and not bool(ssm_state.any()) and not bool(conv_state.any())
         return self._layer(hidden_states, (conv_state, ssm_state), fresh, None, None), conv_state, ssm_state
 
-    def _layer(self, u: Tensor, states: tuple[Tensor, Tensor] | None, fresh: bool, mask: Tensor | None,
-               seq_idx: Tensor | None) -> Tensor:  # fmt: skip
-        """u and what is returned: (B, T, d_model). `fresh`: rows begin, whatever the states hold."""
+    def _layer(
+        self, u: Tensor, states: tuple[Tensor, Tensor] | None, fresh: bool, mask: Tensor | None, seq_idx: Tensor | None
+    ) -> Tensor:
+        """Read u (B, T, d_model) and return as much. `fresh`: rows begin, whatever the states hold."""
         m, (heads, headdim, d_state), _ = self.module, self.shape, self.weight
         projected = m.in_proj(u)
         both = m.ngroups * d_state
@@ -146,11 +144,9 @@ class MambaSSMMixer(AdoptedMixer):
         groups = (m.ngroups, d_state)
         # The library's step ignores the limits of dt.
         limited = fresh or u.shape[1] > 1 or self.limit_in_decode
-        y, new = self.read(
-            _Call(self, state, mask, fresh), x.unflatten(-1, (heads, headdim)), dt, B.unflatten(-1, groups),
-            C.unflatten(-1, groups), None if fresh else state,
-            self.dt_limit if limited else UNLIMITED, seq_idx,
-        )  # fmt: skip
+        inputs = ScanInputs(x.unflatten(-1, (heads, headdim)), B.unflatten(-1, groups), C.unflatten(-1, groups), self.D)
+        gates = self.gates(dt, self.dt_limit if limited else UNLIMITED)
+        y, new = self.read(Call(self, state, mask, fresh), inputs, gates, None if fresh else state, seq_idx)
         if conv is not None and state is not None:
             conv.copy_(F.pad(after, (1, 0)))
             state.copy_(new)
@@ -168,10 +164,9 @@ class AdoptedMambaSSM(Adopted):
     """
 
     library = "mamba_ssm"
-    kinds: ClassVar[list[tuple[Callable, type[AdoptedMixer]]]] = [(is_mamba_ssm, MambaSSMMixer)]
 
-    def __init__(self, model: nn.Module):
-        super().__init__(model)
+    def __init__(self, model: nn.Module, mixers: list[AdoptedMixer]):
+        super().__init__(model, mixers)
         self.base = getattr(model, "backbone", model)
 
     @property
@@ -212,8 +207,8 @@ class AdoptedMambaSSM(Adopted):
                 "model, and read with its own generate"
             )
         if cache.library is None:
-            held = {m.module.layer_idx: m.new_states(len(ids)) for m in self.mixers}  # type: ignore[attr-defined]
-            cache.library = InferenceParams(2**31 - 1, len(ids), key_value_memory_dict=held)
+            states = {m.module.layer_idx: m.new_states(len(ids)) for m in self.mixers}  # type: ignore[attr-defined]
+            cache.library = InferenceParams(2**31 - 1, len(ids), key_value_memory_dict=states)
         params = cache.library
         params.seqlen_offset = cache.seen
         ours = mask is not None or (cache.seen > 0 and ids.shape[1] > 1)
@@ -223,36 +218,39 @@ class AdoptedMambaSSM(Adopted):
             for mixer in self.mixers:
                 if cache.seen and mixer.active:
                     mixer.place(mixer.layer_of(params), before)
-            given = {} if mask is None else {"mask": mask}
-            return self.base(ids, inference_params=params, **given)
+            masked = {} if mask is None else {"mask": mask}
+            return self.base(ids, inference_params=params, **masked)
         finally:
             for mixer in self.mixers if ours else ():
                 mixer.continue_stream(False)
 
 
 class MambaSSMCache(AdoptedCache):
-    """See `AdoptedCache`; `library` is mamba_ssm's InferenceParams."""
+    """An `AdoptedCache` whose `library` is mamba_ssm's InferenceParams."""
 
     @staticmethod
     def concat(parts: list[AdoptedCache], order: list[int]) -> AdoptedCache:
-        """As `Cache.concat`."""
-        cat, new = rows.in_order(order), parts[0].clone()
-        held = new.library.key_value_memory_dict
-        for key in held:
+        """Return the rows of several caches as one cache; see `Cache.concat`."""
+        cat, new = in_order(order), parts[0].clone()
+        states = new.library.key_value_memory_dict
+        for key in states:
             pairs = [p.library.key_value_memory_dict[key] for p in parts]
             besides: list[Any] = [getattr(state, "beside", None) for _, state in pairs]
-            held[key] = tuple(cat(list(tensors)) for tensors in zip(*pairs))
+            states[key] = tuple(cat(list(tensors)) for tensors in zip(*pairs))
             if besides[0] is not None:
-                held[key][1].beside = rows.join_besides(besides, cat)
+                states[key][1].beside = joined(besides, cat)
         new.library.max_batch_size = len(order)
-        rows.place(new, parts, cat)
+        new.stand_where(parts, cat)
         return new
 
     def _reorder(self, index: Tensor) -> None:
-        held = self.library.key_value_memory_dict
-        for key, (conv, state) in held.items():
+        states = self.library.key_value_memory_dict
+        for key, (conv, state) in states.items():
             beside = getattr(state, "beside", None)
-            held[key] = tuple(t[index.to(t.device)] for t in (conv, state))
+            states[key] = tuple(t[index.to(t.device)] for t in (conv, state))
             if beside is not None:
-                held[key][1].beside = tree_map(lambda t: t[index.to(t.device)], beside)
+                states[key][1].beside = tree_map(lambda t: t[index.to(t.device)], beside)
         self.library.max_batch_size = len(index)
+
+
+FAMILIES.register(Family("mamba_ssm", is_mamba_ssm, MambaSSMMixer, AdoptedMambaSSM))

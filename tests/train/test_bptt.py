@@ -18,15 +18,18 @@ from training_runs import TINY, Killed, assert_same_run, final
 import rnn_longctx
 from rnn_longctx.data import ByteTokenizer
 from rnn_longctx.errors import InputError
-from rnn_longctx.models.cache import Cache, Carry
-from rnn_longctx.models.checkpoint import checkpoint
+from rnn_longctx.models import checkpoint
+from rnn_longctx.models.cache import Cache
 from rnn_longctx.models.lm import Mamba2LM
-from rnn_longctx.recurrence.carry import ScanCarry
 from rnn_longctx.tasks.passkey import training_sequence
-from rnn_longctx.train import TrainConfig, passing, train
+from rnn_longctx.train import TrainConfig, train
+from rnn_longctx.train import starts as starts_module
+from rnn_longctx.train.bptt import MicroBatch, accumulate
+from rnn_longctx.train.carries import state_map
 from rnn_longctx.train.config import OptimizerConfig, PassingConfig
 from rnn_longctx.train.corpus import Batch, Corpus, load_corpus
-from rnn_longctx.train.passing import Learner, Part, Starts, States, accumulate, zeros
+from rnn_longctx.train.learner import Learner
+from rnn_longctx.train.starts import Starts
 
 
 def new_model(**shape: Any) -> Any:
@@ -43,21 +46,20 @@ def streams(length: int, rows: int = 3) -> Batch:
     return Batch(torch.randint(0, 97, (rows, length + 1)), answer)
 
 
-def random_states(model: Any, rows: int) -> States:
-    return [(torch.randn_like(conv), torch.randn_like(state)) for conv, state in zeros(model, rows)]
+def random_start(model: Any, rows: int) -> Cache:
+    return state_map(torch.randn_like, model.new_cache(rows))
 
 
-def cache_of(states: States) -> Cache:
-    rows = len(states[0][0])
-    position, spent = torch.zeros(rows, dtype=torch.int64), torch.zeros(rows, TINY.nheads, dtype=torch.float64)
-    return Cache([Carry(conv, ScanCarry(state, position, spent)) for conv, state in states], position)
+def states(cache: Cache) -> list[tuple[Tensor, Tensor]]:
+    """Of each layer, the last inputs of its convolution and its scan's state."""
+    return [(layer.conv, layer.scan.state) for layer in cache.layers]
 
 
 def by_hand(
-    model: Any, batch: Batch, start: States, weight: float, cuts: list[int]
+    model: Any, batch: Batch, start: Cache, weight: float, cuts: list[int]
 ) -> tuple[Tensor, Tensor, list[Tensor], Cache]:
     """Loss, answer loss, gradients and the cache after; the stream's carries detached at `cuts` and nowhere else."""
-    cache, losses = cache_of(start), []
+    cache, losses = start.clone(), []
     edges = [0, *cuts, batch.answer.shape[1]]
     for t, u in zip(edges, edges[1:]):
         for layer in cache.layers:
@@ -69,9 +71,9 @@ def by_hand(
     return loss, answer, list(gradients), cache
 
 
-def run(model: Any, batch: Batch, settings: PassingConfig, start: States, weight: float) -> tuple:
+def run(model: Any, batch: Batch, settings: PassingConfig, start: Cache, weight: float) -> tuple:
     model.zero_grad()
-    loss, answer, after = accumulate(Learner(model), Part.of(batch), settings, start, weight, nullcontext)
+    loss, answer, after = accumulate(Learner(model), MicroBatch.of(batch), settings, start, weight, nullcontext)
     return loss, answer, [p.grad for p in model.parameters()], after
 
 
@@ -83,14 +85,14 @@ def close(a: Any, b: Any) -> None:
 @pytest.mark.parametrize(("length", "segment"), [(197, 32), (130, 43), (129, 64), (90, 90), (23, 2), (7, 1)])
 def test_bptt_all_is_the_gradient_of_the_whole_stream(length: int, segment: int, ngroups: int) -> None:
     model, batch, weight = new_model(ngroups=ngroups), streams(length), random.random()
-    start = random_states(model, 3)
+    start = random_start(model, 3)
     loss, answer, gradients, cache = by_hand(model, batch, start, weight, [])
     found = run(model, batch, PassingConfig(segment, "all"), start, weight)
     close(found[0], loss)
     close(found[1], answer)
     for (name, _), got, expected in zip(model.named_parameters(), found[2], gradients, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9 * float(expected.abs().max()), msg=name)
-    for layer, (conv, state) in zip(cache.layers, found[3], strict=True):
+    for layer, (conv, state) in zip(cache.layers, states(found[3]), strict=True):
         close(conv, layer.conv.detach())
         close(state, layer.scan.state.detach())
         assert not conv.requires_grad and not state.requires_grad
@@ -101,7 +103,7 @@ def test_bptt_of_some_boundaries_is_detaching_by_hand(bptt: int) -> None:
     """Blocks of bptt + 1 segments, detached in between."""
     length, segment = 101, 13
     model, batch, weight = new_model(), streams(length), random.random()
-    start = random_states(model, 3)
+    start = random_start(model, 3)
     size = (bptt + 1) * segment
     loss, answer, gradients, _ = by_hand(model, batch, start, weight, list(range(size, length, size)))
     found = run(model, batch, PassingConfig(segment, bptt), start, weight)
@@ -116,13 +118,13 @@ def test_bptt_of_some_boundaries_is_detaching_by_hand(bptt: int) -> None:
 def test_bf16_autocast() -> None:
     """Every weight learns, also what was first read without gradients, and about what it learns in float32."""
     model, batch = new_model().float(), streams(100)
-    start = [(conv.float(), state.float()) for conv, state in random_states(model, 3)]
+    start = state_map(torch.Tensor.float, random_start(model, 3))
     settings = PassingConfig(32, "all")
     exact = run(model, batch, settings, start, 0.5)[2]
     model.zero_grad()
     low = lambda: torch.autocast("cpu", torch.bfloat16)  # noqa: E731
-    _, _, after = accumulate(Learner(model), Part.of(batch), settings, start, 0.5, low)
-    assert all(state.dtype == torch.float32 for _, state in after)
+    _, _, after = accumulate(Learner(model), MicroBatch.of(batch), settings, start, 0.5, low)
+    assert all(state.dtype == torch.float32 for _, state in states(after))
     missed, whole = 0.0, 0.0
     for (name, p), expected in zip(model.named_parameters(), exact, strict=True):
         # of a few numbers that are sums of what cancels more is rounded away; a lost gradient is off by 1, half by 0.5
@@ -151,7 +153,7 @@ def test_a_longer_stream_takes_no_more_memory() -> None:
             held -= size
 
         with torch.autograd.graph.saved_tensors_hooks(Saved, lambda saved: saved.tensor):
-            run(model, streams(length), PassingConfig(32, "all"), zeros(model, 3), 1.0)
+            run(model, streams(length), PassingConfig(32, "all"), model.new_cache(3), 1.0)
         return peak
 
     # the loss of a segment that hands a gradient on saves a little more than a stream of one segment
@@ -173,7 +175,7 @@ def test_an_answer_teaches_the_key_segments_before_it(bptt: Any) -> None:
     batch = Batch(torch.from_numpy(ids)[None], torch.from_numpy(answer[1:])[None])
 
     def gradient(weight: float) -> Tensor:
-        run(model, batch, PassingConfig(40, bptt), zeros(model, 1), weight)
+        run(model, batch, PassingConfig(40, bptt), model.new_cache(1), weight)
         return model.backbone.embedding.weight.grad[200:205].clone()
 
     taught = (gradient(1.0) - gradient(0.0)).abs().amax(1)  # by the answer alone
@@ -227,20 +229,22 @@ def test_carry_is_a_chance(config: TrainConfig) -> None:
     c = passes(config, carry=0.3)
     assert c.passing is not None
     corpus, model = corpus_of(c), Mamba2LM(TINY)
-    starts, kept = Starts(model, c.passing, c.seed), random_states(model, 4)
-    assert all(not t.any() for pair in starts.begin(0, corpus.batch(c, 0)) for t in pair), "nothing to go on from"
+    starts, kept = Starts(model, c.passing, c.seed), random_start(model, 4)
+    assert all(not t.any() for pair in states(starts.begin(0, corpus.batch(c, 0))) for t in pair), (
+        "nothing to go on from"
+    )
     starts.end(0, kept)
     carried = []
     for i in range(1, 200):
         batch = corpus.batch(c, i)
         assert batch.carried is not None
         carried.append(batch.carried)
-        for pair, before in zip(starts.begin(i, batch), kept):
+        for pair, before in zip(states(starts.begin(i, batch)), states(kept)):
             for t, b in zip(pair, before):
                 assert torch.equal(t[batch.carried], b[batch.carried]) and not t[~batch.carried].any()
     assert abs(float(torch.stack(carried).float().mean()) - 0.3) < 0.1
     starts.forget()
-    assert all(not t.any() for pair in starts.begin(7, corpus.batch(c, 7)) for t in pair)
+    assert all(not t.any() for pair in states(starts.begin(7, corpus.batch(c, 7))) for t in pair)
 
 
 def test_noise(config: TrainConfig) -> None:
@@ -249,11 +253,11 @@ def test_noise(config: TrainConfig) -> None:
     model = Mamba2LM(replace(TINY, d_state=64))
     batch = Batch(torch.zeros(8, 2, dtype=torch.int64), torch.zeros(8, 1, dtype=torch.bool))
     starts = Starts(model, c.passing, c.seed)
-    noise, again, other = (starts.begin(i, batch) for i in (5, 5, 6))
+    noise, again, other = (states(starts.begin(i, batch)) for i in (5, 5, 6))
     for (conv, state), (_, same), (_, next) in zip(noise, again, other):
         assert not conv.any() and state.shape == (8, 4, 8, 64)
         assert torch.equal(state, same) and not torch.equal(state, next)
-        assert abs(float(state.std()) / passing.NOISE - 1) < 0.05 and abs(float(state.mean())) < 0.01
+        assert abs(float(state.std()) / starts_module.NOISE - 1) < 0.05 and abs(float(state.mean())) < 0.01
     assert not torch.equal(noise[0][1], noise[1][1])
 
 
@@ -263,29 +267,33 @@ def test_fitted_noise(config: TrainConfig) -> None:
     model = Mamba2LM(replace(TINY, d_state=64))
     batch = Batch(torch.zeros(32, 2, dtype=torch.int64), torch.zeros(32, 1, dtype=torch.bool))
     starts = Starts(model, c.passing, c.seed)
-    assert all(not state.any() for _, state in starts.begin(0, batch)), "nothing measured yet"
+    assert all(not state.any() for _, state in states(starts.begin(0, batch))), "nothing measured yet"
     mean, std = torch.randn(2, 4), torch.rand(2, 4) + 0.1
     made = [m[:, None, None] + s[:, None, None] * torch.randn(32, 4, 8, 64) for m, s in zip(mean, std)]
-    starts.end(0, [(conv, state) for (conv, _), state in zip(zeros(model, 32), made)])
-    starts.end(1, zeros(model, 32))  # not a step to measure at
-    drawn = starts.begin(2, batch)
-    for layer, (conv, state) in enumerate(drawn):
+    ended = model.new_cache(32)
+    for layer, state in zip(ended.layers, made):
+        layer.scan.state = state
+    starts.end(0, ended)
+    starts.end(1, model.new_cache(32))  # not a step to measure at
+    drawn = states(starts.begin(2, batch))
+    for i, (conv, state) in enumerate(drawn):
         assert not conv.any()
-        torch.testing.assert_close(state.mean((0, 2, 3)), mean[layer], rtol=0, atol=0.05)
-        torch.testing.assert_close(state.std((0, 2, 3)), std[layer], rtol=0.05, atol=0)
+        torch.testing.assert_close(state.mean((0, 2, 3)), mean[i], rtol=0, atol=0.05)
+        torch.testing.assert_close(state.std((0, 2, 3)), std[i], rtol=0.05, atol=0)
     kept = Starts(model, c.passing, c.seed)
     kept.load_state_dict(starts.state_dict())
-    assert all(torch.equal(a, b) for x, y in zip(drawn, kept.begin(2, batch)) for a, b in zip(x, y))
+    assert all(torch.equal(a, b) for x, y in zip(drawn, states(kept.begin(2, batch))) for a, b in zip(x, y))
 
 
 def test_a_step_that_fails_passes_nothing_on(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     begun = []
     begin = Starts.begin
 
-    def poisoned(self: Starts, step: int, batch: Batch) -> States:
-        states = begin(self, step, batch)
-        begun.append(all(bool(s.isfinite().all()) for _, s in states) and any(bool(s.any()) for _, s in states))
-        return [(conv, state * float("nan")) for conv, state in states] if step == 4 else states
+    def poisoned(self: Starts, step: int, batch: Batch) -> Cache:
+        start = begin(self, step, batch)
+        scans = [state for _, state in states(start)]
+        begun.append(all(bool(s.isfinite().all()) for s in scans) and any(bool(s.any()) for s in scans))
+        return state_map(lambda t: t * float("nan"), start) if step == 4 else start
 
     monkeypatch.setattr(Starts, "begin", poisoned)
     train(passes(config))
