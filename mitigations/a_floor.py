@@ -34,8 +34,12 @@ LEAST = torch.finfo(torch.float32).tiny  # a log-decay below it is a head that t
 @REMEDIES.register
 @dataclass(frozen=True)
 class AFloor(Remedy):
-    """tokens: that a head remembers at most, on the average; the training length if not given. It is also the length
-    of the calibration's windows where the model does not say its training length."""
+    """Let no head remember longer than so many tokens, on the average.
+
+    Attributes:
+        tokens: that a head remembers at most; the training length if not given. It is also the length of the
+            calibration's windows where the model does not say its training length.
+    """
 
     name = "a-floor"
     needs = frozenset({Need.RECURRENCE, Need.STEPS})

@@ -28,7 +28,12 @@ if TYPE_CHECKING:
 @REMEDIES.register
 @dataclass(frozen=True)
 class AScale(Remedy):
-    """scale: above 0; one number, or one a layer: 1.2/1.1/... place: rate or decay."""
+    """Scale the rate A, or the decay, of every head of a layer.
+
+    Attributes:
+        scale: above 0; one number, or one a layer as in 1.2/1.1/...
+        place: "rate" or "decay".
+    """
 
     name = "a-scale"
     needs = frozenset({Need.RECURRENCE})

@@ -27,7 +27,11 @@ if TYPE_CHECKING:
 @REMEDIES.register
 @dataclass(frozen=True)
 class AWinsor(Remedy):
-    """share: of a layer's heads to draw in at either end, in [0, 0.5)."""
+    """Draw the largest and smallest A of a layer in to its percentiles.
+
+    Attributes:
+        share: of a layer's heads to draw in at either end, in [0, 0.5).
+    """
 
     name = "a-winsor"
     needs = frozenset({Need.RECURRENCE, Need.RATES})

@@ -150,7 +150,7 @@ def _handles(model: LanguageModel) -> list[Handle]:
 
 def _apply(model: LanguageModel) -> None:
     handles = _handles(model)
-    Composite(tuple(part for handle in handles for part in handle.remedy.parts))  # refuses what `a+b` does
+    Composite(tuple(single for handle in handles for single in handle.remedy.parts))  # refuses what `a+b` does
     _set(model, combine([handle.plan for handle in handles], model))
     ways = [str(handle.remedy) for handle in handles if handle.plan.restart or handle.plan.reader]
     model.refuse_own("+".join(ways))

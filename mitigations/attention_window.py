@@ -26,7 +26,11 @@ MOVING = ("dynamic", "longrope")  # rotations that change with the longest posit
 @REMEDIES.register
 @dataclass(frozen=True)
 class AttentionWindow(Remedy):
-    """tokens: the most that a position attends to, itself among them; even."""
+    """Let attention see the last tokens only.
+
+    Attributes:
+        tokens: the most that a position attends to, itself among them; even.
+    """
 
     name = "attention-window"
     needs = frozenset({Need.ATTENTION})

@@ -29,7 +29,12 @@ if TYPE_CHECKING:
 @REMEDIES.register
 @dataclass(frozen=True)
 class ChunkSelect(Remedy):
-    """chunk: tokens of a chunk, the question not counted; query: tokens of the question."""
+    """Answer from the chunk of the prompt that is surest.
+
+    Attributes:
+        chunk: tokens of a chunk, the question not counted.
+        query: tokens of the question.
+    """
 
     name = "chunk-select"
     chunk: int = 2000
@@ -51,7 +56,7 @@ def read(model: LanguageModel, ids: Tensor, segment: int, chunk: int, query: int
     if len(ids) == 1:
         chosen[0][1].position = torch.full((1,), ids.shape[1], device="cpu")
         return chosen[0]
-    cache = type(chosen[0][1]).concat([part for _, part in chosen], list(range(len(ids))))
+    cache = type(chosen[0][1]).concat([cache for _, cache in chosen], list(range(len(ids))))
     cache.position = torch.full((len(ids),), ids.shape[1], device="cpu")
     return torch.cat([logits for logits, _ in chosen]), cache
 

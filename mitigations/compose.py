@@ -66,7 +66,7 @@ def parse_remedy(text: str | Remedy) -> Remedy:
         joined = first + "".join(("+" if _begins_remedy(piece) else ",") + piece for piece in pieces)
         raise InputError(f"{text!r}: + composes remedies, as in {joined}; to measure them apart, name each by itself")
     remedies = [_parse_one(name.strip()) for name in text.split("+")]
-    parts = tuple(part for remedy in remedies for part in remedy.parts)
+    parts = tuple(single for remedy in remedies for single in remedy.parts)
     return Composite(parts) if len(parts) > 1 else parts[0] if parts else remedies[0]
 
 

@@ -28,8 +28,14 @@ if TYPE_CHECKING:
 @REMEDIES.register
 @dataclass(frozen=True)
 class Decimate(Remedy):
-    """base: tokens that layer `first` keeps (counted from 0; the default is the middle layer); beta: how much fewer
-    each layer after it keeps, in (0, 1]; least: never fewer."""
+    """Let the upper layers read the weightiest tokens of a prompt only.
+
+    Attributes:
+        base: tokens that layer `first` keeps.
+        beta: how much fewer each layer after it keeps, in (0, 1].
+        first: the first layer that leaves tokens out, counted from 0; None is the middle layer.
+        least: no layer keeps fewer tokens.
+    """
 
     name = "decimate"
     needs = frozenset({Need.RECURRENCE, Need.STEPS, Need.NO_ATTENTION})

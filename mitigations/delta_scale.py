@@ -25,7 +25,11 @@ if TYPE_CHECKING:
 @REMEDIES.register
 @dataclass(frozen=True)
 class DeltaScale(Remedy):
-    """scale: above 0; one number, or one a layer: 0.7/0.8/..."""
+    """Scale every step of a layer.
+
+    Attributes:
+        scale: above 0; one number, or one a layer as in 0.7/0.8/...
+    """
 
     name = "delta-scale"
     needs = frozenset({Need.RECURRENCE})

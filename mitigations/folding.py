@@ -39,9 +39,9 @@ def fold(model: Any, remedy: str | Remedy, text: Text | str | Path | None = None
         raise InputError(f"{model.name} is under {active(model)[0]}: take it off before {remedy} is folded in")
     calibration_text = read_text(text)
     plans = []
-    if all(part.foldable for part in remedy.parts):
+    if all(single.foldable for single in remedy.parts):
         with without_remedies(model):
-            plans = [planned(part, model, None, calibration_text) for part in remedy.parts]
+            plans = [planned(single, model, None, calibration_text) for single in remedy.parts]
     if not plans or any(policy != ScanPolicy(mul=policy.mul) for plan in plans for policy in plan.policies):
         *first, last = [kind.foldable for kind in REMEDIES.values() if kind.foldable]
         raise InputError(f"{remedy} cannot be folded into weights: {', '.join(first)} and {last} can")

@@ -24,7 +24,12 @@ if TYPE_CHECKING:
 @REMEDIES.register
 @dataclass(frozen=True)
 class NoiseStart(Remedy):
-    """std: of the numbers of the state, at least 0."""
+    """Start every row from the same random state.
+
+    Attributes:
+        std: of the numbers of the state, at least 0.
+        seed: of the draw.
+    """
 
     name = "noise-start"
     needs = frozenset({Need.RECURRENCE})

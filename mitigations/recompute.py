@@ -22,7 +22,11 @@ if TYPE_CHECKING:
 @REMEDIES.register
 @dataclass(frozen=True)
 class Recompute(Remedy):
-    """last: the most tokens a position sees; even."""
+    """Read the last tokens afresh, in strides.
+
+    Attributes:
+        last: the most tokens that a position sees; even.
+    """
 
     name = "recompute"
     control = True

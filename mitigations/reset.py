@@ -23,7 +23,12 @@ if TYPE_CHECKING:
 @REMEDIES.register
 @dataclass(frozen=True)
 class Reset(Remedy):
-    """every: tokens between restarts; overlap: of these, how many of the last are read again."""
+    """Drop the state now and then.
+
+    Attributes:
+        every: tokens between restarts.
+        overlap: of these, how many of the last are read again.
+    """
 
     name = "reset"
     control = True

@@ -24,7 +24,11 @@ if TYPE_CHECKING:
 @REMEDIES.register
 @dataclass(frozen=True)
 class ResetRecurrence(Remedy):
-    """every: tokens between restarts of the scan states."""
+    """Drop the scan states now and then, and nothing that attention keeps.
+
+    Attributes:
+        every: tokens between restarts of the scan states.
+    """
 
     name = "reset-recurrence"
     needs = frozenset({Need.ATTENTION})

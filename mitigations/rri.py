@@ -27,8 +27,12 @@ if TYPE_CHECKING:
 @REMEDIES.register
 @dataclass(frozen=True)
 class RRI(Remedy):
-    """alpha: factor on every decay, in (0, 1], one number or one a layer: 0.999/0.9999/...; beta: factor on every
-    input, above 0."""
+    """Forget more and remember less, by two constants.
+
+    Attributes:
+        alpha: factor on every decay, in (0, 1]; one number, or one a layer as in 0.999/0.9999/...
+        beta: factor on every input, above 0.
+    """
 
     name = "rri"
     needs = frozenset({Need.RECURRENCE})

@@ -27,8 +27,12 @@ if TYPE_CHECKING:
 @REMEDIES.register
 @dataclass(frozen=True)
 class StateNorm(Remedy):
-    """every: tokens between two caps; 1 is exact, more is cheaper. quantile: of the slices' largest norms, in [0, 1]; 1
-    caps at the largest of all, less caps tighter."""
+    """Cap the norm of every head's state at what training showed.
+
+    Attributes:
+        every: tokens between two caps; 1 is exact, more is cheaper.
+        quantile: of the slices' largest norms, in [0, 1]; 1 caps at the largest of all, less caps tighter.
+    """
 
     name = "state-norm"
     needs = frozenset({Need.RECURRENCE, Need.TRAIN_LENGTH})

@@ -26,7 +26,11 @@ if TYPE_CHECKING:
 @REMEDIES.register
 @dataclass(frozen=True)
 class StoredStart(Remedy):
-    """file: the state that `generate --save-state` kept, of the same weights."""
+    """Start every row from the state that a file holds.
+
+    Attributes:
+        file: the state that `generate --save-state` kept, of the same weights.
+    """
 
     name = "stored-start"
     needs = frozenset({Need.RECURRENCE})
@@ -53,9 +57,9 @@ class StoredStart(Remedy):
         states = [window_state(layer.scan)[0] for layer in cache.layers]
         shapes = [(m.heads, m.headdim, m.d_state) for m in model.mixers]
         if [tuple(s.shape) for s in states] != shapes:
-            found = f"{len(states)} layers of {tuple(states[0].shape)}" if states else "no layers"
+            held = f"{len(states)} layers of {tuple(states[0].shape)}" if states else "no layers"
             raise InputError(
-                f"stored-start: {self.file} holds {found}, the model has {len(shapes)} of (H, P, N) = {shapes[0]}"
+                f"stored-start: {self.file} holds {held}, the model has {len(shapes)} of (H, P, N) = {shapes[0]}"
             )
         read_by = note.get("weights") if isinstance(note, dict) else None  # (`Cache.save` alone does not say)
         now = model.weights_hash

@@ -39,8 +39,12 @@ MARGIN = 1e-4
 @REMEDIES.register
 @dataclass(frozen=True)
 class TokenFilter(Remedy):
-    """theta: what must be left of the first token for a head to be global, in (0, 1); clamp: share of the largest
-    steps, in [0, 1)."""
+    """Let heads that see far skip tokens of small steps.
+
+    Attributes:
+        theta: what must be left of the first token for a head to see far, in (0, 1).
+        clamp: share of the largest steps that count as the step at that quantile, in [0, 1).
+    """
 
     name = "token-filter"
     needs = frozenset({Need.RECURRENCE, Need.STEPS, Need.TRAIN_LENGTH, Need.TARGET_LENGTH})

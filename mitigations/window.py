@@ -24,7 +24,11 @@ if TYPE_CHECKING:
 @REMEDIES.register
 @dataclass(frozen=True)
 class Window(Remedy):
-    """tokens: r, the tokens a state holds."""
+    """Let every state hold its last inputs only.
+
+    Attributes:
+        tokens: how many inputs a state holds, r above.
+    """
 
     name = "window"
     needs = frozenset({Need.RECURRENCE})

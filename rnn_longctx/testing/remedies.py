@@ -49,13 +49,13 @@ def check_text(text: str) -> None:
     assert again == remedy, f"{canonical} reads back as {again!r}, not as {remedy!r}"
     assert str(again) == canonical, f"{canonical} reads back as {again}"
     assert hash(again) == hash(remedy), f"{canonical} has another hash when it is read back: is it a frozen dataclass?"
-    for part in remedy.parts:
-        assert REMEDIES[part.name] is type(part), f"{part.name} is another class in the registry"
+    for single in remedy.parts:
+        assert REMEDIES[single.name] is type(single), f"{single.name} is another class in the registry"
         try:
-            parse_remedy(f"{part.name}:no_such_parameter=1")
+            parse_remedy(f"{single.name}:no_such_parameter=1")
         except InputError:
             continue
-        raise AssertionError(f"{part.name} takes a parameter that it does not have")
+        raise AssertionError(f"{single.name} takes a parameter that it does not have")
 
 
 def is_applicable(text: str, model: LanguageModel) -> bool:
@@ -64,7 +64,7 @@ def is_applicable(text: str, model: LanguageModel) -> bool:
         _on(text, model).remove()
     except NotApplicable as error:
         reason = str(error)
-        names = tuple(part.name for part in parse_remedy(text).parts)
+        names = tuple(single.name for single in parse_remedy(text).parts)
         assert reason.startswith(names), f"the reason does not begin with the remedy's name: {reason}"
         assert "\n" not in reason, f"the reason takes several lines: {reason}"
         assert active(model) == ("none", None), f"{text} is not applicable to {model.name}, and is on it"
@@ -168,12 +168,29 @@ def adopted_model(family: str, seed: int = 0, **sizes: Any) -> LanguageModel:
     return adopt(theirs, name=family, tokenizer=ByteTokenizer(), train_length=TRAIN_LENGTH)
 
 
-_MAMBA2 = {"hidden_size": 32, "num_heads": 8, "head_dim": 8, "state_size": 16, "n_groups": 1, "num_hidden_layers": 2,
-           "chunk_size": 8}  # fmt: skip
+_MAMBA2 = {
+    "hidden_size": 32,
+    "num_heads": 8,
+    "head_dim": 8,
+    "state_size": 16,
+    "n_groups": 1,
+    "num_hidden_layers": 2,
+    "chunk_size": 8,
+}
 _MAMBA1 = {"hidden_size": 32, "state_size": 4, "num_hidden_layers": 2, "time_step_rank": 4}
-_BAMBA = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48,
-          "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 16, "mamba_n_groups": 1, "mamba_chunk_size": 8,
-          "num_hidden_layers": 3, "attn_layer_indices": [1]}  # fmt: skip
+_BAMBA = {
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 48,
+    "mamba_n_heads": 8,
+    "mamba_d_head": 8,
+    "mamba_d_state": 16,
+    "mamba_n_groups": 1,
+    "mamba_chunk_size": 8,
+    "num_hidden_layers": 3,
+    "attn_layer_indices": [1],
+}
 
 KINDS: dict[str, Callable[[int], LanguageModel]] = {
     "own": own_model,

@@ -31,12 +31,19 @@ def steps_of_each(model, rows):
     model(rows)
     for hook in hooks:
         hook.remove()
-    found = []
+    outputs = []
     for mixer, u in zip(model.mixers, seen):
         weight = mixer.in_proj.weight[-mixer.heads :]
-        found.append([[[math.log1p(math.exp(float(weight[h] @ x + mixer.dt_bias[h]))) for h in range(mixer.heads)]
-                       for x in row] for row in u])  # fmt: skip
-    return found
+        outputs.append(
+            [
+                [
+                    [math.log1p(math.exp(float(weight[h] @ x + mixer.dt_bias[h]))) for h in range(mixer.heads)]
+                    for x in row
+                ]
+                for row in u
+            ]
+        )
+    return outputs
 
 
 def floored(model, rows, limit):
@@ -59,7 +66,7 @@ def test_definition(model, made, name, limit):
     expected = floored(model, rows, limit)
     ids = torch.randint(256, (2, 45))
     with mitigate(model, name, text=made) as handle:
-        found = model(ids)
+        outputs = model(ids)
         mul = torch.stack([torch.tensor(m.policy.mul, dtype=torch.float64).expand(4) for m in model.mixers])
         assert "made" in handle.plan.calibration and handle.plan.calibration.endswith("8 x 32")
     before = torch.stack([m.A for m in model.mixers])
@@ -67,7 +74,7 @@ def test_definition(model, made, name, limit):
     assert (mul[:, 1] == 1).all() and (mul > 1).any()
     for mixer, A in zip(model.mixers, expected):
         mixer.A_log.data = A.neg().log()
-    torch.testing.assert_close(found, model(ids), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(outputs, model(ids), rtol=1e-5, atol=1e-7)
 
 
 @torch.no_grad()

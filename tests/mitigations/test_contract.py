@@ -81,14 +81,39 @@ def test_all_is_in_the_order_of_controls_last():
     controls = [REMEDIES[text.partition(":")[0]].control for text in texts]
     assert texts[0] == "none" and controls == sorted(controls) and texts[-2:] == diagnostics(TRAIN_LENGTH)
     known = {
-        "none", "rri", "rri:alpha=0.999,beta=1", "a-winsor", "a-scale:scale=1.5", "delta-scale:scale=0.7",
-        "noise-start:std=0.1", "decimate", "chunk-select", "state-norm", "state-norm:every=64", "window:tokens=48",
-        "window:tokens=192", "token-filter", "a-floor", "recompute:last=48", "recompute:last=96", "reset:every=48",
-        "attention-window:tokens=48", "reset-recurrence:every=48",
-    }  # fmt: skip
+        "none",
+        "rri",
+        "rri:alpha=0.999,beta=1",
+        "a-winsor",
+        "a-scale:scale=1.5",
+        "delta-scale:scale=0.7",
+        "noise-start:std=0.1",
+        "decimate",
+        "chunk-select",
+        "state-norm",
+        "state-norm:every=64",
+        "window:tokens=48",
+        "window:tokens=192",
+        "token-filter",
+        "a-floor",
+        "recompute:last=48",
+        "recompute:last=96",
+        "reset:every=48",
+        "attention-window:tokens=48",
+        "reset-recurrence:every=48",
+    }
     assert set(standard(48)) == known and len(standard(48)) == len(known)
     assert set(standard(None)) == {
-        "none", "rri", "rri:alpha=0.999,beta=1", "a-winsor", "a-scale:scale=1.5", "delta-scale:scale=0.7",
-        "noise-start:std=0.1", "decimate", "chunk-select", "recompute:last=512", "recompute:last=2048",
+        "none",
+        "rri",
+        "rri:alpha=0.999,beta=1",
+        "a-winsor",
+        "a-scale:scale=1.5",
+        "delta-scale:scale=0.7",
+        "noise-start:std=0.1",
+        "decimate",
+        "chunk-select",
+        "recompute:last=512",
+        "recompute:last=2048",
         "reset:every=512",
-    }  # fmt: skip
+    }

@@ -51,9 +51,9 @@ def test_folded_is_mitigated(model, made, name):
     for mixer, A_log, same in zip(model.mixers, before, untouched):
         assert torch.equal(mixer.A_log[same], A_log[same])
     assert model.name == f"it+{name}" and model.weights_hash != old and model.calibration is None
-    (said,) = model.provenance["folded"]
-    assert (said["mitigation"], said["name"], said["weights"]) == (name, "it", old) and model.provenance["from"]
-    assert ("made" in str(said["calibration"])) == ("a-floor" in name)
+    (entry,) = model.provenance["folded"]
+    assert (entry["mitigation"], entry["name"], entry["weights"]) == (name, "it", old) and model.provenance["from"]
+    assert ("made" in str(entry["calibration"])) == ("a-floor" in name)
 
 
 @torch.no_grad()
@@ -110,14 +110,25 @@ def test_a_rounded_decay_is_folded_in_float32(model, made):
 
 @pytest.mark.parametrize(
     "name",
-    ["none", "rri:alpha=0.9,beta=1.0", "rri:alpha=1.0,beta=1.0", "delta-scale:scale=0.5", "state-norm", "token-filter",
-     "a-scale:scale=0.9,place=decay", "window:tokens=5", "reset:every=9", "decimate", "a-floor+state-norm"],
-)  # fmt: skip
+    [
+        "none",
+        "rri:alpha=0.9,beta=1.0",
+        "rri:alpha=1.0,beta=1.0",
+        "delta-scale:scale=0.5",
+        "state-norm",
+        "token-filter",
+        "a-scale:scale=0.9,place=decay",
+        "window:tokens=5",
+        "reset:every=9",
+        "decimate",
+        "a-floor+state-norm",
+    ],
+)
 def test_what_cannot_be_folded(model, name):
-    before, said = [m.A_log.clone() for m in model.mixers], (model.name, model.weights_hash, dict(model.provenance))
+    before, identity = [m.A_log.clone() for m in model.mixers], (model.name, model.weights_hash, dict(model.provenance))
     with pytest.raises(InputError, match=r"cannot be folded .*a-floor, a-scale \(place=rate\) and a-winsor") as error:
         fold(model, name)
-    assert "\n" not in str(error.value) and said == (model.name, model.weights_hash, model.provenance)
+    assert "\n" not in str(error.value) and identity == (model.name, model.weights_hash, model.provenance)
     assert all(torch.equal(m.A_log, b) and m.policy == PLAIN for m, b in zip(model.mixers, before))
 
 
@@ -127,8 +138,11 @@ def test_mistakes_of_a_fold(model, made):
         fold(model, "a-winsor")
     with pytest.raises(InputError, match='did you mean "a-floor"'):
         fold(model, "a-flor")
-    theirs = Mamba2ForCausalLM(Mamba2Config(hidden_size=16, vocab_size=256, num_heads=4, head_dim=8, state_size=4,
-                                            n_groups=1, num_hidden_layers=1))  # fmt: skip
+    theirs = Mamba2ForCausalLM(
+        Mamba2Config(
+            hidden_size=16, vocab_size=256, num_heads=4, head_dim=8, state_size=4, n_groups=1, num_hidden_layers=1
+        )
+    )
     for other in (theirs, rnn_longctx.adopt(theirs, tokenizer=ByteTokenizer())):
         with pytest.raises(InputError, match=r"is no model of rnn_longctx\.load"):
             fold(other, "a-winsor")

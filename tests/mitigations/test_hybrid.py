@@ -14,9 +14,20 @@ from rnn_longctx.mitigations import NotApplicable, diagnostics, parse_remedy
 from rnn_longctx.models.generate import generate, prefill
 from rnn_longctx.models.saved_state import load_state, save_state
 
-SHAPE = {"hidden_size": 32, "vocab_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0,
-         "intermediate_size": 48, "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 16, "mamba_n_groups": 1,
-         "mamba_chunk_size": 8, "eos_token_id": None}  # fmt: skip
+SHAPE = {
+    "hidden_size": 32,
+    "vocab_size": 256,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+    "intermediate_size": 48,
+    "mamba_n_heads": 8,
+    "mamba_d_head": 8,
+    "mamba_d_state": 16,
+    "mamba_n_groups": 1,
+    "mamba_chunk_size": 8,
+    "eos_token_id": None,
+}
 CONFIGS = {
     "bamba": lambda: hf.BambaConfig(**SHAPE, num_hidden_layers=3, attn_layer_indices=[1]),
     "falcon_h1": lambda: hf.FalconH1Config(**SHAPE, mamba_d_ssm=64, num_hidden_layers=2, mamba_rms_norm=False),
@@ -46,7 +57,7 @@ def model(request):
 @torch.no_grad()
 def logits(model, ids, cuts=None):
     cache = model.new_cache()
-    return torch.cat([model.logits(model(part, cache)) for part in ids.split(cuts or ids.shape[1], 1)], 1)
+    return torch.cat([model.logits(model(piece, cache)) for piece in ids.split(cuts or ids.shape[1], 1)], 1)
 
 
 @torch.no_grad()
@@ -63,11 +74,11 @@ def test_attention_sees_a_band(model, tmp_path):
     with mitigate(model, "attention-window:tokens=8"):
         for cuts in (None, 9, [3, 1, 20, 1, 1, 15]):
             torch.testing.assert_close(logits(model, ids, cuts), expected, **NEAR)
-        said, (_, cache) = generate(model, ids[:, :30], 4), prefill(model, ids[:, :30])
+        answer, (_, cache) = generate(model, ids[:, :30], 4), prefill(model, ids[:, :30])
         kept = [layer.keys.shape[2] for layer in cache.library.layers if hasattr(layer, "keys")]
         assert kept and set(kept) == {6}  # 24 to 29
         save_state(tmp_path / "s", prefill(model, ids[:, :17])[1], model, "attention-window")
-        assert torch.equal(generate(model, ids[:, 17:30], 4, cache=load_state(tmp_path / "s", model)), said)
+        assert torch.equal(generate(model, ids[:, 17:30], 4, cache=load_state(tmp_path / "s", model)), answer)
         with pytest.raises(InputError, match="attention cropped every 4 tokens"):
             model(ids, mask=at >= torch.tensor([[3], [0]]))
     torch.testing.assert_close(logits(model, ids), plain, rtol=0, atol=0)
@@ -75,25 +86,27 @@ def test_attention_sees_a_band(model, tmp_path):
 
 @torch.no_grad()
 def test_padding_stays_hidden_where_columns_were_dropped(model):
-    ids, padding, found = torch.randint(1, 256, (2, 40)), torch.zeros(2, 3, dtype=torch.int64), []
+    ids, padding, outputs = torch.randint(1, 256, (2, 40)), torch.zeros(2, 3, dtype=torch.int64), []
     for before in (padding, padding[:, :0]):
         cache, mask = model.new_cache(), torch.arange(before.shape[1] + 10).expand(2, -1) >= before.shape[1]
         model(torch.cat([before, ids[:, :10]], 1), cache, mask)
         with mitigate(model, "attention-window:tokens=8"):
-            found.append(torch.cat([model.logits(model(part, cache)) for part in ids[:, 10:].split([9, 1, 20], 1)], 1))
+            outputs.append(
+                torch.cat([model.logits(model(piece, cache)) for piece in ids[:, 10:].split([9, 1, 20], 1)], 1)
+            )
         assert (cache.seen, cache.dropped) == (40 + before.shape[1], 32 + before.shape[1])
-    torch.testing.assert_close(*found, **NEAR)
+    torch.testing.assert_close(*outputs, **NEAR)
 
 
 @torch.no_grad()
 def test_the_recurrence_begins_again(model):
     ids = torch.randint(1, 256, (2, 41))
-    cache, found = model.new_cache(), []
-    for part in ids.split(8, 1):
+    cache, outputs = model.new_cache(), []
+    for piece in ids.split(8, 1):
         for mixer in model.mixers if cache.seen else ():
             cache.library.layers[mixer.module.layer_idx].recurrent_states[0].zero_()
-        found.append(model.logits(model(part, cache)))
-    expected, plain = torch.cat(found, 1), logits(model, ids)
+        outputs.append(model.logits(model(piece, cache)))
+    expected, plain = torch.cat(outputs, 1), logits(model, ids)
     assert (expected - plain)[:, 8:].abs().max() > 1e-3
     with mitigate(model, "reset-recurrence:every=8"):
         for cuts in (None, 9, [3, 1, 20, 1, 1, 15]):
@@ -101,8 +114,9 @@ def test_the_recurrence_begins_again(model):
 
 
 def test_hybrids_only_and_one_at_a_time(model):
-    config = hf.Mamba2Config(hidden_size=32, vocab_size=256, num_heads=8, head_dim=8, state_size=16, n_groups=1,
-                             num_hidden_layers=1)  # fmt: skip
+    config = hf.Mamba2Config(
+        hidden_size=32, vocab_size=256, num_heads=8, head_dim=8, state_size=16, n_groups=1, num_hidden_layers=1
+    )
     pure = adopt(hf.AutoModelForCausalLM.from_config(config), name="pure")
     for remedy in diagnostics(12):
         with pytest.raises(NotApplicable, match="is for hybrids, and pure has no attention"):
@@ -133,8 +147,8 @@ def test_evaluate_adds_them_where_a_hybrid_is_read_beyond_its_training(tmp_path,
     with caplog.at_level(logging.WARNING):
         frame = evaluate(model, [96, 160], **given)
     assert set(diagnostics(96)) < set(frame.mitigation) and "chunk-select:chunk=2000" in set(frame.mitigation)
-    said = [record.getMessage() for record in caplog.records if "not applicable" in record.getMessage()]
-    assert len(said) == 1 and " is not applicable: decimate drops tokens" in said[0]
+    messages = [record.getMessage() for record in caplog.records if "not applicable" in record.getMessage()]
+    assert len(messages) == 1 and " is not applicable: decimate drops tokens" in messages[0]
     with pytest.raises(NotApplicable, match="decimate"):
         evaluate(model, [96, 160], **given | {"mitigations": ["all", "decimate"]})
 
@@ -147,8 +161,8 @@ def test_all_goes_on_without_what_mamba1_has_not(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         frame = evaluate(model, [96], ["lm:slices=1,tokens=0", "passkey:n=1"], ["all"], text=str(path))
     lines = [record.getMessage() for record in caplog.records]
-    said = {line.split()[0].partition(":")[0] for line in lines if "is not applicable: " in line}
-    assert said == {"a-winsor", "a-floor", "token-filter", "decimate", "attention-window", "reset-recurrence"}
+    refused = {line.split()[0].partition(":")[0] for line in lines if "is not applicable: " in line}
+    assert refused == {"a-winsor", "a-floor", "token-filter", "decimate", "attention-window", "reset-recurrence"}
     assert {"none", "rri:alpha=0.999,beta=1", "delta-scale:scale=0.7", "state-norm"} < set(frame.mitigation)
     caplog.clear()
     with caplog.at_level(logging.WARNING):  # where no task asks anything, nor has what reads prompts a place

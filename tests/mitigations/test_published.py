@@ -205,13 +205,13 @@ def test_chunk_select(model, length):
     with mitigate(model, "chunk-select:chunk=9,query=5"):
         logits, cache = prefill(model, ids, segment=40)
         assert generate(model, ids, 3).shape == (2, 3)
-    for row, found in zip(ids, logits):
+    for row, output in zip(ids, logits):
         body, question = row[:-5], row[-5:]
         ends = range(len(body), 0, -9) if len(body) else [0]
         prompts = [torch.cat([body[max(0, e - 9) : e], question]) for e in ends]
         each = [model.logits(model(p[None])[:, -1])[0] for p in prompts]
         entropies = [-(v.softmax(-1) * v.log_softmax(-1)).sum() for v in each]
-        torch.testing.assert_close(found, each[int(torch.stack(entropies).argmin())], rtol=1e-8, atol=1e-8)
+        torch.testing.assert_close(output, each[int(torch.stack(entropies).argmin())], rtol=1e-8, atol=1e-8)
     assert cache.position.tolist() == [length] * 2
 
 

@@ -55,29 +55,30 @@ def alphas(remedy):
 
 
 def test_the_least_loss_that_keeps_recall(monkeypatch):
-    losses(monkeypatch, lambda r: 1.0 if r == "none" else 1 - parse_remedy(r).share,
-           lambda r: 0.0 if "0.25" in r else 1.0)  # fmt: skip
-    found = calibrate(tiny(), "a-winsor", 128, TEXT)
-    assert found.remedy == "a-winsor:share=0.15" and found.method == "grid"
-    assert found.scores["loss"] == pytest.approx(0.85) and found.scores["loss_without"] == 1.0
-    assert sum(not t["kept"] for t in found.scores["tried"]) == 1
+    losses(
+        monkeypatch, lambda r: 1.0 if r == "none" else 1 - parse_remedy(r).share, lambda r: 0.0 if "0.25" in r else 1.0
+    )
+    result = calibrate(tiny(), "a-winsor", 128, TEXT)
+    assert result.remedy == "a-winsor:share=0.15" and result.method == "grid"
+    assert result.scores["loss"] == pytest.approx(0.85) and result.scores["loss_without"] == 1.0
+    assert sum(not t["kept"] for t in result.scores["tried"]) == 1
     losses(monkeypatch, lambda r: 1.0, lambda r: 1.0 if r == "none" else 0.5)
     with pytest.raises(InputError, match="no setting of 18 keeps the recall"):
         calibrate(tiny(), "rri", 128, TEXT)
 
 
 def test_a_winner_that_does_not_help_is_said_and_marked(monkeypatch, tmp_path):
-    said = []
+    lines = []
     losses(monkeypatch, lambda r: 1.25 if r == "none" else float(3.25 - alphas(r).mean() - parse_remedy(r).beta))
-    found = calibrate(tiny(), "rri", 128, TEXT, say=said.append)
-    assert parse_remedy(found.remedy) == parse_remedy("rri:alpha=1,beta=1") and not found.helps
-    assert said[-1].endswith("lowers the loss (1.2500 without): rri:alpha=1,beta=1 changes nothing")
-    found.save(tmp_path / "r.yaml")
+    result = calibrate(tiny(), "rri", 128, TEXT, say=lines.append)
+    assert parse_remedy(result.remedy) == parse_remedy("rri:alpha=1,beta=1") and not result.helps
+    assert lines[-1].endswith("lowers the loss (1.2500 without): rri:alpha=1,beta=1 changes nothing")
+    result.save(tmp_path / "r.yaml")
     assert (tmp_path / "r.yaml").read_text().splitlines()[1] == "helps: false"
-    assert parse_remedy(str(tmp_path / "r.yaml")).content == found
+    assert parse_remedy(str(tmp_path / "r.yaml")).content == result
     losses(monkeypatch, lambda r: 1.0 if r == "none" else 2.0)
-    found = calibrate(tiny(), "a-winsor", 128, TEXT, say=said.append)
-    assert not found.helps and said[-1].endswith(f"lowers the loss (1.0000 without): {found.remedy} has 2.0000")
+    result = calibrate(tiny(), "a-winsor", 128, TEXT, say=lines.append)
+    assert not result.helps and lines[-1].endswith(f"lowers the loss (1.0000 without): {result.remedy} has 2.0000")
     losses(monkeypatch, lambda r: math.inf if r == "none" else 2.0)
     assert calibrate(tiny(), "a-winsor", 128, TEXT).helps
 
@@ -94,14 +95,14 @@ def test_settings_that_blow_up(monkeypatch):
 
 def test_parameters_may_be_held(monkeypatch):
     losses(monkeypatch, lambda r: 1.0 if r == "none" else float("nan") if "0.75" in r else parse_remedy(r).quantile)
-    found = calibrate(tiny(), "state-norm:every=16,quantile=1", 128, TEXT)
-    assert found.remedy == "state-norm:every=16,quantile=1"
-    found = calibrate(tiny(), "state-norm:every=16", 128, TEXT)
-    assert found.remedy == "state-norm:every=16,quantile=0" and found.policies[0]["caps"][0]["every"] == 16
-    assert len(found.scores["tried"]) == 5
+    result = calibrate(tiny(), "state-norm:every=16,quantile=1", 128, TEXT)
+    assert result.remedy == "state-norm:every=16,quantile=1"
+    result = calibrate(tiny(), "state-norm:every=16", 128, TEXT)
+    assert result.remedy == "state-norm:every=16,quantile=0" and result.policies[0]["caps"][0]["every"] == 16
+    assert len(result.scores["tried"]) == 5
     losses(monkeypatch, lambda r: 1.0 if r == "none" else float(alphas(r).mean()) + parse_remedy(r).beta)
-    found = calibrate(tiny(), "rri:alpha=0.95", 128, TEXT)
-    assert parse_remedy(found.remedy) == parse_remedy("rri:alpha=0.95,beta=0.5") and found.method == "grid"
+    result = calibrate(tiny(), "rri:alpha=0.95", 128, TEXT)
+    assert parse_remedy(result.remedy) == parse_remedy("rri:alpha=0.95,beta=0.5") and result.method == "grid"
     with pytest.raises(InputError, match="evry"):
         calibrate(tiny(), "state-norm:evry=16", 128, TEXT)
 
@@ -109,10 +110,10 @@ def test_parameters_may_be_held(monkeypatch):
 def test_spsa_finds_an_alpha_a_layer(monkeypatch):
     goal = np.log([3e-4, 1e-3, 6e-3])  # of 1 - alpha
     losses(monkeypatch, lambda r: 9.0 if r == "none" else float(((np.log(1 - alphas(r) + 1e-9) - goal) ** 2).sum()))
-    found = calibrate(tiny(3), "rri", 128, TEXT, steps=60)
-    single = min(t["loss"] for t in found.scores["tried"] if "/" not in t["remedy"])
-    assert found.method == "spsa" and found.scores["loss"] < 0.3 * single
-    assert [p["add"] for p in found.policies] == pytest.approx(np.log(alphas(found.remedy)).tolist())
+    result = calibrate(tiny(3), "rri", 128, TEXT, steps=60)
+    single = min(t["loss"] for t in result.scores["tried"] if "/" not in t["remedy"])
+    assert result.method == "spsa" and result.scores["loss"] < 0.3 * single
+    assert [p["add"] for p in result.policies] == pytest.approx(np.log(alphas(result.remedy)).tolist())
 
 
 def test_spsa_goes_on_beside_settings_that_blow_up(monkeypatch):
@@ -124,10 +125,10 @@ def test_spsa_goes_on_beside_settings_that_blow_up(monkeypatch):
         return float(((point - goal) ** 2).sum()) if (point <= 0).all() else math.nan
 
     losses(monkeypatch, lambda r: 9.0 if r == "none" else loss(r))
-    found = calibrate(tiny(3), "delta-scale", 128, TEXT, steps=60)
-    single = min(t["loss"] for t in found.scores["tried"] if "/" not in t["remedy"])
-    assert found.scores["loss"] < 0.3 * single and all(
-        "/" not in t["remedy"] or t["loss"] < 9 for t in found.scores["tried"]
+    result = calibrate(tiny(3), "delta-scale", 128, TEXT, steps=60)
+    single = min(t["loss"] for t in result.scores["tried"] if "/" not in t["remedy"])
+    assert result.scores["loss"] < 0.3 * single and all(
+        "/" not in t["remedy"] or t["loss"] < 9 for t in result.scores["tried"]
     )
 
 
@@ -136,19 +137,19 @@ def test_spsa_finds_a_scale_of_the_decay_a_layer(monkeypatch):
     goal = np.log([3e-4, 1e-3, 6e-3])  # of 1 - scale
     forgotten = lambda r: 1 - np.array([float(v) for v in str(parse_remedy(r).scale).split("/")])  # noqa: E731
     losses(monkeypatch, lambda r: 9.0 if r == "none" else float(((np.log(forgotten(r) + 1e-9) - goal) ** 2).sum()))
-    found = calibrate(tiny(3), "a-scale:place=decay", 128, TEXT, steps=60)
-    single = min(t["loss"] for t in found.scores["tried"] if "/" not in t["remedy"])
-    assert found.method == "spsa" and found.scores["loss"] < 0.3 * single
-    assert [p["add"] for p in found.policies] == pytest.approx(np.log(1 - forgotten(found.remedy)).tolist())
+    result = calibrate(tiny(3), "a-scale:place=decay", 128, TEXT, steps=60)
+    single = min(t["loss"] for t in result.scores["tried"] if "/" not in t["remedy"])
+    assert result.method == "spsa" and result.scores["loss"] < 0.3 * single
+    assert [p["add"] for p in result.policies] == pytest.approx(np.log(1 - forgotten(result.remedy)).tolist())
 
 
 def test_spsa_finds_a_factor_a_layer(monkeypatch):
     goal = np.log([0.5, 0.9, 1.6])
     losses(monkeypatch, lambda r: float(((np.log(scales(r)) - goal) ** 2).sum()))
-    found = calibrate(tiny(3), "delta-scale", 128, TEXT, steps=60)
-    single = min(t["loss"] for t in found.scores["tried"] if "/" not in t["remedy"])
-    assert found.method == "spsa" and found.scores["loss"] < 0.3 * single
-    assert [p["mul"] for p in found.policies] == pytest.approx(scales(found.remedy).tolist())
+    result = calibrate(tiny(3), "delta-scale", 128, TEXT, steps=60)
+    single = min(t["loss"] for t in result.scores["tried"] if "/" not in t["remedy"])
+    assert result.method == "spsa" and result.scores["loss"] < 0.3 * single
+    assert [p["mul"] for p in result.policies] == pytest.approx(scales(result.remedy).tolist())
 
 
 @torch.no_grad()
@@ -160,10 +161,10 @@ def test_its_own_objective():
     expected = lm.losses(lm(ids[:, :-1]), ids[:, 1:])[:, 32:].mean()
     assert objective.loss("none") == pytest.approx(float(expected), rel=1e-5)
     assert set(objective.recall("none")) == {"passkey@300", "passkey@600", "multikey@300", "multikey@600"}
-    said = []
+    lines = []
     lm.train_length = 150
-    found = calibrate(lm, "state-norm", 400, TEXT, slices=2, prompts=2, say=said.append)
-    assert found.method == "quantile" and len(said) == 6 + (not found.helps) and "made" in found.text
+    result = calibrate(lm, "state-norm", 400, TEXT, slices=2, prompts=2, say=lines.append)
+    assert result.method == "quantile" and len(lines) == 6 + (not result.helps) and "made" in result.text
 
 
 def test_what_cannot_be_calibrated():
@@ -185,11 +186,11 @@ def test_what_cannot_be_calibrated():
 
 def test_the_file(tmp_path, monkeypatch):
     losses(monkeypatch, lambda r: 1.0 if r == "none" else float(alphas(r).mean()))
-    found, lm, path = calibrate(tiny(), "rri", 128, TEXT), tiny(), tmp_path / "remedy.yaml"
-    found.save(path)
+    result, lm, path = calibrate(tiny(), "rri", 128, TEXT), tiny(), tmp_path / "remedy.yaml"
+    result.save(path)
     remedy = parse_remedy(str(path))
-    assert remedy.content == found and str(parse_remedy(str(remedy))) == str(remedy)
-    with mitigate(lm, found.remedy):
+    assert remedy.content == result and str(parse_remedy(str(remedy))) == str(remedy)
+    with mitigate(lm, result.remedy):
         expected = [m.policy for m in lm.mixers]
     with mitigate(lm, str(path)) as handle:
         assert [m.policy for m in lm.mixers] == expected and "made" in handle.plan.calibration
@@ -201,7 +202,7 @@ def test_the_file(tmp_path, monkeypatch):
     path.write_text("remedy: rri\n")
     with pytest.raises(InputError, match="missing"):
         parse_remedy(str(path))
-    bad = CalibrationFile("rri", found.model, [{"mull": 1.0}, {}], 128, "made", 0, "grid")
+    bad = CalibrationFile("rri", result.model, [{"mull": 1.0}, {}], 128, "made", 0, "grid")
     bad.save(path)
     with pytest.raises(InputError, match="unknown policy field 'mull'"):
         parse_remedy(str(path))
@@ -209,15 +210,21 @@ def test_the_file(tmp_path, monkeypatch):
 
 def test_bad_files_and_words(tmp_path, monkeypatch):
     losses(monkeypatch, lambda r: 1.0 if r == "none" else float(alphas(r).mean()))
-    found = calibrate(tiny(), "rri", 128, TEXT)
-    for policy in ({"window": "x"}, {"window": 1.5}, {"mul": float("nan")}, {"caps": 3},
-                   {"caps": [{"norm": 1.0, "ever": 2}]}, {"caps": [{"norm": 1.0, "every": 1.5}]}):  # fmt: skip
-        CalibrationFile("rri", found.model, [policy, {}], 128, "made", 0, "grid").save(tmp_path / "bad.yaml")
+    result = calibrate(tiny(), "rri", 128, TEXT)
+    for policy in (
+        {"window": "x"},
+        {"window": 1.5},
+        {"mul": float("nan")},
+        {"caps": 3},
+        {"caps": [{"norm": 1.0, "ever": 2}]},
+        {"caps": [{"norm": 1.0, "every": 1.5}]},
+    ):
+        CalibrationFile("rri", result.model, [policy, {}], 128, "made", 0, "grid").save(tmp_path / "bad.yaml")
         with pytest.raises(InputError, match=r"bad\.yaml: a policy in it") as error:
             parse_remedy(str(tmp_path / "bad.yaml"))
         assert "\n" not in str(error.value)
     for start, message in (("abc", "no state of numbers"), ([[1.0]], "start has shape")):
-        CalibrationFile("rri", found.model, [{"start": start}, {}], 128, "made", 0, "grid").save(tmp_path / "bad.yaml")
+        CalibrationFile("rri", result.model, [{"start": start}, {}], 128, "made", 0, "grid").save(tmp_path / "bad.yaml")
         with mitigate(lm := tiny(), str(tmp_path / "bad.yaml")), pytest.raises(InputError, match=message):
             lm(torch.zeros(1, 3, dtype=torch.int64))
     with pytest.raises(InputError, match="cannot write"):
@@ -242,26 +249,29 @@ def test_another_model_of_the_shape_is_named_once(tmp_path, caplog, monkeypatch)
     sister.lm_head.weight.data.mul_(0.5)
     for _ in range(2):
         mitigate(sister, str(path)).remove()
-    said = f"was calibrated on tiny (weights {old}), not on this sister (weights {sister.weights_hash})"
-    assert [r.getMessage() for r in caplog.records] == [f"{path} {said}"]
+    warning = f"was calibrated on tiny (weights {old}), not on this sister (weights {sister.weights_hash})"
+    assert [r.getMessage() for r in caplog.records] == [f"{path} {warning}"]
 
 
 def test_values_a_head_are_counted_before_anything_is_read(tmp_path):
     lm, path = tiny(), tmp_path / "made.yaml"
-    for policy, said in (({"mul": [2.0] * 9}, "mul of layer 1 has 9 values"), ({"caps": [{"norm": [1.0] * 9}]}, "cap")):
+    for policy, message in (
+        ({"mul": [2.0] * 9}, "mul of layer 1 has 9 values"),
+        ({"caps": [{"norm": [1.0] * 9}]}, "cap"),
+    ):
         about = {"name": "tiny", **module.shape_of(lm)}
         CalibrationFile("mine", about, [{}, policy], 128, "made", 0, "by hand").save(path)
-        with pytest.raises(InputError, match=rf"{said}.*the model has 2 heads a layer"):
+        with pytest.raises(InputError, match=rf"{message}.*the model has 2 heads a layer"):
             mitigate(lm, str(path))
 
 
 def test_what_a_model_lacks_shows_before_anything_is_measured():
-    said = []
+    lines = []
     config = MambaConfig(hidden_size=16, vocab_size=256, state_size=4, num_hidden_layers=1, time_step_rank=4)
     theirs = adopt(AutoModelForCausalLM.from_config(config).eval(), tokenizer="bytes", train_length=32)
     with pytest.raises(InputError, match="token-filter reads one step a head"):
-        calibrate(theirs, "token-filter", 128, TEXT, say=said.append)
-    assert not said
+        calibrate(theirs, "token-filter", 128, TEXT, say=lines.append)
+    assert not lines
 
 
 def test_a_file_of_an_unknown_remedy_composes_by_itself(tmp_path):
@@ -296,8 +306,9 @@ def test_no_evaluation_on_the_text_of_a_calibration(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="which is to be evaluated"):
         evaluate(tiny(), [64], ["lm"], [f"{tmp_path / 'remedy.yaml'}+none"], text=str(tmp_path / "t.txt"))
     with pytest.raises(InputError, match=r"state-norm was calibrated on .*t\.txt, which is to be evaluated"):
-        evaluate(tiny(), [64], ["lm"], ["state-norm"], text=str(tmp_path / "t.txt"),
-                 calibration_text=str(tmp_path / "t.txt"))  # fmt: skip
+        evaluate(
+            tiny(), [64], ["lm"], ["state-norm"], text=str(tmp_path / "t.txt"), calibration_text=str(tmp_path / "t.txt")
+        )
     lm = tiny()
     with mitigate(lm, str(tmp_path / "remedy.yaml")), pytest.raises(InputError, match="which is to be evaluated"):
         evaluate(lm, [64], ["lm"], text=str(tmp_path / "t.txt"))
@@ -364,13 +375,35 @@ def test_leaderboard():
     rng, rows = np.random.default_rng(0), []
 
     def put(mitigation, task, metric, length, samples):
-        rows.append({"model": "m", "weights_hash": "h", "mitigation": mitigation, "calibration": None, "task": task,
-                     "text": "t" if task == "lm" else None, "text_hash": "x" if task == "lm" else None,
-                     "tokenizer": "bytes", "length": length, "depth": None, "metric": metric, "batch": 1,
-                     "dtype": "float32", "backend": "torch", "device": "cpu", "seed": 0, "value": np.mean(samples),
-                     "stderr": 0.0, "n": len(samples), "samples": list(samples), "train_length": 32, "seconds": 1.0,
-                     "tokens_per_second": 50.0 if mitigation == "rri" else 100.0, "peak_bytes": 10,
-                     "first_token_seconds": 0.5 if mitigation == "decimate" else 2.0})  # fmt: skip
+        rows.append(
+            {
+                "model": "m",
+                "weights_hash": "h",
+                "mitigation": mitigation,
+                "calibration": None,
+                "task": task,
+                "text": "t" if task == "lm" else None,
+                "text_hash": "x" if task == "lm" else None,
+                "tokenizer": "bytes",
+                "length": length,
+                "depth": None,
+                "metric": metric,
+                "batch": 1,
+                "dtype": "float32",
+                "backend": "torch",
+                "device": "cpu",
+                "seed": 0,
+                "value": np.mean(samples),
+                "stderr": 0.0,
+                "n": len(samples),
+                "samples": list(samples),
+                "train_length": 32,
+                "seconds": 1.0,
+                "tokens_per_second": 50.0 if mitigation == "rri" else 100.0,
+                "peak_bytes": 10,
+                "first_token_seconds": 0.5 if mitigation == "decimate" else 2.0,
+            }
+        )
 
     hard = rng.normal(0, 0.5, 24)
     for name, loss in (
@@ -415,7 +448,8 @@ def test_leaderboard():
 
 def test_remedies_that_read_a_prompt_have_no_loss(tmp_path):
     (tmp_path / "t.txt").write_bytes(TEXT.data)
-    frame = evaluate(tiny(), [150, 300], ["lm:slices=2,tokens=1", "words:n=2"], ["none", "decimate"],
-                     text=str(tmp_path / "t.txt"))  # fmt: skip
+    frame = evaluate(
+        tiny(), [150, 300], ["lm:slices=2,tokens=1", "words:n=2"], ["none", "decimate"], text=str(tmp_path / "t.txt")
+    )
     assert set(frame[frame["task"] == "lm"]["mitigation"]) == {"none"}
     assert any(m.startswith("decimate") for m in frame[frame["task"] == "words"]["mitigation"])

@@ -44,9 +44,18 @@ def folder(tmp_path):
     return tmp_path
 
 
-SEEN = [("texts", "texts/a.txt"), ("texts/a.txt", "texts"), ("texts", "texts/sub"), ("texts/sub", "texts"),
-        ("texts", "copy.txt"), ("copy.txt", "texts"), ("texts/a.txt", "copy.txt"), ("texts", "part.txt"),
-        ("part.txt", "texts/b.txt"), ("texts", "texts")]  # fmt: skip
+SEEN = [
+    ("texts", "texts/a.txt"),
+    ("texts/a.txt", "texts"),
+    ("texts", "texts/sub"),
+    ("texts/sub", "texts"),
+    ("texts", "copy.txt"),
+    ("copy.txt", "texts"),
+    ("texts/a.txt", "copy.txt"),
+    ("texts", "part.txt"),
+    ("part.txt", "texts/b.txt"),
+    ("texts", "texts"),
+]
 
 
 @pytest.mark.parametrize(("evaluated", "calibrated"), SEEN)
@@ -80,8 +89,8 @@ def test_what_shares_no_more_than_a_notice_is_allowed(model, folder):
 @pytest.mark.parametrize(("evaluated", "calibrated"), [pair for pair in SEEN if "part.txt" not in pair])
 def test_a_calibration_file_keeps_what_it_saw(model, folder, evaluated, calibrated):
     where, file = str(folder / evaluated), str(folder / "remedy.yaml")
-    found = calibrate(model, "a-winsor:share=0.1", 300, folder / calibrated, slices=1, prompts=1)
-    found.save(file)
+    result = calibrate(model, "a-winsor:share=0.1", 300, folder / calibrated, slices=1, prompts=1)
+    result.save(file)
     assert str(folder) not in (folder / "remedy.yaml").read_text()
     for remedy in (file, f"{file}+rri"):
         with pytest.raises(InputError, match="which is to be evaluated"):
