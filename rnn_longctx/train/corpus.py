@@ -17,6 +17,7 @@ import torch
 from rnn_longctx.data import Shard, Source, Text, Tokenizer, load_text, open_streamed, stored
 from rnn_longctx.data.text import GOLDEN
 from rnn_longctx.errors import InputError
+from rnn_longctx.progress import Say, silent
 from rnn_longctx.train.config import DataConfig, MixedText, TrainConfig
 from rnn_longctx.train.mix import place, rows_with_examples
 
@@ -178,7 +179,7 @@ def _goes_on(seed: int, first: int, size: int) -> np.ndarray:
     return np.random.default_rng([seed, first, 4]).random((LEGS, size))
 
 
-def load_corpus(config: DataConfig, tokenizer: Tokenizer, length: int) -> Corpus:
+def load_corpus(config: DataConfig, tokenizer: Tokenizer, length: int, say: Say = silent) -> Corpus:
     """Read the texts, those that are streamed into stores of tokens. The last `held_out` share of each, whole documents
     where it has several, is kept for validation (of a stored one 16M tokens or little more).
 
@@ -207,7 +208,7 @@ def load_corpus(config: DataConfig, tokenizer: Tokenizer, length: int) -> Corpus
             held_out.append(_encode(tokenizer, text.data[cut:] + b"\0"))
             texts.append({"name": text.name, "hash": text.hash, "bytes": len(text)})
         else:
-            found = stored(source, tokenizer, config.min_document, part.tokens, lambda line: print(line, flush=True))
+            found = stored(source, tokenizer, config.min_document, part.tokens, say)
             tokens = torch.from_numpy(found.tokens)
             cut = _cut(found.tokens, tokenizer.eos_id, config.held_out)
             train.append(tokens[:cut])

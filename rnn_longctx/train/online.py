@@ -33,6 +33,7 @@ from rnn_longctx.config import home_path
 from rnn_longctx.data import Arrival, Arrivals, load_tokenizer
 from rnn_longctx.errors import InputError
 from rnn_longctx.loggers import Write, scalars
+from rnn_longctx.progress import Say, to_stdout
 from rnn_longctx.train.config import OnlineConfig, TrainConfig
 from rnn_longctx.train.evaluation import Evaluation, held_out_loss
 from rnn_longctx.train.export import export
@@ -49,7 +50,7 @@ SHOWN = 3  # files named on the console's line
 Figures = list[tuple[int, float, float]]  # of each length: tokens, loss, share of the passkeys
 
 
-def train_online(config: TrainConfig, stream: str | Path) -> Path:
+def train_online(config: TrainConfig, stream: str | Path, say: Say = to_stdout) -> Path:
     """Update the model on what arrives in `stream`, or go on where a run of the same config ended, until a file STOP
     is there and less than an update's text is left, or SIGINT or SIGTERM comes; returns the directory of the model.
 
@@ -73,7 +74,7 @@ def train_online(config: TrainConfig, stream: str | Path) -> Path:
     arrivals = Arrivals(stream, load_tokenizer(config.data.tokenizer))
     out = home_path(config.out)
     with ExitStack() as stack:
-        prepared = prepare(config, team, stack, online=True)
+        prepared = prepare(config, team, stack, say, online=True)
         write = stack.enter_context(scalars(config.log_to, out, out.name))
         stopping = stack.enter_context(_signals())
         run = Online(prepared, arrivals)
@@ -92,7 +93,7 @@ def _follow(run: Online, arrivals: Arrivals, log: Log, write: Write, stopping: l
         last, known = arrivals.stopped, len(arrivals.skipped)
         arrival = arrivals.take(settings.tokens)
         for name, reason in list(arrivals.skipped.items())[known:]:
-            print(f"skipped {_printable(name)}: {reason}", flush=True)
+            run.run.say(f"skipped {_printable(name)}: {reason}")
             log.write(run.row("skipped", reason, _printable(name)))
         if arrival is not None:
             row = run.learn(arrival, stopping)
@@ -103,11 +104,11 @@ def _follow(run: Online, arrivals: Arrivals, log: Log, write: Write, stopping: l
             write({f"online/{k}": v for k, v in row.items() if isinstance(v, float)}, run.update)
         elif last:
             left = f"what is left is less than an update of {settings.tokens:,} tokens"
-            print(f"STOP after update {run.update}, of which {run.kept} were kept; {left}", flush=True)
+            run.run.say(f"STOP after update {run.update}, of which {run.kept} were kept; {left}")
             return
         else:
             _wait(settings.poll, stopping)
-    print(f"stopped after update {run.update}, of which {run.kept} were kept; the next run goes on there", flush=True)
+    run.run.say(f"stopped after update {run.update}, of which {run.kept} were kept; the next run goes on there")
 
 
 @dataclass
@@ -134,14 +135,14 @@ class Online:
     def begin(self) -> None:
         """Where the newest snapshot was; without one, the model as it is, measured."""
         if self._restored():
-            print(f"goes on after update {self.update}, of which {self.kept} were kept", flush=True)
+            self.run.say(f"goes on after update {self.update}, of which {self.kept} were kept")
         else:
             self.best = list(self.evaluation.measure())
             self._save()
         self._publish()  # a process may have died between a snapshot and this
 
     def log_start(self, log: Log) -> None:
-        print(f"start: {_spoken(self.best)}", flush=True)
+        self.run.say(f"start: {_spoken(self.best)}")
         log.write(self.row("start", figures=self.best) | {"update": 0})
 
     def row(self, decision: str, reason: str = "", text: str = "", figures: Figures | None = None,
@@ -178,7 +179,7 @@ class Online:
         more = f" and {len(spans) - SHOWN} files more" if len(spans) > SHOWN else ""
         line = f"update {number} {decision}: {len(arrival.ids):,} tokens ({', '.join(spans[:SHOWN])}{more}); "
         line += f"loss on their held-out share {before:.4f} before, {after:.4f} after; {_spoken(figures or [])}"
-        print(line + (f"; {reason}" if reason else ""), flush=True)
+        self.run.say(line + (f"; {reason}" if reason else ""))
         train_loss = sum(losses) / len(losses) if losses else math.nan
         return self.row(decision, reason or "", "; ".join(spans), figures, tokens=len(arrival.ids),
                         train_loss=train_loss, new_before=before, new_after=after)  # fmt: skip
@@ -247,7 +248,7 @@ class Online:
 
     def _restored(self) -> bool:
         """Go to the newest snapshot, if there is one."""
-        snapshot = newest_snapshot(self.run.out / "snapshots")
+        snapshot = newest_snapshot(self.run.out / "snapshots", say=self.run.say)
         if snapshot is None:
             return False
         if snapshot["texts"] != self.run.text_hashes:
