@@ -1,8 +1,46 @@
-"""Curves over length: tasks, results, verdicts, plots."""
+"""Curves over length: jobs, results, verdicts, plots."""
 
-from rnn_longctx.eval.jobs.base import Context, Task
-from rnn_longctx.eval.results import Results
-from rnn_longctx.eval.run import TASKS, EvalConfig, evaluate, parse_task
-from rnn_longctx.eval.search.calibrate import calibrate
+from __future__ import annotations
 
-__all__ = ["TASKS", "Context", "EvalConfig", "Results", "Task", "calibrate", "evaluate", "parse_task"]
+from typing import TYPE_CHECKING, Any
+
+# Imported on first use: tables and pictures (`rnn_longctx.eval.tables`, `.show`) load no torch.
+_WHERE = {
+    "EvalConfig": "rnn_longctx.eval.question",
+    "Job": "rnn_longctx.eval.jobs.base",
+    "Measuring": "rnn_longctx.eval.jobs.base",
+    "Question": "rnn_longctx.eval.question",
+    "Results": "rnn_longctx.eval.results",
+    "answer": "rnn_longctx.eval.run",
+    "calibrate": "rnn_longctx.eval.search.calibrate",
+    "evaluate": "rnn_longctx.eval.run",
+    "parse_task": "rnn_longctx.eval.jobs.parsing",
+}
+
+__all__ = [
+    "EvalConfig",
+    "Job",
+    "Measuring",
+    "Question",
+    "Results",
+    "answer",
+    "calibrate",
+    "evaluate",
+    "parse_task",
+]
+
+if TYPE_CHECKING:
+    from rnn_longctx.eval.jobs.base import Job, Measuring
+    from rnn_longctx.eval.jobs.parsing import parse_task
+    from rnn_longctx.eval.question import EvalConfig, Question
+    from rnn_longctx.eval.results import Results
+    from rnn_longctx.eval.run import answer, evaluate
+    from rnn_longctx.eval.search.calibrate import calibrate
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_WHERE[name]), name)

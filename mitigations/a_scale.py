@@ -10,25 +10,32 @@ or below 1 (decay) a layer forgets more. On the decay it is RRI with beta = 1.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rnn_longctx.errors import InputError
-from rnn_longctx.mitigations.base import Plan, Remedy, above_zero, per_layer
+from rnn_longctx.mitigations.base import REMEDIES, Need, Plan, Remedy, above_zero, per_layer
+from rnn_longctx.mitigations.scales import ALPHAS, FACTORS
+from rnn_longctx.models.interface import LanguageModel
 from rnn_longctx.recurrence.policy import ScanPolicy
 from rnn_longctx.spec import quiet
 
 if TYPE_CHECKING:
     from rnn_longctx.data import Text
-    from rnn_longctx.models.lm import Mamba2LM
 
 
+@REMEDIES.register
 @dataclass(frozen=True)
 class AScale(Remedy):
     """scale: above 0; one number, or one a layer: 1.2/1.1/... place: rate or decay."""
 
     name = "a-scale"
+    needs = frozenset({Need.RECURRENCE})
     adds = True
+    foldable = "a-scale (place=rate)"
+    search = "spsa"
+    one_a_layer = "scale"
     scale: float | str
     place: str = quiet("rate")
 
@@ -39,7 +46,19 @@ class AScale(Remedy):
         if self.place == "decay" and max(scales) > 1:
             raise InputError(f"a-scale: decays above 1 grow without end; scale must be at most 1, got {max(scales):g}")
 
-    def plan(self, model: Mamba2LM, target_length: int | None = None, text: Text | None = None) -> Plan:
+    @classmethod
+    def usual(cls, train_length: int | None) -> list[str]:
+        return ["a-scale:scale=1.5"]
+
+    @classmethod
+    def grid(cls, train_length: int, fixed: Mapping[str, str]) -> dict[str, list[Any]]:
+        return {"scale": list(ALPHAS if fixed.get("place") == "decay" else FACTORS)}
+
+    @property
+    def forgets(self) -> bool:
+        return self.place == "decay"
+
+    def plan(self, model: LanguageModel, target_length: int | None = None, text: Text | None = None) -> Plan:
         scales = per_layer("a-scale", self.scale, model)
         if self.place == "rate":
             return Plan(tuple(ScanPolicy(mul=s) for s in scales))

@@ -9,36 +9,41 @@ little, the fastest a little less. 5 to 8% are the shares reported (PG-19 at 64K
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from rnn_longctx.errors import InputError
-from rnn_longctx.mitigations.base import NotApplicable, Plan, Remedy
+from rnn_longctx.mitigations.base import REMEDIES, Need, Plan, Remedy
+from rnn_longctx.models.interface import LanguageModel
 from rnn_longctx.recurrence.policy import ScanPolicy
 
 if TYPE_CHECKING:
     from rnn_longctx.data import Text
-    from rnn_longctx.models.lm import Mamba2LM
 
 
+@REMEDIES.register
 @dataclass(frozen=True)
 class AWinsor(Remedy):
     """share: of a layer's heads to draw in at either end, in [0, 0.5)."""
 
     name = "a-winsor"
+    needs = frozenset({Need.RECURRENCE, Need.RATES})
+    foldable = "a-winsor"
+    search = "grid"
     share: float = 0.05
 
     def __post_init__(self) -> None:
         if not 0 <= self.share < 0.5:
             raise InputError(f"a-winsor: share must lie in [0, 0.5), got {self.share:g}")
 
-    def plan(self, model: Mamba2LM, target_length: int | None = None, text: Text | None = None) -> Plan:
-        if any(mixer.A.ndim > 1 for mixer in model.mixers):
-            raise NotApplicable(
-                f"a-winsor needs one A a head, as Mamba-2 has: {model.name} has Mamba-1's, one a channel"
-            )
+    @classmethod
+    def grid(cls, train_length: int, fixed: Mapping[str, str]) -> dict[str, list[Any]]:
+        return {"share": [0.02, 0.05, 0.08, 0.15, 0.25]}
+
+    def plan(self, model: LanguageModel, target_length: int | None = None, text: Text | None = None) -> Plan:
         policies = []
         for mixer in model.mixers:
             A = mixer.A.detach().double().cpu()

@@ -1,38 +1,79 @@
-"""What a remedy is: something that turns a model into one `ScanPolicy` a layer, or a control of its reader."""
+"""What a remedy is: something that turns a model into one `ScanPolicy` a layer, or that changes how its reader reads.
+
+A remedy is one file in this folder, named like it (`state_norm.py` for "state-norm"), and nothing else names it:
+
+    @REMEDIES.register
+    @dataclass(frozen=True)
+    class ForgetFaster(Remedy):
+        name = "forget-faster"
+        needs = frozenset({Need.RECURRENCE})
+        factor: float = 1.5
+
+        def plan(self, model, target_length=None, text=None):
+            return Plan(same_everywhere(model, ScanPolicy(mul=self.factor)))
+
+One that lives elsewhere is registered by `rnn_longctx.plugins.register`.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields
+from enum import Enum
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from rnn_longctx.errors import InputError
-from rnn_longctx.models.lm import Reader
-from rnn_longctx.models.restart import Restart
+from rnn_longctx.models.interface import LanguageModel, Reader
 from rnn_longctx.recurrence.policy import PLAIN, ScanPolicy
+from rnn_longctx.registry import Registry
 from rnn_longctx.spec import canonical
 
 if TYPE_CHECKING:
     from rnn_longctx.data import Text
-    from rnn_longctx.models.lm import Mamba2LM
+    from rnn_longctx.measure.calibration import Calibration
+    from rnn_longctx.models.restart import Restart
+
+REMEDIES: Registry[type[Remedy]] = Registry("mitigation", "rnn_longctx.mitigations")
 
 
 class NotApplicable(InputError):
     """The model lacks what the remedy needs."""
 
 
+class Need(Enum):
+    """What a remedy needs of a model, or of the call that puts it on; they are checked in this order."""
+
+    RECURRENCE = "a recurrent layer"
+    STEPS = "one step size a head and token, as Mamba-2 has"
+    RATES = "one A a head, as Mamba-2 has"
+    ATTENTION = "layers that attend, beside the recurrent ones"
+    NO_ATTENTION = "no layer that attends, for it would need the tokens that the remedy drops between layers"
+    TRAIN_LENGTH = "the length that the model was trained on"
+    TARGET_LENGTH = "the length that is to be read"
+
+
 @dataclass(frozen=True)
 class Plan:
-    """A remedy worked out for one model: a policy a layer, a reader's control, what it was calibrated on, and how it
-    reads a prompt where that is not token after token. documents: digests of those that a calibration kept in a file
-    has seen (`rnn_longctx.eval.search.unseen`). weights: the model's `weights_hash`, where it follows from the weights.
+    """A remedy worked out for one model.
+
+    Attributes:
+        policies: one for every recurrent layer.
+        restart: the reader's control, or None.
+        reader: how a prompt is read where that is not token after token, or None.
+        calibrations: what it was calibrated on.
+        weights: the model's `weights_hash`, where the plan follows from the weights.
     """
 
     policies: tuple[ScanPolicy, ...]
     restart: Restart | None = None
-    calibration: str | None = None
     reader: Reader | None = None
-    documents: frozenset[str] = frozenset()
+    calibrations: tuple[Calibration, ...] = ()
     weights: str | None = None
+
+    @property
+    def calibration(self) -> str | None:
+        """What it was calibrated on, as a result's key says it; None if on nothing."""
+        return "; ".join(map(str, self.calibrations)) or None
 
 
 @dataclass(frozen=True)
@@ -41,20 +82,70 @@ class Remedy:
 
     Attributes:
         name: as on the command line.
-        control: True for the two that every remedy is judged against.
+        needs: what a model must have; without it, `mitigate` raises NotApplicable and says what is missing.
+        control: True for those that every remedy is judged against.
         adds: True where two settings of it act one upon the other: factors multiply, every cap holds. Elsewhere one of
             two would go unnoticed (the larger window, the earlier start), or do what neither says (a second floor
             under A raises what the first has raised), and they are not composed.
+        starts: True where it says what rows start from, which one remedy alone can.
+        diagnoses: True where it belongs to the controls that tell which part of a hybrid fails: "all" names them last,
+            and an evaluation adds them by itself where a hybrid is read beyond its training length.
         per_length: True where the policies depend on the target length, so that every length is its own pass.
+        foldable: how `fold` calls it among the remedies that can be put into weights; empty for one that cannot.
+        search: how `calibrate` searches its parameters: over `grid` ("grid"; "quantile" where they are quantiles of
+            what was measured on the text), and by SPSA from the best of the grid on ("spsa"). None: not at all.
+        one_a_layer: the parameter that takes one value for every layer, written a/b/..., which SPSA moves.
     """
 
     name: ClassVar[str]
+    needs: ClassVar[frozenset[Need]] = frozenset()
     control: ClassVar[bool] = False
     adds: ClassVar[bool] = False
+    starts: ClassVar[bool] = False
+    diagnoses: ClassVar[bool] = False
     per_length: ClassVar[bool] = False
+    foldable: ClassVar[str] = ""
+    search: ClassVar[Literal["grid", "quantile", "spsa"] | None] = None
+    one_a_layer: ClassVar[str] = ""
 
-    def plan(self, model: Mamba2LM, target_length: int | None = None, text: Text | None = None) -> Plan:
-        """Work the remedy out for a model.
+    @classmethod
+    def usual(cls, train_length: int | None) -> list[str]:
+        """Return the settings that "all" measures: its published or plainest ones.
+
+        Without an override it is the bare name, or nothing where a parameter has no default, or where it needs the
+        training length and that is not known (None).
+        """
+        required = any(f.default is MISSING and f.default_factory is MISSING for f in fields(cls))
+        unknown = train_length is None and Need.TRAIN_LENGTH in cls.needs
+        return [] if required or unknown else [cls.name]
+
+    @classmethod
+    def grid(cls, train_length: int, fixed: Mapping[str, str]) -> dict[str, list[Any]]:
+        """Return the values that `calibrate` tries of each parameter; all combinations of them are measured.
+
+        Args:
+            train_length: in tokens.
+            fixed: the parameters that stay as the caller gave them, as text.
+        """
+        return {}
+
+    @property
+    def parts(self) -> tuple[Remedy, ...]:
+        """The remedies that this one is composed of: itself alone, unless it is a composition, or `none`."""
+        return (self,)
+
+    @property
+    def kind(self) -> type[Remedy]:
+        """The class of which a second setting may not be composed with this one (see `adds`)."""
+        return type(self)
+
+    @property
+    def forgets(self) -> bool:
+        """Whether `one_a_layer` is a factor on decays, at most 1: SPSA then moves what is forgotten, 1 - factor."""
+        return False
+
+    def plan(self, model: LanguageModel, target_length: int | None = None, text: Text | None = None) -> Plan:
+        """Work the remedy out for a model that has what it needs (see `planned`).
 
         Args:
             target_length: tokens the model is to read, where the remedy depends on it.
@@ -68,30 +159,70 @@ class Remedy:
         return canonical(self.name, self)
 
 
-def same_everywhere(model: Mamba2LM, policy: ScanPolicy = PLAIN) -> tuple[ScanPolicy, ...]:
-    return (policy,) * len(model.mixers)
+def planned(remedy: Remedy, model: LanguageModel, target_length: int | None = None, text: Text | None = None) -> Plan:
+    """Work a remedy out for a model, after a look at what it needs. Arguments and errors are those of `Remedy.plan`."""
+    for need in Need:
+        if need in remedy.needs and (reason := _lacks(need, remedy.name, model, target_length)):
+            raise NotApplicable(reason)
+    return remedy.plan(model, target_length, text)
 
 
-def train_length(model: Mamba2LM, remedy: str) -> int:
-    """The model's training length, or a refusal that says how to give it."""
+def _lacks(need: Need, remedy: str, model: LanguageModel, target_length: int | None) -> str | None:
+    """Return why a need is not met, or None if it is."""
+    match need:
+        case Need.RECURRENCE if not model.mixers:
+            return f"{remedy} changes a recurrence, and {model.name} has none"
+        case Need.STEPS if not _one_step_a_head(model):
+            has = "Mamba-1's" if _per_channel(model) else "none"
+            return f"{remedy} reads one step a head, as Mamba-2 has: {model.name} has {has}"
+        case Need.RATES if not _one_step_a_head(model):
+            has = "Mamba-1's, one a channel" if _per_channel(model) else "none"
+            return f"{remedy} needs one A a head, as Mamba-2 has: {model.name} has {has}"
+        case Need.ATTENTION if not (model.attends and model.mixers):
+            return f"{remedy} is for hybrids, and {model.name} has no {'attention' if model.mixers else 'recurrence'}"
+        case Need.NO_ATTENTION if model.attends:
+            return f"{remedy} drops tokens between layers, which attention in {model.name} needs"
+        case Need.TRAIN_LENGTH:
+            return _unknown_train_length(remedy, model)
+        case Need.TARGET_LENGTH if target_length is None:
+            return f"{remedy} needs the length to be read: give target_length"
+    return None
+
+
+def _one_step_a_head(model: LanguageModel) -> bool:
+    return all(mixer.one_step_a_head for mixer in model.mixers)
+
+
+def _per_channel(model: LanguageModel) -> bool:
+    """Whether a layer learned its rates for every channel of the state, as Mamba-1 does."""
+    return any(mixer.per_channel and mixer.A is not None for mixer in model.mixers)
+
+
+def _unknown_train_length(remedy: str, model: LanguageModel) -> str | None:
+    if model.train_length is not None:
+        return None
+    return (
+        f"{remedy} needs the training length, which {model.name} does not say: give --train-length "
+        "(train_length= of load or adopt in Python)"
+    )
+
+
+def train_length(model: LanguageModel, remedy: str) -> int:
+    """Return the model's training length. Raises NotApplicable, with how to give it, where it is not known."""
     if model.train_length is None:
-        raise NotApplicable(
-            f"{remedy} needs the training length, which {model.name} does not say: give --train-length "
-            "(train_length= of load or adopt in Python)"
-        )
+        raise NotApplicable(_unknown_train_length(remedy, model))
     return model.train_length
 
 
-def one_step_a_head(model: Mamba2LM, remedy: str) -> None:
-    """Refuse a model whose steps are not Mamba-2's, one a head from what `in_proj` gives."""
-    if any(mixer.A.ndim > 1 for mixer in model.mixers):
-        raise NotApplicable(f"{remedy} reads one step a head, as Mamba-2 has: {model.name} has Mamba-1's")
+def same_everywhere(model: LanguageModel, policy: ScanPolicy = PLAIN) -> tuple[ScanPolicy, ...]:
+    """Return one policy for every recurrent layer of the model."""
+    return (policy,) * len(model.mixers)
 
 
 def above_zero(remedy: str, name: str, value: float | str) -> list[float]:
-    """The numbers of `0.7` or `0.7/0.8/...`. Raises InputError where one is none, or not above 0."""
+    """Return the numbers of `0.7` or `0.7/0.8/...`. Raises InputError where one is none, or not above 0."""
     try:
-        numbers = [float(part) for part in str(value).split("/")]
+        numbers = [float(number) for number in str(value).split("/")]
     except ValueError:
         raise InputError(f"{remedy}: {name} is a number, or one a layer as in 0.7/0.8, got {value!r}") from None
     if not all(0 < number < float("inf") for number in numbers):
@@ -99,8 +230,8 @@ def above_zero(remedy: str, name: str, value: float | str) -> list[float]:
     return numbers
 
 
-def per_layer(remedy: str, value: float | str, model: Mamba2LM) -> list[float]:
-    """One number a layer of the model."""
+def per_layer(remedy: str, value: float | str, model: LanguageModel) -> list[float]:
+    """Return one number for every recurrent layer of the model, from one for all or one for each (`above_zero`)."""
     numbers, layers = above_zero(remedy, "the value", value), len(model.mixers)
     if len(numbers) not in (1, layers):
         raise InputError(f"{remedy}: {len(numbers)} values are given, the model has {layers} recurrent layers")

@@ -17,15 +17,16 @@ import torch
 from torch import Tensor
 
 from rnn_longctx.errors import InputError
-from rnn_longctx.mitigations.base import Plan, Remedy, same_everywhere
+from rnn_longctx.mitigations.base import REMEDIES, Plan, Remedy, same_everywhere
 from rnn_longctx.models.cache import Cache
+from rnn_longctx.models.interface import LanguageModel
 from rnn_longctx.spec import quiet
 
 if TYPE_CHECKING:
     from rnn_longctx.data import Text
-    from rnn_longctx.models.lm import Mamba2LM
 
 
+@REMEDIES.register
 @dataclass(frozen=True)
 class ChunkSelect(Remedy):
     """chunk: tokens of a chunk, the question not counted; query: tokens of the question."""
@@ -38,13 +39,13 @@ class ChunkSelect(Remedy):
         if self.chunk < 1 or self.query < 1:
             raise InputError(f"chunk-select: chunk and query are at least 1 token, got {self.chunk} and {self.query}")
 
-    def plan(self, model: Mamba2LM, target_length: int | None = None, text: Text | None = None) -> Plan:
+    def plan(self, model: LanguageModel, target_length: int | None = None, text: Text | None = None) -> Plan:
         reader = lambda model, ids, segment: read(model, ids, segment, self.chunk, self.query)  # noqa: E731
         return Plan(same_everywhere(model), reader=reader)
 
 
 @torch.no_grad()
-def read(model: Mamba2LM, ids: Tensor, segment: int, chunk: int, query: int) -> tuple[Tensor, Cache]:
+def read(model: LanguageModel, ids: Tensor, segment: int, chunk: int, query: int) -> tuple[Tensor, Cache]:
     """Logits (B, vocab) after the last of ids (B, T), and the cache, of each row's surest chunk."""
     chosen = [_surest(model, row.to(model.device), segment, chunk, query) for row in ids]
     if len(ids) == 1:
@@ -55,7 +56,7 @@ def read(model: Mamba2LM, ids: Tensor, segment: int, chunk: int, query: int) -> 
     return torch.cat([logits for logits, _ in chosen]), cache
 
 
-def _surest(model: Mamba2LM, ids: Tensor, segment: int, chunk: int, query: int) -> tuple[Tensor, Cache]:
+def _surest(model: LanguageModel, ids: Tensor, segment: int, chunk: int, query: int) -> tuple[Tensor, Cache]:
     body, question = ids[:-query], ids[-query:]
     whole = len(body) // chunk * chunk
     # the chunks are whole from the end on: what is left over is the beginning

@@ -9,28 +9,42 @@ it then reports, which calibration here never sees.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from rnn_longctx.mitigations.base import Plan, Remedy, above_zero, per_layer
+from rnn_longctx.mitigations.base import REMEDIES, Need, Plan, Remedy, above_zero, per_layer
+from rnn_longctx.mitigations.scales import FACTORS
+from rnn_longctx.models.interface import LanguageModel
 from rnn_longctx.recurrence.policy import ScanPolicy
 
 if TYPE_CHECKING:
     from rnn_longctx.data import Text
-    from rnn_longctx.models.lm import Mamba2LM
 
 
+@REMEDIES.register
 @dataclass(frozen=True)
 class DeltaScale(Remedy):
     """scale: above 0; one number, or one a layer: 0.7/0.8/..."""
 
     name = "delta-scale"
+    needs = frozenset({Need.RECURRENCE})
     adds = True
+    search = "spsa"
+    one_a_layer = "scale"
     scale: float | str
 
     def __post_init__(self) -> None:
         above_zero("delta-scale", "scale", self.scale)
 
-    def plan(self, model: Mamba2LM, target_length: int | None = None, text: Text | None = None) -> Plan:
+    @classmethod
+    def usual(cls, train_length: int | None) -> list[str]:
+        return ["delta-scale:scale=0.7"]
+
+    @classmethod
+    def grid(cls, train_length: int, fixed: Mapping[str, str]) -> dict[str, list[Any]]:
+        return {"scale": list(FACTORS)}
+
+    def plan(self, model: LanguageModel, target_length: int | None = None, text: Text | None = None) -> Plan:
         scales = per_layer("delta-scale", self.scale, model)
         return Plan(tuple(ScanPolicy(mul=s, gain=s) for s in scales))

@@ -12,20 +12,23 @@ from typing import TYPE_CHECKING
 import torch
 
 from rnn_longctx.errors import InputError
-from rnn_longctx.mitigations.base import Plan, Remedy
+from rnn_longctx.mitigations.base import REMEDIES, Need, Plan, Remedy
+from rnn_longctx.models.interface import LanguageModel
 from rnn_longctx.recurrence.policy import ScanPolicy, nested
 from rnn_longctx.spec import quiet
 
 if TYPE_CHECKING:
     from rnn_longctx.data import Text
-    from rnn_longctx.models.lm import Mamba2LM
 
 
+@REMEDIES.register
 @dataclass(frozen=True)
 class NoiseStart(Remedy):
     """std: of the numbers of the state, at least 0."""
 
     name = "noise-start"
+    needs = frozenset({Need.RECURRENCE})
+    starts = True
     std: float
     seed: int = quiet(0)
 
@@ -35,7 +38,11 @@ class NoiseStart(Remedy):
         if not 0 <= self.seed < 2**63:
             raise InputError(f"noise-start: seed must lie between 0 and 2^63, got {self.seed}")
 
-    def plan(self, model: Mamba2LM, target_length: int | None = None, text: Text | None = None) -> Plan:
+    @classmethod
+    def usual(cls, train_length: int | None) -> list[str]:
+        return ["noise-start:std=0.1"]
+
+    def plan(self, model: LanguageModel, target_length: int | None = None, text: Text | None = None) -> Plan:
         draw = torch.Generator().manual_seed(self.seed)
         shapes = [(m.heads, m.headdim, m.d_state) for m in model.mixers]
         starts = [torch.randn(shape, generator=draw, dtype=torch.float32, device="cpu") * self.std for shape in shapes]

@@ -10,25 +10,31 @@ this project's: `rnn-longctx calibrate` finds them.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rnn_longctx.errors import InputError
-from rnn_longctx.mitigations.base import Plan, Remedy, above_zero, per_layer
+from rnn_longctx.mitigations.base import REMEDIES, Need, Plan, Remedy, above_zero, per_layer
+from rnn_longctx.mitigations.scales import ALPHAS
+from rnn_longctx.models.interface import LanguageModel
 from rnn_longctx.recurrence.policy import ScanPolicy
 
 if TYPE_CHECKING:
     from rnn_longctx.data import Text
-    from rnn_longctx.models.lm import Mamba2LM
 
 
+@REMEDIES.register
 @dataclass(frozen=True)
 class RRI(Remedy):
     """alpha: factor on every decay, in (0, 1], one number or one a layer: 0.999/0.9999/...; beta: factor on every
     input, above 0."""
 
     name = "rri"
+    needs = frozenset({Need.RECURRENCE})
     adds = True
+    search = "spsa"
+    one_a_layer = "alpha"
     alpha: float | str = 0.9999
     beta: float = 0.75
 
@@ -38,6 +44,18 @@ class RRI(Remedy):
         if not 0 < self.beta < math.inf:
             raise InputError(f"rri: beta must be above 0, got {self.beta:g}")
 
-    def plan(self, model: Mamba2LM, target_length: int | None = None, text: Text | None = None) -> Plan:
+    @classmethod
+    def usual(cls, train_length: int | None) -> list[str]:
+        return ["rri", "rri:alpha=0.999,beta=1"]
+
+    @classmethod
+    def grid(cls, train_length: int, fixed: Mapping[str, str]) -> dict[str, list[Any]]:
+        return {"alpha": list(ALPHAS), "beta": [1.0, 0.75, 0.5]}
+
+    @property
+    def forgets(self) -> bool:
+        return True
+
+    def plan(self, model: LanguageModel, target_length: int | None = None, text: Text | None = None) -> Plan:
         alphas = per_layer("rri", self.alpha, model)
         return Plan(tuple(ScanPolicy(add=math.log(alpha), gain=self.beta) for alpha in alphas))

@@ -3,33 +3,37 @@
     S_t <- S_t * min(1, cap / ||S_t||_F)        per head, after every token or every k tokens
 
 Reads the largest norm each head reaches within the training length, in each of some slices of a calibration text
-(`probes.envelope`), and makes a quantile of them that head's cap. Changes the recurrence of heads that reach it, and no
-other.
+(`rnn_longctx.measure.envelope`), and makes a quantile of them that head's cap. Changes the recurrence of heads that
+reach it, and no other.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rnn_longctx.errors import InputError
 from rnn_longctx.measure.envelope import envelope_of
-from rnn_longctx.mitigations.base import Plan, Remedy, train_length
+from rnn_longctx.mitigations.base import REMEDIES, Need, Plan, Remedy, train_length
+from rnn_longctx.models.interface import LanguageModel
 from rnn_longctx.recurrence.policy import Cap, ScanPolicy
 from rnn_longctx.spec import quiet
 
 if TYPE_CHECKING:
     from rnn_longctx.data import Text
-    from rnn_longctx.models.lm import Mamba2LM
 
 
+@REMEDIES.register
 @dataclass(frozen=True)
 class StateNorm(Remedy):
     """every: tokens between two caps; 1 is exact, more is cheaper. quantile: of the slices' largest norms, in [0, 1]; 1
     caps at the largest of all, less caps tighter."""
 
     name = "state-norm"
+    needs = frozenset({Need.RECURRENCE, Need.TRAIN_LENGTH})
     adds = True
+    search = "quantile"
     every: int = quiet(1)
     quantile: float = quiet(1.0)
 
@@ -39,7 +43,15 @@ class StateNorm(Remedy):
         if not 0 <= self.quantile <= 1:
             raise InputError(f"state-norm: quantile must lie in [0, 1], got {self.quantile:g}")
 
-    def plan(self, model: Mamba2LM, target_length: int | None = None, text: Text | None = None) -> Plan:
+    @classmethod
+    def usual(cls, train_length: int | None) -> list[str]:
+        return [] if train_length is None else ["state-norm", "state-norm:every=64"]
+
+    @classmethod
+    def grid(cls, train_length: int, fixed: Mapping[str, str]) -> dict[str, list[Any]]:
+        return {"quantile": [1.0, 0.9, 0.75, 0.5, 0.0]}
+
+    def plan(self, model: LanguageModel, target_length: int | None = None, text: Text | None = None) -> Plan:
         envelope = envelope_of(model, train_length(model, "state-norm"), text)
         policies = tuple(ScanPolicy(caps=(Cap(caps, self.every),)) for caps in envelope.norms(self.quantile))
-        return Plan(policies, calibration=envelope.label, weights=model.weights_hash)
+        return Plan(policies, calibrations=(envelope.calibration,), weights=model.weights_hash)

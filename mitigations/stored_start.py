@@ -12,22 +12,25 @@ from typing import TYPE_CHECKING
 
 from rnn_longctx.config import home_path
 from rnn_longctx.errors import InputError
-from rnn_longctx.mitigations.base import Plan, Remedy
+from rnn_longctx.mitigations.base import REMEDIES, Need, Plan, Remedy
 from rnn_longctx.models.cache import Cache
 from rnn_longctx.models.checkpoint.legacy import is_of
+from rnn_longctx.models.interface import LanguageModel
 from rnn_longctx.recurrence.policy import ScanPolicy, nested
 from rnn_longctx.recurrence.ssd.window import window_state
 
 if TYPE_CHECKING:
     from rnn_longctx.data import Text
-    from rnn_longctx.models.lm import Mamba2LM
 
 
+@REMEDIES.register
 @dataclass(frozen=True)
 class StoredStart(Remedy):
     """file: the state that `generate --save-state` kept, of the same weights."""
 
     name = "stored-start"
+    needs = frozenset({Need.RECURRENCE})
+    starts = True
     file: str  # or FILE@hash, as results name it
 
     def __post_init__(self) -> None:
@@ -45,7 +48,7 @@ class StoredStart(Remedy):
     def __str__(self) -> str:
         return f"stored-start:file={self.file}" + (f"@{self.hash}" if self.hash else "")
 
-    def plan(self, model: Mamba2LM, target_length: int | None = None, text: Text | None = None) -> Plan:
+    def plan(self, model: LanguageModel, target_length: int | None = None, text: Text | None = None) -> Plan:
         cache, _, note = Cache.load_with(self.file)
         states = [window_state(layer.scan)[0] for layer in cache.layers]
         shapes = [(m.heads, m.headdim, m.d_state) for m in model.mixers]

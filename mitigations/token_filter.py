@@ -14,34 +14,38 @@ and nothing at or below the training length.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from rnn_longctx.errors import InputError
 from rnn_longctx.measure.steps import steps_of
-from rnn_longctx.mitigations.base import NotApplicable, Plan, Remedy, one_step_a_head, same_everywhere, train_length
+from rnn_longctx.mitigations.base import REMEDIES, Need, Plan, Remedy, same_everywhere, train_length
+from rnn_longctx.models.interface import LanguageModel
 from rnn_longctx.recurrence.policy import ScanPolicy
 from rnn_longctx.spec import quiet
 
 if TYPE_CHECKING:
     from rnn_longctx.data import Text
-    from rnn_longctx.models.lm import Mamba2LM
 
 # Of g, which is a step of the text: the first layer's hang on the token alone, and all tokens of that kind would be
 # kept or skipped as rounding has it, otherwise in every cut of a stream.
 MARGIN = 1e-4
 
 
+@REMEDIES.register
 @dataclass(frozen=True)
 class TokenFilter(Remedy):
     """theta: what must be left of the first token for a head to be global, in (0, 1); clamp: share of the largest
     steps, in [0, 1)."""
 
     name = "token-filter"
+    needs = frozenset({Need.RECURRENCE, Need.STEPS, Need.TRAIN_LENGTH, Need.TARGET_LENGTH})
     per_length = True
+    search = "quantile"
     theta: float = 0.05
     clamp: float = quiet(0.05)
 
@@ -51,20 +55,22 @@ class TokenFilter(Remedy):
         if not 0 <= self.clamp < 1:
             raise InputError(f"token-filter: clamp must lie in [0, 1), got {self.clamp:g}")
 
-    def plan(self, model: Mamba2LM, target_length: int | None = None, text: Text | None = None) -> Plan:
+    @classmethod
+    def grid(cls, train_length: int, fixed: Mapping[str, str]) -> dict[str, list[Any]]:
+        return {"theta": [0.01, 0.05, 0.2], "clamp": [0.0, 0.05]}
+
+    def plan(self, model: LanguageModel, target_length: int | None = None, text: Text | None = None) -> Plan:
         length = train_length(model, "token-filter")
-        if target_length is None:
-            raise NotApplicable("token-filter needs the length to be read: give target_length")
-        one_step_a_head(model, "token-filter")
-        steps, label = steps_of(model, length, text)
+        assert target_length is not None  # (`needs`)
+        steps, calibration = steps_of(model, length, text)
         if target_length <= length:
-            return Plan(same_everywhere(model), calibration=label, weights=model.weights_hash)
+            return Plan(same_everywhere(model), calibrations=(calibration,), weights=model.weights_hash)
         policies = []
         for mixer, dt in zip(model.mixers, steps):
             far = (dt.sum(1).mean(0) * mixer.A.detach().cpu().float()).exp() > self.theta
             g = thresholds(dt.flatten(0, 1), length / target_length, self.clamp)
             policies.append(ScanPolicy(min_dt=tuple(torch.where(far, g * (1 - MARGIN), 0.0).tolist())))
-        return Plan(tuple(policies), calibration=label, weights=model.weights_hash)
+        return Plan(tuple(policies), calibrations=(calibration,), weights=model.weights_hash)
 
 
 def thresholds(dt: Tensor, share: float, clamp: float) -> Tensor:
@@ -73,6 +79,6 @@ def thresholds(dt: Tensor, share: float, clamp: float) -> Tensor:
     dt = dt.sort(0, descending=True).values
     dt = dt.minimum(dt[int(clamp * len(dt))])
     sums = dt.cumsum(0)
-    kept = (sums <= share * sums[-1]).sum(0)  # the largest few
-    smallest = dt.gather(0, (kept - 1).clamp(min=0)[None])[0]
-    return torch.where(kept > 0, smallest, float("inf"))
+    largest = (sums <= share * sums[-1]).sum(0)  # how many stay
+    smallest = dt.gather(0, (largest - 1).clamp(min=0)[None])[0]
+    return torch.where(largest > 0, smallest, float("inf"))

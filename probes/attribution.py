@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from rnn_longctx.errors import InputError
-from rnn_longctx.models.adopt.adopting import reader_of
+from rnn_longctx.models.adopt.adopting import as_language_model
 from rnn_longctx.models.segments import SEGMENT
 from rnn_longctx.probes.terms import Terms, read_terms, refuse
 
@@ -111,7 +111,7 @@ def attribute(model: Mamba2LM, ids: Tensor, top: int | None = None, *, queries: 
         InputError: a model that is adopted, a policy that does more than change the gates (a cap, window, reset or
             start: the output is then no such sum), a control or reader, ids of another shape, numbers out of range.
     """
-    model = reader_of(model)
+    model = as_language_model(model)
     refuse(model, ids, segment)
     wanted = [ids.shape[1] - 1] if queries is None else sorted({int(q) for q in queries})
     if not wanted or not 0 <= wanted[0] <= wanted[-1] < ids.shape[1]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from rnn_longctx.data.tokenizers import Tokenizer
 from rnn_longctx.errors import InputError
 from rnn_longctx.mitigations import Remedy, mitigate
-from rnn_longctx.models.adopt.adopting import reader_of
+from rnn_longctx.models.adopt.adopting import as_language_model
 from rnn_longctx.models.generate import generate
 from rnn_longctx.models.lm import Mamba2LM
 from rnn_longctx.models.segments import SEGMENT
@@ -39,7 +39,7 @@ def dropped_share(model: Mamba2LM, ids: Tensor, remedy: str | Remedy = "token-fi
         dropped (share of the T tokens), share (of the sizes of the contributions at the last token).
     Raises: InputError: what `attribute` and `mitigate` refuse, another remedy, a model that has one already.
     """
-    model = reader_of(model)
+    model = as_language_model(model)
     refuse(model, ids, segment)
     if any(mixer.policy != PLAIN for mixer in model.mixers):
         raise InputError("the plain model is compared with the filtered one: take the remedy off first")
@@ -79,7 +79,7 @@ def key_hits(model: Mamba2LM, n: int = 20, length: int = 1024, top: int = 10, se
         chance (of a hit by `top` tokens drawn at random), right (answers), n. Empty where no answer is right.
     Raises: InputError: numbers below 1, a model without a tokenizer, what `attribute` and `passkey_batch` refuse.
     """
-    model = reader_of(model)
+    model = as_language_model(model)
     if n < 1 or top < 1:
         raise InputError(f"expected at least one prompt and one token, got n={n}, top={top}")
     if model.tokenizer is None:

@@ -18,7 +18,7 @@ from rnn_longctx.data import Text, tokens
 from rnn_longctx.data.pieces import encode_after
 from rnn_longctx.errors import InputError, nearest
 from rnn_longctx.measure.envelope import envelope_of
-from rnn_longctx.models.adopt.adopting import reader_of
+from rnn_longctx.models.adopt.adopting import as_language_model
 from rnn_longctx.models.modes import in_evaluation
 from rnn_longctx.models.precision import computes_as
 from rnn_longctx.models.segments import SEGMENTS
@@ -139,7 +139,7 @@ def probe(model: Any, text: Text, length: int, *, prompt: str = "text", every: i
         InputError: a length below `every`, an unknown prompt, a text too short, no training length known, a remedy for
             prompts (decimate, chunk-select) on the model: nothing of it would be seen.
     """
-    model = reader_of(model)
+    model = as_language_model(model)
     if model.train_length is None:
         raise InputError(f"{model.name} does not say its training length: give --train-length")
     if model.reader is not None:

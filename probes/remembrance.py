@@ -49,9 +49,9 @@ def remembrance(
         InputError: ids that are no tensor of the model's tokens, no rows of at least 2 of them, no cut, one that is no
             whole number or out of range, a segment below 1.
     """
-    from rnn_longctx.models.adopt.adopting import reader_of
+    from rnn_longctx.models.adopt.adopting import as_language_model
 
-    lm = reader_of(model)
+    lm = as_language_model(model)
     if not isinstance(ids, Tensor):
         raise InputError(f"ids must be a tensor (B, T) of whole numbers, got {type(ids).__name__} {ids!r:.60}")
     if ids.ndim != 2 or len(ids) < 1 or ids.shape[1] < 2:

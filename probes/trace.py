@@ -215,11 +215,11 @@ def record(model: Mamba2LM, layers: Iterable[int] | None = None, every: int | st
     Raises:
         InputError: no such layer, an `every` below 1, a model that is being watched already.
     """
-    from rnn_longctx.models.adopt.adopting import reader_of
+    from rnn_longctx.models.adopt.adopting import as_language_model
     from rnn_longctx.models.lm import Mamba2LM as Own
     from rnn_longctx.models.modes import warn_of_training
 
-    lm = reader_of(model)
+    lm = as_language_model(model)
     warn_of_training(lm)
     count = len(lm.mixers)
     try:

@@ -20,6 +20,7 @@ __all__ = [
     "load_text",
     "mitigate",
     "record",
+    "register",
 ]
 
 # Imported on first use: `import rnn_longctx` alone stays light.
@@ -33,10 +34,11 @@ _WHERE = {
     "fold": "rnn_longctx.mitigations",
     "generate": "rnn_longctx.models.generate",
     "generate_stream": "rnn_longctx.models.generate",
-    "load": "rnn_longctx.models.checkpoint.checkpoint",
+    "load": "rnn_longctx.models.checkpoint.load",
     "load_text": "rnn_longctx.data",
     "mitigate": "rnn_longctx.mitigations",
     "record": "rnn_longctx.probes.trace",
+    "register": "rnn_longctx.plugins",
 }
 
 if TYPE_CHECKING:
@@ -46,8 +48,9 @@ if TYPE_CHECKING:
     from rnn_longctx.mitigations import fold, mitigate
     from rnn_longctx.models.adopt.adopting import adopt
     from rnn_longctx.models.cache import Cache
-    from rnn_longctx.models.checkpoint.checkpoint import load
+    from rnn_longctx.models.checkpoint.load import load
     from rnn_longctx.models.generate import generate, generate_stream
+    from rnn_longctx.plugins import register
     from rnn_longctx.probes.monitor.monitor import CollapseMonitor
     from rnn_longctx.probes.trace import record
 

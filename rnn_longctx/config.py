@@ -47,7 +47,11 @@ def home_path(path: str | Path) -> Path:
 
 
 def parse_length(text: str | int, what: str = "a length") -> int:
-    """``"64k"`` -> 65536, ``"1m"`` -> 1048576 (k = 1024, m = 1024**2). Zero, negative or junk: InputError."""
+    """Return a length in tokens: "64k" -> 65536, "1m" -> 1048576 (k = 1024, m = 1024**2).
+
+    Raises:
+        InputError: it is zero, negative or no whole number.
+    """
     raw = str(text).strip().lower()
     number, unit = (raw[:-1].strip(), raw[-1]) if raw[-1:] in ("k", "m") else (raw, "")
     if isinstance(text, bool) or not (number.isascii() and number.isdigit()) or int(number) == 0:
@@ -56,7 +60,7 @@ def parse_length(text: str | int, what: str = "a length") -> int:
 
 
 def parse_lengths(text: str | Sequence[str | int]) -> list[int]:
-    """``"256,1k,4k"`` -> [256, 1024, 4096], in the order given. Empty: InputError."""
+    """Return several lengths, in their order: "256,1k,4k" -> [256, 1024, 4096]. Raises InputError for none."""
     if not isinstance(text, str | Sequence) and not hasattr(text, "__iter__"):
         raise InputError(f"lengths are whole numbers such as 256,1k,4k, not {text!r:.60}")
     parts = text.split(",") if isinstance(text, str) else list(text)
@@ -66,7 +70,7 @@ def parse_lengths(text: str | Sequence[str | int]) -> list[int]:
 
 
 def format_length(length: int) -> str:
-    """65536 -> ``"64K"``, 1048576 -> ``"1M"``, 1000 -> ``"1000"``: the inverse of parse_length."""
+    """Return a length as `parse_length` reads it: 65536 -> "64K", 1048576 -> "1M", 1000 -> "1000"."""
     for unit, size in (("M", 1024**2), ("K", 1024)):
         if length and length % size == 0:
             return f"{length // size}{unit}"
@@ -97,19 +101,18 @@ def load_yaml(cls: type[T], path: str | Path, overrides: Sequence[str] = (), wha
         raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     data = {} if data is None else data
     if not isinstance(data, dict):
-        raise InputError(f"{path}: expected a mapping of keys to values, got {_given(data)}")
+        raise InputError(f"{path}: expected a mapping of keys to values, got {_shown(data)}")
     strange = [str(name) for name in data if name not in {f.name for f in dataclasses.fields(cls)}]  # type: ignore[arg-type]
     if len(strange) > 1 and 2 * len(strange) > len(data):
-        raise InputError(f"{path} is a config of something else (train, eval and capacity have their own): of its "
-                         f"{len(data)} keys {', '.join(strange[:6])} are unknown here")  # fmt: skip
+        names = f"of its {len(data)} keys {', '.join(strange[:6])} are unknown here"
+        raise InputError(f"{path} is a config of something else (train, eval and capacity have their own): {names}")
     for item in overrides:
         data = _override(data, item)
     return from_dict(cls, data, where=str(path))
 
 
 def to_dict(obj: Any) -> Any:
-    """Plain dicts, lists and scalars (tuples become lists, paths strings): what from_dict and YAML read
-    back."""
+    """Return plain dicts, lists and scalars (tuples become lists, paths strings), which from_dict and YAML read."""
     if dataclasses.is_dataclass(obj) and not isinstance(obj, type):
         return {f.name: to_dict(getattr(obj, f.name)) for f in dataclasses.fields(obj)}
     if isinstance(obj, Mapping):
@@ -135,7 +138,7 @@ def _override(data: dict[str, Any], item: str) -> dict[str, Any]:
         if child is None:
             child = node[part] = {}
         if not isinstance(child, dict):
-            raise InputError(f"--set {item}: {'.'.join(parts[: depth + 1])} is {_given(child)}, not a group of keys")
+            raise InputError(f"--set {item}: {'.'.join(parts[: depth + 1])} is {_shown(child)}, not a group of keys")
         node = child
     node[parts[-1]] = value
     return data
@@ -143,7 +146,7 @@ def _override(data: dict[str, Any], item: str) -> dict[str, Any]:
 
 def _build(cls: type[T], mapping: Any, key: str, where: str) -> T:
     if not isinstance(mapping, Mapping):
-        raise InputError(f"{where}{key or 'config'}: expected a mapping of keys to values, got {_given(mapping)}")
+        raise InputError(f"{where}{key or 'config'}: expected a mapping of keys to values, got {_shown(mapping)}")
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
     hints = typing.get_type_hints(cls)
     prefix = f"{key}." if key else ""
@@ -162,9 +165,10 @@ def _build(cls: type[T], mapping: Any, key: str, where: str) -> T:
 
 
 def _convert(hint: Any, value: Any, key: str, where: str) -> Any:
-    """`value` as `hint`, or InputError. Strict but for what YAML cannot write: tuples, 3e-3, 64k, inf."""
+    """Return `value` as `hint`, or raise InputError. It is strict but for what YAML cannot write: tuples, 3e-3, 64k,
+    inf."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
-    wrong = InputError(f"{where}{key}: expected {_expected(hint)}, got {_given(value)}")
+    wrong = InputError(f"{where}{key}: expected {_expected(hint)}, got {_shown(value)}")
     if hint is Any:
         return value
     if origin in (typing.Union, types.UnionType):
@@ -234,7 +238,7 @@ def _fail(error: Exception) -> Any:
 
 
 def _expected(hint: Any) -> str:
-    """A type as a person would say it: ``int | None``, ``list of float``, ``2 x float``."""
+    """Return a type as a person would say it: "int or null", "a list of float"."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return " or ".join(_expected(a) for a in args)
@@ -249,5 +253,5 @@ def _expected(hint: Any) -> str:
     return "null" if hint is type(None) else getattr(hint, "__name__", str(hint))
 
 
-def _given(value: Any) -> str:
+def _shown(value: Any) -> str:
     return "null" if value is None else f"{type(value).__name__} {value!r}"

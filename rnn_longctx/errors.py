@@ -24,7 +24,7 @@ class CollapseError(RuntimeError):
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:
-    """Suffix for an unknown-name message: ``'; did you mean "lm"? (choices: lm, passkey)'``."""
+    """Return the end of a message about an unknown name: '; did you mean "lm"? (choices: lm, passkey)'."""
     options = sorted(choices)
     close = difflib.get_close_matches(name, options, n=1, cutoff=0.4) if len(name) > 1 else []
     hint = f'; did you mean "{close[0]}"?' if close else ""

@@ -43,7 +43,8 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def _os_error(error: BaseException) -> OSError | None:
-    """The failure of the disk behind an error: torch.save and safetensors wrap one, or say it in words alone."""
+    """Return the failure of the disk behind an error, or None: torch.save and safetensors wrap one, or say it in words
+    alone."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OSError):
         cause = cause.__cause__ or cause.__context__

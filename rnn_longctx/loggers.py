@@ -16,10 +16,13 @@ Write = Callable[[dict[str, float], int], None]  # names and values, at a step
 
 @contextmanager
 def scalars(kinds: Sequence[str], directory: str | Path, name: str) -> Iterator[Write]:
-    """Inside the block, a function that writes to each kind: TensorBoard's files go under `directory`, Weights & Biases
-    gets a run called `name` (its project, mode and key come from its own environment variables).
+    """Give a function that writes to each kind, inside the block.
 
-    Raises: InputError: an unknown kind, or one that is not installed.
+    TensorBoard's files go under `directory`; Weights & Biases gets a run called `name` (its project, mode and key come
+    from its own environment variables).
+
+    Raises:
+        InputError: an unknown kind, or one that is not installed.
     """
     with ExitStack() as stack:
         writes = [stack.enter_context(_open(kind, Path(directory), name)) for kind in kinds]
@@ -32,7 +35,7 @@ def scalars(kinds: Sequence[str], directory: str | Path, name: str) -> Iterator[
 
 
 def library(kind: str) -> Any:
-    """The module that a kind is written by. Raises InputError, as `scalars` does."""
+    """Return the module that a kind is written by. Raises InputError, as `scalars` does."""
     if kind not in KINDS:
         raise InputError(f"unknown log {kind!r}{nearest(kind, KINDS)}")
     try:

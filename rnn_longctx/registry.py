@@ -52,7 +52,7 @@ class Registry(Mapping[str, T], Generic[T]):
         return thing
 
     def __getitem__(self, name: str) -> T:
-        """The thing of a name. Raises InputError for an unknown one, with the nearest."""
+        """Return the thing of a name. Raises InputError for an unknown one, with the nearest."""
         if name not in self:
             raise InputError(f"unknown {self.what} {name!r}{nearest(name, self)}")
         return self._known[name]

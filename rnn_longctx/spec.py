@@ -6,7 +6,7 @@ fields; one with the metadata `{"quiet": True}` is left out where it has its def
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, field, fields
 from typing import Any, TypeVar
 
@@ -17,22 +17,29 @@ T = TypeVar("T")
 
 
 def quiet(default: Any) -> Any:
-    """A parameter that canonical text leaves out where it has its default."""
+    """Return a parameter that canonical text leaves out where it has its default."""
     return field(default=default, metadata={"quiet": True})
 
 
 def parse(text: str, kinds: Mapping[str, type[T]], what: str) -> T:
-    """One `name:key=value,...` as an instance of `kinds[name]`.
+    """Return the instance of `kinds[name]` that `name:key=value,...` stands for.
 
     Raises:
         InputError: an unknown name or parameter (with the nearest one), one given twice, a value of the wrong kind or
             beyond 64 bits, a missing one.
     """
-    name, _, rest = text.strip().partition(":")
+    name = text.strip().partition(":")[0]
     if name not in kinds:
         raise InputError(f"unknown {what} {name!r}{nearest(name, kinds)}")
     kind = kinds[name]
-    known = [f.name for f in fields(kind)]  # type: ignore[arg-type]
+    return build(kind, arguments(text, fields(kind), what), text, what)  # type: ignore[arg-type]
+
+
+def arguments(text: str, parameters: Sequence[Field], what: str) -> dict[str, Any]:
+    """Return the values of `name:key=value,...` by their names, each of which must be one of `parameters`. Raises
+    InputError as `parse` does."""
+    name, _, rest = text.strip().partition(":")
+    known = [f.name for f in parameters]
     values: dict[str, Any] = {}
     for item in rest.split(",") if rest else ():
         key, equals, value = (part.strip() for part in item.partition("="))
@@ -46,9 +53,15 @@ def parse(text: str, kinds: Mapping[str, type[T]], what: str) -> T:
         values[key] = _number(value)
         if isinstance(values[key], int) and abs(values[key]) >= 2**63:  # more than a tensor can count
             raise InputError(f"{what} {name}: {key} is out of range, got {value}")
-    for f in fields(kind):  # type: ignore[arg-type]
+    for f in parameters:
         if f.name not in values and _required(f):
             raise InputError(f"{what} {name} needs {f.name}, as in {name}:{f.name}=...")
+    return values
+
+
+def build(kind: type[T], values: Mapping[str, Any], text: str, what: str) -> T:
+    """Return a thing of the values that `text` names. Raises InputError for what the thing refuses."""
+    name = text.strip().partition(":")[0]
     try:
         return from_dict(kind, values, f"{what} {text!r}")
     except InputError as error:  # the thing's own message begins with its name, which stands there already
@@ -56,7 +69,7 @@ def parse(text: str, kinds: Mapping[str, type[T]], what: str) -> T:
 
 
 def canonical(name: str, thing: Any) -> str:
-    """The text that `parse` would read the thing from, parameters in the order of the fields."""
+    """Return the text that `parse` would read the thing from, parameters in the order of the fields."""
     shown = [f for f in fields(thing) if not (f.metadata.get("quiet") and getattr(thing, f.name) == f.default)]
     text = ",".join(f"{f.name}={_text(getattr(thing, f.name))}" for f in shown)
     return f"{name}:{text}" if text else name

@@ -11,8 +11,8 @@ import transformers as hf
 import rnn_longctx
 from rnn_longctx import CollapseMonitor, InputError, adopt, evaluate, generate, load, mitigate, record
 from rnn_longctx.data import ByteTokenizer, Text
-from rnn_longctx.eval.search import calibrate
-from rnn_longctx.models.checkpoint import checkpoint
+from rnn_longctx.eval.search.calibrate import calibrate
+from rnn_longctx.models import checkpoint
 from rnn_longctx.models.lm import Mamba2LM
 from rnn_longctx.models.mixers.mamba2 import Mamba2Config
 from rnn_longctx.probes.retention import retention

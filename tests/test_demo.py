@@ -14,8 +14,8 @@ import rnn_longctx
 from rnn_longctx.config import load_yaml
 from rnn_longctx.eval import EvalConfig, Results
 from rnn_longctx.eval.bench import cpu
-from rnn_longctx.models.checkpoint.checkpoint import BUNDLED, DEMOS
 from rnn_longctx.models.checkpoint.legacy import old_hashes
+from rnn_longctx.models.checkpoint.locate import BUNDLED, DEMOS
 
 DEMO = BUNDLED / "demo"
 

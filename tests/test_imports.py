@@ -148,5 +148,6 @@ def test_tables_and_pictures_know_no_torch():
 
 
 def test_a_wrong_import_is_seen():
-    tree = ast.parse("def f():\n    from rnn_longctx.cli import main\nif TYPE_CHECKING:\n    import rnn_longctx.eval.run\n")
+    inside = "def f():\n    from rnn_longctx.cli import main\n"
+    tree = ast.parse(inside + "if TYPE_CHECKING:\n    import rnn_longctx.eval.run\n")
     assert imported(tree) == ["rnn_longctx.cli", "rnn_longctx.eval.run"] and not imported(at_import(tree))

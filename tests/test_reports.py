@@ -15,8 +15,8 @@ from rnn_longctx import CollapseMonitor, InputError, evaluate, fold, generate, l
 from rnn_longctx.data import ByteTokenizer, Text, load_tokenizer
 from rnn_longctx.eval.results import Results
 from rnn_longctx.mitigations import active, handles_on
+from rnn_longctx.models import checkpoint
 from rnn_longctx.models.cache import Cache
-from rnn_longctx.models.checkpoint import checkpoint
 from rnn_longctx.models.lm import Mamba2LM
 from rnn_longctx.models.mixers.mamba2 import Mamba2Config
 from rnn_longctx.models.saved_state import load_state, save_state

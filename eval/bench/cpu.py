@@ -6,11 +6,27 @@ import tempfile
 import time
 from collections.abc import Callable
 from statistics import median
+from typing import Annotated
 
 import torch
 
-from rnn_longctx.models.checkpoint.checkpoint import save
+from rnn_longctx.config import parse_length
+from rnn_longctx.eval.bench.base import bench
+from rnn_longctx.models.checkpoint.load import load
+from rnn_longctx.models.checkpoint.save import save
 from rnn_longctx.models.lm import Mamba2LM
+
+
+@bench("cpu")
+def bench_cpu(
+    model: Annotated[str, '"demo", "demo-long", a directory, or a Hugging Face hub id.'] = "demo",
+    *,
+    batch: Annotated[int, "Rows side by side."] = 4,
+    length: Annotated[str, "Tokens of a row."] = "4k",
+    repeats: Annotated[int, "Runs of each, of which the median counts."] = 3,
+) -> str:
+    """Tokens per second against transformers' Mamba-2 on the CPU: same weights, same threads, float32."""
+    return cpu(load(model), batch, parse_length(length), repeats)
 
 
 @torch.inference_mode()

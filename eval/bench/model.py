@@ -9,16 +9,18 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from statistics import median
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
+from rnn_longctx.config import parse_length, parse_lengths
 from rnn_longctx.errors import InputError
+from rnn_longctx.eval.bench.base import Row, bench
 from rnn_longctx.eval.bench.scan import ceilings
-from rnn_longctx.models.adopt.families.mamba2 import cache_name
+from rnn_longctx.models.adopt.dispatch import cache_name
 from rnn_longctx.models.cache import Cache
-from rnn_longctx.models.checkpoint.checkpoint import save
+from rnn_longctx.models.checkpoint.save import save
 from rnn_longctx.models.decode import Decoder
 from rnn_longctx.models.lm import Mamba2LM
 from rnn_longctx.models.mixers.mamba2 import Mamba2Config
@@ -27,7 +29,6 @@ from rnn_longctx.recurrence.policy import PLAIN, Cap, ScanPolicy
 SHAPE_370M = Mamba2Config(d_model=1024, n_layer=48, vocab_size=50288, d_state=128, headdim=64)
 PROMPT = 256  # tokens before the steps that are timed
 CHECKED = 3001  # tokens of the prompt whose last logits are compared
-Row = dict[str, Any]
 Read = Callable[[Tensor], Tensor]  # ids (B, T) to the last logits (B, V)
 Step = Callable[[Tensor], Tensor]  # tokens (B) to the next tokens' logits (B, V)
 
@@ -78,6 +79,16 @@ def _transformers(model: Mamba2LM) -> Any:
 
 
 @torch.inference_mode()
+@bench("model")
+def bench_model(
+    *,
+    lengths: Annotated[str, "Tokens of the prompts."] = "64k,1m",
+    segment: Annotated[str, "Tokens read at once."] = "64k",
+) -> Iterator[Row]:
+    """Reading a prompt with a model of 370M parameters on a GPU, here and in mamba-ssm, where that is installed."""
+    return prefill_rows(parse_lengths(lengths), parse_length(segment))
+
+
 def prefill_rows(lengths: list[int], segment: int) -> Iterator[Row]:
     """A row a length and system: seconds to read a prompt of one row to its last token's logits."""
     model = _model()
@@ -150,6 +161,14 @@ def _seconds(read: Read, prompt: Tensor, ids: Tensor, expected: Tensor) -> Row:
 
 
 @torch.inference_mode()
+@bench("decode")
+def bench_decode(
+    *, tokens: Annotated[int, "Tokens that are generated."] = 500, batch: Annotated[int, "Rows side by side."] = 1
+) -> Iterator[Row]:
+    """Tokens per second of a model of 370M parameters on a GPU, with and without a remedy."""
+    return decode_rows(tokens, batch)
+
+
 def decode_rows(tokens: int, batch: int) -> Iterator[Row]:
     """A row a system and remedy: tokens per second and row after a short prompt, and the error of the first step."""
     model = _model()

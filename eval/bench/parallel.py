@@ -11,21 +11,21 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from statistics import median
-from typing import Any
+from typing import Annotated
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from rnn_longctx.config import parse_length
 from rnn_longctx.errors import InputError
-from rnn_longctx.eval.bench import train
+from rnn_longctx.eval.bench import train as training
+from rnn_longctx.eval.bench.base import Row, bench, sizes
 from rnn_longctx.eval.bench.model import SHAPE_370M
 from rnn_longctx.models.cache import Cache
 from rnn_longctx.models.lm import Mamba2LM
 from rnn_longctx.train.learner import Learner
 from rnn_longctx.train.parallel import reduce_gradients, sequence_parallel, shard, stretch
-
-Row = dict[str, Any]
 
 
 @contextmanager
@@ -49,6 +49,22 @@ def model_370m() -> Mamba2LM:
     torch.manual_seed(0)
     with torch.device("cuda"):
         return Mamba2LM(SHAPE_370M).bfloat16()
+
+
+@bench("parallel")
+def bench_parallel(
+    *,
+    length: Annotated[str, "Tokens of the context that is read."] = "4m",
+    segment: Annotated[str, "Tokens that a GPU reads at once."] = "256k",
+    train: Annotated[str, "Tokens of the sequence that is trained on; 0: none."] = "16k",
+    each: Annotated[str, "Batch x tokens of a GPU in data-parallel training; empty: none."] = "2x8k",
+) -> Iterator[Row]:
+    """One context over 1, 2, 4, ... GPUs, and a batch each, with a model of 370M parameters, under torchrun: torchrun
+    --nproc-per-node 4 -m rnn_longctx.cli bench parallel"""
+    tokens, at_once, trained = parse_length(length), parse_length(segment), 0 if train == "0" else parse_length(train)
+    batches = sizes("each", each)
+    with joined():
+        yield from parallel_rows(model_370m(), tokens, at_once, trained, batches[0] if batches else None)
 
 
 def parallel_rows(model: Mamba2LM, length: int, segment: int, train: int,
@@ -101,7 +117,7 @@ def _data_parallel(model: Mamba2LM, batch: int, length: int, group: dist.Process
     if ranks > 1:
         learner = nn.parallel.DistributedDataParallel(learner, process_group=group)
     ids = torch.randint(model.config.vocab_size, (batch, length + 1), device=model.device)
-    row = train.measured(trained, train.learning(learner, trained), ids)
+    row = training.measured(trained, training.learning(learner, trained), ids)
     found = torch.tensor([row["seconds"], row["peak_gib"]], dtype=torch.float64, device=ids.device)
     dist.all_reduce(found, dist.ReduceOp.MAX, group)
     return row | dict(zip(("seconds", "peak_gib"), found.tolist()))

@@ -7,14 +7,15 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rnn_longctx.config import parse_lengths
 from rnn_longctx.errors import InputError
+from rnn_longctx.eval.bench.base import Row, bench, sizes
 from rnn_longctx.recurrence.gates import ScanInputs, SteppedGates
 from rnn_longctx.recurrence.policy import PLAIN, Cap, ScanPolicy
 from rnn_longctx.recurrence.ssd.scan import scan
@@ -139,6 +140,18 @@ def systems(inputs: dict[str, Any], train: bool, what: str) -> dict[str, tuple[S
     return found
 
 
+@bench("scan")
+def bench_scan(
+    *,
+    lengths: Annotated[str, "Tokens of the forward rows, batch 1."] = "16k,64k,1m",
+    train: Annotated[str, "Batch x tokens of the forward and backward rows."] = "8x8k",
+    remedies: Annotated[str, "Batch x tokens of the rows with remedies."] = "1x1m,1x128k,9x32k",
+) -> Iterator[Row]:
+    """The scan on a GPU against mamba-ssm's and flash-linear-attention's kernels, where those are installed."""
+    forward = parse_lengths(lengths) if lengths else []
+    return scan_rows(forward, sizes("train", train), sizes("remedies", remedies))
+
+
 def scan_rows(forward: list[int], backward: list[tuple[int, int]],
               remedied: list[tuple[int, int]]) -> Iterator[dict[str, Any]]:  # fmt: skip
     """A row a system and size, as it is measured: forward at batch 1 of each length, forward and backward of each
@@ -235,17 +248,3 @@ def ceilings() -> tuple[float, float]:
     bandwidth = 2 * a.nbytes / (do_bench(lambda: b.copy_(a), return_mode="median") / 1e3)
     m = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
     return bandwidth, 2 * 8192**3 / (do_bench(lambda: m @ m, return_mode="median") / 1e3)
-
-
-def environment() -> dict[str, str]:
-    """What a figure depends on beside the code."""
-    named = ("torch", "triton", "mamba_ssm", "fla-core")
-    versions = "; ".join(f"{p} {v}" for p in named if (v := _version(p)))
-    return {"device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu", "versions": versions}
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

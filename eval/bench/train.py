@@ -8,11 +8,13 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from statistics import median
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 
+from rnn_longctx.config import parse_lengths
+from rnn_longctx.eval.bench.base import Row, bench, sizes
 from rnn_longctx.models.lm import Mamba2LM
 from rnn_longctx.models.losses import head_losses
 from rnn_longctx.models.mixers.mamba2 import Mamba2Config
@@ -23,8 +25,22 @@ from rnn_longctx.train.learner import Learner
 from rnn_longctx.train.optimizer import make_optimizer
 
 REPEATS = 5
-Row = dict[str, Any]
 Learn = Callable[[Tensor], None]  # ids (B, T + 1): leaves the gradients in the parameters
+
+
+@bench("train")
+def bench_train(
+    *,
+    whole: Annotated[str, "Batch x tokens of sequences that are read in one call."] = "2x8k",
+    streams: Annotated[str, "Batch x tokens of those read by segments that pass states on."] = "1x128k",
+    segments: Annotated[str, "Tokens of a segment."] = "2k,4k,8k",
+    layers: Annotated[int, "Of the model."] = 48,
+    d_model: Annotated[int, "Of the model."] = 1024,
+    vocab: Annotated[int, "Tokens of its vocabulary."] = 50288,
+) -> Iterator[Row]:
+    """Training steps of a model of 370M parameters in bf16, here and in mamba-ssm, where that is installed."""
+    shape = Mamba2Config(d_model=d_model, n_layer=layers, vocab_size=vocab, d_state=128, headdim=64)
+    return train_rows(shape, sizes("whole", whole), sizes("streams", streams), parse_lengths(segments))
 
 
 def train_rows(shape: Mamba2Config, whole: list[tuple[int, int]], streams: list[tuple[int, int]],

@@ -14,6 +14,7 @@ from rnn_longctx.errors import InputError
 from rnn_longctx.eval.capacity import fits as fitting
 from rnn_longctx.eval.capacity import paper, tables
 from rnn_longctx.eval.capacity.fits import MILLION, K
+from rnn_longctx.eval.tables.sheets import kind_of
 from rnn_longctx.mitigations import parse_remedy
 
 PAPER_RECALL = 0.95
@@ -196,9 +197,8 @@ def _speed(
 ) -> tuple[float | None, str | None]:
     """Tokens a second over the state, a line in logarithms through what reading the text took on one device, that of
     the most rows; only within what was measured, since a larger model is another matter."""
-    rows = results[(results["task"] == "lm") & (results["mitigation"] == mitigation)].dropna(
-        subset=["tokens_per_second"]
-    )
+    losses = results["metric"].map(kind_of) == "loss"
+    rows = results[losses & (results["mitigation"] == mitigation)].dropna(subset=["tokens_per_second"])
     device = rows["device"].mode().min() if len(rows) else None
     rows = (
         rows[rows["device"] == device].sort_values("length").groupby(["model", "weights_hash"], as_index=False).last()

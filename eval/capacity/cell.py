@@ -21,7 +21,7 @@ from rnn_longctx.eval.capacity.config import CapacityConfig, Cell, label
 from rnn_longctx.eval.capacity.measure import measure
 from rnn_longctx.eval.capacity.mqar import measure_mqar, train_mqar
 from rnn_longctx.eval.results import Results, write_atomic
-from rnn_longctx.models.checkpoint import checkpoint
+from rnn_longctx.models import checkpoint
 from rnn_longctx.train import train
 from rnn_longctx.train.team import device_of
 

@@ -8,10 +8,11 @@ from typing import Any
 
 from rnn_longctx.errors import InputError
 from rnn_longctx.eval.capacity.recall import samples_for
-from rnn_longctx.eval.jobs.recall import Passkey
-from rnn_longctx.eval.run import parse_task
+from rnn_longctx.eval.jobs.parsing import parse_task
+from rnn_longctx.eval.jobs.recall import Counts, Recall
 from rnn_longctx.mitigations import parse_remedy
 from rnn_longctx.models.mixers.mamba2 import Mamba2Config
+from rnn_longctx.tasks.base import TASKS
 from rnn_longctx.train import TrainConfig
 from rnn_longctx.train.config import OptimizerConfig
 
@@ -43,16 +44,16 @@ class MeasureConfig:
         self.tasks  # noqa: B018  (a misspelt name shows now)
 
     @property
-    def tasks(self) -> list[Passkey]:
-        found, n = [], samples_for(self.width, self.recall)
-        for task in map(parse_task, self.needles):
-            if not isinstance(task, Passkey):
-                raise InputError(f"needles: {task.name} asks for no answer; there are passkey, words and multikey")
-            usual = type(task)()
-            if (task.n, task.least, task.tokens) != (usual.n, usual.least, usual.tokens):
-                raise InputError(f"needles: {task}: width says how many prompts; leave out n, least and tokens")
-            found.append(replace(task, n=n, least=n))
-        return found
+    def tasks(self) -> list[Recall]:
+        """The jobs that `needles` names, with as many prompts as `width` asks for."""
+        jobs, n = [], samples_for(self.width, self.recall)
+        for job in map(parse_task, self.needles):
+            if not isinstance(job, Recall):
+                raise InputError(f"needles: {job.name} asks for no answer; there are {', '.join(TASKS)}")
+            if replace(job.counts, max=None) != Counts():
+                raise InputError(f"needles: {job}: width says how many prompts; leave out n, least and tokens")
+            jobs.append(replace(job, counts=replace(job.counts, n=n, least=n)))
+        return jobs
 
 
 @dataclass(frozen=True)

@@ -9,17 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from rnn_longctx.config import format_length
+from rnn_longctx.data import Text
 from rnn_longctx.errors import InputError
 from rnn_longctx.eval.capacity import models
 from rnn_longctx.eval.capacity.config import MeasureConfig
 from rnn_longctx.eval.capacity.recall import Answers, Recall, recall_of, search
-from rnn_longctx.eval.jobs.base import Context
-from rnn_longctx.eval.jobs.loss import LanguageModel
-from rnn_longctx.eval.jobs.recall import Passkey
+from rnn_longctx.eval.jobs.base import Measuring
+from rnn_longctx.eval.jobs.loss import LossOverLength
+from rnn_longctx.eval.jobs.recall import Recall as Job
 from rnn_longctx.eval.results import Results
 from rnn_longctx.eval.run import evaluate
 from rnn_longctx.mitigations import Remedy, active, mitigate, parse_remedy
 from rnn_longctx.models.segments import SEGMENTS
+from rnn_longctx.tasks.base import TooShort
 
 START = 1024  # where the search for T_recall begins, of a model whose training length is not known
 
@@ -47,13 +49,12 @@ def check(model: Any, c: MeasureConfig) -> None:
         with mitigate(model, remedy, target_length=c.limit):
             pass
     for task in c.tasks:
-        context, longest = Context(model, text=c.text, seed=c.seed), min(c.limit, task.max or c.limit)
-        hay = task.hay(context)
-        if hay is not None and len(hay) < longest:  # a token is at least a byte
+        longest, hay = min(c.limit, task.max or c.limit), task.task.text
+        if isinstance(hay, Text) and len(hay) < longest:  # a token is at least a byte
             raise InputError(
                 f"{task.label}: {hay.name} has {len(hay)} bytes; a context of {longest} tokens was asked for"
             )
-        task.check(context, [longest])
+        task.check(Measuring(model, text=c.text, seed=c.seed), [longest])
 
 
 def _forgets(model: Any, remedy: Remedy, c: MeasureConfig, out: Path) -> str:
@@ -67,29 +68,30 @@ def _forgets(model: Any, remedy: Remedy, c: MeasureConfig, out: Path) -> str:
     lengths = [train]
     while lengths[-1] < c.limit:
         lengths.append(min(2 * lengths[-1], c.limit))
-    evaluate(model, lengths, [LanguageModel(slices=c.slices)], [remedy], text=c.text, out=str(out), batch=c.batch)
+    evaluate(model, lengths, [LossOverLength(slices=c.slices)], [remedy], text=c.text, out=str(out), batch=c.batch)
     return f"loss measured to {format_length(lengths[-1])}"
 
 
-def t_recall(model: Any, task: Passkey, remedy: Remedy, c: MeasureConfig, out: str | Path | None = None,
+def t_recall(model: Any, task: Job, remedy: Remedy, c: MeasureConfig, out: str | Path | None = None,
              say: Callable[[str], None] = lambda line: None) -> Recall:  # fmt: skip
     """The longest context, within `c.limit`, at which `task` shows a recall of `c.recall`."""
-    results, texts = Results(out) if out else None, Context(model)
-    n = task.n
+    results, memory = Results(out) if out else None, Measuring(model)
+    n = task.counts.n
 
-    def at(length: int) -> Context:
-        name, calibration = active(model, texts.weights_hash)
-        return Context(model, name, calibration, text=c.text, batch=c.batch, seed=c.seed, results=results,
-                       segment=SEGMENTS[model.device.type], _memory=texts._memory)  # fmt: skip
+    def now() -> Measuring:
+        name, calibration = active(model, memory.weights_hash)
+        segment = SEGMENTS[model.device.type]
+        return Measuring(
+            model, name, calibration, c.text, c.batch, segment, c.seed, results, _memory=memory._memory
+        )
 
     def ask(length: int, prompts: int) -> Answers:
         with mitigate(model, remedy, target_length=length) if remedy.per_length else nullcontext():
-            context = at(length)
-            key = context.key(task, task.text(context), length, "accuracy")
-            stored = results.get(key) if results else None
+            measuring = now()
+            stored = results.get(task.key(measuring, length)) if results else None
             if stored is None or stored["n"] < prompts:
-                fewer = replace(task, n=prompts, least=prompts)
-                stored = [row for row in fewer.run(context, [length]) if row["depth"] is None][-1]
+                fewer = replace(task, counts=replace(task.counts, n=prompts, least=prompts))
+                stored = [row for row in fewer.run(measuring, [length]) if row["depth"] is None][-1]
             samples = stored["samples"]
             right, asked = int(sum(samples)), len(samples)
             say(f"{model.name}, {remedy}: {task.label} at {format_length(length)}: {right}/{asked}")
@@ -97,15 +99,13 @@ def t_recall(model: Any, task: Passkey, remedy: Remedy, c: MeasureConfig, out: s
 
     def fits(length: int) -> bool:
         try:
-            task.check(at(length), [length])
-        except InputError as error:
-            if "takes at least" in str(error):
-                return False
-            raise
+            task.check(now(), [length])
+        except TooShort:
+            return False
         return True
 
     limit = min(c.limit, task.max or c.limit)
     with nullcontext() if remedy.per_length else mitigate(model, remedy, target_length=limit):
-        found = recall_of(search(ask, fits, model.train_length or START, limit, c.recall, n), c.recall)
-    assert found is not None
-    return found
+        recall = recall_of(search(ask, fits, model.train_length or START, limit, c.recall, n), c.recall)
+    assert recall is not None
+    return recall

@@ -45,7 +45,7 @@ def passes(study: Path, name: str, limit: int, text: str) -> bool:
     name: not beyond, and not on others that it was read on before. Raises InputError: it was not measured so."""
     frame = _once(Results(study).frame())
     for sheet in whole_sheets(frame[(frame["model"] == name) & (frame["text"] == text) & (frame["length"] <= limit)]):
-        if sheet.task == "lm" and "none" in sheet.cells and max(sheet.lengths) >= limit:
+        if sheet.kind == "loss" and "none" in sheet.cells and max(sheet.lengths) >= limit:
             return sheet.verdict("none").first_failing is None and not sheet.broken("none")
     raise InputError(f"{name} was not measured without a remedy at {format_length(limit)} tokens of {text}")
 
@@ -62,7 +62,7 @@ def findings(results: pd.DataFrame, about: pd.DataFrame, target: float) -> pd.Da
     for sheet in whole_sheets(results[~results["task"].str.fullmatch(_MQAR)]):
         for name in sheet.cells:
             line = {"model": sheet.where["model"], "weights_hash": sheet.where["weights_hash"], "mitigation": name}
-            lines.append(line | (_forgets(sheet, name) if sheet.task == "lm" else _recall(sheet, name, target)))
+            lines.append(line | (_forgets(sheet, name) if sheet.kind == "loss" else _recall(sheet, name, target)))
     whole = ("passes", "fails", "right", "asked")
     columns = ["model", "weights_hash", "mitigation", "quantity", *whole, "worst", "text"]
     frame = pd.DataFrame(lines, columns=columns).astype(dict.fromkeys(whole, "Int64"))

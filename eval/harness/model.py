@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,7 +31,9 @@ from tqdm import tqdm
 from rnn_longctx.config import parse_length
 from rnn_longctx.eval.harness.tokens import PromptTokenizer
 from rnn_longctx.mitigations import mitigate
+from rnn_longctx.models.adopt.adopting import as_language_model, load_any
 from rnn_longctx.models.generate import continuation, prefill
+from rnn_longctx.models.interface import LanguageModel
 from rnn_longctx.models.losses import LOGITS
 from rnn_longctx.models.modes import evaluating
 from rnn_longctx.models.segments import SEGMENTS
@@ -40,17 +43,11 @@ NEW_TOKENS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_to
 Scored = tuple[float, bool]
 
 
-@register_model("rnn-longctx")
-class HarnessLM(TemplateLM):
-    """A model of this library, with whatever remedy is on it, as lm-eval wants it.
+@dataclass(frozen=True)
+class HarnessOptions:
+    """What `--model_args` of lm-eval may say beside the model.
 
-    Text is cut into tokens as by lm-eval's own HFLM: context and continuation as one, split after the context's tokens;
-    with BOS where the tokenizer adds it, chat markers and special tokens as one id each, and without special tokens in
-    answers. An empty context is BOS, or the end-of-document token (NUL in bytes). As there, a whole text that begins
-    with BOS is scored with it, after another. Unlike HFLM, no end token stands behind a prompt (see `PromptTokenizer`).
-
-    Args:
-        model: a loaded model, or what `rnn_longctx.load` or `load_adopted` reads (`--model_args model=...` of lm-eval).
+    Attributes:
         max_length: the most tokens a request may read; longer ones are refused, never cut. Only whole texts
             (`loglikelihood_rolling`) are read in windows of it, as lm-eval defines them. None: no limit.
         batch_size: the most rows of equal length side by side.
@@ -60,39 +57,78 @@ class HarnessLM(TemplateLM):
         add_bos_token: whether texts begin with BOS; None: where the tokenizer begins with it.
         prefix_token_id: what an empty context is; None: BOS, or the end-of-document token.
         seed: of sampling, together with the number of the request.
+        progress: whether a bar is shown.
+        max_batch_size: lm-eval's, which is not needed.
+    """
+
+    max_length: int | str | None = None
+    batch_size: int | str = 1
+    max_batch_size: Any = None
+    segment: int | None = None
+    mitigation: str | None = None
+    target_length: int | None = None
+    train_length: int | None = None
+    dtype: str | None = None
+    tokenizer: str | None = None
+    device: str | None = None
+    add_bos_token: bool | None = None
+    prefix_token_id: int | None = None
+    seed: int = 0
+    progress: bool = False
+
+    def __post_init__(self) -> None:
+        if not str(self.batch_size).isdigit() or int(self.batch_size) < 1:
+            raise InputError(f"batch_size: expected at least 1 row, got {self.batch_size!r}")
+
+    def reader(self, model: Any) -> LanguageModel:
+        """Return the model of a name, loaded and with its remedy on it, or one that was loaded as what reads it.
+
+        Raises:
+            InputError: it cannot be loaded, or was loaded already and is to be loaded otherwise.
+        """
+        loading = {name: getattr(self, name) for name in ("device", "dtype", "tokenizer", "train_length")}
+        if isinstance(model, str):
+            defaults = {"device": self.device or "cpu", "dtype": self.dtype or "float32"}
+            loaded = load_any(model, **loading | defaults)
+            mitigate(loaded, self.mitigation or "none", target_length=self.target_length)
+            return loaded
+        loading |= {"mitigation": self.mitigation, "target_length": self.target_length}
+        reader = as_language_model(model)
+        if unread := [name for name, value in loading.items() if value is not None]:
+            raise InputError(f"{', '.join(unread)}: of a model that is named; {reader.name} is loaded already")
+        return reader
+
+
+@register_model("rnn-longctx")
+class HarnessLM(TemplateLM):
+    """A model of this library, with whatever remedy is on it, as lm-eval reads one.
+
+    Text is cut into tokens as by lm-eval's own HFLM: context and continuation as one, split after the context's tokens;
+    with BOS where the tokenizer adds it, chat markers and special tokens as one id each, and without special tokens in
+    answers. An empty context is BOS, or the end-of-document token (NUL in bytes). As there, a whole text that begins
+    with BOS is scored with it, after another. Unlike HFLM, no end token stands behind a prompt (see `PromptTokenizer`).
+
+    Args:
+        model: a loaded model, or what `rnn_longctx.load` or `load_adopted` reads (`--model_args model=...` of lm-eval).
+        options: those of `HarnessOptions`.
     Attributes:
         tokens_read: by the name of a task, the tokens of each prompt: before the continuation, or of a whole text.
     Raises:
         InputError: a model that cannot be loaded, a setting out of range, or one that a loaded model does not take.
     """
 
-    def __init__(self, model: Any, *, max_length: int | str | None = None, batch_size: int | str = 1,
-                 max_batch_size: Any = None, segment: int | None = None, mitigation: str | None = None,
-                 target_length: int | None = None, train_length: int | None = None, dtype: str | None = None,
-                 tokenizer: str | None = None, device: str | None = None, add_bos_token: bool | None = None,
-                 prefix_token_id: int | None = None, seed: int = 0, progress: bool = False):  # fmt: skip
+    def __init__(self, model: Any, **options: Any):
         super().__init__()
-        given = {"device": device, "dtype": dtype, "tokenizer": tokenizer, "train_length": train_length}
-        from rnn_longctx.models.adopt.adopting import load_any, reader_of
-
-        if isinstance(model, str):
-            model = load_any(model, **given | {"device": device or "cpu", "dtype": dtype or "float32"})
-            mitigate(model, mitigation or "none", target_length=target_length)
-        else:
-            given |= {"mitigation": mitigation, "target_length": target_length}
-            model = reader_of(model)
-            if unread := [name for name, value in given.items() if value is not None]:
-                raise InputError(f"{', '.join(unread)}: of a model that is named; {model.name} is loaded already")
-        if not str(batch_size).isdigit() or int(batch_size) < 1:
-            raise InputError(f"batch_size: expected at least 1 row, got {batch_size!r}")
-        self.model, self.seed, self.progress = model, seed, progress
-        self.text = PromptTokenizer(model.tokenizer, add_bos_token, prefix_token_id)
-        self.tokenizer = self.text.theirs or model.tokenizer  # lm-eval looks for a chat template there
+        o = HarnessOptions(**options)
+        self.model = o.reader(model)
+        self.seed, self.progress = o.seed, o.progress
+        self.text = PromptTokenizer(self.model.tokenizer, o.add_bos_token, o.prefix_token_id)
+        self.tokenizer: Any = self.text.full or self.model.tokenizer  # lm-eval looks for a chat template there
         self.tokens_read: dict[str | None, list[int]] = {}
-        self.max_length = None if max_length is None else parse_length(max_length, "max_length")
-        self.batch_size = int(batch_size)
-        self.segment = SEGMENTS[model.device.type] if segment is None else parse_length(segment, "segment")
-        self._device = model.device
+        self.max_length = None if o.max_length is None else parse_length(o.max_length, "max_length")
+        self.batch_size = int(o.batch_size)
+        self.segment = SEGMENTS[self.model.device.type] if o.segment is None else parse_length(o.segment, "segment")
+        self._device = self.model.device
 
     # --- tokens
 
@@ -115,10 +151,14 @@ class HarnessLM(TemplateLM):
         """Return a conversation as the tokenizer's chat template has it. InputError: it has none."""
         if not getattr(self.tokenizer, "chat_template", None):
             raise InputError(f"tokenizer {self.tokenizer_name} has no chat template")
-        return str(self.tokenizer.apply_chat_template(
-            chat_history, tokenize=False, add_generation_prompt=add_generation_prompt,
-            continue_final_message=not add_generation_prompt,
-        ))  # fmt: skip
+        return str(
+            self.tokenizer.apply_chat_template(
+                chat_history,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=not add_generation_prompt,
+            )
+        )
 
     def _note(self, request: Any, tokens: int) -> None:
         self.tokens_read.setdefault(request.task_name, []).append(tokens)
@@ -126,21 +166,24 @@ class HarnessLM(TemplateLM):
     # --- log-likelihoods
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[Scored]:
-        """(log p of the continuation in nats, whether greedy decoding would say it), one a request."""
+        """Return (log p of the continuation in nats, whether greedy decoding would say it) for every request."""
         pairs = [self._pair(*request.args) for request in requests]
         for request, (context, _, _) in zip(requests, pairs):
             self._note(request, len(context))
         if moved := sum(elsewhere for *_, elsewhere in pairs):
             logging.getLogger(__name__).warning(
                 "the tokens of the context are not the first ones of context and continuation in %d of %d requests:"
-                " what is read there, as by lm-eval's own models, is not quite that text", moved, len(requests),
-            )  # fmt: skip
+                " what is read there, as by lm-eval's own models, is not quite that text",
+                moved,
+                len(requests),
+            )
         return self._loglikelihood_tokens([(r.args, *pair[:2]) for r, pair in zip(requests, pairs)])
 
     def _pair(self, context: str, continuation: str) -> tuple[list[int], list[int], bool]:
-        """The ids of a context and of a continuation, and whether the first are no prefix of the ids of both.
+        """Return the ids of a context and of a continuation, and whether the first are no prefix of the ids of both.
 
-        InputError: the continuation adds no token, and would be scored as if it were certain.
+        Raises:
+            InputError: the continuation adds no token, and would be scored as if it were certain.
         """
         if context:
             before, scored = self._encode_pair(context, continuation)
@@ -153,12 +196,14 @@ class HarnessLM(TemplateLM):
                 before, scored = scored[:1], scored[1:]
         if not scored:
             end = f"the context that ends in {context[-30:]!r}" if context else "an empty context"
-            raise InputError(f"the continuation {continuation!r:.60} adds no token to {end}: tokenizer "
-                             f"{self.tokenizer_name} drops it, or joins the two")  # fmt: skip
+            raise InputError(
+                f"the continuation {continuation!r:.60} adds no token to {end}: tokenizer "
+                f"{self.tokenizer_name} drops it, or joins the two"
+            )
         return before, scored, moved
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> list[float]:
-        """log p in nats of each whole text, every token of it predicted once."""
+        """Return log p in nats of each whole text, every token of it predicted once."""
         windows, owners = [], []
         for i, request in enumerate(requests):
             ids = self.tok_encode(request.args[0])
@@ -176,12 +221,12 @@ class HarnessLM(TemplateLM):
 
     @torch.inference_mode()
     def _loglikelihood_tokens(self, requests: list[Any], **kwargs: Any) -> list[Scored]:
-        """A context that several continuations share (the choices of a question) is read once, and its state copied;
-        the others go side by side where they are equally long."""
+        """Return what `loglikelihood` does. A context that several continuations share (the choices of a question) is
+        read once, and its state copied; the others go side by side where they are equally long."""
         if self.model.reader is not None:
             raise InputError("a remedy that reads prompts its own way has no log-likelihood of a text; it can generate")
-        for _, context, rest in requests:
-            self._fits(len(context) + len(rest) - 1)
+        for _, context, scored in requests:
+            self._fits(len(context) + len(scored) - 1)
         shared: dict[tuple[int, ...], list[int]] = {}
         for i, (_, context, _) in enumerate(requests):
             shared.setdefault(tuple(context), []).append(i)
@@ -196,25 +241,26 @@ class HarnessLM(TemplateLM):
                 cache = self.model.new_cache()
                 for hidden in self.model.stream(torch.tensor([prefix[:-1]]), cache, self.segment):
                     bar.update(hidden.shape[1])
-                for some in self._batches(rows, lambda i: len(requests[i][2])):
-                    pairs = [(prefix[-1:], tuple(requests[i][2])) for i in some]
-                    scores |= zip(some, self._score(pairs, cache.rows([0] * len(some)), bar))
-            for some in self._batches(apart, lambda i: len(requests[i][1]) + len(requests[i][2])):
-                pairs = [(tuple(requests[i][1]), tuple(requests[i][2])) for i in some]
-                scores |= zip(some, self._score(pairs, self.model.new_cache(), bar))
+                for batch in self._batches(rows, lambda i: len(requests[i][2])):
+                    pairs = [(prefix[-1:], tuple(requests[i][2])) for i in batch]
+                    scores |= zip(batch, self._score(pairs, cache.rows([0] * len(batch)), bar))
+            for batch in self._batches(apart, lambda i: len(requests[i][1]) + len(requests[i][2])):
+                pairs = [(tuple(requests[i][1]), tuple(requests[i][2])) for i in batch]
+                scores |= zip(batch, self._score(pairs, self.model.new_cache(), bar))
 
         if lost := sum(not math.isfinite(value) for value, _ in scores.values()):
-            said = (
-                "%d of %d log-likelihoods are not numbers, and no score means anything: try float32, or other weights"
+            logging.getLogger(__name__).warning(
+                "%d of %d log-likelihoods are not numbers, and no score means anything: try float32, or other weights",
+                lost,
+                len(requests),
             )
-            logging.getLogger(__name__).warning(said, lost, len(requests))
         for i, (text, *_) in enumerate(requests):
             if text is not None:
                 self.cache_hook.add_partial("loglikelihood", text, scores[i])
         return [scores[i] for i in range(len(requests))]
 
     def _score(self, pairs: list[tuple[tuple[int, ...], tuple[int, ...]]], cache: Any, bar: Any) -> list[Scored]:
-        """Rows of one length in all, (what goes before, what is scored), from the state in `cache`."""
+        """Return the scores of rows of one length in all, (what goes before, what is scored), read from a cache on."""
         whole = torch.tensor([before + scored for before, scored in pairs])  # (B, T + 1)
         first = torch.tensor([len(before) for before, _ in pairs])[:, None]  # (B, 1)
         start = int(first.min()) - 1  # nothing before this position is scored in any row
@@ -231,42 +277,48 @@ class HarnessLM(TemplateLM):
         return list(zip((-total).tolist(), greedy.tolist()))
 
     def _losses(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """-log p(target) in nats and whether it is the likeliest token, (B, T) on the CPU; never all logits at once."""
+        """Return -log p(target) in nats and whether it is the likeliest token, (B, T) on the CPU.
+
+        Only few tokens' logits are held at once.
+        """
         flat, goal = hidden.flatten(0, 1), targets.flatten().to(hidden.device)
-        rows = max(1, LOGITS // self.model.config.vocab_size)
+        rows = max(1, LOGITS // self.model.vocab_size)
         losses, hits = [], []
         for i in range(0, len(flat), rows):
-            logits, part = self.model.logits(flat[i : i + rows]), goal[i : i + rows]
-            losses.append(F.cross_entropy(logits, part, reduction="none").double().cpu())
-            hits.append((logits.argmax(-1) == part).cpu())
+            logits, expected = self.model.logits(flat[i : i + rows]), goal[i : i + rows]
+            losses.append(F.cross_entropy(logits, expected, reduction="none").double().cpu())
+            hits.append((logits.argmax(-1) == expected).cpu())
         return torch.cat(losses).view(targets.shape), torch.cat(hits).view(targets.shape)
 
     # --- generation
 
     @torch.inference_mode()
     def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
-        """What the model says after each context, up to a stop sequence, one of its end tokens or max_gen_toks."""
+        """Return what the model says after each context, up to a stop sequence, an end token of its or max_gen_toks."""
         prompts = [self.tok_encode(request.args[0]) or [self.prefix_token_id] for request in requests]
         settings = [_settings(request.args[1]) for request in requests]
         for request, prompt, (_, new, _) in zip(requests, prompts, settings):
             self._fits(len(prompt) + new)
             self._note(request, len(prompt))
-        said: dict[int, str] = {}
+        answers: dict[int, str] = {}
         with self._bar([(None, prompt, [0]) for prompt in prompts]) as bar:
             # what is drawn must not depend on who sits beside: sampled rows go alone
-            for some in self._batches(
+            for batch in self._batches(
                 list(range(len(requests))),
                 lambda i: (len(prompts[i]), json.dumps(settings[i]), i if settings[i][2] else None),
             ):
-                said |= zip(some, self._continue([prompts[i] for i in some], *settings[some[0]], self.seed + some[0]))
-                bar.update(sum(len(prompts[i]) for i in some))
+                until, new, temperature = settings[batch[0]]
+                texts = self._continue([prompts[i] for i in batch], until, new, temperature, self.seed + batch[0])
+                answers |= zip(batch, texts)
+                bar.update(sum(len(prompts[i]) for i in batch))
         for i, request in enumerate(requests):
-            self.cache_hook.add_partial("generate_until", request.args, said[i])
-        return [said[i] for i in range(len(requests))]
+            self.cache_hook.add_partial("generate_until", request.args, answers[i])
+        return [answers[i] for i in range(len(requests))]
 
-    def _continue(self, prompts: list[list[int]], until: list[str], new: int, temperature: float,
-                  seed: int) -> list[str]:  # fmt: skip
-        """Prompts of one length, side by side until the last of them has stopped."""
+    def _continue(
+        self, prompts: list[list[int]], until: list[str], new: int, temperature: float, seed: int
+    ) -> list[str]:
+        """Return the answers to prompts of one length, read side by side until the last of them has stopped."""
         generator = torch.Generator(self.model.device).manual_seed(seed) if temperature else None
         logits, cache = prefill(self.model, torch.tensor(prompts), segment=max(1, self.segment // len(prompts)))
         stream = continuation(self.model, logits, cache, temperature, generator)
@@ -279,7 +331,7 @@ class HarnessLM(TemplateLM):
                     ids[row].append(token)
                     # a stop may be a chat marker, which answers go without, or stand around one
                     ways = [self.text.decode(ids[row], skip) for skip in (False, True)] if until else []
-                    if token in ends or any(stop in said for stop in until for said in ways):
+                    if token in ends or any(stop in text for stop in until for text in ways):
                         going.discard(row)
             if not going:
                 break
@@ -291,8 +343,8 @@ class HarnessLM(TemplateLM):
 
     # --- both
 
-    def _batches(self, rows: list[int], key: Any) -> Iterator[list[int]]:
-        """Rows of equal keys, `batch_size` at a time, those with the greatest keys first (the longest)."""
+    def _batches(self, rows: list[int], key: Callable[[int], Any]) -> Iterator[list[int]]:
+        """Yield rows of equal keys, `batch_size` at a time, those with the greatest keys first (the longest)."""
         groups: dict[Any, list[int]] = {}
         for i in rows:
             groups.setdefault(key(i), []).append(i)
@@ -305,16 +357,17 @@ class HarnessLM(TemplateLM):
             raise InputError(f"a request reads {tokens} tokens, more than max_length = {self.max_length}")
 
     def _bar(self, requests: list[Any]) -> Any:
-        total = sum(len(context) + len(rest) - 1 for _, context, rest in requests)
+        total = sum(len(context) + len(scored) - 1 for _, context, scored in requests)
         return tqdm(total=total, unit="token", unit_scale=True, disable=not self.progress)
 
 
-def _settings(given: dict[str, Any]) -> tuple[list[str], int, float]:
-    """Stop sequences, the most new tokens, and the temperature (0: greedy) of a request.
+def _settings(kwargs: dict[str, Any]) -> tuple[list[str], int, float]:
+    """Return the stop sequences, the most new tokens, and the temperature (0: greedy) of a request.
 
-    Raises InputError for settings that would change what is said and that these models do not have.
+    Raises:
+        InputError: a setting would change what is said, and these models do not have it.
     """
-    kwargs = dict(given)
+    kwargs = dict(kwargs)
     until = kwargs.pop("until", None) or []
     until = [until] if isinstance(until, str) else [stop for stop in until if stop]
     limits = [int(kwargs.pop(name)) for name in NEW_TOKENS if kwargs.get(name) is not None]

@@ -13,6 +13,7 @@ import hashlib
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 from unittest.mock import patch
@@ -22,13 +23,21 @@ import numpy as np
 from rnn_longctx.errors import InputError
 
 # module of lm_eval.tasks.ruler: (what in it makes the prompts of one length, the method below that does it here)
-MAKERS = {"niah_utils": ("generate_samples", "niah"), "cwe_utils": ("get_dataset", "cwe"),
-          "vt_utils": ("get_dataset", "vt"), "fwe_utils": ("get_dataset", "fwe"),
-          "qa_utils": ("get_dataset", "qa")}  # fmt: skip
+MAKERS = {
+    "niah_utils": ("generate_samples", "niah"),
+    "cwe_utils": ("get_dataset", "cwe"),
+    "vt_utils": ("get_dataset", "vt"),
+    "fwe_utils": ("get_dataset", "fwe"),
+    "qa_utils": ("get_dataset", "qa"),
+}
 # task: (its module, its function there); niah_* are functions of niah_utils
-TASKS = {"ruler_cwe": ("cwe_utils", "get_cw_dataset"), "ruler_vt": ("vt_utils", "get_vt_dataset"),
-         "ruler_fwe": ("fwe_utils", "fwe_download"), "ruler_qa_squad": ("qa_utils", "get_squad"),
-         "ruler_qa_hotpot": ("qa_utils", "get_hotpotqa")}  # fmt: skip
+TASKS = {
+    "ruler_cwe": ("cwe_utils", "get_cw_dataset"),
+    "ruler_vt": ("vt_utils", "get_vt_dataset"),
+    "ruler_fwe": ("fwe_utils", "fwe_download"),
+    "ruler_qa_squad": ("qa_utils", "get_squad"),
+    "ruler_qa_hotpot": ("qa_utils", "get_hotpotqa"),
+}
 SAMPLES = 500  # lm-eval's
 EXAMPLE = 500  # tokens of the worked example of variable tracking, with its answer
 Doc = dict[str, Any]
@@ -39,7 +48,7 @@ class TooShort(InputError):
 
 
 def is_ruler(task: str, path: Any) -> bool:
-    """Whether a task is one of RULER's, by its name and the file that lm-eval has it from."""
+    """Return whether a task is one of RULER's, by its name and the file that lm-eval has it from."""
     return (task in TASKS or task.startswith("niah_")) and "lm_eval/tasks/ruler/" in str(path).replace("\\", "/")
 
 
@@ -81,66 +90,82 @@ def draw_from(*what: Any) -> int:
     return seed
 
 
+@dataclass(frozen=True)
+class Filler:
+    """The pieces that prompts are filled up with.
+
+    Attributes:
+        least: pieces that a prompt cannot do without, for all or by its number.
+        most: pieces that there are; None: any number.
+        delimiter: what stands between a prompt and what is put before its answer.
+    """
+
+    least: int | Callable[[int], int]
+    most: int | None = None
+    delimiter: str = " "
+
+
 class _Maker:
-    """Prompts of one task and length."""
+    """A maker of the prompts of one task and length."""
 
     def __init__(self, task: str, length: int, count: Callable[[str], int], samples: int, seed: int):
         self.task, self.length, self.count, self.samples, self.seed = task, length, count, samples, seed
 
     # Each of these stands in for one of lm-eval's functions and takes its arguments.
 
-    def niah(self, haystack: Any, *, template: str, type_haystack: str, type_needle_k: str, type_needle_v: str,
-             num_needle_v: int = 1, num_needle_k: int = 1, num_needle_q: int = 1, **_: Any) -> list[Doc]:  # fmt: skip
-        made = import_module("lm_eval.tasks.ruler.prepare_niah")
-        keys = max(num_needle_k, num_needle_q)
-        single = num_needle_q * num_needle_v == 1
-        what, verb = (type_needle_v[:-1], "is") if single else (type_needle_v, "are")
+    def niah(self, haystack: Any, **needles: Any) -> list[Doc]:
+        module = import_module("lm_eval.tasks.ruler.prepare_niah")
+        names = ("template", "type_haystack", "type_needle_k", "type_needle_v")
+        wording = {name: needles[name] for name in names}
+        values, queries = needles.get("num_needle_v", 1), needles.get("num_needle_q", 1)
+        keys = max(needles.get("num_needle_k", 1), queries)
+        counts = {"num_needle_k": keys, "num_needle_v": values, "num_needle_q": queries}
+        kind = needles["type_needle_v"]
+        what, verb = (kind[:-1], "is") if queries * values == 1 else (kind, "are")
 
         def make(pieces: int, index: int) -> Doc:
-            text, answers, query = made.generate_input_output(
-                pieces, haystack, type_haystack=type_haystack, num_needle_k=keys, type_needle_k=type_needle_k,
-                num_needle_v=num_needle_v, type_needle_v=type_needle_v, template=template, num_needle_q=num_needle_q,
-            )  # fmt: skip
+            text, answers, query = module.generate_input_output(pieces, haystack, **wording, **counts)
             prefix = f"The special magic {what} for {query} mentioned in the provided text {verb}"
             return {"input": text, "outputs": answers, "gen_prefix": prefix}
 
-        return self._filled(make, keys * num_needle_v, len(haystack) if type_haystack == "essay" else None)
+        most = len(haystack) if needles["type_haystack"] == "essay" else None
+        return self._filled(make, Filler(keys * values, most))
 
     def cwe(self, *_: Any, **__: Any) -> list[Doc]:
-        made = import_module("lm_eval.tasks.ruler.cwe_utils")
+        module = import_module("lm_eval.tasks.ruler.cwe_utils")
 
         def make_as(size: int) -> Callable[[int, int], Doc]:
             def make(words: int, index: int) -> Doc:
-                made.RNG.seed(random.getrandbits(32))
-                _, text, answer = made.generate_input_output(words, size)
-                return _cut(text, made.CONFIG["answer_prefix"]) | {"outputs": answer}
+                module.RNG.seed(random.getrandbits(32))
+                _, text, answer = module.generate_input_output(words, size)
+                return _cut(text, module.CONFIG["answer_prefix"]) | {"outputs": answer}
 
             return make
 
         # From 4096 tokens on the common words stand there 30 times each, which leaves bytes no room for others.
         often, seldom = make_as(max(self.length, 4096)), make_as(4095)
         roomy = self.length >= 4096 and self._size(self._draw(often, 40, 0)) <= self.length
-        return self._filled(often if roomy else seldom, 11, len(made.WORDS), "\n\n")
+        return self._filled(often if roomy else seldom, Filler(11, len(module.WORDS), "\n\n"))
 
     def fwe(self, *_: Any, **__: Any) -> list[Doc]:
-        made = import_module("lm_eval.tasks.ruler.fwe_utils")
+        module = import_module("lm_eval.tasks.ruler.fwe_utils")
 
         def make(words: int, index: int) -> Doc:
             # with a limit that no text meets, it has the words that it is told to
-            text, answer, _ = made.generate_input_output(
+            text, answer, _ = module.generate_input_output(
                 1 << 60, _no_tokens, num_words=words, vocab_size=max(20, self.length // 50)
             )
-            return _cut(text, made.CONFIG["answer_prefix"]) | {"outputs": answer}
+            return _cut(text, module.CONFIG["answer_prefix"]) | {"outputs": answer}
 
-        return self._filled(make, 100)  # of fewer words the third and the fourth stand there equally often
+        return self._filled(make, Filler(100))  # of fewer words the third and the fourth stand there equally often
 
     def vt(self, *_: Any, **__: Any) -> list[Doc]:
-        made = import_module("lm_eval.tasks.ruler.vt_utils")
-        begin = made.CONFIG["variable_tracking"]["template"][:20]
+        module = import_module("lm_eval.tasks.ruler.vt_utils")
+        begin = module.CONFIG["variable_tracking"]["template"][:20]
 
         def example(noises: int) -> str:
             draw_from(self.seed, self.task, self.length, "example")
-            text, answer = made.generate_input_output(noises, 1, 4, is_icl=True)
+            text, answer = module.generate_input_output(noises, 1, 4, is_icl=True)
             return f"{text} {' '.join(answer)}\n\n"
 
         # lm-eval tries for ever where five sentences of noise do not fit
@@ -148,22 +173,23 @@ class _Maker:
         shown = example(noises)
 
         def make(noises: int, index: int) -> Doc:
-            text, answer = made.generate_input_output(noises, 1, 4)
+            text, answer = module.generate_input_output(noises, 1, 4)
             at = text.index(begin)
-            text = f"{text[:at]}{made.randomize_icl(shown)}\n\n{text[at:]}"
+            text = f"{text[:at]}{module.randomize_icl(shown)}\n\n{text[at:]}"
             return _cut(text, " Answer: According to the chain(s) of variable assignment") | {"outputs": answer}
 
-        return self._filled(make, 1)
+        return self._filled(make, Filler(1))
 
     def qa(self, tokenizer: Any, docs: list[str], qas: list[Any], **_: Any) -> list[Doc]:
-        made = import_module("lm_eval.tasks.ruler.qa_utils")
+        module = import_module("lm_eval.tasks.ruler.qa_utils")
 
         def make(documents: int, index: int) -> Doc:
-            text, answer = made.generate_input_output(index, documents, qas=qas, docs=docs)
+            text, answer = module.generate_input_output(index, documents, qas=qas, docs=docs)
             return {"input": text, "outputs": answer, "gen_prefix": "Answer:"}
 
         # with all documents lm-eval shuffles the list that the questions point into
-        return self._filled(make, lambda index: len(qas[index]["context"]), len(docs) - 1, questions=len(qas))
+        filler = Filler(lambda index: len(qas[index]["context"]), len(docs) - 1)
+        return self._filled(make, filler, questions=len(qas))
 
     # --- all of them
 
@@ -174,18 +200,19 @@ class _Maker:
     def _size(self, doc: Doc, delimiter: str = " ") -> int:
         return self.count(f"{doc['input']}{delimiter}{doc['gen_prefix']}")
 
-    def _filled(self, make: Callable[[int, int], Doc], least: int | Callable[[int], int], most: int | None = None,
-                delimiter: str = " ", questions: int | None = None) -> list[Doc]:  # fmt: skip
-        """Prompts with as many pieces of filler, `least` to `most`, as fit into the length.
+    def _filled(self, make: Callable[[int, int], Doc], filler: Filler, questions: int | None = None) -> list[Doc]:
+        """Return prompts with as many pieces of filler as fit into the length.
 
-        questions: there are so many, and those whose smallest prompt does not fit are passed over.
-        Raises TooShort where no prompt fits.
+        Args:
+            make: a prompt of a number of pieces, and its own number.
+            questions: there are so many, and those whose smallest prompt does not fit are passed over.
+        Raises:
+            TooShort: no prompt fits.
         """
         docs: list[Doc] = []
         pieces, smallest = 0, 0
         for index in range(self.samples if questions is None else questions):
-            first = least if isinstance(least, int) else least(index)
-            doc, pieces, size = self._largest(make, index, first, most, max(pieces, first + 1), delimiter)
+            doc, pieces, size = self._largest(make, index, filler, pieces)
             if size > self.length:
                 smallest = min(smallest or size, size)
                 if questions is None:
@@ -195,23 +222,25 @@ class _Maker:
             if len(docs) == self.samples:
                 return docs
         if smallest and (questions is None or not docs):
-            raise TooShort(f"task {self.task} takes at least {smallest} tokens of this tokenizer; {self.length} were "
-                           "asked for")  # fmt: skip
+            least = f"task {self.task} takes at least {smallest} tokens of this tokenizer"
+            raise TooShort(f"{least}; {self.length} were asked for")
         return docs
 
-    def _largest(self, make: Callable[[int, int], Doc], index: int, least: int, most: int | None, guess: int,
-                 delimiter: str) -> tuple[Doc, int, int]:  # fmt: skip
-        """(prompt, its pieces, its tokens) with the most pieces that fit, from a guess on; or the smallest."""
-        top = 1 << 60 if most is None else most
+    def _largest(self, make: Callable[[int, int], Doc], index: int, filler: Filler, guess: int) -> tuple[Doc, int, int]:
+        """Return (prompt, its pieces, its tokens) with the most pieces that fit, looked for from a guess on; or the
+        smallest."""
+        least = filler.least if isinstance(filler.least, int) else filler.least(index)
+        top = 1 << 60 if filler.most is None else filler.most
+        guess = max(guess, least + 1)
         best = self._draw(make, least, index)
-        low, size = least, self._size(best, delimiter)
+        low, size = least, self._size(best, filler.delimiter)
         first, rise = size, 0.0
         for _ in range(20):
             n = min(guess, top)
             if size > self.length or n <= low:
                 break
             doc = self._draw(make, n, index)
-            tokens = self._size(doc, delimiter)
+            tokens = self._size(doc, filler.delimiter)
             rise = max((tokens - first) / (n - least), 1e-3)  # tokens a piece
             if tokens <= self.length:
                 best, low, size = doc, n, tokens
@@ -222,7 +251,7 @@ class _Maker:
 
 
 def _cut(text: str, prefix: str) -> Doc:
-    """A prompt and what is put before its answer."""
+    """Return a prompt and what is put before its answer."""
     at = text.rfind(prefix)
     return {"input": text[:at].strip(), "gen_prefix": text[at:].strip()}
 

@@ -13,8 +13,9 @@ import json
 import logging
 import math
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -22,95 +23,134 @@ from unittest.mock import patch
 import pandas as pd
 
 from rnn_longctx.config import format_length, parse_lengths
-from rnn_longctx.errors import InputError
+from rnn_longctx.devices import dtype_name
+from rnn_longctx.errors import InputError, one_line
 from rnn_longctx.eval.harness.model import HarnessLM
 from rnn_longctx.eval.harness.ruler import TooShort, draw_from, is_ruler, maker, restored
-from rnn_longctx.eval.results import Results, write_atomic
-from rnn_longctx.mitigations import active, mitigate, parse_remedy
-from rnn_longctx.models.checkpoint.checkpoint import LazyTokenizer
+from rnn_longctx.eval.results import Results
+from rnn_longctx.files import write_atomic
+from rnn_longctx.mitigations import Remedy, active, mitigate, parse_remedy
+from rnn_longctx.models.checkpoint.tokenizer import LazyTokenizer
+from rnn_longctx.models.interface import LanguageModel
 from rnn_longctx.models.precision import computes_as
 
 # tokens_read: of a prompt (before its answer), the mean over the prompts of a task, and their least and most
-COLUMNS = ("task", "length", "tokens_read", "tokens_read_min", "tokens_read_max", "metric", "value", "stderr", "n",
-           "mitigation", "model", "weights_hash", "dtype", "state_dtype", "seed")  # fmt: skip
+COLUMNS = (
+    *("task", "length", "tokens_read", "tokens_read_min", "tokens_read_max", "metric", "value", "stderr", "n"),
+    *("mitigation", "model", "weights_hash", "dtype", "state_dtype", "seed"),
+)
+WHOLE = ("length", "tokens_read_min", "tokens_read_max", "n")  # columns of whole numbers, some of them missing
 NEAR = 0.95  # of a length: prompts that are shorter on average say nothing of it
 TASKS = Path(__file__).resolve().parent / "lm_eval_tasks"
 
 
-def lm_eval_table(model: Any, tasks: Sequence[str], lengths: Sequence[int | str] | str = "4k",
-                  mitigations: Sequence[str] = ("none",), *, limit: int | None = None, include_path: str | None = None,
-                  data: str | None = None, out: str | None = None, batch: int = 8, max_length: int | None = None,
-                  add_bos_token: bool | None = None, seed: int = 0,
-                  progress: bool = False) -> pd.DataFrame:  # fmt: skip
-    """Run lm-eval's tasks; one row a task, length, metric and remedy, with the columns of COLUMNS.
+@dataclass(frozen=True)
+class HarnessConfig:
+    """What is asked of a model, how much of it, and where the table goes.
 
-    Args:
-        model: this library's, or one of another library, which is adopted.
+    Attributes:
         tasks: names that lm-eval knows (tasks, groups, tags), this library's, or those of `include_path`.
         lengths: tokens, for tasks that make data of a given length. Remedies get it as their target length; for tasks
             of a fixed length they get the greatest.
         limit: the most documents of a task, at every length. None: all.
         include_path: a folder with more task files.
         data: a JSONL file, for the tasks that read one (rnn_longctx_qa, rnn_longctx_summary).
+        out: a folder for lm_eval.json and lm_eval.csv. None: the table is returned alone.
         batch: the most rows of equal length side by side.
         max_length: the most tokens a request may read; longer ones are refused. None: no limit.
         add_bos_token: whether prompts begin with BOS; None: where the tokenizer begins with it.
         seed: of the data that tasks make of a length, and of sampling.
+    """
+
+    tasks: Sequence[str]
+    lengths: Sequence[int | str] | str = "4k"
+    mitigations: Sequence[str] = ("none",)
+    limit: int | None = None
+    include_path: str | None = None
+    data: str | None = None
+    out: str | None = None
+    batch: int = 8
+    max_length: int | None = None
+    add_bos_token: bool | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Raise InputError for what no model could be asked."""
+        if not self.names or not self.remedies or not self.sizes:
+            raise InputError("lm-eval needs at least one task and one mitigation")
+        if self.limit is not None and self.limit < 1:
+            raise InputError(f"limit: expected at least 1 document, got {self.limit}")
+        if self.include_path is not None and not Path(self.include_path).is_dir():
+            raise InputError(f"include-path: no folder at {self.include_path}")
+        if self.data is not None and not Path(self.data).is_file():
+            raise InputError(f"data: no file at {self.data}")
+
+    @cached_property
+    def names(self) -> list[str]:
+        return list(dict.fromkeys(self.tasks))
+
+    @cached_property
+    def sizes(self) -> list[int]:
+        """The lengths in tokens, in order."""
+        return sorted(set(parse_lengths(self.lengths)))
+
+    @cached_property
+    def remedies(self) -> list[Remedy]:
+        return list({str(remedy): remedy for remedy in map(parse_remedy, self.mitigations)}.values())
+
+
+def lm_eval_table(model: Any, config: HarnessConfig, progress: bool = False) -> pd.DataFrame:
+    """Run lm-eval's tasks; one row a task, length, metric and remedy, with the columns of COLUMNS.
+
+    Args:
+        model: this library's, or one of another library, which is adopted.
     Raises:
         InputError: unknown tasks (with the nearest names) or remedies, bad lengths, tasks whose data or packages are
             missing here (of a group they are named in a warning and left out; so is any that does not fit into one
             of the lengths), a request longer than `max_length`.
     """
-    wanted = sorted(set(parse_lengths(list(lengths) if not isinstance(lengths, str) else lengths)))
-    remedies = list({str(r): r for r in map(parse_remedy, mitigations)}.values())
-    names = list(dict.fromkeys(tasks))
-    if not names or not remedies:
-        raise InputError("lm-eval needs at least one task and one mitigation")
-    if limit is not None and limit < 1:
-        raise InputError(f"limit: expected at least 1 document, got {limit}")
-    if include_path is not None and not Path(include_path).is_dir():
-        raise InputError(f"include-path: no folder at {include_path}")
-    if data is not None and not Path(data).is_file():
-        raise InputError(f"data: no file at {data}")
-    if out:
-        out = str(Results(out).directory)  # an unwritable folder shows now
-    paths = [str(TASKS), *([str(include_path)] if include_path else [])]
+    out = None if config.out is None else Results(config.out).directory  # an unwritable folder shows now
     harness = HarnessLM(
-        model, max_length=max_length, batch_size=batch, add_bos_token=add_bos_token, seed=seed, progress=progress
+        model,
+        max_length=config.max_length,
+        batch_size=config.batch,
+        add_bos_token=config.add_bos_token,
+        seed=config.seed,
+        progress=progress,
     )
-    model, weights = harness.model, harness.model.weights_hash
+    lm, weights = harness.model, harness.model.weights_hash
     rows: list[dict[str, Any]] = []
     runs: list[dict[str, Any]] = []
-
     with tempfile.TemporaryDirectory() as folder:
-        save_tokenizer(model.tokenizer, Path(folder))
-        shared = {"tokenizer": folder, "data": data, "limit": limit, "seed": seed}
-        metadata = {k: v for k, v in shared.items() if v is not None}
-        for length, loaded, manager in _Tasks(names, wanted, paths, metadata, harness).by_length():
-            for remedy in remedies:
-                with mitigate(model, remedy, target_length=length or wanted[-1]):
-                    mitigation = active(model, weights)[0]
-                    harness.tokens_read.clear()
-                    results = _evaluate(harness, loaded, manager, limit)
-                about = {"mitigation": mitigation, "model": model.name, "weights_hash": weights,
-                         "dtype": computes_as(model),
-                         "state_dtype": model.state_dtype and str(model.state_dtype)[6:], "seed": seed}  # fmt: skip
+        save_tokenizer(lm.tokenizer, Path(folder))
+        for length, tasks, manager in _Tasks(config, harness, folder).by_length():
+            for remedy in config.remedies:
+                harness.tokens_read.clear()
+                with mitigate(lm, remedy, target_length=length or config.sizes[-1]):
+                    mitigation = active(lm, weights)[0]
+                    results = _evaluate(harness, tasks, manager, config.limit)
+                about = {"mitigation": mitigation, "weights_hash": weights} | _about(lm, config.seed)
                 read = {str(task): _read(tokens) for task, tokens in harness.tokens_read.items()}
                 rows += [{"length": length} | row | read.get(row["task"], {}) | about for row in _rows(results, length)]
-                runs.append({"length": length, "begin": harness.text.begin, "tokens_read": read} | about
-                            | _kept(results, folder))  # fmt: skip
-                if length and remedy is remedies[0]:
-                    _say_shorter(read, length)
-                whole = ["length", "tokens_read_min", "tokens_read_max", "n"]
-                frame = pd.DataFrame(rows, columns=list(COLUMNS)).astype(dict.fromkeys(whole, "Int64"))
+                run = {"length": length, "begin": harness.text.begin, "tokens_read": read}
+                runs.append(run | about | _without_prompts(results, folder))
+                if length and remedy is config.remedies[0]:
+                    _warn_of_shorter(read, length)
+                frame = pd.DataFrame(rows, columns=list(COLUMNS)).astype(dict.fromkeys(WHOLE, "Int64"))
                 if out:  # after every run: a long one that is stopped has left what it had
-                    write_atomic(Path(out) / "lm_eval.json", (json.dumps(runs, indent=1, default=str) + "\n").encode())
-                    write_atomic(Path(out) / "lm_eval.csv", frame.to_csv(index=False, lineterminator="\n").encode())
+                    write_atomic(out / "lm_eval.json", (json.dumps(runs, indent=1, default=str) + "\n").encode())
+                    write_atomic(out / "lm_eval.csv", frame.to_csv(index=False, lineterminator="\n").encode())
     return frame
 
 
+def _about(model: LanguageModel, seed: int) -> dict[str, Any]:
+    """Return what rows say of a model beside its weights and remedy."""
+    state = None if model.state_dtype is None else dtype_name(model.state_dtype)
+    return {"model": model.name, "dtype": computes_as(model), "state_dtype": state, "seed": seed}
+
+
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """The tokenizer as files that transformers reads: RULER's tasks measure their prompts with it. Bytes become a
+    """Write a tokenizer as files that transformers reads: RULER's tasks measure their prompts with it. Bytes become a
     byte-level BPE without merges, which counts the same."""
     tokenizer = tokenizer.load() if isinstance(tokenizer, LazyTokenizer) else tokenizer
     fast = getattr(tokenizer, "_fast", None)
@@ -127,58 +167,67 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
 
 @dataclass
 class _Tasks:
-    """The tasks that were asked for. What cannot be had here, or not at a length, is named and left out; InputError
-    where one that was asked for by its own name cannot be had at all, and where nothing can."""
+    """The tasks of a config, loaded.
 
-    names: list[str]
-    lengths: list[int]
-    paths: list[str]
-    shared: dict[str, Any]
+    What cannot be had here, or not at a length, is named and left out. Raises InputError where one that the config
+    names itself cannot be had at all, and where nothing can.
+
+    Attributes:
+        folder: holds the model's tokenizer.
+        gone: tasks that no length brings back.
+    """
+
+    config: HarnessConfig
     harness: HarnessLM
-    gone: set[str] = field(default_factory=set)  # tasks that no length brings back
+    folder: str
+    gone: set[str] = field(default_factory=set)
 
     def by_length(self) -> Iterator[tuple[int | None, list[Any], Any]]:
-        """(length, its tasks, their manager); those of a fixed length first, with None. A length's data is made when
-        its turn comes."""
-        known = self._manager(self.lengths[0])
+        """Yield (length, its tasks, their manager); those of a fixed length first, with None. A length's data is made
+        when its turn comes."""
+        lengths = self.config.sizes
+        known = self._manager(lengths[0])
         self._check(known)
-        members = {name: _members(known, name) for name in self.names}
-        first, refused = self._load(known, members, self.lengths[0])
-        some = False
+        members = {name: _members(known, name) for name in self.config.names}
+        first, refused = self._load(known, members, lengths[0])
+        any_task = False
         if fixed := [task for each in first.values() for task in each if not _by_length(task)]:
-            some = True
+            any_task = True
             yield None, fixed, known
         self.gone |= {member for member, each in first.items() if not any(map(_by_length, each))}
         members = {name: left for name, each in members.items() if (left := [m for m in each if m not in self.gone])}
-        for length in self.lengths if members else ():
+        for length in lengths if members else ():
             here, loaded = known, first
-            if length != self.lengths[0]:
+            if length != lengths[0]:
                 here = self._manager(length)
                 loaded, refused = self._load(here, members, length)
-            if made := [task for each in loaded.values() for task in each if _by_length(task)]:
-                some = True
-                yield length, made, here
-        if not some:
+            if tasks := [task for each in loaded.values() for task in each if _by_length(task)]:
+                any_task = True
+                yield length, tasks, here
+        if not any_task:
             raise InputError(refused)
 
     def _manager(self, length: int) -> Any:
         from lm_eval.tasks import TaskManager
 
-        metadata = {"max_seq_lengths": [length], **self.shared}
-        own = TaskManager(include_path=self.paths, include_defaults=False, metadata=metadata)
+        c = self.config
+        paths = [str(TASKS), *([str(c.include_path)] if c.include_path else [])]
+        metadata = {"max_seq_lengths": [length], "tokenizer": self.folder, "seed": c.seed}
+        metadata |= {key: value for key, value in (("data", c.data), ("limit", c.limit)) if value is not None}
+        small = TaskManager(include_path=paths, include_defaults=False, metadata=metadata)
         # reading all of lm-eval's own task files takes seconds
-        known = set(self.names) <= set(own.all_tasks)
-        return own if known else TaskManager(include_path=self.paths, metadata=metadata)
+        known = set(c.names) <= set(small.all_tasks)
+        return small if known else TaskManager(include_path=paths, metadata=metadata)
 
     def _check(self, manager: Any) -> None:
-        for name in self.names:
+        for name in self.config.names:
             if name not in manager.all_tasks:
-                raise InputError(f"lm-eval knows no task {name!r}{_own(name) or _near(name, manager.all_tasks)}")
-            if _own(name):
-                logging.getLogger(__name__).warning("%s is a task of lm-eval's own%s", name, _own(name))
+                raise InputError(f"lm-eval knows no task {name!r}{_here(name) or _near(name, manager.all_tasks)}")
+            if _here(name):
+                logging.getLogger(__name__).warning("%s is a task of lm-eval's own%s", name, _here(name))
 
     def _load(self, manager: Any, members: dict[str, list[str]], length: int) -> tuple[dict[str, list[Any]], str]:
-        """The tasks that can be had, by their names, and the last reason why one cannot."""
+        """Return the tasks that can be had, by their names, and the last reason why one cannot."""
         loaded: dict[str, list[Any]] = {}
         why = ""
         for name, each in members.items():
@@ -199,25 +248,24 @@ class _Tasks:
         return loaded, why
 
     def _one(self, manager: Any, name: str, length: int) -> list[Any]:
-        """A task, or what a tag or group stands for that changes its tasks' settings."""
+        """Return a task, or what a tag or group stands for that changes its tasks' settings."""
         spec: Any = name
         if is_ruler(name, manager.task_index[name].yaml_path):
             count = lambda text: len(self.harness.tok_encode(text))  # noqa: E731
-            made = maker(name, length, count, self.shared.get("limit"), self.shared["seed"])
-            spec = {"group": f"one_{name}", "task": [{"task": name, "custom_dataset": made}]}
+            prompts = maker(name, length, count, self.config.limit, self.config.seed)
+            spec = {"group": f"one_{name}", "task": [{"task": name, "custom_dataset": prompts}]}
         try:
             with restored():
-                draw_from(self.shared["seed"], name)
+                draw_from(self.config.seed, name)
                 return list(manager.load([spec])["tasks"].values())
         except InputError:
             raise
         except Exception as error:  # data sets, downloads and packages of some 14000 tasks fail in many ways
-            cause = " ".join(str(error).split()) or type(error).__name__
-            raise InputError(f"task {name} cannot be had here: {cause[:300]}{_own(name)}") from None
+            raise InputError(f"task {name} cannot be had here: {one_line(error, 300)}{_here(name)}") from None
 
 
 def _members(manager: Any, name: str) -> list[str]:
-    """The tasks of a group or tag by their names; what changes its tasks' settings is taken as a whole."""
+    """Return the tasks of a group or tag by their names; what changes its tasks' settings is taken as a whole."""
     entry = manager.task_index[name]
     if entry.tags and entry.kind.name == "TAG":
         return sorted(entry.tags)
@@ -229,14 +277,14 @@ def _members(manager: Any, name: str) -> list[str]:
 
 
 def _by_length(task: Any) -> bool:
-    """Tasks that make their data say with `by_length: false` that it does not depend on the length."""
+    """Return whether a task makes its data of a length; one says with `by_length: false` that it does not."""
     return callable(task.config.custom_dataset) and (task.config.metadata or {}).get("by_length", True)
 
 
-def _own(name: str) -> str:
-    """Where a task of this library's goes by that name in `rnn-longctx eval`: what lm-eval knows it by."""
-    own = f"rnn_longctx_{name}"
-    return f"; this library's is called {own}" if (TASKS / f"{own}.yaml").is_file() else ""
+def _here(name: str) -> str:
+    """Return what lm-eval knows a task by that goes by this name in `rnn-longctx eval`, or nothing."""
+    full = f"rnn_longctx_{name}"
+    return f"; this library's is called {full}" if (TASKS / f"{full}.yaml").is_file() else ""
 
 
 def _near(name: str, known: Sequence[str]) -> str:
@@ -273,20 +321,24 @@ def _rows(results: Any, length: int | None) -> Iterator[dict[str, Any]]:
 
 
 def _read(tokens: list[int]) -> dict[str, float]:
-    """What of COLUMNS says how much was read."""
+    """Return the columns that say how much was read."""
     return {"tokens_read": sum(tokens) / len(tokens), "tokens_read_min": min(tokens), "tokens_read_max": max(tokens)}
 
 
-def _say_shorter(read: dict[str, dict[str, float]], length: int) -> None:
+def _warn_of_shorter(read: dict[str, dict[str, float]], length: int) -> None:
     """Warn of tasks whose prompts are shorter than the length that they were made for."""
     for task, each in read.items():
         if each["tokens_read"] < NEAR * length:
-            logging.getLogger(__name__).warning("%s at %s reads %.0f tokens: its scores are of that length", task,
-                                                format_length(length), each["tokens_read"])  # fmt: skip
+            logging.getLogger(__name__).warning(
+                "%s at %s reads %.0f tokens: its scores are of that length",
+                task,
+                format_length(length),
+                each["tokens_read"],
+            )
 
 
 def _stderr(samples: list[Any], value: float) -> float | None:
-    """Of a mean over documents, where lm-eval does not know that the metric is one."""
+    """Return the standard error of a mean over documents, where lm-eval does not know that the metric is one."""
     if len(samples) < 2 or not all(isinstance(s, int | float) for s in samples):
         return None
     mean, n = sum(samples) / len(samples), len(samples)
@@ -294,8 +346,8 @@ def _stderr(samples: list[Any], value: float) -> float | None:
     return spread / math.sqrt(n) if abs(mean - value) < 1e-9 else None
 
 
-def _kept(results: Any, folder: str) -> dict[str, Any]:
-    """What of lm-eval's results is written: all but the prompts, which are as long as the context."""
+def _without_prompts(results: Any, folder: str) -> dict[str, Any]:
+    """Return lm-eval's results as they are written: without the prompts, which are as long as the context."""
     whole = {k: v for k, v in results.items() if k in ("results", "versions", "n-shot", "n-samples", "config")}
     drop = ("doc", "arguments", "resps")
     whole["samples"] = {
@@ -303,5 +355,5 @@ def _kept(results: Any, folder: str) -> dict[str, Any]:
         for task, samples in results["samples"].items()
     }
     whole["config"] = {k: v for k, v in whole["config"].items() if k not in ("device", "model_args", "use_cache")}
-    plain: Callable[[Any], Any] = lambda value: json.loads(json.dumps(value, default=str).replace(folder, ""))  # noqa: E731
-    return plain(whole)
+    plain: dict[str, Any] = json.loads(json.dumps(whole, default=str).replace(folder, ""))
+    return plain

@@ -15,25 +15,26 @@ from rnn_longctx.errors import InputError
 
 
 class PromptTokenizer:
-    """A model's tokenizer as lm-eval's prompts are read.
+    """A model's tokenizer, which reads text as lm-eval's prompts are read.
 
     Attributes:
-        theirs: the tokenizer of transformers, or None (bytes).
+        full: the tokenizer of transformers, or None (bytes).
         begin: the ids that are put before a text.
-        prefix_id: what an empty context is: BOS, else EOS, else what a text begins with, else a newline. InputError:
-            the tokenizer has none of them.
+        prefix_id: what an empty context is: BOS, else EOS, else what a text begins with, else a newline. Raises
+            InputError where the tokenizer has none of them.
     """
 
     def __init__(self, tokenizer: Any, add_bos_token: bool | None = None, prefix_token_id: int | None = None):
-        """add_bos_token: whether texts begin with BOS; None: where the tokenizer does. InputError: it has none."""
+        """add_bos_token: whether texts begin with BOS; None: where the tokenizer does. Raises InputError where it has
+        none."""
         if add_bos_token not in (None, False, True):
             raise InputError(f"add_bos_token: expected True, False or None, got {add_bos_token!r:.60}")
         self.plain = tokenizer
-        self.theirs = tokenizer.transformers() if hasattr(tokenizer, "transformers") else None
-        self.bos_id = None if self.theirs is None else self.theirs.bos_token_id
-        self.eos_id = tokenizer.eos_id if self.theirs is None else self.theirs.eos_token_id
+        self.full = tokenizer.transformers() if hasattr(tokenizer, "transformers") else None
+        self.bos_id = None if self.full is None else self.full.bos_token_id
+        self.eos_id = tokenizer.eos_id if self.full is None else self.full.eos_token_id
         self.eos_id = tokenizer.eos_id if self.eos_id is None else self.eos_id
-        begin = [] if self.theirs is None or add_bos_token is False else _begin(self.theirs)
+        begin = [] if self.full is None or add_bos_token is False else _begin(self.full)
         if add_bos_token and not begin:
             if self.bos_id is None:
                 raise InputError(f"add_bos_token: tokenizer {tokenizer.name} has no BOS token; leave the option out")
@@ -51,23 +52,23 @@ class PromptTokenizer:
 
     def encode(self, text: str, add_special_tokens: bool | None = None) -> list[int]:
         """Return the ids of a text. add_special_tokens: with `begin` before it; None: unless it says BOS itself."""
-        if self.theirs is None:
+        if self.full is None:
             return list(self.plain.encode(text).tolist())
-        ids: list[int] = self.theirs.encode(text, add_special_tokens=False)
-        bos = self.theirs.bos_token
+        ids: list[int] = self.full.encode(text, add_special_tokens=False)
+        bos = self.full.bos_token
         if add_special_tokens is None:
             add_special_tokens = not (bos and text.startswith(bos))
         return [*self.begin, *ids] if add_special_tokens else ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         ids = [i for i in ids if i != self.eos_id] if skip_special_tokens else list(ids)
-        if self.theirs is None:
+        if self.full is None:
             return str(self.plain.decode(ids))
-        return str(self.theirs.decode(ids, skip_special_tokens=skip_special_tokens))
+        return str(self.full.decode(ids, skip_special_tokens=skip_special_tokens))
 
 
 def _begin(tokenizer: Any) -> list[int]:
-    """The ids that a tokenizer of transformers puts before a text, told from those that it puts behind."""
+    """Return the ids that a tokenizer of transformers puts before a text, and not those that it puts behind."""
     text = next((t for t in ("a", "1", ".", "我") if tokenizer.encode(t, add_special_tokens=False)), "")
     plain, whole = (tokenizer.encode(text, add_special_tokens=special) for special in (False, True))
     for start in range(len(whole) - len(plain) + 1):

@@ -1,4 +1,4 @@
-"""The interface of tasks, and what they are given: a model with a remedy on it, and a place for results."""
+"""What can be measured of a model (a job), and what a job works with: a model with a remedy on it, and results."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hashlib
 import json
 import resource
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,27 +14,28 @@ from typing import Any, ClassVar
 
 import torch
 
-from rnn_longctx.data import Text
+from rnn_longctx.data import Text, load_text
 from rnn_longctx.eval.results import Results, Row
 from rnn_longctx.eval.stats import mean_stderr
-from rnn_longctx.models.lm import Mamba2LM
+from rnn_longctx.eval.tables.sheets import Kind
+from rnn_longctx.models.interface import LanguageModel
 from rnn_longctx.models.precision import computes_as
 from rnn_longctx.spec import canonical
 from rnn_longctx.version import __version__
 
 
 @dataclass
-class Context:
-    """What a task works with.
+class Measuring:
+    """What a job works with.
 
     Attributes:
         mitigation, calibration: canonical texts of what is on the model.
-        text: the text to evaluate on, or its spec.
+        text: the text that losses are measured on, or its spec.
         batch: the most streams read side by side; segment: tokens read in one call, all streams together.
         progress: called with a number of tokens read.
     """
 
-    model: Mamba2LM
+    model: LanguageModel
     mitigation: str = "none"
     calibration: str | None = None
     text: Text | str | Path = "stdlib"
@@ -46,93 +48,135 @@ class Context:
     _memory: dict[Any, Any] = field(default_factory=dict)
 
     def memo(self, key: Any, make: Callable[[], Any]) -> Any:
-        """A text is loaded once for all remedies."""
+        """Return what `make` gave at the first call: a text is loaded once for all remedies."""
         if key not in self._memory:
             self._memory[key] = make()
         return self._memory[key]
 
     @property
     def weights_hash(self) -> str:
-        """The model's when it was first asked for: it is not to change while a context is worked with."""
+        """The model's when it was first asked for: it is not to change while it is measured."""
         return self.memo("weights", lambda: self.model.weights_hash)
 
-    def key(self, task: Task, text: Text | str, length: int, metric: str, depth: float | None = None) -> Row:
+    @property
+    def loaded_text(self) -> Text:
+        """The text that losses are measured on."""
+        text = self.text
+        return text if isinstance(text, Text) else self.memo(("text", text), lambda: load_text(text))
+
+    def key(
+        self,
+        label: str = "",
+        text: Text | str = "",
+        length: int = 0,
+        metric: str = "",
+        depth: float | None = None,
+    ) -> Row:
+        """Return the key of a cell; without arguments, what all cells of this model and remedy share."""
         m = self.model
         device = torch.cuda.get_device_name(m.device) if m.device.type == "cuda" else m.device.type
-        kept = {} if m.state_dtype is None else {"state_dtype": str(m.state_dtype).removeprefix("torch.")}
-        return kept | {
-            "model": m.name, "weights_hash": self.weights_hash, "mitigation": self.mitigation,
-            "calibration": self.calibration, "task": task.label, "text": text if isinstance(text, str) else text.name,
-            "text_hash": None if isinstance(text, str) else text.hash, "tokenizer": m.tokenizer.name,
-            "length": length, "depth": depth, "metric": metric, "batch": self.batch,
-            "dtype": computes_as(m), "backend": m.backend, "device": device, "seed": self.seed,
-        }  # fmt: skip
+        rounded = {} if m.state_dtype is None else {"state_dtype": str(m.state_dtype).removeprefix("torch.")}
+        return rounded | {
+            "model": m.name,
+            "weights_hash": self.weights_hash,
+            "mitigation": self.mitigation,
+            "calibration": self.calibration,
+            "task": label,
+            "text": text if isinstance(text, str) else text.name,
+            "text_hash": None if isinstance(text, str) else text.hash,
+            "tokenizer": m.tokenizer.name,
+            "length": length,
+            "depth": depth,
+            "metric": metric,
+            "batch": self.batch,
+            "dtype": computes_as(m),
+            "backend": m.backend,
+            "device": device,
+            "seed": self.seed,
+        }
 
-    def row(self, task: Task, text: Text | str, length: int, metric: str, samples: Sequence[float],
-            depth: float | None = None, **cost: Any) -> Row:  # fmt: skip
-        """A finished cell: the mean of its samples, stored at once."""
+    def row(self, key: Row, samples: Sequence[float], **cost: Any) -> Row:
+        """Return a finished cell, the mean of its samples, which is stored at once."""
         value, stderr = mean_stderr(samples)
-        row = self.key(task, text, length, metric, depth) | {
-            "value": value, "stderr": stderr, "n": len(samples), "samples": [float(s) for s in samples],
-            "train_length": self.model.train_length, "version": __version__, **cost,
-        }  # fmt: skip
+        row = key | {
+            "value": value,
+            "stderr": stderr,
+            "n": len(samples),
+            "samples": [float(s) for s in samples],
+            "train_length": self.model.train_length,
+            "version": __version__,
+            **cost,
+        }
         if self.results:
             self.results.put(row)
         return row
 
-    def done(self, task: Task, text: Text | str, length: int, metric: str, n: int) -> bool:
+    def done(self, key: Row, n: int) -> bool:
         """Whether the cell is stored already, from as many samples or more: fewer would only be a part of them."""
-        stored = self.results.get(self.key(task, text, length, metric)) if self.results else None
+        stored = self.results.get(key) if self.results else None
         return stored is not None and stored["n"] >= n
 
     def snapshot_name(self, *what: Any) -> str:
-        """A name for the snapshots of a stream that no other model, remedy or text shares."""
-        key = self.key(Task(), "", 0, "")
-        return hashlib.sha256(json.dumps([key, what], sort_keys=True).encode()).hexdigest()[:24]
+        """Return a name for the snapshots of a stream that no other model, remedy or text shares."""
+        return hashlib.sha256(json.dumps([self.key(), what], sort_keys=True).encode()).hexdigest()[:24]
 
 
 @dataclass(frozen=True)
-class Task:
-    """Base of the tasks. The fields of the dataclass are its parameters, `name:key=value,...`."""
+class Job(ABC):
+    """Base of what can be measured. The fields of the dataclass are its parameters, `name:key=value,...`.
 
-    name: ClassVar[str] = ""
+    Attributes:
+        kind: of what is measured, a "loss" of a text or an "accuracy" of answers.
+    """
+
+    kind: ClassVar[Kind]
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """The name on the command line."""
 
     @property
     def label(self) -> str:
-        """What cells are filed under: tasks that ask for something else are called something else."""
+        """The name that cells are filed under: jobs that ask for something else are called something else."""
         return self.name
 
-    asks: ClassVar[bool] = False  # about a prompt as a whole: remedies that read it otherwise can be measured
+    @property
+    def reads_prompts(self) -> bool:
+        """Whether it measures the answer to a whole prompt, however that is read: it then fits remedies that read a
+        prompt in a way of their own."""
+        return False
 
-    def lengths(self, asked: list[int], train_length: int | None) -> list[int]:
-        """Which of the lengths asked for this task measures."""
+    def lengths(self, lengths: list[int], train_length: int | None) -> list[int]:
+        """Return those of the lengths that this job measures."""
         longest = getattr(self, "max", None)
-        return [n for n in asked if longest is None or n <= longest]
+        return [n for n in lengths if longest is None or n <= longest]
 
-    def check(self, context: Context, lengths: list[int]) -> None:
+    @abstractmethod
+    def check(self, measuring: Measuring, lengths: list[int]) -> None:
         """Raise InputError for what cannot be measured, before anything is."""
 
-    def cost(self, context: Context, lengths: list[int]) -> int:
-        """Tokens that `run` is going to read, for the progress bar."""
-        raise NotImplementedError
+    @abstractmethod
+    def cost(self, measuring: Measuring, lengths: list[int]) -> int:
+        """Return the tokens that `run` is going to read, for the progress bar."""
 
-    def run(self, context: Context, lengths: list[int]) -> Iterator[Row]:
+    @abstractmethod
+    def run(self, measuring: Measuring, lengths: list[int]) -> Iterator[Row]:
         """Measure and store the cells that are not stored yet, and yield them."""
-        raise NotImplementedError
 
     def __str__(self) -> str:
         return canonical(self.name, self)
 
 
-def forget_peak(context: Context) -> None:
+def forget_peak(measuring: Measuring) -> None:
     """Let `peak_bytes` count from here on, where it can: a remedy is not to be given the peak of the one before it."""
-    if context.model.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(context.model.device)
+    if measuring.model.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(measuring.model.device)
 
 
-def peak_bytes(context: Context) -> int:
-    """The most memory since `forget_peak` of the GPU, where the model is on one; else of the process so far."""
-    if context.model.device.type == "cuda":
-        return torch.cuda.max_memory_allocated(context.model.device)
+def peak_bytes(measuring: Measuring) -> int:
+    """Return the most memory since `forget_peak` of the GPU, where the model is on one; else of the process so far."""
+    if measuring.model.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(measuring.model.device)
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return used if sys.platform == "darwin" else used * 1024

@@ -1,4 +1,4 @@
-"""Language-model loss over length.
+"""Loss of a text over length.
 
 `lm` at length L is the mean loss over positions (L/2, L] of fixed slices of a text, whatever other lengths were asked
 for; the loss at position t is that of token t + 1, after t tokens have been read. One pass over a slice gives all
@@ -12,15 +12,16 @@ import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from rnn_longctx.data import Text, load_text, tokens
+from rnn_longctx.data import Text, tokens
 from rnn_longctx.errors import InputError
-from rnn_longctx.eval.jobs.base import Context, Task, forget_peak, peak_bytes
+from rnn_longctx.eval.jobs.base import Job, Measuring, forget_peak, peak_bytes
 from rnn_longctx.eval.results import Row
 from rnn_longctx.models.cache import Cache
 from rnn_longctx.models.modes import evaluating
@@ -30,11 +31,13 @@ PEAK_BINS = 4  # the highest loss within the training length is taken over so ma
 
 
 @dataclass(frozen=True)
-class LanguageModel(Task):
+class LossOverLength(Job):
     """slices: at least so many at every length; tokens: more at shorter ones, up to `most`, while n * L stays below and
     the text has as many that do not overlap; max: the longest length measured."""
 
+    kind = "loss"
     name = "lm"
+
     slices: int = 4
     tokens: int = 256 * 1024
     most: int = 128
@@ -44,68 +47,67 @@ class LanguageModel(Task):
         if self.slices < 1 or self.tokens < 0 or self.most < 1:
             raise InputError("lm: slices and most must be at least 1, tokens at least 0")
 
-    def count(self, context: Context, length: int) -> int:
-        return max(self.slices, min(self.most, self.tokens // length, self._apart(context, length)))
+    def count(self, measuring: Measuring, length: int) -> int:
+        """Return the number of slices that are read at a length."""
+        return max(self.slices, min(self.most, self.tokens // length, self._apart(measuring, length)))
 
-    def _apart(self, context: Context, length: int) -> int:
-        """How many slices of so many tokens the text has before two of them overlap."""
-        text, tokenizer, most = text_of(context), context.model.tokenizer, max(self.slices, self.most)
+    def _apart(self, measuring: Measuring, length: int) -> int:
+        """Return how many slices of so many tokens the text has before two of them overlap."""
+        text, tokenizer, most = measuring.loaded_text, measuring.model.tokenizer, max(self.slices, self.most)
 
-        def found() -> int:
+        def apart() -> int:
             return text.distinct(int(tokens(text, tokenizer, 0, length + 1)[1].sum()), most)
 
-        return context.memo(("apart", text.hash, tokenizer.name, length, most), found)
+        return measuring.memo(("apart", text.hash, tokenizer.name, length, most), apart)
 
-    def lengths(self, asked: list[int], train_length: int | None) -> list[int]:
-        wanted = super().lengths(asked, train_length)
-        if train_length is not None and wanted and max(wanted) > train_length:
-            wanted = sorted({*wanted, train_length})  # the verdict needs it
-        return wanted
+    def lengths(self, lengths: list[int], train_length: int | None) -> list[int]:
+        lengths = super().lengths(lengths, train_length)
+        if train_length is not None and lengths and max(lengths) > train_length:
+            lengths = sorted({*lengths, train_length})  # the verdict needs it
+        return lengths
 
-    def check(self, context: Context, lengths: list[int]) -> None:
+    def check(self, measuring: Measuring, lengths: list[int]) -> None:
         """Refuse lengths that the text does not have, before anything is read."""
-        text, tokenizer = text_of(context), context.model.tokenizer
+        text, tokenizer = measuring.loaded_text, measuring.model.tokenizer
         tokens(text, tokenizer, 0, max(lengths) + 1)
         if tokenizer.name != "bytes":
             try:
                 text.data.decode("utf-8")
             except UnicodeDecodeError as error:
                 raise InputError(f"tokenizer {tokenizer.name} needs UTF-8 text; byte {error.start} is not") from None
-        short = [n for n in lengths if self._apart(context, n) < self.slices]
+        short = [n for n in lengths if self._apart(measuring, n) < self.slices]
         if short:
-            apart = f"{self._apart(context, short[0])} of {short[0]} tokens that do not overlap"
-            said = "text %s is short: of the %d slices read it has %s, so errors and intervals are too small"
-            logging.getLogger(__name__).warning(said, text.name, self.slices, apart)
+            apart = f"{self._apart(measuring, short[0])} of {short[0]} tokens that do not overlap"
+            message = "text %s is short: of the %d slices read it has %s, so errors and intervals are too small"
+            logging.getLogger(__name__).warning(message, text.name, self.slices, apart)
 
-    def cost(self, context: Context, lengths: list[int]) -> int:
-        todo = self._todo(context, lengths)
-        return sum(len(rows) * reach for rows, reach in self._passes(context, todo)) if todo else 0
+    def cost(self, measuring: Measuring, lengths: list[int]) -> int:
+        todo = self._todo(measuring, lengths)
+        return sum(len(rows) * reach for rows, reach in self._passes(measuring, todo)) if todo else 0
 
-    def run(self, context: Context, lengths: list[int]) -> Iterator[Row]:
-        todo = self._todo(context, lengths)
+    def run(self, measuring: Measuring, lengths: list[int]) -> Iterator[Row]:
+        todo = self._todo(measuring, lengths)
         if not todo:
             return
-        text, train = text_of(context), context.model.train_length
+        text, train = measuring.loaded_text, measuring.model.train_length
         marks = sorted(
             {m for length in todo for m in (length // 2, length)} | set(_bins(train) if train in todo else ())
         )
         sums: dict[int, list[Tensor]] = {m: [] for m in marks}  # of the loss up to the mark, one value a slice
         nbytes: dict[int, list[Tensor]] = {m: [] for m in marks}
-        forget_peak(context)
-        seconds, read = (
-            dict.fromkeys(marks, 0.0),
-            dict.fromkeys(marks, 0),
-        )  # until the mark, of all slices that reach it
-        for rows, reach in self._passes(context, todo):
-            part = _Pass(context, text, rows, reach, [m for m in marks if m <= reach])
-            part.run()
-            for m in part.marks:
-                sums[m].append(part.sums[m])
-                nbytes[m].append(part.nbytes[m])
-                seconds[m], read[m] = seconds[m] + part.times[m], read[m] + len(rows) * m
+        forget_peak(measuring)
+        # until the mark, of all slices that reach it
+        seconds, read = dict.fromkeys(marks, 0.0), dict.fromkeys(marks, 0)
+        for rows, reach in self._passes(measuring, todo):
+            reading = _Pass(measuring, text, rows, reach, [m for m in marks if m <= reach])
+            reading.run()
+            for m in reading.marks:
+                sums[m].append(reading.sums[m])
+                nbytes[m].append(reading.nbytes[m])
+                seconds[m], read[m] = seconds[m] + reading.times[m], read[m] + len(rows) * m
         whole = {m: (torch.cat(sums[m]), torch.cat(nbytes[m])) for m in marks}
         for length in todo:
-            n = self.count(context, length)
+            n = self.count(measuring, length)
             (high, high_bytes), (low, low_bytes) = whole[length], whole[length // 2]
             loss = high[:n] - low[:n]
             per_token = loss / (length - length // 2)
@@ -113,57 +115,59 @@ class LanguageModel(Task):
             cost = {
                 "seconds": seconds[length],
                 "tokens_per_second": read[length] / seconds[length] if seconds[length] else None,
-                "peak_bytes": peak_bytes(context),
+                "peak_bytes": peak_bytes(measuring),
                 "tokens_read": length,
             }
-            yield context.row(self, text, length, "nats_per_byte", per_byte.tolist(), **cost)
+            key = partial(measuring.key, self.label, text, length)
+            yield measuring.row(key("nats_per_byte"), per_byte.tolist(), **cost)
             if length == train:
                 edges = _bins(length)
                 means = torch.stack([(whole[b][0][:n] - whole[a][0][:n]) / (b - a) for a, b in zip(edges, edges[1:])])
                 peak = means[means.mean(1).argmax()]
-                yield context.row(self, text, length, "nats_per_token_peak", peak.tolist(), **cost)
+                yield measuring.row(key("nats_per_token_peak"), peak.tolist(), **cost)
             # written last: it says that the others are there
-            yield context.row(self, text, length, "nats_per_token", per_token.tolist(), **cost)
-        if context.results:
-            context.results.forget_snapshots(_stream(context, text))
+            yield measuring.row(key("nats_per_token"), per_token.tolist(), **cost)
+        if measuring.results:
+            measuring.results.forget_snapshots(_stream(measuring, text))
 
-    def _todo(self, context: Context, lengths: list[int]) -> list[int]:
-        text = text_of(context)
-        train, found = context.model.train_length, []
+    def _todo(self, measuring: Measuring, lengths: list[int]) -> list[int]:
+        text = measuring.loaded_text
+        train, missing = measuring.model.train_length, []
         for n in lengths:
             metrics = ["nats_per_token", *(["nats_per_token_peak"] if n == train else [])]
-            if not all(context.done(self, text, n, metric, self.count(context, n)) for metric in metrics):
-                found.append(n)
-        return found
+            keys = [measuring.key(self.label, text, n, metric) for metric in metrics]
+            if not all(measuring.done(key, self.count(measuring, n)) for key in keys):
+                missing.append(n)
+        return missing
 
-    def _passes(self, context: Context, lengths: list[int]) -> Iterator[tuple[list[int], int]]:
-        """(slices, how far they are read): slices that reach equally far together, at most `batch` of them."""
-        counts = {n: self.count(context, n) for n in lengths}
+    def _passes(self, measuring: Measuring, lengths: list[int]) -> Iterator[tuple[list[int], int]]:
+        """Yield (slices, how far they are read): slices that reach equally far together, at most `batch` of them."""
+        counts = {n: self.count(measuring, n) for n in lengths}
         reach = {i: max(n for n in lengths if counts[n] > i) for i in range(max(counts.values()))}
         for far, group in groupby(reach, key=reach.__getitem__):
             rows = list(group)
-            for i in range(0, len(rows), context.batch):
-                yield rows[i : i + context.batch], far
+            for i in range(0, len(rows), measuring.batch):
+                yield rows[i : i + measuring.batch], far
 
 
 class _Pass:
     """One stream over some slices, from its last snapshot if it was killed."""
 
-    def __init__(self, context: Context, text: Text, rows: list[int], reach: int, marks: list[int]):
-        self.context, self.text, self.rows, self.reach, self.marks = context, text, rows, reach, marks
+    def __init__(self, measuring: Measuring, text: Text, rows: list[int], reach: int, marks: list[int]):
+        self.measuring, self.text, self.rows, self.reach, self.marks = measuring, text, rows, reach, marks
         self.sums: dict[int, Tensor] = {}
         self.nbytes: dict[int, Tensor] = {}
         self.times: dict[int, float] = {0: 0.0}  # seconds until a mark
         self.seconds = 0.0
-        name = f"{_stream(context, text)}-{rows[0]}-{rows[-1]}-{reach}"
-        self.path = context.results.snapshot_path(name) if context.results else None
+        name = f"{_stream(measuring, text)}-{rows[0]}-{rows[-1]}-{reach}"
+        self.path = measuring.results.snapshot_path(name) if measuring.results else None
 
     def run(self) -> None:
-        with torch.inference_mode(), evaluating(self.context.model):
+        with torch.inference_mode(), evaluating(self.measuring.model):
             self._run()
 
     def _run(self) -> None:
-        c, reach, size = self.context, self.reach, len(self.rows)
+        c, reach, size = self.measuring, self.reach, len(self.rows)
         pairs = [tokens(self.text, c.model.tokenizer, i, reach + 1) for i in self.rows]
         ids = torch.from_numpy(np.stack([p[0] for p in pairs]))
         # bytes of the tokens that are predicted at positions 1 .. t
@@ -178,8 +182,8 @@ class _Pass:
         if c.model.device.type == "cuda":  # kernels are compiled at their first call, which no remedy is to pay for
             warm, sizes = c.model.new_cache(), (segment, segment, reach % segment)  # begun, gone on with, cut short
             for n in sizes if reach > segment else (reach,):
-                part = ids[:, : n + 1].to(c.model.device)
-                c.model.losses(c.model(part[:, :-1], warm), part[:, 1:]).sum().item()
+                first = ids[:, : n + 1].to(c.model.device)
+                c.model.losses(c.model(first[:, :-1], warm), first[:, 1:]).sum().item()
             del warm
         began = saved = time.perf_counter()
         done_before = self.seconds
@@ -212,7 +216,7 @@ class _Pass:
         if not self.path or not self.path.exists():
             return None
         try:
-            cache, extra, note = Cache.load_with(self.path, self.context.model.device)
+            cache, extra, note = Cache.load_with(self.path, self.measuring.model.device)
         except InputError:  # torn: read again from the start
             return None
         read, sums = note["read"], {int(k.removeprefix("sum.")): v for k, v in extra.items() if k.startswith("sum.")}
@@ -223,15 +227,10 @@ class _Pass:
         return cache, read, extra["total"]
 
 
-def _stream(context: Context, text: Text) -> str:
-    """How the names of a stream's snapshots begin."""
-    return context.snapshot_name("lm", text.name, text.hash)
+def _stream(measuring: Measuring, text: Text) -> str:
+    """Return how the names of a stream's snapshots begin."""
+    return measuring.snapshot_name("lm", text.name, text.hash)
 
 
 def _bins(length: int | None) -> list[int]:
     return [length * k // PEAK_BINS for k in range(PEAK_BINS + 1)] if length else []
-
-
-def text_of(context: Context) -> Text:
-    given = context.text
-    return given if isinstance(given, Text) else context.memo(("text", given), lambda: load_text(given))

@@ -16,6 +16,7 @@ from rnn_longctx.data import Text, load_text
 from rnn_longctx.errors import InputError
 
 if TYPE_CHECKING:
+    from rnn_longctx.measure.calibration import Calibration
     from rnn_longctx.mitigations import Handle
 
 LEAST = 200  # bytes: shorter files (empty packages, notices) are alike everywhere
@@ -23,24 +24,24 @@ DIGESTS = 4096
 
 
 def digests(text: Text) -> frozenset[str]:
-    """12 hex digits for each document of at least LEAST bytes."""
+    """Return 12 hex digits for each document of at least LEAST bytes."""
     documents = (d for d in text.documents() if len(d) >= LEAST)
     return frozenset(hashlib.blake2b(d, digest_size=6).hexdigest() for d in documents)
 
 
-def kept(text: Text) -> list[str]:
-    """What a calibration file keeps of its text."""
+def smallest_digests(text: Text) -> list[str]:
+    """Return the DIGESTS smallest digests, which a calibration file keeps of its text."""
     return sorted(digests(text))[:DIGESTS]
 
 
 def shared(a: Text, b: Text) -> bool:
-    """Whether two texts have a document in common, or one of them is part of the other."""
+    """Return whether two texts have a document in common, or one of them is part of the other."""
     small, large = sorted((a.data, b.data), key=len)
     return not digests(a).isdisjoint(digests(b)) or small in large
 
 
 def nested(a: Any, b: Any) -> bool:
-    """Whether two names of texts are paths, one of them in the other."""
+    """Return whether two names of texts are paths, one of them in the other."""
     if not (isinstance(a, str | Path) and isinstance(b, str | Path)):
         return False
     paths = [Path(str(p).removeprefix("file:").removeprefix("dir:")).expanduser().resolve() for p in (a, b)]
@@ -58,20 +59,24 @@ def check_unseen(handles: list[Handle], text: Text, named: Any = None, calibrati
         InputError: which remedy, and what it was calibrated on.
     """
     for handle in handles:
-        label = handle.plan.calibration
-        if not label:
-            continue
-        source = handle.text or (load_text("builtin") if label.startswith("builtin ") else None)
-        if source and f" {source.hash}," not in label:  # given to a remedy that reads none
-            source = None
-        found = None
-        if f" {text.hash}," in label:
-            found = text.name
-        elif source and (shared(source, text) or nested(named, calibration_named)):
-            found = f"{source.name}, which shares text with {text.name}"
-        elif not digests(text).isdisjoint(handle.plan.documents):
-            found = f"{label.partition(',')[0]}, which shares text with {text.name}"
-        if found:
-            raise InputError(
-                f"{handle.remedy} was calibrated on {found}, which is to be evaluated: that would flatter it"
-            )
+        for calibration in handle.plan.calibrations:
+            if source := _seen(calibration, handle.text, text, named, calibration_named):
+                raise InputError(
+                    f"{handle.remedy} was calibrated on {source}, which is to be evaluated: that would flatter it"
+                )
+
+
+def _seen(
+    calibration: Calibration, calibrated_on: Text | None, text: Text, named: Any, calibration_named: Any
+) -> str | None:
+    """Return in words what of a text a calibration has seen, or None. calibrated_on: the text given for it, if any."""
+    if calibration.text_hash == text.hash:
+        return text.name
+    source = calibrated_on or (load_text("builtin") if calibration.text == "builtin" else None)
+    if source and source.hash != calibration.text_hash:  # given to a remedy that reads none
+        source = None
+    if source and (shared(source, text) or nested(named, calibration_named)):
+        return f"{source.name}, which shares text with {text.name}"
+    if not digests(text).isdisjoint(calibration.documents):
+        return f"{calibration.source}, which shares text with {text.name}"
+    return None

@@ -37,7 +37,7 @@ def plot_all(frame: pd.DataFrame, directory: str | Path) -> list[Path]:
     paths = []
     for sheet in everything:
         figures: dict[str, Figure | None]
-        if sheet.task == "lm":
+        if sheet.kind == "loss":
             figures = {"loss_over_length": _loss(sheet), "context_gain": _gain(sheet)}
         else:
             figures = {sheet.task: _recall(sheet)}

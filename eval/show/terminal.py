@@ -16,7 +16,17 @@ from rnn_longctx.config import format_length
 from rnn_longctx.eval.stats import wilson
 from rnn_longctx.eval.tables.conclusion import conclusion
 from rnn_longctx.eval.tables.leaderboard import board_tables
-from rnn_longctx.eval.tables.sheets import RECALL, SETTING, Sheet, alike, context_gain, is_control, sheets, summary
+from rnn_longctx.eval.tables.sheets import (
+    RECALL,
+    SETTING,
+    Sheet,
+    alike,
+    context_gain,
+    is_control,
+    kind_of,
+    sheets,
+    summary,
+)
 
 __all__ = ["asked", "conclusion", "context_gain", "header", "summary", "table", "to_text"]
 
@@ -63,8 +73,8 @@ def table(frame: pd.DataFrame, width: int = 110) -> list[RenderableType]:
     everything = sheets(frame)
     ranked = any(len(sheet.cells) > MANY for sheet in everything)
     for sheet in everything:
-        parts += _loss_tables(sheet, width) if sheet.task == "lm" else _accuracy_tables(sheet, width)
-        parts += _gain_tables(sheet, width) if sheet.task == "lm" and not ranked else []
+        parts += _loss_tables(sheet, width) if sheet.kind == "loss" else _accuracy_tables(sheet, width)
+        parts += _gain_tables(sheet, width) if sheet.kind == "loss" and not ranked else []
     parts += board_tables(frame) if ranked else []
     words = conclusion(frame)
     return [*parts, Text(words or "no results yet", style="bold" if words else "")]
@@ -78,7 +88,8 @@ def asked(frame: pd.DataFrame) -> tuple[pd.DataFrame, str]:
     settings = [tuple(setting) for setting in wanted["settings"]]
     remedies, tasks = ({s[i] for s in settings} for i in (0, 1))
     compared = frame["mitigation"].map(lambda m: m in remedies or m == "none" or is_control(m))
-    keep = compared & frame["task"].isin(tasks) & ((frame["task"] != "lm") | frame["text_hash"].isin(wanted["texts"]))
+    losses = frame["metric"].map(kind_of) == "loss"
+    keep = compared & frame["task"].isin(tasks) & (~losses | frame["text_hash"].isin(wanted["texts"]))
     shown = frame[keep & alike(frame, {c: wanted[c] for c in (*SETTING, "seed")})]
     left = len(frame) - len(shown)
     more = len(set(zip(shown["mitigation"], shown["task"], shown["length"])) - set(settings))
@@ -189,7 +200,7 @@ def _tables(
 def _counts(sheet: Sheet) -> dict[str, list[int]]:
     """What is to be known of lengths whose cells were measured with different numbers of samples, or of which others
     were asked for."""
-    unit = "slices" if sheet.task == "lm" else "prompts"
+    unit = "slices" if sheet.kind == "loss" else "prompts"
     said: dict[str, list[int]] = {}
     for length in sheet.lengths:
         ns = [row[length].n for row in sheet.cells.values() if length in row]

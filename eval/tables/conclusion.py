@@ -12,9 +12,10 @@ import math
 import pandas as pd
 
 from rnn_longctx.config import format_length
-from rnn_longctx.eval.search.calibrate import GUARD
 from rnn_longctx.eval.stats import paired_bootstrap
 from rnn_longctx.eval.tables.sheets import DIAGNOSTICS, RECALL, SETTING, Sheet, sheets
+
+GUARD = 0.1  # of recall: a remedy that loses more is not called the best, and no setting that does is chosen
 
 PART = 0.1  # of the rise: a part of a hybrid that gives back surely more has failed, surely less has not
 
@@ -25,8 +26,8 @@ def conclusion(frame: pd.DataFrame) -> str:
     everything = sheets(frame)
     for sheet in everything:
         setting = tuple(sheet.where[c] for c in SETTING)
-        recalls = [s for s in everything if s.task != "lm" and tuple(s.where[c] for c in SETTING) == setting]
-        clauses = _loss_clauses(sheet, recalls) if sheet.task == "lm" else _recall_clauses(sheet)
+        recalls = [s for s in everything if s.kind == "accuracy" and tuple(s.where[c] for c in SETTING) == setting]
+        clauses = _loss_clauses(sheet, recalls) if sheet.kind == "loss" else _recall_clauses(sheet)
         if clauses and sheet.note:
             clauses[0] = f"[{sheet.note}] {clauses[0]}"
         lines.setdefault(setting, []).extend(clauses)
@@ -112,7 +113,7 @@ def _lost_recall(sheet: Sheet, name: str, recalls: list[Sheet]) -> str | None:
 
 def _hybrid_clauses(sheet: Sheet) -> list[str]:
     """Of a hybrid: how much of what the loss rises beyond the training length comes back where attention alone, and
-    where the recurrence alone, is held to that length (`rnn_longctx.mitigations.hybrid`). It points at a part of which
+    where the recurrence alone, is held to that length (`mitigations.diagnostics`). It points at a part of which
     surely more than PART of the rise comes back, and acquits one of which surely less does."""
     if not any(name.startswith(DIAGNOSTICS) for name in sheet.cells):
         return []

@@ -36,9 +36,9 @@ def leaderboard(frame: pd.DataFrame) -> pd.DataFrame:
     rows: list[dict[str, Any]] = []
     frame = placed(frame)
     everything = sheets(frame)
-    losses = [s for s in everything if s.task == "lm"]
+    losses = [s for s in everything if s.kind == "loss"]
     for sheet in losses:
-        recalls = [s for s in everything if s.task != "lm" and all(s.where[c] == sheet.where[c] for c in SETTING)]
+        recalls = [s for s in everything if s.kind == "accuracy" and all(s.where[c] == sheet.where[c] for c in SETTING)]
         model = _told_apart(sheet, losses)
         for length in sheet.lengths:
             rows += [{"model": model} | row for row in _rows(frame, sheet, recalls, length)]
@@ -120,7 +120,7 @@ def _cost(frame: pd.DataFrame, sheet: Sheet, name: str, length: int) -> dict[str
         return {}
     mine, bare = mine.iloc[0], bare.iloc[0]
     speeds = [
-        row["tokens_per_second"] if sheet.task == "lm" else 1 / (row["first_token_seconds"] or math.nan)
+        row["tokens_per_second"] if sheet.kind == "loss" else 1 / (row["first_token_seconds"] or math.nan)
         for row in (mine, bare)
     ]
     return {

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import pandas as pd
 
@@ -23,6 +23,7 @@ from rnn_longctx.eval.stats import Verdict, mean_stderr, paired_bootstrap, peak_
 SETTING = ("model", "weights_hash", "tokenizer", "dtype", "state_dtype")  # never mixed on one sheet
 DIAGNOSTICS = ("attention-window:", "reset-recurrence:")  # one part of a hybrid forgets, the other reads on
 DEPTHS = 10  # at most, of prompts
+Kind = Literal["loss", "accuracy"]
 RECALL = 0.95  # T_recall is the longest context with an accuracy above this (arXiv 2410.07145)
 
 
@@ -46,7 +47,7 @@ class Gain(NamedTuple):
 
 @dataclass
 class Sheet:
-    """Comparable rows: one model, one task, one text.
+    """Comparable rows: one model, one task, one text. `kind` is what was measured, a loss or an accuracy.
 
     `cells[name][length]` holds all depths together, `depths[name][length, depth]` one depth. Names are
     mitigations (with their calibration where that tells two apart), ordered: none, remedies, controls.
@@ -56,6 +57,7 @@ class Sheet:
     """
 
     task: str
+    kind: Kind
     where: dict[str, Any]
     train_length: int | None
     note: str = ""
@@ -132,6 +134,11 @@ def is_control(mitigation: str, *kinds: str) -> bool:
     return mitigation.startswith(kinds or ("reset:", "recompute:", *DIAGNOSTICS)) and "+" not in mitigation
 
 
+def kind_of(metric: str) -> Kind | None:
+    """Return what a metric of this library measures, or None for another's."""
+    return "loss" if metric.startswith("nats_per_") else "accuracy" if metric == "accuracy" else None
+
+
 def alike(frame: pd.DataFrame, where: Mapping[str, Any]) -> pd.Series:
     """True at the rows whose columns have these values; None is a missing one."""
     same = pd.Series(True, index=frame.index)
@@ -161,12 +168,11 @@ def whole_sheets(frame: pd.DataFrame) -> list[Sheet]:
     """`sheets` with all samples of every cell: for what is said of each by itself, and compares none."""
     frame = placed(frame).assign(**{c: None for c in SETTING if c not in frame})  # tables from before a column
     found: list[Sheet] = []
-    loss, peak = frame["metric"] == "nats_per_token", frame["metric"] == "nats_per_token_peak"
-    lm = (frame["task"] == "lm") & (loss | peak)
-    recall = (frame["task"] != "lm") & (frame["metric"] == "accuracy")
+    losses = frame["metric"].isin(["nats_per_token", "nats_per_token_peak"])
+    accuracies = frame["metric"] == "accuracy"
     for whole in _groups(frame, SETTING):
         # A prompt's text may change with its length (passkey has a short and a long form), a loss's may not.
-        for rows, columns in ((lm, ("task", "text", "text_hash")), (recall, ("task",))):
+        for rows, columns in ((losses, ("task", "text", "text_hash")), (accuracies, ("task",))):
             for group in _groups(whole[rows.loc[whole.index]], columns):
                 found += [_sheet(part, _train_length(whole)) for part in _split(group)]
     found = [sheet for sheet in found if sheet.cells]
@@ -182,7 +188,7 @@ def context_gain(frame: pd.DataFrame) -> pd.DataFrame:
     interval `low`..`high` from a bootstrap paired by slice, and `n` slices. Rows need samples to count."""
     rows = []
     for sheet in sheets(frame):
-        for control in sheet.recomputes() if sheet.task == "lm" else []:
+        for control in sheet.recomputes() if sheet.kind == "loss" else []:
             for name in (n for n in sheet.cells if not sheet.is_control(n)):
                 for length in sorted(sheet.cells[name]):
                     gain = sheet.gain(control, name, length)
@@ -204,7 +210,7 @@ def summary(frame: pd.DataFrame) -> pd.DataFrame:
             length = max(cells)
             row = _named(sheet, name) | {"is_control": sheet.is_control(name), "length": length}
             row |= {"train_length": sheet.train_length, "value": cells[length].value, "n": cells[length].n}
-            if sheet.task == "lm":
+            if sheet.kind == "loss":
                 row["first_failing"], row["verdict"] = sheet.verdict(name)
                 against = sheet.best_recompute(length)
                 if against:
@@ -255,7 +261,8 @@ def _sheet(frame: pd.DataFrame, train_length: int | None) -> Sheet:
     names = {p: f"{p[0]} [{p[1] or 'uncalibrated'}]" if p[0] in several else p[0] for p in pairs_in_order}
     shared = (*SETTING, "text", "text_hash", "seed", "device", "backend", "batch")
     where = {c: rows[0][c] if all(r[c] == rows[0][c] for r in rows) else None for c in shared}
-    sheet = Sheet(rows[0]["task"], where, train_length, mitigations={n: p for p, n in names.items()})
+    kind: Kind = "accuracy" if rows[0]["metric"] == "accuracy" else "loss"
+    sheet = Sheet(rows[0]["task"], kind, where, train_length, mitigations={n: p for p, n in names.items()})
     for name in names.values():
         cells: dict[int, Cell] = {}
         depths: dict[tuple[int, float], Cell] = {}
@@ -292,7 +299,7 @@ def _cut(sheet: Sheet) -> None:
     for length in sheet.lengths:
         counts = {name: row[length].n for name, row in sheet.cells.items() if length in row}
         least, most = min(counts.values()), max(counts.values())
-        if least == most or least < (1 if sheet.task == "lm" else DEPTHS):
+        if least == most or least < (1 if sheet.kind == "loss" else DEPTHS):
             continue
         for name in (n for n, count in counts.items() if count > least):
             if len(sheet.cells[name][length].samples) < least:  # they were not kept

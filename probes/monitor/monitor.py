@@ -52,7 +52,7 @@ from torch import Tensor
 from rnn_longctx.config import home_path, parse_length
 from rnn_longctx.errors import InputError
 from rnn_longctx.measure.envelope import envelope_of
-from rnn_longctx.models.adopt.adopting import reader_of
+from rnn_longctx.models.adopt.adopting import as_language_model
 from rnn_longctx.models.checkpoint.legacy import is_of
 from rnn_longctx.models.modes import warn_of_training
 from rnn_longctx.probes.monitor.inputs import PASSAGE, SMOOTH, TINY, gates_of
@@ -174,7 +174,7 @@ class CollapseMonitor:
         """
         from rnn_longctx.data import load_text
 
-        lm = reader_of(model)
+        lm = as_language_model(model)
         length = lm.train_length if length is None else parse_length(length, "length")
         every = parse_length(every, "every")
         if length is None:
@@ -208,7 +208,7 @@ class CollapseMonitor:
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             why = "no such file" if isinstance(error, FileNotFoundError) else error
             raise InputError(f"{path} is not a saved monitor ({why})") from None
-        monitor.check(reader_of(model))
+        monitor.check(as_language_model(model))
         return monitor
 
     def check(self, lm: Any) -> None:
@@ -239,7 +239,7 @@ class CollapseMonitor:
         from rnn_longctx.data import load_text
         from rnn_longctx.probes.monitor.watch import Watch
 
-        lm = reader_of(model)
+        lm = as_language_model(model)
         self.check(lm)
         at, now = (torch.tensor(v, dtype=torch.float64, device="cpu") for v in (self.calibrated_norms, self.norms))
         moved: dict[str, Any] = {}
@@ -304,7 +304,7 @@ class CollapseMonitor:
         """
         from rnn_longctx.probes.monitor.watch import Watch
 
-        lm = reader_of(model)
+        lm = as_language_model(model)
         self.check(lm)
         warn_of_training(lm)
         watch = Watch(self, lm, action, log, prometheus, fallback, raw=model is not lm)
@@ -374,11 +374,11 @@ def shape_of(lm: Any) -> list[list[int]]:
 @contextmanager
 def unwatched(lm: Any) -> Iterator[None]:
     """The model without its remedies, for a calibration. Raises InputError while it is being watched."""
-    from rnn_longctx.mitigations import _bare
+    from rnn_longctx.mitigations.attach import without_remedies
 
     if any(m.observer is not None for m in lm.mixers):
         raise InputError("the model is being watched, and cannot be calibrated meanwhile: leave the block first")
-    with _bare(lm):
+    with without_remedies(lm):
         yield
 
 

@@ -23,7 +23,6 @@ from torch import Tensor
 
 from rnn_longctx.config import home_path
 from rnn_longctx.errors import CollapseError, InputError, nearest
-from rnn_longctx.models.adopt.families.mamba2 import UNKNOWN
 from rnn_longctx.probes.monitor.inputs import GateWatcher
 from rnn_longctx.probes.monitor.monitor import STATUSES, CollapseMonitor, History, Report, write_atomically
 from rnn_longctx.recurrence.statistics import Statistics
@@ -159,7 +158,7 @@ class Watch:
         self._pending, new = [], []
         try:
             for i, at in enumerate(s.position.tolist()):
-                new += self._judge(at - UNKNOWN if at < 0 else at, norms[..., i], scales[..., i])
+                new += self._judge(at, norms[..., i], scales[..., i])
         finally:
             self.reports += new
             self._tell(new)

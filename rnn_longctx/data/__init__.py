@@ -2,7 +2,7 @@
 
 from rnn_longctx.data.arrivals import Arrival, Arrivals
 from rnn_longctx.data.sources import Shard, Source
-from rnn_longctx.data.store import Stored, stored
+from rnn_longctx.data.store import TokenStore, stored
 from rnn_longctx.data.text import Text, load_text, open_streamed, tokens
 from rnn_longctx.data.tokenizers import ByteTokenizer, HFTokenizer, Tokenizer, load_tokenizer
 
@@ -13,8 +13,8 @@ __all__ = [
     "HFTokenizer",
     "Shard",
     "Source",
-    "Stored",
     "Text",
+    "TokenStore",
     "Tokenizer",
     "load_text",
     "load_tokenizer",

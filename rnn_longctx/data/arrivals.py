@@ -27,18 +27,25 @@ STOP = "STOP"  # a file of this name says that no more will come
 
 @dataclass(frozen=True)
 class Arrival:
-    """`ids` (tokens,) int64, documents apart by the end of document if there is one; `spans`, of each file, the first
-    byte and the one after the last."""
+    """Text that has arrived.
+
+    Attributes:
+        ids: (tokens,) int64, documents apart by the end of document if there is one.
+        spans: of each file its name, the first byte and the one after the last.
+    """
 
     ids: np.ndarray
     spans: list[tuple[str, int, int]]
 
 
 class Arrivals:
-    """A directory and how far it was read: `read`, the bytes of each file by its name; `skipped`, the files that cannot
-    be read or are not text, with the reason, which are not looked at again.
+    """A directory and how far it was read.
 
-    Raises InputError where there is no such directory.
+    Attributes:
+        read: the bytes of each file that were read, by its name.
+        skipped: why a file cannot be read or is not text, by its name; it is not looked at again.
+    Raises:
+        InputError: there is no such directory.
     """
 
     def __init__(self, folder: str | Path, tokenizer: Tokenizer):
@@ -52,19 +59,19 @@ class Arrivals:
         return (self.folder / STOP).exists()
 
     def take(self, tokens: int) -> Arrival | None:
-        """The next `tokens` tokens, or a few more: characters and records are not cut. None while there are fewer.
-        Nothing counts as read before `done`. Raises InputError where the directory is gone."""
+        """Return the next `tokens` tokens, or a few more: characters and records are not cut. None while there are
+        fewer. Nothing counts as read before `done`. Raises InputError where the directory is gone."""
         self._check()
         end = [] if self.tokenizer.eos_id is None else [np.array([self.tokenizer.eos_id])]
-        parts: list[np.ndarray] = []
+        pieces: list[np.ndarray] = []
         spans: list[tuple[str, int, int]] = []
-        have = 0
+        total = 0
         for name in walk(self.folder):
             if name == STOP or name in self.skipped:
                 continue
             start = self.read.get(name, 0)
             try:
-                ids, stop = self._rest(name, start, tokens - have)
+                ids, stop = self._rest(name, start, tokens - total)
             except FileNotFoundError:  # it was there a moment ago
                 continue
             except (InputError, OSError) as error:
@@ -73,11 +80,11 @@ class Arrivals:
             if stop > start:
                 spans.append((name, start, stop))
             if len(ids):
-                apart = end if parts and parts[-1][-1] != self.tokenizer.eos_id else []
-                parts += [*apart, ids]
-                have += len(apart) + len(ids)
-            if have >= tokens:
-                return Arrival(np.concatenate(parts), spans)
+                apart = end if pieces and pieces[-1][-1] != self.tokenizer.eos_id else []
+                pieces += [*apart, ids]
+                total += len(apart) + len(ids)
+            if total >= tokens:
+                return Arrival(np.concatenate(pieces), spans)
         return None
 
     def done(self, arrival: Arrival) -> None:
@@ -88,14 +95,14 @@ class Arrivals:
             raise InputError(f"stream: no directory at {self.folder}")
 
     def _rest(self, name: str, start: int, most: int) -> tuple[np.ndarray, int]:
-        """The tokens of a file from byte `start` on, about `most` at most, and the byte after them."""
+        """Return the tokens of a file from byte `start` on, about `most` at most, and the byte after them."""
         path = self.folder / name
-        found = path.stat()
-        if not stat.S_ISREG(found.st_mode):
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
             raise InputError("not a regular file")
-        if found.st_size < start:
-            raise InputError(f"{found.st_size} bytes, fewer than the {start} that were read of it")
-        if found.st_size == start:
+        if status.st_size < start:
+            raise InputError(f"{status.st_size} bytes, fewer than the {start} that were read of it")
+        if status.st_size == start:
             return np.zeros(0, np.int64), start
         with path.open("rb") as file:
             begin = start or _beginning(file.read(HEAD))
@@ -103,8 +110,8 @@ class Arrivals:
             return (self._records if name.endswith(JSONL) else self._text)(file, begin, most)
 
     def _text(self, file: BinaryIO, start: int, most: int) -> tuple[np.ndarray, int]:
-        parts, have, stop = [np.zeros(0, np.int64)], 0, start
-        while have < most:
+        pieces, total, stop = [np.zeros(0, np.int64)], 0, start
+        while total < most:
             raw = file.read(BLOCK)
             data = raw[: _whole(raw, len(raw))]  # the rest of a character may still come
             if not data:
@@ -116,21 +123,21 @@ class Arrivals:
             if bad >= 0:
                 raise InputError(f"not UTF-8 text at byte {stop + bad}")
             ids, sizes = self.tokenizer.encode_with_bytes(data)
-            if have + len(ids) > most:
+            if total + len(ids) > most:
                 ends = np.cumsum(sizes)
-                cut = int(ends[most - have - 1])
+                cut = int(ends[most - total - 1])
                 while cut < len(data) and data[cut] & 0xC0 == 0x80:  # not inside a character
                     cut += 1
                 ids, data = ids[: np.searchsorted(ends, cut, "right")], data[:cut]
-            parts.append(ids)
-            have, stop = have + len(ids), stop + len(data)
+            pieces.append(ids)
+            total, stop = total + len(ids), stop + len(data)
             file.seek(stop)
-        return np.concatenate(parts), stop
+        return np.concatenate(pieces), stop
 
     def _records(self, file: BinaryIO, start: int, most: int) -> tuple[np.ndarray, int]:
         end = np.array([] if self.tokenizer.eos_id is None else [self.tokenizer.eos_id], dtype=np.int64)
-        parts, have, stop = [np.zeros(0, np.int64)], 0, start
-        while have < most:
+        pieces, total, stop = [np.zeros(0, np.int64)], 0, start
+        while total < most:
             line = file.readline()
             if not line.endswith(b"\n"):  # still being written
                 break
@@ -141,19 +148,20 @@ class Arrivals:
             except (ValueError, RecursionError):
                 raise InputError(f"at byte {stop}: not a line of JSON in UTF-8") from None
             if text:
-                parts += [self.tokenizer.encode(_document(text)), end]
-                have += len(parts[-2]) + len(end)
+                pieces += [self.tokenizer.encode(_document(text)), end]
+                total += len(pieces[-2]) + len(end)
             stop += len(line)
-        return np.concatenate(parts), stop
+        return np.concatenate(pieces), stop
 
 
 def _beginning(head: bytes) -> int:
-    """Where the text of a file begins: after UTF-8's mark, if there is one. Raises InputError where it is none."""
+    """Return the byte at which the text of a file begins: after UTF-8's mark, if there is one. Raises InputError for
+    what is no text."""
     if packing := packing_of(head):
         raise InputError(f"packed by {packing}, and a file that may grow is read as it is: unpack it")
     encoding = encoding_of(head)
     if encoding in ("utf-16", "utf-32"):
         raise InputError(f"{encoding.upper()}, not UTF-8 text: convert it")
-    if said := looks_like(head):
-        raise InputError(said)
+    if reason := looks_like(head):
+        raise InputError(reason)
     return 3 if encoding else 0

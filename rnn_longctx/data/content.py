@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from rnn_longctx.errors import InputError
+from rnn_longctx.errors import InputError, one_line
 
 DAMAGED = (OSError, EOFError, lzma.LZMAError)  # (pyarrow's is an OSError)
 HEAD = 1024  # bytes that tell what a file is
@@ -28,9 +28,12 @@ PACKED = {  # pyarrow's name of it, or xz, which it does not read
     "lz4": rb"\x04\x22\x4d\x18",
 }
 MARKS = {  # UTF-32's before UTF-16's, which it begins with
-    codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32", codecs.BOM_UTF16_LE: "utf-16",
-    codecs.BOM_UTF16_BE: "utf-16", codecs.BOM_UTF8: "utf-8-sig",
-}  # fmt: skip
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+    codecs.BOM_UTF8: "utf-8-sig",
+}
 _TEXT = "expected text"
 _UNPACK = "unpack it and name the text in it"
 _MODEL = "a model's weights are loaded, not read as text"
@@ -75,7 +78,7 @@ def as_text(data: bytes, where: str) -> bytes:
         try:
             data = unpacked(io.BytesIO(data), packing).read()
         except DAMAGED as error:
-            raise InputError(f"{where}: its {packing} is damaged or cut short ({_one_line(error)})") from None
+            raise InputError(f"{where}: its {packing} is damaged or cut short ({one_line(error)})") from None
         packings.append(packing)
     inside = f"{where}, unpacked from {' and '.join(packings)}," if packings else where
     encoding = encoding_of(data[:4])
@@ -87,16 +90,16 @@ def as_text(data: bytes, where: str) -> bytes:
     except UnicodeError as error:
         wrong = f"begins as {str(encoding).upper()} text and is none from byte {getattr(error, 'start', 0)} on"
         raise InputError(f"{inside} {wrong}: is it cut short, or no text?") from None
-    if said := refusal(data):
-        raise InputError(f"{inside} {said}")
+    if reason := refusal(data):
+        raise InputError(f"{inside} {reason}")
     return data
 
 
 def refusal(data: bytes) -> str | None:
-    """Why bytes are no UTF-8 text, to follow the name of where they came from; None where they are."""
+    """Return why bytes are no UTF-8 text, to follow the name of where they came from; None where they are."""
     at, nul = not_utf8(data), data.count(b"\0", 0, CHUNK)
-    if said := looks_like(data, at is not None or nul > 0):
-        return said
+    if reason := looks_like(data, at is not None or nul > 0):
+        return reason
     if 4 * nul > min(len(data), CHUNK):  # NUL is the end of a document, and none is so short
         return "looks like UTF-16 or UTF-32 without a byte order mark; convert it: iconv -f utf-16le -t utf-8 OLD > NEW"
     if at is None:
@@ -108,8 +111,11 @@ def refusal(data: bytes) -> str | None:
 
 
 def looks_like(data: bytes, binary: bool | None = None) -> str | None:
-    """What bytes that begin so are, and what helps; None where they may be text. binary: whether they are surely no
-    plain text; None: as their beginning says."""
+    """Return what bytes that begin so are, and what helps; None where they may be text.
+
+    Args:
+        binary: whether they are surely no plain text; None: as their beginning says.
+    """
     head = data[: 4 * HEAD]
     if binary is None:
         at = not_utf8(head)
@@ -123,17 +129,17 @@ def looks_like(data: bytes, binary: bool | None = None) -> str | None:
 
 
 def packing_of(head: bytes) -> str | None:
-    """What packed a file that begins so, or None."""
+    """Return the name of what packed a file that begins so, or None."""
     return next((name for name, pattern in PACKED.items() if re.match(pattern, head)), None)
 
 
 def encoding_of(head: bytes) -> str | None:
-    """The encoding that a byte order mark names, or None."""
+    """Return the encoding that a byte order mark names, or None."""
     return next((name for mark, name in MARKS.items() if head.startswith(mark)), None)
 
 
 def unpacked(stream: BinaryIO, packing: str) -> Any:
-    """A stream of what is packed in one. Reading it raises one of DAMAGED where it is damaged or cut short."""
+    """Return a stream of what is packed in another. Reading it raises one of DAMAGED where it is damaged or cut off."""
     import pyarrow
 
     if packing == "xz":
@@ -142,15 +148,20 @@ def unpacked(stream: BinaryIO, packing: str) -> Any:
 
 
 def lines(path: Path) -> Iterator[bytes]:
-    """The lines of a text file as UTF-8, unpacked as they are read. Reading raises one of DAMAGED, UnicodeError where
-    a line is not in the encoding that the file's mark names, and InputError where it does not begin like text."""
+    """Yield the lines of a text file as UTF-8, unpacked as they are read.
+
+    Raises:
+        one of DAMAGED: it is damaged or cut short.
+        UnicodeError: a line is not in the encoding that the file's mark names.
+        InputError: it does not begin like text.
+    """
     with path.open("rb") as file:
         stream: Any = file
         while packing := packing_of(stream.peek(HEAD)):
             stream = io.BufferedReader(unpacked(stream, packing), 1 << 16)
         head = stream.peek(HEAD)
-        if said := looks_like(head):
-            raise InputError(f"{path} {said}")
+        if reason := looks_like(head):
+            raise InputError(f"{path} {reason}")
         encoding = encoding_of(head)
         if encoding in (None, "utf-8-sig"):
             stream.read(3 if encoding else 0)
@@ -160,7 +171,8 @@ def lines(path: Path) -> Iterator[bytes]:
 
 
 def not_utf8(data: bytes) -> int | None:
-    """The first byte that is not UTF-8, or None; in pieces, for a text of a gigabyte may be four as a str."""
+    """Return the place of the first byte that is not UTF-8, or None. It is read in pieces, for a text of a gigabyte may
+    be four as a str."""
     decoder, start = codecs.getincrementaldecoder("utf-8")(), 0
     while start < len(data):
         before = len(decoder.getstate()[0])
@@ -173,7 +185,7 @@ def not_utf8(data: bytes) -> int | None:
 
 
 def _incomplete(end: bytes) -> bool:
-    """Whether bytes are the beginning of a character, and more would make it whole."""
+    """Return whether bytes are the beginning of a character, and more would make it whole."""
     try:
         codecs.getincrementaldecoder("utf-8")().decode(end)
     except UnicodeDecodeError:
@@ -182,7 +194,7 @@ def _incomplete(end: bytes) -> bool:
 
 
 def _zipped(data: bytes) -> str:
-    """What a ZIP archive is, by what is in it."""
+    """Return what a ZIP archive is, by what is in it."""
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             names = archive.namelist()
@@ -201,7 +213,3 @@ def _zipped(data: bytes) -> str:
     if any(name.endswith("data.pkl") for name in names):
         return f"looks like a PyTorch file; {_MODEL}"
     return f"looks like a ZIP archive; {_UNPACK}"
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:120]

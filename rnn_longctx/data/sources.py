@@ -15,7 +15,7 @@ from typing import Any
 
 from rnn_longctx.config import home_path
 from rnn_longctx.data.content import DAMAGED, lines
-from rnn_longctx.errors import InputError
+from rnn_longctx.errors import InputError, one_line
 
 JSONL = (".jsonl", ".ndjson")
 PACKED = ("", ".gz", ".bz2", ".xz", ".zst", ".lz4")  # how files of records are named; what packed one its bytes say
@@ -25,8 +25,12 @@ ROWS = 64  # of a Parquet file at once: they may be whole books
 
 @dataclass(frozen=True)
 class Shard:
-    """`identity` changes with the contents (size and time of the last change); `read` gives its documents, without NUL,
-    and raises InputError where they cannot be read."""
+    """A part of a source that is read as one.
+
+    Attributes:
+        identity: changes with the contents (size and time of the last change).
+        read: yields its documents, without NUL, and raises InputError where they cannot be read.
+    """
 
     identity: str
     read: Callable[[], Iterator[bytes]]
@@ -34,7 +38,13 @@ class Shard:
 
 @dataclass(frozen=True)
 class Source:
-    """`name` is canonical, `where` says which of all that have the name (it may hold a path)."""
+    """Documents that are read as they are needed.
+
+    Attributes:
+        name: canonical.
+        where: which of all that have the name it is (it may hold a path).
+        shards: its files, or what stands for them, in order.
+    """
 
     name: str
     where: str
@@ -46,11 +56,17 @@ class Source:
 
 
 def open_source(spec: str) -> Source | None:
-    """The records at ``jsonl:PATH[:field]``, ``parquet:PATH[:column]``, a path with such a suffix or to Parquet, or
-    ``hf:dataset[/config][:split[:column]]`` (of the hub, or a local directory, also one of `save_to_disk`); None for
-    anything else. Of a directory, its files of the kind, recursively, sorted. Field and column are `text` when not
-    given. Raises InputError when there is no such file, or a data set cannot be opened."""
-    kind, colon, rest = spec.partition(":")
+    """Return the records that a text's name stands for, or None for a text that is none of records.
+
+    Args:
+        spec: ``jsonl:PATH[:field]``, ``parquet:PATH[:column]``, a path with such a suffix or to Parquet, or
+            ``hf:dataset[/config][:split[:column]]`` (of the hub, or a local directory, also one of `save_to_disk`).
+            Of a directory, its files of the kind are read, recursively, sorted. Field and column are `text` if not
+            given.
+    Raises:
+        InputError: there is no such file, or a data set cannot be opened.
+    """
+    kind, colon, place = spec.partition(":")
     if kind == "hf" and colon:
         return _hugging_face(spec)
     if not colon or kind not in SUFFIXES:
@@ -59,10 +75,10 @@ def open_source(spec: str) -> Source | None:
             kinds = ["parquet"]
         if not kinds or kind in ("file", "dir"):
             return None
-        kind, rest = kinds[0], spec
-    path, field = home_path(rest), "text"
-    if not path.exists() and ":" in rest:
-        path, field = home_path(rest.rpartition(":")[0]), rest.rpartition(":")[2]
+        kind, place = kinds[0], spec
+    path, field = home_path(place), "text"
+    if not path.exists() and ":" in place:
+        path, field = home_path(place.rpartition(":")[0]), place.rpartition(":")[2]
     files = [path] if path.is_file() else [path / n for n in walk(path) if n.endswith(SUFFIXES[kind])]
     if not files:
         raise InputError(f"no {kind} files at {path}")
@@ -75,7 +91,7 @@ def open_source(spec: str) -> Source | None:
 
 
 def walk(root: Path, suffix: str = "", skip: set[str] | frozenset[str] = frozenset()) -> list[str]:
-    """Names of the regular files below `root`, relative to it, with "/", sorted; hidden ones left out."""
+    """Return the names of the files below `root`, relative to it, with "/", sorted; hidden ones are left out."""
     names = []
     for folder, folders, files in os.walk(root):
         folders[:] = [f for f in folders if f not in skip and not f.startswith(".")]
@@ -85,14 +101,14 @@ def walk(root: Path, suffix: str = "", skip: set[str] | frozenset[str] = frozens
 
 
 def identity(files: list[Path]) -> str:
-    """Of names, sizes and times of the last change."""
+    """Return a hash of the names, sizes and times of the last change of files."""
     digest = hashlib.sha256()
     for file in files:
         try:
-            found = file.stat()
+            status = file.stat()
         except OSError as error:
             raise InputError(f"cannot read {file}: {error.strerror}") from None
-        digest.update(f"{file.name} {found.st_size} {found.st_mtime_ns}\n".encode())
+        digest.update(f"{file.name} {status.st_size} {status.st_mtime_ns}\n".encode())
     return digest.hexdigest()[:16]
 
 
@@ -117,11 +133,11 @@ def _jsonl(path: Path, field: str) -> Iterator[bytes]:
             if text:
                 yield _document(text)
     except (*DAMAGED, UnicodeError) as error:
-        raise InputError(f"{path}: cannot be read after line {number} ({_one_line(error)})") from None
+        raise InputError(f"{path}: cannot be read after line {number} ({one_line(error)})") from None
 
 
 def _field(record: Any, field: str) -> str | None:
-    """None where it is null: no text."""
+    """Return the text of a record, or None where it is null: no text."""
     if not isinstance(record, dict):
         raise InputError(f"expected an object with the field {field!r}, got {type(record).__name__}")
     if field not in record:
@@ -132,7 +148,7 @@ def _field(record: Any, field: str) -> str | None:
 
 
 def _is_parquet(path: Path) -> bool:
-    """Whether a file begins and ends as Parquet does."""
+    """Return whether a file begins and ends as Parquet does."""
     try:
         with path.open("rb") as file:
             return file.read(4) == b"PAR1" and file.seek(-4, 2) > 0 and file.read() == b"PAR1"
@@ -158,11 +174,11 @@ def _parquet(path: Path, column: str) -> Iterator[bytes]:
                 yield from (_document(text) for text in batch.column(0).to_pylist() if text)
                 row += len(batch)
     except (OSError, UnicodeDecodeError, pyarrow.ArrowException) as error:
-        raise InputError(f"{path}: cannot be read after row {row} ({_one_line(error)})") from None
+        raise InputError(f"{path}: cannot be read after row {row} ({one_line(error)})") from None
 
 
 def _hugging_face(spec: str) -> Source:
-    """Streamed: rows come from the hub, or from a local directory, as they are read."""
+    """Return a data set of the hub or of a local directory, whose rows come as they are read."""
     dataset, split, column = [*spec.split(":")[1:], "", "", ""][:3]
     split, column = split or "train", column or "text"
     try:
@@ -181,7 +197,7 @@ def _hugging_face(spec: str) -> Source:
             rows = datasets.load_dataset(dataset, *config, split=split, streaming=True)
         names = rows.column_names or list(next(iter(rows)))
     except Exception as error:  # datasets and its hub client raise many kinds
-        raise InputError(f"cannot load text {spec}: {_one_line(error)}") from None
+        raise InputError(f"cannot load text {spec}: {one_line(error)}") from None
     if column not in names:
         raise InputError(f"text {spec}: no column {column!r} (columns: {', '.join(names)})")
 
@@ -194,7 +210,7 @@ def _hugging_face(spec: str) -> Source:
                 good += 1
         except Exception as error:
             where = f"text {spec}: shard {i + 1} of {rows.num_shards}"
-            raise InputError(f"{where} cannot be read after row {good} ({_one_line(error)})") from None
+            raise InputError(f"{where} cannot be read after row {good} ({one_line(error)})") from None
 
     local = Path(dataset).exists()
     name, where = (Path(dataset).resolve().name, str(Path(dataset).resolve())) if local else (dataset, dataset)
@@ -205,19 +221,16 @@ def _hugging_face(spec: str) -> Source:
 
 
 def _saved(folder: Path) -> bool:
-    """Whether `save_to_disk` wrote it, which `load_dataset` does not read."""
+    """Return whether `save_to_disk` wrote a folder, which `load_dataset` does not read."""
     return any((folder / name).is_file() for name in ("state.json", "dataset_dict.json"))
 
 
 def _from_disk(datasets: Any, folder: str, split: str) -> Any:
-    """A file of it a shard. A split that was saved alone may have no name, and is then any."""
-    found = datasets.load_from_disk(folder)
-    splits = found if isinstance(found, dict) else {str(found.split or split): found}
+    """Return a split of what `save_to_disk` wrote, a shard a file. A split that was saved alone may have no name, and
+    is then any."""
+    saved = datasets.load_from_disk(folder)
+    splits = saved if isinstance(saved, dict) else {str(saved.split or split): saved}
     if split not in splits:
         raise InputError(f"no split {split!r} (splits: {', '.join(splits)})")
-    found = splits[split]
-    return found.to_iterable_dataset(num_shards=max(1, min(len(found.cache_files), len(found))))
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
+    rows = splits[split]
+    return rows.to_iterable_dataset(num_shards=max(1, min(len(rows.cache_files), len(rows))))

@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -24,14 +24,22 @@ from filelock import FileLock
 from rnn_longctx.data.sources import Shard, Source
 from rnn_longctx.data.tokenizers import Tokenizer
 from rnn_longctx.errors import InputError
+from rnn_longctx.files import write_atomic
+from rnn_longctx.progress import Say, silent
 
 SAY_EVERY = 30.0  # seconds
 GROUP = 2**20  # bytes of documents encoded at once
 
 
 @dataclass(frozen=True)
-class Stored:
-    """`tokens` is mapped from disk: uint8 for bytes and int32 otherwise. `hash` is of the documents, shard by shard."""
+class TokenStore:
+    """The tokens of a text's documents.
+
+    Attributes:
+        tokens: mapped from disk, uint8 for bytes and int32 otherwise.
+        documents, bytes: how many there are of each.
+        hash: of the documents, shard by shard.
+    """
 
     tokens: np.ndarray
     documents: int
@@ -39,35 +47,111 @@ class Stored:
     hash: str
 
 
-def stored(source: Source, tokenizer: Tokenizer, min_document: int = 0, most: int | None = None,
-           say: Callable[[str], object] = print) -> Stored:  # fmt: skip
-    """The documents of at least `min_document` tokens; where `most` is given, of the source's beginning, as many as
-    bring it to that many tokens. Of several processes one writes, and the others wait for it.
+def stored(
+    source: Source, tokenizer: Tokenizer, min_document: int = 0, most: int | None = None, say: Say = silent
+) -> TokenStore:
+    """Return the store of a source's documents, which is written where it is not there yet.
 
+    Of several processes one writes, and the others wait for it.
+
+    Args:
+        min_document: tokens; shorter documents are left out.
+        most: tokens; as many documents of the source's beginning are taken as reach it. None: all.
     Raises:
         InputError: a shard that cannot be read, no document left, no place to write.
     """
-    key = [source.where, tokenizer.name, tokenizer.eos_id, min_document, most]
-    folder = _root() / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
-    final, part, index = folder / "tokens.bin", folder / "tokens.part", folder / "index.json"
-    dtype = np.dtype(np.uint8 if tokenizer.name == "bytes" else np.int32)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / "lock"):
-            done = _same(_read(index), source.shards, final if not part.exists() else part, dtype.itemsize)
-            if part.exists() or not _enough(done, source, most):
-                if not part.exists():
-                    done = []
-                _write(source, tokenizer, min_document, most, done, part, index, dtype, say)
-                os.replace(part, final)
-            found = np.memmap(final, dtype, "c") if sum(s["tokens"] for s in done) else None
-    except OSError as error:
-        raise InputError(f"cannot keep the tokens of {source.name} in {folder}: {error.strerror or error}") from None
-    if found is None:
-        long = f" of documents of {min_document} tokens or more" if min_document else ""
-        raise InputError(f"text {source.name} is empty{long}")
-    digest = hashlib.sha256("".join(s["hash"] for s in done).encode()).hexdigest()[:16]
-    return Stored(found, sum(s["documents"] for s in done), sum(s["bytes"] for s in done), digest)
+    return _Build(source, tokenizer, min_document, most, say).store()
+
+
+@dataclass
+class _Build:
+    """A store and how it is written; the arguments are those of `stored`."""
+
+    source: Source
+    tokenizer: Tokenizer
+    min_document: int
+    most: int | None
+    say: Say
+
+    def __post_init__(self) -> None:
+        key = [self.source.where, self.tokenizer.name, self.tokenizer.eos_id, self.min_document, self.most]
+        self.folder = _root() / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
+        self.final, self.part = self.folder / "tokens.bin", self.folder / "tokens.part"
+        self.index = self.folder / "index.json"
+        self.dtype = np.dtype(np.uint8 if self.tokenizer.name == "bytes" else np.int32)
+        self.shards: list[dict[str, Any]] = []  # the rows of the index: one for every shard that is written
+
+    def store(self) -> TokenStore:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with FileLock(self.folder / "lock"):
+                file = self.part if self.part.exists() else self.final
+                self.shards = self._unchanged(_read(self.index), file)
+                if file == self.part or not self._complete():
+                    if file == self.final:
+                        self.shards = []
+                    self._write()
+                    os.replace(self.part, self.final)
+                tokens = np.memmap(self.final, self.dtype, "c") if self._sum("tokens") else None
+        except OSError as error:
+            reason = error.strerror or error
+            raise InputError(f"cannot keep the tokens of {self.source.name} in {self.folder}: {reason}") from None
+        if tokens is None:
+            length = f" of documents of {self.min_document} tokens or more" if self.min_document else ""
+            raise InputError(f"text {self.source.name} is empty{length}")
+        digest = hashlib.sha256("".join(row["hash"] for row in self.shards).encode()).hexdigest()[:16]
+        return TokenStore(tokens, self._sum("documents"), self._sum("bytes"), digest)
+
+    def _sum(self, column: str) -> int:
+        return sum(row[column] for row in self.shards)
+
+    def _unchanged(self, index: list[dict[str, Any]], file: Path) -> list[dict[str, Any]]:
+        """Return the first rows of the index whose shards are still the source's, as far as the file holds them."""
+        room = file.stat().st_size // self.dtype.itemsize if file.exists() else 0
+        unchanged = []
+        for row, shard in zip(index, self.source.shards):
+            room -= row["tokens"]
+            if row["identity"] != shard.identity or room < 0:
+                break
+            unchanged.append(row)
+        return unchanged
+
+    def _complete(self) -> bool:
+        all_shards = len(self.shards) == len(self.source.shards)
+        return all_shards or (self.most is not None and self._sum("tokens") >= self.most)
+
+    def _write(self) -> None:
+        """Append the shards that are not written yet to the file, and to the index."""
+        last_said = time.monotonic()
+        with self.part.open("r+b" if self.part.exists() else "w+b") as file:
+            file.truncate(self._sum("tokens") * self.dtype.itemsize)  # what a shard that failed has left
+            file.seek(0, os.SEEK_END)
+            while not self._complete():
+                self.shards.append(self._append(self.source.shards[len(self.shards)], file))
+                write_atomic(self.index, json.dumps(self.shards, indent=1).encode())
+                if time.monotonic() - last_said > SAY_EVERY:
+                    last_said = time.monotonic()
+                    tokens, written = self._sum("tokens"), len(self.shards)
+                    shards = f"{written} of {len(self.source.shards)} shards"
+                    self.say(f"text: {self.source.name}: {tokens:,} tokens of {shards}")
+
+    def _append(self, shard: Shard, file: BinaryIO) -> dict[str, Any]:
+        """Append the documents of a shard to the file, which reaches the disk, and return the shard's row."""
+        documents = tokens = size = 0
+        digest = hashlib.sha256()
+        room = None if self.most is None else self.most - self._sum("tokens")
+        for document, ids in _encoded(self.tokenizer, shard.read()):
+            if len(ids) - (self.tokenizer.eos_id is not None) < self.min_document:
+                continue
+            file.write(ids.astype(self.dtype, copy=False).tobytes())
+            digest.update(document + b"\0")
+            documents, tokens, size = documents + 1, tokens + len(ids), size + len(document)
+            if room is not None and tokens >= room:
+                break
+        file.flush()
+        os.fsync(file.fileno())
+        row = {"identity": shard.identity, "documents": documents, "tokens": tokens, "bytes": size}
+        return row | {"hash": digest.hexdigest()}
 
 
 def _root() -> Path:
@@ -81,76 +165,21 @@ def _read(index: Path) -> list[dict[str, Any]]:
         return []
 
 
-def _same(done: list[dict[str, Any]], shards: list[Shard], file: Path, itemsize: int) -> list[dict[str, Any]]:
-    """Those of the shards done that are still the source's, as far as the file holds them."""
-    room = file.stat().st_size // itemsize if file.exists() else 0
-    same = []
-    for row, shard in zip(done, shards):
-        room -= row["tokens"]
-        if row["identity"] != shard.identity or room < 0:
-            break
-        same.append(row)
-    return same
-
-
-def _enough(done: list[dict[str, Any]], source: Source, most: int | None) -> bool:
-    return len(done) == len(source.shards) or (most is not None and sum(s["tokens"] for s in done) >= most)
-
-
-def _write(source: Source, tokenizer: Tokenizer, min_document: int, most: int | None, done: list[dict[str, Any]],
-           part: Path, index: Path, dtype: np.dtype, say: Callable[[str], object]) -> None:  # fmt: skip
-    """Append the shards that are not done to `part` and to `done`."""
-    said = time.monotonic()
-    with part.open("r+b" if part.exists() else "w+b") as file:
-        total = sum(s["tokens"] for s in done)
-        file.truncate(total * dtype.itemsize)  # what a shard that failed has left
-        file.seek(0, os.SEEK_END)
-        while not _enough(done, source, most):
-            shard = source.shards[len(done)]
-            row = _append(shard, tokenizer, min_document, None if most is None else most - total, file, dtype)
-            file.flush()
-            os.fsync(file.fileno())
-            done.append(row)
-            total += row["tokens"]
-            aside = index.with_suffix(".tmp")
-            aside.write_text(json.dumps(done, indent=1))
-            os.replace(aside, index)
-            if time.monotonic() - said > SAY_EVERY:
-                said = time.monotonic()
-                say(f"text: {source.name}: {total:,} tokens of {len(done)} of {len(source.shards)} shards")
-
-
-def _append(shard: Shard, tokenizer: Tokenizer, min_document: int, most: int | None, file: BinaryIO,
-            dtype: np.dtype) -> dict[str, Any]:  # fmt: skip
-    documents = tokens = size = 0
-    digest = hashlib.sha256()
-    for document, ids in _encoded(tokenizer, shard.read()):
-        if len(ids) - (tokenizer.eos_id is not None) < min_document:
-            continue
-        file.write(ids.astype(dtype, copy=False).tobytes())
-        digest.update(document + b"\0")
-        documents, tokens, size = documents + 1, tokens + len(ids), size + len(document)
-        if most is not None and tokens >= most:
-            break
-    return {"identity": shard.identity, "documents": documents, "tokens": tokens, "bytes": size,
-            "hash": digest.hexdigest()}  # fmt: skip
-
-
 def _encoded(tokenizer: Tokenizer, documents: Iterator[bytes]) -> Iterator[tuple[bytes, np.ndarray]]:
-    """Each document with its tokens; a mebibyte of them is encoded at once, which a tokenizer does in parallel."""
-    some: list[bytes] = []
+    """Yield each document with its tokens; a mebibyte is encoded at once, which a tokenizer does in parallel."""
+    group: list[bytes] = []
     size = 0
     for document in documents:
-        some.append(document)
+        group.append(document)
         size += len(document)
         if size >= GROUP:
-            yield from zip(some, _encode(tokenizer, some), strict=True)
-            some, size = [], 0
-    yield from zip(some, _encode(tokenizer, some), strict=True)
+            yield from zip(group, _encode(tokenizer, group), strict=True)
+            group, size = [], 0
+    yield from zip(group, _encode(tokenizer, group), strict=True)
 
 
 def _encode(tokenizer: Tokenizer, documents: list[bytes]) -> list[np.ndarray]:
-    """The tokens of each and its end, if the tokenizer has one."""
+    """Return the tokens of each document and its end, if the tokenizer has one."""
     if tokenizer.eos_id is None or not documents:
         return [tokenizer.encode(document) for document in documents]
     joined = b"\0".join(documents) + b"\0"

@@ -52,7 +52,7 @@ class Text:
 
     @cached_property
     def hash(self) -> str:
-        """The first 16 hex digits of the SHA-256 of the data: the name's claim, checked."""
+        """Return the first 16 hex digits of the SHA-256 of the data: the name's claim, checked."""
         return hashlib.sha256(self.data).hexdigest()[:16]
 
     def documents(self) -> Iterator[bytes]:
@@ -64,8 +64,8 @@ class Text:
             start = stop + 1
 
     def start(self, i: int) -> int:
-        """Where slice `i` starts: a golden-ratio sequence (evenly spread for every number of slices), moved
-        forward to the start of a UTF-8 character."""
+        """Return the byte at which slice `i` starts: a golden-ratio sequence (evenly spread for every number of
+        slices), moved forward to the start of a UTF-8 character."""
         at = int(len(self.data) * ((0.5 + i * GOLDEN) % 1.0))
         for step in range(4):  # a UTF-8 character has at most three continuation bytes
             if at + step == len(self.data) or self.data[at + step] & 0xC0 != 0x80:
@@ -73,15 +73,18 @@ class Text:
         return at
 
     def distinct(self, nbytes: int, most: int) -> int:
-        """How many of the first `most` slices of `nbytes` lie apart from one another; at least 1."""
+        """Return how many of the first `most` slices of `nbytes` lie apart from one another; at least 1."""
         n = 1
         while n < most and min(n * GOLDEN % 1.0, -n * GOLDEN % 1.0) * len(self.data) >= nbytes + 4:
             n += 1  # (two slices lie as far apart as their numbers say; 4: a start is moved to that of a character)
         return n
 
     def slice(self, i: int, nbytes: int) -> bytes:
-        """The i-th fixed slice, `nbytes` long. Reading is circular (NUL between the end and the beginning),
-        so that where a slice starts depends on `i` and the text alone. More than there is: InputError."""
+        """Return the i-th fixed slice, `nbytes` long.
+
+        Reading is circular (NUL between the end and the beginning), so that where a slice starts depends on `i` and the
+        text alone. Raises InputError where it is longer than the text.
+        """
         if nbytes > len(self.data):
             raise InputError(f"text {self.name} has {len(self.data)} bytes; a slice of {nbytes} was asked for")
         start = self.start(i)
@@ -90,7 +93,7 @@ class Text:
 
 
 def tokens(text: Text, tokenizer: Tokenizer, i: int, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """The first `n` tokens of slice `i` and the bytes each stands for: two int64 arrays of shape (n,).
+    """Return the first `n` tokens of slice `i` and the bytes each stands for: two int64 arrays of shape (n,).
 
     The text is encoded in blocks cut at fixed places, so asking for more tokens never changes the earlier
     ones. Raises InputError, saying how many tokens there are, when the text is too short.
@@ -101,21 +104,21 @@ def tokens(text: Text, tokenizer: Tokenizer, i: int, n: int) -> tuple[np.ndarray
     ring = ring[: _whole(ring, len(ring))]
     ids: list[np.ndarray] = []
     sizes: list[np.ndarray] = []
-    have = position = 0
-    while have < n and position < len(ring):
+    total = position = 0
+    while total < n and position < len(ring):
         stop = _cut(ring, position)
         before = ring[max(0, position - 4) : position].decode("utf-8", "ignore")[-1:].strip("\0")  # a document's end
         new_ids, new_sizes = encode_after(tokenizer, before, ring[position:stop])
         ids.append(new_ids)
         sizes.append(new_sizes)
-        have, position = have + len(new_ids), stop
-    if have < n:
-        raise InputError(f"text {text.name} has {have} tokens ({tokenizer.name}) in slice {i}; {n} were asked for")
+        total, position = total + len(new_ids), stop
+    if total < n:
+        raise InputError(f"text {text.name} has {total} tokens ({tokenizer.name}) in slice {i}; {n} were asked for")
     return np.concatenate(ids)[:n], np.concatenate(sizes)[:n]
 
 
 def load_text(spec: str | Path | Text) -> Text:
-    """A text by name, held whole; a Text as it is.
+    """Return a text by its name, held whole; a Text as it is.
 
     stdlib         the standard library's .py files, without tests; to evaluate on
     site-packages  installed packages' .py files, less copies of stdlib code and this package; to train on
@@ -156,8 +159,9 @@ def load_text(spec: str | Path | Text) -> Text:
         elif path.is_file():
             text = Text(f"file:{path.name}", read_text(path))
             if not name.startswith("file:") and _json_lines(text.data):
-                said = "%s is read as plain text, but holds JSON Lines: jsonl:%s[:field] reads a field of each"
-                logging.getLogger(__name__).warning(said, path, path)
+                logging.getLogger(__name__).warning(
+                    "%s is read as plain text, but holds JSON Lines: jsonl:%s[:field] reads a field of each", path, path
+                )
         else:
             raise InputError(f"no text at {name}; expected {SOURCES}")
     if not text.data:
@@ -166,7 +170,8 @@ def load_text(spec: str | Path | Text) -> Text:
 
 
 def open_streamed(spec: str) -> Source | None:
-    """A text to be streamed, not held: files of records, and directories of more than a gibibyte. None for others."""
+    """Return a text that is streamed and not held: files of records, directories of more than a gibibyte. None: any
+    other, which `load_text` holds."""
     path = home_path(spec.removeprefix("dir:"))
     if (records := open_source(spec)) is not None or not path.is_dir():
         return records
@@ -185,8 +190,8 @@ def open_streamed(spec: str) -> Source | None:
 
 
 def _texts(paths: list[Path], label: str) -> Iterator[bytes]:
-    """The texts of files, in order, read by threads: there may be tens of thousands. What is left out is counted in a
-    warning."""
+    """Yield the texts of files, in order, read by threads: there may be tens of thousands. What is left out is counted
+    in a warning."""
 
     def read(path: Path) -> bytes | str:
         if not path.is_file():
@@ -205,9 +210,9 @@ def _texts(paths: list[Path], label: str) -> Iterator[bytes]:
             elif text:
                 yield text
     if left_out:
-        some = "; ".join(left_out[:3]) + (f"; and {len(left_out) - 3} more" if len(left_out) > 3 else "")
+        reasons = "; ".join(left_out[:3]) + (f"; and {len(left_out) - 3} more" if len(left_out) > 3 else "")
         logging.getLogger(__name__).warning(
-            "%s: %d of %d files are left out: %s", label, len(left_out), len(paths), some
+            "%s: %d of %d files are left out: %s", label, len(left_out), len(paths), reasons
         )
 
 
@@ -218,7 +223,7 @@ def _not_a_model(folder: Path) -> None:
 
 
 def _json_lines(data: bytes) -> bool:
-    """Whether a text begins with two lines of JSON, each an object."""
+    """Return whether a text begins with two lines of JSON, each an object."""
     try:
         two = [json.loads(line) for line in data[: 2 * BLOCK].split(b"\n", 2)[:2]]
     except (ValueError, RecursionError):
@@ -227,7 +232,7 @@ def _json_lines(data: bytes) -> bool:
 
 
 def _cut(data: bytes, position: int) -> int:
-    """End of the block from `position`: after the first newline at least 64 KiB on, else about there."""
+    """Return the end of the block from `position`: after the first newline at least 64 KiB on, else about there."""
     if position + BLOCK >= len(data):
         return len(data)
     newline = data.find(b"\n", position + BLOCK, position + 2 * BLOCK)
@@ -235,7 +240,7 @@ def _cut(data: bytes, position: int) -> int:
 
 
 def _whole(data: bytes, stop: int) -> int:
-    """`stop`, or the start of the UTF-8 character that a cut there would split."""
+    """Return `stop`, or the start of the UTF-8 character that a cut there would split."""
     for back in range(1, min(3, stop) + 1):
         lead = data[stop - back]
         if lead & 0xC0 != 0x80:
@@ -252,17 +257,17 @@ def _stdlib() -> list[bytes]:
 
 
 def _site_packages() -> list[bytes]:
-    """Sorted by path inside site-packages; files of 200 bytes to 1 MB, no two alike, at most 20% of their
-    longer lines (24 characters and more, stripped) found in the standard library: what copies it would leak
-    into training."""
+    """Return the files of site-packages, sorted by their path in it: those of 200 bytes to 1 MB, no two alike, of whose
+    longer lines (24 characters and more, stripped) at most 20% are in the standard library, since what copies it would
+    leak into training."""
     paths = sysconfig.get_paths()
     roots = {Path(p).resolve() for p in (paths["purelib"], paths["platlib"], *site.getsitepackages())}
     skip = {"__pycache__", "rnn_longctx"}
-    found = sorted((name, str(root / name)) for root in roots if root.is_dir() for name in walk(root, ".py", skip))
-    found = [(name, path) for name, path in found if not name.startswith("__editable__")]  # holds this machine's paths
+    files = sorted((name, str(root / name)) for root in roots if root.is_dir() for name in walk(root, ".py", skip))
+    files = [(name, path) for name, path in files if not name.startswith("__editable__")]  # holds this machine's paths
     known = {line for d in _stdlib() for line in _long_lines(d)}
     documents: dict[bytes, bytes] = {}  # by digest, in order
-    for data in _read_all([Path(p) for _, p in found], 200, 1_000_000):
+    for data in _read_all([Path(p) for _, p in files], 200, 1_000_000):
         digest = hashlib.blake2b(data, digest_size=16).digest()
         if digest in documents or not _is_source(data):
             continue
@@ -277,7 +282,7 @@ def _long_lines(data: bytes) -> list[bytes]:
 
 
 def _is_source(data: bytes) -> bool:
-    """UTF-8 without NUL: what every tokenizer can read."""
+    """Return whether it is UTF-8 without NUL: what every tokenizer can read."""
     try:
         data.decode("utf-8")
     except UnicodeDecodeError:
@@ -286,8 +291,8 @@ def _is_source(data: bytes) -> bool:
 
 
 def _read_all(paths: list[Path], smallest: int = 0, largest: int | None = None) -> Iterator[bytes]:
-    """File contents in order, of those with a size in range, read by threads: tens of thousands of small
-    files."""
+    """Yield the contents of files in order, of those with a size in range, read by threads: there may be tens of
+    thousands of small ones."""
 
     def read(path: Path) -> bytes | None:
         try:

@@ -19,13 +19,13 @@ from typing import Any, Protocol
 import numpy as np
 
 from rnn_longctx.config import home_path
-from rnn_longctx.errors import InputError
+from rnn_longctx.errors import InputError, one_line
 
 _FILES = ["config.json", "*tokenizer*", "special_tokens*", "added_tokens.json", "vocab*", "merges.txt"]
 
 
 class Tokenizer(Protocol):
-    """What the library asks of a tokenizer. Ids and byte counts are int64 arrays of shape (tokens,).
+    """A tokenizer as the library uses it. Ids and byte counts are int64 arrays of shape (tokens,).
 
     `vocab_size` is the largest id + 1. Where ids below it stand for no token, an attribute `unused` lists them.
     """
@@ -97,12 +97,12 @@ class HFTokenizer:
         self.eos_id = eos_id if eos_id is not None else getattr(tokenizer, "eos_token_id", None)
 
     def encode(self, data: bytes | str) -> np.ndarray:
-        """Documents in parallel, and without the offsets, which take longer than the ids."""
+        """Return the ids of a text; documents are encoded in parallel, without offsets, which take longer."""
         documents = self._documents(data.encode() if isinstance(data, str) else data)
         encodings = self._fast.encode_batch_fast(documents, add_special_tokens=False)
         ids = [np.array(encoding.ids, dtype=np.int64) for encoding in encodings]
         end = np.array([] if self.eos_id is None else [self.eos_id], dtype=np.int64)
-        return np.concatenate([part for each in ids for part in (end, each)][1:])
+        return np.concatenate([piece for document in ids for piece in (end, document)][1:])
 
     def decode(self, ids: Any) -> str:
         """Return the text of ids, special tokens included. Raises InputError for an id that stands for no token."""
@@ -153,10 +153,14 @@ class HFTokenizer:
 
 
 def load_tokenizer(spec: str | Path) -> Tokenizer:
-    """``"bytes"``, a directory with tokenizer.json, or a hub id. Missing or unreachable: InputError."""
+    """Return the tokenizer of a name: "bytes", a directory with tokenizer.json, or a hub id.
+
+    Raises:
+        InputError: it is missing or cannot be reached.
+    """
     if not isinstance(spec, str | Path):
-        given = f"{type(spec).__name__} {spec!r:.60}"
-        raise InputError(f'a tokenizer is named by "bytes", a directory or a hub id; got {given}')
+        kind = type(spec).__name__
+        raise InputError(f'a tokenizer is named by "bytes", a directory or a hub id; got {kind} {spec!r:.60}')
     if str(spec) == "bytes":
         return ByteTokenizer()
     directory = home_path(spec)
@@ -168,7 +172,7 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
             fast = Fast.from_file(str(file))
             eos = _eos_token(directory)
         except Exception as error:
-            raise InputError(f"cannot read tokenizer {file}: {_one_line(error)}") from None
+            raise InputError(f"cannot read tokenizer {file}: {one_line(error)}") from None
         return HFTokenizer(fast, directory.resolve().name, fast.token_to_id(eos) if eos else None, directory)
     if directory.exists() and not (directory / "tokenizer_config.json").is_file():
         raise InputError(f"{spec} holds no tokenizer.json; expected a tokenizer directory, a hub id or bytes")
@@ -182,12 +186,12 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except Exception as error:  # transformers and its hub client raise many kinds
         what = "" if directory.exists() else ", which is neither a directory nor a hub id that can be reached"
-        raise InputError(f"cannot load tokenizer {str(spec)!r}{what}: {_one_line(error)}") from None
+        raise InputError(f"cannot load tokenizer {str(spec)!r}{what}: {one_line(error)}") from None
     return HFTokenizer(tokenizer, directory.resolve().name if directory.exists() else str(spec))
 
 
 def _known(tokenizer: Tokenizer, ids: Any) -> np.ndarray:
-    """The ids (tokens,), or InputError where one of them stands for no token."""
+    """Return the ids (tokens,) as an array. Raises InputError where one of them stands for no token."""
     ids = np.asarray(ids, dtype=np.int64)
     strange = ids[(ids < 0) | (ids >= tokenizer.vocab_size) | np.isin(ids, getattr(tokenizer, "unused", ()))]
     if len(strange):
@@ -198,7 +202,7 @@ def _known(tokenizer: Tokenizer, ids: Any) -> np.ndarray:
 
 
 def _byte_ends(text: str) -> np.ndarray:
-    """Entry i: the number of UTF-8 bytes of text[:i]; shape (characters + 1,)."""
+    """Return the number of UTF-8 bytes of text[:i] for every i; shape (characters + 1,)."""
     if text.isascii():
         return np.arange(len(text) + 1, dtype=np.int64)
     # NUL never occurs here, so utf-32 code points give each character's byte length.
@@ -208,13 +212,8 @@ def _byte_ends(text: str) -> np.ndarray:
 
 
 def _eos_token(directory: Path) -> str | None:
-    """The end-of-document token's text as the directory's settings give it: a string, or a dict with
+    """Return the end-of-document token's text as the directory's settings have it: a string, or a dict with
     `content`."""
     file = directory / "tokenizer_config.json"
     token = json.loads(file.read_text(encoding="utf-8")).get("eos_token") if file.is_file() else None
     return token.get("content") if isinstance(token, dict) else token
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return text if len(text) <= 200 else text[:197] + "..."

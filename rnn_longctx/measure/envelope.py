@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from rnn_longctx.errors import InputError
-from rnn_longctx.models.adopt.adopting import reader_of
+from rnn_longctx.measure.calibration import Calibration
+from rnn_longctx.models.adopt.adopting import as_language_model
 from rnn_longctx.models.modes import in_evaluation
 
 if TYPE_CHECKING:
@@ -39,10 +40,15 @@ class Envelope:
         return len(self.peaks[0])
 
     @property
+    def calibration(self) -> Calibration:
+        """What it was measured on, with a digest of the peaks."""
+        digest = hashlib.sha256(repr(self.peaks).encode()).hexdigest()[:8]
+        return Calibration(self.text, self.text_hash, self.slices, self.length, digest)
+
+    @property
     def label(self) -> str:
         """What it was calibrated on, for a result's key."""
-        found = hashlib.sha256(repr(self.peaks).encode()).hexdigest()[:8]
-        return f"{self.text} {self.text_hash}, {self.slices} x {self.length}, {found}"
+        return str(self.calibration)
 
     def norms(self, quantile: float = 1.0) -> tuple[tuple[float, ...], ...]:
         """[layer][head]: the norm that this share of the slices stays below; 1 is the largest of all."""
@@ -83,7 +89,7 @@ def envelope_of(model: Mamba2LM, length: int, text: Text | None = None) -> Envel
     state is not finite."""
     from rnn_longctx.data import load_text, tokens
 
-    model = reader_of(model)
+    model = as_language_model(model)
     if text is None and (calibration := model.calibration):
         kept = Envelope.from_dict(calibration)
         if kept.length == length:

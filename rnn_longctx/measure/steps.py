@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from rnn_longctx.measure.calibration import Calibration
 from rnn_longctx.models.modes import in_evaluation
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def measure_steps(model: Mamba2LM, ids: Tensor) -> list[Tensor]:
     return [torch.cat(pieces, 1) for pieces in parts]
 
 
-def steps_of(model: Mamba2LM, length: int, text: Text | None = None) -> tuple[list[Tensor], str]:
+def steps_of(model: Mamba2LM, length: int, text: Text | None = None) -> tuple[list[Tensor], Calibration]:
     """`measure_steps` on slices of a text (None: the builtin one), remembered while the model is the same; and
     what it was measured on. Raises InputError if the text is too short."""
     from rnn_longctx.data import load_text, tokens
@@ -44,4 +45,4 @@ def steps_of(model: Mamba2LM, length: int, text: Text | None = None) -> tuple[li
     if (key := (length, text.hash)) not in known:
         ids = torch.stack([torch.from_numpy(tokens(text, model.tokenizer, i, length)[0]) for i in range(SLICES)])
         known[key] = measure_steps(model, ids)
-    return known[key], f"{text.name} {text.hash}, {SLICES} x {length}"
+    return known[key], Calibration(text.name, text.hash, SLICES, length)

@@ -34,6 +34,11 @@ class Block(nn.Module):
 
     Every sum is made together with the norm after it."""
 
+    norm: RMSNorm
+    mixer: Any
+    norm2: RMSNorm | None
+    mlp: MLP | None
+
     def __init__(self, config: Shape, mixer: nn.Module):
         super().__init__()
         self.norm = RMSNorm(config.d_model, config.norm_eps)
@@ -51,7 +56,7 @@ class Block(nn.Module):
 
     def feed_forward(self, h: Tensor, out: Output, in_fp32: bool) -> tuple[Tensor, Output]:
         """Return the residual and what is still to be added to it, after the MLP, if there is one."""
-        if self.mlp is None:
+        if self.norm2 is None or self.mlp is None:
             return h, out
         normed, h = self.norm2.add(h, out, in_fp32)
         return h, self.mlp(normed)

@@ -71,8 +71,9 @@ class ModelConfig:
 def model_config(data: Mapping[str, Any], where: str = "") -> ModelConfig | Mamba2Config:
     """Return the config that a mapping spells out: a `ModelConfig` where it says `mixer`, a flat Mamba-2 otherwise.
     where: leads every error message. Raises InputError as `from_dict` does."""
-    named = isinstance(data, Mapping) and "mixer" in data
-    return from_dict(ModelConfig if named else Mamba2Config, data, where)
+    if isinstance(data, Mapping) and "mixer" in data:
+        return from_dict(ModelConfig, data, where)
+    return from_dict(Mamba2Config, data, where)
 
 
 class _Configs(Mapping[str, type]):

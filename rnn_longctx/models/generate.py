@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rnn_longctx.errors import InputError
-from rnn_longctx.models.adopt.adopting import reader_of
+from rnn_longctx.models.adopt.adopting import as_language_model
 from rnn_longctx.models.cache import Cache
 from rnn_longctx.models.decode import Decoder
 from rnn_longctx.models.ids import rows_of
@@ -198,7 +198,7 @@ class Answer:
 
     def __init__(self, model: Any, prompt: Any, max_new_tokens: Any, temperature: Any, seed: Any, cache: Any,
                  stop: str | Sequence[str], text: bool = False):  # fmt: skip
-        model = reader_of(model)
+        model = as_language_model(model)
         ids, mask = prompt_rows(model, prompt)
         if not isinstance(max_new_tokens, Integral) or max_new_tokens < 0:
             raise InputError(f"max_new_tokens: expected a whole number >= 0, got {max_new_tokens!r:.60}")

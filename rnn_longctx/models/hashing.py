@@ -39,10 +39,12 @@ class Identified:
     """A model that says what it is: this library's own, and one that was adopted.
 
     Attributes:
+        name: what results call it.
         module: its weights.
         tied: whether `lm_head.weight` of the module is another of its tensors.
     """
 
+    name: str
     module: Any
 
     @property

@@ -141,6 +141,8 @@ class RecurrentMixer(Protocol):
         observer: is shown the state's statistics, or None.
         backend: the name of one, or None for the first that supports the policy.
         state_dtype: what the state is rounded to between calls, or None.
+        one_step_a_head: whether a token has one step a head, from what `in_proj` gives, as Mamba-2's has: the mixer is
+            then a `SteppedMixer`. Mamba-1 has one a channel, a recurrence whose gates are given has none.
     """
 
     policy: ScanPolicy
@@ -154,6 +156,62 @@ class RecurrentMixer(Protocol):
     def headdim(self) -> int: ...
     @property
     def d_state(self) -> int: ...
+    @property
+    def one_step_a_head(self) -> bool: ...
+
+
+@runtime_checkable
+class SteppedMixer(RecurrentMixer, Protocol):
+    """A recurrent mixer whose tokens have one step a head (see `RecurrentMixer.one_step_a_head`).
+
+    Attributes:
+        A: (H), at least float32: the rate at which each head decays, below 0.
+        in_proj: the map from the mixer's input (B, T, d_model) to all that it works with.
+    """
+
+    @property
+    def A(self) -> Tensor: ...
+    @property
+    def in_proj(self) -> nn.Module: ...
+
+    def steps(self, projected: Tensor) -> Tensor:
+        """Return dt (B, T, H), after softplus and clamp, from what `in_proj` gives."""
+        ...
+
+
+class LayerByLayer(Protocol):
+    """A prompt on its way through a model, layer after layer, so that tokens may be left out between two layers.
+
+    What is handed on is a list of tensors (B, T, ...): every one of them must be cut to the same tokens. The layers
+    below the first that leaves tokens out may read the prompt in segments; the others read it once.
+
+        tokens = layers.embed(ids)
+        for i in range(n):
+            tokens = layers.leave(i, layers.enter(i, tokens))
+        hidden, cache = layers.finish(tokens, ids.shape[1])
+    """
+
+    def longest(self, rows: int) -> int | None:
+        """Return the most tokens a row that may be read at once, or None where there is no such limit."""
+        ...
+
+    def embed(self, ids: Tensor) -> list[Tensor]: ...
+
+    def enter(self, layer: int, tokens: list[Tensor]) -> list[Tensor]:
+        """Make tokens ready for a layer; they may be cut after that."""
+        ...
+
+    def normed(self, layer: int, tokens: list[Tensor]) -> Tensor:
+        """Return what the layer's mixer reads, (B, T, d_model), of tokens that have entered it."""
+        ...
+
+    def leave(self, layer: int, tokens: list[Tensor]) -> list[Tensor]:
+        """Let the layer read tokens that have entered it; its carry moves on."""
+        ...
+
+    def finish(self, tokens: list[Tensor], length: int) -> tuple[Tensor, Any]:
+        """Return the hidden states (B, d_model) of the last token, and the cache. length: tokens of the prompt."""
+        ...
 
 
 class Layer(Protocol):
@@ -178,6 +236,9 @@ class LanguageModel(Protocol):
         mixers: the recurrent layers, in order; there may be none.
         attends: whether some layer keeps keys and values of the tokens that it has read.
         module: the weights.
+        own_forward: whether the module has a forward and generate of its own, being another library's: these follow
+            policies, and no way to read (`restart`, `reader`).
+        foldable: whether its weights are this library's to write: `fold` changes them and `save` stores them.
     """
 
     name: str
@@ -209,6 +270,10 @@ class LanguageModel(Protocol):
     def state_dtype(self) -> torch.dtype | None: ...
     @property
     def module(self) -> nn.Module: ...
+    @property
+    def own_forward(self) -> bool: ...
+    @property
+    def foldable(self) -> bool: ...
 
     def state_size(self) -> StateSize: ...
     def use_backend(self, name: str | None) -> None: ...
@@ -222,3 +287,12 @@ class LanguageModel(Protocol):
     def stream(self, ids: Tensor, cache: Any = None, segment: int = 4096) -> Iterator[Tensor]: ...
     def logits(self, hidden: Tensor) -> Tensor: ...
     def losses(self, hidden: Tensor, targets: Tensor) -> Tensor: ...
+
+    def refuse_own(self, ways: str) -> None:
+        """Let the module's own forward and generate, where it has them, raise InputError: remedies are on that are ways
+        to read, and only this library's reading follows them. ways: their names; "" lets them work again."""
+        ...
+
+    def layer_by_layer(self) -> LayerByLayer | None:
+        """Return a new prompt's way through the layers, or None where that is not written for this kind of model."""
+        ...

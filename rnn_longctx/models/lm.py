@@ -15,6 +15,7 @@ from rnn_longctx.models.cache import Cache
 from rnn_longctx.models.hashing import Identified
 from rnn_longctx.models.ids import refuse_offloaded, rows_of
 from rnn_longctx.models.interface import Reader, Shape, StateSize
+from rnn_longctx.models.layerwise import BlockByBlock
 from rnn_longctx.models.losses import head_losses, token_losses
 from rnn_longctx.models.mixers.base import Recurrent
 from rnn_longctx.models.precision import state_dtype
@@ -60,6 +61,9 @@ class LM(Identified, nn.Module):
         self.reader: Reader | None = None
         self.spread: Callable[[Tensor, Tensor | None, Tensor | None], Shard] | None = None
 
+    own_forward = False
+    foldable = True
+
     @property
     def module(self) -> LM:
         return self
@@ -78,7 +82,7 @@ class LM(Identified, nn.Module):
     @property
     def mixers(self) -> list[Recurrent]:
         """The recurrent mixers, in order; a model of attention alone has none."""
-        return [block.mixer for block in self.backbone.layers if isinstance(block.mixer, Recurrent)]  # type: ignore
+        return [layer.mixer for layer in self.layers if isinstance(layer.mixer, Recurrent)]
 
     @property
     def attends(self) -> bool:
@@ -204,6 +208,14 @@ class LM(Identified, nn.Module):
             return Cache()
         position = torch.zeros(rows, dtype=torch.int64, device="cpu")
         return Cache([block.mixer.new_carry(rows) for block in self.layers], position)
+
+    def refuse_own(self, ways: str) -> None:
+        """Nothing is to be refused: this model's forward follows its `restart`, and `generate` its `reader`."""
+
+    def layer_by_layer(self) -> BlockByBlock | None:
+        if len(self.mixers) < len(self.layers):  # attention needs the tokens that are left out
+            return None
+        return BlockByBlock(self.backbone, self.config.residual_in_fp32)
 
 
 Mamba2LM = LM  # its name when all layers were Mamba-2

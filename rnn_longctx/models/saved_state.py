@@ -10,10 +10,10 @@ from safetensors import SafetensorError
 
 from rnn_longctx.config import home_path
 from rnn_longctx.errors import InputError
-from rnn_longctx.models.adopt.adopting import reader_of
+from rnn_longctx.models.adopt.adopting import as_language_model
 from rnn_longctx.models.adopt.cache import AdoptedCache
 from rnn_longctx.models.adopt.model import Adopted
-from rnn_longctx.models.adopt.rows import from_cache, to_cache
+from rnn_longctx.models.adopt.saved import from_cache, to_cache
 from rnn_longctx.models.cache import Cache
 from rnn_longctx.models.checkpoint.legacy import is_of
 from rnn_longctx.models.interface import LanguageModel
@@ -37,7 +37,7 @@ def save_state(
         InputError: a remedy is on that reads prompts its own way, attention's cache is no plain one of keys and values,
             or the file cannot be written.
     """
-    model = reader_of(model)
+    model = as_language_model(model)
     if model.reader is not None:
         raise InputError(f"what {remedy} leaves of a prompt cannot be gone on from: its state is not kept")
     note = {"weights": model.weights_hash, "model": model.name, "policies": policies_hash(model), "remedy": remedy,
@@ -63,7 +63,7 @@ def load_state(path: str | Path, model: Any) -> Any:
         InputError: no such file, another model or one that has changed since, or other policies, or another type of
             states or of numbers than the model has now.
     """
-    model = reader_of(model)
+    model = as_language_model(model)
     cache, extra, note = Cache.load_with(path, model.device)
     if not isinstance(note, dict) or "weights" not in note:
         raise InputError(f"{path} was not written by save_state: it does not say which weights it belongs to")

@@ -21,7 +21,7 @@ def longest(model: Any, rows: int = 1) -> int | None:
     """Return the most tokens a row that a call may have for another library's kernels to read it rightly, or None where
     there is no such limit: rows * tokens * `widest` < 2^31 on a GPU, where those may be mamba-ssm's (state-spaces/mamba
     #1015). This library's own kernels count in 64 bits."""
-    theirs = hasattr(model, "library") or "mamba_ssm" in model.backend
+    theirs = model.own_forward or "mamba_ssm" in model.backend
     if model.device.type != "cuda" or not theirs:
         return None
     return max(1, (ELEMENTS - 1) // (max(1, rows) * widest(model)))

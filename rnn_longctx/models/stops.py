@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rnn_longctx.errors import InputError
-from rnn_longctx.models.checkpoint.checkpoint import LazyTokenizer
+from rnn_longctx.models.checkpoint.tokenizer import LazyTokenizer
 
 
 def tokenizer_at_hand(model: Any) -> Any:

@@ -9,7 +9,9 @@ Gates are given (`Gates`: gated linear attention and its relatives), or worked o
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +21,7 @@ from rnn_longctx.errors import InputError
 from rnn_longctx.recurrence.policy import PLAIN, ScanPolicy, per_head
 
 UNLIMITED = (0.0, math.inf)
+STEP_FIELDS = frozenset({"min_dt"})  # the fields of a policy that mean nothing where gates are given
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +64,11 @@ class Gates:
     def tensors(self) -> tuple[Tensor | None, ...]:
         """The tensors a gradient may be asked of."""
         return self.log_decay, self.input_scale
+
+    @property
+    def from_tensors(self) -> Callable[..., Gates]:
+        """What makes such gates of their tensors, without holding any."""
+        return Gates
 
     def tokens(self, start: int, stop: int) -> Gates:
         """Return the gates of the tokens from `start` up to and without `stop`."""
@@ -108,6 +116,11 @@ class SteppedGates:
     def tensors(self) -> tuple[Tensor | None, ...]:
         """The tensors a gradient may be asked of."""
         return self.dt, self.A, self.dt_bias
+
+    @property
+    def from_tensors(self) -> Callable[..., SteppedGates]:
+        """What makes such gates of their tensors, without holding any."""
+        return partial(SteppedGates, dt_limit=self.dt_limit, softplus=self.softplus)
 
     def tokens(self, start: int, stop: int) -> SteppedGates:
         """Return the gates of the tokens from `start` up to and without `stop`."""

@@ -23,13 +23,13 @@ class Looks:
 
 
 # Reads the tokens from start up to and without stop after a carry, and leaves the statistics in the looks, if any.
-Read = Callable[[int, int, ScanCarry | None, Looks | None], tuple[Tensor, ScanCarry]]
+Read = Callable[[int, int, ScanCarry, Looks | None], tuple[Tensor, ScanCarry]]
 
 
 def observed(
     read: Read,
     length: int,
-    carry: ScanCarry | None,
+    carry: ScanCarry,
     observer: Observer,
     inside: bool,
     state: Callable[[ScanCarry], Tensor],
@@ -43,7 +43,7 @@ def observed(
         InputError: rows that stand at different positions.
     """
     position, k = 0, observer.every
-    if carry is not None and len(carry.position):
+    if len(carry.position):
         position = int(carry.position[0])
         if bool((carry.position != position).any()):
             raise InputError(f"an observer follows rows that stand at one position, not {carry.position.tolist()}")
@@ -64,5 +64,4 @@ def observed(
         t = u
     if seen:
         observer(Statistics.join(seen))
-    assert carry is not None
     return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)), carry

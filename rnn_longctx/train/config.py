@@ -181,7 +181,7 @@ class ScheduleConfig:
 @dataclass(frozen=True)
 class PassingConfig:
     """State passing: a stream of train_length tokens is read in segments, each from the state the one before left
-    (see `rnn_longctx.train.passing`)."""
+    (see `rnn_longctx.train.bptt`)."""
 
     segment: int = 512  # tokens
     bptt: int | Literal["all"] = 0  # segment boundaries that a loss's gradient may cross, at most

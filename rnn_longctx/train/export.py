@@ -10,7 +10,7 @@ import torch
 
 from rnn_longctx.config import to_dict
 from rnn_longctx.measure.envelope import SLICES, measure_envelope
-from rnn_longctx.models.checkpoint import checkpoint
+from rnn_longctx.models import checkpoint
 from rnn_longctx.models.lm import LM
 from rnn_longctx.train.config import TrainConfig
 from rnn_longctx.train.corpus import Corpus

@@ -14,7 +14,8 @@ from rnn_longctx.data import ByteTokenizer, Tokenizer, load_tokenizer
 from rnn_longctx.errors import InputError
 from rnn_longctx.loggers import library
 from rnn_longctx.mitigations import fold
-from rnn_longctx.models.checkpoint import checkpoint
+from rnn_longctx.models import checkpoint
+from rnn_longctx.models.checkpoint.layouts import check_layout
 from rnn_longctx.models.lm import LM
 from rnn_longctx.progress import Say, silent
 from rnn_longctx.train.autocast import autocast
@@ -118,7 +119,7 @@ def _check_model(config: TrainConfig, tokenizer: Tokenizer) -> None:
         sizes = f"{config.model.vocab_size}, tokenizer {tokenizer.name} has {tokenizer.vocab_size} tokens"
         raise InputError(f"model.vocab_size: {sizes}")
     try:
-        checkpoint.check_layout(config.model, config.save_layout)
+        check_layout(config.model, config.save_layout)
     except InputError as error:
         raise InputError(f"save_layout: {error}") from None
 

@@ -16,6 +16,7 @@ from rnn_longctx.data import load_text
 
 HASH = "d71685ef0d6dbfbd"
 ROOT = Path(__file__).parents[2]
+TASKS = {"rnn_longctx_passkey.yaml", "rnn_longctx_qa.yaml", "rnn_longctx_summary.yaml", "utils.py"}  # of lm-eval
 READ = """
 import site, sys
 site.addsitedir(sys.argv[1])
@@ -80,3 +81,20 @@ def test_it_is_the_same_however_installed(built: Path, tmp_path: Path, kind: str
             archive.extractall(tmp_path)
         where = where if kind == "wheel" else built / "checkout" / "rnn_longctx"
     assert read_from(tmp_path, built) == (where, HASH)
+
+
+@pytest.mark.parametrize("kind", ["wheel", "sdist"])
+def test_files_that_are_no_modules_are_in_it(built: Path, kind: str) -> None:
+    """Whatever git has of the package: task files of lm-eval, checkpoints; folders that are links included."""
+    if kind == "sdist":
+        with tarfile.open(next((built / kind).glob("*.tar.gz"))) as archive:
+            names = {name.partition("/")[2] for name in archive.getnames()}
+    else:
+        with zipfile.ZipFile(next((built / kind).glob("*.whl"))) as archive:
+            names = set(archive.namelist())
+    folder = "rnn_longctx/eval/harness/lm_eval_tasks/"
+    assert {name.removeprefix(folder) for name in names if name.startswith(folder)} - {""} == TASKS
+    for module in ("cli/commands/lm_eval", "eval/bench/cpu", "mitigations/state_norm", "models/mixers/mamba2"):
+        assert f"rnn_longctx/{module}.py" in names, "what registries look for by the names of files"
+    assert {"rnn_longctx/py.typed", "rnn_longctx/data/builtin.txt.xz"} < names
+    assert "rnn_longctx/checkpoints/demo/config.json" in names

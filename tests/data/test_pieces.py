@@ -8,7 +8,7 @@ from made_tokenizers import NAMES, as_read, lines, made_tokenizer
 
 from rnn_longctx.data import Text, tokens
 from rnn_longctx.data.pieces import encode_after
-from rnn_longctx.tasks import passkey
+from rnn_longctx.tasks import prompts
 
 
 @pytest.mark.parametrize("kind", NAMES)
@@ -40,7 +40,7 @@ def test_blocks_of_a_text_join(kind: str, monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(module, "BLOCK", 200)
     rng = np.random.default_rng()
-    written = "".join(" " * rng.integers(0, 5) + passkey.FILLER + "\n" * rng.integers(1, 3) for _ in range(90)).lstrip()
+    written = "".join(" " * rng.integers(0, 5) + prompts.FILLER + "\n" * rng.integers(1, 3) for _ in range(90)).lstrip()
     text = Text("t", written.encode())
     start = text.start(0)
     ids, nbytes = tokens(text, made_tokenizer(kind), 0, 600)

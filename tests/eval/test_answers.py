@@ -12,17 +12,22 @@ from rnn_longctx import evaluate
 from rnn_longctx.data import HFTokenizer
 from rnn_longctx.data.pieces import encode_after
 from rnn_longctx.errors import InputError
-from rnn_longctx.eval import Context, parse_task
+from rnn_longctx.eval import Measuring, parse_task
 from rnn_longctx.eval.jobs import recall
 from rnn_longctx.probes.held import key_digits
 from rnn_longctx.probes.probe import prompt_ids
+from rnn_longctx.tasks.passkey import Passkey
 
 TASKS = ("passkey:n=4", "multikey:n=4", "words:n=4")
 
 
-def context(tokenizer):
-    model = SimpleNamespace(tokenizer=tokenizer, restart=None)
+def measuring(tokenizer):
+    model = SimpleNamespace(tokenizer=tokenizer, restart=None, vocab_size=999)
     return SimpleNamespace(model=model, seed=0, segment=99, progress=lambda n: None)
+
+
+def prompts_of(task, tokenizer):
+    return [task.prompt(420, i, 4, task.generator(0, 420, i), tokenizer) for i in range(4)]
 
 
 def judge(monkeypatch, task, prompts, replies, tokenizer):
@@ -30,15 +35,16 @@ def judge(monkeypatch, task, prompts, replies, tokenizer):
     said = torch.from_numpy(np.stack([np.resize(ids, 30) for ids in replies]))
     monkeypatch.setattr(recall, "prefill", lambda model, ids, segment: (torch.zeros(len(ids), 2), None))
     monkeypatch.setattr(recall, "continuation", lambda *_: iter(said.T))
-    texts, _ = recall._answer(context(tokenizer), prompts)
-    return [task.right(text, prompt.answer) for prompt, text in zip(prompts, texts)]
+    examples = [prompt.example() for prompt in prompts]
+    replies, _ = recall.generated(measuring(tokenizer), task, examples)
+    return [task.right(reply, example, tokenizer) for reply, example in zip(replies, examples)]
 
 
 @pytest.mark.parametrize("spec", TASKS)
 @pytest.mark.parametrize("kind", NAMES)
 def test_right_and_wrong_answers(kind, spec, monkeypatch):
-    tokenizer, task = made_tokenizer(kind), parse_task(spec)
-    prompts = task.prompts(context(tokenizer), 420, 4)
+    tokenizer, task = made_tokenizer(kind), parse_task(spec).task
+    prompts = prompts_of(task, tokenizer)
     joined = "s" if spec.startswith("words") else "7"
     after = lambda text: encode_after(tokenizer, "x", text)[0]  # noqa: E731  (as it stands inside a word)
     score = lambda *ends: judge(  # noqa: E731
@@ -59,7 +65,7 @@ def test_right_and_wrong_answers(kind, spec, monkeypatch):
 @pytest.mark.parametrize("kind", NAMES)
 def test_where_a_probe_finds_the_key(kind):
     tokenizer = made_tokenizer(kind)
-    for prompt in parse_task("passkey:n=4").prompts(context(tokenizer), 420, 4):
+    for prompt in prompts_of(Passkey(), tokenizer):
         places = key_digits(tokenizer, prompt)
         first, second = (places[: len(places) // 2], places[len(places) // 2 :])
         for span in (first, second):
@@ -92,15 +98,15 @@ def test_a_tokenizer_that_cannot_say_the_answer_is_refused_before_anything_is_re
 def test_answers_of_more_tokens_are_seen_before_a_run():
     """The shortest length must hold every prompt: not the first alone, whose answer may take fewer tokens."""
     tokenizer, task = made_tokenizer("byte-level"), parse_task("passkey:n=60")
-    model = SimpleNamespace(tokenizer=tokenizer, restart=None)
+    model = SimpleNamespace(tokenizer=tokenizer, restart=None, vocab_size=999)
     for length in range(60, 160):
-        about = Context(model, seed=0)
+        about = Measuring(model, seed=0)
         try:
             task.check(about, [length])
         except InputError as error:
             assert "takes at least" in str(error)
         else:
-            task.prompts(about, length, 60)
+            task.examples(about, length, 60)
             break
     assert length < 159
 

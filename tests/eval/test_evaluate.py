@@ -9,8 +9,8 @@ from evaluated import make_model, value
 from rnn_longctx import evaluate
 from rnn_longctx.data import ByteTokenizer, load_text, tokens
 from rnn_longctx.errors import InputError
-from rnn_longctx.eval import Context, Task, parse_task
-from rnn_longctx.eval import run as run_module
+from rnn_longctx.eval import Job, Measuring, parse_task
+from rnn_longctx.eval.jobs import recall
 from rnn_longctx.eval.tables.leaderboard import leaderboard
 from rnn_longctx.eval.tables.sheets import sheets
 from rnn_longctx.mitigations import REMEDIES, Plan, Remedy
@@ -18,7 +18,9 @@ from rnn_longctx.mitigations.base import same_everywhere
 from rnn_longctx.models.lm import Mamba2LM
 from rnn_longctx.models.mixers.mamba2 import Mamba2Config
 from rnn_longctx.recurrence.policy import ScanPolicy
-from rnn_longctx.tasks.passkey import passkey_batch
+from rnn_longctx.tasks import TASKS
+from rnn_longctx.tasks.passkey import Passkey, passkey_batch
+from rnn_longctx.tasks.words import Words
 
 
 def test_a_short_text_has_few_slices(model, text, caplog):
@@ -125,15 +127,14 @@ def test_several_remedies_and_the_one_already_on(model, text):
 
 def test_passkey_counts_exact_answers(model, monkeypatch):
     """A model that says the key of even prompts only is right half of the time, at every depth it is right at."""
-    from rnn_longctx.eval.jobs import recall as module
-
     prompts = {p.ids.tobytes(): (i, p) for i, p in enumerate(passkey_batch(ByteTokenizer(), 128, 20, 0))}
 
-    def said(context, some):
-        found = [prompts[p.ids.tobytes()] for p in some]
-        return [p.answer + "." if i % 2 == 0 else "12" + p.answer for i, p in found], (0.1, 0.01)
+    def replies(measuring, task, examples):
+        known = [prompts[e.prompt.tobytes()] for e in examples]
+        texts = [p.answer + "." if i % 2 == 0 else "12" + p.answer for i, p in known]
+        return [ByteTokenizer().encode(text) for text in texts], (0.1, 0.01)
 
-    monkeypatch.setattr(module, "_answer", said)
+    monkeypatch.setattr(recall, "generated", replies)
     frame = evaluate(model, [128], ["passkey:n=20"])
     whole = frame[frame.depth.isna()].iloc[0]
     assert (whole.value, whole.n) == (0.5, 20) and whole.samples == [1.0, 0.0] * 10
@@ -142,11 +143,15 @@ def test_passkey_counts_exact_answers(model, monkeypatch):
     assert set(depths) == {0.0, 1.0}
 
 
-def test_passkey_generates_greedily_from_the_prompt(model):
-    from rnn_longctx.eval.jobs.recall import _answer
+def answers_of(model, prompts):
+    """What the model says after each prompt."""
+    replies, _ = recall.generated(Measuring(model), Passkey(), [prompt.example() for prompt in prompts])
+    return [ByteTokenizer().decode(reply.tolist()).strip() for reply in replies]
 
+
+def test_passkey_generates_greedily_from_the_prompt(model):
     prompts = passkey_batch(ByteTokenizer(), 150, 4, 3)
-    answers, _ = _answer(Context(model), prompts)
+    answers = answers_of(model, prompts)
     for prompt, answer in zip(prompts, answers):
         ids = torch.from_numpy(prompt.ids)[None]
         with torch.no_grad():
@@ -156,14 +161,12 @@ def test_passkey_generates_greedily_from_the_prompt(model):
 
 
 def test_a_passkey_is_never_said_in_rows_without_a_token():
-    from rnn_longctx.eval.jobs.recall import _answer
-
     model = Mamba2LM(Mamba2Config(d_model=32, n_layer=1, headdim=16, d_state=8, vocab_size=300, tie_embeddings=False))
     model.tokenizer = ByteTokenizer()
     with torch.no_grad():
         model.lm_head.weight[256:] *= 100
     prompts = passkey_batch(ByteTokenizer(), 150, 3, 3)
-    answers, _ = _answer(Context(model.eval()), prompts)
+    answers = answers_of(model.eval(), prompts)
     with torch.no_grad():
         likeliest = [int(model.logits(model(torch.from_numpy(p.ids)[None])[0, -1])[:256].argmax()) for p in prompts]
     strip = [ByteTokenizer().decode([token]).strip() for token in likeliest]
@@ -178,7 +181,7 @@ def test_a_remedy_that_depends_on_the_length_gets_a_pass_per_length(model, text,
         def plan(self, model, target_length=None, text=None):
             return Plan(same_everywhere(model, ScanPolicy(gain=1.0 / target_length)))
 
-    monkeypatch.setitem(REMEDIES, "by-length", ByLength)
+    monkeypatch.setitem(REMEDIES._known, "by-length", ByLength)
     frame = evaluate(model, [64, 128], ["lm:slices=2,tokens=0"], ["by-length"], text=text)
     for length in (64, 128):
         for mixer in model.mixers:
@@ -219,12 +222,10 @@ def test_cost_columns_are_of_their_length(model, text):
 
 def test_a_passkey_answer_is_read_whole(model, monkeypatch):
     """Digits may be cut into tokens anyhow; five right ones followed by a sixth are wrong."""
-    from rnn_longctx.eval.jobs import recall
-
-    right = recall.Passkey().right
+    right = Passkey().says
     assert right("34847 and more", "34847") and not right("348471", "34847")
     assert not right("", "34847") and not right("x34847", "34847")
-    assert recall.Words().right("apple.", "apple") and not recall.Words().right("apples", "apple")
+    assert Words().says("apple.", "apple") and not Words().says("apples", "apple")
     asked = []
 
     class Pairs(ByteTokenizer):  # repeated digits are one token, others several
@@ -241,8 +242,12 @@ def test_a_passkey_answer_is_read_whole(model, monkeypatch):
 
 def test_tasks_have_canonical_texts():
     assert str(parse_task("lm:slices=2")) == str(parse_task(str(parse_task("lm:slices=2"))))
-    assert isinstance(parse_task("passkey:max=8k,n=7,least=1"), Task) and parse_task("passkey:max=8k").max == 8192
-    assert set(run_module.TASKS) == {"lm", "passkey", "multikey", "words"}
+    assert isinstance(parse_task("passkey:max=8k,n=7,least=1"), Job) and parse_task("passkey:max=8k").max == 8192
+    assert set(TASKS) == {"passkey", "multikey", "words", "mqar", "forgetting-mqar"}
+    for name in TASKS:
+        job = parse_task(name)
+        assert (job.kind, job.task, parse_task(str(job))) == ("accuracy", TASKS[name](), job)
+    assert parse_task("lm").kind == "loss"
 
 
 def test_passkeys_in_another_haystack_and_wording(model, text, tmp_path):

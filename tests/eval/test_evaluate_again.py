@@ -14,8 +14,8 @@ import torch
 from evaluated import make_model, value
 
 from rnn_longctx import evaluate
-from rnn_longctx.eval import Context, Results
-from rnn_longctx.eval.jobs.loss import LanguageModel
+from rnn_longctx.eval import Measuring, Results
+from rnn_longctx.eval.jobs.loss import LossOverLength
 from rnn_longctx.eval.tables.sheets import sheets
 from rnn_longctx.models.cache import Cache
 from rnn_longctx.models.lm import Mamba2LM
@@ -81,10 +81,9 @@ KILLED = textwrap.dedent("""
     import torch
     sys.path.insert(0, sys.argv[3])
     from evaluated import make_model
-    from rnn_longctx.eval.task import Context
     import rnn_longctx.eval.run as run
-    made = run.Context
-    run.Context = lambda *a, **k: made(*a, **k, snapshot_seconds=0.0)
+    made = run.Measuring
+    run.Measuring = lambda *a, **k: made(*a, **k, snapshot_seconds=0.0)
     run.SEGMENTS["cpu"] = 64
     run.evaluate(make_model(), [64, 512, 3000], ["lm:slices=1,tokens=0"], ["none", "state-norm", "window:tokens=50"],
                  text=sys.argv[1], calibration_text=sys.argv[4], out=sys.argv[2])
@@ -140,13 +139,13 @@ def test_kill_in_the_middle_and_run_again(text, unseen, tmp_path):
 
 def test_a_kill_between_the_cells_of_a_length_loses_none(model, text, tmp_path):
     """Whatever cell was the last one written, the next run completes the rest, without reading a finished stream."""
-    asked, task = [64, 512, 1000], LanguageModel(slices=1, tokens=0)
+    asked, task = [64, 512, 1000], LossOverLength(slices=1, tokens=0)
     for written in range(1, 7):
         results = Results(tmp_path / str(written))
         read = []
 
         def context(results=results, read=read):
-            return Context(model, text=text, results=results, segment=100, snapshot_seconds=0.0, progress=read.append)
+            return Measuring(model, text=text, results=results, segment=100, snapshot_seconds=0.0, progress=read.append)
 
         rows = task.run(context(), asked)
         for _ in range(written):
@@ -176,7 +175,7 @@ def test_another_training_length_moves_the_verdict_and_keeps_the_cells(model, te
 
 def test_a_stream_goes_on_from_its_snapshot_and_torn_ones_are_ignored(model, text, tmp_path):
     results = Results(tmp_path / "out")
-    task = LanguageModel(slices=1, tokens=0)
+    task = LossOverLength(slices=1, tokens=0)
     read = []
 
     class Stop(Exception):
@@ -188,7 +187,7 @@ def test_a_stream_goes_on_from_its_snapshot_and_torn_ones_are_ignored(model, tex
             raise Stop
 
     def context(progress):
-        return Context(model, text=text, results=results, segment=100, snapshot_seconds=0.0, progress=progress)
+        return Measuring(model, text=text, results=results, segment=100, snapshot_seconds=0.0, progress=progress)
 
     with pytest.raises(Stop):
         list(task.run(context(stop), [1000]))
@@ -197,7 +196,7 @@ def test_a_stream_goes_on_from_its_snapshot_and_torn_ones_are_ignored(model, tex
     read.clear()
     rows = list(task.run(context(read.append), [1000]))
     assert read[0] == 500 and sum(read) == 1000 and not snapshot.exists()
-    expected = list(task.run(Context(model, text=text), [1000]))
+    expected = list(task.run(Measuring(model, text=text), [1000]))
     assert rows[0]["value"] == pytest.approx(expected[0]["value"], abs=1e-6)
 
     for cell in (tmp_path / "out" / "cells").iterdir():

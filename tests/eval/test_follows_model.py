@@ -18,14 +18,14 @@ from rnn_longctx import CollapseMonitor, adopt, evaluate, mitigate
 from rnn_longctx.cli import app
 from rnn_longctx.data import ByteTokenizer, Text
 from rnn_longctx.errors import InputError
-from rnn_longctx.eval.jobs.base import Context
-from rnn_longctx.eval.jobs.loss import LanguageModel
+from rnn_longctx.eval.jobs.base import Measuring
+from rnn_longctx.eval.jobs.loss import LossOverLength
 from rnn_longctx.eval.results import Results
 from rnn_longctx.eval.search.calibrate import calibrate
 from rnn_longctx.measure.envelope import measure_envelope
 from rnn_longctx.measure.steps import steps_of
 from rnn_longctx.mitigations import active, handles_on
-from rnn_longctx.models.checkpoint import checkpoint
+from rnn_longctx.models import checkpoint
 from rnn_longctx.models.generate import prefill
 from rnn_longctx.models.saved_state import load_state, save_state
 
@@ -114,7 +114,7 @@ def test_an_edit_taken_back_finds_its_cells(tmp_path):
 
 def test_a_snapshot_of_an_unfinished_stream_is_not_gone_on_from(tmp_path):
     model, results = own(), Results(tmp_path / "a")
-    rows = LanguageModel(slices=2, tokens=0).run(Context(model, text=OTHER, batch=2, results=results), [128])
+    rows = LossOverLength(slices=2, tokens=0).run(Measuring(model, text=OTHER, batch=2, results=results), [128])
     next(rows)
     rows.close()  # read, and not all rows are written: the snapshot stays
     assert list((tmp_path / "a" / "snapshots").iterdir())

@@ -50,7 +50,7 @@ def test_a_saved_state(given, theirs, tmp_path):
 
 def test_lm_evals_tasks(given):
     pytest.importorskip("lm_eval")
-    from rnn_longctx.eval.harness.run import lm_eval_table
+    from rnn_longctx.eval.harness.run import HarnessConfig, lm_eval_table
 
-    frame = lm_eval_table(given, ["rnn_longctx_passkey"], [512], ["none", "recompute:last=128"], limit=1)
+    frame = lm_eval_table(given, HarnessConfig(["rnn_longctx_passkey"], [512], ["none", "recompute:last=128"], limit=1))
     assert set(frame["model"]) == {"theirs"} and frame["mitigation"].tolist() == ["none", "recompute:last=128"]

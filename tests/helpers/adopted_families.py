@@ -9,7 +9,7 @@ import transformers as hf
 
 from rnn_longctx.mitigations import active, handles_on, mitigate
 from rnn_longctx.models.adopt.adopting import adopt
-from rnn_longctx.models.adopt.families.mamba2 import cache_name
+from rnn_longctx.models.adopt.dispatch import cache_name
 from rnn_longctx.models.generate import generate
 from rnn_longctx.recurrence.policy import Cap, ScanPolicy
 

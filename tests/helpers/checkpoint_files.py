@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rnn_longctx.errors import InputError
-from rnn_longctx.models.checkpoint import checkpoint
+from rnn_longctx.models import checkpoint
 from rnn_longctx.models.lm import Mamba2LM
 
 

@@ -9,8 +9,8 @@ from rnn_longctx.data import tokens
 from rnn_longctx.errors import InputError
 from rnn_longctx.measure.steps import SLICES
 from rnn_longctx.mitigations import NotApplicable, mitigate, standard
+from rnn_longctx.models import checkpoint
 from rnn_longctx.models.cache import Cache
-from rnn_longctx.models.checkpoint import checkpoint
 from rnn_longctx.recurrence.policy import PLAIN
 
 

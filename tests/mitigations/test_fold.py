@@ -11,7 +11,9 @@ import rnn_longctx
 from rnn_longctx.data import ByteTokenizer, load_text
 from rnn_longctx.errors import InputError
 from rnn_longctx.mitigations import active, fold, mitigate
-from rnn_longctx.models.checkpoint import checkpoint, formats
+from rnn_longctx.models import checkpoint
+from rnn_longctx.models.checkpoint import layouts
+from rnn_longctx.models.checkpoint.weights import WEIGHTS
 from rnn_longctx.recurrence.policy import PLAIN
 
 FOLDED = [
@@ -69,13 +71,13 @@ def test_folding_again_measures_the_model_as_it_now_is(model, made, tmp_path):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("layout", formats.LAYOUTS)
+@pytest.mark.parametrize("layout", layouts.LAYOUTS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_saved_and_loaded(model, made, tmp_path, layout, dtype):
     """Ordinary weights: also for a library that knows nothing of remedies."""
     model.calibration = {"peaks": [], "length": 32, "text": "kept", "text_hash": "0"}
     checkpoint.save(model, tmp_path / "one", dtype=dtype, layout=layout, calibration=model.calibration)
-    (weights,) = (f for name in formats.WEIGHTS if (f := tmp_path / "one" / name).exists())
+    (weights,) = (f for name in WEIGHTS if (f := tmp_path / "one" / name).exists())
     file = weights.read_bytes()
     one = rnn_longctx.load(tmp_path / "one", dtype=dtype)
     old = one.weights_hash
@@ -113,7 +115,7 @@ def test_a_rounded_decay_is_folded_in_float32(model, made):
 )  # fmt: skip
 def test_what_cannot_be_folded(model, name):
     before, said = [m.A_log.clone() for m in model.mixers], (model.name, model.weights_hash, dict(model.provenance))
-    with pytest.raises(InputError, match=r"cannot be folded .*a-floor, a-winsor and a-scale") as error:
+    with pytest.raises(InputError, match=r"cannot be folded .*a-floor, a-scale \(place=rate\) and a-winsor") as error:
         fold(model, name)
     assert "\n" not in str(error.value) and said == (model.name, model.weights_hash, model.provenance)
     assert all(torch.equal(m.A_log, b) and m.policy == PLAIN for m, b in zip(model.mixers, before))

@@ -11,7 +11,7 @@ from adopted_families import FAMILIES, VOCAB
 from checkpoint_files import official_config
 from torch import nn
 
-from rnn_longctx.models.checkpoint import checkpoint
+from rnn_longctx.models import checkpoint
 from rnn_longctx.models.lm import Mamba2LM
 from rnn_longctx.models.mixers.mamba2 import Mamba2Config
 

@@ -14,7 +14,8 @@ from torch import nn
 
 import rnn_longctx
 from rnn_longctx import adopt, mitigate
-from rnn_longctx.models.checkpoint import checkpoint, formats
+from rnn_longctx.models import checkpoint
+from rnn_longctx.models.checkpoint import layouts
 from rnn_longctx.models.checkpoint.legacy import is_of, old_hashes
 from rnn_longctx.models.hashing import BLOCK, digest
 from rnn_longctx.models.lm import Mamba2LM
@@ -104,7 +105,7 @@ def test_the_same_in_every_layout_tied_or_not(make, tmp_path):
     for tie in (True, False):
         model = make(tie_embeddings=tie, norm_eps=1e-5, dt_limit=(0.01, 0.5))
         found = {model.weights_hash, copy.deepcopy(model).weights_hash}
-        for layout in formats.LAYOUTS:
+        for layout in layouts.LAYOUTS:
             checkpoint.save(model, tmp_path / f"{layout}{tie}", layout=layout)
             found.add(checkpoint.load(tmp_path / f"{layout}{tie}").weights_hash)
         assert len(found) == 1

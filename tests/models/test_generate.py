@@ -174,7 +174,7 @@ def test_the_decoders_state_comes_back(where, make, monkeypatch):
     if where == "interpreter":
         if not triton.interpreted():
             pytest.skip("Triton compiles here")
-        monkeypatch.setattr(module, "fused", type("Compiled", (), {"interpreted": staticmethod(lambda: False)}))
+        monkeypatch.setattr(module, "triton", type("Compiled", (), {"interpreted": staticmethod(lambda: False)}))
     lm, made, device = make(vocab_size=VOCAB), [], "cuda" if where == "cuda" else "cpu"
     monkeypatch.setattr(module.Decoder, "__init__", _counted(module.Decoder.__init__, made))
     lm = lm.to(device)

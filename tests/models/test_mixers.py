@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from rnn_longctx.errors import InputError
+from rnn_longctx.models import checkpoint
 from rnn_longctx.models.cache import Cache
-from rnn_longctx.models.checkpoint import checkpoint
 from rnn_longctx.models.config import ModelConfig, model_config
 from rnn_longctx.models.lm import LM
 from rnn_longctx.models.mixers import MIXERS

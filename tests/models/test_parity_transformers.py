@@ -11,8 +11,8 @@ from transformers import Mamba2Config as TheirConfig
 from transformers import Mamba2ForCausalLM
 from transformers.models.mamba2.modeling_mamba2 import MambaRMSNormGated
 
+from rnn_longctx.models import checkpoint
 from rnn_longctx.models.cache import Cache
-from rnn_longctx.models.checkpoint import checkpoint
 
 CASES = {
     "one group": {"n_groups": 1},
@@ -113,7 +113,7 @@ def test_what_we_save_they_load(pair, tmp_path):
 
 def test_their_defaults_are_ours():
     """Fields that a config.json of transformers leaves out."""
-    from rnn_longctx.models.checkpoint.formats import _TRANSFORMERS
+    from rnn_longctx.models.checkpoint.layouts import _TRANSFORMERS
 
     theirs = TheirConfig()
     for key, default in _TRANSFORMERS.values():

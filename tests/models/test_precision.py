@@ -14,7 +14,7 @@ from rnn_longctx import adopt, evaluate, mitigate
 from rnn_longctx.data import ByteTokenizer, Text
 from rnn_longctx.errors import InputError
 from rnn_longctx.eval.results import Results
-from rnn_longctx.eval.search import calibrate
+from rnn_longctx.eval.search.calibrate import calibrate
 from rnn_longctx.measure.envelope import envelope_of
 from rnn_longctx.measure.steps import steps_of
 from rnn_longctx.models.lm import Mamba2LM

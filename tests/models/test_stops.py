@@ -11,8 +11,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 
 from rnn_longctx import generate, load
 from rnn_longctx.data import ByteTokenizer, HFTokenizer
-from rnn_longctx.models.checkpoint import checkpoint
-from rnn_longctx.models.checkpoint.checkpoint import LazyTokenizer
+from rnn_longctx.models import checkpoint
+from rnn_longctx.models.checkpoint.tokenizer import LazyTokenizer
 from rnn_longctx.models.stops import TextStream, end_ids, unused_rows
 
 WORDS = "the pass key is green, the grass is blue. Hélène said: 漢字 and 🙂👍🏽 are well-known ABC tokens 12345\n"

@@ -16,7 +16,7 @@ from rnn_longctx import cli
 from rnn_longctx.data import ByteTokenizer
 from rnn_longctx.errors import InputError
 from rnn_longctx.loggers import scalars
-from rnn_longctx.models.checkpoint.checkpoint import save
+from rnn_longctx.models.checkpoint.save import save
 from rnn_longctx.models.lm import Mamba2LM
 from rnn_longctx.models.mixers.mamba2 import Mamba2Config
 from rnn_longctx.probes.pictures import draw, ratios

@@ -18,8 +18,8 @@ from training_runs import TINY, Killed, assert_same_run, final
 import rnn_longctx
 from rnn_longctx.data import ByteTokenizer
 from rnn_longctx.errors import InputError
+from rnn_longctx.models import checkpoint
 from rnn_longctx.models.cache import Cache
-from rnn_longctx.models.checkpoint import checkpoint
 from rnn_longctx.models.lm import Mamba2LM
 from rnn_longctx.tasks.passkey import training_sequence
 from rnn_longctx.train import TrainConfig, train

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 import rnn_longctx
 from rnn_longctx.config import from_dict, to_dict
 from rnn_longctx.errors import InputError
-from rnn_longctx.models.checkpoint import checkpoint
-from rnn_longctx.models.checkpoint.formats import LAYOUTS, SIDE
+from rnn_longctx.models import checkpoint
+from rnn_longctx.models.checkpoint.layouts import LAYOUTS, SIDE
 from rnn_longctx.train import TrainConfig, train
 from rnn_longctx.train.config import EvaluateConfig
 from rnn_longctx.train.corpus import Batch, Corpus

@@ -45,7 +45,7 @@ def test_a_run(config: TrainConfig, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_finished_model(config: TrainConfig) -> None:
-    from rnn_longctx.models.checkpoint import checkpoint
+    from rnn_longctx.models import checkpoint
 
     directory = train(config)
     model = checkpoint.load(directory)

@@ -19,20 +19,21 @@ from rnn_longctx.tasks.passkey import passkey_batch
 Docs = dict[str, datasets.Dataset]
 
 
-def passkey(tokenizer: str = "bytes", max_seq_lengths: Any = (4096,), limit: int = 60, seed: int = 0,
-            **_: Any) -> Docs:  # fmt: skip
-    """`limit` prompts of `rnn_longctx.tasks.passkey` at each length, their depths spread evenly. Lengths are in tokens
-    of `tokenizer` ("bytes", a folder, a hub id), before the prompt is made text."""
+def passkey(tokenizer: str = "bytes", max_seq_lengths: Any = (4096,), limit: int = 60, seed: int = 0, **_: Any) -> Docs:
+    """Return `limit` prompts of `rnn_longctx.tasks.passkey` at each length, their depths spread evenly.
+
+    Lengths are in tokens of `tokenizer` ("bytes", a folder, a hub id), before the prompt is made text.
+    """
     cutter = load_tokenizer(tokenizer)
     prompts = [(n, p) for n in max_seq_lengths for p in passkey_batch(cutter, n, limit, seed)]
-    return _docs([
-        {"input": cutter.decode(p.ids), "answer": p.answer, "depth": p.depth, "length": n} for n, p in prompts
-    ])  # fmt: skip
+    return _docs(
+        [{"input": cutter.decode(p.ids), "answer": p.answer, "depth": p.depth, "length": n} for n, p in prompts]
+    )
 
 
-def passkey_results(doc: dict[str, Any], said: list[str]) -> dict[str, float]:
-    """Five right digits, and no sixth after them."""
-    return {"exact_match": float(re.match(r"\d*", said[0].strip())[0] == doc["answer"])}  # type: ignore[index]
+def passkey_results(doc: dict[str, Any], replies: list[str]) -> dict[str, float]:
+    """Return 1 for five right digits, and no sixth after them."""
+    return {"exact_match": float(re.match(r"\d*", replies[0].strip())[0] == doc["answer"])}  # type: ignore[index]
 
 
 def questions(data: str = "", **_: Any) -> Docs:
@@ -41,13 +42,13 @@ def questions(data: str = "", **_: Any) -> Docs:
     return _docs([r | {"answers": answers} for r, answers in zip(rows, listed)])
 
 
-def question_results(doc: dict[str, Any], said: list[str]) -> dict[str, float]:
-    """The best over the answers of word F1 and of equality, as SQuAD has them (no case, punctuation, articles)."""
-    given = _words(said[0])
-    right = [_words(answer) for answer in doc["answers"]]
+def question_results(doc: dict[str, Any], replies: list[str]) -> dict[str, float]:
+    """Return the best of word F1 and of equality over the answers, as SQuAD has them: without case and articles."""
+    reply = _words(replies[0])
+    answers = [_words(answer) for answer in doc["answers"]]
     return {
-        "f1": max((f1(given, answer) for answer in right), default=0.0),
-        "exact_match": float(given in right),
+        "f1": max((f1(reply, answer) for answer in answers), default=0.0),
+        "exact_match": float(reply in answers),
     }
 
 
@@ -55,20 +56,21 @@ def summaries(data: str = "", **_: Any) -> Docs:
     return _docs(_lines(data, "rnn_longctx_summary", ("document", "summary")))
 
 
-def summary_results(doc: dict[str, Any], said: list[str]) -> dict[str, float]:
-    return {"rouge_l": rouge_l(said[0], doc["summary"])}
+def summary_results(doc: dict[str, Any], replies: list[str]) -> dict[str, float]:
+    return {"rouge_l": rouge_l(replies[0], doc["summary"])}
 
 
-def f1(given: list[str], right: list[str]) -> float:
-    """Of the words two answers have in common; 1 where both are empty."""
-    if not given or not right:
-        return float(given == right)
-    return _harmonic(sum((Counter(given) & Counter(right)).values()), len(given), len(right))
+def f1(reply: list[str], answer: list[str]) -> float:
+    """Return the F-measure of the words that two texts have in common; 1 where both are empty."""
+    if not reply or not answer:
+        return float(reply == answer)
+    return _harmonic(sum((Counter(reply) & Counter(answer)).values()), len(reply), len(answer))
 
 
-def rouge_l(given: str, right: str) -> float:
-    """F-measure of the longest common subsequence of words (letters and digits, in lower case, not stemmed)."""
-    a, b = (re.findall(r"[a-z0-9]+", text.lower()) for text in (given, right))
+def rouge_l(reply: str, summary: str) -> float:
+    """Return the F-measure of the longest common subsequence of words (letters and digits, in lower case, not
+    stemmed)."""
+    a, b = (re.findall(r"[a-z0-9]+", text.lower()) for text in (reply, summary))
     row = [0] * (len(b) + 1)
     for word in a:
         before = row[:]
@@ -77,8 +79,8 @@ def rouge_l(given: str, right: str) -> float:
     return _harmonic(row[-1], len(a), len(b))
 
 
-def _harmonic(common: int, given: int, right: int) -> float:
-    return 2 * common / (given + right) if common else 0.0
+def _harmonic(common: int, first: int, second: int) -> float:
+    return 2 * common / (first + second) if common else 0.0
 
 
 def _words(text: str) -> list[str]:
@@ -87,7 +89,7 @@ def _words(text: str) -> list[str]:
 
 
 def _lines(path: str, task: str, keys: tuple[str, ...]) -> list[dict[str, Any]]:
-    """The rows of a JSONL file, with `keys` alone."""
+    """Return the rows of a JSONL file, with `keys` alone."""
     if not path:
         raise InputError(f"{task} reads a JSONL file of {', '.join(keys)}: name it with --data")
     rows, number = [], 0

@@ -6,7 +6,7 @@
     rnn_longctx.evaluate(rnn_longctx.adopt(model, tokenizer=tokenizer, train_length=2048), ...)
 
 The model stays as it is: its mixers, norms, masks and attention are its own. Where a policy is active, a mixer's scan
-and step are ours (`rnn_longctx.models.adopt.families.mamba2`, `rnn_longctx.models.adopt.families.mamba_ssm`).
+and step are ours. docs/adoption.md draws how; a family of mixers is one file in `rnn_longctx.models.adopt.families`.
 """
 
 from __future__ import annotations
@@ -18,14 +18,19 @@ import torch
 from torch import nn
 
 from rnn_longctx.config import parse_length
-from rnn_longctx.errors import InputError
-from rnn_longctx.models.adopt.families.mamba2 import UNLIMITED, is_mamba_ssm
+from rnn_longctx.devices import device_of, dtype_of
+from rnn_longctx.errors import InputError, one_line
+from rnn_longctx.models.adopt.family import adopted_by_family
+from rnn_longctx.models.adopt.mixer import UNLIMITED
 from rnn_longctx.models.adopt.model import Adopted
 from rnn_longctx.models.adopt.wrapped import innermost, unwrapped
-from rnn_longctx.models.checkpoint.checkpoint import _device, _dtype, _fits, load, locate, tokenizer_of
-from rnn_longctx.models.checkpoint.formats import ADOPTED, one_line, read_json
-from rnn_longctx.models.hashing import computes_in
-from rnn_longctx.models.lm import Mamba2LM
+from rnn_longctx.models.checkpoint.json_files import read_json
+from rnn_longctx.models.checkpoint.layouts import ADOPTED
+from rnn_longctx.models.checkpoint.load import load
+from rnn_longctx.models.checkpoint.locate import locate
+from rnn_longctx.models.checkpoint.tokenizer import fits, tokenizer_of
+from rnn_longctx.models.hashing import Identified, computes_in
+from rnn_longctx.models.interface import LanguageModel
 from rnn_longctx.models.mixers.mamba2 import dt_limits
 
 _KEY = "_rnn_longctx_adopted"
@@ -52,32 +57,36 @@ def adopt(model: nn.Module | Adopted, *, name: str | None = None, tokenizer: Any
             everything on, or a transformers older than 5.15.
     """
     length = None if train_length is None else parse_length(train_length, "train_length")
-    if isinstance(own := innermost(model), Mamba2LM):
-        raise InputError(f"{own.name} is this library's own and needs no adopting: give these to rnn_longctx.load")
+    inside: Any = innermost(model)
+    if not isinstance(inside, Adopted) and isinstance(inside, Identified):
+        raise InputError(f"{inside.name} is this library's own and needs no adopting: give these to rnn_longctx.load")
     if not isinstance(model, Adopted | nn.Module):
         what = f"the name {model!r}" if isinstance(model, str) else f"{type(model).__name__} {model!r:.40}"
         helps = 'load one first, as in rnn_longctx.load("demo")'
         if isinstance(getattr(model, "model", None), nn.Module):  # a pipeline, a Trainer
             helps = "give the model inside it, its .model"
         raise InputError(f"expected a model, got {what}: {helps}")
-    inner = model if isinstance(model, Adopted) else unwrapped(model)
-    found = inner if isinstance(inner, Adopted) else adopted(inner) or _made(inner)
-    found.model.__dict__[_KEY] = found
-    found.name = name or found.name
-    found.train_length = length or found.train_length
+    if isinstance(model, Adopted):
+        lm = model
+    else:
+        library_model = unwrapped(model)
+        lm = adopted(library_model) or adopted_by_family(library_model)
+    lm.model.__dict__[_KEY] = lm
+    lm.name = name or lm.name
+    lm.train_length = length or lm.train_length
     if tokenizer is not None:
-        found.tokenizer = _tokenizer(tokenizer)
+        lm.tokenizer = _tokenizer(tokenizer)
     if time_step_limit_in_decode:
-        for mixer in found.mixers:
+        for mixer in lm.mixers:
             mixer.limit_in_decode = True
-            mixer.policy = mixer.policy
-    return found
+            mixer.sync()
+    return lm
 
 
 def load_adopted(source: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | str | None = None,
                  tokenizer: str | None = None, train_length: int | str | None = None) -> Adopted | None:  # fmt: skip
-    """A checkpoint that transformers reads and this library adopts, from a directory or a hub id; None where it is of
-    no such family. Arguments as of `rnn_longctx.load`.
+    """Return a checkpoint that transformers reads and this library adopts, from a directory or a hub id; None where it
+    is of no such family. Arguments as of `rnn_longctx.load`.
 
     Raises:
         InputError: it names no tokenizer and none is given, the tokenizer has more tokens than the model, transformers
@@ -94,45 +103,38 @@ def load_adopted(source: str | Path, *, device: torch.device | str = "cpu", dtyp
         raise InputError(f"{name} comes without a tokenizer: name one with --tokenizer")
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    device, wanted, found = _device(device), _dtype(dtype), load_tokenizer(spec)
+    device, weights_dtype = device_of(device), dtype_of("float32" if dtype is None else dtype)
+    loaded_tokenizer = load_tokenizer(spec)
     try:
         settings: Any = AutoConfig.from_pretrained(directory)
         if hasattr(settings, "time_step_limit"):
             limits = settings.time_step_limit
             settings.time_step_limit = UNLIMITED if limits is None else dt_limits(limits, "time_step_limit")
-        read: Any = AutoModelForCausalLM.from_pretrained(
-            directory, config=settings, dtype=wanted, output_loading_info=True
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            directory, config=settings, dtype=weights_dtype, output_loading_info=True
         )
-        model, told = read[0].to(device), read[1]
+        model, missing = loaded[0].to(device), loaded[1]["missing_keys"]
     except InputError as error:
         raise InputError(f"{config}: {error}") from None
     except Exception as error:  # a config of nonsense raises nearly anything
         raise InputError(f"transformers cannot read {name}: {one_line(error)}") from None
-    if told["missing_keys"]:  # which transformers draws at random
-        raise InputError(f"{name} lacks {len(told['missing_keys'])} weights, {min(told['missing_keys'])} among them")
+    if missing:  # which transformers draws at random
+        raise InputError(f"{name} lacks {len(missing)} weights, {min(missing)} among them")
     for weight, p in model.named_parameters():
         if computes_in(p) is not None and not bool(p.isfinite().all()):
             raise InputError(f"{name}: {weight} is not finite: it holds NaN or infinity")
-    _fits(found, model.config.get_text_config().vocab_size)
-    return adopt(model.eval(), name=name, tokenizer=found, train_length=train_length)
+    fits(loaded_tokenizer, model.config.get_text_config().vocab_size)
+    return adopt(model.eval(), name=name, tokenizer=loaded_tokenizer, train_length=train_length)
 
 
-def load_any(source: str | Path, **given: Any) -> Mamba2LM | Adopted:
-    """What `rnn_longctx.load` reads, or else `load_adopted`; arguments and errors are theirs."""
+def load_any(source: str | Path, **options: Any) -> LanguageModel:
+    """Return what `rnn_longctx.load` reads, or else `load_adopted`; arguments and errors are theirs."""
     try:
-        return load(source, **given)
+        return load(source, **options)
     except InputError:
-        if (found := load_adopted(source, **given)) is None:
+        if (model := load_adopted(source, **options)) is None:
             raise
-        return found
-
-
-def _made(model: nn.Module) -> Adopted:
-    if any(map(is_mamba_ssm, model.modules())):
-        from rnn_longctx.models.adopt.families.mamba_ssm import AdoptedMambaSSM
-
-        return AdoptedMambaSSM(model)
-    return Adopted(model)
+        return model
 
 
 def adopted(model: Any) -> Adopted | None:
@@ -142,11 +144,12 @@ def adopted(model: Any) -> Adopted | None:
     return known if known is not None and known.model is inner else None
 
 
-def reader_of(model: Any) -> Any:
+def as_language_model(model: Any) -> LanguageModel:
     """Return a model as this library reads it: its own as it is, also from inside a wrapper (see `adopt`), one of
     another library adopted. InputError: see `adopt`."""
-    inner = unwrapped(model) if isinstance(model, nn.Module) else model
-    return inner if hasattr(inner, "mixers") else adopt(model)
+    inner: Any = unwrapped(model) if isinstance(model, nn.Module) else model
+    is_one = isinstance(inner, Identified)
+    return inner if is_one else adopt(model)
 
 
 def _tokenizer(tokenizer: Any) -> Any:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from rnn_longctx.errors import InputError
-from rnn_longctx.models.adopt.families.mamba2 import AdoptedMixer
-from rnn_longctx.models.adopt.rows import attends, concat
-from rnn_longctx.models.cache import Carry
+from rnn_longctx.models.adopt import beside
+from rnn_longctx.models.adopt.mixer import AdoptedMixer
+from rnn_longctx.models.cache import Carry, level_tails
 from rnn_longctx.recurrence.carry import ScanCarry
 
 
@@ -65,8 +67,8 @@ class AdoptedCache:
         for mixer in self.mixers:
             layer = mixer.layer_of(self.library)
             # (a copy: the library writes into its own)
-            state, beside = mixer.state_of(layer).clone(), getattr(layer, "beside", None)
-            total = beside.log_decay if beside is not None else None
+            state, counted = mixer.state_of(layer).clone(), getattr(layer, "beside", None)
+            total = counted.log_decay if counted is not None else None
             if total is None:
                 total = mixer.no_log_decay(state)
             carries.append(Carry(mixer.conv_of(self.library), ScanCarry(state, self.position, total)))
@@ -100,8 +102,64 @@ class AdoptedCache:
         new.tail = self.tail if self.tail is None else self.tail[index.to(self.tail.device)]
         return new
 
-    concat = staticmethod(concat)
+    @staticmethod
+    def concat(parts: list[Any], order: list[int]) -> Any:
+        """Rows of several caches as one; see `Cache.concat`.
+
+        Where rows have read unequally much, attention's keys and values (B, heads, T, dim) are padded at the left, as
+        if so many columns of padding had stood before the row.
+
+        Raises:
+            InputError: rows under a cropped attention, and see `attends`.
+        """
+        cat, new = in_order(order), parts[0].clone()
+        if any(p.dropped for p in parts):
+            raise InputError("rows whose attention was cropped cannot be put together")
+        for i, layer in enumerate(new.library.layers):
+            layers = [p.library.layers[i] for p in parts]
+            for states in ("conv_states", "recurrent_states"):
+                for k, state in getattr(layer, states, {}).items():
+                    if state is not None:  # (a layer of an MLP alone has places for states, in transformers 5.17)
+                        getattr(layer, states)[k] = cat([getattr(each, states)[k] for each in layers])
+            if attends(layer):
+                for what in ("keys", "values"):
+                    tensors = [getattr(each, what) for each in layers]
+                    longest = max(t.shape[2] for t in tensors)
+                    setattr(layer, what, cat([F.pad(t, (0, 0, longest - t.shape[2], 0)) for t in tensors]))
+            besides: list[Any] = [getattr(each, "beside", None) for each in layers]
+            if besides[0] is not None:
+                layer.beside = beside.joined(besides, cat)
+        new.stand_where(parts, cat)
+        return new
+
+    def stand_where(self, parts: list[AdoptedCache], cat: Callable) -> None:
+        """Say where the rows stand, of a cache that was made of others."""
+        seen = max(p.seen for p in parts)
+        shifts = [torch.full((len(p.position),), seen - p.seen, device="cpu") for p in parts]
+        self.seen, self.position = seen, cat([p.position for p in parts])
+        self.padding = cat([s if p.padding is None else s + p.padding for p, s in zip(parts, shifts)])
+        self.tail = None if self.tail is None else cat(level_tails(parts))
 
     def _reorder(self, index: Tensor) -> None:
         mixer = self.mixers[0]
         self.library.reorder_cache(index.to(mixer.state_of(mixer.layer_of(self.library)).device))
+
+
+def in_order(order: list[int]) -> Callable[[list[Tensor]], Tensor]:
+    """Return what puts tensors together whose i-th row belongs at row order[i]."""
+    back = torch.tensor(order, device="cpu").argsort()
+    return lambda tensors: torch.cat(tensors)[back.to(tensors[0].device)]
+
+
+def attends(layer: Any) -> bool:
+    """Whether a layer of a library's cache holds keys and values.
+
+    Raises:
+        InputError: the layer forgets old ones by itself, or holds them in another form (quantised).
+    """
+    keys = getattr(layer, "keys", None)
+    if not isinstance(keys, Tensor):
+        return False
+    if getattr(layer, "is_sliding", False) or keys.ndim != 4:
+        raise InputError(f"a {type(layer).__name__} of the library's cache can be gone on from, not taken apart")
+    return True

@@ -1,29 +1,31 @@
-"""A model of another library as a stream: what `rnn_longctx.models.adopt.adopting.adopt` makes of it."""
+"""A model of another library as a stream: what `adopt` makes of it."""
 
 from __future__ import annotations
 
 import inspect
 import itertools
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from rnn_longctx.errors import InputError
-from rnn_longctx.models.adopt import rows
 from rnn_longctx.models.adopt.cache import AdoptedCache, unattended
-from rnn_longctx.models.adopt.families.mamba1 import AdoptedMamba1, is_mamba1
-from rnn_longctx.models.adopt.families.mamba2 import AdoptedMixer, cache_name, is_mamba2
+from rnn_longctx.models.adopt.dispatch import cache_name
+from rnn_longctx.models.adopt.layerwise import AdoptedBlocks
+from rnn_longctx.models.adopt.mixer import AdoptedMixer
+from rnn_longctx.models.adopt.packed import read_packed
 from rnn_longctx.models.adopt.wrapped import unreadable
-from rnn_longctx.models.checkpoint.checkpoint import LazyTokenizer, tokenizer_of
+from rnn_longctx.models.checkpoint.tokenizer import LazyTokenizer, tokenizer_of
 from rnn_longctx.models.hashing import Identified, computes_in, device_of
 from rnn_longctx.models.ids import rows_of
+from rnn_longctx.models.interface import LayerByLayer, StateSize
 from rnn_longctx.models.losses import token_losses
 from rnn_longctx.models.precision import state_dtype
 from rnn_longctx.models.restart import Restart, read_restarting
@@ -45,15 +47,12 @@ class Adopted(Identified):
     """
 
     library = "transformers"
-    kinds: ClassVar[list[tuple[Callable, type[AdoptedMixer]]]] = [
-        (is_mamba2, AdoptedMixer), (is_mamba1, AdoptedMamba1)
-    ]  # fmt: skip
+    own_forward = True
+    foldable = False
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, mixers: list[AdoptedMixer]):
         self.model: Any = model
-        self.mixers = [make(m, name) for name, m in model.named_modules() for fits, make in self.kinds if fits(m)]
-        if not self.mixers:
-            raise InputError(_nothing_found(model))
+        self.mixers = mixers
         config: Any = getattr(model, "config", None)
         self.config: Any = config.get_text_config() if hasattr(config, "get_text_config") else config
         self.name = str(getattr(config, "_name_or_path", "") or type(model).__name__)
@@ -104,10 +103,27 @@ class Adopted(Identified):
         """The scan that the present policies choose here; the library's name where its own runs."""
         names = set()
         for m in self.mixers:
-            dtype, per_channel = compute_dtype(self.dtype, m.state_dtype), isinstance(m, AdoptedMamba1)
-            call = Call(self.device, dtype, per_channel, m.headdim, m.d_state)
+            dtype = compute_dtype(self.dtype, m.state_dtype)
+            call = Call(self.device, dtype, m.per_channel, m.headdim, m.d_state)
             names.add(choose(m.policy, m.backend, call).name if m.active else self.library)
         return "+".join(sorted(names))
+
+    @property
+    def vocab_size(self) -> int:
+        return getattr(self.config, "vocab_size", None) or self.embedding.num_embeddings
+
+    def state_size(self) -> StateSize:
+        fixed = {"scan": self.scan_state_elements, "conv": self.conv_state_elements}
+        return StateSize(fixed, self._attention_size() if self.attends else 0)
+
+    def _attention_size(self) -> int:
+        """Numbers of keys and values that all layers of attention together keep for a token. (A family's are equally
+        wide; Zamba2's share one module, so layers are counted in the cache.)"""
+        from transformers import DynamicCache
+
+        layers = sum(hasattr(layer, "get_seq_length") for layer in DynamicCache(config=self.config).layers)
+        projections = [(m.k_proj, m.v_proj) for m in self.model.modules() if hasattr(m, "k_proj")]
+        return layers * max(k.out_features + v.out_features for k, v in projections)
 
     def use_backend(self, name: str | None) -> None:
         """Force one scan backend for every layer (None: choose), wherever a policy is active."""
@@ -138,10 +154,9 @@ class Adopted(Identified):
     def use_state_dtype(self, dtype: torch.dtype | str | None) -> None:
         """As `Mamba2LM.use_state_dtype`, in the model's own forward and generate too: our scan runs then, under any
         policy."""
-        found = state_dtype(dtype, self.dtype)
+        checked = state_dtype(dtype, self.dtype)
         for mixer in self.mixers:
-            mixer.state_dtype = found
-            mixer.policy = mixer.policy
+            mixer.state_dtype = checked
 
     def refuse_own(self, ways: str) -> None:
         """Let the library's own forward and generate raise InputError: remedies are on that are ways to read, and only
@@ -218,7 +233,7 @@ class Adopted(Identified):
         if reset is not None and bool(reset.any()):
             if mask is not None or self.restart is not None:
                 raise InputError("documents packed into one row go with no padding and no control in an adopted model")
-            return rows.read_packed(self, ids, cache, reset)
+            return read_packed(self.read, self.new_cache, ids, cache, reset)
         if self.restart is not None:
             if mask is not None or len(set(cache.position.tolist())) > 1:
                 raise InputError(f"the control {self.restart} needs rows of equal lengths in an adopted model")
@@ -340,8 +355,7 @@ class Adopted(Identified):
     def new_cache(self) -> AdoptedCache:
         return AdoptedCache(self.mixers)
 
-
-def _nothing_found(model: nn.Module) -> str:
-    looked = "no Mamba-2 mixer (A_log with one value a head, dt_bias, in_proj, conv1d), nor one of Mamba-1"
-    kinds = sorted({type(m).__name__ for m in model.modules() if m is not model and list(m.children())})
-    return f"{type(model).__name__} has {looked}; found {', '.join(kinds[:6]) or 'no submodules'}"
+    def layer_by_layer(self) -> LayerByLayer | None:
+        if self.hybrid:
+            return None
+        return AdoptedBlocks(self.base, self.new_cache(), self.reading, lambda rows: longest(self, rows))

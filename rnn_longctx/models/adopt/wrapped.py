@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from rnn_longctx.errors import InputError
-from rnn_longctx.models.lm import Mamba2LM
+from rnn_longctx.models.hashing import Identified
 from rnn_longctx.models.patches import patched
 
 SCALES = ("lm_head_multiplier", "logits_scaling")  # of FalconH1's, and one over GraniteMoeHybrid's logits
@@ -78,7 +78,7 @@ def unreadable(model: nn.Module) -> str | None:
 
 def is_model(model: Any) -> bool:
     """Whether it is a model of transformers, with or without a head, of mamba_ssm, or of this library."""
-    return isinstance(model, Mamba2LM) or any(
+    return isinstance(model, Identified) or any(
         (c.__module__, c.__name__) == ("transformers.modeling_utils", "PreTrainedModel")
         or c.__module__.startswith("mamba_ssm.models.")
         for c in type(model).__mro__

@@ -1,5 +1,6 @@
 """Checkpoints: formats in and out."""
 
-from rnn_longctx.models.checkpoint.checkpoint import load, save
+from rnn_longctx.models.checkpoint.load import load
+from rnn_longctx.models.checkpoint.save import save
 
 __all__ = ["load", "save"]

@@ -11,25 +11,26 @@ import torch
 from torch import Tensor
 
 from rnn_longctx.config import to_dict
-from rnn_longctx.models.adopt.model import Adopted
-from rnn_longctx.models.checkpoint import formats
-from rnn_longctx.models.checkpoint.checkpoint import DTYPES, stored_state
-from rnn_longctx.models.lm import Mamba2LM
+from rnn_longctx.devices import DTYPES
+from rnn_longctx.models.checkpoint.json_files import plain
+from rnn_longctx.models.checkpoint.weights import stored_state
+from rnn_longctx.models.interface import LanguageModel
+from rnn_longctx.models.lm import LM
 
 _INIT = ("A_init", "A_log_uniform", "dt_init")  # settings that only an initialisation reads
 
 
-def is_of(weights: str, model: Mamba2LM | Adopted, now: str | None = None) -> bool:
+def is_of(weights: str, model: LanguageModel, now: str | None = None) -> bool:
     """Whether a file's hash is of this model as it is now. A hash of an older version counts, where the weights are now
     what they were when they were stored. now: the model's `weights_hash`, where it is known."""
     return weights == (now or model.weights_hash) or weights in old_hashes(model)
 
 
-def old_hashes(model: Mamba2LM | Adopted) -> Iterator[str]:
+def old_hashes(model: LanguageModel) -> Iterator[str]:
     """What an older version may have said of these weights: of this library's, one for each type that holds all of
     their numbers, since it was of the file that they came from; none where they are offloaded."""
-    if isinstance(model, Mamba2LM):
-        shape = {k: v for k, v in formats.plain(to_dict(model.config)).items() if k not in _INIT}
+    if isinstance(model, LM):
+        shape = {k: v for k, v in plain(to_dict(model.config)).items() if k not in _INIT}
         weights = stored_state(model, model.dtype)
         for dtype in dict.fromkeys((model.dtype, *DTYPES.values())):
             tensors = stored_state(model, dtype)
@@ -38,25 +39,25 @@ def old_hashes(model: Mamba2LM | Adopted) -> Iterator[str]:
                          for n, t in sorted(tensors.items())]  # fmt: skip
                 yield _short(hashlib.sha256("\n".join([json.dumps(shape, sort_keys=True), *lines]).encode()))
         return
-    found = hashlib.sha256()
-    state = {name: t for name, t in model.model.state_dict().items() if isinstance(t, Tensor)}
+    sha = hashlib.sha256()
+    state = {name: t for name, t in model.module.state_dict().items() if isinstance(t, Tensor)}
     if not any(t.is_meta for t in state.values()):
         for name, t in sorted(state.items()):
-            _add(found, name, t)
-        yield _short(found)
+            _add(sha, name, t)
+        yield _short(sha)
 
 
 def _short(sha: Any) -> str:
     return sha.hexdigest()[:16]
 
 
-def _add(found: Any, name: str, t: Tensor) -> None:
-    found.update(f"{name} {t.dtype} {list(t.shape)}".encode())
+def _add(sha: Any, name: str, t: Tensor) -> None:
+    sha.update(f"{name} {t.dtype} {list(t.shape)}".encode())
     if hasattr(t, "__tensor_flatten__"):
         for part in t.__tensor_flatten__()[0]:
-            _add(found, f"{name}.{part}", getattr(t, part))
+            _add(sha, f"{name}.{part}", getattr(t, part))
     else:
-        found.update(_bytes(t))
+        sha.update(_bytes(t))
 
 
 def _bytes(t: Tensor) -> memoryview:

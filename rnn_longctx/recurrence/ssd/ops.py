@@ -263,18 +263,10 @@ def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
 def _differentiate(ctx: Any, dy: Tensor, dfinal: Tensor, *_: Tensor) -> tuple:
     g = GradOperands(dy, dfinal, *ctx.saved_tensors, *ctx.numbers)
     dx, ddt, dA, dB, dC, dD, dbias, dinitial = scan_backward(*g)
-    grads = Operands(
-        x=dx,
-        dt=ddt,
-        A=dA.to(g.A.dtype),
-        B=dB.to(g.B.dtype),
-        C=dC.to(g.C.dtype),
-        D=None if g.D is None else dD.to(g.D.dtype),
-        dt_bias=None if g.dt_bias is None else dbias.to(g.dt_bias.dtype),
-        initial=dinitial.to(g.initial.dtype),
-        **dict.fromkeys(Operands._fields[8:]),
-    )
-    return tuple(grads)
+    dD = None if g.D is None else dD.to(g.D.dtype)
+    dbias = None if g.dt_bias is None else dbias.to(g.dt_bias.dtype)
+    grads = (dx, ddt, dA.to(g.A.dtype), dB.to(g.B.dtype), dC.to(g.C.dtype), dD, dbias, dinitial.to(g.initial.dtype))
+    return *grads, *[None] * (len(Operands._fields) - len(grads))  # in the order of Operands
 
 
 scan.register_autograd(_differentiate, setup_context=_save)

@@ -22,7 +22,6 @@ the scan of each rank starts from its S.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -55,26 +54,22 @@ def sharded_scan(
     gates: Gates | SteppedGates,
     span: Span,
     policy: ScanPolicy,
-    carry: ScanCarry | None,
+    carry: ScanCarry,
     backend: Backend,
-    wide: torch.dtype,
     read: Callable[[ScanCarry], tuple[Tensor, ScanCarry]],
 ) -> tuple[Tensor, ScanCarry]:
     """The scan of all shards, of which `span.shard` is this rank's. See `recurrence.ssd.scan`.
 
     Args:
-        wide: the type of states.
+        carry: before the first shard; its state's type is that of all states.
         read: reads this rank's shard from a carry on.
     Raises:
         InputError: decays per channel.
     """
     if gates.per_channel:
         raise InputError("a stream over several ranks is read with one decay a head, not one a channel")
-    x, reset, shard = inputs.x, span.reset, span.shard
+    x, reset, shard, wide = inputs.x, span.reset, span.shard, carry.state.dtype
     assert shard is not None
-    if carry is None:
-        carry = ScanCarry.start(x.shape[0], x.shape[2], x.shape[3], inputs.B.shape[3], dtype=wide, device=x.device)
-        carry.state = policy.start_state(carry.state)
     positions, drop = shard.positions(carry.position), None
     if reset is not None or policy.reset is not None:
         drop = row_counts(positions[shard.rank], x.shape[1], reset=reset, every=policy.reset)[1]
@@ -98,10 +93,7 @@ def sharded_scan(
     y, after = read(ScanCarry(here, positions[shard.rank], log_decay[shard.rank]))
     final = state[-1]
     if y.requires_grad:
-        tensors = {f.name: t for f in fields(gates) if isinstance(t := getattr(gates, f.name), Tensor)}
-        bare = replace(gates, **dict.fromkeys(tensors))
-        saved = (passed, inputs.C, *tensors.values())
-        y, final = _Leave.apply(y, after.state, final, shard, add, bare, tuple(tensors), *saved)
+        y, final = _Leave.apply(y, after.state, final, shard, add, gates.from_tensors, passed, inputs.C, *gates.tensors)
     return y, ScanCarry(final, positions[-1], log_decay[-1])
 
 
@@ -122,23 +114,23 @@ class _Leave(torch.autograd.Function):
     the ranks behind, and from what every rank does with the last state."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, after: Tensor, final: Tensor, shard: Shard, add: _Sum, bare: Any,
-                names: tuple[str, ...], *saved: Tensor) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """saved: what every shard leaves of a state, C, and the gates' tensors, whose `names` are None in `bare`."""
+    def forward(ctx: Any, y: Tensor, after: Tensor, final: Tensor, shard: Shard, add: _Sum,
+                gates: Callable, *saved: Tensor | None) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """gates: makes the gates of their tensors. saved: how much every shard leaves of a state, C, those tensors."""
         ctx.save_for_backward(*saved)
-        ctx.shard, ctx.add, ctx.bare, ctx.names, ctx.dtype = shard, add, bare, names, after.dtype
+        ctx.shard, ctx.add, ctx.gates, ctx.dtype = shard, add, gates, after.dtype
         return y.view_as(y), final.clone()
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, dfinal: Tensor) -> tuple:
         passed, C, *tensors = ctx.saved_tensors
-        gates = replace(ctx.bare, **dict(zip(ctx.names, tensors)))
+        gates = ctx.gates(*tensors)
         added, _ = ctx.add(dy, gates, C, back=True)
         sums, finals = gather(ctx.shard.group, added, dfinal.to(added.dtype))
         grad = finals.sum(0)
         for r in range(len(sums) - 1, ctx.shard.rank, -1):
             grad = torch.addcmul(sums[r], grad, passed[r])
-        return dy, grad.to(ctx.dtype), *[None] * (7 + len(tensors))
+        return dy, grad.to(ctx.dtype), *[None] * (6 + len(tensors))
 
 
 def _since(gates: Gates | SteppedGates, reset: Tensor, dtype: torch.dtype, policy: ScanPolicy) -> Tensor:

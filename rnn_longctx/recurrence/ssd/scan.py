@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from rnn_longctx.errors import InputError
 from rnn_longctx.recurrence import triton
-from rnn_longctx.recurrence.backends import Backend, Call, OutputGate, Reading, choose, register
+from rnn_longctx.recurrence.backends import BACKENDS, Backend, Call, OutputGate, Reading, choose
 from rnn_longctx.recurrence.carry import ScanCarry
 from rnn_longctx.recurrence.gates import Gates, ScanInputs, SteppedGates
+from rnn_longctx.recurrence.interface import RECURRENCES, Recurrence
 from rnn_longctx.recurrence.observe import Looks, observed
 from rnn_longctx.recurrence.policy import PLAIN, ScanPolicy
 from rnn_longctx.recurrence.rows import left_padding, row_counts
@@ -56,40 +59,46 @@ def scan(
             stand at different positions.
     """
     check_shapes(inputs, gates, carry)
-    x = inputs.x
+    x, mask, reset = inputs.x, span.mask, span.reset
+    batch, length, heads, headdim = x.shape
+    d_state, per_channel = inputs.B.shape[3], gates.per_channel
     dtype = compute_dtype(x.dtype, state_dtype)
     wide = state_dtype_of(dtype)
-    carry = None if carry is None else carry.kept_in(wide)
-    call = Call(x.device, dtype, gates.per_channel, x.shape[3], inputs.B.shape[3], isinstance(gates, SteppedGates))
+    call = Call(x.device, dtype, per_channel, headdim, d_state, isinstance(gates, SteppedGates))
     chosen = choose(policy, backend, call)
+    if carry is None:
+        carry = ScanCarry.start(batch, heads, headdim, d_state, per_channel=per_channel, dtype=wide, device=x.device)
+        if policy.start is not None and length:
+            carry.state = policy.start_state(carry.state)
+    else:
+        carry = carry.kept_in(wide)
+    if not length:
+        return x, carry.kept_in(state_dtype or wide)
     if span.shard is not None:
-        local = Span(span.mask, span.reset)
 
         def read_shard(before: ScanCarry) -> tuple[Tensor, ScanCarry]:
             return scan(
-                inputs, gates, local, policy=policy, carry=before, backend=backend, observer=observer,
+                inputs, gates, Span(mask, reset), policy=policy, carry=before, backend=backend, observer=observer,
                 output_gate=output_gate, state_dtype=state_dtype,
             )  # fmt: skip
 
-        y, new = sharded_scan(inputs, gates, span, policy, carry, chosen, wide, read_shard)
-    elif observer is None or not x.shape[1]:
-        y, new = _read(chosen, inputs, gates, span, policy, carry, wide, output_gate=output_gate)
-    else:
-        mask, reset = span.mask, span.reset
-        if (mask is not None and not bool(mask.all())) or (reset is not None and bool(reset.any())):
-            raise InputError("an observer follows rows that stand at one position: no padding, no documents")
+        y, new = sharded_scan(inputs, gates, span, policy, carry, chosen, read_shard)
+        return y, new.kept_in(state_dtype or wide)
+    reading = Reading(inputs, gates, policy, carry, reset, mask, output_gate=output_gate)
+    if observer is None:
+        y, new = _read(chosen, reading)
+        return y, new.kept_in(state_dtype or wide)
+    if (mask is not None and not bool(mask.all())) or (reset is not None and bool(reset.any())):
+        raise InputError("an observer follows rows that stand at one position: no padding, no documents")
 
-        def read(t: int, u: int, before: ScanCarry | None, looks: Looks | None) -> tuple[Tensor, ScanCarry]:
-            gate = output_gate if u - t == x.shape[1] else None
-            some, their = inputs.tokens(t, u), gates.tokens(t, u)
-            return _read(chosen, some, their, WHOLE, policy, before, wide, looks=looks, output_gate=gate)
+    def read(t: int, u: int, before: ScanCarry, looks: Looks | None) -> tuple[Tensor, ScanCarry]:
+        gate = output_gate if u - t == length else None
+        tokens = Reading(inputs.tokens(t, u), gates.tokens(t, u), policy, before, looks=looks, output_gate=gate)
+        return _read(chosen, tokens)
 
-        inside = not observer.whole and chosen.observes(policy, call, observer.every)
-        if inside:
-            leaves = (x, inputs.B, inputs.C, inputs.D, *gates.tensors, None if carry is None else carry.state)
-            graded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves)
-            inside = not graded and not torch.compiler.is_compiling()
-        y, new = observed(read, x.shape[1], carry, observer, inside, window_state)
+    inside = not observer.whole and chosen.observes(policy, call, observer.every)
+    inside = inside and not reading.graded and not torch.compiler.is_compiling()
+    y, new = observed(read, length, carry, observer, inside, window_state)
     return y, new.kept_in(state_dtype or wide)
 
 
@@ -103,28 +112,9 @@ def state_dtype_of(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _read(
-    chosen: Backend,
-    inputs: ScanInputs,
-    gates: Gates | SteppedGates,
-    span: Span,
-    policy: ScanPolicy,
-    carry: ScanCarry | None,
-    wide: torch.dtype,
-    *,
-    looks: Looks | None = None,
-    output_gate: OutputGate | None = None,
-) -> tuple[Tensor, ScanCarry]:
-    """Read the tokens on one rank. wide: the type of states."""
-    x, mask, reset = inputs.x, span.mask, span.reset
-    batch, length, heads, headdim = x.shape
-    fresh = carry is None
-    if carry is None:
-        carry = ScanCarry.start(
-            batch, heads, headdim, inputs.B.shape[3], per_channel=gates.per_channel, dtype=wide, device=x.device
-        )
-    if not length:
-        return x, carry
+def _read(chosen: Backend, reading: Reading) -> tuple[Tensor, ScanCarry]:
+    """Read the tokens of one call, or of a part of one, on this rank."""
+    x, policy, carry = reading.inputs.x, reading.policy, reading.carry
     if policy.window is not None and carry.window is None and bool((carry.position > 0).any()):
         raise InputError("a sliding window cannot begin in mid-stream: what it must subtract was not kept")
     if policy.window is not None and carry.window is not None and carry.window.size != policy.window:
@@ -132,45 +122,68 @@ def _read(
             f"the carry was made with a window of {carry.window.size} tokens, the policy asks {policy.window}"
         )
     if carry.window is not None and policy.window is None:
-        carry = ScanCarry(window_state(carry), carry.position, carry.log_decay)
-    if fresh and policy.start is not None:
-        carry = ScanCarry(policy.start_state(carry.state), carry.position, carry.log_decay)
-    if mask is not None:
-        mask = left_padding(mask, carry.position)
-    if reset is not None and not bool(reset.any()):
-        reset = None
-    counts = drop = None
-    if mask is not None or reset is not None or policy.reset is not None:
-        counts, drop = row_counts(carry.position, length, mask=mask, reset=reset, every=policy.reset)
+        carry = reading.carry = ScanCarry(window_state(carry), carry.position, carry.log_decay)
+    if reading.mask is not None:
+        reading.mask = left_padding(reading.mask, carry.position)
+    if reading.reset is not None and not bool(reading.reset.any()):
+        reading.reset = None
+    if reading.mask is not None or reading.reset is not None or policy.reset is not None:
+        reading.counts, reading.drop = row_counts(
+            carry.position, x.shape[1], mask=reading.mask, reset=reading.reset, every=policy.reset
+        )
     if not chosen.gates_output:
-        output_gate = None
-    with (
-        nullcontext() if not torch.is_autocast_enabled(x.device.type) else torch.autocast(x.device.type, enabled=False)
-    ):
-        y, new = chosen.run(Reading(inputs, gates, policy, carry, reset, mask, counts, drop, looks, output_gate))
-    new.position = carry.position + length if counts is None else counts[:, -1].clone()
+        reading.output_gate = None
+    autocast = torch.is_autocast_enabled(x.device.type)
+    with torch.autocast(x.device.type, enabled=False) if autocast else nullcontext():
+        y, new = chosen.run(reading)
+    new.position = carry.position + x.shape[1] if reading.counts is None else reading.counts[:, -1].clone()
     return y, new
 
 
 def _reference(reading: Reading) -> tuple[Tensor, ScanCarry]:
-    carry, reset, x = reading.carry, reading.reset, reading.inputs.x
+    carry, span = reading.carry, Span(reading.mask, reading.reset)
     if reading.policy.window is not None and bool((carry.position > 0).any()):
         raise InputError("backend 'reference' reads a windowed stream in one call only")
-    y, state, total = reference.scan(
-        reading.inputs, reading.gates, Span(reading.mask, reset), policy=reading.policy, state=carry.state,
-        position=carry.position,
-    )  # fmt: skip
-    began = reset.any(1) if reset is not None else torch.zeros(len(x), dtype=torch.bool)
-    before = torch.where(began.view(-1, *(1,) * (total.ndim - 1)).to(total.device), 0.0, carry.log_decay)
-    return y.to(x.dtype), ScanCarry(state.to(carry.state.dtype), carry.position, before + total)
+    y, new = SSD.reference(reading.inputs, reading.gates, span, reading.policy, carry)
+    return y.to(reading.inputs.x.dtype), replace(new, state=new.state.to(carry.state.dtype))
 
 
+class _SSD:
+    """The scan as a recurrence: see `rnn_longctx.recurrence.interface`."""
+
+    name = "ssd"
+    follows = frozenset(f.name for f in fields(ScanPolicy))
+    takes: tuple[type, ...] = (SteppedGates, Gates)
+    backends = BACKENDS
+    scan = staticmethod(scan)
+    state = staticmethod(window_state)
+
+    def reference(
+        self, inputs: ScanInputs, gates: Gates | SteppedGates, span: Span, policy: ScanPolicy, carry: ScanCarry | None
+    ) -> tuple[Tensor, ScanCarry]:
+        """See `Recurrence.reference`."""
+        state, position = (None, None) if carry is None else (carry.state, carry.position)
+        y, final, total = reference.scan(inputs, gates, span, policy=policy, state=state, position=position)
+        if carry is None:
+            position, before = torch.zeros(len(y), dtype=torch.int64, device="cpu"), torch.zeros_like(total)
+        else:
+            position, before = carry.position, carry.log_decay
+        if span.reset is not None:
+            begun = span.reset.any(1).view(-1, *(1,) * (total.ndim - 1))
+            before = torch.where(begun.to(total.device), 0.0, before)
+        counts, _ = row_counts(position, y.shape[1], mask=span.mask, reset=span.reset)
+        return y, ScanCarry(final, counts[:, -1].clone(), before + total)
+
+
+SSD: Recurrence = RECURRENCES.register(_SSD())
+
+_always: Any = (lambda: None, lambda policy, call: None)  # never missing, refuses nothing
 _fused = Backend(
     "triton", fused.run, triton.missing, fused.refuses, fused.observes, gates_output=True, shard_sum=fused.shard_sum
 )
 if not triton.interpreted():  # Triton's interpreter is for tests: only when asked for
-    register(_fused)
-register(Backend("torch", pytorch.run, lambda: None, lambda policy, call: None))
-register(_fused)
-register(Backend("mamba_ssm", official.run, official.missing, official.refuses))
-register(Backend("reference", _reference, lambda: None, lambda policy, call: None))
+    BACKENDS.register(_fused)
+BACKENDS.register(Backend("torch", pytorch.run, *_always))
+BACKENDS.register(_fused)
+BACKENDS.register(Backend("mamba_ssm", official.run, official.missing, official.refuses))
+BACKENDS.register(Backend("reference", _reference, *_always))

@@ -26,7 +26,7 @@ from rnn_longctx.eval.capacity import CapacityConfig, MeasureConfig, measure, mo
 from rnn_longctx.eval.capacity.cell import STUDY, asked, is_done, run_cell
 from rnn_longctx.eval.capacity.config import Cell, MQARConfig, PretrainConfig, label
 from rnn_longctx.eval.results import Results
-from rnn_longctx.models.checkpoint import checkpoint
+from rnn_longctx.models import checkpoint
 from rnn_longctx.models.lm import Mamba2LM
 from rnn_longctx.models.mixers.mamba2 import Mamba2Config
 

@@ -21,8 +21,8 @@ from rnn_longctx.data import ByteTokenizer, HFTokenizer
 from rnn_longctx.errors import InputError
 from rnn_longctx.eval.harness.lm_eval_tasks import utils
 from rnn_longctx.eval.harness.model import HarnessLM
-from rnn_longctx.eval.harness.run import COLUMNS, TASKS, lm_eval_table, save_tokenizer
-from rnn_longctx.models.checkpoint import checkpoint
+from rnn_longctx.eval.harness.run import COLUMNS, TASKS, HarnessConfig, lm_eval_table, save_tokenizer
+from rnn_longctx.models import checkpoint
 from rnn_longctx.models.lm import Mamba2LM
 from rnn_longctx.models.mixers.mamba2 import Mamba2Config
 from rnn_longctx.tasks.passkey import passkey_batch
@@ -231,9 +231,17 @@ def test_one_row_a_task_length_and_remedy(bytes_model, folder, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)  # which is in no git repository
     (tmp_path / "qa.jsonl").write_text(json.dumps({"context": "abc", "question": "d?", "answers": "e"}) + "\n\n")
     frame = lm_eval_table(
-        bytes_model, ["tiny_choices", "rnn_longctx_passkey", "rnn_longctx_qa"], "256,200", ["none", "window:tokens=50"],
-        limit=2, include_path=str(folder / "tasks"), data=str(tmp_path / "qa.jsonl"), out=str(tmp_path / "out"),
-    )  # fmt: skip
+        bytes_model,
+        HarnessConfig(
+            ["tiny_choices", "rnn_longctx_passkey", "rnn_longctx_qa"],
+            "256,200",
+            ["none", "window:tokens=50"],
+            limit=2,
+            include_path=str(folder / "tasks"),
+            data=str(tmp_path / "qa.jsonl"),
+            out=str(tmp_path / "out"),
+        ),
+    )
     assert tuple(frame.columns) == COLUMNS
     key = frame[["task", "length", "metric", "mitigation"]].astype(object).where(frame.notna(), None)
     fixed = {
@@ -260,7 +268,7 @@ def test_one_row_a_task_length_and_remedy(bytes_model, folder, tmp_path, monkeyp
 
 def test_lengths_are_in_the_model_s_own_tokens(folder):
     """They were bytes where the tokenizer had not been used before."""
-    frame = lm_eval_table(load(folder / "model"), ["rnn_longctx_passkey"], "400", limit=2)
+    frame = lm_eval_table(load(folder / "model"), HarnessConfig(["rnn_longctx_passkey"], "400", limit=2))
     assert frame["tokens_read"].item() == pytest.approx(400, rel=0.05)
 
 
@@ -306,13 +314,13 @@ def test_a_task_of_another_that_is_called_as_ours_elsewhere(bytes_model, folder,
     text = (folder / "tasks" / "tiny_choices.yaml").read_text()
     (tmp_path / "passkey.yaml").write_text(text.replace("task: tiny_choices", "task: passkey"))
     given = {"limit": 1, "include_path": str(tmp_path)}
-    assert set(lm_eval_table(bytes_model, ["passkey"], **given).task) == {"passkey"}
+    assert set(lm_eval_table(bytes_model, HarnessConfig(["passkey"], **given)).task) == {"passkey"}
     assert "lm-eval's own; this library's is called rnn_longctx_passkey" in caplog.text
     (tmp_path / "passkey.yaml").write_text(
         text.replace("task: tiny_choices", "task: passkey").replace("docs.json", "no.json")
     )
     with pytest.raises(InputError, match=r"cannot be had here: .*; this library's is called rnn_longctx_passkey"):
-        lm_eval_table(bytes_model, ["passkey"], **given)
+        lm_eval_table(bytes_model, HarnessConfig(["passkey"], **given))
 
 
 def test_a_group_goes_without_what_cannot_be_had(bytes_model, folder, tmp_path, caplog):
@@ -322,11 +330,11 @@ def test_a_group_goes_without_what_cannot_be_had(bytes_model, folder, tmp_path, 
     (tmp_path / "group.yaml").write_text("group: tiny_group\ntask: [tiny_bad, tiny_good]\n")
     (tmp_path / "none.yaml").write_text("group: tiny_none\ntask: [tiny_bad]\n")
     given = {"limit": 1, "include_path": str(tmp_path)}
-    assert set(lm_eval_table(bytes_model, ["tiny_group"], **given).task) == {"tiny_good"}
+    assert set(lm_eval_table(bytes_model, HarnessConfig(["tiny_group"], **given)).task) == {"tiny_good"}
     assert "tiny_group goes without one of its tasks: task tiny_bad cannot be had here" in caplog.text
     for name in ("tiny_none", "tiny_bad"):
         with pytest.raises(InputError, match="task tiny_bad cannot be had here"):
-            lm_eval_table(bytes_model, [name], **given)
+            lm_eval_table(bytes_model, HarnessConfig([name], **given))
 
 
 def test_without_lm_eval_one_line_says_what_to_install(capsys, monkeypatch):

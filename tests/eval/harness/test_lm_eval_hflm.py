@@ -19,7 +19,7 @@ from rnn_longctx import adopt, load
 from rnn_longctx.data import ByteTokenizer
 from rnn_longctx.errors import InputError
 from rnn_longctx.eval.harness.model import HarnessLM
-from rnn_longctx.models.checkpoint.checkpoint import save
+from rnn_longctx.models.checkpoint.save import save
 
 TEXT = ["The grass is green. The sky is blue. The sun is yellow.", "Here we go. There and back again, user assistant"]
 CHAT = (

@@ -25,7 +25,7 @@ from rnn_longctx.data import ByteTokenizer, HFTokenizer
 from rnn_longctx.errors import InputError
 from rnn_longctx.eval.harness.model import HarnessLM
 from rnn_longctx.eval.harness.ruler import TooShort, maker
-from rnn_longctx.eval.harness.run import lm_eval_table
+from rnn_longctx.eval.harness.run import HarnessConfig, lm_eval_table
 from rnn_longctx.models.lm import Mamba2LM
 from rnn_longctx.models.mixers.mamba2 import Mamba2Config
 
@@ -104,7 +104,9 @@ def test_rows_have_the_tokens_that_were_read(model, silent, tmp_path):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(HarnessLM, "generate_until", spy)
-        frame = lm_eval_table(model, OFFLINE[2:4], "1500,2000", limit=2, include_path=RULER, out=str(tmp_path), seed=3)
+        frame = lm_eval_table(
+            model, HarnessConfig(OFFLINE[2:4], "1500,2000", limit=2, include_path=RULER, out=str(tmp_path), seed=3)
+        )
     assert len(frame) == 4 and set(frame["seed"]) == {3}
     for row in frame.itertuples():
         read = [n for task, n in seen if task == row.task and n <= row.length and n > row.length - 500]
@@ -129,7 +131,10 @@ def test_a_command_given_twice_asks_the_same(silent, tmp_path):
     asked = []
     for out in ("a", "b"):
         random.seed(out)
-        lm_eval_table(tiny(ByteTokenizer()), OFFLINE[2:4], "1500", limit=1, include_path=RULER, out=str(tmp_path / out))
+        lm_eval_table(
+            tiny(ByteTokenizer()),
+            HarnessConfig(OFFLINE[2:4], "1500", limit=1, include_path=RULER, out=str(tmp_path / out)),
+        )
         (run,) = json.loads((tmp_path / out / "lm_eval.json").read_text())
         asked.append({task: [s["prompt_hash"] for s in samples] for task, samples in run["samples"].items()})
     assert asked[0] == asked[1] and set(asked[0]) == set(OFFLINE[2:4])
@@ -172,19 +177,19 @@ def test_only_what_is_asked_is_made(monkeypatch):
 def test_what_does_not_fit_is_named_and_the_others_run(silent, caplog):
     model = tiny(ByteTokenizer())
     given = {"limit": 1, "include_path": RULER}
-    frame = lm_eval_table(model, ["niah_multikey_2", "ruler_cwe"], "600,1500", **given)
+    frame = lm_eval_table(model, HarnessConfig(["niah_multikey_2", "ruler_cwe"], "600,1500", **given))
     assert set(zip(frame["task"], frame["length"])) == {
         ("niah_multikey_2", 600), ("niah_multikey_2", 1500), ("ruler_cwe", 1500),
     }  # fmt: skip
     assert re.search(r"ruler_cwe takes at least \d+ tokens of this tokenizer; 600 were asked for", caplog.text)
     with pytest.raises(InputError, match=r"ruler_cwe takes at least \d+ tokens"):
-        lm_eval_table(model, ["ruler_cwe"], "300,600", **given)
+        lm_eval_table(model, HarnessConfig(["ruler_cwe"], "300,600", **given))
 
 
 def test_a_length_that_a_task_cannot_fill_is_said(silent, caplog, monkeypatch):
     """The words of ruler_cwe are of a list that ends."""
     given = {"limit": 1, "include_path": RULER}
-    frame = lm_eval_table(tiny(ByteTokenizer()), ["ruler_cwe"], "64k", **given)
+    frame = lm_eval_table(tiny(ByteTokenizer()), HarnessConfig(["ruler_cwe"], "64k", **given))
     (read,) = frame["tokens_read"]
     assert read < 60_000
     assert f"ruler_cwe at 64K reads {read:.0f} tokens: its scores are of that length" in caplog.text

@@ -18,7 +18,7 @@ from rnn_longctx.eval.search import calibrate as module
 from rnn_longctx.eval.search.calibrate import calibrate
 from rnn_longctx.eval.tables.leaderboard import board_tables, leaderboard
 from rnn_longctx.mitigations import mitigate, parse_remedy
-from rnn_longctx.mitigations.stored import Found
+from rnn_longctx.mitigations.calibrated import CalibrationFile
 from rnn_longctx.models.adopt.adopting import adopt
 from rnn_longctx.models.cache import Cache
 from rnn_longctx.models.generate import generate, prefill
@@ -73,7 +73,7 @@ def test_a_winner_that_does_not_help_is_said_and_marked(monkeypatch, tmp_path):
     assert said[-1].endswith("lowers the loss (1.2500 without): rri:alpha=1,beta=1 changes nothing")
     found.save(tmp_path / "r.yaml")
     assert (tmp_path / "r.yaml").read_text().splitlines()[1] == "helps: false"
-    assert parse_remedy(str(tmp_path / "r.yaml")).found == found
+    assert parse_remedy(str(tmp_path / "r.yaml")).content == found
     losses(monkeypatch, lambda r: 1.0 if r == "none" else 2.0)
     found = calibrate(tiny(), "a-winsor", 128, TEXT, say=said.append)
     assert not found.helps and said[-1].endswith(f"lowers the loss (1.0000 without): {found.remedy} has 2.0000")
@@ -187,7 +187,7 @@ def test_the_file(tmp_path, monkeypatch):
     found, lm, path = calibrate(tiny(), "rri", 128, TEXT), tiny(), tmp_path / "remedy.yaml"
     found.save(path)
     remedy = parse_remedy(str(path))
-    assert remedy.found == found and str(parse_remedy(str(remedy))) == str(remedy)
+    assert remedy.content == found and str(parse_remedy(str(remedy))) == str(remedy)
     with mitigate(lm, found.remedy):
         expected = [m.policy for m in lm.mixers]
     with mitigate(lm, str(path)) as handle:
@@ -200,7 +200,7 @@ def test_the_file(tmp_path, monkeypatch):
     path.write_text("remedy: rri\n")
     with pytest.raises(InputError, match="missing"):
         parse_remedy(str(path))
-    bad = Found("rri", found.model, [{"mull": 1.0}, {}], 128, "made", 0, "grid")
+    bad = CalibrationFile("rri", found.model, [{"mull": 1.0}, {}], 128, "made", 0, "grid")
     bad.save(path)
     with pytest.raises(InputError, match="unknown policy field 'mull'"):
         parse_remedy(str(path))
@@ -211,12 +211,12 @@ def test_bad_files_and_words(tmp_path, monkeypatch):
     found = calibrate(tiny(), "rri", 128, TEXT)
     for policy in ({"window": "x"}, {"window": 1.5}, {"mul": float("nan")}, {"caps": 3},
                    {"caps": [{"norm": 1.0, "ever": 2}]}, {"caps": [{"norm": 1.0, "every": 1.5}]}):  # fmt: skip
-        Found("rri", found.model, [policy, {}], 128, "made", 0, "grid").save(tmp_path / "bad.yaml")
+        CalibrationFile("rri", found.model, [policy, {}], 128, "made", 0, "grid").save(tmp_path / "bad.yaml")
         with pytest.raises(InputError, match=r"bad\.yaml: a policy in it") as error:
             parse_remedy(str(tmp_path / "bad.yaml"))
         assert "\n" not in str(error.value)
     for start, message in (("abc", "no state of numbers"), ([[1.0]], "start has shape")):
-        Found("rri", found.model, [{"start": start}, {}], 128, "made", 0, "grid").save(tmp_path / "bad.yaml")
+        CalibrationFile("rri", found.model, [{"start": start}, {}], 128, "made", 0, "grid").save(tmp_path / "bad.yaml")
         with mitigate(lm := tiny(), str(tmp_path / "bad.yaml")), pytest.raises(InputError, match=message):
             lm(torch.zeros(1, 3, dtype=torch.int64))
     with pytest.raises(InputError, match="cannot write"):
@@ -249,7 +249,7 @@ def test_values_a_head_are_counted_before_anything_is_read(tmp_path):
     lm, path = tiny(), tmp_path / "made.yaml"
     for policy, said in (({"mul": [2.0] * 9}, "mul of layer 1 has 9 values"), ({"caps": [{"norm": [1.0] * 9}]}, "cap")):
         about = {"name": "tiny", **module.shape_of(lm)}
-        Found("mine", about, [{}, policy], 128, "made", 0, "by hand").save(path)
+        CalibrationFile("mine", about, [{}, policy], 128, "made", 0, "by hand").save(path)
         with pytest.raises(InputError, match=rf"{said}.*the model has 2 heads a layer"):
             mitigate(lm, str(path))
 
@@ -265,7 +265,8 @@ def test_what_a_model_lacks_shows_before_anything_is_measured():
 
 def test_a_file_of_an_unknown_remedy_composes_by_itself(tmp_path):
     lm, path = tiny(), tmp_path / "made.yaml"
-    Found("mine", {"name": "tiny", **module.shape_of(lm)}, [{"mul": 2.0}, {}], 128, "made", 0, "by hand").save(path)
+    about = {"name": "tiny", **module.shape_of(lm)}
+    CalibrationFile("mine", about, [{"mul": 2.0}, {}], 128, "made", 0, "by hand").save(path)
     with mitigate(lm, f"{path}+a-scale:scale=3"):
         assert [m.policy.mul for m in lm.mixers] == [6.0, 3.0]
 

@@ -7,8 +7,8 @@ import torch
 
 from rnn_longctx import InputError, evaluate, load_text, mitigate
 from rnn_longctx.data import ByteTokenizer, Text
-from rnn_longctx.eval.search import calibrate
-from rnn_longctx.eval.search.unseen import DIGESTS, LEAST, kept, shared
+from rnn_longctx.eval.search.calibrate import calibrate
+from rnn_longctx.eval.search.unseen import DIGESTS, LEAST, shared, smallest_digests
 from rnn_longctx.models.lm import Mamba2LM
 from rnn_longctx.models.mixers.mamba2 import Mamba2Config
 
@@ -98,4 +98,4 @@ def test_the_builtin_text_is_known_by_its_documents(model, folder):
 
 def test_a_large_folder_is_kept_in_part():
     text = Text("many", b"\0".join(b"%06d" % i * 40 for i in range(DIGESTS + 100)))
-    assert len(kept(text)) == DIGESTS == len(set(kept(text)))
+    assert len(smallest_digests(text)) == DIGESTS == len(set(smallest_digests(text)))

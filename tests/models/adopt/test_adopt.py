@@ -23,8 +23,8 @@ from torch import nn
 from rnn_longctx.errors import InputError
 from rnn_longctx.measure.steps import measure_steps
 from rnn_longctx.mitigations import active, mitigate
+from rnn_longctx.models import checkpoint
 from rnn_longctx.models.adopt.adopting import adopt
-from rnn_longctx.models.checkpoint import checkpoint
 from rnn_longctx.recurrence.policy import PLAIN, ScanPolicy
 
 

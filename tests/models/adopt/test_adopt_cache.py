@@ -21,7 +21,8 @@ from rnn_longctx.data import ByteTokenizer, Text
 from rnn_longctx.errors import InputError
 from rnn_longctx.mitigations import mitigate
 from rnn_longctx.models.adopt.adopting import adopt
-from rnn_longctx.models.adopt.families.mamba2 import _Call, _scan
+from rnn_longctx.models.adopt.families.mamba2 import _scan
+from rnn_longctx.models.adopt.mixer import Call
 from rnn_longctx.models.cache import Cache
 from rnn_longctx.models.generate import generate, prefill
 from rnn_longctx.models.saved_state import load_state, save_state
@@ -108,7 +109,7 @@ def test_packed_sequences_begin_anew(build):
     mixer.policy = POLICIES["cap every 7"]
     seq_idx = torch.tensor([[0] * 9 + [1] * 11, [3] * 20])
     x, dt, B, C = (torch.randn(2, 20, *shape) for shape in ((8, 8), (8,), (1, 16), (1, 16)))
-    call = _Call(mixer, None, None)
+    call = Call(mixer, None, None)
 
     def read(*rows, seq_idx=None):
         return _scan(call, rows[0], rows[1], mixer.A, rows[2], rows[3], 8, seq_idx=seq_idx)

@@ -26,8 +26,8 @@ import rnn_longctx
 from rnn_longctx import cli
 from rnn_longctx.errors import InputError
 from rnn_longctx.mitigations import active, mitigate
+from rnn_longctx.models import checkpoint
 from rnn_longctx.models.adopt.adopting import adopt, load_adopted, load_any
-from rnn_longctx.models.checkpoint import checkpoint
 from rnn_longctx.models.lm import Mamba2LM
 from rnn_longctx.recurrence.policy import PLAIN
 

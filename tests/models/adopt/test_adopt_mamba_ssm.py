@@ -13,8 +13,8 @@ from torch import nn
 from rnn_longctx.data import ByteTokenizer
 from rnn_longctx.errors import InputError
 from rnn_longctx.mitigations import active, mitigate
+from rnn_longctx.models import checkpoint
 from rnn_longctx.models.adopt.adopting import adopt
-from rnn_longctx.models.checkpoint import checkpoint
 from rnn_longctx.models.generate import generate
 from rnn_longctx.models.lm import Mamba2LM
 from rnn_longctx.models.mixers.mamba2 import Mamba2Config

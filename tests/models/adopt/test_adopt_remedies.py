@@ -25,8 +25,8 @@ from rnn_longctx.errors import InputError
 from rnn_longctx.measure.envelope import measure_envelope
 from rnn_longctx.measure.steps import measure_steps
 from rnn_longctx.mitigations import NotApplicable, active, handles_on, mitigate
+from rnn_longctx.models import checkpoint
 from rnn_longctx.models.adopt.adopting import adopt
-from rnn_longctx.models.checkpoint import checkpoint
 from rnn_longctx.models.generate import generate, prefill
 
 

@@ -17,7 +17,9 @@ from safetensors.torch import load_file, save_file
 
 from rnn_longctx.data.tokenizers import load_tokenizer
 from rnn_longctx.errors import InputError
-from rnn_longctx.models.checkpoint import checkpoint, formats
+from rnn_longctx.models import checkpoint
+from rnn_longctx.models.checkpoint import layouts, locate
+from rnn_longctx.models.checkpoint.locate import DEMOS
 from rnn_longctx.models.lm import Mamba2LM
 from rnn_longctx.models.mixers.mamba2 import Mamba2Config
 
@@ -38,7 +40,7 @@ OFFICIAL = {
 def test_official_sizes_at_full_shape(name, tmp_path):
     d, layers, parameters, states = OFFICIAL[name]
     write(tmp_path / "c", official_config(d, layers))
-    header = formats.read_header(tmp_path / "c")
+    header = layouts.read_header(tmp_path / "c")
     assert header.tokenizer == "EleutherAI/gpt-neox-20b" and header.train_length is None
     with torch.device("meta"):
         model = Mamba2LM(header.config)
@@ -193,8 +195,8 @@ def test_round_trip_in_every_layout(make, tmp_path):
     assert checkpoint.load(str(tmp_path / "d") + "/").weights_hash == a.weights_hash
 
 
-@pytest.mark.parametrize("before", formats.LAYOUTS)
-@pytest.mark.parametrize("after", formats.LAYOUTS)
+@pytest.mark.parametrize("before", layouts.LAYOUTS)
+@pytest.mark.parametrize("after", layouts.LAYOUTS)
 def test_one_layout_over_another(before, after, make, tmp_path):
     old, new = make(), make()
     old.train_length, new.train_length = 100, None
@@ -301,7 +303,7 @@ def test_saving_over_a_checkpoint(make, own, monkeypatch):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as m:
-        m.setattr(checkpoint, "save_file", full_disk)
+        m.setattr(sys.modules["rnn_longctx.models.checkpoint.save"], "save_file", full_disk)
         with pytest.raises(InputError, match=r"cannot write.*No space left"):
             checkpoint.save(make(), own)
     assert same(checkpoint.load(own), old) and (own / "calibration.json").exists()
@@ -319,12 +321,12 @@ def test_saving_over_a_checkpoint(make, own, monkeypatch):
 # --- where it comes from
 
 
-@pytest.mark.parametrize("name", checkpoint.DEMOS)
+@pytest.mark.parametrize("name", DEMOS)
 def test_demos(name, own, monkeypatch):
-    monkeypatch.setattr(checkpoint, "BUNDLED", own.parent)
+    monkeypatch.setattr(locate, "BUNDLED", own.parent)
     own.rename(own.parent / name)
     assert checkpoint.load(name).name == name
-    monkeypatch.setattr(checkpoint, "BUNDLED", own.parent / "none")
+    monkeypatch.setattr(locate, "BUNDLED", own.parent / "none")
     refused(name, f"without its {name} checkpoint")
 
 
@@ -395,7 +397,7 @@ def test_a_missing_tokenizer_only_matters_when_used(own, official, tmp_path, mon
     checkpoint.save(model, tmp_path / "again")
 
     config, state = official
-    monkeypatch.setattr(formats, "GPT_NEOX", "nobody/no-tokenizer")
+    monkeypatch.setattr(layouts, "GPT_NEOX", "nobody/no-tokenizer")
     model = checkpoint.load(write(tmp_path / "a", config, state, "pytorch_model.bin"))
     checkpoint.save(model, tmp_path / "b")
     assert json.loads((tmp_path / "b" / "config.json").read_text())["tokenizer"] == "nobody/no-tokenizer"
@@ -405,7 +407,7 @@ def test_a_missing_tokenizer_only_matters_when_used(own, official, tmp_path, mon
     refused(tmp_path / "b", "256 tokens", f"vocabulary {model.config.vocab_size}", tokenizer="bytes")
 
 
-@pytest.mark.parametrize("layout", formats.LAYOUTS)
+@pytest.mark.parametrize("layout", layouts.LAYOUTS)
 def test_tokenizer_files_travel_with_the_weights(layout, own, tokenizer_files, tmp_path):
     model = checkpoint.load(own, tokenizer=str(tokenizer_files))
     ids = model.tokenizer.encode("a b\0b").tolist()

@@ -14,7 +14,8 @@ from checkpoint_files import edit, refused, same, write
 from safetensors.torch import load_file
 
 from rnn_longctx.errors import InputError
-from rnn_longctx.models.checkpoint import checkpoint
+from rnn_longctx.models import checkpoint
+from rnn_longctx.models.checkpoint.layouts import LAYOUTS
 
 
 @pytest.mark.parametrize(
@@ -71,7 +72,7 @@ THEIRS = {"d_conv": "conv_kernel", "n_layer": "num_hidden_layers", "headdim": "h
 def test_numbers_of_a_config_that_are_nonsense_are_refused(name, value, make, tmp_path):
     """At load, in every layout, and not at the first token. json writes NaN and Infinity as bare words."""
     model = make()
-    for layout in checkpoint.formats.LAYOUTS:
+    for layout in LAYOUTS:
         checkpoint.save(model, tmp_path / layout, layout=layout)
         config = json.loads((tmp_path / layout / "config.json").read_text())
         if layout == "transformers":
@@ -90,7 +91,7 @@ def test_numbers_of_a_config_that_are_nonsense_are_refused(name, value, make, tm
 @pytest.mark.parametrize("high", [math.inf, 1e308, 1e39, "Infinity", "inf", {"__float__": "Infinity"}, 10**300])
 def test_an_upper_limit_beyond_float32_is_none(high, make, tmp_path):
     model = make()
-    for layout in checkpoint.formats.LAYOUTS:
+    for layout in LAYOUTS:
         checkpoint.save(model, tmp_path / layout, layout=layout)
         config = json.loads((tmp_path / layout / "config.json").read_text())
         if isinstance(high, dict) and layout != "transformers":

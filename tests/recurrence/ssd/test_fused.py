@@ -19,7 +19,7 @@ pytest.importorskip("triton")
 from streams import DEVICE, POLICIES, G, H, N, P, documents, error, inputs, on_cpu, reference_scan, scan, worst
 
 from rnn_longctx.errors import InputError
-from rnn_longctx.recurrence import ssd, triton
+from rnn_longctx.recurrence import triton
 from rnn_longctx.recurrence.backends import Call, OutputGate, choose
 from rnn_longctx.recurrence.carry import ScanCarry
 from rnn_longctx.recurrence.gates import SteppedGates
@@ -161,7 +161,7 @@ def test_caps_token_by_token(name):
         expected, state, _ = reference_scan(
             **on_cpu(x), **on_cpu(more), policy=CAPS[name], state=start, position=position
         )
-        carry = ssd.ScanCarry(start.to(DEVICE), position, torch.zeros(1, H, dtype=torch.float64, device=DEVICE))
+        carry = ScanCarry(start.to(DEVICE), position, torch.zeros(1, H, dtype=torch.float64, device=DEVICE))
         ys = []
         for i, j in zip([0, *cuts], [*cuts, length]):
             part = {k: v if k == "A" else v[:, i:j] for k, v in x.items()}

@@ -9,7 +9,8 @@ pytest.importorskip("triton")
 
 from streams import DEVICE, POLICIES, H, N, P, documents, error, inputs, scan
 
-from rnn_longctx.recurrence import ssd, triton
+from rnn_longctx.recurrence import triton
+from rnn_longctx.recurrence.carry import ScanCarry
 from rnn_longctx.recurrence.policy import ScanPolicy
 from rnn_longctx.recurrence.ssd import fused, ops
 
@@ -58,7 +59,7 @@ def compare_gradients(name, decay, reset=None, mask=None, D=None, position=5):
     grads = []
     for backend, dtype in (("triton", torch.float32), ("torch", torch.float32), ("torch", torch.float64)):
         own = [t.detach().to(dtype).requires_grad_() for t in leaves]
-        carry = ssd.ScanCarry(own[7], torch.full((2,), position), torch.zeros(2, H, dtype=torch.float64, device=DEVICE))
+        carry = ScanCarry(own[7], torch.full((2,), position), torch.zeros(2, H, dtype=torch.float64, device=DEVICE))
         y, after = scan(
             *own[:5], dt_bias=own[5], D=own[6], dt_limit=(0.01, 2.0), carry=carry, policy=POLICIES[name],
             reset=reset, mask=mask, backend=backend,

@@ -230,7 +230,7 @@ def test_gradients_of_pieces_that_forget(forgets):
 
 def test_a_backend_that_cannot_is_refused():
     backend = backends.Backend("picky", None, lambda: None, lambda p, call: "no windows" if p.window else None)
-    backends._BACKENDS["picky"] = backend
+    backends.BACKENDS.register(backend)
     try:
         assert backends.choose(ScanPolicy(), "picky").name == "picky"
         with pytest.raises(InputError, match="no windows"):
@@ -238,7 +238,7 @@ def test_a_backend_that_cannot_is_refused():
         on_cpu = backends.Call(torch.device("cpu"), torch.float32, False, 4, 4)
         assert backends.choose(ScanPolicy(window=3), call=on_cpu).name == "torch"
     finally:
-        del backends._BACKENDS["picky"]
+        backends.BACKENDS.remove("picky")
 
 
 def test_the_reference_as_a_backend():

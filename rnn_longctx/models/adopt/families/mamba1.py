@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rnn_longctx.errors import InputError
-from rnn_longctx.models.adopt.families.mamba2 import UNLIMITED, AdoptedMixer, _Call, _fused
-from rnn_longctx.models.adopt.layer import Beside
+from rnn_longctx.models.adopt.dispatch import DispatchedMixer, no_shortcut
+from rnn_longctx.models.adopt.family import FAMILIES, Family
+from rnn_longctx.models.adopt.mixer import UNLIMITED, Call
 from rnn_longctx.models.adopt.wrapped import holds
 from rnn_longctx.recurrence.carry import ScanCarry
 from rnn_longctx.recurrence.gates import ScanInputs, SteppedGates
@@ -26,14 +28,15 @@ from rnn_longctx.recurrence.ssd.scan import scan
 from rnn_longctx.recurrence.ssd.window import window_state
 
 
-class AdoptedMamba1(AdoptedMixer):
+class Mamba1Mixer(DispatchedMixer):
     """See `AdoptedMixer`."""
 
-    stays = True
+    one_step_a_head = False
+    per_channel = stays = True
 
     @staticmethod
-    def functions() -> dict[str, Any]:
-        return {"mamba_selective_scan": _scan, "mamba_selective_state_update": _step, "mamba_inner_fn": _fused}
+    def functions() -> dict[str, Callable]:
+        return {"mamba_selective_scan": _scan, "mamba_selective_state_update": _step, "mamba_inner_fn": no_shortcut}
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -64,11 +67,11 @@ class AdoptedMamba1(AdoptedMixer):
         shape = (*state.shape[:2], state.shape[3])
         return torch.full(shape, math.nan, dtype=torch.float64, device=state.device)
 
-    def drops(self, given: dict[str, Any], cache: Any) -> bool:
-        tokens = given["hidden_states"].shape[1]
+    def drops(self, arguments: dict[str, Any], cache: Any) -> bool:
+        tokens = arguments["hidden_states"].shape[1]
         return cache is not None and tokens > 1 and cache.has_previous_state(self.module.layer_idx)
 
-    def read_channels(self, call: _Call, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, z: Tensor | None,
+    def read_channels(self, call: Call, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, z: Tensor | None,
                       bias: Tensor | None) -> tuple[Tensor, Tensor]:  # fmt: skip
         """x, dt, z (B,T,H), B and C (B,T,N); returns y (B,T,H) and the state (B,H,N) after."""
         m, carry = self.module, None
@@ -83,17 +86,22 @@ class AdoptedMamba1(AdoptedMixer):
                 )
         A = -m.A_log.to(torch.promote_types(m.A_log.dtype, torch.float32)).exp()
         y, new = scan(
-            ScanInputs(x[..., None], B[:, :, None], C[:, :, None], m.D), SteppedGates(dt, A, bias, UNLIMITED),
-            Span(call.mask), policy=self.policy, backend=self.backend, state_dtype=self.state_dtype,
-            observer=self._observer, carry=carry,
-        )  # fmt: skip
+            ScanInputs(x[..., None], B[:, :, None], C[:, :, None], m.D),
+            SteppedGates(dt, A, bias, UNLIMITED),
+            Span(call.mask),
+            policy=self.policy,
+            backend=self.backend,
+            state_dtype=self.state_dtype,
+            observer=self._counting,
+            carry=carry,
+        )
         if call.layer is not None and self.active:
-            self.keep(call.layer, Beside(self._era, new.position, new.log_decay, new.window))
+            self.keep(call.layer, new)
         y = y[..., 0]
         return (y if z is None else y * F.silu(z)), window_state(new)[:, :, 0]
 
 
-def _scan(call: _Call, hidden_states: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None,
+def _scan(call: Call, hidden_states: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None,
           z: Tensor | None = None, delta_bias: Tensor | None = None, delta_softplus: bool = False,
           return_last_state: bool = False, **_: Any) -> Any:  # fmt: skip
     mixer: Any = call.mixer
@@ -103,7 +111,7 @@ def _scan(call: _Call, hidden_states: Tensor, dt: Tensor, A: Tensor, B: Tensor, 
     return (y, state) if return_last_state else y
 
 
-def _step(call: _Call, state: Tensor, hidden_states: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor,
+def _step(call: Call, state: Tensor, hidden_states: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor,
           D: Tensor | None = None, dt_bias: Tensor | None = None, dt_softplus: bool = False, z: Tensor | None = None,
           **_: Any) -> Tensor:  # fmt: skip
     mixer: Any = call.mixer
@@ -114,6 +122,8 @@ def _step(call: _Call, state: Tensor, hidden_states: Tensor, dt: Tensor, A: Tens
 
 
 def is_mamba1(module: nn.Module) -> bool:
-    return holds(module, "A_log", 2) and all(
-        hasattr(module, part) for part in ("dt_proj", "x_proj", "in_proj", "conv1d")
-    )  # fmt: skip
+    parts = ("dt_proj", "x_proj", "in_proj", "conv1d")
+    return holds(module, "A_log", 2) and all(hasattr(module, part) for part in parts)
+
+
+FAMILIES.register(Family("mamba1", is_mamba1, Mamba1Mixer))

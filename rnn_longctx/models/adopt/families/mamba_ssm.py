@@ -11,18 +11,18 @@ by `allocate_inference_cache` it is of the type that states are kept in (float32
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rnn_longctx.errors import InputError
-from rnn_longctx.models.adopt import rows
-from rnn_longctx.models.adopt.cache import AdoptedCache
-from rnn_longctx.models.adopt.families.mamba2 import UNLIMITED, AdoptedMixer, _Call, is_mamba_ssm
-from rnn_longctx.models.adopt.layer import Beside
+from rnn_longctx.models.adopt.beside import Beside, joined
+from rnn_longctx.models.adopt.cache import AdoptedCache, in_order
+from rnn_longctx.models.adopt.families.mamba2 import is_mamba_ssm
+from rnn_longctx.models.adopt.family import FAMILIES, Family
+from rnn_longctx.models.adopt.mixer import UNLIMITED, AdoptedMixer, Call
 from rnn_longctx.models.adopt.model import Adopted
 from rnn_longctx.models.conv import causal_conv
 from rnn_longctx.recurrence.carry import tree_map
@@ -30,8 +30,6 @@ from rnn_longctx.recurrence.carry import tree_map
 
 class MambaSSMMixer(AdoptedMixer):
     """See `AdoptedMixer`. A layer of the library's cache is its state's tensor (B, H, P, N)."""
-
-    library = "mamba_ssm"
 
     def __init__(self, module: nn.Module, name: str):
         m: Any = module
@@ -45,10 +43,6 @@ class MambaSSMMixer(AdoptedMixer):
             raise InputError(f"{name} is split over several devices, and is not adopted")
         if getattr(m, "learnable_init_states", False):
             raise InputError(f"{name} starts from a learned state, and is not adopted")
-
-    @staticmethod
-    def functions() -> dict[str, Any]:
-        return {}
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -72,7 +66,7 @@ class MambaSSMMixer(AdoptedMixer):
     def conv_of(self, library: Any) -> Tensor:
         return library.key_value_memory_dict[self.module.layer_idx][0][..., 1:]  # (the library never reads the first)
 
-    def keep(self, layer: Any, beside: Beside) -> None:
+    def lay(self, layer: Any, beside: Beside) -> None:
         layer.beside = beside
 
     @property
@@ -100,22 +94,22 @@ class MambaSSMMixer(AdoptedMixer):
             InputError: inference_params of `generate(cg=True)`; packed rows without seq_idx, or with a cache.
         """
         if not self.active:
-            return self.own("forward")(*args, **kwargs)
-        given = dict(zip(self._arguments, args)) | kwargs
-        u, seqlen, seq_idx, params = (given.get(n) for n in ("u", "seqlen", "seq_idx", "inference_params"))
-        if given.get("cu_seqlens") is not None and (params is not None or seq_idx is None):
+            return self.original("forward")(*args, **kwargs)
+        arguments = self.arguments(args, kwargs)
+        u, seqlen, seq_idx, params = (arguments.get(n) for n in ("u", "seqlen", "seq_idx", "inference_params"))
+        if arguments.get("cu_seqlens") is not None and (params is not None or seq_idx is None):
             raise InputError("packed sequences need seq_idx beside cu_seqlens, and no cache")
         if getattr(params, "lengths_per_sample", None) is not None:
             raise InputError("a recorded CUDA graph knows no remedy: generate without cg=True")
         assert isinstance(u, Tensor)
         rows = u if seqlen is None else u.unflatten(0, (-1, seqlen))
         if params is None:
-            out = self._layer(rows, None, True, given.get("mask"), seq_idx)
+            out = self._layer(rows, None, True, arguments.get("mask"), seq_idx)
         else:
             held, index = params.key_value_memory_dict, self.module.layer_idx
             if index not in held:
                 held[index] = self.new_states(len(rows))
-            out = self._layer(rows, held[index], params.seqlen_offset == 0, given.get("mask"), seq_idx)
+            out = self._layer(rows, held[index], params.seqlen_offset == 0, arguments.get("mask"), seq_idx)
         return out if seqlen is None else out.flatten(0, 1)
 
     @torch.compiler.disable
@@ -123,7 +117,7 @@ class MambaSSMMixer(AdoptedMixer):
         """As the mixer's: hidden_states (B, T, d_model), T of any length; both states are moved on in place. States of
         zeros that have seen no policy begin a row."""
         if not self.active:
-            return self.own("step")(hidden_states, conv_state, ssm_state)
+            return self.original("step")(hidden_states, conv_state, ssm_state)
         known = getattr(ssm_state, "beside", None) is not None
         fresh = not known and not bool(ssm_state.any()) and not bool(conv_state.any())
         return self._layer(hidden_states, (conv_state, ssm_state), fresh, None, None), conv_state, ssm_state
@@ -147,7 +141,7 @@ class MambaSSMMixer(AdoptedMixer):
         # The library's step ignores the limits of dt.
         limited = fresh or u.shape[1] > 1 or self.limit_in_decode
         y, new = self.read(
-            _Call(self, state, mask, fresh), x.unflatten(-1, (heads, headdim)), dt, B.unflatten(-1, groups),
+            Call(self, state, mask, fresh), x.unflatten(-1, (heads, headdim)), dt, B.unflatten(-1, groups),
             C.unflatten(-1, groups), None if fresh else state,
             self.dt_limit if limited else UNLIMITED, seq_idx,
         )  # fmt: skip
@@ -168,10 +162,9 @@ class AdoptedMambaSSM(Adopted):
     """
 
     library = "mamba_ssm"
-    kinds: ClassVar[list[tuple[Callable, type[AdoptedMixer]]]] = [(is_mamba_ssm, MambaSSMMixer)]
 
-    def __init__(self, model: nn.Module):
-        super().__init__(model)
+    def __init__(self, model: nn.Module, mixers: list[AdoptedMixer]):
+        super().__init__(model, mixers)
         self.base = getattr(model, "backbone", model)
 
     @property
@@ -192,6 +185,12 @@ class AdoptedMambaSSM(Adopted):
     @property
     def d_model(self) -> int:
         return self.embedding.embedding_dim
+
+    def _attention_size(self) -> int:
+        return sum(2 * m.num_heads_kv * m.head_dim for m in self.model.modules() if hasattr(m, "num_heads_kv"))
+
+    def layer_by_layer(self) -> None:
+        return None
 
     def new_cache(self) -> AdoptedCache:
         return MambaSSMCache(self.mixers)
@@ -230,16 +229,16 @@ class MambaSSMCache(AdoptedCache):
     @staticmethod
     def concat(parts: list[AdoptedCache], order: list[int]) -> AdoptedCache:
         """As `Cache.concat`."""
-        cat, new = rows.in_order(order), parts[0].clone()
+        cat, new = in_order(order), parts[0].clone()
         held = new.library.key_value_memory_dict
         for key in held:
             pairs = [p.library.key_value_memory_dict[key] for p in parts]
             besides: list[Any] = [getattr(state, "beside", None) for _, state in pairs]
             held[key] = tuple(cat(list(tensors)) for tensors in zip(*pairs))
             if besides[0] is not None:
-                held[key][1].beside = rows.join_besides(besides, cat)
+                held[key][1].beside = joined(besides, cat)
         new.library.max_batch_size = len(order)
-        rows.place(new, parts, cat)
+        new.stand_where(parts, cat)
         return new
 
     def _reorder(self, index: Tensor) -> None:
@@ -250,3 +249,6 @@ class MambaSSMCache(AdoptedCache):
             if beside is not None:
                 held[key][1].beside = tree_map(lambda t: t[index.to(t.device)], beside)
         self.library.max_batch_size = len(index)
+
+
+FAMILIES.register(Family("mamba_ssm", is_mamba_ssm, MambaSSMMixer, AdoptedMambaSSM))

@@ -1,4 +1,4 @@
-"""What a checkpoint directory holds: a config.json of one of three layouts, and weights.
+"""What config.json says, in each of three layouts.
 
     rnn-longctx    "format": "rnn-longctx", "model": {fields of Mamba2Config, or of ModelConfig}, ...
     state-spaces   mamba-ssm's, of the official ones: "d_model", "n_layer", "ssm_cfg": {"layer": "Mamba2", ...}, ...
@@ -9,23 +9,19 @@ Nothing a file says is run, and everything wrong with one is an InputError of on
 
 from __future__ import annotations
 
-import json
 import math
-import pickle
-import re
-import warnings
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from rnn_longctx.config import from_dict, to_dict
+from rnn_longctx.devices import dtype_name
 from rnn_longctx.errors import InputError, nearest
 from rnn_longctx.models.checkpoint.foreign import held_instead
+from rnn_longctx.models.checkpoint.json_files import plain, read_json
+from rnn_longctx.models.checkpoint.weights import WEIGHTS
 from rnn_longctx.models.config import ModelConfig, model_config
 from rnn_longctx.models.mixers.mamba2 import Mamba2Config
 
@@ -35,9 +31,6 @@ SUPPORTED = "rnn-longctx, state-spaces Mamba-2 and transformers Mamba2ForCausalL
 ADOPTED = ("bamba", "falcon_h1", "granitemoehybrid", "nemotron_h", "zamba2", "mamba", "falcon_mamba", "jamba")
 LAYOUTS = ("rnn-longctx", "transformers", "state-spaces")
 SIDE = "rnn_longctx.json"  # beside a config.json of mamba-ssm, which refuses keys that are not its own
-WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # each whole, or in shards that <name>.index.json lists
-
-_WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 # mamba-ssm: what shapes the model, in ssm_cfg too, what must be so, and what only initialises it or picks a kernel
 _TOP = ("d_model", "n_layer", "vocab_size", "tie_embeddings", "residual_in_fp32")
@@ -92,14 +85,16 @@ class _Extra:
 
 
 def read_header(directory: Path) -> Header:
-    """config.json of a directory in any of the three layouts, with the tokenizer that belongs to it."""
+    """Return what config.json says in any of the three layouts, with the tokenizer that belongs to it."""
     path = directory / "config.json"
     if not path.is_file():
         weights = [f.name for f in sorted(directory.iterdir()) if f.name.startswith(WEIGHTS)]
-        if not weights and (said := held_instead(directory)):
-            raise InputError(f"{directory} {said}")
-        held = f"{weights[0]} but no" if weights else "no"
-        raise InputError(f"{directory} holds {held} config.json; supported: {SUPPORTED}; adopted: {', '.join(ADOPTED)}")
+        if not weights and (instead := held_instead(directory)):
+            raise InputError(f"{directory} {instead}")
+        contents = f"{weights[0]} but no" if weights else "no"
+        raise InputError(
+            f"{directory} holds {contents} config.json; supported: {SUPPORTED}; adopted: {', '.join(ADOPTED)}"
+        )
     data, where = read_json(path), str(path)
     if data.get("format") == FORMAT:
         inner = {k: v for k, v in data.items() if k not in ("format", "model")}
@@ -128,18 +123,18 @@ def read_header(directory: Path) -> Header:
 
 
 def _ends(directory: Path, data: dict[str, Any]) -> Any:
-    """The end-of-sequence ids that transformers' generate goes by: generation_config.json's, else config.json's."""
+    """Return the ends of a sequence that transformers' generate goes by: generation_config.json's, or config.json's."""
     file = directory / "generation_config.json"
     return (read_json(file) if file.is_file() else data).get("eos_token_id")
 
 
 def own_config(config: Mamba2Config | ModelConfig, extra: dict[str, Any]) -> dict[str, Any]:
-    """config.json of the library's own layout."""
+    """Return config.json of the library's own layout."""
     return plain({"format": FORMAT, "model": to_dict(config), **extra})
 
 
 def transformers_config(config: Mamba2Config, dtype: torch.dtype, extra: dict[str, Any]) -> dict[str, Any]:
-    """config.json for transformers' Mamba2ForCausalLM; `extra` goes under "rnn_longctx", which it ignores."""
+    """Return config.json for transformers' Mamba2ForCausalLM; `extra` goes under "rnn_longctx", which it ignores."""
     data: dict[str, Any] = {"architectures": ["Mamba2ForCausalLM"], "model_type": "mamba2"}
     extra, ends = {k: v for k, v in extra.items() if k != "eos_token_id"}, extra.get("eos_token_id")
     data |= {theirs: getattr(config, name) for name, (theirs, _) in _TRANSFORMERS.items()}
@@ -147,11 +142,11 @@ def transformers_config(config: Mamba2Config, dtype: torch.dtype, extra: dict[st
     data["time_step_limit"] = [v if math.isfinite(v) else {"__float__": "Infinity"} for v in config.dt_limit]
     # Its own defaults for these ids belong to another vocabulary.
     data |= {"bos_token_id": None, "eos_token_id": ends, "pad_token_id": None}
-    return plain({**data, "dtype": str(dtype)[6:], "rnn_longctx": extra})
+    return plain({**data, "dtype": dtype_name(dtype), "rnn_longctx": extra})
 
 
 def official_config(config: Mamba2Config) -> dict[str, Any]:
-    """config.json for mamba-ssm's MambaLMHeadModel. An infinity is one, as Python's json writes and reads it."""
+    """Return config.json for mamba-ssm's MambaLMHeadModel. An infinity is one, as Python's json writes and reads it."""
     cfg = {k: getattr(config, k) for k in _SHAPE}
     if config.dt_limit == (0.0, math.inf):  # no limit, which it knows by its default
         del cfg["dt_limit"]
@@ -160,7 +155,7 @@ def official_config(config: Mamba2Config) -> dict[str, Any]:
 
 
 def check_layout(config: Mamba2Config | ModelConfig, layout: str) -> None:
-    """InputError where there is no such layout, or it has no place for something that this model computes with."""
+    """Raise InputError where there is no such layout, or it cannot hold something that the model computes with."""
     if layout not in LAYOUTS:
         raise InputError(f"unknown layout {layout!r}{nearest(layout, LAYOUTS)}")
     if layout != "rnn-longctx" and not isinstance(config, Mamba2Config):
@@ -169,51 +164,6 @@ def check_layout(config: Mamba2Config | ModelConfig, layout: str) -> None:
         raise InputError(
             f"layout 'state-spaces' cannot hold norm_eps {config.norm_eps:g}: mamba-ssm's is {Mamba2Config.norm_eps:g}"
         )
-
-
-def canonical(name: str) -> str:
-    """The official name of a tensor, without what wrappers (DDP, FSDP, torch.compile) put into the names of theirs."""
-    name = ".".join(piece for piece in name.split(".") if piece not in _WRAPPERS)
-    return name.replace("backbone.embeddings.", "backbone.embedding.", 1)
-
-
-def read_weights(directory: Path) -> dict[str, Tensor]:
-    """Every tensor by its official name, memory-mapped and as stored."""
-    tensors: dict[str, Tensor] = {}
-    for path in _weight_files(directory):
-        read = _read_safetensors if path.suffix == ".safetensors" else _read_pickle
-        for name, tensor in read(path).items():
-            if canonical(name) in tensors:
-                raise InputError(f"{path}: {canonical(name)} is there twice, once as {name}")
-            tensors[canonical(name)] = tensor
-    return tensors
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises InputError."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read {path} as JSON: {one_line(error)}") from None
-    if not isinstance(data, dict):
-        raise InputError(f"{path}: expected a JSON object, got {type(data).__name__}")
-    return data
-
-
-def plain(value: Any) -> Any:
-    """Fit for strict JSON, which has no infinity and no NaN: they become strings, and so do paths."""
-    if isinstance(value, dict):
-        return {str(k): plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(v) for v in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return value if value is None or isinstance(value, (str, int, float)) else str(value)
-
-
-def one_line(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 160 else text[:157] + "..."
 
 
 def _header(config: Mamba2Config | ModelConfig, extra: _Extra) -> Header:
@@ -266,47 +216,3 @@ def _transformers(data: dict[str, Any], where: str) -> Mamba2Config:
         product = f"expand * hidden_size / head_dim = {config.nheads}"
         raise InputError(f"{where}: num_heads is {data.get('num_heads', 128)}, expected {product}")
     return config
-
-
-def _weight_files(directory: Path) -> list[Path]:
-    for name in WEIGHTS:
-        if (directory / name).is_file():
-            return [directory / name]
-        index = directory / f"{name}.index.json"
-        if index.is_file():
-            table = read_json(index).get("weight_map")
-            shards = list(dict.fromkeys(table.values())) if isinstance(table, dict) else []
-            if not shards or not all(isinstance(s, str) and Path(s).name == s for s in shards):
-                raise InputError(f"{index}: expected a weight_map of tensors to file names beside it")
-            missing = [s for s in shards if not (directory / s).is_file()]
-            if missing:
-                raise InputError(f"missing shard {missing[0]}, one of the {len(shards)} that {index} lists")
-            return [directory / s for s in shards]
-    said, expected = held_instead(directory), f"{' or '.join(WEIGHTS)}, or shards with <name>.index.json"
-    raise InputError(
-        f"{directory} holds config.json but no weights; {f'it {said}' if said else f'expected {expected}'}"
-    )
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    try:
-        with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise InputError(f"{path} is damaged or cut short: {one_line(error)}") from None
-
-
-def _read_pickle(path: Path) -> dict[str, Tensor]:
-    try:  # files of before torch 1.6 are no zip archives and cannot be mapped
-        with warnings.catch_warnings():  # what it says of odd pickles is told below
-            warnings.simplefilter("ignore")
-            data = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        asked = re.search(r"GLOBAL ([\w.]+)", str(error))
-        why = f"it asks for {asked[1]}" if asked else "damaged, or more than tensors"
-        raise InputError(f"{path} is refused, nothing in it was run: {why}; expected plain tensors") from None
-    except Exception as error:  # a damaged file raises nearly anything
-        raise InputError(f"{path} is damaged or cut short: {one_line(error)}") from None
-    if not isinstance(data, dict) or not all(isinstance(v, Tensor) for v in data.values()):
-        raise InputError(f"{path}: expected a table of tensors by name, got {type(data).__name__}")
-    return data

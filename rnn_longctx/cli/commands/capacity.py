@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
+from rnn_longctx.cli.command import command, flattened
+from rnn_longctx.cli.options import Device, Dtype, Many, Tokenizer, TrainLength, load_model
 from rnn_longctx.errors import InputError
 
-Many = Optional[list[str]]  # noqa: UP045 (typer reads it)
 RECALL = 0.95
 
 
@@ -29,59 +31,75 @@ capacity = typer.Typer(
     help="How much a state holds: the training length from which a model forgets (T_forget), the context it recalls "
     "(T_recall). `capacity MODEL ...` is `capacity measure MODEL ...`.",
 )
+command("capacity")(capacity)
 
 
-@capacity.command("measure")
-def measure_command(
-    model: Annotated[list[str], typer.Argument(help='"demo", a directory, or a hub id; several to compare.')],
-    limit: Annotated[str, typer.Option(help="The longest context, in tokens.")] = "1m",
+@dataclass(frozen=True)
+class MeasureOptions:
+    """What is measured, how exactly, and where the tables go."""
+
+    limit: Annotated[str, typer.Option(help="The longest context, in tokens.")] = "1m"
     needle: Annotated[
         Many, typer.Option(help="passkey, words, multikey:keys=2, passkey:haystack=TEXT,template=FILE; again for more.")
-    ] = None,
-    mitigation: Annotated[Many, typer.Option(help="none, state-norm, a+b; again for more.")] = None,
-    recall: Annotated[float, typer.Option(help="Accuracy that T_recall asks for.")] = RECALL,
-    width: Annotated[
-        float, typer.Option(help="Of an accuracy's interval: says how many prompts a length takes.")
-    ] = 0.06,
-    slices: Annotated[int, typer.Option(min=1, help="Of the text, read to the limit.")] = 4,
-    text: Annotated[str, typer.Option(help="stdlib, a file, a directory, hf:dataset[:split[:column]].")] = "stdlib",
-    out: Annotated[Path, typer.Option(help="Folder for tables and figures.")] = Path("runs/capacity"),
-    batch: Annotated[int, typer.Option(min=1, help="The most streams read side by side.")] = 32,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
-    train_length: Annotated[Optional[str], typer.Option(help="Where the checkpoint does not say.")] = None,  # noqa: UP045
-    tokenizer: Annotated[Optional[str], typer.Option(help='"bytes", a directory, or a hub id.')] = None,  # noqa: UP045
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, float64.")] = "float32",
+    ] = None
+    mitigation: Annotated[Many, typer.Option(help="none, state-norm, a+b; again for more.")] = None
+    recall: Annotated[float, typer.Option(help="Accuracy that T_recall asks for.")] = RECALL
+    width: Annotated[float, typer.Option(help="Of an accuracy's interval: says how many prompts a length takes.")] = (
+        0.06
+    )
+    slices: Annotated[int, typer.Option(min=1, help="Of the text, read to the limit.")] = 4
+    text: Annotated[str, typer.Option(help="stdlib, a file, a directory, hf:dataset[:split[:column]].")] = "stdlib"
+    out: Annotated[Path, typer.Option(help="Folder for tables and figures.")] = Path("runs/capacity")
+    batch: Annotated[int, typer.Option(min=1, help="The most streams read side by side.")] = 32
+    seed: Annotated[int, typer.Option(min=0)] = 0
+    train_length: TrainLength = None
+    tokenizer: Tokenizer = None
+    device: Device = "auto"
+    dtype: Dtype = "float32"
+
+
+def measure(
+    model: Annotated[list[str], typer.Argument(help='"demo", a directory, or a hub id; several to compare.')],
+    options: MeasureOptions = MeasureOptions(),
 ) -> None:
     """Of checkpoints: whether they forget, and how far they recall, with every remedy asked for."""
-    import torch
-
     from rnn_longctx.config import parse_length
-    from rnn_longctx.eval import Results
     from rnn_longctx.eval.capacity import MeasureConfig, check, measure, models
-    from rnn_longctx.models.adopt.adopting import load_any
+    from rnn_longctx.eval.results import Results
 
-    settings = MeasureConfig(parse_length(limit), slices, needle or ["passkey"], recall, width, mitigation or ["none"],
-                             text, batch, seed)  # fmt: skip
-    results = Results(out)
-    where = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    length = None if train_length is None else parse_length(train_length)
+    c = options
+    settings = MeasureConfig(
+        limit=parse_length(c.limit),
+        slices=c.slices,
+        needles=c.needle or ["passkey"],
+        recall=c.recall,
+        width=c.width,
+        mitigations=c.mitigation or ["none"],
+        text=c.text,
+        batch=c.batch,
+        seed=c.seed,
+    )
+    results = Results(c.out)
+    length = None if c.train_length is None else parse_length(c.train_length)
 
     def load(name: str) -> Any:
-        return load_any(name, device=where, dtype=dtype, tokenizer=tokenizer, train_length=length)
+        return load_model(name, c.device, c.dtype, c.tokenizer, length, None)
 
     for name in model[1:]:  # a mistake in the last shows before the first is measured
         check(load(name), settings)
     for name in model:
         lm = load(name)
-        measure(lm, settings, out, typer.echo, shape=models.shape_of(out, lm))
-        models.gather(out)  # so that what there is can be drawn while the next is measured
+        measure(lm, settings, c.out, typer.echo, shape=models.shape_of(c.out, lm))
+        models.gather(c.out)  # so that what there is can be drawn while the next is measured
         results.gather()
-    _report(out, recall)
+    _report(c.out, c.recall)
+
+
+capacity.command("measure")(flattened(measure))
 
 
 @capacity.command("train")
-def train_command(
+def train(
     config: Annotated[Path, typer.Argument(help="YAML file, such as configs/capacity/small.yaml.")],
     set: Annotated[Many, typer.Option("--set", help="Override one key: measure.limit=64k; again for more.")] = None,
     parallel: Annotated[int, typer.Option(min=1, help="Cells (models) trained at once on the device.")] = 1,
@@ -95,7 +113,7 @@ def train_command(
 
 
 @capacity.command("plot")
-def plot_command(
+def plot(
     directory: Annotated[Path, typer.Argument(help="A folder with results.csv and models.csv.")],
     recall: Annotated[float, typer.Option(help="Accuracy that T_recall asks for.")] = RECALL,
 ) -> None:
@@ -104,10 +122,10 @@ def plot_command(
 
 
 @capacity.command("advise")
-def advise_command(
+def advise(
     context: Annotated[str, typer.Option(help="Tokens to recall over, such as 256k.")],
     recall: Annotated[float, typer.Option(help="Accuracy asked for.")] = RECALL,
-    study: Annotated[Optional[Path], typer.Option(help="A study's folder; without one the paper's fits.")] = None,  # noqa: UP045
+    study: Annotated[Path | None, typer.Option(help="A study's folder; without one the paper's fits.")] = None,
     mitigation: Annotated[str, typer.Option(help="As the study measured it.")] = "none",
 ) -> None:
     """The state that a context needs, with its interval, memory and speed, and why not to trust it."""
@@ -118,7 +136,7 @@ def advise_command(
 
 
 def _report(directory: Path, recall: float) -> None:
-    """Draw, and say in words what was found. Points are of families: of single checkpoints they repeat the findings."""
+    """Draw the figures, and print the tables. Points are of families: single checkpoints' repeat findings."""
     import pandas as pd
 
     from rnn_longctx.eval.capacity import draw, tables
@@ -133,8 +151,8 @@ def _report(directory: Path, recall: float) -> None:
         "fits": "mitigation quantity form points bounds contradicts curve r2 r2_loo aic carrier best",
         "same_size": "mitigation quantity state_elements shapes values spread",
     }
-    found = tables.findings(*tables.read(directory), recall)
-    family = found.drop_duplicates(["shape", "model", "weights_hash"])["shape"].duplicated().any()
+    findings = tables.findings(*tables.read(directory), recall)
+    family = findings.drop_duplicates(["shape", "model", "weights_hash"])["shape"].duplicated().any()
     for name, columns in shown.items():
         file = directory / f"{name}.csv"
         frame = pd.read_csv(file) if file in paths and file.stat().st_size > 1 else pd.DataFrame()
@@ -144,6 +162,6 @@ def _report(directory: Path, recall: float) -> None:
                 frame[column] = frame[column].map(lambda n: "-" if pd.isna(n) else f"{n:.0f}")
             typer.echo(f"\n{name}{', lengths in tokens' if name == 'findings' else ''}")
             typer.echo(frame[columns.split()].to_string(index=False, na_rep="-", float_format=lambda v: f"{v:.4g}"))
-    if len(found) and not family:
-        typer.echo("\n" + "\n".join(tables.in_words(found)))
+    if len(findings) and not family:
+        typer.echo("\n" + "\n".join(tables.in_words(findings)))
     typer.echo(f"\n{directory}: {', '.join(p.name for p in paths)}")

@@ -1,0 +1,50 @@
+"""Families of mixers that are adopted: one file each in `rnn_longctx.models.adopt.families`, which registers itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import nn
+
+from rnn_longctx.errors import InputError
+from rnn_longctx.models.adopt.mixer import AdoptedMixer
+from rnn_longctx.models.adopt.model import Adopted
+from rnn_longctx.registry import Registry
+
+
+@dataclass(frozen=True)
+class Family:
+    """Mixers of other libraries that are adopted in the same way.
+
+    Attributes:
+        name: its own, and its file's.
+        fits: whether a module is such a mixer; no module fits two families.
+        mixer: makes the adopted mixer of a module and its path in the model.
+        model: what a model with such mixers becomes. One of a class of its own holds no mixers of other families.
+    """
+
+    name: str
+    fits: Callable[[nn.Module], bool]
+    mixer: Callable[[nn.Module, str], AdoptedMixer]
+    model: type[Adopted] = Adopted
+
+
+FAMILIES: Registry[Family] = Registry("family of adopted mixers", "rnn_longctx.models.adopt.families")
+
+
+def adopted_by_family(model: nn.Module) -> Adopted:
+    """Return a model of another library as what its families make of it. InputError: it has no mixer of any."""
+    families = list(FAMILIES.values())
+    fitting = [(family, m, name) for name, m in model.named_modules() for family in families if family.fits(m)]
+    kind = next((family.model for family, _, _ in fitting if family.model is not Adopted), Adopted)
+    mixers = [family.mixer(m, name) for family, m, name in fitting if family.model is kind]
+    if not mixers:
+        raise InputError(_nothing_found(model))
+    return kind(model, mixers)
+
+
+def _nothing_found(model: nn.Module) -> str:
+    looked = "no Mamba-2 mixer (A_log with one value a head, dt_bias, in_proj, conv1d), nor one of Mamba-1"
+    kinds = sorted({type(m).__name__ for m in model.modules() if m is not model and list(m.children())})
+    return f"{type(model).__name__} has {looked}; found {', '.join(kinds[:6]) or 'no submodules'}"

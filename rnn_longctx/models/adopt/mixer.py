@@ -1,0 +1,307 @@
+"""One mixer of another library under our policies: what all families have in common.
+
+Ours stand before the methods of one object, `mixer.forward` and with mamba_ssm `mixer.step`, while a policy asks for it
+(`AdoptedMixer.sync`), and pass everything on to the library's otherwise. docs/adoption.md draws it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rnn_longctx.errors import InputError
+from rnn_longctx.models.adopt.beside import Beside, following, tokens_counted
+from rnn_longctx.models.hashing import held
+from rnn_longctx.models.mixers.mamba2 import dt_limits
+from rnn_longctx.recurrence.carry import ScanCarry
+from rnn_longctx.recurrence.gates import ScanInputs, SteppedGates
+from rnn_longctx.recurrence.policy import PLAIN, ScanPolicy
+from rnn_longctx.recurrence.span import Span
+from rnn_longctx.recurrence.ssd.scan import scan
+from rnn_longctx.recurrence.ssd.window import window_state
+from rnn_longctx.recurrence.statistics import Observer, Statistics
+
+UNLIMITED = (0.0, math.inf)
+
+_eras = itertools.count(1)
+
+
+class AdoptedMixer:
+    """One mixer of another library, behind the interface that remedies use; a family's class is below it.
+
+    Attributes:
+        module: the library's.
+        name: its path in the model.
+        heads, headdim, d_state: its shape.
+        backend: the scan to force, or None.
+        limit_in_decode: whether single tokens respect the limits of dt, too; `sync` after a change.
+        continuing: whether our scan runs under any policy; `sync` after a change.
+
+    For a family to say:
+        one_step_a_head: see `RecurrentMixer`.
+        per_channel: whether a head has a rate for each channel of its state.
+        stays: whether ours stand before the module's methods without a policy too, from `stand` on.
+        entries: the module's methods that ours stand before.
+    """
+
+    one_step_a_head = True
+    per_channel = stays = False
+    entries: tuple[str, ...] = ("forward",)
+
+    def __init__(self, module: nn.Module, name: str):
+        m: Any = module
+        self.module, self.name = m, name
+        self.backend: str | None = None
+        limits = dt_limits(self.dt_limit, f"{name}: the limits of dt")
+        if limits != self.dt_limit:  # its own forward would fail at the first token
+            raise InputError(f"{name}: the limits of dt, {self.dt_limit}, are beyond float32: {limits} says the same")
+        self.heads, self.headdim, self.d_state = self.shape
+        self.limit_in_decode = self.continuing = False
+        self._parameters = list(inspect.signature(type(module).forward).parameters)[1:]
+        self._policy = PLAIN
+        self._observer: Observer | None = None
+        self._counting: _Counting | None = None  # shows the observer what it understands
+        self._state_dtype: torch.dtype | None = None
+        self._era = 0
+        self._stands = self._on = False  # whether ours stand before the mixer's own methods, and whether they act
+        self._replaced: dict[str, Any] = {}  # what the instance itself held (a hook of accelerate)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The mixer's own forward where no policy is active."""
+        raise NotImplementedError
+
+    # --- what the library's mixer holds
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Heads, headdim, d_state."""
+        return self.module.num_heads, self.module.head_dim, self.module.ssm_state_size
+
+    @property
+    def A(self) -> Tensor:
+        """(H,) or (H, N) float32, the decay rates: -exp(A_log)."""
+        return -held(self.module, "A_log").detach().float().exp()
+
+    @property
+    def D(self) -> Tensor:
+        """(H,) or (H, P)."""
+        return held(self.module, "D")
+
+    @property
+    def dt_limit(self) -> tuple[float, float]:
+        return tuple(self.module.time_step_limit or ())
+
+    @property
+    def in_proj(self) -> nn.Module:
+        return self.module.in_proj
+
+    def steps(self, projected: Tensor) -> Tensor:
+        """Return dt (B, T, H), after softplus and clamp, from what `in_proj` gives (B, T, ...): its last H channels in
+        every family, times FalconH1's multipliers."""
+        dt = projected[..., -self.heads :]
+        if (multipliers := getattr(self.module, "mup_vector", None)) is not None:
+            dt = dt * multipliers[..., -self.heads :]
+        return F.softplus(dt + held(self.module, "dt_bias").to(dt.device)).clamp(*self.dt_limit)
+
+    # --- what is asked of it, and whether ours stand before its methods
+
+    @property
+    def policy(self) -> ScanPolicy:
+        return self._policy
+
+    @policy.setter
+    def policy(self, policy: ScanPolicy) -> None:
+        self._policy = policy
+        self.sync()
+
+    @property
+    def observer(self) -> Observer | None:
+        """Shown the states, as `Mamba2.observer`: our scan runs while there is one. Positions that it sees of rows
+        which began before count from when our scan came."""
+        return self._observer
+
+    @observer.setter
+    def observer(self, observer: Observer | None) -> None:
+        self._observer = observer
+        self._counting = None if observer is None else _Counting(observer)
+        self.sync()
+
+    @property
+    def state_dtype(self) -> torch.dtype | None:
+        """See `scan`; another than None takes our scan, as a policy does."""
+        return self._state_dtype
+
+    @state_dtype.setter
+    def state_dtype(self, dtype: torch.dtype | None) -> None:
+        self._state_dtype = dtype
+        self.sync()
+
+    @property
+    def active(self) -> bool:
+        """Whether our scan runs in this mixer's calls."""
+        return self._on and self._needed
+
+    @property
+    def _needed(self) -> bool:
+        limited = self.limit_in_decode and self.dt_limit != UNLIMITED
+        watched = self._observer is not None
+        return self._policy != PLAIN or self._state_dtype is not None or self.continuing or limited or watched
+
+    def sync(self) -> None:
+        """Put ours before the module's methods, or take them away, as what is asked of the mixer needs now.
+
+        Raises:
+            InputError: another model that holds the mixer has put a remedy on it.
+        """
+        if self._needed and not self._on:
+            other = getattr(self.module.forward, "__self__", None)
+            if isinstance(other, AdoptedMixer) and other is not self and other.active:
+                self._policy = PLAIN
+                raise InputError(f"{self.name} is under a remedy already, by way of another model that holds it")
+            self._era = next(_eras)
+        self._on = self._needed
+        if (self._on or self.stays) and not self._stands:
+            self._stands, self._replaced = True, {n: self.module.__dict__.get(n) for n in self.entries}
+            for n in self.entries:
+                setattr(self.module, n, getattr(self, n))
+        elif not (self._on or self.stays) and self._stands and self.module.__dict__.get("forward") == self.forward:
+            # (a hook that was put before ours in the meantime stays, and ours behind it passes everything on)
+            for n, replaced in self._replaced.items():
+                if replaced is None:
+                    delattr(self.module, n)
+                else:
+                    setattr(self.module, n, replaced)
+            self._stands, self._replaced = False, {}
+
+    def stand(self) -> None:
+        """Begin to stand before the module's methods, where that is so without a policy too."""
+        self.sync()
+
+    def continue_stream(self, on: bool) -> None:
+        """Read what the library's own forward cannot: set before a call, and taken back after it."""
+        self.continuing = on
+        self.sync()
+
+    def original(self, name: str) -> Callable:
+        """Return the mixer's own method, or what the instance held in its place. (Looked up anew, so that a model can
+        be pickled.)"""
+        replaced = self._replaced.get(name)
+        return replaced if replaced is not None else getattr(type(self.module), name).__get__(self.module)
+
+    def arguments(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a call of the mixer's forward, by their names."""
+        return dict(zip(self._parameters, args)) | kwargs
+
+    # --- what lies in the library's cache
+
+    def layer_of(self, library: Any) -> Any:
+        """This mixer's part of the library's cache."""
+        return library.layers[self.module.layer_idx]
+
+    def state_of(self, layer: Any) -> Tensor:
+        """The state (B, H, P, N) in a layer of the library's cache."""
+        return layer.recurrent_states[0]
+
+    def conv_of(self, library: Any) -> Tensor:
+        """The inputs of the convolution, (B, channels, taps), in the library's cache."""
+        return self.layer_of(library).conv_states[0]
+
+    def no_log_decay(self, state: Tensor) -> Tensor:
+        """A total log-decay that nobody has counted, of a state (B, H, P, N)."""
+        return torch.full(state.shape[:2], math.nan, dtype=torch.float64, device=state.device)
+
+    def beside(self, layer: Any) -> Any:
+        """What this policy keeps there, or None where it has not read all the tokens before."""
+        beside = getattr(layer, "beside", None)
+        return beside if beside is not None and beside.era == self._era else None
+
+    def carry(self, layer: Any, state: Tensor) -> ScanCarry:
+        """The carry of a layer that has read something; state (B, H, P, N) is the library's."""
+        if (beside := self.beside(layer)) is None:
+            beside = Beside.uncounted(self._era, len(state))
+            self.lay(layer, beside)
+        p = self._policy
+        placed = p.window is not None or p.reset is not None or any(c.every > 1 for c in p.caps)
+        if placed and not bool(beside.from_start.all()):
+            raise InputError(
+                "this policy counts tokens, and the cache holds tokens read before it was there: start a new cache"
+            )
+        if beside.window is not None:
+            state = beside.window.block
+        elif torch.is_grad_enabled():
+            state = state.clone()  # the library writes into it, and a backward pass reads it later
+        if beside.log_decay is None:
+            beside.log_decay = self.no_log_decay(state)
+        return ScanCarry(state, beside.position, beside.log_decay, beside.window)
+
+    def place(self, layer: Any, position: Tensor) -> None:
+        """Say where the rows of a layer stand, unless it is known. position: (B,) on the CPU."""
+        if self.beside(layer) is None:
+            self.lay(layer, Beside(self._era, position.clone()))
+
+    def keep(self, layer: Any, carry: ScanCarry) -> None:
+        """Keep of a carry what the library's layer has no place for."""
+        self.lay(layer, Beside(self._era, carry.position, carry.log_decay, carry.window))
+
+    def lay(self, layer: Any, beside: Beside) -> None:
+        """Lay it beside the state. The layer becomes one of a class whose `beside` moves with its rows."""
+        if not hasattr(layer, "beside"):
+            layer.__class__ = following(type(layer))  # type: ignore[arg-type]
+        layer.beside = beside
+
+    # --- our scan in the place of the library's
+
+    def read(self, call: Call, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, state: Tensor | None,
+             dt_limit: tuple[float, float], seq_idx: Tensor | None) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """x (B,T,H,P), dt (B,T,H), B and C (B,T,G,N), the library's state; returns y like x, and the state after."""
+        m, reset = self.module, None
+        if seq_idx is not None:
+            reset = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0))
+        A = -m.A_log.to(torch.promote_types(m.A_log.dtype, torch.float32)).exp()
+        y, new = scan(
+            ScanInputs(x, B, C, self.D),
+            SteppedGates(dt, A, m.dt_bias, dt_limit),
+            Span(call.mask, reset),
+            policy=self._policy,
+            backend=self.backend,
+            state_dtype=self._state_dtype,
+            observer=self._counting,
+            carry=None if state is None else self.carry(call.layer, state),
+        )
+        if call.layer is not None:
+            self.keep(call.layer, new)
+        return y.contiguous(), window_state(new)
+
+
+@dataclass
+class Call:
+    """A mixer's forward on its way.
+
+    Attributes:
+        layer: of the library's cache, or None.
+        mask: (B, T), False at padding.
+        fresh: whether its rows begin.
+    """
+
+    mixer: AdoptedMixer
+    layer: Any
+    mask: Tensor | None
+    fresh: bool = True
+
+
+class _Counting:
+    """An observer that shows another one the tokens counted, in the place of the scan's positions."""
+
+    def __init__(self, observer: Observer):
+        self.observer, self.every, self.whole = observer, observer.every, observer.whole
+
+    def __call__(self, statistics: Statistics) -> None:
+        self.observer(replace(statistics, position=tokens_counted(statistics.position)))

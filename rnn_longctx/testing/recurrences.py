@@ -1,0 +1,228 @@
+"""The contract of a recurrence: every backend follows the definition, under every policy, or says why it cannot.
+
+    for backend in running(SSD):
+        for name, policy in policies(SSD).items():
+            check_backend(SSD, backend, policy, stepped=True)
+
+Each check draws a random stream with torch's generator, and raises AssertionError where results lie too far apart.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from rnn_longctx.errors import InputError
+from rnn_longctx.recurrence.backends import Call
+from rnn_longctx.recurrence.carry import ScanCarry
+from rnn_longctx.recurrence.gates import STEP_FIELDS, Gates, ScanInputs, SteppedGates
+from rnn_longctx.recurrence.interface import Recurrence
+from rnn_longctx.recurrence.policy import PLAIN, Cap, ScanPolicy
+from rnn_longctx.recurrence.span import WHOLE, Span
+
+BATCH, LENGTH, HEADS, HEADDIM, GROUPS, D_STATE = 2, 41, 4, 5, 2, 7
+CUTS = (1, 2, 19)  # a call of one token, a short one, and calls that end inside chunks
+POSITION = 5  # tokens read before a stream that goes on from a state
+
+
+@dataclass(frozen=True, eq=False)
+class Stream:
+    """A random stream: what a scan reads, T tokens."""
+
+    inputs: ScanInputs
+    gates: Gates | SteppedGates
+    span: Span = WHOLE
+
+    def part(self, start: int, stop: int) -> Stream:
+        """Return the stream of the tokens from `start` up to and without `stop`."""
+        mask, reset = (None if t is None else t[:, start:stop] for t in (self.span.mask, self.span.reset))
+        return Stream(self.inputs.tokens(start, stop), self.gates.tokens(start, stop), Span(mask, reset))
+
+    def to(self, dtype: torch.dtype) -> Stream:
+        """Return the stream in another type."""
+        inputs = ScanInputs(*(None if t is None else t.to(dtype) for t in _tensors(self.inputs)))  # type: ignore[arg-type]
+        gates = self.gates.from_tensors(*(None if t is None else t.to(dtype) for t in self.gates.tensors))
+        return Stream(inputs, gates, self.span)
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        return [t for t in (*_tensors(self.inputs), *self.gates.tensors) if t is not None]
+
+
+def _tensors(inputs: ScanInputs) -> tuple[Tensor | None, ...]:
+    return inputs.x, inputs.B, inputs.C, inputs.D
+
+
+def stream(stepped: bool, per_channel: bool = False, marks: bool = False) -> Stream:
+    """Return a random stream in float64.
+
+    Args:
+        stepped: gates that follow from a step, or given ones.
+        marks: with padding before the second row, and documents that begin in both.
+    """
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=torch.float64)
+
+    tokens, state = (BATCH, LENGTH), (HEADS, D_STATE) if per_channel else (HEADS,)
+    # keys below 1, so that what a rule erases (a delta rule's) does not overshoot
+    B, C = normal(*tokens, GROUPS, D_STATE) / math.sqrt(D_STATE), normal(*tokens, GROUPS, D_STATE)
+    inputs = ScanInputs(normal(*tokens, HEADS, HEADDIM), B, C, normal(HEADS))
+    gates: Gates | SteppedGates
+    if stepped:
+        rate = -torch.rand(*state, dtype=torch.float64) / 2
+        gates = SteppedGates(normal(*tokens, HEADS), rate, normal(HEADS) - 1, (0.01, 2.0))
+    else:
+        gates = Gates(-torch.rand(*tokens, *state, dtype=torch.float64) / 2, torch.rand(*tokens, HEADS).double())
+    mask = reset = None
+    if marks:
+        mask = torch.ones(*tokens, dtype=torch.bool)
+        mask[1, :6] = False
+        reset = torch.zeros(*tokens, dtype=torch.bool)
+        reset[0, 23] = reset[0, 24] = reset[1, 17] = True
+    return Stream(inputs, gates, Span(mask, reset))
+
+
+POLICIES = {
+    "plain": PLAIN,
+    "mul": ScanPolicy(mul=(0.5, 1.0, 2.0, 0.0)),
+    "add": ScanPolicy(add=math.log(0.99)),
+    "gain": ScanPolicy(gain=(1.0, 0.5, 2.0, 1.0)),
+    "min_dt": ScanPolicy(min_dt=0.3),
+    "gates": ScanPolicy(mul=0.5, add=-0.01, gain=0.75),
+    "caps": ScanPolicy(caps=(Cap((0.5, 1.0, 2.0, 900.0)),)),
+    "caps, every 16": ScanPolicy(caps=(Cap(0.7, 16),)),
+    "caps, two": ScanPolicy(caps=(Cap(1.5, 5), Cap(1.0, 7))),
+    "window": ScanPolicy(window=9),
+    "reset": ScanPolicy(reset=13),
+    "start": ScanPolicy(start=torch.linspace(-1, 1, HEADS * HEADDIM * D_STATE).view(HEADS, HEADDIM, D_STATE)),
+}
+
+
+def changed(policy: ScanPolicy) -> set[str]:
+    """Return the fields of a policy that are not what they are in a plain one."""
+    return {f.name for f in fields(policy) if getattr(policy, f.name) != getattr(PLAIN, f.name)}
+
+
+def refused(recurrence: Recurrence, policy: ScanPolicy, stepped: bool) -> bool:
+    """Return whether a policy means nothing to a recurrence with stepped or with given gates."""
+    followed = recurrence.follows if stepped else recurrence.follows - STEP_FIELDS
+    return not changed(policy) <= followed
+
+
+def running(recurrence: Recurrence) -> list[str]:
+    """Return the names of the backends that can run on this machine."""
+    return [name for name, backend in recurrence.backends.items() if not backend.missing()]
+
+
+def check_backend(
+    recurrence: Recurrence, backend: str, policy: ScanPolicy, *, stepped: bool, per_channel: bool = False
+) -> str | None:
+    """Hold one backend to the definition under one policy: outputs, states, total log-decays and positions, of a stream
+    in one call and in several, with padding and documents, and from a state on; and gradients, where it reads float64.
+
+    Returns: why it does not support the policy or the gates, if it says so itself (and it must then refuse to read
+        them), or None.
+    """
+    kind = SteppedGates if stepped else Gates
+    if kind not in recurrence.takes or refused(recurrence, policy, stepped):
+        drawn = stream(stepped, per_channel)
+        return _refusal(recurrence, backend, policy, drawn)
+    dtype = _dtype(recurrence, backend, policy, stepped, per_channel)
+    if dtype is None:
+        drawn = stream(stepped, per_channel).to(torch.float32)
+        return _refusal(recurrence, backend, policy, drawn)
+    for marks in (False, True):
+        drawn = stream(stepped, per_channel, marks).to(dtype)
+        expected, after = recurrence.reference(drawn.inputs, drawn.gates, drawn.span, policy, None)
+        for cuts in ((), CUTS) if backend != "reference" or policy.window is None else ((),):
+            y, carry = _read(recurrence, backend, policy, drawn, cuts)
+            _same(recurrence, drawn, (y, carry), (expected, after))
+        if policy.window is None:
+            begun = replace(drawn, span=Span(reset=drawn.span.reset))
+            before = _before(begun, dtype)
+            expected, after = recurrence.reference(begun.inputs, begun.gates, begun.span, policy, before)
+            _same(recurrence, begun, _read(recurrence, backend, policy, begun, (), before), (expected, after))
+    if dtype == torch.float64:
+        _check_gradients(recurrence, backend, policy, stream(stepped, per_channel))
+    return None
+
+
+def _dtype(
+    recurrence: Recurrence, backend: str, policy: ScanPolicy, stepped: bool, per_channel: bool
+) -> torch.dtype | None:
+    """Return the most precise type in which a backend reads under a policy, or None if it does not."""
+    for dtype in (torch.float64, torch.float32):
+        call = Call(torch.device("cpu"), dtype, per_channel, HEADDIM, D_STATE, stepped)
+        if not recurrence.backends[backend].refuses(policy, call):
+            return dtype
+    return None
+
+
+def _refusal(recurrence: Recurrence, backend: str, policy: ScanPolicy, drawn: Stream) -> str:
+    try:
+        _read(recurrence, backend, policy, drawn, ())
+    except InputError as error:
+        return str(error)
+    raise AssertionError(f"backend {backend!r} of {recurrence.name!r} does not refuse what it cannot follow: {policy}")
+
+
+def _before(drawn: Stream, dtype: torch.dtype) -> ScanCarry:
+    """Return the carry of rows that stand at POSITION, with a random state."""
+    start = ScanCarry.start(BATCH, HEADS, HEADDIM, D_STATE, per_channel=drawn.gates.per_channel, dtype=dtype)
+    log_decay = start.log_decay - torch.rand_like(start.log_decay)
+    return ScanCarry(torch.randn_like(start.state), torch.full((BATCH,), POSITION), log_decay)
+
+
+def _read(
+    recurrence: Recurrence,
+    backend: str,
+    policy: ScanPolicy,
+    drawn: Stream,
+    cuts: tuple[int, ...],
+    carry: ScanCarry | None = None,
+) -> tuple[Tensor, ScanCarry]:
+    outputs = []
+    for part in _parts(drawn, cuts):
+        y, carry = recurrence.scan(part.inputs, part.gates, part.span, policy=policy, carry=carry, backend=backend)
+        outputs.append(y)
+    assert carry is not None
+    return torch.cat(outputs, 1), carry
+
+
+def _parts(drawn: Stream, cuts: tuple[int, ...]) -> Iterator[Stream]:
+    for start, stop in zip((0, *cuts), (*cuts, LENGTH)):
+        yield drawn.part(start, stop)
+
+
+def _same(
+    recurrence: Recurrence, drawn: Stream, ours: tuple[Tensor, ScanCarry], expected: tuple[Tensor, ScanCarry]
+) -> None:
+    """Compare outputs (where tokens are real) and carries: to 1e-9 in float64, to 1e-4 in float32."""
+    atol = 1e-9 if drawn.inputs.x.dtype == torch.float64 else 1e-4
+    mask, (y, carry), (definition, after) = drawn.span.mask, ours, expected
+    real = torch.ones(y.shape[:2], dtype=torch.bool) if mask is None else mask
+    state, log_decay = recurrence.state(carry), carry.log_decay
+    for what, a, b in (
+        ("outputs", y[real], definition[real]),
+        ("states", state, after.state),
+        ("log-decays", log_decay, after.log_decay),
+    ):
+        size = 1 + float(b.abs().max())
+        worst = float((a.double() - b.double()).abs().max()) / size
+        assert worst <= atol, f"{what} are off by {worst:.1e} (more than {atol:.0e})"
+    assert torch.equal(carry.position, after.position), f"positions are {carry.position}, not {after.position}"
+
+
+def _check_gradients(recurrence: Recurrence, backend: str, policy: ScanPolicy, drawn: Stream) -> None:
+    leaves = [t.requires_grad_() for t in drawn.leaves]
+    weight = torch.randn_like(drawn.inputs.x)
+    y, _ = _read(recurrence, backend, policy, drawn, ())
+    expected, _ = recurrence.reference(drawn.inputs, drawn.gates, drawn.span, policy, None)
+    grads = [torch.autograd.grad((v * weight).sum(), leaves) for v in (y, expected)]
+    for ours, definition in zip(*grads):
+        torch.testing.assert_close(ours, definition, rtol=1e-6, atol=1e-8)

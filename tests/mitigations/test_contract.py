@@ -1,0 +1,94 @@
+"""Every remedy of the registry is held to what `rnn_longctx.testing` says, on models of every kind."""
+
+import pytest
+import torch
+
+from rnn_longctx.mitigations import REMEDIES, diagnostics, parse_remedy, standard
+from rnn_longctx.mitigations.base import Need
+from rnn_longctx.models.generate import prefill
+from rnn_longctx.models.saved_state import save_state
+from rnn_longctx.testing.remedies import (
+    KINDS,
+    TRAIN_LENGTH,
+    check_cuts,
+    check_on_and_off,
+    check_remedy,
+    check_text,
+    is_applicable,
+    own_model,
+)
+
+MORE = [
+    "state-norm:quantile=0.5",
+    "token-filter:theta=0.01,clamp=0.0",
+    "window:tokens=9",
+    "decimate:base=20,beta=0.5,first=1,least=3",
+    "chunk-select:chunk=17,query=5",
+    "reset:every=7,overlap=3",
+    "recompute:last=10",
+    "attention-window:tokens=8",
+    "reset-recurrence:every=9",
+    "a-scale:scale=0.9,place=decay",
+    "a-floor:tokens=9+rri",
+]
+SETTINGS = dict.fromkeys(str(parse_remedy(text)) for text in (*standard(TRAIN_LENGTH), *MORE))
+
+
+@pytest.fixture(scope="module")
+def models():
+    torch.set_num_threads(1)
+    return {kind: make(0) for kind, make in KINDS.items()}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("text", SETTINGS)
+def test_a_remedy_on_a_kind_of_model(text, kind, models):
+    check_text(text)
+    if is_applicable(text, models[kind]):
+        check_on_and_off(text, models[kind])
+        check_cuts(text, models[kind])
+
+
+def test_a_start_that_a_file_holds(tmp_path):
+    model = own_model()
+    save_state(tmp_path / "s", prefill(model, torch.arange(1, 60)[None])[1], model, "none")
+    check_remedy(f"stored-start:file={tmp_path / 's'}", kinds=["own"])
+
+
+def test_every_remedy_is_among_them():
+    held = {part.name for text in SETTINGS for part in parse_remedy(text).parts} | {"none", "stored-start"}
+    assert held == set(REMEDIES)
+
+
+def test_which_kinds_of_models_take_which_remedies(models):
+    """What `needs` says, and what happens, are the same."""
+    lacks = {
+        "own": {Need.ATTENTION},
+        "given gates": {Need.ATTENTION, Need.STEPS, Need.RATES},
+        "attention alone": {Need.RECURRENCE, Need.ATTENTION, Need.STEPS, Need.RATES, Need.NO_ATTENTION},
+        "adopted Mamba-2": {Need.ATTENTION},
+        "adopted Mamba-1": {Need.ATTENTION, Need.STEPS, Need.RATES},
+        "hybrid": {Need.NO_ATTENTION},
+    }
+    for text in SETTINGS:
+        for kind, model in models.items():
+            needs = frozenset().union(*(part.needs for part in parse_remedy(text).parts))
+            assert is_applicable(text, model) == (not needs & lacks[kind]), f"{text} on {kind}"
+
+
+def test_all_is_in_the_order_of_controls_last():
+    texts = standard(TRAIN_LENGTH)
+    controls = [REMEDIES[text.partition(":")[0]].control for text in texts]
+    assert texts[0] == "none" and controls == sorted(controls) and texts[-2:] == diagnostics(TRAIN_LENGTH)
+    known = {
+        "none", "rri", "rri:alpha=0.999,beta=1", "a-winsor", "a-scale:scale=1.5", "delta-scale:scale=0.7",
+        "noise-start:std=0.1", "decimate", "chunk-select", "state-norm", "state-norm:every=64", "window:tokens=48",
+        "window:tokens=192", "token-filter", "a-floor", "recompute:last=48", "recompute:last=96", "reset:every=48",
+        "attention-window:tokens=48", "reset-recurrence:every=48",
+    }  # fmt: skip
+    assert set(standard(48)) == known and len(standard(48)) == len(known)
+    assert set(standard(None)) == {
+        "none", "rri", "rri:alpha=0.999,beta=1", "a-winsor", "a-scale:scale=1.5", "delta-scale:scale=0.7",
+        "noise-start:std=0.1", "decimate", "chunk-select", "recompute:last=512", "recompute:last=2048",
+        "reset:every=512",
+    }  # fmt: skip

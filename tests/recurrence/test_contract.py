@@ -1,0 +1,110 @@
+"""Every recurrence's backends against its definition, for every field of a policy, with stepped and with given gates."""
+
+import pytest
+import torch
+
+from rnn_longctx.errors import InputError
+from rnn_longctx.recurrence.gates import Gates, ScanInputs, SteppedGates
+from rnn_longctx.recurrence.interface import RECURRENCES
+from rnn_longctx.recurrence.policy import PLAIN, ScanPolicy
+from rnn_longctx.recurrence.ssd import SSD
+from rnn_longctx.testing import recurrences as contract
+
+GATES = {
+    "stepped": {"stepped": True},
+    "stepped, per channel": {"stepped": True, "per_channel": True},
+    "given": {"stepped": False},
+    "given, per channel": {"stepped": False, "per_channel": True},
+}
+CASES = [(name, backend) for name in RECURRENCES for backend in contract.running(RECURRENCES[name])]
+
+
+@pytest.mark.parametrize("policy", contract.POLICIES)
+@pytest.mark.parametrize("gates", GATES)
+@pytest.mark.parametrize(("name", "backend"), CASES)
+def test_backends_follow_the_definition(name, backend, gates, policy):
+    recurrence = RECURRENCES[name]
+    reason = contract.check_backend(recurrence, backend, contract.POLICIES[policy], **GATES[gates])
+    if backend in ("torch", "reference"):  # these read whatever means something
+        stepped = GATES[gates]["stepped"]
+        assert (reason is not None) == contract.refused(recurrence, contract.POLICIES[policy], stepped)
+
+
+def test_every_field_has_a_policy():
+    """A field that is added to policies must be added to the contract."""
+    fields = {name for policy in contract.POLICIES.values() for name in contract.changed(policy)}
+    assert fields == {"mul", "add", "gain", "min_dt", "caps", "window", "reset", "start"} == SSD.follows
+
+
+def test_the_registry():
+    assert "ssd" in RECURRENCES and RECURRENCES["ssd"] is SSD
+    with pytest.raises(InputError, match="unknown recurrence 'sssd'; did you mean"):
+        RECURRENCES["sssd"]
+
+
+def test_given_gates_have_no_step():
+    drawn = contract.stream(stepped=False)
+    with pytest.raises(InputError, match="no step"):
+        SSD.scan(drawn.inputs, drawn.gates, policy=ScanPolicy(min_dt=0.1))
+
+
+def test_given_gates_are_those_worked_out():
+    """Bit for bit: what steps give, given."""
+    for per_channel in (False, True):
+        drawn = contract.stream(stepped=True, per_channel=per_channel)
+        gates = drawn.gates.worked_out(torch.float64)
+        for policy in contract.POLICIES.values():
+            if not contract.refused(SSD, policy, stepped=False):
+                ours, theirs = (SSD.scan(drawn.inputs, g, policy=policy, backend="torch") for g in (drawn.gates, gates))
+                assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1].state, theirs[1].state)
+
+
+def test_shapes_are_checked_by_name():
+    drawn = contract.stream(stepped=False)
+    wrong = Gates(drawn.gates.log_decay[..., None], drawn.gates.input_scale)
+    with pytest.raises(InputError, match=r"log_decay must be \(B, T, H\) = \(2, 41, 4\)"):
+        SSD.scan(drawn.inputs, wrong)
+    with pytest.raises(InputError, match=r"input_scale must be \(B, T, H\)"):
+        SSD.scan(drawn.inputs, Gates(drawn.gates.log_decay, drawn.gates.input_scale[:, 1:]))
+
+
+class Forgetful:
+    """A recurrence whose backend "short" forgets the last token: what the contract must find."""
+
+    name, follows, takes = "forgetful", SSD.follows, SSD.takes
+    backends, reference, state = SSD.backends, SSD.reference, SSD.state
+
+    def __init__(self, what):
+        self.what = what
+
+    def scan(self, inputs, gates, span, **settings):
+        y, carry = SSD.scan(inputs, gates, span, **settings)
+        if self.what == "outputs":
+            y = y + 1e-6
+        elif self.what == "states":
+            carry.state = carry.state * 1.001
+        elif self.what == "positions":
+            carry.position = carry.position + 1
+        return y, carry
+
+
+@pytest.mark.parametrize("what", ["outputs", "states", "positions"])
+def test_the_contract_finds(what):
+    with pytest.raises(AssertionError, match=what):
+        contract.check_backend(Forgetful(what), "torch", PLAIN, stepped=True)
+
+
+def test_the_contract_finds_what_is_not_refused():
+    """A recurrence that says it does not follow caps, and reads on."""
+    lax = Forgetful(None)
+    lax.follows = SSD.follows - {"caps"}
+    with pytest.raises(AssertionError, match="does not refuse"):
+        contract.check_backend(lax, "torch", contract.POLICIES["caps"], stepped=True)
+
+
+def test_inputs_by_name():
+    drawn = contract.stream(stepped=True)
+    x, B, C = (t[:, 2:5] for t in (drawn.inputs.x, drawn.inputs.B, drawn.inputs.C))
+    part = drawn.part(2, 5)
+    assert isinstance(part.inputs, ScanInputs) and isinstance(part.gates, SteppedGates)
+    assert all(torch.equal(a, b) for a, b in zip((x, B, C), (part.inputs.x, part.inputs.B, part.inputs.C)))
