@@ -99,10 +99,10 @@ def learning(learner: nn.Module, model: Any, segment: int = 0) -> Learn:
     """learner: the model's, wrapped or not. segment: tokens, or 0 for all of a sequence."""
 
     def learn(ids: Tensor) -> None:
-        part = MicroBatch.of(Batch(ids, torch.zeros_like(ids[:, 1:], dtype=torch.bool)))
+        rows = MicroBatch.of(Batch(ids, torch.zeros_like(ids[:, 1:], dtype=torch.bool)))
         passing = PassingConfig(segment, bptt=0) if segment else None
         start = model.new_cache(len(ids)) if segment else None
-        accumulate(learner, part, passing, start, 0.0, lambda: torch.autocast(ids.device.type, torch.bfloat16))
+        accumulate(learner, rows, passing, start, 0.0, lambda: torch.autocast(ids.device.type, torch.bfloat16))
 
     return learn
 

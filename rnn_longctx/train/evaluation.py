@@ -86,8 +86,8 @@ def _scores(model: LanguageModel, task: Task, examples: Sequence[Example], token
     likeliest = torch.zeros_like(ids)  # the likeliest token in the place of every answer
     for position, hidden, targets in stream_targets(model, ids, segment=SEGMENT):
         places = slice(position + 1, position + 1 + targets.shape[1])
-        asked = answers[:, places]
-        likeliest[:, places][asked] = model.logits(hidden[asked]).argmax(-1)
+        here = answers[:, places]
+        likeliest[:, places][here] = model.logits(hidden[here]).argmax(-1)
     for tokens, example in zip(likeliest.cpu().numpy(), examples, strict=True):
         yield task.right(tokens[example.answers], example, tokenizer)
 

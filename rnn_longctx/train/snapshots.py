@@ -97,14 +97,15 @@ class Log:
     """
 
     def __init__(self, path: Path, step: int, columns: Sequence[str] = COLUMNS, **missing: object):
-        self.columns, kept = columns, []
+        self.columns, rows_before = columns, []
         if path.is_file():
             with path.open(newline="", encoding="utf-8", errors="replace") as file:
                 head, *rows = [*csv.reader(file)] or [[]]
-            found = [dict(zip(head, row)) for row in rows if len(row) == len(head) and row[0].isdigit()]
-            kept = [[str((missing | row)[c]) for c in columns] for row in found if int(row[columns[0]]) <= step]
+            records = [dict(zip(head, row)) for row in rows if len(row) == len(head) and row[0].isdigit()]
+            records = [record for record in records if int(record[columns[0]]) <= step]
+            rows_before = [[str((missing | record)[c]) for c in columns] for record in records]
         text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows([columns, *kept])
+        csv.writer(text, lineterminator="\n").writerows([columns, *rows_before])
         write_atomic(path, text.getvalue().encode())
         self._path, self._file = path, path.open("a", newline="", encoding="utf-8")
 
