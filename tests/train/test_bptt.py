@@ -20,6 +20,7 @@ from rnn_longctx.data import ByteTokenizer
 from rnn_longctx.errors import InputError
 from rnn_longctx.models import checkpoint
 from rnn_longctx.models.cache import Cache
+from rnn_longctx.models.checkpoint.tokenizer import LazyTokenizer
 from rnn_longctx.models.lm import Mamba2LM
 from rnn_longctx.tasks.passkey import training_sequence
 from rnn_longctx.train import TrainConfig, train
@@ -347,7 +348,7 @@ def test_mistakes_of_a_start(config: TrainConfig, tmp_path: Path) -> None:
         train(replace(config, init=str(tmp_path / "nowhere")))
     assert "\n" not in str(error.value) and not Path(config.out).exists()
     model = Mamba2LM(TINY)
-    model.tokenizer = checkpoint.LazyTokenizer("somewhere/else", "it", 256)
+    model.tokenizer = LazyTokenizer("somewhere/else", "it", 256)
     checkpoint.save(model, tmp_path / "else")
     with pytest.raises(InputError, match=r"data\.tokenizer: bytes, but that is not what .*; set data\.tokenizer="):
         train(replace(config, init=str(tmp_path / "else")))
