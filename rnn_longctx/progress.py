@@ -12,6 +12,11 @@ def silent(line: str) -> None:
     """Say nothing: what a function of the library does unless it is given another `say`."""
 
 
+def to_stdout(line: str) -> None:
+    """Write a line at once where a program's output goes: what training says is its output."""
+    print(line, flush=True)
+
+
 def to_stderr(line: str) -> None:
     """Write a line at once, beside the output that a program hands on."""
     print(line, file=sys.stderr, flush=True)

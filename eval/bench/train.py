@@ -109,10 +109,10 @@ def learning(learner: nn.Module, model: Any, segment: int = 0) -> Learn:
     """Return a function that learns. learner: the model's, wrapped or not. segment: tokens, 0 for a whole sequence."""
 
     def learn(ids: Tensor) -> None:
-        batch = MicroBatch.of(Batch(ids, torch.zeros_like(ids[:, 1:], dtype=torch.bool)))
+        rows = MicroBatch.of(Batch(ids, torch.zeros_like(ids[:, 1:], dtype=torch.bool)))
         passing = PassingConfig(segment, bptt=0) if segment else None
         start = model.new_cache(len(ids)) if segment else None
-        accumulate(learner, batch, passing, start, 0.0, lambda: torch.autocast(ids.device.type, torch.bfloat16))
+        accumulate(learner, rows, passing, start, 0.0, lambda: torch.autocast(ids.device.type, torch.bfloat16))
 
     return learn
 

@@ -103,7 +103,7 @@ class DataConfig:
             _check_weight(self.answer_weight)
             if self.mix is None:
                 raise InputError("answer_weight: goes with mix; without it, give passkey.answer_weight")
-        weights = [part.weight for part in self.parts]
+        weights = [text.weight for text in self.parts]
         if None in weights and len({*weights}) > 1:
             raise InputError(f"text: {self.parts[weights.index(None)].source} has no weight, but another text has")
         if None not in weights and not any(weights):
@@ -111,7 +111,7 @@ class DataConfig:
 
     @property
     def parts(self) -> list[MixedText]:
-        return [MixedText(part) if isinstance(part, str) else part for part in self.text]
+        return [MixedText(text) if isinstance(text, str) else text for text in self.text]
 
     @property
     def mixed(self) -> list[MixedTask]:
@@ -293,7 +293,7 @@ class TrainConfig:
             raise InputError(f"train_length: expected a positive number, got {shortest}")
         if self.export_every is not None and self.export_every < 1:
             raise InputError(f"export_every: expected a positive number, got {self.export_every}")
-        if "stdlib" in [part.source for part in self.data.parts]:
+        if "stdlib" in [text.source for text in self.data.parts]:
             raise InputError("data.text: stdlib is the evaluation text and is never trained on; use site-packages")
         if self.passing is not None and self.passing.segment > shortest:
             raise InputError(f"passing.segment: {self.passing.segment} is longer than train_length {shortest}")
@@ -329,20 +329,20 @@ class TrainConfig:
 def spelled_out(settings: Sequence[str]) -> list[str]:
     """Settings of the command line with two short forms written out: `model=demo` is a checkpoint to start from
     (`init`), and its shape the model's; `data=texts/` is what to train on (`data.text`), the rest of `data` stays."""
-    found = []
+    written = []
     for item in settings:
-        key, equals, value = (part.strip() for part in item.partition("="))
+        key, equals, value = (piece.strip() for piece in item.partition("="))
         try:
-            given = yaml.safe_load(value)
+            parsed = yaml.safe_load(value)
         except yaml.YAMLError:
-            given = None  # whoever reads the settings says so
-        if key == "model" and isinstance(given, str):
-            found += ["model=null", f"init{equals}{value}"]
-        elif key == "data" and isinstance(given, str | list):
-            found.append(f"data.text{equals}{value}")
+            parsed = None  # whoever reads the settings says so
+        if key == "model" and isinstance(parsed, str):
+            written += ["model=null", f"init{equals}{value}"]
+        elif key == "data" and isinstance(parsed, str | list):
+            written.append(f"data.text{equals}{value}")
         else:
-            found.append(item)
-    return found
+            written.append(item)
+    return written
 
 
 def _check_weight(weight: float) -> None:
@@ -353,7 +353,7 @@ def _check_weight(weight: float) -> None:
 def _stages(schedule: str) -> list[tuple[int, int]]:
     """ "4k:200,16k:300" to (tokens, steps) each."""
     try:
-        parts = [part.split(":") for part in schedule.split(",")]
+        parts = [stage.split(":") for stage in schedule.split(",")]
         return [(parse_length(length), parse_length(steps)) for length, steps in parts]
     except ValueError:  # of an InputError, or of parts that are not two
         expected = "expected a length, or tokens:steps of each stage as in 4k:200,16k:300"

@@ -17,6 +17,7 @@ import torch
 from rnn_longctx.data import Shard, Source, Text, Tokenizer, load_text, open_streamed, stored
 from rnn_longctx.data.text import GOLDEN
 from rnn_longctx.errors import InputError
+from rnn_longctx.progress import Say, silent
 from rnn_longctx.train.config import DataConfig, MixedText, TrainConfig
 from rnn_longctx.train.mix import place, rows_with_examples
 
@@ -26,10 +27,15 @@ LEGS = 512  # a mixture's rows that go on from their last stream begin anew afte
 
 @dataclass(frozen=True)
 class Batch:
-    """`ids` (B, T + 1) int64: inputs are ids[:, :-1], targets ids[:, 1:]; `answer` (B, T) bool marks the
-    targets that are passkey answers; `carried` (B) bool, of a run that passes states on, the rows that go on from the
-    state their last stream ended with; `reset` (B, T) bool, the inputs that begin a document, if the state is dropped
-    there; `counted` (B, T) bool, the targets whose loss counts, if some do not: others are 0 in the mean over all."""
+    """The sequences of one step.
+
+    Attributes:
+        ids: (B, T + 1) int64; inputs are ids[:, :-1], targets ids[:, 1:].
+        answer: (B, T) bool, the targets that are answers of examples.
+        carried: (B) bool, of a run that passes states on: the rows that go on from what their last stream ended with.
+        reset: (B, T) bool, the inputs that begin a document, if the state is dropped there.
+        counted: (B, T) bool, the targets whose loss counts, if some do not: others are 0 in the mean over all.
+    """
 
     ids: torch.Tensor
     answer: torch.Tensor
@@ -38,15 +44,20 @@ class Batch:
     counted: torch.Tensor | None = None
 
     def rows(self, rows: slice) -> Batch:
-        """Some of its rows, such as a rank's."""
+        """Return some of its rows, such as a rank's."""
         optional = (None if t is None else t[rows] for t in (self.carried, self.reset, self.counted))
         return Batch(self.ids[rows], self.answer[rows], *optional)
 
 
 @dataclass
 class Corpus:
-    """A token array for each text trained on, or one of all where they have no weights and are held, and one held out,
-    uint8 for bytes and int32 otherwise; what is in them; and the share of the rows that each is drawn for."""
+    """The tokens of the texts, uint8 for bytes and int32 otherwise.
+
+    Attributes:
+        sources: an array for each text trained on, or one of all where they have no weights and are held.
+        held_out: never trained on.
+        shares: of the rows that each source is drawn for.
+    """
 
     sources: list[torch.Tensor]
     held_out: torch.Tensor
@@ -57,26 +68,26 @@ class Corpus:
     device: torch.device | str = "cpu"
 
     def to(self, device: torch.device) -> Corpus:
-        """What is held moves; what is mapped stays, and its rows move."""
+        """Return the corpus on a device: what is held moves; what is mapped stays, and its rows move."""
         sources = [tokens if i in self.mapped else tokens.to(device) for i, tokens in enumerate(self.sources)]
         return replace(self, sources=sources, held_out=self.held_out.to(device), device=device)
 
     @property
     def train(self) -> torch.Tensor:
-        """The training tokens of a corpus that is one array."""
+        """Return the training tokens of a corpus that is one array."""
         (only,) = self.sources
         return only
 
     def __len__(self) -> int:
-        """Tokens to train on."""
+        """Return the number of tokens to train on."""
         return sum(map(len, self.sources))
 
     def batch(self, config: TrainConfig, step: int) -> Batch:
-        """Random windows of the text; some rows end in a passkey prompt (before it: text, then end of
-        document). `config` is that of one stage (`TrainConfig.at`).
+        """Return the batch of a step: random windows of the text, some of which end in an example of a task (before
+        it: text, then end of document). `config` is that of one stage (`TrainConfig.at`).
 
         Where rows go on from their last stream (`passing.start: previous`), a row reads the text in order instead, from
-        a random place of its own and on from the text's beginning at its end; any rows may then end in a prompt. Of
+        a random place of its own and on from the text's beginning at its end; any rows may then end in an example. Of
         several texts, such a row reads one for as long as it goes on, and then one drawn anew."""
         assert isinstance(config.train_length, int)
         rng = np.random.default_rng([config.seed, step])
@@ -84,16 +95,16 @@ class Corpus:
         follows = config.passing is not None and config.passing.start == "previous"
         chosen, carried = np.zeros(size, dtype=np.int64), None
         if len(self.sources) > 1:
-            chosen, found, carried = (self._legs if follows else self._drawn)(config, step, rng)
+            chosen, places, carried = (self._legs if follows else self._drawn)(config, step, rng)
         elif follows:
-            places = np.random.default_rng([config.seed, 0, 1]).integers(0, len(self.train), size)
-            found = places + step * config.train_length
+            begun = np.random.default_rng([config.seed, 0, 1]).integers(0, len(self.train), size)
+            places = begun + step * config.train_length
         else:
-            found = rng.integers(0, len(self.train) - length + 1, size)
+            places = rng.integers(0, len(self.train) - length + 1, size)
         examples = place(config.data, self.tokenizer, rng, (size, length), shuffled=follows)
         answer = np.zeros((size, length), dtype=bool)
         answer[examples.rows] = examples.answers
-        ids = self._read(chosen, found, length)
+        ids = self._read(chosen, places, length)
         if len(examples.rows):
             text, tokens = (torch.from_numpy(array).to(self.device) for array in (examples.text, examples.ids))
             ids[examples.rows] = torch.where(text, ids[examples.rows], tokens)
@@ -114,34 +125,34 @@ class Corpus:
             reset = ended.roll(1, 1)
             reset[:, 0] = False
             if follows:  # the token before: the text's, or the end of the prompt that the last stream ended with
-                reset[:, 0] = self._read(chosen, found - 1, 1)[:, 0] == self.tokenizer.eos_id
+                reset[:, 0] = self._read(chosen, places - 1, 1)[:, 0] == self.tokenizer.eos_id
                 if step:
                     last = np.random.default_rng([config.seed, step - 1])
                     for rows in rows_with_examples(config.data, last, size, shuffled=True):
                         reset[rows, 0] = True
         return replace(batch, reset=reset, counted=~ended if config.data.mask_first else None)
 
-    def _read(self, chosen: np.ndarray, found: np.ndarray, length: int) -> torch.Tensor:
-        """Windows (B, length) int64 of the sources `chosen` (B), from the places `found` (B) on, round their ends."""
+    def _read(self, chosen: np.ndarray, places: np.ndarray, length: int) -> torch.Tensor:
+        """Return windows (B, length) int64 of the sources `chosen` (B), from the places (B) on, round their ends."""
         ids = torch.empty(len(chosen), length, dtype=torch.int64, device=self.device)
         for i, tokens in enumerate(self.sources):
             rows = np.flatnonzero(chosen == i)
             if len(rows):
-                starts = torch.from_numpy(found[rows]).to(tokens.device)
-                places = (starts[:, None] + torch.arange(length, device=tokens.device)) % len(tokens)
-                ids[torch.from_numpy(rows).to(self.device)] = tokens[places].long().to(self.device)
+                starts = torch.from_numpy(places[rows]).to(tokens.device)
+                windows = (starts[:, None] + torch.arange(length, device=tokens.device)) % len(tokens)
+                ids[torch.from_numpy(rows).to(self.device)] = tokens[windows].long().to(self.device)
         return ids
 
     def _source(self, config: TrainConfig, step: np.ndarray, row: np.ndarray) -> np.ndarray:
-        """The source of row `row` in step `step`: a golden-ratio sequence over all rows of the run, so that the shares
-        hold over any stretch of it."""
+        """Return the source of row `row` in step `step`: a golden-ratio sequence over all rows of the run, so that the
+        shares hold over any stretch of it."""
         offset = np.random.default_rng([config.seed, 0, 2]).random()
         edges = np.cumsum(self.shares)
         at = (offset + (step * config.batch_size + row) * GOLDEN) % 1.0
         return np.searchsorted(edges[:-1] / edges[-1], at, side="right")
 
     def _drawn(self, config: TrainConfig, step: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, None]:
-        """Each row a source, and a window that lies in it."""
+        """Draw for each row a source, and a window that lies in it."""
         chosen = self._source(config, np.array(step), np.arange(config.batch_size))
         room = np.array([len(tokens) - config.longest for tokens in self.sources])[chosen]
         return chosen, rng.integers(0, room), None
@@ -149,7 +160,8 @@ class Corpus:
     def _legs(
         self, config: TrainConfig, step: int, rng: np.random.Generator
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Each row a source, the place where it reads on, and whether it does: else it begins at a place drawn anew."""
+        """Return of each row its source, the place where it reads on, and whether it does: else it begins at a place
+        drawn anew."""
         assert config.passing is not None and isinstance(config.train_length, int)
         size, first = config.batch_size, step - step % LEGS
         goes_on = _goes_on(config.seed, first, size) < config.passing.carry
@@ -163,8 +175,7 @@ class Corpus:
         return chosen, places, seen[-1]
 
     def validation(self, length: int, batch_size: int, most: int = 1024) -> Iterator[torch.Tensor]:
-        """Disjoint windows (<= batch_size, length + 1) of the held-out text, evenly spread, at most
-        `most`."""
+        """Yield disjoint windows (<= batch_size, length + 1) of the held-out text, evenly spread, at most `most`."""
         fit = len(self.held_out) // (length + 1)
         chosen = np.unique(np.linspace(0, max(0, fit - 1), min(fit, most)).astype(np.int64))
         for i in range(0, len(chosen), batch_size):
@@ -174,11 +185,11 @@ class Corpus:
 
 @lru_cache(2)
 def _goes_on(seed: int, first: int, size: int) -> np.ndarray:
-    """Drawn for whether each row goes on, (LEGS, B), of the steps from `first` on."""
+    """Return what is drawn for whether each row goes on, (LEGS, B), of the steps from `first` on."""
     return np.random.default_rng([seed, first, 4]).random((LEGS, size))
 
 
-def load_corpus(config: DataConfig, tokenizer: Tokenizer, length: int) -> Corpus:
+def load_corpus(config: DataConfig, tokenizer: Tokenizer, length: int, say: Say = silent) -> Corpus:
     """Read the texts, those that are streamed into stores of tokens. The last `held_out` share of each, whole documents
     where it has several, is kept for validation (of a stored one 16M tokens or little more).
 
@@ -193,8 +204,8 @@ def load_corpus(config: DataConfig, tokenizer: Tokenizer, length: int) -> Corpus
     held_out: list[torch.Tensor] = []
     texts: list[dict[str, str | int]] = []
     mapped = set()
-    for i, part in enumerate(config.parts):
-        text, source = _opened(part, config.min_document)
+    for i, entry in enumerate(config.parts):
+        text, source = _opened(entry, config.min_document)
         if source is None:
             assert text is not None
             cut = int(len(text) * (1 - config.held_out))
@@ -207,18 +218,18 @@ def load_corpus(config: DataConfig, tokenizer: Tokenizer, length: int) -> Corpus
             held_out.append(_encode(tokenizer, text.data[cut:] + b"\0"))
             texts.append({"name": text.name, "hash": text.hash, "bytes": len(text)})
         else:
-            found = stored(source, tokenizer, config.min_document, part.tokens, lambda line: print(line, flush=True))
-            tokens = torch.from_numpy(found.tokens)
-            cut = _cut(found.tokens, tokenizer.eos_id, config.held_out)
+            store = stored(source, tokenizer, config.min_document, entry.tokens, say)
+            tokens = torch.from_numpy(store.tokens)
+            cut = _cut(store.tokens, tokenizer.eos_id, config.held_out)
             train.append(tokens[:cut])
             held_out.append(tokens[cut:].clone())
-            texts.append({"name": source.name, "hash": found.hash, "bytes": found.bytes})
+            texts.append({"name": source.name, "hash": store.hash, "bytes": store.bytes})
             mapped.add(i)
-    weights = [part.weight for part in config.parts]
+    weights = [entry.weight for entry in config.parts]
     if not mapped and None in weights:
         train = [torch.cat(train)]
     shares = [float(len(tokens) if weight is None else weight) for tokens, weight in zip(train, weights)]
-    names = [part.source for part in config.parts] if len(train) > 1 else [", ".join(p.source for p in config.parts)]
+    names = [entry.source for entry in config.parts] if len(train) > 1 else [", ".join(p.source for p in config.parts)]
     for name, tokens, share in zip(names, train, shares, strict=True):
         if share and len(tokens) < length + 1:
             held = f"; {sum(map(len, held_out))} are held out, whole documents: see data.held_out" if held_out else ""
@@ -227,18 +238,20 @@ def load_corpus(config: DataConfig, tokenizer: Tokenizer, length: int) -> Corpus
     return Corpus(train, torch.cat(held_out), texts, tokenizer, shares, frozenset(mapped))
 
 
-def _opened(part: MixedText, min_document: int) -> tuple[Text | None, Source | None]:
-    """A text that is held, or a source to store: what is streamed, and a text of which some documents are left out."""
-    if (source := open_streamed(part.source)) is not None:
+def _opened(entry: MixedText, min_document: int) -> tuple[Text | None, Source | None]:
+    """Return a text that is held, or a source to store: what is streamed, and a text of which some documents are left
+    out."""
+    if (source := open_streamed(entry.source)) is not None:
         return None, source
-    text = load_text(part.source)
-    if not (min_document or part.tokens):
+    text = load_text(entry.source)
+    if not (min_document or entry.tokens):
         return text, None
     return None, Source(text.name, f"{text.name} {text.hash}", [Shard(text.hash, text.documents)])
 
 
 def _cut(tokens: np.ndarray, eos: int | None, held_out: float) -> int:
-    """Where the held-out documents begin: after the last end of document that leaves the share, if there is one."""
+    """Return where the held-out documents begin: after the last end of document that leaves the share, if there is
+    one."""
     cut = stop = len(tokens) - min(int(len(tokens) * held_out), HELD_OUT)
     while held_out and eos is not None and stop > 0:
         start = max(0, stop - 2**20)

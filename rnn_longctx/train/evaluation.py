@@ -18,6 +18,7 @@ from rnn_longctx.measure.answers import would_say
 from rnn_longctx.measure.stream import stream_losses, stream_targets
 from rnn_longctx.models.interface import LanguageModel
 from rnn_longctx.models.modes import in_evaluation
+from rnn_longctx.progress import Say, silent
 from rnn_longctx.tasks import Example, Task
 from rnn_longctx.train.autocast import Autocast
 from rnn_longctx.train.config import TrainConfig
@@ -85,8 +86,8 @@ def _scores(model: LanguageModel, task: Task, examples: Sequence[Example], token
     likeliest = torch.zeros_like(ids)  # the likeliest token in the place of every answer
     for position, hidden, targets in stream_targets(model, ids, segment=SEGMENT):
         places = slice(position + 1, position + 1 + targets.shape[1])
-        asked = answers[:, places]
-        likeliest[:, places][asked] = model.logits(hidden[asked]).argmax(-1)
+        here = answers[:, places]
+        likeliest[:, places][here] = model.logits(hidden[here]).argmax(-1)
     for tokens, example in zip(likeliest.cpu().numpy(), examples, strict=True):
         yield task.right(tokens[example.answers], example, tokenizer)
 
@@ -98,9 +99,9 @@ class Evaluation:
     """
 
     def __init__(self, config: TrainConfig, corpus: Corpus, model: LanguageModel, out: Path, autocast: Autocast,
-                 writers: Sequence[Write] = ()):  # fmt: skip
+                 writers: Sequence[Write] = (), say: Say = silent):  # fmt: skip
         assert config.evaluate is not None
-        self.writers = writers
+        self.writers, self.say = writers, say
         self.config, self.corpus, self.model, self.autocast = config, corpus, model, autocast
         self.settings, self.task = config.evaluate, measured_task(config.data.mixed)
         for length in self.settings.lengths:
@@ -128,7 +129,7 @@ class Evaluation:
                 log.write({"step": step, "tokens": tokens, "length": length, "loss": loss, "passkey": score})
                 for write in self.writers:
                     write({f"eval/loss_{length}": loss, f"eval/passkey_{length}": score}, step)
-                print(f"step {step} at {length} tokens: loss {loss:.4f} passkey {score:.2f}", flush=True)
+                self.say(f"step {step} at {length} tokens: loss {loss:.4f} passkey {score:.2f}")
         loss, n = sum(losses) / len(losses), len(scores)
         return [
             sum(scores) / n if self.settings.passkeys else 0.0,
@@ -146,7 +147,7 @@ class Evaluation:
             yield length, loss, score
 
 
-def stage_of(config: TrainConfig, state: RunState, loss: Callable[[], float]) -> int:
+def stage_of(config: TrainConfig, state: RunState, loss: Callable[[], float], say: Say = silent) -> int:
     """Return the stage of the step after `state.step`: `state.stage`, or the one after it where that is due and may
     begin.
 
@@ -167,9 +168,9 @@ def stage_of(config: TrainConfig, state: RunState, loss: Callable[[], float]) ->
     (first, _), (here, _), (there, _) = config.stages[0], config.stages[stage], config.stages[stage + 1]
     if not now <= WORSE * least:
         reason = f"held-out loss at {first} is {now:.4f}, more than 5% above {least:.4f}"
-        print(f"step {step}: stays at {here} tokens, not on to {there}: {reason}", flush=True)
+        say(f"step {step}: stays at {here} tokens, not on to {there}: {reason}")
         return stage
-    print(f"step {step}: on to {there} tokens; held-out loss at {first} is {now:.4f}", flush=True)
+    say(f"step {step}: on to {there} tokens; held-out loss at {first} is {now:.4f}")
     state.gate = min(now, least)
     return stage + 1
 

@@ -56,12 +56,12 @@ def _envelope(config: TrainConfig, corpus: Corpus, model: LM) -> dict[str, Any] 
 
 
 def _provenance(config: TrainConfig, corpus: Corpus, model: LM, metrics: dict[str, Any]) -> dict[str, Any]:
-    """What the finished model is made of, and what the one it was started from was. No paths: texts go by their
+    """Return what the finished model is made of, and what the one it was started from was. No paths: texts go by their
     canonical names."""
     recipe = {k: v for k, v in to_dict(config).items() if k not in ("out", "device", "licences")}
-    parts = [{k: v for k, v in to_dict(part).items() if v is not None} for part in config.data.parts]
-    named = [{**part, "source": t["name"]} for part, t in zip(parts, corpus.texts, strict=True)]
-    recipe["data"]["text"] = [part if len(part) > 1 else part["source"] for part in named]
+    entries = [{k: v for k, v in to_dict(text).items() if v is not None} for text in config.data.parts]
+    named = [{**entry, "source": t["name"]} for entry, t in zip(entries, corpus.texts, strict=True)]
+    recipe["data"]["text"] = [entry if len(entry) > 1 else entry["source"] for entry in named]
     others = [t["name"] for t in corpus.texts if t["name"] != "site-packages"]
     excluded = "Python's standard library: not in the training text, nor is any installed file that has more than "
     excluded += "20% of its longer lines in common with it"

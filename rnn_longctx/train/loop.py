@@ -7,9 +7,8 @@ Weights and optimizer state are float32; on CUDA the forward pass runs in bf16 a
 from __future__ import annotations
 
 import math
-import os
 import time
-from contextlib import ExitStack, closing, redirect_stdout
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,16 +21,17 @@ from torch import Tensor, nn
 from rnn_longctx.errors import InputError
 from rnn_longctx.loggers import Write, scalars
 from rnn_longctx.models.cache import Cache
+from rnn_longctx.progress import Say, to_stdout
 from rnn_longctx.train.bptt import MicroBatch, accumulate
 from rnn_longctx.train.carries import joined, rows_of
 from rnn_longctx.train.config import TrainConfig
+from rnn_longctx.train.console import progress
 from rnn_longctx.train.corpus import Batch
 from rnn_longctx.train.evaluation import Evaluation, final_metrics, late_loss, stage_of
 from rnn_longctx.train.export import export, keep_best
 from rnn_longctx.train.learner import Learner
 from rnn_longctx.train.optimizer import learning_rate, make_optimizer
 from rnn_longctx.train.prepare import Run, prepare
-from rnn_longctx.train.progress import progress
 from rnn_longctx.train.snapshots import Log, newest_snapshot, save_snapshot
 from rnn_longctx.train.starts import Starts, state_norms
 from rnn_longctx.train.state import RunState
@@ -47,23 +47,23 @@ class TrainingDiverged(RuntimeError):
     """20 steps in a row were skipped: see `fault`."""
 
 
-def train(config: TrainConfig) -> Path:
+def train(config: TrainConfig, say: Say = to_stdout) -> Path:
     """Train, or go on where a killed run of the same config stopped, and return the finished model's directory.
 
     `config.out` gets log.csv (losses in nats per token), snapshots/ and model/, and steps/STEP/ where models are to be
     kept on the way. With `config.evaluate` also eval.csv, last/, always the newest model, and best/, the one that
     answered most passkeys (of equals the one of least loss). Where `accelerate launch` or `torchrun` began several
-    processes they train as one (`rnn_longctx.train.team`); rank 0 writes, and all must see `out`. Raises InputError
-    (bad settings, a folder of another run, no text, no checkpoint to start from, no room to write) and
-    TrainingDiverged.
+    processes they train as one (`rnn_longctx.train.team`); rank 0 writes and speaks, and all must see `out`.
+
+    Raises:
+        InputError: bad settings, a folder of another run, no text, no checkpoint to start from, no room to write.
+        TrainingDiverged: see there.
     """
     if config.online is not None:
         raise InputError("online: is of text that arrives in a directory; name it with --stream, or set online=null")
     team = Team(config)
     with ExitStack() as stack:
-        if team.rank:  # rank 0 says it
-            stack.enter_context(redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
-        run = prepare(config, team, stack)
+        run = prepare(config, team, stack, say)
         writers: list[Write] = []
         team.first(lambda: writers.append(stack.enter_context(scalars(config.log_to, run.out, run.out.name))))
         Loop(run, writers).finish(stack)
@@ -77,10 +77,10 @@ def _save_finished(run: Run) -> None:
     whole = run.team.whole(run.model)
 
     def save() -> None:
-        print("measuring and saving the finished model", flush=True)
+        run.say("measuring and saving the finished model")
         metrics = final_metrics(run.config, run.corpus, whole.eval(), run.out, run.autocast)
         export(run.config, run.corpus, whole, run.out / "model", metrics)
-        print(" ".join(f"{k} {v:.4g}" for k, v in metrics.items() if v is not None), flush=True)
+        run.say(" ".join(f"{k} {v:.4g}" for k, v in metrics.items() if v is not None))
 
     run.team.first(save)
 
@@ -119,7 +119,7 @@ class Loop:
         self.state = _resume(run, self.optimizer, self.starts)
         self.evaluation = None
         if c.evaluate is not None:
-            self.evaluation = Evaluation(c, run.corpus, run.model, run.out, run.autocast, writers)
+            self.evaluation = Evaluation(c, run.corpus, run.model, run.out, run.autocast, writers, run.say)
 
     def finish(self, stack: ExitStack) -> None:
         """Make the steps that are left."""
@@ -132,7 +132,7 @@ class Loop:
         if team.rank == 0:
             log = Log(self.run.out / "log.csv", state.step, length=config.longest, **NOT_MEASURED)
             self.log = stack.enter_context(closing(log))
-            self.show_row, self.show_step = stack.enter_context(progress(config.steps, state.step))
+            self.show_row, self.show_step = stack.enter_context(progress(config.steps, state.step, self.run.say))
         while state.step < config.steps:
             update = self.step()
             self.record(update)
@@ -170,7 +170,7 @@ class Loop:
 
     def enter_stage(self) -> None:
         """Go on to the next stage where that is due and may begin."""
-        stage = stage_of(self.run.config, self.state, self.short_loss)
+        stage = stage_of(self.run.config, self.state, self.short_loss, self.run.say)
         if stage != self.state.stage:
             self.state.stage, self.state.recent = stage, []  # a longer stream's loss is another
             if self.starts is not None:
@@ -272,7 +272,7 @@ def fault(loss: float, norm: float, recent: list[float]) -> str | None:
 
 def _resume(run: Run, optimizer: torch.optim.Optimizer, starts: Starts | None) -> RunState:
     """Return what the newest snapshot says of the run; weights and the rest are put where they go."""
-    snapshot = newest_snapshot(run.out / "snapshots")
+    snapshot = newest_snapshot(run.out / "snapshots", say=run.say)
     step = -1 if snapshot is None else snapshot["state"]["step"]
     if run.team.first(lambda: step) != step:
         raise InputError(f"out: rank {run.team.rank} does not see the snapshots in {run.out} that rank 0 does")
@@ -283,7 +283,7 @@ def _resume(run: Run, optimizer: torch.optim.Optimizer, starts: Starts | None) -
     run.team.load(run.model, optimizer, snapshot)
     if starts is not None:
         starts.load_state_dict(snapshot["starts"])
-    print(f"resumed from step {step}", flush=True)
+    run.say(f"resumed from step {step}")
     # a snapshot of before there were stages does not say the tokens
     return RunState.from_dict({"tokens": step * run.config.batch_size * run.config.longest} | snapshot["state"])
 

@@ -72,7 +72,10 @@ def check_mix(data: DataConfig, tokenizer: Tokenizer, vocab_size: int) -> None:
     """Raise InputError where an example does not fit into the shortest length, which a run would meet at some step or
     other, or has ids that the model has not."""
     for mixed, name in zip(data.mixed, data.mixed_names, strict=True):
-        task = task_of(mixed)
+        try:
+            task = task_of(mixed)
+        except InputError as error:
+            raise InputError(f"{name}.task: {error}") from None
         if task.vocab_size is not None and task.vocab_size > vocab_size:
             raise InputError(f"{name}.task: {task} has {task.vocab_size} ids, and the model {vocab_size}")
         for seed in range(TRIES if mixed.fraction else 0):

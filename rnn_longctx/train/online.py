@@ -33,6 +33,7 @@ from rnn_longctx.config import home_path
 from rnn_longctx.data import Arrival, Arrivals, load_tokenizer
 from rnn_longctx.errors import InputError
 from rnn_longctx.loggers import Write, scalars
+from rnn_longctx.progress import Say, to_stdout
 from rnn_longctx.train.config import OnlineConfig, TrainConfig
 from rnn_longctx.train.evaluation import Evaluation, held_out_loss
 from rnn_longctx.train.export import export
@@ -49,7 +50,7 @@ SHOWN = 3  # files named on the console's line
 Figures = list[tuple[int, float, float]]  # of each length: tokens, loss, share of the passkeys
 
 
-def train_online(config: TrainConfig, stream: str | Path) -> Path:
+def train_online(config: TrainConfig, stream: str | Path, say: Say = to_stdout) -> Path:
     """Update the model on what arrives in `stream`, or go on where a run of the same config ended, until a file STOP
     is there and less than an update's text is left, or SIGINT or SIGTERM comes; returns the directory of the model.
 
@@ -73,7 +74,7 @@ def train_online(config: TrainConfig, stream: str | Path) -> Path:
     arrivals = Arrivals(stream, load_tokenizer(config.data.tokenizer))
     out = home_path(config.out)
     with ExitStack() as stack:
-        prepared = prepare(config, team, stack, online=True)
+        prepared = prepare(config, team, stack, say, online=True)
         write = stack.enter_context(scalars(config.log_to, out, out.name))
         stopping = stack.enter_context(_signals())
         run = Online(prepared, arrivals)
@@ -85,40 +86,48 @@ def train_online(config: TrainConfig, stream: str | Path) -> Path:
     return out / "last"
 
 
-def _follow(run: Online, arrivals: Arrivals, log: Log, write: Write, stopping: list[int]) -> None:
-    """Make updates until it is over."""
-    settings = run.settings
+def _follow(online: Online, arrivals: Arrivals, log: Log, write: Write, stopping: list[int]) -> None:
+    """Make updates until the stream or the run is stopped."""
+    settings = online.settings
     while not stopping:
         last, known = arrivals.stopped, len(arrivals.skipped)
         arrival = arrivals.take(settings.tokens)
         for name, reason in list(arrivals.skipped.items())[known:]:
-            print(f"skipped {_printable(name)}: {reason}", flush=True)
-            log.write(run.row("skipped", reason, _printable(name)))
+            online.run.say(f"skipped {_printable(name)}: {reason}")
+            log.write(online.row("skipped", reason, _printable(name)))
         if arrival is not None:
-            row = run.learn(arrival, stopping)
+            row = online.learn(arrival, stopping)
             if row is None:
                 break
             log.write(row)
-            run.settle(row)
-            write({f"online/{k}": v for k, v in row.items() if isinstance(v, float)}, run.update)
+            online.settle(row)
+            write({f"online/{k}": v for k, v in row.items() if isinstance(v, float)}, online.update)
         elif last:
             left = f"what is left is less than an update of {settings.tokens:,} tokens"
-            print(f"STOP after update {run.update}, of which {run.kept} were kept; {left}", flush=True)
+            online.run.say(f"STOP after update {online.update}, of which {online.kept} were kept; {left}")
             return
         else:
             _wait(settings.poll, stopping)
-    print(f"stopped after update {run.update}, of which {run.kept} were kept; the next run goes on there", flush=True)
+    stopped = f"stopped after update {online.update}, of which {online.kept} were kept"
+    online.run.say(f"{stopped}; the next run goes on there")
 
 
 @dataclass
 class Online:
-    """A run between two decisions. `best`: of each length, the least loss and the most passkeys of the models kept."""
+    """A run between two decisions.
+
+    Attributes:
+        update: the number of the last one that was decided on.
+        kept: how many were kept.
+        tokens: in the updates kept.
+        best: of each length, the least loss and the most passkeys of the models kept.
+    """
 
     run: Run
     arrivals: Arrivals
     update: int = 0
     kept: int = 0
-    tokens: int = 0  # in the updates kept
+    tokens: int = 0
     best: Figures = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -132,38 +141,39 @@ class Online:
         self.columns = [*COLUMNS, *(f"{name}_{n}" for n in lengths for name in ("loss", "passkey"))]
 
     def begin(self) -> None:
-        """Where the newest snapshot was; without one, the model as it is, measured."""
+        """Go on where the newest snapshot was; without one, measure the model as it is."""
         if self._restored():
-            print(f"goes on after update {self.update}, of which {self.kept} were kept", flush=True)
+            self.run.say(f"goes on after update {self.update}, of which {self.kept} were kept")
         else:
             self.best = list(self.evaluation.measure())
             self._save()
         self._publish()  # a process may have died between a snapshot and this
 
     def log_start(self, log: Log) -> None:
-        print(f"start: {_spoken(self.best)}", flush=True)
+        self.run.say(f"start: {_spoken(self.best)}")
         log.write(self.row("start", figures=self.best) | {"update": 0})
 
     def row(self, decision: str, reason: str = "", text: str = "", figures: Figures | None = None,
-            **found: Any) -> dict[str, Any]:  # fmt: skip
-        """A row of online.csv of the update at hand; what was not measured is empty."""
-        row = dict.fromkeys(self.columns, "") | {"update": self.update + 1, "decision": decision} | found
+            **measured: Any) -> dict[str, Any]:  # fmt: skip
+        """Return a row of online.csv of the update at hand; what was not measured is empty."""
+        row = dict.fromkeys(self.columns, "") | {"update": self.update + 1, "decision": decision} | measured
         for length, loss, passkey in figures or []:
             row |= {f"loss_{length}": loss, f"passkey_{length}": passkey}
         return row | {"reason": reason, "text": text}
 
     def learn(self, arrival: Arrival, stopping: list[int]) -> dict[str, Any] | None:
-        """Train on what arrived and decide; None if it was asked to stop meanwhile. Nothing on disk changes."""
+        """Train on what arrived and decide. Return the row, or None where a signal came meanwhile. Nothing on disk
+        changes."""
         number = self.update + 1
         cut = math.floor(len(arrival.ids) * (1 - self.settings.held_out))
         ids = torch.from_numpy(arrival.ids).to(self.team.device)
-        before = self._own_loss(ids[cut:])
+        before = self._new_loss(ids[cut:])
         losses, reason = self._train(ids[:cut], number, stopping)
         if losses is None:
             return None
         figures, after = None, math.nan
         if reason is None:
-            figures, after = list(self.evaluation.measure()), self._own_loss(ids[cut:])
+            figures, after = list(self.evaluation.measure()), self._new_loss(ids[cut:])
             reason = refusal(figures, self.best, before, after, self.settings)
         decision = "kept" if reason is None else "refused"
         spans = [f"{_printable(name)} {start}-{stop}" for name, start, stop in arrival.spans]
@@ -178,7 +188,7 @@ class Online:
         more = f" and {len(spans) - SHOWN} files more" if len(spans) > SHOWN else ""
         line = f"update {number} {decision}: {len(arrival.ids):,} tokens ({', '.join(spans[:SHOWN])}{more}); "
         line += f"loss on their held-out share {before:.4f} before, {after:.4f} after; {_spoken(figures or [])}"
-        print(line + (f"; {reason}" if reason else ""), flush=True)
+        self.run.say(line + (f"; {reason}" if reason else ""))
         train_loss = sum(losses) / len(losses) if losses else math.nan
         return self.row(decision, reason or "", "; ".join(spans), figures, tokens=len(arrival.ids),
                         train_loss=train_loss, new_before=before, new_after=after)  # fmt: skip
@@ -197,7 +207,7 @@ class Online:
             self._publish()
 
     def _train(self, new: torch.Tensor, number: int, stopping: list[int]) -> tuple[list[float] | None, str | None]:
-        """Losses of the steps, and why they are worth nothing if so; no losses if it was asked to stop."""
+        """Return the losses of the steps, and why they are worth nothing if so; no losses where a signal came."""
         c, share = self.config, 1 - self.settings.replay
         # What passes from row to row, and what a row is, begins anew with each update, by numbers of its own.
         seed = int(np.random.SeedSequence([c.seed, number]).generate_state(1)[0])
@@ -217,9 +227,9 @@ class Online:
             if stopping:
                 return None, None
             self.optimizer.zero_grad(set_to_none=True)
-            _, found, final = backward(run, c, learner, starts, step)
+            _, of_batch, final = backward(run, c, learner, starts, step)
             norm = nn.utils.clip_grad_norm_(self.model.parameters(), c.optimizer.clip)
-            loss, _, size = self.team.agreed(found, norm)
+            loss, _, size = self.team.agreed(of_batch, norm)
             if (bad := fault(loss, size, [])) is not None:
                 return losses, f"step {step + 1}: loss or gradient {bad}"
             self.optimizer.step()
@@ -230,8 +240,8 @@ class Online:
         self.model.eval()
         return losses, None
 
-    def _own_loss(self, ids: torch.Tensor) -> float:
-        """Of the last of the new text, in windows of at most train_length."""
+    def _new_loss(self, ids: torch.Tensor) -> float:
+        """Return the loss of the last of the new text, in windows of at most train_length."""
         self.model.eval()
         length = min(self.config.longest, len(ids) - 1)
         return held_out_loss(
@@ -246,8 +256,8 @@ class Online:
         save_snapshot(self.run.out / "snapshots", self.update, parts)
 
     def _restored(self) -> bool:
-        """Go to the newest snapshot, if there is one."""
-        snapshot = newest_snapshot(self.run.out / "snapshots")
+        """Go to the newest snapshot. Return whether there is one."""
+        snapshot = newest_snapshot(self.run.out / "snapshots", say=self.run.say)
         if snapshot is None:
             return False
         if snapshot["texts"] != self.run.text_hashes:
@@ -264,7 +274,7 @@ class Online:
 
 
 def refusal(figures: Figures, best: Figures, before: float, after: float, settings: OnlineConfig) -> str | None:
-    """Why an update is undone, or None. before, after: the loss of the new text's last part."""
+    """Return why an update is undone, or None. before, after: the loss of the new text's last part."""
     for (length, loss, passkey), (_, least, most) in zip(figures, best, strict=True):
         if not loss <= least + settings.loss_tolerance:
             return f"the loss at {length} tokens was {least:.4f}"
@@ -278,19 +288,19 @@ def refusal(figures: Figures, best: Figures, before: float, after: float, settin
 @contextmanager
 def _signals() -> Iterator[list[int]]:
     """Inside, the signals that asked to stop; a second of a kind does what it always does."""
-    asked: list[int] = []
+    received: list[int] = []
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     if threading.current_thread() is not threading.main_thread():  # Python lets no other ask
         before = {}
 
     def ask(number: int, frame: object) -> None:
-        asked.append(number)
+        received.append(number)
         signal.signal(number, before[signal.Signals(number)])
 
     for number in before:
         signal.signal(number, ask)
     try:
-        yield asked
+        yield received
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

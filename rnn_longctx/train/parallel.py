@@ -1,9 +1,9 @@
 """One context over several ranks, to train on sequences whose activations no single GPU holds, or to read one sooner.
 
     dist.init_process_group("nccl")  # gloo on CPUs; every rank has the same model
-    own, targets = shard(ids)        # ids (B, T + 1), the same on every rank: this rank's stretch, and what follows it
+    ids_here, targets = shard(ids)   # ids (B, T + 1), the same on every rank: this rank's tokens, and what follows them
     with sequence_parallel(model):
-        hidden = model(own)
+        hidden = model(ids_here)
         loss = model.losses(hidden, targets).sum() / ids[:, 1:].numel()
         loss.backward()              # on every rank
     reduce_gradients(model)          # now those of one rank that read all of it
@@ -12,8 +12,8 @@ Without gradients, a stream longer than fits at once is several calls with one c
 
     cache = model.new_cache()
     with torch.inference_mode(), sequence_parallel(model):
-        for part in ids.tensor_split(calls, 1):
-            hidden = model(part[:, stretch(part.shape[1])], cache)
+        for piece in ids.tensor_split(calls, 1):
+            hidden = model(piece[:, stretch(piece.shape[1])], cache)
 
 Afterwards every rank has the cache of the whole stream, and can go on from it alone. Gradients flow through a cache,
 too, unless it is detached. How the ranks work together: `recurrence.ssd.parallel`. The method is that of
@@ -46,8 +46,8 @@ def stretch(length: int, group: dist.ProcessGroup | None = None) -> slice:
 def shard(ids: Tensor, group: dist.ProcessGroup | None = None) -> tuple[Tensor, Tensor]:
     """This rank's tokens of ids (B, T + 1), all but the last of which are read, and its targets, the token after each:
     both (B, T / R or one more). The last target of a rank is the first token of the next."""
-    own = stretch(ids.shape[1] - 1, group)
-    return ids[:, own], ids[:, own.start + 1 : own.stop + 1]
+    tokens = stretch(ids.shape[1] - 1, group)
+    return ids[:, tokens], ids[:, tokens.start + 1 : tokens.stop + 1]
 
 
 def least_tokens(model: LM) -> int:

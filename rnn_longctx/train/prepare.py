@@ -17,6 +17,7 @@ from rnn_longctx.mitigations import fold
 from rnn_longctx.models import checkpoint
 from rnn_longctx.models.checkpoint.layouts import check_layout
 from rnn_longctx.models.lm import LM
+from rnn_longctx.progress import Say, silent
 from rnn_longctx.train.autocast import autocast
 from rnn_longctx.train.config import TrainConfig
 from rnn_longctx.train.corpus import Corpus, load_corpus
@@ -38,12 +39,14 @@ class Run:
     Attributes:
         config: with the shape of the model.
         model: on the team's device.
+        say: what rank 0 speaks of progress with; the others say nothing.
     """
 
     config: TrainConfig
     corpus: Corpus
     model: LM
     team: Team
+    say: Say
 
     @property
     def out(self) -> Path:
@@ -57,11 +60,12 @@ class Run:
         return autocast(self.config, self.team.device)
 
 
-def prepare(config: TrainConfig, team: Team, stack: ExitStack, online: bool = False) -> Run:
+def prepare(config: TrainConfig, team: Team, stack: ExitStack, say: Say, online: bool = False) -> Run:
     """Return what is to be trained; its folder is claimed until the stack ends. Raises InputError, as `train` does."""
     if team.device.type == "cuda":  # graphs and streams are made on the current card, and PyTorch keeps the first one's
         stack.enter_context(torch.cuda.device(team.device))
         torch.cuda.graph.default_capture_stream = None
+    say = silent if team.rank else say
     for kind in config.log_to if team.rank == 0 else []:  # before a text is read for hours
         library(kind)
     tokenizer = load_tokenizer(config.data.tokenizer)
@@ -76,12 +80,12 @@ def prepare(config: TrainConfig, team: Team, stack: ExitStack, online: bool = Fa
     if started is not None and config.mitigation is not None:
         _fold(started, config.mitigation)
     team.first(lambda: _claim(config, stack, online))
-    corpus = _read_text(config, tokenizer, team)
+    corpus = _read_text(config, tokenizer, team, say)
     torch.manual_seed(config.seed)
     assert config.model is not None
     model = LM(config.model).to(team.device) if started is None else started
     model.train_length, model.name, model.tokenizer = config.longest, home_path(config.out).name, tokenizer
-    return Run(config, corpus, model, team)
+    return Run(config, corpus, model, team, say)
 
 
 def _claim(config: TrainConfig, stack: ExitStack, online: bool) -> None:
@@ -93,13 +97,13 @@ def _claim(config: TrainConfig, stack: ExitStack, online: bool) -> None:
     stack.enter_context(held(out))
 
 
-def _read_text(config: TrainConfig, tokenizer: Tokenizer, team: Team) -> Corpus:
-    print("reading the text", flush=True)
+def _read_text(config: TrainConfig, tokenizer: Tokenizer, team: Team, say: Say) -> Corpus:
+    say("reading the text")
     began = time.monotonic()
-    corpus = load_corpus(config.data, tokenizer, config.longest)
+    corpus = load_corpus(config.data, tokenizer, config.longest, say)
     names = ", ".join(f"{t['name']} ({t['hash']})" for t in corpus.texts)
     sizes = f"{len(corpus):,} tokens and {len(corpus.held_out):,} held out"
-    print(f"text: {names}: {sizes}, in {time.monotonic() - began:.0f} s", flush=True)
+    say(f"text: {names}: {sizes}, in {time.monotonic() - began:.0f} s")
     if team.first(lambda: names) != names:  # of another machine: each rank takes its rows of what it reads itself
         raise InputError(f"data.text: rank {team.rank} reads {names}, and that is not what rank 0 reads")
     if len(config.stages) > 1 and len(corpus.held_out) <= config.stages[0][0]:

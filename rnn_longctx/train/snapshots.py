@@ -1,4 +1,5 @@
-"""Snapshots of a run that survive ``kill -9``: written aside, renamed when complete, the newest two kept.
+"""Snapshots of a run that survive ``kill -9``: written aside, renamed when complete (`rnn_longctx.files`), the newest
+two kept.
 
 A run folder belongs to one config. ``log.csv`` is cut back to the snapshot that a run resumes from.
 """
@@ -8,17 +9,18 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
 
 from rnn_longctx.errors import InputError
+from rnn_longctx.files import replacing, write_atomic
+from rnn_longctx.progress import Say, to_stdout
 
 COLUMNS = ["step", "tokens", "loss", "passkey_loss", "lr", "grad_norm", "tokens_per_second", "seconds", "length",
            "state_norm", "state_norm_max"]  # fmt: skip
@@ -26,44 +28,22 @@ KEEP = 2
 csv.field_size_limit(2**31 - 1)  # a row of online.csv names all of an update's files
 
 
-def write_atomic(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """`path` holds either what it held or all that `write` writes, never a part. Raises InputError where it cannot be
-    written: no room, say."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with aside.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    except (OSError, RuntimeError) as error:  # torch.save wraps the former in the latter
-        aside.unlink(missing_ok=True)
-        raise _unwritten(path, error) from None
-
-
-def _unwritten(path: Path, error: BaseException) -> InputError:
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, OSError):
-        cause = cause.__cause__ or cause.__context__
-    reason = getattr(cause, "strerror", None) or cause or error
-    return InputError(f"cannot write {path}: {reason}; what was there before is untouched")
-
-
 def save_snapshot(folder: Path, step: int, state: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(folder / f"step-{step:08d}.pt", lambda file: torch.save(state, file))
+    with replacing(folder / f"step-{step:08d}.pt") as aside, aside.open("wb") as file:
+        torch.save(state, file)  # by Python's own writing, whose errors say why
     for old in sorted(folder.glob("step-*.pt"))[:-KEEP]:
         old.unlink()
 
 
-def newest_snapshot(folder: Path, device: torch.device | str = "cpu") -> dict[str, Any] | None:
+def newest_snapshot(folder: Path, device: torch.device | str = "cpu", say: Say = to_stdout) -> dict[str, Any] | None:
     """The newest snapshot that can be read; None without one. A damaged file (a full disk, say) is passed
     over."""
     for path in sorted(folder.glob("step-*.pt"), reverse=True):
         try:
             return torch.load(path, map_location=device, weights_only=True)
         except Exception as error:  # torch.load raises many kinds on a damaged file
-            print(f"{path} cannot be read ({type(error).__name__}); trying an older one", flush=True)
+            say(f"{path} cannot be read ({type(error).__name__}); trying an older one")
     return None
 
 
@@ -85,7 +65,7 @@ def claim_folder(out: Path, config: dict[str, Any], begun: Sequence[str] = ("log
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"out: cannot write to {out}: {error.strerror}") from None
-    write_atomic(file, lambda f: f.write(json.dumps(config, indent=1).encode()))
+    write_atomic(file, json.dumps(config, indent=1).encode())
 
 
 @contextmanager
@@ -117,15 +97,16 @@ class Log:
     """
 
     def __init__(self, path: Path, step: int, columns: Sequence[str] = COLUMNS, **missing: object):
-        self.columns, kept = columns, []
+        self.columns, rows_before = columns, []
         if path.is_file():
             with path.open(newline="", encoding="utf-8", errors="replace") as file:
                 head, *rows = [*csv.reader(file)] or [[]]
-            found = [dict(zip(head, row)) for row in rows if len(row) == len(head) and row[0].isdigit()]
-            kept = [[str((missing | row)[c]) for c in columns] for row in found if int(row[columns[0]]) <= step]
+            records = [dict(zip(head, row)) for row in rows if len(row) == len(head) and row[0].isdigit()]
+            records = [record for record in records if int(record[columns[0]]) <= step]
+            rows_before = [[str((missing | record)[c]) for c in columns] for record in records]
         text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows([columns, *kept])
-        write_atomic(path, lambda file: file.write(text.getvalue().encode()))
+        csv.writer(text, lineterminator="\n").writerows([columns, *rows_before])
+        write_atomic(path, text.getvalue().encode())
         self._path, self._file = path, path.open("a", newline="", encoding="utf-8")
 
     def write(self, row: dict[str, Any]) -> None:
@@ -134,7 +115,8 @@ class Log:
             csv.writer(self._file, lineterminator="\n").writerow([_short(row[c]) for c in self.columns])
             self._file.flush()
         except OSError as error:
-            raise _unwritten(self._path, error) from None
+            why = f"{error.strerror}; what was there before is untouched"
+            raise InputError(f"cannot write {self._path}: {why}") from None
 
     def close(self) -> None:
         with suppress(OSError):  # the last row once more, which could not be written

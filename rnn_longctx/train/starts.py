@@ -119,8 +119,8 @@ class Starts:
             floats = [t[self.rows].to(device) for layer in state["kept"] for t in layer]
             cache = self.model.new_cache(len(floats[0]))
             if state.get("integers") is not None:
-                own = zip(tensors(cache, is_integer), state["integers"], strict=True)
-                cache = with_tensors(cache, [t[self.rows].to(begun.device) for begun, t in own], is_integer)
+                pairs = zip(tensors(cache, is_integer), state["integers"], strict=True)
+                cache = with_tensors(cache, [t[self.rows].to(zero.device) for zero, t in pairs], is_integer)
             self.last = with_leaves(cache, floats)
         self.fitted = None if state["fitted"] is None else state["fitted"].to(device).flatten(1)  # was (2, L, H)
 

@@ -30,7 +30,11 @@ PATIENCE = timedelta(hours=6)  # that ranks wait for rank 0, which evaluates and
 
 
 class Team:
-    """Raises InputError for a device that is not there, and for a number of ranks that the config does not fit."""
+    """The processes of a run, as one of them sees the others.
+
+    Raises:
+        InputError: a device that is not there, or a number of ranks that the config does not fit.
+    """
 
     def __init__(self, config: TrainConfig):
         self.world = int(os.environ.get("WORLD_SIZE", "1"))
@@ -61,13 +65,14 @@ class Team:
         self.accelerator = _accelerator(cpu)
         self.device = self.accelerator.device
         if self.sequence > 1:  # a group of their own, which DDP's traffic does not mix with; every rank makes all
-            made = [dist.new_group(list(range(i, i + self.sequence))) for i in range(0, self.world, self.sequence)]
-            self.group = made[lane]
+            groups = [dist.new_group(list(range(i, i + self.sequence))) for i in range(0, self.world, self.sequence)]
+            self.group = groups[lane]
 
     # --- the model
 
     def spread(self, learner: nn.Module) -> nn.Module:
-        """The learner as it is to be called: as it is, in DDP, or sharded in place (before its optimizer is made)."""
+        """Return the learner as it is to be called: as it is, in DDP, or sharded in place (before its optimizer is
+        made)."""
         if self.world == 1:
             return learner
         if not self.sharded:
@@ -84,20 +89,27 @@ class Team:
         return learner
 
     def step(self, learner: nn.Module, *last: bool) -> AbstractContextManager:
-        """Around a forward and backward call; last: of the rows' segments, of the rows. DDP reduces gradients after the
-        last of all alone. FSDP2 reduces them every time: no rank of a model that is sharded has room for all."""
+        """Return the context around a forward and backward call.
+
+        DDP reduces gradients after the last of all alone. FSDP2 reduces them every time: no rank of a model that is
+        sharded has room for all.
+
+        Args:
+            last: whether the call is of the last rows, and of their last segment.
+        """
         return nullcontext() if all(last) or self.world == 1 or self.sharded else learner.no_sync()  # type: ignore
 
     def reading(self, model: LM) -> AbstractContextManager:
-        """Inside, the ranks of a lane read each sequence together."""
+        """Return a context in which the ranks of a lane read each sequence together."""
         return nullcontext() if self.sequence == 1 else sequence_parallel(model, self.group)
 
     def stretch(self, length: int) -> slice:
-        """Which of `length` tokens that a lane reads are this rank's."""
+        """Return which of `length` tokens that a lane reads are this rank's."""
         return slice(0, length) if self.sequence == 1 else stretch(length, self.group)
 
     def whole(self, model: LM) -> LM:
-        """On rank 0 a model that can be used by itself: `model`, or a copy with all of its weights. Collective."""
+        """Return on rank 0 a model that can be used by itself: `model`, or a copy with all of its weights.
+        Collective."""
         if not self.sharded:
             return model
         state = self.gathered(model.state_dict())
@@ -113,7 +125,7 @@ class Team:
         return plain
 
     def gathered(self, tree: Any) -> Any:
-        """The tree with all of every sharded tensor, on the CPU. Collective."""
+        """Return the tree with all of every sharded tensor, on the CPU. Collective."""
         if not self.sharded:
             return tree
         from torch.distributed.tensor import DTensor
@@ -122,15 +134,15 @@ class Team:
         return tree_map_only(DTensor, lambda t: t.full_tensor().cpu(), tree)
 
     def load(self, model: LM, optimizer: torch.optim.Optimizer, snapshot: dict[str, Any]) -> None:
-        """Weights and moments from a snapshot, whatever ranks wrote it. Collective."""
+        """Load weights and moments from a snapshot, whatever ranks wrote it. Collective."""
         weights, moments = snapshot["model"], snapshot["optimizer"]
         if self.sharded:
-            own = model.state_dict()
-            weights = {k: self._shard(t, own[k]) for k, t in weights.items()}
+            shards = model.state_dict()
+            weights = {k: self._shard(t, shards[k]) for k, t in weights.items()}
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             state = {
-                i: {k: self._shard(t, parameters[i]) if k != "step" else t for k, t in found.items()}
-                for i, found in moments["state"].items()
+                i: {k: self._shard(t, parameters[i]) if k != "step" else t for k, t in of_parameter.items()}
+                for i, of_parameter in moments["state"].items()
             }
             moments = moments | {"state": state}
         model.load_state_dict(weights)
@@ -144,27 +156,27 @@ class Team:
     # --- what ranks tell each other
 
     def first(self, run: Callable[[], T]) -> T:
-        """What `run` returns on rank 0, on every rank. What it raises there ends every rank; rank 0 says why."""
+        """Return on every rank what `run` returns on rank 0. What it raises there ends every rank; rank 0 says why."""
         if self.world == 1:
             return run()
-        told: list[Any] = [None, True]
+        message: list[Any] = [None, True]  # what it returned, whether it failed
         try:
             if self.rank == 0:
-                told = [run(), False]
+                message = [run(), False]
         finally:
-            dist.broadcast_object_list(told, device=self.device if self.device.type == "cuda" else None)
-        if told[1]:
+            dist.broadcast_object_list(message, device=self.device if self.device.type == "cuda" else None)
+        if message[1]:
             raise SystemExit(1)
-        return told[0]
+        return message[0]
 
     def sum(self, values: Tensor) -> Tensor:
-        """Over all ranks. Collective."""
+        """Sum over all ranks. Collective."""
         if self.world > 1:
             dist.all_reduce(values)
         return values
 
     def agreed(self, losses: Tensor, norm: Tensor) -> list[float]:
-        """Those numbers as rank 0 has them, so that all decide alike. Collective."""
+        """Return the numbers as rank 0 has them, so that all decide alike. Collective."""
         if self.sharded:
             norm = norm.full_tensor()  # type: ignore[attr-defined]
         values = torch.cat([losses, norm.to(losses.dtype).view(1)])
@@ -173,19 +185,19 @@ class Team:
         return values.tolist()
 
     def sum_of_lanes(self, values: Tensor) -> Tensor:
-        """Of what all ranks of a lane have alike. Collective."""
+        """Sum what all ranks of a lane have alike. Collective."""
         return self.sum(values) / self.sequence
 
-    def all_rows(self, own: Tensor) -> Tensor:
-        """The rows of every lane from those of this one, in order, on the CPU. Collective."""
+    def all_rows(self, rows: Tensor) -> Tensor:
+        """Return the rows of every lane from those of this one, in order, on the CPU. Collective."""
         if self.world == 1:
-            return own
-        parts = [torch.empty_like(own) for _ in range(self.world)]
-        dist.all_gather(parts, own.contiguous())
-        return torch.cat(parts[:: self.sequence]).cpu()
+            return rows
+        of_ranks = [torch.empty_like(rows) for _ in range(self.world)]
+        dist.all_gather(of_ranks, rows.contiguous())
+        return torch.cat(of_ranks[:: self.sequence]).cpu()
 
     def close(self) -> None:
-        """Ends the process group that this began."""
+        """End the process group, if this team began it."""
         if self.world > 1 and self.began:
             self.accelerator.end_training()
 
@@ -196,12 +208,12 @@ def _accelerator(cpu: bool) -> Any:
         from accelerate.utils import InitProcessGroupKwargs
     except ImportError:
         raise InputError("training over several ranks needs accelerate: pip install 'rnn-longctx[train]'") from None
-    # autocast is the trainer's own
+    # the loop enters autocast itself
     return Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)])
 
 
 def device_of(name: str) -> torch.device:
-    """What `device` of a config names. Raises InputError: no such device, or none here."""
+    """Return the device that a config names. Raises InputError: no such device, or none here."""
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
         if device.type not in ("cpu", "cuda"):

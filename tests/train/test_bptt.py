@@ -20,6 +20,7 @@ from rnn_longctx.data import ByteTokenizer
 from rnn_longctx.errors import InputError
 from rnn_longctx.models import checkpoint
 from rnn_longctx.models.cache import Cache
+from rnn_longctx.models.checkpoint.tokenizer import LazyTokenizer
 from rnn_longctx.models.lm import Mamba2LM
 from rnn_longctx.tasks.passkey import training_sequence
 from rnn_longctx.train import TrainConfig, train
@@ -285,6 +286,26 @@ def test_fitted_noise(config: TrainConfig) -> None:
     assert all(torch.equal(a, b) for x, y in zip(drawn, states(kept.begin(2, batch))) for a, b in zip(x, y))
 
 
+def test_starts_of_an_older_version(config: TrainConfig) -> None:
+    """Its snapshots have the two tensors of each layer and no positions, and means by layer and head."""
+    c = passes(config)
+    assert c.passing is not None
+    model, shape = Mamba2LM(TINY), (2, TINY.n_layer, TINY.nheads)
+    kept = [[torch.randn_like(t) for t in layer] for layer in states(model.new_cache(4))]
+    starts = Starts(model, c.passing, c.seed)
+    starts.load_state_dict({"kept": kept, "fitted": None})
+    batch = replace(corpus_of(c).batch(c, 1), carried=torch.ones(4, dtype=torch.bool))
+    for layer, begun in zip(kept, states(starts.begin(1, batch)), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(layer, begun))
+    fitted = torch.rand(shape)
+    noise = Starts(model, replace(c.passing, start="fitted-noise"), c.seed)
+    noise.load_state_dict({"kept": None, "fitted": fitted})
+    again = Starts(model, replace(c.passing, start="fitted-noise"), c.seed)
+    again.load_state_dict(noise.state_dict())
+    for a, b in zip(states(noise.begin(2, batch)), states(again.begin(2, batch)), strict=True):
+        assert torch.equal(a[1], b[1]) and a[1].any()
+
+
 def test_a_step_that_fails_passes_nothing_on(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     begun = []
     begin = Starts.begin
@@ -327,7 +348,7 @@ def test_mistakes_of_a_start(config: TrainConfig, tmp_path: Path) -> None:
         train(replace(config, init=str(tmp_path / "nowhere")))
     assert "\n" not in str(error.value) and not Path(config.out).exists()
     model = Mamba2LM(TINY)
-    model.tokenizer = checkpoint.LazyTokenizer("somewhere/else", "it", 256)
+    model.tokenizer = LazyTokenizer("somewhere/else", "it", 256)
     checkpoint.save(model, tmp_path / "else")
     with pytest.raises(InputError, match=r"data\.tokenizer: bytes, but that is not what .*; set data\.tokenizer="):
         train(replace(config, init=str(tmp_path / "else")))

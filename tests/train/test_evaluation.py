@@ -228,7 +228,7 @@ def stages(config: TrainConfig, losses: list[float]) -> list[int]:
     state, entered, taken = RunState(), [], iter(losses)
     for step in range(config.steps):
         state.step = step
-        state.stage = stage_of(config, state, lambda: next(taken))
+        state.stage = stage_of(config, state, lambda: next(taken), print)
         entered.append(state.stage)
     assert next(taken, None) is None, "asked as often as expected"
     return entered

@@ -1,14 +1,15 @@
 from __future__ import annotations
 
-import os
 import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from rnn_longctx.errors import InputError
-from rnn_longctx.train.snapshots import COLUMNS, Log, claim_folder, held, newest_snapshot, save_snapshot, write_atomic
+from rnn_longctx.files import replacing, write_atomic
+from rnn_longctx.train.snapshots import COLUMNS, Log, claim_folder, held, newest_snapshot, save_snapshot
 
 CPU = torch.device("cpu")
 
@@ -34,14 +35,10 @@ def test_a_damaged_snapshot_is_passed_over(tmp_path: Path, capsys: pytest.Captur
 
 def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
     path = tmp_path / "file"
-    write_atomic(path, lambda f: f.write(b"old"))
-
-    def torn(file):  # type: ignore[no-untyped-def]
-        file.write(b"ne")
+    write_atomic(path, b"old")
+    with pytest.raises(InputError, match=f"cannot write {path}: disk full"), replacing(path) as aside:
+        aside.write_bytes(b"ne")
         raise OSError("disk full")
-
-    with pytest.raises(InputError, match=f"cannot write {path}: disk full"):
-        write_atomic(path, torn)
     assert path.read_bytes() == b"old"
     assert newest_snapshot(tmp_path, CPU) is None, "what lies beside is no snapshot"
 
@@ -50,11 +47,11 @@ full = pytest.mark.skipif(not Path("/dev/full").exists(), reason="has no device 
 
 
 @full
-def test_a_full_disk_leaves_the_last_snapshot(tmp_path: Path) -> None:
+def test_a_full_disk_leaves_the_last_snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Really full: what is written aside goes to a device without room."""
     save_snapshot(tmp_path, 5, {"x": torch.arange(5)})
-    aside = tmp_path / f".step-00000010.pt.{os.getpid()}.tmp"
-    aside.symlink_to("/dev/full")
+    monkeypatch.setattr("rnn_longctx.files.uuid.uuid4", lambda: SimpleNamespace(hex="7"))
+    (tmp_path / ".step-00000010.pt.7.tmp").symlink_to("/dev/full")
     with pytest.raises(InputError, match=r"cannot write .*step-00000010\.pt: No space left on device") as error:
         save_snapshot(tmp_path, 10, {"x": torch.randn(100_000)})
     assert "\n" not in str(error.value) and error.value.__suppress_context__

@@ -1,4 +1,4 @@
-"""What a run says on the console: a progress bar on a terminal, else a line a row of its log."""
+"""What a run shows of its steps: a progress bar on a terminal, else a line a row of its log."""
 
 from __future__ import annotations
 
@@ -7,18 +7,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from rnn_longctx.progress import Say, to_stdout
+
 
 @contextmanager
-def progress(steps: int, done: int) -> Iterator[Any]:
-    """Two functions, for a row of the log and for a step that has none: a progress bar on a terminal, else a line a row
-    and one for the first step, which says that it runs."""
-    if not sys.stdout.isatty():
+def progress(steps: int, done: int, say: Say) -> Iterator[Any]:
+    """Give two functions, for a row of the log and for a step that has none. They move a progress bar where `say` is a
+    terminal, else they say a line a row, and one for the first step, which shows that the run goes."""
+    if say is not to_stdout or not sys.stdout.isatty():
 
         def first(step: int, loss: float) -> None:
             if step == done + 1:
-                print(f"step {step}/{steps} loss {loss:.3f}", flush=True)
+                say(f"step {step}/{steps} loss {loss:.3f}")
 
-        yield lambda row: print(_line(row, steps), flush=True), first
+        yield lambda row: say(_line(row, steps)), first
         return
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 

@@ -1,0 +1,104 @@
+"""Examples of any task in the rows of a batch, of which passkeys are one."""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from rnn_longctx.config import from_dict
+from rnn_longctx.data import ByteTokenizer
+from rnn_longctx.errors import InputError
+from rnn_longctx.train import TrainConfig, train
+from rnn_longctx.train.config import DataConfig, EvaluateConfig, MixedTask, PassingConfig, PasskeyConfig
+from rnn_longctx.train.corpus import load_corpus
+
+MQAR_96 = MixedTask("mqar:pairs=8,vocab_size=64", 0.5, (80, 96))
+
+
+def with_mix(config: TrainConfig, *mix: MixedTask, **more: Any) -> TrainConfig:
+    return replace(config, data=replace(config.data, passkey=PasskeyConfig(), mix=list(mix)), **more)
+
+
+@pytest.mark.parametrize("passing", [None, PassingConfig(50, 0, "previous", 0.5)])
+@pytest.mark.parametrize("fill", [False, True])
+def test_passkeys_are_a_mixed_task(config: TrainConfig, passing: PassingConfig | None, fill: bool) -> None:
+    passkey = PasskeyConfig(0.4, (104, 110), style="auto", fill=fill)
+    one = replace(config, data=replace(config.data, passkey=passkey), passing=passing, batch_size=16)
+    task = "passkey:style=auto,learn=both" if fill else "passkey"
+    two = with_mix(one, MixedTask(task, 0.4, (104, 110), fill))
+    corpus = load_corpus(one.data, ByteTokenizer(), one.longest)
+    for step in range(3):
+        a, b = corpus.batch(one, step), corpus.batch(two, step)
+        assert torch.equal(a.ids, b.ids) and torch.equal(a.answer, b.answer) and bool(a.answer.any())
+
+
+def test_several_tasks_share_the_rows(config: TrainConfig) -> None:
+    c = with_mix(config, MQAR_96, MixedTask("passkey", 0.25, (110, 110)), batch_size=64)
+    corpus = load_corpus(c.data, ByteTokenizer(), c.longest)
+    counts = np.zeros(2, dtype=int)
+    for step in range(20):
+        batch = corpus.batch(c, step)
+        of_mqar = batch.answer.sum(1) == 8
+        of_passkey = batch.answer.sum(1) == 7  # a space, five digits, a full stop
+        assert bool((of_mqar | of_passkey | ~batch.answer.any(1)).all())
+        for row in torch.nonzero(of_mqar)[:, 0].tolist():
+            values = {}  # what each key is bound to before it is asked for
+            ids, answer = batch.ids[row].tolist(), batch.answer[row].tolist()
+            start = next(i for i in range(len(ids)) if max(ids[i:]) < 64)
+            for i in range(start, len(ids) - 1):
+                if answer[i]:
+                    assert values[ids[i]] == ids[i + 1]
+                elif ids[i] < 32 <= ids[i + 1]:
+                    values[ids[i]] = ids[i + 1]
+        counts += int(of_mqar.sum()), int(of_passkey.sum())
+    assert abs(counts - np.array([0.5, 0.25]) * 64 * 20).max() <= 20
+
+
+def test_a_run_of_another_task(config: TrainConfig) -> None:
+    """It is trained and measured; an answer's weight changes what is learned."""
+    c = with_mix(config, MQAR_96, steps=4, checkpoint_every=2, evaluate=EvaluateConfig([100], 2, 3))
+    train(c)
+    with (Path(c.out) / "eval.csv").open() as file:
+        scores = [float(row["passkey"]) for row in csv.DictReader(file)]
+    assert len(scores) == 3 and all(0 <= score <= 1 for score in scores)
+    log = (Path(c.out) / "log.csv").read_bytes()
+    train(c)
+    assert (Path(c.out) / "log.csv").read_bytes() == log
+    heavy = replace(c, out=f"{c.out}-heavy", data=replace(c.data, answer_weight=9.0))
+    train(heavy)
+    assert (Path(heavy.out) / "log.csv").read_bytes() != log
+
+
+def test_no_task_at_all(config: TrainConfig) -> None:
+    c = with_mix(config, passing=PassingConfig(50, 0, "previous", 0.5))
+    corpus = load_corpus(c.data, ByteTokenizer(), c.longest)
+    assert not any(bool(corpus.batch(c, step).answer.any()) for step in range(3))
+
+
+@pytest.mark.parametrize(
+    ("mix", "words"),
+    [
+        ([{"task": "pascode", "lengths": [110, 120]}], 'data.mix\\[0\\].task: unknown task .* did you mean "passkey"'),
+        ([{"task": "mqar:pairs=8,vocab_size=512", "lengths": [80, 96]}], "has 512 ids, and the model 256"),
+        ([{"task": "passkey", "lengths": [20, 96]}], "data.mix\\[0\\].lengths: 20 is too short"),
+        ([{"task": "passkey"}], "data.mix\\[0\\].lengths: 256 is longer than train_length 120; examples are mixed"),
+        ([{"task": "passkey", "fraction": 0.6, "lengths": [110, 120]}] * 2, "the fractions are more than 1 together"),
+    ],
+)
+def test_wrong_mixes(config: TrainConfig, mix: list[dict[str, Any]], words: str) -> None:
+    with pytest.raises(InputError, match=words) as error:
+        data = from_dict(DataConfig, {"text": config.data.text, "mix": mix}, "data")
+        train(replace(config, data=data))
+    assert "\n" not in str(error.value)
+
+
+def test_mix_or_passkey() -> None:
+    for more in ({"mix": [MQAR_96], "passkey": PasskeyConfig(0.2)}, {"answer_weight": 2.0}, {"answer_weight": -1.0}):
+        with pytest.raises(InputError, match=r"mix|answer_weight"):
+            DataConfig(**more)  # type: ignore[arg-type]
