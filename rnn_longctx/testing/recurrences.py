@@ -21,7 +21,7 @@ from rnn_longctx.recurrence.backends import Call
 from rnn_longctx.recurrence.carry import ScanCarry
 from rnn_longctx.recurrence.gates import STEP_FIELDS, Gates, ScanInputs, SteppedGates
 from rnn_longctx.recurrence.interface import Recurrence
-from rnn_longctx.recurrence.policy import PLAIN, Cap, ScanPolicy
+from rnn_longctx.recurrence.policy import PLAIN, Cap, ScanPolicy, nested
 from rnn_longctx.recurrence.span import WHOLE, Span
 
 BATCH, LENGTH, HEADS, HEADDIM, GROUPS, D_STATE = 2, 33, 4, 5, 2, 7
@@ -99,7 +99,7 @@ POLICIES = {
     "caps, two": ScanPolicy(caps=(Cap(1.5, 5), Cap(1.0, 7))),
     "window": ScanPolicy(window=9),
     "reset": ScanPolicy(reset=13),
-    "start": ScanPolicy(start=torch.linspace(-1, 1, HEADS * HEADDIM * D_STATE).view(HEADS, HEADDIM, D_STATE)),
+    "start": ScanPolicy(start=nested(torch.linspace(-1, 1, HEADS * HEADDIM * D_STATE).view(HEADS, HEADDIM, D_STATE))),
 }
 
 

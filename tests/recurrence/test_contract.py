@@ -72,7 +72,7 @@ class Forgetful:
     """A recurrence whose backend "short" forgets the last token: what the contract must find."""
 
     name, follows, takes = "forgetful", SSD.follows, SSD.takes
-    backends, reference, state = SSD.backends, SSD.reference, SSD.state
+    backends, reference, state = SSD.backends, SSD.reference, staticmethod(SSD.state)
 
     def __init__(self, what):
         self.what = what
