@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -112,51 +112,47 @@ class Backend:
     shard_sum: Callable | None = None
 
 
-class Backends(Mapping[str, Backend]):
-    """The backends of one recurrence, by their names. The first that can run is taken, so the order of registration is
-    the order of preference."""
+class Backends:
+    """The backends of one recurrence, by their names (`known`). The first that can run is taken, so the order of
+    registration is the order of preference."""
 
     def __init__(self) -> None:
-        self._backends: dict[str, Backend] = {}
-        self.choose = lru_cache(maxsize=1024)(self._choose)  # asked at every scan
+        self.known: dict[str, Backend] = {}
 
     def register(self, backend: Backend) -> Backend:
-        self._backends[backend.name] = backend
-        self.choose.cache_clear()
+        self.known[backend.name] = backend
+        _choose.cache_clear()
         return backend
 
     def remove(self, name: str) -> None:
-        del self._backends[name]
-        self.choose.cache_clear()
+        del self.known[name]
+        _choose.cache_clear()
 
-    def __getitem__(self, name: str) -> Backend:
-        return self._backends[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._backends)
-
-    def __len__(self) -> int:
-        return len(self._backends)
-
-    def _choose(self, policy: ScanPolicy, forced: str | None = None, call: Call | None = None) -> Backend:
+    def choose(self, policy: ScanPolicy, forced: str | None = None, call: Call | None = None) -> Backend:
         """Return the backend for a policy and, where given, the inputs it is to read.
 
         Raises:
             InputError: a forced backend that is unknown, missing here, or does not support the policy. Nothing falls
                 back silently.
         """
-        if forced is None:
-            for backend in self._backends.values():
-                if not backend.missing() and not backend.refuses(policy, call):
-                    return backend
-            raise InputError(f"no backend here supports the policy {policy.to_dict()}")
-        if forced not in self._backends:
-            raise InputError(f"unknown backend {forced!r}{nearest(forced, self._backends)}")
-        backend = self._backends[forced]
-        reason = backend.missing() or backend.refuses(policy, call)
-        if reason:
-            raise InputError(f"backend {forced!r}: {reason}")
-        return backend
+        return _choose(self, policy, forced, call)
+
+
+@lru_cache(maxsize=1024)  # asked at every scan
+def _choose(backends: Backends, policy: ScanPolicy, forced: str | None, call: Call | None) -> Backend:
+    known = backends.known
+    if forced is None:
+        for backend in known.values():
+            if not backend.missing() and not backend.refuses(policy, call):
+                return backend
+        raise InputError(f"no backend here supports the policy {policy.to_dict()}")
+    if forced not in known:
+        raise InputError(f"unknown backend {forced!r}{nearest(forced, known)}")
+    backend = known[forced]
+    reason = backend.missing() or backend.refuses(policy, call)
+    if reason:
+        raise InputError(f"backend {forced!r}: {reason}")
+    return backend
 
 
 BACKENDS = Backends()  # of the scan, `recurrence.ssd`; another recurrence has its own

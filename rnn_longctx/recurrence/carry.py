@@ -1,4 +1,4 @@
-"""What one layer's scan hands on from one stretch of a stream to the next.
+"""What one layer's scan hands on from one call to the next.
 
 Every update makes new tensors, so a carry may be kept, cloned or handed to another stream at any time.
 """
@@ -57,11 +57,11 @@ class WindowCarry:
 
 @dataclass
 class ScanCarry:
-    """State of one layer's scan between two stretches of a stream.
+    """State of one layer's scan between two calls.
 
     Attributes:
-        state: (B, H, P, N), float32 (float64 for float64 inputs) unless `scan` was told otherwise. With a window: see
-            `recurrence.ssd.window`.
+        state: (B, H, P, N), float32 (float64 for float64 inputs) unless `scan` was given a `state_dtype`. With a
+            window: see `recurrence.ssd.window`.
         position: (B,) int64 on the CPU; tokens a row has read since it began (padding not counted).
         log_decay: (B, H) or (B, H, N) float64; total log-decay since the row began, in nats. exp of it is what
             is left of the first token.
@@ -74,8 +74,17 @@ class ScanCarry:
     window: WindowCarry | None = None
 
     @classmethod
-    def start(cls, batch: int, heads: int, headdim: int, d_state: int, *, per_channel: bool = False,
-              dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> ScanCarry:  # fmt: skip
+    def start(
+        cls,
+        batch: int,
+        heads: int,
+        headdim: int,
+        d_state: int,
+        *,
+        per_channel: bool = False,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> ScanCarry:
         state = torch.zeros(batch, heads, headdim, d_state, dtype=dtype, device=device)
         shape = (batch, heads, d_state) if per_channel else (batch, heads)
         return cls(

@@ -37,7 +37,7 @@ def observed(
     """Read `length` tokens and show `observer` the statistics at the positions that `observer.every` divides.
 
     Args:
-        inside: whether `read` can look every k tokens from inside, for a stretch that begins where the observer looks.
+        inside: whether `read` can look every k tokens from inside, for tokens that begin where the observer looks.
         state: finds the state (B, H, P, N) of a carry.
     Raises:
         InputError: rows that stand at different positions.

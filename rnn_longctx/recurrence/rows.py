@@ -12,8 +12,9 @@ class LeftPaddingError(InputError):
     """A mask says that padding stands elsewhere than before a row's first token."""
 
 
-def row_counts(position: Tensor, length: int, *, mask: Tensor | None = None, reset: Tensor | None = None,
-               every: int | None = None) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+def row_counts(
+    position: Tensor, length: int, *, mask: Tensor | None = None, reset: Tensor | None = None, every: int | None = None
+) -> tuple[Tensor, Tensor | None]:
     """Where each row stands. position (B,) tokens read before; on the CPU.
 
     Returns: counts (B, T), tokens of its row read up to and with each token, and drop (B, T) bool, True where the

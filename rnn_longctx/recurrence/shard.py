@@ -45,7 +45,7 @@ class Shard:
         everyone = gather(group, torch.cat([since.new_tensor([length]), since]))[0].cpu()
         lengths, rank = everyone[:, 0].tolist(), dist.get_rank(group)
         if min(lengths) < least:
-            raise InputError(f"each rank must hold {least} tokens or more, the stretches of this call have {lengths}")
+            raise InputError(f"each rank must hold {least} tokens or more, and those of this call hold {lengths}")
         return cls(group, rank, lengths, everyone[:, 1:], torch.tensor(rank == 0, device=ids.device))
 
     @property

@@ -53,9 +53,14 @@ class Statistics:
         """Of one state (B, H, P, N), after `position` tokens (one number); with the state itself where `whole`."""
         flat = state.detach().flatten(-2)
         return cls(
-            position.reshape(1), flat.shape[-1], flat.sum(-1)[..., None], flat.square().sum(-1)[..., None],
-            flat.abs().amax(-1)[..., None], log_decay[..., None], state.detach()[:, :, None].clone() if whole else None,
-        )  # fmt: skip
+            position.reshape(1),
+            flat.shape[-1],
+            flat.sum(-1)[..., None],
+            flat.square().sum(-1)[..., None],
+            flat.abs().amax(-1)[..., None],
+            log_decay[..., None],
+            state.detach()[:, :, None].clone() if whole else None,
+        )
 
     @classmethod
     def join(cls, parts: list[Statistics]) -> Statistics:

@@ -21,11 +21,11 @@ from rnn_longctx.recurrence.backends import Call
 from rnn_longctx.recurrence.carry import ScanCarry
 from rnn_longctx.recurrence.gates import STEP_FIELDS, Gates, ScanInputs, SteppedGates
 from rnn_longctx.recurrence.interface import Recurrence
-from rnn_longctx.recurrence.policy import PLAIN, Cap, ScanPolicy
+from rnn_longctx.recurrence.policy import PLAIN, Cap, ScanPolicy, nested
 from rnn_longctx.recurrence.span import WHOLE, Span
 
-BATCH, LENGTH, HEADS, HEADDIM, GROUPS, D_STATE = 2, 41, 4, 5, 2, 7
-CUTS = (1, 2, 19)  # a call of one token, a short one, and calls that end inside chunks
+BATCH, LENGTH, HEADS, HEADDIM, GROUPS, D_STATE = 2, 33, 4, 5, 2, 7
+CUTS = (1, 19)  # a call of one token, and one that ends inside a chunk
 POSITION = 5  # tokens read before a stream that goes on from a state
 
 
@@ -83,7 +83,7 @@ def stream(stepped: bool, per_channel: bool = False, marks: bool = False) -> Str
         mask = torch.ones(*tokens, dtype=torch.bool)
         mask[1, :6] = False
         reset = torch.zeros(*tokens, dtype=torch.bool)
-        reset[0, 23] = reset[0, 24] = reset[1, 17] = True
+        reset[0, 20] = reset[0, 21] = reset[1, 17] = True
     return Stream(inputs, gates, Span(mask, reset))
 
 
@@ -99,7 +99,7 @@ POLICIES = {
     "caps, two": ScanPolicy(caps=(Cap(1.5, 5), Cap(1.0, 7))),
     "window": ScanPolicy(window=9),
     "reset": ScanPolicy(reset=13),
-    "start": ScanPolicy(start=torch.linspace(-1, 1, HEADS * HEADDIM * D_STATE).view(HEADS, HEADDIM, D_STATE)),
+    "start": ScanPolicy(start=nested(torch.linspace(-1, 1, HEADS * HEADDIM * D_STATE).view(HEADS, HEADDIM, D_STATE))),
 }
 
 
@@ -116,7 +116,7 @@ def refused(recurrence: Recurrence, policy: ScanPolicy, stepped: bool) -> bool:
 
 def running(recurrence: Recurrence) -> list[str]:
     """Return the names of the backends that can run on this machine."""
-    return [name for name, backend in recurrence.backends.items() if not backend.missing()]
+    return [name for name, backend in recurrence.backends.known.items() if not backend.missing()]
 
 
 def check_backend(
@@ -158,7 +158,7 @@ def _dtype(
     """Return the most precise type in which a backend reads under a policy, or None if it does not."""
     for dtype in (torch.float64, torch.float32):
         call = Call(torch.device("cpu"), dtype, per_channel, HEADDIM, D_STATE, stepped)
-        if not recurrence.backends[backend].refuses(policy, call):
+        if not recurrence.backends.known[backend].refuses(policy, call):
             return dtype
     return None
 

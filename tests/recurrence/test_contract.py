@@ -1,4 +1,4 @@
-"""Every recurrence's backends against its definition, for every field of a policy, with stepped and with given gates."""
+"""Every recurrence's backends against its definition, for every field of a policy, with stepped and given gates."""
 
 import pytest
 import torch
@@ -62,7 +62,7 @@ def test_given_gates_are_those_worked_out():
 def test_shapes_are_checked_by_name():
     drawn = contract.stream(stepped=False)
     wrong = Gates(drawn.gates.log_decay[..., None], drawn.gates.input_scale)
-    with pytest.raises(InputError, match=r"log_decay must be \(B, T, H\) = \(2, 41, 4\)"):
+    with pytest.raises(InputError, match=r"log_decay must be \(B, T, H\) = \(2, 33, 4\)"):
         SSD.scan(drawn.inputs, wrong)
     with pytest.raises(InputError, match=r"input_scale must be \(B, T, H\)"):
         SSD.scan(drawn.inputs, Gates(drawn.gates.log_decay, drawn.gates.input_scale[:, 1:]))
@@ -72,7 +72,7 @@ class Forgetful:
     """A recurrence whose backend "short" forgets the last token: what the contract must find."""
 
     name, follows, takes = "forgetful", SSD.follows, SSD.takes
-    backends, reference, state = SSD.backends, SSD.reference, SSD.state
+    backends, reference, state = SSD.backends, SSD.reference, staticmethod(SSD.state)
 
     def __init__(self, what):
         self.what = what

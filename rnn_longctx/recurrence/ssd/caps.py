@@ -90,8 +90,9 @@ def _factors_per_channel(x: Tensor, log_decay: Tensor, scale: Tensor, B: Tensor,
     return r
 
 
-def capped_gates(x: Tensor, log_decay: Tensor, scale: Tensor, B: Tensor, state: Tensor,
-                 caps: Tensor) -> tuple[Tensor, Tensor]:  # fmt: skip
+def capped_gates(
+    x: Tensor, log_decay: Tensor, scale: Tensor, B: Tensor, state: Tensor, caps: Tensor
+) -> tuple[Tensor, Tensor]:
     """The gates of a piece with its caps folded in; `caps` (B, c, H), infinity where none applies."""
     if log_decay.ndim == 4:
         r = _factors_per_channel(x, log_decay, scale, B, state, caps)

@@ -1,6 +1,6 @@
 """The scan in PyTorch: streaming, differentiable, on any device.
 
-A stretch of T tokens is cut into pieces: at most CHUNK tokens long, and cut wherever some row's state is dropped
+A call of T tokens is cut into pieces: at most CHUNK tokens long, and cut wherever some row's state is dropped
 (document boundaries) or capped (every k tokens). Inside a piece the recurrence is a masked matrix product, the
 state-space duality of arXiv 2405.21060 (section 6):
 
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from rnn_longctx.recurrence.carry import ScanCarry
+from rnn_longctx.recurrence.gates import Gates
 from rnn_longctx.recurrence.policy import ScanPolicy
 from rnn_longctx.recurrence.ssd.caps import capped_gates, clip_factor, row_caps
 from rnn_longctx.recurrence.ssd.window import window_scan
@@ -30,21 +31,30 @@ CHUNK_PER_CHANNEL = 16  # the decays of a piece are (H, c, c, N) numbers there
 FACTOR = 60.0  # nats; exp(60) = 1e26 leaves float32 room for a factor of 1e12
 # Caps that apply more often than this are found token by token inside a piece instead of cutting it.
 DENSE_CAP = 32
-Part = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # x, log_decay, scale, B, C of some tokens
+Tokens = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # x, log_decay, scale, B, C of some tokens
 
 
-def chunked_scan(x: Tensor, log_decay: Tensor, scale: Tensor, B: Tensor, C: Tensor, *, policy: ScanPolicy,
-                 carry: ScanCarry, counts: Tensor | None, drop: Tensor | None) -> tuple[Tensor, ScanCarry]:  # fmt: skip
-    """Scan a stretch with its gates worked out.
+def chunked_scan(
+    x: Tensor,
+    gates: Gates,
+    B: Tensor,
+    C: Tensor,
+    *,
+    policy: ScanPolicy,
+    carry: ScanCarry,
+    counts: Tensor | None,
+    drop: Tensor | None,
+) -> tuple[Tensor, ScanCarry]:
+    """Scan T tokens with their gates worked out.
 
-    Args: x (B,T,H,P), log_decay (B,T,H[,N]), scale (B,T,H), B and C (B,T,G,N), all of one floating dtype;
+    Args: x (B,T,H,P), gates (B,T,H[,N]) and (B,T,H), B and C (B,T,G,N), all of one floating dtype;
         counts (B,T) int64 on the CPU, tokens read by each row up to and with t (None if the policy needs none);
         drop (B,T) bool on the CPU, True where the state is dropped before the token.
     Returns: y (B,T,H,P) and the carry (its position and log_decay are the caller's).
     """
     if policy.window is not None:
-        return window_scan(x, log_decay, scale, B, C, size=policy.window, carry=carry, drop=drop, piece=piece)
-    length = x.shape[1]
+        return window_scan(x, gates, B, C, size=policy.window, carry=carry, drop=drop, piece=piece)
+    log_decay, scale, length = gates.log_decay, gates.input_scale, x.shape[1]
     caps = row_caps(policy, counts, x.shape[2], x) if policy.caps else None  # (B, T, H), inf where none applies
     dense = any(cap.every < DENSE_CAP for cap in policy.caps)
     ends = {length}
@@ -58,14 +68,14 @@ def chunked_scan(x: Tensor, log_decay: Tensor, scale: Tensor, B: Tensor, C: Tens
     edges = [0, *sorted(ends)]
     # split, not slices: the gradient of each slice would be as large as the whole
     parts = _split((x, log_decay, scale, B, C), [u - t for t, u in pairwise(edges)])
-    part: Part
-    for (t, u), part in zip(pairwise(edges), parts, strict=True):
+    tokens: Tokens
+    for (t, u), tokens in zip(pairwise(edges), parts, strict=True):
         if drop is not None and start is not None and drop[:, t].any():
             state = torch.where(drop[:, t].to(state.device)[:, None, None, None], start, state)
         if caps is not None and dense:
-            y, state = _densely_capped(*part, state, caps[:, t:u])
+            y, state = _densely_capped(*tokens, state, caps[:, t:u])
         else:
-            y, state = stretch(*part, state)
+            y, state = uncut(*tokens, state)
             if caps is not None and torch.isfinite(caps[:, u - 1]).any():
                 r = clip_factor(state, caps[:, u - 1])  # (B, H)
                 state = state * r[..., None, None]
@@ -86,8 +96,9 @@ def _sizes(length: int, most: int) -> list[int]:
     return [most] * (length // most) + ([length % most] if length % most else [])
 
 
-def _densely_capped(x: Tensor, log_decay: Tensor, scale: Tensor, B: Tensor, C: Tensor, state: Tensor,
-                    caps: Tensor) -> tuple[Tensor, Tensor]:  # fmt: skip
+def _densely_capped(
+    x: Tensor, log_decay: Tensor, scale: Tensor, B: Tensor, C: Tensor, state: Tensor, caps: Tensor
+) -> tuple[Tensor, Tensor]:
     """Caps found token by token: each piece hangs on the capped state that the one before it leaves."""
     outputs = []
     chunk = CHUNK if log_decay.ndim == 3 else CHUNK_PER_CHANNEL
@@ -98,15 +109,15 @@ def _densely_capped(x: Tensor, log_decay: Tensor, scale: Tensor, B: Tensor, C: T
     return _joined(outputs), state
 
 
-def stretch(x: Tensor, log_decay: Tensor, scale: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+def uncut(x: Tensor, log_decay: Tensor, scale: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """Tokens with nothing in between, any number: outputs (B,T,H,P) and the state after them."""
     outputs = []
     per_channel = log_decay.ndim == 4
     whole = 0 if per_channel else x.shape[1] // CHUNK * CHUNK  # in blocks of whole pieces, then what is left
     sizes = _sizes(whole, BLOCK * CHUNK) + _sizes(x.shape[1] - whole, CHUNK_PER_CHANNEL if per_channel else CHUNK)
-    part: Part
-    for part in _split((x, log_decay, scale, B, C), sizes):
-        y, state = (piece if per_channel or part[0].shape[1] % CHUNK else block)(*part, state)
+    tokens: Tokens
+    for tokens in _split((x, log_decay, scale, B, C), sizes):
+        y, state = (piece if per_channel or tokens[0].shape[1] % CHUNK else block)(*tokens, state)
         outputs.append(y)
     return _joined(outputs), state
 
@@ -117,9 +128,9 @@ def block(x: Tensor, log_decay: Tensor, scale: Tensor, B: Tensor, C: Tensor, sta
     cum = log_decay.unflatten(1, (n, CHUNK)).cumsum(2)  # (B, n, c, H)
     if n == 1 or float(cum.detach().abs().amax()) >= FACTOR:
         outputs = []
-        part: Part
-        for part in _split((x, log_decay, scale, B, C), [CHUNK] * n):
-            y, state = piece(*part, state)
+        tokens: Tokens
+        for tokens in _split((x, log_decay, scale, B, C), [CHUNK] * n):
+            y, state = piece(*tokens, state)
             outputs.append(y)
         return _joined(outputs), state
     batch, _, heads, headdim = x.shape
@@ -194,8 +205,9 @@ def _piece_masked(x: Tensor, cum: Tensor, scale: Tensor, B: Tensor, C: Tensor, s
     return y.transpose(1, 2), state
 
 
-def _piece_per_channel(x: Tensor, log_decay: Tensor, scale: Tensor, B: Tensor, C: Tensor,
-                       state: Tensor) -> tuple[Tensor, Tensor]:  # fmt: skip
+def _piece_per_channel(
+    x: Tensor, log_decay: Tensor, scale: Tensor, B: Tensor, C: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
     c, heads = x.shape[1:3]
     B, C = (t.repeat_interleave(heads // t.shape[2], 2) for t in (B, C))  # (B, c, H, N)
     cum = log_decay.cumsum(1)  # (B, c, H, N)

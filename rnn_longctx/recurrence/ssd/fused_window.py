@@ -45,18 +45,18 @@ def run(reading: Reading, table: Tensor) -> tuple[Tensor, ScanCarry]:
             offset = 0 if held is None else held.x.shape[1]
             if offset or length - t < size:
                 count = min(size - offset, length - t)
-                held, spent = read.part(t, count, held, carry)
+                held, more = read.inside_block(t, count, held, carry)
             else:
                 blocks = min((length - t) // size, max(1, ROWS // (len(x) * -(-x.shape[3] // read.blocks.BP))))
                 count = blocks * size
-                held, spent = read.whole(t, blocks, held)
-            log_decay, t = log_decay + spent, t + count
+                held, more = read.whole_blocks(t, blocks, held)
+            log_decay, t = log_decay + more, t + count
     assert held is not None
     return read.y, ScanCarry(held.block, carry.position, log_decay, held)
 
 
 class _Reader:
-    """One call's inputs, and y, which its parts are written into."""
+    """One call's inputs, and y, which what is read is written into."""
 
     def __init__(self, inputs: ScanInputs, gates: SteppedGates, policy: ScanPolicy, table: Tensor) -> None:
         from rnn_longctx.recurrence.ssd.kernels import launch
@@ -69,33 +69,48 @@ class _Reader:
         self.blocks = launch.blocks(x.shape[3], B.shape[3], x.dtype, 0)
         self.y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
-    def part(self, t: int, count: int, w: WindowCarry | None, carry: ScanCarry) -> tuple[WindowCarry, Tensor]:
+    def inside_block(self, t: int, count: int, w: WindowCarry | None, carry: ScanCarry) -> tuple[WindowCarry, Tensor]:
         """`count` tokens from t on that lie in one block and do not make one; the carry, and their log-decay (B,H)."""
         from rnn_longctx.recurrence.ssd.kernels import window as kernels
 
         x, dt, B, C, y = (v[:, t : t + count] for v in (self.x, self.dt, self.B, self.C, self.y))
         gates = self.gates.tokens(t, t + count).worked_out(torch.float32, self.policy)
         log_decay, scale = gates.log_decay, gates.input_scale
-        B_kept, offset = B.float(), 0 if w is None else w.x.shape[1]
-        held = w or window.empty(x.float(), log_decay, B_kept, self.size, carry)
+        B_wide, offset = B.float(), 0 if w is None else w.x.shape[1]
+        held = w or window.empty(x.float(), log_decay, B_wide, self.size, carry)
         block, ready = self._scan(x, dt, B, C, y, held.block.float().contiguous())
         if w is not None:
             spans = kernels.Spans(self.A, self.table, self.low, ready)
-            kernels.carried(C, y, self.A, self.table, self.low, w.head, w.x_before, w.B_before, w.after, ready, spans,
-                            offset, window.CHUNK, 1, self.blocks)  # fmt: skip
-        held = window.extend(held, block, x * scale[..., None], B_kept, log_decay)
+            kernels.carried(
+                C,
+                y,
+                self.A,
+                self.table,
+                self.low,
+                w.head,
+                w.x_before,
+                w.B_before,
+                w.after,
+                ready,
+                spans,
+                offset,
+                window.CHUNK,
+                1,
+                self.blocks,
+            )
+        held = window.extend(held, block, x * scale[..., None], B_wide, log_decay)
         return held, ready.spent.sum(2, dtype=torch.float64)
 
-    def whole(self, t: int, blocks: int, w: WindowCarry | None) -> tuple[WindowCarry, Tensor]:
+    def whole_blocks(self, t: int, blocks: int, w: WindowCarry | None) -> tuple[WindowCarry, Tensor]:
         """That many blocks from t on, the first of which begins there; the carry, and their log-decay (B,H)."""
         batch, size = len(self.x), self.size
         arrays = [v[:, t : t + blocks * size] for v in (self.x, self.dt, self.B, self.C, self.y)]
         if batch == 1 or all(v.stride(0) == blocks * size * v.stride(1) for v in arrays):
             return self._rows(arrays, blocks, w)
-        made = [  # one row of the batch after the other: their blocks do not stand at equal distances
+        rows = [  # one row of the batch after the other: their blocks do not stand at equal distances
             self._rows([v[b : b + 1] for v in arrays], blocks, w and _row(w, b)) for b in range(batch)
         ]
-        return _join([held for held, _ in made]), torch.cat([spent for _, spent in made])
+        return _join([held for held, _ in rows]), torch.cat([total for _, total in rows])
 
     def _rows(self, arrays: list[Tensor], blocks: int, w: WindowCarry | None) -> tuple[WindowCarry, Tensor]:
         from rnn_longctx.recurrence.ssd.kernels import window as kernels
@@ -107,24 +122,61 @@ class _Reader:
         kernels.pairs(x, B, C, y, ready, spans, blocks, self.blocks)
         head = x.new_zeros(batch, x.shape[2], dtype=torch.float32)
         if w is not None:
-            kernels.carried(C, y, self.A, self.table, self.low, head, w.x_before, w.B_before, w.after, ready, spans, 0,
-                            window.CHUNK, blocks, self.blocks)  # fmt: skip
+            kernels.carried(
+                C,
+                y,
+                self.A,
+                self.table,
+                self.low,
+                head,
+                w.x_before,
+                w.B_before,
+                w.after,
+                ready,
+                spans,
+                0,
+                window.CHUNK,
+                blocks,
+                self.blocks,
+            )
         x_before, after = kernels.turned(x, B, ready, spans, window.CHUNK, blocks, self.blocks)
         B_before = arrays[2][:, -size:].to(torch.float32, copy=True)  # the caller keeps its own
         log_decay = head.new_zeros(batch, 0, x.shape[2])
-        held = WindowCarry(size, torch.zeros_like(after[:, 0]), head, x_before[:, :0], B_before[:, :0], log_decay,
-                           x_before, B_before, after)  # fmt: skip
+        held = WindowCarry(
+            size,
+            torch.zeros_like(after[:, 0]),
+            head,
+            x_before[:, :0],
+            B_before[:, :0],
+            log_decay,
+            x_before,
+            B_before,
+            after,
+        )
         return held, ready.spent.unflatten(0, (batch, blocks)).sum((1, 3), dtype=torch.float64)
 
-    def _scan(self, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, y: Tensor,
-              initial: Tensor | None) -> tuple:  # fmt: skip
+    def _scan(self, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, y: Tensor, initial: Tensor | None) -> tuple:
         """y of every row's own tokens, from the initial state or zero; the final state, if there is an initial one."""
         from rnn_longctx.recurrence.ssd.kernels import launch
 
-        ready = launch.prepare_chunks(dt, self.A, B, C, self.dt_bias, self.table, None, None, self.low, self.high,
-                                      self.gates.softplus, x.shape[3], self.blocks)  # fmt: skip
-        _, final = launch.scan_forward(x, B, C, self.D, self.A, self.table, None, initial, self.low, ready,
-                                       self.blocks, y)  # fmt: skip
+        ready = launch.prepare_chunks(
+            dt,
+            self.A,
+            B,
+            C,
+            self.dt_bias,
+            self.table,
+            None,
+            None,
+            self.low,
+            self.high,
+            self.gates.softplus,
+            x.shape[3],
+            self.blocks,
+        )
+        _, final = launch.scan_forward(
+            x, B, C, self.D, self.A, self.table, None, initial, self.low, ready, self.blocks, y
+        )
         return final, ready
 
 

@@ -44,8 +44,18 @@ def run(reading: Reading) -> tuple[Tensor, ScanCarry]:
     if x.shape[0] * x.shape[1] * max(t.stride(1) for t in (x, gates.dt, B, C)) >= MOST:
         raise InputError(f"backend 'mamba_ssm' counts in int32: {x.shape[1]} tokens are too many for one call")
     y, state = mamba_chunk_scan_combined(
-        x, gates.dt, gates.A, B, C, 128, D=inputs.D, dt_bias=gates.dt_bias, dt_softplus=gates.softplus,
-        dt_limit=gates.dt_limit, initial_states=carry.state, return_final_states=True,
-    )  # fmt: skip
+        x,
+        gates.dt,
+        gates.A,
+        B,
+        C,
+        128,
+        D=inputs.D,
+        dt_bias=gates.dt_bias,
+        dt_softplus=gates.softplus,
+        dt_limit=gates.dt_limit,
+        initial_states=carry.state,
+        return_final_states=True,
+    )
     total = carry.log_decay + gates.worked_out(torch.float32).log_decay.sum(1, dtype=torch.float64)
     return y, ScanCarry(state.float(), carry.position, total)

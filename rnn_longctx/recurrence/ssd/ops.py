@@ -109,9 +109,9 @@ def _forward_in_segments(o: Operands) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
     def find(s: Operands) -> None:
         ready.append(_prepared(s, c))
-        found = launch_caps.cap_factors(s.x, s.B, o.A, o.table, walked, o.low, caps, every, ready[-1], c)
-        launch_caps.cut_back(ready[-1], found, every)
-        factors.append(found)
+        cut = launch_caps.cap_factors(s.x, s.B, o.A, o.table, walked, o.low, caps, every, ready[-1], c)
+        launch_caps.cut_back(ready[-1], cut, every)
+        factors.append(cut)
 
     with beside():
         find(segments[0])
@@ -187,11 +187,30 @@ def backward(g: GradOperands) -> list[Tensor]:
     kind = (x.device, x.dtype, x.shape[3], B.shape[2:], g.every, *(t is None for t in maybe))
     return list(
         _run(
-            launch_grads.scan_backward, x, kind,
-            x, g.dt, g.A, B, g.C, g.D, g.dt_bias, g.table, g.pad, g.drop, g.initial, g.low, g.high, g.softplus,
-            g.dy.contiguous(), g.dfinal.contiguous(), c, factors, g.every,
+            launch_grads.scan_backward,
+            x,
+            kind,
+            x,
+            g.dt,
+            g.A,
+            B,
+            g.C,
+            g.D,
+            g.dt_bias,
+            g.table,
+            g.pad,
+            g.drop,
+            g.initial,
+            g.low,
+            g.high,
+            g.softplus,
+            g.dy.contiguous(),
+            g.dfinal.contiguous(),
+            c,
+            factors,
+            g.every,
         )
-    )  # fmt: skip
+    )
 
 
 _COMMON = "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? dt_bias, Tensor initial, Tensor table"

@@ -41,11 +41,11 @@ from rnn_longctx.recurrence.ssd import pytorch
 def refusal(policy: ScanPolicy, documents: bool) -> str | None:
     """Return why a policy cannot be followed over several ranks, or None. documents: whether rows hold several."""
     if policy.caps:
-        return "a norm cap depends on the state itself, so a stretch cannot be read before those before it"
+        return "a norm cap depends on the state itself, so a rank cannot read its tokens before the ranks before it"
     if policy.window is not None:
         return "a window's delay line is not handed from rank to rank"
     if policy.start is not None and (policy.reset is not None or documents):
-        return "a stored initial state that a stretch begins again from is not part of what it adds"
+        return "a stored initial state that a row begins again from is not part of what a rank adds"
     return None
 
 
@@ -114,8 +114,16 @@ class _Leave(torch.autograd.Function):
     the ranks behind, and from what every rank does with the last state."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, after: Tensor, final: Tensor, shard: Shard, add: _Sum,
-                gates: Callable, *saved: Tensor | None) -> tuple[Tensor, Tensor]:  # fmt: skip
+    def forward(
+        ctx: Any,
+        y: Tensor,
+        after: Tensor,
+        final: Tensor,
+        shard: Shard,
+        add: _Sum,
+        gates: Callable,
+        *saved: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
         """gates: makes the gates of their tensors. saved: how much every shard leaves of a state, C, those tensors."""
         ctx.save_for_backward(*saved)
         ctx.shard, ctx.add, ctx.gates, ctx.dtype = shard, add, gates, after.dtype

@@ -22,9 +22,7 @@ def run(reading: Reading) -> tuple[Tensor, ScanCarry]:
     x, B, C, D = inputs.x.to(dtype), inputs.B.to(dtype), inputs.C.to(dtype), inputs.D
     gates = reading.gates.worked_out(dtype, policy, reading.mask)
     read = step if length == 1 and policy.window is None else chunked_scan
-    y, new = read(
-        x, gates.log_decay, gates.input_scale, B, C, policy=policy, carry=carry, counts=counts, drop=reading.drop
-    )
+    y, new = read(x, gates, B, C, policy=policy, carry=carry, counts=counts, drop=reading.drop)
     if D is not None:
         y = torch.addcmul(y, x, (D if D.ndim == 2 else D[:, None]).to(dtype))
     new.log_decay = log_decay_total(carry.log_decay, gates.log_decay, reading.reset)

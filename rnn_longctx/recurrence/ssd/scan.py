@@ -78,9 +78,16 @@ def scan(
 
         def read_shard(before: ScanCarry) -> tuple[Tensor, ScanCarry]:
             return scan(
-                inputs, gates, Span(mask, reset), policy=policy, carry=before, backend=backend, observer=observer,
-                output_gate=output_gate, state_dtype=state_dtype,
-            )  # fmt: skip
+                inputs,
+                gates,
+                Span(mask, reset),
+                policy=policy,
+                carry=before,
+                backend=backend,
+                observer=observer,
+                output_gate=output_gate,
+                state_dtype=state_dtype,
+            )
 
         y, new = sharded_scan(inputs, gates, span, policy, carry, chosen, read_shard)
         return y, new.kept_in(state_dtype or wide)

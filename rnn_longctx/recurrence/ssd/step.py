@@ -6,16 +6,26 @@ import torch
 from torch import Tensor
 
 from rnn_longctx.recurrence.carry import ScanCarry
+from rnn_longctx.recurrence.gates import Gates
 from rnn_longctx.recurrence.policy import ScanPolicy
 from rnn_longctx.recurrence.ssd.caps import clip_factor, row_caps
 
 
-def step(x: Tensor, log_decay: Tensor, scale: Tensor, B: Tensor, C: Tensor, *, policy: ScanPolicy, carry: ScanCarry,
-         counts: Tensor | None, drop: Tensor | None) -> tuple[Tensor, ScanCarry]:  # fmt: skip
+def step(
+    x: Tensor,
+    gates: Gates,
+    B: Tensor,
+    C: Tensor,
+    *,
+    policy: ScanPolicy,
+    carry: ScanCarry,
+    counts: Tensor | None,
+    drop: Tensor | None,
+) -> tuple[Tensor, ScanCarry]:
     """As `chunked_scan` with T = 1 and no window; shapes with the T axis."""
     batch, _, heads, headdim = x.shape
     groups, d_state = B.shape[2:]
-    state = carry.state
+    log_decay, scale, state = gates.log_decay, gates.input_scale, carry.state
     if drop is not None:
         state = torch.where(drop.to(state.device)[..., None, None], policy.start_state(state), state)
     decay = log_decay[:, 0].exp()

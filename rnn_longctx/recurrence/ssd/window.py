@@ -21,15 +21,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rnn_longctx.recurrence.carry import ScanCarry, WindowCarry
+from rnn_longctx.recurrence.gates import Gates
 
 CHUNK = 64
 Piece = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-def window_scan(x: Tensor, log_decay: Tensor, scale: Tensor, B: Tensor, C: Tensor, *, size: int, carry: ScanCarry,
-                drop: Tensor | None, piece: Piece) -> tuple[Tensor, ScanCarry]:  # fmt: skip
+def window_scan(
+    x: Tensor,
+    gates: Gates,
+    B: Tensor,
+    C: Tensor,
+    *,
+    size: int,
+    carry: ScanCarry,
+    drop: Tensor | None,
+    piece: Piece,
+) -> tuple[Tensor, ScanCarry]:
     """As `chunked_scan`, each token seeing itself and the `size` - 1 tokens before it."""
-    length = x.shape[1]
+    log_decay, scale, length = gates.log_decay, gates.input_scale, x.shape[1]
     w = carry.window or empty(x, log_decay, B, size, carry)
     marks = drop.any(0).nonzero().flatten().tolist() if drop is not None else []
     outputs, t = [], 0
@@ -86,10 +96,16 @@ def extend(w: WindowCarry, block: Tensor, x: Tensor, B: Tensor, log_decay: Tenso
     """The carry after c more tokens of its block: the block's state, x (B,c,H,P) times the input scale, B (B,c,G,N),
     log_decay (B,c,H[,N])."""
     w = WindowCarry(
-        w.size, block, w.head + log_decay.sum(1),
-        torch.cat([w.x, x], 1), torch.cat([w.B, B], 1), torch.cat([w.log_decay, log_decay], 1),
-        w.x_before, w.B_before, w.after,
-    )  # fmt: skip
+        w.size,
+        block,
+        w.head + log_decay.sum(1),
+        torch.cat([w.x, x], 1),
+        torch.cat([w.B, B], 1),
+        torch.cat([w.log_decay, log_decay], 1),
+        w.x_before,
+        w.B_before,
+        w.after,
+    )
     return _turn(w) if w.x.shape[1] == w.size else w
 
 
@@ -97,9 +113,16 @@ def _turn(w: WindowCarry) -> WindowCarry:
     """The full block becomes the block before, and a new one begins."""
     x, B = _decayed(w.x, w.B, _after_each(w.log_decay))
     return WindowCarry(
-        w.size, torch.zeros_like(w.block), torch.zeros_like(w.head),
-        w.x[:, :0], w.B[:, :0], w.log_decay[:, :0], x, B, _after_chunks(x, B, w.size),
-    )  # fmt: skip
+        w.size,
+        torch.zeros_like(w.block),
+        torch.zeros_like(w.head),
+        w.x[:, :0],
+        w.B[:, :0],
+        w.log_decay[:, :0],
+        x,
+        B,
+        _after_chunks(x, B, w.size),
+    )
 
 
 def level(windows: list[WindowCarry]) -> list[WindowCarry]:
@@ -124,9 +147,16 @@ def _moved(w: WindowCarry, count: int) -> WindowCarry:
     x, B = _decayed(w.x[:, count:], w.B[:, count:], _after_each(log_decay))
     block = torch.einsum("bshp,bshn->bhpn", x, B.repeat_interleave(x.shape[2] // B.shape[2], 2))
     moved = WindowCarry(
-        w.size, block, log_decay.sum(1), w.x[:, count:], w.B[:, count:], log_decay,
-        x_before, B_before, _after_chunks(x_before, B_before, w.size),
-    )  # fmt: skip
+        w.size,
+        block,
+        log_decay.sum(1),
+        w.x[:, count:],
+        w.B[:, count:],
+        log_decay,
+        x_before,
+        B_before,
+        _after_chunks(x_before, B_before, w.size),
+    )
     return replace(moved, **{name: getattr(moved, name).to(dtype) for name, dtype in dtypes.items()})
 
 
@@ -163,11 +193,16 @@ def empty(x: Tensor, log_decay: Tensor, B: Tensor, size: int, carry: ScanCarry) 
     per_channel = log_decay.ndim == 4
     B_heads = heads if per_channel else B.shape[2]
     return WindowCarry(
-        size, torch.zeros_like(carry.state), torch.zeros_like(log_decay[:, 0]),
-        x[:, :0], B[:, :0], log_decay[:, :0],
-        zeros(batch, size, heads, headdim), zeros(batch, size, B_heads, B.shape[3]),
+        size,
+        torch.zeros_like(carry.state),
+        torch.zeros_like(log_decay[:, 0]),
+        x[:, :0],
+        B[:, :0],
+        log_decay[:, :0],
+        zeros(batch, size, heads, headdim),
+        zeros(batch, size, B_heads, B.shape[3]),
         zeros(batch, -(-size // CHUNK), heads, headdim, B.shape[3]),
-    )  # fmt: skip
+    )
 
 
 def _forget(w: WindowCarry, keep: Tensor) -> WindowCarry:

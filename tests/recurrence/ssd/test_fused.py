@@ -350,7 +350,7 @@ def test_compiling_is_a_thread_of_its_own(monkeypatch):
         def warmup(self, *args, grid, **options):
             pass
 
-    monkeypatch.setattr(fused, "_INTERPRETED", False)
+    monkeypatch.setattr(triton, "_INTERPRETED", False)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     kernel = Kernel()
