@@ -8,9 +8,8 @@ from torch import Tensor
 from rnn_longctx.errors import InputError
 
 
-def row_counts(
-    position: Tensor, length: int, *, mask: Tensor | None = None, reset: Tensor | None = None, every: int | None = None
-) -> tuple[Tensor, Tensor | None]:
+def row_counts(position: Tensor, length: int, *, mask: Tensor | None = None, reset: Tensor | None = None,
+               every: int | None = None) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Where each row stands. position (B,) tokens read before; on the CPU.
 
     Returns: counts (B, T), tokens of its row read up to and with each token, and drop (B, T) bool, True where the
