@@ -8,8 +8,13 @@ from torch import Tensor
 from rnn_longctx.errors import InputError
 
 
-def row_counts(position: Tensor, length: int, *, mask: Tensor | None = None, reset: Tensor | None = None,
-               every: int | None = None) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+class LeftPaddingError(InputError):
+    """A mask says that padding stands elsewhere than before a row's first token."""
+
+
+def row_counts(
+    position: Tensor, length: int, *, mask: Tensor | None = None, reset: Tensor | None = None, every: int | None = None
+) -> tuple[Tensor, Tensor | None]:
     """Where each row stands. position (B,) tokens read before; on the CPU.
 
     Returns: counts (B, T), tokens of its row read up to and with each token, and drop (B, T) bool, True where the
@@ -34,5 +39,5 @@ def left_padding(mask: Tensor, position: Tensor) -> Tensor | None:
         return None
     real = mask.cpu()
     if bool((real[:, :-1] & ~real[:, 1:]).any()) or bool((~real[:, 0] & (position > 0)).any()):
-        raise InputError("padding may stand only before a row's first token (left padding)")
+        raise LeftPaddingError("padding may stand only before a row's first token (left padding)")
     return mask
