@@ -128,8 +128,11 @@ def verdict(
     if train_length is None:
         return Verdict(None, "training length unknown" + (f"; {bad}" if bad else ""))
     if bad and any(length <= train_length and not math.isfinite(loss) for length, loss in zip(lengths, losses)):
-        return Verdict(None, f"{bad}, already within the training length, so whether it collapses cannot be said: "
-                             "measure in float32, or look at the weights")  # fmt: skip
+        return Verdict(
+            None,
+            f"{bad}, already within the training length, so whether it collapses cannot be said: "
+            "measure in float32, or look at the weights",
+        )
     beyond = sorted((length, loss) for length, loss in zip(lengths, losses) if length > train_length)
     if not beyond:
         return Verdict(None, "not measured beyond the training length")

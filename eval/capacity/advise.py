@@ -67,8 +67,9 @@ class Advice:
         return "\n".join([*lines, *(f"warning: {w}" for w in self.warnings)])
 
 
-def advise(context: int, recall: float = PAPER_RECALL, study: str | Path | None = None,
-           mitigation: str = "none") -> Advice:  # fmt: skip
+def advise(
+    context: int, recall: float = PAPER_RECALL, study: str | Path | None = None, mitigation: str = "none"
+) -> Advice:
     """The state needed to recall at `context` tokens.
 
     Args:
@@ -144,8 +145,9 @@ def _by_study(context: int, recall: float, study: Path, mitigation: str) -> Advi
         source += ", which falls"
     speed, device = (None, None) if not math.isfinite(state) else _speed(results, about, mitigation, state)
     needed = (state * MILLION, low * MILLION, high * MILLION)
-    return Advice(context, recall, *needed, train, speed, source, warnings, device,
-                  _measured(results, about, recalls, context))  # fmt: skip
+    return Advice(
+        context, recall, *needed, train, speed, source, warnings, device, _measured(results, about, recalls, context)
+    )
 
 
 def _measured(results: pd.DataFrame, about: pd.DataFrame, recalls: pd.DataFrame, context: int) -> str:
@@ -178,8 +180,10 @@ def _fit(points: pd.DataFrame) -> tuple[str, fitting.Fit, list[str]] | None:
     f, doubts = fits[form], []
     if len(bounds):
         broken = fitting.contradicted(f.curve, bounds)
-        doubts.append(f"{len(bounds)} of {len(points)} points are known only as a bound and not fitted; the {form} "
-                      f"contradicts {broken or 'none'} of them")  # fmt: skip
+        doubts.append(
+            f"{len(bounds)} of {len(points)} points are known only as a bound and not fitted; the {form} "
+            f"contradicts {broken or 'none'} of them"
+        )
     if f.r2_loo < 0.5 and form != "constant":
         doubts.append(f"the {form} predicts points left out with an R² of {f.r2_loo:.2f}: hardly a fit")
     return form, f, doubts

@@ -52,6 +52,7 @@ def run_cell(config: CapacityConfig, cell: StudyCell, study: Path) -> None:
         if is_done(config, cell, study):
             return
         device = device_of(config.train.device)
+        model: LanguageModel
         about: dict[str, Any] = {"shape": label(cell.model), "task": cell.task, "train_seed": cell.seed}
         if cell.task == "pretrain":
             train(config.training(cell, str(folder)))

@@ -70,8 +70,16 @@ def growth(group: pd.DataFrame, quantity: str, mitigation: str) -> Figure:
     near.set_ylim(0, 1.1 * float(group[["value", "high"]].to_numpy(float, na_value=0).max()) / K)
     bent = fitting.best({form: f for form, f in fits.items() if form != "constant"})  # a constant leans on nothing
     if bent is not None and (i := fits[bent].carrier) is not None:
-        near.plot(s[i], y[i], "o", markersize=15, markerfacecolor="none", markeredgecolor=RED, zorder=4,
-                  label=f"the {bent} leans on it: R² {fits[bent].r2_without:.3f} without")  # fmt: skip
+        near.plot(
+            s[i],
+            y[i],
+            "o",
+            markersize=15,
+            markerfacecolor="none",
+            markeredgecolor=RED,
+            zorder=4,
+            label=f"the {bent} leans on it: R² {fits[bent].r2_without:.3f} without",
+        )
     if best is not None:
         far.plot(x, _positive(fits[best].curve(x)), color=_FITS[best], linewidth=1.6, label=f"ours, {best}")
     least = min(float(group["value"].min()) / K, _papers(far, quantity))
@@ -135,13 +143,25 @@ def _points(axes: Axes, group: pd.DataFrame) -> None:
             at, value = row["state_elements"] / MILLION, row["value"] / K
             known = row["bound"] == ""
             fill = colour if known else "white"
-            axes.plot(at, value, MARKERS[i % len(MARKERS)], color=colour, markersize=6, markerfacecolor=fill,
-                      label=label or None, zorder=3)  # fmt: skip
+            axes.plot(
+                at,
+                value,
+                MARKERS[i % len(MARKERS)],
+                color=colour,
+                markersize=6,
+                markerfacecolor=fill,
+                label=label or None,
+                zorder=3,
+            )
             label = ""
             if not known:
                 up = row["bound"] == "above"
-                axes.annotate("", (at, value * (1.18 if up else 0.82)), (at, value),
-                              arrowprops={"arrowstyle": "->", "color": colour})  # fmt: skip
+                axes.annotate(
+                    "",
+                    (at, value * (1.18 if up else 0.82)),
+                    (at, value),
+                    arrowprops={"arrowstyle": "->", "color": colour},
+                )
             elif not pd.isna(row["low"]) and not pd.isna(row["high"]):
                 axes.vlines(at, max(float(row["low"]) / K, 1e-6), float(row["high"]) / K, color=colour, linewidth=1)
 

@@ -121,8 +121,17 @@ def fit(form: str, s: Sequence[float], y: Sequence[float], n_boot: int = _BOOT, 
         left = float(((rest - rest.mean()) ** 2).sum())
         if n - 1 > least and left > 0:
             r2_without = 1 - float(((others[carrier](x[keep[carrier]]) - rest) ** 2).sum()) / left
-    return Fit(curve, x, goal, _resampled(form, x, goal, n_boot, seed) if n > least else (), r2, r2_loo, r2_without,
-               aic, carrier)  # fmt: skip
+    return Fit(
+        curve,
+        x,
+        goal,
+        _resampled(form, x, goal, n_boot, seed) if n > least else (),
+        r2,
+        r2_loo,
+        r2_without,
+        aic,
+        carrier,
+    )
 
 
 def fit_all(s: Sequence[float], y: Sequence[float], n_boot: int = _BOOT) -> dict[str, Fit]:
@@ -155,13 +164,30 @@ def table(points: pd.DataFrame, axes: Sequence[str] = AXES) -> pd.DataFrame:
             for form, f in fits.items():
                 ends = _ends(f)
                 carrier = None if f.carrier is None else exact["shape"].iloc[f.carrier]
-                lines.append({
-                    "mitigation": mitigation, "quantity": quantity, "axis": axis, "form": form, "best": form == chosen,
-                    "points": len(exact), "bounds": len(bounds),
-                    "contradicts": contradicted(f.curve, bounds, axis), "curve": str(f.curve),
-                    "a": f.curve.a, **ends["a"], "c": f.curve.c, **ends["c"], "k": f.curve.k, **ends["k"],
-                    "r2": f.r2, "r2_loo": f.r2_loo, "aic": f.aic, "carrier": carrier, "r2_without": f.r2_without,
-                })  # fmt: skip
+                lines.append(
+                    {
+                        "mitigation": mitigation,
+                        "quantity": quantity,
+                        "axis": axis,
+                        "form": form,
+                        "best": form == chosen,
+                        "points": len(exact),
+                        "bounds": len(bounds),
+                        "contradicts": contradicted(f.curve, bounds, axis),
+                        "curve": str(f.curve),
+                        "a": f.curve.a,
+                        **ends["a"],
+                        "c": f.curve.c,
+                        **ends["c"],
+                        "k": f.curve.k,
+                        **ends["k"],
+                        "r2": f.r2,
+                        "r2_loo": f.r2_loo,
+                        "aic": f.aic,
+                        "carrier": carrier,
+                        "r2_without": f.r2_without,
+                    }
+                )
     return pd.DataFrame(lines)
 
 

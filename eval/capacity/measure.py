@@ -20,14 +20,20 @@ from rnn_longctx.eval.jobs.recall import Recall as Job
 from rnn_longctx.eval.results import Results
 from rnn_longctx.eval.run import evaluate
 from rnn_longctx.mitigations import Remedy, active, mitigate, parse_remedy
+from rnn_longctx.models.interface import LanguageModel
 from rnn_longctx.models.segments import SEGMENTS
 from rnn_longctx.tasks.base import TooShort
 
 START = 1024  # where the search for T_recall begins, of a model whose training length is not known
 
 
-def measure(model: Any, c: MeasureConfig, out: str | Path, say: Callable[[str], None] = lambda line: None,
-            **about: Any) -> None:  # fmt: skip
+def measure(
+    model: LanguageModel,
+    c: MeasureConfig,
+    out: str | Path,
+    say: Callable[[str], None] = lambda line: None,
+    **about: Any,
+) -> None:
     """Measure `model` under every remedy; what is stored in `out` already is not measured again.
 
     say: is given a line a finding, and one a length that recall is asked at. about: columns of models.csv that the
@@ -42,7 +48,7 @@ def measure(model: Any, c: MeasureConfig, out: str | Path, say: Callable[[str], 
             say(f"{model.name}, {remedy}: T_recall of {task.label} {t_recall(model, task, remedy, c, out, say)}")
 
 
-def check(model: Any, c: MeasureConfig) -> None:
+def check(model: LanguageModel, c: MeasureConfig) -> None:
     """Refuse what cannot be put on the model or asked of it, and a haystack that is shorter than the longest context,
     before an hour is spent on what can. Raises InputError."""
     for remedy in map(parse_remedy, c.mitigations):
@@ -57,7 +63,7 @@ def check(model: Any, c: MeasureConfig) -> None:
         task.check(Measuring(model, text=c.text, seed=c.seed), [longest])
 
 
-def _forgets(model: Any, remedy: Remedy, c: MeasureConfig, out: Path) -> str:
+def _forgets(model: LanguageModel, remedy: Remedy, c: MeasureConfig, out: Path) -> str:
     """Loss from the training length to the limit, doubling; the verdict is drawn from the table (see tables.py)."""
     train = model.train_length
     if train is None:
@@ -72,8 +78,14 @@ def _forgets(model: Any, remedy: Remedy, c: MeasureConfig, out: Path) -> str:
     return f"loss measured to {format_length(lengths[-1])}"
 
 
-def t_recall(model: Any, task: Job, remedy: Remedy, c: MeasureConfig, out: str | Path | None = None,
-             say: Callable[[str], None] = lambda line: None) -> Recall:  # fmt: skip
+def t_recall(
+    model: LanguageModel,
+    task: Job,
+    remedy: Remedy,
+    c: MeasureConfig,
+    out: str | Path | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> Recall:
     """The longest context, within `c.limit`, at which `task` shows a recall of `c.recall`."""
     results, memory = Results(out) if out else None, Measuring(model)
     n = task.counts.n

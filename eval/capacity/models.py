@@ -12,6 +12,7 @@ import pandas as pd
 
 from rnn_longctx.errors import InputError
 from rnn_longctx.eval.results import write_atomic
+from rnn_longctx.models.interface import LanguageModel
 
 # Sizes in numbers (not bytes) of one stream; `state_elements` is both parts together. `train_tokens`: read in training;
 # `task`: text, or a synthetic one.
@@ -23,15 +24,21 @@ COLUMNS = (
 _WORDS = {"model", "weights_hash", "shape", "task"}
 
 
-def describe(model: Any, **more: Any) -> dict[str, Any]:
+def describe(model: LanguageModel, **more: Any) -> dict[str, Any]:
     """The line of a model; a hybrid's attention keys and values are no part of its state. More columns: `more`."""
     fixed = model.state_size().fixed
     scan, conv = fixed.get("scan", 0), fixed.get("conv", 0)
     line = dict.fromkeys(COLUMNS) | {
-        "model": model.name, "weights_hash": model.weights_hash, "shape": model.name, "task": "text",
-        "train_length": model.train_length, "parameters": sum(p.numel() for p in model.parameters()),
-        "scan_state_elements": scan, "conv_state_elements": conv, "state_elements": scan + conv,
-    }  # fmt: skip
+        "model": model.name,
+        "weights_hash": model.weights_hash,
+        "shape": model.name,
+        "task": "text",
+        "train_length": model.train_length,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "scan_state_elements": scan,
+        "conv_state_elements": conv,
+        "state_elements": scan + conv,
+    }
     return line | {c: getattr(model.config, c, None) for c in COLUMNS[-5:]} | more if hasattr(model, "config") else line
 
 
@@ -44,7 +51,7 @@ def put(directory: Path, line: Mapping[str, Any]) -> None:
     write_atomic(folder / "about.json", json.dumps(line).encode())
 
 
-def shape_of(directory: Path, model: Any) -> str:
+def shape_of(directory: Path, model: LanguageModel) -> str:
     """What the line of a checkpoint calls its shape: its name, with its weights where another of that name has a line,
     so that the two are not taken for seeds of one."""
     known = [json.loads(path.read_text()) for path in (directory / "models").glob("*/about.json")]
@@ -64,8 +71,12 @@ def read(directory: Path) -> pd.DataFrame:
     """models.csv. Raises InputError: it is missing or not such a table."""
     path = directory / "models.csv"
     try:
-        frame = pd.read_csv(path, dtype={c: "str" if c in _WORDS else "Int64" for c in COLUMNS}, keep_default_na=False,
-                            na_values={c: "" for c in COLUMNS if c not in _WORDS})  # fmt: skip
+        frame = pd.read_csv(
+            path,
+            dtype={c: "str" if c in _WORDS else "Int64" for c in COLUMNS},
+            keep_default_na=False,
+            na_values={c: "" for c in COLUMNS if c not in _WORDS},
+        )
     except FileNotFoundError:
         raise InputError(f"no models.csv in {directory}; measure first (rnn-longctx capacity)") from None
     except (OSError, ValueError) as error:

@@ -14,7 +14,8 @@ from torch import Tensor
 from rnn_longctx.eval.capacity.config import MQARConfig, StudyCell
 from rnn_longctx.eval.results import Results
 from rnn_longctx.eval.stats import mean_stderr
-from rnn_longctx.models.lm import Mamba2LM
+from rnn_longctx.models.interface import LanguageModel
+from rnn_longctx.models.lm import LM
 from rnn_longctx.models.modes import in_evaluation
 from rnn_longctx.tasks.mqar import mqar_batch
 from rnn_longctx.train.config import OptimizerConfig, ScheduleConfig
@@ -26,11 +27,11 @@ EVERY = 200  # steps between snapshots
 WARMUP = 0.1  # share of the steps
 
 
-def train_mqar(cell: StudyCell, c: MQARConfig, folder: Path, device: torch.device) -> Mamba2LM:
+def train_mqar(cell: StudyCell, c: MQARConfig, folder: Path, device: torch.device) -> LanguageModel:
     """Train on the answers alone, a number of pairs drawn for every step; goes on from the newest snapshot. The batch
     of a step follows from the cell's seed and the step."""
     torch.manual_seed(cell.seed)
-    model: Any = Mamba2LM(replace(cell.model, vocab_size=c.vocab_size)).to(device)
+    model: Any = LM(replace(cell.model, vocab_size=c.vocab_size)).to(device)
     optimizer = make_optimizer(model, OptimizerConfig(lr=c.lr))
     schedule = ScheduleConfig(warmup=max(1, round(WARMUP * c.steps)))
     snapshot = newest_snapshot(folder / "snapshots", device)
@@ -58,7 +59,9 @@ def train_mqar(cell: StudyCell, c: MQARConfig, folder: Path, device: torch.devic
 
 @torch.inference_mode()
 @in_evaluation
-def measure_mqar(model: Mamba2LM, cell: StudyCell, c: MQARConfig, results: Results, say: Callable[[str], None]) -> None:
+def measure_mqar(
+    model: LanguageModel, cell: StudyCell, c: MQARConfig, results: Results, say: Callable[[str], None]
+) -> None:
     """A row for every number of pairs: the share of answers that are right, one sample a sequence. `length` is that of
     the sequences, in tokens."""
     device = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else model.device.type
@@ -71,17 +74,33 @@ def measure_mqar(model: Mamba2LM, cell: StudyCell, c: MQARConfig, results: Resul
             logits, goal = _answers(model, some, where)
             right += (logits.argmax(-1) == goal).view(len(some), -1).double().mean(1).tolist()
         value, stderr = mean_stderr(right)
-        results.put({
-            "model": model.name, "weights_hash": weights, "mitigation": "none",
-            "task": f"{cell.task}{pairs}", "text": cell.task, "length": ids.shape[1], "metric": "accuracy",
-            "batch": c.batch_size, "dtype": "float32", "backend": model.backend, "device": device, "seed": cell.seed,
-            "value": value, "stderr": stderr, "n": len(right), "samples": right, "version": __version__,
-        })  # fmt: skip
+        results.put(
+            {
+                "model": model.name,
+                "weights_hash": weights,
+                "mitigation": "none",
+                "task": f"{cell.task}{pairs}",
+                "text": cell.task,
+                "length": ids.shape[1],
+                "metric": "accuracy",
+                "batch": c.batch_size,
+                "dtype": "float32",
+                "backend": model.backend,
+                "device": device,
+                "seed": cell.seed,
+                "value": value,
+                "stderr": stderr,
+                "n": len(right),
+                "samples": right,
+                "version": __version__,
+            }
+        )
         say(f"{cell.name}: {pairs} pairs {value:.3f}")
 
 
-def _batch(rng: np.random.Generator, rows: int, pairs: int, cell: StudyCell, c: MQARConfig,
-           device: torch.device) -> tuple[Tensor, Tensor]:  # fmt: skip
+def _batch(
+    rng: np.random.Generator, rows: int, pairs: int, cell: StudyCell, c: MQARConfig, device: torch.device
+) -> tuple[Tensor, Tensor]:
     ids, answers = mqar_batch(rng, rows, pairs, c.vocab_size, cell.task == "forgetting-mqar")
     return torch.from_numpy(ids).to(device), torch.from_numpy(answers).to(device)
 

@@ -78,8 +78,15 @@ def _open(right: int, asked: int, target: float, n: int) -> bool:
     return shown(n - (asked - right), n, target) and wilson(right, asked).high >= target
 
 
-def search(ask: Callable[[int, int], Answers], fits: Callable[[int], bool], start: int, limit: int, target: float,
-           n: int, resolution: float = 0.125) -> dict[int, Answers]:  # fmt: skip
+def search(
+    ask: Callable[[int, int], Answers],
+    fits: Callable[[int], bool],
+    start: int,
+    limit: int,
+    target: float,
+    n: int,
+    resolution: float = 0.125,
+) -> dict[int, Answers]:
     """Find T_recall: double (or halve) from `start`, then bisect until the gap is at most `resolution` of what passes.
 
     Args:

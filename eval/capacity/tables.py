@@ -136,8 +136,14 @@ def _t_forget(group: pd.DataFrame) -> dict[str, Any]:
     value = forget.fails if forget.passes is None else forget.passes
     read = reach[tested & known["fails"].isna()].min()  # models that pass, as far as they were read
     text = str(forget) if forget.passes is None else f"{forget}; read to {format_length(int(read))}"
-    return {"quantity": "T_forget", "value": value, "bound": bound, "low": forget.fails, "high": forget.passes,
-            "text": text}  # fmt: skip
+    return {
+        "quantity": "T_forget",
+        "value": value,
+        "bound": bound,
+        "low": forget.fails,
+        "high": forget.passes,
+        "text": text,
+    }
 
 
 def _t_recall(group: pd.DataFrame) -> dict[str, Any]:
@@ -154,8 +160,7 @@ def _t_recall(group: pd.DataFrame) -> dict[str, Any]:
     middle, (train_length, some, index) = best
     one, lengths = some.loc[index], some["passes"].fillna(0)
     bound = "below" if not middle else "above" if pd.isna(one["fails"]) else ""
-    of = {"model": one["model"], "weights_hash": one["weights_hash"], "train_length": train_length,
-          "seeds": len(some)}  # fmt: skip
+    of = {"model": one["model"], "weights_hash": one["weights_hash"], "train_length": train_length, "seeds": len(some)}
     value, low, high = middle or int(one["fails"]), int(lengths.min()), int(lengths.max())
     more = {"fails": None if pd.isna(one["fails"]) else int(one["fails"]), "text": one["text"]}
     return of | {"value": value, "bound": bound, "low": low, "high": high} | more
@@ -174,9 +179,16 @@ def same_size(points: pd.DataFrame, within: float = 1.1) -> pd.DataFrame:
                 continue
             if len(some) > 1:
                 values = [int(r.value) for r in some]
-                lines.append({"mitigation": mitigation, "quantity": quantity, "state_elements": some[0].state_elements,
-                              "shapes": " ".join(r.shape for r in some), "values": " ".join(map(str, values)),
-                              "spread": max(values) / min(values)})  # fmt: skip
+                lines.append(
+                    {
+                        "mitigation": mitigation,
+                        "quantity": quantity,
+                        "state_elements": some[0].state_elements,
+                        "shapes": " ".join(r.shape for r in some),
+                        "values": " ".join(map(str, values)),
+                        "spread": max(values) / min(values),
+                    }
+                )
             some = [row]
     columns = ["mitigation", "quantity", "state_elements", "shapes", "values", "spread"]
     return pd.DataFrame(lines, columns=columns)

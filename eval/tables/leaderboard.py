@@ -68,9 +68,12 @@ def _rows(frame: pd.DataFrame, sheet: Sheet, recalls: list[Sheet], length: int) 
     rows = []
     for name in names:
         row: dict[str, Any] = {
-            "text": sheet.where["text"], "length": length, "mitigation": name, "control": name in controls,
+            "text": sheet.where["text"],
+            "length": length,
+            "mitigation": name,
+            "control": name in controls,
             "loss": here[name].value if name in here else math.nan,
-        }  # fmt: skip
+        }
         wins = []
         if name in here and best in rated:
             against = [paired_bootstrap(*_paired(here[c].samples, here[name].samples)) for c in rated]
