@@ -139,8 +139,9 @@ class LayerTap:
         scale = gates.worked_out(torch.float64, self.mixer.policy).input_scale  # (B, T, H)
         before = torch.zeros_like(scale[:, :1])  # of the tokens since the last look
         if start % self.every:
-            follows = self._sum is not None and start == self._position and len(self._sum) == len(scale)
-            before = self._sum if follows else torch.full_like(before, float("nan"))
+            before = torch.full_like(before, float("nan"))
+            if self._sum is not None and start == self._position and len(self._sum) == len(scale):
+                before = self._sum
         total = torch.cat([torch.zeros_like(before), scale.cumsum(1)], 1)
         sums = torch.diff(total[:, [0, *(end - start for end in ends)]], dim=1)
         sums[:, :1] += before
@@ -215,8 +216,8 @@ class Trace:
         convolution, all channels together. Empty for layers without one, and for an adopted model, whose convolution is
         its own."""
         frames = []
-        for tap in (watcher.tap for watcher in self._watchers):
-            for look in tap.looks if tap is not None else ():
+        for tap in (watcher.tap for watcher in self._watchers if watcher.tap is not None):
+            for look in tap.looks:
                 rows, n = look["mean"].shape
                 frame: dict[str, Any] = {
                     "row": torch.arange(rows, device="cpu").repeat_interleave(n),

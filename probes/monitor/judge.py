@@ -131,18 +131,17 @@ class Limits:
     @classmethod
     def of(cls, values: dict[str, Any], heads: list[int]) -> Limits:
         """The limits of a monitor's saved values. Raises ValueError where they are not one a head."""
-        flat = [
-            torch.tensor([v for layer in values[name] for v in layer], dtype=torch.float32, device="cpu").double().log()
-            for name in ("norms", "margins")
-        ]
-        first = [
-            torch.tensor(values[name], dtype=torch.float32, device="cpu").double()
-            for name in ("gate_mean", "gate_std", "gate_limits")
-        ]
-        if [len(v) for v in (*flat, *first)] != [sum(heads), sum(heads), heads[0], heads[0], SMOOTH]:
+
+        def numbers(saved: list) -> Tensor:
+            return torch.tensor(saved, dtype=torch.float32, device="cpu").double()
+
+        envelope, margin = (numbers([v for layer in values[n] for v in layer]).log() for n in ("norms", "margins"))
+        mean, std, shifts = (numbers(values[name]) for name in ("gate_mean", "gate_std", "gate_limits"))
+        lengths = [len(v) for v in (envelope, margin, mean, std, shifts)]
+        if lengths != [sum(heads), sum(heads), heads[0], heads[0], SMOOTH]:
             raise ValueError("its values are not one a head")
-        passages = torch.tensor(values["passages"], dtype=torch.float32, device="cpu").double()
-        return cls(*flat, *first, passages.reshape(-1, heads[0]), values["apart"], tuple(heads))
+        passages = numbers(values["passages"]).reshape(-1, heads[0])
+        return cls(envelope, margin, mean, std, shifts, passages, values["apart"], tuple(heads))
 
     def shift(self, history: History) -> Tensor:
         """(B,): how far a stream's input lies from the calibration text's, in units of the limit; NaN: not known."""

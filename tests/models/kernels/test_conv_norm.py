@@ -89,9 +89,7 @@ def folds(monkeypatch):
         monkeypatch.setattr(launch, "segment_chunks", lambda *_: 2)
     folded = []
     watched = ops.watched
-    monkeypatch.setattr(
-        ops, "watched", lambda o, look, gate: (gate and folded.append(gate)) or watched(o, look, gate)
-    )
+    monkeypatch.setattr(ops, "watched", lambda o, look, gate: (gate and folded.append(gate)) or watched(o, look, gate))
 
     @torch.no_grad()
     def read(model, ids, sizes, fold, **marks):
