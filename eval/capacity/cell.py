@@ -20,6 +20,7 @@ from rnn_longctx.eval.capacity.mqar import measure_mqar, train_mqar
 from rnn_longctx.eval.pool import end_with_parent
 from rnn_longctx.eval.results import Results, write_atomic
 from rnn_longctx.models import checkpoint
+from rnn_longctx.models.interface import LanguageModel
 from rnn_longctx.train import train
 from rnn_longctx.train.team import device_of
 
