@@ -81,8 +81,14 @@ class MicroBatch:
         return segments
 
 
-def accumulate(learner: nn.Module, rows: MicroBatch, passing: PassingConfig | None, start: Cache | None,
-               answer_weight: float, autocast: Autocast) -> tuple[Tensor, Tensor, Cache]:  # fmt: skip
+def accumulate(
+    learner: nn.Module,
+    rows: MicroBatch,
+    passing: PassingConfig | None,
+    start: Cache | None,
+    answer_weight: float,
+    autocast: Autocast,
+) -> tuple[Tensor, Tensor, Cache]:
     """Read some streams from `start` and add the gradient of (mean loss of all tokens + answer_weight * mean loss of
     the answer tokens) to the parameters' `.grad`: these rows' share of it.
 

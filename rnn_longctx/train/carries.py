@@ -19,8 +19,9 @@ from rnn_longctx.recurrence.carry import tree_map
 T = TypeVar("T")
 
 
-def state_map(function: Callable[[Tensor], Tensor], value: T,
-              tally: Callable[[Tensor], Tensor] = torch.zeros_like) -> T:  # fmt: skip
+def state_map(
+    function: Callable[[Tensor], Tensor], value: T, tally: Callable[[Tensor], Tensor] = torch.zeros_like
+) -> T:
     """Return a copy of nested dataclasses and lists with `function` of every state tensor, `tally` of every running
     sum, and the rest as it is."""
     if isinstance(value, Tensor):

@@ -36,8 +36,9 @@ ASK_EVERY = 20  # steps between two looks at a stage that may not begin yet
 
 @torch.inference_mode()
 @in_evaluation
-def held_out_loss(model: LanguageModel, corpus: Corpus, length: int, rows: int, autocast: Autocast, since: int = 0,
-                  most: int = 1024) -> float:  # fmt: skip
+def held_out_loss(
+    model: LanguageModel, corpus: Corpus, length: int, rows: int, autocast: Autocast, since: int = 0, most: int = 1024
+) -> float:
     """Return the mean loss at positions `since` + 1 to `length` of at most `most` held-out windows, `rows` at a time;
     NaN where the held-out text is shorter than one."""
     total, count = 0.0, 0
@@ -61,8 +62,9 @@ def examples_of(task: Task, tokenizer: Tokenizer, length: int, n: int, seed: int
 
 @torch.inference_mode()
 @in_evaluation
-def recall(model: LanguageModel, task: Task, examples: Sequence[Example], tokenizer: Tokenizer, rows: int,
-           autocast: Autocast) -> float:  # fmt: skip
+def recall(
+    model: LanguageModel, task: Task, examples: Sequence[Example], tokenizer: Tokenizer, rows: int, autocast: Autocast
+) -> float:
     """Return the mean score of a model's likeliest answers to examples of one length, `rows` at a time. One pass over
     prompt and answer decides it, since greedy decoding gives an answer exactly if each of its tokens is the likeliest
     one after the true ones before it."""
@@ -98,8 +100,16 @@ class Evaluation:
     Raises InputError for a length that the held-out text or an example of the task does not fit in.
     """
 
-    def __init__(self, config: TrainConfig, corpus: Corpus, model: LanguageModel, out: Path, autocast: Autocast,
-                 writers: Sequence[Write] = (), say: Say = silent):  # fmt: skip
+    def __init__(
+        self,
+        config: TrainConfig,
+        corpus: Corpus,
+        model: LanguageModel,
+        out: Path,
+        autocast: Autocast,
+        writers: Sequence[Write] = (),
+        say: Say = silent,
+    ):
         assert config.evaluate is not None
         self.writers, self.say = writers, say
         self.config, self.corpus, self.model, self.autocast = config, corpus, model, autocast

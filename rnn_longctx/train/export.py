@@ -17,8 +17,9 @@ from rnn_longctx.train.corpus import Corpus
 from rnn_longctx.train.state import RunState
 
 
-def export(config: TrainConfig, corpus: Corpus, model: LM, where: Path, metrics: dict[str, Any],
-           envelope: bool = True) -> None:  # fmt: skip
+def export(
+    config: TrainConfig, corpus: Corpus, model: LM, where: Path, metrics: dict[str, Any], envelope: bool = True
+) -> None:
     """Write `model` to the directory `where`, in `config.save_dtype` and `config.save_layout`; envelope: with how far
     its states go. Raises InputError where it cannot be written."""
     model.eval()
@@ -26,13 +27,13 @@ def export(config: TrainConfig, corpus: Corpus, model: LM, where: Path, metrics:
     if envelope:
         calibration = _envelope(config, corpus, model)
     dtype = getattr(torch, config.save_dtype)
-    checkpoint.save(model, where, dtype=dtype, provenance=provenance, layout=config.save_layout,
-                    calibration=calibration)  # fmt: skip
+    checkpoint.save(
+        model, where, dtype=dtype, provenance=provenance, layout=config.save_layout, calibration=calibration
+    )
     model.train()
 
 
-def keep_best(config: TrainConfig, corpus: Corpus, model: LM, out: Path, score: list[float],
-              state: RunState) -> None:  # fmt: skip
+def keep_best(config: TrainConfig, corpus: Corpus, model: LM, out: Path, score: list[float], state: RunState) -> None:
     """Make the model just evaluated last/, and best/ if its score is the largest so far."""
     metrics = {"step": state.step}
     export(config, corpus, model, out / "last", metrics, envelope=False)

@@ -46,8 +46,15 @@ class Graphs:
         """Return what `read` does; it is called where there is nothing to replay."""
         states = [] if before is None else leaves(before)
         graded = torch.is_grad_enabled()
-        kind = (ids.shape, targets is None, before is None, graded, any(t.requires_grad for t in states),
-                torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda"))  # fmt: skip
+        kind = (
+            ids.shape,
+            targets is None,
+            before is None,
+            graded,
+            any(t.requires_grad for t in states),
+            torch.is_autocast_enabled("cuda"),
+            torch.get_autocast_dtype("cuda"),
+        )
         if not self.fits() or (kind not in self.recordings and len(self.recordings) == MOST):
             return self.read(self.model, ids, targets, before)
         inputs = (ids, *([] if targets is None else [targets]), *states)

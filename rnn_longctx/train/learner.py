@@ -23,8 +23,9 @@ class Learner(nn.Module):
         self.model = model
         self.graphs = Graphs(model, read) if recorded and model.device.type == "cuda" else None
 
-    def forward(self, ids: Tensor, targets: Tensor | None, before: Cache | None,
-                reset: Tensor | None = None) -> tuple[Tensor | None, Cache]:  # fmt: skip
+    def forward(
+        self, ids: Tensor, targets: Tensor | None, before: Cache | None, reset: Tensor | None = None
+    ) -> tuple[Tensor | None, Cache]:
         """Return the losses (B, T) of the targets, in nats, and the cache after ids (B, T).
 
         Args:
@@ -37,8 +38,9 @@ class Learner(nn.Module):
         return read(self.model, ids, targets, before, reset)
 
 
-def read(model: LM, ids: Tensor, targets: Tensor | None, before: Cache | None,
-         reset: Tensor | None = None) -> tuple[Tensor | None, Cache]:  # fmt: skip
+def read(
+    model: LM, ids: Tensor, targets: Tensor | None, before: Cache | None, reset: Tensor | None = None
+) -> tuple[Tensor | None, Cache]:
     """Read a segment as `Learner.forward` does, without graphs."""
     cache = model.new_cache() if before is None else state_map(lambda tensor: tensor, before)
     hidden = model(ids, cache, reset=reset)

@@ -288,8 +288,9 @@ def _resume(run: Run, optimizer: torch.optim.Optimizer, starts: Starts | None) -
     return RunState.from_dict({"tokens": step * run.config.batch_size * run.config.longest} | snapshot["state"])
 
 
-def backward(run: Run, config: TrainConfig, learner: nn.Module, starts: Starts | None,
-             step: int) -> tuple[Batch, Tensor, Cache]:  # fmt: skip
+def backward(
+    run: Run, config: TrainConfig, learner: nn.Module, starts: Starts | None, step: int
+) -> tuple[Batch, Tensor, Cache]:
     """Return the batch of a step, its two losses, and what this rank's streams end with; the gradients of all ranks are
     left in the parameters. config: that of the stage."""
     team = run.team

@@ -34,8 +34,9 @@ class Placed:
     answers: np.ndarray
 
 
-def place(data: DataConfig, tokenizer: Tokenizer, rng: np.random.Generator, size: tuple[int, int],
-          shuffled: bool) -> Placed:  # fmt: skip
+def place(
+    data: DataConfig, tokenizer: Tokenizer, rng: np.random.Generator, size: tuple[int, int], shuffled: bool
+) -> Placed:
     """Draw the examples of a step.
 
     Args:
@@ -86,8 +87,9 @@ def check_mix(data: DataConfig, tokenizer: Tokenizer, vocab_size: int) -> None:
                 raise InputError(f"{name}.lengths: {least} ({error} beside the answer)") from None
 
 
-def _fill_row(placed: Placed, i: int, mixed: MixedTask, task: Task, tokenizer: Tokenizer,
-              rng: np.random.Generator) -> None:  # fmt: skip
+def _fill_row(
+    placed: Placed, i: int, mixed: MixedTask, task: Task, tokenizer: Tokenizer, rng: np.random.Generator
+) -> None:
     """Put examples into row `i`, from its end on."""
     length = placed.ids.shape[1]
     stop = length

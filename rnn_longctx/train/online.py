@@ -153,8 +153,9 @@ class Online:
         self.run.say(f"start: {_spoken(self.best)}")
         log.write(self.row("start", figures=self.best) | {"update": 0})
 
-    def row(self, decision: str, reason: str = "", text: str = "", figures: Figures | None = None,
-            **measured: Any) -> dict[str, Any]:  # fmt: skip
+    def row(
+        self, decision: str, reason: str = "", text: str = "", figures: Figures | None = None, **measured: Any
+    ) -> dict[str, Any]:
         """Return a row of online.csv of the update at hand; what was not measured is empty."""
         row = dict.fromkeys(self.columns, "") | {"update": self.update + 1, "decision": decision} | measured
         for length, loss, passkey in figures or []:
@@ -190,8 +191,16 @@ class Online:
         line += f"loss on their held-out share {before:.4f} before, {after:.4f} after; {_spoken(figures or [])}"
         self.run.say(line + (f"; {reason}" if reason else ""))
         train_loss = sum(losses) / len(losses) if losses else math.nan
-        return self.row(decision, reason or "", "; ".join(spans), figures, tokens=len(arrival.ids),
-                        train_loss=train_loss, new_before=before, new_after=after)  # fmt: skip
+        return self.row(
+            decision,
+            reason or "",
+            "; ".join(spans),
+            figures,
+            tokens=len(arrival.ids),
+            train_loss=train_loss,
+            new_before=before,
+            new_after=after,
+        )
 
     def settle(self, row: dict[str, Any]) -> None:
         """Make the decision of the row last: the snapshot is what counts, last/ follows it."""

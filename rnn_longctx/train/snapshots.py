@@ -22,8 +22,19 @@ from rnn_longctx.errors import InputError
 from rnn_longctx.files import replacing, write_atomic
 from rnn_longctx.progress import Say, to_stdout
 
-COLUMNS = ["step", "tokens", "loss", "passkey_loss", "lr", "grad_norm", "tokens_per_second", "seconds", "length",
-           "state_norm", "state_norm_max"]  # fmt: skip
+COLUMNS = [
+    "step",
+    "tokens",
+    "loss",
+    "passkey_loss",
+    "lr",
+    "grad_norm",
+    "tokens_per_second",
+    "seconds",
+    "length",
+    "state_norm",
+    "state_norm_max",
+]
 KEEP = 2
 csv.field_size_limit(2**31 - 1)  # a row of online.csv names all of an update's files
 

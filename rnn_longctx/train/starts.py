@@ -54,8 +54,14 @@ class Starts:
         total: returns the sum over all rows of what is a sum over these.
     """
 
-    def __init__(self, model: LM, passing: PassingConfig, seed: int, rows: slice = slice(None),
-                 total: Callable[[Tensor], Tensor] = lambda t: t):  # fmt: skip
+    def __init__(
+        self,
+        model: LM,
+        passing: PassingConfig,
+        seed: int,
+        rows: slice = slice(None),
+        total: Callable[[Tensor], Tensor] = lambda t: t,
+    ):
         self.model, self.passing, self.seed, self.rows, self.total = model, passing, seed, rows, total
         self.last: Cache | None = None  # previous: what the rows' last streams ended with
         self.fitted: Tensor | None = None  # fitted-noise: (2, heads), mean and standard deviation
