@@ -43,12 +43,12 @@ def compute() -> dict[str, Any]:
         model = rnn_longctx.load("demo", device="cuda", dtype=dtype)
         name = str(dtype).removeprefix("torch.")
         for remedy in REMEDIES:
-            with torch.inference_mode(), rnn_longctx.mitigate(model, remedy):
+            with torch.inference_mode(), rnn_longctx.mitigate(model, remedy, target_length=LENGTH):
                 hidden = torch.cat(list(model.stream(ids, segment=1900)), 1)
                 results[f"{name} {remedy} {model.backend}"] = digest(model.logits(hidden[:, -1]), hidden)
                 results[f"{name} {remedy} losses"] = digest(model.losses(hidden[:, :-1], ids[:, 1:]))
         for remedy in ("none", "rri:alpha=0.998,beta=0.75", "state-norm:every=64"):
-            with rnn_longctx.mitigate(model, remedy):
+            with rnn_longctx.mitigate(model, remedy, target_length=LENGTH):
                 tokens = rnn_longctx.generate(model, ids[:, :1000], 60)
                 results[f"{name} {remedy} generated"] = digest(tokens.long())
         with torch.inference_mode(), rnn_longctx.record(model, every=512) as trace:
@@ -57,7 +57,7 @@ def compute() -> dict[str, Any]:
         table = trace.table().select_dtypes("number").to_numpy(dtype="float64").copy()
         results[f"{name} traced"] = digest(torch.from_numpy(table))
         for remedy in ("none", "state-norm:every=64"):
-            with rnn_longctx.mitigate(model, remedy):
+            with rnn_longctx.mitigate(model, remedy, target_length=LENGTH):
                 reset = torch.zeros_like(ids[:, :-1], dtype=torch.bool)
                 reset[:, 2000] = remedy == "none"
                 model.losses(model(ids[:, :-1], reset=reset), ids[:, 1:]).mean().backward()

@@ -308,12 +308,12 @@ def test_caps_on_the_device(every, sizes, dtype, most):
 
 
 @pytest.mark.gpu
-def test_caps_in_stretches(monkeypatch):
-    """Factors found beside the scan of the stretch before: the same, whatever the stretches."""
+def test_caps_in_segments(monkeypatch):
+    """Factors found beside the scan of the segment before: the same, whatever the segments."""
     x, more = inputs(9000, batch=1, dtype=torch.bfloat16, sizes=(4, 64, 1, 128))
     policy = ScanPolicy(caps=(Cap((2.0, 3.0, math.inf, 4.0), 256),))
     expected, whole = scan(**x, **more, policy=policy, backend="triton")
-    monkeypatch.setattr(ops, "STRETCH", 1024)
+    monkeypatch.setattr(ops, "SEGMENT", 1024)
     for _ in range(20):  # two streams: an order that is missing need not show at once
         y, carry = scan(**x, **more, policy=policy, backend="triton")
         assert torch.equal(y, scan(**x, **more, policy=policy, backend="triton")[0])
