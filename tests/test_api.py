@@ -131,7 +131,7 @@ def test_what_is_no_model_no_remedy_and_no_action(model, text):
         generate(None, [1])
     with pytest.raises(InputError, match="tiny is this library's own"):
         adopt(model)
-    with pytest.raises(InputError, match=r'"demo", a directory or a hub id, got Mamba2LM'):
+    with pytest.raises(InputError, match=r'"demo", a directory or a hub id, got LM'):
         load(model)
     for remedy in (None, 3, ["state-norm"]):
         with pytest.raises(InputError, match=r"a remedy is a string .* composed with \+, .*got ") as error:

@@ -9,8 +9,8 @@ from rnn_longctx.data import tokens
 from rnn_longctx.errors import InputError
 from rnn_longctx.measure.steps import SLICES
 from rnn_longctx.mitigations import NotApplicable, mitigate, standard
-from rnn_longctx.models import checkpoint
 from rnn_longctx.models.cache import Cache
+from rnn_longctx.models.checkpoint.tokenizer import LazyTokenizer
 from rnn_longctx.recurrence.policy import PLAIN
 
 
@@ -107,6 +107,6 @@ def test_the_training_length_is_asked_for(model, made):
     with mitigate(model, "a-floor:tokens=20", text=made) as handle:
         assert handle.plan.calibration.endswith("8 x 20")
     assert "a-floor" in standard(32) and "a-floor" not in standard(None)
-    model.tokenizer = checkpoint.LazyTokenizer(None, "it", 256)
+    model.tokenizer = LazyTokenizer(None, "it", 256)
     with pytest.raises(InputError, match="no tokenizer"):
         mitigate(model, "a-floor:tokens=20")

@@ -11,7 +11,7 @@ from rnn_longctx import mitigate
 from rnn_longctx.errors import InputError
 from rnn_longctx.measure.steps import measure_steps
 from rnn_longctx.models.lm import Mamba2LM
-from rnn_longctx.models.mixers import base as models
+from rnn_longctx.models.mixers.base import Recurrent
 from rnn_longctx.models.mixers.mamba2 import Mamba2Config
 from rnn_longctx.probes.attribution import attribute
 from rnn_longctx.recurrence.policy import Cap, ScanPolicy
@@ -52,15 +52,17 @@ def policies(lm, kind):
 @torch.no_grad()
 def scans(lm, ids, monkeypatch):
     """What every layer's scan was given, and the policy it was given with."""
-    seen, scan = [], models.scan
+    seen, recurrence = [], Recurrent.recurrence
 
-    def spy(inputs, gates, span, **settings):
-        limits = {"dt_bias": gates.dt_bias, "dt_limit": gates.dt_limit, "policy": settings["policy"]}
-        seen.append(((inputs.x, gates.dt, gates.A, inputs.B, inputs.C), limits))
-        return scan(inputs, gates, span, **settings)
+    class Spy:
+        @staticmethod
+        def scan(inputs, gates, span, **settings):
+            limits = {"dt_bias": gates.dt_bias, "dt_limit": gates.dt_limit, "policy": settings["policy"]}
+            seen.append(((inputs.x, gates.dt, gates.A, inputs.B, inputs.C), limits))
+            return recurrence.scan(inputs, gates, span, **settings)
 
     with monkeypatch.context() as patch:
-        patch.setattr(models, "scan", spy)
+        patch.setattr(Recurrent, "recurrence", Spy)
         lm(ids)
     return seen
 

@@ -174,4 +174,5 @@ def test_in_half(width):
         patch.setattr(choose, "fits", lambda x: False)
         _, wanted = train_once(model, ids, [1000, 2000])
     fast, slow = distances(True), distances(False)
-    assert (fast < 1.3 * slow + 1e-3).all(), (fast / slow).max()
+    # of a parameter of a few numbers (dt_bias has one a head) either error is a draw of a few
+    assert (fast / slow).log().mean() < 0.1 and (fast < 3 * slow + 1e-3).all(), fast / slow
