@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from rnn_longctx.lazy import on_first_use
 
 # Imported on first use: tables and pictures (`rnn_longctx.eval.tables`, `.show`) load no torch.
 _WHERE = {
@@ -37,10 +39,4 @@ if TYPE_CHECKING:
     from rnn_longctx.eval.run import answer, evaluate
     from rnn_longctx.eval.search.calibrate import calibrate
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _WHERE:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    import importlib
-
-    return getattr(importlib.import_module(_WHERE[name]), name)
+__getattr__, __dir__ = on_first_use(__name__, _WHERE)

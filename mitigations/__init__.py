@@ -5,7 +5,9 @@ Names are imported on first use, so that a remedy costs the import of its own fi
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from rnn_longctx.lazy import on_first_use
 
 __all__ = [
     "REMEDIES",
@@ -24,18 +26,18 @@ __all__ = [
 
 # No module is named like one of these: an import of it would put the module in the place of the name.
 _WHERE = {
-    "REMEDIES": "base",
-    "Handle": "attach",
-    "NotApplicable": "base",
-    "Plan": "base",
-    "Remedy": "base",
-    "active": "attach",
-    "diagnostics": "usual",
-    "fold": "folding",
-    "handles_on": "attach",
-    "mitigate": "attach",
-    "parse_remedy": "compose",
-    "standard": "usual",
+    "REMEDIES": "rnn_longctx.mitigations.base",
+    "Handle": "rnn_longctx.mitigations.attach",
+    "NotApplicable": "rnn_longctx.mitigations.base",
+    "Plan": "rnn_longctx.mitigations.base",
+    "Remedy": "rnn_longctx.mitigations.base",
+    "active": "rnn_longctx.mitigations.attach",
+    "diagnostics": "rnn_longctx.mitigations.usual",
+    "fold": "rnn_longctx.mitigations.folding",
+    "handles_on": "rnn_longctx.mitigations.attach",
+    "mitigate": "rnn_longctx.mitigations.attach",
+    "parse_remedy": "rnn_longctx.mitigations.compose",
+    "standard": "rnn_longctx.mitigations.usual",
 }
 
 if TYPE_CHECKING:
@@ -45,14 +47,4 @@ if TYPE_CHECKING:
     from rnn_longctx.mitigations.folding import fold
     from rnn_longctx.mitigations.usual import diagnostics, standard
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _WHERE:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    import importlib
-
-    return getattr(importlib.import_module(f"{__name__}.{_WHERE[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = on_first_use(__name__, _WHERE)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from rnn_longctx.lazy import on_first_use
 from rnn_longctx.version import __version__ as __version__
 
 __all__ = [
@@ -54,14 +55,4 @@ if TYPE_CHECKING:
     from rnn_longctx.probes.monitor.monitor import CollapseMonitor
     from rnn_longctx.probes.trace import record
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _WHERE:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    import importlib
-
-    return getattr(importlib.import_module(_WHERE[name]), name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = on_first_use(__name__, _WHERE, ("__version__",))

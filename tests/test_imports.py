@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FIRST = frozenset(("errors", "config", "spec", "registry", "files", "devices", "progress", "loggers", "version"))
+FIRST = frozenset(
+    ("errors", "config", "spec", "registry", "files", "devices", "progress", "loggers", "version", "lazy")
+)
 # Each room, and the rooms that it may know beside itself and the first row.
 ROOMS: dict[str, tuple[str, ...]] = {
     "data": (),

@@ -19,7 +19,7 @@ from rnn_longctx.recurrence.observe import Looks, observed
 from rnn_longctx.recurrence.policy import PLAIN, ScanPolicy
 from rnn_longctx.recurrence.rows import left_padding, row_counts
 from rnn_longctx.recurrence.span import WHOLE, Span
-from rnn_longctx.recurrence.ssd import fused, official, pytorch, reference
+from rnn_longctx.recurrence.ssd import official, pytorch, reference
 from rnn_longctx.recurrence.ssd.parallel import sharded_scan
 from rnn_longctx.recurrence.ssd.shapes import check_shapes
 from rnn_longctx.recurrence.ssd.window import window_state
@@ -185,8 +185,28 @@ class _SSD:
 SSD: Recurrence = RECURRENCES.register(_SSD())
 
 _always: Any = (lambda: None, lambda policy, call: None)  # never missing, refuses nothing
+
+
+def _fused_when_called(name: str) -> Any:
+    """Return a function of `fused` that imports it when it is called: where no kernel runs, none is made an operator,
+    which takes longer than all the rest of an import."""
+
+    def call(*args: Any, **settings: Any) -> Any:
+        from rnn_longctx.recurrence.ssd import fused
+
+        return getattr(fused, name)(*args, **settings)
+
+    return call
+
+
 _fused = Backend(
-    "triton", fused.run, triton.missing, fused.refuses, fused.observes, gates_output=True, shard_sum=fused.shard_sum
+    "triton",
+    _fused_when_called("run"),
+    triton.missing,
+    _fused_when_called("refuses"),
+    _fused_when_called("observes"),
+    gates_output=True,
+    shard_sum=_fused_when_called("shard_sum"),
 )
 if not triton.interpreted():  # Triton's interpreter is for tests: only when asked for
     BACKENDS.register(_fused)
