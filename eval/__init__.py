@@ -19,17 +19,7 @@ _WHERE = {
     "parse_task": "rnn_longctx.eval.jobs.parsing",
 }
 
-__all__ = [
-    "EvalConfig",
-    "Job",
-    "Measuring",
-    "Question",
-    "Results",
-    "answer",
-    "calibrate",
-    "evaluate",
-    "parse_task",
-]
+__all__ = ["EvalConfig", "Job", "Measuring", "Question", "Results", "answer", "calibrate", "evaluate", "parse_task"]
 
 if TYPE_CHECKING:
     from rnn_longctx.eval.jobs.base import Job, Measuring

@@ -66,11 +66,7 @@ class Handle:
 
 
 def mitigate(
-    model: Any,
-    remedy: str | Remedy,
-    *,
-    target_length: int | str | None = None,
-    text: Text | str | Path | None = None,
+    model: Any, remedy: str | Remedy, *, target_length: int | str | None = None, text: Text | str | Path | None = None
 ) -> Handle:
     """Put a remedy on a model, for all that it reads and generates from now on.
 

@@ -105,12 +105,7 @@ def _until_the_query(table: pd.DataFrame) -> pd.DataFrame:
 
 @torch.no_grad()
 def attribute(
-    model: Any,
-    ids: Tensor,
-    top: int | None = None,
-    *,
-    queries: Iterable[int] | None = None,
-    segment: int = SEGMENT,
+    model: Any, ids: Tensor, top: int | None = None, *, queries: Iterable[int] | None = None, segment: int = SEGMENT
 ) -> Attribution:
     """Return what every token contributes to every head's output at the queries, under the model's present policies.
 

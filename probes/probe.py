@@ -232,11 +232,7 @@ def _read(model: LanguageModel, ids: Tensor, every: int) -> tuple[pd.DataFrame, 
 
 
 def _heads(
-    table: pd.DataFrame,
-    norms: list[list[float]],
-    channels: list[list[list[int]]],
-    train_length: int,
-    reaches: bool,
+    table: pd.DataFrame, norms: list[list[float]], channels: list[list[list[int]]], train_length: int, reaches: bool
 ) -> pd.DataFrame:
     """Return a row a head, worst first; with what is left of the first token at the training length, where looks reach
     from within it to beyond it."""

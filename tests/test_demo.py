@@ -43,14 +43,7 @@ def test_demo_long_is_the_demo_continued_and_does_not_collapse(demo):
     made = long.provenance
     assert made["init"]["weights"] in old_hashes(demo) and made["folded"][0]["mitigation"] == "a-floor"
     assert "standard library" in made["data"]["excluded"] and made["recipe"]["steps"] <= 500
-    table = rnn_longctx.evaluate(
-        long,
-        ["512", "16k"],
-        [
-            "lm:slices=1,tokens=16k",
-            "passkey:n=10,max=4k",
-        ],
-    )
+    table = rnn_longctx.evaluate(long, ["512", "16k"], ["lm:slices=1,tokens=16k", "passkey:n=10,max=4k"])
     loss = table[table.metric == "nats_per_token"].set_index("length").value
     recall = table[(table.metric == "accuracy") & table.depth.isna()].set_index("length").value
     assert loss[16384] < 1.3 * loss[512] and recall[512] >= 0.8

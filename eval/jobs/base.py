@@ -65,12 +65,7 @@ class Measuring:
         return text if isinstance(text, Text) else self.memo(("text", text), lambda: load_text(text))
 
     def key(
-        self,
-        label: str = "",
-        text: Text | str = "",
-        length: int = 0,
-        metric: str = "",
-        depth: float | None = None,
+        self, label: str = "", text: Text | str = "", length: int = 0, metric: str = "", depth: float | None = None
     ) -> Row:
         """Return the key of a cell; without arguments, what all cells of this model and remedy share."""
         m = self.model

@@ -145,10 +145,7 @@ def _gain_tables(sheet: Sheet, width: int) -> list[RenderableType]:
             measured |= set(gains)
             known = {k: g for k, g in gains.items() if math.isfinite(g.low)}
             for head, values in (
-                (
-                    Text(name),
-                    {k: Text(_signed(g.gain), "bold" if g.low > 0 else "") for k, g in gains.items()},
-                ),
+                (Text(name), {k: Text(_signed(g.gain), "bold" if g.low > 0 else "") for k, g in gains.items()}),
                 (Text("  95% from", "dim"), {k: Text(_signed(g.low), "dim") for k, g in known.items()}),
                 (Text("  to", "dim"), {k: Text(_signed(g.high), "dim") for k, g in known.items()}),
             ):

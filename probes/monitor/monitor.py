@@ -99,11 +99,7 @@ class CollapseMonitor:
 
     @classmethod
     def calibrated(
-        cls,
-        model: Any,
-        text: Text | str | Path | None = None,
-        length: int | str | None = None,
-        every: int | str = 256,
+        cls, model: Any, text: Text | str | Path | None = None, length: int | str | None = None, every: int | str = 256
     ) -> CollapseMonitor:
         """Calibrate on a model as it is without remedies.
 

@@ -48,12 +48,7 @@ class ModelOptions:
 
 
 def load_model(
-    name: str,
-    device: str,
-    dtype: str,
-    tokenizer: str | None,
-    train_length: str | int | None,
-    state_dtype: str | None,
+    name: str, device: str, dtype: str, tokenizer: str | None, train_length: str | int | None, state_dtype: str | None
 ) -> LanguageModel:
     """Return the model of a name, its own or of another library, with its state kept in `state_dtype`."""
     from rnn_longctx.devices import device_of

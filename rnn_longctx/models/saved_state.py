@@ -21,11 +21,7 @@ from rnn_longctx.models.precision import computes_as
 
 
 def save_state(
-    path: str | Path,
-    cache: Cache | AdoptedCache,
-    model: Any,
-    remedy: str = "none",
-    target: int | None = None,
+    path: str | Path, cache: Cache | AdoptedCache, model: Any, remedy: str = "none", target: int | None = None
 ) -> None:
     """Write what `model` has read, as safetensors; of an adopted hybrid with attention's keys and values, which grow
     with the tokens read.

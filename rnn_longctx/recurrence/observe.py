@@ -27,12 +27,7 @@ Read = Callable[[int, int, ScanCarry, Looks | None], tuple[Tensor, ScanCarry]]
 
 
 def observed(
-    read: Read,
-    length: int,
-    carry: ScanCarry,
-    observer: Observer,
-    inside: bool,
-    state: Callable[[ScanCarry], Tensor],
+    read: Read, length: int, carry: ScanCarry, observer: Observer, inside: bool, state: Callable[[ScanCarry], Tensor]
 ) -> tuple[Tensor, ScanCarry]:
     """Read `length` tokens and show `observer` the statistics at the positions that `observer.every` divides.
 

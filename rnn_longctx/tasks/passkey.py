@@ -76,12 +76,7 @@ def make_passkey(
 
 
 def passkey_batch(
-    tokenizer: Tokenizer,
-    length: int,
-    n: int,
-    seed: int,
-    style: str | Style = "auto",
-    haystack: Text | None = None,
+    tokenizer: Tokenizer, length: int, n: int, seed: int, style: str | Style = "auto", haystack: Text | None = None
 ) -> list[Prompt]:
     """Return `n` prompts at evenly spaced depths (`depth_of`); the key of prompt i depends on (seed, length, i) alone.
 

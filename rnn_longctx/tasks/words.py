@@ -38,12 +38,7 @@ class Words(PromptTask):
 
 
 def words_batch(
-    tokenizer: Tokenizer,
-    length: int,
-    n: int,
-    seed: int,
-    style: Style | None = None,
-    haystack: Text | None = None,
+    tokenizer: Tokenizer, length: int, n: int, seed: int, style: Style | None = None, haystack: Text | None = None
 ) -> list[Prompt]:
     """Return `passkey_batch` with a word of `WORDS` for the key."""
     task, prompts = Words(), []

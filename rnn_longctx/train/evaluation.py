@@ -141,10 +141,7 @@ class Evaluation:
                     write({f"eval/loss_{length}": loss, f"eval/passkey_{length}": score}, step)
                 self.say(f"step {step} at {length} tokens: loss {loss:.4f} passkey {score:.2f}")
         loss, n = sum(losses) / len(losses), len(scores)
-        return [
-            sum(scores) / n if self.settings.passkeys else 0.0,
-            -loss if math.isfinite(loss) else -math.inf,
-        ]
+        return [sum(scores) / n if self.settings.passkeys else 0.0, -loss if math.isfinite(loss) else -math.inf]
 
     def measure(self) -> Iterator[tuple[int, float, float]]:
         """Yield of each length in turn: tokens, late loss, and the share of its examples answered, NaN without any."""

@@ -124,11 +124,7 @@ def test_file_and_directory(tmp_path: Path) -> None:
 
 def test_missing_and_empty(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").touch()
-    for spec, word in [
-        (tmp_path / "no.txt", "no text at"),
-        (tmp_path / "empty.txt", "is empty"),
-        ("stdlbi", "stdlib"),
-    ]:
+    for spec, word in [(tmp_path / "no.txt", "no text at"), (tmp_path / "empty.txt", "is empty"), ("stdlbi", "stdlib")]:
         with pytest.raises(InputError, match=word):
             load_text(spec)
     (tmp_path / "folder").mkdir()

@@ -25,21 +25,13 @@ def test_finished_cells_are_not_measured_again(model, text, tmp_path, monkeypatc
     out = str(tmp_path / "out")
     settings = {"text": text, "out": out}
     first = evaluate(
-        model,
-        [96, 128],
-        ["lm:slices=2,tokens=0", "passkey:n=4,least=2"],
-        ["none", "reset:every=32"],
-        **settings,
+        model, [96, 128], ["lm:slices=2,tokens=0", "passkey:n=4,least=2"], ["none", "reset:every=32"], **settings
     )
     reads = []
     original = Mamba2LM.read
     monkeypatch.setattr(Mamba2LM, "read", lambda self, *a, **k: reads.append(1) or original(self, *a, **k))
     again = evaluate(
-        model,
-        [96, 128],
-        ["lm:slices=2,tokens=0", "passkey:n=4,least=2"],
-        ["none", "reset:every=32"],
-        **settings,
+        model, [96, 128], ["lm:slices=2,tokens=0", "passkey:n=4,least=2"], ["none", "reset:every=32"], **settings
     )
     assert not reads and again.value.tolist() == first.value.tolist()
     evaluate(model, [96, 128, 256], ["lm:slices=2,tokens=0"], ["none"], **settings)

@@ -167,10 +167,7 @@ def test_killed_writers_leave_only_whole_cells(tmp_path, caplog):
 def test_the_table_is_the_same_from_cells_parquet_and_csv(tmp_path):
     store = Results(tmp_path)
     cells = [row(length=length, depth=d, task=t) for length in (512, 64) for d in (None, 0.1 + 0.2) for t in "ab"]
-    cells += [
-        row(text='comma, "quote"\nand line', samples=None, value=math.inf),
-        row(model=None, value=math.nan),
-    ]
+    cells += [row(text='comma, "quote"\nand line', samples=None, value=math.inf), row(model=None, value=math.nan)]
     cells += [row(seed=2**53 + 1, samples=[math.inf, 1e-300, 0.1 + 0.2], version="None")]
     random.shuffle(cells)
     for cell in cells:

@@ -61,10 +61,7 @@ CASES = {
     "delta-scale:scale=0.6": lambda i, A: (A, lambda dt: (0.6 * dt, 0.6 * dt)),
     "delta-scale:scale=0.6/1.5/0.9": lambda i, A: (A, lambda dt, s=(0.6, 1.5, 0.9): (s[i] * dt, s[i] * dt)),
     "a-scale:scale=1.7": lambda i, A: (1.7 * A, lambda dt: (dt, dt)),
-    "a-winsor:share=0.2": lambda i, A: (
-        A.clamp(torch.quantile(A, 0.2), torch.quantile(A, 0.8)),
-        lambda dt: (dt, dt),
-    ),
+    "a-winsor:share=0.2": lambda i, A: (A.clamp(torch.quantile(A, 0.2), torch.quantile(A, 0.8)), lambda dt: (dt, dt)),
 }
 
 

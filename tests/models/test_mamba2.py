@@ -179,10 +179,7 @@ def test_left_padded_rows_are_rows_alone(cuts, stream):
     length, pads = 70, [0, random.randrange(1, 15), random.randrange(15, 50), 0, 31]
     ids, more = tokens(len(pads), length), tokens(len(pads), 7)
     mask = torch.arange(length) >= torch.tensor(pads)[:, None]
-    sizes = {
-        "one pass": [length],
-        "a row is all padding at first": [15, 25, 1, *cut(29, 3)],
-    }[cuts]
+    sizes = {"one pass": [length], "a row is all padding at first": [15, 25, 1, *cut(29, 3)]}[cuts]
     cache = Cache()
     try:
         hidden = read(stream, ids, sizes, cache, mask=mask)

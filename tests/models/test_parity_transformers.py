@@ -95,15 +95,7 @@ def test_what_we_save_they_load(pair, tmp_path):
     ids = torch.randint(97, (2, 33))
     torch.testing.assert_close(again.eval()(ids).logits, _theirs(theirs, ids), **TOLERANCE)
     assert all(torch.equal(v, again.state_dict()[k]) for k, v in theirs.state_dict().items())
-    for key in (
-        "num_heads",
-        "head_dim",
-        "n_groups",
-        "expand",
-        "state_size",
-        "use_bias",
-        "tie_word_embeddings",
-    ):
+    for key in ("num_heads", "head_dim", "n_groups", "expand", "state_size", "use_bias", "tie_word_embeddings"):
         assert getattr(again.config, key) == getattr(theirs.config, key)
     assert tuple(again.config.time_step_limit) == tuple(theirs.config.time_step_limit)
 

@@ -33,9 +33,7 @@ def config(tmp_path: Path) -> TrainConfig:
     return TrainConfig(
         model=TINY,
         data=DataConfig(
-            text=[str(tmp_path / "text.txt")],
-            held_out=0.1,
-            passkey=PasskeyConfig(fraction=0.3, lengths=(110, 120)),
+            text=[str(tmp_path / "text.txt")], held_out=0.1, passkey=PasskeyConfig(fraction=0.3, lengths=(110, 120))
         ),
         schedule=ScheduleConfig(warmup=3),
         train_length=120,

@@ -276,10 +276,7 @@ def test_a_part_of_a_text(tmp_path: Path) -> None:
 
 
 def test_texts_without_weights_are_drawn_by_size(tmp_path: Path) -> None:
-    text: Texts = [
-        jsonl(tmp_path / "a.jsonl", documents(20)),
-        jsonl(tmp_path / "b.jsonl", documents(60)),
-    ]
+    text: Texts = [jsonl(tmp_path / "a.jsonl", documents(20)), jsonl(tmp_path / "b.jsonl", documents(60))]
     data = corpus(config(text))
     assert data.shares == [len(tokens) for tokens in data.sources] and len(data.sources) == 2
     for name, path in zip("cd", ("a", "b")):

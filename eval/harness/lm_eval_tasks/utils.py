@@ -46,10 +46,7 @@ def question_results(doc: dict[str, Any], replies: list[str]) -> dict[str, float
     """Return the best of word F1 and of equality over the answers, as SQuAD has them: without case and articles."""
     reply = _words(replies[0])
     answers = [_words(answer) for answer in doc["answers"]]
-    return {
-        "f1": max((f1(reply, answer) for answer in answers), default=0.0),
-        "exact_match": float(reply in answers),
-    }
+    return {"f1": max((f1(reply, answer) for answer in answers), default=0.0), "exact_match": float(reply in answers)}
 
 
 def summaries(data: str = "", **_: Any) -> Docs:

@@ -28,15 +28,7 @@ Piece = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor,
 
 
 def window_scan(
-    x: Tensor,
-    gates: Gates,
-    B: Tensor,
-    C: Tensor,
-    *,
-    size: int,
-    carry: ScanCarry,
-    drop: Tensor | None,
-    piece: Piece,
+    x: Tensor, gates: Gates, B: Tensor, C: Tensor, *, size: int, carry: ScanCarry, drop: Tensor | None, piece: Piece
 ) -> tuple[Tensor, ScanCarry]:
     """As `chunked_scan`, each token seeing itself and the `size` - 1 tokens before it."""
     log_decay, scale, length = gates.log_decay, gates.input_scale, x.shape[1]
@@ -210,13 +202,5 @@ def _forget(w: WindowCarry, keep: Tensor) -> WindowCarry:
     k = keep.to(w.x.device, w.x.dtype)
     four, five = k[:, None, None, None], k[:, None, None, None, None]
     return WindowCarry(
-        w.size,
-        w.block * four,
-        w.head,
-        w.x * four,
-        w.B,
-        w.log_decay,
-        w.x_before * four,
-        w.B_before,
-        w.after * five,
+        w.size, w.block * four, w.head, w.x * four, w.B, w.log_decay, w.x_before * four, w.B_before, w.after * five
     )

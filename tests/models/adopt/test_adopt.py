@@ -7,17 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from adopted_families import (
-    MAMBA1,
-    NEAR,
-    POLICIES,
-    RECURRENT,
-    cached,
-    logits_of,
-    put,
-    random_ids,
-    streamed,
-)
+from adopted_families import MAMBA1, NEAR, POLICIES, RECURRENT, cached, logits_of, put, random_ids, streamed
 from torch import nn
 
 from rnn_longctx.errors import InputError

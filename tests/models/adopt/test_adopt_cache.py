@@ -6,15 +6,7 @@ import copy
 
 import pytest
 import torch
-from adopted_families import (
-    NEAR,
-    POLICIES,
-    VOCAB,
-    cached,
-    logits_of,
-    put,
-    random_ids,
-)
+from adopted_families import NEAR, POLICIES, VOCAB, cached, logits_of, put, random_ids
 
 from rnn_longctx import cli
 from rnn_longctx.data import ByteTokenizer, Text

@@ -10,15 +10,7 @@ import sys
 import pytest
 import torch
 import transformers as hf
-from adopted_families import (
-    NEAR,
-    POLICIES,
-    VOCAB,
-    logits_of,
-    put,
-    random_ids,
-    streamed,
-)
+from adopted_families import NEAR, POLICIES, VOCAB, logits_of, put, random_ids, streamed
 from safetensors.torch import load_file, save_file
 from torch import nn
 

@@ -7,15 +7,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from adopted_families import (
-    FAMILIES,
-    MAMBA1,
-    NEAR,
-    VOCAB,
-    logits_of,
-    random_ids,
-    streamed,
-)
+from adopted_families import FAMILIES, MAMBA1, NEAR, VOCAB, logits_of, random_ids, streamed
 from torch import nn
 from transformers import AutoModelForCausalLM
 

@@ -55,11 +55,7 @@ def test_official_sizes_at_full_shape(name, tmp_path):
         "norm.weight": (inner,),
         "out_proj.weight": (d, inner),
     }
-    expected = {
-        "backbone.embedding.weight": (50288, d),
-        "lm_head.weight": (50288, d),
-        "backbone.norm_f.weight": (d,),
-    }
+    expected = {"backbone.embedding.weight": (50288, d), "lm_head.weight": (50288, d), "backbone.norm_f.weight": (d,)}
     for i in range(layers):
         expected |= {f"backbone.layers.{i}.mixer.{k}": v for k, v in mixer.items()}
         expected[f"backbone.layers.{i}.norm.weight"] = (d,)
@@ -269,12 +265,7 @@ def test_weights_are_mapped_and_the_file_never_written(tmp_path):
     shape = {"d_model": 32, "n_layer": 1, "d_state": 8, "headdim": 8, "vocab_size": 2**19}  # 64 MiB
     checkpoint.save(Mamba2LM(Mamba2Config(**shape)), tmp_path / "a")
     state = load_file(tmp_path / "a" / "model.safetensors")
-    write(
-        tmp_path / "b",
-        official_config(32, 1, vocab_size=2**19, d_state=8, headdim=8),
-        state,
-        "pytorch_model.bin",
-    )
+    write(tmp_path / "b", official_config(32, 1, vocab_size=2**19, d_state=8, headdim=8), state, "pytorch_model.bin")
     before = (tmp_path / "a" / "model.safetensors").read_bytes()
     del state
     for name in ("a", "b"):
@@ -339,12 +330,7 @@ def test_hub(stored, official, tmp_path, monkeypatch):
         config, state = official
         wanted = Path(stored).suffix in str(allow_patterns)
         return str(
-            write(
-                tmp_path / "0123abc",
-                config,
-                {k: v.clone() for k, v in state.items()} if wanted else None,
-                stored,
-            )
+            write(tmp_path / "0123abc", config, {k: v.clone() for k, v in state.items()} if wanted else None, stored)
         )
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)

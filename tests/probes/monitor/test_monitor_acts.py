@@ -5,18 +5,7 @@ import warnings
 
 import pytest
 import torch
-from monitored import (
-    EVERY,
-    LENGTH,
-    NEAR,
-    RRI,
-    SHORT,
-    first,
-    ids_of,
-    text,
-    transformer,
-    watched,
-)  # fmt: skip
+from monitored import EVERY, LENGTH, NEAR, RRI, SHORT, first, ids_of, text, transformer, watched  # fmt: skip
 
 import rnn_longctx
 from rnn_longctx import CollapseError, CollapseMonitor, adopt, generate, mitigate

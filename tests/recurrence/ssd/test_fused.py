@@ -216,10 +216,7 @@ def test_decays_of_any_size(decay):
 def test_what_it_refuses():
     call = Call(torch.device(DEVICE), torch.float32, False, P, N)
     caps = (Cap(1.0), Cap(1.0, 5), Cap(1.0, 7))
-    for policy, word in (
-        (ScanPolicy(caps=caps), "two norm caps"),
-        (ScanPolicy(caps=caps[:1], reset=5), "cap"),
-    ):
+    for policy, word in ((ScanPolicy(caps=caps), "two norm caps"), (ScanPolicy(caps=caps[:1], reset=5), "cap")):
         with pytest.raises(InputError, match=f"backend 'triton': .*{word}"):
             choose(policy, "triton", call)
         assert choose(policy, None, call).name == "torch"

@@ -36,10 +36,7 @@ def in_parts(x, settings, cuts, mask=None, reset=None, **more):
     """The same stream in several calls."""
     carry, ys = None, []
     for i, j in zip([0, *cuts], [*cuts, x["x"].shape[1]]):
-        part = {
-            "mask": None if mask is None else mask[:, i:j],
-            "reset": None if reset is None else reset[:, i:j],
-        }
+        part = {"mask": None if mask is None else mask[:, i:j], "reset": None if reset is None else reset[:, i:j]}
         y, carry = scan(**cut(x, i, j), **settings, **part, carry=carry, **more)
         ys.append(y)
     return torch.cat(ys, 1), carry
