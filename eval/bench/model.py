@@ -78,7 +78,6 @@ def _transformers(model: LM) -> Any:
         return other.cuda().eval()
 
 
-@torch.inference_mode()
 @bench("model")
 def bench_model(
     *,
@@ -89,6 +88,7 @@ def bench_model(
     return prefill_rows(parse_lengths(lengths), parse_length(segment))
 
 
+@torch.inference_mode()
 def prefill_rows(lengths: list[int], segment: int) -> Iterator[Row]:
     """Yield a row a length and system: seconds to read a prompt of one row to its last token's logits."""
     model = _model()
@@ -163,7 +163,6 @@ def _seconds(read: Read, prompt: Tensor, ids: Tensor, expected: Tensor) -> Row:
     return {"seconds": took, "tokens_per_second": prompt.shape[1] / took, "peak_gib": peak, "error": error, "note": ""}
 
 
-@torch.inference_mode()
 @bench("decode")
 def bench_decode(
     *, tokens: Annotated[int, "Tokens that are generated."] = 500, batch: Annotated[int, "Rows side by side."] = 1
@@ -172,6 +171,7 @@ def bench_decode(
     return decode_rows(tokens, batch)
 
 
+@torch.inference_mode()
 def decode_rows(tokens: int, batch: int) -> Iterator[Row]:
     """Yield a row a system and remedy: tokens per second and row after a short prompt, the error of the first."""
     model = _model()
