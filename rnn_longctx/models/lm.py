@@ -178,7 +178,10 @@ class LM(Hooked, Identified, nn.Module):
         out: Output = None
         carries = []
         for i, block in enumerate(self.layers):
-            h, out, carry = block.read(h, out, cache.layers[i] if cache.layers else None, span, in_fp32)
+            # (as `Block.read`, but here, where nothing holds on to the residual before while the mixer reads)
+            normed, h = block.norm.add(h, out, in_fp32)
+            out, carry = block.mixer(normed, cache.layers[i] if cache.layers else None, span)
+            h, out = block.feed_forward(h, out, in_fp32)
             carries.append(carry)
         length = ids.shape[1] if shard is None else shard.total
         read = torch.full((len(ids),), length, device="cpu") if mask is None else mask.sum(1).cpu()
