@@ -148,5 +148,6 @@ def registered(project: Project, c: Class) -> str | None:
                 pairs = list(zip(target.elts, line.value.elts))
             else:
                 pairs = [(target, line.value)]
-            values += [value for key, value in pairs if ast.unparse(key) in ("name", "kind")]
+            keys = ("name", "kind") if ".models." in c[0] else ("name",)  # elsewhere a kind is no name
+            values += [value for key, value in pairs if ast.unparse(key) in keys]
     return next((x.value for x in values if isinstance(x, ast.Constant) and isinstance(x.value, str) and x.value), None)

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from rnn_longctx.models.deferred import DeferredNorm
 from rnn_longctx.models.interface import Shape
 from rnn_longctx.models.norm import RMSNorm
-from rnn_longctx.recurrence.span import Span
 
 # What a layer gives, to be added to the residual together with the norm that comes next.
 Output = Tensor | DeferredNorm | None
@@ -46,13 +45,6 @@ class Block(nn.Module):
         # (registered even where there is none, so that such a block is what it was before there were any)
         self.register_module("norm2", RMSNorm(config.d_model, config.norm_eps) if config.mlp else None)
         self.register_module("mlp", MLP(config.d_model, round(config.mlp * config.d_model)) if config.mlp else None)
-
-    def read(self, h: Tensor, out: Output, carry: Any, span: Span, in_fp32: bool) -> tuple[Tensor, Output, Any]:
-        """Read the residual h (B, T, d_model) plus the output of the layer before; return the residual, what is still
-        to be added to it, and the carry of the mixer."""
-        normed, h = self.norm.add(h, out, in_fp32)
-        out, carry = self.mixer(normed, carry, span)
-        return *self.feed_forward(h, out, in_fp32), carry
 
     def feed_forward(self, h: Tensor, out: Output, in_fp32: bool) -> tuple[Tensor, Output]:
         """Return the residual and what is still to be added to it, after the MLP, if there is one."""

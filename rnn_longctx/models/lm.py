@@ -178,7 +178,7 @@ class LM(Hooked, Identified, nn.Module):
         out: Output = None
         carries = []
         for i, block in enumerate(self.layers):
-            # (as `Block.read`, but here, where nothing holds on to the residual before while the mixer reads)
+            # (no function around these three: its caller would keep the residual before alive while the mixer reads)
             normed, h = block.norm.add(h, out, in_fp32)
             out, carry = block.mixer(normed, cache.layers[i] if cache.layers else None, span)
             h, out = block.feed_forward(h, out, in_fp32)
