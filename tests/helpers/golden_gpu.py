@@ -56,6 +56,8 @@ def compute() -> dict[str, Any]:
                 pass
         table = trace.table().select_dtypes("number").to_numpy(dtype="float64").copy()
         results[f"{name} traced"] = digest(torch.from_numpy(table))
+        if dtype == torch.float32:
+            continue  # its gradients differ from run to run: sums of them are made in any order
         for remedy in ("none", "state-norm:every=64"):
             with rnn_longctx.mitigate(model, remedy, target_length=LENGTH):
                 reset = torch.zeros_like(ids[:, :-1], dtype=torch.bool)
