@@ -156,9 +156,10 @@ class CapacityConfig:
         rows = rows or (round(base.batch_size * base.train_length / length) if length > 0 else 0)
         if rows < 1:
             raise InputError(f"train_lengths: {length} is none, or more than train's batch_size * train_length tokens")
-        passkey = base.data.passkey
-        high = length * passkey.lengths[1] // base.train_length
-        data = replace(base.data, passkey=replace(passkey, lengths=(min(passkey.lengths[0], high), high)))
+        data, passkey = base.data, base.data.passkey
+        if passkey is not None:
+            high = length * passkey.lengths[1] // base.train_length
+            data = replace(data, passkey=replace(passkey, lengths=(min(passkey.lengths[0], high), high)))
         return replace(base, model=cell.model, train_length=length, batch_size=rows, seed=cell.seed, data=data, out=out)
 
     def mqar_cells(self) -> list[StudyCell]:
