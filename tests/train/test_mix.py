@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -62,8 +63,12 @@ def test_several_tasks_share_the_rows(config: TrainConfig) -> None:
 
 def test_a_run_of_another_task(config: TrainConfig) -> None:
     """It is trained and measured; an answer's weight changes what is learned."""
-    c = with_mix(config, MQAR_96, steps=4, checkpoint_every=2, evaluate=EvaluateConfig([100], 2, 3))
-    train(c)
+    c = with_mix(config, MQAR_96, steps=4, checkpoint_every=2, log_every=2, evaluate=EvaluateConfig([100], 2, 3))
+    lines: list[str] = []
+    train(c, lines.append)
+    assert not any("passkey" in line for line in lines)
+    for words in (r"step 4/4 loss \S+ mqar \S+", r"step 2 at 100 tokens: loss \S+ mqar \S+", r"mqar_accuracy \S+"):
+        assert any(re.search(words, line) for line in lines), words
     with (Path(c.out) / "eval.csv").open() as file:
         scores = [float(row["passkey"]) for row in csv.DictReader(file)]
     assert len(scores) == 3 and all(0 <= score <= 1 for score in scores)
