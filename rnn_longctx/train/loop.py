@@ -23,7 +23,7 @@ from rnn_longctx.loggers import Write, scalars
 from rnn_longctx.models.cache import Cache
 from rnn_longctx.progress import Say, to_stdout
 from rnn_longctx.train.bptt import MicroBatch, accumulate
-from rnn_longctx.train.carries import joined, rows_of
+from rnn_longctx.train.carries import rows_of
 from rnn_longctx.train.config import TrainConfig
 from rnn_longctx.train.console import progress
 from rnn_longctx.train.corpus import Batch
@@ -314,7 +314,8 @@ def backward(
             loss, answer_loss, end = accumulate(learner, some, config.passing, start, weight, run.autocast)
             losses = losses + torch.stack([loss, answer_loss])
             ends.append(end)
-    return batch, team.sum(losses), joined(ends)
+    end = ends[0] if len(ends) == 1 else Cache.concat(ends, list(range(len(rows.ids))))
+    return batch, team.sum(losses), end
 
 
 def _mean(rows: list[list[float]], column: int) -> float:
