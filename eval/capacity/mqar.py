@@ -18,7 +18,7 @@ from rnn_longctx.models.interface import LanguageModel
 from rnn_longctx.models.lm import LM
 from rnn_longctx.models.modes import in_evaluation
 from rnn_longctx.progress import Say, silent
-from rnn_longctx.tasks.mqar import mqar_batch
+from rnn_longctx.tasks.mqar import KINDS, mqar_batch
 from rnn_longctx.train.config import OptimizerConfig, ScheduleConfig
 from rnn_longctx.train.optimizer import learning_rate, make_optimizer
 from rnn_longctx.train.snapshots import newest_snapshot, save_snapshot
@@ -99,7 +99,7 @@ def measure_mqar(model: LanguageModel, cell: StudyCell, c: MQARConfig, results: 
 def _batch(
     rng: np.random.Generator, rows: int, pairs: int, cell: StudyCell, c: MQARConfig, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    ids, answers = mqar_batch(rng, rows, pairs, c.vocab_size, cell.task == "forgetting-mqar")
+    ids, answers = mqar_batch(rng, rows, pairs, c.vocab_size, KINDS[cell.task].forgetting)
     return torch.from_numpy(ids).to(device), torch.from_numpy(answers).to(device)
 
 

@@ -22,10 +22,9 @@ FIT_EVERY = 20  # steps between measurements of the final states for `fitted-noi
 
 
 def scan_states(model: LM, cache: Cache) -> list[Tensor]:
-    """Return the states (B, H, P, N) of the layers that have one: those whose mixer says, by a method `scan_state`,
-    what it is in their carry."""
-    hooks = (getattr(layer.mixer, "scan_state", None) for layer in model.layers)
-    return [hook(carry) for hook, carry in zip(hooks, cache.layers, strict=True) if hook is not None]
+    """Return the states (B, H, P, N) of the recurrent layers, in order."""
+    carries = {layer.mixer: carry for layer, carry in zip(model.layers, cache.layers, strict=True)}
+    return [mixer.scan_state(carries[mixer]) for mixer in model.mixers]
 
 
 def state_norms(model: LM, cache: Cache) -> Tensor:
