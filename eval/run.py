@@ -83,22 +83,18 @@ def answer(model: LanguageModel, question: Question, out: str | None = None, pro
 
 def _measurings(model: LanguageModel, question: Question, results: Results | None) -> list[Measuring]:
     """Return what jobs work with, one a text; rows stored before get the model's training length of today."""
-    weights = model.weights_hash
-    if results:
-        results.relabel(model.name, weights, model.train_length)
     segment = SEGMENTS[model.device.type]
-    return [
+    memory: dict[Any, Any] = {}
+    measurings = [
         Measuring(
-            model,
-            text=text,
-            batch=question.batch,
-            seed=question.seed,
-            results=results,
-            segment=segment,
-            _memory={"weights": weights},
+            model, text=text, batch=question.batch, seed=question.seed, results=results, segment=segment, memory=memory
         )
         for text in question.texts
     ]
+    weights = measurings[0].weights_hash  # of the model before any remedy is put on it
+    if results:
+        results.relabel(model.name, weights, model.train_length)
+    return measurings
 
 
 def _table(

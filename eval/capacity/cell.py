@@ -18,11 +18,13 @@ from rnn_longctx.eval.capacity.config import CapacityConfig, StudyCell, label
 from rnn_longctx.eval.capacity.measure import measure
 from rnn_longctx.eval.capacity.mqar import measure_mqar, train_mqar
 from rnn_longctx.eval.pool import end_with_parent
-from rnn_longctx.eval.results import Results, write_atomic
+from rnn_longctx.eval.results import Results
+from rnn_longctx.files import write_atomic
 from rnn_longctx.models import checkpoint
 from rnn_longctx.models.interface import LanguageModel
+from rnn_longctx.progress import to_stdout
 from rnn_longctx.train import train
-from rnn_longctx.train.team import device_of
+from rnn_longctx.train.team import training_device
 
 STUDY = "study.yaml"
 
@@ -52,7 +54,7 @@ def run_cell(config: CapacityConfig, cell: StudyCell, study: Path) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX)  # let go of when the process ends, however it ends
         if is_done(config, cell, study):
             return
-        device = device_of(config.train.device)
+        device = training_device(config.train.device)
         model: LanguageModel
         about: dict[str, Any] = {"shape": label(cell.model), "task": cell.task, "train_seed": cell.seed}
         if cell.task == "pretrain":
@@ -69,12 +71,12 @@ def run_cell(config: CapacityConfig, cell: StudyCell, study: Path) -> None:
                 train(training)
             model = checkpoint.load(folder / "model", device=device)
             model.name = cell.name
-            measure(model, config.measure, study, lambda line: print(line, flush=True), **about)
+            measure(model, config.measure, study, to_stdout, **about)
         else:
             assert config.mqar is not None
-            model = train_mqar(cell, config.mqar, folder, device)
+            model = train_mqar(cell, config.mqar, folder, device, to_stdout)
             models.put(study, models.describe(model, **about))
-            measure_mqar(model, cell, config.mqar, Results(study), lambda line: print(line, flush=True))
+            measure_mqar(model, cell, config.mqar, Results(study), to_stdout)
         write_atomic(folder / "done.json", json.dumps(asked(config, cell)).encode())
         if cell.task in ("text", "pretrain"):
             shutil.rmtree(folder / "snapshots", ignore_errors=True)

@@ -8,11 +8,11 @@ from typing import Any
 
 from rnn_longctx.errors import InputError
 from rnn_longctx.eval.capacity.recall import samples_for
-from rnn_longctx.eval.jobs.parsing import parse_task
+from rnn_longctx.eval.jobs.parsing import parse_recall
 from rnn_longctx.eval.jobs.recall import Counts, Recall
 from rnn_longctx.mitigations import parse_remedy
 from rnn_longctx.models.mixers.mamba2 import Mamba2Config
-from rnn_longctx.tasks.base import TASKS
+from rnn_longctx.tasks.mqar import KINDS
 from rnn_longctx.train import TrainConfig
 from rnn_longctx.train.config import OptimizerConfig
 
@@ -47,9 +47,11 @@ class MeasureConfig:
     def tasks(self) -> list[Recall]:
         """The jobs that `needles` names, with as many prompts as `width` asks for."""
         jobs, n = [], samples_for(self.width, self.recall)
-        for job in map(parse_task, self.needles):
-            if not isinstance(job, Recall):
-                raise InputError(f"needles: {job.name} asks for no answer; there are {', '.join(TASKS)}")
+        for needle in self.needles:
+            try:
+                job = parse_recall(needle)
+            except InputError as error:
+                raise InputError(f"needles: {error}") from None
             if replace(job.counts, max=None) != Counts():
                 raise InputError(f"needles: {job}: width says how many prompts; leave out n, least and tokens")
             jobs.append(replace(job, counts=replace(job.counts, n=n, least=n)))
@@ -60,7 +62,7 @@ class MeasureConfig:
 class MQARConfig:
     """Multi-query associative recall: one model a shape and task, trained on all numbers of pairs together."""
 
-    tasks: list[str] = field(default_factory=lambda: ["mqar", "forgetting-mqar"])
+    tasks: list[str] = field(default_factory=lambda: [*KINDS])
     pairs: list[int] = field(default_factory=lambda: [4, 8, 16, 32, 64])
     vocab_size: int = 512  # half of it keys, half values
     batch_size: int = 128
@@ -70,9 +72,8 @@ class MQARConfig:
     seeds: int = 1
 
     def __post_init__(self) -> None:
-        known = ("mqar", "forgetting-mqar")
-        if not self.tasks or set(self.tasks) - set(known):
-            raise InputError(f"tasks: expected some of {', '.join(known)}, got {self.tasks}")
+        if not self.tasks or set(self.tasks) - set(KINDS):
+            raise InputError(f"tasks: expected some of {', '.join(KINDS)}, got {self.tasks}")
         if not self.pairs or min(self.pairs) < 1 or max(self.pairs) > self.vocab_size // 2:
             raise InputError(f"pairs: expected numbers of 1 to {self.vocab_size // 2} (half of vocab_size)")
         if min(self.batch_size, self.steps, self.samples, self.seeds) < 1:
@@ -156,9 +157,10 @@ class CapacityConfig:
         rows = rows or (round(base.batch_size * base.train_length / length) if length > 0 else 0)
         if rows < 1:
             raise InputError(f"train_lengths: {length} is none, or more than train's batch_size * train_length tokens")
-        passkey = base.data.passkey
-        high = length * passkey.lengths[1] // base.train_length
-        data = replace(base.data, passkey=replace(passkey, lengths=(min(passkey.lengths[0], high), high)))
+        data, passkey = base.data, base.data.passkey
+        if passkey is not None:
+            high = length * passkey.lengths[1] // base.train_length
+            data = replace(data, passkey=replace(passkey, lengths=(min(passkey.lengths[0], high), high)))
         return replace(base, model=cell.model, train_length=length, batch_size=rows, seed=cell.seed, data=data, out=out)
 
     def mqar_cells(self) -> list[StudyCell]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -22,18 +21,13 @@ from rnn_longctx.eval.run import evaluate
 from rnn_longctx.mitigations import Remedy, active, mitigate, parse_remedy
 from rnn_longctx.models.interface import LanguageModel
 from rnn_longctx.models.segments import SEGMENTS
+from rnn_longctx.progress import Say, silent
 from rnn_longctx.tasks.base import TooShort
 
 START = 1024  # where the search for T_recall begins, of a model whose training length is not known
 
 
-def measure(
-    model: LanguageModel,
-    c: MeasureConfig,
-    out: str | Path,
-    say: Callable[[str], None] = lambda line: None,
-    **about: Any,
-) -> None:
+def measure(model: LanguageModel, c: MeasureConfig, out: str | Path, say: Say = silent, **about: Any) -> None:
     """Measure `model` under every remedy; what is stored in `out` already is not measured again.
 
     say: is given a line a finding, and one a length that recall is asked at. about: columns of models.csv that the
@@ -79,21 +73,16 @@ def _forgets(model: LanguageModel, remedy: Remedy, c: MeasureConfig, out: Path) 
 
 
 def t_recall(
-    model: LanguageModel,
-    task: Job,
-    remedy: Remedy,
-    c: MeasureConfig,
-    out: str | Path | None = None,
-    say: Callable[[str], None] = lambda line: None,
+    model: LanguageModel, task: Job, remedy: Remedy, c: MeasureConfig, out: str | Path | None = None, say: Say = silent
 ) -> Recall:
     """The longest context, within `c.limit`, at which `task` shows a recall of `c.recall`."""
-    results, memory = Results(out) if out else None, Measuring(model)
+    results, bare = Results(out) if out else None, Measuring(model)
     n = task.counts.n
 
     def now() -> Measuring:
-        name, calibration = active(model, memory.weights_hash)
+        name, calibration = active(model, bare.weights_hash)
         segment = SEGMENTS[model.device.type]
-        return Measuring(model, name, calibration, c.text, c.batch, segment, c.seed, results, _memory=memory._memory)
+        return Measuring(model, name, calibration, c.text, c.batch, segment, c.seed, results, memory=bare.memory)
 
     def ask(length: int, prompts: int) -> Answers:
         with mitigate(model, remedy, target_length=length) if remedy.per_length else nullcontext():

@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 from rnn_longctx.errors import InputError
-from rnn_longctx.eval.results import write_atomic
+from rnn_longctx.files import write_atomic
 from rnn_longctx.models.interface import LanguageModel
 
 # Sizes in numbers (not bytes) of one stream; `state_elements` is both parts together. `train_tokens`: read in training;

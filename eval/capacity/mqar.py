@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,13 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rnn_longctx.devices import device_name
 from rnn_longctx.eval.capacity.config import MQARConfig, StudyCell
 from rnn_longctx.eval.results import Results
 from rnn_longctx.eval.stats import mean_stderr
 from rnn_longctx.models.interface import LanguageModel
 from rnn_longctx.models.lm import LM
 from rnn_longctx.models.modes import in_evaluation
-from rnn_longctx.tasks.mqar import mqar_batch
+from rnn_longctx.progress import Say, silent
+from rnn_longctx.tasks.mqar import KINDS, mqar_batch
 from rnn_longctx.train.config import OptimizerConfig, ScheduleConfig
 from rnn_longctx.train.optimizer import learning_rate, make_optimizer
 from rnn_longctx.train.snapshots import newest_snapshot, save_snapshot
@@ -27,7 +28,7 @@ EVERY = 200  # steps between snapshots
 WARMUP = 0.1  # share of the steps
 
 
-def train_mqar(cell: StudyCell, c: MQARConfig, folder: Path, device: torch.device) -> LanguageModel:
+def train_mqar(cell: StudyCell, c: MQARConfig, folder: Path, device: torch.device, say: Say = silent) -> LanguageModel:
     """Train on the answers alone, a number of pairs drawn for every step; goes on from the newest snapshot. The batch
     of a step follows from the cell's seed and the step."""
     torch.manual_seed(cell.seed)
@@ -50,7 +51,7 @@ def train_mqar(cell: StudyCell, c: MQARConfig, folder: Path, device: torch.devic
         optimizer.zero_grad(set_to_none=True)
         done = step + 1
         if done % EVERY == 0 or done == c.steps:
-            print(f"step {done}/{c.steps} loss {loss.item():.3f}", flush=True)
+            say(f"step {done}/{c.steps} loss {loss.item():.3f}")
             parts = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": done}
             save_snapshot(folder / "snapshots", done, parts)
     model.name = cell.name
@@ -59,12 +60,9 @@ def train_mqar(cell: StudyCell, c: MQARConfig, folder: Path, device: torch.devic
 
 @torch.inference_mode()
 @in_evaluation
-def measure_mqar(
-    model: LanguageModel, cell: StudyCell, c: MQARConfig, results: Results, say: Callable[[str], None]
-) -> None:
+def measure_mqar(model: LanguageModel, cell: StudyCell, c: MQARConfig, results: Results, say: Say = silent) -> None:
     """A row for every number of pairs: the share of answers that are right, one sample a sequence. `length` is that of
     the sequences, in tokens."""
-    device = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else model.device.type
     weights = model.weights_hash
     for pairs in c.pairs:
         rng = np.random.default_rng([2**32 - 1, cell.seed, pairs])  # no step of the training has this seed
@@ -86,7 +84,7 @@ def measure_mqar(
                 "batch": c.batch_size,
                 "dtype": "float32",
                 "backend": model.backend,
-                "device": device,
+                "device": device_name(model.device),
                 "seed": cell.seed,
                 "value": value,
                 "stderr": stderr,
@@ -101,7 +99,7 @@ def measure_mqar(
 def _batch(
     rng: np.random.Generator, rows: int, pairs: int, cell: StudyCell, c: MQARConfig, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    ids, answers = mqar_batch(rng, rows, pairs, c.vocab_size, cell.task == "forgetting-mqar")
+    ids, answers = mqar_batch(rng, rows, pairs, c.vocab_size, KINDS[cell.task].forgetting)
     return torch.from_numpy(ids).to(device), torch.from_numpy(answers).to(device)
 
 

@@ -7,7 +7,6 @@ stopped, and one that is finished runs nothing.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,10 +21,12 @@ from rnn_longctx.eval.capacity.cell import STUDY, is_done
 from rnn_longctx.eval.capacity.config import CapacityConfig, StudyCell
 from rnn_longctx.eval.capacity.forget import next_models
 from rnn_longctx.eval.pool import Pool, last_line
-from rnn_longctx.eval.results import Results, write_atomic
+from rnn_longctx.eval.results import Results
+from rnn_longctx.files import write_atomic
+from rnn_longctx.progress import Say, to_stdout
 from rnn_longctx.train.config import MixedText
 from rnn_longctx.train.snapshots import claim_folder
-from rnn_longctx.train.team import device_of
+from rnn_longctx.train.team import training_device
 
 # Of `train`: settings that do not change what is trained. (Those that cut the work, and of MQAR the sequences measured
 # and the seeds, are recorded as 1, whatever they are.)
@@ -35,14 +36,14 @@ _NEUTRAL = (
 )
 
 
-def run_study(config: CapacityConfig, parallel: int = 1, say: Callable[[str], None] = print) -> Path:
+def run_study(config: CapacityConfig, parallel: int = 1, say: Say = to_stdout) -> Path:
     """Train and measure what the config asks for, `parallel` cells at a time; returns the folder of its tables.
 
     Raises InputError: a folder of another study, or that cannot be written; cells that failed, after all others ran.
     """
     if parallel < 1:
         raise InputError(f"parallel: expected a number of processes, got {parallel}")
-    device_of(config.train.device)  # there is such a one
+    training_device(config.train.device)  # there is such a one
     study = home_path(config.out)
     train = to_dict(replace(config.train, accumulate=1, sequence_parallel=1))
     claim: dict[str, Any] = {"train": {k: v for k, v in train.items() if k not in _NEUTRAL}}

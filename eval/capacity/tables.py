@@ -22,10 +22,13 @@ from rnn_longctx.eval.results import KEY as ROW
 from rnn_longctx.eval.results import Results
 from rnn_longctx.eval.stats import wilson
 from rnn_longctx.eval.tables.sheets import Sheet, whole_sheets
+from rnn_longctx.tasks.mqar import KINDS
+from rnn_longctx.tasks.passkey import Passkey
 
 KEY = ["shape", "mitigation", "quantity"]
 _OF_ONE = ("model", "weights_hash", "train_length", "train_seed", "train_tokens")  # of one model, not of its shape
-_MQAR = re.compile(r"((?:forgetting-)?mqar)(\d+)")
+_MQAR = re.compile(rf"({'|'.join(KINDS)})(\d+)")
+PLAIN = Passkey().label  # the task whose T_recall goes without its name, and is drawn by depth
 
 
 def read(directory: str | Path) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -95,7 +98,7 @@ def _recall(sheet: Sheet, name: str, target: float) -> dict[str, Any]:
     assert recall is not None
     at = recall.passes or recall.fails
     depths = {d: cell.value for (n, d), cell in sheet.depths[name].items() if n == at}
-    quantity = "T_recall" if sheet.task == "passkey" else f"T_recall of {sheet.task}"
+    quantity = "T_recall" if sheet.task == PLAIN else f"T_recall of {sheet.task}"
     worst = min(depths, key=lambda d: (depths[d], d)) if depths else None
     return {"quantity": quantity, "worst": worst, "text": str(recall)} | recall._asdict()
 
@@ -214,6 +217,6 @@ def by_depth(results: pd.DataFrame, points: pd.DataFrame) -> pd.DataFrame:
     """Passkey accuracy by length and depth of the models whose T_recall, without a remedy, stands in `points`: the
     columns of models.csv, length, depth, value and n."""
     one = points[(points["quantity"] == "T_recall") & (points["mitigation"] == "none")]
-    rows = results[(results["task"] == "passkey") & results["depth"].notna() & (results["mitigation"] == "none")]
+    rows = results[(results["task"] == PLAIN) & results["depth"].notna() & (results["mitigation"] == "none")]
     columns = ["model", "weights_hash", "length", "depth", "value", "n"]
     return one.drop(columns="value").merge(rows[columns], on=["model", "weights_hash"])

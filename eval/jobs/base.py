@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 
 from rnn_longctx.data import Text, load_text
+from rnn_longctx.devices import device_name, dtype_name
 from rnn_longctx.eval.results import Results, Row
 from rnn_longctx.eval.stats import mean_stderr
 from rnn_longctx.eval.tables.sheets import Kind
@@ -33,6 +34,7 @@ class Measuring:
         text: the text that losses are measured on, or its spec.
         batch: the most streams read side by side; segment: tokens read in one call, all streams together.
         progress: called with a number of tokens read.
+        memory: what was made once (see `memo`); those that measure one model on several texts may share it.
     """
 
     model: LanguageModel
@@ -45,13 +47,13 @@ class Measuring:
     results: Results | None = None
     snapshot_seconds: float = 30.0
     progress: Callable[[int], None] = lambda tokens: None
-    _memory: dict[Any, Any] = field(default_factory=dict)
+    memory: dict[Any, Any] = field(default_factory=dict)
 
     def memo(self, key: Any, make: Callable[[], Any]) -> Any:
         """Return what `make` gave at the first call: a text is loaded once for all remedies."""
-        if key not in self._memory:
-            self._memory[key] = make()
-        return self._memory[key]
+        if key not in self.memory:
+            self.memory[key] = make()
+        return self.memory[key]
 
     @property
     def weights_hash(self) -> str:
@@ -69,8 +71,7 @@ class Measuring:
     ) -> Row:
         """Return the key of a cell; without arguments, what all cells of this model and remedy share."""
         m = self.model
-        device = torch.cuda.get_device_name(m.device) if m.device.type == "cuda" else m.device.type
-        rounded = {} if m.state_dtype is None else {"state_dtype": str(m.state_dtype).removeprefix("torch.")}
+        rounded = {} if m.state_dtype is None else {"state_dtype": dtype_name(m.state_dtype)}
         return rounded | {
             "model": m.name,
             "weights_hash": self.weights_hash,
@@ -86,7 +87,7 @@ class Measuring:
             "batch": self.batch,
             "dtype": computes_as(m),
             "backend": m.backend,
-            "device": device,
+            "device": device_name(m.device),
             "seed": self.seed,
         }
 

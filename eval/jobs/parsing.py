@@ -32,6 +32,15 @@ def parse_task(text: str | Task | Job) -> Job:
         raise InputError(f"unknown task {name!r}{nearest(name, [LossOverLength.name, *TASKS])}")
     if name == LossOverLength.name:
         return build(LossOverLength, arguments(text, fields(LossOverLength), "task"), text, "task")
+    return parse_recall(text)
+
+
+def parse_recall(text: str) -> Recall:
+    """Return the job of a task in `name:key=value,...`. Raises InputError as `parse_task` does, and for a job that asks
+    for no answer."""
+    name = text.strip().partition(":")[0]
+    if name == LossOverLength.name:
+        raise InputError(f"{name} asks for no answer; there are {', '.join(TASKS)}")
     task, counts = fields(TASKS[name]), fields(Counts)
     several = sorted({f.name for f in task} & {f.name for f in counts})
     if several:

@@ -1,58 +1,20 @@
-"""Answers of a model to prompts: what it says after each, and whether that is what was asked for."""
+"""Whether a model answers a prompt as it should: would it say the reply, and does a text begin with the answer."""
 
 from __future__ import annotations
 
 import math
 import re
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from rnn_longctx.data.tokenizers import Tokenizer
-from rnn_longctx.models.generate import continuation, prefill
 from rnn_longctx.models.interface import LanguageModel
 from rnn_longctx.models.modes import in_evaluation
 from rnn_longctx.models.segments import SEGMENT
 from rnn_longctx.models.stops import unused_rows
-
-
-@dataclass(frozen=True)
-class Answers:
-    """What a model said, greedily, after prompts of one length that were read side by side.
-
-    Attributes:
-        ids: (B, n) int64 on the CPU.
-        first_token_seconds: from the start of the prompts to the first token of the answers.
-        next_token_seconds: for each token after it, the mean.
-    """
-
-    ids: Tensor
-    first_token_seconds: float
-    next_token_seconds: float
-
-    def texts(self, tokenizer: Tokenizer) -> list[str]:
-        """Return the answers as text, without spaces around them."""
-        return [tokenizer.decode(row).strip() for row in self.ids.tolist()]
-
-
-@torch.inference_mode()
-def say_answers(model: LanguageModel, prompts: Tensor, new_tokens: int, segment: int = SEGMENT) -> Answers:
-    """Read prompts (B, T) and say `new_tokens` tokens after each, the likeliest every time; no token ends an answer.
-
-    segment: tokens of all rows together that are read at once, at least one a row.
-    """
-    began = time.perf_counter()
-    logits, cache = prefill(model, prompts, segment=max(1, segment // len(prompts)))
-    logits.argmax(-1).cpu()  # waits for a GPU
-    at_first = time.perf_counter()
-    tokens = continuation(model, logits, cache)
-    ids = torch.stack([next(tokens) for _ in range(new_tokens)], 1).cpu()
-    seconds_each = (time.perf_counter() - at_first) / max(1, new_tokens - 1)
-    return Answers(ids, at_first - began, seconds_each)
 
 
 @torch.inference_mode()

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from rnn_longctx.data import Text
 
 DEPTHS = 10  # at most: further examples take them in turn
+TRIES = 20  # prompt lengths that an example to train on is looked for at, where answers differ in tokens
 
 
 class TooShort(InputError):
@@ -78,10 +79,12 @@ class Task(ABC):
             it, in one pass over an example of `length` tokens. True: the answers end the example, and are generated
             after a prompt of `length` tokens; such a task can be asked under remedies that read a prompt in a way of
             their own.
+        examples: texts of it with parameters, such as `copying:symbols=16`, that tests try it with; none: its name.
     """
 
     name: ClassVar[str] = ""
     generated: ClassVar[bool] = False
+    examples: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def example(self, length: int, i: int, n: int, rng: np.random.Generator, tokenizer: Tokenizer) -> Example:
@@ -93,10 +96,24 @@ class Task(ABC):
         """
 
     def training(self, length: int, rng: np.random.Generator, tokenizer: Tokenizer) -> Example:
-        """Return an example of exactly `length` tokens, answers included, at a depth of its own."""
-        if self.generated:
-            raise NotImplementedError(f"{self.name}: a generated task says how long its prompt is in training")
-        return self.example(length, int(rng.integers(DEPTHS)), DEPTHS, rng, tokenizer)
+        """Return an example of exactly `length` tokens, answers included, at a depth of its own. The prompt of a
+        generated task is as much shorter as its answers take.
+
+        Raises:
+            TooShort: it does not fit into `length`. InputError: no prompt and its answers have so many tokens.
+        """
+        i = int(rng.integers(DEPTHS))
+        if not self.generated:
+            return self.example(length, i, DEPTHS, rng, tokenizer)
+        answers = 1
+        for seed in np.repeat(rng.integers(2**63, size=TRIES), 2):  # twice: most say the same after a shorter prompt
+            if answers >= length:
+                raise TooShort(f"{self.name} with its answer", answers + 1, length)
+            example = self.example(length - answers, i, DEPTHS, np.random.default_rng(seed), tokenizer)
+            if len(example.ids) == length:
+                return example
+            answers = len(example.ids) - len(example.prompt)
+        raise InputError(f"{self.name}: no example of {length} tokens was found, prompt and answers together")
 
     def generator(self, seed: int, length: int, i: int) -> np.random.Generator:
         """Return the random numbers of example `i`, which are the same however many examples there are."""

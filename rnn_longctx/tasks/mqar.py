@@ -59,6 +59,9 @@ class ForgettingMQAR(MQAR):
     forgetting = True
 
 
+KINDS = {task.name: task for task in (MQAR, ForgettingMQAR)}
+
+
 def mqar_batch(
     rng: np.random.Generator, rows: int, pairs: int, vocab_size: int, forgetting: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:

@@ -6,12 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rnn_longctx.data.text import Text
-from rnn_longctx.data.tokenizers import Tokenizer
 from rnn_longctx.errors import InputError
-from rnn_longctx.tasks.base import TASKS, depth_of
+from rnn_longctx.tasks.base import TASKS
 from rnn_longctx.tasks.passkey import PAPER, draw_key
-from rnn_longctx.tasks.prompts import Hidden, Prompt, PromptTask, Style, fill, haystack_slice
+from rnn_longctx.tasks.prompts import Hidden, PromptTask, Style
 
 LABELS = ("red", "blue", "green", "black", "white", "yellow", "brown", "pink")
 LABELLED = Style(
@@ -40,7 +38,7 @@ class MultiKey(PromptTask):
         return [Hidden(*each) for each in zip(depths, answers, map(str, labels))]
 
     def wording(self, length: int) -> Style:
-        return _labelled(super().wording(length))
+        return labelled(super().wording(length))
 
     def generator(self, seed: int, length: int, i: int) -> np.random.Generator:
         return np.random.default_rng([seed, length, i, self.keys])
@@ -50,25 +48,8 @@ class MultiKey(PromptTask):
         return super().label.replace(self.name, f"{self.name}{self.keys}", 1)
 
 
-def multikey_batch(
-    tokenizer: Tokenizer,
-    length: int,
-    n: int,
-    seed: int,
-    keys: int = 4,
-    style: Style | None = None,
-    haystack: Text | None = None,
-) -> list[Prompt]:
-    """Return `passkey_batch` with `keys` labelled keys. Raises InputError when `length` is too small for them."""
-    task, prompts = MultiKey(keys=keys), []
-    for i in range(n):
-        hidden = task.hidden(task.generator(seed, length, i), depth_of(i, n))
-        wording = _labelled(style or task.wording(length))
-        prompts.append(fill(tokenizer, length, wording, hidden, haystack_slice(haystack, i)))
-    return prompts
-
-
-def _labelled(wording: Style) -> Style:
+def labelled(wording: Style) -> Style:
+    """Return a wording in which the label of a key has its place. Raises InputError for another."""
     if "{1}" not in wording.key or "{1}" not in wording.question:
         raise InputError("of several keys, key and question must hold {1}, where a key's label stands")
     return wording

@@ -88,16 +88,6 @@ def passkey_batch(
     return [_passkey(tokenizer, length, key, style, haystack_slice(haystack, i)) for i, key in enumerate(hidden)]
 
 
-def training_sequence(
-    tokenizer: Tokenizer, length: int, rng: np.random.Generator, style: str = "headerless", said_again: bool = False
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return a prompt at a random depth and its answer, ``" 12345."``: (ids (length,) int64, mask (length,) bool,
-    True on the answer, and with `said_again` where the key's own sentence repeats it, too). Raises InputError when
-    `length` is too small."""
-    example = Passkey(style=style, learn="both" if said_again else "reply").training(length, rng, tokenizer)
-    return example.ids, example.answers
-
-
 def draw_key(rng: np.random.Generator) -> str:
     """Draw five digits."""
     return str(rng.integers(10_000, 100_000))

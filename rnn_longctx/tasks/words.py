@@ -6,11 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rnn_longctx.data.text import Text
-from rnn_longctx.data.tokenizers import Tokenizer
-from rnn_longctx.tasks.base import TASKS, depth_of
+from rnn_longctx.tasks.base import TASKS
 from rnn_longctx.tasks.passkey import PAPER
-from rnn_longctx.tasks.prompts import Hidden, Prompt, PromptTask, Style, fill, haystack_slice
+from rnn_longctx.tasks.prompts import Hidden, PromptTask, Style
 
 WORDS = (
     *("apple", "brick", "chair", "delta", "eagle", "flame", "grape", "house", "ivory", "jolly", "knife", "lemon"),
@@ -35,14 +33,3 @@ class Words(PromptTask):
     def hidden(self, rng: np.random.Generator, depth: float | None) -> list[Hidden]:
         word = str(rng.choice(WORDS))
         return [Hidden(rng.random() if depth is None else depth, word)]
-
-
-def words_batch(
-    tokenizer: Tokenizer, length: int, n: int, seed: int, style: Style | None = None, haystack: Text | None = None
-) -> list[Prompt]:
-    """Return `passkey_batch` with a word of `WORDS` for the key."""
-    task, prompts = Words(), []
-    for i in range(n):
-        hidden = task.hidden(task.generator(seed, length, i), depth_of(i, n))
-        prompts.append(fill(tokenizer, length, style or task.wording(length), hidden, haystack_slice(haystack, i)))
-    return prompts

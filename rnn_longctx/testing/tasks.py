@@ -29,7 +29,7 @@ def check_same_example_for_the_same_seed(task: Task, tokenizer: Tokenizer, seed:
         one, again = (_example(task, tokenizer, length, i, seed) for _ in range(2))
         same = (one.ids == again.ids).all() and (one.answers == again.answers).all() and one.depth == again.depth
         assert same, f"{task}: example {i} of one seed comes out in two ways: draw from rng alone"
-    training = [task.training(length, np.random.default_rng(seed), tokenizer) for _ in range(2)]
+    training = [_training(task, tokenizer, length + ROOM, seed) for _ in range(2)]
     assert (training[0].ids == training[1].ids).all(), f"{task}: training draws from more than rng"
     drawn = {_example(task, tokenizer, length, 0, s).ids.tobytes() for s in range(seed, seed + 20)}
     assert len(drawn) > 1, f"{task}: twenty seeds give the same example"
@@ -46,9 +46,10 @@ def check_exact_length(task: Task, tokenizer: Tokenizer, seed: int = 0) -> None:
             if task.generated:
                 assert example.answers[len(example.prompt) :].all(), f"{task}: its answers do not end the example"
             assert example.depth is None or 0 <= example.depth <= 1, f"{task}: a depth of {example.depth}"
-        example = task.training(length + ROOM, np.random.default_rng(seed), tokenizer)
+        example = _training(task, tokenizer, length + ROOM, seed)
         _check_arrays(task, example)
         assert len(example.ids) == length + ROOM, f"{task}: {len(example.ids)} tokens to train on, not {length + ROOM}"
+        assert not task.generated or example.answers[-1], f"{task}: its answers do not end an example to train on"
 
 
 def check_the_answer_scores(task: Task, tokenizer: Tokenizer, seed: int = 0) -> None:
@@ -115,6 +116,14 @@ def _length(task: Task, tokenizer: Tokenizer) -> int:
 
 def _example(task: Task, tokenizer: Tokenizer, length: int, i: int, seed: int) -> Example:
     return task.example(length, i, 10, task.generator(seed, length, i), tokenizer)
+
+
+def _training(task: Task, tokenizer: Tokenizer, length: int, seed: int) -> Example:
+    """Return an example to train on, which a task makes of any length that there is room for."""
+    try:
+        return task.training(length, np.random.default_rng(seed), tokenizer)
+    except InputError as error:
+        raise AssertionError(f"{task}: makes no example of {length} tokens to train on: {error}") from None
 
 
 def _check_arrays(task: Task, example: Example) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from rnn_longctx.models.cache import Cache
 from rnn_longctx.train.autocast import Autocast
-from rnn_longctx.train.carries import detached, leaves, with_leaves
+from rnn_longctx.train.carries import states, with_states
 from rnn_longctx.train.config import PassingConfig
 from rnn_longctx.train.corpus import Batch
 
@@ -118,16 +118,16 @@ def accumulate(
         received: list[Tensor | None] = []  # gradients of what the segment hands on; nothing comes from the next block
         for segment in reversed(block):
             begun = before.pop()
-            inputs = [] if begun is None else [t.detach().requires_grad_(bool(before)) for t in leaves(begun)]
+            inputs = [] if begun is None else [t.detach().requires_grad_(bool(before)) for t in states(begun)]
             with rows.around(not before and first + size >= len(segments)):
                 with autocast():
-                    renewed = None if begun is None else with_leaves(begun, inputs)
+                    renewed = None if begun is None else with_states(begun, inputs)
                     losses, after = learner(segment.ids, segment.targets, renewed, segment.reset)
                 losses = losses if segment.counted is None else losses * segment.counted
                 share, answer_share = losses.sum() / rows.tokens, (losses * segment.answer).sum() / answers
-                handed = leaves(after)
+                handed = states(after)
                 if not received:  # the block's last segment
-                    carried, received = detached(after), [None] * len(handed)
+                    carried, received = after.detach(), [None] * len(handed)
                 gradients = [(t, g) for t, g in zip(handed, received, strict=True) if g is not None]
                 torch.autograd.backward(
                     [rows.scale * (share + answer_weight * answer_share), *(t for t, _ in gradients)],

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from rnn_longctx.models.cache import Cache
 from rnn_longctx.recurrence.carry import tree_map
 
 T = TypeVar("T")
@@ -38,8 +39,8 @@ def state_map(
     return value
 
 
-def leaves(value: Any) -> list[Tensor]:
-    """Return the state tensors of a cache, in a fixed order."""
+def states(value: Any) -> list[Tensor]:
+    """Return the state tensors of a cache, or of a layer's carry, in a fixed order."""
     listed: list[Tensor] = []
 
     def note(tensor: Tensor) -> Tensor:
@@ -50,47 +51,23 @@ def leaves(value: Any) -> list[Tensor]:
     return listed
 
 
-def with_leaves(value: T, others: Iterable[Tensor], tally: Callable[[Tensor], Tensor] = torch.zeros_like) -> T:
-    """Return the cache with other state tensors, in the order of `leaves`."""
+def with_states(cache: Cache, others: Iterable[Tensor], tally: Callable[[Tensor], Tensor] = torch.zeros_like) -> Cache:
+    """Return the cache with other state tensors, in the order of `states`."""
     following = iter(others)
-    return state_map(lambda _: next(following), value, tally)
+    return state_map(lambda _: next(following), cache, tally)
 
 
-def tensors(value: Any, chosen: Callable[[Tensor], bool] = lambda _: True) -> list[Tensor]:
-    """Return all tensors of a cache that are `chosen`, in a fixed order."""
-    listed: list[Tensor] = []
-
-    def note(tensor: Tensor) -> Tensor:
-        if chosen(tensor):
-            listed.append(tensor)
-        return tensor
-
-    tree_map(note, value)
-    return listed
+def integers(cache: Cache) -> list[Tensor]:
+    """Return the tensors of a cache that hold integers, in a fixed order."""
+    return [tensor for tensor in cache.leaves() if not tensor.is_floating_point()]
 
 
-def with_tensors(value: T, others: Iterable[Tensor], chosen: Callable[[Tensor], bool] = lambda _: True) -> T:
-    """Return the cache with others in the place of its `chosen` tensors, in the order of `tensors`."""
+def with_integers(cache: Cache, others: Iterable[Tensor]) -> Cache:
+    """Return the cache with other integers, in the order of `integers`."""
     following = iter(others)
-    return tree_map(lambda tensor: next(following) if chosen(tensor) else tensor, value)
+    return tree_map(lambda tensor: tensor if tensor.is_floating_point() else next(following), cache)
 
 
-def is_integer(tensor: Tensor) -> bool:
-    return not tensor.is_floating_point()
-
-
-def detached(value: T) -> T:
-    """Return the cache without the graph that made it."""
-    return tree_map(torch.Tensor.detach, value)
-
-
-def rows_of(value: T, rows: slice) -> T:
-    """Return the cache of some rows."""
-    return tree_map(lambda tensor: tensor[rows], value)
-
-
-def joined(caches: list[T]) -> T:
-    """Return the cache of several groups of rows, one after the other."""
-    if len(caches) == 1:
-        return caches[0]
-    return with_tensors(caches[0], map(torch.cat, zip(*map(tensors, caches), strict=True)))
+def rows_of(cache: Cache, rows: slice) -> Cache:
+    """Return the cache of rows that follow one another, which shares its numbers (`Cache.rows` copies them)."""
+    return tree_map(lambda tensor: tensor[rows], cache)

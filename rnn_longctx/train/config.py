@@ -84,7 +84,7 @@ class DataConfig:
     min_document: int = 0  # tokens: shorter documents are left out
     mask_first: bool = False  # a document's first token, which only the one before it could predict, counts as no loss
     reset: bool = False  # the state is dropped where a document begins
-    passkey: PasskeyConfig = field(default_factory=PasskeyConfig)
+    passkey: PasskeyConfig | None = field(default_factory=PasskeyConfig)  # null: none
     mix: list[MixedTask] | None = None  # examples of any tasks, in the place of `passkey`; []: none
     answer_weight: float | None = None  # with mix: as `passkey.answer_weight`; null: 1
 
@@ -95,8 +95,9 @@ class DataConfig:
             raise InputError("text: expected at least one text, such as site-packages")
         if self.min_document < 0:
             raise InputError(f"min_document: expected a number of tokens, got {self.min_document}")
-        if self.mix is not None and self.passkey != PasskeyConfig():
-            raise InputError("mix: takes the place of passkey; give one of them")
+        passkeys = self.passkey is not None and self.passkey.fraction > 0 and self.passkey != PasskeyConfig()
+        if self.mix is not None and passkeys:
+            raise InputError("mix: takes the place of passkey; give one of them, or set passkey to null")
         if sum(mixed.fraction for mixed in self.mixed) > 1 + 1e-9:
             raise InputError("mix: the fractions are more than 1 together")
         if self.answer_weight is not None:
@@ -116,18 +117,22 @@ class DataConfig:
     @property
     def mixed(self) -> list[MixedTask]:
         """The tasks whose examples are mixed in."""
-        return [self.passkey.mixed] if self.mix is None else self.mix
+        if self.mix is not None:
+            return self.mix
+        return [] if self.passkey is None else [self.passkey.mixed]
 
     @property
     def mixed_names(self) -> list[str]:
         """What messages call each of them."""
-        return ["data.passkey"] if self.mix is None else [f"data.mix[{i}]" for i in range(len(self.mix))]
+        if self.mix is None:
+            return ["data.passkey" for _ in self.mixed]
+        return [f"data.mix[{i}]" for i in range(len(self.mix))]
 
     @property
     def weight_of_answers(self) -> float:
         """The weight of the answer tokens' mean loss, which is added to the loss of all tokens."""
         if self.mix is None:
-            return self.passkey.answer_weight
+            return 1.0 if self.passkey is None else self.passkey.answer_weight
         return 1.0 if self.answer_weight is None else self.answer_weight
 
     def within(self, length: int) -> DataConfig:
@@ -135,8 +140,9 @@ class DataConfig:
         if self.mix is not None:
             return replace(self, mix=[mixed.within(length) for mixed in self.mix])
         passkey = self.passkey
-        lengths = passkey.mixed.within(length).lengths
-        return replace(self, passkey=replace(passkey, lengths=lengths)) if passkey.fraction else self
+        if passkey is None or not passkey.fraction:
+            return self
+        return replace(self, passkey=replace(passkey, lengths=passkey.mixed.within(length).lengths))
 
 
 @dataclass(frozen=True)

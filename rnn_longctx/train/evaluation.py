@@ -27,7 +27,7 @@ from rnn_longctx.train.mix import measured_task
 from rnn_longctx.train.snapshots import Log
 from rnn_longctx.train.state import RunState
 
-COLUMNS = ["step", "tokens", "length", "loss", "passkey"]
+COLUMNS = ["step", "tokens", "length", "loss", "passkey"]  # the last: of whatever task the run is measured by
 SEGMENT = 4096  # tokens read at once
 TOKENS = 2**18  # of held-out text read at one length, at most
 WORSE = 1.05  # a stage is entered while the loss at the first length is within this factor of the best before it
@@ -139,7 +139,7 @@ class Evaluation:
                 log.write({"step": step, "tokens": tokens, "length": length, "loss": loss, "passkey": score})
                 for write in self.writers:
                     write({f"eval/loss_{length}": loss, f"eval/passkey_{length}": score}, step)
-                self.say(f"step {step} at {length} tokens: loss {loss:.4f} passkey {score:.2f}")
+                self.say(f"step {step} at {length} tokens: loss {loss:.4f} {self.task.name} {score:.2f}")
         loss, n = sum(losses) / len(losses), len(scores)
         return [sum(scores) / n if self.settings.passkeys else 0.0, -loss if math.isfinite(loss) else -math.inf]
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from rnn_longctx.config import to_dict
+from rnn_longctx.devices import DTYPES, device_name
 from rnn_longctx.measure.envelope import SLICES, measure_envelope
 from rnn_longctx.models import checkpoint
 from rnn_longctx.models.lm import LM
@@ -26,7 +27,7 @@ def export(
     provenance, calibration = _provenance(config, corpus, model, metrics), None
     if envelope:
         calibration = _envelope(config, corpus, model)
-    dtype = getattr(torch, config.save_dtype)
+    dtype = DTYPES[config.save_dtype]
     checkpoint.save(
         model, where, dtype=dtype, provenance=provenance, layout=config.save_layout, calibration=calibration
     )
@@ -68,7 +69,6 @@ def _provenance(config: TrainConfig, corpus: Corpus, model: LM, metrics: dict[st
     excluded += "20% of its longer lines in common with it"
     if others:
         excluded += f" (not checked in {', '.join(map(str, others))})"
-    device = model.device
     return {
         **model.provenance,
         "recipe": recipe,
@@ -76,5 +76,5 @@ def _provenance(config: TrainConfig, corpus: Corpus, model: LM, metrics: dict[st
         "data": {"texts": corpus.texts, "licences": config.licences, "excluded": excluded},
         "metrics": metrics,
         "torch": torch.__version__,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "device": device_name(model.device),
     }

@@ -6,7 +6,7 @@ at a time: its sizes, whether it begins, whether gradients go on to what came be
 one by one, so that DDP works around it. All graphs share one pool of memory, which is that of the largest: they are
 replayed one after the other, and what a read hands on, either way, is copied out of it.
 
-A graph takes and gives tensors alone: those are the states of a cache in a fixed order (`carries.leaves`). Positions
+A graph takes and gives tensors alone: those are the states of a cache in a fixed order (`carries.states`). Positions
 are on the CPU and are counted on beside it.
 """
 
@@ -22,7 +22,7 @@ from torch.func import functional_call
 from rnn_longctx.models.cache import Cache
 from rnn_longctx.models.lm import LM
 from rnn_longctx.recurrence.policy import PLAIN
-from rnn_longctx.train.carries import is_integer, leaves, state_map, tensors, with_leaves, with_tensors
+from rnn_longctx.train.carries import integers, state_map, states, with_integers, with_states
 
 MOST = 8  # kinds that are recorded; more than a stream's segments and its last, with and without gradients, are rare
 Read = Callable[[LM, Tensor, Tensor | None, Cache | None], tuple[Tensor | None, Cache]]
@@ -44,25 +44,25 @@ class Graphs:
 
     def __call__(self, ids: Tensor, targets: Tensor | None, before: Cache | None) -> tuple[Tensor | None, Cache]:
         """Return what `read` does; it is called where there is nothing to replay."""
-        states = [] if before is None else leaves(before)
+        carried = [] if before is None else states(before)
         graded = torch.is_grad_enabled()
         kind = (
             ids.shape,
             targets is None,
             before is None,
             graded,
-            any(t.requires_grad for t in states),
+            any(t.requires_grad for t in carried),
             torch.is_autocast_enabled("cuda"),
             torch.get_autocast_dtype("cuda"),
         )
         if not self.fits() or (kind not in self.recordings and len(self.recordings) == MOST):
             return self.read(self.model, ids, targets, before)
-        inputs = (ids, *([] if targets is None else [targets]), *states)
+        inputs = (ids, *([] if targets is None else [targets]), *carried)
         if graded:
             for p in self.model.parameters():  # a first gradient would not be added but kept: a buffer of the graph
                 if p.requires_grad and p.grad is None:
                     p.grad = torch.zeros_like(p)
-            for t in states:
+            for t in carried:
                 if t.requires_grad:
                     t.register_hook(torch.clone)
         if kind not in self.recordings:
@@ -143,23 +143,23 @@ class _Read(nn.Module):
         self.after: Cache | None = None
 
     def forward(self, ids: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
-        targets, states = (rest[0], rest[1:]) if self.scored else (None, rest)
-        before = None if self.before is None else with_leaves(self.before, states)
+        targets, carried = (rest[0], rest[1:]) if self.scored else (None, rest)
+        before = None if self.before is None else with_states(self.before, carried)
         with torch.autocast("cuda", cache_enabled=False, **self.amp):  # type: ignore[arg-type]
             losses, after = self.read(self.model, ids, targets, before)
         if self.after is None:
             self.after = _outline(after)
-        return *([] if losses is None else [losses]), *leaves(after)
+        return *([] if losses is None else [losses]), *states(after)
 
-    def cache(self, states: list[Tensor], before: Cache | None, length: int) -> Cache:
+    def cache(self, carried: list[Tensor], before: Cache | None, length: int) -> Cache:
         """Return the cache of these states, `length` tokens after `before`."""
         assert self.after is not None
-        cache = with_leaves(self.after, states, lambda tally: tally)
+        cache = with_states(self.after, carried, lambda tally: tally)
         if before is None:
-            positions = [torch.full_like(t, length) for t in tensors(cache, is_integer)]
+            positions = [torch.full_like(t, length) for t in integers(cache)]
         else:
-            positions = [t + length for t in tensors(before, is_integer)]
-        return with_tensors(cache, positions, is_integer)
+            positions = [t + length for t in integers(before)]
+        return with_integers(cache, positions)
 
 
 def _outline(cache: Cache) -> Cache:

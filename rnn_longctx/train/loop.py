@@ -23,13 +23,14 @@ from rnn_longctx.loggers import Write, scalars
 from rnn_longctx.models.cache import Cache
 from rnn_longctx.progress import Say, to_stdout
 from rnn_longctx.train.bptt import MicroBatch, accumulate
-from rnn_longctx.train.carries import joined, rows_of
+from rnn_longctx.train.carries import rows_of
 from rnn_longctx.train.config import TrainConfig
 from rnn_longctx.train.console import progress
 from rnn_longctx.train.corpus import Batch
 from rnn_longctx.train.evaluation import Evaluation, final_metrics, late_loss, stage_of
 from rnn_longctx.train.export import export, keep_best
 from rnn_longctx.train.learner import Learner
+from rnn_longctx.train.mix import measured_task, task_of
 from rnn_longctx.train.optimizer import learning_rate, make_optimizer
 from rnn_longctx.train.prepare import Run, prepare
 from rnn_longctx.train.snapshots import Log, newest_snapshot, save_snapshot
@@ -52,7 +53,7 @@ def train(config: TrainConfig, say: Say = to_stdout) -> Path:
 
     `config.out` gets log.csv (losses in nats per token), snapshots/ and model/, and steps/STEP/ where models are to be
     kept on the way. With `config.evaluate` also eval.csv, last/, always the newest model, and best/, the one that
-    answered most passkeys (of equals the one of least loss). Where `accelerate launch` or `torchrun` began several
+    answered most examples (of equals the one of least loss). Where `accelerate launch` or `torchrun` began several
     processes they train as one (`rnn_longctx.train.team`); rank 0 writes and speaks, and all must see `out`.
 
     Raises:
@@ -80,7 +81,9 @@ def _save_finished(run: Run) -> None:
         run.say("measuring and saving the finished model")
         metrics = final_metrics(run.config, run.corpus, whole.eval(), run.out, run.autocast)
         export(run.config, run.corpus, whole, run.out / "model", metrics)
-        run.say(" ".join(f"{k} {v:.4g}" for k, v in metrics.items() if v is not None))
+        task = measured_task(run.config.data.mixed).name
+        shown = {k.replace("passkey", task): v for k, v in metrics.items() if v is not None}
+        run.say(" ".join(f"{k} {v:.4g}" for k, v in shown.items()))
 
     run.team.first(save)
 
@@ -132,7 +135,9 @@ class Loop:
         if team.rank == 0:
             log = Log(self.run.out / "log.csv", state.step, length=config.longest, **NOT_MEASURED)
             self.log = stack.enter_context(closing(log))
-            self.show_row, self.show_step = stack.enter_context(progress(config.steps, state.step, self.run.say))
+            answers = "+".join(dict.fromkeys(task_of(mixed).name for mixed in config.data.mixed)) or "answers"
+            shown = progress(config.steps, state.step, self.run.say, answers)
+            self.show_row, self.show_step = stack.enter_context(shown)
         while state.step < config.steps:
             update = self.step()
             self.record(update)
@@ -309,7 +314,8 @@ def backward(
             loss, answer_loss, end = accumulate(learner, some, config.passing, start, weight, run.autocast)
             losses = losses + torch.stack([loss, answer_loss])
             ends.append(end)
-    return batch, team.sum(losses), joined(ends)
+    end = ends[0] if len(ends) == 1 else Cache.concat(ends, list(range(len(rows.ids))))
+    return batch, team.sum(losses), end
 
 
 def _mean(rows: list[list[float]], column: int) -> float:

@@ -11,7 +11,7 @@ import numpy as np
 from rnn_longctx.data import Tokenizer
 from rnn_longctx.errors import InputError
 from rnn_longctx.spec import parse
-from rnn_longctx.tasks import TASKS, Task
+from rnn_longctx.tasks import TASKS, Task, TooShort
 from rnn_longctx.train.config import DataConfig, MixedTask
 
 TRIES = 200  # examples made to see whether the shortest length has room for one: answers differ in tokens
@@ -82,9 +82,11 @@ def check_mix(data: DataConfig, tokenizer: Tokenizer, vocab_size: int) -> None:
         for seed in range(TRIES if mixed.fraction else 0):
             try:
                 task.training(mixed.lengths[0], np.random.default_rng(seed), tokenizer)
-            except InputError as error:
+            except TooShort as error:
                 least = f"{mixed.lengths[0]} is too short for prompt and answer"
                 raise InputError(f"{name}.lengths: {least} ({error} beside the answer)") from None
+            except InputError as error:
+                raise InputError(f"{name}: {error}") from None
 
 
 def _fill_row(

@@ -4,7 +4,7 @@ An update reads the next `online.tokens` tokens about once, in streams as any tr
 `optimizer.lr`. A share of the rows, `online.replay`, reads the text of the config (`data.text`) again, so that it is
 not forgotten: Ibrahim et al. (arXiv 2403.08763) need 5% where texts differ little and 25% where they differ much; here
 nobody knows beforehand, and an update refused costs more than some rows. Then the model is measured. It is kept while,
-at each of `evaluate.lengths`, the loss of the held-out text and the passkeys hold, and the last part of the new text,
+at each of `evaluate.lengths`, the loss of the held-out text and recall hold, and the last part of the new text,
 which was not trained on, has not become harder. Otherwise weights and moments go back to what they were, and the text
 is not read again. What holds is judged against the best of all models kept: many losses, each too small to see, would
 add up.
@@ -47,7 +47,7 @@ from rnn_longctx.train.team import Team
 
 COLUMNS = ["update", "decision", "reason", "text", "tokens", "train_loss", "new_before", "new_after"]
 SHOWN = 3  # files named on the console's line
-Figures = list[tuple[int, float, float]]  # of each length: tokens, loss, share of the passkeys
+Figures = list[tuple[int, float, float]]  # of each length: tokens, loss, share of the answers that are right
 
 
 def train_online(config: TrainConfig, stream: str | Path, say: Say = to_stdout) -> Path:
@@ -55,7 +55,7 @@ def train_online(config: TrainConfig, stream: str | Path, say: Say = to_stdout) 
     is there and less than an update's text is left, or SIGINT or SIGTERM comes; returns the directory of the model.
 
     `config.out` gets last/, the newest model kept (from the start on), online.csv, a row a decision (losses in nats per
-    token, passkeys as shares; `text` names files and their bytes), and snapshots/. A file that cannot be read is
+    token, recall as shares; `text` names files and their bytes), and snapshots/. A file that cannot be read is
     skipped, with a row that says why. Raises InputError: bad settings, no such directory, and what `train` raises it
     for.
     """
@@ -120,7 +120,7 @@ class Online:
         update: the number of the last one that was decided on.
         kept: how many were kept.
         tokens: in the updates kept.
-        best: of each length, the least loss and the most passkeys of the models kept.
+        best: of each length, the least loss and the best recall of the models kept.
     """
 
     run: Run
@@ -137,6 +137,7 @@ class Online:
         self.config, self.corpus, self.model, self.team = run.config, run.corpus, run.model, run.team
         self.optimizer = make_optimizer(run.model, run.config.optimizer)
         self.evaluation = Evaluation(run.config, run.corpus, run.model, run.out, run.autocast)
+        self.task = self.evaluation.task.name
         lengths = self.evaluation.settings.lengths
         self.columns = [*COLUMNS, *(f"{name}_{n}" for n in lengths for name in ("loss", "passkey"))]
 
@@ -150,7 +151,7 @@ class Online:
         self._publish()  # a process may have died between a snapshot and this
 
     def log_start(self, log: Log) -> None:
-        self.run.say(f"start: {_spoken(self.best)}")
+        self.run.say(f"start: {_spoken(self.best, self.task)}")
         log.write(self.row("start", figures=self.best) | {"update": 0})
 
     def row(
@@ -158,8 +159,8 @@ class Online:
     ) -> dict[str, Any]:
         """Return a row of online.csv of the update at hand; what was not measured is empty."""
         row = dict.fromkeys(self.columns, "") | {"update": self.update + 1, "decision": decision} | measured
-        for length, loss, passkey in figures or []:
-            row |= {f"loss_{length}": loss, f"passkey_{length}": passkey}
+        for length, loss, score in figures or []:
+            row |= {f"loss_{length}": loss, f"passkey_{length}": score}
         return row | {"reason": reason, "text": text}
 
     def learn(self, arrival: Arrival, stopping: list[int]) -> dict[str, Any] | None:
@@ -175,7 +176,7 @@ class Online:
         figures, after = None, math.nan
         if reason is None:
             figures, after = list(self.evaluation.measure()), self._new_loss(ids[cut:])
-            reason = refusal(figures, self.best, before, after, self.settings)
+            reason = refusal(figures, self.best, before, after, self.settings, self.task)
         decision = "kept" if reason is None else "refused"
         spans = [f"{_printable(name)} {start}-{stop}" for name, start, stop in arrival.spans]
         self.arrivals.done(arrival)
@@ -183,12 +184,14 @@ class Online:
             self.kept, self.tokens = self.kept + 1, self.tokens + len(arrival.ids)
             assert figures is not None
             self.best = [
-                (n, min(loss, least), max(passkey, most))
-                for (n, loss, passkey), (_, least, most) in zip(figures, self.best, strict=True)
+                (n, min(loss, least), max(score, most))
+                for (n, loss, score), (_, least, most) in zip(figures, self.best, strict=True)
             ]
         more = f" and {len(spans) - SHOWN} files more" if len(spans) > SHOWN else ""
         line = f"update {number} {decision}: {len(arrival.ids):,} tokens ({', '.join(spans[:SHOWN])}{more}); "
-        line += f"loss on their held-out share {before:.4f} before, {after:.4f} after; {_spoken(figures or [])}"
+        line += (
+            f"loss on their held-out share {before:.4f} before, {after:.4f} after; {_spoken(figures or [], self.task)}"
+        )
         self.run.say(line + (f"; {reason}" if reason else ""))
         train_loss = sum(losses) / len(losses) if losses else math.nan
         return self.row(
@@ -282,13 +285,16 @@ class Online:
         export(self.config, self.corpus, self.model, self.run.out / "last", metrics, envelope=False)
 
 
-def refusal(figures: Figures, best: Figures, before: float, after: float, settings: OnlineConfig) -> str | None:
-    """Return why an update is undone, or None. before, after: the loss of the new text's last part."""
-    for (length, loss, passkey), (_, least, most) in zip(figures, best, strict=True):
+def refusal(
+    figures: Figures, best: Figures, before: float, after: float, settings: OnlineConfig, task: str
+) -> str | None:
+    """Return why an update is undone, or None. before, after: the loss of the new text's last part; task: the name of
+    what recall is measured by."""
+    for (length, loss, score), (_, least, most) in zip(figures, best, strict=True):
         if not loss <= least + settings.loss_tolerance:
             return f"the loss at {length} tokens was {least:.4f}"
-        if passkey < most - settings.passkey_tolerance - 1e-9:
-            return f"the passkeys at {length} tokens were {most:.2f}"
+        if score < most - settings.passkey_tolerance - 1e-9:
+            return f"the recall of {task} at {length} tokens was {most:.2f}"
     if not after <= before + settings.loss_tolerance:
         return "the new text's own held-out loss rose"
     return None
@@ -325,5 +331,5 @@ def _printable(name: str) -> str:
     return name.encode("utf-8", "backslashreplace").decode()
 
 
-def _spoken(figures: Figures) -> str:
-    return ", ".join(f"loss {loss:.4f} passkey {passkey:.2f} at {n}" for n, loss, passkey in figures) or "not measured"
+def _spoken(figures: Figures, task: str) -> str:
+    return ", ".join(f"loss {loss:.4f} {task} {score:.2f} at {n}" for n, loss, score in figures) or "not measured"

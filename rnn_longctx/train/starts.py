@@ -13,7 +13,7 @@ from rnn_longctx.errors import InputError
 from rnn_longctx.models.cache import Cache
 from rnn_longctx.models.lm import LM
 from rnn_longctx.recurrence.carry import tree_map
-from rnn_longctx.train.carries import is_integer, leaves, tensors, with_leaves, with_tensors
+from rnn_longctx.train.carries import integers, states, with_integers, with_states
 from rnn_longctx.train.config import PassingConfig
 from rnn_longctx.train.corpus import Batch
 
@@ -22,10 +22,9 @@ FIT_EVERY = 20  # steps between measurements of the final states for `fitted-noi
 
 
 def scan_states(model: LM, cache: Cache) -> list[Tensor]:
-    """Return the states (B, H, P, N) of the layers that have one: those whose mixer says, by a method `scan_state`,
-    what it is in their carry."""
-    hooks = (getattr(layer.mixer, "scan_state", None) for layer in model.layers)
-    return [hook(carry) for hook, carry in zip(hooks, cache.layers, strict=True) if hook is not None]
+    """Return the states (B, H, P, N) of the recurrent layers, in order."""
+    carries = {layer.mixer: carry for layer, carry in zip(model.layers, cache.layers, strict=True)}
+    return [mixer.scan_state(carries[mixer]) for mixer in model.mixers]
 
 
 def state_norms(model: LM, cache: Cache) -> Tensor:
@@ -87,8 +86,8 @@ class Starts:
         key = [self.seed, step, (self.rows.start or 0) + row]
         seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]) % 2**63
         draw = torch.Generator(self.model.device).manual_seed(seed)
-        states = scan_states(self.model, start)
-        for state, of_heads in zip(states, fitted.split([state.shape[1] for state in states], 1), strict=True):
+        scanned = scan_states(self.model, start)
+        for state, of_heads in zip(scanned, fitted.split([state.shape[1] for state in scanned], 1), strict=True):
             mean, std = of_heads[..., None, None]
             noise = torch.randn(state.shape[1:], generator=draw, dtype=state.dtype, device=state.device)
             state[row] = mean + std * noise
@@ -98,12 +97,12 @@ class Starts:
         if self.passing.start == "previous":
             self.last = cache
         elif self.passing.start == "fitted-noise" and step % FIT_EVERY == 0:
-            states = scan_states(self.model, cache)
-            heads = [state.transpose(0, 1).flatten(1).double() for state in states]  # (H, B * P * N)
+            scanned = scan_states(self.model, cache)
+            heads = [state.transpose(0, 1).flatten(1).double() for state in scanned]  # (H, B * P * N)
             sums = [torch.stack([torch.full_like(h[:, 0], h.shape[1]), h.sum(1), h.square().sum(1)]) for h in heads]
             count, one, two = self.total(torch.cat(sums, 1))
             spread = (two - one.square() / count).clamp(min=0) / (count - 1)
-            self.fitted = torch.stack([one / count, spread.sqrt()]).to(states[0].dtype)
+            self.fitted = torch.stack([one / count, spread.sqrt()]).to(scanned[0].dtype)
 
     def forget(self) -> None:
         """Let the next streams begin at zero: after a step that failed, and where another stage's streams begin."""
@@ -111,11 +110,11 @@ class Starts:
 
     def state_dict(self, all_rows: Callable[[Tensor], Tensor] = lambda t: t) -> dict[str, Any]:
         """Return what a snapshot holds. all_rows: returns the tensor of all rows from that of these."""
-        layers, integers = None, None
+        layers, positions = None, None
         if self.last is not None:
-            layers = [[all_rows(t) for t in leaves(layer)] for layer in self.last.layers]
-            integers = [all_rows(t.to(self.model.device)).cpu() for t in tensors(self.last, is_integer)]
-        return {"kept": layers, "integers": integers, "fitted": self.fitted}
+            layers = [[all_rows(t) for t in states(layer)] for layer in self.last.layers]
+            positions = [all_rows(t.to(self.model.device)).cpu() for t in integers(self.last)]
+        return {"kept": layers, "integers": positions, "fitted": self.fitted}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what `state_dict` returned; an older version's snapshot has no integers (positions)."""
@@ -125,9 +124,9 @@ class Starts:
             floats = [t[self.rows].to(device) for layer in state["kept"] for t in layer]
             cache = self.model.new_cache(len(floats[0]))
             if state.get("integers") is not None:
-                pairs = zip(tensors(cache, is_integer), state["integers"], strict=True)
-                cache = with_tensors(cache, [t[self.rows].to(zero.device) for zero, t in pairs], is_integer)
-            self.last = with_leaves(cache, floats)
+                pairs = zip(integers(cache), state["integers"], strict=True)
+                cache = with_integers(cache, [t[self.rows].to(zero.device) for zero, t in pairs])
+            self.last = with_states(cache, floats)
         self.fitted = None if state["fitted"] is None else state["fitted"].to(device).flatten(1)  # was (2, L, H)
 
 

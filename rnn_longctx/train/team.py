@@ -55,13 +55,13 @@ class Team:
         self.began = not dist.is_initialized()
         self.group: dist.ProcessGroup | None = None
         if self.world == 1:
-            self.device = device_of(config.device)
+            self.device = training_device(config.device)
             return
         if config.device not in ("auto", "cpu", "cuda"):
             raise InputError(f"device: expected auto, cpu or cuda for {self.world} ranks, got {config.device!r}")
         cpu = config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available())
         if not cpu:
-            device_of("cuda")
+            training_device("cuda")
         self.accelerator = _accelerator(cpu)
         self.device = self.accelerator.device
         if self.sequence > 1:  # a group of their own, which DDP's traffic does not mix with; every rank makes all
@@ -212,8 +212,10 @@ def _accelerator(cpu: bool) -> Any:
     return Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)])
 
 
-def device_of(name: str) -> torch.device:
-    """Return the device that a config names. Raises InputError: no such device, or none here."""
+def training_device(name: str) -> torch.device:
+    """Return the device that a config names. Nothing is put on it, unlike by `devices.device_of`: a rank, or a study
+    whose cells train, is to take no memory of a card that it does not use. Raises InputError: no such device, or none
+    here."""
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
         if device.type not in ("cpu", "cuda"):

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from rnn_longctx.data import ByteTokenizer
-from rnn_longctx.measure.answers import begins_with, say_answers, would_say
+from rnn_longctx.measure.answers import begins_with, would_say
 from rnn_longctx.models.generate import generate
 from rnn_longctx.models.lm import Mamba2LM
 from rnn_longctx.models.mixers.mamba2 import Mamba2Config
@@ -17,21 +17,9 @@ def model_and_prompts():
     return lm, torch.randint(256, (3, 40))
 
 
-def test_answers_are_those_of_generate():
-    lm, prompts = model_and_prompts()
-    expected = generate(lm, prompts, 6)
-    for segment in (4096, 16, 1):
-        answers = say_answers(lm, prompts, 6, segment)
-        assert torch.equal(answers.ids, expected)
-        assert answers.first_token_seconds > 0 and answers.next_token_seconds > 0
-    lm.tokenizer = ByteTokenizer()
-    texts = say_answers(lm, prompts, 6).texts(lm.tokenizer)
-    assert len(texts) == 3 and all(text == text.strip() for text in texts)
-
-
 def test_a_model_would_say_what_it_says():
     lm, prompts = model_and_prompts()
-    said = say_answers(lm, prompts, 6).ids.numpy()
+    said = generate(lm, prompts, 6).numpy()
     replies = [said[0], said[1][:3], said[2].copy()]  # whole, shorter, and wrong at its last token
     replies[2][-1] ^= 1
     for segment in (4096, 7):
@@ -45,7 +33,7 @@ def test_rows_that_stand_for_no_token_are_never_said():
     tokenizer = ByteTokenizer()
     tokenizer.vocab_size = 200  # type: ignore[misc]
     lm.tokenizer = tokenizer
-    said = say_answers(lm, prompts, 4).ids.numpy()
+    said = generate(lm, prompts, 4).numpy()
     assert int(said.max()) < 200 and would_say(lm, prompts, list(said), tokenizer).all()
     assert not would_say(lm, prompts, [np.full(4, 220)] * 3, tokenizer).any()
 

@@ -2,22 +2,66 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import pytest
 from echo_task import Echo
 from made_tokenizers import NAMES, made_tokenizer
 
 from rnn_longctx.data import ByteTokenizer
-from rnn_longctx.tasks import TASKS, Example
+from rnn_longctx.errors import InputError
+from rnn_longctx.spec import parse
+from rnn_longctx.tasks import TASKS, Example, Task, TooShort
 from rnn_longctx.tasks.mqar import MQAR
 from rnn_longctx.tasks.passkey import Passkey
-from rnn_longctx.testing.tasks import CHECKS, check_task
+from rnn_longctx.testing.tasks import CHECKS, check_exact_length, check_task
 
 
 @pytest.mark.parametrize("kind", NAMES)
-@pytest.mark.parametrize("name", TASKS)
-def test_every_task(name: str, kind: str, seed: int) -> None:
-    check_task(TASKS[name](), made_tokenizer(kind), seed)
+@pytest.mark.parametrize("text", [text for name, task in TASKS.items() for text in task.examples or (name,)])
+def test_every_task(text: str, kind: str, seed: int) -> None:
+    check_task(parse(text, TASKS, "task"), made_tokenizer(kind), seed)
+
+
+@dataclass(frozen=True)
+class Copy(Task):
+    """A generated task that says nothing of training; its answer has a token for every `each` of its prompt."""
+
+    name = "copy"
+    generated = True
+    each: int = 100
+
+    def example(self, length, i, n, rng, tokenizer):
+        if length < 3:
+            raise TooShort("a copy", 3, length)
+        prompt = rng.integers(0, 256, length)
+        ids = np.concatenate([prompt, prompt[: 1 + length // self.each]])
+        return Example(ids, np.arange(len(ids)) >= length)
+
+
+@pytest.mark.parametrize("each", [100, 7])
+def test_a_generated_task_is_trained_on_as_it_is(each: int, seed: int) -> None:
+    task, tokenizer = Copy(each), ByteTokenizer()
+    check_exact_length(task, tokenizer, seed)
+    example = task.training(57, np.random.default_rng(seed), tokenizer)
+    assert len(example.ids) == 57 and example.answers.sum() == 1 + len(example.prompt) // each
+    for short in (1, 3):
+        with pytest.raises(TooShort, match="takes at least"):
+            task.training(short, np.random.default_rng(seed), tokenizer)
+
+
+def test_lengths_that_no_training_example_has_are_refused(seed: int) -> None:
+    class Even(Copy):
+        def example(self, length, i, n, rng, tokenizer):
+            example = super().example(length, i, n, rng, tokenizer)
+            ids = np.concatenate([example.ids[:length], rng.integers(0, 256, 2 + length % 2)])
+            return Example(ids, np.arange(len(ids)) >= length)
+
+    with pytest.raises(InputError, match="copy: no example of 57 tokens"):
+        Even().training(57, np.random.default_rng(seed), ByteTokenizer())
+    with pytest.raises(AssertionError, match="makes no example of 83 tokens to train on"):
+        check_exact_length(Even(), ByteTokenizer(), seed)
 
 
 def test_the_checks_can_fail(seed: int) -> None:

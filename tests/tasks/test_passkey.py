@@ -5,13 +5,14 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
+from made_prompts import multikey_batch, training_sequence, words_batch
 
 from rnn_longctx.data import ByteTokenizer, Text
 from rnn_longctx.errors import InputError
-from rnn_longctx.tasks.multikey import LABELS, multikey_batch
-from rnn_longctx.tasks.passkey import STYLES, make_passkey, passkey_batch, training_sequence
+from rnn_longctx.tasks.multikey import LABELS
+from rnn_longctx.tasks.passkey import STYLES, make_passkey, passkey_batch
 from rnn_longctx.tasks.prompts import FILLER, Style
-from rnn_longctx.tasks.words import WORDS, words_batch
+from rnn_longctx.tasks.words import WORDS
 
 TOKENIZER = ByteTokenizer()
 

@@ -7,16 +7,17 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 import pytest
+from made_prompts import multikey_batch, training_sequence, words_batch
 from made_tokenizers import NAMES, as_read, byte_level, lines, made_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from rnn_longctx.data import ByteTokenizer, HFTokenizer, Text
 from rnn_longctx.data.pieces import encode_after
 from rnn_longctx.errors import InputError
-from rnn_longctx.tasks.multikey import LABELLED, LABELS, multikey_batch
-from rnn_longctx.tasks.passkey import HEADERLESS, PAPER, passkey_batch, training_sequence
+from rnn_longctx.tasks.multikey import LABELLED, LABELS
+from rnn_longctx.tasks.passkey import HEADERLESS, PAPER, passkey_batch
 from rnn_longctx.tasks.prompts import FILLER, Prompt, Style
-from rnn_longctx.tasks.words import WORDED, words_batch
+from rnn_longctx.tasks.words import WORDED
 
 N, LENGTH = 6, 420
 HAY = Text("hay", " ".join(lines()).encode() * 3)

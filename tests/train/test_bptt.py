@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from made_prompts import training_sequence
 from torch import Tensor
 from training_runs import TINY, Killed, assert_same_run, final
 
@@ -22,7 +23,6 @@ from rnn_longctx.models import checkpoint
 from rnn_longctx.models.cache import Cache
 from rnn_longctx.models.checkpoint.tokenizer import LazyTokenizer
 from rnn_longctx.models.lm import Mamba2LM
-from rnn_longctx.tasks.passkey import training_sequence
 from rnn_longctx.train import TrainConfig, train
 from rnn_longctx.train import starts as starts_module
 from rnn_longctx.train.bptt import MicroBatch, accumulate

@@ -20,7 +20,7 @@ from rnn_longctx.recurrence.policy import ScanPolicy
 from rnn_longctx.train import TrainConfig, graphs, train
 from rnn_longctx.train import learner as learner_module
 from rnn_longctx.train.bptt import MicroBatch, accumulate
-from rnn_longctx.train.carries import is_integer, leaves, tensors
+from rnn_longctx.train.carries import integers, states
 from rnn_longctx.train.config import OptimizerConfig, PassingConfig
 from rnn_longctx.train.corpus import Batch
 from rnn_longctx.train.learner import Learner
@@ -118,13 +118,13 @@ def update(learner: Learner, batch: Batch, passing: PassingConfig | None, contex
 def plain(updated: tuple) -> tuple:
     """With the states and positions of its cache in the place of the cache."""
     loss, answer_loss, cache, gradients = updated
-    return loss, answer_loss, leaves(cache), tensors(cache, is_integer), gradients
+    return loss, answer_loss, states(cache), integers(cache), gradients
 
 
 def near(found: Any, expected: Any) -> None:
     """To some 1e-5 of the largest value: products are cut otherwise here and there."""
     if isinstance(expected, Cache):
-        return near(leaves(found), leaves(expected))
+        return near(states(found), states(expected))
     if isinstance(expected, torch.Tensor):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-5 * max(1e-3, expected.abs().max().item()))
     elif isinstance(expected, dict):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from rnn_longctx.config import from_dict
+from rnn_longctx.config import from_dict, load_yaml, to_dict
 from rnn_longctx.data import ByteTokenizer
 from rnn_longctx.errors import InputError
 from rnn_longctx.train import TrainConfig, train
@@ -62,8 +63,12 @@ def test_several_tasks_share_the_rows(config: TrainConfig) -> None:
 
 def test_a_run_of_another_task(config: TrainConfig) -> None:
     """It is trained and measured; an answer's weight changes what is learned."""
-    c = with_mix(config, MQAR_96, steps=4, checkpoint_every=2, evaluate=EvaluateConfig([100], 2, 3))
-    train(c)
+    c = with_mix(config, MQAR_96, steps=4, checkpoint_every=2, log_every=2, evaluate=EvaluateConfig([100], 2, 3))
+    lines: list[str] = []
+    train(c, lines.append)
+    assert not any("passkey" in line for line in lines)
+    for words in (r"step 4/4 loss \S+ mqar \S+", r"step 2 at 100 tokens: loss \S+ mqar \S+", r"mqar_accuracy \S+"):
+        assert any(re.search(words, line) for line in lines), words
     with (Path(c.out) / "eval.csv").open() as file:
         scores = [float(row["passkey"]) for row in csv.DictReader(file)]
     assert len(scores) == 3 and all(0 <= score <= 1 for score in scores)
@@ -96,6 +101,20 @@ def test_wrong_mixes(config: TrainConfig, mix: list[dict[str, Any]], words: str)
         data = from_dict(DataConfig, {"text": config.data.text, "mix": mix}, "data")
         train(replace(config, data=data))
     assert "\n" not in str(error.value)
+
+
+def test_a_mix_on_a_config_with_passkeys() -> None:
+    """They are left out by null, or by a fraction of 0."""
+    path = Path(__file__).parents[2] / "configs" / "train" / "gla.yaml"
+    mix = 'data.mix=[{task: "mqar:pairs=8,vocab_size=64", fraction: 0.5, lengths: [80, 96]}]'
+    with pytest.raises(InputError, match=r"data\.mix: takes the place of passkey; .* set passkey to null"):
+        load_yaml(TrainConfig, path, [mix])
+    for none in ("data.passkey=null", "data.passkey.fraction=0"):
+        config = load_yaml(TrainConfig, path, [mix, none])
+        assert [mixed.task for mixed in config.data.mixed] == ["mqar:pairs=8,vocab_size=64"]
+        assert from_dict(TrainConfig, to_dict(config)) == config
+    neither = load_yaml(TrainConfig, path, ["data.passkey=null"])
+    assert not neither.data.mixed and neither.data.within(256) == neither.data and neither.data.weight_of_answers == 1
 
 
 def test_mix_or_passkey() -> None:

@@ -201,7 +201,7 @@ def test_a_lost_passkey_undoes_even_where_the_loss_holds(config: TrainConfig, tm
     )
     start, row = finished(config, tmp_path / "in")[:2]
     assert float(start["passkey_256"]) >= 0.8 and float(row["loss_256"]) <= float(start["loss_256"]) + 0.3
-    assert row["decision"] == "refused" and row["reason"].startswith("the passkeys at 256 tokens were")
+    assert row["decision"] == "refused" and row["reason"].startswith("the recall of passkey at 256 tokens was")
     assert float(row["passkey_256"]) < float(start["passkey_256"]) - 0.2
     before, after = rnn_longctx.load("demo"), rnn_longctx.load(tmp_path / "run" / "last")
     assert_same(dict(before.float().state_dict()), dict(after.state_dict()))
@@ -344,11 +344,11 @@ def test_many_small_losses_do_not_add_up() -> None:
     best = [(64, 1.0, 1.0), (128, 2.0, 0.5)]
 
     def judged(loss: float, passkey: float, after: float = 3.0) -> str | None:
-        return online.refusal([(64, 0.9, 1.0), (128, loss, passkey)], best, 3.0, after, settings)
+        return online.refusal([(64, 0.9, 1.0), (128, loss, passkey)], best, 3.0, after, settings, "words")
 
     assert judged(2.09, 0.25) is None and judged(2.0, 0.5, 3.09) is None
     assert judged(2.11, 0.5) == "the loss at 128 tokens was 2.0000" == judged(float("nan"), 0.5)
-    assert judged(2.0, 0.2) == "the passkeys at 128 tokens were 0.50"
+    assert judged(2.0, 0.2) == "the recall of words at 128 tokens was 0.50"
     assert judged(2.0, 0.5, 3.2) == "the new text's own held-out loss rose" == judged(2.0, 0.5, float("nan"))
 
 

@@ -22,7 +22,7 @@ from rnn_longctx.models.lm import LM
 from rnn_longctx.models.mixers import MIXERS
 from rnn_longctx.train import TrainConfig, train
 from rnn_longctx.train.bptt import MicroBatch, accumulate
-from rnn_longctx.train.carries import leaves
+from rnn_longctx.train.carries import states
 from rnn_longctx.train.config import PassingConfig
 from rnn_longctx.train.corpus import Batch, Corpus, load_corpus
 from rnn_longctx.train.learner import Learner
@@ -138,8 +138,8 @@ def test_bptt_all_is_the_gradient_of_the_whole_stream(name: str) -> None:
     torch.testing.assert_close(loss, expected.detach(), rtol=1e-9, atol=0.0)
     for gradient, exact in zip(gradients, torch.autograd.grad(expected, list(model.parameters())), strict=True):
         torch.testing.assert_close(gradient, exact, rtol=1e-7, atol=1e-9 * float(exact.abs().max()))
-    torch.testing.assert_close(leaves(after), [t.detach() for t in leaves(cache)], rtol=1e-9, atol=1e-12)
-    assert after.position.tolist() == [61] * 3 and not any(t.requires_grad for t in leaves(after))
+    torch.testing.assert_close(states(after), [t.detach() for t in states(cache)], rtol=1e-9, atol=1e-12)
+    assert after.position.tolist() == [61] * 3 and not any(t.requires_grad for t in states(after))
     cut = accumulate(Learner(model), MicroBatch.of(Batch(ids, answer)), PassingConfig(20, 0), start, 0.0, nullcontext)
     torch.testing.assert_close(cut[0], loss, rtol=1e-9, atol=0.0)
 
@@ -186,7 +186,7 @@ def test_rows_go_on_from_their_carries(config: TrainConfig) -> None:
                 model(piece, cache)
     starts = final(c)["starts"]
     kept = [tensor for layer in starts["kept"] for tensor in layer]
-    torch.testing.assert_close(kept, leaves(cache), rtol=0, atol=0)
+    torch.testing.assert_close(kept, states(cache), rtol=0, atol=0)
     assert [t.tolist() for t in starts["integers"]] == [[360] * 4]
 
 

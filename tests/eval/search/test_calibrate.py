@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from made_prompts import multikey_batch, words_batch
 from transformers import AutoModelForCausalLM, MambaConfig
 from typer.testing import CliRunner
 
@@ -26,8 +27,6 @@ from rnn_longctx.models.generate import generate, prefill
 from rnn_longctx.models.lm import Mamba2LM
 from rnn_longctx.models.mixers.mamba2 import Mamba2Config
 from rnn_longctx.models.saved_state import load_state, save_state
-from rnn_longctx.tasks.multikey import multikey_batch
-from rnn_longctx.tasks.words import words_batch
 
 TEXT = Text("made", bytes(torch.randint(32, 127, (9000,), generator=torch.Generator().manual_seed(1)).tolist()))
 
