@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,8 @@ from rnn_longctx.recurrence.statistics import Observer
 if TYPE_CHECKING:
     from rnn_longctx.data import Tokenizer
 
+Key = TypeVar("Key")
+
 # (model, ids (B, T), segment) to the logits (B, vocab) after the last token, and the cache
 Reader = Callable[[Any, Tensor, int], tuple[Tensor, Cache]]
 
@@ -34,19 +36,27 @@ class StateSize:
     Attributes:
         fixed: by what they are of ("scan", "conv"), whatever the length.
         per_token: more for every token that was read (attention's keys and values).
+        windows: more for each of the first so many tokens, and none after them: {255: 512} is 512 numbers for every
+            token up to the 255th (a window of attention, which begins empty).
     """
 
     fixed: dict[str, int] = field(default_factory=dict)
     per_token: int = 0
+    windows: dict[int, int] = field(default_factory=dict)
 
     def __add__(self, other: StateSize) -> StateSize:
-        names = [*self.fixed, *(name for name in other.fixed if name not in self.fixed)]
-        fixed = {name: self.fixed.get(name, 0) + other.fixed.get(name, 0) for name in names}
-        return StateSize(fixed, self.per_token + other.per_token)
+        return StateSize(
+            _sums(self.fixed, other.fixed), self.per_token + other.per_token, _sums(self.windows, other.windows)
+        )
 
     def total(self, length: int = 0) -> int:
         """Numbers a row keeps after `length` tokens."""
-        return sum(self.fixed.values()) + length * self.per_token
+        in_windows = sum(min(length, longest) * numbers for longest, numbers in self.windows.items())
+        return sum(self.fixed.values()) + length * self.per_token + in_windows
+
+
+def _sums(a: dict[Key, int], b: dict[Key, int]) -> dict[Key, int]:
+    return {key: a.get(key, 0) + b.get(key, 0) for key in [*a, *(key for key in b if key not in a)]}
 
 
 class Shape(Protocol):

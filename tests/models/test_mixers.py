@@ -42,7 +42,9 @@ def test_layers_of_several_kinds(tmp_path):
     assert [type(layer.mixer).name for layer in model.layers] == ["mamba2", "sliding-window", "gla", "mamba2"]
     assert [type(mixer).name for mixer in model.mixers] == ["mamba2", "gla", "mamba2"]
     assert model.attends and all(layer.mlp is not None for layer in model.layers)
-    assert set(model.state_size().fixed) == {"scan", "conv", "attention"}
+    size = model.state_size()
+    assert set(size.fixed) == {"scan", "conv"} and not size.per_token and size.windows == {4: 2 * 16}
+    assert size.total(3) - size.total() == 3 * 2 * 16 and size.total(4) == size.total(1000)
     checkpoint.save(model, tmp_path / "mixed")
     loaded = checkpoint.load(tmp_path / "mixed")
     assert loaded.config == model.config and loaded.weights_hash == model.weights_hash
@@ -228,6 +230,26 @@ def test_sliding_window_is_softmax_over_a_window(window, monkeypatch):
         values = (scores.softmax(0)[..., None] * v[list(seen)]).sum(0)
         expected.append(mixer.out_proj(values.flatten()))
     torch.testing.assert_close(mixer(u, None, WHOLE)[0][0], torch.stack(expected), rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
+def test_a_window_is_as_wide_as_what_was_read():
+    """Its carry grows up to the window; one that is wider than that, as old states are, is read on."""
+    model = LM(ModelConfig("sliding-window:window=7,heads=2", d_model=16, n_layer=1, vocab_size=9)).double().eval()
+    ids, cache, widths = torch.randint(9, (1, 9)), Cache(), []
+    for t in range(9):
+        model(ids[:, t : t + 1], cache)
+        widths.append(cache.layers[0].keys.shape[1])
+    assert widths == [1, 2, 3, 4, 5, 6, 6, 6, 6]
+    cache = Cache()
+    model(ids[:, :3], cache)
+    (keys,) = cache.layers
+    wide = sliding_window.WindowKeys(
+        F.pad(keys.keys, (0, 0, 0, 0, 3, 0)), F.pad(keys.values, (0,) * 4 + (3, 0)), keys.held
+    )
+    cache.layers = [wide]
+    torch.testing.assert_close(model(ids[:, 3:], cache), model(ids)[:, 3:], rtol=0, atol=1e-9)
+    assert cache.layers[0].keys.shape[1] == 6
 
 
 @torch.no_grad()
