@@ -162,18 +162,31 @@ class Cache:
 
     @classmethod
     def load_with(cls, path: str | Path, device: torch.device | str = "cpu") -> tuple[Cache, dict[str, Tensor], Any]:
-        """Return the cache, the extra tensors and the note of `save`. Raises InputError if the file is not one."""
+        """Return the cache, the extra tensors and the note of `save`. Raises InputError if the file is not one, or a
+        carry in it is of a type that no mixer here has."""
         try:
             with safe_open(home_path(path), "pt") as file:
                 header = file.metadata() or {}
                 tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (not a dict)
             cache = _unflatten(json.loads(header["cache"]), "cache", tensors)
+        except UnknownCarry as error:
+            raise InputError(
+                f"{path} holds a {error.name}, the carry of a mixer that is not here: give the file that has it with "
+                "--plugin"
+            ) from None
         except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
             why = "no such file" if isinstance(error, FileNotFoundError) else getattr(error, "strerror", None)
             why = f" ({why})" if why else ""  # what the file's reader says of another kind of file helps nobody
             raise InputError(f"{path} is no state that generate --save-state wrote{why}") from None
         extra = {k.removeprefix("extra."): v for k, v in tensors.items() if k.startswith("extra.")}
         return cache.to(device), extra, json.loads(header["note"])
+
+
+class UnknownCarry(Exception):
+    """A saved state holds a carry of a type that nobody has registered."""
+
+    def __init__(self, name: str):
+        self.name = name
 
 
 def level_tails(parts: list[Any]) -> list[Any]:
@@ -223,5 +236,7 @@ def _unflatten(shape: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     if "type" in shape:
         if shape["type"] not in _TYPES:
             len(MIXERS)  # imports those that nothing has asked for yet
+        if shape["type"] not in _TYPES:
+            raise UnknownCarry(shape["type"])
         return _TYPES[shape["type"]](**{k: _unflatten(v, name, tensors) for k, v in shape["fields"].items()})
     return shape["value"]

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from rnn_longctx.config import from_dict
-from rnn_longctx.errors import InputError
+from rnn_longctx.errors import InputError, nearest
 from rnn_longctx.models.mixers import MIXERS
 from rnn_longctx.models.mixers.mamba2 import LARGEST, LARGEST_SIZE, Mamba2Config
 from rnn_longctx.spec import parse
@@ -94,4 +94,7 @@ class _Configs(Mapping[str, type]):
 
 def _make(text: str, model: ModelConfig) -> nn.Module:
     name = text.partition(":")[0].strip()
+    if name not in MIXERS:
+        hint = nearest(name, MIXERS)
+        raise InputError(f"unknown mixer {name!r}{hint}, or give the file that has it with --plugin")
     return MIXERS[name].of(parse(text, _Configs(), "mixer"), model)

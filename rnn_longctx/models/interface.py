@@ -122,6 +122,9 @@ class Mixer(Protocol):
     Attributes:
         name, Config: the mixer's name, and a frozen dataclass of its parameters; `of` makes it of one.
         attends: whether it keeps keys and values of the tokens that it has read.
+
+    A class may list `examples`, settings such as ("gla:heads=2",) that its contract tries
+    (`rnn_longctx.testing.mixers.examples`): small ones, where a window or a chunk ends within a test's stream.
     """
 
     name: ClassVar[str]

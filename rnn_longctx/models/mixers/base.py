@@ -43,6 +43,7 @@ class Recurrent(nn.Module):
 
     Attributes:
         name, Config: the mixer's name, and the dataclass of its parameters (`rnn_longctx.models.config`).
+        examples: small settings that its contract tries, see `Mixer`.
         recurrence: the rule by which a state follows from the one before.
         per_channel: whether every channel of the state decays by itself.
         stepped: whether `inputs` gives `SteppedGates`.
@@ -54,6 +55,7 @@ class Recurrent(nn.Module):
 
     name: ClassVar[str]
     Config: ClassVar[type]
+    examples: ClassVar[tuple[str, ...]] = ()
     recurrence: ClassVar[Recurrence] = SSD
     attends: ClassVar[bool] = False
     per_channel: ClassVar[bool] = False

@@ -58,6 +58,7 @@ class GLA(Recurrent):
     """A layer of gated linear attention."""
 
     name, Config = "gla", GLAConfig
+    examples = ("gla:heads=2",)
     per_channel, stepped = True, False
 
     def __init__(self, config: GLAConfig, model: Shape):

@@ -130,6 +130,7 @@ class Mamba2(Recurrent):
     """A Mamba-2 layer. `policy` is data: set it, and the next token follows it."""
 
     name, Config = "mamba2", Mamba2Layer
+    examples = ("mamba2:d_state=8,headdim=8,ngroups=2",)
     one_step_a_head = True
 
     def __init__(self, config: Mamba2Config):

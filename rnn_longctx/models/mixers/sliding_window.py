@@ -80,6 +80,7 @@ class SlidingWindow(nn.Module):
     """A layer of attention over a window."""
 
     name, Config = "sliding-window", SlidingWindowConfig
+    examples = ("sliding-window:window=7,heads=2",)  # (a window that ends within a test's stream)
     attends = True
 
     def __init__(self, config: SlidingWindowConfig, model: Shape):
