@@ -281,7 +281,7 @@ def record(
     warn_of_training(lm)
     chosen = _layers(layers, len(lm.mixers))
     every = parse_length(every, "every")
-    taps = {i: LayerTap(lm.mixers[i], i, every) for i in chosen if hasattr(lm.mixers[i], "tap")}
+    taps = {i: LayerTap(lm.mixers[i], i, every) for i in chosen if lm.mixers[i].tappable}
     watchers = [Watcher(lm.mixers[i], i, every, whole, taps.get(i)) for i in chosen]
     with watching(watchers), tapping([lm.mixers[i] for i in taps], list(taps.values())):
         yield Trace(watchers)

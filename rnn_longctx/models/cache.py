@@ -12,6 +12,7 @@ A cache copies, moves, reorders, joins, saves and loads carries without knowing 
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import uuid
@@ -135,6 +136,10 @@ class Cache:
         """Let attention forget all but each row's last `tokens` tokens: the layers whose carries have a method
         `cropped(tokens)`, which returns such a carry."""
         self.layers = [c.cropped(tokens) if hasattr(c, "cropped") else c for c in self.layers]
+
+    def snapshot(self) -> Cache:
+        """Return the cache as it is now; it shares the tensors, which are never written into."""
+        return copy.copy(self)
 
     def restore(self, other: Cache) -> None:
         """Become what another cache is, in place; the other is given up, since both share its tensors and lists."""

@@ -6,16 +6,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, Self, TypeGuard, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from rnn_longctx.models.cache import Cache, Carry
+from rnn_longctx.models.cache import Carry
 from rnn_longctx.models.deferred import DeferredNorm
 from rnn_longctx.models.reading import ReadingHook
 from rnn_longctx.models.restart import Restart
 from rnn_longctx.recurrence.gates import Gates, ScanInputs, SteppedGates
+from rnn_longctx.recurrence.interface import Recurrence
 from rnn_longctx.recurrence.policy import ScanPolicy
 from rnn_longctx.recurrence.span import Span
 from rnn_longctx.recurrence.statistics import Observer
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 Key = TypeVar("Key")
 
 # (model, ids (B, T), segment) to the logits (B, vocab) after the last token, and the cache
-Reader = Callable[[Any, Tensor, int], tuple[Tensor, Cache]]
+Reader = Callable[["LanguageModel", Tensor, int], "tuple[Tensor, StreamCache]"]
 
 
 @dataclass(frozen=True)
@@ -132,39 +133,55 @@ class Mixer(Protocol):
     attends: ClassVar[bool]
 
     @classmethod
-    def of(cls, config: Any, model: Shape) -> Any: ...
-    def forward(self, u: Tensor, carry: Any, span: Span) -> tuple[Tensor | DeferredNorm, Any]:
-        """Read u (B, T, d_model) after a carry, None at the beginning of a stream; return as much, and the carry after
-        it, of new tensors. Padding changes no carry, and a document sees nothing of the one before."""
+    def of(cls, config: Any, model: Shape) -> Mixer:
+        """Make the mixer of one layer of a model. config: of its own `Config`."""
+        ...
+
+    def __call__(self, u: Tensor, carry: Any, span: Span) -> tuple[Tensor | DeferredNorm, Any]:
+        """Read u (B, T, d_model) after a carry of its own kind, None at the beginning of a stream; return as much, and
+        the carry after it, of new tensors. Padding changes no carry, and a document sees nothing of the one before.
+
+        (The module's `forward`.)"""
+        ...
 
     def new_carry(self, rows: int) -> Any:
         """Return as tensors what None stands for: the carry of rows that have read nothing."""
+        ...
 
     def state_size(self) -> StateSize:
         """Return how many numbers of its carry a row keeps, counters aside."""
+        ...
 
 
 @runtime_checkable
 class RecurrentMixer(Protocol):
     """A layer whose recurrence follows a policy: of this library's models, and of adopted ones.
 
-    Those of this library are `rnn_longctx.models.mixers.base.Recurrent`, which have `inputs`, `tap`, `scale_rates` too.
+    Those of this library are a `ScanMixer`, too. An adopted one has its library's forward and cache.
 
     Attributes:
+        recurrence: the rule by which a state follows from the one before.
         heads, headdim, d_state: the shape (H, P, N) of a row's state.
         policy: data; set it, and the next token follows it.
         observer: is shown the state's statistics, or None.
+        tap: is called with the `MixerReading` of every call, or None. Only a layer that is `tappable` takes one.
         backend: the name of one, or None for the first that supports the policy.
         state_dtype: what the state is rounded to between calls, or None.
+        per_channel: whether every channel of the state decays by itself.
+        A: (H) or (H, N), at least float32, the rate at which each head decays in a step, below 0; None where decays are
+            given token by token.
         one_step_a_head: whether a token has one step a head, from what `in_proj` gives, as Mamba-2's has: the mixer is
             then a `SteppedMixer`. Mamba-1 has one a channel, a recurrence whose gates are given has none.
     """
 
     policy: ScanPolicy
     observer: Observer | None
+    tap: Tap | None
     backend: str | None
     state_dtype: torch.dtype | None
 
+    @property
+    def recurrence(self) -> Recurrence: ...
     @property
     def heads(self) -> int: ...
     @property
@@ -172,7 +189,37 @@ class RecurrentMixer(Protocol):
     @property
     def d_state(self) -> int: ...
     @property
+    def tappable(self) -> bool: ...
+    @property
+    def per_channel(self) -> bool: ...
+    @property
     def one_step_a_head(self) -> bool: ...
+    @property
+    def A(self) -> Tensor | None: ...
+
+    def scale_rates(self, factor: Tensor) -> None:
+        """Multiply every head's log-decay by factor (H), float64, in the weights. Raises InputError where no weight of
+        this library's holds it."""
+        ...
+
+
+class ScanMixer(RecurrentMixer, Mixer, Protocol):
+    """A recurrent layer of this library's own models (`rnn_longctx.models.mixers.base.Recurrent`).
+
+    Attributes:
+        channels: the channels of its convolution and how many inputs of each it keeps; None: there is none.
+    """
+
+    @property
+    def channels(self) -> tuple[int, int] | None: ...
+
+    def inputs(self, u: Tensor, carry: Carry | None, span: Span) -> tuple[ScanInputs, Gates | SteppedGates, Rest]:
+        """Return what the scan reads of u (B, T, d_model), and what is needed after it."""
+        ...
+
+    def scan_state(self, carry: Carry) -> Tensor:
+        """Return the state (B, H, P, N) of a carry."""
+        ...
 
 
 @runtime_checkable
@@ -191,6 +238,59 @@ class SteppedMixer(RecurrentMixer, Protocol):
 
     def steps(self, projected: Tensor) -> Tensor:
         """Return dt (B, T, H), after softplus and clamp, from what `in_proj` gives."""
+        ...
+
+
+def stepped_mixers(model: LanguageModel) -> list[SteppedMixer]:
+    """Return the recurrent layers of a model that have one step a head: all, or none, as models are."""
+    return [mixer for mixer in model.mixers if _is_stepped(mixer)]
+
+
+def _is_stepped(mixer: RecurrentMixer) -> TypeGuard[SteppedMixer]:
+    return mixer.one_step_a_head
+
+
+class StreamCache(Protocol):
+    """What a model has read of a stream: this library's `Cache`, or what stands for a cache of another library.
+
+    Attributes:
+        layers: the carries of its layers, of whatever kinds their mixers make; empty before the first token. Set to
+            [], it is empty again.
+        position: (B,) int64 on the CPU, tokens each row has read.
+        tail: (B, <= overlap) the last token ids, kept only under a control that reads them again.
+    """
+
+    position: Tensor
+    tail: Tensor | None
+
+    @property
+    def layers(self) -> list[Any]: ...
+    @layers.setter
+    def layers(self, layers: list[Any]) -> None: ...
+
+    def clone(self) -> Self:
+        """Return a copy that shares nothing."""
+        ...
+
+    def snapshot(self) -> Self:
+        """Return the cache as it is now, whatever the model reads after it: what `restore` goes back to."""
+        ...
+
+    def restore(self, other: Self) -> None:
+        """Become what another cache is, in place; the other is given up."""
+        ...
+
+    def rows(self, index: Tensor | list[int]) -> Self:
+        """Return the cache of some rows, in that order."""
+        ...
+
+    @staticmethod
+    def concat(parts: list[Any], order: list[int]) -> Any:
+        """Return the rows of several such caches as one; `order[i]` is where the i-th of their rows belongs."""
+        ...
+
+    def crop_attention(self, tokens: int) -> None:
+        """Let attention forget all but each row's last `tokens` tokens."""
         ...
 
 
@@ -224,7 +324,7 @@ class LayerByLayer(Protocol):
         """Let the layer read tokens that have entered it; its carry moves on."""
         ...
 
-    def finish(self, tokens: list[Tensor], length: int) -> tuple[Tensor, Any]:
+    def finish(self, tokens: list[Tensor], length: int) -> tuple[Tensor, StreamCache]:
         """Return the hidden states (B, d_model) of the last token, and the cache. length: tokens of the prompt."""
         ...
 
@@ -232,10 +332,14 @@ class LayerByLayer(Protocol):
 class Layer(Protocol):
     """A residual layer of a model: h <- h + mixer(norm(h)), and where there is one h <- h + mlp(norm2(h))."""
 
-    norm: nn.Module
-    mixer: Any
-    norm2: nn.Module | None
-    mlp: nn.Module | None
+    @property
+    def norm(self) -> nn.Module: ...
+    @property
+    def mixer(self) -> Mixer: ...
+    @property
+    def norm2(self) -> nn.Module | None: ...
+    @property
+    def mlp(self) -> nn.Module | None: ...
 
 
 @runtime_checkable
@@ -250,10 +354,14 @@ class LanguageModel(Protocol):
         reader: how a prompt is read where that is not token after token, or None.
         mixers: the recurrent layers, in order; there may be none.
         attends: whether some layer keeps keys and values of the tokens that it has read.
+        rotary_scaling: how its attention's positions are scaled, as transformers calls it ("dynamic"), or None.
+        eos_token_id: the id or ids that its config ends an answer with, beside the tokenizer's, or None.
         module: the weights.
         own_forward: whether the module has a forward and generate of its own, being another library's: these follow
             policies, and no way to read (`restart`, `reader`).
         foldable: whether its weights are this library's to write: `fold` changes them and `save` stores them.
+
+    A model reads on from caches of its own kind alone, which `new_cache` begins: so `cache` is Any where it is given.
     """
 
     name: str
@@ -268,9 +376,13 @@ class LanguageModel(Protocol):
     @property
     def calibration(self) -> dict[str, Any] | None: ...
     @property
-    def mixers(self) -> Sequence[Any]: ...
+    def mixers(self) -> Sequence[RecurrentMixer]: ...
     @property
     def attends(self) -> bool: ...
+    @property
+    def rotary_scaling(self) -> str | None: ...
+    @property
+    def eos_token_id(self) -> int | list[int] | None: ...
     @property
     def vocab_size(self) -> int: ...
     @property
@@ -295,7 +407,7 @@ class LanguageModel(Protocol):
     def use_state_dtype(self, dtype: torch.dtype | str | None) -> None: ...
     def measured(self, what: str) -> dict[Any, Any]: ...
     def parameters(self) -> Iterator[nn.Parameter]: ...
-    def new_cache(self) -> Any: ...
+    def new_cache(self) -> StreamCache: ...
     def __call__(
         self, ids: Tensor, cache: Any = None, mask: Tensor | None = None, reset: Tensor | None = None
     ) -> Tensor: ...

@@ -64,6 +64,7 @@ class LM(Hooked, Identified, nn.Module):
 
     own_forward = False
     foldable = True
+    rotary_scaling: str | None = None
 
     @property
     def module(self) -> LM:

@@ -91,6 +91,10 @@ class AdoptedCache:
         new.library = copy.deepcopy(self.library)
         return new
 
+    def snapshot(self) -> AdoptedCache:
+        """Return the cache as it is now: a clone, since the library writes into its own."""
+        return self.clone()
+
     def restore(self, other: AdoptedCache) -> None:
         """Become what another cache is, in place; the other is given up, since both share the library's cache."""
         vars(self).update(vars(other))

@@ -142,6 +142,15 @@ class Adopted(Hooked, Identified):
         """Whether it is of a family of hybrids, though all its own layers may be recurrent."""
         return not self._takes.isdisjoint(("past_key_values", "position_ids"))
 
+    @property
+    def rotary_scaling(self) -> str | None:
+        return (getattr(self.config, "rope_parameters", None) or {}).get("rope_type")
+
+    @property
+    def eos_token_id(self) -> int | list[int] | None:
+        """What the library's own generate ends an answer with."""
+        return getattr(getattr(self.model, "generation_config", None) or self.config, "eos_token_id", None)
+
     @cached_property
     def _attention(self) -> bool:
         from transformers import DynamicCache

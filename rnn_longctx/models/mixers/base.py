@@ -51,6 +51,7 @@ class Recurrent(nn.Module):
         heads, headdim, d_state: the shape (H, P, N) of a row's state.
         policy, observer, backend, state_dtype: see `rnn_longctx.recurrence.ssd.scan.scan`.
         tap: is called with the `MixerReading` of every call, before its scan; None: nobody looks.
+        tappable: every mixer of this class is.
     """
 
     name: ClassVar[str]
@@ -60,7 +61,7 @@ class Recurrent(nn.Module):
     attends: ClassVar[bool] = False
     per_channel: ClassVar[bool] = False
     stepped: ClassVar[bool] = True
-
+    tappable: ClassVar[bool] = True
     one_step_a_head: ClassVar[bool] = False
 
     norm: RMSNorm
@@ -150,8 +151,8 @@ class Recurrent(nn.Module):
 
     @property
     def A(self) -> Tensor | None:
-        """The rate (H) or (H, N) at which each head decays in a step, below 0; None where decays are given token by
-        token."""
+        """The rate (H) or (H, N), at least float32, at which each head decays in a step, below 0; None where decays are
+        given token by token."""
         return None
 
     @property
