@@ -18,7 +18,8 @@ from torch import Tensor
 
 from rnn_longctx.errors import InputError
 from rnn_longctx.mitigations.base import REMEDIES, Plan, Remedy, same_everywhere
-from rnn_longctx.models.interface import LanguageModel, StreamCache
+from rnn_longctx.models.carries import StreamCache
+from rnn_longctx.models.interface import LanguageModel
 from rnn_longctx.spec import quiet
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rnn_longctx.errors import InputError
-from rnn_longctx.models.interface import StreamCache
+from rnn_longctx.models.carries import StreamCache
 from rnn_longctx.probes.monitor.actions import Action
 from rnn_longctx.probes.monitor.judge import History, Report
 

@@ -1,13 +1,7 @@
 """What a model hands on from one stretch of a stream to the next: one carry a layer, and nothing on the module.
 
-A carry is any dataclass of tensors, rows first, that is registered with `carry`:
-
-    @carry
-    @dataclass
-    class Averages:
-        total: Tensor  # (B, channels)
-
-A cache copies, moves, reorders, joins, saves and loads carries without knowing their fields.
+A cache copies, moves, reorders, joins, saves and loads carries (`rnn_longctx.models.carries`) without knowing their
+fields.
 """
 
 from __future__ import annotations
@@ -16,10 +10,9 @@ import copy
 import json
 import os
 import uuid
-from collections.abc import Callable
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar, overload
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,70 +22,9 @@ from torch import Tensor
 
 from rnn_longctx.config import home_path
 from rnn_longctx.errors import InputError
+from rnn_longctx.models.carries import TYPES, carry, tree_zip
 from rnn_longctx.models.mixers import MIXERS
-from rnn_longctx.recurrence.carry import ON_CPU, ScanCarry, WindowCarry, tree_map
-from rnn_longctx.recurrence.ssd.window import level
-
-C = TypeVar("C", bound=type)
-Level = Callable[[list[Any]], list[Any]]
-
-_TYPES: dict[str, type] = {}  # by name, which is what a saved file says
-_LEVELS: dict[type, Level] = {}
-
-
-@overload
-def carry(cls: C) -> C: ...
-@overload
-def carry(*, level: Level) -> Callable[[C], C]: ...
-def carry(cls: Any = None, *, level: Level | None = None) -> Any:
-    """Register a dataclass of tensors, rows first, so that caches which hold it are saved and loaded.
-
-    Its other fields may be numbers, text, None, and registered dataclasses; the field of a tensor that stays on the CPU
-    is marked: `field(metadata=ON_CPU)`.
-
-    Args:
-        level: makes carries of rows that have read unequally much alike in all axes but the first, so that their rows
-            can be joined. None: they are so anyway.
-    Raises:
-        InputError: another class of that name is registered.
-    """
-
-    def register(cls: Any) -> Any:
-        other = _TYPES.get(cls.__name__)
-        if other is not None and (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
-            raise InputError(f"two carries are called {cls.__name__!r}, in {other.__module__} and in {cls.__module__}")
-        _TYPES[cls.__name__] = cls
-        if level is not None:
-            _LEVELS[cls] = level
-        return cls
-
-    return register if cls is None else register(cls)
-
-
-def _level_scans(carries: list[ScanCarry]) -> list[ScanCarry]:
-    """Begin the blocks of sliding windows at one place."""
-    windows = [c.window for c in carries if c.window is not None]
-    if not windows:
-        return carries
-    return [replace(c, state=w.block, window=w) for c, w in zip(carries, level(windows), strict=True)]
-
-
-carry(level=_level_scans)(ScanCarry)
-carry(WindowCarry)
-
-
-@carry
-@dataclass
-class Carry:
-    """The carry of a recurrent layer.
-
-    Attributes:
-        conv: (B, channels, d_conv - 1) the last inputs of its convolution, or None where it has none.
-        scan: the state of its recurrence.
-    """
-
-    conv: Tensor | None
-    scan: ScanCarry
+from rnn_longctx.recurrence.carry import ON_CPU, tree_map
 
 
 @carry
@@ -201,22 +133,6 @@ def level_tails(parts: list[Any]) -> list[Any]:
     return [p.tail if p.tail is None else F.pad(p.tail, (width - p.tail.shape[1], 0)) for p in parts]
 
 
-def tree_zip(function: Callable[[list[Tensor]], Tensor], values: list[Any]) -> Any:
-    """Return one value made of several of one shape: `function` of the tensors that stand at one place in all of them,
-    which carries are levelled for first (see `carry`); what is no tensor is the first value's."""
-    first = values[0]
-    if isinstance(first, Tensor):
-        return function(values)
-    if is_dataclass(first) and not isinstance(first, type):
-        if (levelled := _LEVELS.get(type(first))) is not None:
-            values = levelled(values)
-        joined = {f.name: tree_zip(function, [getattr(v, f.name) for v in values]) for f in fields(first)}
-        return type(first)(**joined)
-    if isinstance(first, list):
-        return [tree_zip(function, list(group)) for group in zip(*values)]
-    return first
-
-
 def _flatten(value: Any, name: str, out: dict[str, Tensor]) -> Any:
     """Put tensors into `out`; return JSON that `_unflatten` rebuilds the value from."""
     if isinstance(value, Tensor):
@@ -224,8 +140,8 @@ def _flatten(value: Any, name: str, out: dict[str, Tensor]) -> Any:
         return {"tensor": name}
     if is_dataclass(value):
         kind = type(value).__name__
-        if _TYPES.get(kind) is not type(value):
-            raise InputError(f"a {kind} is not registered with rnn_longctx.models.cache.carry, so it cannot be saved")
+        if TYPES.get(kind) is not type(value):
+            raise InputError(f"a {kind} is not registered with rnn_longctx.models.carries.carry, so it cannot be saved")
         inside = {f.name: _flatten(getattr(value, f.name), f"{name}.{f.name}", out) for f in fields(value)}
         return {"type": kind, "fields": inside}
     if isinstance(value, list):
@@ -239,9 +155,9 @@ def _unflatten(shape: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     if "tensor" in shape:
         return tensors[shape["tensor"]]
     if "type" in shape:
-        if shape["type"] not in _TYPES:
+        if shape["type"] not in TYPES:
             len(MIXERS)  # imports those that nothing has asked for yet
-        if shape["type"] not in _TYPES:
+        if shape["type"] not in TYPES:
             raise UnknownCarry(shape["type"])
-        return _TYPES[shape["type"]](**{k: _unflatten(v, name, tensors) for k, v in shape["fields"].items()})
+        return TYPES[shape["type"]](**{k: _unflatten(v, name, tensors) for k, v in shape["fields"].items()})
     return shape["value"]

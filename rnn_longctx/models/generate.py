@@ -17,9 +17,10 @@ from torch import Tensor
 
 from rnn_longctx.errors import InputError
 from rnn_longctx.models.adopt.adopting import as_language_model
+from rnn_longctx.models.carries import StreamCache
 from rnn_longctx.models.decode import Decoder
 from rnn_longctx.models.ids import rows_of
-from rnn_longctx.models.interface import LanguageModel, StreamCache
+from rnn_longctx.models.interface import LanguageModel
 from rnn_longctx.models.modes import evaluating, in_evaluation
 from rnn_longctx.models.segments import SEGMENT
 from rnn_longctx.models.stops import (

@@ -6,12 +6,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, Self, TypeGuard, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TypeGuard, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from rnn_longctx.models.cache import Carry
+from rnn_longctx.models.carries import Carry, StreamCache
 from rnn_longctx.models.deferred import DeferredNorm
 from rnn_longctx.models.reading import ReadingHook
 from rnn_longctx.models.restart import Restart
@@ -76,7 +76,7 @@ class Shape(Protocol):
 
     @property
     def mlp(self) -> float: ...
-    def make_mixers(self) -> Iterator[nn.Module]: ...
+    def make_mixers(self) -> Iterator[Mixer]: ...
 
 
 class Rest(NamedTuple):
@@ -118,7 +118,7 @@ Tap = Callable[[MixerReading], None]
 class Mixer(Protocol):
     """A layer that mixes tokens: an nn.Module, registered in `rnn_longctx.models.mixers.MIXERS` by its name.
 
-    Its carry is of a kind of its own: any dataclass that `rnn_longctx.models.cache.carry` registers.
+    Its carry is of a kind of its own: any dataclass that `rnn_longctx.models.carries.carry` registers.
 
     Attributes:
         name, Config: the mixer's name, and a frozen dataclass of its parameters; `of` makes it of one.
@@ -129,7 +129,7 @@ class Mixer(Protocol):
     """
 
     name: ClassVar[str]
-    Config: ClassVar[type]
+    Config: ClassVar[Any]  # (a type; its own, for each)
     attends: ClassVar[bool]
 
     @classmethod
@@ -143,6 +143,9 @@ class Mixer(Protocol):
 
         (The module's `forward`.)"""
         ...
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]: ...
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
 
     def new_carry(self, rows: int) -> Any:
         """Return as tensors what None stands for: the carry of rows that have read nothing."""
@@ -248,50 +251,6 @@ def stepped_mixers(model: LanguageModel) -> list[SteppedMixer]:
 
 def _is_stepped(mixer: RecurrentMixer) -> TypeGuard[SteppedMixer]:
     return mixer.one_step_a_head
-
-
-class StreamCache(Protocol):
-    """What a model has read of a stream: this library's `Cache`, or what stands for a cache of another library.
-
-    Attributes:
-        layers: the carries of its layers, of whatever kinds their mixers make; empty before the first token. Set to
-            [], it is empty again.
-        position: (B,) int64 on the CPU, tokens each row has read.
-        tail: (B, <= overlap) the last token ids, kept only under a control that reads them again.
-    """
-
-    position: Tensor
-    tail: Tensor | None
-
-    @property
-    def layers(self) -> list[Any]: ...
-    @layers.setter
-    def layers(self, layers: list[Any]) -> None: ...
-
-    def clone(self) -> Self:
-        """Return a copy that shares nothing."""
-        ...
-
-    def snapshot(self) -> Self:
-        """Return the cache as it is now, whatever the model reads after it: what `restore` goes back to."""
-        ...
-
-    def restore(self, other: Self) -> None:
-        """Become what another cache is, in place; the other is given up."""
-        ...
-
-    def rows(self, index: Tensor | list[int]) -> Self:
-        """Return the cache of some rows, in that order."""
-        ...
-
-    @staticmethod
-    def concat(parts: list[Any], order: list[int]) -> Any:
-        """Return the rows of several such caches as one; `order[i]` is where the i-th of their rows belongs."""
-        ...
-
-    def crop_attention(self, tokens: int) -> None:
-        """Let attention forget all but each row's last `tokens` tokens."""
-        ...
 
 
 class LayerByLayer(Protocol):

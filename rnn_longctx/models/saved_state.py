@@ -15,8 +15,9 @@ from rnn_longctx.models.adopt.cache import AdoptedCache
 from rnn_longctx.models.adopt.model import Adopted
 from rnn_longctx.models.adopt.saved import from_cache, to_cache
 from rnn_longctx.models.cache import Cache
+from rnn_longctx.models.carries import StreamCache
 from rnn_longctx.models.checkpoint.legacy import is_of
-from rnn_longctx.models.interface import LanguageModel, StreamCache
+from rnn_longctx.models.interface import LanguageModel
 from rnn_longctx.models.precision import computes_as
 
 

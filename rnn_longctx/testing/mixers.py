@@ -23,6 +23,7 @@ from rnn_longctx.models.checkpoint.weights import stored_dtype
 from rnn_longctx.models.config import ModelConfig
 from rnn_longctx.models.lm import LM
 from rnn_longctx.models.mixers import MIXERS
+from rnn_longctx.models.mixers.base import Recurrent
 from rnn_longctx.recurrence.policy import Cap, ScanPolicy
 from rnn_longctx.recurrence.span import WHOLE
 
@@ -213,16 +214,16 @@ def check_a_norm_cap_is_followed(text: str, seed: int = 0) -> None:
     """What state-norm sets: no state of a recurrent layer grows beyond it, and any cut is one pass under it, too."""
     model, ids, free, capped = small_model(text, seed), _ids(2), Cache(), Cache()
     plain = _read(model, ids, cache=free)
-    layers = [i for i, layer in enumerate(model.layers) if layer.mixer in model.mixers]
-    layers = [i for i in layers if "caps" in model.layers[i].mixer.recurrence.follows]
-    if not layers:
+    mixers = {i: layer.mixer for i, layer in enumerate(model.layers) if isinstance(layer.mixer, Recurrent)}
+    mixers = {i: mixer for i, mixer in mixers.items() if "caps" in mixer.recurrence.follows}
+    if not mixers:
         return
-    norms = {i: _norms(model, free, i).amin(0) / 2 for i in layers}  # (H)
-    for i, cap in norms.items():
-        model.layers[i].mixer.policy = ScanPolicy(caps=(Cap(tuple(cap.tolist())),))
+    caps = {i: _norms(mixer, free.layers[i]).amin(0) / 2 for i, mixer in mixers.items()}  # (H)
+    for i, mixer in mixers.items():
+        mixer.policy = ScanPolicy(caps=(Cap(tuple(caps[i].tolist())),))
     outputs = _read(model, ids, cache=capped)
-    for i, cap in norms.items():
-        over = (_norms(model, capped, i) / cap).max().item()
+    for i, mixer in mixers.items():
+        over = (_norms(mixer, capped.layers[i]) / caps[i]).max().item()
         assert over <= 1 + CLOSE, f"{text}: under a norm cap, a state's norm is {over:.3g} times the cap"
     assert (outputs - plain).abs().max() > CLOSE, f"{text}: a norm cap changes no output"
     _same(_read(model, ids, _cut(LENGTH, 8)), outputs, f"{text}: read in pieces under a norm cap, the outputs")
@@ -290,10 +291,9 @@ def _mix(mixer: Any, u: Tensor, sizes: list[int]) -> Tensor:
 
 
 @torch.no_grad()
-def _norms(model: LM, cache: Cache, layer: int) -> Tensor:
-    """Return the Frobenius norm (B, H) of every head's state in a recurrent layer."""
-    state = model.layers[layer].mixer.scan_state(cache.layers[layer])
-    return state.flatten(2).norm(dim=2)
+def _norms(mixer: Recurrent, carry: Any) -> Tensor:
+    """Return the Frobenius norm (B, H) of every head's state in a carry of a recurrent layer."""
+    return mixer.scan_state(carry).flatten(2).norm(dim=2)
 
 
 def _numbers(value: Any) -> Iterator[Tensor]:

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 
 from rnn_longctx.errors import InputError
 from rnn_longctx.models import checkpoint
-from rnn_longctx.models.cache import _TYPES as cache_types
-from rnn_longctx.models.cache import Cache, carry
+from rnn_longctx.models.cache import Cache
+from rnn_longctx.models.carries import TYPES, carry
 from rnn_longctx.models.config import ModelConfig, model_config
 from rnn_longctx.models.interface import MixerReading, StateSize
 from rnn_longctx.models.lm import LM
@@ -213,7 +213,7 @@ def test_what_a_plugin_brought_is_asked_for(averages, tmp_path, monkeypatch):
     cache.save(tmp_path / "read.state")
     assert Cache.load(tmp_path / "read.state").layers[0].count.tolist() == [3]
     monkeypatch.delitem(MIXERS._known, "averages")
-    monkeypatch.delitem(cache_types, "Total")
+    monkeypatch.delitem(TYPES, "Total")
     with pytest.raises(InputError, match=r"unknown mixer 'averages'.* give the file that has it with --plugin"):
         checkpoint.load(tmp_path / "model")
     with pytest.raises(InputError, match=r"read.state holds a Total, .* give the file that has it with --plugin"):

@@ -14,7 +14,8 @@ from torch import Tensor
 from rnn_longctx.errors import InputError
 from rnn_longctx.models.adopt import beside
 from rnn_longctx.models.adopt.mixer import AdoptedMixer
-from rnn_longctx.models.cache import Carry, level_tails
+from rnn_longctx.models.cache import level_tails
+from rnn_longctx.models.carries import Carry
 from rnn_longctx.recurrence.carry import ScanCarry
 
 

@@ -249,7 +249,7 @@ class Adopted(Hooked, Identified):
         if self.restart is not None:
             if mask is not None or len(set(cache.position.tolist())) > 1:
                 raise InputError(f"the control {self.restart} needs rows of equal lengths in an adopted model")
-            return read_restarting(self.hooked_read(), self.restart, ids, cache, None)  # type: ignore[arg-type]
+            return read_restarting(self.hooked_read(), self.restart, ids, cache, None)
         return self.hooked_read()(ids, cache, mask)
 
     def read(self, ids: Tensor, cache: AdoptedCache, mask: Tensor | None = None) -> Tensor:

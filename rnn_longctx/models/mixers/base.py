@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from rnn_longctx.errors import InputError
-from rnn_longctx.models.cache import Carry
+from rnn_longctx.models.carries import Carry
 from rnn_longctx.models.conv import causal_conv
 from rnn_longctx.models.deferred import DeferredNorm
 from rnn_longctx.models.interface import MixerReading, Rest, Shape, StateSize, Tap

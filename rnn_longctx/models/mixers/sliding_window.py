@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rnn_longctx.errors import InputError
-from rnn_longctx.models.cache import carry
+from rnn_longctx.models.carries import carry
 from rnn_longctx.models.interface import Shape, StateSize
 from rnn_longctx.models.mixers import MIXERS
 from rnn_longctx.recurrence.span import Span
@@ -79,9 +80,10 @@ class WindowKeys:
 class SlidingWindow(nn.Module):
     """A layer of attention over a window."""
 
-    name, Config = "sliding-window", SlidingWindowConfig
+    name: ClassVar[str] = "sliding-window"
+    Config: ClassVar[Any] = SlidingWindowConfig
+    attends: ClassVar[bool] = True
     examples = ("sliding-window:window=7,heads=2",)  # (a window that ends within a test's stream)
-    attends = True
 
     def __init__(self, config: SlidingWindowConfig, model: Shape):
         super().__init__()
