@@ -129,7 +129,7 @@ class Mixer(Protocol):
     """
 
     name: ClassVar[str]
-    Config: ClassVar[Any]  # (a type; its own, for each)
+    Config: ClassVar[Any]  # a type, of each mixer its own
     attends: ClassVar[bool]
 
     @classmethod
@@ -245,7 +245,8 @@ class SteppedMixer(RecurrentMixer, Protocol):
 
 
 def stepped_mixers(model: LanguageModel) -> list[SteppedMixer]:
-    """Return the recurrent layers of a model that have one step a head: all, or none, as models are."""
+    """Return the recurrent layers of a model that have one step a head: all of them, where a remedy says that it needs
+    steps or rates."""
     return [mixer for mixer in model.mixers if _is_stepped(mixer)]
 
 
