@@ -21,7 +21,7 @@ import torch
 from rnn_longctx.errors import InputError
 from rnn_longctx.measure.steps import steps_of
 from rnn_longctx.mitigations.base import REMEDIES, Need, Plan, Remedy, train_length
-from rnn_longctx.models.interface import LanguageModel
+from rnn_longctx.models.interface import LanguageModel, stepped_mixers
 from rnn_longctx.recurrence.policy import PLAIN, ScanPolicy
 from rnn_longctx.spec import quiet
 
@@ -63,7 +63,7 @@ class AFloor(Remedy):
         tokens = self.tokens or train_length(model, "a-floor without tokens=...")
         steps, calibration = steps_of(model, model.train_length or tokens, text)
         policies = []
-        for mixer, dt in zip(model.mixers, steps):
+        for mixer, dt in zip(stepped_mixers(model), steps):
             m = dt.double().mean((0, 1)) * mixer.A.detach().double().cpu().abs()
             slow = (m < 1 / tokens) & (m >= LEAST)
             mul = torch.where(slow, 1 / (tokens * m), 1.0)

@@ -17,7 +17,7 @@ import torch
 
 from rnn_longctx.errors import InputError
 from rnn_longctx.mitigations.base import REMEDIES, Need, Plan, Remedy
-from rnn_longctx.models.interface import LanguageModel
+from rnn_longctx.models.interface import LanguageModel, stepped_mixers
 from rnn_longctx.recurrence.policy import ScanPolicy
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class AWinsor(Remedy):
 
     def plan(self, model: LanguageModel, target_length: int | None = None, text: Text | None = None) -> Plan:
         policies = []
-        for mixer in model.mixers:
+        for mixer in stepped_mixers(model):
             A = mixer.A.detach().double().cpu()
             low, high = torch.quantile(A, torch.tensor([self.share, 1 - self.share], dtype=A.dtype, device=A.device))
             policies.append(ScanPolicy(mul=tuple((A.clamp(low, high) / A).tolist())))

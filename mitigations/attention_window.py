@@ -47,7 +47,7 @@ class AttentionWindow(Remedy):
         return [] if train_length is None else [f"attention-window:tokens={train_length // 2 * 2}"]
 
     def plan(self, model: LanguageModel, target_length: int | None = None, text: Text | None = None) -> Plan:
-        rotation = getattr(getattr(model, "config", None), "rope_parameters", None) or {}
-        if (kind := rotation.get("rope_type")) in MOVING:
-            raise NotApplicable(f"attention-window: positions of {model.name} are scaled by length ({kind})")
+        if model.rotary_scaling in MOVING:
+            scaling = model.rotary_scaling
+            raise NotApplicable(f"attention-window: positions of {model.name} are scaled by length ({scaling})")
         return Plan(same_everywhere(model), Crop(self.tokens // 2, self.tokens // 2))

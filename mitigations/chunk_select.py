@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rnn_longctx.errors import InputError
 from rnn_longctx.mitigations.base import REMEDIES, Plan, Remedy, same_everywhere
-from rnn_longctx.models.cache import Cache
+from rnn_longctx.models.carries import StreamCache
 from rnn_longctx.models.interface import LanguageModel
 from rnn_longctx.spec import quiet
 
@@ -50,7 +50,7 @@ class ChunkSelect(Remedy):
 
 
 @torch.no_grad()
-def read(model: LanguageModel, ids: Tensor, segment: int, chunk: int, query: int) -> tuple[Tensor, Cache]:
+def read(model: LanguageModel, ids: Tensor, segment: int, chunk: int, query: int) -> tuple[Tensor, StreamCache]:
     """Logits (B, vocab) after the last of ids (B, T), and the cache, of each row's surest chunk."""
     chosen = [_surest(model, row.to(model.device), segment, chunk, query) for row in ids]
     if len(ids) == 1:
@@ -61,14 +61,14 @@ def read(model: LanguageModel, ids: Tensor, segment: int, chunk: int, query: int
     return torch.cat([logits for logits, _ in chosen]), cache
 
 
-def _surest(model: LanguageModel, ids: Tensor, segment: int, chunk: int, query: int) -> tuple[Tensor, Cache]:
+def _surest(model: LanguageModel, ids: Tensor, segment: int, chunk: int, query: int) -> tuple[Tensor, StreamCache]:
     body, question = ids[:-query], ids[-query:]
     whole = len(body) // chunk * chunk
     # the chunks are whole from the end on: what is left over is the beginning
     groups = [body[len(body) - whole :].view(-1, chunk)] if whole else []
     if len(body) > whole or not whole:
         groups.append(body[: len(body) - whole][None])
-    best: tuple[float, Tensor, Cache] | None = None
+    best: tuple[float, Tensor, StreamCache] | None = None
     for rows in groups:
         for some in rows.split(max(1, segment // (rows.shape[1] + query))):
             cache = model.new_cache()

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rnn_longctx.errors import InputError
 from rnn_longctx.mitigations.base import REMEDIES, Need, NotApplicable, Plan, Remedy, same_everywhere
-from rnn_longctx.models.interface import LanguageModel, SteppedMixer
+from rnn_longctx.models.interface import LanguageModel, SteppedMixer, stepped_mixers
 from rnn_longctx.spec import quiet
 
 if TYPE_CHECKING:
@@ -68,9 +68,10 @@ def read(model: LanguageModel, ids: Tensor, segment: int, first: int, keep: list
     layers = model.layer_by_layer()
     assert layers is not None
     segment = min(segment, layers.longest(len(ids)) or segment)
+    mixers = stepped_mixers(model)
 
     def scored(i: int, tokens: list[Tensor]) -> list[Tensor]:
-        return [*tokens, _score(model.mixers[i], layers.normed(i, tokens))]
+        return [*tokens, _score(mixers[i], layers.normed(i, tokens))]
 
     heaviest: list[Tensor] = []  # what has entered layer `first` so far, and its score (B, k)
     for t in range(0, ids.shape[1], segment):

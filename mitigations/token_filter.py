@@ -24,7 +24,7 @@ from torch import Tensor
 from rnn_longctx.errors import InputError
 from rnn_longctx.measure.steps import steps_of
 from rnn_longctx.mitigations.base import REMEDIES, Need, Plan, Remedy, same_everywhere, train_length
-from rnn_longctx.models.interface import LanguageModel
+from rnn_longctx.models.interface import LanguageModel, stepped_mixers
 from rnn_longctx.recurrence.policy import ScanPolicy
 from rnn_longctx.spec import quiet
 
@@ -70,7 +70,7 @@ class TokenFilter(Remedy):
         if target_length <= length:
             return Plan(same_everywhere(model), calibrations=(calibration,), weights=model.weights_hash)
         policies = []
-        for mixer, dt in zip(model.mixers, steps):
+        for mixer, dt in zip(stepped_mixers(model), steps):
             far = (dt.sum(1).mean(0) * mixer.A.detach().cpu().float()).exp() > self.theta
             g = thresholds(dt.flatten(0, 1), length / target_length, self.clamp)
             policies.append(ScanPolicy(min_dt=tuple(torch.where(far, g * (1 - MARGIN), 0.0).tolist())))

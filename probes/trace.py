@@ -33,7 +33,7 @@ from rnn_longctx.config import parse_length
 from rnn_longctx.errors import InputError
 from rnn_longctx.measure.taps import tapping
 from rnn_longctx.models.adopt.adopting import as_language_model
-from rnn_longctx.models.interface import LanguageModel, MixerReading
+from rnn_longctx.models.interface import LanguageModel, MixerReading, RecurrentMixer
 from rnn_longctx.models.modes import warn_of_training
 from rnn_longctx.recurrence.gates import Gates
 from rnn_longctx.recurrence.policy import ScanPolicy, per_head
@@ -53,7 +53,7 @@ class Course:
         stepped: whether the decays are of steps.
     """
 
-    def __init__(self, mixer: Any, every: int):
+    def __init__(self, mixer: RecurrentMixer, every: int):
         self.heads, self.every = mixer.heads, every
         A = mixer.A
         self.stepped = A is not None
@@ -119,7 +119,7 @@ class LayerTap:
         scales: (B, H, n), mean input scales since the look before, of the last call; None: they follow from steps.
     """
 
-    def __init__(self, mixer: Any, layer: int, every: int):
+    def __init__(self, mixer: RecurrentMixer, layer: int, every: int):
         self.mixer, self.layer, self.every = mixer, layer, every
         self.looks: list[dict[str, Any]] = []
         self.scales: Tensor | None = None
@@ -132,8 +132,9 @@ class LayerTap:
         ends = range(start // self.every * self.every + self.every, start + tokens + 1, self.every)
         self.scales = self._scales(reading.gates, start, ends) if isinstance(reading.gates, Gates) else None
         self._position = start + tokens
-        if ends and reading.rest.convolved is not None and reading.rest.conv is not None:
-            self._look(reading.rest.convolved, None if reading.carry is None else reading.carry.conv, start, ends)
+        rest = reading.rest
+        if ends and rest.convolved is not None and rest.conv is not None and (taps := rest.conv.shape[-1]):
+            self._look(rest.convolved, None if reading.carry is None else reading.carry.conv, taps, start, ends)
 
     def _scales(self, gates: Gates, start: int, ends: range) -> Tensor:
         scale = gates.worked_out(torch.float64, self.mixer.policy).input_scale  # (B, T, H)
@@ -149,11 +150,8 @@ class LayerTap:
         self._sum = total[:, -1:] - total[:, last : last + 1] + (0 if ends else before)
         return sums.transpose(1, 2) / self.every
 
-    def _look(self, x: Tensor, before: Tensor | None, start: int, ends: range) -> None:
+    def _look(self, x: Tensor, before: Tensor | None, taps: int, start: int, ends: range) -> None:
         """x (B, T, channels) was read, after `before` (B, channels, taps)."""
-        taps = self.mixer.channels[1]
-        if not taps:
-            return
         before = x.new_zeros(len(x), taps, x.shape[2]) if before is None else before.transpose(1, 2)
         # Tokens of this call, or of the ones before it where they are negative. Made on the device, and the index too:
         # a copy from the CPU would wait for all that is queued there.
@@ -184,7 +182,7 @@ class Watcher:
     Args: tap: of the same layer, where it can be tapped.
     """
 
-    def __init__(self, mixer: Any, layer: int, every: int, whole: bool, tap: LayerTap | None = None):
+    def __init__(self, mixer: RecurrentMixer, layer: int, every: int, whole: bool, tap: LayerTap | None = None):
         self.mixer, self.layer, self.every, self.whole, self.tap = mixer, layer, every, whole, tap
         self._seen: list[tuple[Statistics, ScanPolicy, dict[str, Any]]] = []
 
@@ -281,7 +279,7 @@ def record(
     warn_of_training(lm)
     chosen = _layers(layers, len(lm.mixers))
     every = parse_length(every, "every")
-    taps = {i: LayerTap(lm.mixers[i], i, every) for i in chosen if hasattr(lm.mixers[i], "tap")}
+    taps = {i: LayerTap(lm.mixers[i], i, every) for i in chosen if lm.mixers[i].tappable}
     watchers = [Watcher(lm.mixers[i], i, every, whole, taps.get(i)) for i in chosen]
     with watching(watchers), tapping([lm.mixers[i] for i in taps], list(taps.values())):
         yield Trace(watchers)

@@ -138,9 +138,8 @@ def _transformers_prefill(model: LM) -> Read | None:
 
 def _operations(model: LM) -> int:
     """Return the operations that a token takes: the projections, and the recurrence itself."""
-    c = model.config
     weights = sum(p.numel() for name, p in model.named_parameters() if "_proj" in name)
-    return 2 * weights + 4 * c.scan_state_elements
+    return 2 * weights + 4 * model.state_size().fixed["scan"]
 
 
 def _seconds(read: Read, prompt: Tensor, ids: Tensor, expected: Tensor) -> Row:

@@ -204,7 +204,7 @@ class _Pass:
             t = u
             late = now - saved > c.snapshot_seconds and isinstance(cache, Cache)  # (another library's is not kept)
             if self.path and (late or t == reach):
-                self._save(cache if t < reach else Cache(), t, total)
+                self._save(cache if t < reach and isinstance(cache, Cache) else Cache(), t, total)
                 saved = time.perf_counter()
 
     def _save(self, cache: Cache, t: int, total: Tensor) -> None:

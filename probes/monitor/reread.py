@@ -3,7 +3,6 @@ them, and read tokens again: after a rollback, or in the place of a state that i
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rnn_longctx.errors import InputError
+from rnn_longctx.models.carries import StreamCache
 from rnn_longctx.probes.monitor.actions import Action
 from rnn_longctx.probes.monitor.judge import History, Report
 
@@ -50,12 +50,12 @@ class Rereader:
 
     def __init__(self, action: Action, stream: Stream, every: int, length: int):
         self.action, self.stream, self.every, self.length = action, stream, every, length
-        self._cache: Any = None
+        self._cache: StreamCache | None = None
         self._at = 0  # tokens the cache holds
         self._ids: list[Tensor] = []  # since the snapshot (rollback), or the last ones (fallback)
-        self._snapshot: tuple[Any, History] | None = None
+        self._snapshot: tuple[StreamCache, History] | None = None
 
-    def __call__(self, read: Callable[..., Tensor], ids: Tensor, cache: Any, *more: Any) -> Tensor:
+    def __call__(self, read: Callable[..., Tensor], ids: Tensor, cache: StreamCache, *more: Any) -> Tensor:
         """Read ids (B, T) with the model's own `read`; return the hidden states (B, T, d_model), after any action."""
         if any(v is not None for v in more) or not ids.shape[1]:
             return read(ids, cache, *more)  # masks and documents: the scan says what an observer refuses
@@ -75,16 +75,16 @@ class Rereader:
         assert hidden is not None
         return hidden
 
-    def _begin(self, cache: Any) -> None:
+    def _begin(self, cache: StreamCache) -> None:
         """Tell a stream that goes on from another one."""
         at = int(cache.position[0]) if len(cache.position) else 0
         if cache is self._cache and at == self._at:
             return
         self._cache, self._at, self._ids = cache, at, []
         self.stream.dropped, self.stream.history = 0, History()
-        self._snapshot = (_snapshot(cache), History()) if self.action.kind == "rollback" else None
+        self._snapshot = (cache.snapshot(), History()) if self.action.kind == "rollback" else None
 
-    def _after(self, read: Callable[..., Tensor], piece: Tensor, cache: Any, hidden: Tensor) -> Tensor:
+    def _after(self, read: Callable[..., Tensor], piece: Tensor, cache: StreamCache, hidden: Tensor) -> Tensor:
         """Keep what an action needs, and take it if it is due. hidden (B, n, d_model) of the present call, so far."""
         rollback, report = self.action.kind == "rollback", self.stream.due
         if rollback and self.action.remedy_on and report is None:
@@ -97,10 +97,10 @@ class Rereader:
         if report is not None:
             return self._roll_back(read, cache, hidden) if rollback else self._fall_back(read, report, cache, hidden)
         if rollback and self.stream.history.position is not None and self.stream.status == "ok":
-            self._snapshot, self._ids = (_snapshot(cache), self.stream.history.copy()), []
+            self._snapshot, self._ids = (cache.snapshot(), self.stream.history.copy()), []
         return hidden
 
-    def _roll_back(self, read: Callable[..., Tensor], cache: Any, hidden: Tensor) -> Tensor:
+    def _roll_back(self, read: Callable[..., Tensor], cache: StreamCache, hidden: Tensor) -> Tensor:
         """Go back to the snapshot, and read the tokens since under the remedy."""
         assert self._snapshot is not None
         (snapshot, self.stream.history), (ids,) = self._snapshot, self._ids
@@ -109,7 +109,7 @@ class Rereader:
         self._ids, self._snapshot = [], None
         return self._again(read, ids, cache, hidden, same=ids.shape[1])
 
-    def _fall_back(self, read: Callable[..., Tensor], report: Report, cache: Any, hidden: Tensor) -> Tensor:
+    def _fall_back(self, read: Callable[..., Tensor], report: Report, cache: StreamCache, hidden: Tensor) -> Tensor:
         """Drop the state, and read the ids that the fallback gives."""
         assert self.action.fallback is not None
         (ids,) = self._ids
@@ -124,7 +124,7 @@ class Rereader:
         self._at, self.stream.history = again.shape[1], History()
         return self._again(read, again, cache, hidden, same=_same_at_the_end(ids, again))
 
-    def _again(self, read: Callable[..., Tensor], ids: Tensor, cache: Any, hidden: Tensor, same: int) -> Tensor:
+    def _again(self, read: Callable[..., Tensor], ids: Tensor, cache: StreamCache, hidden: Tensor, same: int) -> Tensor:
         """Read ids, and put their hidden states in the place of the last ones of the call, of which `same` tokens are
         the same."""
         outs, self.stream.silent = hidden[:, :0], True
@@ -142,8 +142,3 @@ def _same_at_the_end(ids: Tensor, others: Tensor) -> int:
     n = min(ids.shape[1], others.shape[1])
     differ = (ids[:, ids.shape[1] - n :] != others[:, others.shape[1] - n :]).any(0).flip(0)
     return int(differ.int().argmax()) if bool(differ.any()) else n
-
-
-def _snapshot(cache: Any) -> Any:
-    """Of this library's cache, whose tensors are never written into, or a deep one."""
-    return cache.clone() if hasattr(cache, "library") else copy.copy(cache)

@@ -13,7 +13,7 @@ from torch import Tensor
 from rnn_longctx.errors import InputError
 from rnn_longctx.measure.calibration import Calibration
 from rnn_longctx.models.adopt.adopting import as_language_model
-from rnn_longctx.models.cache import Carry
+from rnn_longctx.models.carries import Carry
 from rnn_longctx.models.interface import LanguageModel
 from rnn_longctx.models.modes import in_evaluation
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch import Tensor
 from rnn_longctx.errors import InputError
 from rnn_longctx.measure.calibration import Calibration
 from rnn_longctx.measure.taps import tapping, taps_everywhere
-from rnn_longctx.models.interface import LanguageModel, MixerReading, Tap
+from rnn_longctx.models.interface import LanguageModel, MixerReading, SteppedMixer, Tap
 from rnn_longctx.models.modes import in_evaluation
 from rnn_longctx.recurrence.gates import Gates
 
@@ -43,7 +43,8 @@ def _watching_steps(model: LanguageModel, pieces: list[list[Tensor]]) -> Iterato
         with tapping(model.mixers, [_steps_into(model, some) for some in pieces]):
             yield
         return
-    hooks = [mixer.in_proj.register_forward_hook(_projected_into(mixer, p)) for mixer, p in zip(model.mixers, pieces)]
+    mixers = cast(Sequence[SteppedMixer], model.mixers)  # (one that is none says so)
+    hooks = [mixer.in_proj.register_forward_hook(_projected_into(mixer, p)) for mixer, p in zip(mixers, pieces)]
     try:
         yield
     finally:
@@ -65,7 +66,7 @@ def _steps_into(model: LanguageModel, pieces: list[Tensor]) -> Tap:
     return tap
 
 
-def _projected_into(mixer: Any, pieces: list[Tensor]) -> Callable[..., None]:
+def _projected_into(mixer: SteppedMixer, pieces: list[Tensor]) -> Callable[..., None]:
     return lambda module, inputs, projected: pieces.append(mixer.steps(projected).float().cpu())
 
 

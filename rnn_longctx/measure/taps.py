@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
-from rnn_longctx.models.interface import LanguageModel, MixerReading, Tap
+from rnn_longctx.models.interface import LanguageModel, MixerReading, RecurrentMixer, Tap
 
 
 def taps_everywhere(model: LanguageModel) -> bool:
     """Return whether every recurrent layer can be tapped: this library's own can, an adopted one's scan has its
     library's shape."""
-    return all(hasattr(mixer, "tap") for mixer in model.mixers)
+    return all(mixer.tappable for mixer in model.mixers)
 
 
 @contextmanager
-def tapping(mixers: Sequence[Any], taps: Sequence[Tap]) -> Iterator[None]:
+def tapping(mixers: Sequence[RecurrentMixer], taps: Sequence[Tap]) -> Iterator[None]:
     """Call each tap with every `MixerReading` of its mixer inside the block, after the taps that are there already."""
     before = [mixer.tap for mixer in mixers]
     try:

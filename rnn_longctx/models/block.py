@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rnn_longctx.models.deferred import DeferredNorm
-from rnn_longctx.models.interface import Shape
+from rnn_longctx.models.interface import Mixer, Shape
 from rnn_longctx.models.norm import RMSNorm
 
 # What a layer gives, to be added to the residual together with the norm that comes next.
@@ -34,11 +34,11 @@ class Block(nn.Module):
     Every sum is made together with the norm after it."""
 
     norm: RMSNorm
-    mixer: Any
+    mixer: Mixer
     norm2: RMSNorm | None
     mlp: MLP | None
 
-    def __init__(self, config: Shape, mixer: nn.Module):
+    def __init__(self, config: Shape, mixer: Mixer):
         super().__init__()
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.mixer = mixer

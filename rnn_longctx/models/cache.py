@@ -1,24 +1,18 @@
 """What a model hands on from one stretch of a stream to the next: one carry a layer, and nothing on the module.
 
-A carry is any dataclass of tensors, rows first, that is registered with `carry`:
-
-    @carry
-    @dataclass
-    class Averages:
-        total: Tensor  # (B, channels)
-
-A cache copies, moves, reorders, joins, saves and loads carries without knowing their fields.
+A cache copies, moves, reorders, joins, saves and loads carries (`rnn_longctx.models.carries`) without knowing their
+fields.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import uuid
-from collections.abc import Callable
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar, overload
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,70 +22,9 @@ from torch import Tensor
 
 from rnn_longctx.config import home_path
 from rnn_longctx.errors import InputError
+from rnn_longctx.models.carries import TYPES, carry, tree_zip
 from rnn_longctx.models.mixers import MIXERS
-from rnn_longctx.recurrence.carry import ON_CPU, ScanCarry, WindowCarry, tree_map
-from rnn_longctx.recurrence.ssd.window import level
-
-C = TypeVar("C", bound=type)
-Level = Callable[[list[Any]], list[Any]]
-
-_TYPES: dict[str, type] = {}  # by name, which is what a saved file says
-_LEVELS: dict[type, Level] = {}
-
-
-@overload
-def carry(cls: C) -> C: ...
-@overload
-def carry(*, level: Level) -> Callable[[C], C]: ...
-def carry(cls: Any = None, *, level: Level | None = None) -> Any:
-    """Register a dataclass of tensors, rows first, so that caches which hold it are saved and loaded.
-
-    Its other fields may be numbers, text, None, and registered dataclasses; the field of a tensor that stays on the CPU
-    is marked: `field(metadata=ON_CPU)`.
-
-    Args:
-        level: makes carries of rows that have read unequally much alike in all axes but the first, so that their rows
-            can be joined. None: they are so anyway.
-    Raises:
-        InputError: another class of that name is registered.
-    """
-
-    def register(cls: Any) -> Any:
-        other = _TYPES.get(cls.__name__)
-        if other is not None and (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
-            raise InputError(f"two carries are called {cls.__name__!r}, in {other.__module__} and in {cls.__module__}")
-        _TYPES[cls.__name__] = cls
-        if level is not None:
-            _LEVELS[cls] = level
-        return cls
-
-    return register if cls is None else register(cls)
-
-
-def _level_scans(carries: list[ScanCarry]) -> list[ScanCarry]:
-    """Begin the blocks of sliding windows at one place."""
-    windows = [c.window for c in carries if c.window is not None]
-    if not windows:
-        return carries
-    return [replace(c, state=w.block, window=w) for c, w in zip(carries, level(windows), strict=True)]
-
-
-carry(level=_level_scans)(ScanCarry)
-carry(WindowCarry)
-
-
-@carry
-@dataclass
-class Carry:
-    """The carry of a recurrent layer.
-
-    Attributes:
-        conv: (B, channels, d_conv - 1) the last inputs of its convolution, or None where it has none.
-        scan: the state of its recurrence.
-    """
-
-    conv: Tensor | None
-    scan: ScanCarry
+from rnn_longctx.recurrence.carry import ON_CPU, tree_map
 
 
 @carry
@@ -136,6 +69,10 @@ class Cache:
         `cropped(tokens)`, which returns such a carry."""
         self.layers = [c.cropped(tokens) if hasattr(c, "cropped") else c for c in self.layers]
 
+    def snapshot(self) -> Cache:
+        """Return the cache as it is now; it shares the tensors, which are never written into."""
+        return copy.copy(self)
+
     def restore(self, other: Cache) -> None:
         """Become what another cache is, in place; the other is given up, since both share its tensors and lists."""
         vars(self).update(vars(other))
@@ -162,18 +99,31 @@ class Cache:
 
     @classmethod
     def load_with(cls, path: str | Path, device: torch.device | str = "cpu") -> tuple[Cache, dict[str, Tensor], Any]:
-        """Return the cache, the extra tensors and the note of `save`. Raises InputError if the file is not one."""
+        """Return the cache, the extra tensors and the note of `save`. Raises InputError if the file is not one, or a
+        carry in it is of a type that no mixer here has."""
         try:
             with safe_open(home_path(path), "pt") as file:
                 header = file.metadata() or {}
                 tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (not a dict)
             cache = _unflatten(json.loads(header["cache"]), "cache", tensors)
+        except UnknownCarry as error:
+            raise InputError(
+                f"{path} holds a {error.name}, the carry of a mixer that is not here: give the file that has it with "
+                "--plugin"
+            ) from None
         except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
             why = "no such file" if isinstance(error, FileNotFoundError) else getattr(error, "strerror", None)
             why = f" ({why})" if why else ""  # what the file's reader says of another kind of file helps nobody
             raise InputError(f"{path} is no state that generate --save-state wrote{why}") from None
         extra = {k.removeprefix("extra."): v for k, v in tensors.items() if k.startswith("extra.")}
         return cache.to(device), extra, json.loads(header["note"])
+
+
+class UnknownCarry(Exception):
+    """A saved state holds a carry of a type that nobody has registered."""
+
+    def __init__(self, name: str):
+        self.name = name
 
 
 def level_tails(parts: list[Any]) -> list[Any]:
@@ -183,22 +133,6 @@ def level_tails(parts: list[Any]) -> list[Any]:
     return [p.tail if p.tail is None else F.pad(p.tail, (width - p.tail.shape[1], 0)) for p in parts]
 
 
-def tree_zip(function: Callable[[list[Tensor]], Tensor], values: list[Any]) -> Any:
-    """Return one value made of several of one shape: `function` of the tensors that stand at one place in all of them,
-    which carries are levelled for first (see `carry`); what is no tensor is the first value's."""
-    first = values[0]
-    if isinstance(first, Tensor):
-        return function(values)
-    if is_dataclass(first) and not isinstance(first, type):
-        if (levelled := _LEVELS.get(type(first))) is not None:
-            values = levelled(values)
-        joined = {f.name: tree_zip(function, [getattr(v, f.name) for v in values]) for f in fields(first)}
-        return type(first)(**joined)
-    if isinstance(first, list):
-        return [tree_zip(function, list(group)) for group in zip(*values)]
-    return first
-
-
 def _flatten(value: Any, name: str, out: dict[str, Tensor]) -> Any:
     """Put tensors into `out`; return JSON that `_unflatten` rebuilds the value from."""
     if isinstance(value, Tensor):
@@ -206,8 +140,8 @@ def _flatten(value: Any, name: str, out: dict[str, Tensor]) -> Any:
         return {"tensor": name}
     if is_dataclass(value):
         kind = type(value).__name__
-        if _TYPES.get(kind) is not type(value):
-            raise InputError(f"a {kind} is not registered with rnn_longctx.models.cache.carry, so it cannot be saved")
+        if TYPES.get(kind) is not type(value):
+            raise InputError(f"a {kind} is not registered with rnn_longctx.models.carries.carry, so it cannot be saved")
         inside = {f.name: _flatten(getattr(value, f.name), f"{name}.{f.name}", out) for f in fields(value)}
         return {"type": kind, "fields": inside}
     if isinstance(value, list):
@@ -221,7 +155,9 @@ def _unflatten(shape: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     if "tensor" in shape:
         return tensors[shape["tensor"]]
     if "type" in shape:
-        if shape["type"] not in _TYPES:
+        if shape["type"] not in TYPES:
             len(MIXERS)  # imports those that nothing has asked for yet
-        return _TYPES[shape["type"]](**{k: _unflatten(v, name, tensors) for k, v in shape["fields"].items()})
+        if shape["type"] not in TYPES:
+            raise UnknownCarry(shape["type"])
+        return TYPES[shape["type"]](**{k: _unflatten(v, name, tensors) for k, v in shape["fields"].items()})
     return shape["value"]

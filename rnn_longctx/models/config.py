@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from rnn_longctx.config import from_dict
-from rnn_longctx.errors import InputError
+from rnn_longctx.errors import InputError, nearest
+from rnn_longctx.models.interface import Mixer
 from rnn_longctx.models.mixers import MIXERS
 from rnn_longctx.models.mixers.mamba2 import LARGEST, LARGEST_SIZE, Mamba2Config
 from rnn_longctx.spec import parse
@@ -62,7 +62,7 @@ class ModelConfig:
     def texts(self) -> list[str]:
         return [self.mixer] if isinstance(self.mixer, str) else self.mixer
 
-    def make_mixers(self) -> Iterator[nn.Module]:
+    def make_mixers(self) -> Iterator[Mixer]:
         """Make the mixer of every layer, with fresh weights."""
         for layer in range(self.n_layer):
             yield _make(self.texts[layer % len(self.texts)], self)
@@ -92,6 +92,9 @@ class _Configs(Mapping[str, type]):
         return len(MIXERS)
 
 
-def _make(text: str, model: ModelConfig) -> nn.Module:
+def _make(text: str, model: ModelConfig) -> Mixer:
     name = text.partition(":")[0].strip()
+    if name not in MIXERS:
+        hint = nearest(name, MIXERS)
+        raise InputError(f"unknown mixer {name!r}{hint}, or give the file that has it with --plugin")
     return MIXERS[name].of(parse(text, _Configs(), "mixer"), model)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from rnn_longctx.errors import InputError
-from rnn_longctx.models.cache import Cache, Carry
+from rnn_longctx.models.cache import Cache
+from rnn_longctx.models.carries import Carry
 from rnn_longctx.models.lm import LM
 from rnn_longctx.models.mixers.mamba2 import Mamba2
 from rnn_longctx.models.norm import RMSNorm

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rnn_longctx.errors import InputError
 from rnn_longctx.models.adopt.adopting import as_language_model
-from rnn_longctx.models.cache import Cache
+from rnn_longctx.models.carries import StreamCache
 from rnn_longctx.models.decode import Decoder
 from rnn_longctx.models.ids import rows_of
 from rnn_longctx.models.interface import LanguageModel
@@ -42,8 +42,12 @@ COLDEST = 1e-30  # a temperature below would take logits past float32's range, a
 @torch.no_grad()
 @in_evaluation
 def prefill(
-    model: LanguageModel, ids: Tensor, cache: Cache | None = None, segment: int = SEGMENT, mask: Tensor | None = None
-) -> tuple[Tensor, Cache]:
+    model: LanguageModel,
+    ids: Tensor,
+    cache: StreamCache | None = None,
+    segment: int = SEGMENT,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, StreamCache]:
     """Read ids (B, T) and return the logits (B, vocab) after the last token, and the cache.
 
     Under a control only the tokens that its state depends on are read.
@@ -144,7 +148,7 @@ class Continuation(Iterator[Tensor]):
 def continuation(
     model: LanguageModel,
     logits: Tensor,
-    cache: Cache,
+    cache: StreamCache,
     temperature: float = 0.0,
     generator: torch.Generator | None = None,
 ) -> Continuation:

@@ -6,16 +6,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TypeGuard, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from rnn_longctx.models.cache import Cache, Carry
+from rnn_longctx.models.carries import Carry, StreamCache
 from rnn_longctx.models.deferred import DeferredNorm
 from rnn_longctx.models.reading import ReadingHook
 from rnn_longctx.models.restart import Restart
 from rnn_longctx.recurrence.gates import Gates, ScanInputs, SteppedGates
+from rnn_longctx.recurrence.interface import Recurrence
 from rnn_longctx.recurrence.policy import ScanPolicy
 from rnn_longctx.recurrence.span import Span
 from rnn_longctx.recurrence.statistics import Observer
@@ -23,8 +24,10 @@ from rnn_longctx.recurrence.statistics import Observer
 if TYPE_CHECKING:
     from rnn_longctx.data import Tokenizer
 
+Key = TypeVar("Key")
+
 # (model, ids (B, T), segment) to the logits (B, vocab) after the last token, and the cache
-Reader = Callable[[Any, Tensor, int], tuple[Tensor, Cache]]
+Reader = Callable[["LanguageModel", Tensor, int], "tuple[Tensor, StreamCache]"]
 
 
 @dataclass(frozen=True)
@@ -34,19 +37,27 @@ class StateSize:
     Attributes:
         fixed: by what they are of ("scan", "conv"), whatever the length.
         per_token: more for every token that was read (attention's keys and values).
+        windows: more for each of the first so many tokens, and none after them: {255: 512} is 512 numbers for every
+            token up to the 255th (a window of attention, which begins empty).
     """
 
     fixed: dict[str, int] = field(default_factory=dict)
     per_token: int = 0
+    windows: dict[int, int] = field(default_factory=dict)
 
     def __add__(self, other: StateSize) -> StateSize:
-        names = [*self.fixed, *(name for name in other.fixed if name not in self.fixed)]
-        fixed = {name: self.fixed.get(name, 0) + other.fixed.get(name, 0) for name in names}
-        return StateSize(fixed, self.per_token + other.per_token)
+        return StateSize(
+            _sums(self.fixed, other.fixed), self.per_token + other.per_token, _sums(self.windows, other.windows)
+        )
 
     def total(self, length: int = 0) -> int:
         """Numbers a row keeps after `length` tokens."""
-        return sum(self.fixed.values()) + length * self.per_token
+        in_windows = sum(min(length, longest) * numbers for longest, numbers in self.windows.items())
+        return sum(self.fixed.values()) + length * self.per_token + in_windows
+
+
+def _sums(a: dict[Key, int], b: dict[Key, int]) -> dict[Key, int]:
+    return {key: a.get(key, 0) + b.get(key, 0) for key in [*a, *(key for key in b if key not in a)]}
 
 
 class Shape(Protocol):
@@ -65,7 +76,7 @@ class Shape(Protocol):
 
     @property
     def mlp(self) -> float: ...
-    def make_mixers(self) -> Iterator[nn.Module]: ...
+    def make_mixers(self) -> Iterator[Mixer]: ...
 
 
 class Rest(NamedTuple):
@@ -107,51 +118,73 @@ Tap = Callable[[MixerReading], None]
 class Mixer(Protocol):
     """A layer that mixes tokens: an nn.Module, registered in `rnn_longctx.models.mixers.MIXERS` by its name.
 
-    Its carry is of a kind of its own: any dataclass that `rnn_longctx.models.cache.carry` registers.
+    Its carry is of a kind of its own: any dataclass that `rnn_longctx.models.carries.carry` registers.
 
     Attributes:
         name, Config: the mixer's name, and a frozen dataclass of its parameters; `of` makes it of one.
         attends: whether it keeps keys and values of the tokens that it has read.
+
+    A class may list `examples`, settings such as ("gla:heads=2",) that its contract tries
+    (`rnn_longctx.testing.mixers.examples`): small ones, where a window or a chunk ends within a test's stream.
     """
 
     name: ClassVar[str]
-    Config: ClassVar[type]
+    Config: ClassVar[Any]  # a type, of each mixer its own
     attends: ClassVar[bool]
 
     @classmethod
-    def of(cls, config: Any, model: Shape) -> Any: ...
-    def forward(self, u: Tensor, carry: Any, span: Span) -> tuple[Tensor | DeferredNorm, Any]:
-        """Read u (B, T, d_model) after a carry, None at the beginning of a stream; return as much, and the carry after
-        it, of new tensors. Padding changes no carry, and a document sees nothing of the one before."""
+    def of(cls, config: Any, model: Shape) -> Mixer:
+        """Make the mixer of one layer of a model. config: of its own `Config`."""
+        ...
+
+    def __call__(self, u: Tensor, carry: Any, span: Span) -> tuple[Tensor | DeferredNorm, Any]:
+        """Read u (B, T, d_model) after a carry of its own kind, None at the beginning of a stream; return as much, and
+        the carry after it, of new tensors. Padding changes no carry, and a document sees nothing of the one before.
+
+        (The module's `forward`.)"""
+        ...
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]: ...
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
 
     def new_carry(self, rows: int) -> Any:
         """Return as tensors what None stands for: the carry of rows that have read nothing."""
+        ...
 
     def state_size(self) -> StateSize:
         """Return how many numbers of its carry a row keeps, counters aside."""
+        ...
 
 
 @runtime_checkable
 class RecurrentMixer(Protocol):
     """A layer whose recurrence follows a policy: of this library's models, and of adopted ones.
 
-    Those of this library are `rnn_longctx.models.mixers.base.Recurrent`, which have `inputs`, `tap`, `scale_rates` too.
+    Those of this library are a `ScanMixer`, too. An adopted one has its library's forward and cache.
 
     Attributes:
+        recurrence: the rule by which a state follows from the one before.
         heads, headdim, d_state: the shape (H, P, N) of a row's state.
         policy: data; set it, and the next token follows it.
         observer: is shown the state's statistics, or None.
+        tap: is called with the `MixerReading` of every call, or None. Only a layer that is `tappable` takes one.
         backend: the name of one, or None for the first that supports the policy.
         state_dtype: what the state is rounded to between calls, or None.
+        per_channel: whether every channel of the state decays by itself.
+        A: (H) or (H, N), at least float32, the rate at which each head decays in a step, below 0; None where decays are
+            given token by token.
         one_step_a_head: whether a token has one step a head, from what `in_proj` gives, as Mamba-2's has: the mixer is
             then a `SteppedMixer`. Mamba-1 has one a channel, a recurrence whose gates are given has none.
     """
 
     policy: ScanPolicy
     observer: Observer | None
+    tap: Tap | None
     backend: str | None
     state_dtype: torch.dtype | None
 
+    @property
+    def recurrence(self) -> Recurrence: ...
     @property
     def heads(self) -> int: ...
     @property
@@ -159,7 +192,37 @@ class RecurrentMixer(Protocol):
     @property
     def d_state(self) -> int: ...
     @property
+    def tappable(self) -> bool: ...
+    @property
+    def per_channel(self) -> bool: ...
+    @property
     def one_step_a_head(self) -> bool: ...
+    @property
+    def A(self) -> Tensor | None: ...
+
+    def scale_rates(self, factor: Tensor) -> None:
+        """Multiply every head's log-decay by factor (H), float64, in the weights. Raises InputError where no weight of
+        this library's holds it."""
+        ...
+
+
+class ScanMixer(RecurrentMixer, Mixer, Protocol):
+    """A recurrent layer of this library's own models (`rnn_longctx.models.mixers.base.Recurrent`).
+
+    Attributes:
+        channels: the channels of its convolution and how many inputs of each it keeps; None: there is none.
+    """
+
+    @property
+    def channels(self) -> tuple[int, int] | None: ...
+
+    def inputs(self, u: Tensor, carry: Carry | None, span: Span) -> tuple[ScanInputs, Gates | SteppedGates, Rest]:
+        """Return what the scan reads of u (B, T, d_model), and what is needed after it."""
+        ...
+
+    def scan_state(self, carry: Carry) -> Tensor:
+        """Return the state (B, H, P, N) of a carry."""
+        ...
 
 
 @runtime_checkable
@@ -179,6 +242,16 @@ class SteppedMixer(RecurrentMixer, Protocol):
     def steps(self, projected: Tensor) -> Tensor:
         """Return dt (B, T, H), after softplus and clamp, from what `in_proj` gives."""
         ...
+
+
+def stepped_mixers(model: LanguageModel) -> list[SteppedMixer]:
+    """Return the recurrent layers of a model that have one step a head: all of them, where a remedy says that it needs
+    steps or rates."""
+    return [mixer for mixer in model.mixers if _is_stepped(mixer)]
+
+
+def _is_stepped(mixer: RecurrentMixer) -> TypeGuard[SteppedMixer]:
+    return mixer.one_step_a_head
 
 
 class LayerByLayer(Protocol):
@@ -211,7 +284,7 @@ class LayerByLayer(Protocol):
         """Let the layer read tokens that have entered it; its carry moves on."""
         ...
 
-    def finish(self, tokens: list[Tensor], length: int) -> tuple[Tensor, Any]:
+    def finish(self, tokens: list[Tensor], length: int) -> tuple[Tensor, StreamCache]:
         """Return the hidden states (B, d_model) of the last token, and the cache. length: tokens of the prompt."""
         ...
 
@@ -219,10 +292,14 @@ class LayerByLayer(Protocol):
 class Layer(Protocol):
     """A residual layer of a model: h <- h + mixer(norm(h)), and where there is one h <- h + mlp(norm2(h))."""
 
-    norm: nn.Module
-    mixer: Any
-    norm2: nn.Module | None
-    mlp: nn.Module | None
+    @property
+    def norm(self) -> nn.Module: ...
+    @property
+    def mixer(self) -> Mixer: ...
+    @property
+    def norm2(self) -> nn.Module | None: ...
+    @property
+    def mlp(self) -> nn.Module | None: ...
 
 
 @runtime_checkable
@@ -237,10 +314,14 @@ class LanguageModel(Protocol):
         reader: how a prompt is read where that is not token after token, or None.
         mixers: the recurrent layers, in order; there may be none.
         attends: whether some layer keeps keys and values of the tokens that it has read.
+        rotary_scaling: how its attention's positions are scaled, as transformers calls it ("dynamic"), or None.
+        eos_token_id: the id or ids that its config ends an answer with, beside the tokenizer's, or None.
         module: the weights.
         own_forward: whether the module has a forward and generate of its own, being another library's: these follow
             policies, and no way to read (`restart`, `reader`).
         foldable: whether its weights are this library's to write: `fold` changes them and `save` stores them.
+
+    A model reads on from caches of its own kind alone, which `new_cache` begins: so `cache` is Any where it is given.
     """
 
     name: str
@@ -255,9 +336,13 @@ class LanguageModel(Protocol):
     @property
     def calibration(self) -> dict[str, Any] | None: ...
     @property
-    def mixers(self) -> Sequence[Any]: ...
+    def mixers(self) -> Sequence[RecurrentMixer]: ...
     @property
     def attends(self) -> bool: ...
+    @property
+    def rotary_scaling(self) -> str | None: ...
+    @property
+    def eos_token_id(self) -> int | list[int] | None: ...
     @property
     def vocab_size(self) -> int: ...
     @property
@@ -282,7 +367,7 @@ class LanguageModel(Protocol):
     def use_state_dtype(self, dtype: torch.dtype | str | None) -> None: ...
     def measured(self, what: str) -> dict[Any, Any]: ...
     def parameters(self) -> Iterator[nn.Parameter]: ...
-    def new_cache(self) -> Any: ...
+    def new_cache(self) -> StreamCache: ...
     def __call__(
         self, ids: Tensor, cache: Any = None, mask: Tensor | None = None, reset: Tensor | None = None
     ) -> Tensor: ...

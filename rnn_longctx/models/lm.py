@@ -12,12 +12,14 @@ from torch import Tensor, nn
 from rnn_longctx.errors import InputError
 from rnn_longctx.models.block import Backbone, Block, Output
 from rnn_longctx.models.cache import Cache
+from rnn_longctx.models.config import ModelConfig
 from rnn_longctx.models.hashing import Identified
 from rnn_longctx.models.ids import refuse_offloaded, rows_of
-from rnn_longctx.models.interface import Reader, Shape, StateSize
+from rnn_longctx.models.interface import Reader, StateSize
 from rnn_longctx.models.layerwise import BlockByBlock
 from rnn_longctx.models.losses import head_losses, token_losses
 from rnn_longctx.models.mixers.base import Recurrent
+from rnn_longctx.models.mixers.mamba2 import Mamba2Config
 from rnn_longctx.models.precision import state_dtype
 from rnn_longctx.models.reading import Hooked
 from rnn_longctx.models.restart import Restart, read_restarting
@@ -45,9 +47,9 @@ class LM(Hooked, Identified, nn.Module):
 
     digested_as: ClassVar[str] = "Mamba2LM"  # its name when saved states and cells were first keyed by the digest
 
-    def __init__(self, config: Shape):
+    def __init__(self, config: ModelConfig | Mamba2Config):
         super().__init__()
-        self.config: Any = config
+        self.config = config
         self.backbone = Backbone(config)
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         nn.init.normal_(self.backbone.embedding.weight, std=0.02)
@@ -64,6 +66,7 @@ class LM(Hooked, Identified, nn.Module):
 
     own_forward = False
     foldable = True
+    rotary_scaling: str | None = None
 
     @property
     def module(self) -> LM:

@@ -11,11 +11,14 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from rnn_longctx.models.hashing import Identified
+from rnn_longctx.models.interface import LanguageModel
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 @contextmanager
-def evaluating(model: Any) -> Iterator[None]:
+def evaluating(model: LanguageModel | nn.Module | None) -> Iterator[None]:
     """Put a model (ours, an adopted one, or any module) in evaluation mode inside the block. Each module's own flag is
     put back, since some may have been frozen in evaluation mode; also after an exception."""
     root = module_of(model)
@@ -44,7 +47,7 @@ def in_evaluation(function: Function) -> Function:
     return evaluated  # type: ignore[return-value]
 
 
-def warn_of_training(model: Any, stacklevel: int = 4) -> None:
+def warn_of_training(model: LanguageModel, stacklevel: int = 4) -> None:
     """Warn where a model of another library is watched in training mode, which watching itself leaves as it is."""
     module = module_of(model)
     if module is not model and module is not None and any(m.training for m in module.modules()):
@@ -56,7 +59,8 @@ def warn_of_training(model: Any, stacklevel: int = 4) -> None:
         )
 
 
-def module_of(model: Any) -> nn.Module | None:
-    """The module whose mode a model has, or None for what is no model."""
-    module = model if isinstance(model, nn.Module) else getattr(model, "model", None)
-    return module if isinstance(module, nn.Module) else None
+def module_of(model: object) -> nn.Module | None:
+    """Return the module whose mode a model has, or None for what is no model."""
+    if isinstance(model, nn.Module):
+        return model
+    return model.module if isinstance(model, Identified) else None

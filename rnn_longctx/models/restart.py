@@ -11,13 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from rnn_longctx.errors import InputError
-from rnn_longctx.models.cache import Cache
+from rnn_longctx.models.carries import StreamCache
 
 Read = Callable[..., Tensor]
 
@@ -38,7 +37,7 @@ class Restart:
     def __str__(self) -> str:
         return f"restart every {self.every} tokens, {self.overlap} read again"
 
-    def begin(self, read: Read, cache: Any, last: Tensor) -> None:
+    def begin(self, read: Read, cache: StreamCache, last: Tensor) -> None:
         """Drop what the cache holds, and read the last tokens (B, <= overlap) again."""
         cache.layers = []
         if last.shape[1]:
@@ -58,14 +57,14 @@ class Crop(Restart):
     def __str__(self) -> str:
         return f"attention cropped every {self.every} tokens, {self.overlap} kept"
 
-    def begin(self, read: Read, cache: Any, last: Tensor) -> None:
+    def begin(self, read: Read, cache: StreamCache, last: Tensor) -> None:
         cache.crop_attention(last.shape[1])
 
     def block_start(self, length: int) -> int:
         return 0  # the recurrence needs them all
 
 
-def read_restarting(read: Read, restart: Restart, ids: Tensor, cache: Cache, mask: Tensor | None) -> Tensor:
+def read_restarting(read: Read, restart: Restart, ids: Tensor, cache: StreamCache, mask: Tensor | None) -> Tensor:
     """Read ids under a restart: move `cache` on in place and return the hidden states (B, T, d_model)."""
     batch = len(ids)
     if len(cache.position) == 0:
@@ -98,7 +97,7 @@ def read_restarting(read: Read, restart: Restart, ids: Tensor, cache: Cache, mas
     return hidden
 
 
-def _read_level(read: Read, restart: Restart, ids: Tensor, cache: Cache) -> Tensor:
+def _read_level(read: Read, restart: Restart, ids: Tensor, cache: StreamCache) -> Tensor:
     """Read rows that all stand at one position."""
     position = int(cache.position[0])
     tail = cache.tail if cache.tail is not None else ids[:, :0]

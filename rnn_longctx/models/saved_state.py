@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError
+from torch import nn
 
 from rnn_longctx.config import home_path
 from rnn_longctx.errors import InputError
@@ -15,13 +15,18 @@ from rnn_longctx.models.adopt.cache import AdoptedCache
 from rnn_longctx.models.adopt.model import Adopted
 from rnn_longctx.models.adopt.saved import from_cache, to_cache
 from rnn_longctx.models.cache import Cache
+from rnn_longctx.models.carries import StreamCache
 from rnn_longctx.models.checkpoint.legacy import is_of
 from rnn_longctx.models.interface import LanguageModel
 from rnn_longctx.models.precision import computes_as
 
 
 def save_state(
-    path: str | Path, cache: Cache | AdoptedCache, model: Any, remedy: str = "none", target: int | None = None
+    path: str | Path,
+    cache: Cache | AdoptedCache,
+    model: LanguageModel | nn.Module,
+    remedy: str = "none",
+    target: int | None = None,
 ) -> None:
     """Write what `model` has read, as safetensors; of an adopted hybrid with attention's keys and values, which grow
     with the tokens read.
@@ -59,7 +64,7 @@ def target_of(path: str | Path) -> int | None:
     return note.get("target") if isinstance(note, dict) else None
 
 
-def load_state(path: str | Path, model: Any) -> Any:
+def load_state(path: str | Path, model: LanguageModel | nn.Module) -> StreamCache:
     """Return the cache (of the model's kind) that `save_state` wrote, on the model's device.
 
     Raises:

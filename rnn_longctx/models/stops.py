@@ -1,7 +1,6 @@
 """Where an answer ends, what may be said in it, and its text as it is made.
 
-ends       the tokenizer's end-of-sequence id, and those of the model's config: for a model of transformers what its
-           own generate goes by (`generation_config.eos_token_id`, one id or a list)
+ends       the tokenizer's end-of-sequence id, and those of the model's config (`LanguageModel.eos_token_id`)
 unused     rows of a model's vocabulary that stand for no token of its tokenizer (padding, holes): never said
 """
 
@@ -15,26 +14,25 @@ from torch import Tensor
 
 from rnn_longctx.errors import InputError
 from rnn_longctx.models.checkpoint.tokenizer import LazyTokenizer
+from rnn_longctx.models.interface import LanguageModel
 
 
-def tokenizer_at_hand(model: Any) -> Any:
+def tokenizer_at_hand(model: LanguageModel) -> Any:
     """The model's tokenizer, or None where it has none or it cannot be had."""
     return model.tokenizer.at_hand() if isinstance(model.tokenizer, LazyTokenizer) else model.tokenizer
 
 
-def tokenizer_for_text(model: Any) -> Any:
+def tokenizer_for_text(model: LanguageModel) -> Any:
     """The model's tokenizer. Raises InputError where it has none or it cannot be had."""
     if model.tokenizer is None:
         raise InputError(f"{model.name} has no tokenizer, and what it says no text: give it one")
     return model.tokenizer.load() if isinstance(model.tokenizer, LazyTokenizer) else model.tokenizer
 
 
-def end_ids(model: Any) -> tuple[int, ...]:
+def end_ids(model: LanguageModel) -> tuple[int, ...]:
     """The ids that end an answer, the tokenizer's first."""
-    theirs = getattr(model, "model", None)  # of another library, adopted
-    config = model if theirs is None else getattr(theirs, "generation_config", None) or model.config
-    ids = getattr(config, "eos_token_id", None)
-    ids = [ids] if ids is None or isinstance(ids, int) else list(ids)
+    of_config = model.eos_token_id
+    ids = [of_config] if of_config is None or isinstance(of_config, int) else list(of_config)
     return tuple(dict.fromkeys(i for i in [getattr(tokenizer_at_hand(model), "eos_id", None), *ids] if i is not None))
 
 

@@ -1,4 +1,4 @@
-"""What every mixer is held to, in float64 on the CPU.
+"""What every mixer is held to on the CPU: in float64, and loosely in bfloat16.
 
     from rnn_longctx.testing.mixers import check_mixer
     check_mixer("mine:heads=2")  # a mixer registered in rnn_longctx.models.mixers.MIXERS, with small parameters
@@ -19,19 +19,30 @@ import torch
 from torch import Tensor, nn
 
 from rnn_longctx.models.cache import Cache
+from rnn_longctx.models.checkpoint.weights import stored_dtype
 from rnn_longctx.models.config import ModelConfig
 from rnn_longctx.models.lm import LM
+from rnn_longctx.models.mixers import MIXERS
+from rnn_longctx.models.mixers.base import Recurrent
+from rnn_longctx.recurrence.policy import Cap, ScanPolicy
 from rnn_longctx.recurrence.span import WHOLE
 
 VOCAB, D_MODEL = 31, 32
 LENGTH = 60  # tokens of the streams that are read: more than a mixer's window or chunk should be
 CLOSE = 1e-9
+ROUGHLY = 0.03  # of the outputs' size: what bfloat16, whose steps are 0.4%, may be off by in a layer
 
 
 def check_mixer(text: str, seed: int = 0) -> None:
     """Hold a mixer, as "name:parameter=value", to all of `CHECKS`."""
     for check in CHECKS:
         check(text, seed)
+
+
+def examples(name: str) -> tuple[str, ...]:
+    """Return the settings of a mixer that are tried, as its class lists them; its defaults where it lists none. (A
+    class that is made of another one has not that one's.)"""
+    return vars(MIXERS[name]).get("examples") or (name,)
 
 
 def small_model(text: str, seed: int, layers: int = 2) -> LM:
@@ -183,6 +194,41 @@ def check_state_size_is_what_a_carry_holds(text: str, seed: int = 0) -> None:
         )
 
 
+def check_bfloat16_is_roughly_float64(text: str, seed: int = 0) -> None:
+    """With such weights, as `rnn_longctx.load` makes them, and under autocast of float32 weights, as training does."""
+    mixer: Any = small_model(text, seed, layers=1).layers[0].mixer
+    u, sizes = torch.randn(2, LENGTH, D_MODEL), [size for size in _cut(LENGTH, 5) if size]
+    expected = _mix(mixer, u.double(), [LENGTH])
+    mixer.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = _mix(mixer, u, sizes)
+    _roughly(outputs, expected, f"{text}: under autocast to bfloat16, the outputs")
+    for name, p in mixer.named_parameters():
+        p.data = p.data.to(stored_dtype(name, torch.bfloat16))
+    outputs = _mix(mixer, u.bfloat16(), sizes)
+    assert outputs.dtype == torch.bfloat16, f"{text}: of weights in bfloat16, the outputs are {outputs.dtype}"
+    _roughly(outputs, expected, f"{text}: in bfloat16, the outputs")
+
+
+def check_a_norm_cap_is_followed(text: str, seed: int = 0) -> None:
+    """What state-norm sets: no state of a recurrent layer grows beyond it, and any cut is one pass under it, too."""
+    model, ids, free, capped = small_model(text, seed), _ids(2), Cache(), Cache()
+    plain = _read(model, ids, cache=free)
+    mixers = {i: layer.mixer for i, layer in enumerate(model.layers) if isinstance(layer.mixer, Recurrent)}
+    mixers = {i: mixer for i, mixer in mixers.items() if "caps" in mixer.recurrence.follows}
+    if not mixers:
+        return
+    caps = {i: _norms(mixer, free.layers[i]).amin(0) / 2 for i, mixer in mixers.items()}  # (H)
+    for i, mixer in mixers.items():
+        mixer.policy = ScanPolicy(caps=(Cap(tuple(caps[i].tolist())),))
+    outputs = _read(model, ids, cache=capped)
+    for i, mixer in mixers.items():
+        over = (_norms(mixer, capped.layers[i]) / caps[i]).max().item()
+        assert over <= 1 + CLOSE, f"{text}: under a norm cap, a state's norm is {over:.3g} times the cap"
+    assert (outputs - plain).abs().max() > CLOSE, f"{text}: a norm cap changes no output"
+    _same(_read(model, ids, _cut(LENGTH, 8)), outputs, f"{text}: read in pieces under a norm cap, the outputs")
+
+
 def check_the_hash_follows_the_weights(text: str, seed: int = 0) -> None:
     model = small_model(text, seed)
     before = model.weights_hash
@@ -208,6 +254,8 @@ CHECKS: list[Callable[..., None]] = [
     check_rows_are_reordered_and_joined,
     check_gradients_flow_through_carries,
     check_state_size_is_what_a_carry_holds,
+    check_bfloat16_is_roughly_float64,
+    check_a_norm_cap_is_followed,
     check_the_hash_follows_the_weights,
 ]
 
@@ -232,6 +280,22 @@ def _read(
     return torch.cat([model(piece, cache, **dict(zip(marks, rest))) for piece, *rest in pieces], 1)
 
 
+@torch.no_grad()
+def _mix(mixer: Any, u: Tensor, sizes: list[int]) -> Tensor:
+    """Return what a layer gives of u (B, T, d_model), read in pieces."""
+    carry, outputs = None, []
+    for piece in u.split(sizes, 1):
+        y, carry = mixer(piece, carry, WHOLE)
+        outputs.append(y)
+    return torch.cat(outputs, 1)
+
+
+@torch.no_grad()
+def _norms(mixer: Recurrent, carry: Any) -> Tensor:
+    """Return the Frobenius norm (B, H) of every head's state in a carry of a recurrent layer."""
+    return mixer.scan_state(carry).flatten(2).norm(dim=2)
+
+
 def _numbers(value: Any) -> Iterator[Tensor]:
     """Yield the tensors of a carry that are state: no counters, and no sums that only policies and observers read."""
     if isinstance(value, Tensor) and value.is_floating_point():
@@ -250,3 +314,9 @@ def _same(a: Tensor, b: Tensor, what: str, close: float = CLOSE) -> None:
     if a.numel():
         off = (a.double() - b.double()).abs().max().item()
         assert off <= close, f"{what} are off by {off:.1e}"
+
+
+def _roughly(a: Tensor, b: Tensor, what: str) -> None:
+    assert a.shape == b.shape, f"{what} have shape {tuple(a.shape)}, expected {tuple(b.shape)}"
+    off = ((a.double() - b).square().mean() / b.square().mean()).sqrt().item()
+    assert off <= ROUGHLY, f"{what} are off by {off:.0%} of those in float64"

@@ -10,30 +10,27 @@ import torch.nn.functional as F
 
 from rnn_longctx.errors import InputError
 from rnn_longctx.models import checkpoint
-from rnn_longctx.models.cache import Cache, carry
+from rnn_longctx.models.cache import Cache
+from rnn_longctx.models.carries import TYPES, carry
 from rnn_longctx.models.config import ModelConfig, model_config
 from rnn_longctx.models.interface import MixerReading, StateSize
 from rnn_longctx.models.lm import LM
 from rnn_longctx.models.mixers import MIXERS, sliding_window
-from rnn_longctx.models.mixers.mamba2 import Mamba2Config
+from rnn_longctx.models.mixers.gla import GLA
+from rnn_longctx.models.mixers.mamba2 import Mamba2, Mamba2Config
 from rnn_longctx.models.restart import Crop
+from rnn_longctx.recurrence.policy import PLAIN
 from rnn_longctx.recurrence.span import WHOLE
 from rnn_longctx.recurrence.ssd.scan import scan
 from rnn_longctx.testing import mixers as contract
 
-# Small parameters, so that windows and chunks end within a test's stream; a mixer that is not named here has its own.
-SMALL = {
-    "mamba2": "mamba2:d_state=8,headdim=8,ngroups=2",
-    "gla": "gla:heads=2",
-    "sliding-window": "sliding-window:window=7,heads=2",
-}
 MIXED = ["mamba2:d_state=4,headdim=8", "sliding-window:window=5,heads=2", "gla:heads=2"]
 
 
 @pytest.mark.parametrize("check", contract.CHECKS, ids=lambda check: check.__name__)
-@pytest.mark.parametrize("name", list(MIXERS))
-def test_the_contract(name, check, seed):
-    check(SMALL.get(name, name), seed)
+@pytest.mark.parametrize("text", [text for name in MIXERS for text in contract.examples(name)])
+def test_the_contract(text, check, seed):
+    check(text, seed)
 
 
 @torch.no_grad()
@@ -42,7 +39,9 @@ def test_layers_of_several_kinds(tmp_path):
     assert [type(layer.mixer).name for layer in model.layers] == ["mamba2", "sliding-window", "gla", "mamba2"]
     assert [type(mixer).name for mixer in model.mixers] == ["mamba2", "gla", "mamba2"]
     assert model.attends and all(layer.mlp is not None for layer in model.layers)
-    assert set(model.state_size().fixed) == {"scan", "conv", "attention"}
+    size = model.state_size()
+    assert set(size.fixed) == {"scan", "conv"} and not size.per_token and size.windows == {4: 2 * 16}
+    assert size.total(3) - size.total() == 3 * 2 * 16 and size.total(4) == size.total(1000)
     checkpoint.save(model, tmp_path / "mixed")
     loaded = checkpoint.load(tmp_path / "mixed")
     assert loaded.config == model.config and loaded.weights_hash == model.weights_hash
@@ -135,6 +134,8 @@ class Averages(torch.nn.Module):
         sums = same.to(x.dtype) @ x + first * total[:, None]
         counts = (same & mask[:, None]).sum(2) + (document == 0) * count[:, None]
         after = Total(sums[:, -1], counts[:, -1])
+        if fault == "bfloat16" and u.dtype == torch.bfloat16:
+            sums = sums.to(torch.float8_e5m2).to(u.dtype)
         if fault == "cut" and begun:
             counts = counts + 1
         return sums / counts.clamp(min=1)[..., None], after
@@ -160,6 +161,7 @@ FAULTS = {
     "gradient": contract.check_gradients_flow_through_carries,
     "cut": contract.check_any_cut_is_one_pass,
     "rows": contract.check_rows_are_reordered_and_joined,
+    "bfloat16": contract.check_bfloat16_is_roughly_float64,
     "size": contract.check_state_size_is_what_a_carry_holds,
     "beginning": contract.check_a_new_carry_is_none,
 }
@@ -175,6 +177,22 @@ def test_a_mixer_that_breaks_the_contract(averages, fault, seed):
         FAULTS[fault](f"averages:fault={fault}", seed)
 
 
+def test_a_mixer_that_follows_no_policy(averages, seed):
+    class Lawless(GLA):
+        name = "lawless"
+
+        def forward(self, u, carry, span):
+            policy, self.policy = self.policy, PLAIN
+            y, after = super().forward(u, carry, span)
+            self.policy = policy
+            return y, after
+
+    MIXERS.register(Lawless)
+    assert contract.examples("lawless") == ("lawless",) and contract.examples("gla") == GLA.examples
+    with pytest.raises(AssertionError, match="lawless:heads=2: under a norm cap, a state's norm is"):
+        contract.check_a_norm_cap_is_followed("lawless:heads=2", seed)
+
+
 def test_carries_are_registered_by_name():
     with pytest.raises(InputError, match="two carries are called 'Total'"):
         carry(dataclass(type("Total", (), {"__module__": "elsewhere", "__annotations__": {"x": torch.Tensor}})))
@@ -185,6 +203,21 @@ def test_carries_are_registered_by_name():
 
     with pytest.raises(InputError, match="Stranger is not registered"):
         Cache([Stranger(torch.zeros(1))], torch.zeros(1, dtype=torch.int64)).save("never-written")
+
+
+def test_what_a_plugin_brought_is_asked_for(averages, tmp_path, monkeypatch):
+    """A checkpoint and a saved state of a mixer from elsewhere, where nobody has given the file that has it."""
+    model, cache = LM(ModelConfig("averages", d_model=8, n_layer=1, vocab_size=9)), Cache()
+    model(torch.randint(9, (1, 3)), cache)
+    checkpoint.save(model, tmp_path / "model")
+    cache.save(tmp_path / "read.state")
+    assert Cache.load(tmp_path / "read.state").layers[0].count.tolist() == [3]
+    monkeypatch.delitem(MIXERS._known, "averages")
+    monkeypatch.delitem(TYPES, "Total")
+    with pytest.raises(InputError, match=r"unknown mixer 'averages'.* give the file that has it with --plugin"):
+        checkpoint.load(tmp_path / "model")
+    with pytest.raises(InputError, match=r"read.state holds a Total, .* give the file that has it with --plugin"):
+        Cache.load(tmp_path / "read.state")
 
 
 # --- what the newcomers compute
@@ -231,6 +264,26 @@ def test_sliding_window_is_softmax_over_a_window(window, monkeypatch):
 
 
 @torch.no_grad()
+def test_a_window_is_as_wide_as_what_was_read():
+    """Its carry grows up to the window; one that is wider than that, as old states are, is read on."""
+    model = LM(ModelConfig("sliding-window:window=7,heads=2", d_model=16, n_layer=1, vocab_size=9)).double().eval()
+    ids, cache, widths = torch.randint(9, (1, 9)), Cache(), []
+    for t in range(9):
+        model(ids[:, t : t + 1], cache)
+        widths.append(cache.layers[0].keys.shape[1])
+    assert widths == [1, 2, 3, 4, 5, 6, 6, 6, 6]
+    cache = Cache()
+    model(ids[:, :3], cache)
+    (keys,) = cache.layers
+    wide = sliding_window.WindowKeys(
+        F.pad(keys.keys, (0, 0, 0, 0, 3, 0)), F.pad(keys.values, (0,) * 4 + (3, 0)), keys.held
+    )
+    cache.layers = [wide]
+    torch.testing.assert_close(model(ids[:, 3:], cache), model(ids)[:, 3:], rtol=0, atol=1e-9)
+    assert cache.layers[0].keys.shape[1] == 6
+
+
+@torch.no_grad()
 def test_attention_forgets_under_a_control():
     """Attention of ours is cropped as that of an adopted hybrid is."""
     model = LM(ModelConfig("sliding-window:window=30,heads=2", d_model=16, n_layer=1, vocab_size=9)).double().eval()
@@ -245,7 +298,7 @@ def test_attention_forgets_under_a_control():
 
 @torch.no_grad()
 def test_a_tap_sees_what_a_layer_reads(seed):
-    model, ids = contract.small_model(SMALL["mamba2"], seed), torch.randint(31, (2, 9))
+    model, ids = contract.small_model(Mamba2.examples[0], seed), torch.randint(31, (2, 9))
     readings: list[MixerReading] = []
     model.mixers[1].tap = readings.append
     before = model.weights_hash

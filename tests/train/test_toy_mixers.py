@@ -15,7 +15,7 @@ from training_runs import Killed, assert_same_run, final
 import rnn_longctx
 from rnn_longctx.data import ByteTokenizer
 from rnn_longctx.errors import InputError
-from rnn_longctx.models.cache import carry
+from rnn_longctx.models.carries import carry
 from rnn_longctx.models.config import ModelConfig
 from rnn_longctx.models.interface import StateSize
 from rnn_longctx.models.lm import LM

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rnn_longctx.models.cache import tree_zip
+from rnn_longctx.models.carries import tree_zip
 from rnn_longctx.recurrence.carry import WindowCarry, tree_map
 from rnn_longctx.recurrence.ssd.window import level
 

@@ -14,7 +14,8 @@ from torch import Tensor
 from rnn_longctx.errors import InputError
 from rnn_longctx.models.adopt import beside
 from rnn_longctx.models.adopt.mixer import AdoptedMixer
-from rnn_longctx.models.cache import Carry, level_tails
+from rnn_longctx.models.cache import level_tails
+from rnn_longctx.models.carries import Carry
 from rnn_longctx.recurrence.carry import ScanCarry
 
 
@@ -90,6 +91,10 @@ class AdoptedCache:
         new = copy.copy(self)
         new.library = copy.deepcopy(self.library)
         return new
+
+    def snapshot(self) -> AdoptedCache:
+        """Return the cache as it is now: a clone, since the library writes into its own."""
+        return self.clone()
 
     def restore(self, other: AdoptedCache) -> None:
         """Become what another cache is, in place; the other is given up, since both share the library's cache."""

@@ -20,13 +20,14 @@ from torch import Tensor, nn
 from rnn_longctx.errors import InputError
 from rnn_longctx.models.adopt.beside import Beside, following, tokens_counted
 from rnn_longctx.models.hashing import held
-from rnn_longctx.models.interface import RecurrentMixer
+from rnn_longctx.models.interface import RecurrentMixer, Tap
 from rnn_longctx.models.mixers.mamba2 import dt_limits
 from rnn_longctx.recurrence.carry import ScanCarry
 from rnn_longctx.recurrence.gates import ScanInputs, SteppedGates
+from rnn_longctx.recurrence.interface import Recurrence
 from rnn_longctx.recurrence.policy import PLAIN, ScanPolicy
 from rnn_longctx.recurrence.span import Span
-from rnn_longctx.recurrence.ssd.scan import scan
+from rnn_longctx.recurrence.ssd.scan import SSD, scan
 from rnn_longctx.recurrence.ssd.window import window_state
 from rnn_longctx.recurrence.statistics import Observer, Statistics
 
@@ -46,6 +47,8 @@ class AdoptedMixer:
         limit_in_decode: whether single tokens respect the limits of dt, too; `sync` after a change.
         continuing: whether our scan runs under any policy; `sync` after a change.
 
+        tappable: its scan has its library's shape, so what it reads cannot be shown to a `tap`.
+
     For a family to say:
         one_step_a_head: see `RecurrentMixer`.
         per_channel: whether a head has a rate for each channel of its state.
@@ -53,6 +56,8 @@ class AdoptedMixer:
         entries: the module's methods that ours stand before.
     """
 
+    recurrence: Recurrence = SSD
+    tappable = False
     one_step_a_head = True
     per_channel = stays = False
     entries: tuple[str, ...] = ("forward",)
@@ -134,6 +139,18 @@ class AdoptedMixer:
         self._observer = observer
         self._counting = None if observer is None else _Counting(observer)
         self.sync()
+
+    @property
+    def tap(self) -> Tap | None:
+        return None
+
+    @tap.setter
+    def tap(self, tap: Tap | None) -> None:
+        if tap is not None:
+            raise InputError(f"{self.name} is a layer of another library, whose scan cannot be tapped")
+
+    def scale_rates(self, factor: Tensor) -> None:
+        raise InputError(f"{self.name} is a layer of another library, whose weights are not written")
 
     @property
     def state_dtype(self) -> torch.dtype | None:

@@ -142,6 +142,15 @@ class Adopted(Hooked, Identified):
         """Whether it is of a family of hybrids, though all its own layers may be recurrent."""
         return not self._takes.isdisjoint(("past_key_values", "position_ids"))
 
+    @property
+    def rotary_scaling(self) -> str | None:
+        return (getattr(self.config, "rope_parameters", None) or {}).get("rope_type")
+
+    @property
+    def eos_token_id(self) -> int | list[int] | None:
+        """What the library's own generate ends an answer with."""
+        return getattr(getattr(self.model, "generation_config", None) or self.config, "eos_token_id", None)
+
     @cached_property
     def _attention(self) -> bool:
         from transformers import DynamicCache
@@ -240,7 +249,7 @@ class Adopted(Hooked, Identified):
         if self.restart is not None:
             if mask is not None or len(set(cache.position.tolist())) > 1:
                 raise InputError(f"the control {self.restart} needs rows of equal lengths in an adopted model")
-            return read_restarting(self.hooked_read(), self.restart, ids, cache, None)  # type: ignore[arg-type]
+            return read_restarting(self.hooked_read(), self.restart, ids, cache, None)
         return self.hooked_read()(ids, cache, mask)
 
     def read(self, ids: Tensor, cache: AdoptedCache, mask: Tensor | None = None) -> Tensor:

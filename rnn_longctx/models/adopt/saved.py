@@ -7,7 +7,8 @@ from torch import Tensor
 
 from rnn_longctx.models.adopt.cache import AdoptedCache, attends
 from rnn_longctx.models.adopt.model import Adopted
-from rnn_longctx.models.cache import Cache, Carry
+from rnn_longctx.models.cache import Cache
+from rnn_longctx.models.carries import Carry
 from rnn_longctx.recurrence.carry import ScanCarry
 from rnn_longctx.recurrence.ssd.window import window_state
 

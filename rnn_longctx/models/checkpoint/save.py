@@ -20,6 +20,7 @@ from rnn_longctx.models.checkpoint.json_files import write_json
 from rnn_longctx.models.checkpoint.tokenizer import tokenizer_spec, write_tokenizer
 from rnn_longctx.models.checkpoint.weights import WEIGHTS, stored_state
 from rnn_longctx.models.lm import LM
+from rnn_longctx.models.mixers.mamba2 import Mamba2Config
 
 
 def save(
@@ -62,9 +63,11 @@ def save(
     if layout == "rnn-longctx":
         config = layouts.own_config(model.config, extra)
     elif layout == "transformers":
+        assert isinstance(model.config, Mamba2Config)  # (`check_layout`)
         state["backbone.embeddings.weight"] = state.pop("backbone.embedding.weight")
         config = layouts.transformers_config(model.config, target, extra)
     else:
+        assert isinstance(model.config, Mamba2Config)
         state.setdefault("lm_head.weight", state["backbone.embedding.weight"])  # it asks for a tied one too
         config = layouts.official_config(model.config)
 

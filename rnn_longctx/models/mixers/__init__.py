@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+from rnn_longctx.models.interface import Mixer
 from rnn_longctx.registry import Registry
 
-# Classes as `rnn_longctx.models.interface.Mixer` describes them, with a `Config` and `of(config, model)`.
-MIXERS: Registry[Any] = Registry("mixer", "rnn_longctx.models.mixers")
+MIXERS: Registry[type[Mixer]] = Registry("mixer", "rnn_longctx.models.mixers")
 
 __all__ = ["MIXERS"]

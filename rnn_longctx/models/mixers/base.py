@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from rnn_longctx.errors import InputError
-from rnn_longctx.models.cache import Carry
+from rnn_longctx.models.carries import Carry
 from rnn_longctx.models.conv import causal_conv
 from rnn_longctx.models.deferred import DeferredNorm
 from rnn_longctx.models.interface import MixerReading, Rest, Shape, StateSize, Tap
@@ -43,6 +43,7 @@ class Recurrent(nn.Module):
 
     Attributes:
         name, Config: the mixer's name, and the dataclass of its parameters (`rnn_longctx.models.config`).
+        examples: small settings that its contract tries, see `Mixer`.
         recurrence: the rule by which a state follows from the one before.
         per_channel: whether every channel of the state decays by itself.
         stepped: whether `inputs` gives `SteppedGates`.
@@ -50,15 +51,17 @@ class Recurrent(nn.Module):
         heads, headdim, d_state: the shape (H, P, N) of a row's state.
         policy, observer, backend, state_dtype: see `rnn_longctx.recurrence.ssd.scan.scan`.
         tap: is called with the `MixerReading` of every call, before its scan; None: nobody looks.
+        tappable: every mixer of this class is.
     """
 
     name: ClassVar[str]
     Config: ClassVar[type]
+    examples: ClassVar[tuple[str, ...]] = ()
     recurrence: ClassVar[Recurrence] = SSD
     attends: ClassVar[bool] = False
     per_channel: ClassVar[bool] = False
     stepped: ClassVar[bool] = True
-
+    tappable: ClassVar[bool] = True
     one_step_a_head: ClassVar[bool] = False
 
     norm: RMSNorm
@@ -148,8 +151,8 @@ class Recurrent(nn.Module):
 
     @property
     def A(self) -> Tensor | None:
-        """The rate (H) or (H, N) at which each head decays in a step, below 0; None where decays are given token by
-        token."""
+        """The rate (H) or (H, N), at least float32, at which each head decays in a step, below 0; None where decays are
+        given token by token."""
         return None
 
     @property

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rnn_longctx.errors import InputError
-from rnn_longctx.models.cache import Carry
+from rnn_longctx.models.carries import Carry
 from rnn_longctx.models.interface import Rest, Shape
 from rnn_longctx.models.mixers import MIXERS
 from rnn_longctx.models.mixers.base import Recurrent
@@ -58,6 +58,7 @@ class GLA(Recurrent):
     """A layer of gated linear attention."""
 
     name, Config = "gla", GLAConfig
+    examples = ("gla:heads=2",)
     per_channel, stepped = True, False
 
     def __init__(self, config: GLAConfig, model: Shape):

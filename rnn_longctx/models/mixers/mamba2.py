@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rnn_longctx.errors import InputError
-from rnn_longctx.models.cache import Carry
+from rnn_longctx.models.carries import Carry
 from rnn_longctx.models.ids import refuse_offloaded
-from rnn_longctx.models.interface import Rest, Shape
+from rnn_longctx.models.interface import Mixer, Rest, Shape
 from rnn_longctx.models.mixers import MIXERS
 from rnn_longctx.models.mixers.base import Recurrent
 from rnn_longctx.models.norm import RMSNorm
@@ -95,7 +95,7 @@ class Mamba2Config:
     def conv_dim(self) -> int:
         return self.d_inner + 2 * self.ngroups * self.d_state
 
-    def make_mixers(self) -> Iterator[nn.Module]:
+    def make_mixers(self) -> Iterator[Mixer]:
         """Make the mixer of every layer, with fresh weights."""
         for _ in range(self.n_layer):
             yield Mamba2(self)
@@ -130,6 +130,7 @@ class Mamba2(Recurrent):
     """A Mamba-2 layer. `policy` is data: set it, and the next token follows it."""
 
     name, Config = "mamba2", Mamba2Layer
+    examples = ("mamba2:d_state=8,headdim=8,ngroups=2",)
     one_step_a_head = True
 
     def __init__(self, config: Mamba2Config):

@@ -7,9 +7,11 @@ import pytest
 import torch
 from adopted_families import FAMILIES
 
+from rnn_longctx.errors import InputError
 from rnn_longctx.models.adopt.adopting import adopt
 from rnn_longctx.models.adopt.model import Adopted
-from rnn_longctx.models.interface import LanguageModel, RecurrentMixer, SteppedMixer
+from rnn_longctx.models.carries import StreamCache
+from rnn_longctx.models.interface import LanguageModel, Layer, RecurrentMixer, ScanMixer, SteppedMixer, stepped_mixers
 from rnn_longctx.models.lm import Mamba2LM
 from rnn_longctx.models.mixers.mamba2 import Mamba2Config
 
@@ -20,8 +22,16 @@ def typed(model: Adopted | Mamba2LM) -> LanguageModel:
     """Return the model; mypy holds both classes to the protocols here, when it is run on this file."""
     language_model: LanguageModel = model
     mixers: list[RecurrentMixer] = list(model.mixers)
-    assert mixers
+    cache: StreamCache = model.new_cache()
+    assert mixers and not cache.layers
     return language_model
+
+
+def typed_layers(model: Mamba2LM) -> tuple[list[Layer], list[ScanMixer]]:
+    """Return what this library's own model has beside; mypy holds its classes to the protocols here."""
+    layers: list[Layer] = list(model.layers)
+    mixers: list[ScanMixer] = list(model.mixers)
+    return layers, mixers
 
 
 @pytest.fixture(params=["own", *FAMILIES])
@@ -42,6 +52,33 @@ def test_every_mixer_is_recurrent(model):
         assert isinstance(mixer, RecurrentMixer)
         assert isinstance(mixer, SteppedMixer)  # (by its members: Mamba-1's have them, too)
         assert mixer.one_step_a_head == (mixer.A.shape == (mixer.heads,))
+    assert len(stepped_mixers(model)) in (0, len(model.mixers))
+
+
+def test_layers_of_another_library_are_neither_tapped_nor_written(model):
+    mixer = model.mixers[0]
+    if not model.own_forward:
+        layers, mixers = typed_layers(model)
+        assert mixer.tappable and [layer.mixer for layer in layers] == mixers
+        return
+    mixer.tap = None
+    with pytest.raises(InputError, match="cannot be tapped"):
+        mixer.tap = print
+    with pytest.raises(InputError, match="are not written"):
+        mixer.scale_rates(torch.ones(mixer.heads))
+    assert not mixer.tappable and mixer.tap is None
+
+
+@torch.no_grad()
+def test_a_cache_is_gone_back_to(model):
+    ids, cache = torch.randint(1, 31, (2, 9)), model.new_cache()
+    model(ids[:, :4], cache)
+    snapshot = cache.snapshot()
+    ahead = model(ids[:, 4:], cache)
+    assert cache.position.tolist() == [9, 9]
+    cache.restore(snapshot)
+    assert cache.position.tolist() == [4, 4]
+    assert torch.equal(model(ids[:, 4:], cache), ahead)
 
 
 def test_state_size_counts_what_a_row_keeps(model):
