@@ -21,6 +21,7 @@ from rnn_longctx.eval.pool import end_with_parent
 from rnn_longctx.eval.results import Results, write_atomic
 from rnn_longctx.models import checkpoint
 from rnn_longctx.models.interface import LanguageModel
+from rnn_longctx.plugins import load_handed_on
 from rnn_longctx.train import train
 from rnn_longctx.train.team import device_of
 
@@ -83,6 +84,7 @@ def run_cell(config: CapacityConfig, cell: StudyCell, study: Path) -> None:
 if __name__ == "__main__":
     end_with_parent()
     try:
+        load_handed_on()
         where = Path(sys.argv[1])
         study_config = load_yaml(CapacityConfig, where / STUDY)
         run_cell(study_config, study_config.find(sys.argv[2]), where)

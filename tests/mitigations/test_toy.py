@@ -1,6 +1,7 @@
 """A remedy from outside the package: its file is all that it takes."""
 
 import copy
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ import rnn_longctx
 from rnn_longctx import InputError, evaluate, fold, mitigate
 from rnn_longctx.config import parse_length
 from rnn_longctx.eval.search.calibrate import calibrate
-from rnn_longctx.mitigations import REMEDIES, NotApplicable, Remedy, active, parse_remedy, standard
+from rnn_longctx.mitigations import REMEDIES, NotApplicable, Plan, Remedy, active, parse_remedy, standard
+from rnn_longctx.mitigations.base import same_everywhere
 from rnn_longctx.plugins import load_plugin, register
 from rnn_longctx.testing.remedies import calibration_text, check_remedy, own_model
 
@@ -98,8 +100,12 @@ def test_it_is_calibrated_and_not_folded(toy, tmp_path):
 
 
 def test_what_is_registered():
+    @dataclass(frozen=True)
     class Rival(Remedy):
         name = "rri"
+
+        def plan(self, model, target_length=None, text=None):
+            return Plan(same_everywhere(model))
 
     for thing, message in [
         (Rival, r"two mitigations are called 'rri': rnn_longctx\.mitigations\.rri\.RRI and .*Rival"),
