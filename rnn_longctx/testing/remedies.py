@@ -32,13 +32,17 @@ ALPHABET = "abcdefghijklmnopqrstuvwxyz "  # of the text that is calibrated on
 
 
 def check_remedy(text: str, seed: int = 0, kinds: Iterable[str] | None = None) -> None:
-    """Hold a remedy, as `name:key=value,...`, to everything, on models of all kinds (`KINDS`) or of some."""
+    """Hold a remedy, as `name:key=value,...`, to everything, on models of all kinds (`KINDS`) or of some, one of which it
+    must be applicable to."""
     check_text(text)
+    applicable = False
     for kind in KINDS if kinds is None else kinds:
         model = KINDS[kind](seed)
         if is_applicable(text, model):
+            applicable = True
             check_on_and_off(text, model, seed)
             check_cuts(text, model, seed)
+    assert applicable, f"{text} is applicable to no kind of model, so that nothing was checked"
 
 
 def check_text(text: str) -> None:

@@ -74,6 +74,7 @@ def test_which_kinds_of_models_take_which_remedies(models):
         for kind, model in models.items():
             needs = frozenset().union(*(part.needs for part in parse_remedy(text).parts))
             assert is_applicable(text, model) == (not needs & lacks[kind]), f"{text} on {kind}"
+        assert any(not needs & lacks[kind] for kind in models), f"{text} is held to nothing"
 
 
 def test_all_is_in_the_order_of_controls_last():

@@ -62,6 +62,15 @@ def test_it_is_held_to_the_contract(toy):
     check_remedy("toy-forget", kinds=["own"])
 
 
+def test_a_remedy_that_is_applicable_to_nothing_is_not_held_to_anything(toy, monkeypatch):
+    def plan(self, model, target_length=None, text=None):
+        raise NotApplicable("toy-forget cannot be used at all")
+
+    monkeypatch.setattr(toy, "plan", plan)
+    with pytest.raises(AssertionError, match="applicable to no kind of model"):
+        check_remedy("toy-forget", kinds=["own", "given gates"])
+
+
 def test_it_is_parsed_composed_and_put_on(toy):
     assert parse_remedy("toy-forget") == toy() and str(toy(2.0)) == "toy-forget:factor=2"
     with pytest.raises(InputError, match='did you mean "toy-forget"'):
