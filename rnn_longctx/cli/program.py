@@ -73,7 +73,7 @@ app = typer.Typer(
 @app.callback()
 def _options(
     plugin: Annotated[
-        Many, typer.Option(help="A module or a .py file with a remedy, mixer or task of your own; again for more.")
+        Many, typer.Option(help="A module or a .py file of your own: remedies, tasks, mixers, recurrences, commands, benches.")
     ] = None,
 ) -> None:
     """(`_Program` reads it.)"""
