@@ -41,6 +41,7 @@ class AScale(Remedy):
     foldable = "a-scale (place=rate)"
     search = "spsa"
     one_a_layer = "scale"
+    examples = ("a-scale:scale=0.9,place=decay",)
     scale: float | str
     place: str = quiet("rate")
 

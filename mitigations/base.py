@@ -94,6 +94,8 @@ class Remedy:
         foldable: how `fold` calls it among the remedies that can be put into weights; empty for one that cannot.
         search: how `calibrate` searches its parameters: over `grid` ("grid"; "quantile" where they are quantiles of
             what was measured on the text), and by SPSA from the best of the grid on ("spsa"). None: not at all.
+        examples: settings that the contract (`rnn_longctx.testing.remedies`) holds it to beside the usual ones; needed
+            where a parameter has no default and `usual` names no setting.
         one_a_layer: the parameter that takes one value for every layer, written a/b/..., which SPSA moves.
     """
 
@@ -107,6 +109,7 @@ class Remedy:
     foldable: ClassVar[str] = ""
     search: ClassVar[Literal["grid", "quantile", "spsa"] | None] = None
     one_a_layer: ClassVar[str] = ""
+    examples: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     def usual(cls, train_length: int | None) -> list[str]:

@@ -37,6 +37,7 @@ class ChunkSelect(Remedy):
     """
 
     name = "chunk-select"
+    examples = ("chunk-select:chunk=17,query=5",)
     chunk: int = 2000
     query: int = quiet(64)
 

@@ -39,6 +39,7 @@ class Decimate(Remedy):
 
     name = "decimate"
     needs = frozenset({Need.RECURRENCE, Need.STEPS, Need.NO_ATTENTION})
+    examples = ("decimate:base=20,beta=0.5,first=1,least=3",)
     base: int = 2000
     beta: float = 0.5
     first: int | None = quiet(None)

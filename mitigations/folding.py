@@ -12,6 +12,7 @@ from rnn_longctx.mitigations.attach import active, handles_on, read_text, withou
 from rnn_longctx.mitigations.base import REMEDIES, Remedy, planned
 from rnn_longctx.mitigations.compose import combine, parse_remedy
 from rnn_longctx.models.checkpoint.weights import check_finite
+from rnn_longctx.models.interface import LanguageModel
 from rnn_longctx.recurrence.policy import ScanPolicy
 
 if TYPE_CHECKING:
@@ -29,14 +30,15 @@ def fold(model: Any, remedy: str | Remedy, text: Text | str | Path | None = None
     Args:
         text: what to calibrate on, as of `mitigate`.
     Raises:
-        InputError: another remedy, a model that is under one, or one of another library; and see `mitigate`. The model
-            is then as it was.
+        InputError: another remedy; a model that is under one, has no rates among its weights, or is of another library;
+            and see `mitigate`. The model is then as it was.
     """
     remedy = parse_remedy(remedy)
     if not (getattr(model, "foldable", False) and model.module is model):  # (a wrapper may pass attributes on)
         raise InputError(f"{type(model).__name__} is no model of rnn_longctx.load: {remedy} is folded into those alone")
     if handles_on(model):
         raise InputError(f"{model.name} is under {active(model)[0]}: take it off before {remedy} is folded in")
+    _check_rates(model, remedy)
     calibration_text = read_text(text)
     plans = []
     if all(single.foldable for single in remedy.parts):
@@ -61,3 +63,12 @@ def fold(model: Any, remedy: str | Remedy, text: Text | str | Path | None = None
     folded = [*model.provenance.get("folded", []), entry | {"calibration": plan.calibration}]
     model.provenance = {**model.provenance, "folded": folded}
     return model
+
+
+def _check_rates(model: LanguageModel, remedy: Remedy) -> None:
+    """Raise InputError, the same whatever the remedy, where no weight holds a rate of decay."""
+    if not model.mixers:
+        raise InputError(f"{remedy} cannot be folded into weights: {model.name} has no recurrence")
+    if lacking := [mixer.name for mixer in model.mixers if mixer.A is None]:
+        layers = f"the {lacking[0]} layers of {model.name} make their decays from the text"
+        raise InputError(f"{remedy} cannot be folded into weights: {layers}, so that no weight holds a rate")

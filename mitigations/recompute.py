@@ -30,6 +30,7 @@ class Recompute(Remedy):
 
     name = "recompute"
     control = True
+    examples = ("recompute:last=10",)
     last: int
 
     def __post_init__(self) -> None:

@@ -32,6 +32,7 @@ class Reset(Remedy):
 
     name = "reset"
     control = True
+    examples = ("reset:every=7,overlap=3",)
     every: int
     overlap: int = quiet(0)
 

@@ -34,6 +34,7 @@ class ResetRecurrence(Remedy):
     needs = frozenset({Need.ATTENTION})
     control = True
     diagnoses = True
+    examples = ("reset-recurrence:every=9",)
     every: int
 
     def __post_init__(self) -> None:

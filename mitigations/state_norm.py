@@ -38,6 +38,7 @@ class StateNorm(Remedy):
     needs = frozenset({Need.RECURRENCE, Need.TRAIN_LENGTH})
     adds = True
     search = "quantile"
+    examples = ("state-norm:quantile=0.5",)
     every: int = quiet(1)
     quantile: float = quiet(1.0)
 

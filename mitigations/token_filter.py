@@ -50,6 +50,7 @@ class TokenFilter(Remedy):
     needs = frozenset({Need.RECURRENCE, Need.STEPS, Need.TRAIN_LENGTH, Need.TARGET_LENGTH})
     per_length = True
     search = "quantile"
+    examples = ("token-filter:theta=0.01,clamp=0.0",)
     theta: float = 0.05
     clamp: float = quiet(0.05)
 

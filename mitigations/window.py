@@ -33,6 +33,7 @@ class Window(Remedy):
     name = "window"
     needs = frozenset({Need.RECURRENCE})
     search = "grid"
+    examples = ("window:tokens=9",)
     tokens: int
 
     def __post_init__(self) -> None:

@@ -15,12 +15,16 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any, Generic, TypeVar
 
 from rnn_longctx.errors import InputError, nearest
 
 T = TypeVar("T", bound=Any)
+
+# What a command line takes for a name: `name:key=value,...`, `a+b`, a file's name and an option are then none.
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 
 class Registry(Mapping[str, T], Generic[T]):
@@ -40,16 +44,25 @@ class Registry(Mapping[str, T], Generic[T]):
         """Add a thing by its `name`, and return it (so it is a decorator).
 
         Raises:
-            InputError: it has no name, or another thing has it already.
+            InputError: it has no name (see `name_of`), or another thing has it already.
         """
-        name = getattr(thing, "name", None)
-        if not isinstance(name, str) or not name:
-            raise InputError(f"a {self.what} is registered by its name, and {thing!r:.80} has none")
+        name = self.name_of(thing)
         known = self._known.get(name)
         if known is not None and known is not thing and _home(known) != _home(thing):
             raise InputError(f"two {self.what}s are called {name!r}: {_home(known)} and {_home(thing)}")
         self._known[name] = thing
         return thing
+
+    def name_of(self, thing: Any) -> str:
+        """Return the name of a thing. Raises InputError where it has none, or one that a command line cannot take."""
+        name = getattr(thing, "name", None)
+        if not isinstance(name, str) or not name:
+            raise InputError(f"a {self.what} is registered by its name, and {thing!r:.80} has none")
+        if not _NAME.fullmatch(name):
+            raise InputError(
+                f"a {self.what} cannot be called {name!r}: a name is letters, digits, - and _ (as in my-own)"
+            )
+        return name
 
     def __getitem__(self, name: str) -> T:
         """Return the thing of a name. Raises InputError for an unknown one, with the nearest."""

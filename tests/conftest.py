@@ -32,6 +32,12 @@ def pytest_runtest_setup(item):
     torch.manual_seed(value)
 
 
+@pytest.fixture(autouse=True)
+def _no_plugins_handed_on(monkeypatch):
+    """What a test loads is not for the processes that later tests begin."""
+    monkeypatch.setenv("RNN_LONGCTX_PLUGINS", "")
+
+
 @pytest.fixture
 def seed(request):
     return request.node.stash[SEED]

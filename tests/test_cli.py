@@ -168,7 +168,7 @@ def test_the_precision_of_states_is_named(run, tmp_path):
 
 def shown(run, monkeypatch, command: str) -> str:
     monkeypatch.setattr("rich.console.Console.width", 400)
-    monkeypatch.setenv("TERMINAL_WIDTH", "400")
+    monkeypatch.setattr("typer.rich_utils.MAX_WIDTH", 400)  # read as it is imported, which another test may have done
     code, printed, _ = run(command, "--help")
     assert code == 0
     return printed

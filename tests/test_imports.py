@@ -24,7 +24,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "train": ("mitigations", "measure", "models", "recurrence", "tasks", "data"),
     "plugins": ("mitigations", "models", "recurrence", "tasks"),
     "testing": ("mitigations", "measure", "models", "recurrence", "tasks", "data"),
-    "eval": ("train", "probes", "mitigations", "measure", "models", "recurrence", "tasks", "data"),
+    "eval": ("plugins", "train", "probes", "mitigations", "measure", "models", "recurrence", "tasks", "data"),
     "cli": ("plugins", "eval", "train", "probes", "mitigations", "measure", "models", "recurrence", "tasks", "data"),
 }
 ENTRY = {"rnn_longctx", "rnn_longctx.train.__main__"}  # the public names; what launchers start

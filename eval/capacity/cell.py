@@ -22,6 +22,7 @@ from rnn_longctx.eval.results import Results
 from rnn_longctx.files import write_atomic
 from rnn_longctx.models import checkpoint
 from rnn_longctx.models.interface import LanguageModel
+from rnn_longctx.plugins import load_handed_on
 from rnn_longctx.progress import to_stdout
 from rnn_longctx.train import train
 from rnn_longctx.train.team import training_device
@@ -85,6 +86,7 @@ def run_cell(config: CapacityConfig, cell: StudyCell, study: Path) -> None:
 if __name__ == "__main__":
     end_with_parent()
     try:
+        load_handed_on()
         where = Path(sys.argv[1])
         study_config = load_yaml(CapacityConfig, where / STUDY)
         run_cell(study_config, study_config.find(sys.argv[2]), where)

@@ -12,7 +12,7 @@ layer, begun at the best single one: a factor, or what RRI (and a-scale of the d
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from numbers import Integral
@@ -23,6 +23,7 @@ import torch
 
 from rnn_longctx.config import parse_length
 from rnn_longctx.data import Text, load_text, tokens
+from rnn_longctx.devices import dtype_name
 from rnn_longctx.errors import InputError, nearest
 from rnn_longctx.eval.jobs.base import Job, Measuring
 from rnn_longctx.eval.jobs.recall import Counts, Recall
@@ -37,7 +38,7 @@ from rnn_longctx.models.adopt.adopting import as_language_model
 from rnn_longctx.models.interface import LanguageModel
 from rnn_longctx.models.precision import computes_as
 from rnn_longctx.models.segments import SEGMENTS
-from rnn_longctx.recurrence.policy import PLAIN
+from rnn_longctx.recurrence.policy import PLAIN, ScanPolicy
 from rnn_longctx.tasks.multikey import MultiKey
 from rnn_longctx.tasks.passkey import Passkey
 
@@ -99,55 +100,17 @@ def calibrate(
     model, target = as_language_model(model), parse_length(target, "target")
     text = load_text(text)
     train = train_length(model, "calibration")
-    name, _, parameters = name.partition(":")
-    fixed = dict(item.split("=", 1) for item in parameters.split(",") if "=" in item)
-    settings = list(_grid(name, grid_of(name, train, fixed), parameters))
-    parse_remedy(settings[0])  # what is fixed must be of the remedy
+    search = _search_of(name, train)
     if target <= train:
         raise InputError(f"the target of {target} tokens must be above the training length of {train}")
-    with mitigate(model, settings[0], target_length=target, text=text):
+    with mitigate(model, search.settings[0], target_length=target, text=text):
         pass  # what this model lacks shows before anything is measured
-    objective = _Objective(model, target, text, seed, slices, prompts, train)
-    bare = objective.recall("none")
-    if not bare:
-        raise InputError(f"no prompt of the guard fits into {train} or {2 * train} tokens: nothing would guard recall")
-    say(f"none: recall {_shown(bare)}, loss {objective.loss('none'):.4f}")
-
-    def score(remedy: str) -> Scored:
-        loss, recall = objective.loss(remedy), objective.recall(remedy)
-        passes = all(recall[guard] >= bare[guard] - GUARD for guard in recall)
-        say(f"{remedy}: loss {loss:.4f}, recall {_shown(recall)}{'' if passes else ', not kept'}")
-        return Scored(remedy, loss, recall, passes)
-
-    tried = [score(setting) for setting in settings]
-    best = _best(name, tried, bare, target)
-    method = REMEDIES[name].search or "grid"
-    if REMEDIES[name].one_a_layer in fixed:  # what SPSA would move
-        method = "grid"
-    if method == "spsa":
-        start = parse_remedy(best.remedy)
-        for setting in spsa(start, best.loss, len(model.mixers), objective.loss, steps=steps, seed=seed):
-            tried.append(candidate := score(setting))
-            if candidate.passes and candidate.loss < best.loss:
-                best = candidate
+    trials = _Trials(_Objective(model, target, text, seed, slices, prompts, train), say)
+    best = trials.best_of(search)
+    if search.method == "spsa":
+        best = trials.perturbed(best, steps, seed)
     with mitigate(model, best.remedy, target_length=target, text=text) as handle:
         policies = handle.plan.policies
-    without = objective.loss("none")
-    same = all(policy == PLAIN for policy in policies)
-    helps = not same and not best.loss >= without  # (a loss without a remedy that is not finite is beaten)
-    if not helps:
-        result = "changes nothing" if same else f"has {best.loss:.4f}"
-        say(f"no setting of {name} that keeps recall lowers the loss ({without:.4f} without): {best.remedy} {result}")
-    scores = {
-        "loss": best.loss,
-        "loss_without": without,
-        "recall": best.recall,
-        "recall_without": bare,
-        "tried": [{"remedy": s.remedy, "loss": s.loss, "kept": s.passes} for s in tried],
-    }
-    if model.state_dtype is not None:
-        scores["state_dtype"] = str(model.state_dtype)[6:]
-    scores["dtype"] = computes_as(model)
     return CalibrationFile(
         best.remedy,
         {"name": model.name, "weights": model.weights_hash, **shape_of(model)},
@@ -155,27 +118,31 @@ def calibrate(
         target,
         f"{text.name} {text.hash}",
         seed,
-        method,
-        scores,
-        helps,
+        search.method,
+        trials.scores(best),
+        trials.helps(search.name, best, policies),
         smallest_digests(text),
     )
 
 
-def _best(name: str, tried: list[Scored], bare: dict[str, float], target: int) -> Scored:
-    """Return the setting with the least loss of those that pass the guard. Raises InputError where there is none."""
-    passing = [scored for scored in tried if scored.passes]
-    if not passing:
-        raise InputError(
-            f"{name}: no setting of {len(tried)} keeps the recall of the bare model ({_shown(bare)}): "
-            "try another remedy, or a shorter target"
-        )
-    finite = [scored for scored in passing if math.isfinite(scored.loss)]
-    if not finite:
-        raise InputError(
-            f"{name}: of {len(passing)} settings that keep recall none has a finite loss at {target} tokens"
-        )
-    return min(finite, key=lambda scored: scored.loss)
+@dataclass(frozen=True)
+class _Search:
+    """A remedy's name, the settings of its grid as text, and how it goes on from the best of them (`Remedy.search`)."""
+
+    name: str
+    settings: list[str]
+    method: str
+
+
+def _search_of(text: str, train_length: int) -> _Search:
+    """Return the search that a remedy's name stands for, or the name with parameters that are fixed. Raises InputError
+    for what is no remedy's."""
+    name, _, parameters = text.partition(":")
+    fixed = dict(item.split("=", 1) for item in parameters.split(",") if "=" in item)
+    settings = list(_grid(name, grid_of(name, train_length, fixed), parameters))
+    parse_remedy(settings[0])  # what is fixed must be of the remedy
+    moves = REMEDIES[name].one_a_layer not in fixed  # what SPSA would move
+    return _Search(name, settings, (moves and REMEDIES[name].search) or "grid")
 
 
 def _grid(name: str, grid: dict[str, list[Any]], parameters: str = "") -> Iterator[str]:
@@ -193,7 +160,7 @@ class _Objective:
     """Loss and recall of a model under a remedy; each is measured once."""
 
     def __init__(self, model: LanguageModel, target: int, text: Text, seed: int, slices: int, prompts: int, train: int):
-        self.model, self.target, self.text = model, target, text
+        self.model, self.target, self.text, self.train = model, target, text, train
         rows = range(seed * slices, (seed + 1) * slices)
         self.ids = torch.stack([torch.from_numpy(tokens(text, model.tokenizer, i, target + 1)[0]) for i in rows])
         self.context = Measuring(model, batch=prompts, seed=seed + 10**6, segment=SEGMENTS[model.device.type])
@@ -217,6 +184,80 @@ class _Objective:
                     continue
             recall[f"{task.name}@{length}"] = float(row["value"])
         return recall
+
+
+class _Trials:
+    """Settings that are tried, each judged against the model without a remedy.
+
+    Attributes:
+        bare: the recall without a remedy, which no setting may fall below.
+        tried: in the order in which they were.
+    """
+
+    def __init__(self, objective: _Objective, say: Callable[[str], None]):
+        self.objective, self.say = objective, say
+        self.bare, self.tried = objective.recall("none"), list[Scored]()
+        if not self.bare:
+            lengths = f"{objective.train} or {2 * objective.train} tokens"
+            raise InputError(f"no prompt of the guard fits into {lengths}: nothing would guard recall")
+        say(f"none: recall {_shown(self.bare)}, loss {objective.loss('none'):.4f}")
+
+    def score(self, remedy: str) -> Scored:
+        loss, recall = self.objective.loss(remedy), self.objective.recall(remedy)
+        passes = all(recall[guard] >= self.bare[guard] - GUARD for guard in recall)
+        self.say(f"{remedy}: loss {loss:.4f}, recall {_shown(recall)}{'' if passes else ', not kept'}")
+        self.tried.append(scored := Scored(remedy, loss, recall, passes))
+        return scored
+
+    def best_of(self, search: _Search) -> Scored:
+        """Return the setting with the least loss of those that pass the guard. Raises InputError if there is none."""
+        scored = [self.score(setting) for setting in search.settings]
+        passing = [s for s in scored if s.passes]
+        if not passing:
+            raise InputError(
+                f"{search.name}: no setting of {len(scored)} keeps the recall of the bare model ({_shown(self.bare)}): "
+                "try another remedy, or a shorter target"
+            )
+        finite = [s for s in passing if math.isfinite(s.loss)]
+        if not finite:
+            raise InputError(
+                f"{search.name}: of {len(passing)} settings that keep recall none has a finite loss at "
+                f"{self.objective.target} tokens"
+            )
+        return min(finite, key=lambda s: s.loss)
+
+    def perturbed(self, best: Scored, steps: int, seed: int) -> Scored:
+        """Return the best setting that SPSA finds from one on, that one itself if none is better."""
+        layers, loss = len(self.objective.model.mixers), self.objective.loss
+        for setting in spsa(parse_remedy(best.remedy), best.loss, layers, loss, steps=steps, seed=seed):
+            candidate = self.score(setting)
+            if candidate.passes and candidate.loss < best.loss:
+                best = candidate
+        return best
+
+    def helps(self, name: str, best: Scored, policies: Sequence[ScanPolicy]) -> bool:
+        """Return whether the best setting lowers the loss, and say so if it does not."""
+        without = self.objective.loss("none")
+        same = all(policy == PLAIN for policy in policies)
+        if not same and not best.loss >= without:  # (a loss without a remedy that is not finite is beaten)
+            return True
+        result = f"{best.remedy} " + ("changes nothing" if same else f"has {best.loss:.4f}")
+        self.say(f"no setting of {name} that keeps recall lowers the loss ({without:.4f} without): {result}")
+        return False
+
+    def scores(self, best: Scored) -> dict[str, Any]:
+        """Return what the file says of the search."""
+        model = self.objective.model
+        kept_in = {} if model.state_dtype is None else {"state_dtype": dtype_name(model.state_dtype)}
+        return {
+            "loss": best.loss,
+            "loss_without": self.objective.loss("none"),
+            "recall": best.recall,
+            "recall_without": self.bare,
+            "tried": [{"remedy": s.remedy, "loss": s.loss, "kept": s.passes} for s in self.tried],
+            **kept_in,
+            "dtype": computes_as(model),
+        }
 
 
 def _shown(recall: dict[str, float]) -> str:

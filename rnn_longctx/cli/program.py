@@ -73,7 +73,11 @@ app = typer.Typer(
 @app.callback()
 def _options(
     plugin: Annotated[
-        Many, typer.Option(help="A module or a .py file with a remedy, mixer or task of your own; again for more.")
+        Many,
+        typer.Option(
+            help="A module or a .py file of your own, with remedies, tasks, mixers, recurrences, commands or benches; "
+            "again for more."
+        ),
     ] = None,
 ) -> None:
     """(`_Program` reads it.)"""

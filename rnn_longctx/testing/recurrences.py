@@ -1,10 +1,8 @@
 """The contract of a recurrence: every backend follows the definition, under every policy, or says why it cannot.
 
-    for backend in running(SSD):
-        for name, policy in policies(SSD).items():
-            check_backend(SSD, backend, policy, stepped=True)
+    check_recurrence(SSD)
 
-Each check draws a random stream with torch's generator, and raises AssertionError where results lie too far apart.
+A check draws a random stream with torch's generator, and raises AssertionError where results lie too far apart.
 """
 
 from __future__ import annotations
@@ -117,6 +115,36 @@ def refused(recurrence: Recurrence, policy: ScanPolicy, stepped: bool) -> bool:
 def running(recurrence: Recurrence) -> list[str]:
     """Return the names of the backends that can run on this machine."""
     return [name for name, backend in recurrence.backends.known.items() if not backend.missing()]
+
+
+def check_recurrence(recurrence: Recurrence) -> None:
+    """Hold every backend that runs here to the definition, under every policy and with gates of every kind, and the
+    recurrence to what it says that it follows and takes (`check_coverage`)."""
+    check_coverage(recurrence)
+    for backend in running(recurrence):
+        for policy in POLICIES.values():
+            for stepped in (False, True):
+                for per_channel in (False, True):
+                    check_backend(recurrence, backend, policy, stepped=stepped, per_channel=per_channel)
+
+
+def check_coverage(recurrence: Recurrence) -> None:
+    """Every field of a policy that the recurrence follows is read by some backend that runs here, with gates of every
+    kind that it takes: a backend may refuse, and not all of them."""
+    name, backends, read = recurrence.name, running(recurrence), set()
+    assert backends, f"no backend of {name!r} runs here"
+    assert recurrence.takes, f"{name!r} takes no kind of gates"
+    for kind in recurrence.takes:
+        stepped = kind is SteppedGates
+        policies = [policy for policy in POLICIES.values() if not refused(recurrence, policy, stepped)]
+        accepted = [p for p in policies if any(_dtype(recurrence, b, p, stepped, False) for b in backends)]
+        assert accepted, f"no backend of {name!r} reads {kind.__name__}"
+        fields_read = set().union(*map(changed, accepted))
+        unread = recurrence.follows - fields_read - (frozenset() if stepped else STEP_FIELDS)
+        assert not unread, f"no backend of {name!r} reads {', '.join(sorted(unread))} of a policy with {kind.__name__}"
+        read |= fields_read
+    unread = recurrence.follows - read
+    assert not unread, f"{name!r} follows {', '.join(sorted(unread))} of a policy, and takes no gates that have it"
 
 
 def check_backend(

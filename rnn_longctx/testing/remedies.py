@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rnn_longctx.data import ByteTokenizer, Text
 from rnn_longctx.errors import InputError
-from rnn_longctx.mitigations import NotApplicable, active, mitigate, parse_remedy
+from rnn_longctx.mitigations import NotApplicable, Remedy, active, mitigate, parse_remedy
 from rnn_longctx.mitigations.base import REMEDIES
 from rnn_longctx.models.adopt.adopting import adopt
 from rnn_longctx.models.config import ModelConfig
@@ -32,13 +32,23 @@ ALPHABET = "abcdefghijklmnopqrstuvwxyz "  # of the text that is calibrated on
 
 
 def check_remedy(text: str, seed: int = 0, kinds: Iterable[str] | None = None) -> None:
-    """Hold a remedy, as `name:key=value,...`, to everything, on models of all kinds (`KINDS`) or of some."""
+    """Hold a remedy, as `name:key=value,...`, to everything, on models of all kinds (`KINDS`) or of some. It must be
+    applicable to one of them."""
     check_text(text)
+    applicable = False
     for kind in KINDS if kinds is None else kinds:
         model = KINDS[kind](seed)
         if is_applicable(text, model):
+            applicable = True
             check_on_and_off(text, model, seed)
             check_cuts(text, model, seed)
+    assert applicable, f"{text} is applicable to no kind of model, so that nothing was checked"
+
+
+def examples(kind: type[Remedy]) -> list[str]:
+    """Return the settings of a remedy that it is held to: the usual ones and its own examples; its bare name where it
+    has neither."""
+    return list(dict.fromkeys((*kind.usual(TRAIN_LENGTH), *kind.examples))) or [kind.name]
 
 
 def check_text(text: str) -> None:

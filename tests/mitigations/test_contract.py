@@ -14,24 +14,15 @@ from rnn_longctx.testing.remedies import (
     check_on_and_off,
     check_remedy,
     check_text,
+    examples,
     is_applicable,
     own_model,
 )
 
-MORE = [
-    "state-norm:quantile=0.5",
-    "token-filter:theta=0.01,clamp=0.0",
-    "window:tokens=9",
-    "decimate:base=20,beta=0.5,first=1,least=3",
-    "chunk-select:chunk=17,query=5",
-    "reset:every=7,overlap=3",
-    "recompute:last=10",
-    "attention-window:tokens=8",
-    "reset-recurrence:every=9",
-    "a-scale:scale=0.9,place=decay",
-    "a-floor:tokens=9+rri",
-]
-SETTINGS = dict.fromkeys(str(parse_remedy(text)) for text in (*standard(TRAIN_LENGTH), *MORE))
+NEED_A_FILE = {"stored-start"}  # below
+MORE = ["attention-window:tokens=8", "a-floor:tokens=9+rri"]
+HELD = [text for kind in REMEDIES.values() if kind.name not in NEED_A_FILE for text in examples(kind)]
+SETTINGS = dict.fromkeys(str(parse_remedy(text)) for text in (*HELD, *MORE))
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +47,19 @@ def test_a_start_that_a_file_holds(tmp_path):
 
 
 def test_every_remedy_is_among_them():
-    held = {part.name for text in SETTINGS for part in parse_remedy(text).parts} | {"none", "stored-start"}
-    assert held == set(REMEDIES)
+    held = {part.name for text in SETTINGS for part in parse_remedy(text).parts} | {"none", *NEED_A_FILE}
+    assert held == set(REMEDIES) and {str(parse_remedy(text)) for text in standard(TRAIN_LENGTH)} <= set(SETTINGS)
+
+
+@pytest.mark.parametrize("name", REMEDIES)
+def test_examples_are_settings_of_their_remedy(name):
+    for text in REMEDIES[name].examples:
+        assert type(parse_remedy(text)) is REMEDIES[name], f"{text} stands in {name}"
+
+
+def test_a_remedy_without_any_setting_is_held_to_its_bare_name():
+    assert examples(REMEDIES["stored-start"]) == ["stored-start"] and examples(REMEDIES["rri"])[0] == "rri"
+    assert examples(REMEDIES["reset"]) == [*REMEDIES["reset"].usual(TRAIN_LENGTH), "reset:every=7,overlap=3"]
 
 
 def test_which_kinds_of_models_take_which_remedies(models):
@@ -74,13 +76,21 @@ def test_which_kinds_of_models_take_which_remedies(models):
         for kind, model in models.items():
             needs = frozenset().union(*(part.needs for part in parse_remedy(text).parts))
             assert is_applicable(text, model) == (not needs & lacks[kind]), f"{text} on {kind}"
+        assert any(not needs & lacks[kind] for kind in models), f"{text} is held to nothing"
 
 
 def test_all_is_in_the_order_of_controls_last():
     texts = standard(TRAIN_LENGTH)
     controls = [REMEDIES[text.partition(":")[0]].control for text in texts]
     assert texts[0] == "none" and controls == sorted(controls) and texts[-2:] == diagnostics(TRAIN_LENGTH)
-    known = {
+    for train_length in (48, None):
+        texts = standard(train_length)
+        assert set(texts) == {text for kind in REMEDIES.values() for text in kind.usual(train_length)}
+        assert len(set(map(str, map(parse_remedy, texts)))) == len(texts), "no setting twice"
+
+
+def test_all_has_the_published_settings():
+    without_a_length = {
         "none",
         "rri",
         "rri:alpha=0.999,beta=1",
@@ -90,6 +100,8 @@ def test_all_is_in_the_order_of_controls_last():
         "noise-start:std=0.1",
         "decimate",
         "chunk-select",
+    }
+    of_a_length = {
         "state-norm",
         "state-norm:every=64",
         "window:tokens=48",
@@ -102,18 +114,8 @@ def test_all_is_in_the_order_of_controls_last():
         "attention-window:tokens=48",
         "reset-recurrence:every=48",
     }
-    assert set(standard(48)) == known and len(standard(48)) == len(known)
-    assert set(standard(None)) == {
-        "none",
-        "rri",
-        "rri:alpha=0.999,beta=1",
-        "a-winsor",
-        "a-scale:scale=1.5",
-        "delta-scale:scale=0.7",
-        "noise-start:std=0.1",
-        "decimate",
-        "chunk-select",
-        "recompute:last=512",
-        "recompute:last=2048",
-        "reset:every=512",
-    }
+    controls = {"recompute:last=512", "recompute:last=2048", "reset:every=512"}
+    named = {text.partition(":")[0] for text in without_a_length | of_a_length}  # a remedy that is new is another's
+    for train_length, settings in ((48, of_a_length), (None, controls)):
+        texts = {text for text in standard(train_length) if text.partition(":")[0] in named}
+        assert texts == without_a_length | settings

@@ -15,6 +15,7 @@ from rnn_longctx.models import checkpoint
 from rnn_longctx.models.checkpoint import layouts
 from rnn_longctx.models.checkpoint.weights import WEIGHTS
 from rnn_longctx.recurrence.policy import PLAIN
+from rnn_longctx.testing.remedies import calibration_text, model_of
 
 FOLDED = [
     "a-floor",
@@ -130,6 +131,22 @@ def test_what_cannot_be_folded(model, name):
         fold(model, name)
     assert "\n" not in str(error.value) and identity == (model.name, model.weights_hash, model.provenance)
     assert all(torch.equal(m.A_log, b) and m.policy == PLAIN for m, b in zip(model.mixers, before))
+
+
+@pytest.mark.parametrize("remedy", ["a-floor", "a-winsor", "a-scale:scale=0.5", "state-norm"])
+@pytest.mark.parametrize(
+    ("mixer", "reason"),
+    [
+        ("gla:heads=2", "the gla layers of own make their decays from the text"),
+        ("sliding-window:heads=2,window=16", "own has no recurrence"),
+    ],
+)
+def test_a_model_without_rates_is_refused_alike_whatever_the_remedy(mixer, reason, remedy):
+    model = model_of(mixer)
+    before = model.weights_hash
+    with pytest.raises(InputError, match=f"{remedy}.* cannot be folded into weights: {reason}"):
+        fold(model, remedy, calibration_text())
+    assert model.weights_hash == before and model.name == "own"
 
 
 def test_mistakes_of_a_fold(model, made):

@@ -1,6 +1,7 @@
 """A remedy from outside the package: its file is all that it takes."""
 
 import copy
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ import rnn_longctx
 from rnn_longctx import InputError, evaluate, fold, mitigate
 from rnn_longctx.config import parse_length
 from rnn_longctx.eval.search.calibrate import calibrate
-from rnn_longctx.mitigations import REMEDIES, NotApplicable, Remedy, active, parse_remedy, standard
+from rnn_longctx.mitigations import REMEDIES, NotApplicable, Plan, Remedy, active, parse_remedy, standard
+from rnn_longctx.mitigations.base import same_everywhere
 from rnn_longctx.plugins import load_plugin, register
 from rnn_longctx.testing.remedies import calibration_text, check_remedy, own_model
 
@@ -60,6 +62,15 @@ def test_it_is_held_to_the_contract(toy):
     check_remedy("toy-forget", kinds=["own"])
 
 
+def test_a_remedy_that_is_applicable_to_nothing_is_not_held_to_anything(toy, monkeypatch):
+    def plan(self, model, target_length=None, text=None):
+        raise NotApplicable("toy-forget cannot be used at all")
+
+    monkeypatch.setattr(toy, "plan", plan)
+    with pytest.raises(AssertionError, match="applicable to no kind of model"):
+        check_remedy("toy-forget", kinds=["own", "given gates"])
+
+
 def test_it_is_parsed_composed_and_put_on(toy):
     assert parse_remedy("toy-forget") == toy() and str(toy(2.0)) == "toy-forget:factor=2"
     with pytest.raises(InputError, match='did you mean "toy-forget"'):
@@ -98,8 +109,12 @@ def test_it_is_calibrated_and_not_folded(toy, tmp_path):
 
 
 def test_what_is_registered():
+    @dataclass(frozen=True)
     class Rival(Remedy):
         name = "rri"
+
+        def plan(self, model, target_length=None, text=None):
+            return Plan(same_everywhere(model))
 
     for thing, message in [
         (Rival, r"two mitigations are called 'rri': rnn_longctx\.mitigations\.rri\.RRI and .*Rival"),

@@ -1,9 +1,12 @@
 """Every recurrence's backends against its definition, for every field of a policy, with stepped and given gates."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from rnn_longctx.errors import InputError
+from rnn_longctx.recurrence.backends import Backends
 from rnn_longctx.recurrence.gates import Gates, ScanInputs, SteppedGates
 from rnn_longctx.recurrence.interface import RECURRENCES
 from rnn_longctx.recurrence.policy import PLAIN, ScanPolicy
@@ -100,6 +103,51 @@ def test_the_contract_finds_what_is_not_refused():
     lax.follows = SSD.follows - {"caps"}
     with pytest.raises(AssertionError, match="does not refuse"):
         contract.check_backend(lax, "torch", contract.POLICIES["caps"], stepped=True)
+
+
+@pytest.mark.parametrize("name", RECURRENCES)
+def test_what_is_followed_is_read(name):
+    contract.check_coverage(RECURRENCES[name])
+
+
+def some_backends(refuses, follows=SSD.follows, takes=SSD.takes):
+    """A recurrence of one backend, which refuses more than the scan's own."""
+    rule, backend = Forgetful(None), SSD.backends.known["torch"]
+    rule.follows, rule.takes, rule.backends = follows, takes, Backends()
+    rule.backends.register(replace(backend, refuses=lambda *a: refuses(*a) or backend.refuses(*a)))
+    return rule
+
+
+@pytest.mark.parametrize(
+    ("refuses", "follows", "message"),
+    [
+        (lambda policy, call: "not today", SSD.follows, "no backend of 'forgetful' reads SteppedGates"),
+        (lambda policy, call: None if call.stepped else "no", SSD.follows, "no backend of 'forgetful' reads Gates"),
+        (lambda policy, call: "no" if policy.caps else None, SSD.follows, "reads caps of a policy with SteppedGates"),
+        (
+            lambda policy, call: "no" if policy.reset and not call.stepped else None,
+            SSD.follows,
+            "reset of .* with Gates",
+        ),
+        (lambda policy, call: None, SSD.follows | {"warmth"}, "reads warmth of a policy"),
+    ],
+)
+def test_the_contract_finds_what_nobody_reads(refuses, follows, message):
+    contract.check_coverage(some_backends(lambda policy, call: None))
+    with pytest.raises(AssertionError, match=message):
+        contract.check_recurrence(some_backends(refuses, follows))
+
+
+def test_the_contract_finds_fields_of_steps_without_steps():
+    with pytest.raises(AssertionError, match="follows min_dt of a policy, and takes no gates"):
+        contract.check_recurrence(some_backends(lambda policy, call: None, takes=(Gates,)))
+
+
+def test_the_contract_finds_that_nothing_runs():
+    rule = some_backends(lambda policy, call: None)
+    rule.backends.remove("torch")
+    with pytest.raises(AssertionError, match="no backend of 'forgetful' runs here"):
+        contract.check_recurrence(rule)
 
 
 def test_inputs_by_name():
