@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 
 from rnn_longctx.data import Text, load_text
+from rnn_longctx.devices import device_name, dtype_name
 from rnn_longctx.eval.results import Results, Row
 from rnn_longctx.eval.stats import mean_stderr
 from rnn_longctx.eval.tables.sheets import Kind
@@ -69,8 +70,8 @@ class Measuring:
     ) -> Row:
         """Return the key of a cell; without arguments, what all cells of this model and remedy share."""
         m = self.model
-        device = torch.cuda.get_device_name(m.device) if m.device.type == "cuda" else m.device.type
-        rounded = {} if m.state_dtype is None else {"state_dtype": str(m.state_dtype).removeprefix("torch.")}
+        device = device_name(m.device)
+        rounded = {} if m.state_dtype is None else {"state_dtype": dtype_name(m.state_dtype)}
         return rounded | {
             "model": m.name,
             "weights_hash": self.weights_hash,

@@ -23,6 +23,7 @@ import torch
 
 from rnn_longctx.config import parse_length
 from rnn_longctx.data import Text, load_text, tokens
+from rnn_longctx.devices import dtype_name
 from rnn_longctx.errors import InputError, nearest
 from rnn_longctx.eval.jobs.base import Job, Measuring
 from rnn_longctx.eval.jobs.recall import Counts, Recall
@@ -146,7 +147,7 @@ def calibrate(
         "tried": [{"remedy": s.remedy, "loss": s.loss, "kept": s.passes} for s in tried],
     }
     if model.state_dtype is not None:
-        scores["state_dtype"] = str(model.state_dtype)[6:]
+        scores["state_dtype"] = dtype_name(model.state_dtype)
     scores["dtype"] = computes_as(model)
     return CalibrationFile(
         best.remedy,
