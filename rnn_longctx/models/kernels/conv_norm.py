@@ -135,9 +135,9 @@ def norm(
     y = torch.empty(shape, dtype=dtype or x.dtype, device=x.device)
     after = x if add is None else torch.empty(shape, dtype=total or x.dtype, device=x.device)
     BLOCK = triton.next_power_of_2(width)
-    arrays, strides = (flat, added, squares, gates, weight, after, y), (t.stride(0) for t in (flat, added, gates))
-    numbers = (width, eps, parts, add_width, add_eps)
-    options = {"HAS_ADD": add is not None, "HAS_GATE": gate is not None, "num_warps": min(8, max(1, BLOCK // 256))}
+    arrays = (flat, added, squares, gates, weight, after, y)
+    numbers = (flat.stride(0), added.stride(0), gates.stride(0), width, eps, parts, add_width, add_eps)
+    given, warps = {"HAS_ADD": add is not None, "HAS_GATE": gate is not None}, min(8, max(1, BLOCK // 256))
     with torch.cuda.device_of(x):
-        _norm[(flat.shape[0], groups)](*arrays, *strides, *numbers, BLOCK=BLOCK, PARTS=PARTS, **options)
+        _norm[(flat.shape[0], groups)](*arrays, *numbers, BLOCK=BLOCK, PARTS=PARTS, **given, num_warps=warps)
     return y, after

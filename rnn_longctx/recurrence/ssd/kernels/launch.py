@@ -85,12 +85,14 @@ def prepare_chunks(o: Operands | GradOperands, c: Blocks, per_segment: int | Non
     wild = torch.zeros(batch, heads, segments, dtype=torch.int32, device=dt.device)
     gram = torch.empty(batch, groups, chunks, c.Q, c.Q, dtype=B.dtype, device=dt.device)
     BH = min(32, triton.next_power_of_2(heads))
-    bias, pad, drop = (o.table if t is None else t for t in (o.dt_bias, o.pad, o.drop))
-    inputs, outputs = (dt, o.A, bias, o.table, pad, B, C, drop), (cum, scale, totals, spent, wild, gram)
+    table, bias, pad, drop = o.table, o.dt_bias, o.pad, o.drop
+    biases, pads = table if bias is None else bias, table if pad is None else pad
+    inputs = (dt, o.A, biases, table, pads, B, C, table if drop is None else drop)
+    outputs = (cum, scale, totals, spent, wild, gram)
     strides = (*dt.stride(), *B.stride()[:3], *C.stride()[:3])
     sizes = (length, heads, d_state, groups, chunks, size, segments)
     tiles = {"Q": c.Q, "BH": BH, "BN": c.BN, "FULL": B.dtype == torch.float32, "num_warps": 4}
-    given = {"HAS_BIAS": o.dt_bias is not None, "HAS_PAD": o.pad is not None, "HAS_DROP": o.drop is not None}
+    given = {"HAS_BIAS": bias is not None, "HAS_PAD": pad is not None, "HAS_DROP": drop is not None}
     prepare.prepare_chunk[(chunks, groups + triton.cdiv(heads, BH), batch)](
         *inputs, *outputs, o.low, o.high, LIMIT, *strides, *sizes, **tiles, **given, SOFTPLUS=o.softplus
     )
@@ -150,7 +152,8 @@ def scan_forward(
     looks = (1, 1) if sums is None else (sums.shape[3], look // c.Q)
     z, weight, squares = (y, table, table) if gate is None else gate
     strides = (*x.stride()[:3], *B.stride()[:3], *C.stride()[:3], *y.stride()[:3], *z.stride()[:3], *Ds)
-    skip, first, looked = (table if t is None else t for t in (D, initial, sums))
+    skip, first = table if D is None else D, table if initial is None else initial
+    looked = table if sums is None else sums
     given = {"HAS_D": D is not None, "HAS_LOOK": sums is not None, "HAS_GATE": gate is not None}
     options = {**shared, **given, "STAGES": c.stages, "ALONE": initial is None}
     for wild in (False, True):
