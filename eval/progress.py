@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
+
+from rnn_longctx.progress import to_stderr
 
 
 class Progress:
@@ -40,7 +41,7 @@ class Progress:
     def say(self, text: str) -> None:
         """Say what is being measured."""
         if self.lines:
-            print(f"{self.read / self.tokens:4.0%} {text}", file=sys.stderr, flush=True)
+            to_stderr(f"{self.read / self.tokens:4.0%} {text}")
         if self.bar:
             self.bar.update(self.task, description=text)
 

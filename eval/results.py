@@ -17,8 +17,8 @@ import io
 import json
 import logging
 import os
+import tempfile
 import time
-import uuid
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ import pandas as pd
 
 from rnn_longctx.config import home_path
 from rnn_longctx.errors import InputError
+from rnn_longctx.files import write_atomic
 
 # What makes two cells different. `length` in tokens; `depth` a fraction, None for all depths together; `state_dtype`
 # what the recurrent state is rounded to between calls, None for the scan's own float32 (float64 under float64).
@@ -61,9 +62,10 @@ class Results:
         try:
             self._cells.mkdir(parents=True, exist_ok=True)
             for folder in (self.directory, self._cells):
-                probe = folder / f".probe-{uuid.uuid4().hex}"
-                write_atomic(probe, b"probe")
-                probe.unlink()
+                with tempfile.TemporaryFile(dir=folder) as probe:
+                    probe.write(b"probe")
+                    probe.flush()
+                    os.fsync(probe.fileno())
         except OSError as error:
             raise InputError(f"cannot write results to {directory}: {error.strerror or error}") from None
         for left in [p for folder in (".", "cells", "snapshots") for p in (self.directory / folder).glob(".*.tmp")]:
@@ -77,7 +79,8 @@ class Results:
         return _read_cell(self._path(key))
 
     def put(self, row: Mapping[str, Any]) -> None:
-        """Store a row at once; one with the same key is replaced. ValueError: no such column, wrong kind."""
+        """Store a row at once; one with the same key is replaced. ValueError: no such column, wrong kind. InputError:
+        it cannot be written."""
         clean = _clean(row)
         stored = {"checksum": _checksum(clean), "row": clean}
         write_atomic(self._path(row), json.dumps(stored).encode())
@@ -147,17 +150,6 @@ class Results:
 
     def _path(self, key: Mapping[str, Any]) -> Path:
         return self._cells / f"{_cell_id(_clean(key))}.json"
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write `data` so that, whenever the run is killed, `path` holds what it held before or all of `data`."""
-    # In the same directory: a rename must not cross disks.
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def canonical_key(key: Mapping[str, Any]) -> str:

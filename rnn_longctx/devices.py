@@ -9,14 +9,14 @@ from rnn_longctx.errors import InputError, nearest, one_line
 DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
 
 
-def dtype_name(dtype: torch.dtype) -> str:
-    """Return "float32" of torch.float32."""
+def dtype_name(dtype: torch.dtype | str) -> str:
+    """Return "float32" of torch.float32, and of its text "torch.float32"."""
     return str(dtype).removeprefix("torch.")
 
 
 def dtype_of(dtype: torch.dtype | str) -> torch.dtype:
     """Return one of `DTYPES` by its name, or as it is. Raises InputError for another."""
-    name = str(dtype).removeprefix("torch.")
+    name = dtype_name(dtype)
     if name not in DTYPES:
         raise InputError(f"unknown dtype {name!r}{nearest(name, DTYPES)}")
     return DTYPES[name]

@@ -10,6 +10,7 @@ import torch
 
 from rnn_longctx.errors import InputError, one_line
 from rnn_longctx.files import replacing, write_atomic
+from rnn_longctx.models.cache import Cache
 
 
 def test_written_whole_or_not_at_all(tmp_path):
@@ -32,6 +33,17 @@ def test_it_reaches_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", lambda a, b: (order.append("replace"), replace(a, b)))
     write_atomic(tmp_path / "file", b"one")
     assert order == ["fsync", "replace"]
+    write_atomic(tmp_path / "file", b"two", sync=False)
+    assert order == ["fsync", "replace", "replace"] and (tmp_path / "file").read_bytes() == b"two"
+
+
+def test_saved_carries_reach_the_disk_and_a_failed_save_leaves_the_old(tmp_path, monkeypatch):
+    path = tmp_path / "carries"
+    Cache([], torch.tensor([3])).save(path)
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(InputError, match=r"cannot write .*carries: No space left on device"):
+        Cache([], torch.tensor([4])).save(path)
+    assert Cache.load(path).position.tolist() == [3] and os.listdir(tmp_path) == ["carries"]
 
 
 def full(*_, **__):

@@ -5,14 +5,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import uuid
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
 from rnn_longctx.config import home_path
 from rnn_longctx.errors import InputError
+from rnn_longctx.files import write_atomic
 from rnn_longctx.probes.monitor.judge import STATUSES, Report
 
 
@@ -46,7 +45,9 @@ class Journal:
             self._log.writelines(json.dumps(_line(report, now)) + "\n" for report in reports)
             self._log.flush()
         if self._metrics is not None:
-            _replace(self._metrics, exposition(last or Report(0, "ok", (), 0, 0.0, None), warnings))
+            metrics = exposition(last or Report(0, "ok", (), 0, 0.0, None), warnings)
+            # rewritten at every look, with nothing lost in a crash: it does not wait for the disk
+            write_atomic(home_path(self._metrics), metrics.encode(), sync=False)
 
     def close(self) -> None:
         if self._log is not None:
@@ -85,16 +86,3 @@ def _line(report: Report, now: str) -> dict[str, object]:
 
 def _number(value: float | None) -> float | None:
     return None if value is None or not math.isfinite(value) else round(value, 4)
-
-
-def _replace(path: str | Path, text: str) -> None:
-    """Rewrite a file so that a reader sees it whole. It is rewritten at every look, and nothing is lost with it: it
-    does not wait for the disk, as `rnn_longctx.files` does. Raises InputError where it cannot be written."""
-    path = home_path(path)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        temporary.write_text(text)
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise InputError(f"cannot write {path}: {error.strerror}") from None

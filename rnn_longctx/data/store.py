@@ -91,7 +91,7 @@ class _Build:
                     if file == self.final:
                         self.shards = []
                     self._write()
-                    os.replace(self.part, self.final)
+                    os.replace(self.part, self.final)  # every shard of it is on the disk, see `_append`
                 tokens = np.memmap(self.final, self.dtype, "c") if self._sum("tokens") else None
         except OSError as error:
             reason = error.strerror or error

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import uuid
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from torch import Tensor
 
 from rnn_longctx.config import home_path
 from rnn_longctx.errors import InputError
+from rnn_longctx.files import replacing
 from rnn_longctx.models.carries import TYPES, carry, tree_zip
 from rnn_longctx.models.mixers import MIXERS
 from rnn_longctx.recurrence.carry import ON_CPU, tree_map
@@ -85,13 +84,15 @@ class Cache:
         return tree_zip(lambda ts: torch.cat(ts)[back.to(ts[0].device)], parts)
 
     def save(self, path: str | Path, extra: dict[str, Tensor] | None = None, note: Any = None) -> None:
-        """Write to one safetensors file by atomic rename; `extra` tensors and a JSON `note` travel with it."""
+        """Write to one safetensors file by atomic rename; `extra` tensors and a JSON `note` travel with it.
+
+        Raises:
+            InputError: a carry that is not registered, or a file that cannot be written.
+        """
         tensors: dict[str, Tensor] = {f"extra.{k}": v.contiguous() for k, v in (extra or {}).items()}
         shape = _flatten(self, "cache", tensors)
-        path = home_path(path)
-        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-        save_file(tensors, temporary, {"cache": json.dumps(shape), "note": json.dumps(note)})
-        os.replace(temporary, path)
+        with replacing(home_path(path)) as aside:
+            save_file(tensors, aside, {"cache": json.dumps(shape), "note": json.dumps(note)})
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str = "cpu") -> Cache:

@@ -148,30 +148,19 @@ class Decoder:
         mixers: list[Any] = model.mixers
         h, out = model.backbone.embedding(self._token), None
         A = -torch.stack([m.A_log.float() for m in mixers]).exp()  # (each time: the weights may have changed)
+        before, after = ([conv[which] for conv in self._conv] for which in (turn, 1 - turn))
         for i, layer in enumerate(model.layers):
             m: Any = layer.mixer
             c, policy = m.config, m.policy
             projected, h = _project(layer.norm, m.in_proj, h, out, in_fp32)
             y = projected.new_empty(len(projected), c.d_inner, dtype=torch.float32)
+            every = policy.caps[0].every if policy.caps else 1
             decode.decode(
                 projected,
-                m.conv1d.weight[:, 0],
-                m.conv1d.bias,
-                self._conv[i][turn],
-                self._conv[i][1 - turn],
-                A[i],
-                m.dt_bias,
-                m.D,
-                self._tables[i],
-                self._caps[i],
-                self._position,
-                self._states[i],
-                self._log_decay[i],
+                decode.Weights(m.conv1d.weight[:, 0], m.conv1d.bias, A[i], m.dt_bias, m.D, c.ngroups, c.dt_limit),
+                decode.Rules(self._tables[i], self._caps[i], every, policy.reset),
+                decode.Memory(before[i], after[i], self._position, self._states[i], self._log_decay[i]),
                 y,
-                c.ngroups,
-                c.dt_limit,
-                policy.caps[0].every if policy.caps else 1,
-                policy.reset,
             )
             out = _project(m.norm, m.out_proj, y)[0]
         logits = _project(model.backbone.norm_f, model.lm_head, h, out, in_fp32)[0]

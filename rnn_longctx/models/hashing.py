@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rnn_longctx.devices import DTYPES
 from rnn_longctx.errors import InputError
 from rnn_longctx.models.patches import patches
 from rnn_longctx.models.precision import computes_as
@@ -258,7 +259,7 @@ def held(module: nn.Module, name: str) -> Tensor:
     return offloaded(module, name) if t.is_meta else t
 
 
-def device_of(module: nn.Module, t: Tensor) -> torch.device:
+def computed_on(module: nn.Module, t: Tensor) -> torch.device:
     """Return the device that a module's tensor is computed on."""
     if not t.is_meta:
         return t.device
@@ -278,4 +279,4 @@ def _maps(module: nn.Module) -> list[Mapping[str, Tensor]]:
 def computes_in(weight: Any) -> torch.dtype | None:
     """Return the type of a weight, or None where that is how it is packed (bytes, 8-bit floats) or there is none."""
     dtype = getattr(weight, "dtype", None)
-    return dtype if dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64) else None
+    return dtype if dtype in DTYPES.values() else None

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rnn_longctx.devices import dtype_name
 from rnn_longctx.errors import InputError
 
 
@@ -33,5 +34,5 @@ def rows_of(ids: Any, expected: str = "a stream is read from token ids (B, T) or
     if rows.ndim != 2:
         raise InputError(f"{expected}; got shape {tuple(rows.shape)}")
     if rows.numel() and (rows.is_floating_point() or rows.is_complex() or rows.dtype == torch.bool):
-        raise InputError(f"{expected}; got {str(rows.dtype)[6:]} of shape {tuple(rows.shape)}")
+        raise InputError(f"{expected}; got {dtype_name(rows.dtype)} of shape {tuple(rows.shape)}")
     return rows.long()

@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 
+from rnn_longctx.devices import DTYPES, dtype_name
 from rnn_longctx.errors import InputError, nearest
-
-STATES = {str(d)[6:]: d for d in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
 
 
 def computes_as(model: Any) -> str:
@@ -18,9 +17,9 @@ def computes_as(model: Any) -> str:
 
     Convolutions of cuDNN are left out: it rounds them to TF32 unless it is told not to, and hardly any is called.
     """
-    kind, weights = model.device.type, str(model.dtype).removeprefix("torch.")
+    kind, weights = model.device.type, dtype_name(model.dtype)
     if torch.is_autocast_enabled(kind):
-        cast = str(torch.get_autocast_dtype(kind)).removeprefix("torch.")
+        cast = dtype_name(torch.get_autocast_dtype(kind))
         return f"{cast} autocast" + ("" if weights == "float32" else f" of {weights}")
     products = _products(kind)
     return weights if weights != "float32" or products is None else f"{weights} with {products} products"
@@ -43,8 +42,8 @@ def state_dtype(requested: torch.dtype | str | None, dtype: torch.dtype) -> torc
     """What `use_state_dtype` asks for in a model of `dtype`; None where the scan's states are of that type anyway."""
     if requested is None:
         return None
-    name = str(requested).removeprefix("torch.")
-    if name not in STATES:
-        raise InputError(f"a state is kept in {', '.join(STATES)}, not in {name!r}{nearest(name, STATES)}")
-    chosen = STATES[name]
+    name = dtype_name(requested)
+    if name not in DTYPES:
+        raise InputError(f"a state is kept in {', '.join(DTYPES)}, not in {name!r}{nearest(name, DTYPES)}")
+    chosen = DTYPES[name]
     return None if chosen == (torch.float64 if dtype == torch.float64 else torch.float32) else chosen

@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from safetensors import SafetensorError
 from torch import nn
 
 from rnn_longctx.config import home_path
+from rnn_longctx.devices import dtype_name
 from rnn_longctx.errors import InputError
 from rnn_longctx.models.adopt.adopting import as_language_model
 from rnn_longctx.models.adopt.cache import AdoptedCache
@@ -52,10 +52,10 @@ def save_state(
     }
     try:
         home_path(path).parent.mkdir(parents=True, exist_ok=True)
-        plain, extra = to_cache(cache) if isinstance(cache, AdoptedCache) else (cache, {})
-        plain.save(path, extra, note)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from None
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror or error}") from None
+    plain, extra = to_cache(cache) if isinstance(cache, AdoptedCache) else (cache, {})
+    plain.save(path, extra, note)
 
 
 def target_of(path: str | Path) -> int | None:
@@ -81,7 +81,7 @@ def load_state(path: str | Path, model: LanguageModel | nn.Module) -> StreamCach
     if note["policies"] != policies_hash(model):
         raise InputError(f"{path} was read with the remedy {note['remedy']}: put the same on, found as it was then")
     if note.get("states", "None") != str(model.state_dtype):
-        precision = note["states"].replace("None", "full precision").removeprefix("torch.")
+        precision = dtype_name(note["states"]).replace("None", "full precision")
         raise InputError(f"{path} was read with states in {precision}: give the same --state-dtype")
     if (was := note.get("dtype")) not in (None, now := computes_as(model)):
         raise InputError(f"{path} was read in {was}, and {model.name} computes in {now} now: read on as it was begun")

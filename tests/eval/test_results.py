@@ -15,7 +15,6 @@ import pandas as pd
 import pytest
 
 from rnn_longctx.errors import InputError
-from rnn_longctx.eval import results
 from rnn_longctx.eval.results import COLUMNS, KEY, Results, canonical_key
 
 
@@ -110,8 +109,8 @@ def test_a_write_that_fails_leaves_the_old_cell(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     for name in ("replace", "fsync"):
-        with monkeypatch.context() as patch, pytest.raises(OSError):
-            patch.setattr(results.os, name, fail)
+        with monkeypatch.context() as patch, pytest.raises(InputError, match="No space left"):
+            patch.setattr(os, name, fail)
             store.put(row(value=2.0))
         cell = store.get(row())
         assert cell is not None and cell["value"] == 1.0
@@ -227,7 +226,7 @@ def test_the_probe_really_writes(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(results.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(InputError, match="No space left on device"):
         Results(tmp_path)
 

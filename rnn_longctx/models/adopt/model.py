@@ -23,7 +23,7 @@ from rnn_longctx.models.adopt.mixer import AdoptedMixer
 from rnn_longctx.models.adopt.packed import read_packed
 from rnn_longctx.models.adopt.wrapped import unreadable
 from rnn_longctx.models.checkpoint.tokenizer import LazyTokenizer, tokenizer_of
-from rnn_longctx.models.hashing import Identified, computes_in, device_of
+from rnn_longctx.models.hashing import Identified, computed_on, computes_in
 from rnn_longctx.models.ids import rows_of
 from rnn_longctx.models.interface import LayerByLayer, StateSize
 from rnn_longctx.models.losses import token_losses
@@ -213,7 +213,7 @@ class Adopted(Hooked, Identified):
     @property
     def device(self) -> torch.device:
         weight = getattr(self.embedding, "weight", None)
-        return device_of(self.embedding, weight if isinstance(weight, Tensor) else next(self.parameters()))
+        return computed_on(self.embedding, weight if isinstance(weight, Tensor) else next(self.parameters()))
 
     @property
     def dtype(self) -> torch.dtype:

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from rnn_longctx.config import home_path
 from rnn_longctx.devices import dtype_of
 from rnn_longctx.errors import InputError, one_line
+from rnn_longctx.files import to_disk
 from rnn_longctx.models.checkpoint import layouts
 from rnn_longctx.models.checkpoint.json_files import write_json
 from rnn_longctx.models.checkpoint.tokenizer import tokenizer_spec, write_tokenizer
@@ -86,8 +87,7 @@ def save(
         else:
             save_file(state, aside / "model.safetensors", {"format": "pt"})
         for file in aside.iterdir():
-            with file.open("rb") as f:
-                os.fsync(f.fileno())
+            to_disk(file)
         _put(aside, directory)
     except (OSError, RuntimeError, SafetensorError) as error:  # torch.save wraps the first in the second
         raise InputError(f"cannot write the checkpoint {directory}: {one_line(error)}") from None

@@ -78,12 +78,13 @@ def conv_silu(x: Tensor, weight: Tensor, bias: Tensor | None, before: Tensor | N
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     after = torch.empty(batch, channels, taps - 1, dtype=x.dtype, device=x.device)
     BT, BC = CONV
+    biases, past = weight if bias is None else bias, x if before is None else before.to(x.dtype)
+    arrays, sizes = (x, weight[:, 0].t().contiguous(), biases, past, y, after), (*x.stride()[:2], length, channels)
+    given = {"HAS_BIAS": bias is not None, "HAS_BEFORE": before is not None}
     with torch.cuda.device_of(x):
         _conv_silu[(triton.cdiv(length, BT), triton.cdiv(channels, BC), batch)](
-            x, weight[:, 0].t().contiguous(), weight if bias is None else bias,
-            x if before is None else before.to(x.dtype), y, after, *x.stride()[:2], length, channels, TAPS=taps, BT=BT,
-            BC=BC, HAS_BIAS=bias is not None, HAS_BEFORE=before is not None, num_warps=1,
-        )  # fmt: skip
+            *arrays, *sizes, TAPS=taps, BT=BT, BC=BC, **given, num_warps=1
+        )
     return y, after
 
 
@@ -111,9 +112,16 @@ def _norm(x, add, squares, gate, weight, total, y, sx, sa, sg, width, eps, parts
     tl.store(y + row * tl.num_programs(1) * width + at, v.to(y.dtype.element_ty), mask=here)
 
 
-def norm(x: Tensor, weight: Tensor, eps: float, groups: int = 1, gate: Tensor | None = None,
-         add: Tensor | DeferredNorm | None = None, dtype: torch.dtype | None = None,
-         total: torch.dtype | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
+def norm(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    groups: int = 1,
+    gate: Tensor | None = None,
+    add: Tensor | DeferredNorm | None = None,
+    dtype: torch.dtype | None = None,
+    total: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
     """RMSNorm of x (..., dim) (+ add) (* silu(gate)), over each of `groups` equal parts, times weight; in `dtype`, or
     x's. Returns it and x + add (in type `total`, or x's; x itself without add)."""
     shape, width = x.shape, x.shape[-1] // groups
@@ -127,10 +135,9 @@ def norm(x: Tensor, weight: Tensor, eps: float, groups: int = 1, gate: Tensor | 
     y = torch.empty(shape, dtype=dtype or x.dtype, device=x.device)
     after = x if add is None else torch.empty(shape, dtype=total or x.dtype, device=x.device)
     BLOCK = triton.next_power_of_2(width)
+    arrays = (flat, added, squares, gates, weight, after, y)
+    numbers = (flat.stride(0), added.stride(0), gates.stride(0), width, eps, parts, add_width, add_eps)
+    given, warps = {"HAS_ADD": add is not None, "HAS_GATE": gate is not None}, min(8, max(1, BLOCK // 256))
     with torch.cuda.device_of(x):
-        _norm[(flat.shape[0], groups)](
-            flat, added, squares, gates, weight, after, y, flat.stride(0), added.stride(0), gates.stride(0), width,
-            eps, parts, add_width, add_eps, BLOCK=BLOCK, HAS_ADD=add is not None, PARTS=PARTS,
-            HAS_GATE=gate is not None, num_warps=min(8, max(1, BLOCK // 256)),
-        )  # fmt: skip
+        _norm[(flat.shape[0], groups)](*arrays, *numbers, BLOCK=BLOCK, PARTS=PARTS, **given, num_warps=warps)
     return y, after

@@ -120,13 +120,15 @@ class _ConvSilu(torch.autograd.Function):
         dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         dbefore = None if before is None else before.new_zeros(before.shape)
         sums = torch.empty(batch, parts, edge + 2, channels, dtype=torch.float32, device=x.device)
+        biases, past = weight if bias is None else bias, x if before is None else before.to(x.dtype).contiguous()
+        inputs = (x, weight[:, 0].t().contiguous(), biases, past, dy)
+        grads = (dx, dx if dbefore is None else dbefore, sums)
+        given = {"HAS_BIAS": bias is not None, "HAS_BEFORE": before is not None}
+        sizes, tiles = (*x.stride()[:2], *dy.stride()[:2], length, channels), {"TAPS": edge + 1, "BT": BT, "BC": BC}
         with torch.cuda.device_of(x):
             _conv_silu_backward[(parts, triton.cdiv(channels, BC), batch)](
-                x, weight[:, 0].t().contiguous(), weight if bias is None else bias,
-                x if before is None else before.to(x.dtype).contiguous(), dy, dx, dx if dbefore is None else dbefore,
-                sums, *x.stride()[:2], *dy.stride()[:2], length, channels, TAPS=edge + 1, BT=BT, BC=BC,
-                HAS_BIAS=bias is not None, HAS_BEFORE=before is not None, num_warps=1,
-            )  # fmt: skip
+                *inputs, *grads, *sizes, **tiles, **given, num_warps=1
+            )
         if dafter is not None and edge:  # the last inputs of what came before and x, in this order
             kept = min(length, edge)
             dx[:, length - kept :] += dafter[..., edge - kept :].transpose(1, 2)
@@ -183,8 +185,17 @@ class _Norm(torch.autograd.Function):
     """Keeps the sum alone, which the next block's norm keeps anyway, or x and the gate."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, gate: Tensor | None, add: Tensor | None, eps: float, groups: int,
-                dtype: torch.dtype | None, total: torch.dtype | None) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        gate: Tensor | None,
+        add: Tensor | None,
+        eps: float,
+        groups: int,
+        dtype: torch.dtype | None,
+        total: torch.dtype | None,
+    ) -> tuple[Tensor, Tensor | None]:
         y, after = conv_norm.norm(x, weight, eps, groups, gate, add, dtype, total)
         ctx.save_for_backward(after, weight, gate)
         ctx.eps, ctx.groups, ctx.types = eps, groups, (x.dtype, None if add is None else add.dtype)
@@ -197,9 +208,7 @@ class _Norm(torch.autograd.Function):
         x, weight, gate = ctx.saved_tensors
         dim, (own, added) = x.shape[-1], ctx.types
         dy = torch.zeros_like(x) if dy is None else dy
-        flat, gates, grads, totals = (
-            weight[None] if t is None else t.reshape(-1, dim) for t in (x, gate, dy, dtotal)
-        )  # fmt: skip
+        flat, gates, grads, totals = (weight[None] if t is None else t.reshape(-1, dim) for t in (x, gate, dy, dtotal))
         flat, grads, totals = (t if t.stride(1) == 1 else t.contiguous() for t in (flat, grads, totals))
         rows, width = flat.shape[0], dim // ctx.groups
         parts = triton.cdiv(rows, ROWS)
@@ -209,19 +218,26 @@ class _Norm(torch.autograd.Function):
         dgate = None if gate is None else torch.empty(x.shape, dtype=gate.dtype, device=x.device)
         sums = torch.empty(parts, dim, dtype=torch.float32, device=x.device)
         BLOCK = triton.next_power_of_2(width)
+        arrays = (flat, gates, weight, grads, totals, dx, dadd, dx if dgate is None else dgate, sums)
+        strides = (flat.stride(0), gates.stride(0), grads.stride(0), totals.stride(0))
+        given = {"HAS_TOTAL": dtotal is not None, "HAS_ADD": apart, "HAS_GATE": gate is not None}
+        tiles = {"BLOCK": BLOCK, "ROWS": ROWS, "num_warps": min(8, max(1, BLOCK // 256))}
         with torch.cuda.device_of(x):
-            _norm_backward[(parts, ctx.groups)](
-                flat, gates, weight, grads, totals, dx, dadd, dx if dgate is None else dgate, sums, rows, dim, width,
-                ctx.eps, flat.stride(0), gates.stride(0), grads.stride(0), totals.stride(0), BLOCK=BLOCK, ROWS=ROWS,
-                HAS_TOTAL=dtotal is not None, HAS_ADD=apart, HAS_GATE=gate is not None,
-                num_warps=min(8, max(1, BLOCK // 256)),
-            )  # fmt: skip
+            _norm_backward[(parts, ctx.groups)](*arrays, rows, dim, width, ctx.eps, *strides, **tiles, **given)
         dweight = sums.sum(0).to(weight.dtype)
         return dx, dweight, dgate, None if added is None else dadd, None, None, None, None
 
 
-def norm(x: Tensor, weight: Tensor, eps: float, groups: int = 1, gate: Tensor | None = None, add: Tensor | None = None,
-         dtype: torch.dtype | None = None, total: torch.dtype | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
+def norm(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    groups: int = 1,
+    gate: Tensor | None = None,
+    add: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    total: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
     """`conv_norm.norm` with gradients of x, weight, gate and add, and through both that it returns."""
     y, after = _Norm.apply(x, weight, gate, add, eps, groups, dtype, total)
     return y, x if add is None else after

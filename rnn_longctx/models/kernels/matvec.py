@@ -30,8 +30,12 @@ def _norm_linear(x, add, norm, weight, bias, total, y, sx, sa, dim, outs, eps,
     program, e = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     r = program * ROWS + tl.arange(0, ROWS)
     inside, here = r < outs, e < dim
-    W = tl.load((weight + r * dim)[:, None] + e[None, :], mask=inside[:, None] & here[None, :], other=0.0,
-                eviction_policy="evict_first")  # fmt: skip
+    W = tl.load(
+        (weight + r * dim)[:, None] + e[None, :],
+        mask=inside[:, None] & here[None, :],
+        other=0.0,
+        eviction_policy="evict_first",
+    )
     scale = tl.load(norm + e, mask=here, other=0.0).to(tl.float32)
     start = tl.zeros((ROWS,), tl.float32)
     if HAS_BIAS:
@@ -58,8 +62,16 @@ def _norm_linear(x, add, norm, weight, bias, total, y, sx, sa, dim, outs, eps,
         tl.store(y + b * outs + r, product.to(y.dtype.element_ty), mask=inside)
 
 
-def norm_linear(x: Tensor, scale: Tensor, weight: Tensor, bias: Tensor | None, eps: float, groups: int = 1,
-                add: Tensor | None = None, total: torch.dtype | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
+def norm_linear(
+    x: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    groups: int = 1,
+    add: Tensor | None = None,
+    total: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
     """RMSNorm of x (B, I) (+ add), over each of `groups` equal parts, times scale (I); times weight (O, I), plus bias
     (O). Returns it, (B, O) in the weight's type, and x + add (in type `total`, or x's; x itself without add). For a B
     of up to MOST."""
@@ -69,12 +81,14 @@ def norm_linear(x: Tensor, scale: Tensor, weight: Tensor, bias: Tensor | None, e
     ROWS = rows_of(BLOCK, size)
     y = torch.empty(batch, outs, dtype=weight.dtype, device=x.device)
     after, added = (x, x) if add is None else (torch.empty(x.shape, dtype=total or x.dtype, device=x.device), add)
+    arrays = (x, added, scale, weight, scale if bias is None else bias, after, y)
+    sizes, tiles = (x.stride(0), added.stride(0), dim, outs), {"ROWS": ROWS, "BLOCK": BLOCK}
+    options = {"BATCH": batch, "GROUPS": groups, "HAS_ADD": add is not None, "HAS_BIAS": bias is not None}
+    warps = warps_of(ROWS, BLOCK, size)
     with torch.cuda.device_of(x):
         _norm_linear[(triton.cdiv(outs, ROWS),)](
-            x, added, scale, weight, scale if bias is None else bias, after, y, x.stride(0), added.stride(0), dim, outs,
-            eps, BATCH=batch, GROUPS=groups, ROWS=ROWS, BLOCK=BLOCK, HAS_ADD=add is not None, HAS_BIAS=bias is not None,
-            num_warps=warps_of(ROWS, BLOCK, size), **dependent(x),
-        )  # fmt: skip
+            *arrays, *sizes, eps, **tiles, **options, **dependent(x), num_warps=warps
+        )
     return y, after
 
 

@@ -8,15 +8,17 @@ a block is read alone. Nothing of the size of the stream is made but y.
 from __future__ import annotations
 
 from dataclasses import fields, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from rnn_longctx.recurrence.backends import Reading
 from rnn_longctx.recurrence.carry import ScanCarry, WindowCarry, tree_map
-from rnn_longctx.recurrence.gates import ScanInputs, SteppedGates
+from rnn_longctx.recurrence.gates import SteppedGates
 from rnn_longctx.recurrence.policy import ScanPolicy
 from rnn_longctx.recurrence.ssd import pytorch, window
+from rnn_longctx.recurrence.ssd.operands import Operands
 
 SHORT = 16  # tokens in a call below which PyTorch's few products are as fast
 ROWS = 2**15  # blocks of a window times those of a state: a grid's last axis ends at 65535 programs
@@ -38,7 +40,27 @@ def run(reading: Reading, table: Tensor) -> tuple[Tensor, ScanCarry]:
     dense = replace(
         gates, A=gates.A.contiguous(), dt_bias=None if gates.dt_bias is None else gates.dt_bias.contiguous()
     )
-    read = _Reader(ScanInputs(x, B, C, inputs.D), dense, policy, table)
+    o = Operands(
+        x,
+        gates.dt,
+        dense.A,
+        B,
+        C,
+        inputs.D,
+        dense.dt_bias,
+        initial=carry.state,
+        table=table,
+        pad=None,
+        drop=None,
+        caps=None,
+        low=float(gates.dt_limit[0]),
+        high=float(gates.dt_limit[1]),
+        softplus=gates.softplus,
+        every=0,
+        due=[],
+        position=0,
+    )
+    read = _Reader(o, dense, policy)
     held, log_decay, t = carry.window, carry.log_decay, 0
     with torch.cuda.device_of(x):  # Triton launches on the current device
         while t < length:
@@ -56,132 +78,73 @@ def run(reading: Reading, table: Tensor) -> tuple[Tensor, ScanCarry]:
 
 
 class _Reader:
-    """One call's inputs, and y, which what is read is written into."""
+    """One call's operands, and y, which what is read is written into."""
 
-    def __init__(self, inputs: ScanInputs, gates: SteppedGates, policy: ScanPolicy, table: Tensor) -> None:
+    def __init__(self, operands: Operands, gates: SteppedGates, policy: ScanPolicy) -> None:
         from rnn_longctx.recurrence.ssd.kernels import launch
 
-        x, B = inputs.x, inputs.B
-        self.x, self.B, self.C, self.D = x, B, inputs.C, inputs.D
-        self.gates, self.dt, self.A, self.dt_bias = gates, gates.dt, gates.A, gates.dt_bias
-        self.low, self.high = float(gates.dt_limit[0]), float(gates.dt_limit[1])
-        self.policy, self.size, self.table = policy, policy.window or 0, table
-        self.blocks = launch.blocks(x.shape[3], B.shape[3], x.dtype, 0)
+        x = operands.x
+        self.operands, self.gates, self.policy, self.size = operands, gates, policy, policy.window or 0
+        self.blocks = launch.blocks(x.shape[3], operands.B.shape[3], x.dtype, 0)
         self.y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
     def inside_block(self, t: int, count: int, w: WindowCarry | None, carry: ScanCarry) -> tuple[WindowCarry, Tensor]:
         """`count` tokens from t on that lie in one block and do not make one; the carry, and their log-decay (B,H)."""
         from rnn_longctx.recurrence.ssd.kernels import window as kernels
 
-        x, dt, B, C, y = (v[:, t : t + count] for v in (self.x, self.dt, self.B, self.C, self.y))
+        o, y = self.operands.tokens(t, t + count), self.y[:, t : t + count]
         gates = self.gates.tokens(t, t + count).worked_out(torch.float32, self.policy)
         log_decay, scale = gates.log_decay, gates.input_scale
-        B_wide, offset = B.float(), 0 if w is None else w.x.shape[1]
-        held = w or window.empty(x.float(), log_decay, B_wide, self.size, carry)
-        block, ready = self._scan(x, dt, B, C, y, held.block.float().contiguous())
+        B_wide, offset = o.B.float(), 0 if w is None else w.x.shape[1]
+        held = w or window.empty(o.x.float(), log_decay, B_wide, self.size, carry)
+        block, ready = self._scan(o, y, held.block.float().contiguous())
         if w is not None:
-            spans = kernels.Spans(self.A, self.table, self.low, ready)
-            kernels.carried(
-                C,
-                y,
-                self.A,
-                self.table,
-                self.low,
-                w.head,
-                w.x_before,
-                w.B_before,
-                w.after,
-                ready,
-                spans,
-                offset,
-                window.CHUNK,
-                1,
-                self.blocks,
-            )
-        held = window.extend(held, block, x * scale[..., None], B_wide, log_decay)
+            before = kernels.Carried(w.head, w.x_before, w.B_before, w.after, window.CHUNK, offset)
+            kernels.carried(o, y, before, kernels.Spans(o, ready), 1, self.blocks)
+        held = window.extend(held, block, o.x * scale[..., None], B_wide, log_decay)
         return held, ready.spent.sum(2, dtype=torch.float64)
 
     def whole_blocks(self, t: int, blocks: int, w: WindowCarry | None) -> tuple[WindowCarry, Tensor]:
         """That many blocks from t on, the first of which begins there; the carry, and their log-decay (B,H)."""
-        batch, size = len(self.x), self.size
-        arrays = [v[:, t : t + blocks * size] for v in (self.x, self.dt, self.B, self.C, self.y)]
-        if batch == 1 or all(v.stride(0) == blocks * size * v.stride(1) for v in arrays):
-            return self._rows(arrays, blocks, w)
+        length = blocks * self.size
+        o, y = self.operands.tokens(t, t + length), self.y[:, t : t + length]
+        batch = len(y)
+        if batch == 1 or all(v.stride(0) == length * v.stride(1) for v in (o.x, o.dt, o.B, o.C, y)):
+            return self._rows(o, y, blocks, w)
         rows = [  # one row of the batch after the other: their blocks do not stand at equal distances
-            self._rows([v[b : b + 1] for v in arrays], blocks, w and _row(w, b)) for b in range(batch)
+            self._rows(o.of_tokens(partial(_row, b=b)), y[b : b + 1], blocks, w and tree_map(partial(_row, b=b), w))
+            for b in range(batch)
         ]
         return _join([held for held, _ in rows]), torch.cat([total for _, total in rows])
 
-    def _rows(self, arrays: list[Tensor], blocks: int, w: WindowCarry | None) -> tuple[WindowCarry, Tensor]:
+    def _rows(self, o: Operands, y: Tensor, blocks: int, w: WindowCarry | None) -> tuple[WindowCarry, Tensor]:
         from rnn_longctx.recurrence.ssd.kernels import window as kernels
 
-        batch, size = len(arrays[0]), self.size
-        x, dt, B, C, y = (v.view(batch * blocks, size, *v.shape[2:]) for v in arrays)
-        _, ready = self._scan(x, dt, B, C, y, None)
-        spans = kernels.Spans(self.A, self.table, self.low, ready)
-        kernels.pairs(x, B, C, y, ready, spans, blocks, self.blocks)
-        head = x.new_zeros(batch, x.shape[2], dtype=torch.float32)
+        batch, size, heads, B_last = len(y), self.size, y.shape[2], o.B[:, -self.size :]
+        o, y = o.of_tokens(lambda v: v.view(batch * blocks, size, *v.shape[2:])), y.view(-1, size, *y.shape[2:])
+        _, ready = self._scan(o, y, None)
+        spans = kernels.Spans(o, ready)
+        kernels.pairs(o, y, spans, blocks, self.blocks)
+        head = y.new_zeros(batch, heads, dtype=torch.float32)
         if w is not None:
-            kernels.carried(
-                C,
-                y,
-                self.A,
-                self.table,
-                self.low,
-                head,
-                w.x_before,
-                w.B_before,
-                w.after,
-                ready,
-                spans,
-                0,
-                window.CHUNK,
-                blocks,
-                self.blocks,
-            )
-        x_before, after = kernels.turned(x, B, ready, spans, window.CHUNK, blocks, self.blocks)
-        B_before = arrays[2][:, -size:].to(torch.float32, copy=True)  # the caller keeps its own
-        log_decay = head.new_zeros(batch, 0, x.shape[2])
-        held = WindowCarry(
-            size,
-            torch.zeros_like(after[:, 0]),
-            head,
-            x_before[:, :0],
-            B_before[:, :0],
-            log_decay,
-            x_before,
-            B_before,
-            after,
-        )
+            before = kernels.Carried(head, w.x_before, w.B_before, w.after, window.CHUNK, 0)
+            kernels.carried(o, y, before, spans, blocks, self.blocks)
+        x_before, after = kernels.turned(o, spans, window.CHUNK, blocks, self.blocks)
+        B_before = B_last.to(torch.float32, copy=True)  # the caller keeps its own
+        log_decay, block = head.new_zeros(batch, 0, heads), torch.zeros_like(after[:, 0])
+        held = WindowCarry(size, block, head, x_before[:, :0], B_before[:, :0], log_decay, x_before, B_before, after)
         return held, ready.spent.unflatten(0, (batch, blocks)).sum((1, 3), dtype=torch.float64)
 
-    def _scan(self, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, y: Tensor, initial: Tensor | None) -> tuple:
+    def _scan(self, o: Operands, y: Tensor, initial: Tensor | None) -> tuple:
         """y of every row's own tokens, from the initial state or zero; the final state, if there is an initial one."""
         from rnn_longctx.recurrence.ssd.kernels import launch
 
-        ready = launch.prepare_chunks(
-            dt,
-            self.A,
-            B,
-            C,
-            self.dt_bias,
-            self.table,
-            None,
-            None,
-            self.low,
-            self.high,
-            self.gates.softplus,
-            x.shape[3],
-            self.blocks,
-        )
-        _, final = launch.scan_forward(
-            x, B, C, self.D, self.A, self.table, None, initial, self.low, ready, self.blocks, y
-        )
-        return final, ready
+        ready = launch.prepare_chunks(o, self.blocks)
+        return launch.scan_forward(o, initial, ready, self.blocks, y)[1], ready
 
 
-def _row(w: WindowCarry, b: int) -> WindowCarry:
-    return tree_map(lambda v: v[b : b + 1], w)
+def _row(t: Tensor, b: int) -> Tensor:
+    return t[b : b + 1]
 
 
 def _join(parts: list[WindowCarry]) -> WindowCarry:

@@ -1,6 +1,7 @@
 """The numbers of a fused scan, flat, as torch operators and kernels take them."""
 
 # no `from __future__ import annotations`: tools read the types
+from collections.abc import Callable
 from typing import NamedTuple
 
 from torch import Tensor
@@ -43,11 +44,45 @@ class Operands(NamedTuple):
 
     def tokens(self, start: int, stop: int) -> "Operands":
         """Return the operands of the tokens from `start` up to and without `stop` (of rows without marks)."""
-        x, dt, B, C = (t[:, start:stop] for t in (self.x, self.dt, self.B, self.C))
-        return self._replace(x=x, dt=dt, B=B, C=C)
+        return self.of_tokens(lambda t: t[:, start:stop])
+
+    def of_tokens(self, change: Callable[[Tensor], Tensor]) -> "Operands":
+        """Return the operands with x, dt, B and C as `change` returns them."""
+        return self._replace(x=change(self.x), dt=change(self.dt), B=change(self.B), C=change(self.C))
 
     @property
     def kind(self) -> tuple:
         """What kernels are compiled for: types, sizes, and which operands there are."""
         maybe = (self.D, self.dt_bias, self.pad, self.drop, self.caps)
         return self.x.device, self.x.dtype, self.x.shape[3], self.B.shape[2:], self.every, *(t is None for t in maybe)
+
+
+class GradOperands(NamedTuple):
+    """The arguments of the operator `rnn_longctx::scan_backward`, in its order: the gradients of y and of the final
+    state, what `Operands` has, and the factors that the scan found."""
+
+    dy: Tensor
+    dfinal: Tensor
+    x: Tensor
+    dt: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Maybe
+    dt_bias: Maybe
+    initial: Tensor
+    table: Tensor
+    pad: Maybe
+    drop: Maybe
+    factors: Tensor
+    low: float
+    high: float
+    softplus: bool
+    every: int
+
+    @property
+    def kind(self) -> tuple:
+        """What kernels are compiled for: see `Operands.kind`."""
+        maybe = (self.D, self.dt_bias, self.pad, self.drop)
+        sizes = self.x.device, self.x.dtype, self.x.shape[3], self.B.shape[2:], self.every
+        return *sizes, *(t is None for t in maybe), not self.factors.shape[2]

@@ -8,13 +8,13 @@ What they take is flat; its names and shapes are those of `Operands`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from rnn_longctx.recurrence.gates import SteppedGates
-from rnn_longctx.recurrence.ssd.operands import Maybe, Operands
+from rnn_longctx.recurrence.ssd.operands import GradOperands, Maybe, Operands
 
 _SEEN: set[tuple] = set()
 
@@ -42,23 +42,21 @@ def forward(o: Operands) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def _forward(o: Operands, look: int = 0, gate: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, ...]:
     from rnn_longctx.recurrence.ssd.kernels import launch, launch_caps
 
-    x, B, caps, every = o.x, o.B, o.caps, o.every
+    x, caps, every = o.x, o.caps, o.every
     if caps is not None and 0 < every <= x.shape[1] and not look:
         return _forward_in_segments(o)
-    c = launch.blocks(x.shape[3], B.shape[3], x.dtype, every)
-    ready = _prepared(o, c)
+    c = launch.blocks(x.shape[3], o.B.shape[3], x.dtype, every)
+    ready = launch.prepare_chunks(o, c)
     factors = x.new_empty(x.shape[0], x.shape[2], 0, dtype=torch.float32)
     if caps is not None and 0 < every <= x.shape[1]:
-        factors = launch_caps.cap_factors(x, B, o.A, o.table, o.initial.clone(), o.low, caps[0], every, ready, c)
+        factors = launch_caps.cap_factors(o, o.initial.clone(), ready, c)
         launch_caps.cut_back(ready, factors, every)
     elif caps is not None and not every:
-        factors = launch_caps.token_factors(x, B, o.initial, caps, tuple((k, o.position) for k in o.due), ready, c)
+        factors = launch_caps.token_factors(o, ready, c)
         launch_caps.cut_back_tokens(ready, factors)
     gating = None if gate is None else (*gate, launch.gate_squares(x, c))
     sums = launch.look_sums(x, look) if look else None
-    y, final = launch.scan_forward(
-        x, B, o.C, o.D, o.A, o.table, o.drop, o.initial, o.low, ready, c, sums=sums, look=look, gate=gating
-    )
+    y, final = launch.scan_forward(o, o.initial, ready, c, sums=sums, look=look, gate=gating)
     if sums is None:
         total = ready.spent.sum(2, dtype=torch.float64)
         return y, final, total, (factors if gating is None else gating[2])
@@ -66,15 +64,6 @@ def _forward(o: Operands, look: int = 0, gate: tuple[Tensor, Tensor] | None = No
     total = per_look.unflatten(2, (-1, look // c.Q)).sum(3, dtype=torch.float64).cumsum(2)
     seen = torch.cat([sums[:2].sum(4), sums[2:].amax(4)])
     return y, final, total, seen, *(() if gating is None else gating[2:])
-
-
-def _prepared(o: Operands, c: Any) -> Any:
-    """Return what every head of a chunk shares: see `kernels.launch.prepare_chunks`."""
-    from rnn_longctx.recurrence.ssd.kernels import launch
-
-    return launch.prepare_chunks(
-        o.dt, o.A, o.B, o.C, o.dt_bias, o.table, o.pad, o.drop, o.low, o.high, o.softplus, o.x.shape[3], c
-    )
 
 
 SEGMENT = 2**18  # tokens
@@ -100,16 +89,15 @@ def _forward_in_segments(o: Operands) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
     x, every = o.x, o.every
     batch, length, _, headdim = x.shape
-    assert o.caps is not None
-    caps, c = o.caps[0], launch.blocks(headdim, o.B.shape[3], x.dtype, every)
+    c = launch.blocks(headdim, o.B.shape[3], x.dtype, every)
     o = o._replace(pad=None, drop=None)
     segments = [o.tokens(s.start, s.stop) for s in _segments(batch, length, every)]
     y, state, walked = torch.empty(x.shape, dtype=x.dtype, device=x.device), o.initial, o.initial.clone()
     ready, factors, beside = [], [], launch_caps.Beside(x.device)  # which goes on from all that is queued here
 
     def find(s: Operands) -> None:
-        ready.append(_prepared(s, c))
-        cut = launch_caps.cap_factors(s.x, s.B, o.A, o.table, walked, o.low, caps, every, ready[-1], c)
+        ready.append(launch.prepare_chunks(s, c))
+        cut = launch_caps.cap_factors(s, walked, ready[-1], c)
         launch_caps.cut_back(ready[-1], cut, every)
         factors.append(cut)
 
@@ -122,9 +110,7 @@ def _forward_in_segments(o: Operands) -> tuple[Tensor, Tensor, Tensor, Tensor]:
             with beside():
                 find(segments[i + 1])
         stop = start + s.x.shape[1]
-        _, state = launch.scan_forward(
-            s.x, s.B, s.C, o.D, o.A, o.table, None, state, o.low, ready[i], c, y[:, start:stop]
-        )
+        _, state = launch.scan_forward(s, state, ready[i], c, y[:, start:stop])
         start = stop
     total = torch.stack([r.spent.sum(2, dtype=torch.float64) for r in ready]).sum(0)
     return y, state, total, torch.cat(factors, 2)
@@ -152,65 +138,11 @@ def shard_sum(
     return _run(launch_sums.shard_sum, x, kind, x, gates, B, table, drop, back)
 
 
-class GradOperands(NamedTuple):
-    """The arguments of the operator `rnn_longctx::scan_backward`, in its order: the gradients of y and of the final
-    state, what `Operands` has, and the factors that `forward` found."""
-
-    dy: Tensor
-    dfinal: Tensor
-    x: Tensor
-    dt: Tensor
-    A: Tensor
-    B: Tensor
-    C: Tensor
-    D: Maybe
-    dt_bias: Maybe
-    initial: Tensor
-    table: Tensor
-    pad: Maybe
-    drop: Maybe
-    factors: Tensor
-    low: float
-    high: float
-    softplus: bool
-    every: int
-
-
 def backward(g: GradOperands) -> list[Tensor]:
     """Return the gradients of x, dt (as they are), A (H), B, C (B,T,G,N), D, dt_bias (H) and initial (float32)."""
-    from rnn_longctx.recurrence.ssd.kernels import launch, launch_grads
+    from rnn_longctx.recurrence.ssd.kernels import launch_grads
 
-    x, B = g.x, g.B
-    factors = g.factors if g.factors.shape[2] else None
-    c = launch.blocks(x.shape[3], B.shape[3], x.dtype, g.every)
-    maybe = (g.D, g.dt_bias, g.pad, g.drop, factors)
-    kind = (x.device, x.dtype, x.shape[3], B.shape[2:], g.every, *(t is None for t in maybe))
-    return list(
-        _run(
-            launch_grads.scan_backward,
-            x,
-            kind,
-            x,
-            g.dt,
-            g.A,
-            B,
-            g.C,
-            g.D,
-            g.dt_bias,
-            g.table,
-            g.pad,
-            g.drop,
-            g.initial,
-            g.low,
-            g.high,
-            g.softplus,
-            g.dy.contiguous(),
-            g.dfinal.contiguous(),
-            c,
-            factors,
-            g.every,
-        )
-    )
+    return list(_run(launch_grads.scan_backward, g.x, g.kind, g))
 
 
 _COMMON = "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? dt_bias, Tensor initial, Tensor table"

@@ -26,6 +26,7 @@ from rnn_longctx.recurrence.gates import SteppedGates
 from rnn_longctx.recurrence.policy import Cap, ScanPolicy
 from rnn_longctx.recurrence.rows import row_counts
 from rnn_longctx.recurrence.ssd import fused, ops, pytorch
+from rnn_longctx.recurrence.ssd.operands import Operands
 
 if triton.missing():
     pytest.skip(triton.missing(), allow_module_level=True)
@@ -187,12 +188,13 @@ def test_a_cap_of_zero():
     x, _ = inputs(40)
     c = launch.blocks(P, N, torch.float32, 0)
     table = fused.gate_table(ScanPolicy(), H, torch.device(DEVICE))
-    ready = launch.prepare_chunks(
-        x["dt"], x["A"], x["B"], x["C"], None, table, None, None, 0.0, 2.0, True, P, c
-    )  # fmt: skip
+    start, caps = torch.zeros(2, H, P, N, device=DEVICE), torch.zeros(1, H, device=DEVICE)
+    numbers = {"low": 0.0, "high": 2.0, "softplus": True, "every": 0, "due": [1], "position": 0}
+    absent = dict.fromkeys(("D", "dt_bias", "pad", "drop"))
+    o = Operands(**x, initial=start, table=table, caps=caps, **absent, **numbers)
+    ready = launch.prepare_chunks(o, c)
     x["x"][0] = 0.0
-    start = torch.zeros(2, H, P, N, device=DEVICE)
-    factors = launch_caps.token_factors(x["x"], x["B"], start, torch.zeros(1, H, device=DEVICE), ((1, 0),), ready, c)
+    factors = launch_caps.token_factors(o, ready, c)
     assert (factors[0] == 1).all() and (factors[1].flatten(1)[:, :40] == 0).all()
     launch_caps.cut_back_tokens(ready, factors)
     assert not ready.cum.isnan().any() and (ready.scale[1] == 0).all() and (ready.wild[1, :, 0] == 1).all()

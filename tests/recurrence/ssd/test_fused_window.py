@@ -19,6 +19,7 @@ from rnn_longctx.recurrence.backends import Call, choose
 from rnn_longctx.recurrence.carry import tree_map
 from rnn_longctx.recurrence.policy import ScanPolicy
 from rnn_longctx.recurrence.ssd import fused, fused_window, window
+from rnn_longctx.recurrence.ssd.operands import Operands
 from rnn_longctx.recurrence.ssd.window import window_state
 
 if triton.missing():
@@ -106,11 +107,11 @@ def test_heads_that_hear_a_part_of_the_block_before():
     settings = {"dt_softplus": False, "dt_limit": (0.9, 1.0), "D": None}
     check(x, {**more, **settings, "dt_bias": None}, ScanPolicy(window=size), ([], ["triton"]))
     table = fused.gate_table(ScanPolicy(), H, torch.device(DEVICE))
-    rows = {k: x[k].view(2, size, *x[k].shape[2:]) for k in ("dt", "B", "C")}
-    ready = launch.prepare_chunks(
-        rows["dt"], x["A"], rows["B"], rows["C"], None, table, None, None, 0.9, 1.0, False, P, c
-    )
-    spans = kernels.Spans(x["A"], table, 0.9, ready)
+    rows = {k: x[k].view(2, size, *x[k].shape[2:]) for k in ("x", "dt", "B", "C")}
+    numbers = {"low": 0.9, "high": 1.0, "softplus": False, "every": 0, "due": [], "position": 0}
+    absent = dict.fromkeys(("D", "dt_bias", "initial", "pad", "drop", "caps"))
+    o = Operands(**rows, A=x["A"], table=table, **absent, **numbers)
+    spans = kernels.Spans(o, launch.prepare_chunks(o, c))
     step = 0.9 * x["A"].double() * c.Q
     chunks = size // c.Q
     expected = [chunks if s == 0 else min(chunks, math.floor(40 / -s) + 1) for s in step.tolist()]

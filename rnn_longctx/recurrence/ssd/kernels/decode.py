@@ -6,6 +6,8 @@ What depends on a row's position is worked out from a counter on the device, so 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -71,8 +73,8 @@ def _decode(projected, weight, bias, before, after, A, dt_bias, D, table, caps, 
     B = _past(weight, bias, before, after, b, cB, n < N, channels, own, TAPS, HAS_BIAS)
     C = _past(weight, bias, before, after, b, cC, n < N, channels, own, TAPS, HAS_BIAS)
     bias_h, A_h, D_h = tl.load(dt_bias + h).to(tl.float32), tl.load(A + h).to(tl.float32), tl.load(D + h).to(tl.float32)
-    mul, add, gain, least = (tl.load(table + h), tl.load(table + H + h), tl.load(table + 2 * H + h),
-                             tl.load(table + 3 * H + h))  # fmt: skip
+    mul, add = tl.load(table + h), tl.load(table + H + h)
+    gain, least = tl.load(table + 2 * H + h), tl.load(table + 3 * H + h)
     read = tl.load(position + b)
     if PDL:  # so far nothing was read or written that another launch of the same step touches
         gdc_wait()
@@ -103,27 +105,57 @@ def _decode(projected, weight, bias, before, after, A, dt_bias, D, table, caps, 
         tl.store(total, tl.load(total) + decay)
 
 
-def decode(projected: Tensor, weight: Tensor, bias: Tensor | None, before: Tensor, after: Tensor, A: Tensor,
-           dt_bias: Tensor, D: Tensor, table: Tensor, caps: Tensor | None, position: Tensor, S: Tensor,
-           log_decay: Tensor, y: Tensor, groups: int, dt_limit: tuple[float, float], every: int,
-           drop: int | None) -> None:  # fmt: skip
-    """One token of every row.
+class Weights(NamedTuple):
+    """A layer's parameters, and its sizes."""
 
-    Args: projected (B, d_in_proj), as z, x, B, C, dt; weight (channels, taps); before, after (B, channels, taps - 1),
-        not the same memory; position (B) int64 on the device, tokens read so far; S (B, H, P, N) float32, moved on;
-        log_decay (B, H) float64, added to; y (B, H * P) float32, written; caps (H), applied every `every` tokens;
-        drop: tokens after which the state is dropped.
+    conv: Tensor  # (channels, taps)
+    bias: Tensor | None  # (channels)
+    A: Tensor  # (H) float32
+    dt_bias: Tensor  # (H)
+    D: Tensor  # (H)
+    groups: int
+    dt_limit: tuple[float, float]
+
+
+class Rules(NamedTuple):
+    """A layer's policy."""
+
+    table: Tensor  # (4, H): gates, see `Operands`
+    caps: Tensor | None  # (H), applied every `every` tokens
+    every: int
+    drop: int | None  # tokens after which the state is dropped
+
+
+class Memory(NamedTuple):
+    """What a layer carries."""
+
+    before: Tensor  # (B, channels, taps - 1)
+    after: Tensor  # written: `before` of the next token, and not the same memory
+    position: Tensor  # (B) int64 on the device, tokens read so far
+    S: Tensor  # (B, H, P, N) float32, moved on
+    log_decay: Tensor  # (B, H) float64, added to
+
+
+def decode(projected: Tensor, weights: Weights, rules: Rules, memory: Memory, y: Tensor) -> None:
+    """Read one token of every row.
 
     With `dependent` a launch that is not must stand between two that move the same state: the state is read ahead.
+
+    Args:
+        projected: (B, d_in_proj), as z, x, B, C, dt.
+        y: (B, H * P) float32, written.
     """
+    conv, bias, A, dt_bias, D, groups, (low, high) = weights
+    (table, caps, every, drop), (before, after, position, S, log_decay) = rules, memory
     batch, heads, headdim, d_state = S.shape
     BN = max(16, triton.next_power_of_2(d_state))
     whole = max(16, triton.next_power_of_2(headdim))
     BP = whole if caps is not None else min(16, whole)  # a cap needs the norm of all of a head
+    arrays = (projected, conv, conv if bias is None else bias, before, after, A, dt_bias, D, table)
+    moved = (table if caps is None else caps, position, S, log_decay, y)
+    sizes = (projected.stride(0), heads, headdim, d_state, groups, every, drop or 1)
+    given = {"HAS_BIAS": bias is not None, "HAS_CAP": caps is not None, "HAS_DROP": drop is not None}
+    options = {"TAPS": conv.shape[1], "BP": BP, "BN": BN, "num_warps": 8 if BP * BN > 4096 else 4}
     _decode[(heads, triton.cdiv(headdim, BP), batch)](
-        projected, weight, weight if bias is None else bias, before, after, A, dt_bias, D, table,
-        table if caps is None else caps, position, S, log_decay, y, float(dt_limit[0]), float(dt_limit[1]),
-        projected.stride(0), heads, headdim, d_state, groups, every, drop or 1, TAPS=weight.shape[1], BP=BP, BN=BN,
-        HAS_BIAS=bias is not None, HAS_CAP=caps is not None, HAS_DROP=drop is not None,
-        num_warps=8 if BP * BN > 4096 else 4, **dependent(S),
-    )  # fmt: skip
+        *arrays, *moved, float(low), float(high), *sizes, **options, **given, **dependent(S)
+    )

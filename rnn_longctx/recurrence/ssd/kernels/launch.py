@@ -12,6 +12,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from rnn_longctx.recurrence.ssd.kernels import forward, prepare
+from rnn_longctx.recurrence.ssd.operands import GradOperands, Operands
 
 LIMIT = 60.0  # nats by which a factor of `chunk_scan` may leave 1 (15 more with caps); float32 ends at exp(88)
 WILD_PARTS = 32  # programs of a wild segment, of 16 chunks at least
@@ -72,13 +73,10 @@ def segment_chunks(rows: int, chunks: int, device: torch.device) -> int:
     return max(-(-chunks // best), min(4, chunks))
 
 
-def prepare_chunks(dt: Tensor, A: Tensor, B: Tensor, C: Tensor, dt_bias: Tensor | None, table: Tensor,
-                   pad: Tensor | None, drop: Tensor | None, low: float, high: float, softplus: bool, headdim: int,
-                   c: Blocks, per_segment: int | None = None) -> Prepared:  # fmt: skip
-    batch, length, heads = dt.shape
-    groups, d_state = B.shape[2:]
+def prepare_chunks(o: Operands | GradOperands, c: Blocks, per_segment: int | None = None) -> Prepared:
+    dt, B, C, (batch, length, heads), (groups, d_state) = o.dt, o.B, o.C, o.dt.shape, o.B.shape[2:]
     chunks = triton.cdiv(length, c.Q)
-    size = per_segment or segment_chunks(batch * heads * triton.cdiv(headdim, c.BP), chunks, dt.device)
+    size = per_segment or segment_chunks(batch * heads * triton.cdiv(o.x.shape[3], c.BP), chunks, dt.device)
     segments = triton.cdiv(chunks, size)
     empty = partial(torch.empty, dtype=torch.float32, device=dt.device)
     sums = torch.float64 if B.dtype == torch.float32 else torch.float32
@@ -87,13 +85,17 @@ def prepare_chunks(dt: Tensor, A: Tensor, B: Tensor, C: Tensor, dt_bias: Tensor 
     wild = torch.zeros(batch, heads, segments, dtype=torch.int32, device=dt.device)
     gram = torch.empty(batch, groups, chunks, c.Q, c.Q, dtype=B.dtype, device=dt.device)
     BH = min(32, triton.next_power_of_2(heads))
+    table, bias, pad, drop = o.table, o.dt_bias, o.pad, o.drop
+    biases, pads = table if bias is None else bias, table if pad is None else pad
+    inputs = (dt, o.A, biases, table, pads, B, C, table if drop is None else drop)
+    outputs = (cum, scale, totals, spent, wild, gram)
+    strides = (*dt.stride(), *B.stride()[:3], *C.stride()[:3])
+    sizes = (length, heads, d_state, groups, chunks, size, segments)
+    tiles = {"Q": c.Q, "BH": BH, "BN": c.BN, "FULL": B.dtype == torch.float32, "num_warps": 4}
+    given = {"HAS_BIAS": bias is not None, "HAS_PAD": pad is not None, "HAS_DROP": drop is not None}
     prepare.prepare_chunk[(chunks, groups + triton.cdiv(heads, BH), batch)](
-        dt, A, table if dt_bias is None else dt_bias, table, table if pad is None else pad, B, C,
-        table if drop is None else drop, cum, scale, totals, spent, wild, gram, low, high, LIMIT,
-        *dt.stride(), *B.stride()[:3], *C.stride()[:3], length, heads, d_state, groups, chunks, size, segments,
-        Q=c.Q, BH=BH, BN=c.BN, HAS_BIAS=dt_bias is not None, SOFTPLUS=softplus, HAS_PAD=pad is not None,
-        HAS_DROP=drop is not None, FULL=B.dtype == torch.float32, num_warps=4,
-    )  # fmt: skip
+        *inputs, *outputs, o.low, o.high, LIMIT, *strides, *sizes, **tiles, **given, SOFTPLUS=o.softplus
+    )
     return Prepared(cum, scale, totals, spent, gram, wild, size)
 
 
@@ -110,13 +112,25 @@ def gate_squares(x: Tensor, c: Blocks) -> Tensor:
     return torch.empty(batch, length, parts, dtype=torch.float32, device=x.device)
 
 
-def scan_forward(x: Tensor, B: Tensor, C: Tensor, D: Tensor | None, A: Tensor, table: Tensor, drop: Tensor | None,
-                 initial: Tensor | None, low: float, ready: Prepared, c: Blocks, y: Tensor | None = None,
-                 sums: Tensor | None = None, look: int = 0,
-                 gate: tuple[Tensor, Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """y (B,T,H,P) as x, or where it is to be written, and the final state (B,H,P,N), float32. Without an initial state
-    rows begin at zero and their final states are not made. sums: of `look_sums`, to be filled every `look` tokens.
-    gate: z (B,T,H,P) and weight (H*P), to be applied to y, and room of `gate_squares`."""
+def scan_forward(
+    o: Operands,
+    initial: Tensor | None,
+    ready: Prepared,
+    c: Blocks,
+    y: Tensor | None = None,
+    sums: Tensor | None = None,
+    look: int = 0,
+    gate: tuple[Tensor, Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return y (B,T,H,P) as x, or where it is to be written, and the final state (B,H,P,N), float32.
+
+    Args:
+        initial: the state before, in the place of the operands'. None: rows begin at zero and their final states are
+            not made.
+        sums: of `look_sums`, to be filled every `look` tokens.
+        gate: z (B,T,H,P) and weight (H*P), to be applied to y, and room of `gate_squares`.
+    """
+    x, B, C, D, A, table, drop = o.x, o.B, o.C, o.D, o.A, o.table, o.drop
     batch, length, heads, headdim = x.shape
     groups, d_state = B.shape[2:]
     chunks, segments = ready.totals.shape[2], ready.wild.shape[2]
@@ -127,17 +141,21 @@ def scan_forward(x: Tensor, B: Tensor, C: Tensor, D: Tensor | None, A: Tensor, t
     full, parts = x.dtype == torch.float32, batch * triton.cdiv(headdim, c.BP)
     shared = {"Q": c.Q, "BP": c.BP, "BN": c.BN, "HAS_DROP": drop is not None, "FULL": full, "num_warps": c.warps}
     sizes = (length, heads, headdim, d_state, groups, chunks, ready.segment_chunks, segments)
-    mark = table if drop is None else drop
+    mark, decays = table if drop is None else drop, (ready.cum, ready.scale, ready.totals)
     ends = empty(batch, heads, segments - 1)
     if segments > 1:
+        before, strides = (x, B, A, table, mark, *decays), (*x.stride()[:3], *B.stride()[:3])
         forward.segment_states[(segments - 1, heads, parts)](
-            x, B, A, table, mark, ready.cum, ready.scale, ready.totals, states, ends, table, *x.stride()[:3],
-            *B.stride()[:3], low, *sizes, 0, HAS_CAPS=False, **shared,
-        )  # fmt: skip
+            *before, states, ends, table, *strides, o.low, *sizes, 0, HAS_CAPS=False, **shared
+        )
     Ds = (0, 0) if D is None else (D.stride(0), D.stride(1) if D.ndim == 2 else 0)
     looks = (1, 1) if sums is None else (sums.shape[3], look // c.Q)
     z, weight, squares = (y, table, table) if gate is None else gate
     strides = (*x.stride()[:3], *B.stride()[:3], *C.stride()[:3], *y.stride()[:3], *z.stride()[:3], *Ds)
+    skip, first = table if D is None else D, table if initial is None else initial
+    looked = table if sums is None else sums
+    given = {"HAS_D": D is not None, "HAS_LOOK": sums is not None, "HAS_GATE": gate is not None}
+    options = {**shared, **given, "STAGES": c.stages, "ALONE": initial is None}
     for wild in (False, True):
         gram, arrays, described = ready.gram, (x, B, C, y, z), False
         if not wild and x.numel() >= DESCRIBED and all(_describable(t) for t in arrays):
@@ -146,13 +164,11 @@ def scan_forward(x: Tensor, B: Tensor, C: Tensor, D: Tensor | None, A: Tensor, t
             widths = (c.BP, c.BN, c.BN, c.BP, c.BP)
             arrays = tuple(TensorDescriptor.from_tensor(t, [1, c.Q, 1, w]) for t, w in zip(arrays, widths))
         pieces = min(WILD_PARTS, triton.cdiv(ready.segment_chunks, 16)) if wild else 1
+        inputs = (*arrays[:3], gram, *arrays[3:], A, table, *decays, skip, mark, first)
+        outputs = (states, ends, final, ready.wild, looked, weight, squares)
         forward.chunk_scan[(segments * pieces, heads, parts)](
-            *arrays[:3], gram, *arrays[3:], A, table, ready.cum, ready.scale, ready.totals,
-            table if D is None else D, mark, table if initial is None else initial, states, ends, final, ready.wild,
-            table if sums is None else sums, weight, squares, low, *strides, *sizes, pieces, *looks, **shared,
-            HAS_D=D is not None, WILD=wild, TMA=described, HAS_LOOK=sums is not None, HAS_GATE=gate is not None,
-            STAGES=c.stages, ALONE=initial is None,
-        )  # fmt: skip
+            *inputs, *outputs, o.low, *strides, *sizes, pieces, *looks, **options, WILD=wild, TMA=described
+        )
     return y, final
 
 

@@ -18,6 +18,8 @@ Rows are blocks: x (rows, r, H, P) is a view of the stream. Offsets are int64.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -27,6 +29,7 @@ from rnn_longctx.recurrence.ssd.kernels.forward import reach, tile
 from rnn_longctx.recurrence.ssd.kernels.launch import Blocks, Prepared
 from rnn_longctx.recurrence.ssd.kernels.launcher import Launched
 from rnn_longctx.recurrence.ssd.kernels.prepare import add_product, product
+from rnn_longctx.recurrence.ssd.operands import Operands
 
 SPAN = 128  # chunks whose log-decays are summed at once
 WARPS = 4
@@ -137,12 +140,16 @@ def add_carried(C, y, A, table, cum, until, head, x_before, B_before, states, sC
     into = (into + tl.load(head + b * H + h)).to(tl.float32)
     if tl.max(tl.where(ours & ((into <= reach(A, table, h, H, low)) == 0), 1, 0), 0) == 0:
         return
-    C_QN = tl.load(C + b * sCb + g * sCg + t[:, None] * sCt + n[None, :], mask=ours[:, None] & (n < N)[None, :],
-                   other=0.0)  # fmt: skip
+    C_QN = tl.load(
+        C + b * sCb + g * sCg + t[:, None] * sCt + n[None, :], mask=ours[:, None] & (n < N)[None, :], other=0.0
+    )
     dtype: tl.constexpr = C_QN.dtype
     state = chunk * Q // EACH
-    S = tl.load(states + ((b * held + state) * H + h) * P * N + p[:, None] * N + n[None, :],
-                mask=(p < P)[:, None] & (n < N)[None, :], other=0.0).to(tl.float32)  # fmt: skip
+    S = tl.load(
+        states + ((b * held + state) * H + h) * P * N + p[:, None] * N + n[None, :],
+        mask=(p < P)[:, None] & (n < N)[None, :],
+        other=0.0,
+    ).to(tl.float32)
     if EACH > Q:
         for later in tl.range(chunk + 1, (state + 1) * (EACH // Q), num_stages=1):  # up to where the state begins
             x_QP = carried_rows(x_before, b, later, h, H, size, p, P, Q, dtype)
@@ -190,64 +197,82 @@ def turn_block(x, B, cum, scale, totals, rest, x_before, states, sxb, sxt, sxh, 
         B_QN = tile(B, sBb, sBt, sBg, k, chunk * Q, g, 0, T, N, Q, BN, False)
         Z = decayed(x, scale, cum, totals, rest, sxb, sxt, sxh, k, h, H, chunk, column, T, P, chunks, Q, BP)
         t = h * 0 + chunk * Q + q  # 64-bit
-        tl.store(x_before + ((b * T + t) * H + h)[:, None] * P + p[None, :], tl.trans(Z),
-                 mask=(t < T)[:, None] & (p < P)[None, :])  # fmt: skip
+        tl.store(
+            x_before + ((b * T + t) * H + h)[:, None] * P + p[None, :],
+            tl.trans(Z),
+            mask=(t < T)[:, None] & (p < P)[None, :],
+        )
         S = add_product(Z.to(B_QN.dtype), B_QN, S, FULL)
 
 
 class Spans:
-    """The outputs of `block_spans`."""
+    """What is in reach of what, in the chunks of a scan (`ready`): the outputs of `block_spans`."""
 
-    def __init__(self, A: Tensor, table: Tensor, low: float, ready: Prepared) -> None:
+    def __init__(self, o: Operands, ready: Prepared) -> None:
         rows, heads, chunks = ready.totals.shape
+        self.ready = ready
         self.until, self.rest = torch.empty_like(ready.totals), torch.empty_like(ready.totals)
-        self.near, self.kept = torch.empty(2, rows, heads, dtype=torch.int32, device=A.device)
-        block_spans[(heads, rows)](A, table, ready.totals, self.until, self.rest, self.near, self.kept, low, heads,
-                                   chunks, SPAN=SPAN, num_warps=4)  # fmt: skip
+        self.near, self.kept = torch.empty(2, rows, heads, dtype=torch.int32, device=o.x.device)
+        arrays = (o.A, o.table, ready.totals, self.until, self.rest, self.near, self.kept)
+        block_spans[(heads, rows)](*arrays, o.low, heads, chunks, SPAN=SPAN, num_warps=4)
 
 
-def pairs(x: Tensor, B: Tensor, C: Tensor, y: Tensor, ready: Prepared, spans: Spans, blocks: int, c: Blocks) -> None:
+def pairs(o: Operands, y: Tensor, spans: Spans, blocks: int, c: Blocks) -> None:
     """Add to y (rows,r,H,P), rows of `blocks` blocks each, what they see of the block before, within the row."""
+    x, B, C, ready = o.x, o.B, o.C, spans.ready
     rows, size, heads, headdim = x.shape
     groups, d_state = B.shape[2:]
     if blocks == 1:
         return
-    add_block_before[(heads, triton.cdiv(headdim, c.BP), rows // blocks * (blocks - 1))](
-        x, B, C, y, ready.cum, ready.scale, ready.totals, spans.until, spans.rest, spans.near, spans.kept,
-        *x.stride()[:3], *B.stride()[:3], *C.stride()[:3], *y.stride()[:3], size, heads, headdim, d_state, groups,
-        ready.totals.shape[2], blocks, Q=c.Q, BP=c.BP, BN=c.BN, FULL=x.dtype == torch.float32, STAGES=c.stages,
-        num_warps=WARPS,
-    )  # fmt: skip
+    arrays = (x, B, C, y, ready.cum, ready.scale, ready.totals, spans.until, spans.rest, spans.near, spans.kept)
+    strides = (*x.stride()[:3], *B.stride()[:3], *C.stride()[:3], *y.stride()[:3])
+    sizes = (size, heads, headdim, d_state, groups, ready.totals.shape[2], blocks)
+    tiles = {"Q": c.Q, "BP": c.BP, "BN": c.BN, "FULL": x.dtype == torch.float32, "STAGES": c.stages}
+    grid = (heads, triton.cdiv(headdim, c.BP), rows // blocks * (blocks - 1))
+    add_block_before[grid](*arrays, *strides, *sizes, **tiles, num_warps=WARPS)
 
 
-def carried(C: Tensor, y: Tensor, A: Tensor, table: Tensor, low: float, head: Tensor, x_before: Tensor,
-            B_before: Tensor, states: Tensor, ready: Prepared, spans: Spans, offset: int, each: int, blocks: int,
-            c: Blocks) -> None:  # fmt: skip
+class Carried(NamedTuple):
+    """The block in the carry, as `add_carried` reads it, and at which offset of the next one tokens follow."""
+
+    head: Tensor  # (B, H) log-decay of the block's tokens before these
+    x_before: Tensor  # (B, r, H, P)
+    B_before: Tensor  # (B, r, G, N)
+    states: Tensor  # (B, held, H, P, N)
+    each: int  # tokens from one of the states to the next
+    offset: int
+
+
+def carried(o: Operands, y: Tensor, before: Carried, spans: Spans, blocks: int, c: Blocks) -> None:
     """Add to y (rows,T,H,P), at the first of every `blocks` rows, what its tokens see of the block in the carry."""
-    length, heads, headdim = y.shape[1:]
+    C, ready, offset, (length, heads, headdim) = o.C, spans.ready, before.offset, y.shape[1:]
     groups, d_state = C.shape[2:]
+    batch, size = before.x_before.shape[:2]
     count = triton.cdiv(offset + length, c.Q) - offset // c.Q
     BP = min(c.BP, 32)
-    add_carried[(count, heads, len(x_before) * triton.cdiv(headdim, BP))](
-        C, y, A, table, ready.cum, spans.until, head.contiguous(), x_before.contiguous(), B_before.contiguous(),
-        states.contiguous(), blocks * C.stride(0), *C.stride()[1:3], *y.stride()[:3], low, length, offset,
-        x_before.shape[1], heads, headdim, d_state, groups, ready.totals.shape[2], blocks, states.shape[1],
-        Q=c.Q, BP=BP, BN=c.BN, FULL=y.dtype == torch.float32, EACH=each, num_warps=WARPS,
-    )  # fmt: skip
+    held = [t.contiguous() for t in before[:4]]
+    strides = (blocks * C.stride(0), *C.stride()[1:3], *y.stride()[:3])
+    sizes = (heads, headdim, d_state, groups, ready.totals.shape[2], blocks, before.states.shape[1])
+    tiles = {"Q": c.Q, "BP": BP, "BN": c.BN, "FULL": y.dtype == torch.float32, "EACH": before.each}
+    arrays = (C, y, o.A, o.table, ready.cum, spans.until, *held)
+    add_carried[(count, heads, batch * triton.cdiv(headdim, BP))](
+        *arrays, *strides, o.low, length, offset, size, *sizes, **tiles, num_warps=WARPS
+    )
 
 
-def turned(x: Tensor, B: Tensor, ready: Prepared, spans: Spans, each: int, blocks: int,
-           c: Blocks) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """x_before and states of the last of every `blocks` rows of x, see `turn_block`."""
+def turned(o: Operands, spans: Spans, each: int, blocks: int, c: Blocks) -> tuple[Tensor, Tensor]:
+    """Return x_before and states of the last of every `blocks` rows of x, see `turn_block`."""
+    x, B, ready = o.x, o.B, spans.ready
     rows, size, heads, headdim = x.shape
     groups, d_state = B.shape[2:]
     batch, held = rows // blocks, triton.cdiv(size, each)
     x_before = torch.empty(batch, size, heads, headdim, dtype=torch.float32, device=x.device)
     states = torch.empty(batch, held, heads, headdim, d_state, dtype=torch.float32, device=x.device)
     BP = min(c.BP, 16)  # few rows and many programs: one block is walked here, in order
-    turn_block[(heads, triton.cdiv(headdim, BP), batch)](
-        x, B, ready.cum, ready.scale, ready.totals, spans.rest, x_before, states, *x.stride()[:3], *B.stride()[:3],
-        size, heads, headdim, d_state, groups, ready.totals.shape[2], blocks, held, Q=c.Q, BP=BP, BN=c.BN,
-        FULL=x.dtype == torch.float32, EACH=each, STAGES=c.stages, num_warps=c.warps,
-    )  # fmt: skip
+    arrays = (x, B, ready.cum, ready.scale, ready.totals, spans.rest, x_before, states)
+    strides = (*x.stride()[:3], *B.stride()[:3])
+    sizes = (size, heads, headdim, d_state, groups, ready.totals.shape[2], blocks, held)
+    tiles = {"Q": c.Q, "BP": BP, "BN": c.BN, "FULL": x.dtype == torch.float32, "EACH": each, "STAGES": c.stages}
+    grid = (heads, triton.cdiv(headdim, BP), batch)
+    turn_block[grid](*arrays, *strides, *sizes, **tiles, num_warps=c.warps)
     return x_before, states
