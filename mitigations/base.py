@@ -167,7 +167,13 @@ def planned(remedy: Remedy, model: LanguageModel, target_length: int | None = No
     for need in Need:
         if need in remedy.needs and (reason := _lacks(need, remedy.name, model, target_length)):
             raise NotApplicable(reason)
-    return remedy.plan(model, target_length, text)
+    plan: Any = remedy.plan(model, target_length, text)
+    if not isinstance(plan, Plan):
+        raise InputError(f"{remedy.name}: plan gives a Plan, got {type(plan).__name__}")
+    if len(plan.policies) != len(model.mixers):
+        policies = f"{len(plan.policies)} polic{'y' if len(plan.policies) == 1 else 'ies'}"
+        raise InputError(f"{remedy.name}: plan gives {policies}, {model.name} has {len(model.mixers)} recurrent layers")
+    return plan
 
 
 def _lacks(need: Need, remedy: str, model: LanguageModel, target_length: int | None) -> str | None:

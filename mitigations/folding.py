@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -12,7 +13,7 @@ from rnn_longctx.mitigations.attach import active, handles_on, read_text, withou
 from rnn_longctx.mitigations.base import REMEDIES, Remedy, planned
 from rnn_longctx.mitigations.compose import combine, parse_remedy
 from rnn_longctx.models.checkpoint.weights import check_finite
-from rnn_longctx.models.interface import LanguageModel
+from rnn_longctx.models.interface import LanguageModel, ScanMixer
 from rnn_longctx.recurrence.policy import ScanPolicy
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ def _check_rates(model: LanguageModel, remedy: Remedy) -> None:
     """Raise InputError, the same whatever the remedy, where no weight holds a rate of decay."""
     if not model.mixers:
         raise InputError(f"{remedy} cannot be folded into weights: {model.name} has no recurrence")
-    if lacking := [mixer.name for mixer in model.mixers if mixer.A is None]:
+    mixers = cast(Sequence[ScanMixer], model.mixers)  # a foldable model is this library's
+    if lacking := [mixer.name for mixer in mixers if mixer.A is None]:
         layers = f"the {lacking[0]} layers of {model.name} make their decays from the text"
         raise InputError(f"{remedy} cannot be folded into weights: {layers}, so that no weight holds a rate")

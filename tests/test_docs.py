@@ -16,7 +16,7 @@ from rnn_longctx.config import from_dict
 from rnn_longctx.data import Text
 from rnn_longctx.mitigations import REMEDIES
 from rnn_longctx.models.mixers import MIXERS
-from rnn_longctx.plugins import load_plugin, register
+from rnn_longctx.plugins import register
 from rnn_longctx.recurrence.gates import ScanInputs
 from rnn_longctx.recurrence.interface import RECURRENCES
 from rnn_longctx.recurrence.ssd import SSD
@@ -40,7 +40,7 @@ def blocks(page: str) -> tuple[str, str]:
 
 @pytest.fixture
 def written(monkeypatch, tmp_path):
-    """A function that writes a page's file, imports it as a plugin, and runs the page's test."""
+    """A function that writes a page's file, and runs the page's test, which imports it."""
     torch.set_num_threads(1)
     for registry in (REMEDIES, TASKS, MIXERS, RECURRENCES):  # all that are there, and what comes until the test ends
         monkeypatch.setattr(registry, "_known", dict(registry))
@@ -48,14 +48,15 @@ def written(monkeypatch, tmp_path):
 
     def write(page: str) -> None:
         file, test = blocks(page)
-        path = tmp_path / f"page_{page}.py"
-        path.write_text(file)
-        load_plugin(str(path))
+        module = re.match(r"import (\w+) ", test)
+        assert module, f"{page}: the test imports the file first"
+        (tmp_path / f"{module[1]}.py").write_text(file)
         exec(compile(test, f"add-a-{page}.md", "exec"), {})
 
+    monkeypatch.syspath_prepend(tmp_path)
     yield write
     for name in set(sys.modules) - before:
-        if "page_" in name:
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(tmp_path)):
             del sys.modules[name]
 
 
