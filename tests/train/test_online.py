@@ -197,10 +197,11 @@ def test_a_lost_passkey_undoes_even_where_the_loss_holds(config: TrainConfig, tm
         passing=None,
         train_length=256,
         evaluate=EvaluateConfig([256], passkeys=10),
-        online=OnlineConfig(tokens=8000, replay=0.5, loss_tolerance=0.3, passkey_tolerance=0.2),
+        # (the loss rises by 0.03 to 0.1, depending on the draw)
+        online=OnlineConfig(tokens=8000, replay=0.5, loss_tolerance=0.2, passkey_tolerance=0.2),
     )
     start, row = finished(config, tmp_path / "in")[:2]
-    assert float(start["passkey_256"]) >= 0.8 and float(row["loss_256"]) <= float(start["loss_256"]) + 0.3
+    assert float(start["passkey_256"]) >= 0.8 and float(row["loss_256"]) <= float(start["loss_256"]) + 0.2
     assert row["decision"] == "refused" and row["reason"].startswith("the recall of passkey at 256 tokens was")
     assert float(row["passkey_256"]) < float(start["passkey_256"]) - 0.2
     before, after = rnn_longctx.load("demo"), rnn_longctx.load(tmp_path / "run" / "last")

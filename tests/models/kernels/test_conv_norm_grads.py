@@ -174,5 +174,6 @@ def test_in_half(width):
         patch.setattr(choose, "fits", lambda x: False)
         _, wanted = train_once(model, ids, [1000, 2000])
     fast, slow = distances(True), distances(False)
-    # of a parameter of a few numbers (dt_bias has one a head) either error is a draw of a few
-    assert (fast / slow).log().mean() < 0.1 and (fast < 3 * slow + 1e-3).all(), fast / slow
+    # Of a parameter of few numbers (dt_bias has one a head) either error is a draw of a few: up to 1.9 on an H200.
+    bound = torch.tensor([1.3 if p.numel() > 1000 else 3.0 for p in model.parameters()], device="cuda")
+    assert (fast < bound * slow + 1e-3).all(), (fast / slow).max()
