@@ -182,7 +182,7 @@ def test_saved_and_loaded(tmp_path):
         CollapseMonitor.load(tmp_path / "monitor.json", other)
     with pytest.raises(InputError, match="not of tiny"), monitor.on(other):
         pass
-    with pytest.raises(InputError, match=r"not a saved monitor \(no such file\)$"):
+    with pytest.raises(InputError, match=r"nothing\.json: no such file$"):
         CollapseMonitor.load(tmp_path / "nothing.json", lm)
     with pytest.raises(InputError, match="cannot write"):
         monitor.save(tmp_path / "none" / "monitor.json")
