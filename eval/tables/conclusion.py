@@ -199,6 +199,8 @@ def _recall_clauses(sheet: Sheet) -> list[str]:
 
     def words(name: str) -> str:
         extent = f"up to {format_length(reach[name])}" if reach[name] else "nowhere"
+        if reach[name] and reach[name] == max(sheet.cells[name]):
+            extent = f"to at least {format_length(reach[name])} (the longest measured)"
         return f"{extent} {'without a remedy' if name == 'none' else f'with {name}'}"
 
     text = f"{sheet.task} accuracy above {RECALL} "

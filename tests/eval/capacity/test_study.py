@@ -255,9 +255,9 @@ def test_the_command_on_checkpoints(config, monkeypatch, capsys, tmp_path):
     a, b = (frame[frame["model"] == name] for name in "ab")
     assert len(a) == 2 * 2 and set(a["quantity"]) == {"forgets", "T_recall of passkey-in-text.txt"}
     assert len(b) == 2 and "training length unknown" in printed
-    assert frame[frame["quantity"] != "forgets"]["text"].str.startswith("none shown (").all(), "they know nothing"
+    assert frame[frame["quantity"] != "forgets"]["text"].str.startswith("below ").all(), "they know nothing"
     assert set(a[a["quantity"] == "forgets"]["text"]) == {"no collapse up to 512"}
-    line = "a, trained at 128, none: no collapse up to 512; T_recall of passkey-in-text.txt none shown ("
+    line = "a, trained at 128, none: no collapse up to 512; T_recall of passkey-in-text.txt below 128 (the"
     assert f"\n{line}" in printed and "\npoints\n" not in printed and "T_forget" not in printed
     cells = {p: p.stat().st_mtime_ns for p in Path("r/cells").glob("*.json")}
     remedies = ["none", "rri:alpha=0.9,beta=1"]

@@ -263,6 +263,8 @@ def test_the_conclusion_says_what_the_numbers_say(story):
     text = conclusion(story)
     assert "1.04x" in text and "shows no use of older context (gain -0.030" in text
     assert "up to 512 without a remedy, and no remedy reaches further" in text
+    put(story, 0.97, mitigation="none", metric="accuracy", length=65536)
+    assert "above 0.95 to at least 64K (the longest measured) without a remedy, and no" in conclusion(story)
     no_control = story[~story["mitigation"].isin(CONTROLS)]
     assert "not compared with recomputing" in conclusion(no_control) and len(context_gain(no_control)) == 0
 
