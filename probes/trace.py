@@ -29,7 +29,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from rnn_longctx.config import parse_length
+from rnn_longctx.config import counted, parse_length
 from rnn_longctx.errors import InputError
 from rnn_longctx.measure.taps import tapping
 from rnn_longctx.models.adopt.adopting import as_language_model
@@ -294,7 +294,9 @@ def _layers(layers: Iterable[int] | None, count: int) -> list[int]:
         raise InputError(f"layers: expected whole numbers such as [0, 2], got {layers!r:.60}") from None
     for layer in chosen:
         if not 0 <= layer < count:
-            raise InputError(f"layer {layer} is not there: the model has {count} recurrent layers, 0 to {count - 1}")
+            raise InputError(
+                f"layer {layer} is not there: the model has {counted(count, 'recurrent layer')}, 0 to {count - 1}"
+            )
     return chosen
 
 

@@ -100,7 +100,9 @@ def growth(group: pd.DataFrame, quantity: str, mitigation: str) -> Figure:
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(0, -0.12))
     bounds = ", ".join(
-        f"{n} {words}" for bound, words in _BOUNDS[quantity.split()[0]].items() if (n := (group["bound"] == bound).sum())
+        f"{n} {words}"
+        for bound, words in _BOUNDS[quantity.split()[0]].items()
+        if (n := (group["bound"] == bound).sum())
     )
     note = f"; not fitted (arrows): {bounds}" if bounds else ""
     if best is not None and (broken := fitting.contradicted(fits[best].curve, group[group["bound"] != ""])):

@@ -21,8 +21,8 @@ LOOK = 20  # prompts asked first: most lengths that fail have failed by then
 
 class Recall(NamedTuple):
     """`passes`: the longest length shown, None if the shortest measured fails; `fails`: the shortest that is not shown,
-    None if none was met, so that T_recall is at least `passes`, the longest measured. Lengths in tokens; `right` of `asked` answers at `passes`
-    (at `fails` where nothing passes)."""
+    None if none was met, so that T_recall is at least `passes`, the longest measured. Lengths in tokens; `right` of
+    `asked` answers at `passes` (at `fails` where nothing passes)."""
 
     passes: int | None
     fails: int | None

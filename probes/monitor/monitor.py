@@ -43,7 +43,7 @@ from typing import Any
 
 import torch
 
-from rnn_longctx.config import home_path, parse_length
+from rnn_longctx.config import counted, home_path, parse_length
 from rnn_longctx.data import Text, load_text
 from rnn_longctx.errors import InputError, one_line
 from rnn_longctx.files import write_atomic
@@ -167,8 +167,8 @@ class CollapseMonitor:
         """Raise InputError where the model does not compute what the one that this was calibrated on did."""
         shape, now = shape_of(model), model.weights_hash
         if shape != self.shape or not is_of(self.weights, model, now):
-            ours = f"{len(self.shape)} layers, first {self.shape[0]}"
-            theirs = f"{len(shape)} layers, first {shape[0]}, weights {now}"
+            ours = f"{counted(len(self.shape), 'layer')}, first {self.shape[0]}"
+            theirs = f"{counted(len(shape), 'layer')}, first {shape[0]}, weights {now}"
             raise InputError(
                 f"the monitor is of {self.model} ({ours}, weights {self.weights}), not of {model.name} ({theirs}): "
                 "calibrate one for it"

@@ -100,8 +100,8 @@ class Cache:
 
     @classmethod
     def load_with(cls, path: str | Path, device: torch.device | str = "cpu") -> tuple[Cache, dict[str, Tensor], Any]:
-        """Return the cache, the extra tensors and the note of `save`. Raises InputError if there is no file, it is not one, or
-        a carry in it is of a type that no mixer here has."""
+        """Return the cache, the extra tensors and the note of `save`. Raises InputError if there is no such file, it is
+        none of these, or a carry in it is of a type that no mixer here has."""
         try:
             with safe_open(home_path(path), "pt") as file:
                 header = file.metadata() or {}

@@ -135,7 +135,7 @@ class Loop:
         if team.rank == 0:
             log = Log(self.run.out / "log.csv", state.step, length=config.longest, **NOT_MEASURED)
             self.log = stack.enter_context(closing(log))
-            answers = "+".join(dict.fromkeys(task_of(mixed).name for mixed in config.data.mixed)) or "answers"
+            answers = "+".join(dict.fromkeys(task_of(mixed).name for mixed in config.data.mixed)) or "answer"
             shown = progress(config.steps, state.step, self.run.say, answers)
             self.show_row, self.show_step = stack.enter_context(shown)
         while state.step < config.steps:

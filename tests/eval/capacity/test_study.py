@@ -167,7 +167,7 @@ def test_a_study_is_told_what_to_run_by_outcomes(config, monkeypatch):
     monkeypatch.setattr(pool, "_WAIT", 0.01)
     broken = StudyCell(config.models[1], 448, 0).name
     said: list[str] = []
-    with pytest.raises(InputError, match=rf"1 cells failed, the first of them {broken}: no memory"):
+    with pytest.raises(InputError, match=rf"1 cell failed, the first of them {broken}: no memory"):
         study.run_study(config, 2, said.append)
     assert all(name.startswith(label(config.models[0])) or name == broken for name in started)
     broken = ""
@@ -275,14 +275,14 @@ def test_checkpoints_of_one_name_are_no_seeds_of_one_shape(config, monkeypatch, 
     """Measured one after the other, of different sizes, and the first of them again."""
     for width in (16, 32):
         model = Mamba2LM(Mamba2Config(d_model=width, n_layer=1, headdim=8, d_state=8)).eval()
-        model.train_length, model.tokenizer, model.name = 128, ByteTokenizer(), "last"
-        checkpoint.save(model, tmp_path / str(width) / "last", dtype=torch.float32)
+        model.train_length, model.tokenizer, model.name = 128, ByteTokenizer(), "run/last"
+        checkpoint.save(model, tmp_path / str(width) / "run" / "last", dtype=torch.float32)
     words = ("--limit", "256", "--width", "0.3", "--text", "text.txt", "--slices", "1", "--out", "r")
     for width in (16, 32, 16):
-        code, _, said = run(monkeypatch, capsys, "capacity", f"{width}/last", *words)
+        code, _, said = run(monkeypatch, capsys, "capacity", f"{width}/run/last", *words)
         assert code == 0, said
     points = pd.read_csv("r/points.csv")
-    assert set(points["shape"]) == {"last", f"last@{rnn_longctx.load('32/last').weights_hash[:6]}"}
+    assert set(points["shape"]) == {"run/last", f"run/last@{rnn_longctx.load('32/run/last').weights_hash[:6]}"}
     assert set(points["quantity"]) == {"T_recall"}, "one training length says nothing of T_forget"
     assert points["state_elements"].nunique() == 2 and set(points["models"]) == {1}
 

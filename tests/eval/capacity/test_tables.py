@@ -190,7 +190,10 @@ def test_a_study_that_did_not_reach_it(tmp_path):
             family.add(state, train, 0, False, 1e9)
     family.write(tmp_path)
     points = tables.points(tables.findings(*tables.read(tmp_path), 0.95))
-    assert set(points["bound"]) == {"above"} and points["text"].str.contains("at least 64K \\(the longest measured;|above 1K \\(").all()
+    assert (
+        set(points["bound"]) == {"above"}
+        and points["text"].str.contains("at least 64K \\(the longest measured;|above 1K \\(").all()
+    )
     assert set(points[points["quantity"] == "T_forget"]["value"]) == {1024}
     assert set(points[points["quantity"] == "T_recall"]["value"]) == {LIMIT}
     names = {p.name for p in draw(tmp_path, 0.95)}
@@ -241,7 +244,7 @@ def test_advice(study):
     assert "MiB a stream" in str(found) and "tokens/s" in str(found)
     far = advise(1 << 20, study=study)
     assert far.state > STATES[-1] and far.speed is None
-    assert any("extrapolates" in w for w in far.warnings) and "no shape recalls as much" in str(far)
+    assert any("extrapolates" in w for w in far.warnings) and "no shape is shown to recall as much" in str(far)
 
 
 def test_advice_on_speed_is_of_one_device(study, tmp_path):

@@ -218,7 +218,9 @@ def test_the_best_remedy_helps_and_remembers(story):
     loss.at[loss.index[rows][0], "samples"] = [0.9 + 0.5 * (-1) ** k for k in range(16)]
     loss.loc[rows, "value"] = 0.9
     said = conclusion(loss)
-    assert "no remedy is surely better than none at 64K: state-norm has the lowest loss, 0.900, not surely lower" in said
+    assert (
+        "no remedy is surely better than none at 64K: state-norm has the lowest loss, 0.900, not surely lower" in said
+    )
     assert re.search(r"without a remedy \(by 0\.100, 95% -0\.\d+ to 0\.\d+\)", said)
     assert "best remedy" not in said and "best remedy" not in conclusion(loss[loss["mitigation"] != "rri:alpha=0.99"])
     put(loss, 0.95, mitigation="rri:alpha=0.99", metric="nats_per_token", length=65536)  # more, but surely below
@@ -438,7 +440,9 @@ def test_no_verdict_names_a_length_that_was_not_read(make):
     bare = frame.assign(length=frame["length"].replace({4096: 2610})).drop(columns="tokens_read")
     frame = frame.assign(tokens_read=frame["length"].replace({4096: 2610}))
     words = conclusion(frame)
-    assert "collapses at 2610 (9.00 > 2 x" in words and "up to 2610 with state-norm" in words
+    assert (
+        "collapses at 2610 (9.00 > 2 x" in words and "to at least 2610 (the longest measured) with state-norm" in words
+    )
     assert "4K" not in words and "4096" not in words
     assert "At 2610: so many tokens were read where 4K were asked for." in to_text(frame)
     assert conclusion(bare) == words  # a table from before the column, of those lengths

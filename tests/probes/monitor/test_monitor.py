@@ -59,9 +59,8 @@ def test_ratios_are_norms_over_the_envelope():
     values = [value for *_, value in report.heads]
     assert values == sorted(values, reverse=True) and report.worst == values[0]
     layer, head, value = report.heads[0]
-    assert f"{report.outside} heads outside their margins (layer {layer} head {head} at {value:.3g} times)" in str(
-        report
-    )
+    heads = "1 head outside its" if report.outside == 1 else f"{report.outside} heads outside their"
+    assert f"{heads} margins (layer {layer} head {head} at {value:.3g} times)" in str(report)
 
 
 def test_healthy_heads_raise_no_alarm():
