@@ -30,13 +30,14 @@ from rnn_longctx.errors import InputError
 from rnn_longctx.files import write_atomic
 
 # What makes two cells different. `length` in tokens; `depth` a fraction, None for all depths together; `state_dtype`
-# what the recurrent state is rounded to between calls, None for the scan's own float32 (float64 under float64).
+# what the recurrent state is rounded to between calls, None for the scan's own float32 (float64 under float64);
+# `plugins` a hash of the source of all plugins that were loaded, None for none.
 KEY = (
     *("model", "weights_hash", "mitigation", "calibration", "task", "text", "text_hash", "tokenizer"),
-    *("length", "depth", "metric", "batch", "dtype", "backend", "device", "seed", "state_dtype"),
+    *("length", "depth", "metric", "batch", "dtype", "backend", "device", "seed", "state_dtype", "plugins"),
 )
 # Columns that older tables lack: None in their rows, and no part of a key where they are None.
-_LATER = {"state_dtype", "tokens_read"}
+_LATER = {"state_dtype", "tokens_read", "plugins"}
 # What was measured. `samples`: one float per slice or prompt, in the order of the slices, so that two rows on
 # the same text pair by position. Times in seconds, `train_length` in tokens, and so `tokens_read`: of each slice or
 # prompt, the mean over them, whatever of it a remedy or control reads again or leaves out.

@@ -49,8 +49,9 @@ class Report:
         line = f"position {self.position}: {self.status}"
         if self.heads:
             layer, head, ratio = self.heads[0]
-            heads = counted(self.outside, "head")
-            line += f", {heads} outside {'its' if self.outside == 1 else 'their'} margins (layer {layer} head {head} at {ratio:.3g} times)"
+            whose = "its" if self.outside == 1 else "their"
+            line += f", {counted(self.outside, 'head')} outside {whose} margins"
+            line += f" (layer {layer} head {head} at {ratio:.3g} times)"
         if self.shift is not None:
             line += f", input shift {self.shift:.2g}"
         return line + (f"; {self.action}" if self.action else "")

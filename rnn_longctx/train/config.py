@@ -309,8 +309,8 @@ class TrainConfig:
                 wrong, limit = (high, self.longest) if high > self.longest else (low, shortest)
                 examples = "passkey prompts" if self.data.mix is None else "examples"
                 raise InputError(
-                    f"{name}.lengths: {wrong} is longer than train_length {limit}; {examples} are mixed into the text "
-                    f"unless {name}.fraction=0"
+                    f"{name}.lengths: {wrong} is longer than train_length {limit}; {examples} are mixed into the text: "
+                    f"give lengths of at most {limit} there, or fraction 0 beside them for the text alone"
                 )
 
     @property
