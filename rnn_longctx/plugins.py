@@ -53,7 +53,7 @@ def register(thing: T) -> T:
     """
     registry, check = _kind_of(thing)
     if check is _check_mixer and not getattr(thing, "name", ""):  # all that it lacks is said at once
-        check(thing, thing.__name__)
+        check(thing, str(getattr(thing, "__name__", thing)))
     name = registry.name_of(thing)
     check(thing, name)
     _ = name in registry  # imports the file that has the name already, if there is one

@@ -15,9 +15,7 @@ from rnn_longctx.cli.command import COMMANDS, flattened
 from rnn_longctx.cli.options import Many
 from rnn_longctx.errors import InputError, one_line
 
-PLUGIN = (
-    "--plugin MODULE_OR_FILE.py, anywhere on the line, adds remedies, tasks, mixers, ... of your own; again for more."
-)
+PLUGIN = "--plugin MODULE_OR_FILE.py, anywhere on the line, adds remedies, tasks, mixers and so on of your own."
 
 
 class _Program(TyperGroup):
@@ -63,8 +61,8 @@ def _registered() -> Mapping[str, Any]:
         else:
             program.command(name)(flattened(command.run))
     commands = typer.main.get_group(program).commands
-    for command in commands.values():
-        _say_plugin(command)
+    for runnable in commands.values():
+        _say_plugin(runnable)
     return commands
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,7 +38,9 @@ def progress(steps: int, done: int, say: Say, answers: str) -> Iterator[Any]:
 
 
 def _line(row: dict[str, Any], steps: int, answers: str, short: bool = False) -> str:
-    text = f"step {row['step']}/{steps} loss {row['loss']:.3f} {answers} loss {row['passkey_loss']:.3f}"
+    text = f"step {row['step']}/{steps} loss {row['loss']:.3f}"
+    if not math.isnan(row["passkey_loss"]):
+        text += f" {answers} loss {row['passkey_loss']:.3f}"
     text += f" {row['tokens_per_second'] / 1e3:.0f}K tok/s"
     if not short:  # what a bar leaves no room for
         text += f" lr {row['lr']:.2e} grad {row['grad_norm']:.3f} {row['seconds']:.0f} s"

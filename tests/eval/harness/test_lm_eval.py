@@ -354,7 +354,7 @@ def test_tasks_that_cannot_be_had_are_named_with_what_helps(bytes_model, folder,
     with pytest.raises(InputError) as stopped:
         lm_eval_table(bytes_model, HarnessConfig(tasks, lengths=[300], limit=1, include_path=str(tmp_path)))
     said = str(stopped.value)
-    assert "task tiny_hub cannot be had here: Couldn't reach" in said and "; it reads owner/books of the Hugging" in said
+    assert "task tiny_hub cannot be had here: Couldn't" in said and "; it reads owner/books of the Hugging" in said
     assert "task tiny_package cannot be had here: " in said and "pip install no_such_package;" in said
     assert said.endswith("; the others run with --tasks rnn_longctx_passkey")
 

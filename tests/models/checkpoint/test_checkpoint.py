@@ -424,7 +424,7 @@ def test_names_that_wrappers_gave(prefix, tmp_path):
 def test_a_model_of_a_training_run_is_called_after_the_run(tmp_path, monkeypatch):
     """All runs call their folders alike."""
     names = {"my-run/model": "my-run", "my-run/last": "my-run/last", "my-run/best": "my-run/best",
-             "my-run/steps/300": "my-run/300", "my-run/steps": "steps", "my-run/7": "7", "last-one": "last-one"}  # fmt: skip
+             "my-run/steps/300": "my-run/300", "my-run/steps": "steps", "run/7": "7", "last-1": "last-1"}  # fmt: skip
     for folder, name in names.items():
         (tmp_path / folder).mkdir(parents=True, exist_ok=True)
         assert name_of(tmp_path / folder) == name
