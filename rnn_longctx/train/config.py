@@ -227,7 +227,7 @@ class OnlineConfig:
     tokens: int = 2**18  # that have arrived make an update, which is then checked
     held_out: float = 0.1  # share of them, the last, not trained on: an update may not make it harder
     replay: float = 0.25  # share of the rows that read data.text
-    loss_tolerance: float = 0.01  # nats above the least loss of the models kept, at each evaluated length
+    loss_tolerance: float = 0.01  # nats above the lowest loss of the models kept, at each evaluated length
     passkey_tolerance: float = 0.05  # share of the passkeys below the most of the models kept, at each length
     poll: float = 5.0  # seconds between two looks at the directory
 

@@ -120,7 +120,7 @@ class Online:
         update: the number of the last one that was decided on.
         kept: how many were kept.
         tokens: in the updates kept.
-        best: of each length, the least loss and the best recall of the models kept.
+        best: of each length, the lowest loss and the best recall of the models kept.
     """
 
     run: Run

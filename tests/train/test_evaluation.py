@@ -248,7 +248,7 @@ def test_the_gate(config: TrainConfig, monkeypatch: pytest.MonkeyPatch, capsys: 
         "step 3: stays at 112 tokens, not on to 115: held-out loss at 112 is 1.0600, more than 5% above 1.0000"
     )
     assert [line.split(":")[0] for line in said] == ["step 3", "step 5", "step 7", "step 9"]
-    # what counts is the least loss so far: 5% a stage do not add up
+    # what counts is the lowest loss so far: 5% a stage do not add up
     assert stages(c, [2.0, 1.0, 1.06, 1.06, 1.0]) == [0] * 3 + [1] * 8 + [2]
     assert stages(replace(c, train_length=120, steps=5), []) == [0] * 5, "one stage asks nothing"
 

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +20,7 @@ import yaml
 
 import rnn_longctx
 from rnn_longctx import cli
+from rnn_longctx.cli.commands.capacity import MeasureOptions
 from rnn_longctx.config import load_yaml
 from rnn_longctx.data import ByteTokenizer
 from rnn_longctx.errors import InputError
@@ -198,6 +199,10 @@ def test_mistakes_in_a_config(config, tmp_path):
         "one is given twice": {"shapes": [{}, {"d_state": 8}]},
         "needs at least one of": {"train_lengths": []},
         "train_lengths: 600 leaves nothing to read up to measure.limit 600": {"train_lengths": [128, 600]},
+        "train_lengths: 1 is too short for passkey prompts": {
+            "train_lengths": [1],
+            "train": {**data["train"], "data": {**data["train"]["data"], "passkey": {"lengths": [50, 60]}}},
+        },
         "the search for T_forget goes by none": {"measure": {"limit": 600, "mitigations": ["state-norm"]}},
         "width says how many prompts": {"measure": {"needles": ["words:n=30"]}},
         "measure.seed: expected 0 or more": {"measure": {"seed": -1}},
@@ -218,6 +223,8 @@ def test_mistakes_in_a_config(config, tmp_path):
     with pytest.raises(InputError, match="no cell nothing"):
         config.find("nothing")
     assert MQARConfig().pairs and MeasureConfig().limit == 1 << 20
+    defaults = {f.name: f.default for f in fields(CapacityConfig)}
+    assert Path(str(defaults["out"])) != MeasureOptions().out, "a study and checkpoints do not share a folder"
 
 
 def test_models_read_as_many_tokens_at_every_length(config):
@@ -258,7 +265,12 @@ def test_the_command_on_checkpoints(config, monkeypatch, capsys, tmp_path):
     assert frame[frame["quantity"] != "forgets"]["text"].str.startswith("below ").all(), "they know nothing"
     assert set(a[a["quantity"] == "forgets"]["text"]) == {"no collapse up to 512"}
     line = "a, trained at 128, none: no collapse up to 512; T_recall of passkey-in-text.txt below 128 (the"
-    assert f"\n{line}" in printed and "\npoints\n" not in printed and "T_forget" not in printed
+    assert (
+        f"\n{line}" in printed
+        and "\npoints\n" not in printed
+        and "findings\n" not in printed
+        and "T_forget" not in printed
+    )
     cells = {p: p.stat().st_mtime_ns for p in Path("r/cells").glob("*.json")}
     remedies = ["none", "rri:alpha=0.9,beta=1"]
     settings = MeasureConfig(512, 1, ["passkey:haystack=text.txt"], width=0.3, mitigations=remedies, text="text.txt")

@@ -12,6 +12,7 @@ from matplotlib.image import imread
 from rnn_longctx.errors import InputError
 from rnn_longctx.eval.capacity import advise, draw, models, tables
 from rnn_longctx.eval.capacity import fits as fitting
+from rnn_longctx.eval.capacity.figures import growth
 from rnn_longctx.eval.capacity.recall import search
 from rnn_longctx.eval.results import COLUMNS, Results, to_frame
 from rnn_longctx.eval.stats import wilson
@@ -196,6 +197,10 @@ def test_a_study_that_did_not_reach_it(tmp_path):
     )
     assert set(points[points["quantity"] == "T_forget"]["value"]) == {1024}
     assert set(points[points["quantity"] == "T_recall"]["value"]) == {LIMIT}
+    said = {"T_recall": "at least (the longest measured passes)", "T_forget": "above (the longest trained fails)"}
+    for quantity, words in said.items():
+        title = growth(points[points["quantity"] == quantity], quantity, "none").get_suptitle()
+        assert title.endswith(f"not fitted (arrows): 3 {words}")
     names = {p.name for p in draw(tmp_path, 0.95)}
     assert names >= {"T_forget.png", "T_recall.png"} and "mqar.png" not in names
     with pytest.raises(InputError, match="too few points of T_recall"):
