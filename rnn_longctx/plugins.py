@@ -35,7 +35,7 @@ LOADED = "RNN_LONGCTX_PLUGINS"  # the environment variable of what was loaded, o
 COUNTS = ("n", "least", "tokens", "max")  # parameters of any task: how many examples are asked of it
 
 _MIXER = ("Config", "attends", "of", "new_carry", "state_size")
-_RECURRENCE = ("follows", "takes", "backends", "scan", "reference", "state")
+_RECURRENCE = ("follows", "takes", "backends", "scan", "unfollowed", "reference", "state")
 
 
 def register(thing: T) -> T:

@@ -15,7 +15,7 @@ from rnn_longctx.models.carries import Carry, StreamCache
 from rnn_longctx.models.deferred import DeferredNorm
 from rnn_longctx.models.reading import ReadingHook
 from rnn_longctx.models.restart import Restart
-from rnn_longctx.recurrence.gates import Gates, ScanInputs, SteppedGates
+from rnn_longctx.recurrence.gates import AnyGates, ScanInputs
 from rnn_longctx.recurrence.interface import Recurrence
 from rnn_longctx.recurrence.policy import ScanPolicy
 from rnn_longctx.recurrence.span import Span
@@ -106,7 +106,7 @@ class MixerReading:
     """
 
     inputs: ScanInputs
-    gates: Gates | SteppedGates
+    gates: AnyGates
     span: Span
     carry: Carry | None
     rest: Rest
@@ -216,7 +216,7 @@ class ScanMixer(RecurrentMixer, Mixer, Protocol):
     @property
     def channels(self) -> tuple[int, int] | None: ...
 
-    def inputs(self, u: Tensor, carry: Carry | None, span: Span) -> tuple[ScanInputs, Gates | SteppedGates, Rest]:
+    def inputs(self, u: Tensor, carry: Carry | None, span: Span) -> tuple[ScanInputs, AnyGates, Rest]:
         """Return what the scan reads of u (B, T, d_model), and what is needed after it."""
         ...
 

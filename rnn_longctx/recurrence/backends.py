@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rnn_longctx.errors import InputError, nearest
 from rnn_longctx.recurrence.carry import ScanCarry
-from rnn_longctx.recurrence.gates import Gates, ScanInputs, SteppedGates
+from rnn_longctx.recurrence.gates import AnyGates, ScanInputs
 from rnn_longctx.recurrence.observe import Looks
 from rnn_longctx.recurrence.policy import ScanPolicy
 
@@ -70,7 +70,7 @@ class Reading:
     """
 
     inputs: ScanInputs
-    gates: Gates | SteppedGates
+    gates: AnyGates
     policy: ScanPolicy
     carry: ScanCarry
     reset: Tensor | None = None

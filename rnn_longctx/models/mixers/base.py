@@ -26,11 +26,12 @@ from rnn_longctx.models.interface import MixerReading, Rest, Shape, StateSize, T
 from rnn_longctx.models.norm import RMSNorm
 from rnn_longctx.recurrence.backends import Call, OutputGate
 from rnn_longctx.recurrence.carry import ScanCarry
-from rnn_longctx.recurrence.gates import Gates, ScanInputs, SteppedGates
+from rnn_longctx.recurrence.gates import AnyGates, ScanInputs
 from rnn_longctx.recurrence.interface import Recurrence
 from rnn_longctx.recurrence.policy import PLAIN, ScanPolicy
+from rnn_longctx.recurrence.rule import compute_dtype
 from rnn_longctx.recurrence.span import Span
-from rnn_longctx.recurrence.ssd.scan import SSD, compute_dtype
+from rnn_longctx.recurrence.ssd.scan import SSD
 from rnn_longctx.recurrence.statistics import Observer
 
 
@@ -94,7 +95,7 @@ class Recurrent(nn.Module):
 
     # --- the layer
 
-    def inputs(self, u: Tensor, carry: Carry | None, span: Span) -> tuple[ScanInputs, Gates | SteppedGates, Rest]:
+    def inputs(self, u: Tensor, carry: Carry | None, span: Span) -> tuple[ScanInputs, AnyGates, Rest]:
         """Return what the scan reads of u (B, T, d_model), and what is needed after it. Nothing else knows the
         projections."""
         raise NotImplementedError
