@@ -8,12 +8,12 @@ e_t along_t^T + w_t x_t B_t^T. What is erased at t hangs on what was added befor
 
 with r_t = read_t exp(cum_t), r_ts = read_t exp(cum_t - cum_s), and cum_{t-1} for cum_t where the read comes before the
 decay. That is one triangular system of equations a chunk, (I + L) E = ..., the WY form of DeltaNet (arXiv 2406.06484,
-section 3); its matrix knows nothing of S_0, so it is solved for many chunks at once, and what is left to do from chunk
-to chunk are three products with the state. Where along is the key, e_t + w_t x_t is one unknown.
+section 3). Its matrix knows nothing of S_0 and is made for several chunks at once. Where along is the key,
+e_t + w_t x_t is one unknown.
 
-Per channel, exp(cum_t - cum_s) stands inside the inner product. It is split into two factors around the start of a
-sub-chunk, so that none is above 1; inside a sub-chunk factors are bounded by FACTOR, beyond which the differences are
-taken first.
+exp(cum_t - cum_s) is split into two factors where a chunk forgets less than exp(-FACTOR). Where it forgets more, it is
+split around the start of a sub-chunk, so that no factor is above 1; and inside a sub-chunk that forgets more than that,
+the differences are taken first.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from rnn_longctx.recurrence.policy import ScanPolicy
 from rnn_longctx.recurrence.ssd.caps import clip_factor, row_caps
 
 CHUNK = 64
-BLOCK = 16  # chunks whose equations are solved at once
+BLOCK = 4  # chunks whose products are made at once: what they need should lie in a cache
 SUB_CHUNK = 16
 FACTOR = 60.0  # nats; exp(60) = 1e26 leaves float32 room for a factor of 1e12
 DENSE_CAP = 8  # caps that apply more often than this are found token after token
@@ -92,120 +92,113 @@ def uncut(inputs: ScanInputs, gates: DeltaGates, state: Tensor) -> tuple[Tensor,
 
 def block(inputs: ScanInputs, gates: DeltaGates, state: Tensor, n: int) -> tuple[Tensor, Tensor]:
     """Read n chunks of one length: what does not hang on the state for all of them in one product."""
-    heads = inputs.x.shape[2]
+    batch, _, heads, _ = inputs.x.shape
 
-    def chunks(t: Tensor) -> Tensor:  # (B, T, G or H[, ·]) to (B, n, H, c[, ·])
-        t = t.unflatten(1, (n, -1)).transpose(2, 3)
-        return t if t.shape[2] == heads else t.repeat_interleave(heads // t.shape[2], 2)
+    def chunks(t: Tensor) -> Tensor:
+        """Return (n, B * H, c, ·) of (B, T, H or G, ·), or of (B, T, H)."""
+        t = t if t.ndim == 4 else t[..., None]
+        t = t if t.shape[2] == heads else t.repeat_interleave(heads // t.shape[2], 2)
+        return t.unflatten(1, (n, -1)).permute(1, 0, 3, 2, 4).flatten(1, 2)
 
-    x, key, query, log_decay, write, erase = map(
-        chunks, (inputs.x, inputs.B, inputs.C, gates.log_decay, gates.input_scale, gates.erase)
-    )
-    read = key if gates.read is None else chunks(gates.read)
-    cum = log_decay.cumsum(3)
+    key, query, log_decay = chunks(inputs.B), chunks(inputs.C), chunks(gates.log_decay)
+    values = chunks(inputs.x) * chunks(gates.input_scale)
+    read = (key if gates.read is None else chunks(gates.read)) * chunks(gates.erase)
+    cum = log_decay.cumsum(2)  # (n, B * H, c, N or 1)
     cum_read = cum if gates.decay_first else cum - log_decay
-    decays = _Decays(cum, cum_read)
-    from_start = read * _wide(cum_read.exp()) * erase[..., None]  # (B, n, H, c, N): times S_0, what S_0 loses
-    query_start = query * _wide(cum.exp())
-    to_end = _wide((cum[..., -1:, :] - cum if gates.per_channel else cum[..., -1:] - cum).exp())
-    values = x * write[..., None]
-    lower = torch.ones(x.shape[3], x.shape[3], dtype=torch.bool, device=x.device).tril()
-    strictly = lower.tril(-1)
-
-    if gates.along is None:  # erased and written along the key: one unknown a token
-        of_read, of_query = decays.products(read, query, key)
-        L = (of_read * erase[..., None]).masked_fill(~strictly, 0.0)
-        solved = _solve(L, torch.cat([values, from_start], -1))
-        added, lost = solved.split([x.shape[-1], key.shape[-1]], -1)
-        attention = of_query.masked_fill(~lower, 0.0)
-        writes = key * to_end
+    kept = cum[:, :, -1:]
+    # from the chunk's start: what of the state is erased, and what queries see of it; to its end: what stays of a token
+    erases, sees, stays = read * cum_read.exp(), query * cum.exp(), (kept - cum).exp()
+    products: _Split | _Pairs | _SubChunks
+    if float(cum.detach().abs().amax()) < FACTOR:
+        products = _Split(erases, sees, cum)
+    else:
+        products = (_SubChunks if gates.per_channel else _Pairs)(read, query, cum_read, cum)
+    # What is added is solved for, a row a token; where it is not added along the key, what is written has its own rows.
+    if gates.along is None:
+        L, seen = products.with_tokens(key)
+        right, added, writes = values, None, key * stays
     else:
         along = chunks(gates.along)
-        read_along, query_along = decays.products(read, query, along)
-        read_key, query_key = decays.products(read, query, key)
-        L = (read_along * erase[..., None]).masked_fill(~strictly, 0.0)
-        held = (read_key * erase[..., None]).masked_fill(~strictly, 0.0) @ values
-        solved = _solve(L, torch.cat([-held, from_start], -1))
-        erased, lost = solved.split([x.shape[-1], key.shape[-1]], -1)
-        # the tokens of a chunk twice: first what they erase, then what they write
-        added = torch.cat([erased, values], 3)
-        lost = torch.cat([lost, torch.zeros_like(lost)], 3)
-        attention = torch.cat([query_along.masked_fill(~lower, 0.0), query_key.masked_fill(~lower, 0.0)], -1)
-        writes = torch.cat([along * to_end, key * to_end], 3)
-
-    kept = cum[..., -1, :].exp()[..., None, :] if gates.per_channel else cum[..., -1].exp()[..., None, None]
-    outputs = []
+        (L, seen_erased), (held, seen_written) = products.with_tokens(along), products.with_tokens(key)
+        right, added = -(held.tril(-1) @ values), values
+        seen, writes = torch.cat([seen_erased, seen_written], -1), torch.cat([along * stays, key * stays], 2)
+    S, kept, outputs = state.flatten(0, 1), kept.exp(), []
     for i in range(n):
-        u = added[:, i] - lost[:, i] @ state.mT  # (B, H, c, P)
-        outputs.append(query_start[:, i] @ state.mT + attention[:, i] @ u)
-        state = state * kept[:, i] + u.mT @ writes[:, i]
-    y = torch.stack(outputs, 1).transpose(2, 3).flatten(1, 2)
-    return y, state
+        solved = torch.linalg.solve_triangular(
+            L[i], torch.baddbmm(right[i], erases[i], S.mT, alpha=-1), upper=False, unitriangular=True
+        )
+        rows = solved if added is None else torch.cat([solved, added[i]], 1)  # (B * H, c or 2 c, P)
+        outputs.append(torch.baddbmm(torch.bmm(sees[i], S.mT), seen[i], rows))
+        S = torch.baddbmm(S * kept[i], rows.mT, writes[i])
+    y = torch.stack(outputs).unflatten(1, (batch, heads)).permute(1, 0, 3, 2, 4).flatten(1, 2)
+    return y, S.unflatten(0, (batch, heads))
 
 
-class _Decays:
-    """Inner products under the decays of a chunk: of tokens t with tokens s before them, or with themselves.
+class _Split:
+    """Inner products under the decays of a chunk, exp(cum_t - cum_s) split into exp(cum_t) and exp(-cum_s)."""
 
-    Args: cum, cum_read (B, n, H, c) or (B, n, H, c, N): the log-decay from the chunk's start up to and with a token, as
-        queries see it, and as what is read before an erasure does. What stands above the diagonal is finite, no more.
-    """
+    def __init__(self, erases: Tensor, sees: Tensor, cum: Tensor):
+        self.erases, self.sees, self.grow = erases, sees, (-cum).exp()
 
-    def __init__(self, cum: Tensor, cum_read: Tensor):
-        self.cum, self.cum_read = cum, cum_read
-        self.per_channel = cum.ndim == 5
-        if not self.per_channel:
-            after = torch.ones(cum.shape[3], cum.shape[3], dtype=torch.bool, device=cum.device).triu(1)
-            self.of_query = (cum[..., :, None] - cum[..., None, :]).masked_fill(after, 0.0).exp()
-            self.of_read = (
-                self.of_query
-                if cum is cum_read
-                else (cum_read[..., :, None] - cum[..., None, :]).masked_fill(~after.mT, 0.0).exp()
-            )
+    def with_tokens(self, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what each token t reads for erasing, and what its query sees, of a key at each s: (n, B * H, c, c). Of
+        the first only what stands below the diagonal means something; the second is 0 above it."""
+        grown = (key * self.grow).mT
+        return self.erases @ grown, (self.sees @ grown).tril()
 
-    def products(self, read: Tensor, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        """Return read_t . key_s and query_t . key_s, decayed from s to t: twice (B, n, H, c, c)."""
-        if not self.per_channel:
-            return (read @ key.mT) * self.of_read, (query @ key.mT) * self.of_query
-        c = key.shape[3]
-        rows = [self._rows(read, query, key, b, min(b + SUB_CHUNK, c)) for b in range(0, c, SUB_CHUNK)]
+
+class _Pairs:
+    """The same where a chunk forgets too much for that and has one decay a head: a factor a pair of tokens."""
+
+    def __init__(self, read: Tensor, query: Tensor, cum_read: Tensor, cum: Tensor):
+        self.read, self.query = read, query
+        later = torch.ones(cum.shape[2], cum.shape[2], dtype=torch.bool, device=cum.device).triu(1)
+        self.of_query = (cum - cum.mT).masked_fill(later, -torch.inf).exp()
+        self.of_read = (
+            self.of_query if cum_read is cum else (cum_read - cum.mT).masked_fill(~later.mT, -torch.inf).exp()
+        )
+
+    def with_tokens(self, key: Tensor) -> tuple[Tensor, Tensor]:
+        """See `_Split.with_tokens`."""
+        return (self.read @ key.mT) * self.of_read, (self.query @ key.mT) * self.of_query
+
+
+class _SubChunks:
+    """The same with a decay a channel: split around the start of each sub-chunk."""
+
+    def __init__(self, read: Tensor, query: Tensor, cum_read: Tensor, cum: Tensor):
+        self.lefts, self.seen, self.cum = (read, query), (cum_read, cum), cum
+
+    def with_tokens(self, key: Tensor) -> tuple[Tensor, Tensor]:
+        """See `_Split.with_tokens`."""
+        c = key.shape[2]
+        rows = [self._sub_chunk(key, b, min(b + SUB_CHUNK, c)) for b in range(0, c, SUB_CHUNK)]
         of_read, of_query = zip(*rows)
-        return torch.cat(of_read, -2), torch.cat(of_query, -2)
+        return torch.cat(of_read, 2), torch.cat(of_query, 2).tril()
 
-    def _rows(self, read: Tensor, query: Tensor, key: Tensor, b: int, e: int) -> tuple[Tensor, Tensor]:
-        """Return the products of the tokens t of one sub-chunk, from b up to and without e, with all s of the chunk."""
-        zero = torch.zeros_like(self.cum[..., :1, :])
-        start = self.cum[..., b - 1 : b, :] if b else zero  # (B, n, H, 1, N)
-        seen = [cum[..., b:e, :] - start for cum in (self.cum_read, self.cum)]  # from the sub-chunk's start
-        lefts = torch.cat([read[..., b:e, :] * seen[0].exp(), query[..., b:e, :] * seen[1].exp()], -2)
-        before = lefts @ (key[..., :b, :] * (start - self.cum[..., :b, :]).exp()).mT
-        own = self.cum[..., b:e, :] - start
-        if float(own.detach().abs().amax()) < FACTOR:
-            within = lefts @ (key[..., b:e, :] * (-own).exp()).mT
-        else:
-            within = torch.cat(
-                [_masked(t[..., b:e, :], k, own, key[..., b:e, :]) for t, k in ((read, seen[0]), (query, seen[1]))], -2
-            )
-        after = within.new_zeros(*within.shape[:-1], key.shape[3] - e)
-        whole = torch.cat([before, within, after], -1)
-        return whole[..., : e - b, :], whole[..., e - b :, :]
+    def _sub_chunk(self, key: Tensor, b: int, e: int) -> list[Tensor]:
+        """Return the products of the tokens from b up to and without e with the key at all s of the chunk."""
+        start = self.cum[:, :, b - 1 : b] if b else torch.zeros_like(self.cum[:, :, :1])
+        before = (key[:, :, :b] * (start - self.cum[:, :, :b]).exp()).mT
+        within, near = self.cum[:, :, b:e] - start, key[:, :, b:e]
+        after = key.new_zeros(*key.shape[:2], e - b, key.shape[2] - e)
+        rows = []
+        for left, cum in zip(self.lefts, self.seen):
+            seen, tokens = cum[:, :, b:e] - start, left[:, :, b:e]
+            if float(within.detach().abs().amax()) < FACTOR:
+                inside = (tokens * seen.exp()) @ (near * (-within).exp()).mT
+            else:
+                inside = _differences_first(tokens, seen, near, within)
+            rows.append(torch.cat([(tokens * seen.exp()) @ before, inside, after], -1))
+        return rows
 
 
-def _masked(left: Tensor, seen: Tensor, own: Tensor, key: Tensor) -> Tensor:
-    """Return the products inside a sub-chunk where decays are too hard to be split: the differences first."""
-    differences = seen[..., :, None, :] - own[..., None, :, :]  # (B, n, H, t, s, N)
-    after = torch.ones(left.shape[-2], left.shape[-2], dtype=torch.bool, device=left.device).triu(1)
-    decays = differences.masked_fill(after[..., None] | (differences > FACTOR), 0.0).exp()
+def _differences_first(left: Tensor, seen: Tensor, key: Tensor, cum: Tensor) -> Tensor:
+    """Return the products inside a sub-chunk where no split is safe."""
+    differences = seen[..., :, None, :] - cum[..., None, :, :]  # (n, B * H, t, s, N or 1)
+    later = torch.ones(left.shape[2], left.shape[2], dtype=torch.bool, device=left.device).triu(1)[..., None]
+    decays = differences.masked_fill(later, 0.0).clamp(max=FACTOR).exp()
     return (left[..., :, None, :] * key[..., None, :, :] * decays).sum(-1)
-
-
-def _solve(L: Tensor, right: Tensor) -> Tensor:
-    """Return (I + L)^-1 right, of a strictly lower triangular L (..., c, c)."""
-    return torch.linalg.solve_triangular(L, right, upper=False, unitriangular=True)
-
-
-def _wide(t: Tensor) -> Tensor:
-    """Return decays (B, n, H, c) or (B, n, H, c, N) as a factor of (B, n, H, c, N)."""
-    return t if t.ndim == 5 else t[..., None]
 
 
 def _joined(outputs: list[Tensor]) -> Tensor:
