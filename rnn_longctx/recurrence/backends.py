@@ -24,6 +24,7 @@ class Call:
         dtype: of the inputs, or float64 where the state is kept in it.
         per_channel: whether each channel of the state has its own decay.
         stepped: whether the gates follow from a step (`SteppedGates`); otherwise they are given.
+        simple: whether what a delta rule reads and erases is the key, by as much as it writes (see `DeltaGates`).
     """
 
     device: torch.device
@@ -32,6 +33,7 @@ class Call:
     headdim: int
     d_state: int
     stepped: bool = True
+    simple: bool = True
 
 
 @dataclass

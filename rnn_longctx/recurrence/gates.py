@@ -147,20 +147,21 @@ class DeltaGates:
         S_t = S_{t-1} diag(a_t) - erase_t (S' read_t) along_t^T + input_scale_t * x_t B_t^T
 
     where S' is S_{t-1} diag(a_t), or S_{t-1} where `decay_first` is False. Gated DeltaNet and KDA read and erase along
-    the key B_t and have erase = input_scale = beta; GDN-2 reads along a gated key; RWKV-7 reads along a normalised key
-    before the decay, and erases along a gated one. The general S (diag(a) + p q^T) is read = p, along = q, erase = -1.
+    the key B_t, and erase as much as they write, input_scale = beta; GDN-2 reads along a gated key; RWKV-7 reads along
+    a normalised key before the decay, and erases along a gated one. The general S (diag(a) + p q^T) is read = p,
+    along = q, erase = -1.
 
     Attributes:
         log_decay: (B, T, H), or (B, T, H, N) for decays per channel; natural logarithms.
         input_scale: (B, T, H).
-        erase: (B, T, H), how much of what was read is taken away.
+        erase: (B, T, H), how much of what was read is taken away; None is as much as is written, input_scale.
         read, along: (B, T, G, N), as B and C of `ScanInputs`; None is B, the key.
         decay_first: whether what is read has decayed.
     """
 
     log_decay: Tensor
     input_scale: Tensor
-    erase: Tensor
+    erase: Tensor | None = None
     read: Tensor | None = None
     along: Tensor | None = None
     decay_first: bool = True
@@ -168,6 +169,11 @@ class DeltaGates:
     @property
     def per_channel(self) -> bool:
         return self.log_decay.ndim == 4
+
+    @property
+    def simple(self) -> bool:
+        """Whether the key is read and erased, by as much as is written: Gated DeltaNet, KDA and DeltaNet."""
+        return self.erase is None and self.read is None and self.along is None and self.decay_first
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
@@ -184,14 +190,15 @@ class DeltaGates:
         return self.from_tensors(*(None if t is None else t[:, start:stop] for t in self.tensors))
 
     def worked_out(self, dtype: torch.dtype, policy: ScanPolicy = PLAIN, mask: Tensor | None = None) -> DeltaGates:
-        """Return the gates in `dtype`, changed by a policy's mul, add, gain, erase and least_erase. Where `mask` (B, T)
-        is False the token decays, erases and writes nothing.
+        """Return the gates in `dtype`, `erase` a tensor, changed by a policy's mul, add, gain, erase and least_erase.
+        Where `mask` (B, T) is False the token decays, erases and writes nothing.
 
         Raises:
             InputError: a policy with min_dt, as `Gates.worked_out` does.
         """
         plain = Gates(self.log_decay, self.input_scale).worked_out(dtype, policy, mask)
-        erase, heads = self.erase.to(dtype), self.erase.shape[-1]
+        erase = (self.input_scale if self.erase is None else self.erase).to(dtype)
+        heads = erase.shape[-1]
         if policy.erase != 1.0:
             erase = per_head(policy.erase, heads, erase) * erase
         if policy.least_erase != 0.0:

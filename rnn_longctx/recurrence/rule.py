@@ -72,10 +72,8 @@ class Rule:
             raise InputError(reason)
         x, mask, reset = inputs.x, span.mask, span.reset
         batch, length, heads, headdim = x.shape
-        d_state, per_channel = inputs.B.shape[3], gates.per_channel
-        dtype = compute_dtype(x.dtype, state_dtype)
-        wide = state_dtype_of(dtype)
-        call = Call(x.device, dtype, per_channel, headdim, d_state, isinstance(gates, SteppedGates))
+        call = self.call(inputs, gates, compute_dtype(x.dtype, state_dtype))
+        d_state, per_channel, wide = call.d_state, call.per_channel, state_dtype_of(call.dtype)
         chosen = self.backends.choose(policy, backend, call)
         if carry is None:
             sizes = (batch, heads, headdim, d_state)
@@ -131,6 +129,11 @@ class Rule:
     def check(self, inputs: ScanInputs, gates: AnyGates, carry: ScanCarry | None) -> None:
         """Raise InputError if a shape does not fit, or the gates are of another kind."""
         raise NotImplementedError
+
+    def call(self, inputs: ScanInputs, gates: AnyGates, dtype: torch.dtype) -> Call:
+        """Return what kind of inputs a backend is to read, in the type that it reads them in."""
+        x, d_state = inputs.x, inputs.B.shape[3]
+        return Call(x.device, dtype, gates.per_channel, x.shape[3], d_state, isinstance(gates, SteppedGates))
 
     def state(self, carry: ScanCarry) -> Tensor:
         """Return the state (B, H, P, N) that a carry stands for."""

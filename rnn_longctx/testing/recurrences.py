@@ -91,7 +91,7 @@ def stream(kind: str, per_channel: bool = False, marks: bool = False) -> Stream:
         if kind == "given":
             gates = Gates(log_decay, scale)
         elif kind == "erasing":
-            gates = DeltaGates(log_decay, scale, between(0, 1, *tokens, HEADS))
+            gates = DeltaGates(log_decay, scale)
         else:
             gates = DeltaGates(log_decay, scale, between(-1, 1, *tokens, HEADS), keys(), keys(), decay_first=False)
     mask = reset = None

@@ -93,6 +93,7 @@ def uncut(inputs: ScanInputs, gates: DeltaGates, state: Tensor) -> tuple[Tensor,
 def block(inputs: ScanInputs, gates: DeltaGates, state: Tensor, n: int) -> tuple[Tensor, Tensor]:
     """Read n chunks of one length: what does not hang on the state for all of them in one product."""
     batch, _, heads, _ = inputs.x.shape
+    assert gates.erase is not None
 
     def chunks(t: Tensor) -> Tensor:
         """Return (n, B * H, c, ·) of (B, T, H or G, ·), or of (B, T, H)."""

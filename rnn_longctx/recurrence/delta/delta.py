@@ -10,16 +10,15 @@ import torch
 from torch import Tensor
 
 from rnn_longctx.errors import InputError
-from rnn_longctx.recurrence.backends import Backend, Backends, Reading
+from rnn_longctx.recurrence import triton
+from rnn_longctx.recurrence.backends import Backend, Backends, Call, Reading
 from rnn_longctx.recurrence.carry import ScanCarry
-from rnn_longctx.recurrence.delta import reference
-from rnn_longctx.recurrence.delta.chunked import chunked_scan
+from rnn_longctx.recurrence.delta import fla, pytorch, reference
 from rnn_longctx.recurrence.gates import AnyGates, DeltaGates, ScanInputs
 from rnn_longctx.recurrence.interface import RECURRENCES, Recurrence
 from rnn_longctx.recurrence.policy import ScanPolicy
 from rnn_longctx.recurrence.rule import Rule, carry_after
 from rnn_longctx.recurrence.span import Span
-from rnn_longctx.recurrence.ssd.pytorch import log_decay_total
 
 
 class _Delta(Rule):
@@ -51,7 +50,7 @@ class _Delta(Rule):
             raise InputError(f"heads must divide into groups: H={heads} heads, G={groups} groups")
         per_head = (batch, length, heads)
         for name, t in (("input_scale", gates.input_scale), ("erase", gates.erase)):
-            if t.shape != per_head:
+            if t is not None and t.shape != per_head:
                 raise InputError(f"{name} must be (B, T, H) = {per_head} to go with x, got {tuple(t.shape)}")
         if gates.log_decay.shape not in (per_head, (*per_head, d_state)):
             raise InputError(
@@ -63,6 +62,10 @@ class _Delta(Rule):
         expected = (batch, heads, headdim, d_state)
         if carry is not None and carry.state.shape != expected:
             raise InputError(f"the carry's state must be (B, H, P, N) = {expected}, got {tuple(carry.state.shape)}")
+
+    def call(self, inputs: ScanInputs, gates: AnyGates, dtype: torch.dtype) -> Call:
+        assert isinstance(gates, DeltaGates)
+        return replace(super().call(inputs, gates, dtype), simple=gates.simple)
 
     def reference(
         self, inputs: ScanInputs, gates: AnyGates, span: Span, policy: ScanPolicy, carry: ScanCarry | None
@@ -77,22 +80,6 @@ class _Delta(Rule):
 DELTA: Recurrence = RECURRENCES.register(_Delta())
 
 
-def run(reading: Reading) -> tuple[Tensor, ScanCarry]:
-    """Read a call in PyTorch: every policy that the rule follows, any device and floating type."""
-    policy, carry, counts = reading.policy, reading.carry, reading.counts
-    dtype, length = carry.state.dtype, reading.inputs.x.shape[1]
-    if counts is None and policy.caps:
-        counts = carry.position[:, None] + torch.arange(1, length + 1, device="cpu")
-    gates = reading.gates.worked_out(dtype, policy, reading.mask)
-    assert isinstance(gates, DeltaGates)
-    x, B, C = (t.to(dtype) for t in (reading.inputs.x, reading.inputs.B, reading.inputs.C))
-    y, new = chunked_scan(ScanInputs(x, B, C), gates, policy=policy, carry=carry, counts=counts, drop=reading.drop)
-    if (D := reading.inputs.D) is not None:
-        y = torch.addcmul(y, x, (D if D.ndim == 2 else D[:, None]).to(dtype))
-    new.log_decay = log_decay_total(carry.log_decay, gates.log_decay, reading.reset)
-    return y.to(reading.inputs.x.dtype), new
-
-
 def _reference(reading: Reading) -> tuple[Tensor, ScanCarry]:
     span = Span(reading.mask, reading.reset)
     y, new = DELTA.reference(reading.inputs, reading.gates, span, reading.policy, reading.carry)
@@ -100,5 +87,9 @@ def _reference(reading: Reading) -> tuple[Tensor, ScanCarry]:
 
 
 _always: Any = (lambda: None, lambda policy, call: None)  # never missing, refuses nothing
-DELTA.backends.register(Backend("torch", run, *_always))
+_fla = Backend("fla", fla.run, fla.missing, fla.refuses, fla.observes)
+if not triton.interpreted():  # Triton's interpreter is for tests: only when asked for
+    DELTA.backends.register(_fla)
+DELTA.backends.register(Backend("torch", pytorch.run, *_always))
+DELTA.backends.register(_fla)
 DELTA.backends.register(Backend("reference", _reference, *_always))

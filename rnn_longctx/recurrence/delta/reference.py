@@ -36,6 +36,7 @@ def scan(
     mask, reset = span.mask, span.reset
     x, B, C, D = inputs.x.double(), inputs.B.double(), inputs.C.double(), inputs.D
     read, along = (B if t is None else t.double() for t in (gates.read, gates.along))
+    erases = (gates.input_scale if gates.erase is None else gates.erase).double()
     batch, length, heads, headdim = x.shape
     groups, d_state = B.shape[2:]
     y = torch.zeros_like(x)
@@ -61,7 +62,7 @@ def scan(
                 log_decay = _of(policy.mul, h) * gates.log_decay[b, t, h].double() + _of(policy.add, h)
                 log_decay = log_decay.expand(d_state)
                 log_total = log_total + log_decay
-                erase = _of(policy.erase, h) * gates.erase[b, t, h].double()
+                erase = _of(policy.erase, h) * erases[b, t, h]
                 erase = torch.clamp(erase, min=_of(policy.least_erase, h)) if policy.least_erase != 0.0 else erase
                 write = _of(policy.gain, h) * gates.input_scale[b, t, h].double()
                 decayed = S * torch.exp(log_decay)

@@ -21,6 +21,7 @@ def walk(
     """
     x, B, C = inputs.x, inputs.B, inputs.C
     heads, length = x.shape[2], x.shape[1]
+    assert gates.erase is not None
 
     def by_head(t: Tensor) -> Tensor:  # (B, T, G, N) to (B, T, H, N)
         return t if t.shape[2] == heads else t.repeat_interleave(heads // t.shape[2], 2)

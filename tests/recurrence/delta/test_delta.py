@@ -32,7 +32,7 @@ def stream(per_channel=False, beta=(0.0, 2.0), nats=20.0, parallel=0.0, general=
     low, high = beta
     betas = low + (high - low) * torch.rand(*shape, dtype=torch.float64)
     if not general:
-        return inputs, DeltaGates(decay, betas, betas)
+        return inputs, DeltaGates(decay, betas)
     along = key * torch.rand_like(key)  # RWKV-7: a gate a channel between 0 and 1
     return inputs, DeltaGates(decay, torch.ones_like(betas), torch.ones_like(betas), key, along, decay_first=False)
 
@@ -110,6 +110,14 @@ def test_caps_between_chunks_and_at_every_token():
         assert every > 1 or bool((carry.state.flatten(2).norm(dim=-1) <= torch.tensor([0.8, 1.2]) + 1e-12).all())
 
 
+def test_erasing_as_much_as_is_written():
+    inputs, gates = stream()
+    for policy in (ScanPolicy(), ScanPolicy(gain=0.5), ScanPolicy(gain=(0.5, 2.0), erase=0.7, least_erase=0.2)):
+        ours, _ = DELTA.scan(inputs, gates, policy=policy)
+        theirs, _ = DELTA.scan(inputs, replace(gates, erase=gates.input_scale), policy=policy)
+        assert torch.equal(ours, theirs)
+
+
 def test_erasing_scaled_to_nothing_is_the_scan():
     """erase 0 leaves gated linear attention: the scan with the same gates."""
     from rnn_longctx.recurrence.ssd import SSD
@@ -131,7 +139,7 @@ def test_the_general_form():
     """S (diag(a) + p q^T) + w v k^T, written out."""
     inputs, gates = stream(per_channel=True, general=True)
     p, q = 0.3 * torch.randn_like(inputs.B), 0.3 * torch.randn_like(inputs.B)
-    minus = -torch.ones_like(gates.erase)
+    minus = -torch.ones_like(gates.input_scale)
     general = DeltaGates(gates.log_decay, gates.input_scale, minus, p, q, decay_first=False)
     y, carry = DELTA.scan(inputs, general)
     state = torch.zeros(1, HEADS, P, N, dtype=torch.float64)
@@ -158,7 +166,7 @@ def test_what_means_nothing_is_refused(policy, message):
 def test_shapes_are_checked_by_name():
     inputs, gates = stream()
     with pytest.raises(InputError, match=r"erase must be \(B, T, H\) = \(1, 150, 2\) to go with x"):
-        DELTA.scan(inputs, replace(gates, erase=gates.erase[:, 1:]))
+        DELTA.scan(inputs, replace(gates, erase=gates.input_scale[:, 1:]))
     with pytest.raises(InputError, match=r"along must be \(B, T, G, N\) as B is"):
         DELTA.scan(inputs, replace(gates, along=inputs.B[..., 1:]))
     with pytest.raises(InputError, match="log_decay must be"):
