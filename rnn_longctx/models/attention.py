@@ -1,8 +1,8 @@
 """Causal softmax attention as a layer that goes on from a carry: what full and sliding-window attention share.
 
-A row keeps the keys and values of the tokens that it has read, all of them or the last window - 1. Keys are kept as they
-were before they are turned, and turned by their place in what a call reads: so that a carry may be cropped, and rows of
-unequal lengths put together.
+A row keeps the keys and values of the tokens that it has read, all of them or the last window - 1. Keys are kept as
+they were before they are turned, and turned by their place in what a call reads: so that a carry may be cropped, and
+rows of unequal lengths put together.
 """
 
 from __future__ import annotations

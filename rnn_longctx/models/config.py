@@ -102,10 +102,16 @@ class _Layer:
         return getattr(self.model, name)
 
 
-def _make(text: str, model: ModelConfig, layer: int) -> Mixer:
+def mixer_settings(text: str) -> tuple[str, Any]:
+    """Return a mixer's name and its parameters, of its own `Config`. Raises InputError as `parse` does."""
     name = text.partition(":")[0].strip()
     if name not in MIXERS:
         hint = nearest(name, MIXERS)
         raise InputError(f"unknown mixer {name!r}{hint}, or give the file that has it with --plugin")
+    return name, parse(text, _Configs(), "mixer")
+
+
+def _make(text: str, model: ModelConfig, layer: int) -> Mixer:
+    name, settings = mixer_settings(text)
     shape: Any = _Layer(model, layer)
-    return MIXERS[name].of(parse(text, _Configs(), "mixer"), shape)
+    return MIXERS[name].of(settings, shape)

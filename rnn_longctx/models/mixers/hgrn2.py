@@ -3,11 +3,11 @@
     S_t = S_{t-1} diag(f_t) + i_t (1 - f_t)^T  f_t = b + (1 - b) sigmoid(W_f u_t), one a key channel
     y_t = S_t silu(W_q u_t) / sqrt(d_k)        out_t = W_o RMSNorm(y_t)
 
-i_t = W_i u_t are the values (x of the scan), 1 - f_t the keys (B), a head's keys as wide as its values: the expansion of
-the paper is the width of a head. The lower bound b of the gates lets later layers remember for longer. The paper makes
-it of all layers together, b_l = sum of softmax(.)_1..l; here every layer but the first has its own, sigmoid(bound), which
-begins as theirs does, at l / n_layer. While it is trained it may leave that order. The factor 1 / sqrt(d_k) and the
-sigmoid's weights, small at first, are flash-linear-attention's (0.6), whose layers this equals.
+i_t = W_i u_t are the values (x of the scan), 1 - f_t the keys (B), a head's keys as wide as its values: the expansion
+of the paper is the width of a head. The lower bound b of the gates lets later layers remember for longer. The paper
+makes it of all layers together, b_l = s_1 + ... + s_l of a softmax s over the layers. Here every layer but the first
+has its own, sigmoid(bound), which begins where theirs does, at l / n_layer; in training bounds may leave that order.
+The factor 1 / sqrt(d_k) and W_f, small at first, are flash-linear-attention's (0.6), whose layers this equals.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class HGRN2(Recurrent):
         q, f, i = (proj(u) for proj in (self.q_proj, self.f_proj, self.i_proj))  # each (B, T, d_model)
         wide = torch.promote_types(f.dtype, torch.float32)
         log_decay, key = F.logsigmoid(f.to(wide)), torch.sigmoid(-f.to(wide))
-        if self.bound is not None:  # log f_t, and 1 - f_t = (1 - b) (1 - sigmoid), without a difference of numbers near 1
+        if self.bound is not None:  # 1 - f_t = (1 - b) (1 - sigmoid): no difference of numbers near 1
             bound = self.bound.to(wide)
             log_decay = torch.logaddexp(F.logsigmoid(bound), F.logsigmoid(-bound) + log_decay)
             key = torch.sigmoid(-bound) * key

@@ -3,8 +3,8 @@
     S_t = exp(dt_t A) S_{t-1} + dt_t x_t B_t^T   dt_t = softplus(W_dt (W_x x_t) + bias), one a channel
     y_t = S_t C_t + D x_t                        out_t = W_o (y_t * silu(z_t))
 
-x comes out of a causal convolution and SiLU, and B_t and C_t are maps of it that all channels share. In the scan's words
-every one of the expand * d_model channels is a head of headdim 1, whose d_state numbers decay at rates A of their own.
+x comes out of a causal convolution and SiLU, and B_t and C_t are maps of it that all channels share. In the scan's
+words each of the expand * d_model channels is a head of headdim 1, whose d_state numbers decay at rates A of their own.
 
 Initialisation is mamba-ssm's: A = -(1, 2, ..., d_state) in every channel (S4D-real), steps log-uniform in [1e-3, 1e-1].
 """

@@ -92,7 +92,8 @@ class RetNet(HeadNormed):
         wide = torch.promote_types(u.dtype, torch.float32)
         log_decay = torch.log1p(-(2.0 ** (-5 - torch.arange(self.heads, dtype=wide, device=u.device))))  # (H)
         log_decay = log_decay.expand(*u.shape[:2], -1)
-        return ScanInputs(v, k, q * self.d_state**-0.5), Gates(log_decay, torch.ones_like(log_decay)), Rest(self.g_proj(u))
+        gates = Gates(log_decay, torch.ones_like(log_decay))
+        return ScanInputs(v, k, q * self.d_state**-0.5), gates, Rest(self.g_proj(u))
 
 
 def _places(u: Tensor, carry: Carry | None, span: Span) -> Tensor:
