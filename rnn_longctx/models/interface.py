@@ -79,6 +79,13 @@ class Shape(Protocol):
     def make_mixers(self) -> Iterator[Mixer]: ...
 
 
+class LayerShape(Shape, Protocol):
+    """What a mixer is built from: the shape of its model, and which of the layers it is in, from 0 on."""
+
+    @property
+    def layer(self) -> int: ...
+
+
 class Rest(NamedTuple):
     """What a layer's projections give beside the inputs of its scan.
 
@@ -133,7 +140,7 @@ class Mixer(Protocol):
     attends: ClassVar[bool]
 
     @classmethod
-    def of(cls, config: Any, model: Shape) -> Mixer:
+    def of(cls, config: Any, model: LayerShape) -> Mixer:
         """Make the mixer of one layer of a model. config: of its own `Config`."""
         ...
 
