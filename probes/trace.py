@@ -35,7 +35,7 @@ from rnn_longctx.measure.taps import tapping
 from rnn_longctx.models.adopt.adopting import as_language_model
 from rnn_longctx.models.interface import LanguageModel, MixerReading, RecurrentMixer
 from rnn_longctx.models.modes import warn_of_training
-from rnn_longctx.recurrence.gates import Gates
+from rnn_longctx.recurrence.gates import AnyGates, SteppedGates
 from rnn_longctx.recurrence.policy import ScanPolicy, per_head
 from rnn_longctx.recurrence.statistics import Statistics
 
@@ -130,13 +130,13 @@ class LayerTap:
         start = 0 if reading.carry is None else int(reading.carry.scan.position[0])
         tokens = reading.inputs.x.shape[1]
         ends = range(start // self.every * self.every + self.every, start + tokens + 1, self.every)
-        self.scales = self._scales(reading.gates, start, ends) if isinstance(reading.gates, Gates) else None
+        self.scales = None if isinstance(reading.gates, SteppedGates) else self._scales(reading.gates, start, ends)
         self._position = start + tokens
         rest = reading.rest
         if ends and rest.convolved is not None and rest.conv is not None and (taps := rest.conv.shape[-1]):
             self._look(rest.convolved, None if reading.carry is None else reading.carry.conv, taps, start, ends)
 
-    def _scales(self, gates: Gates, start: int, ends: range) -> Tensor:
+    def _scales(self, gates: AnyGates, start: int, ends: range) -> Tensor:
         scale = gates.worked_out(torch.float64, self.mixer.policy).input_scale  # (B, T, H)
         before = torch.zeros_like(scale[:, :1])  # of the tokens since the last look
         if start % self.every:

@@ -38,7 +38,7 @@ _SOURCES: dict[str, tuple[ModuleType, str]] = {}  # each plugin that this proces
 COUNTS = ("n", "least", "tokens", "max")  # parameters of any task: how many examples are asked of it
 
 _MIXER = ("Config", "attends", "of", "new_carry", "state_size")
-_RECURRENCE = ("follows", "takes", "backends", "scan", "reference", "state")
+_RECURRENCE = ("follows", "takes", "backends", "scan", "unfollowed", "reference", "state")
 
 
 def register(thing: T) -> T:

@@ -54,7 +54,7 @@ def test_what_works_is_registered():
         thing = dataclass(frozen=True)(thing)
         assert register(thing) is thing and registry[thing.name] is thing
     rule = type("Rule", (), {"name": "rule", **{m: getattr(SSD, m) for m in ("follows", "takes", "backends")}})()
-    rule.scan, rule.reference, rule.state = SSD.scan, SSD.reference, SSD.state
+    rule.scan, rule.reference, rule.state, rule.unfollowed = SSD.scan, SSD.reference, SSD.state, SSD.unfollowed
     assert register(rule) is rule and RECURRENCES["rule"] is rule
     for registry in (REMEDIES, TASKS, MIXERS, RECURRENCES):
         for thing in registry.values():
@@ -121,7 +121,7 @@ def test_mixers_that_lack_something():
 
 def test_recurrences_that_lack_something():
     rule = type("Rule", (), {"name": "rule", "backends": Backends(), "follows": frozenset()})
-    with pytest.raises(InputError, match="recurrence rule lacks takes, scan, reference, state "):
+    with pytest.raises(InputError, match="recurrence rule lacks takes, scan, unfollowed, reference, state "):
         register(rule())
     with pytest.raises(InputError, match="none of a remedy"):  # the class, not an object of it
         register(rule)

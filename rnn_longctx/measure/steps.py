@@ -15,7 +15,7 @@ from rnn_longctx.measure.calibration import Calibration
 from rnn_longctx.measure.taps import tapping, taps_everywhere
 from rnn_longctx.models.interface import LanguageModel, MixerReading, SteppedMixer, Tap
 from rnn_longctx.models.modes import in_evaluation
-from rnn_longctx.recurrence.gates import Gates
+from rnn_longctx.recurrence.gates import SteppedGates
 
 if TYPE_CHECKING:
     from rnn_longctx.data import Text
@@ -55,7 +55,7 @@ def _watching_steps(model: LanguageModel, pieces: list[list[Tensor]]) -> Iterato
 def _steps_into(model: LanguageModel, pieces: list[Tensor]) -> Tap:
     def tap(reading: MixerReading) -> None:
         gates = reading.gates
-        if isinstance(gates, Gates):
+        if not isinstance(gates, SteppedGates):
             raise InputError(
                 f"{model.name} has a layer whose gates are given token by token: there is no step dt in it"
             )

@@ -15,7 +15,7 @@ from rnn_longctx.models.carries import Carry, StreamCache
 from rnn_longctx.models.deferred import DeferredNorm
 from rnn_longctx.models.reading import ReadingHook
 from rnn_longctx.models.restart import Restart
-from rnn_longctx.recurrence.gates import Gates, ScanInputs, SteppedGates
+from rnn_longctx.recurrence.gates import AnyGates, ScanInputs
 from rnn_longctx.recurrence.interface import Recurrence
 from rnn_longctx.recurrence.policy import ScanPolicy
 from rnn_longctx.recurrence.span import Span
@@ -79,6 +79,13 @@ class Shape(Protocol):
     def make_mixers(self) -> Iterator[Mixer]: ...
 
 
+class LayerShape(Shape, Protocol):
+    """What a mixer is built from: the shape of its model, and which of the layers it is in, from 0 on."""
+
+    @property
+    def layer(self) -> int: ...
+
+
 class Rest(NamedTuple):
     """What a layer's projections give beside the inputs of its scan.
 
@@ -106,7 +113,7 @@ class MixerReading:
     """
 
     inputs: ScanInputs
-    gates: Gates | SteppedGates
+    gates: AnyGates
     span: Span
     carry: Carry | None
     rest: Rest
@@ -133,7 +140,7 @@ class Mixer(Protocol):
     attends: ClassVar[bool]
 
     @classmethod
-    def of(cls, config: Any, model: Shape) -> Mixer:
+    def of(cls, config: Any, model: LayerShape) -> Mixer:
         """Make the mixer of one layer of a model. config: of its own `Config`."""
         ...
 
@@ -216,7 +223,7 @@ class ScanMixer(RecurrentMixer, Mixer, Protocol):
     @property
     def channels(self) -> tuple[int, int] | None: ...
 
-    def inputs(self, u: Tensor, carry: Carry | None, span: Span) -> tuple[ScanInputs, Gates | SteppedGates, Rest]:
+    def inputs(self, u: Tensor, carry: Carry | None, span: Span) -> tuple[ScanInputs, AnyGates, Rest]:
         """Return what the scan reads of u (B, T, d_model), and what is needed after it."""
         ...
 

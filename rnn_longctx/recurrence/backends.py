@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rnn_longctx.errors import InputError, nearest
 from rnn_longctx.recurrence.carry import ScanCarry
-from rnn_longctx.recurrence.gates import Gates, ScanInputs, SteppedGates
+from rnn_longctx.recurrence.gates import AnyGates, ScanInputs
 from rnn_longctx.recurrence.observe import Looks
 from rnn_longctx.recurrence.policy import ScanPolicy
 
@@ -24,6 +24,7 @@ class Call:
         dtype: of the inputs, or float64 where the state is kept in it.
         per_channel: whether each channel of the state has its own decay.
         stepped: whether the gates follow from a step (`SteppedGates`); otherwise they are given.
+        simple: whether what a delta rule reads and erases is the key, by as much as it writes (see `DeltaGates`).
     """
 
     device: torch.device
@@ -32,6 +33,7 @@ class Call:
     headdim: int
     d_state: int
     stepped: bool = True
+    simple: bool = True
 
 
 @dataclass
@@ -70,7 +72,7 @@ class Reading:
     """
 
     inputs: ScanInputs
-    gates: Gates | SteppedGates
+    gates: AnyGates
     policy: ScanPolicy
     carry: ScanCarry
     reset: Tensor | None = None

@@ -1,9 +1,10 @@
-"""What a scan reads: its inputs, and the gates that say how much of the state is kept and how much is written.
+"""What a recurrence reads: its inputs, and the gates that say how much of the state is kept and how much is written.
 
     S_t = exp(log_decay_t) * S_{t-1} + input_scale_t * x_t B_t^T
 
 Gates are given (`Gates`: gated linear attention and its relatives), or worked out of a step dt as in Mamba
-(`SteppedGates`): then the fast kernels work them out themselves, and they are never stored.
+(`SteppedGates`): then the fast kernels work them out themselves, and they are never stored. Those of a delta rule
+(`DeltaGates`) say beside that what is erased.
 """
 
 from __future__ import annotations
@@ -137,6 +138,78 @@ class SteppedGates:
         if self.dt_limit != UNLIMITED or not self.softplus:  # softplus is above 0 by itself
             dt = dt.clamp(*self.dt_limit)
         return _changed(dt[..., None] * A if self.per_channel else dt * A, dt, policy, mask)
+
+
+@dataclass(frozen=True, eq=False)
+class DeltaGates:
+    """Gates of a delta rule, which erases before it writes: with a = exp(log_decay),
+
+        S_t = S_{t-1} diag(a_t) - erase_t (S' read_t) along_t^T + input_scale_t * x_t B_t^T
+
+    where S' is S_{t-1} diag(a_t), or S_{t-1} where `decay_first` is False. Gated DeltaNet and KDA read and erase along
+    the key B_t, and erase as much as they write, input_scale = beta; GDN-2 reads along a gated key; RWKV-7 reads along
+    a normalised key before the decay, and erases along a gated one. The general S (diag(a) + p q^T) is read = p,
+    along = q, erase = -1.
+
+    Attributes:
+        log_decay: (B, T, H), or (B, T, H, N) for decays per channel; natural logarithms.
+        input_scale: (B, T, H).
+        erase: (B, T, H), how much of what was read is taken away; None is as much as is written, input_scale.
+        read, along: (B, T, G, N), as B and C of `ScanInputs`; None is B, the key.
+        decay_first: whether what is read has decayed.
+    """
+
+    log_decay: Tensor
+    input_scale: Tensor
+    erase: Tensor | None = None
+    read: Tensor | None = None
+    along: Tensor | None = None
+    decay_first: bool = True
+
+    @property
+    def per_channel(self) -> bool:
+        return self.log_decay.ndim == 4
+
+    @property
+    def simple(self) -> bool:
+        """Whether the key is read and erased, by as much as is written: Gated DeltaNet, KDA and DeltaNet."""
+        return self.erase is None and self.read is None and self.along is None and self.decay_first
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """The tensors a gradient may be asked of."""
+        return self.log_decay, self.input_scale, self.erase, self.read, self.along
+
+    @property
+    def from_tensors(self) -> Callable[..., DeltaGates]:
+        """What makes such gates of their tensors, without holding any."""
+        return partial(DeltaGates, decay_first=self.decay_first)
+
+    def tokens(self, start: int, stop: int) -> DeltaGates:
+        """Return the gates of the tokens from `start` up to and without `stop`."""
+        return self.from_tensors(*(None if t is None else t[:, start:stop] for t in self.tensors))
+
+    def worked_out(self, dtype: torch.dtype, policy: ScanPolicy = PLAIN, mask: Tensor | None = None) -> DeltaGates:
+        """Return the gates in `dtype`, `erase` a tensor, changed by a policy's mul, add, gain, erase and least_erase.
+        Where `mask` (B, T) is False the token decays, erases and writes nothing.
+
+        Raises:
+            InputError: a policy with min_dt, as `Gates.worked_out` does.
+        """
+        plain = Gates(self.log_decay, self.input_scale).worked_out(dtype, policy, mask)
+        erase = (self.input_scale if self.erase is None else self.erase).to(dtype)
+        heads = erase.shape[-1]
+        if policy.erase != 1.0:
+            erase = per_head(policy.erase, heads, erase) * erase
+        if policy.least_erase != 0.0:
+            erase = erase.clamp(min=per_head(policy.least_erase, heads, erase))
+        if mask is not None:
+            erase = erase * mask[..., None]
+        read, along = (None if t is None else t.to(dtype) for t in (self.read, self.along))
+        return DeltaGates(plain.log_decay, plain.input_scale, erase, read, along, self.decay_first)
+
+
+AnyGates = Gates | SteppedGates | DeltaGates
 
 
 def _changed(log_decay: Tensor, scale: Tensor, policy: ScanPolicy, mask: Tensor | None) -> Gates:

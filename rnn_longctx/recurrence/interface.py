@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rnn_longctx.recurrence.backends import Backends, OutputGate
 from rnn_longctx.recurrence.carry import ScanCarry
-from rnn_longctx.recurrence.gates import Gates, ScanInputs, SteppedGates
+from rnn_longctx.recurrence.gates import AnyGates, ScanInputs
 from rnn_longctx.recurrence.policy import PLAIN, ScanPolicy
 from rnn_longctx.recurrence.span import WHOLE, Span
 from rnn_longctx.recurrence.statistics import Observer
@@ -23,7 +23,7 @@ class Recurrence(Protocol):
         name: "ssd" for the scan.
         follows: the fields of a `ScanPolicy` that mean something here. A policy that sets another one is refused, with
             the reason, by every backend; fields about a step (`STEP_FIELDS`) are refused with given gates, too.
-        takes: the kinds of gates, among `SteppedGates` and `Gates`.
+        takes: the kinds of gates, among `SteppedGates`, `Gates` and `DeltaGates`.
         backends: its implementations.
     """
 
@@ -39,7 +39,7 @@ class Recurrence(Protocol):
     def scan(
         self,
         inputs: ScanInputs,
-        gates: Gates | SteppedGates,
+        gates: AnyGates,
         span: Span = WHOLE,
         *,
         policy: ScanPolicy = PLAIN,
@@ -49,10 +49,13 @@ class Recurrence(Protocol):
         output_gate: OutputGate | None = None,
         state_dtype: torch.dtype | None = None,
     ) -> tuple[Tensor, ScanCarry]:
-        """Read T tokens: see `rnn_longctx.recurrence.ssd.scan.scan`."""
+        """Read T tokens: see `rnn_longctx.recurrence.rule.Rule.scan`."""
+
+    def unfollowed(self, policy: ScanPolicy) -> str | None:
+        """Return why a policy means nothing to this recurrence, or None if it does mean something."""
 
     def reference(
-        self, inputs: ScanInputs, gates: Gates | SteppedGates, span: Span, policy: ScanPolicy, carry: ScanCarry | None
+        self, inputs: ScanInputs, gates: AnyGates, span: Span, policy: ScanPolicy, carry: ScanCarry | None
     ) -> tuple[Tensor, ScanCarry]:
         """Return y and the carry after all tokens by the definition, token after token in float64. A windowed stream
         is read in one call, its carry None."""

@@ -3,12 +3,14 @@
     gates    log_decay'   = keep * (mul * log_decay + add)          per head
              input_scale' = keep * gain * input_scale
              keep         = 1 if dt >= min_dt else 0
+    erasing  beta' = max(erase * beta, least_erase) for what a delta rule erases, per head
     caps     a list of (cap per head, every k tokens), applied in order
     window   tokens, or none
     reset    every k tokens, or none
     start    the initial state: zero, or stored
 
-`recurrence.ssd.reference` is the definition of what each field does; every backend is tested against it.
+`recurrence.ssd.reference` and `recurrence.delta.reference` are the definitions of what each field does; every backend
+is tested against them. A recurrence says which fields it follows, and refuses the others.
 """
 
 from __future__ import annotations
@@ -54,6 +56,7 @@ class ScanPolicy:
         mul, add: log-decay (natural log, per token) becomes mul * log_decay + add.
         gain: the input scale is multiplied by it.
         min_dt: tokens whose dt (after softplus and clamp) is below it are skipped: log-decay 0, input scale 0.
+        erase, least_erase: what a delta rule erases is multiplied by `erase`, and is `least_erase` at the least.
         caps: norm caps, applied in order.
         window: the state holds the last `window` tokens only.
         reset: the state is dropped before tokens reset, 2 * reset, ... of a row (counted from 0).
@@ -68,13 +71,15 @@ class ScanPolicy:
     add: PerHead = 0.0
     gain: PerHead = 1.0
     min_dt: PerHead = 0.0
+    erase: PerHead = 1.0
+    least_erase: PerHead = 0.0
     caps: tuple[Cap, ...] = ()
     window: int | None = None
     reset: int | None = None
     start: tuple | None = None
 
     def __post_init__(self) -> None:
-        for name in ("mul", "add", "gain", "min_dt"):
+        for name in ("mul", "add", "gain", "min_dt", "erase", "least_erase"):
             object.__setattr__(self, name, _per_head(getattr(self, name), name))
         object.__setattr__(self, "caps", tuple(self.caps))
         for name in ("window", "reset"):
@@ -92,6 +97,11 @@ class ScanPolicy:
     def changes_gates(self) -> bool:
         return (self.mul, self.add, self.gain, self.min_dt) != (1.0, 0.0, 1.0, 0.0)
 
+    @property
+    def changes(self) -> frozenset[str]:
+        """The fields that are not what they are in a plain policy."""
+        return frozenset(f.name for f in fields(self) if getattr(self, f.name) != f.default)
+
     def then(self, other: ScanPolicy) -> ScanPolicy:
         """This policy, then `other`: affine parts compose left to right, all caps apply, the smaller window and
         reset win, the later start wins."""
@@ -100,6 +110,10 @@ class ScanPolicy:
             add=_combine(lambda m, a, b: m * a + b, other.mul, self.add, other.add),
             gain=_combine(lambda a, b: a * b, self.gain, other.gain),
             min_dt=_combine(max, self.min_dt, other.min_dt),
+            erase=_combine(lambda a, b: a * b, self.erase, other.erase),
+            least_erase=_combine(
+                lambda floor, by, other: max(floor * by, other), self.least_erase, other.erase, other.least_erase
+            ),
             caps=self.caps + other.caps,
             window=min((w for w in (self.window, other.window) if w is not None), default=None),
             reset=min((r for r in (self.reset, other.reset) if r is not None), default=None),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from torch import Tensor
 from rnn_longctx.errors import InputError
 from rnn_longctx.recurrence.backends import Call
 from rnn_longctx.recurrence.carry import ScanCarry
-from rnn_longctx.recurrence.gates import STEP_FIELDS, Gates, ScanInputs, SteppedGates
+from rnn_longctx.recurrence.gates import STEP_FIELDS, AnyGates, DeltaGates, Gates, ScanInputs, SteppedGates
 from rnn_longctx.recurrence.interface import Recurrence
 from rnn_longctx.recurrence.policy import PLAIN, Cap, ScanPolicy, nested
 from rnn_longctx.recurrence.span import WHOLE, Span
@@ -32,7 +32,7 @@ class Stream:
     """A random stream: what a scan reads, T tokens."""
 
     inputs: ScanInputs
-    gates: Gates | SteppedGates
+    gates: AnyGates
     span: Span = WHOLE
 
     def part(self, start: int, stop: int) -> Stream:
@@ -55,27 +55,45 @@ def _tensors(inputs: ScanInputs) -> tuple[Tensor | None, ...]:
     return inputs.x, inputs.B, inputs.C, inputs.D
 
 
-def stream(stepped: bool, per_channel: bool = False, marks: bool = False) -> Stream:
+KINDS: dict[str, type] = {
+    "stepped": SteppedGates,
+    "given": Gates,
+    "erasing": DeltaGates,
+    "erasing, general": DeltaGates,  # what is read and what is erased are no keys, and the read comes before the decay
+}
+
+
+def stream(kind: str, per_channel: bool = False, marks: bool = False) -> Stream:
     """Return a random stream in float64.
 
     Args:
-        stepped: gates that follow from a step, or given ones.
+        kind: of its gates, among `KINDS`.
         marks: with padding before the second row, and documents that begin in both.
     """
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, dtype=torch.float64)
 
+    def keys() -> Tensor:  # below 1, so that what a rule erases does not overshoot
+        return normal(*tokens, GROUPS, D_STATE) / math.sqrt(D_STATE)
+
+    def between(low: float, high: float, *shape: int) -> Tensor:
+        return low + (high - low) * torch.rand(*shape, dtype=torch.float64)
+
     tokens, state = (BATCH, LENGTH), (HEADS, D_STATE) if per_channel else (HEADS,)
-    # keys below 1, so that what a rule erases (a delta rule's) does not overshoot
-    B, C = normal(*tokens, GROUPS, D_STATE) / math.sqrt(D_STATE), normal(*tokens, GROUPS, D_STATE)
+    B, C = keys(), normal(*tokens, GROUPS, D_STATE)
     inputs = ScanInputs(normal(*tokens, HEADS, HEADDIM), B, C, normal(HEADS))
-    gates: Gates | SteppedGates
-    if stepped:
-        rate = -torch.rand(*state, dtype=torch.float64) / 2
-        gates = SteppedGates(normal(*tokens, HEADS), rate, normal(HEADS) - 1, (0.01, 2.0))
+    gates: AnyGates
+    if kind == "stepped":
+        gates = SteppedGates(normal(*tokens, HEADS), -between(0, 0.5, *state), normal(HEADS) - 1, (0.01, 2.0))
     else:
-        gates = Gates(-torch.rand(*tokens, *state, dtype=torch.float64) / 2, torch.rand(*tokens, HEADS).double())
+        log_decay, scale = -between(0, 0.5, *tokens, *state), between(0, 1, *tokens, HEADS)
+        if kind == "given":
+            gates = Gates(log_decay, scale)
+        elif kind == "erasing":
+            gates = DeltaGates(log_decay, scale)
+        else:
+            gates = DeltaGates(log_decay, scale, between(-1, 1, *tokens, HEADS), keys(), keys(), decay_first=False)
     mask = reset = None
     if marks:
         mask = torch.ones(*tokens, dtype=torch.bool)
@@ -92,6 +110,8 @@ POLICIES = {
     "gain": ScanPolicy(gain=(1.0, 0.5, 2.0, 1.0)),
     "min_dt": ScanPolicy(min_dt=0.3),
     "gates": ScanPolicy(mul=0.5, add=-0.01, gain=0.75),
+    "erase": ScanPolicy(erase=(0.0, 0.5, 1.0, 1.5)),
+    "least_erase": ScanPolicy(erase=0.5, least_erase=0.3),
     "caps": ScanPolicy(caps=(Cap((0.5, 1.0, 2.0, 900.0)),)),
     "caps, every 16": ScanPolicy(caps=(Cap(0.7, 16),)),
     "caps, two": ScanPolicy(caps=(Cap(1.5, 5), Cap(1.0, 7))),
@@ -101,15 +121,10 @@ POLICIES = {
 }
 
 
-def changed(policy: ScanPolicy) -> set[str]:
-    """Return the fields of a policy that are not what they are in a plain one."""
-    return {f.name for f in fields(policy) if getattr(policy, f.name) != getattr(PLAIN, f.name)}
-
-
-def refused(recurrence: Recurrence, policy: ScanPolicy, stepped: bool) -> bool:
-    """Return whether a policy means nothing to a recurrence with stepped or with given gates."""
-    followed = recurrence.follows if stepped else recurrence.follows - STEP_FIELDS
-    return not changed(policy) <= followed
+def refused(recurrence: Recurrence, policy: ScanPolicy, kind: str) -> bool:
+    """Return whether a policy means nothing to a recurrence with gates of a kind."""
+    followed = recurrence.follows if kind == "stepped" else recurrence.follows - STEP_FIELDS
+    return not policy.changes <= followed
 
 
 def running(recurrence: Recurrence) -> list[str]:
@@ -123,9 +138,9 @@ def check_recurrence(recurrence: Recurrence) -> None:
     check_coverage(recurrence)
     for backend in running(recurrence):
         for policy in POLICIES.values():
-            for stepped in (False, True):
+            for kind in KINDS:
                 for per_channel in (False, True):
-                    check_backend(recurrence, backend, policy, stepped=stepped, per_channel=per_channel)
+                    check_backend(recurrence, backend, policy, kind=kind, per_channel=per_channel)
 
 
 def check_coverage(recurrence: Recurrence) -> None:
@@ -134,21 +149,22 @@ def check_coverage(recurrence: Recurrence) -> None:
     name, backends, read = recurrence.name, running(recurrence), set()
     assert backends, f"no backend of {name!r} runs here"
     assert recurrence.takes, f"{name!r} takes no kind of gates"
-    for kind in recurrence.takes:
-        stepped = kind is SteppedGates
-        policies = [policy for policy in POLICIES.values() if not refused(recurrence, policy, stepped)]
-        accepted = [p for p in policies if any(_dtype(recurrence, b, p, stepped, False) for b in backends)]
-        assert accepted, f"no backend of {name!r} reads {kind.__name__}"
-        fields_read = set().union(*map(changed, accepted))
-        unread = recurrence.follows - fields_read - (frozenset() if stepped else STEP_FIELDS)
-        assert not unread, f"no backend of {name!r} reads {', '.join(sorted(unread))} of a policy with {kind.__name__}"
+    for kind, gates in KINDS.items():
+        if gates not in recurrence.takes:
+            continue
+        policies = [policy for policy in POLICIES.values() if not refused(recurrence, policy, kind)]
+        accepted = [p for p in policies if any(_dtype(recurrence, b, p, kind, False) for b in backends)]
+        assert accepted, f"no backend of {name!r} reads {gates.__name__}"
+        fields_read = set().union(*(policy.changes for policy in accepted))
+        unread = recurrence.follows - fields_read - (frozenset() if kind == "stepped" else STEP_FIELDS)
+        assert not unread, f"no backend of {name!r} reads {', '.join(sorted(unread))} of a policy with {gates.__name__}"
         read |= fields_read
     unread = recurrence.follows - read
     assert not unread, f"{name!r} follows {', '.join(sorted(unread))} of a policy, and takes no gates that have it"
 
 
 def check_backend(
-    recurrence: Recurrence, backend: str, policy: ScanPolicy, *, stepped: bool, per_channel: bool = False
+    recurrence: Recurrence, backend: str, policy: ScanPolicy, *, kind: str, per_channel: bool = False
 ) -> str | None:
     """Hold one backend to the definition under one policy: outputs, states, total log-decays and positions, of a stream
     in one call and in several, with padding and documents, and from a state on; and gradients, where it reads float64.
@@ -156,16 +172,15 @@ def check_backend(
     Returns: why it does not support the policy or the gates, if it says so itself (and it must then refuse to read
         them), or None.
     """
-    kind = SteppedGates if stepped else Gates
-    if kind not in recurrence.takes or refused(recurrence, policy, stepped):
-        drawn = stream(stepped, per_channel)
+    if KINDS[kind] not in recurrence.takes or refused(recurrence, policy, kind):
+        drawn = stream(kind, per_channel)
         return _refusal(recurrence, backend, policy, drawn)
-    dtype = _dtype(recurrence, backend, policy, stepped, per_channel)
+    dtype = _dtype(recurrence, backend, policy, kind, per_channel)
     if dtype is None:
-        drawn = stream(stepped, per_channel).to(torch.float32)
+        drawn = stream(kind, per_channel).to(torch.float32)
         return _refusal(recurrence, backend, policy, drawn)
     for marks in (False, True):
-        drawn = stream(stepped, per_channel, marks).to(dtype)
+        drawn = stream(kind, per_channel, marks).to(dtype)
         expected, after = recurrence.reference(drawn.inputs, drawn.gates, drawn.span, policy, None)
         for cuts in ((), CUTS) if backend != "reference" or policy.window is None else ((),):
             y, carry = _read(recurrence, backend, policy, drawn, cuts)
@@ -176,16 +191,16 @@ def check_backend(
             expected, after = recurrence.reference(begun.inputs, begun.gates, begun.span, policy, before)
             _same(recurrence, begun, _read(recurrence, backend, policy, begun, (), before), (expected, after))
     if dtype == torch.float64:
-        _check_gradients(recurrence, backend, policy, stream(stepped, per_channel))
+        _check_gradients(recurrence, backend, policy, stream(kind, per_channel))
     return None
 
 
 def _dtype(
-    recurrence: Recurrence, backend: str, policy: ScanPolicy, stepped: bool, per_channel: bool
+    recurrence: Recurrence, backend: str, policy: ScanPolicy, kind: str, per_channel: bool
 ) -> torch.dtype | None:
     """Return the most precise type in which a backend reads under a policy, or None if it does not."""
     for dtype in (torch.float64, torch.float32):
-        call = Call(torch.device("cpu"), dtype, per_channel, HEADDIM, D_STATE, stepped)
+        call = Call(torch.device("cpu"), dtype, per_channel, HEADDIM, D_STATE, kind == "stepped")
         if not recurrence.backends.known[backend].refuses(policy, call):
             return dtype
     return None

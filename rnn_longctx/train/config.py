@@ -272,7 +272,8 @@ class TrainConfig:
     checkpoint_every: int = 250  # steps
     export_every: int | None = None  # steps between models kept under out/steps, to follow something over training
     save_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"  # of the models' files
-    save_layout: Literal["rnn-longctx", "transformers", "state-spaces"] = "rnn-longctx"  # that a library loads them in
+    # of the models' files: whose library loads them
+    save_layout: Literal["rnn-longctx", "transformers", "state-spaces", "fla"] = "rnn-longctx"
     out: str = "runs/train/demo"
     licences: str = ""  # recorded with the finished model: what the training text is licensed under
 

@@ -1,12 +1,13 @@
 """Every recurrence's backends against its definition, for every field of a policy, with stepped and given gates."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
 
 from rnn_longctx.errors import InputError
 from rnn_longctx.recurrence.backends import Backends
+from rnn_longctx.recurrence.delta import DELTA
 from rnn_longctx.recurrence.gates import Gates, ScanInputs, SteppedGates
 from rnn_longctx.recurrence.interface import RECURRENCES
 from rnn_longctx.recurrence.policy import PLAIN, ScanPolicy
@@ -14,10 +15,9 @@ from rnn_longctx.recurrence.ssd import SSD
 from rnn_longctx.testing import recurrences as contract
 
 GATES = {
-    "stepped": {"stepped": True},
-    "stepped, per channel": {"stepped": True, "per_channel": True},
-    "given": {"stepped": False},
-    "given, per channel": {"stepped": False, "per_channel": True},
+    f"{kind}, per channel" if per_channel else kind: {"kind": kind, "per_channel": per_channel}
+    for kind in contract.KINDS
+    for per_channel in (False, True)
 }
 CASES = [(name, backend) for name in RECURRENCES for backend in contract.running(RECURRENCES[name])]
 
@@ -29,14 +29,17 @@ def test_backends_follow_the_definition(name, backend, gates, policy):
     recurrence = RECURRENCES[name]
     reason = contract.check_backend(recurrence, backend, contract.POLICIES[policy], **GATES[gates])
     if backend in ("torch", "reference"):  # these read whatever means something
-        stepped = GATES[gates]["stepped"]
-        assert (reason is not None) == contract.refused(recurrence, contract.POLICIES[policy], stepped)
+        kind = GATES[gates]["kind"]
+        means_nothing = contract.KINDS[kind] not in recurrence.takes
+        assert (reason is not None) == (means_nothing or contract.refused(recurrence, contract.POLICIES[policy], kind))
 
 
 def test_every_field_has_a_policy():
     """A field that is added to policies must be added to the contract."""
-    fields = {name for policy in contract.POLICIES.values() for name in contract.changed(policy)}
-    assert fields == {"mul", "add", "gain", "min_dt", "caps", "window", "reset", "start"} == SSD.follows
+    changed = {name for policy in contract.POLICIES.values() for name in policy.changes}
+    assert changed == {f.name for f in fields(ScanPolicy)} == SSD.follows | DELTA.follows
+    assert SSD.follows == {"mul", "add", "gain", "min_dt", "caps", "window", "reset", "start"}
+    assert DELTA.follows == {"mul", "add", "gain", "erase", "least_erase", "caps", "reset", "start"}
 
 
 def test_the_registry():
@@ -46,7 +49,7 @@ def test_the_registry():
 
 
 def test_given_gates_have_no_step():
-    drawn = contract.stream(stepped=False)
+    drawn = contract.stream("given")
     with pytest.raises(InputError, match="no step"):
         SSD.scan(drawn.inputs, drawn.gates, policy=ScanPolicy(min_dt=0.1))
 
@@ -54,16 +57,16 @@ def test_given_gates_have_no_step():
 def test_given_gates_are_those_worked_out():
     """Bit for bit: what steps give, given."""
     for per_channel in (False, True):
-        drawn = contract.stream(stepped=True, per_channel=per_channel)
+        drawn = contract.stream("stepped", per_channel)
         gates = drawn.gates.worked_out(torch.float64)
         for policy in contract.POLICIES.values():
-            if not contract.refused(SSD, policy, stepped=False):
+            if not contract.refused(SSD, policy, "given"):
                 ours, theirs = (SSD.scan(drawn.inputs, g, policy=policy, backend="torch") for g in (drawn.gates, gates))
                 assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1].state, theirs[1].state)
 
 
 def test_shapes_are_checked_by_name():
-    drawn = contract.stream(stepped=False)
+    drawn = contract.stream("given")
     wrong = Gates(drawn.gates.log_decay[..., None], drawn.gates.input_scale)
     with pytest.raises(InputError, match=r"log_decay must be \(B, T, H\) = \(2, 33, 4\)"):
         SSD.scan(drawn.inputs, wrong)
@@ -94,7 +97,7 @@ class Forgetful:
 @pytest.mark.parametrize("what", ["outputs", "states", "positions"])
 def test_the_contract_finds(what):
     with pytest.raises(AssertionError, match=what):
-        contract.check_backend(Forgetful(what), "torch", PLAIN, stepped=True)
+        contract.check_backend(Forgetful(what), "torch", PLAIN, kind="stepped")
 
 
 def test_the_contract_finds_what_is_not_refused():
@@ -102,7 +105,7 @@ def test_the_contract_finds_what_is_not_refused():
     lax = Forgetful(None)
     lax.follows = SSD.follows - {"caps"}
     with pytest.raises(AssertionError, match="does not refuse"):
-        contract.check_backend(lax, "torch", contract.POLICIES["caps"], stepped=True)
+        contract.check_backend(lax, "torch", contract.POLICIES["caps"], kind="stepped")
 
 
 @pytest.mark.parametrize("name", RECURRENCES)
@@ -151,7 +154,7 @@ def test_the_contract_finds_that_nothing_runs():
 
 
 def test_inputs_by_name():
-    drawn = contract.stream(stepped=True)
+    drawn = contract.stream("stepped")
     x, B, C = (t[:, 2:5] for t in (drawn.inputs.x, drawn.inputs.B, drawn.inputs.C))
     part = drawn.part(2, 5)
     assert isinstance(part.inputs, ScanInputs) and isinstance(part.gates, SteppedGates)

@@ -34,7 +34,7 @@ from rnn_longctx.models.restart import Restart, read_restarting
 from rnn_longctx.models.segments import kernels_there, longest, widest
 from rnn_longctx.recurrence.backends import Call, choose
 from rnn_longctx.recurrence.policy import PLAIN
-from rnn_longctx.recurrence.ssd.scan import compute_dtype
+from rnn_longctx.recurrence.rule import compute_dtype
 
 _reading: ContextVar[bool] = ContextVar("reading", default=False)  # whether it is we who call the library's forward
 

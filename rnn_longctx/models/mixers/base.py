@@ -16,21 +16,23 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rnn_longctx.errors import InputError
 from rnn_longctx.models.carries import Carry
 from rnn_longctx.models.conv import causal_conv
 from rnn_longctx.models.deferred import DeferredNorm
-from rnn_longctx.models.interface import MixerReading, Rest, Shape, StateSize, Tap
+from rnn_longctx.models.interface import LayerShape, MixerReading, Rest, StateSize, Tap
 from rnn_longctx.models.norm import RMSNorm
 from rnn_longctx.recurrence.backends import Call, OutputGate
 from rnn_longctx.recurrence.carry import ScanCarry
-from rnn_longctx.recurrence.gates import Gates, ScanInputs, SteppedGates
+from rnn_longctx.recurrence.gates import AnyGates, ScanInputs
 from rnn_longctx.recurrence.interface import Recurrence
 from rnn_longctx.recurrence.policy import PLAIN, ScanPolicy
+from rnn_longctx.recurrence.rule import compute_dtype
 from rnn_longctx.recurrence.span import Span
-from rnn_longctx.recurrence.ssd.scan import SSD, compute_dtype
+from rnn_longctx.recurrence.ssd.scan import SSD
 from rnn_longctx.recurrence.statistics import Observer
 
 
@@ -76,7 +78,7 @@ class Recurrent(nn.Module):
         self.tap: Tap | None = None
 
     @classmethod
-    def of(cls, config: Any, model: Shape) -> Recurrent:
+    def of(cls, config: Any, model: LayerShape) -> Recurrent:
         """Make the mixer of one layer of a model."""
         raise NotImplementedError
 
@@ -94,7 +96,7 @@ class Recurrent(nn.Module):
 
     # --- the layer
 
-    def inputs(self, u: Tensor, carry: Carry | None, span: Span) -> tuple[ScanInputs, Gates | SteppedGates, Rest]:
+    def inputs(self, u: Tensor, carry: Carry | None, span: Span) -> tuple[ScanInputs, AnyGates, Rest]:
         """Return what the scan reads of u (B, T, d_model), and what is needed after it. Nothing else knows the
         projections."""
         raise NotImplementedError
@@ -192,3 +194,22 @@ class Recurrent(nn.Module):
         conv = None if self.channels is None else torch.zeros(rows, *self.channels, dtype=dtype, device=weight.device)
         sizes = (rows, self.heads, self.headdim, self.d_state)
         return Carry(conv, ScanCarry.start(*sizes, per_channel=self.per_channel, dtype=dtype, device=weight.device))
+
+
+class HeadNormed(Recurrent):
+    """A recurrent mixer whose output is normed head by head, before its gate: out_proj(norm(y) * silu(z))."""
+
+    def output_gate(self, rest: Rest) -> None:
+        """No scan applies a norm that is over a head and comes before the gate."""
+
+    def output(self, y: Tensor, rest: Rest) -> Tensor:
+        assert rest.z is not None
+        return self.out_proj(self.norm(y).flatten(-2) * F.silu(rest.z))
+
+
+def split_heads(width: float, heads: int, name: str) -> int:
+    """Return the channels of one of `heads` heads that share `width` channels. Raises InputError where they do not
+    divide them."""
+    if width != int(width) or int(width) < heads or int(width) % heads:
+        raise InputError(f"{name}: {width:g} channels do not divide into {heads} heads")
+    return int(width) // heads

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from rnn_longctx.recurrence.backends import Reading
 from rnn_longctx.recurrence.carry import ScanCarry
-from rnn_longctx.recurrence.gates import Gates, SteppedGates
+from rnn_longctx.recurrence.gates import DeltaGates, Gates, SteppedGates
 from rnn_longctx.recurrence.policy import ScanPolicy
 from rnn_longctx.recurrence.ssd.chunked import chunked_scan
 from rnn_longctx.recurrence.ssd.step import step
@@ -21,6 +21,7 @@ def run(reading: Reading) -> tuple[Tensor, ScanCarry]:
         counts = carry.position[:, None] + torch.arange(1, length + 1, device="cpu")
     x, B, C, D = inputs.x.to(dtype), inputs.B.to(dtype), inputs.C.to(dtype), inputs.D
     gates = reading.gates.worked_out(dtype, policy, reading.mask)
+    assert not isinstance(gates, DeltaGates)
     read = step if length == 1 and policy.window is None else chunked_scan
     y, new = read(x, gates, B, C, policy=policy, carry=carry, counts=counts, drop=reading.drop)
     if D is not None:

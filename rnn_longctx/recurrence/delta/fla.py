@@ -1,0 +1,262 @@
+"""The delta rule by flash-linear-attention's kernels (fla): bfloat16 and float16 on a GPU, states float32.
+
+Its kernels for Gated DeltaNet read one decay a head, those of KDA one a channel, and DPLR's the general form. fla
+refuses the gradients of the first on Hopper with Triton 3.4 to 3.7.0, where they would be wrong: a gradient is taken
+through KDA's instead, with the same decay in all channels.
+
+Without gradients the parts of fla's forward are called one by one, since the states between chunks are wanted:
+statistics are taken of them, and caps stand between them, in a kernel of ours (`kernels.states`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rnn_longctx.recurrence import triton
+from rnn_longctx.recurrence.backends import Call, Reading
+from rnn_longctx.recurrence.carry import ScanCarry
+from rnn_longctx.recurrence.delta import pytorch
+from rnn_longctx.recurrence.gates import DeltaGates
+from rnn_longctx.recurrence.policy import ScanPolicy, per_head
+from rnn_longctx.recurrence.ssd.pytorch import log_decay_total
+from rnn_longctx.recurrence.statistics import Statistics
+
+CHUNK = 64
+LOG2_E = 1.4426950408889634  # fla's decays within kernels are powers of 2
+
+
+@lru_cache
+def missing() -> str | None:
+    """Return why fla's kernels cannot run on this machine, or None if they can."""
+    try:
+        installed = version("fla-core")
+    except PackageNotFoundError:
+        return "needs flash-linear-attention 0.6, which is not installed"
+    if not installed.startswith("0.6."):
+        return f"needs flash-linear-attention 0.6, {installed} is installed"
+    return triton.missing()
+
+
+def refuses(policy: ScanPolicy, call: Call | None) -> str | None:
+    """Return what these kernels do not follow, or None."""
+    if len(policy.caps) > 1 or any(cap.every % CHUNK for cap in policy.caps):
+        return f"caps states every {CHUNK} tokens, or a multiple of that, and by one cap"
+    if policy.least_erase != 0.0 or 0.0 in torch.as_tensor(policy.erase):
+        return "erases a part of what is written, above nothing"
+    if call is None:
+        return None
+    if call.device.type != "cuda" and not triton.interpreted():
+        return f"runs on a GPU, not on {call.device.type}"
+    if call.dtype not in (torch.bfloat16, torch.float16) and not triton.interpreted():
+        return f"reads bfloat16 and float16, not {str(call.dtype).removeprefix('torch.')}"
+    if call.d_state > 256:
+        return f"reads keys of up to 256 channels, not {call.d_state}"
+    if policy.caps and not call.simple:
+        return "caps no states of the general delta rule"
+    if policy.caps and call.headdim * call.d_state > 128 * 128:
+        return f"caps states of up to 128 x 128 numbers, not {call.headdim} x {call.d_state}"
+    return None
+
+
+def observes(policy: ScanPolicy, call: Call, every: int) -> bool:
+    """Return whether the states every so many tokens are seen on the way."""
+    return call.simple and every % CHUNK == 0
+
+
+def run(reading: Reading) -> tuple[Tensor, ScanCarry]:
+    """See `Backend.run`."""
+    carry, length = reading.carry, reading.inputs.x.shape[1]
+    if length == 1 or (reading.policy.caps and reading.graded):
+        return pytorch.run(reading)
+    placed = reading.looks is not None or bool(reading.policy.caps)  # chunks must begin at certain positions
+    if placed and (reading.counts is not None or bool((carry.position != carry.position[0]).any())):
+        return pytorch.run(reading)  # rows that stand at several positions
+    lead = min(-int(carry.position[0]) % CHUNK, length) if placed else 0
+    if not lead:
+        return _read(reading)
+    y, between = pytorch.run(_part(reading, 0, lead, carry))
+    if lead == length:
+        return y, between
+    between.position = carry.position + lead
+    z, after = _read(_part(reading, lead, length, between))
+    return torch.cat([y, z], 1), after
+
+
+def _part(reading: Reading, start: int, stop: int, carry: ScanCarry) -> Reading:
+    inputs, gates = reading.inputs.tokens(start, stop), reading.gates.tokens(start, stop)
+    return replace(reading, inputs=inputs, gates=gates, carry=carry)
+
+
+def _read(reading: Reading) -> tuple[Tensor, ScanCarry]:
+    inputs, carry, policy, raw = reading.inputs, reading.carry, reading.policy, reading.gates
+    gates = raw.worked_out(torch.float32, policy, reading.mask)
+    assert isinstance(gates, DeltaGates) and isinstance(raw, DeltaGates)
+    x, key, query = (t.contiguous() for t in (inputs.x, inputs.B, inputs.C))
+    if raw.simple and (policy.gain != 1.0 or policy.erase != 1.0):
+        # fla has one beta, which erases; what is written beside that goes to the values
+        gain, erase = (per_head(value, x.shape[2], x) for value in (policy.gain, policy.erase))
+        x = x * torch.as_tensor(gain / erase, device=x.device, dtype=x.dtype)[..., None]
+    kernels: Any = _general
+    if raw.simple:
+        kernels = _with_gradients if reading.graded else _forward
+    y, state = kernels(reading, x, key, query, gates, _Rows.of(reading))
+    if (D := inputs.D) is not None:
+        y = torch.addcmul(y, inputs.x, (D if D.ndim == 2 else D[:, None]).to(y.dtype))
+    return y, ScanCarry(state, carry.position, log_decay_total(carry.log_decay, gates.log_decay, reading.reset))
+
+
+@dataclass(frozen=True, eq=False)
+class _Rows:
+    """The stretches of tokens that are read by themselves: R of them in the tokens of all rows, one after another.
+
+    Attributes:
+        states: (R, H, P, N) float32, that they begin with.
+        edges: (R + 1) where they begin and end, or None where every row is one.
+        last: the last stretch of each row.
+    """
+
+    states: Tensor
+    edges: Tensor | None
+    last: list[int]
+
+    @classmethod
+    def of(cls, reading: Reading) -> _Rows:
+        state, drop = reading.carry.state.float(), reading.drop
+        batch, length = reading.inputs.x.shape[:2]
+        if drop is None:
+            return cls(state.contiguous(), None, list(range(batch)))
+        start = reading.policy.start_state(state)
+        begins = drop.clone()
+        begins[:, 0] = True
+        at = begins.flatten().nonzero().flatten()
+        dropped, rows = drop.flatten()[at].to(state.device), (at // length).to(state.device)
+        states = torch.where(dropped[:, None, None, None], start[rows], state[rows])
+        edges = torch.cat([at, at.new_tensor([batch * length])]).to(state.device)
+        return cls(states.contiguous(), edges, (begins.sum(1).cumsum(0) - 1).tolist())
+
+    def flat(self, *tensors: Tensor | None) -> Any:
+        """Return tensors (B, T, ...), contiguous, as (1, B * T, ...) where stretches are marked in them."""
+        whole = [t.contiguous() for t in tensors if t is not None]
+        return whole if self.edges is None else [t.flatten(0, 1)[None] for t in whole]
+
+
+Read = tuple[Tensor, Tensor]  # y (B, T, H, P), and the state (B, H, P, N) after the last token
+
+
+def _forward(reading: Reading, x: Tensor, key: Tensor, query: Tensor, gates: DeltaGates, rows: _Rows) -> Read:
+    """Read without gradients, part by part."""
+    from fla.ops.common.chunk_delta_h import chunk_gated_delta_rule_fwd_h
+    from fla.ops.common.chunk_o import chunk_fwd_o
+    from fla.ops.gated_delta_rule.chunk_fwd import chunk_gated_delta_rule_fwd_intra
+    from fla.ops.gla.chunk import chunk_gla_fwd_o_gk
+    from fla.ops.kda.chunk_intra import chunk_kda_fwd_intra
+    from fla.ops.utils import chunk_local_cumsum
+
+    from rnn_longctx.recurrence.delta.kernels.states import capped_states
+
+    shape, caps = x.shape, reading.policy.caps
+    x, key, query, log_decay, beta = rows.flat(x, key, query, gates.log_decay, gates.erase)
+    marks: dict[str, Any] = {"cu_seqlens": rows.edges, "chunk_size": CHUNK}
+    g = chunk_local_cumsum(log_decay, scale=LOG2_E, **marks)
+    if gates.per_channel:
+        w, u, _, k, attention, _ = chunk_kda_fwd_intra(q=query, k=key, v=x, gk=g, beta=beta, scale=1.0, **marks)
+    else:
+        w, u, _ = chunk_gated_delta_rule_fwd_intra(k=key, v=x, g=g, beta=beta, **marks)
+        k = key
+    factors = None
+    if caps:
+        every = caps[0].every
+        norms = torch.as_tensor(caps[0].norm, dtype=torch.float32, device=x.device).expand(shape[2]).contiguous()
+        first = (every - int(reading.carry.position[0]) % every) // CHUNK - 1
+        h, v, end, factors = capped_states(k, w, u, g, rows.states, norms, first, every // CHUNK)
+    else:
+        decays = {"gk": g} if gates.per_channel else {"g": g}
+        starts = {"initial_state": rows.states, "output_final_state": True, "state_v_first": True}
+        h, v, end = chunk_gated_delta_rule_fwd_h(k=k, w=w, u=u, **decays, **starts, **marks)
+    if gates.per_channel:
+        y = chunk_gla_fwd_o_gk(q=query, v=v, g=g, A=attention, h=h, scale=1.0, state_v_first=True, **marks)
+    else:
+        y = chunk_fwd_o(q=query, k=key, v=v, h=h, g=g, scale=1.0, state_v_first=True, **marks)
+    y = y.view(shape)
+    if factors is not None:  # the last token of a capped chunk reads the capped state
+        whole = shape[1] // CHUNK
+        y[:, CHUNK - 1 : whole * CHUNK : CHUNK] *= factors[:, :whole, :, None].to(y.dtype)
+    if reading.looks is not None:
+        _look(reading, h, end, gates.log_decay)
+    return y, end[rows.last]
+
+
+def _look(reading: Reading, h: Tensor, end: Tensor, log_decay: Tensor) -> None:
+    """Leave the statistics every k tokens, k a multiple of CHUNK, of tokens that begin at such a position. h
+    (B, chunks, H, P, N): the states before each chunk; end: the one after the last token."""
+    looks, length, position = reading.looks, reading.inputs.x.shape[1], int(reading.carry.position[0])
+    assert looks is not None
+    k, n = looks.every, length // looks.every
+    at = range(k, n * k + 1, k)
+    states = [h[:, t // CHUNK] if t < length else end.to(h.dtype) for t in at]
+    flat = torch.stack(states, 2).flatten(-2).float()  # (B, H, n, P * N)
+    sums = log_decay[:, : n * k].unflatten(1, (n, k)).sum(2, dtype=torch.float64).movedim(1, -1)  # (B, H[, N], n)
+    looks.seen.append(
+        Statistics(
+            torch.tensor([position + t for t in at]),
+            flat.shape[-1],
+            flat.sum(-1),
+            flat.square().sum(-1),
+            flat.abs().amax(-1),
+            reading.carry.log_decay[..., None] + sums.cumsum(-1),
+        )
+    )
+
+
+def _with_gradients(reading: Reading, x: Tensor, key: Tensor, query: Tensor, gates: DeltaGates, rows: _Rows) -> Read:
+    from fla.ops.kda import chunk_kda
+
+    shape, log_decay = x.shape, _by_channel(gates.log_decay, key)
+    x, key, query, log_decay, beta = rows.flat(x, key, query, log_decay, gates.erase)
+    y, end = chunk_kda(
+        query,
+        key,
+        x,
+        log_decay,
+        beta,
+        scale=1.0,
+        initial_state=rows.states,
+        output_final_state=True,
+        state_v_first=True,
+        cu_seqlens=rows.edges,
+    )
+    return y.view(shape), end[rows.last]
+
+
+def _general(reading: Reading, x: Tensor, key: Tensor, query: Tensor, gates: DeltaGates, rows: _Rows) -> Read:
+    """Read S (diag(a) + p q^T) + v k^T: p = -erase read, decayed where the decay comes first, and q = along."""
+    from fla.ops.generalized_delta_rule.dplr import chunk_dplr_delta_rule
+
+    shape, heads = x.shape, x.shape[2]
+
+    def by_head(t: Tensor) -> Tensor:
+        return t if t.shape[2] == heads else t.repeat_interleave(heads // t.shape[2], 2)
+
+    assert gates.erase is not None
+    log_decay = _by_channel(gates.log_decay, key)
+    p = -gates.erase[..., None] * by_head(key if gates.read is None else gates.read)
+    if gates.decay_first:
+        p = p * log_decay.exp()
+    along = by_head(key if gates.along is None else gates.along).to(x.dtype)
+    x = x * gates.input_scale[..., None].to(x.dtype)
+    q, k, v, a, b, gk = rows.flat(by_head(query), by_head(key), x, p.to(x.dtype), along, log_decay)
+    start = rows.states.mT.contiguous()
+    y, end = chunk_dplr_delta_rule(
+        q, k, v, a, b, gk, scale=1.0, initial_state=start, output_final_state=True, cu_seqlens=rows.edges
+    )
+    return y.view(shape), end[rows.last].mT.contiguous()
+
+
+def _by_channel(log_decay: Tensor, key: Tensor) -> Tensor:
+    return log_decay if log_decay.ndim == 4 else log_decay[..., None].expand(*log_decay.shape, key.shape[3])

@@ -1,0 +1,1 @@
+"""This project's own Triton kernels of the delta rule."""
