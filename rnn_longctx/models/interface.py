@@ -261,6 +261,12 @@ def _is_stepped(mixer: RecurrentMixer) -> TypeGuard[SteppedMixer]:
     return mixer.one_step_a_head
 
 
+def erases(mixer: RecurrentMixer) -> bool:
+    """Return whether the layer's recurrence erases, as the delta rule does: exp(log_decay) is then the most that may
+    stay of a state and not what stays, and outputs are no sums of what tokens wrote."""
+    return "erase" in mixer.recurrence.follows
+
+
 class LayerByLayer(Protocol):
     """A prompt on its way through a model, layer after layer, so that tokens may be left out between two layers.
 
