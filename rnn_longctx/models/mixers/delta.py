@@ -1,4 +1,4 @@
-"""What the layers of the delta rule share: queries and keys of length 1 from short convolutions, gates, the norm behind.
+"""What layers of the delta rule share: queries and keys of length 1 from short convolutions, gates, the norm behind.
 
     q, k, v = silu(conv(W u))                 each its own convolution; q / ||q|| / sqrt(N), k / ||k||
     beta_t = sigmoid(W_b u_t), or twice that  of each head: how much of a key is erased and written
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 from rnn_longctx.errors import InputError
 from rnn_longctx.models.carries import Carry
+from rnn_longctx.models.ids import refuse_offloaded
 from rnn_longctx.models.interface import Rest, Shape
 from rnn_longctx.models.mixers.base import Recurrent
 from rnn_longctx.models.norm import RMSNorm
@@ -34,8 +34,8 @@ LARGEST = 1e6  # of a rate or a step, at first
 
 @dataclass(frozen=True)
 class Rates:
-    """The ranges that the decays of a layer begin in: A uniform in [A_min, A_max], or log-uniform, and steps log-uniform
-    in [dt_min, dt_max]. Raises InputError for a range that is none."""
+    """The ranges that the decays of a layer begin in: A uniform, or log-uniform, in [A_min, A_max], and steps log-uniform
+    in [dt_min, dt_max]."""
 
     A_min: float
     A_max: float
@@ -44,9 +44,9 @@ class Rates:
     dt_max: float
 
     def check(self, name: str) -> Rates:
-        """Return these ranges. name: of the mixer, for errors."""
+        """Return these ranges. name: of the mixer, for errors. Raises InputError for a range that is none."""
         for what, low, high in (("A", self.A_min, self.A_max), ("dt", self.dt_min, self.dt_max)):
-            lowest = 0 <= low if what == "A" and not self.A_log_uniform else 0 < low
+            lowest = low >= 0 if what == "A" and not self.A_log_uniform else low > 0
             if not (lowest and low <= high and 0 < high <= LARGEST):
                 raise InputError(
                     f"{name}: expected a range above 0, {what}_min at most {what}_max, got {low:g} to {high:g}"
@@ -96,7 +96,6 @@ class DeltaMixer(Recurrent):
 
     recurrence = DELTA
     stepped = False
-    squash: ClassVar = staticmethod(F.silu)  # of what gates the output
 
     def __init__(self, model: Shape, sizes: Sizes, d_conv: int, twice: bool):
         super().__init__()
@@ -145,6 +144,10 @@ class DeltaMixer(Recurrent):
         """Return what gates the output, (B, T, H * P), before `squash`; None: nothing does."""
         raise NotImplementedError
 
+    def squash(self, z: Tensor) -> Tensor:
+        """Return the factors of the output from what gates it."""
+        return F.silu(z)
+
     def beta(self, u: Tensor) -> Tensor:
         """Return (B, T, H), at least float32: how much of its key a token erases and writes."""
         b = self.b_proj(u)
@@ -174,8 +177,14 @@ class Rated(DeltaMixer):
     dt_bias: nn.Parameter
 
     @property
-    def A(self) -> Tensor | None:
+    def rates(self) -> Tensor:
+        """(H), at least float32, below 0."""
+        refuse_offloaded(self.A_log, "a mixer")
         return -self.A_log.to(wide(self.A_log)).exp()
+
+    @property
+    def A(self) -> Tensor | None:
+        return self.rates
 
     def steps(self, f: Tensor) -> Tensor:
         """Return the steps, at least float32, of what the layer's map gives for them, (..., as `dt_bias`)."""

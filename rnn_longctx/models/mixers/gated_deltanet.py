@@ -1,9 +1,9 @@
 """Gated DeltaNet (arXiv 2412.06464): a state decays, and what a key held is erased before its new value is written.
 
-    S_t = a_t S_{t-1} (I - beta_t k_t k_t^T) + beta_t v_t k_t^T       a_t = exp(-A softplus(W_a u_t + dt_bias)), one a head
+    S_t = a_t S_{t-1} (I - beta_t k_t k_t^T) + beta_t v_t k_t^T          a_t = exp(-A softplus(W_a u_t + dt_bias))
     y_t = S_t q_t / sqrt(d_k)                 out_t = W_o (RMSNorm_head(y_t) * silu(W_g u_t))
 
-Section 3.4 of the paper. Several heads of values may share queries and keys, as in Qwen3-Next.
+Section 3.4 of the paper; one decay a head. Several heads of values may share queries and keys, as in Qwen3-Next.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class GatedDeltaNet(Rated):
         return cls(config, model)
 
     def log_decay(self, u: Tensor) -> Tensor:
-        return self.A * self.steps(self.a_proj(u))
+        return self.rates * self.steps(self.a_proj(u))
 
     def gate(self, u: Tensor) -> Tensor:
         return self.g_proj(u)

@@ -1,19 +1,18 @@
 """Kimi Delta Attention (Kimi Linear, arXiv 2510.26692): Gated DeltaNet with a decay for every channel of a key.
 
-    S_t = S_{t-1} diag(a_t) (I - beta_t k_t k_t^T) + beta_t v_t k_t^T     a_t = exp(-A softplus(f_t + dt_bias)), f low-rank
-    y_t = S_t q_t / sqrt(d_k)                 out_t = W_o (RMSNorm_head(y_t) * sigmoid(g_t)), g low-rank
+    S_t = S_{t-1} diag(a_t) (I - beta_t k_t k_t^T) + beta_t v_t k_t^T    a_t = exp(-A softplus(f_t + dt_bias))
+    y_t = S_t q_t / sqrt(d_k)                 out_t = W_o (RMSNorm_head(y_t) * sigmoid(g_t))
 
-Section 3 of the paper; A is one number a head. With a lower bound, below 0, the log-decays are bound * sigmoid(A (f_t +
-dt_bias)), as in the layer of flash-linear-attention, whose ranks these are: the width of a value.
+Section 3 of the paper; f and g are low-rank maps of u, and A is one number a head. With a lower bound, below 0, the
+log-decays are bound * sigmoid(A (f_t + dt_bias)), as in flash-linear-attention, whose rank this is, too: the width of a
+value.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rnn_longctx.errors import InputError
@@ -56,7 +55,6 @@ class KDA(Rated):
     name, Config = "kda", KDAConfig
     examples = ("kda:heads=2,head_dim=8", "kda:heads=1,head_dim=8,v_heads=2,lower_bound=-5")
     per_channel = True
-    squash: ClassVar = staticmethod(F.sigmoid)
 
     def __init__(self, config: KDAConfig, model: Shape):
         c = config
@@ -85,7 +83,7 @@ class KDA(Rated):
     @property
     def A(self) -> Tensor | None:
         """(H); None with a lower bound, where a factor on A is none on the log-decays."""
-        return None if self.config.lower_bound else super().A
+        return None if self.config.lower_bound else self.rates
 
     @property
     def no_rates(self) -> str:
@@ -99,9 +97,11 @@ class KDA(Rated):
     def log_decay(self, u: Tensor) -> Tensor:
         f, bound = self.f_proj(u), self.config.lower_bound
         if not bound:
-            return self.A[:, None] * self.steps(f).unflatten(-1, (self.heads, -1))
-        A = self.A_log.exp()
-        return bound * (A[:, None] * (f + self.dt_bias).unflatten(-1, (self.heads, -1))).sigmoid()
+            return self.rates[:, None] * self.steps(f).unflatten(-1, (self.heads, -1))
+        return bound * (-self.rates[:, None] * (f + self.dt_bias).unflatten(-1, (self.heads, -1))).sigmoid()
 
     def gate(self, u: Tensor) -> Tensor:
         return self.g_proj(u)
+
+    def squash(self, z: Tensor) -> Tensor:
+        return z.sigmoid()

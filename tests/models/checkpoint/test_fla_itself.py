@@ -34,12 +34,18 @@ THEIRS = {
     "retnet": {"num_heads": 2, "intermediate_size": 96},
     "hgrn2": {"expand_ratio": 32, "intermediate_size": 96},
     "mamba": {"state_size": 4},
+    "gated_deltanet": {"num_heads": 2, "head_dim": 16, "num_v_heads": 4, "intermediate_size": 96},
+    "kda": {"num_heads": 2, "head_dim": 16, "intermediate_size": 96},
+    "delta_net": {"num_heads": 2, "use_gate": True, "intermediate_size": 96},
 }
 OURS = {
     "gla": "gla:heads=2,expand_k=1",
     "retnet": "retnet:heads=4,expand_v=1",
     "hgrn2": "hgrn2:heads=2",
     "mamba": "mamba1:d_state=4,dt_rank=3",
+    "gated_deltanet": "gated-deltanet:heads=2,head_dim=16,expand_v=1,neg_eigval=true",
+    "kda": "kda:heads=2,head_dim=16,lower_bound=-5",
+    "delta_net": "deltanet:heads=4,expand_v=2",
 }
 
 
