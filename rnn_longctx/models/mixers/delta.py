@@ -34,8 +34,8 @@ LARGEST = 1e6  # of a rate or a step, at first
 
 @dataclass(frozen=True)
 class Rates:
-    """The ranges that the decays of a layer begin in: A uniform, or log-uniform, in [A_min, A_max], and steps log-uniform
-    in [dt_min, dt_max]."""
+    """The ranges that the decays of a layer begin in: A uniform, or log-uniform, in [A_min, A_max], and steps
+    log-uniform in [dt_min, dt_max]."""
 
     A_min: float
     A_max: float

@@ -57,7 +57,7 @@ def _one_configuration(monkeypatch):
 @torch.no_grad()
 def stirred(module: torch.nn.Module, factor: float) -> torch.nn.Module:
     """Weights far enough from where they begin for every part to matter; bounds stay in their order. factor: of
-    matrices; theirs begin at a fifth of ours."""
+    matrices; theirs, and ours of the delta rule, begin at a fifth of our others."""
     for name, p in module.named_parameters():
         if name.endswith("bound"):
             p.add_(0.2 * torch.rand(()))
@@ -99,7 +99,7 @@ def test_theirs_is_read(kind, tmp_path):
 @pytest.mark.parametrize("kind", OURS)
 def test_ours_is_read_by_theirs(kind, tmp_path):
     config = ModelConfig(OURS[kind], d_model=64, n_layer=3, vocab_size=97, mlp=0 if kind == "mamba" else 1.5)
-    ours = stirred(LM(config), 1)
+    ours = stirred(LM(config), 5 if kind in ("gated_deltanet", "kda", "delta_net") else 1)
     save(ours, tmp_path, layout="fla")
     if kind == "mamba":
         from fla.models.mamba import MambaForCausalLM as Model
