@@ -9,12 +9,12 @@ from rnn_longctx.mitigations import parse_remedy, standard
 from rnn_longctx.mitigations.base import Need
 from rnn_longctx.testing.remedies import TRAIN_LENGTH, check_cuts, check_on_and_off, is_applicable, model_of
 
-RECURRENT = {Need.ATTENTION, Need.STEPS, Need.RATES}  # what models without one step a head lack
+RECURRENT = {Need.ATTENTION, Need.STEPS, Need.RATES, Need.ERASING}  # what models without one step a head lack
 LACKS = {
     "retnet:heads=2": RECURRENT,
     "hgrn2:heads=2": RECURRENT,
     "mamba1:d_state=4": RECURRENT,
-    "full-attention:heads=2": {Need.RECURRENCE, Need.ATTENTION, Need.STEPS, Need.RATES, Need.NO_ATTENTION},
+    "full-attention:heads=2": {*RECURRENT, Need.RECURRENCE, Need.NO_ATTENTION},
 }
 
 

@@ -49,6 +49,7 @@ class Recurrent(nn.Module):
         recurrence: the rule by which a state follows from the one before.
         per_channel: whether every channel of the state decays by itself.
         stepped: whether `inputs` gives `SteppedGates`.
+        simple: whether a delta rule reads and erases the key, by as much as it writes (`DeltaGates.simple`).
         one_step_a_head: whether a token has one step a head, from what `in_proj` gives, which `steps` works out.
         heads, headdim, d_state: the shape (H, P, N) of a row's state.
         policy, observer, backend, state_dtype: see `rnn_longctx.recurrence.ssd.scan.scan`.
@@ -63,6 +64,7 @@ class Recurrent(nn.Module):
     attends: ClassVar[bool] = False
     per_channel: ClassVar[bool] = False
     stepped: ClassVar[bool] = True
+    simple: ClassVar[bool] = True
     tappable: ClassVar[bool] = True
     one_step_a_head: ClassVar[bool] = False
 
@@ -182,7 +184,7 @@ class Recurrent(nn.Module):
     def chosen_backend(self, device: torch.device, dtype: torch.dtype) -> str:
         """Return the name of the backend that reads inputs of a dtype on a device under the present policy."""
         dtype = compute_dtype(dtype, self.state_dtype)
-        call = Call(device, dtype, self.per_channel, self.headdim, self.d_state, self.stepped)
+        call = Call(device, dtype, self.per_channel, self.headdim, self.d_state, self.stepped, self.simple)
         return self.recurrence.backends.choose(self.policy, self.backend, call).name
 
     def scan_state(self, carry: Carry) -> Tensor:
