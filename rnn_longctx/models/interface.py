@@ -223,8 +223,11 @@ class ScanMixer(RecurrentMixer, Mixer, Protocol):
 
     Attributes:
         channels: the channels of its convolution and how many inputs of each it keeps; None: there is none.
+        no_rates: why no weight holds the rates of its decays, where `A` is None.
     """
 
+    @property
+    def no_rates(self) -> str: ...
     @property
     def channels(self) -> tuple[int, int] | None: ...
 

@@ -13,7 +13,7 @@ A mixer of a linear recurrence is a class with a `name`, a `Config`, parameters,
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -160,6 +160,11 @@ class Recurrent(nn.Module):
         return None
 
     @property
+    def no_rates(self) -> str:
+        """Why no weight holds the rates of its decays, where `A` is None, as what the layer does."""
+        return "makes its decays from the text"
+
+    @property
     def channels(self) -> tuple[int, int] | None:
         """The channels of the convolution and how many inputs of each it keeps; None: there is none."""
         return None
@@ -168,9 +173,13 @@ class Recurrent(nn.Module):
         """Multiply every head's log-decay by factor (H), float64, in the weights.
 
         Raises:
-            InputError: decays are made from the text alone, so no weight holds their rate.
+            InputError: no weight holds their rate (`no_rates`).
         """
-        raise InputError(f"a {self.name} layer makes its decays from the text, so their rate cannot be written into it")
+        self.refuse_rates()
+
+    def refuse_rates(self) -> NoReturn:
+        """Raise InputError: no weight holds a rate."""
+        raise InputError(f"a {self.name} layer {self.no_rates}: no weight of it holds a rate")
 
     def chosen_backend(self, device: torch.device, dtype: torch.dtype) -> str:
         """Return the name of the backend that reads inputs of a dtype on a device under the present policy."""
