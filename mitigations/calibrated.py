@@ -134,7 +134,7 @@ class CalibratedRemedy(Remedy):
 
 def _of_heads(policy: ScanPolicy) -> Iterator[tuple[str, tuple]]:
     """Yield what a policy says of every head for itself, by its name."""
-    values = [(name, getattr(policy, name)) for name in ("mul", "add", "gain", "min_dt")]
+    values = [(name, getattr(policy, name)) for name in ("mul", "add", "gain", "min_dt", "erase", "least_erase")]
     for name, value in [*values, *(("cap", cap.norm) for cap in policy.caps)]:
         if isinstance(value, tuple):
             yield name, value

@@ -121,8 +121,9 @@ def attribute(
         segment: tokens read at once.
     Returns: tensors on the CPU, float32 (float64 for a float64 model).
     Raises:
-        InputError: a model that is adopted, a policy that does more than change the gates (a cap, window, reset or
-            start: the output is then no such sum), a control or reader, ids of another shape, numbers out of range.
+        InputError: a model that is adopted, a recurrence that erases (the delta rule) or a policy that does more than
+            change the gates (a cap, window, reset or start): the output is then no such sum; a control or reader, ids
+            of another shape, numbers out of range.
     """
     lm: LanguageModel = as_language_model(model)
     refuse(lm, ids, segment)

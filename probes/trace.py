@@ -9,7 +9,8 @@ Every `every` tokens the scan says of each head's state S (P, N): sums, the larg
 state is copied unless `whole` asks for it. Everything else is worked out of those:
 
     mean, variance, rms, max, norm     of the numbers of S; norm is Frobenius'
-    retention                          exp(log_decay): what is left of the stream's first token
+    retention                          exp(log_decay): what is left of the stream's first token; where the recurrence
+                                       erases (the delta rule), the most that can be
     decay                              mean log-decay a token since the look before, in nats
     input_scale                        mean input scale since then; of steps, it is decay / A, and not a number where a
                                        policy does more to the gates than mul and add

@@ -171,7 +171,7 @@ def test_shipped_evaluation_configs_name_what_there_is(file: Path) -> None:
     assert len(set(named)) == len(named)
 
 
-@pytest.mark.parametrize("file", sorted((Path(__file__).parents[1] / "configs" / "train").glob("*.yaml")))
+@pytest.mark.parametrize("file", sorted((Path(__file__).parents[1] / "configs" / "train").rglob("*.yaml")))
 def test_shipped_training_configs_load(file: Path) -> None:
     from rnn_longctx.train.config import TrainConfig
 

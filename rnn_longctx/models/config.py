@@ -97,6 +97,8 @@ class _Layer:
 
     def __init__(self, model: ModelConfig, layer: int):
         self.model, self.layer = model, layer
+        mixers = [_name(model.texts[i % len(model.texts)]) for i in range(layer + 1)]
+        self.first = mixers.index(mixers[layer]) == layer
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.model, name)
@@ -104,11 +106,15 @@ class _Layer:
 
 def mixer_settings(text: str) -> tuple[str, Any]:
     """Return a mixer's name and its parameters, of its own `Config`. Raises InputError as `parse` does."""
-    name = text.partition(":")[0].strip()
+    name = _name(text)
     if name not in MIXERS:
         hint = nearest(name, MIXERS)
         raise InputError(f"unknown mixer {name!r}{hint}, or give the file that has it with --plugin")
     return name, parse(text, _Configs(), "mixer")
+
+
+def _name(text: str) -> str:
+    return text.partition(":")[0].strip()
 
 
 def _make(text: str, model: ModelConfig, layer: int) -> Mixer:

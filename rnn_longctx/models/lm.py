@@ -177,7 +177,7 @@ class LM(Hooked, Identified, nn.Module):
             return self.backbone.embedding.weight.new_zeros(*ids.shape, self.config.d_model)
         if mask is not None and bool(mask.all()):
             mask = None
-        span, in_fp32 = Span(mask, reset, shard), self.config.residual_in_fp32
+        span, in_fp32 = Span(mask, reset, shard, shared={}), self.config.residual_in_fp32
         h: Tensor = self.backbone.embedding(ids)  # (B, T, d_model)
         out: Output = None
         carries = []

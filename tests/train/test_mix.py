@@ -105,7 +105,7 @@ def test_wrong_mixes(config: TrainConfig, mix: list[dict[str, Any]], words: str)
 
 def test_a_mix_on_a_config_with_passkeys() -> None:
     """They are left out by null, or by a fraction of 0."""
-    path = Path(__file__).parents[2] / "configs" / "train" / "gla.yaml"
+    path = Path(__file__).parents[2] / "configs" / "train" / "recurrences" / "gla.yaml"
     mix = 'data.mix=[{task: "mqar:pairs=8,vocab_size=64", fraction: 0.5, lengths: [80, 96]}]'
     with pytest.raises(InputError, match=r"data\.mix: takes the place of passkey; .* set passkey to null"):
         load_yaml(TrainConfig, path, [mix])

@@ -275,12 +275,59 @@ class Mamba(FlaType):
         return {**data, "dt_rank": data["dt_rank"] or _usual_rank(config.d_model)}
 
 
+@dataclass(frozen=True)
+class Delta(FlaType):
+    """A type of the delta rule: where their key is None ours is 0, and its convolutions are one of ours."""
+
+    def settled(self, data: dict[str, Any], where: str) -> dict[str, Any]:
+        return {k: 0 if v is None and k in self.absent else v for k, v in data.items()}
+
+    def write_config(self, config: ModelConfig, dtype: torch.dtype, extra: dict[str, Any]) -> dict[str, Any]:
+        data = super().write_config(config, dtype, extra)
+        return {k: None if k in self.absent and not v else v for k, v in data.items()}
+
+    @property
+    def absent(self) -> set[str]:
+        """Their keys that are None where there is none of what they count."""
+        return {key for key, default in self.keys.values() if default == 0 and not isinstance(default, bool)}
+
+    def unpack(self, tensors: Tensors) -> Tensors:
+        for name in [name for name in tensors if name.endswith(".q_conv1d.weight")]:
+            names = [name.replace(".q_conv1d.", f".{which}_conv1d.") for which in "qkv"]
+            if all(n in tensors for n in names):
+                tensors[name.replace(".q_conv1d.", ".conv1d.")] = torch.cat([tensors.pop(n) for n in names])
+        return tensors
+
+    def pack(self, tensors: Tensors, config: ModelConfig) -> Tensors:
+        for name in [name for name in tensors if name.endswith(".conv1d.weight")]:
+            conv, names = tensors.pop(name), {w: name.replace(".conv1d.", f".{w}_conv1d.") for w in "qkv"}
+            sizes = [len(tensors[name.replace(".conv1d.", f".{which}_proj.")]) for which in names]
+            tensors |= {n: t.contiguous() for n, t in zip(names.values(), conv.split(sizes))}
+        return tensors
+
+
+@dataclass(frozen=True)
+class SafelyGated(Delta):
+    """KDA, which says a lower bound of its log-decays twice."""
+
+    def write_config(self, config: ModelConfig, dtype: torch.dtype, extra: dict[str, Any]) -> dict[str, Any]:
+        data = super().write_config(config, dtype, extra)
+        return {**data, "safe_gate": data["lower_bound"] is not None}
+
+
 # What every type may say that is not computed here: their key and the values that are.
 _ANY: dict[str, tuple[Any, ...]] = {
     "attn": (None,),
     "attnres_block_size": (None,),
     "hidden_act": ("swish", "silu"),
     "elementwise_affine": (True,),
+}
+
+# What Gated DeltaNet and KDA say alike.
+_DELTA: dict[str, tuple[str, Any]] = {
+    "v_heads": ("num_v_heads", 0),
+    "d_conv": ("conv_size", 4),
+    "neg_eigval": ("allow_neg_eigval", False),
 }
 
 TYPES: dict[str, FlaType] = {
@@ -325,6 +372,40 @@ TYPES: dict[str, FlaType] = {
         only={"use_bias": (False,), "use_conv_bias": (True,)},
         frame=WITHOUT_MLP,
         norm_eps=1e-5,
+    ),
+    "gated_deltanet": Delta(
+        "gated-deltanet",
+        "GatedDeltaNetForCausalLM",
+        keys={"heads": ("num_heads", 6), "head_dim": ("head_dim", 256), "expand_v": ("expand_v", 2.0), **_DELTA},
+        only={"use_gate": (True,), "use_short_conv": (True,), "output_gate_activation": ("swish", "silu")},
+        renamed={"norm": "o_norm", "out_proj": "o_proj"},
+    ),
+    "kda": SafelyGated(
+        "kda",
+        "KDAForCausalLM",
+        keys={
+            "heads": ("num_heads", 16),
+            "head_dim": ("head_dim", 128),
+            "expand_v": ("expand_v", 1.0),
+            "lower_bound": ("lower_bound", 0),
+            **_DELTA,
+        },
+        only={"use_short_conv": (True,)},
+        renamed={"norm": "o_norm", "out_proj": "o_proj"},
+    ),
+    "delta_net": Delta(
+        "deltanet",
+        "DeltaNetForCausalLM",
+        keys={
+            "heads": ("num_heads", 16),
+            "expand_k": ("expand_k", 1.0),
+            "expand_v": ("expand_v", 1.0),
+            "gated": ("use_gate", False),
+            "d_conv": ("conv_size", 4),
+            "neg_eigval": ("allow_neg_eigval", False),
+        },
+        only={"use_beta": (True,), "use_short_conv": (True,), "qk_norm": ("l2",), "qk_activation": ("silu",)},
+        renamed={"norm": "o_norm", "out_proj": "o_proj"},
     ),
 }
 

@@ -13,7 +13,7 @@ A mixer of a linear recurrence is a class with a `name`, a `Config`, parameters,
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -49,6 +49,7 @@ class Recurrent(nn.Module):
         recurrence: the rule by which a state follows from the one before.
         per_channel: whether every channel of the state decays by itself.
         stepped: whether `inputs` gives `SteppedGates`.
+        simple: whether a delta rule reads and erases the key, by as much as it writes (`DeltaGates.simple`).
         one_step_a_head: whether a token has one step a head, from what `in_proj` gives, which `steps` works out.
         heads, headdim, d_state: the shape (H, P, N) of a row's state.
         policy, observer, backend, state_dtype: see `rnn_longctx.recurrence.ssd.scan.scan`.
@@ -63,6 +64,7 @@ class Recurrent(nn.Module):
     attends: ClassVar[bool] = False
     per_channel: ClassVar[bool] = False
     stepped: ClassVar[bool] = True
+    simple: ClassVar[bool] = True
     tappable: ClassVar[bool] = True
     one_step_a_head: ClassVar[bool] = False
 
@@ -158,6 +160,11 @@ class Recurrent(nn.Module):
         return None
 
     @property
+    def no_rates(self) -> str:
+        """Why no weight holds the rates of its decays, where `A` is None, as what the layer does."""
+        return "makes its decays from the text"
+
+    @property
     def channels(self) -> tuple[int, int] | None:
         """The channels of the convolution and how many inputs of each it keeps; None: there is none."""
         return None
@@ -166,14 +173,18 @@ class Recurrent(nn.Module):
         """Multiply every head's log-decay by factor (H), float64, in the weights.
 
         Raises:
-            InputError: decays are made from the text alone, so no weight holds their rate.
+            InputError: no weight holds their rate (`no_rates`).
         """
-        raise InputError(f"a {self.name} layer makes its decays from the text, so their rate cannot be written into it")
+        self.refuse_rates()
+
+    def refuse_rates(self) -> NoReturn:
+        """Raise InputError: no weight holds a rate."""
+        raise InputError(f"a {self.name} layer {self.no_rates}: no weight of it holds a rate")
 
     def chosen_backend(self, device: torch.device, dtype: torch.dtype) -> str:
         """Return the name of the backend that reads inputs of a dtype on a device under the present policy."""
         dtype = compute_dtype(dtype, self.state_dtype)
-        call = Call(device, dtype, self.per_channel, self.headdim, self.d_state, self.stepped)
+        call = Call(device, dtype, self.per_channel, self.headdim, self.d_state, self.stepped, self.simple)
         return self.recurrence.backends.choose(self.policy, self.backend, call).name
 
     def scan_state(self, carry: Carry) -> Tensor:

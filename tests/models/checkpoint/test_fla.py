@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from checkpoint_files import refused
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from rnn_longctx.errors import InputError
 from rnn_longctx.models import checkpoint
@@ -22,6 +22,9 @@ SMALL = {  # a mixer with settings that are not its defaults
     "retnet": "retnet:heads=2,expand_k=0.5,expand_v=1",
     "hgrn2": "hgrn2:heads=2",
     "mamba1": "mamba1:d_state=3,d_conv=3,expand=1,dt_rank=5",
+    "gated-deltanet": "gated-deltanet:heads=2,head_dim=4,expand_v=1.5,v_heads=4,d_conv=3,neg_eigval=true",
+    "kda": "kda:heads=2,head_dim=4,expand_v=1.5,v_heads=4,lower_bound=-4.5",
+    "deltanet": "deltanet:heads=2,expand_k=0.5,gated=true",
 }
 # The names and shapes of a layer's tensors in models that fla 0.6 has saved, of hidden_size 16 and the settings above.
 LAYER = {
@@ -42,6 +45,25 @@ LAYER = {
         "mixer.in_proj.weight": (32, 16), "mixer.conv1d.weight": (16, 1, 3), "mixer.conv1d.bias": (16,),
         "mixer.x_proj.weight": (11, 16), "mixer.dt_proj.weight": (16, 5), "mixer.dt_proj.bias": (16,),
         "mixer.A_log": (16, 3), "mixer.D": (16,), "mixer.out_proj.weight": (16, 16), "norm.weight": (16,),
+    },
+    "gated-deltanet": {
+        "attn.q_proj.weight": (8, 16), "attn.k_proj.weight": (8, 16), "attn.v_proj.weight": (24, 16),
+        "attn.q_conv1d.weight": (8, 1, 3), "attn.k_conv1d.weight": (8, 1, 3), "attn.v_conv1d.weight": (24, 1, 3),
+        "attn.a_proj.weight": (4, 16), "attn.b_proj.weight": (4, 16), "attn.g_proj.weight": (24, 16),
+        "attn.A_log": (4,), "attn.dt_bias": (4,), "attn.o_norm.weight": (6,), "attn.o_proj.weight": (16, 24),
+    },
+    "kda": {
+        "attn.q_proj.weight": (8, 16), "attn.k_proj.weight": (8, 16), "attn.v_proj.weight": (24, 16),
+        "attn.q_conv1d.weight": (8, 1, 4), "attn.k_conv1d.weight": (8, 1, 4), "attn.v_conv1d.weight": (24, 1, 4),
+        "attn.f_proj.0.weight": (6, 16), "attn.f_proj.1.weight": (16, 6), "attn.b_proj.weight": (4, 16),
+        "attn.g_proj.0.weight": (6, 16), "attn.g_proj.1.weight": (24, 6), "attn.g_proj.1.bias": (24,),
+        "attn.A_log": (4,), "attn.dt_bias": (16,), "attn.o_norm.weight": (6,), "attn.o_proj.weight": (16, 24),
+    },
+    "deltanet": {
+        "attn.q_proj.weight": (8, 16), "attn.k_proj.weight": (8, 16), "attn.v_proj.weight": (16, 16),
+        "attn.q_conv1d.weight": (8, 1, 4), "attn.k_conv1d.weight": (8, 1, 4), "attn.v_conv1d.weight": (16, 1, 4),
+        "attn.b_proj.weight": (2, 16), "attn.g_proj.weight": (16, 16),
+        "attn.o_norm.weight": (8,), "attn.o_proj.weight": (16, 16),
     },
 }  # fmt: skip
 MLP = {
@@ -126,12 +148,19 @@ def changed(folder, **keys):
         ("hgrn2", {"expand_ratio": 5}),
         ("mamba", {"use_bias": True}),
         ("mamba", {"expand": 1.5}),
+        ("gated_deltanet", {"use_gate": False}),
+        ("gated_deltanet", {"output_gate_activation": "sigmoid"}),
+        ("gated_deltanet", {"num_v_heads": 3}),
+        ("gated_deltanet", {"use_short_conv": False}),
+        ("kda", {"lower_bound": 1.0}),
+        ("delta_net", {"qk_norm": "sum"}),
+        ("delta_net", {"use_beta": False}),
     ],
 )
 def test_what_our_model_does_not_compute_is_refused(mixer, keys, tmp_path):
     kind = TYPES[mixer].mixer
     checkpoint.save(model_of(SMALL[kind]), tmp_path / "m", layout="fla")
-    word = {"num_heads": "heads"}.get(*keys, *keys)
+    word = {"num_heads": "heads", "num_v_heads": "v_heads"}.get(*keys, *keys)
     refused(changed(tmp_path / "m", **keys), "config.json", word)
 
 
@@ -194,3 +223,10 @@ def test_bounds_that_left_their_order_are_refused(tmp_path):
 def test_wrong_tensors_are_named(tmp_path):
     checkpoint.save(model_of(SMALL["gla"]), tmp_path / "m", layout="fla")
     refused(changed(tmp_path / "m", num_hidden_layers=2), "unexpected model.layers.2.attn.g_norm_swish_gate.weight")
+    checkpoint.save(model_of(SMALL["gated-deltanet"]), tmp_path / "d", layout="fla")
+    refused(changed(tmp_path / "d", num_v_heads=2), "config.json expects")
+    changed(tmp_path / "d", num_v_heads=4)
+    weights = load_file(tmp_path / "d" / "model.safetensors")
+    del weights["model.layers.1.attn.v_conv1d.weight"]
+    save_file(weights, tmp_path / "d" / "model.safetensors")
+    refused(tmp_path / "d", "missing backbone.layers.1.mixer.conv1d.weight", "unexpected", "k_conv1d")

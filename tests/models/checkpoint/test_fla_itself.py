@@ -34,12 +34,18 @@ THEIRS = {
     "retnet": {"num_heads": 2, "intermediate_size": 96},
     "hgrn2": {"expand_ratio": 32, "intermediate_size": 96},
     "mamba": {"state_size": 4},
+    "gated_deltanet": {"num_heads": 2, "head_dim": 16, "num_v_heads": 4, "intermediate_size": 96},
+    "kda": {"num_heads": 2, "head_dim": 16, "intermediate_size": 96},
+    "delta_net": {"num_heads": 2, "use_gate": True, "intermediate_size": 96},
 }
 OURS = {
     "gla": "gla:heads=2,expand_k=1",
     "retnet": "retnet:heads=4,expand_v=1",
     "hgrn2": "hgrn2:heads=2",
     "mamba": "mamba1:d_state=4,dt_rank=3",
+    "gated_deltanet": "gated-deltanet:heads=2,head_dim=16,expand_v=1,neg_eigval=true",
+    "kda": "kda:heads=2,head_dim=16,lower_bound=-5",
+    "delta_net": "deltanet:heads=4,expand_v=2",
 }
 
 
@@ -51,7 +57,7 @@ def _one_configuration(monkeypatch):
 @torch.no_grad()
 def stirred(module: torch.nn.Module, factor: float) -> torch.nn.Module:
     """Weights far enough from where they begin for every part to matter; bounds stay in their order. factor: of
-    matrices; theirs begin at a fifth of ours."""
+    matrices; theirs, and ours of the delta rule, begin at a fifth of our others."""
     for name, p in module.named_parameters():
         if name.endswith("bound"):
             p.add_(0.2 * torch.rand(()))
@@ -93,7 +99,7 @@ def test_theirs_is_read(kind, tmp_path):
 @pytest.mark.parametrize("kind", OURS)
 def test_ours_is_read_by_theirs(kind, tmp_path):
     config = ModelConfig(OURS[kind], d_model=64, n_layer=3, vocab_size=97, mlp=0 if kind == "mamba" else 1.5)
-    ours = stirred(LM(config), 1)
+    ours = stirred(LM(config), 5 if kind in ("gated_deltanet", "kda", "delta_net") else 1)
     save(ours, tmp_path, layout="fla")
     if kind == "mamba":
         from fla.models.mamba import MambaForCausalLM as Model
