@@ -16,6 +16,7 @@ LACKS = {
     "mamba1:d_state=4": RECURRENT,
     "gated-deltanet:heads=1,head_dim=8,v_heads=2": {*RECURRENT, "a window"} - {Need.ERASING},
     "kda:heads=2,head_dim=8": {*RECURRENT, "a window"} - {Need.ERASING},
+    "gdn2:heads=2,head_dim=8": {*RECURRENT, "a window"} - {Need.ERASING},
     "deltanet:heads=2": {*RECURRENT, "a window"} - {Need.ERASING},
     "full-attention:heads=2": {*RECURRENT, Need.RECURRENCE, Need.NO_ATTENTION},
 }

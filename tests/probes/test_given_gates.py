@@ -23,6 +23,7 @@ ERASING = [
     "rwkv7:headdim=16",
     "gated-deltanet:heads=1,head_dim=8,v_heads=2",
     "kda:heads=2,head_dim=8",
+    "gdn2:heads=2,head_dim=8",
     "deltanet:heads=2",
 ]
 
