@@ -72,5 +72,5 @@ def _check_rates(model: LanguageModel, remedy: Remedy) -> None:
         raise InputError(f"{remedy} cannot be folded into weights: {model.name} has no recurrence")
     mixers = cast(Sequence[ScanMixer], model.mixers)  # a foldable model is this library's
     if lacking := [mixer.name for mixer in mixers if mixer.A is None]:
-        layers = f"the {lacking[0]} layers of {model.name} make their decays from the text"
-        raise InputError(f"{remedy} cannot be folded into weights: {layers}, so that no weight holds a rate")
+        layers = f"no weight of the {lacking[0]} layers of {model.name} holds the rate of a decay"
+        raise InputError(f"{remedy} cannot be folded into weights: {layers}")

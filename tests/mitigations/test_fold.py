@@ -137,7 +137,8 @@ def test_what_cannot_be_folded(model, name):
 @pytest.mark.parametrize(
     ("mixer", "reason"),
     [
-        ("gla:heads=2", "the gla layers of own make their decays from the text"),
+        ("gla:heads=2", "no weight of the gla layers of own holds the rate of a decay"),
+        ("retnet:heads=2", "no weight of the retnet layers of own holds the rate of a decay"),
         ("sliding-window:heads=2,window=16", "own has no recurrence"),
     ],
 )

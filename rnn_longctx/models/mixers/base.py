@@ -165,9 +165,9 @@ class Recurrent(nn.Module):
         """Multiply every head's log-decay by factor (H), float64, in the weights.
 
         Raises:
-            InputError: decays are made from the text alone, so no weight holds their rate.
+            InputError: decays are made from the text alone, or fixed, so no weight holds their rate.
         """
-        raise InputError(f"a {self.name} layer makes its decays from the text, so their rate cannot be written into it")
+        raise InputError(f"no weight of a {self.name} layer holds the rate of a decay, so it cannot be written there")
 
     def chosen_backend(self, device: torch.device, dtype: torch.dtype) -> str:
         """Return the name of the backend that reads inputs of a dtype on a device under the present policy."""
