@@ -84,11 +84,11 @@ def crossed(samples: Sequence[Sequence[float]]) -> Interval:
         raise ValueError(f"expected as many samples of every seed, and some: got {[len(row) for row in samples]}")
     x = np.asarray(samples, dtype=float)
     n = x.shape[1]
-    with np.errstate(invalid="ignore"):
+    with np.errstate(invalid="ignore"):  # infinite ones may have no mean
         value = float(x.mean())
-    parts = [(means.var(ddof=1) / len(means), len(means) - 1) for means in (x.mean(1), x.mean(0)) if len(means) > 1]
-    if not math.isfinite(value) or not parts:
+    if not np.isfinite(x).all() or x.size == 1:
         return Interval(value, math.nan, math.nan, n)
+    parts = [(means.var(ddof=1) / len(means), len(means) - 1) for means in (x.mean(1), x.mean(0)) if len(means) > 1]
     variance = sum(v for v, _ in parts)
     if not variance:
         return Interval(value, value, value, n)

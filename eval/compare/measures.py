@@ -59,16 +59,8 @@ class Subject:
         """Yield the rows of an evaluation at those of the lengths that are read; texts: of losses."""
         if not (lengths := self.within(lengths)):
             return
-        frame = evaluate(
-            self.model,
-            lengths,
-            jobs,
-            remedies,
-            text=list(texts),
-            out=str(self.results),
-            batch=self.batch,
-            progress=False,
-        )
+        out, batch = str(self.results), self.batch
+        frame = evaluate(self.model, lengths, jobs, remedies, text=list(texts), out=out, batch=batch)
         asked = {tuple(setting) for setting in frame.attrs["asked"]["settings"]}
         for row in frame.astype(object).where(frame.notna(), None).to_dict("records"):
             setting = row["mitigation"], row["task"], row["length"]
@@ -182,7 +174,7 @@ class ProbeConfig:
 
     def rows(self, subject: Subject) -> Iterator[Row]:
         length = min(self.length, subject.longest)
-        of = {"task": "probe", "text": self.text, "length": length}
+        of: Row = {"task": "probe", "text": self.text, "length": length}
         every = min(self.every, subject.train_length)
         try:
             seen = probe(subject.model, load_text(self.text), length, every=every)

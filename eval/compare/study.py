@@ -1,7 +1,7 @@
 """A comparison: its cells side by side on one device, and the table that comes of them.
 
-What to run follows from what is on disk: the rates of an entry first, then its seeds at the best rate, then, where it is
-asked for, the training lengths that the search for T_forget takes.
+What to run follows from what is on disk: the rates of an entry first, then its seeds at the best rate, then, where that
+is asked for, the training lengths that the search for T_forget takes.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class _Cells:
         outcomes = {}
         for where, cell in cells.items():
             if (known := measured(self.config, cell, self.study)) is not None:
-                outcomes[where] = passes(pd.DataFrame(known[1]), cell.train_length)
+                outcomes[where] = passes(known[1], cell.train_length)
         return [cells[where] for where in next_models(self.config.train_lengths, range(self.config.seeds), outcomes)]
 
     def command(self, name: str) -> list[str]:

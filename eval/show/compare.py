@@ -46,9 +46,8 @@ def _texts(frame: pd.DataFrame) -> list[str]:
 
 def _whole(frame: pd.DataFrame, metric: str, **where: Any) -> pd.DataFrame:
     """Return the rows of all seeds together, of the shortest training length."""
-    some = frame[
-        (frame["metric"] == metric) & frame["seed"].isna() & (frame["train_length"] == frame["train_length"].min())
-    ]
+    shortest = frame["train_length"] == frame["train_length"].min()
+    some = frame[(frame["metric"] == metric) & frame["seed"].isna() & shortest]
     for column, value in where.items():
         some = some[some[column] == value]
     return some
@@ -89,7 +88,7 @@ def _gain(rows: pd.DataFrame) -> str:
     """Return the gain at the longest length, with its interval."""
     if rows.empty:
         return ""
-    row = rows.loc[rows["length"].idxmax()]
+    row = rows.sort_values("length").iloc[-1]
     span = "" if math.isnan(row["low"]) else f" ({row['low']:+.3f} to {row['high']:+.3f})"
     return f"{row['value']:+.3f}{span} at {format_length(int(row['length']))}"
 
@@ -178,11 +177,9 @@ def _page(frame: pd.DataFrame, text: str) -> Figure:
         panel.set_ylabel("nats per token")
     train = int(frame["train_length"].min())
     figure.supxlabel("length, tokens (red: training length)", fontsize=10)
-    figure.suptitle(
-        f"Loss over positions (L/2, L] of {text}. Thin: a seed; blue: their mean and its 95% interval; "
-        f"dashed: the last {train} tokens read afresh",
-        fontsize=9, x=0.01, ha="left",
-    )  # fmt: skip
+    what = f"Loss over positions (L/2, L] of {text}. Thin: a seed; thick: the mean of seeds;"
+    title = f"{what}\ndashed: the last {train} tokens read afresh, the mean of seeds"
+    figure.suptitle(title, fontsize=9, x=0.01, ha="left")
     return figure
 
 
@@ -193,10 +190,6 @@ def _panel(axes: Axes, rows: pd.DataFrame) -> None:
         axes.plot(one["length"], one["value"], color=BLUE, linewidth=0.7, alpha=0.6)
     mean = bare[bare["seed"].isna()].sort_values("length")
     axes.plot(mean["length"], mean["value"], color=BLUE, linewidth=1.8, marker="o", markersize=3)
-    spread = mean[mean["low"].notna()]
-    axes.fill_between(
-        spread["length"].astype(float), spread["low"], spread["high"], color=BLUE, alpha=0.15, linewidth=0
-    )
     again = rows[rows["mitigation"].str.startswith("recompute:") & rows["seed"].isna()].sort_values("length")
     axes.plot(again["length"], again["value"], color=GREYS[0], linestyle="--", linewidth=1.4)
     axes.axvline(float(rows["train_length"].iloc[0]), color=RED, linewidth=1)

@@ -28,7 +28,7 @@ from rnn_longctx.eval.stats import Interval, crossed, peak_within, verdict, wils
 from rnn_longctx.files import write_atomic
 
 FILE = "compare.parquet"
-# `seed` none: of all seeds together, whose number is `seeds`. `state`: numbers that a row keeps between two tokens, when
+# `seed` none: of all seeds together, whose number is `seeds`. `state`: numbers that a row keeps between two tokens once
 # it has read the training length. `low`, `high`: the 95% interval of `value`; `n`: the slices or prompts of a seed.
 MODEL = ("entry", "mixer", "parameters", "state", "learning_rate", "train_length")
 PLACE = ("metric", "mitigation", "task", "text", "length")
@@ -57,13 +57,12 @@ class Judged(NamedTuple):
 def summarised(rows: Iterable[Row], train_length: int) -> pd.DataFrame:
     """Return the table of the rows of all cells: what they hold, with intervals, the context gains, the rows of all
     seeds together, verdicts and T_forget."""
-    blank = dict.fromkeys(COLUMNS) | {"mitigation": "none", "task": "", "text": "", "note": "", "value": math.nan}
+    blank: Row = dict.fromkeys(COLUMNS) | {"mitigation": "none", "task": "", "text": "", "note": "", "value": math.nan}
     every = [blank | row | {"seeds": 1} for row in rows]
     for row in every:
         row |= _interval(row["metric"], [row["samples"]] if row["samples"] else [])
     every += _gains(every)
-    judged = [row for _, some in _groups(every, ("entry", "train_length")) for row in _together(list(some))]
-    every += judged
+    every += [row for _, some in _groups(every, ("entry", "train_length")) for row in _together(list(some))]
     every += [row for _, some in _groups(every, ("entry",)) for row in _verdicts(list(some), train_length)]
     frame = pd.DataFrame(every, columns=list(COLUMNS))
     for column in COLUMNS:
@@ -108,9 +107,9 @@ def judge_seeds(seeds: Sequence[Judged], together: Judged) -> Judged:
     return kind._replace(text=kind.text + (f"; {count} collapse" if failing else ""))
 
 
-def passes(frame: pd.DataFrame, train_length: int) -> bool:
+def passes(rows: Sequence[Row], train_length: int) -> bool:
     """Whether one model holds its loss beyond its training length: the test of T_forget, on the first text."""
-    return _plain_verdict(frame.to_dict("records"), train_length).kind in ("holds", "drifts")
+    return _plain_verdict(rows, train_length).kind in ("holds", "drifts")
 
 
 def write(frame: pd.DataFrame, folder: Path) -> None:
