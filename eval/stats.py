@@ -92,7 +92,7 @@ def crossed(samples: Sequence[Sequence[float]]) -> Interval:
     variance = sum(v for v, _ in parts)
     if not variance:
         return Interval(value, value, value, n)
-    freedom = max(1, int(variance**2 / sum(v**2 / f for v, f in parts)))
+    freedom = max(1, int(1e-9 + variance**2 / sum(v**2 / f for v, f in parts)))  # (a whole number stays one)
     half = student(freedom) * math.sqrt(variance)
     return Interval(value, value - half, value + half, n)
 

@@ -1,4 +1,4 @@
-"""A comparison: its config, its cells killed and gone on with, those that fail, and what the command line makes of it."""
+"""A comparison: its config, its cells killed and gone on with, those that fail, and the command."""
 
 from __future__ import annotations
 
