@@ -173,6 +173,8 @@ def _page(frame: pd.DataFrame, text: str) -> Figure:
         note = _whole(frame[frame["entry"] == entry], "verdict", text=text)["note"].iloc[0]
         panel.set_title(f"{entry}\n{note}", fontsize=8.5, loc="left")
     _scales(panels.flat[0], losses)
+    for panel in panels.flat[max(0, len(entries) - columns) : len(entries)]:
+        panel.tick_params(labelbottom=True)  # there is none below
     for panel in panels[:, 0]:
         panel.set_ylabel("nats per token")
     train = int(frame["train_length"].min())
