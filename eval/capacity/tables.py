@@ -16,8 +16,8 @@ import pandas as pd
 from rnn_longctx.config import format_length, home_path
 from rnn_longctx.errors import InputError
 from rnn_longctx.eval.capacity import models
-from rnn_longctx.eval.capacity.forget import forget_of
 from rnn_longctx.eval.capacity.recall import recall_of
+from rnn_longctx.eval.forget import forget_of
 from rnn_longctx.eval.results import KEY as ROW
 from rnn_longctx.eval.results import Results
 from rnn_longctx.eval.stats import wilson

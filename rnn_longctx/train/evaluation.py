@@ -199,13 +199,13 @@ def final_metrics(
         metrics["validation_loss"] = loss
     if config.data.mixed and config.data.mixed[0].fraction:
         task = measured_task(config.data.mixed)
-        examples = _longest_examples(task, corpus.tokenizer, config.data.mixed[0].lengths[1], config.seed)
+        examples = longest_examples(task, corpus.tokenizer, config.data.mixed[0].lengths[1], config.seed)
         scored = recall(model, task, examples, corpus.tokenizer, config.batch_size, autocast)
         metrics["passkey_accuracy"] = scored
     return metrics
 
 
-def _longest_examples(task: Task, tokenizer: Tokenizer, length: int, seed: int) -> list[Example]:
+def longest_examples(task: Task, tokenizer: Tokenizer, length: int, seed: int) -> list[Example]:
     """Return 100 examples of which, with its answer, none has more than `length` tokens, and one has as many."""
     if not task.generated:
         return examples_of(task, tokenizer, length, 100, seed)

@@ -9,8 +9,8 @@ import pytest
 
 from rnn_longctx.config import format_length
 from rnn_longctx.errors import InputError
-from rnn_longctx.eval.capacity.forget import forget_of, majority, next_models
 from rnn_longctx.eval.capacity.recall import LOOK, recall_of, samples_for, search, shown
+from rnn_longctx.eval.forget import forget_of, majority, next_models
 
 
 def tail(right: int, asked: int, p: float) -> float:
