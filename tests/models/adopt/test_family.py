@@ -14,7 +14,8 @@ from rnn_longctx.mitigations import mitigate
 from rnn_longctx.models.adopt.adopting import adopt
 from rnn_longctx.models.adopt.beside import Beside, tokens_counted
 from rnn_longctx.models.adopt.family import FAMILIES, Family
-from rnn_longctx.models.adopt.mixer import UNLIMITED, AdoptedMixer, Call
+from rnn_longctx.models.adopt.mixer import Call
+from rnn_longctx.models.adopt.stepped import UNLIMITED, SteppedAdopted
 from rnn_longctx.recurrence.gates import ScanInputs
 
 
@@ -52,7 +53,7 @@ def _written(u: Tensor) -> Tensor:
     return torch.ones(*u.shape[:2], 1, 2)
 
 
-class LeakyMixer(AdoptedMixer):
+class LeakyMixer(SteppedAdopted):
     dt_limit = UNLIMITED
     shape = (3, 2, 2)
 
