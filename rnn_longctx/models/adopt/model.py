@@ -122,12 +122,16 @@ class Adopted(Hooked, Identified):
 
     def _attention_size(self) -> int:
         """Return how many numbers of keys and values all layers of attention together keep for a token. (A family's are
-        equally wide; Zamba2's share one module, so layers are counted in the cache.)"""
+        equally wide; Zamba2's share one module, so layers are counted in the cache. Latent attention keeps what its
+        keys and values are made of.)"""
         from transformers import DynamicCache
 
         layers = sum(hasattr(layer, "get_seq_length") for layer in DynamicCache(config=self.config).layers)
-        projections = [(m.k_proj, m.v_proj) for m in self.model.modules() if hasattr(m, "k_proj")]
-        return layers * max(k.out_features + v.out_features for k, v in projections)
+        recurrent = {mixer.module for mixer in self.mixers}
+        attention = [m for m in self.model.modules() if m not in recurrent]
+        widths = [m.k_proj.out_features + m.v_proj.out_features for m in attention if hasattr(m, "k_proj")]
+        widths += [m.kv_lora_rank + m.qk_rope_head_dim for m in attention if hasattr(m, "kv_lora_rank")]
+        return layers * max(widths)
 
     def use_backend(self, name: str | None) -> None:
         """Force one scan backend for every layer (None: choose), wherever a policy is active."""
