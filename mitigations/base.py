@@ -23,7 +23,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from rnn_longctx.errors import InputError
-from rnn_longctx.models.interface import LanguageModel, Reader
+from rnn_longctx.models.interface import LanguageModel, Reader, erases
 from rnn_longctx.recurrence.policy import PLAIN, ScanPolicy
 from rnn_longctx.registry import Registry
 from rnn_longctx.spec import canonical
@@ -46,6 +46,7 @@ class Need(Enum):
     RECURRENCE = "a recurrent layer"
     STEPS = "one step size a head and token, as Mamba-2 has"
     RATES = "one A a head, as Mamba-2 has"
+    ERASING = "a recurrence that erases, as the delta rule does"
     ATTENTION = "layers that attend, beside the recurrent ones"
     NO_ATTENTION = "no layer that attends, for it would need the tokens that the remedy drops between layers"
     TRAIN_LENGTH = "the length that the model was trained on"
@@ -163,7 +164,8 @@ class Remedy:
 
 
 def planned(remedy: Remedy, model: LanguageModel, target_length: int | None = None, text: Text | None = None) -> Plan:
-    """Work a remedy out for a model, after a look at what it needs. Arguments and errors are those of `Remedy.plan`."""
+    """Work a remedy out for a model, after a look at what it needs. Arguments and errors are those of `Remedy.plan`;
+    NotApplicable, too, where a policy means nothing to the recurrence of its layer."""
     for need in Need:
         if need in remedy.needs and (reason := _lacks(need, remedy.name, model, target_length)):
             raise NotApplicable(reason)
@@ -173,6 +175,9 @@ def planned(remedy: Remedy, model: LanguageModel, target_length: int | None = No
     if len(plan.policies) != len(model.mixers):
         policies = f"{len(plan.policies)} polic{'y' if len(plan.policies) == 1 else 'ies'}"
         raise InputError(f"{remedy.name}: plan gives {policies}, {model.name} has {len(model.mixers)} recurrent layers")
+    for mixer, policy in zip(model.mixers, plan.policies):
+        if reason := mixer.recurrence.unfollowed(policy):
+            raise NotApplicable(f"{remedy}: {reason}")
     return plan
 
 
@@ -187,6 +192,8 @@ def _lacks(need: Need, remedy: str, model: LanguageModel, target_length: int | N
         case Need.RATES if not _one_step_a_head(model):
             has = "Mamba-1's, one a channel" if _per_channel(model) else "none"
             return f"{remedy} needs one A a head, as Mamba-2 has: {model.name} has {has}"
+        case Need.ERASING if not any(map(erases, model.mixers)):
+            return f"{remedy} needs a recurrence that erases, as the delta rule does: {model.name} has none"
         case Need.ATTENTION if not (model.attends and model.mixers):
             return f"{remedy} is for hybrids, and {model.name} has no {'attention' if model.mixers else 'recurrence'}"
         case Need.NO_ATTENTION if model.attends:

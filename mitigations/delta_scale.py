@@ -3,7 +3,8 @@
     dt' = s_layer * dt,    so    a_t' = exp(s dt_t A)    and    w_t' = s dt_t
 
 Reads nothing of the model. Changes decay and input alike, after softplus and clamp. Below 1 a layer forgets less and
-writes less. The paper finds one s a layer by SPSA (`rnn-longctx calibrate`); its public code accepts steps on the text
+writes less. Where a recurrence erases (the delta rule), what it writes hangs on a beta of its own and on no step, so
+that the decay alone is scaled. The paper finds one s a layer by SPSA (`rnn-longctx calibrate`); its public code accepts steps on the text
 it then reports, which calibration here never sees.
 """
 
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from rnn_longctx.mitigations.base import REMEDIES, Need, Plan, Remedy, above_zero, per_layer
 from rnn_longctx.mitigations.scales import FACTORS
-from rnn_longctx.models.interface import LanguageModel
+from rnn_longctx.models.interface import LanguageModel, erases
 from rnn_longctx.recurrence.policy import ScanPolicy
 
 if TYPE_CHECKING:
@@ -51,4 +52,5 @@ class DeltaScale(Remedy):
 
     def plan(self, model: LanguageModel, target_length: int | None = None, text: Text | None = None) -> Plan:
         scales = per_layer("delta-scale", self.scale, model)
-        return Plan(tuple(ScanPolicy(mul=s, gain=s) for s in scales))
+        layers = zip(model.mixers, scales)
+        return Plan(tuple(ScanPolicy(mul=s, gain=1.0 if erases(mixer) else s) for mixer, s in layers))

@@ -71,6 +71,6 @@ def _check_rates(model: LanguageModel, remedy: Remedy) -> None:
     if not model.mixers:
         raise InputError(f"{remedy} cannot be folded into weights: {model.name} has no recurrence")
     mixers = cast(Sequence[ScanMixer], model.mixers)  # a foldable model is this library's
-    if lacking := [mixer.name for mixer in mixers if mixer.A is None]:
-        layers = f"the {lacking[0]} layers of {model.name} make their decays from the text"
-        raise InputError(f"{remedy} cannot be folded into weights: {layers}, so that no weight holds a rate")
+    if lacking := [mixer for mixer in mixers if mixer.A is None]:
+        layer = f"a {lacking[0].name} layer {lacking[0].no_rates}"
+        raise InputError(f"{remedy} cannot be folded into weights: {layer}, so that no weight of it holds a rate")

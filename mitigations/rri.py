@@ -2,6 +2,9 @@
 
     S_t = alpha a_t S_{t-1} + beta w_t x_t B_t^T
 
+On a recurrence that erases (the delta rule) beta weakens what is written alone, or with erases=true what is erased as
+well: there, one beta_t says how much of both a token does.
+
 Reads nothing of the model and changes the gates of every head: log_decay + log(alpha), input_scale * beta. The
 paper multiplies the decay by alpha (it does not raise it to a power) and takes 0.9999 and 0.75. An alpha a layer is
 this project's: `rnn-longctx calibrate` finds them.
@@ -15,10 +18,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rnn_longctx.errors import InputError
-from rnn_longctx.mitigations.base import REMEDIES, Need, Plan, Remedy, above_zero, per_layer
+from rnn_longctx.mitigations.base import REMEDIES, Need, NotApplicable, Plan, Remedy, above_zero, per_layer
 from rnn_longctx.mitigations.scales import ALPHAS
-from rnn_longctx.models.interface import LanguageModel
+from rnn_longctx.models.interface import LanguageModel, erases
 from rnn_longctx.recurrence.policy import ScanPolicy
+from rnn_longctx.spec import quiet
 
 if TYPE_CHECKING:
     from rnn_longctx.data import Text
@@ -32,6 +36,7 @@ class RRI(Remedy):
     Attributes:
         alpha: factor on every decay, in (0, 1]; one number, or one a layer as in 0.999/0.9999/...
         beta: factor on every input, above 0.
+        erases: whether beta is a factor on what is erased, too, where a layer's recurrence erases.
     """
 
     name = "rri"
@@ -39,8 +44,10 @@ class RRI(Remedy):
     adds = True
     search = "spsa"
     one_a_layer = "alpha"
+    examples = ("rri:erases=true",)
     alpha: float | str = 0.9999
     beta: float = 0.75
+    erases: bool = quiet(False)
 
     def __post_init__(self) -> None:
         if max(above_zero("rri", "alpha", self.alpha)) > 1:
@@ -62,4 +69,7 @@ class RRI(Remedy):
 
     def plan(self, model: LanguageModel, target_length: int | None = None, text: Text | None = None) -> Plan:
         alphas = per_layer("rri", self.alpha, model)
-        return Plan(tuple(ScanPolicy(add=math.log(alpha), gain=self.beta) for alpha in alphas))
+        if self.erases and not any(map(erases, model.mixers)):
+            raise NotApplicable(f"{self} needs a recurrence that erases, as the delta rule does: {model.name} has none")
+        erase = [self.beta if self.erases and erases(mixer) else 1.0 for mixer in model.mixers]
+        return Plan(tuple(ScanPolicy(add=math.log(a), gain=self.beta, erase=e) for a, e in zip(alphas, erase)))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rnn_longctx.errors import InputError
 from rnn_longctx.measure.taps import tapping, taps_everywhere
-from rnn_longctx.models.interface import LanguageModel, MixerReading, Tap
+from rnn_longctx.models.interface import LanguageModel, MixerReading, Tap, erases
 from rnn_longctx.models.modes import evaluating
 from rnn_longctx.recurrence.policy import ScanPolicy
 
@@ -67,6 +67,11 @@ def refuse(model: LanguageModel, ids: Tensor, segment: int) -> None:
         )
     if not model.mixers:
         raise InputError(f"{model.name} has no recurrent layer: nothing is contributed to a state")
+    if erasing := [mixer for mixer in model.mixers if erases(mixer)]:
+        raise InputError(
+            "contributions add up where a state only fades: a later token erases, in part, what an earlier one wrote "
+            f"({erasing[0].recurrence.name} recurrence of {model.name})"
+        )
     if not isinstance(ids, Tensor):
         raise InputError(f"ids must be a tensor (1, T) of whole numbers, got {type(ids).__name__} {ids!r:.60}")
     if ids.ndim != 2 or len(ids) != 1 or ids.shape[1] < 1:

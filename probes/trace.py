@@ -9,7 +9,8 @@ Every `every` tokens the scan says of each head's state S (P, N): sums, the larg
 state is copied unless `whole` asks for it. Everything else is worked out of those:
 
     mean, variance, rms, max, norm     of the numbers of S; norm is Frobenius'
-    retention                          exp(log_decay): what is left of the stream's first token
+    retention                          exp(log_decay): what is left of the stream's first token; where the recurrence
+                                       erases (the delta rule), the most that can be
     decay                              mean log-decay a token since the look before, in nats
     input_scale                        mean input scale since then; of steps, it is decay / A, and not a number where a
                                        policy does more to the gates than mul and add
@@ -29,7 +30,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from rnn_longctx.config import parse_length
+from rnn_longctx.config import counted, parse_length
 from rnn_longctx.errors import InputError
 from rnn_longctx.measure.taps import tapping
 from rnn_longctx.models.adopt.adopting import as_language_model
@@ -294,7 +295,9 @@ def _layers(layers: Iterable[int] | None, count: int) -> list[int]:
         raise InputError(f"layers: expected whole numbers such as [0, 2], got {layers!r:.60}") from None
     for layer in chosen:
         if not 0 <= layer < count:
-            raise InputError(f"layer {layer} is not there: the model has {count} recurrent layers, 0 to {count - 1}")
+            raise InputError(
+                f"layer {layer} is not there: the model has {counted(count, 'recurrent layer')}, 0 to {count - 1}"
+            )
     return chosen
 
 

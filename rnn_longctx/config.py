@@ -77,6 +77,11 @@ def format_length(length: int) -> str:
     return str(length)
 
 
+def counted(number: int, noun: str, plural: str = "") -> str:
+    """Return a number of things in words: "1 head", "2 heads"; plural: where it is not the noun and an s."""
+    return f"{number} {noun if number == 1 else plural or noun + 's'}"
+
+
 def from_dict(cls: type[T], mapping: Mapping[str, Any], where: str = "") -> T:
     """Build the dataclass `cls` from a plain mapping; `where` (a file name) leads every error message.
 

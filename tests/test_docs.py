@@ -97,7 +97,7 @@ def test_add_a_mixer(written, tmp_path):
 def test_add_a_recurrence(written):
     """And a mixer of it, which is the mixer of the other page but for the recurrence that it names."""
     written("recurrence")
-    assert set(RECURRENCES) == {"ssd", "gated-delta"} and RECURRENCES["ssd"] is SSD
+    assert set(RECURRENCES) == {"ssd", "delta", "gated-delta"} and RECURRENCES["ssd"] is SSD
     written("mixer")
 
     @register

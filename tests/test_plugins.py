@@ -54,7 +54,7 @@ def test_what_works_is_registered():
         thing = dataclass(frozen=True)(thing)
         assert register(thing) is thing and registry[thing.name] is thing
     rule = type("Rule", (), {"name": "rule", **{m: getattr(SSD, m) for m in ("follows", "takes", "backends")}})()
-    rule.scan, rule.reference, rule.state = SSD.scan, SSD.reference, SSD.state
+    rule.scan, rule.reference, rule.state, rule.unfollowed = SSD.scan, SSD.reference, SSD.state, SSD.unfollowed
     assert register(rule) is rule and RECURRENCES["rule"] is rule
     for registry in (REMEDIES, TASKS, MIXERS, RECURRENCES):
         for thing in registry.values():
@@ -64,7 +64,8 @@ def test_what_works_is_registered():
 @pytest.mark.parametrize("name", ["my:x", "a+b", "a,b", "a=b", "a b", "-a", "found.yaml", "a@b", "a/b", ""])
 def test_names_that_no_command_line_can_take(name):
     for thing in (dataclass(frozen=True)(remedy(name)), dataclass(frozen=True)(task(name)), mixer(name=name)):
-        with pytest.raises(InputError, match="letters, digits, - and _" if name else "has none"):
+        nameless = "has none|lacks name, "
+        with pytest.raises(InputError, match="letters, digits, - and _" if name else nameless):
             register(thing)
 
 
@@ -112,13 +113,15 @@ def test_mixers_that_lack_something():
         register(mixer())
     with pytest.raises(InputError, match="mixer made lacks Config, of, heads, headdim, d_state, inputs "):
         register(type("Made", (Recurrent,), {"name": "made"}))
+    with pytest.raises(InputError, match="mixer Made lacks name, Config, of, heads, headdim, d_state, inputs "):
+        register(type("Made", (Recurrent,), {}))
     with pytest.raises(InputError, match="its Config must be a dataclass"):
         register(type("Made", (MIXERS["gla"],), {"name": "made", "Config": dict}))
 
 
 def test_recurrences_that_lack_something():
     rule = type("Rule", (), {"name": "rule", "backends": Backends(), "follows": frozenset()})
-    with pytest.raises(InputError, match="recurrence rule lacks takes, scan, reference, state "):
+    with pytest.raises(InputError, match="recurrence rule lacks takes, scan, unfollowed, reference, state "):
         register(rule())
     with pytest.raises(InputError, match="none of a remedy"):  # the class, not an object of it
         register(rule)

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from rnn_longctx.config import home_path, to_dict
+from rnn_longctx.config import counted, home_path, to_dict
 from rnn_longctx.data import load_text, open_streamed
 from rnn_longctx.errors import InputError
 from rnn_longctx.eval.capacity import models, tables
@@ -73,12 +73,14 @@ def run_study(config: CapacityConfig, parallel: int = 1, say: Say = to_stdout) -
                 else:
                     failed[name] = last_line(_log(study, name)) or f"exit {code}"
                     say(f"{name}: failed: {failed[name]}")
-    say(f"{done} cells run")
+    say(f"{counted(done, 'cell')} run")
     models.gather(study)
     Results(study).gather()
     if failed:
         name, why = next(iter(failed.items()))
-        raise InputError(f"{len(failed)} cells failed, the first of them {name}: {why}; run again to try them again")
+        raise InputError(
+            f"{counted(len(failed), 'cell')} failed, the first of them {name}: {why}; run again to try again"
+        )
     return study
 
 

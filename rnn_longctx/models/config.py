@@ -54,7 +54,7 @@ class ModelConfig:
         with torch.device("meta"):
             for text in dict.fromkeys(self.texts):  # whoever does not fit says so
                 try:
-                    _make(text, self)
+                    _make(text, self, 0)
                 except InputError as error:
                     raise InputError(f"mixer: {error}") from None
 
@@ -65,7 +65,7 @@ class ModelConfig:
     def make_mixers(self) -> Iterator[Mixer]:
         """Make the mixer of every layer, with fresh weights."""
         for layer in range(self.n_layer):
-            yield _make(self.texts[layer % len(self.texts)], self)
+            yield _make(self.texts[layer % len(self.texts)], self, layer)
 
 
 def model_config(data: Mapping[str, Any], where: str = "") -> ModelConfig | Mamba2Config:
@@ -92,9 +92,32 @@ class _Configs(Mapping[str, type]):
         return len(MIXERS)
 
 
-def _make(text: str, model: ModelConfig) -> Mixer:
-    name = text.partition(":")[0].strip()
+class _Layer:
+    """A model's config as one of its layers gets it (`rnn_longctx.models.interface.LayerShape`)."""
+
+    def __init__(self, model: ModelConfig, layer: int):
+        self.model, self.layer = model, layer
+        mixers = [_name(model.texts[i % len(model.texts)]) for i in range(layer + 1)]
+        self.first = mixers.index(mixers[layer]) == layer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
+
+
+def mixer_settings(text: str) -> tuple[str, Any]:
+    """Return a mixer's name and its parameters, of its own `Config`. Raises InputError as `parse` does."""
+    name = _name(text)
     if name not in MIXERS:
         hint = nearest(name, MIXERS)
         raise InputError(f"unknown mixer {name!r}{hint}, or give the file that has it with --plugin")
-    return MIXERS[name].of(parse(text, _Configs(), "mixer"), model)
+    return name, parse(text, _Configs(), "mixer")
+
+
+def _name(text: str) -> str:
+    return text.partition(":")[0].strip()
+
+
+def _make(text: str, model: ModelConfig, layer: int) -> Mixer:
+    name, settings = mixer_settings(text)
+    shape: Any = _Layer(model, layer)
+    return MIXERS[name].of(settings, shape)

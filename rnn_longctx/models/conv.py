@@ -1,4 +1,5 @@
-"""The causal convolution of a layer: PyTorch, and on a GPU one kernel, with gradients one more."""
+"""The causal convolution of a layer: PyTorch, and on a GPU one kernel, with gradients one more; and the shift by one
+token, a convolution of a single tap."""
 
 from __future__ import annotations
 
@@ -39,3 +40,13 @@ def causal_conv(x: Tensor, conv: nn.Conv1d, before: Tensor | None, reset: Tensor
     if document is not None:
         after = after * (document[:, length:] == document[:, -1:])
     return F.silu(y), after.transpose(1, 2).contiguous()
+
+
+def shifted(x: Tensor, before: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return of x (B, T, channels) the token before each, zeros where there is none, and (B, channels, 1) to go on from.
+    Arguments are those of `causal_conv`."""
+    first = torch.zeros_like(x[:, :1]) if before is None else before.to(x.dtype).transpose(1, 2)
+    y = torch.cat([first, x[:, :-1]], 1)
+    if reset is not None:
+        y = y.masked_fill(reset[..., None], 0.0)
+    return y, x[:, -1:].transpose(1, 2).contiguous()

@@ -79,6 +79,16 @@ class Shape(Protocol):
     def make_mixers(self) -> Iterator[Mixer]: ...
 
 
+class LayerShape(Shape, Protocol):
+    """What a mixer is built from: the shape of its model, which of the layers it is in, from 0 on, and whether it is the
+    first of its kind."""
+
+    @property
+    def layer(self) -> int: ...
+    @property
+    def first(self) -> bool: ...
+
+
 class Rest(NamedTuple):
     """What a layer's projections give beside the inputs of its scan.
 
@@ -86,11 +96,13 @@ class Rest(NamedTuple):
         z: (B, T, H * P), what gates the output.
         conv: (B, channels, d_conv - 1), the convolution's last inputs, for the carry.
         convolved: (B, T, channels), what the convolution read; zero at padding.
+        bonus: (B, T, H * P), what a token adds to its own output beside the scan, after the output's norm.
     """
 
     z: Tensor | None = None
     conv: Tensor | None = None
     convolved: Tensor | None = None
+    bonus: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,7 +145,7 @@ class Mixer(Protocol):
     attends: ClassVar[bool]
 
     @classmethod
-    def of(cls, config: Any, model: Shape) -> Mixer:
+    def of(cls, config: Any, model: LayerShape) -> Mixer:
         """Make the mixer of one layer of a model. config: of its own `Config`."""
         ...
 
@@ -211,8 +223,11 @@ class ScanMixer(RecurrentMixer, Mixer, Protocol):
 
     Attributes:
         channels: the channels of its convolution and how many inputs of each it keeps; None: there is none.
+        no_rates: why no weight holds the rates of its decays, where `A` is None.
     """
 
+    @property
+    def no_rates(self) -> str: ...
     @property
     def channels(self) -> tuple[int, int] | None: ...
 
@@ -252,6 +267,12 @@ def stepped_mixers(model: LanguageModel) -> list[SteppedMixer]:
 
 def _is_stepped(mixer: RecurrentMixer) -> TypeGuard[SteppedMixer]:
     return mixer.one_step_a_head
+
+
+def erases(mixer: RecurrentMixer) -> bool:
+    """Return whether the layer's recurrence erases, as the delta rule does: exp(log_decay) is then the most that may
+    stay of a state and not what stays, and outputs are no sums of what tokens wrote."""
+    return "erase" in mixer.recurrence.follows
 
 
 class LayerByLayer(Protocol):

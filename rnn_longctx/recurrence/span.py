@@ -19,12 +19,15 @@ class Span:
         shard: the part of a stream that this rank reads, where a stream is spread over several ranks.
         position: (B,) int64 on the CPU, the tokens that each row read before (padding not counted), for layers whose
             carry does not count them; None where no layer asks. A scan does not read it.
+        shared: what a layer leaves to the layers above it, by name: tensors (B, T, ...) of this call's tokens. A model
+            makes it anew for every call, so that nothing of it outlives the call; None where a layer is called alone.
     """
 
     mask: Tensor | None = None
     reset: Tensor | None = None
     shard: Shard | None = None
     position: Tensor | None = None
+    shared: dict[str, Tensor] | None = None
 
 
 WHOLE = Span()  # every token is read, in one document, on one rank

@@ -205,6 +205,7 @@ _BAMBA = {
 KINDS: dict[str, Callable[[int], LanguageModel]] = {
     "own": own_model,
     "given gates": lambda seed: model_of("gla:heads=2", seed),
+    "delta rule": lambda seed: model_of("rwkv7:headdim=16", seed),
     "attention alone": lambda seed: model_of("sliding-window:heads=2,window=16", seed),
     "adopted Mamba-2": lambda seed: adopted_model("Mamba2", seed, **_MAMBA2),
     "adopted Mamba-1": lambda seed: adopted_model("Mamba", seed, **_MAMBA1),

@@ -227,7 +227,7 @@ class OnlineConfig:
     tokens: int = 2**18  # that have arrived make an update, which is then checked
     held_out: float = 0.1  # share of them, the last, not trained on: an update may not make it harder
     replay: float = 0.25  # share of the rows that read data.text
-    loss_tolerance: float = 0.01  # nats above the least loss of the models kept, at each evaluated length
+    loss_tolerance: float = 0.01  # nats above the lowest loss of the models kept, at each evaluated length
     passkey_tolerance: float = 0.05  # share of the passkeys below the most of the models kept, at each length
     poll: float = 5.0  # seconds between two looks at the directory
 
@@ -272,7 +272,8 @@ class TrainConfig:
     checkpoint_every: int = 250  # steps
     export_every: int | None = None  # steps between models kept under out/steps, to follow something over training
     save_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"  # of the models' files
-    save_layout: Literal["rnn-longctx", "transformers", "state-spaces"] = "rnn-longctx"  # that a library loads them in
+    # of the models' files: whose library loads them
+    save_layout: Literal["rnn-longctx", "transformers", "state-spaces", "fla"] = "rnn-longctx"
     out: str = "runs/train/demo"
     licences: str = ""  # recorded with the finished model: what the training text is licensed under
 
@@ -309,8 +310,8 @@ class TrainConfig:
                 wrong, limit = (high, self.longest) if high > self.longest else (low, shortest)
                 examples = "passkey prompts" if self.data.mix is None else "examples"
                 raise InputError(
-                    f"{name}.lengths: {wrong} is longer than train_length {limit}; {examples} are mixed into the text "
-                    f"unless {name}.fraction=0"
+                    f"{name}.lengths: {wrong} is longer than train_length {limit}; {examples} are mixed into the text: "
+                    f"give lengths of at most {limit} there, or fraction 0 beside them for the text alone"
                 )
 
     @property

@@ -64,17 +64,22 @@ def test_a_remedy_without_any_setting_is_held_to_its_bare_name():
 
 def test_which_kinds_of_models_take_which_remedies(models):
     """What `needs` says, and what happens, are the same."""
+    given = {Need.ATTENTION, Need.STEPS, Need.RATES}
     lacks = {
-        "own": {Need.ATTENTION},
-        "given gates": {Need.ATTENTION, Need.STEPS, Need.RATES},
-        "attention alone": {Need.RECURRENCE, Need.ATTENTION, Need.STEPS, Need.RATES, Need.NO_ATTENTION},
-        "adopted Mamba-2": {Need.ATTENTION},
-        "adopted Mamba-1": {Need.ATTENTION, Need.STEPS, Need.RATES},
-        "hybrid": {Need.NO_ATTENTION},
+        "own": {Need.ATTENTION, Need.ERASING},
+        "given gates": {*given, Need.ERASING},
+        "delta rule": {*given, "a window"},
+        "attention alone": {*given, Need.RECURRENCE, Need.NO_ATTENTION, Need.ERASING},
+        "adopted Mamba-2": {Need.ATTENTION, Need.ERASING},
+        "adopted Mamba-1": {*given, Need.ERASING},
+        "hybrid": {Need.NO_ATTENTION, Need.ERASING},
     }
+    hang_on_the_setting = {"rri:alpha=0.9999,beta=0.75,erases=true": {Need.ERASING}}
     for text in SETTINGS:
         for kind, model in models.items():
-            needs = frozenset().union(*(part.needs for part in parse_remedy(text).parts))
+            parts = parse_remedy(text).parts
+            needs = frozenset().union(*(part.needs for part in parts), hang_on_the_setting.get(text, ()))
+            needs |= {"a window" for part in parts if part.name == "window"}
             assert is_applicable(text, model) == (not needs & lacks[kind]), f"{text} on {kind}"
         assert any(not needs & lacks[kind] for kind in models), f"{text} is held to nothing"
 

@@ -137,7 +137,7 @@ def test_what_cannot_be_folded(model, name):
 @pytest.mark.parametrize(
     ("mixer", "reason"),
     [
-        ("gla:heads=2", "the gla layers of own make their decays from the text"),
+        ("gla:heads=2", "a gla layer makes its decays from the text"),
         ("sliding-window:heads=2,window=16", "own has no recurrence"),
     ],
 )

@@ -147,8 +147,13 @@ def test_a_cache_is_cloned_saved_and_loaded(stream, tmp_path):
 
 def test_a_cache_file_that_is_none(tmp_path):
     (tmp_path / "cache").write_bytes(b"junk")
-    for name, why in (("cache", "$"), ("nothing", r" \(no such file\)")):
-        with pytest.raises(InputError, match=f"is no state that generate --save-state wrote{why}"):
+    damaged = "cache is not a state that generate --save-state wrote, or it is damaged"
+    for name, message in (
+        ("cache", damaged),
+        ("nothing", "nothing: no such file"),
+        (".", ": a folder, not a saved state"),
+    ):
+        with pytest.raises(InputError, match=f"{message}$"):
             Cache.load(tmp_path / name)
 
 

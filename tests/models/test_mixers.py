@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 
 from rnn_longctx.errors import InputError
-from rnn_longctx.models import checkpoint
+from rnn_longctx.models import attention, checkpoint
 from rnn_longctx.models.cache import Cache
 from rnn_longctx.models.carries import TYPES, carry
 from rnn_longctx.models.config import ModelConfig, model_config
 from rnn_longctx.models.interface import MixerReading, StateSize
 from rnn_longctx.models.lm import LM
-from rnn_longctx.models.mixers import MIXERS, sliding_window
+from rnn_longctx.models.mixers import MIXERS
 from rnn_longctx.models.mixers.gla import GLA
 from rnn_longctx.models.mixers.mamba2 import Mamba2, Mamba2Config
 from rnn_longctx.models.restart import Crop
@@ -245,7 +245,7 @@ def test_gla_is_its_recurrence():
 @torch.no_grad()
 @pytest.mark.parametrize("window", [2, 7, 40])
 def test_sliding_window_is_softmax_over_a_window(window, monkeypatch):
-    monkeypatch.setattr(sliding_window, "CHUNK", 5)
+    monkeypatch.setattr(attention, "CHUNK", 5)
     mixer, u = mixer_of(f"sliding-window:window={window},heads=2"), torch.randn(1, 23, 16, dtype=torch.float64)
     q, k, v = mixer.in_proj(u).unflatten(-1, (3, 2, 8))[0].unbind(1)  # (T, H, D)
     rates = 10_000.0 ** (-torch.arange(4) / 4)
@@ -275,9 +275,7 @@ def test_a_window_is_as_wide_as_what_was_read():
     cache = Cache()
     model(ids[:, :3], cache)
     (keys,) = cache.layers
-    wide = sliding_window.WindowKeys(
-        F.pad(keys.keys, (0, 0, 0, 0, 3, 0)), F.pad(keys.values, (0,) * 4 + (3, 0)), keys.held
-    )
+    wide = attention.WindowKeys(F.pad(keys.keys, (0, 0, 0, 0, 3, 0)), F.pad(keys.values, (0,) * 4 + (3, 0)), keys.held)
     cache.layers = [wide]
     torch.testing.assert_close(model(ids[:, 3:], cache), model(ids)[:, 3:], rtol=0, atol=1e-9)
     assert cache.layers[0].keys.shape[1] == 6

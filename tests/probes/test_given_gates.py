@@ -1,5 +1,5 @@
-"""Probes of layers that give their decays token by token, one a channel, beside attention: gated linear attention, of
-which no probe knows a line."""
+"""Probes of layers that give their decays token by token, one a channel or one a head, beside attention: of none of
+them does a probe know a line."""
 
 import pytest
 import torch
@@ -17,6 +17,8 @@ from rnn_longctx.probes.retention import retention
 from rnn_longctx.recurrence.policy import ScanPolicy
 
 EVERY, LENGTH = 16, 64
+MIXERS = ["gla:heads=2", "hgrn2:heads=2", "retnet:heads=2"]
+ERASING = ["rwkv7:headdim=16"]  # contributions do not add up in these
 
 
 @pytest.fixture(autouse=True)
@@ -48,9 +50,10 @@ def readings(lm, ids):
 
 
 @pytest.mark.parametrize("splits", [(100,), (7, 40, 1, 52)])
+@pytest.mark.parametrize("mixer", [*MIXERS, *ERASING])
 @torch.no_grad()
-def test_traced(splits):
-    lm, ids = model(), torch.randint(256, (2, 100))
+def test_traced(mixer, splits):
+    lm, ids = model(mixer), torch.randint(256, (2, 100))
     lm.mixers[0].policy = ScanPolicy(mul=0.5, gain=0.25)
     cache = lm.new_cache()
     with record(lm, every=EVERY) as trace:
@@ -60,7 +63,7 @@ def test_traced(splits):
     table = trace.table().set_index(["row", "layer", "head", "position"])
     assert trace.convolution().empty
     for layer, reading in enumerate(readings(lm, ids)):
-        log_decay = reading.gates.log_decay * (0.5 if layer == 0 else 1)  # (B, T, H, N)
+        log_decay = reading.gates.log_decay * (0.5 if layer == 0 else 1)  # (B, T, H, N) or (B, T, H)
         for position in range(EVERY, 100, EVERY):
             for row in range(2):
                 for head in range(2):
@@ -85,9 +88,10 @@ def test_input_scales_are_known_from_the_next_look_on_in_a_stream_that_had_begun
 
 
 @pytest.mark.parametrize("segment", [7, 4096])
+@pytest.mark.parametrize("mixer", MIXERS)
 @torch.no_grad()
-def test_contributions_sum_to_the_scans_output(segment):
-    lm, ids, queries = model(), torch.randint(256, (1, 43)), [0, 20, 42]
+def test_contributions_sum_to_the_scans_output(mixer, segment):
+    lm, ids, queries = model(mixer), torch.randint(256, (1, 43)), [0, 20, 42]
     lm.mixers[1].policy = ScanPolicy(mul=0.7, add=-0.01, gain=0.5)
     found = attribute(lm, ids, queries=queries, segment=segment)
     for layer, reading in enumerate(readings(lm, ids)):
@@ -96,7 +100,7 @@ def test_contributions_sum_to_the_scans_output(segment):
         S = torch.zeros(2, x.shape[-1], B.shape[-1], dtype=torch.float64)
         direction = x / x.norm(dim=-1, keepdim=True)
         for t in range(43):
-            S = gates.log_decay[0, t].exp()[:, None] * S + gates.input_scale[0, t][:, None, None] * (
+            S = gates.log_decay[0, t].exp().view(2, 1, -1) * S + gates.input_scale[0, t][:, None, None] * (
                 x[t][..., None] * B[t][:, None]
             )
             if t in queries:
@@ -105,10 +109,15 @@ def test_contributions_sum_to_the_scans_output(segment):
                 torch.testing.assert_close(torch.einsum("hs,shp->hp", values, direction), y, rtol=1e-9, atol=1e-12)
 
 
-def test_probed_and_monitored_beside_attention():
-    lm = model(["gla:heads=2", "sliding-window:heads=2,window=16"], torch.float32)
+@pytest.mark.parametrize("mixer", [*MIXERS, *ERASING, "mamba1:d_state=4"])
+def test_probed_and_monitored_beside_attention(mixer):
+    lm = model([mixer, "full-attention:heads=2"], torch.float32)
     seen = probe(lm, text(), 256, every=EVERY, calibration_text=text())
-    assert len(seen.heads) == 2 and seen.heads["horizon"].notna().all() and len(envelope_of(lm, LENGTH).peaks) == 1
+    assert (
+        len(seen.heads) == lm.mixers[0].heads
+        and seen.heads["horizon"].notna().all()
+        and len(envelope_of(lm, LENGTH).peaks) == 1
+    )
     monitor, ids = CollapseMonitor.calibrated(lm, text(), every=EVERY), torch.randint(97, 123, (1, 256))
     with monitor.on(lm, lambda report: None) as watch, torch.no_grad():
         lm(ids)

@@ -70,7 +70,7 @@ def test_a_run_of_another_task(config: TrainConfig) -> None:
     for words in (r"step 4/4 loss \S+ mqar \S+", r"step 2 at 100 tokens: loss \S+ mqar \S+", r"mqar_accuracy \S+"):
         assert any(re.search(words, line) for line in lines), words
     with (Path(c.out) / "eval.csv").open() as file:
-        scores = [float(row["passkey"]) for row in csv.DictReader(file)]
+        scores = [float(row["passkey_accuracy"]) for row in csv.DictReader(file)]
     assert len(scores) == 3 and all(0 <= score <= 1 for score in scores)
     log = (Path(c.out) / "log.csv").read_bytes()
     train(c)
@@ -105,7 +105,7 @@ def test_wrong_mixes(config: TrainConfig, mix: list[dict[str, Any]], words: str)
 
 def test_a_mix_on_a_config_with_passkeys() -> None:
     """They are left out by null, or by a fraction of 0."""
-    path = Path(__file__).parents[2] / "configs" / "train" / "gla.yaml"
+    path = Path(__file__).parents[2] / "configs" / "train" / "recurrences" / "gla.yaml"
     mix = 'data.mix=[{task: "mqar:pairs=8,vocab_size=64", fraction: 0.5, lengths: [80, 96]}]'
     with pytest.raises(InputError, match=r"data\.mix: takes the place of passkey; .* set passkey to null"):
         load_yaml(TrainConfig, path, [mix])

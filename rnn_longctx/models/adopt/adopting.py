@@ -24,6 +24,7 @@ from rnn_longctx.models.adopt.family import adopted_by_family
 from rnn_longctx.models.adopt.model import Adopted
 from rnn_longctx.models.adopt.stepped import UNLIMITED, SteppedAdopted
 from rnn_longctx.models.adopt.wrapped import innermost, unwrapped
+from rnn_longctx.models.checkpoint import fla
 from rnn_longctx.models.checkpoint.json_files import read_json
 from rnn_longctx.models.checkpoint.layouts import ADOPTED
 from rnn_longctx.models.checkpoint.load import load
@@ -109,7 +110,8 @@ def load_adopted(
 
     directory, name, _ = locate(source)
     config = directory / "config.json"
-    if not config.is_file() or read_json(config).get("model_type") not in ADOPTED:
+    data = read_json(config) if config.is_file() else {}
+    if data.get("model_type") not in ADOPTED or fla.type_of(data) is not None:
         return None
     spec: Any = tokenizer or tokenizer_of(directory)
     if spec is None:

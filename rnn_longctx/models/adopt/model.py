@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from rnn_longctx.config import counted
 from rnn_longctx.errors import InputError
 from rnn_longctx.models.adopt.cache import AdoptedCache, unattended
 from rnn_longctx.models.adopt.dispatch import cache_name
@@ -287,7 +288,7 @@ class Adopted(Hooked, Identified):
                 "clone() before calls that may fail"
             )
         if cache.seen and len(cache.position) != batch:
-            raise InputError(f"the cache holds {len(cache.position)} rows, the ids {batch}")
+            raise InputError(f"the cache holds {counted(len(cache.position), 'row')}, the ids {batch}")
         if not length:
             return torch.zeros(batch, 0, self.d_model, dtype=self.dtype, device=self.device)
         before = cache.position if cache.seen else torch.zeros(batch, dtype=torch.int64, device="cpu")

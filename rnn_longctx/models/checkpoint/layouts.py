@@ -1,8 +1,9 @@
-"""What config.json says, in each of three layouts.
+"""What config.json says, in each of four layouts.
 
     rnn-longctx    "format": "rnn-longctx", "model": {fields of Mamba2Config, or of ModelConfig}, ...
     state-spaces   mamba-ssm's, of the official ones: "d_model", "n_layer", "ssm_cfg": {"layer": "Mamba2", ...}, ...
     transformers   Mamba2ForCausalLM: "model_type": "mamba2"
+    fla            flash-linear-attention's: "model_type" one of `rnn_longctx.models.checkpoint.fla.TYPES`
 
 Nothing a file says is run, and everything wrong with one is an InputError of one line.
 """
@@ -19,6 +20,7 @@ import torch
 from rnn_longctx.config import from_dict, to_dict
 from rnn_longctx.devices import dtype_name
 from rnn_longctx.errors import InputError, nearest
+from rnn_longctx.models.checkpoint import fla
 from rnn_longctx.models.checkpoint.foreign import held_instead
 from rnn_longctx.models.checkpoint.json_files import plain, read_json
 from rnn_longctx.models.checkpoint.weights import WEIGHTS
@@ -27,9 +29,13 @@ from rnn_longctx.models.mixers.mamba2 import Mamba2Config
 
 FORMAT = "rnn-longctx"
 GPT_NEOX = "EleutherAI/gpt-neox-20b"  # the tokenizer of the official checkpoints, which do not name it
-SUPPORTED = "rnn-longctx, state-spaces Mamba-2 and transformers Mamba2ForCausalLM checkpoints"
+SUPPORTED = (
+    "rnn-longctx, state-spaces Mamba-2 and transformers Mamba2ForCausalLM checkpoints, and "
+    f"flash-linear-attention's of {', '.join(fla.TYPES)}"
+)
 ADOPTED = ("bamba", "falcon_h1", "granitemoehybrid", "nemotron_h", "zamba2", "mamba", "falcon_mamba", "jamba")
-LAYOUTS = ("rnn-longctx", "transformers", "state-spaces")
+LAYOUTS = ("rnn-longctx", "transformers", "state-spaces")  # of a model of Mamba-2
+FLA = "fla"  # of a model whose layers are all of another kind that flash-linear-attention has
 SIDE = "rnn_longctx.json"  # beside a config.json of mamba-ssm, which refuses keys that are not its own
 
 # mamba-ssm: what shapes the model, in ssm_cfg too, what must be so, and what only initialises it or picks a kernel
@@ -60,7 +66,8 @@ _TRANSFORMERS = {
 
 @dataclass
 class Header:
-    """The statements of a directory beside its weights; None: it says nothing. `load_tokenizer` takes `tokenizer`."""
+    """The statements of a directory beside its weights; None: it says nothing. `load_tokenizer` takes `tokenizer`;
+    `fla` is what names its tensors, where the library of that name has written them."""
 
     config: Mamba2Config | ModelConfig
     tokenizer: str | Path | None = None
@@ -68,6 +75,7 @@ class Header:
     provenance: dict[str, Any] | None = None
     calibration: dict[str, Any] | None = None
     eos_token_id: int | list[int] | None = None
+    fla: fla.FlaType | None = None
 
 
 @dataclass
@@ -85,7 +93,7 @@ class _Extra:
 
 
 def read_header(directory: Path) -> Header:
-    """Return what config.json says in any of the three layouts, with the tokenizer that belongs to it."""
+    """Return what config.json says in any of the layouts, with the tokenizer that belongs to it."""
     path = directory / "config.json"
     if not path.is_file():
         weights = [f.name for f in sorted(directory.iterdir()) if f.name.startswith(WEIGHTS)]
@@ -104,7 +112,9 @@ def read_header(directory: Path) -> Header:
     elif "model_type" in data:
         ends = _ends(directory, data)
         extra = from_dict(_Extra, {**data.get("rnn_longctx", {}), "eos_token_id": ends}, f"{where}, rnn_longctx")
-        header = _header(_transformers(data, where), extra)
+        kind = fla.type_of(data)
+        header = _header(_transformers(data, where) if kind is None else kind.read_config(data, where), extra)
+        header.fla = kind
     elif {"d_model", "n_layer", "vocab_size"} <= data.keys():
         side = directory / SIDE
         extra = from_dict(_Extra, read_json(side), str(side)) if side.is_file() else _Extra(GPT_NEOX)
@@ -156,8 +166,11 @@ def official_config(config: Mamba2Config) -> dict[str, Any]:
 
 def check_layout(config: Mamba2Config | ModelConfig, layout: str) -> None:
     """Raise InputError where there is no such layout, or it cannot hold something that the model computes with."""
+    if layout == FLA:
+        fla.type_for(config)
+        return
     if layout not in LAYOUTS:
-        raise InputError(f"unknown layout {layout!r}{nearest(layout, LAYOUTS)}")
+        raise InputError(f"unknown layout {layout!r}{nearest(layout, (*LAYOUTS, FLA))}")
     if layout != "rnn-longctx" and not isinstance(config, Mamba2Config):
         raise InputError(f"layout {layout!r} is for models of Mamba-2 alone: save this one in 'rnn-longctx'")
     if layout == "state-spaces" and config.norm_eps != Mamba2Config.norm_eps:

@@ -1,4 +1,4 @@
-"""`load` reads a checkpoint into a model, from any of three layouts (`rnn_longctx.models.checkpoint.layouts`)."""
+"""`load` reads a checkpoint into a model, from any of four layouts (`rnn_longctx.models.checkpoint.layouts`)."""
 
 from __future__ import annotations
 
@@ -43,7 +43,10 @@ def load(
     header = read_header(directory)
     with torch.device("meta"):
         model = LM(header.config)
-    stored = fitting(read_weights(directory), model, str(source))
+    tensors = read_weights(directory)
+    if header.fla is not None:
+        tensors = header.fla.read_tensors(tensors, model.state_dict())
+    stored = fitting(tensors, model, str(source))
     check_finite(stored, str(source))
 
     state = {k: t.to(device, stored_dtype(k, weights_dtype)) for k, t in stored.items()}

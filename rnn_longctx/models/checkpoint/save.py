@@ -1,4 +1,4 @@
-"""`save` writes a model of this library's own, in one of three layouts (`rnn_longctx.models.checkpoint.layouts`)."""
+"""`save` writes a model of this library's own, in one of four layouts (`rnn_longctx.models.checkpoint.layouts`)."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from rnn_longctx.config import home_path
 from rnn_longctx.devices import dtype_of
 from rnn_longctx.errors import InputError, one_line
 from rnn_longctx.files import to_disk
-from rnn_longctx.models.checkpoint import layouts
+from rnn_longctx.models.checkpoint import fla, layouts
 from rnn_longctx.models.checkpoint.json_files import write_json
 from rnn_longctx.models.checkpoint.tokenizer import tokenizer_spec, write_tokenizer
 from rnn_longctx.models.checkpoint.weights import WEIGHTS, stored_state
+from rnn_longctx.models.config import ModelConfig
 from rnn_longctx.models.lm import LM
 from rnn_longctx.models.mixers.mamba2 import Mamba2Config
 
@@ -39,8 +40,9 @@ def save(
     Args:
         dtype: of the weights; None keeps theirs. A_log, D and dt_bias are at least float32 in a 16-bit file.
         provenance: recorded beside the shape; None: the model's own.
-        layout: "rnn-longctx"; "transformers", for its AutoModelForCausalLM; or "state-spaces", for mamba-ssm's
-            MambaLMHeadModel: with pytorch_model.bin, and what config.json has no place for in rnn_longctx.json.
+        layout: "rnn-longctx"; "transformers", for its AutoModelForCausalLM; "state-spaces", for mamba-ssm's
+            MambaLMHeadModel: with pytorch_model.bin, and what config.json has no place for in rnn_longctx.json; or
+            "fla", for transformers' AutoModelForCausalLM where flash-linear-attention is imported.
         calibration: goes beside the weights; None: none, since it belongs to the weights it was made with.
     Raises:
         InputError: an unknown layout or dtype, a model that the layout cannot hold, or a directory that cannot be
@@ -67,6 +69,11 @@ def save(
         assert isinstance(model.config, Mamba2Config)  # (`check_layout`)
         state["backbone.embeddings.weight"] = state.pop("backbone.embedding.weight")
         config = layouts.transformers_config(model.config, target, extra)
+    elif layout == layouts.FLA:
+        assert isinstance(model.config, ModelConfig)
+        kind = fla.type_for(model.config)
+        state = kind.write_tensors(state, model.config)
+        config = kind.write_config(model.config, target, extra)
     else:
         assert isinstance(model.config, Mamba2Config)
         state.setdefault("lm_head.weight", state["backbone.embedding.weight"])  # it asks for a tied one too

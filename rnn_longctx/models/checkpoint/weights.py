@@ -26,7 +26,7 @@ from rnn_longctx.models.lm import LM
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # each whole, or in shards that <name>.index.json lists
 # Rounded to 16 bits these change the decays over thousands of tokens, so mamba-ssm keeps them in float32.
-_SENSITIVE = ("A_log", "D", "dt_bias")
+_SENSITIVE = ("A_log", "D", "dt_bias", "bound")
 _WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 

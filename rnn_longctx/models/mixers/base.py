@@ -13,16 +13,17 @@ A mixer of a linear recurrence is a class with a `name`, a `Config`, parameters,
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rnn_longctx.errors import InputError
 from rnn_longctx.models.carries import Carry
 from rnn_longctx.models.conv import causal_conv
 from rnn_longctx.models.deferred import DeferredNorm
-from rnn_longctx.models.interface import MixerReading, Rest, Shape, StateSize, Tap
+from rnn_longctx.models.interface import LayerShape, MixerReading, Rest, StateSize, Tap
 from rnn_longctx.models.norm import RMSNorm
 from rnn_longctx.recurrence.backends import Call, OutputGate
 from rnn_longctx.recurrence.carry import ScanCarry
@@ -48,6 +49,7 @@ class Recurrent(nn.Module):
         recurrence: the rule by which a state follows from the one before.
         per_channel: whether every channel of the state decays by itself.
         stepped: whether `inputs` gives `SteppedGates`.
+        simple: whether a delta rule reads and erases the key, by as much as it writes (`DeltaGates.simple`).
         one_step_a_head: whether a token has one step a head, from what `in_proj` gives, which `steps` works out.
         heads, headdim, d_state: the shape (H, P, N) of a row's state.
         policy, observer, backend, state_dtype: see `rnn_longctx.recurrence.ssd.scan.scan`.
@@ -62,6 +64,7 @@ class Recurrent(nn.Module):
     attends: ClassVar[bool] = False
     per_channel: ClassVar[bool] = False
     stepped: ClassVar[bool] = True
+    simple: ClassVar[bool] = True
     tappable: ClassVar[bool] = True
     one_step_a_head: ClassVar[bool] = False
 
@@ -77,7 +80,7 @@ class Recurrent(nn.Module):
         self.tap: Tap | None = None
 
     @classmethod
-    def of(cls, config: Any, model: Shape) -> Recurrent:
+    def of(cls, config: Any, model: LayerShape) -> Recurrent:
         """Make the mixer of one layer of a model."""
         raise NotImplementedError
 
@@ -157,6 +160,11 @@ class Recurrent(nn.Module):
         return None
 
     @property
+    def no_rates(self) -> str:
+        """Why no weight holds the rates of its decays, where `A` is None, as what the layer does."""
+        return "makes its decays from the text"
+
+    @property
     def channels(self) -> tuple[int, int] | None:
         """The channels of the convolution and how many inputs of each it keeps; None: there is none."""
         return None
@@ -165,14 +173,18 @@ class Recurrent(nn.Module):
         """Multiply every head's log-decay by factor (H), float64, in the weights.
 
         Raises:
-            InputError: decays are made from the text alone, so no weight holds their rate.
+            InputError: no weight holds their rate (`no_rates`).
         """
-        raise InputError(f"a {self.name} layer makes its decays from the text, so their rate cannot be written into it")
+        self.refuse_rates()
+
+    def refuse_rates(self) -> NoReturn:
+        """Raise InputError: no weight holds a rate."""
+        raise InputError(f"a {self.name} layer {self.no_rates}: no weight of it holds a rate")
 
     def chosen_backend(self, device: torch.device, dtype: torch.dtype) -> str:
         """Return the name of the backend that reads inputs of a dtype on a device under the present policy."""
         dtype = compute_dtype(dtype, self.state_dtype)
-        call = Call(device, dtype, self.per_channel, self.headdim, self.d_state, self.stepped)
+        call = Call(device, dtype, self.per_channel, self.headdim, self.d_state, self.stepped, self.simple)
         return self.recurrence.backends.choose(self.policy, self.backend, call).name
 
     def scan_state(self, carry: Carry) -> Tensor:
@@ -193,3 +205,22 @@ class Recurrent(nn.Module):
         conv = None if self.channels is None else torch.zeros(rows, *self.channels, dtype=dtype, device=weight.device)
         sizes = (rows, self.heads, self.headdim, self.d_state)
         return Carry(conv, ScanCarry.start(*sizes, per_channel=self.per_channel, dtype=dtype, device=weight.device))
+
+
+class HeadNormed(Recurrent):
+    """A recurrent mixer whose output is normed head by head, before its gate: out_proj(norm(y) * silu(z))."""
+
+    def output_gate(self, rest: Rest) -> None:
+        """No scan applies a norm that is over a head and comes before the gate."""
+
+    def output(self, y: Tensor, rest: Rest) -> Tensor:
+        assert rest.z is not None
+        return self.out_proj(self.norm(y).flatten(-2) * F.silu(rest.z))
+
+
+def split_heads(width: float, heads: int, name: str) -> int:
+    """Return the channels of one of `heads` heads that share `width` channels. Raises InputError where they do not
+    divide them."""
+    if width != int(width) or int(width) < heads or int(width) % heads:
+        raise InputError(f"{name}: {width:g} channels do not divide into {heads} heads")
+    return int(width) // heads

@@ -3,7 +3,8 @@
     S_t = S_{t-1} diag(a_t) + v_t k_t^T        a_t = sigmoid(low-rank map of u_t)^(1 / TEMPERATURE), one a key channel
     y_t = S_t q_t / sqrt(d_k)                  out_t = W_o (RMSNorm_head(y_t) * silu(W_g u_t))
 
-Section 4.4 of the paper; no short convolution. In the scan's words x are the values, B the keys, C the queries.
+Section 4.4 of the paper; no short convolution. In the scan's words x are the values, B the keys, C the queries. Decays
+begin at about 0.5^(1 / TEMPERATURE) = 0.958, as those of flash-linear-attention 0.6: small weights, a bias of 0.
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ from rnn_longctx.errors import InputError
 from rnn_longctx.models.carries import Carry
 from rnn_longctx.models.interface import Rest, Shape
 from rnn_longctx.models.mixers import MIXERS
-from rnn_longctx.models.mixers.base import Recurrent
+from rnn_longctx.models.mixers.base import HeadNormed, split_heads
 from rnn_longctx.models.norm import RMSNorm
 from rnn_longctx.recurrence.gates import Gates, ScanInputs
 from rnn_longctx.recurrence.span import Span
 
 TEMPERATURE = 16.0  # tau of the paper: decays begin near 1
+DECAY_STD = 0.02  # of the weights that make the decays, at first
 
 
 @dataclass(frozen=True)
@@ -45,16 +47,9 @@ class GLAConfig:
         if self.heads < 1 or self.rank < 1:
             raise InputError(f"gla: heads and rank are at least 1, got {self.heads} and {self.rank}")
 
-    def head_size(self, expand: float, d_model: int) -> int:
-        """Return the channels of one head. Raises InputError where heads do not divide them."""
-        width = expand * d_model
-        if width != int(width) or int(width) < self.heads or int(width) % self.heads:
-            raise InputError(f"gla: {expand:g} * d_model = {width:g} channels do not divide into {self.heads} heads")
-        return int(width) // self.heads
-
 
 @MIXERS.register
-class GLA(Recurrent):
+class GLA(HeadNormed):
     """A layer of gated linear attention."""
 
     name, Config = "gla", GLAConfig
@@ -63,17 +58,19 @@ class GLA(Recurrent):
 
     def __init__(self, config: GLAConfig, model: Shape):
         super().__init__()
-        self.config = config
-        self.sizes = config.head_size(config.expand_k, model.d_model), config.head_size(config.expand_v, model.d_model)
-        keys, values = (size * config.heads for size in self.sizes)
-        self.q_proj = nn.Linear(model.d_model, keys, bias=False)
-        self.k_proj = nn.Linear(model.d_model, keys, bias=False)
-        self.v_proj = nn.Linear(model.d_model, values, bias=False)
-        self.g_proj = nn.Linear(model.d_model, values, bias=False)
-        self.decay_proj = nn.Sequential(nn.Linear(model.d_model, config.rank, bias=False), nn.Linear(config.rank, keys))
+        self.config, c, d_model = config, config, model.d_model
+        self.sizes = tuple(split_heads(expand * d_model, c.heads, "gla") for expand in (c.expand_k, c.expand_v))
+        keys, values = (size * c.heads for size in self.sizes)
+        self.q_proj = nn.Linear(d_model, keys, bias=False)
+        self.k_proj = nn.Linear(d_model, keys, bias=False)
+        self.v_proj = nn.Linear(d_model, values, bias=False)
+        self.g_proj = nn.Linear(d_model, values, bias=False)
+        self.decay_proj = nn.Sequential(nn.Linear(d_model, c.rank, bias=False), nn.Linear(c.rank, keys))
         self.norm = RMSNorm(self.headdim, model.norm_eps)
-        self.out_proj = nn.Linear(values, model.d_model, bias=False)
+        self.out_proj = nn.Linear(values, d_model, bias=False)
         with torch.no_grad():
+            for name, p in self.decay_proj.named_parameters():
+                nn.init.zeros_(p) if name.endswith("bias") else nn.init.normal_(p, std=DECAY_STD)
             self.out_proj.weight /= math.sqrt(model.n_layer)
 
     @classmethod
@@ -100,10 +97,3 @@ class GLA(Recurrent):
         log_decay = F.logsigmoid(decay.to(wide)) / TEMPERATURE  # (B, T, H, N)
         gates = Gates(log_decay, log_decay.new_ones(log_decay.shape[:3]))
         return ScanInputs(v, k, q * self.d_state**-0.5), gates, Rest(self.g_proj(u))
-
-    def output_gate(self, rest: Rest) -> None:
-        """The norm is over a head and comes before the gate: no scan applies such a one."""
-
-    def output(self, y: Tensor, rest: Rest) -> Tensor:
-        assert rest.z is not None
-        return self.out_proj(self.norm(y).flatten(-2) * F.silu(rest.z))

@@ -1,0 +1,165 @@
+"""Causal softmax attention as a layer that goes on from a carry: what full and sliding-window attention share.
+
+A row keeps the keys and values of the tokens that it has read, all of them or the last window - 1. Keys are kept as
+they were before they are turned, and turned by their place in what a call reads: so that a carry may be cropped, and
+rows of unequal lengths put together.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rnn_longctx.errors import InputError
+from rnn_longctx.models.carries import carry
+from rnn_longctx.models.interface import Shape, StateSize
+from rnn_longctx.models.rotary import turned
+from rnn_longctx.recurrence.span import Span
+
+CHUNK = 256  # queries whose scores are held at once
+
+
+def _level(carries: list[WindowKeys]) -> list[WindowKeys]:
+    """Return carries as wide as the widest; what stands before a row's tokens is not read."""
+    width = max(c.keys.shape[1] for c in carries)
+
+    def widened(tensor: Tensor) -> Tensor:
+        return F.pad(tensor, (0, 0, 0, 0, width - tensor.shape[1], 0))
+
+    return [replace(c, keys=widened(c.keys), values=widened(c.values)) for c in carries]
+
+
+@carry(level=_level)
+@dataclass
+class WindowKeys:
+    """The carry: the tokens read, with a window the last window - 1 at most, the newest at the right end.
+
+    S is the same for all rows. One that began later, after padding or with a document of its own, holds fewer tokens.
+
+    Attributes:
+        keys, values: (B, S, H, D); keys before they are turned.
+        held: (B,) int64, how many of them, at the right end, are tokens of the row's document.
+    """
+
+    keys: Tensor
+    values: Tensor
+    held: Tensor
+
+    def cropped(self, tokens: int) -> WindowKeys:
+        """Return the carry with the last `tokens` tokens alone."""
+        first = max(0, self.keys.shape[1] - tokens)
+        return WindowKeys(self.keys[:, first:], self.values[:, first:], self.held.clamp(max=tokens))
+
+
+class CausalAttention(nn.Module):
+    """A layer of attention. A subclass has a name, a `Config` with `heads`, and says what is seen of what was read.
+
+    Attributes:
+        window: tokens that a token attends to, itself among them; None: all before it.
+        rotary: whether queries and keys are turned by their places.
+    """
+
+    name: ClassVar[str]
+    attends: ClassVar[bool] = True
+
+    def __init__(self, config: Any, model: Shape):
+        super().__init__()
+        self.config, heads = config, config.heads
+        if model.d_model % (heads * (2 if self.rotary else 1)):
+            size = " of even size" if self.rotary else ""
+            raise InputError(f"{self.name}: d_model = {model.d_model} does not divide into {heads} heads{size}")
+        self.in_proj = nn.Linear(model.d_model, 3 * model.d_model, bias=False)
+        self.out_proj = nn.Linear(model.d_model, model.d_model, bias=False)
+        with torch.no_grad():
+            self.out_proj.weight /= math.sqrt(model.n_layer)
+
+    @classmethod
+    def of(cls, config: Any, model: Shape) -> Self:
+        return cls(config, model)
+
+    @property
+    def window(self) -> int | None:
+        return None
+
+    @property
+    def rotary(self) -> bool:
+        return True
+
+    def forward(self, u: Tensor, carry: WindowKeys | None, span: Span) -> tuple[Tensor, WindowKeys]:
+        if span.shard is not None:
+            raise InputError(f"{self.name} cannot be followed where a context is read over several ranks")
+        begun, carry = carry is not None, self.new_carry(len(u)) if carry is None else carry
+        before, length = carry.keys.shape[1], u.shape[1]
+        window = before + length if self.window is None else self.window
+        q, k, v = self.in_proj(u).unflatten(-1, (3, self.config.heads, -1)).unbind(2)  # (B, T, H, D)
+        k = torch.cat([carry.keys.to(k.dtype), k], 1)  # (B, S + T, H, D), as places are counted from here on
+        v = torch.cat([carry.values.to(v.dtype), v], 1)
+        begin = self._begin(carry, length, span)  # (B, T)
+        last = before + length if self.window is None else window - 1  # the most that are kept
+        kept = slice(max(0, before + length - last), None)
+        held = (before + length - begin[:, -1]).clamp(max=last)
+        after = WindowKeys(k[:, kept].contiguous(), v[:, kept].contiguous(), held)
+        if self.rotary:
+            places = torch.arange(before + length, device=u.device)
+            q, k = turned(q, places[before:]), turned(k, places)
+        if not begun and span.mask is None and span.reset is None and length <= window:
+            y = softmax(q, k, v)
+        else:
+            y = _chunks(q, k, v, begin, window)
+        return self.out_proj(y.flatten(2)), after
+
+    def _begin(self, carry: WindowKeys, length: int, span: Span) -> Tensor:
+        """Return the place (B, T) where each token's document begins, or what is left of it."""
+        before = carry.keys.shape[1]
+        first = before - carry.held  # (B,)
+        if span.mask is not None:  # padding stands before the first token of a row
+            first = first + length - span.mask.sum(1)
+        if span.reset is None:
+            return first[:, None].expand(-1, length)
+        places = torch.arange(before, before + length, device=first.device)
+        return torch.where(span.reset, places, first[:, None]).cummax(1).values
+
+    def state_size(self) -> StateSize:
+        numbers = 2 * self.in_proj.in_features
+        return StateSize(per_token=numbers) if self.window is None else StateSize(windows={self.window - 1: numbers})
+
+    def new_carry(self, rows: int) -> WindowKeys:
+        weight, heads = self.in_proj.weight, self.config.heads
+        keys = weight.new_zeros(rows, 0, heads, self.in_proj.in_features // heads)
+        return WindowKeys(keys, torch.zeros_like(keys), torch.zeros(rows, dtype=torch.int64, device=weight.device))
+
+
+def _chunks(q: Tensor, k: Tensor, v: Tensor, begin: Tensor, window: int) -> Tensor:
+    """Return `attend` of CHUNK queries at a time."""
+    before, chunks = k.shape[1] - q.shape[1], []
+    for t in range(0, q.shape[1], CHUNK):
+        queries = q[:, t : t + CHUNK]
+        first = max(0, before + t - (window - 1))
+        seen = slice(first, before + t + queries.shape[1])
+        chunks.append(attend(queries, k[:, seen], v[:, seen], begin[:, t : t + CHUNK] - first, window))
+    return torch.cat(chunks, 1)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, begin: Tensor, window: int) -> Tensor:
+    """Return (B, T, H, D): what T queries read of the keys and values (B, S + T, H, D) of the S tokens before and of
+    their own; each of `window` tokens at most, its own the last, none before the place `begin` (B, T)."""
+    before = k.shape[1] - q.shape[1]
+    places = torch.arange(k.shape[1], device=q.device)
+    queries = places[before:, None]  # (T, 1)
+    near = (places <= queries) & (places > queries - window)  # (T, S + T)
+    seen = near & ((places >= begin[..., None]) | (places == queries))  # (B, T, S + T); padding sees itself
+    return softmax(q, k, v, seen[:, None])
+
+
+def softmax(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None = None) -> Tensor:
+    """Return softmax attention (B, T, H, D) of queries over what they see: (B, 1, T, S) bool; None: their own place and
+    all before it, of as many keys."""
+    y = F.scaled_dot_product_attention(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), seen, is_causal=seen is None
+    )
+    return y.transpose(1, 2)

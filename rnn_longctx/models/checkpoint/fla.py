@@ -1,0 +1,444 @@
+"""The format of flash-linear-attention (fla, 0.6): its config.json and its names of tensors, from and to our own.
+
+`TYPES` has a line for each of its model types. One more, of a mixer here whose layer is fla's:
+
+    "gated_deltanet": FlaType(
+        "gated-deltanet",  # our mixer
+        "GatedDeltaNetForCausalLM",
+        keys={"heads": ("num_heads", 6), ...},  # our parameter: their key, their default
+        fixed={"rank": 16},  # our parameters that no key of theirs says, and what they are in fla
+        only={"use_short_conv": (True,), ...},  # their key: what our mixer computes with, the value to write first
+        renamed={"out_proj": "o_proj", ...},  # names inside a mixer, ours to theirs, where they differ
+    )
+
+Names that are alike in both are in no table. Keys of theirs that only pick a kernel are not read. A type whose tensors
+have no counterpart one by one is a subclass with `unpack` and `pack`; one whose keys need working out first has
+`settled` (see `HGRN2`). `tests/models/checkpoint/test_fla.py` tries every type of the table.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rnn_longctx.config import from_dict
+from rnn_longctx.devices import dtype_name
+from rnn_longctx.errors import InputError
+from rnn_longctx.models.checkpoint.json_files import plain
+from rnn_longctx.models.config import ModelConfig, mixer_settings
+from rnn_longctx.models.mixers.mamba2 import Mamba2Config
+from rnn_longctx.spec import canonical
+
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Frame:
+    """The names of what stands around the mixers. block: those of a layer, ours to theirs; several of theirs are
+    stacked in ours."""
+
+    embedding: str
+    norm: str
+    layers: str
+    mixer: str
+    block: Mapping[str, tuple[str, ...]]
+
+    @property
+    def has_mlp(self) -> bool:
+        return "mlp.down.weight" in self.block
+
+
+WITH_MLP = Frame(
+    "model.embeddings.weight",
+    "model.norm.weight",
+    "model.layers",
+    "attn",
+    {
+        "norm.weight": ("attn_norm.weight",),
+        "norm2.weight": ("mlp_norm.weight",),
+        "mlp.gate_up.weight": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
+        "mlp.down.weight": ("mlp.down_proj.weight",),
+    },
+)
+WITHOUT_MLP = Frame(
+    "backbone.embeddings.weight",
+    "backbone.norm_f.weight",
+    "backbone.layers",
+    "mixer",
+    {"norm.weight": ("norm.weight",)},
+)
+
+
+@dataclass(frozen=True)
+class FlaType:
+    """One model type of fla: see the head of this file.
+
+    Attributes:
+        norm_eps, hidden_ratio: their defaults; the second is of the MLP, where `intermediate_size` is not said.
+    """
+
+    mixer: str
+    architecture: str
+    keys: Mapping[str, tuple[str, Any]]
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    only: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    frame: Frame = WITH_MLP
+    norm_eps: float = 1e-6
+    hidden_ratio: float = 4
+
+    # --- config.json
+
+    def settled(self, data: dict[str, Any], where: str) -> dict[str, Any]:
+        """Return their config with the keys worked out that others stand for."""
+        return data
+
+    def read_config(self, data: dict[str, Any], where: str) -> ModelConfig:
+        """Return our config of theirs. Raises InputError for what our model does not compute."""
+        data = self.settled(data, where)
+        for key, values in (_ANY | dict(self.only)).items():
+            if key in data and data[key] not in values:
+                raise InputError(f"{where}: {key} {data[key]!r} is not supported, only {values[0]!r}")
+        settings = {name: data.get(key, default) for name, (key, default) in self.keys.items()} | dict(self.fixed)
+        text = f"{self.mixer}:" + ",".join(f"{name}={_word(value)}" for name, value in settings.items())
+        shape = {
+            "mixer": text,
+            "d_model": _of(data, "hidden_size", where),
+            "n_layer": _of(data, "num_hidden_layers", where),
+            "vocab_size": _of(data, "vocab_size", where),
+            "mlp": self._mlp(data, where),
+            "norm_eps": data.get("norm_eps", self.norm_eps),
+            "tie_embeddings": data.get("tie_word_embeddings", False),
+            "residual_in_fp32": data.get("residual_in_fp32", False),
+        }
+        config = from_dict(ModelConfig, shape, where)
+        config.mixer = canonical(*mixer_settings(text))
+        return config
+
+    def write_config(self, config: ModelConfig, dtype: torch.dtype, extra: dict[str, Any]) -> dict[str, Any]:
+        """Return their config.json; `extra` goes under "rnn_longctx", which they ignore."""
+        _, settings = mixer_settings(config.texts[0])
+        extra, ends = {k: v for k, v in extra.items() if k != "eos_token_id"}, extra.get("eos_token_id")
+        data: dict[str, Any] = {"architectures": [self.architecture], "model_type": self.model_type}
+        data |= {key: values[0] for key, values in self.only.items()}
+        data |= {key: getattr(settings, name) for name, (key, _) in self.keys.items()}
+        data |= {
+            "hidden_size": config.d_model,
+            "num_hidden_layers": config.n_layer,
+            "vocab_size": config.vocab_size,
+            "norm_eps": config.norm_eps,
+            "tie_word_embeddings": config.tie_embeddings,
+            "residual_in_fp32": config.residual_in_fp32,
+        }
+        if self.frame.has_mlp:
+            data |= {"hidden_ratio": None, "intermediate_size": round(config.mlp * config.d_model)}
+        # Its own defaults for these ids belong to another vocabulary.
+        data |= {"bos_token_id": None, "eos_token_id": ends, "pad_token_id": None}
+        return plain({**data, "dtype": dtype_name(dtype), "rnn_longctx": extra})
+
+    def check(self, config: ModelConfig) -> None:
+        """Raise InputError where their model cannot hold something that ours computes with."""
+        _, settings = mixer_settings(config.texts[0])
+        for name, value in self.fixed.items():
+            if getattr(settings, name) != value:
+                raise InputError(f"layout 'fla' cannot hold {name} {getattr(settings, name)}: fla's is {value}")
+        if bool(config.mlp) != self.frame.has_mlp:
+            layers = "have one" if self.frame.has_mlp else "have none"
+            raise InputError(
+                f"layout 'fla' cannot hold mlp {config.mlp:g}: all layers of its {self.model_type} {layers}"
+            )
+
+    @property
+    def model_type(self) -> str:
+        return next(name for name, kind in TYPES.items() if kind is self)
+
+    def _mlp(self, data: dict[str, Any], where: str) -> float:
+        if not self.frame.has_mlp:
+            return 0.0
+        width, hidden = data.get("intermediate_size"), _of(data, "hidden_size", where)
+        if width is None:  # two thirds of the ratio, up to the next multiple of 256
+            ratio = data.get("hidden_ratio")
+            ratio = 4 if ratio is None and "hidden_ratio" in data else ratio or self.hidden_ratio
+            width = 256 * math.ceil(int(hidden * ratio * 2 / 3) / 256)
+        return width / hidden
+
+    # --- tensors
+
+    def unpack(self, tensors: Tensors) -> Tensors:
+        """Return their tensors with those worked out that have no counterpart one by one, by our names."""
+        return tensors
+
+    def pack(self, tensors: Tensors, config: ModelConfig) -> Tensors:
+        """Return tensors by their names, with ours worked out that have no counterpart one by one."""
+        return tensors
+
+    def read_tensors(self, stored: Tensors, names: Iterable[str]) -> Tensors:
+        """Return their tensors by our names, and as they are those that have no place here."""
+        stored, ours = self.unpack(dict(stored)), {}
+        for name in names:
+            pieces = [stored.pop(theirs) for theirs in self.theirs(name) if theirs in stored]
+            if pieces:
+                ours[name] = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        return ours | stored
+
+    def write_tensors(self, state: Tensors, config: ModelConfig) -> Tensors:
+        """Return our tensors by their names. Raises InputError for numbers that theirs cannot be."""
+        theirs: Tensors = {}
+        for name, tensor in state.items():
+            names = self.theirs(name)
+            theirs |= {n: piece.contiguous() for n, piece in zip(names, tensor.chunk(len(names)))}
+        return self.pack(theirs, config)
+
+    def theirs(self, name: str) -> tuple[str, ...]:
+        """Return what a tensor of ours is called there; several that are stacked in it."""
+        frame = self.frame
+        around = {"backbone.embedding.weight": frame.embedding, "backbone.norm_f.weight": frame.norm}
+        if not (inside := re.fullmatch(r"backbone\.layers\.(\d+)\.(.+)", name)):
+            return (around.get(name, name),)
+        layer, rest = f"{frame.layers}.{inside[1]}", inside[2]
+        if rest in frame.block:
+            return tuple(f"{layer}.{piece}" for piece in frame.block[rest])
+        module, *more = rest.removeprefix("mixer.").split(".")
+        return (".".join([layer, frame.mixer, self.renamed.get(module, module), *more]),)
+
+
+@dataclass(frozen=True)
+class HeadGated(FlaType):
+    """A type whose layers norm and gate each head: one tensor has two names, by `fuse_norm`; and keys and values may
+    be said to be fewer than queries."""
+
+    def settled(self, data: dict[str, Any], where: str) -> dict[str, Any]:
+        if data.get("num_kv_heads") == data.get("num_heads"):
+            return {**data, "num_kv_heads": None}
+        return data
+
+    def unpack(self, tensors: Tensors) -> Tensors:
+        return {name.replace(".attn.g_norm.", ".attn.g_norm_swish_gate."): t for name, t in tensors.items()}
+
+
+@dataclass(frozen=True)
+class HGRN2(FlaType):
+    """HGRN2, whose heads are as many as `expand_ratio` says, and whose lower bounds are one tensor of all layers: sums
+    of its softmax over them, b_l = s_1 + ... + s_l. Ours are log b_l - log(1 - b_l) of every layer but the first."""
+
+    def settled(self, data: dict[str, Any], where: str) -> dict[str, Any]:
+        ratio, hidden = data.get("expand_ratio", 128), _of(data, "hidden_size", where)
+        if ratio is None:
+            return data
+        if not isinstance(ratio, int) or ratio < 1 or hidden % ratio:
+            raise InputError(f"{where}: expand_ratio {ratio!r} does not divide hidden_size {hidden}")
+        return {**data, "num_heads": hidden // ratio}
+
+    def write_config(self, config: ModelConfig, dtype: torch.dtype, extra: dict[str, Any]) -> dict[str, Any]:
+        data = super().write_config(config, dtype, extra)
+        return {**data, "expand_ratio": config.d_model // data["num_heads"]}
+
+    def unpack(self, tensors: Tensors) -> Tensors:
+        logs = tensors.pop("model.lower_bounds", torch.zeros(1, 1)).double()  # (L, d_model)
+        above = [logs[0]]  # log(1 - b_l) but for a constant, from the last layer down
+        for share in logs[1:].flip(0)[:-1]:
+            above.append(torch.logaddexp(above[-1], share))
+        bounds = logs[1:].logcumsumexp(0) - torch.stack(above).flip(0)[: len(logs) - 1]
+        return tensors | {f"backbone.layers.{i}.mixer.bound": bound.float() for i, bound in enumerate(bounds, 1)}
+
+    def pack(self, tensors: Tensors, config: ModelConfig) -> Tensors:
+        if not mixer_settings(config.texts[0])[1].lower_bound:
+            return tensors
+        bounds = [tensors.pop(f"model.layers.{i}.attn.bound") for i in range(1, config.n_layer)]
+        like = tensors["model.norm.weight"]
+        sums = torch.stack([torch.zeros(like.shape, dtype=torch.float64), *(b.double().sigmoid() for b in bounds)])
+        shares = torch.cat([1 - sums[-1:], sums.diff(dim=0)])  # (L, d_model)
+        if not bool((shares > 0).all()):
+            layer = int((shares <= 0).any(1).nonzero()[0])
+            raise InputError(
+                f"layout 'fla' cannot hold lower bounds that are not above those before, as of layer {layer}"
+            )
+        return tensors | {"model.lower_bounds": shares.log().to(like.dtype)}
+
+
+@dataclass(frozen=True)
+class Mamba(FlaType):
+    """Mamba-1, whose rank of the steps is 0 here where it is the usual one."""
+
+    def settled(self, data: dict[str, Any], where: str) -> dict[str, Any]:
+        usual = data.get("dt_rank", "auto") in ("auto", _usual_rank(_of(data, "hidden_size", where)))
+        return {**data, "dt_rank": 0} if usual else data
+
+    def write_config(self, config: ModelConfig, dtype: torch.dtype, extra: dict[str, Any]) -> dict[str, Any]:
+        data = super().write_config(config, dtype, extra)
+        return {**data, "dt_rank": data["dt_rank"] or _usual_rank(config.d_model)}
+
+
+@dataclass(frozen=True)
+class Delta(FlaType):
+    """A type of the delta rule: where their key is None ours is 0, and its convolutions are one of ours."""
+
+    def settled(self, data: dict[str, Any], where: str) -> dict[str, Any]:
+        return {k: 0 if v is None and k in self.absent else v for k, v in data.items()}
+
+    def write_config(self, config: ModelConfig, dtype: torch.dtype, extra: dict[str, Any]) -> dict[str, Any]:
+        data = super().write_config(config, dtype, extra)
+        return {k: None if k in self.absent and not v else v for k, v in data.items()}
+
+    @property
+    def absent(self) -> set[str]:
+        """Their keys that are None where there is none of what they count."""
+        return {key for key, default in self.keys.values() if default == 0 and not isinstance(default, bool)}
+
+    def unpack(self, tensors: Tensors) -> Tensors:
+        for name in [name for name in tensors if name.endswith(".q_conv1d.weight")]:
+            names = [name.replace(".q_conv1d.", f".{which}_conv1d.") for which in "qkv"]
+            if all(n in tensors for n in names):
+                tensors[name.replace(".q_conv1d.", ".conv1d.")] = torch.cat([tensors.pop(n) for n in names])
+        return tensors
+
+    def pack(self, tensors: Tensors, config: ModelConfig) -> Tensors:
+        for name in [name for name in tensors if name.endswith(".conv1d.weight")]:
+            conv, names = tensors.pop(name), {w: name.replace(".conv1d.", f".{w}_conv1d.") for w in "qkv"}
+            sizes = [len(tensors[name.replace(".conv1d.", f".{which}_proj.")]) for which in names]
+            tensors |= {n: t.contiguous() for n, t in zip(names.values(), conv.split(sizes))}
+        return tensors
+
+
+@dataclass(frozen=True)
+class SafelyGated(Delta):
+    """KDA, which says a lower bound of its log-decays twice."""
+
+    def write_config(self, config: ModelConfig, dtype: torch.dtype, extra: dict[str, Any]) -> dict[str, Any]:
+        data = super().write_config(config, dtype, extra)
+        return {**data, "safe_gate": data["lower_bound"] is not None}
+
+
+# What every type may say that is not computed here: their key and the values that are.
+_ANY: dict[str, tuple[Any, ...]] = {
+    "attn": (None,),
+    "attnres_block_size": (None,),
+    "hidden_act": ("swish", "silu"),
+    "elementwise_affine": (True,),
+}
+
+# What Gated DeltaNet and KDA say alike.
+_DELTA: dict[str, tuple[str, Any]] = {
+    "v_heads": ("num_v_heads", 0),
+    "d_conv": ("conv_size", 4),
+    "neg_eigval": ("allow_neg_eigval", False),
+}
+
+TYPES: dict[str, FlaType] = {
+    "gla": HeadGated(
+        "gla",
+        "GLAForCausalLM",
+        keys={"heads": ("num_heads", 4), "expand_k": ("expand_k", 0.5), "expand_v": ("expand_v", 1.0)},
+        fixed={"rank": 16},
+        only={
+            "num_kv_heads": (None,),
+            "feature_map": (None,),
+            "use_short_conv": (False,),
+            "use_output_gate": (True,),
+            "clamp_min": (None,),
+        },
+        renamed={"decay_proj": "gk_proj", "norm": "g_norm_swish_gate", "out_proj": "o_proj"},
+    ),
+    "retnet": HeadGated(
+        "retnet",
+        "RetNetForCausalLM",
+        keys={"heads": ("num_heads", 8), "expand_k": ("expand_k", 1.0), "expand_v": ("expand_v", 2.0)},
+        only={"num_kv_heads": (None,), "feature_map": (None,), "use_output_gate": (True,)},
+        renamed={"norm": "g_norm_swish_gate", "out_proj": "o_proj"},
+        hidden_ratio=2,
+    ),
+    "hgrn2": HGRN2(
+        "hgrn2",
+        "HGRN2ForCausalLM",
+        keys={"heads": ("num_heads", None), "lower_bound": ("use_lower_bound", True)},
+        only={"use_short_conv": (False,)},
+        renamed={"norm": "g_norm", "out_proj": "o_proj"},
+    ),
+    "mamba": Mamba(
+        "mamba1",
+        "MambaForCausalLM",
+        keys={
+            "d_state": ("state_size", 16),
+            "d_conv": ("conv_kernel", 4),
+            "expand": ("expand", 2),
+            "dt_rank": ("dt_rank", 0),
+        },
+        only={"use_bias": (False,), "use_conv_bias": (True,)},
+        frame=WITHOUT_MLP,
+        norm_eps=1e-5,
+    ),
+    "gated_deltanet": Delta(
+        "gated-deltanet",
+        "GatedDeltaNetForCausalLM",
+        keys={"heads": ("num_heads", 6), "head_dim": ("head_dim", 256), "expand_v": ("expand_v", 2.0), **_DELTA},
+        only={"use_gate": (True,), "use_short_conv": (True,), "output_gate_activation": ("swish", "silu")},
+        renamed={"norm": "o_norm", "out_proj": "o_proj"},
+    ),
+    "kda": SafelyGated(
+        "kda",
+        "KDAForCausalLM",
+        keys={
+            "heads": ("num_heads", 16),
+            "head_dim": ("head_dim", 128),
+            "expand_v": ("expand_v", 1.0),
+            "lower_bound": ("lower_bound", 0),
+            **_DELTA,
+        },
+        only={"use_short_conv": (True,)},
+        renamed={"norm": "o_norm", "out_proj": "o_proj"},
+    ),
+    "delta_net": Delta(
+        "deltanet",
+        "DeltaNetForCausalLM",
+        keys={
+            "heads": ("num_heads", 16),
+            "expand_k": ("expand_k", 1.0),
+            "expand_v": ("expand_v", 1.0),
+            "gated": ("use_gate", False),
+            "d_conv": ("conv_size", 4),
+            "neg_eigval": ("allow_neg_eigval", False),
+        },
+        only={"use_beta": (True,), "use_short_conv": (True,), "qk_norm": ("l2",), "qk_activation": ("silu",)},
+        renamed={"norm": "o_norm", "out_proj": "o_proj"},
+    ),
+}
+
+
+def type_of(data: Mapping[str, Any]) -> FlaType | None:
+    """Return the type of fla's that a config.json is of, or None. (Its Mamba and transformers' have one name.)"""
+    kind = data.get("model_type")
+    if not isinstance(kind, str) or (kind == "mamba" and "norm_eps" not in data):
+        return None
+    return TYPES.get(kind)
+
+
+def type_for(config: Mamba2Config | ModelConfig) -> FlaType:
+    """Return the type of fla's that holds a model of ours. Raises InputError where there is none."""
+    texts = set() if isinstance(config, Mamba2Config) else {canonical(*mixer_settings(text)) for text in config.texts}
+    kinds = {kind.mixer: kind for kind in TYPES.values()}
+    name = next(iter(texts)).partition(":")[0] if len(texts) == 1 else ""
+    if not isinstance(config, ModelConfig) or name not in kinds:
+        raise InputError(f"layout 'fla' is for models whose layers are all alike, of one of {', '.join(kinds)}")
+    kinds[name].check(config)
+    return kinds[name]
+
+
+def _of(data: Mapping[str, Any], key: str, where: str) -> int:
+    value = data.get(key)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise InputError(f"{where}: {key}: expected a number, at least 1, got {value!r}")
+    return value
+
+
+def _word(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _usual_rank(d_model: int) -> int:
+    return math.ceil(d_model / 16)

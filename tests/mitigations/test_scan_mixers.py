@@ -1,0 +1,38 @@
+"""Every remedy that `--mitigation all` measures, on the mixers that no remedy knows a line of."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rnn_longctx.mitigations import parse_remedy, standard
+from rnn_longctx.mitigations.base import Need
+from rnn_longctx.testing.remedies import TRAIN_LENGTH, check_cuts, check_on_and_off, is_applicable, model_of
+
+RECURRENT = {Need.ATTENTION, Need.STEPS, Need.RATES, Need.ERASING}  # what models without one step a head lack
+LACKS = {
+    "retnet:heads=2": RECURRENT,
+    "hgrn2:heads=2": RECURRENT,
+    "mamba1:d_state=4": RECURRENT,
+    "full-attention:heads=2": {*RECURRENT, Need.RECURRENCE, Need.NO_ATTENTION},
+}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def models():
+    return {mixer: model_of(mixer) for mixer in LACKS}
+
+
+@pytest.mark.parametrize("mixer", LACKS)
+@pytest.mark.parametrize("text", standard(TRAIN_LENGTH))
+def test_a_remedy_on_a_mixer(text, mixer, models, seed):
+    needs = frozenset().union(*(remedy.needs for remedy in parse_remedy(text).parts))
+    assert is_applicable(text, models[mixer]) == (not needs & LACKS[mixer])
+    if not needs & LACKS[mixer]:
+        check_on_and_off(text, models[mixer], seed)
+        check_cuts(text, models[mixer], seed)

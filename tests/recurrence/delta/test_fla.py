@@ -1,0 +1,168 @@
+"""fla's kernels as a backend: what they refuse anywhere; against the definition on a GPU (pytest -m gpu)."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from rnn_longctx.errors import InputError
+from rnn_longctx.recurrence.backends import Call
+from rnn_longctx.recurrence.delta import DELTA, fla, reference
+from rnn_longctx.recurrence.gates import DeltaGates, ScanInputs
+from rnn_longctx.recurrence.policy import PLAIN, Cap, ScanPolicy
+from rnn_longctx.recurrence.span import Span
+
+
+@pytest.fixture(autouse=True)
+def _one_configuration(monkeypatch):
+    """Tuning fla's kernels takes minutes; what they compute does not hang on it."""
+    if not fla.missing():
+        from triton.runtime.autotuner import Autotuner
+
+        monkeypatch.setattr(Autotuner, "prune_configs", lambda self, _: self.configs[:1])
+
+
+CALL = Call(torch.device("cuda"), torch.bfloat16, True, 64, 64, stepped=False)
+LENGTH, H, G, P, N = 300, 4, 2, 64, 32
+POLICIES = {
+    "plain": PLAIN,
+    "gates": ScanPolicy(add=-0.01, gain=0.7, erase=0.9),
+    "caps": ScanPolicy(caps=(Cap((3.0, 4.0, 5.0, 900.0), 64),)),
+    "reset": ScanPolicy(reset=100),
+}
+
+
+def test_what_is_refused(monkeypatch):
+    monkeypatch.setattr(fla.triton, "interpreted", lambda: False)
+    general, wide = replace(CALL, simple=False), replace(CALL, headdim=256, d_state=256)
+    assert fla.refuses(PLAIN, CALL) is None
+    assert fla.refuses(ScanPolicy(caps=(Cap(1.0, 128),), gain=0.7, erase=0.5), CALL) is None
+    for policy, call, reason in (
+        (ScanPolicy(caps=(Cap(1.0, 1),)), CALL, "every 64 tokens"),
+        (ScanPolicy(caps=(Cap(1.0, 64), Cap(1.0, 128))), CALL, "one cap"),
+        (ScanPolicy(erase=0.0), CALL, "above nothing"),
+        (ScanPolicy(erase=(1.0, 0.0)), CALL, "above nothing"),
+        (ScanPolicy(least_erase=0.1), CALL, "above nothing"),
+        (PLAIN, replace(CALL, device=torch.device("cpu")), "runs on a GPU"),
+        (PLAIN, replace(CALL, dtype=torch.float32), "not float32"),
+        (PLAIN, replace(CALL, d_state=512), "256 channels"),
+        (ScanPolicy(caps=(Cap(1.0, 64),)), general, "general"),
+        (ScanPolicy(caps=(Cap(1.0, 64),)), wide, "128 x 256"),
+    ):
+        assert reason in fla.refuses(policy, call)
+
+
+@pytest.mark.skipif(not fla.missing(), reason="fla is installed")
+def test_a_missing_library_is_said():
+    inputs, gates = stream(False, torch.float32, "cpu")
+    with pytest.raises(InputError, match=r"backend 'fla': needs (flash-linear-attention 0\.6|a CUDA device|Triton)"):
+        DELTA.scan(inputs, gates, backend="fla")
+
+
+def stream(per_channel, dtype, device, general=False, batch=2):
+    torch.manual_seed(3)
+    key = F.normalize(torch.randn(batch, LENGTH, G, N), dim=-1)
+    query = F.normalize(torch.randn(batch, LENGTH, G, N), dim=-1)
+    decay = -0.1 * torch.rand(batch, LENGTH, H, *([N] if per_channel else []))
+    scale = torch.rand(batch, LENGTH, H)
+    x = torch.randn(batch, LENGTH, H, P)
+    # rounded first, so that the definition reads the same numbers
+    x, key, query = (t.to(dtype).to(device) for t in (x, key, query))
+    decay, scale = decay.to(device), scale.to(device)
+    if not general:
+        return ScanInputs(x, key, query), DeltaGates(decay, scale)
+    along = (key * torch.rand(batch, LENGTH, G, N).to(key)).to(dtype)
+    ones = torch.ones_like(scale)
+    return ScanInputs(x, key, query), DeltaGates(decay, scale, ones, key, along, decay_first=False)
+
+
+def on_cpu(inputs, gates):
+    moved = [None if t is None else t.cpu() for t in gates.tensors]
+    return ScanInputs(inputs.x.cpu(), inputs.B.cpu(), inputs.C.cpu()), gates.from_tensors(*moved)
+
+
+def error(ours, theirs):
+    return float((ours.cpu().double() - theirs).norm() / theirs.norm())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("general", [False, True])
+@pytest.mark.parametrize("per_channel", [False, True], ids=["a head", "a channel"])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_the_definition(policy, per_channel, general):
+    if fla.missing():
+        pytest.skip(fla.missing())
+    policy = POLICIES[policy]
+    inputs, gates = stream(per_channel, torch.bfloat16, "cuda", general)
+    reset = torch.zeros(2, LENGTH, dtype=torch.bool)
+    if not policy.caps:
+        reset[0, 130] = reset[1, 7] = reset[1, 8] = True
+    elif general:
+        pytest.skip("refused")
+    span = Span(reset=reset.cuda())
+    expected, state, total = reference.scan(*on_cpu(inputs, gates), Span(reset=reset), policy=policy)
+    with torch.no_grad():
+        y, carry = DELTA.scan(inputs, gates, span, policy=policy, backend="fla")
+    assert error(y, expected) < 0.01 and error(carry.state, state) < 0.01
+    torch.testing.assert_close(carry.log_decay.cpu(), total, rtol=1e-5, atol=1e-5)
+    outputs, carry = [], None
+    for t, u in ((0, 1), (1, 70), (70, 150), (150, LENGTH)):
+        part = Span(reset=span.reset[:, t:u])
+        with torch.no_grad():
+            y, carry = DELTA.scan(
+                inputs.tokens(t, u), gates.tokens(t, u), part, policy=policy, carry=carry, backend="fla"
+            )
+        outputs.append(y)
+    assert error(torch.cat(outputs, 1), expected) < 0.01 and error(carry.state, state) < 0.01
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("general", [False, True])
+@pytest.mark.parametrize("per_channel", [False, True], ids=["a head", "a channel"])
+def test_gradients(per_channel, general):
+    if fla.missing():
+        pytest.skip(fla.missing())
+    inputs, gates = stream(per_channel, torch.bfloat16, "cuda", general, batch=1)
+    weight = torch.randn(1, LENGTH, H, P)
+    grads = []
+    for device, backend in (("cuda", "fla"), ("cpu", "torch")):
+        i, g = (inputs, gates) if device == "cuda" else on_cpu(inputs, gates)
+        wide = (lambda t: t) if device == "cuda" else lambda t: t.double()
+        leaves = {n: wide(t.detach()).requires_grad_() for n, t in vars(i).items() if t is not None}
+        moved = [None if t is None else wide(t.detach()).requires_grad_() for t in g.tensors]
+        y, carry = DELTA.scan(ScanInputs(**leaves), g.from_tensors(*moved), backend=backend)
+        loss = (y.double() * weight.to(device)).sum() + carry.state.double().square().sum()
+        wanted = [*leaves.values(), *(t for t in moved if t is not None)]
+        grads.append(torch.autograd.grad(loss, wanted))
+    for ours, theirs in zip(*grads):
+        assert error(ours, theirs.double()) < 0.03
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("per_channel", [False, True], ids=["a head", "a channel"])
+def test_statistics_from_inside(per_channel):
+    if fla.missing():
+        pytest.skip(fla.missing())
+
+    class Seen:
+        every, whole = 64, False
+
+        def __init__(self):
+            self.looks = []
+
+        def __call__(self, statistics):
+            self.looks.append(statistics)
+
+    inputs, gates = stream(per_channel, torch.bfloat16, "cuda")
+    ours, theirs = Seen(), Seen()
+    carry = None
+    for t, u in ((0, 50), (50, LENGTH)):  # the second call begins between two looks
+        with torch.no_grad():
+            _, carry = DELTA.scan(inputs.tokens(t, u), gates.tokens(t, u), carry=carry, backend="fla", observer=ours)
+    DELTA.scan(*on_cpu(inputs, gates), backend="torch", observer=theirs)
+    (expected,) = theirs.looks
+    for name, bound in (("square", 0.01), ("peak", 0.02), ("log_decay", 1e-6)):
+        seen = torch.cat([getattr(look, name) for look in ours.looks], -1)
+        assert error(seen, getattr(expected, name).double()) < bound, name
+    assert torch.cat([look.position for look in ours.looks]).tolist() == expected.position.tolist()
