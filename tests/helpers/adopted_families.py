@@ -4,6 +4,7 @@ them.
 
 from __future__ import annotations
 
+import pytest
 import torch
 import transformers as hf
 
@@ -11,6 +12,7 @@ from rnn_longctx.mitigations import active, handles_on, mitigate
 from rnn_longctx.models.adopt.adopting import adopt
 from rnn_longctx.models.adopt.dispatch import cache_name
 from rnn_longctx.models.generate import generate
+from rnn_longctx.recurrence.delta import DELTA
 from rnn_longctx.recurrence.policy import Cap, ScanPolicy
 
 VOCAB = 97
@@ -142,6 +144,23 @@ POLICIES = {
     "window": ScanPolicy(window=5),
     "reset": ScanPolicy(reset=6),
 }
+
+
+def cases(policies):
+    """Every family with the name of every policy that its recurrence follows, for `parametrize(("family", "policy"))`."""
+    return [
+        pytest.param(family, name, id=f"{family}-{name}")
+        for family in FAMILIES
+        for name in policies
+        if family in SCAN_FAMILIES or DELTA.unfollowed(POLICIES[name]) is None
+    ]
+
+
+def followed(family, remedy):
+    """The remedy, or another one where the family's recurrence has no window."""
+    return "delta-scale:scale=0.7" if family in DELTA_FAMILIES and remedy.startswith("window") else remedy
+
+
 NEAR = {"rtol": 0, "atol": 1e-4}
 RRI = "rri:alpha=0.9,beta=0.4"
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import transformers as hf
-from adopted_families import FAMILIES, VOCAB
+from adopted_families import DELTA_FAMILIES, FAMILIES, VOCAB
 from checkpoint_files import official_config
 from torch import nn
 
@@ -69,6 +69,8 @@ def build(randomise):
         for m in model.modules():
             if isinstance(m, nn.Linear):  # so that every layer matters
                 nn.init.normal_(m.weight, std=m.in_features**-0.5)
+            if family in DELTA_FAMILIES and isinstance(m, nn.Conv1d):  # so that states are as large as a scan's
+                nn.init.normal_(m.weight, std=2.0)
         randomise(model)
         model.generation_config.eos_token_id = None
         return model

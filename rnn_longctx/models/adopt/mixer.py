@@ -44,14 +44,14 @@ class AdoptedMixer:
 
     For a family to say:
         recurrence: the rule by which its state follows from the one before.
-        one_step_a_head, A: see `RecurrentMixer`.
+        one_step_a_head, bounded, A: see `RecurrentMixer`.
         per_channel: whether each channel of a head's state decays by itself.
         stays: whether ours stand before the module's methods without a policy too, from `stand` on.
         entries: the module's methods that ours stand before.
     """
 
     recurrence: Recurrence
-    tappable = one_step_a_head = per_channel = stays = False
+    tappable = one_step_a_head = per_channel = stays = bounded = False
     entries: tuple[str, ...] = ("forward",)
 
     def __init__(self, module: nn.Module, name: str):

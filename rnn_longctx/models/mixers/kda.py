@@ -64,6 +64,7 @@ class KDA(Rated):
         heads = c.v_heads or c.heads
         super().__init__(model, Sizes(c.heads, c.head_dim, heads, c.expand_v * c.head_dim), c.d_conv, c.neg_eigval)
         self.config = config
+        self.bounded = c.lower_bound < 0
         rank = self.headdim
         self.f_proj = nn.Sequential(
             nn.Linear(model.d_model, rank, bias=False), nn.Linear(rank, heads * c.head_dim, bias=False)

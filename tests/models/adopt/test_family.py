@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from adopted_families import FAMILIES as TRANSFORMERS
-from adopted_families import RECURRENT
+from adopted_families import DELTA_FAMILIES, RECURRENT
 from torch import Tensor, nn
 
 from rnn_longctx.errors import InputError
@@ -26,7 +26,11 @@ def test_a_mixer_fits_one_family(name, build):
     assert [names for names in fitting if names] == [[FAMILIES_OF.get(name, "mamba2")]] * RECURRENT[name]
 
 
-FAMILIES_OF = dict.fromkeys(("mamba", "falcon_mamba", "jamba"), "mamba1")
+FAMILIES_OF = {
+    **dict.fromkeys(("mamba", "falcon_mamba", "jamba"), "mamba1"),
+    **dict.fromkeys(DELTA_FAMILIES, "gated_delta_net"),
+    **dict.fromkeys(("kimi_linear", "bailing_hybrid"), "kimi_delta"),
+}
 
 
 class Leaky(nn.Module):

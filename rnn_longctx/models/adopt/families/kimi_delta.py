@@ -41,9 +41,13 @@ class KimiDeltaMixer(DeltaAdopted):
         return getattr(gate, "safe_gate_lower_bound", None)
 
     @property
+    def bounded(self) -> bool:  # type: ignore[override]
+        return self.lower_bound is not None
+
+    @property
     def A(self) -> Tensor | None:
         """The rates, -exp(A_log): (H) float32; None under a lower bound, where scaling A scales no log-decay."""
-        if self.lower_bound is not None:
+        if self.bounded:
             return None
         return -held(self.module.forget_gate, "A_log").detach().float().exp().reshape(-1)
 
