@@ -14,6 +14,9 @@ LACKS = {
     "retnet:heads=2": RECURRENT,
     "hgrn2:heads=2": RECURRENT,
     "mamba1:d_state=4": RECURRENT,
+    "gated-deltanet:heads=1,head_dim=8,v_heads=2": {*RECURRENT, "a window"} - {Need.ERASING},
+    "kda:heads=2,head_dim=8": {*RECURRENT, "a window"} - {Need.ERASING},
+    "deltanet:heads=2": {*RECURRENT, "a window"} - {Need.ERASING},
     "full-attention:heads=2": {*RECURRENT, Need.RECURRENCE, Need.NO_ATTENTION},
 }
 
@@ -31,7 +34,8 @@ def models():
 @pytest.mark.parametrize("mixer", LACKS)
 @pytest.mark.parametrize("text", standard(TRAIN_LENGTH))
 def test_a_remedy_on_a_mixer(text, mixer, models, seed):
-    needs = frozenset().union(*(remedy.needs for remedy in parse_remedy(text).parts))
+    parts = parse_remedy(text).parts
+    needs = frozenset().union(*(part.needs for part in parts), *({"a window"} for p in parts if p.name == "window"))
     assert is_applicable(text, models[mixer]) == (not needs & LACKS[mixer])
     if not needs & LACKS[mixer]:
         check_on_and_off(text, models[mixer], seed)
