@@ -7,7 +7,7 @@ import re
 
 import pytest
 import torch
-from adopted_families import NEAR, POLICIES, VOCAB, cached, logits_of, put, random_ids
+from adopted_families import NEAR, POLICIES, VOCAB, cached, cases, followed, logits_of, put, random_ids
 
 from rnn_longctx import cli
 from rnn_longctx.data import ByteTokenizer, Text
@@ -23,7 +23,7 @@ from rnn_longctx.recurrence.policy import PLAIN
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize(("family", "policy"), cases(POLICIES))
 def test_left_padding_leaves_no_trace(model, policy):
     adopted = adopt(model, time_step_limit_in_decode=True)
     put(adopted, POLICIES[policy])
@@ -155,8 +155,9 @@ REMEDIES = ["none", "state-norm:quantile=0.5", "window:tokens=6", "reset:every=7
 
 @torch.no_grad()
 @pytest.mark.parametrize("remedy", REMEDIES)
-def test_a_saved_state_is_gone_on_from(model, remedy, tmp_path):
+def test_a_saved_state_is_gone_on_from(model, family, remedy, tmp_path):
     """In pieces, from the file, as at once; other weights and other remedies are refused."""
+    remedy = followed(family, remedy)
     adopted = adopt(model, time_step_limit_in_decode=True, tokenizer=ByteTokenizer(), train_length=16, name="small")
     text = Text("made", bytes(torch.randint(32, VOCAB, (3000,)).tolist()))
     ids = random_ids(2, 30)
