@@ -19,25 +19,6 @@ CHUNK = 64
 
 
 @triton.jit
-def _chunk(
-    k_ptr, w_ptr, u_ptr, row, head, i, T, G: tl.constexpr, H: tl.constexpr, P: tl.constexpr, N: tl.constexpr, p, n, c,
-    PER_CHANNEL: tl.constexpr,
-):  # fmt: skip
-    """w, u and k of chunk i, zeros beyond the last token."""
-    C: tl.constexpr = c.shape[0]
-    t = row * T + tl.cast(i, tl.int64) * C + c
-    real = i * C + c < T
-    of_keys, of_values = real[:, None] & (n < N)[None, :], real[:, None] & (p < P)[None, :]
-    w = tl.load(w_ptr + (t[:, None] * H + head) * N + n[None, :], mask=of_keys, other=0.0)
-    u = tl.load(u_ptr + (t[:, None] * H + head) * P + p[None, :], mask=of_values, other=0.0)
-    if PER_CHANNEL:  # a head has keys of its own, decayed to the chunk's end
-        k = tl.load(k_ptr + (t[:, None] * H + head) * N + n[None, :], mask=of_keys, other=0.0)
-    else:
-        k = tl.load(k_ptr + (t[:, None] * G + head // (H // G)) * N + n[None, :], mask=of_keys, other=0.0)
-    return w, u, k
-
-
-@triton.jit
 def _states(
     k_ptr, w_ptr, u_ptr, g_ptr, v_ptr, h_ptr, start_ptr, end_ptr, cap_ptr, factor_ptr,
     T, first, every,
@@ -55,33 +36,30 @@ def _states(
     at = p[:, None] * N + n[None, :]
     S = tl.load(start_ptr + program * P * N + at, mask=whole, other=0.0)  # (BP, BN)
     cap = tl.load(cap_ptr + head)
-    # what a chunk reads is loaded while the chunk before it is worked on
-    w, u, k = _chunk(k_ptr, w_ptr, u_ptr, row, head, row * 0, T, G, H, P, N, p, n, c, PER_CHANNEL)
     for i in range(chunks):
         t = row * T + tl.cast(i, tl.int64) * C + c
         real = i * C + c < T
         tl.store(h_ptr + ((row * chunks + i) * H + head) * P * N + at, S.to(h_ptr.dtype.element_ty), mask=whole)
+        of_keys, of_values = real[:, None] & in_n[None, :], real[:, None] & in_p[None, :]
+        w = tl.load(w_ptr + (t[:, None] * H + head) * N + n[None, :], mask=of_keys, other=0.0)  # (C, BN)
+        u = tl.load(u_ptr + (t[:, None] * H + head) * P + p[None, :], mask=of_values, other=0.0)  # (C, BP)
+        v = u - tl.dot(w, tl.trans(S).to(w.dtype))
+        tl.store(v_ptr + (t[:, None] * H + head) * P + p[None, :], v.to(v_ptr.dtype.element_ty), mask=of_values)
         last = row * T + tl.minimum(tl.cast(i, tl.int64) * C + C, T) - 1
         if PER_CHANNEL:
-            decay = tl.exp2(tl.load(g_ptr + (last * H + head) * N + n, mask=in_n, other=0.0))[None, :]
+            k = tl.load(k_ptr + (t[:, None] * H + head) * N + n[None, :], mask=of_keys, other=0.0)
+            S *= tl.exp2(tl.load(g_ptr + (last * H + head) * N + n, mask=in_n, other=0.0))[None, :]
         else:
+            k = tl.load(k_ptr + (t[:, None] * G + head // (H // G)) * N + n[None, :], mask=of_keys, other=0.0)
             g, end = tl.load(g_ptr + t * H + head, mask=real, other=0.0), tl.load(g_ptr + last * H + head)
-            decay = tl.exp2(end)
-        next_w, next_u, next_k = _chunk(
-            k_ptr, w_ptr, u_ptr, row, head, i + 1, T, G, H, P, N, p, n, c, PER_CHANNEL
-        )  # fmt: skip
-        v = u - tl.dot(w, tl.trans(S).to(w.dtype))
-        of_values = real[:, None] & in_p[None, :]
-        tl.store(v_ptr + (t[:, None] * H + head) * P + p[None, :], v.to(v_ptr.dtype.element_ty), mask=of_values)
-        if not PER_CHANNEL:
             v *= tl.where(real, tl.exp2(end - g), 0.0)[:, None]
-        S = S * decay + tl.dot(tl.trans(v).to(k.dtype), k)
+            S *= tl.exp2(end)
+        S += tl.dot(tl.trans(v).to(k.dtype), k)
         if (i >= first) & ((i - first) % every == 0) & (i * C + C <= T):
             norm = tl.sqrt(tl.sum(S * S))
             factor = tl.where(norm > cap, cap / norm, 1.0)
             S *= factor
             tl.store(factor_ptr + (row * chunks + i) * H + head, factor)
-        w, u, k = next_w, next_u, next_k
     tl.store(end_ptr + program * P * N + at, S, mask=whole)
 
 
