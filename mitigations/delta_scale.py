@@ -4,8 +4,8 @@
 
 Reads nothing of the model. Changes decay and input alike, after softplus and clamp. Below 1 a layer forgets less and
 writes less. Where a recurrence erases (the delta rule), what it writes hangs on a beta of its own and on no step, so
-that the decay alone is scaled. The paper finds one s a layer by SPSA (`rnn-longctx calibrate`); its public code accepts steps on the text
-it then reports, which calibration here never sees.
+that the decay alone is scaled. The paper finds one s a layer by SPSA (`rnn-longctx calibrate`); its public code accepts
+steps on the text it then reports, which calibration here never sees.
 """
 
 from __future__ import annotations

@@ -70,9 +70,14 @@ def build(kind: type[T], values: Mapping[str, Any], text: str, what: str) -> T:
 
 def canonical(name: str, thing: Any) -> str:
     """Return the text that `parse` would read the thing from, parameters in the order of the fields."""
-    shown = [f for f in fields(thing) if not (f.metadata.get("quiet") and getattr(thing, f.name) == f.default)]
-    text = ",".join(f"{f.name}={_text(getattr(thing, f.name))}" for f in shown)
+    silent = left_out(thing)
+    text = ",".join(f"{f.name}={_text(getattr(thing, f.name))}" for f in fields(thing) if f.name not in silent)
     return f"{name}:{text}" if text else name
+
+
+def left_out(thing: Any) -> set[str]:
+    """Return the quiet parameters of a dataclass that have their defaults."""
+    return {f.name for f in fields(thing) if f.metadata.get("quiet") and getattr(thing, f.name) == f.default}
 
 
 def _required(f: Field) -> bool:

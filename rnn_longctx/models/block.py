@@ -7,10 +7,18 @@ from torch import Tensor, nn
 
 from rnn_longctx.models.deferred import DeferredNorm
 from rnn_longctx.models.interface import Mixer, Shape
-from rnn_longctx.models.norm import RMSNorm
+from rnn_longctx.models.norm import LayerNorm, RMSNorm
 
 # What a layer gives, to be added to the residual together with the norm that comes next.
 Output = Tensor | DeferredNorm | None
+
+
+Norm = RMSNorm | LayerNorm
+
+
+def norm_of(config: Shape) -> Norm:
+    """Return a norm of the residual, of the kind that the model has."""
+    return {"rms": RMSNorm, "layer": LayerNorm}[config.norm](config.d_model, config.norm_eps)
 
 
 class MLP(nn.Module):
@@ -31,17 +39,17 @@ class Block(nn.Module):
 
     Every sum is made together with the norm after it."""
 
-    norm: RMSNorm
+    norm: Norm
     mixer: Mixer
-    norm2: RMSNorm | None
+    norm2: Norm | None
     mlp: MLP | None
 
     def __init__(self, config: Shape, mixer: Mixer):
         super().__init__()
-        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        self.norm = norm_of(config)
         self.mixer = mixer
         # (registered even where there is none, so that such a block is what it was before there were any)
-        self.register_module("norm2", RMSNorm(config.d_model, config.norm_eps) if config.mlp else None)
+        self.register_module("norm2", norm_of(config) if config.mlp else None)
         self.register_module("mlp", MLP(config.d_model, round(config.mlp * config.d_model)) if config.mlp else None)
 
     def feed_forward(self, h: Tensor, out: Output, in_fp32: bool) -> tuple[Tensor, Output]:
@@ -57,4 +65,4 @@ class Backbone(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.layers = nn.ModuleList(Block(config, mixer) for mixer in config.make_mixers())
-        self.norm_f = RMSNorm(config.d_model, config.norm_eps)
+        self.norm_f = norm_of(config)

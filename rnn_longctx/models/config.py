@@ -20,7 +20,7 @@ from rnn_longctx.errors import InputError, nearest
 from rnn_longctx.models.interface import Mixer
 from rnn_longctx.models.mixers import MIXERS
 from rnn_longctx.models.mixers.mamba2 import LARGEST, LARGEST_SIZE, Mamba2Config
-from rnn_longctx.spec import parse
+from rnn_longctx.spec import parse, quiet
 
 
 @dataclass
@@ -30,6 +30,7 @@ class ModelConfig:
     Attributes:
         mixer: a mixer with its parameters, as "gla:heads=4", or a list of them, repeated over the layers.
         mlp: the width of a gated MLP after every mixer, as a multiple of d_model; 0: there is none.
+        norm: the norms before every mixer and MLP, and at the end: "rms", or "layer", as RWKV's are.
     """
 
     mixer: str | list[str]
@@ -40,6 +41,7 @@ class ModelConfig:
     norm_eps: float = 1e-5
     tie_embeddings: bool = True
     residual_in_fp32: bool = True
+    norm: str = quiet("rms")
 
     def __post_init__(self) -> None:
         for name in ("d_model", "n_layer", "vocab_size"):
@@ -49,6 +51,8 @@ class ModelConfig:
             raise InputError(f"norm_eps: expected a small number, at least 0, got {self.norm_eps}")
         if self.mlp and not 1 <= self.mlp * self.d_model <= LARGEST_SIZE:
             raise InputError(f"mlp: expected a multiple of d_model above 0, or 0 for none, got {self.mlp}")
+        if self.norm not in ("rms", "layer"):
+            raise InputError(f"norm: expected rms or layer, got {self.norm!r}")
         if not self.texts:
             raise InputError('mixer: expected at least one, such as "mamba2"')
         with torch.device("meta"):

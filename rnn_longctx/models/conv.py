@@ -43,8 +43,8 @@ def causal_conv(x: Tensor, conv: nn.Conv1d, before: Tensor | None, reset: Tensor
 
 
 def shifted(x: Tensor, before: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return of x (B, T, channels) the token before each, zeros where there is none, and (B, channels, 1) to go on from.
-    Arguments are those of `causal_conv`."""
+    """Return the token before each of x (B, T, channels), zeros where there is none, and (B, channels, 1) to go on
+    from. Arguments are those of `causal_conv`."""
     first = torch.zeros_like(x[:, :1]) if before is None else before.to(x.dtype).transpose(1, 2)
     y = torch.cat([first, x[:, :-1]], 1)
     if reset is not None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rnn_longctx.errors import InputError
+from rnn_longctx.models.block import Norm
 from rnn_longctx.models.cache import Cache
 from rnn_longctx.models.carries import Carry
 from rnn_longctx.models.lm import LM
@@ -51,6 +52,8 @@ class Decoder:
             return "steps this library's own models"
         if not all(type(layer.mixer) is Mamba2 and layer.mlp is None for layer in model.layers):
             return "steps layers of Mamba-2 alone"
+        if model.config.norm != "rms":
+            return "norms by RMSNorm alone"
         if triton.missing() is not None or not (model.device.type == "cuda" or triton.interpreted()):
             return "needs a CUDA device and Triton"
         if model.dtype not in triton.DTYPES:
@@ -176,11 +179,12 @@ def _linears(model: LM) -> Iterator[nn.Module]:
 
 
 def _project(
-    norm: RMSNorm, linear: nn.Linear, x: Tensor, add: Tensor | None = None, in_fp32: bool = False
+    norm: Norm, linear: nn.Linear, x: Tensor, add: Tensor | None = None, in_fp32: bool = False
 ) -> tuple[Tensor, Tensor]:
     """`linear` (B, out) of the norm of x (B, dim) + add, and x + add, float32 if asked for."""
     from rnn_longctx.models.kernels import matvec
 
+    assert isinstance(norm, RMSNorm)  # (`Decoder.refuses`)
     if len(x) <= matvec.MOST:
         total = torch.float32 if in_fp32 else x.dtype
         return matvec.norm_linear(x, norm.weight, linear.weight, linear.bias, norm.eps, norm.groups, add, total)

@@ -16,6 +16,7 @@ from rnn_longctx.devices import DTYPES
 from rnn_longctx.errors import InputError
 from rnn_longctx.models.patches import patches
 from rnn_longctx.models.precision import computes_as
+from rnn_longctx.spec import left_out
 
 BLOCK = 2**16  # words of 64 bits under one pair of sums
 AT_ONCE = 128  # blocks, where launches count (64 MiB, and twice as much in between); on a CPU one a thread
@@ -212,9 +213,9 @@ def _is_config(value: Any) -> bool:
 
 
 def _config(config: Any) -> str:
-    lines = []
+    lines, silent = [], left_out(config) if is_dataclass(config) else ()
     for name, value in vars(config).items():
-        if name in _LABELS or name.startswith(_PREFIXES) or name.endswith("_token_id"):
+        if name in silent or name in _LABELS or name.startswith(_PREFIXES) or name.endswith("_token_id"):
             continue
         text = _config(value) if _is_config(value) else _plain(value)
         if text is not None:

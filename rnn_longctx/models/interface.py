@@ -65,6 +65,7 @@ class Shape(Protocol):
 
     Attributes:
         mlp: the width of a gated MLP after every mixer, as a multiple of d_model; 0: there is none.
+        norm: the norms of the residual, "rms" or "layer".
     """
 
     d_model: int
@@ -76,12 +77,14 @@ class Shape(Protocol):
 
     @property
     def mlp(self) -> float: ...
+    @property
+    def norm(self) -> str: ...
     def make_mixers(self) -> Iterator[Mixer]: ...
 
 
 class LayerShape(Shape, Protocol):
-    """What a mixer is built from: the shape of its model, which of the layers it is in, from 0 on, and whether it is the
-    first of its kind."""
+    """What a mixer is built from: the shape of its model, which of the layers it is in, from 0 on, and whether it is
+    the first of its kind."""
 
     @property
     def layer(self) -> int: ...

@@ -1,4 +1,4 @@
-"""RMSNorm: PyTorch, and on a GPU one kernel, with gradients one more."""
+"""RMSNorm: PyTorch, and on a GPU one kernel, with gradients one more. LayerNorm: PyTorch alone."""
 
 from __future__ import annotations
 
@@ -39,8 +39,7 @@ class RMSNorm(nn.Module):
         if choose.fits(x):
             dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else self.weight.dtype
             return choose.chosen().norm(x, self.weight, self.eps, self.groups, add=more, dtype=dtype, total=wide)
-        if more is not None:
-            x = x.to(wide) + (more.scaled() if isinstance(more, DeferredNorm) else more)
+        x = _sum(x, more, wide)
         return self._norm(x, None).to(self.weight.dtype), x
 
     def _norm(self, x: Tensor, gate: Tensor | None) -> Tensor:
@@ -53,3 +52,30 @@ class RMSNorm(nn.Module):
             parts = x.unflatten(-1, (self.groups, -1))
             x = F.rms_norm(parts, parts.shape[-1:], None, self.eps).flatten(-2)
         return x * self.weight
+
+
+class LayerNorm(nn.Module):
+    """A norm over the last axis that takes the mean away, with a bias (arXiv 1607.06450), as RWKV's blocks have."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.zeros(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the norm of x (..., dim)."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        normed = F.layer_norm(x.to(wide), x.shape[-1:], None, None, self.eps)
+        return (normed * self.weight + self.bias).to(x.dtype)
+
+    def add(self, x: Tensor, more: Tensor | DeferredNorm | None, in_fp32: bool) -> tuple[Tensor, Tensor]:
+        """See `RMSNorm.add`."""
+        wide = torch.float32 if in_fp32 and x.dtype != torch.float64 else x.dtype
+        x = _sum(x, more, wide)
+        return self(x).to(self.weight.dtype), x
+
+
+def _sum(x: Tensor, more: Tensor | DeferredNorm | None, dtype: torch.dtype) -> Tensor:
+    if more is None:
+        return x
+    return x.to(dtype) + (more.scaled() if isinstance(more, DeferredNorm) else more)

@@ -96,5 +96,5 @@ def test_settings_out_of_range(text):
 
 
 def test_contributions_do_not_add_up_where_a_state_is_erased(mixed):
-    with pytest.raises(InputError, match="a later token erases.*delta recurrence of own"):
+    with pytest.raises(InputError, match=r"a later token erases.*delta recurrence of own"):
         attribute(mixed, torch.randint(256, (1, 20)))

@@ -37,8 +37,11 @@ def ids_of(length=40, rows=2):
     return torch.randint(VOCAB, (rows, length))
 
 
-def norm(x, eps=1e-5):
-    return x / (x.square().mean(-1, keepdim=True) + eps).sqrt()
+def norm(x, module):
+    if hasattr(module, "bias"):
+        x = x - x.mean(-1, keepdim=True)
+    y = x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * module.weight
+    return y + module.bias if hasattr(module, "bias") else y
 
 
 def low_rank(maps, x, between):
@@ -82,22 +85,22 @@ def channel_mixing(m, u):
     return torch.relu((u + (before - u) * m.mix) @ m.key.weight.T) ** 2 @ m.value.weight.T
 
 
-@pytest.mark.parametrize("channels", [False, True], ids=["time mixing alone", "with channel mixing"])
+@pytest.mark.parametrize("whole", [False, True], ids=["time mixing alone", "as in the paper"])
 @torch.no_grad()
-def test_the_formulas(channels):
-    lm = model([TIME, "rwkv7-ffn:expand=2"], layers=6) if channels else model()
+def test_the_formulas(whole):
+    lm = model([TIME, "rwkv7-ffn:expand=2"], layers=6, norm="layer") if whole else model()
     ids, rows = ids_of(), []
     for row in ids:
         h, first = lm.backbone.embedding.weight[row], None
         for block in lm.layers:
-            u = norm(h) * block.norm.weight
+            u = norm(h, block.norm)
             if type(block.mixer).name == "rwkv7":
                 out, values = time_mixing(block.mixer, u, first)
                 first = values if first is None else first
             else:
                 out = channel_mixing(block.mixer, u)
             h = h + out
-        rows.append(norm(h) * lm.backbone.norm_f.weight)
+        rows.append(norm(h, lm.backbone.norm_f))
     torch.testing.assert_close(lm(ids), torch.stack(rows), rtol=1e-9, atol=1e-9)
 
 
@@ -190,7 +193,7 @@ def test_nothing_is_left_between_calls():
 
 @torch.no_grad()
 def test_saved_and_loaded(tmp_path):
-    lm, ids = model([TIME, "rwkv7-ffn"], layers=4, dtype=torch.float32), ids_of()
+    lm, ids = model([TIME, "rwkv7-ffn"], layers=4, dtype=torch.float32, norm="layer", mlp=1.0), ids_of()
     checkpoint.save(lm, tmp_path)
     loaded = checkpoint.load(tmp_path)
     assert loaded.config == lm.config and loaded.weights_hash == lm.weights_hash
@@ -204,6 +207,7 @@ def test_saved_and_loaded(tmp_path):
         ({"mixer": "rwkv7:headdim=1"}, "headdim must be at least 2"),
         ({"mixer": "rwkv7:rank_w=0"}, "rank_w must be at least 1"),
         ({"mixer": "rwkv7-ffn:expand=0"}, "expand must be above 0"),
+        ({"mixer": "rwkv7", "norm": "batch"}, "norm: expected rms or layer, got 'batch'"),
     ],
 )
 def test_a_config_that_is_none(data, message):

@@ -21,10 +21,11 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from rnn_longctx.config import from_dict
@@ -74,6 +75,8 @@ WITHOUT_MLP = Frame(
     {"norm.weight": ("norm.weight",)},
 )
 
+LAYERS_IN_TURNS = Frame("model.embeddings.weight", "model.norm.weight", "model.layers", "attn", {})  # (see `RWKV7`)
+
 
 @dataclass(frozen=True)
 class FlaType:
@@ -81,6 +84,7 @@ class FlaType:
 
     Attributes:
         norm_eps, hidden_ratio: their defaults; the second is of the MLP, where `intermediate_size` is not said.
+        norm: the norms of the residual, as `ModelConfig.norm`.
     """
 
     mixer: str
@@ -92,6 +96,7 @@ class FlaType:
     frame: Frame = WITH_MLP
     norm_eps: float = 1e-6
     hidden_ratio: float = 4
+    norm: str = "rms"
 
     # --- config.json
 
@@ -116,6 +121,7 @@ class FlaType:
             "norm_eps": data.get("norm_eps", self.norm_eps),
             "tie_embeddings": data.get("tie_word_embeddings", False),
             "residual_in_fp32": data.get("residual_in_fp32", False),
+            "norm": self.norm,
         }
         config = from_dict(ModelConfig, shape, where)
         config.mixer = canonical(*mixer_settings(text))
@@ -148,6 +154,8 @@ class FlaType:
         for name, value in self.fixed.items():
             if getattr(settings, name) != value:
                 raise InputError(f"layout 'fla' cannot hold {name} {getattr(settings, name)}: fla's is {value}")
+        if config.norm != self.norm:
+            raise InputError(f"layout 'fla' cannot hold norm {config.norm!r}: its {self.model_type} has {self.norm!r}")
         if bool(config.mlp) != self.frame.has_mlp:
             layers = "have one" if self.frame.has_mlp else "have none"
             raise InputError(
@@ -157,6 +165,11 @@ class FlaType:
     @property
     def model_type(self) -> str:
         return next(name for name, kind in TYPES.items() if kind is self)
+
+    @property
+    def mixers(self) -> tuple[str, ...]:
+        """Our mixers that take turns in a model of theirs."""
+        return (self.mixer,)
 
     def _mlp(self, data: dict[str, Any], where: str) -> float:
         if not self.frame.has_mlp:
@@ -170,7 +183,7 @@ class FlaType:
 
     # --- tensors
 
-    def unpack(self, tensors: Tensors) -> Tensors:
+    def unpack(self, tensors: Tensors, config: ModelConfig) -> Tensors:
         """Return their tensors with those worked out that have no counterpart one by one, by our names."""
         return tensors
 
@@ -178,9 +191,9 @@ class FlaType:
         """Return tensors by their names, with ours worked out that have no counterpart one by one."""
         return tensors
 
-    def read_tensors(self, stored: Tensors, names: Iterable[str]) -> Tensors:
-        """Return their tensors by our names, and as they are those that have no place here."""
-        stored, ours = self.unpack(dict(stored)), {}
+    def read_tensors(self, stored: Tensors, names: Iterable[str], config: ModelConfig) -> Tensors:
+        """Return their tensors by our names, and as they are those that have no place here. config: ours."""
+        stored, ours = self.unpack(dict(stored), config), {}
         for name in names:
             pieces = [stored.pop(theirs) for theirs in self.theirs(name) if theirs in stored]
             if pieces:
@@ -218,7 +231,7 @@ class HeadGated(FlaType):
             return {**data, "num_kv_heads": None}
         return data
 
-    def unpack(self, tensors: Tensors) -> Tensors:
+    def unpack(self, tensors: Tensors, config: ModelConfig) -> Tensors:
         return {name.replace(".attn.g_norm.", ".attn.g_norm_swish_gate."): t for name, t in tensors.items()}
 
 
@@ -239,7 +252,7 @@ class HGRN2(FlaType):
         data = super().write_config(config, dtype, extra)
         return {**data, "expand_ratio": config.d_model // data["num_heads"]}
 
-    def unpack(self, tensors: Tensors) -> Tensors:
+    def unpack(self, tensors: Tensors, config: ModelConfig) -> Tensors:
         logs = tensors.pop("model.lower_bounds", torch.zeros(1, 1)).double()  # (L, d_model)
         above = [logs[0]]  # log(1 - b_l) but for a constant, from the last layer down
         for share in logs[1:].flip(0)[:-1]:
@@ -291,7 +304,7 @@ class Delta(FlaType):
         """Their keys that are None where there is none of what they count."""
         return {key for key, default in self.keys.values() if default == 0 and not isinstance(default, bool)}
 
-    def unpack(self, tensors: Tensors) -> Tensors:
+    def unpack(self, tensors: Tensors, config: ModelConfig) -> Tensors:
         for name in [name for name in tensors if name.endswith(".q_conv1d.weight")]:
             names = [name.replace(".q_conv1d.", f".{which}_conv1d.") for which in "qkv"]
             if all(n in tensors for n in names):
@@ -313,6 +326,100 @@ class SafelyGated(Delta):
     def write_config(self, config: ModelConfig, dtype: torch.dtype, extra: dict[str, Any]) -> dict[str, Any]:
         data = super().write_config(config, dtype, extra)
         return {**data, "safe_gate": data["lower_bound"] is not None}
+
+
+_LETTERS = "rwkvag"  # the order of our RWKV-7's `mix`
+
+
+@dataclass(frozen=True)
+class RWKV7(FlaType):
+    """RWKV-7, each of whose layers is two of ours. Its norms are LayerNorms, whose biases may be left out; one more,
+    right after the embedding, is put into that when it is read."""
+
+    norm: str = "layer"
+
+    def settled(self, data: dict[str, Any], where: str) -> dict[str, Any]:
+        hidden, heads = _of(data, "hidden_size", where), data.get("num_heads")
+        data = dict(data)
+        if data.get("head_dim", 64) is None and isinstance(heads, int) and heads > 0:
+            data["head_dim"] = hidden // heads
+        if unsaid := [key for key, _ in self.keys.values() if key in data and data[key] is None]:
+            ranks = mixer_settings(f"rwkv7:headdim={data.get('head_dim', 64)}")[1].ranks(hidden)
+            ranks = {self.keys[f"rank_{letter}"][0]: rank for letter, rank in ranks.items()}
+            data |= {key: ranks[key] for key in unsaid if key in ranks}
+        values = data.get("value_dim")
+        if any(value != hidden for value in (values if isinstance(values, list) else [values or hidden])):
+            raise InputError(f"{where}: value_dim {values!r} is not supported, only hidden_size, {hidden}")
+        if data.get("norm_first", True) and data.get("tie_word_embeddings"):
+            raise InputError(
+                f"{where}: tie_word_embeddings with norm_first is not supported: the head is then not normed"
+            )
+        return data
+
+    def read_config(self, data: dict[str, Any], where: str) -> ModelConfig:
+        config = super().read_config(data, where)
+        hidden, inside = config.d_model, data.get("intermediate_size")
+        if inside is None:
+            ratio = data.get("hidden_ratio", self.hidden_ratio)
+            inside = 32 * math.ceil(int(hidden * (self.hidden_ratio if ratio is None else ratio)) / 32)
+        mixers = [config.texts[0], canonical(*mixer_settings(f"rwkv7-ffn:expand={inside / hidden}"))]
+        return replace(config, mixer=mixers, n_layer=2 * config.n_layer)
+
+    def write_config(self, config: ModelConfig, dtype: torch.dtype, extra: dict[str, Any]) -> dict[str, Any]:
+        data = super().write_config(config, dtype, extra)
+        ranks = mixer_settings(config.texts[0])[1].ranks(config.d_model)
+        data |= {self.keys[f"rank_{letter}"][0]: rank for letter, rank in ranks.items()}
+        inside = mixer_settings(config.texts[1])[1].width(config.d_model)
+        layers = {"num_hidden_layers": config.n_layer // 2, "hidden_ratio": None, "intermediate_size": inside}
+        return {**data, **layers, "norm_first": False, "norm_bias": True}
+
+    def check(self, config: ModelConfig) -> None:
+        super().check(config)
+        if config.n_layer % 2:
+            raise InputError(
+                f"layout 'fla' cannot hold {config.n_layer} layers of {' and '.join(self.mixers)} in turns"
+            )
+
+    @property
+    def mixers(self) -> tuple[str, ...]:
+        return self.mixer, "rwkv7-ffn"
+
+    def unpack(self, tensors: Tensors, config: ModelConfig) -> Tensors:
+        first = "model.layers.0.pre_norm"
+        if (weight := tensors.pop(f"{first}.weight", None)) is not None:
+            bias, table = tensors.pop(f"{first}.bias", None), tensors["model.embeddings.weight"].float()
+            bias = None if bias is None else bias.float()
+            normed = F.layer_norm(table, table.shape[-1:], weight.float(), bias, config.norm_eps)
+            tensors["model.embeddings.weight"] = normed
+        for name in list(tensors):
+            if re.search(r"norm\.weight$", name):
+                tensors.setdefault(name.replace(".weight", ".bias"), torch.zeros_like(tensors[name]))
+            elif name.endswith(".attn.x_x"):  # of its first version
+                rows = tensors.pop(name).reshape(len(_LETTERS), 1, -1)
+                tensors |= {name.replace(".x_x", f".x_{letter}"): row for letter, row in zip(_LETTERS, rows)}
+            elif re.search(r"\.attn\.x_.$", name):
+                tensors[name] = tensors[name].reshape(1, -1)
+            elif name.endswith(".ffn.x_k"):
+                tensors[name] = tensors[name].reshape(-1)
+        return tensors
+
+    def pack(self, tensors: Tensors, config: ModelConfig) -> Tensors:
+        return {name: t.view(1, 1, -1) if re.search(r"\.attn\.x_.$", name) else t for name, t in tensors.items()}
+
+    def theirs(self, name: str) -> tuple[str, ...]:
+        if name == "backbone.norm_f.bias":
+            return ("model.norm.bias",)
+        if not (inside := re.fullmatch(r"backbone\.layers\.(\d+)\.(norm|mixer)\.(.+)", name)):
+            return super().theirs(name)
+        layer, channels = divmod(int(inside[1]), 2)
+        place, rest = f"model.layers.{layer}.{'ffn' if channels else 'attn'}", inside[3]
+        if inside[2] == "norm":
+            return (f"{place}_norm.{rest}",)
+        if rest == "mix":
+            return (f"{place}.x_k",) if channels else tuple(f"{place}.x_{letter}" for letter in _LETTERS)
+        module, *more = rest.split(".")
+        inner = ["lora"] if module.endswith("_lora") else []
+        return (".".join([place, self.renamed.get(module, module), *inner, *more]),)
 
 
 # What every type may say that is not computed here: their key and the values that are.
@@ -407,6 +514,21 @@ TYPES: dict[str, FlaType] = {
         only={"use_beta": (True,), "use_short_conv": (True,), "qk_norm": ("l2",), "qk_activation": ("silu",)},
         renamed={"norm": "o_norm", "out_proj": "o_proj"},
     ),
+    "rwkv7": RWKV7(
+        "rwkv7",
+        "RWKV7ForCausalLM",
+        keys={
+            "headdim": ("head_dim", 64),
+            "rank_w": ("decay_low_rank_dim", 64),
+            "rank_a": ("a_low_rank_dim", 64),
+            "rank_v": ("v_low_rank_dim", 16),
+            "rank_g": ("gate_low_rank_dim", 128),
+        },
+        only={"hidden_act": ("sqrelu",)},
+        renamed={"group_norm": "g_norm", "out_proj": "o_proj"},
+        frame=LAYERS_IN_TURNS,
+        norm_eps=1e-5,
+    ),
 }
 
 
@@ -420,13 +542,15 @@ def type_of(data: Mapping[str, Any]) -> FlaType | None:
 
 def type_for(config: Mamba2Config | ModelConfig) -> FlaType:
     """Return the type of fla's that holds a model of ours. Raises InputError where there is none."""
-    texts = set() if isinstance(config, Mamba2Config) else {canonical(*mixer_settings(text)) for text in config.texts}
-    kinds = {kind.mixer: kind for kind in TYPES.values()}
-    name = next(iter(texts)).partition(":")[0] if len(texts) == 1 else ""
-    if not isinstance(config, ModelConfig) or name not in kinds:
-        raise InputError(f"layout 'fla' is for models whose layers are all alike, of one of {', '.join(kinds)}")
-    kinds[name].check(config)
-    return kinds[name]
+    texts = [] if isinstance(config, Mamba2Config) else [canonical(*mixer_settings(text)) for text in config.texts]
+    texts = texts[:1] if len(set(texts)) == 1 else texts
+    kinds = {kind.mixers: kind for kind in TYPES.values()}
+    kind = kinds.get(tuple(text.partition(":")[0] for text in texts))
+    if not isinstance(config, ModelConfig) or kind is None:
+        names = ", ".join(" in turns with ".join(names) for names in kinds)
+        raise InputError(f"layout 'fla' is for models whose layers are all alike, of one of {names}")
+    kind.check(config)
+    return kind
 
 
 def _of(data: Mapping[str, Any], key: str, where: str) -> int:

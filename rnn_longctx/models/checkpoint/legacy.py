@@ -16,6 +16,7 @@ from rnn_longctx.models.checkpoint.json_files import plain
 from rnn_longctx.models.checkpoint.weights import stored_state
 from rnn_longctx.models.interface import LanguageModel
 from rnn_longctx.models.lm import LM
+from rnn_longctx.spec import left_out
 
 _INIT = ("A_init", "A_log_uniform", "dt_init")  # settings that only an initialisation reads
 
@@ -30,7 +31,8 @@ def old_hashes(model: LanguageModel) -> Iterator[str]:
     """Yield what an older version may have called these weights: of this library's, one for each type that holds all of
     their numbers, since it was of the file that they came from; none where they are offloaded."""
     if isinstance(model, LM):
-        shape = {k: v for k, v in plain(to_dict(model.config)).items() if k not in _INIT}
+        later = left_out(model.config)  # settings that older versions did not have
+        shape = {k: v for k, v in plain(to_dict(model.config)).items() if k not in _INIT and k not in later}
         weights = stored_state(model, model.dtype)
         for dtype in dict.fromkeys((model.dtype, *DTYPES.values())):
             tensors = stored_state(model, dtype)

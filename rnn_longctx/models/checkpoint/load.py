@@ -13,6 +13,7 @@ from rnn_longctx.models.checkpoint.layouts import read_header
 from rnn_longctx.models.checkpoint.locate import locate
 from rnn_longctx.models.checkpoint.tokenizer import LazyTokenizer, fits
 from rnn_longctx.models.checkpoint.weights import check_finite, fitting, read_weights, stored_dtype
+from rnn_longctx.models.config import ModelConfig
 from rnn_longctx.models.lm import LM
 
 
@@ -45,7 +46,8 @@ def load(
         model = LM(header.config)
     tensors = read_weights(directory)
     if header.fla is not None:
-        tensors = header.fla.read_tensors(tensors, model.state_dict())
+        assert isinstance(header.config, ModelConfig)
+        tensors = header.fla.read_tensors(tensors, model.state_dict(), header.config)
     stored = fitting(tensors, model, str(source))
     check_finite(stored, str(source))
 

@@ -48,6 +48,7 @@ class Mamba2Config:
     """
 
     mlp: ClassVar[float] = 0.0  # (there is none)
+    norm: ClassVar[str] = "rms"
 
     d_model: int = 256
     n_layer: int = 6

@@ -8,12 +8,14 @@ the text sets, a channel each.
     S_t = S_{t-1} (diag(decay_t) - kappa_t (a_t kappa_t)^T) + v_t k~_t^T
     y_t = S_t r_t                                     out_t = W_o (g_t (GroupNorm(y_t) + (r_t rho . k~_t) v_t))
 
-In the scan's words x are the values, B the keys k~, C the receptances r. What is read of the state, along kappa, has not
-decayed yet. After the first such layer values are drawn towards that layer's, v_t + (v^1_t - v_t) sigmoid(v'_t).
+In the scan's words x are the values, B the keys k~, C the receptances r. What is read of the state, along kappa, has
+not decayed yet. After the first such layer values are drawn towards that layer's, v_t + (v^1_t - v_t) sigmoid(v'_t). It
+leaves them on the `Span` of the call: they are of the call's own tokens, so that they are no state and in no carry.
 
-Names and first weights are those of flash-linear-attention (0.6), which follow the authors' code, but for W_o: it begins
-small and not at 0, as in all layers here. The paper's blocks have a channel mixing of their own after it, which is the
-mixer "rwkv7-ffn"; a model of `[rwkv7, rwkv7-ffn]` has both. With `mlp` the gated MLP of this library stands there.
+Names and first weights are those of flash-linear-attention (0.6), which follow the authors' code, but for W_o: it
+begins small and not at 0, as in all layers here. The paper's blocks have a channel mixing of their own after it, which
+is the mixer "rwkv7-ffn", and LayerNorms: `mixer: [rwkv7, rwkv7-ffn], norm: layer`. With `mlp` the gated MLP of this
+library stands there.
 """
 
 from __future__ import annotations
@@ -104,7 +106,7 @@ class RWKV7(Recurrent):
 
     @torch.no_grad()
     def _begin(self, layer: int, layers: int) -> None:
-        """Set the first weights, which hang on the depth and, channel by channel, on the place in the layer and head."""
+        """Set the first weights, which hang on the depth and, a channel each, on the place in the layer and head."""
         width, size = self.k_k.shape[0], self.headdim
         depth, above = layer / max(layers - 1, 1), 1 - layer / layers
         place = torch.arange(width, device=self.k_k.device, dtype=torch.float32)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +34,10 @@ class RWKV7FFNConfig:
         if not 0 < self.expand < math.inf:
             raise InputError(f"rwkv7-ffn: expand must be above 0, got {self.expand:g}")
 
+    def width(self, d_model: int) -> int:
+        """Return the channels between the two maps of a layer."""
+        return max(1, round(self.expand * d_model))
+
 
 @registered
 @dataclass
@@ -47,15 +51,16 @@ class LastToken:
 class RWKV7FFN(nn.Module):
     """A layer of RWKV-7's channel mixing."""
 
-    name, Config = "rwkv7-ffn", RWKV7FFNConfig
+    name: ClassVar[str] = "rwkv7-ffn"
+    Config: ClassVar[Any] = RWKV7FFNConfig
     attends: ClassVar[bool] = False
 
     def __init__(self, config: RWKV7FFNConfig, model: LayerShape):
         super().__init__()
-        width, inside = model.d_model, max(1, round(config.expand * model.d_model))
+        width = model.d_model
         self.mix = nn.Parameter(torch.empty(width))  # mu
-        self.key = nn.Linear(width, inside, bias=False)
-        self.value = nn.Linear(inside, width, bias=False)
+        self.key = nn.Linear(width, config.width(width), bias=False)
+        self.value = nn.Linear(config.width(width), width, bias=False)
         with torch.no_grad():
             place = torch.arange(width, device=self.mix.device) / width
             self.mix.copy_(1 - place ** (1 - model.layer / model.n_layer) ** 4)

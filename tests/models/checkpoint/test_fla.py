@@ -92,7 +92,8 @@ def logits(model: LM) -> torch.Tensor:
 
 
 def test_every_type_is_tried():
-    assert {kind.mixer for kind in TYPES.values()} == set(SMALL) == set(LAYER)
+    alone = {kind.mixers for kind in TYPES.values()} - {("rwkv7", "rwkv7-ffn")}  # (test_fla_rwkv7.py)
+    assert alone == {(mixer,) for mixer in SMALL} and set(SMALL) == set(LAYER)
 
 
 @pytest.mark.parametrize("tie", [False, True])
@@ -203,6 +204,7 @@ def test_models_without_bounds_or_with_one_layer(tmp_path):
         (ModelConfig("gla:heads=2", 16, 2), "cannot hold mlp 0: all layers of its gla have one"),
         (ModelConfig("mamba1", 16, 2, mlp=2), "cannot hold mlp 2: all layers of its mamba have none"),
         (ModelConfig("gla:heads=2,rank=4", 16, 2, mlp=2), "cannot hold rank 4: fla's is 16"),
+        (ModelConfig("gla:heads=2", 16, 2, mlp=2, norm="layer"), "cannot hold norm 'layer': its gla has 'rms'"),
     ],
 )
 def test_what_fla_does_not_compute_is_refused(config, message, tmp_path):
