@@ -68,6 +68,7 @@ class KDA(ChannelRated):
             config.neg_eigval,
         )
         self.config = config
+        self.bounded = config.lower_bound < 0
         self.begin()
         rates.begin(self.A_log, self.dt_bias)
         if config.lower_bound:
