@@ -37,6 +37,7 @@ THEIRS = {
     "gated_deltanet": {"num_heads": 2, "head_dim": 16, "num_v_heads": 4, "intermediate_size": 96},
     "kda": {"num_heads": 2, "head_dim": 16, "intermediate_size": 96},
     "delta_net": {"num_heads": 2, "use_gate": True, "intermediate_size": 96},
+    "rwkv7": {"head_dim": 16, "num_heads": 4, "intermediate_size": 96},
 }
 OURS = {
     "gla": "gla:heads=2,expand_k=1",
@@ -46,6 +47,7 @@ OURS = {
     "gated_deltanet": "gated-deltanet:heads=2,head_dim=16,expand_v=1,neg_eigval=true",
     "kda": "kda:heads=2,head_dim=16,lower_bound=-5",
     "delta_net": "deltanet:heads=4,expand_v=2",
+    "rwkv7": ["rwkv7:headdim=16", "rwkv7-ffn:expand=1.5"],
 }
 
 
@@ -63,6 +65,8 @@ def stirred(module: torch.nn.Module, factor: float) -> torch.nn.Module:
             p.add_(0.2 * torch.rand(()))
         elif p.ndim == 1 or "bounds" in name:
             p.add_(0.3 * torch.randn_like(p))
+        elif not p.any():  # of a low-rank map
+            p.normal_(std=0.2)
         elif "dt_proj" not in name and "A_log" not in name:
             p.mul_(factor)
     return module.eval()
@@ -98,7 +102,8 @@ def test_theirs_is_read(kind, tmp_path):
 
 @pytest.mark.parametrize("kind", OURS)
 def test_ours_is_read_by_theirs(kind, tmp_path):
-    config = ModelConfig(OURS[kind], d_model=64, n_layer=3, vocab_size=97, mlp=0 if kind == "mamba" else 1.5)
+    around = {"mamba": {}, "rwkv7": {"norm": "layer"}}.get(kind, {"mlp": 1.5})
+    config = ModelConfig(OURS[kind], d_model=64, n_layer=6 if kind == "rwkv7" else 3, vocab_size=97, **around)
     ours = stirred(LM(config), 5 if kind in ("gated_deltanet", "kda", "delta_net") else 1)
     save(ours, tmp_path, layout="fla")
     if kind == "mamba":
