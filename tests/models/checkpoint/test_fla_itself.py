@@ -34,6 +34,7 @@ THEIRS = {
     "retnet": {"num_heads": 2, "intermediate_size": 96},
     "hgrn2": {"expand_ratio": 32, "intermediate_size": 96},
     "mamba": {"state_size": 4},
+    "rwkv7": {"head_dim": 16, "intermediate_size": 96, **{f"{c}_low_rank_dim": 8 for c in ("decay", "a", "v", "gate")}},
     "gated_deltanet": {"num_heads": 2, "head_dim": 16, "num_v_heads": 4, "intermediate_size": 96},
     "kda": {"num_heads": 2, "head_dim": 16, "intermediate_size": 96},
     "delta_net": {"num_heads": 2, "use_gate": True, "intermediate_size": 96},
@@ -46,6 +47,7 @@ OURS = {
     "gated_deltanet": "gated-deltanet:heads=2,head_dim=16,expand_v=1,neg_eigval=true",
     "kda": "kda:heads=2,head_dim=16,lower_bound=-5",
     "delta_net": "deltanet:heads=4,expand_v=2",
+    "rwkv7": ["rwkv7:headdim=16", "rwkv7-ffn:expand=1.5"],
 }
 
 
@@ -98,7 +100,9 @@ def test_theirs_is_read(kind, tmp_path):
 
 @pytest.mark.parametrize("kind", OURS)
 def test_ours_is_read_by_theirs(kind, tmp_path):
-    config = ModelConfig(OURS[kind], d_model=64, n_layer=3, vocab_size=97, mlp=0 if kind == "mamba" else 1.5)
+    shape = {"n_layer": 3, "mlp": 0 if kind == "mamba" else 1.5}
+    shape = {"n_layer": 6, "norm": "layer", "tie_embeddings": False} if kind == "rwkv7" else shape
+    config = ModelConfig(OURS[kind], d_model=64, vocab_size=97, **shape)
     ours = stirred(LM(config), 5 if kind in ("gated_deltanet", "kda", "delta_net") else 1)
     save(ours, tmp_path, layout="fla")
     if kind == "mamba":
