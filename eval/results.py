@@ -25,18 +25,19 @@ from typing import Any
 
 import pandas as pd
 
-from rnn_longctx.config import home_path
+from rnn_longctx.config import counted, home_path
 from rnn_longctx.errors import InputError
 from rnn_longctx.files import write_atomic
 
 # What makes two cells different. `length` in tokens; `depth` a fraction, None for all depths together; `state_dtype`
-# what the recurrent state is rounded to between calls, None for the scan's own float32 (float64 under float64).
+# what the recurrent state is rounded to between calls, None for the scan's own float32 (float64 under float64);
+# `plugins` a hash of the source of all plugins that were loaded, None for none.
 KEY = (
     *("model", "weights_hash", "mitigation", "calibration", "task", "text", "text_hash", "tokenizer"),
-    *("length", "depth", "metric", "batch", "dtype", "backend", "device", "seed", "state_dtype"),
+    *("length", "depth", "metric", "batch", "dtype", "backend", "device", "seed", "state_dtype", "plugins"),
 )
 # Columns that older tables lack: None in their rows, and no part of a key where they are None.
-_LATER = {"state_dtype", "tokens_read"}
+_LATER = {"state_dtype", "tokens_read", "plugins"}
 # What was measured. `samples`: one float per slice or prompt, in the order of the slices, so that two rows on
 # the same text pair by position. Times in seconds, `train_length` in tokens, and so `tokens_read`: of each slice or
 # prompt, the mean over them, whatever of it a remedy or control reads again or leaves out.
@@ -122,12 +123,27 @@ class Results:
         for path in (self.directory / "snapshots").glob(f"{prefix}*"):
             path.unlink(missing_ok=True)
 
-    def relabel(self, model: str, weights_hash: str, train_length: int | None) -> None:
-        """Give a model's stored rows another training length: what was measured hangs on it by way of a calibration
-        alone, which is in the key with the length that it is of."""
+    def relabel(self, model: str, weights_hash: str, train_length: int | None, before: str) -> None:
+        """Give a model's stored rows its training length, and its name where an older version called it `before`: what
+        was measured depends on the length through a calibration alone, which is in the key with the length that it is
+        of, and not on the name."""
+        renamed = 0
         for row in self.rows():
-            if (row["model"], row["weights_hash"]) == (model, weights_hash) and row["train_length"] != train_length:
-                self.put(row | {"train_length": train_length})
+            if row["weights_hash"] != weights_hash or row["model"] not in (model, before):
+                continue
+            new = row | {"model": model, "train_length": train_length}
+            if row["model"] == model and row != new:
+                self.put(new)
+            elif row["model"] == before != model and self.get(new) is None:
+                self.put(new)
+                self._path(row).unlink(missing_ok=True)
+                renamed += 1
+        if renamed:
+            cells = counted(renamed, "cell")
+            logging.getLogger(__name__).warning(
+                "%s: %s of this model are now filed under its name, %s; they were under %s",
+                *(self.directory, cells, model, before),
+            )
 
     @staticmethod
     def read(directory: str | Path) -> pd.DataFrame:

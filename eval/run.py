@@ -15,6 +15,7 @@ from rnn_longctx.eval.results import Results, Row, to_frame
 from rnn_longctx.eval.tables.sheets import SETTING, alike
 from rnn_longctx.mitigations import Remedy
 from rnn_longctx.models.adopt.adopting import as_language_model
+from rnn_longctx.models.checkpoint.locate import former_name
 from rnn_longctx.models.interface import LanguageModel
 from rnn_longctx.models.modes import in_evaluation
 from rnn_longctx.models.segments import SEGMENTS
@@ -93,7 +94,7 @@ def _measurings(model: LanguageModel, question: Question, results: Results | Non
     ]
     weights = measurings[0].weights_hash  # of the model before any remedy is put on it
     if results:
-        results.relabel(model.name, weights, model.train_length)
+        results.relabel(model.name, weights, model.train_length, former_name(model.name))
     return measurings
 
 

@@ -73,6 +73,30 @@ def paired_bootstrap(a: Sequence[float], b: Sequence[float], n_boot: int = 2000,
     return Interval(float(d.mean()), float(low), float(high), d.size)
 
 
+def crossed(samples: Sequence[Sequence[float]]) -> Interval:
+    """Mean over models (seeds) of values on the same slices, samples[seed][slice], and its 95% interval.
+
+    Both seeds and slices were drawn: the variances of the mean that the one and the other show are added, and degrees
+    of freedom are Satterthwaite's. The noise within a cell is counted in both, so the interval is rather too wide. One
+    seed gives the interval over slices, one slice that over seeds. ValueError: no samples, or not the same slices.
+    """
+    if not samples or not len(samples[0]) or any(len(row) != len(samples[0]) for row in samples):
+        raise ValueError(f"expected as many samples of every seed, and some: got {[len(row) for row in samples]}")
+    x = np.asarray(samples, dtype=float)
+    n = x.shape[1]
+    with np.errstate(invalid="ignore"):  # infinite ones may have no mean
+        value = float(x.mean())
+    if not np.isfinite(x).all() or x.size == 1:
+        return Interval(value, math.nan, math.nan, n)
+    parts = [(means.var(ddof=1) / len(means), len(means) - 1) for means in (x.mean(1), x.mean(0)) if len(means) > 1]
+    variance = sum(v for v, _ in parts)
+    if not variance:
+        return Interval(value, value, value, n)
+    freedom = max(1, int(1e-9 + variance**2 / sum(v**2 / f for v, f in parts)))  # (a whole number stays one)
+    half = student(freedom) * math.sqrt(variance)
+    return Interval(value, value - half, value + half, n)
+
+
 def wilson(successes: float, n: float, level: float = 0.95) -> Interval:
     """Proportion with Wilson's score interval (1927), which stays sensible at 0 and n successes out of n. Of answers
     that hang together, `n` is the effective number, and need not be whole."""

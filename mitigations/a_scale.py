@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rnn_longctx.errors import InputError
-from rnn_longctx.mitigations.base import REMEDIES, Need, Plan, Remedy, above_zero, per_layer
+from rnn_longctx.mitigations.base import REMEDIES, Need, NotApplicable, Plan, Remedy, above_zero, per_layer
 from rnn_longctx.mitigations.scales import ALPHAS, FACTORS
 from rnn_longctx.models.interface import LanguageModel
 from rnn_longctx.recurrence.policy import ScanPolicy
@@ -67,5 +67,10 @@ class AScale(Remedy):
     def plan(self, model: LanguageModel, target_length: int | None = None, text: Text | None = None) -> Plan:
         scales = per_layer("a-scale", self.scale, model)
         if self.place == "rate":
+            if any(mixer.bounded for mixer in model.mixers):
+                raise NotApplicable(
+                    f"a-scale: decays of {model.name} are made by a sigmoid with a lower bound, so that a factor on A "
+                    "is none on a log-decay: delta-scale, place=decay and rri act on that itself"
+                )
             return Plan(tuple(ScanPolicy(mul=s) for s in scales))
         return Plan(tuple(ScanPolicy(add=math.log(s)) for s in scales))

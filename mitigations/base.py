@@ -211,7 +211,7 @@ def _one_step_a_head(model: LanguageModel) -> bool:
 
 def _per_channel(model: LanguageModel) -> bool:
     """Whether a layer learned its rates for every channel of the state, as Mamba-1 does."""
-    return any(mixer.per_channel and mixer.A is not None for mixer in model.mixers)
+    return any(mixer.A is not None and mixer.A.ndim == 2 for mixer in model.mixers)
 
 
 def _unknown_train_length(remedy: str, model: LanguageModel) -> str | None:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from rnn_longctx.config import home_path, load_yaml
+from rnn_longctx.config import counted, home_path, load_yaml
 from rnn_longctx.errors import InputError
 from rnn_longctx.measure.calibration import Calibration
 from rnn_longctx.mitigations.base import REMEDIES, Plan, Remedy
@@ -114,18 +114,19 @@ class CalibratedRemedy(Remedy):
         shape = shape_of(model)
         for key, value in shape.items():
             if (calibrated := self.content.model.get(key)) != value:
-                raise InputError(f"{self.file} was found for a model of {calibrated} {key}, this one has {value}")
+                raise InputError(f"{self.file} was found for a model with {key} = {calibrated}, this one has {value}")
         if len(self.content.policies) != len(model.mixers):
-            raise InputError(f"{self.file} holds {len(self.content.policies)} policies for {len(model.mixers)} layers")
-        policies = tuple(map(ScanPolicy.from_dict, self.content.policies))
-        for layer, policy in enumerate(policies):
+            policies = counted(len(self.content.policies), "policy", "policies")
+            raise InputError(f"{self.file} holds {policies} for {counted(len(model.mixers), 'layer')}")
+        fitting = tuple(map(ScanPolicy.from_dict, self.content.policies))
+        for layer, policy in enumerate(fitting):
             for name, values in _of_heads(policy):
                 if len(values) != shape["heads"]:
                     raise InputError(
                         f"{self.file}: {name} of layer {layer} has {len(values)} values, the model has "
-                        f"{shape['heads']} heads a layer"
+                        f"{counted(shape['heads'], 'head')} a layer"
                     )
-        return policies
+        return fitting
 
     def __str__(self) -> str:
         return f"{self.file}@{self.hash}"

@@ -10,7 +10,7 @@ import hashlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rnn_longctx.config import home_path
+from rnn_longctx.config import counted, home_path
 from rnn_longctx.errors import InputError
 from rnn_longctx.mitigations.base import REMEDIES, Need, Plan, Remedy
 from rnn_longctx.models.cache import Cache
@@ -57,7 +57,7 @@ class StoredStart(Remedy):
         states = [window_state(layer.scan)[0] for layer in cache.layers]
         shapes = [(m.heads, m.headdim, m.d_state) for m in model.mixers]
         if [tuple(s.shape) for s in states] != shapes:
-            held = f"{len(states)} layers of {tuple(states[0].shape)}" if states else "no layers"
+            held = f"{counted(len(states), 'layer')} of {tuple(states[0].shape)}" if states else "no layers"
             raise InputError(
                 f"stored-start: {self.file} holds {held}, the model has {len(shapes)} of (H, P, N) = {shapes[0]}"
             )

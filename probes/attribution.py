@@ -26,6 +26,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from rnn_longctx.config import counted
 from rnn_longctx.errors import InputError
 from rnn_longctx.models.adopt.adopting import as_language_model
 from rnn_longctx.models.interface import LanguageModel
@@ -95,7 +96,9 @@ class Attribution:
     def _layers(self, layer: int | None) -> Iterable[int]:
         count = len(self.values)
         if layer is not None and not 0 <= layer < count:
-            raise InputError(f"layer {layer} is not there: the model has {count} recurrent layers, 0 to {count - 1}")
+            raise InputError(
+                f"layer {layer} is not there: the model has {counted(count, 'recurrent layer')}, 0 to {count - 1}"
+            )
         return range(count) if layer is None else [layer]
 
 

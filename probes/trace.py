@@ -30,11 +30,11 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from rnn_longctx.config import parse_length
+from rnn_longctx.config import counted, parse_length
 from rnn_longctx.errors import InputError
 from rnn_longctx.measure.taps import tapping
 from rnn_longctx.models.adopt.adopting import as_language_model
-from rnn_longctx.models.interface import LanguageModel, MixerReading, RecurrentMixer
+from rnn_longctx.models.interface import LanguageModel, MixerReading, RecurrentMixer, steps_write
 from rnn_longctx.models.modes import warn_of_training
 from rnn_longctx.recurrence.gates import AnyGates, SteppedGates
 from rnn_longctx.recurrence.policy import ScanPolicy, per_head
@@ -57,8 +57,9 @@ class Course:
     def __init__(self, mixer: RecurrentMixer, every: int):
         self.heads, self.every = mixer.heads, every
         A = mixer.A
-        self.stepped = A is not None
-        self.rates = -torch.ones(self.heads, device="cpu").double() if A is None else A.detach().double()
+        self.stepped = steps_write(mixer)
+        rates = -torch.ones(self.heads, device="cpu") if A is None or not self.stepped else A.detach()
+        self.rates = rates.double()
         self._last: tuple[int, Tensor] | None = None  # position and log-decay of the look before
         self._streams = 0
 
@@ -295,7 +296,9 @@ def _layers(layers: Iterable[int] | None, count: int) -> list[int]:
         raise InputError(f"layers: expected whole numbers such as [0, 2], got {layers!r:.60}") from None
     for layer in chosen:
         if not 0 <= layer < count:
-            raise InputError(f"layer {layer} is not there: the model has {count} recurrent layers, 0 to {count - 1}")
+            raise InputError(
+                f"layer {layer} is not there: the model has {counted(count, 'recurrent layer')}, 0 to {count - 1}"
+            )
     return chosen
 
 

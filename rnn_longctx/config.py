@@ -77,6 +77,11 @@ def format_length(length: int) -> str:
     return str(length)
 
 
+def counted(number: int, noun: str, plural: str = "") -> str:
+    """Return a number of things in words: "1 head", "2 heads"; plural: where it is not the noun and an s."""
+    return f"{number} {noun if number == 1 else plural or noun + 's'}"
+
+
 def from_dict(cls: type[T], mapping: Mapping[str, Any], where: str = "") -> T:
     """Build the dataclass `cls` from a plain mapping; `where` (a file name) leads every error message.
 
@@ -105,7 +110,9 @@ def load_yaml(cls: type[T], path: str | Path, overrides: Sequence[str] = (), wha
     strange = [str(name) for name in data if name not in {f.name for f in dataclasses.fields(cls)}]  # type: ignore[arg-type]
     if len(strange) > 1 and 2 * len(strange) > len(data):
         names = f"of its {len(data)} keys {', '.join(strange[:6])} are unknown here"
-        raise InputError(f"{path} is a config of something else (train, eval and capacity have their own): {names}")
+        raise InputError(
+            f"{path} is a config of something else (train, eval, capacity and compare have their own): {names}"
+        )
     for item in overrides:
         data = _override(data, item)
     return from_dict(cls, data, where=str(path))

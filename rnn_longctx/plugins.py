@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
 import os
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 LOADED = "RNN_LONGCTX_PLUGINS"  # the environment variable of what was loaded, one a line, for processes begun from here
+_SOURCES: dict[str, tuple[ModuleType, str]] = {}  # each plugin that this process has loaded, and a hash of its source
+
 COUNTS = ("n", "least", "tokens", "max")  # parameters of any task: how many examples are asked of it
 
 _MIXER = ("Config", "attends", "of", "new_carry", "state_size")
@@ -49,6 +52,8 @@ def register(thing: T) -> T:
         InputError: it is nothing of these, lacks what its kind needs, or has no name, or one that is taken.
     """
     registry, check = _kind_of(thing)
+    if check is _check_mixer and not getattr(thing, "name", ""):  # all that it lacks is said at once
+        check(thing, str(getattr(thing, "__name__", thing)))
     name = registry.name_of(thing)
     check(thing, name)
     _ = name in registry  # imports the file that has the name already, if there is one
@@ -104,7 +109,8 @@ def _check_mixer(kind: Any, name: str) -> None:
 
     from rnn_longctx.models.mixers.base import Recurrent
 
-    missing = _missing(kind, _MIXER)
+    missing = [] if getattr(kind, "name", "") else ["name"]
+    missing += _missing(kind, _MIXER)
     if kind.forward is nn.Module.forward:
         missing.append("forward")
     if issubclass(kind, Recurrent):  # what every other method of it builds upon
@@ -150,9 +156,27 @@ def load_plugin(name: str) -> ModuleType:
     else:
         module, loaded = _import_module(name), name
     before = _handed_on()
+    if loaded not in _SOURCES or _SOURCES[loaded][0] is not module:
+        _SOURCES[loaded] = module, _source_hash(module)
     if loaded not in before:
         os.environ[LOADED] = "\n".join([*before, loaded])
     return module
+
+
+def digest() -> str | None:
+    """Return a hash of the source texts of all plugins loaded, as they were when they were imported; None: there are
+    none."""
+    texts = sorted(_SOURCES[name][1] for name in _handed_on() if name in _SOURCES)
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:8] if texts else None
+
+
+def _source_hash(module: ModuleType) -> str:
+    """Return a hash of a module's file, or of all Python files of a package. Where there is none: of its name."""
+    if module.__file__ is None:
+        return module.__name__
+    file = Path(module.__file__)
+    files = sorted(file.parent.rglob("*.py")) if hasattr(module, "__path__") else [file]
+    return hashlib.sha256(b"\0".join(path.read_bytes() for path in files)).hexdigest()
 
 
 def load_handed_on() -> None:

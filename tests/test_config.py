@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import pytest
 
-from rnn_longctx.config import format_length, from_dict, load_yaml, parse_length, parse_lengths, to_dict
+from rnn_longctx.config import counted, format_length, from_dict, load_yaml, parse_length, parse_lengths, to_dict
 from rnn_longctx.errors import InputError
 
 
@@ -137,6 +137,11 @@ def test_bad_lengths(bad: Any) -> None:
         parse_length(bad)
     with pytest.raises(InputError):
         parse_lengths([256, bad])
+
+
+def test_numbers_of_things() -> None:
+    assert [counted(n, "head") for n in (0, 1, 2)] == ["0 heads", "1 head", "2 heads"]
+    assert [counted(n, "policy", "policies") for n in (1, 3)] == ["1 policy", "3 policies"]
 
 
 def test_no_lengths() -> None:

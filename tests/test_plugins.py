@@ -64,7 +64,8 @@ def test_what_works_is_registered():
 @pytest.mark.parametrize("name", ["my:x", "a+b", "a,b", "a=b", "a b", "-a", "found.yaml", "a@b", "a/b", ""])
 def test_names_that_no_command_line_can_take(name):
     for thing in (dataclass(frozen=True)(remedy(name)), dataclass(frozen=True)(task(name)), mixer(name=name)):
-        with pytest.raises(InputError, match="letters, digits, - and _" if name else "has none"):
+        nameless = "has none|lacks name, "
+        with pytest.raises(InputError, match="letters, digits, - and _" if name else nameless):
             register(thing)
 
 
@@ -112,6 +113,8 @@ def test_mixers_that_lack_something():
         register(mixer())
     with pytest.raises(InputError, match="mixer made lacks Config, of, heads, headdim, d_state, inputs "):
         register(type("Made", (Recurrent,), {"name": "made"}))
+    with pytest.raises(InputError, match="mixer Made lacks name, Config, of, heads, headdim, d_state, inputs "):
+        register(type("Made", (Recurrent,), {}))
     with pytest.raises(InputError, match="its Config must be a dataclass"):
         register(type("Made", (MIXERS["gla"],), {"name": "made", "Config": dict}))
 

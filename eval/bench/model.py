@@ -40,7 +40,7 @@ def _model() -> LM:
         return LM(SHAPE_370M).bfloat16().eval()
 
 
-def _exact(model: LM, ids: Tensor) -> Tensor:
+def exact_logits(model: LM, ids: Tensor) -> Tensor:
     """Return the last logits (B, V) in float64."""
     wide = copy.deepcopy(model).double()
     wide.use_backend("torch")
@@ -93,7 +93,7 @@ def prefill_rows(lengths: list[int], segment: int) -> Iterator[Row]:
     """Yield a row a length and system: seconds to read a prompt of one row to its last token's logits."""
     model = _model()
     ids = torch.randint(SHAPE_370M.vocab_size, (1, max(lengths)), device="cuda")
-    expected = _exact(model, ids[:, :CHECKED])
+    expected = exact_logits(model, ids[:, :CHECKED])
 
     _, rate = ceilings()
     # ours first: a kernel that fails may leave the device unusable; one model at a time, for its memory's sake
@@ -108,7 +108,7 @@ def prefill_rows(lengths: list[int], segment: int) -> Iterator[Row]:
             continue
         for length in lengths:
             floor = {"floor_seconds": length * _operations(model) / rate, "matrix_tflop_s": rate / 1e12}
-            measured = _seconds(read, ids[:, :length], ids, expected)
+            measured = seconds(read, ids[:, :length], ids, expected)
             yield {"what": "prefill", "length": length, "system": name, **measured, **floor}
         del read
         torch.cuda.empty_cache()
@@ -142,7 +142,7 @@ def _operations(model: LM) -> int:
     return 2 * weights + 4 * model.state_size().fixed["scan"]
 
 
-def _seconds(read: Read, prompt: Tensor, ids: Tensor, expected: Tensor) -> Row:
+def seconds(read: Read, prompt: Tensor, ids: Tensor, expected: Tensor) -> Row:
     try:
         error = _error(read(ids[:, :CHECKED]), expected)
         read(prompt[:, : 2**17])  # compiles
@@ -182,7 +182,7 @@ def decode_rows(tokens: int, batch: int) -> Iterator[Row]:
     for name, policy in {"none": PLAIN, "rri": rri, "cap a token": cap}.items():
         for mixer in model.mixers:
             mixer.policy = policy
-        expected, cache = _exact(model, ids), Cache()
+        expected, cache = exact_logits(model, ids), Cache()
         model(ids[:, :-1], cache)
         for system, step in (("graph", Decoder(model, cache.clone())), ("eager", _eager(model, cache.clone()))):
             yield {
@@ -195,7 +195,7 @@ def decode_rows(tokens: int, batch: int) -> Iterator[Row]:
             }
     for mixer in model.mixers:
         mixer.policy = PLAIN
-    expected = _exact(model, ids)
+    expected = exact_logits(model, ids)
     for system, make in {"mamba-ssm, graph": _official_step, "transformers, eager": _transformers_step}.items():
         try:
             step = make(model, ids[:, :-1], tokens)

@@ -156,8 +156,8 @@ def _measured(results: pd.DataFrame, about: pd.DataFrame, recalls: pd.DataFrame,
         return "no shape recalls anything, by the median of seeds"
     enough = shown[shown["value"] >= context]
     if not len(enough):
-        longest = format_length(int(shown["value"].max()))
-        return f"no shape recalls as much, by the median of seeds; the longest is {longest}"
+        longest = shown.sort_values("value").iloc[-1]
+        return f"no shape is shown to recall as much, by the median of seeds; the longest is {_length(longest)}"
     least = enough.sort_values("state_elements").iloc[0]
     state, low = float(least["state_elements"]), int(least["low"])
     seeds = f", {format_length(low) if low else 'none'} to {format_length(int(least['high']))} by seed"
@@ -165,9 +165,15 @@ def _measured(results: pd.DataFrame, about: pd.DataFrame, recalls: pd.DataFrame,
     return (
         f"{len(enough)} of {len(recalls)} shapes recall as much, by the median of seeds; the smallest, "
         f"{least['shape']}, has {_size(state)} numbers ({_memory(4 * state)} a stream in float32) and recalls "
-        f"{format_length(int(least['value']))}{seeds if least['seeds'] > 1 else ''}"
+        f"{_length(least)}{seeds if least['seeds'] > 1 else ''}"
         + ("" if speed is None else f"; {speed:,.0f} tokens/s read on {device}")
     )
+
+
+def _length(point: pd.Series) -> str:
+    """Return a T_recall in words, "at least" where the longest length measured passes."""
+    length = format_length(int(point["value"]))
+    return f"at least {length} (the longest measured)" if point["bound"] == "above" else length
 
 
 def _fit(points: pd.DataFrame) -> tuple[str, fitting.Fit, list[str]] | None:

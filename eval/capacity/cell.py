@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import shutil
 import sys
@@ -17,6 +16,7 @@ from rnn_longctx.eval.capacity import models
 from rnn_longctx.eval.capacity.config import CapacityConfig, StudyCell, label
 from rnn_longctx.eval.capacity.measure import measure
 from rnn_longctx.eval.capacity.mqar import measure_mqar, train_mqar
+from rnn_longctx.eval.cells import alone
 from rnn_longctx.eval.pool import end_with_parent
 from rnn_longctx.eval.results import Results
 from rnn_longctx.files import write_atomic
@@ -50,9 +50,7 @@ def is_done(config: CapacityConfig, cell: StudyCell, study: Path) -> bool:
 def run_cell(config: CapacityConfig, cell: StudyCell, study: Path) -> None:
     """Train and measure one cell, unless it is done. One process at a time: another waits for it and finds it done."""
     folder = study / "models" / cell.name
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # let go of when the process ends, however it ends
+    with alone(folder):
         if is_done(config, cell, study):
             return
         device = training_device(config.train.device)

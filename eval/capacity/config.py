@@ -106,7 +106,7 @@ class CapacityConfig:
     pretrain: PretrainConfig | None = None
     measure: MeasureConfig = field(default_factory=MeasureConfig)
     mqar: MQARConfig | None = None
-    out: str = "runs/capacity"
+    out: str = "runs/study"
 
     def __post_init__(self) -> None:
         if not self.shapes or not self.train_lengths or self.seeds < 1:
@@ -160,6 +160,8 @@ class CapacityConfig:
         data, passkey = base.data, base.data.passkey
         if passkey is not None:
             high = length * passkey.lengths[1] // base.train_length
+            if high < 1:
+                raise InputError(f"train_lengths: {length} is too short for passkey prompts (train.data.passkey)")
             data = replace(data, passkey=replace(passkey, lengths=(min(passkey.lengths[0], high), high)))
         return replace(base, model=cell.model, train_length=length, batch_size=rows, seed=cell.seed, data=data, out=out)
 

@@ -26,6 +26,10 @@ from rnn_longctx.eval.show.style import BLUE, GREEN, GREYS, GRID, MARKERS, PINK,
 
 _FITS = {"line": BLUE, "exponential": VERMILION, "power": GREEN, "constant": GREYS[1]}
 _SHAPES = ("black", PINK, SKY, YELLOW)  # no colour of a fit
+_BOUNDS = {
+    "T_recall": {"above": "at least (the longest measured passes)", "below": "below (the shortest measured fails)"},
+    "T_forget": {"above": "above (the longest trained fails)", "below": "at most (the shortest trained passes)"},
+}
 
 
 def draw(directory: str | Path, target: float) -> list[Path]:
@@ -95,8 +99,12 @@ def growth(group: pd.DataFrame, quantity: str, mitigation: str) -> Figure:
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(0, -0.12))
-    bounds = len(group) - len(exact)
-    note = f"; {bounds} known only as a bound (arrows), not fitted" if bounds else ""
+    bounds = ", ".join(
+        f"{n} {words}"
+        for bound, words in _BOUNDS[quantity.split()[0]].items()
+        if (n := (group["bound"] == bound).sum())
+    )
+    note = f"; not fitted (arrows): {bounds}" if bounds else ""
     if best is not None and (broken := fitting.contradicted(fits[best].curve, group[group["bound"] != ""])):
         note += f", {broken} against the {best}"
     on = "" if mitigation == "none" else f", {mitigation}"

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rnn_longctx.config import format_length
+from rnn_longctx.config import counted, format_length
 from rnn_longctx.data import Text
 from rnn_longctx.errors import InputError
 from rnn_longctx.eval.capacity import models
@@ -52,7 +52,7 @@ def check(model: LanguageModel, c: MeasureConfig) -> None:
         longest, hay = min(c.limit, task.max or c.limit), task.task.text
         if isinstance(hay, Text) and len(hay) < longest:  # a token is at least a byte
             raise InputError(
-                f"{task.label}: {hay.name} has {len(hay)} bytes; a context of {longest} tokens was asked for"
+                f"{task.label}: {hay.name} has {counted(len(hay), 'byte')}; a context of {longest} tokens was asked for"
             )
         task.check(Measuring(model, text=c.text, seed=c.seed), [longest])
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rnn_longctx.config import counted
 from rnn_longctx.devices import device_name
 from rnn_longctx.eval.capacity.config import MQARConfig, StudyCell
 from rnn_longctx.eval.results import Results
@@ -93,7 +94,7 @@ def measure_mqar(model: LanguageModel, cell: StudyCell, c: MQARConfig, results: 
                 "version": __version__,
             }
         )
-        say(f"{cell.name}: {pairs} pairs {value:.3f}")
+        say(f"{cell.name}: {counted(pairs, 'pair')} {value:.3f}")
 
 
 def _batch(

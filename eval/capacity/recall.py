@@ -21,8 +21,8 @@ LOOK = 20  # prompts asked first: most lengths that fail have failed by then
 
 class Recall(NamedTuple):
     """`passes`: the longest length shown, None if the shortest measured fails; `fails`: the shortest that is not shown,
-    None if none was met, so that T_recall was not reached. Lengths in tokens; `right` of `asked` answers at `passes`
-    (at `fails` where nothing passes)."""
+    None if none was met, so that T_recall is at least `passes`, the longest measured. Lengths in tokens; `right` of
+    `asked` answers at `passes` (at `fails` where nothing passes)."""
 
     passes: int | None
     fails: int | None
@@ -32,9 +32,9 @@ class Recall(NamedTuple):
     def __str__(self) -> str:
         said = f"{self.right}/{self.asked}"
         if self.passes is None:
-            return f"none shown ({said} at {format_length(self.fails or 0)})"
+            return f"below {format_length(self.fails or 0)} (the shortest measured; {said})"
         if self.fails is None:
-            return f"not reached: passes at {format_length(self.passes)} ({said})"
+            return f"at least {format_length(self.passes)} (the longest measured; {said})"
         return f"{format_length(self.passes)} ({said}; fails at {format_length(self.fails)})"
 
 

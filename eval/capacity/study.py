@@ -14,17 +14,16 @@ from typing import Any
 import yaml
 
 from rnn_longctx.config import home_path, to_dict
-from rnn_longctx.data import load_text, open_streamed
+from rnn_longctx.data import load_text
 from rnn_longctx.errors import InputError
 from rnn_longctx.eval.capacity import models, tables
 from rnn_longctx.eval.capacity.cell import STUDY, is_done
 from rnn_longctx.eval.capacity.config import CapacityConfig, StudyCell
-from rnn_longctx.eval.capacity.forget import next_models
-from rnn_longctx.eval.pool import Pool, last_line
+from rnn_longctx.eval.cells import run_cells, texts_for_cells
+from rnn_longctx.eval.forget import next_models
 from rnn_longctx.eval.results import Results
 from rnn_longctx.files import write_atomic
 from rnn_longctx.progress import Say, to_stdout
-from rnn_longctx.train.config import MixedText
 from rnn_longctx.train.snapshots import claim_folder
 from rnn_longctx.train.team import training_device
 
@@ -52,34 +51,41 @@ def run_study(config: CapacityConfig, parallel: int = 1, say: Say = to_stdout) -
     claim_folder(study, claim, ["models"])
     Results(study)  # it can be written
     text = load_text(config.measure.text).name  # and this read, before anything is trained
-    local = replace(config, train=replace(config.train, data=replace(config.train.data, text=_texts(config, study))))
+    texts = texts_for_cells(config.train.data.text, study)
+    local = replace(config, train=replace(config.train, data=replace(config.train.data, text=texts)))
     write_atomic(study / STUDY, yaml.safe_dump(to_dict(local), sort_keys=False).encode())
-
-    failed: dict[str, str] = {}
-    known: dict[str, bool] = {}  # outcomes of the test of forgetting, by the names of cells
-    done = 0
-    with Pool(parallel) as pool:
-        while True:
-            todo = [c for c in _todo(config, study, known, text) if c.name not in failed and c.name not in pool]
-            for cell in todo[: pool.free]:
-                pool.start(cell.name, command(cell, study), _log(study, cell.name))
-            if not len(pool):
-                break
-            for name, code, seconds in pool.ended():
-                if code == 0 and is_done(config, config.find(name), study):
-                    done += 1
-                    models.gather(study)  # so that a study can be looked at before it ends
-                    say(f"{name}: done in {seconds:.0f} s")
-                else:
-                    failed[name] = last_line(_log(study, name)) or f"exit {code}"
-                    say(f"{name}: failed: {failed[name]}")
-    say(f"{done} cells run")
-    models.gather(study)
-    Results(study).gather()
-    if failed:
-        name, why = next(iter(failed.items()))
-        raise InputError(f"{len(failed)} cells failed, the first of them {name}: {why}; run again to try them again")
+    try:
+        run_cells(_Cells(config, study, text), parallel, say)
+    finally:
+        Results(study).gather()
     return study
+
+
+class _Cells:
+    """The cells of a study for `run_cells`: which to train next follows from the outcomes so far.
+
+    Attributes:
+        text: the canonical name of the text that forgetting is tested on.
+    """
+
+    def __init__(self, config: CapacityConfig, study: Path, text: str):
+        self.config, self.study, self.text = config, study, text
+        self.known: dict[str, bool] = {}  # outcomes of the test of forgetting, by the names of cells
+
+    def due(self) -> list[str]:
+        return [cell.name for cell in _todo(self.config, self.study, self.known, self.text)]
+
+    def command(self, name: str) -> list[str]:
+        return command(self.config.find(name), self.study)
+
+    def folder(self, name: str) -> Path:
+        return self.study / "models" / name
+
+    def is_done(self, name: str) -> bool:
+        return is_done(self.config, self.config.find(name), self.study)
+
+    def gather(self) -> None:
+        models.gather(self.study)
 
 
 def _todo(config: CapacityConfig, study: Path, known: dict[str, bool], text: str) -> list[StudyCell]:
@@ -100,27 +106,6 @@ def _todo(config: CapacityConfig, study: Path, known: dict[str, bool], text: str
     return cells_due + [cell for cell in config.mqar_cells() if not is_done(config, cell, study)]
 
 
-def _texts(config: CapacityConfig, study: Path) -> list[str | MixedText]:
-    """What is trained on, the installed packages gathered once, and not by every cell. Raises InputError: there is no
-    such text, which every cell would find out by itself."""
-    texts: list[str | MixedText] = []
-    for spec in config.train.data.text:
-        mixed = spec if isinstance(spec, MixedText) else MixedText(spec)
-        if mixed.source == "site-packages":
-            gathered = study / "site-packages.txt"
-            if not gathered.exists():
-                write_atomic(gathered, load_text("site-packages").data)
-            mixed = replace(mixed, source=str(gathered))
-        elif open_streamed(mixed.source) is None:
-            load_text(mixed.source)
-        texts.append(mixed if isinstance(spec, MixedText) else mixed.source)
-    return texts
-
-
 def command(cell: StudyCell, study: Path) -> list[str]:
     """Return the command that trains and measures a cell."""
     return [sys.executable, "-m", "rnn_longctx.eval.capacity.cell", str(study), cell.name]
-
-
-def _log(study: Path, name: str) -> Path:
-    return study / "models" / name / "log.txt"

@@ -16,8 +16,8 @@ import pandas as pd
 from rnn_longctx.config import format_length, home_path
 from rnn_longctx.errors import InputError
 from rnn_longctx.eval.capacity import models
-from rnn_longctx.eval.capacity.forget import forget_of
 from rnn_longctx.eval.capacity.recall import recall_of
+from rnn_longctx.eval.forget import forget_of
 from rnn_longctx.eval.results import KEY as ROW
 from rnn_longctx.eval.results import Results
 from rnn_longctx.eval.stats import wilson
@@ -110,7 +110,8 @@ def points(table: pd.DataFrame) -> pd.DataFrame:
     value: tokens. T_forget: the shortest training length above all whose models, by majority, fail. T_recall: the
         median over seeds, at the training length where that is longest, of those with the most seeds (the best of many
         single models would be the luckiest); `model` is the one it is of, `seeds` how many there were.
-    bound: "" where `value` was found; "above" or "below" where only that is known (not reached; at the shortest tried).
+    bound: "" where `value` was found; "above" or "below" where only that is known: of T_recall, the longest length
+        measured passes, or the shortest fails; of T_forget, the longest training length fails, or the shortest passes.
     low, high: T_forget lies above `low`, the longest training length that fails; the seeds' T_recalls lie within.
     fails: of T_recall, the shortest length that is not shown.
     """

@@ -13,7 +13,7 @@ import json
 import logging
 import math
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -169,8 +169,8 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
 class _Tasks:
     """The tasks of a config, loaded.
 
-    What cannot be had here, or not at a length, is named and left out. Raises InputError where one that the config
-    names itself cannot be had at all, and where nothing can.
+    What cannot be had here, or not at a length, is named and left out. Raises InputError, before anything is read,
+    where some that the config names itself cannot be had at all, and where nothing can.
 
     Attributes:
         folder: holds the model's tokenizer.
@@ -229,7 +229,7 @@ class _Tasks:
     def _load(self, manager: Any, members: dict[str, list[str]], length: int) -> tuple[dict[str, list[Any]], str]:
         """Return the tasks that can be had, by their names, and the last reason why one cannot."""
         loaded: dict[str, list[Any]] = {}
-        why = ""
+        why, gone = "", {}
         for name, each in members.items():
             missing = 0
             for member in each:
@@ -242,9 +242,14 @@ class _Tasks:
                     why, missing = str(error), missing + 1
                     self.gone.add(member)
                     if missing == len(each):
-                        raise
+                        gone[name] = why
+                        continue
                 within = "" if each == [name] else f"{name} goes without one of its tasks: "
                 logging.getLogger(__name__).warning("%s%s", within, why)
+        if gone:
+            others = ",".join(name for name in members if name not in gone)
+            without = f"; the others run with --tasks {others}" if others else ""
+            raise InputError("; ".join(gone.values()) + without)
         return loaded, why
 
     def _one(self, manager: Any, name: str, length: int) -> list[Any]:
@@ -261,7 +266,8 @@ class _Tasks:
         except InputError:
             raise
         except Exception as error:  # data sets, downloads and packages of some 14000 tasks fail in many ways
-            raise InputError(f"task {name} cannot be had here: {one_line(error, 300)}{_here(name)}") from None
+            helps = _how_to_get(manager.task_index[name].cfg or {}, error)
+            raise InputError(f"task {name} cannot be had here: {one_line(error, 300)}{helps}{_here(name)}") from None
 
 
 def _members(manager: Any, name: str) -> list[str]:
@@ -285,6 +291,16 @@ def _here(name: str) -> str:
     """Return what lm-eval knows a task by that goes by this name in `rnn-longctx eval`, or nothing."""
     full = f"rnn_longctx_{name}"
     return f"; this library's is called {full}" if (TASKS / f"{full}.yaml").is_file() else ""
+
+
+def _how_to_get(settings: Mapping[str, Any], error: Exception) -> str:
+    """Return what a person can do about a task that fails to load, or nothing."""
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        return f"; it needs a package: pip install {error.name.partition('.')[0]}"
+    data = settings.get("dataset_path")
+    if not isinstance(data, str) or "/" not in data or Path(data).exists():
+        return ""
+    return f"; it reads {data} of the Hugging Face hub: run it once where the hub can be reached, which keeps the data"
 
 
 def _near(name: str, known: Sequence[str]) -> str:

@@ -21,6 +21,7 @@ from rnn_longctx.eval.stats import mean_stderr
 from rnn_longctx.eval.tables.sheets import Kind
 from rnn_longctx.models.interface import LanguageModel
 from rnn_longctx.models.precision import computes_as
+from rnn_longctx.plugins import digest
 from rnn_longctx.spec import canonical
 from rnn_longctx.version import __version__
 
@@ -72,24 +73,29 @@ class Measuring:
         """Return the key of a cell; without arguments, what all cells of this model and remedy share."""
         m = self.model
         rounded = {} if m.state_dtype is None else {"state_dtype": dtype_name(m.state_dtype)}
-        return rounded | {
-            "model": m.name,
-            "weights_hash": self.weights_hash,
-            "mitigation": self.mitigation,
-            "calibration": self.calibration,
-            "task": label,
-            "text": text if isinstance(text, str) else text.name,
-            "text_hash": None if isinstance(text, str) else text.hash,
-            "tokenizer": m.tokenizer.name,
-            "length": length,
-            "depth": depth,
-            "metric": metric,
-            "batch": self.batch,
-            "dtype": computes_as(m),
-            "backend": m.backend,
-            "device": device_name(m.device),
-            "seed": self.seed,
-        }
+        plugins = {} if (text_of_plugins := digest()) is None else {"plugins": text_of_plugins}
+        return (
+            rounded
+            | plugins
+            | {
+                "model": m.name,
+                "weights_hash": self.weights_hash,
+                "mitigation": self.mitigation,
+                "calibration": self.calibration,
+                "task": label,
+                "text": text if isinstance(text, str) else text.name,
+                "text_hash": None if isinstance(text, str) else text.hash,
+                "tokenizer": m.tokenizer.name,
+                "length": length,
+                "depth": depth,
+                "metric": metric,
+                "batch": self.batch,
+                "dtype": computes_as(m),
+                "backend": m.backend,
+                "device": device_name(m.device),
+                "seed": self.seed,
+            }
+        )
 
     def row(self, key: Row, samples: Sequence[float], **cost: Any) -> Row:
         """Return a finished cell, the mean of its samples, which is stored at once."""

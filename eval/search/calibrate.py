@@ -77,7 +77,7 @@ def calibrate(
     steps: int = 50,
     say: Callable[[str], None] = lambda line: None,
 ) -> CalibrationFile:
-    """Return the setting of the remedy `name` with the least loss at `target` tokens that keeps the model's recall.
+    """Return the setting of the remedy `name` with the lowest loss at `target` tokens that keeps the model's recall.
     Where that loss is not below the one without a remedy, it is said, and the result's `helps` is False.
 
     Args:
@@ -210,7 +210,7 @@ class _Trials:
         return scored
 
     def best_of(self, search: _Search) -> Scored:
-        """Return the setting with the least loss of those that pass the guard. Raises InputError if there is none."""
+        """Return the setting with the lowest loss of those that pass the guard. Raises InputError if there is none."""
         scored = [self.score(setting) for setting in search.settings]
         passing = [s for s in scored if s.passes]
         if not passing:

@@ -12,7 +12,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from rnn_longctx.config import format_length
+from rnn_longctx.config import counted, format_length
 from rnn_longctx.eval.show.ranking import board_tables
 from rnn_longctx.eval.stats import wilson
 from rnn_longctx.eval.tables.conclusion import conclusion
@@ -93,8 +93,8 @@ def asked(frame: pd.DataFrame) -> tuple[pd.DataFrame, str]:
     shown = frame[keep & alike(frame, {c: question[c] for c in (*SETTING, "seed")})]
     left = len(frame) - len(shown)
     more = len(set(zip(shown["mitigation"], shown["task"], shown["length"])) - set(settings))
-    notes = [f"with {more} other setting{'s' * (more > 1)} measured here before"] if more else []
-    notes += [f"{left} rows of other models, texts, tasks or remedies are not shown"] if left else []
+    notes = [f"with {counted(more, 'other setting')} measured here before"] if more else []
+    notes += [f"{counted(left, 'row')} of other models, texts, tasks or remedies not shown"] if left else []
     return shown, "; ".join(notes)
 
 
@@ -131,7 +131,7 @@ def _loss_tables(sheet: Sheet, width: int) -> list[RenderableType]:
 
     peak = sheet.peak("none")
     head = "collapses" + ("" if peak is None else f"\n> 2 x {peak:.2f}")
-    return _tables(_title(sheet, "loss in nats per token", "slices"), sheet, cell, width, (head, collapse))
+    return _tables(_title(sheet, "loss in nats per token", "slice"), sheet, cell, width, (head, collapse))
 
 
 def _gain_tables(sheet: Sheet, width: int) -> list[RenderableType]:
@@ -161,7 +161,7 @@ def _accuracy_tables(sheet: Sheet, width: int) -> list[RenderableType]:
         value = sheet.cells[name][length].value
         return Text(f"{value:.2f}", style="bold" if value > RECALL else "")
 
-    title = _title(sheet, f"{sheet.task} accuracy", "prompts")
+    title = _title(sheet, f"{sheet.task} accuracy", "prompt")
     fewest = min(c.n for row in sheet.cells.values() for c in row.values())
     if fewest:
         middle = wilson(fewest // 2, fewest)  # where the interval is widest
@@ -255,7 +255,7 @@ def _title(sheet: Sheet, what: str, unit: str) -> str:
     counts = {c.n for row in sheet.cells.values() for c in row.values()}
     title = f"{what}, {sheet.where['model']}"
     title += f" on {sheet.where['text']}" if sheet.where["text"] else ""
-    title += f", n = {max(counts)} {unit}" if len(counts) == 1 else ""
+    title += f", n = {counted(max(counts), unit)}" if len(counts) == 1 else ""
     title += "" if sheet.train_length is None else f", trained at {format_length(sheet.train_length)}"
     return title + _suffix(sheet)
 

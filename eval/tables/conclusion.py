@@ -43,7 +43,8 @@ def _loss_clauses(sheet: Sheet, recalls: list[Sheet]) -> list[str]:
 
 
 def _best_clauses(sheet: Sheet, recalls: list[Sheet]) -> list[str]:
-    """The best remedy at the longest length that one was measured at, and what speaks against it."""
+    """Return which remedy is the best at the longest length that one was measured at, by how much its loss is lower,
+    its recall, and which remedy has a lower loss and why it is not the best."""
     if not sheet.remedies():
         return []
     length = max(max(sheet.cells[r]) for r in sheet.remedies())
@@ -54,36 +55,71 @@ def _best_clauses(sheet: Sheet, recalls: list[Sheet]) -> list[str]:
     forgot = {r: reason for r in lower if (reason := _lost_recall(sheet, r, recalls))}
     remaining = [r for r in lower if r not in forgot]
     sure = [r for r in remaining if _surely_lower(sheet, r, length)]
-    best, passed = (sheet.lowest(names, length) for names in (sure or remaining, list(forgot)))
+    lowest, best = sheet.lowest(lower, length), sheet.lowest(sure or remaining, length)
     at = format_length(length)
-    if best is None and passed is None:
+    if lowest is None:
         return [f"no remedy has a loss {'below that without one' if losses else 'that is a number'} at {at}"]
+    lowest_loss = f"{lowest} has the lowest loss, {losses[lowest]:.3f}"
     if best is None:
-        return [f"no remedy is best at {at}: {passed} has the least loss, but recalls less ({forgot[passed or '']})"]
-    text = f"best remedy at {at} is {best}"
-    if not sure:
-        why = ", since the loss without one was not measured" if bare is None else ""
-        text = f"no remedy is surely better than none at {at}{why}: {best} has the least loss"
-    against = sheet.best_recompute(length)
-    if against and not math.isfinite(sheet.cells[against][length].value):
-        text += f", not compared with {against}, whose loss is not a number"
-    elif against:
-        text += f", {losses[best] / sheet.cells[against][length].value:.2f}x the loss of {against}"
-        gain = sheet.gain(against, best, length)
-        if gain and math.isfinite(gain.low):
-            finding = "uses older context" if gain.low > 0 else "shows no use of older context"
-            text += f"; it {finding} (gain {gain.gain:+.3f}, 95% {gain.low:+.3f} to {gain.high:+.3f})"
-        elif gain and math.isfinite(gain.gain):
-            text += f"; whether it uses older context is undecided (gain {gain.gain:+.3f} on one slice)"
+        return [f"no remedy is best at {at}: {lowest_loss}, but recalls less ({forgot[lowest]})"]
+    is_lowest = losses[best] == losses[lowest]
+    if sure:
+        text = f"best remedy at {at} is {best}: its loss is {losses[best]:.3f}{', the lowest' if is_lowest else ''}"
     else:
-        text += ", not compared with recomputing from the last tokens"
-    if not any(_named(sheet, best, recall) for recall in recalls):
-        text += "; its recall was not measured"
+        why = ", since the loss without one was not measured" if bare is None else ""
+        loss = "the lowest loss," if is_lowest else "a loss of"
+        text = f"no remedy is surely better than none at {at}{why}: {best} has {loss} {losses[best]:.3f}"
+    text += _difference(sheet, best, length) + _against_recompute(sheet, best, length)
+    text += "; its recall " + (_recall_beside(sheet, best, recalls) or "was not measured")
     if sheet.verdict(best).first_failing is not None:
         text += f"; it {sheet.verdict(best).text}"
-    if passed and losses[passed] < losses[best]:
-        text += f"; {passed} has less loss, but recalls less ({forgot[passed]})"
+    if not is_lowest:
+        reason = f"recalls less ({forgot[lowest]})" if lowest in forgot else "is not surely better than none"
+        text += f"; {lowest_loss}, but {reason}"
     return [text]
+
+
+def _difference(sheet: Sheet, name: str, length: int) -> str:
+    """Return by how much a remedy's loss is below that without one, and whether that is beyond its interval."""
+    saved = sheet.gain("none", name, length) if "none" in sheet.cells else None
+    if saved is None:
+        return ""
+    if not math.isfinite(saved.gain):
+        return ", where the loss without a remedy is not a number"
+    interval = f"95% {saved.low:.3f} to {saved.high:.3f}" if math.isfinite(saved.low) else "one slice has no interval"
+    surely = "surely" if saved.low > 0 else "not surely"
+    return f", {surely} lower than without a remedy (by {saved.gain:.3f}, {interval})"
+
+
+def _against_recompute(sheet: Sheet, name: str, length: int) -> str:
+    """Return a remedy's loss as a multiple of the control's that reads the last tokens again, and its context gain."""
+    against = sheet.best_recompute(length)
+    if against is None:
+        return ", not compared with recomputing from the last tokens"
+    if not math.isfinite(sheet.cells[against][length].value):
+        return f", not compared with {against}, whose loss is not a number"
+    text = f", {sheet.cells[name][length].value / sheet.cells[against][length].value:.2f}x the loss of {against}"
+    gain = sheet.gain(against, name, length)
+    if gain and math.isfinite(gain.low):
+        finding = "uses older context" if gain.low > 0 else "shows no use of older context"
+        text += f"; it {finding} (gain {gain.gain:+.3f}, 95% {gain.low:+.3f} to {gain.high:+.3f})"
+    elif gain and math.isfinite(gain.gain):
+        text += f"; whether it uses older context is undecided (gain {gain.gain:+.3f} on one slice)"
+    return text
+
+
+def _recall_beside(sheet: Sheet, name: str, recalls: list[Sheet]) -> str:
+    """Return a remedy's recall in each task, at the longest length that it was measured at; "": nowhere."""
+    texts = []
+    for recall in recalls:
+        if same := _named(sheet, name, recall):
+            length = max(recall.cells[same])
+            bare = recall.cells.get("none", {}).get(length)
+            beside = "" if bare is None else f" ({bare.value:.2f} without a remedy)"
+            texts.append(
+                f"of {recall.task} at {format_length(length)} is {recall.cells[same][length].value:.2f}{beside}"
+            )
+    return ", ".join(texts)
 
 
 def _surely_lower(sheet: Sheet, name: str, length: int) -> bool:
@@ -163,6 +199,8 @@ def _recall_clauses(sheet: Sheet) -> list[str]:
 
     def words(name: str) -> str:
         extent = f"up to {format_length(reach[name])}" if reach[name] else "nowhere"
+        if reach[name] and reach[name] == max(sheet.cells[name]):
+            extent = f"to at least {format_length(reach[name])} (the longest measured)"
         return f"{extent} {'without a remedy' if name == 'none' else f'with {name}'}"
 
     text = f"{sheet.task} accuracy above {RECALL} "

@@ -20,7 +20,7 @@ import pandas as pd
 
 from rnn_longctx.eval.stats import Verdict, mean_stderr, paired_bootstrap, peak_within, verdict
 
-SETTING = ("model", "weights_hash", "tokenizer", "dtype", "state_dtype")  # never mixed on one sheet
+SETTING = ("model", "weights_hash", "tokenizer", "dtype", "state_dtype", "plugins")  # never mixed on one sheet
 DIAGNOSTICS = ("attention-window:", "reset-recurrence:")  # one part of a hybrid forgets, the other reads on
 DEPTHS = 10  # at most, of prompts
 Kind = Literal["loss", "accuracy"]

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from rnn_longctx.config import counted
 from rnn_longctx.models.interface import LanguageModel
 from rnn_longctx.probes.monitor.inputs import PASSAGE, SMOOTH, TINY
 
@@ -48,7 +49,9 @@ class Report:
         line = f"position {self.position}: {self.status}"
         if self.heads:
             layer, head, ratio = self.heads[0]
-            line += f", {self.outside} heads outside their margins (layer {layer} head {head} at {ratio:.3g} times)"
+            whose = "its" if self.outside == 1 else "their"
+            line += f", {counted(self.outside, 'head')} outside {whose} margins"
+            line += f" (layer {layer} head {head} at {ratio:.3g} times)"
         if self.shift is not None:
             line += f", input shift {self.shift:.2g}"
         return line + (f"; {self.action}" if self.action else "")

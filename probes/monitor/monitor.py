@@ -43,9 +43,9 @@ from typing import Any
 
 import torch
 
-from rnn_longctx.config import home_path, parse_length
+from rnn_longctx.config import counted, home_path, parse_length
 from rnn_longctx.data import Text, load_text
-from rnn_longctx.errors import InputError
+from rnn_longctx.errors import InputError, one_line
 from rnn_longctx.files import write_atomic
 from rnn_longctx.measure.envelope import envelope_of
 from rnn_longctx.mitigations.attach import without_remedies
@@ -155,9 +155,11 @@ class CollapseMonitor:
                 raise ValueError("another kind or version")
             monitor = cls(**data)
             monitor._limits()
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            why = "no such file" if isinstance(error, FileNotFoundError) else error
-            raise InputError(f"{path} is not a saved monitor ({why})") from None
+        except OSError as error:
+            why = "no such file" if isinstance(error, FileNotFoundError) else one_line(error)
+            raise InputError(f"{path}: {why}") from None
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise InputError(f"{path} is not a saved monitor, or it is damaged ({one_line(error)})") from None
         monitor.check(as_language_model(model))
         return monitor
 
@@ -165,8 +167,8 @@ class CollapseMonitor:
         """Raise InputError where the model does not compute what the one that this was calibrated on did."""
         shape, now = shape_of(model), model.weights_hash
         if shape != self.shape or not is_of(self.weights, model, now):
-            ours = f"{len(self.shape)} layers, first {self.shape[0]}"
-            theirs = f"{len(shape)} layers, first {shape[0]}, weights {now}"
+            ours = f"{counted(len(self.shape), 'layer')}, first {self.shape[0]}"
+            theirs = f"{counted(len(shape), 'layer')}, first {shape[0]}, weights {now}"
             raise InputError(
                 f"the monitor is of {self.model} ({ours}, weights {self.weights}), not of {model.name} ({theirs}): "
                 "calibrate one for it"

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rnn_longctx.config import counted
 from rnn_longctx.errors import InputError
 from rnn_longctx.models.interface import LanguageModel
 from rnn_longctx.probes.monitor.actions import Action
@@ -65,7 +66,7 @@ class Watch:
     def summary(self) -> str:
         """One line: the last report, and what was done where."""
         if not self.reports:
-            return f"nothing yet: a look is taken every {self.every} tokens"
+            return f"nothing yet: a look is taken every {counted(self.every, 'token')}"
         positions: dict[str, list[str]] = {}
         for report in self.reports:
             if report.action:
@@ -79,7 +80,7 @@ class Watch:
     def recent(self) -> Recent:
         """Return what the last looks saw. Raises InputError if there was no look yet."""
         if not self._recent:
-            raise InputError(f"nothing was seen yet: a look is taken every {self.every} tokens")
+            raise InputError(f"nothing was seen yet: a look is taken every {counted(self.every, 'token')}")
         scales = torch.stack([scale for _, scale in self._recent])
         known = scales[scales.isfinite().all(1)]
         norms = torch.stack([norm for norm, _ in self._recent]).amax(0)

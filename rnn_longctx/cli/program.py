@@ -15,6 +15,8 @@ from rnn_longctx.cli.command import COMMANDS, flattened
 from rnn_longctx.cli.options import Many
 from rnn_longctx.errors import InputError, one_line
 
+PLUGIN = "--plugin MODULE_OR_FILE.py, anywhere on the line, adds remedies, tasks, mixers and so on of your own."
+
 
 class _Program(TyperGroup):
     """The commands of the registry. `--plugin` may stand anywhere on the line: what it registers, a command too, is
@@ -58,7 +60,18 @@ def _registered() -> Mapping[str, Any]:
             program.add_typer(command.run, name=name)
         else:
             program.command(name)(flattened(command.run))
-    return typer.main.get_group(program).commands
+    commands = typer.main.get_group(program).commands
+    for runnable in commands.values():
+        _say_plugin(runnable)
+    return commands
+
+
+def _say_plugin(command: Any) -> None:
+    """Put a line about --plugin, which `_Program` reads anywhere on the line, under the help of a command, and of those
+    below it."""
+    command.epilog = PLUGIN
+    for inner in getattr(command, "commands", {}).values():
+        _say_plugin(inner)
 
 
 app = typer.Typer(

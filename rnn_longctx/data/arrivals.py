@@ -16,6 +16,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from rnn_longctx.config import counted
 from rnn_longctx.data.content import HEAD, encoding_of, looks_like, packing_of
 from rnn_longctx.data.sources import JSONL, _document, _field, walk
 from rnn_longctx.data.text import BLOCK, _whole
@@ -101,7 +102,7 @@ class Arrivals:
         if not stat.S_ISREG(status.st_mode):
             raise InputError("not a regular file")
         if status.st_size < start:
-            raise InputError(f"{status.st_size} bytes, fewer than the {start} that were read of it")
+            raise InputError(f"{counted(status.st_size, 'byte')}, fewer than the {start} that were read of it")
         if status.st_size == start:
             return np.zeros(0, np.int64), start
         with path.open("rb") as file:

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rnn_longctx.config import home_path
+from rnn_longctx.config import counted, home_path
 from rnn_longctx.data.content import read_text
 from rnn_longctx.data.pieces import encode_after
 from rnn_longctx.data.sources import Shard, Source, identity, open_source, walk
@@ -86,7 +86,9 @@ class Text:
         text alone. Raises InputError where it is longer than the text.
         """
         if nbytes > len(self.data):
-            raise InputError(f"text {self.name} has {len(self.data)} bytes; a slice of {nbytes} was asked for")
+            raise InputError(
+                f"text {self.name} has {counted(len(self.data), 'byte')}; a slice of {nbytes} was asked for"
+            )
         start = self.start(i)
         head = self.data[start : start + nbytes]
         return head if len(head) == nbytes else (head + b"\0" + self.data[: nbytes - len(head)])[:nbytes]
@@ -113,7 +115,9 @@ def tokens(text: Text, tokenizer: Tokenizer, i: int, n: int) -> tuple[np.ndarray
         sizes.append(new_sizes)
         total, position = total + len(new_ids), stop
     if total < n:
-        raise InputError(f"text {text.name} has {total} tokens ({tokenizer.name}) in slice {i}; {n} were asked for")
+        raise InputError(
+            f"text {text.name} has {counted(total, 'token')} ({tokenizer.name}) in slice {i}; {n} were asked for"
+        )
     return np.concatenate(ids)[:n], np.concatenate(sizes)[:n]
 
 

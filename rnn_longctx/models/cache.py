@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rnn_longctx.config import home_path
-from rnn_longctx.errors import InputError
+from rnn_longctx.errors import InputError, one_line
 from rnn_longctx.files import replacing
 from rnn_longctx.models.carries import TYPES, carry, tree_zip
 from rnn_longctx.models.mixers import MIXERS
@@ -100,8 +100,8 @@ class Cache:
 
     @classmethod
     def load_with(cls, path: str | Path, device: torch.device | str = "cpu") -> tuple[Cache, dict[str, Tensor], Any]:
-        """Return the cache, the extra tensors and the note of `save`. Raises InputError if the file is not one, or a
-        carry in it is of a type that no mixer here has."""
+        """Return the cache, the extra tensors and the note of `save`. Raises InputError if there is no such file, it is
+        none of these, or a carry in it is of a type that no mixer here has."""
         try:
             with safe_open(home_path(path), "pt") as file:
                 header = file.metadata() or {}
@@ -112,10 +112,13 @@ class Cache:
                 f"{path} holds a {error.name}, the carry of a mixer that is not here: give the file that has it with "
                 "--plugin"
             ) from None
-        except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
-            why = "no such file" if isinstance(error, FileNotFoundError) else getattr(error, "strerror", None)
-            why = f" ({why})" if why else ""  # what the file's reader says of another kind of file helps nobody
-            raise InputError(f"{path} is no state that generate --save-state wrote{why}") from None
+        except OSError as error:
+            kind = "a folder, not a saved state" if home_path(path).is_dir() else one_line(error)
+            why = "no such file" if isinstance(error, FileNotFoundError) else kind
+            raise InputError(f"{path}: {why}") from None
+        except (SafetensorError, KeyError, ValueError, TypeError):
+            # what the file's reader says of another kind of file helps nobody
+            raise InputError(f"{path} is not a state that generate --save-state wrote, or it is damaged") from None
         extra = {k.removeprefix("extra."): v for k, v in tensors.items() if k.startswith("extra.")}
         return cache.to(device), extra, json.loads(header["note"])
 

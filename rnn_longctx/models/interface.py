@@ -15,7 +15,7 @@ from rnn_longctx.models.carries import Carry, StreamCache
 from rnn_longctx.models.deferred import DeferredNorm
 from rnn_longctx.models.reading import ReadingHook
 from rnn_longctx.models.restart import Restart
-from rnn_longctx.recurrence.gates import AnyGates, ScanInputs
+from rnn_longctx.recurrence.gates import AnyGates, ScanInputs, SteppedGates
 from rnn_longctx.recurrence.interface import Recurrence
 from rnn_longctx.recurrence.policy import ScanPolicy
 from rnn_longctx.recurrence.span import Span
@@ -188,6 +188,7 @@ class RecurrentMixer(Protocol):
         per_channel: whether every channel of the state decays by itself.
         A: (H) or (H, N), at least float32, the rate at which each head decays in a step, below 0; None where decays are
             given token by token.
+        bounded: whether log-decays have a lower bound, by a sigmoid: a factor on a rate inside it is none on them.
         one_step_a_head: whether a token has one step a head, from what `in_proj` gives, as Mamba-2's has: the mixer is
             then a `SteppedMixer`. Mamba-1 has one a channel, a recurrence whose gates are given has none.
     """
@@ -212,6 +213,8 @@ class RecurrentMixer(Protocol):
     def per_channel(self) -> bool: ...
     @property
     def one_step_a_head(self) -> bool: ...
+    @property
+    def bounded(self) -> bool: ...
     @property
     def A(self) -> Tensor | None: ...
 
@@ -266,6 +269,12 @@ def stepped_mixers(model: LanguageModel) -> list[SteppedMixer]:
     """Return the recurrent layers of a model that have one step a head: all of them, where a remedy says that it needs
     steps or rates."""
     return [mixer for mixer in model.mixers if _is_stepped(mixer)]
+
+
+def steps_write(mixer: RecurrentMixer) -> bool:
+    """Return whether a step says both how much of the state stays and how much is written, as Mamba's does. A delta
+    rule's beta is given beside the decay, and hangs on no step."""
+    return SteppedGates in mixer.recurrence.takes and mixer.A is not None
 
 
 def _is_stepped(mixer: RecurrentMixer) -> TypeGuard[SteppedMixer]:

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from rnn_longctx.config import counted
 from rnn_longctx.errors import InputError
 from rnn_longctx.models.block import Backbone, Block, Output
 from rnn_longctx.models.cache import Cache
@@ -170,7 +171,7 @@ class LM(Hooked, Identified, nn.Module):
     def read(self, ids: Tensor, cache: Cache, mask: Tensor | None = None, reset: Tensor | None = None) -> Tensor:
         """Read as `forward` does, without the reader's control."""
         if cache.layers and len(cache.position) != len(ids):
-            raise InputError(f"the cache holds {len(cache.position)} rows, the ids {len(ids)}")
+            raise InputError(f"the cache holds {counted(len(cache.position), 'row')}, the ids {len(ids)}")
         shard = None if self.spread is None else self.spread(ids, mask, reset)
         if ids.shape[1] == 0:
             return self.backbone.embedding.weight.new_zeros(*ids.shape, self.config.d_model)

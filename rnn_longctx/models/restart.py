@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rnn_longctx.config import counted
 from rnn_longctx.errors import InputError
 from rnn_longctx.models.carries import StreamCache
 
@@ -35,7 +36,7 @@ class Restart:
             )
 
     def __str__(self) -> str:
-        return f"restart every {self.every} tokens, {self.overlap} read again"
+        return f"restart every {counted(self.every, 'token')}, {self.overlap} read again"
 
     def begin(self, read: Read, cache: StreamCache, last: Tensor) -> None:
         """Drop what the cache holds, and read the last tokens (B, <= overlap) again."""
@@ -55,7 +56,7 @@ class Crop(Restart):
     goes on."""
 
     def __str__(self) -> str:
-        return f"attention cropped every {self.every} tokens, {self.overlap} kept"
+        return f"attention cropped every {counted(self.every, 'token')}, {self.overlap} kept"
 
     def begin(self, read: Read, cache: StreamCache, last: Tensor) -> None:
         cache.crop_attention(last.shape[1])

@@ -77,15 +77,25 @@ def load_state(path: str | Path, model: LanguageModel | nn.Module) -> StreamCach
         raise InputError(f"{path} was not written by save_state: it does not say which weights it belongs to")
     if not is_of(note["weights"], model, now := model.weights_hash):
         other, ours = f"{note['model']} {note['weights']}", f"{model.name} {now}"
-        raise InputError(f"{path} was read by {other}, not by {ours}")
+        raise InputError(f"{path} was read by {other}, not by {ours}: load that model, or read the prompt again")
     if note["policies"] != policies_hash(model):
-        raise InputError(f"{path} was read with the remedy {note['remedy']}: put the same on, found as it was then")
+        raise InputError(f"{path} was read {_same_remedy(note['remedy'])}, or read the prompt again")
     if note.get("states", "None") != str(model.state_dtype):
         precision = dtype_name(note["states"]).replace("None", "full precision")
         raise InputError(f"{path} was read with states in {precision}: give the same --state-dtype")
     if (was := note.get("dtype")) not in (None, now := computes_as(model)):
-        raise InputError(f"{path} was read in {was}, and {model.name} computes in {now} now: read on as it was begun")
+        raise InputError(f"{path} was read in {was}, and {model.name} computes in {now} now: go on in {was}")
     return from_cache(model, cache, extra) if isinstance(model, Adopted) else cache
+
+
+def _same_remedy(remedy: str) -> str:
+    """Return how a saved state was read, and what to put on the model so that it can be gone on from."""
+    if remedy == "none":
+        return "without a remedy, and one is on now: go on without it"
+    return (
+        f"with the remedy {remedy}, and what is on now is not the same: go on with --mitigation {remedy}, "
+        "with the calibration text and files that it had then"
+    )
 
 
 def policies_hash(model: LanguageModel) -> str:

@@ -13,8 +13,9 @@ ELEMENTS = 2**31  # of one view: the kernels of mamba-ssm count them in 32 bits,
 
 
 def widest(model: Any) -> int:
-    """Return the elements a token of the widest view that a layer's kernels read: what `in_proj` gives."""
-    return max(_width(mixer) for mixer in model.mixers)
+    """Return the elements a token of the widest view that a layer's kernels of mamba-ssm read: what `in_proj` gives; 0
+    where no layer has such kernels."""
+    return max((_width(mixer) for mixer in model.mixers if hasattr(mixer, "in_proj")), default=0)
 
 
 def longest(model: Any, rows: int = 1) -> int | None:
@@ -22,9 +23,9 @@ def longest(model: Any, rows: int = 1) -> int | None:
     there is no such limit: rows * tokens * `widest` < 2^31 on a GPU, where those may be mamba-ssm's (state-spaces/mamba
     #1015). This library's own kernels count in 64 bits."""
     theirs = model.own_forward or "mamba_ssm" in model.backend
-    if model.device.type != "cuda" or not theirs:
+    if model.device.type != "cuda" or not theirs or not (width := widest(model)):
         return None
-    return max(1, (ELEMENTS - 1) // (max(1, rows) * widest(model)))
+    return max(1, (ELEMENTS - 1) // (max(1, rows) * width))
 
 
 def kernels_there() -> bool:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
+from rnn_longctx.config import counted
 from rnn_longctx.data.tokenizers import Tokenizer
 from rnn_longctx.errors import InputError
 from rnn_longctx.registry import Registry
@@ -39,7 +40,7 @@ class TooShort(InputError):
     """A length that an example does not fit into; `least` is the number of tokens that this one takes."""
 
     def __init__(self, what: str, least: int, length: int):
-        super().__init__(f"{what} takes at least {least} tokens; {length} were asked for")
+        super().__init__(f"{what} takes at least {counted(least, 'token')}; {length} were asked for")
         self.least = least
 
 
@@ -113,7 +114,9 @@ class Task(ABC):
             if len(example.ids) == length:
                 return example
             answers = len(example.ids) - len(example.prompt)
-        raise InputError(f"{self.name}: no example of {length} tokens was found, prompt and answers together")
+        raise InputError(
+            f"{self.name}: no example of {counted(length, 'token')} was found, prompt and answers together"
+        )
 
     def generator(self, seed: int, length: int, i: int) -> np.random.Generator:
         """Return the random numbers of example `i`, which are the same however many examples there are."""

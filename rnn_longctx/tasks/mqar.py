@@ -12,6 +12,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from rnn_longctx.config import counted
 from rnn_longctx.data.tokenizers import Tokenizer
 from rnn_longctx.errors import InputError
 from rnn_longctx.tasks.base import TASKS, Example, Task, TooShort
@@ -35,7 +36,7 @@ class MQAR(Task):
     def example(self, length: int, i: int, n: int, rng: np.random.Generator, tokenizer: Tokenizer) -> Example:
         ids, answers = (rows[0] for rows in mqar_batch(rng, 1, self.pairs, self.vocab_size, self.forgetting))
         if length < len(ids):
-            raise TooShort(f"{self.name} of {self.pairs} pairs", len(ids), length)
+            raise TooShort(f"{self.name} of {counted(self.pairs, 'pair')}", len(ids), length)
         start = len(ids) - 2 * self.pairs
         between = rng.integers(self.vocab_size // 2, self.vocab_size, length - len(ids))
         ids = np.concatenate([ids[:start], between, ids[start:]])
@@ -95,5 +96,5 @@ def _check(pairs: int, vocab_size: int) -> int:
     """Return the number of keys. Raises InputError: more pairs than that, or none."""
     half = vocab_size // 2
     if not 1 <= pairs <= half:
-        raise InputError(f"{pairs} pairs: a vocabulary of {vocab_size} has 1 to {half} keys")
+        raise InputError(f"{counted(pairs, 'pair')}: a vocabulary of {vocab_size} has 1 to {half} keys")
     return half

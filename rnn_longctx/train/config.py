@@ -227,7 +227,7 @@ class OnlineConfig:
     tokens: int = 2**18  # that have arrived make an update, which is then checked
     held_out: float = 0.1  # share of them, the last, not trained on: an update may not make it harder
     replay: float = 0.25  # share of the rows that read data.text
-    loss_tolerance: float = 0.01  # nats above the least loss of the models kept, at each evaluated length
+    loss_tolerance: float = 0.01  # nats above the lowest loss of the models kept, at each evaluated length
     passkey_tolerance: float = 0.05  # share of the passkeys below the most of the models kept, at each length
     poll: float = 5.0  # seconds between two looks at the directory
 
@@ -310,8 +310,8 @@ class TrainConfig:
                 wrong, limit = (high, self.longest) if high > self.longest else (low, shortest)
                 examples = "passkey prompts" if self.data.mix is None else "examples"
                 raise InputError(
-                    f"{name}.lengths: {wrong} is longer than train_length {limit}; {examples} are mixed into the text "
-                    f"unless {name}.fraction=0"
+                    f"{name}.lengths: {wrong} is longer than train_length {limit}; {examples} are mixed into the text: "
+                    f"give lengths of at most {limit} there, or fraction 0 beside them for the text alone"
                 )
 
     @property

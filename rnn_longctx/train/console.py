@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,8 +14,8 @@ from rnn_longctx.progress import Say, to_stdout
 @contextmanager
 def progress(steps: int, done: int, say: Say, answers: str) -> Iterator[Any]:
     """Give two functions, for a row of the log and for a step that has none. They move a progress bar where `say` is a
-    terminal, else they say a line a row, and one for the first step, which shows that the run goes. answers: what the
-    loss of the answers is called, the tasks that they are of."""
+    terminal, else they say a line a row, and one for the first step, which shows that the run goes. answers: the tasks
+    whose answers the second loss of a line is of."""
     if say is not to_stdout or not sys.stdout.isatty():
 
         def first(step: int, loss: float) -> None:
@@ -37,7 +38,9 @@ def progress(steps: int, done: int, say: Say, answers: str) -> Iterator[Any]:
 
 
 def _line(row: dict[str, Any], steps: int, answers: str, short: bool = False) -> str:
-    text = f"step {row['step']}/{steps} loss {row['loss']:.3f} {answers} {row['passkey_loss']:.3f}"
+    text = f"step {row['step']}/{steps} loss {row['loss']:.3f}"
+    if not math.isnan(row["passkey_loss"]):
+        text += f" {answers} loss {row['passkey_loss']:.3f}"
     text += f" {row['tokens_per_second'] / 1e3:.0f}K tok/s"
     if not short:  # what a bar leaves no room for
         text += f" lr {row['lr']:.2e} grad {row['grad_norm']:.3f} {row['seconds']:.0f} s"

@@ -14,6 +14,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
+from rnn_longctx.config import counted
 from rnn_longctx.data import Shard, Source, Text, Tokenizer, load_text, open_streamed, stored
 from rnn_longctx.data.text import GOLDEN
 from rnn_longctx.errors import InputError
@@ -233,7 +234,7 @@ def load_corpus(config: DataConfig, tokenizer: Tokenizer, length: int, say: Say 
     for name, tokens, share in zip(names, train, shares, strict=True):
         if share and len(tokens) < length + 1:
             held = f"; {sum(map(len, held_out))} are held out, whole documents: see data.held_out" if held_out else ""
-            few = f"{name} gives {len(tokens)} tokens to train on, and train_length {length} needs more"
+            few = f"{name} gives {counted(len(tokens), 'token')} to train on, and train_length {length} needs more"
             raise InputError(f"data.text: {few}{held if config.held_out else ''}")
     return Corpus(train, torch.cat(held_out), texts, tokenizer, shares, frozenset(mapped))
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from rnn_longctx.config import counted
 from rnn_longctx.data import Tokenizer
 from rnn_longctx.errors import InputError
 from rnn_longctx.loggers import Write
@@ -27,7 +28,8 @@ from rnn_longctx.train.mix import measured_task
 from rnn_longctx.train.snapshots import Log
 from rnn_longctx.train.state import RunState
 
-COLUMNS = ["step", "tokens", "length", "loss", "passkey"]  # the last: of whatever task the run is measured by
+# passkey_accuracy: of whatever task the run is measured by
+COLUMNS = ["step", "tokens", "length", "loss", "passkey_accuracy"]
 SEGMENT = 4096  # tokens read at once
 TOKENS = 2**18  # of held-out text read at one length, at most
 WORSE = 1.05  # a stage is entered while the loss at the first length is within this factor of the best before it
@@ -116,7 +118,7 @@ class Evaluation:
         self.settings, self.task = config.evaluate, measured_task(config.data.mixed)
         for length in self.settings.lengths:
             if len(corpus.held_out) < length + 1:
-                fits = f"the held-out text has {len(corpus.held_out)} tokens"
+                fits = f"the held-out text has {counted(len(corpus.held_out), 'token')}"
                 raise InputError(f"evaluate.lengths: {length} is too long: {fits}; see data.held_out")
             if self.settings.passkeys:
                 try:
@@ -136,10 +138,10 @@ class Evaluation:
             for length, loss, score in self.measure():
                 losses.append(loss)
                 scores.append(score)
-                log.write({"step": step, "tokens": tokens, "length": length, "loss": loss, "passkey": score})
+                log.write({"step": step, "tokens": tokens, "length": length, "loss": loss, "passkey_accuracy": score})
                 for write in self.writers:
-                    write({f"eval/loss_{length}": loss, f"eval/passkey_{length}": score}, step)
-                self.say(f"step {step} at {length} tokens: loss {loss:.4f} {self.task.name} {score:.2f}")
+                    write({f"eval/loss_{length}": loss, f"eval/passkey_accuracy_{length}": score}, step)
+                self.say(f"step {step} at {length} tokens: loss {loss:.4f} {self.task.name} accuracy {score:.2f}")
         loss, n = sum(losses) / len(losses), len(scores)
         return [sum(scores) / n if self.settings.passkeys else 0.0, -loss if math.isfinite(loss) else -math.inf]
 
@@ -197,13 +199,13 @@ def final_metrics(
         metrics["validation_loss"] = loss
     if config.data.mixed and config.data.mixed[0].fraction:
         task = measured_task(config.data.mixed)
-        examples = _longest_examples(task, corpus.tokenizer, config.data.mixed[0].lengths[1], config.seed)
+        examples = longest_examples(task, corpus.tokenizer, config.data.mixed[0].lengths[1], config.seed)
         scored = recall(model, task, examples, corpus.tokenizer, config.batch_size, autocast)
         metrics["passkey_accuracy"] = scored
     return metrics
 
 
-def _longest_examples(task: Task, tokenizer: Tokenizer, length: int, seed: int) -> list[Example]:
+def longest_examples(task: Task, tokenizer: Tokenizer, length: int, seed: int) -> list[Example]:
     """Return 100 examples of which, with its answer, none has more than `length` tokens, and one has as many."""
     if not task.generated:
         return examples_of(task, tokenizer, length, 100, seed)

@@ -53,7 +53,7 @@ def train(config: TrainConfig, say: Say = to_stdout) -> Path:
 
     `config.out` gets log.csv (losses in nats per token), snapshots/ and model/, and steps/STEP/ where models are to be
     kept on the way. With `config.evaluate` also eval.csv, last/, always the newest model, and best/, the one that
-    answered most examples (of equals the one of least loss). Where `accelerate launch` or `torchrun` began several
+    answered most examples (of equals the one of lowest loss). Where `accelerate launch` or `torchrun` began several
     processes they train as one (`rnn_longctx.train.team`); rank 0 writes and speaks, and all must see `out`.
 
     Raises:
@@ -135,7 +135,7 @@ class Loop:
         if team.rank == 0:
             log = Log(self.run.out / "log.csv", state.step, length=config.longest, **NOT_MEASURED)
             self.log = stack.enter_context(closing(log))
-            answers = "+".join(dict.fromkeys(task_of(mixed).name for mixed in config.data.mixed)) or "answers"
+            answers = "+".join(dict.fromkeys(task_of(mixed).name for mixed in config.data.mixed)) or "answer"
             shown = progress(config.steps, state.step, self.run.say, answers)
             self.show_row, self.show_step = stack.enter_context(shown)
         while state.step < config.steps:

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from rnn_longctx.config import home_path
+from rnn_longctx.config import counted, home_path
 from rnn_longctx.data import Arrival, Arrivals, load_tokenizer
 from rnn_longctx.errors import InputError
 from rnn_longctx.loggers import Write, scalars
@@ -120,7 +120,7 @@ class Online:
         update: the number of the last one that was decided on.
         kept: how many were kept.
         tokens: in the updates kept.
-        best: of each length, the least loss and the best recall of the models kept.
+        best: of each length, the lowest loss and the best recall of the models kept.
     """
 
     run: Run
@@ -139,7 +139,7 @@ class Online:
         self.evaluation = Evaluation(run.config, run.corpus, run.model, run.out, run.autocast)
         self.task = self.evaluation.task.name
         lengths = self.evaluation.settings.lengths
-        self.columns = [*COLUMNS, *(f"{name}_{n}" for n in lengths for name in ("loss", "passkey"))]
+        self.columns = [*COLUMNS, *(f"{name}_{n}" for n in lengths for name in ("loss", "passkey_accuracy"))]
 
     def begin(self) -> None:
         """Go on where the newest snapshot was; without one, measure the model as it is."""
@@ -160,7 +160,7 @@ class Online:
         """Return a row of online.csv of the update at hand; what was not measured is empty."""
         row = dict.fromkeys(self.columns, "") | {"update": self.update + 1, "decision": decision} | measured
         for length, loss, score in figures or []:
-            row |= {f"loss_{length}": loss, f"passkey_{length}": score}
+            row |= {f"loss_{length}": loss, f"passkey_accuracy_{length}": score}
         return row | {"reason": reason, "text": text}
 
     def learn(self, arrival: Arrival, stopping: list[int]) -> dict[str, Any] | None:
@@ -187,7 +187,7 @@ class Online:
                 (n, min(loss, least), max(score, most))
                 for (n, loss, score), (_, least, most) in zip(figures, self.best, strict=True)
             ]
-        more = f" and {len(spans) - SHOWN} files more" if len(spans) > SHOWN else ""
+        more = f" and {counted(len(spans) - SHOWN, 'file')} more" if len(spans) > SHOWN else ""
         line = f"update {number} {decision}: {len(arrival.ids):,} tokens ({', '.join(spans[:SHOWN])}{more}); "
         line += (
             f"loss on their held-out share {before:.4f} before, {after:.4f} after; {_spoken(figures or [], self.task)}"
@@ -332,4 +332,6 @@ def _printable(name: str) -> str:
 
 
 def _spoken(figures: Figures, task: str) -> str:
-    return ", ".join(f"loss {loss:.4f} {task} {score:.2f} at {n}" for n, loss, score in figures) or "not measured"
+    return (
+        ", ".join(f"loss {loss:.4f} {task} accuracy {score:.2f} at {n}" for n, loss, score in figures) or "not measured"
+    )

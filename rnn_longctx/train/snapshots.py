@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -104,7 +105,8 @@ class Log:
     """A CSV file by steps, its first column: rows up to `step` of an earlier process are kept, later ones (and a torn
     last line) dropped.
 
-    `missing`: values of columns that an older version did not write.
+    `missing`: values of columns that an older version did not write. Accuracies that it wrote as `passkey` go on as
+    `passkey_accuracy`.
     """
 
     def __init__(self, path: Path, step: int, columns: Sequence[str] = COLUMNS, **missing: object):
@@ -112,6 +114,7 @@ class Log:
         if path.is_file():
             with path.open(newline="", encoding="utf-8", errors="replace") as file:
                 head, *rows = [*csv.reader(file)] or [[]]
+            head = [re.sub(r"^passkey(?=$|_\d+$)", "passkey_accuracy", name) for name in head]
             records = [dict(zip(head, row)) for row in rows if len(row) == len(head) and row[0].isdigit()]
             records = [record for record in records if int(record[columns[0]]) <= step]
             rows_before = [[str((missing | record)[c]) for c in columns] for record in records]

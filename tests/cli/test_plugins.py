@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import sys
 
 import pytest
@@ -101,6 +102,33 @@ def test_a_remedy_of_a_plugin_is_evaluated(run, tmp_path, place):
     assert code == 0, err
     rows = list(csv.DictReader((tmp_path / "results" / "results.csv").open()))
     assert {row["mitigation"] for row in rows} == {"toy-plugin:factor=2"}
+
+
+def test_an_edited_plugin_is_measured_again_in_the_same_folder(run, tmp_path, monkeypatch):
+    """Rows name the text of the plugins that they were measured under; those without any name none."""
+    values = {}
+    for edit in ("", "# a remark\n", ""):
+        text = REMEDY.replace("self.factor)", "2 * self.factor)") if edit else REMEDY
+        (tmp_path / "toy_remedy.py").write_text(edit + text)
+        sys.modules.pop("rnn_longctx_plugin_toy_remedy", None)
+        importlib.invalidate_caches()
+        code, _, err = run(*EVAL.split(), "--plugin", "toy_remedy.py")
+        assert code == 0, err
+        rows = list(csv.DictReader((tmp_path / "results" / "results.csv").open()))
+        values[edit] = {row["plugins"]: row["value"] for row in rows if row["metric"] == "nats_per_token"}
+    assert len(values[""]) == 2 and len({*values[""].values()}) == 2 and values[""] == values["# a remark\n"]
+    assert all(len(name) == 8 for name in values[""])
+    monkeypatch.setenv("RNN_LONGCTX_PLUGINS", "")  # as in a process that loads none
+    code, _, err = run(*EVAL.replace("toy-plugin:factor=2", "rri").split())
+    assert code == 0, err
+    rows = list(csv.DictReader((tmp_path / "results" / "results.csv").open()))
+    assert {row["plugins"] for row in rows if row["mitigation"].startswith("rri")} == {""}
+
+
+@pytest.mark.parametrize("words", ["eval", "capacity", "capacity measure", "bench", "generate"])
+def test_every_help_names_the_option(run, words):
+    code, out, _ = run(*words.split(), "--help")
+    assert code == 0 and "--plugin MODULE_OR_FILE.py, anywhere on the line" in " ".join(out.split())
 
 
 def test_without_the_plugin_there_is_no_such_remedy(run):

@@ -38,6 +38,24 @@ def test_finished_cells_are_not_measured_again(model, text, tmp_path, monkeypatc
     assert reads
 
 
+@pytest.mark.parametrize("name", ["run", "run/last", "run/best", "run/300"])
+def test_cells_that_an_older_version_filed_under_a_folders_name_go_on(model, text, tmp_path, monkeypatch, caplog, name):
+    """It called runs/run/last "last", and runs/run/model "model"."""
+    out, task = str(tmp_path / "out"), ["lm:slices=2,tokens=0"]
+    model.name = {"run": "model"}.get(name, name.rpartition("/")[2])
+    first = evaluate(model, [96], task, ["none"], text=text, out=out)
+    stranger = {"model": model.name, "weights_hash": "another", "length": 96, "metric": "nats_per_token"}
+    Results(out).put(stranger)
+    model.name = name
+    monkeypatch.setattr(Mamba2LM, "read", None)  # nothing is read again
+    again = evaluate(model, [96], task, ["none"], text=text, out=out)
+    assert again.value.tolist() == first.value.tolist() and set(again.model) == {name}
+    before = name.rpartition("/")[2] if "/" in name else "model"
+    rows = Results(out).rows()
+    assert len(rows) == len(first) + 1 and {r["weights_hash"] for r in rows if r["model"] == before} == {"another"}
+    assert f"now filed under its name, {name}; they were under {before}" in caplog.text
+
+
 def test_fewer_slices_or_prompts_are_a_part_of_what_is_stored(model, text, tmp_path):
     settings = {"text": text, "out": str(tmp_path / "out")}
     first = evaluate(model, [96, 128], ["lm:slices=3,tokens=0", "passkey:n=12,least=12"], **settings)

@@ -246,25 +246,28 @@ def test_snapshots_have_a_folder(tmp_path):
     assert path.parent.parent == tmp_path and Results(tmp_path).rows() == []
 
 
+LATER = ["state_dtype", "tokens_read", "plugins"]
+
+
 def test_a_table_from_before_a_column_is_read_on(tmp_path):
-    """`state_dtype` and `tokens_read` came later: cells and tables without them are as good as new ones."""
+    """`state_dtype`, `tokens_read` and `plugins` came later: cells and tables without them are as good as new ones."""
     store = Results(tmp_path)
     store.put(row())
     cell = only_cell(tmp_path)
-    old = {k: v for k, v in json.loads(cell.read_text())["row"].items() if k not in ("state_dtype", "tokens_read")}
+    old = {k: v for k, v in json.loads(cell.read_text())["row"].items() if k not in LATER}
     checksum = hashlib.sha256(json.dumps(old, sort_keys=True).encode()).hexdigest()
-    key = json.dumps([old[c] for c in KEY if c != "state_dtype"])
+    key = json.dumps([old[c] for c in KEY if c not in LATER])
     assert cell.stem == hashlib.sha256(key.encode()).hexdigest()[:32]  # it was called so before
     cell.write_text(json.dumps({"checksum": checksum, "row": old}))
-    assert store.get(row()) == old | {"state_dtype": None, "tokens_read": None} and len(store.rows()) == 1
-    store.put(row(state_dtype="bfloat16", tokens_read=1000))
+    assert store.get(row()) == old | dict.fromkeys(LATER) and len(store.rows()) == 1
+    store.put(row(state_dtype="bfloat16", tokens_read=1000, plugins="ab12"))
     frame = store.gather()
     assert sorted(frame["state_dtype"].fillna("-")) == ["-", "bfloat16"]
     for name, write in (("results.parquet", "to_parquet"), ("results.csv", "to_csv")):
         for path in tmp_path.glob("results.*"):
             path.unlink()
-        bare = frame[frame["state_dtype"].isna()].drop(columns=["state_dtype", "tokens_read"])
+        bare = frame[frame["state_dtype"].isna()].drop(columns=LATER)
         bare = bare.assign(samples=bare["samples"].map(json.dumps)) if name.endswith("csv") else bare
         getattr(bare, write)(tmp_path / name, index=False)
-        assert Results.read(tmp_path)[["state_dtype", "tokens_read"]].isna().all(axis=None)
+        assert Results.read(tmp_path)[LATER].isna().all(axis=None)
         assert len(Results.read(tmp_path)) == 1

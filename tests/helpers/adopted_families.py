@@ -4,6 +4,7 @@ them.
 
 from __future__ import annotations
 
+import pytest
 import torch
 import transformers as hf
 
@@ -11,11 +12,27 @@ from rnn_longctx.mitigations import active, handles_on, mitigate
 from rnn_longctx.models.adopt.adopting import adopt
 from rnn_longctx.models.adopt.dispatch import cache_name
 from rnn_longctx.models.generate import generate
+from rnn_longctx.recurrence.delta import DELTA
 from rnn_longctx.recurrence.policy import Cap, ScanPolicy
 
 VOCAB = 97
 COMMON = {"hidden_size": 32, "vocab_size": VOCAB, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
 ATTENTION = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48}
+HYBRID = {
+    "num_hidden_layers": 3, "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "rms_norm_eps": 1e-2,  # outputs of the delta rule may be tiny, and a norm makes their rounding large
+}  # fmt: skip
+# All experts are taken: which ones are, would hang on rounding.
+EXPERTS = {"moe_intermediate_size": 16, "num_experts_per_tok": 2}
+QWEN = {
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 6, **HYBRID,
+}  # fmt: skip
+KIMI = {
+    "num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 48, "linear_head_dim": 8,
+    "linear_num_heads": 4, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8,
+    "mlp_layer_types": ["dense", "sparse", "dense"], **EXPERTS, **HYBRID,
+}  # fmt: skip
 MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 16, "mamba_n_groups": 1, "mamba_chunk_size": 8}
 
 
@@ -76,11 +93,43 @@ def _jamba():
     )  # fmt: skip
 
 
-FAMILIES = {
+def _qwen3_next():
+    return hf.Qwen3NextConfig(**COMMON, **QWEN, **EXPERTS, num_experts=2, shared_expert_intermediate_size=16)
+
+
+def _qwen3_5():
+    return hf.Qwen3_5TextConfig(**COMMON, **QWEN, intermediate_size=48)
+
+
+def _qwen3_5_moe():
+    return hf.Qwen3_5MoeTextConfig(**COMMON, **QWEN, **EXPERTS, num_experts=2, shared_expert_intermediate_size=16)
+
+
+def _olmo_hybrid():  # whose beta goes up to 2
+    return hf.OlmoHybridConfig(**COMMON, **QWEN | {"linear_num_key_heads": 4}, intermediate_size=48)
+
+
+def _kimi_linear():
+    return hf.KimiLinearConfig(**COMMON, **KIMI, num_local_experts=2)
+
+
+def _bailing_hybrid():  # whose gate has a lower bound
+    return hf.BailingHybridConfig(**COMMON, **KIMI, num_local_experts=2, n_group=1, topk_group=1)
+
+
+SCAN_FAMILIES = {
     "mamba2": _mamba2, "bamba": _bamba, "falcon_h1": _falcon_h1, "granitemoehybrid": _granite,
     "nemotron_h": _nemotron, "zamba2": _zamba2, "mamba": _mamba, "falcon_mamba": _falcon_mamba, "jamba": _jamba,
 }  # fmt: skip
+DELTA_FAMILIES = {
+    "qwen3_next": _qwen3_next, "qwen3_5": _qwen3_5, "qwen3_5_moe": _qwen3_5_moe, "olmo_hybrid": _olmo_hybrid,
+    "kimi_linear": _kimi_linear, "bailing_hybrid": _bailing_hybrid,
+}  # fmt: skip
+if not hasattr(hf, "BailingHybridConfig"):  # before transformers 5.20
+    del DELTA_FAMILIES["bailing_hybrid"]
+FAMILIES = {**SCAN_FAMILIES, **DELTA_FAMILIES}
 RECURRENT = {
+    **dict.fromkeys(DELTA_FAMILIES, 2),
     "mamba2": 3,
     "bamba": 2,
     "falcon_h1": 2,
@@ -98,6 +147,23 @@ POLICIES = {
     "window": ScanPolicy(window=5),
     "reset": ScanPolicy(reset=6),
 }
+
+
+def cases(policies):
+    """Every family with the name of every policy that its recurrence follows, to parametrise ("family", "policy")."""
+    return [
+        pytest.param(family, name, id=f"{family}-{name}")
+        for family in FAMILIES
+        for name in policies
+        if family in SCAN_FAMILIES or DELTA.unfollowed(POLICIES[name]) is None
+    ]
+
+
+def followed(family, remedy):
+    """The remedy, or another one where the family's recurrence has no window."""
+    return "delta-scale:scale=0.7" if family in DELTA_FAMILIES and remedy.startswith("window") else remedy
+
+
 NEAR = {"rtol": 0, "atol": 1e-4}
 RRI = "rri:alpha=0.9,beta=0.4"
 

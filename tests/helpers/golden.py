@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import transformers
 import yaml
-from adopted_families import FAMILIES
+from adopted_families import SCAN_FAMILIES
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -111,7 +111,7 @@ def carried(folder: Path) -> dict[str, dict[str, Any]]:
     from rnn_longctx.models.saved_state import save_state
 
     out = {}
-    for name, config in FAMILIES.items():
+    for name, config in SCAN_FAMILIES.items():
         torch.manual_seed(7)
         model = AutoModelForCausalLM.from_config(config()).eval()
         ours = rnn_longctx.adopt(model, name=name, tokenizer=ByteTokenizer(), train_length=16)

@@ -138,6 +138,7 @@ def test_what_cannot_be_folded(model, name):
     ("mixer", "reason"),
     [
         ("gla:heads=2", "a gla layer makes its decays from the text"),
+        ("retnet:heads=2", "a retnet layer has decays that are fixed"),
         ("sliding-window:heads=2,window=16", "own has no recurrence"),
     ],
 )

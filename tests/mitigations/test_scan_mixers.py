@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rnn_longctx.mitigations import parse_remedy, standard
+from rnn_longctx.mitigations import fold, mitigate, parse_remedy, standard
 from rnn_longctx.mitigations.base import Need
 from rnn_longctx.testing.remedies import TRAIN_LENGTH, check_cuts, check_on_and_off, is_applicable, model_of
 
@@ -14,6 +14,10 @@ LACKS = {
     "retnet:heads=2": RECURRENT,
     "hgrn2:heads=2": RECURRENT,
     "mamba1:d_state=4": RECURRENT,
+    "gated-deltanet:heads=1,head_dim=8,v_heads=2": {*RECURRENT, "a window"} - {Need.ERASING},
+    "kda:heads=2,head_dim=8": {*RECURRENT, "a window"} - {Need.ERASING},
+    "gdn2:heads=2,head_dim=8": {*RECURRENT, "a window"} - {Need.ERASING},
+    "deltanet:heads=2": {*RECURRENT, "a window"} - {Need.ERASING},
     "full-attention:heads=2": {*RECURRENT, Need.RECURRENCE, Need.NO_ATTENTION},
 }
 
@@ -31,8 +35,19 @@ def models():
 @pytest.mark.parametrize("mixer", LACKS)
 @pytest.mark.parametrize("text", standard(TRAIN_LENGTH))
 def test_a_remedy_on_a_mixer(text, mixer, models, seed):
-    needs = frozenset().union(*(remedy.needs for remedy in parse_remedy(text).parts))
+    parts = parse_remedy(text).parts
+    needs = frozenset().union(*(part.needs for part in parts), *({"a window"} for p in parts if p.name == "window"))
     assert is_applicable(text, models[mixer]) == (not needs & LACKS[mixer])
     if not needs & LACKS[mixer]:
         check_on_and_off(text, models[mixer], seed)
         check_cuts(text, models[mixer], seed)
+
+
+@torch.no_grad()
+def test_rates_of_mamba1_take_a_fold(models):
+    model, ids = model_of("mamba1:d_state=4"), torch.randint(256, (1, 50))
+    with mitigate(model, "a-scale:scale=0.5"):
+        expected = model(ids)
+    fold(model, "a-scale:scale=0.5")
+    torch.testing.assert_close(model(ids), expected, rtol=0, atol=1e-9)
+    assert (models["mamba1:d_state=4"](ids) - expected).abs().max() > 1e-6

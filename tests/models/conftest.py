@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import transformers as hf
-from adopted_families import FAMILIES, VOCAB
+from adopted_families import DELTA_FAMILIES, FAMILIES, VOCAB
 from checkpoint_files import official_config
 from torch import nn
 
@@ -69,7 +69,14 @@ def build(randomise):
         for m in model.modules():
             if isinstance(m, nn.Linear):  # so that every layer matters
                 nn.init.normal_(m.weight, std=m.in_features**-0.5)
+            if family in DELTA_FAMILIES and isinstance(m, nn.Conv1d):  # so that states are as large as a scan's
+                nn.init.normal_(m.weight)
         randomise(model)
+        if family in DELTA_FAMILIES:
+            nn.init.normal_(model.get_input_embeddings().weight)
+        for m in model.modules():  # Qwen's norms scale by 1 + weight
+            if type(m).__name__.startswith("Qwen") and type(m).__name__.endswith("RMSNorm"):
+                m.weight.data -= 1
         model.generation_config.eos_token_id = None
         return model
 

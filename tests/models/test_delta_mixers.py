@@ -42,20 +42,21 @@ def unit(x: torch.Tensor) -> torch.Tensor:
     return x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt()
 
 
-def outputs(mixer, u: torch.Tensor, decay: torch.Tensor, top: float) -> torch.Tensor:
-    """The heads' normed outputs (B, T, H, P) of the recurrence. decay: (B, T, H, 1 or N); top: of beta."""
+def outputs(mixer, u: torch.Tensor, decay: torch.Tensor, top: float, erase=None, write=None) -> torch.Tensor:
+    """The heads' normed outputs (B, T, H, P) of the recurrence. decay: (B, T, H, 1 or N); top: of beta; erase, write:
+    (B, T, H, N) and (B, T, H, P), or None for beta."""
     heads, size = mixer.heads, mixer.d_state
     q, k, v = (x.unflatten(-1, (-1, width)) for x, width in zip(convolved(mixer, u), (size, size, mixer.headdim)))
     shared = heads // q.shape[2]
-    beta = top * mixer.b_proj(u).sigmoid()
+    if erase is None:
+        erase = write = top * mixer.b_proj(u).sigmoid()[..., None]
     state, ys = torch.zeros(2, heads, mixer.headdim, size, dtype=torch.float64), []
     for t in range(LENGTH):
         for h in range(heads):
             key, query = unit(k[:, t, h // shared]), unit(q[:, t, h // shared]) / size**0.5
             old = state[:, h] * decay[:, t, h, None]
-            erased = torch.einsum("bpn,bn,bm->bpm", old, key, key)
-            written = v[:, t, h, :, None] * key[:, None]
-            state[:, h] = old + beta[:, t, h, None, None] * (written - erased)
+            erased = torch.einsum("bpn,bn,bm->bpm", old, erase[:, t, h] * key, key)
+            state[:, h] = old - erased + (write[:, t, h] * v[:, t, h])[..., None] * key[:, None]
             ys.append((state[:, h] @ query[..., None])[..., 0])
     y = torch.stack(ys, 1).unflatten(1, (LENGTH, heads))
     return y / (y.square().mean(-1, keepdim=True) + 1e-5).sqrt() * mixer.norm.weight
@@ -82,6 +83,17 @@ def test_kda(more):
     f, A = f.unflatten(-1, (mixer.heads, 6)), mixer.A_log.exp()[:, None]
     decay = (-4 * (A * f).sigmoid() if "bound" in more else -A * F.softplus(f)).exp()
     y = outputs(mixer, u, decay, 2.0 if "neg" in more else 1.0)
+    same(mixer, u, y.flatten(2) * (mixer.g_proj[1](u @ mixer.g_proj[0].weight.T)).sigmoid())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("more", ["", ",expand_v=0.5,neg_eigval=true"])
+def test_gdn2(more):
+    mixer, u = mixer_of("gdn2:heads=2,head_dim=6" + more), reading()
+    f = (u @ mixer.f_proj[0].weight.T @ mixer.f_proj[1].weight.T + mixer.dt_bias).unflatten(-1, (2, 6))
+    decay = (-mixer.A_log.exp()[:, None] * F.softplus(f)).exp()
+    erase, write = (proj(u).sigmoid().unflatten(-1, (2, -1)) for proj in (mixer.b_proj, mixer.w_proj))
+    y = outputs(mixer, u, decay, 1.0, erase * (2 if "neg" in more else 1), write)
     same(mixer, u, y.flatten(2) * (mixer.g_proj[1](u @ mixer.g_proj[0].weight.T)).sigmoid())
 
 

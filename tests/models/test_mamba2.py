@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from rnn_longctx.errors import InputError
 from rnn_longctx.models import losses
 from rnn_longctx.models.cache import Cache
-from rnn_longctx.models.lm import Mamba2LM
+from rnn_longctx.models.config import ModelConfig
+from rnn_longctx.models.lm import LM, Mamba2LM
 from rnn_longctx.models.mixers.mamba2 import Mamba2Config
 from rnn_longctx.models.restart import Restart
 from rnn_longctx.recurrence.policy import PLAIN, Cap, ScanPolicy
@@ -147,8 +148,13 @@ def test_a_cache_is_cloned_saved_and_loaded(stream, tmp_path):
 
 def test_a_cache_file_that_is_none(tmp_path):
     (tmp_path / "cache").write_bytes(b"junk")
-    for name, why in (("cache", "$"), ("nothing", r" \(no such file\)")):
-        with pytest.raises(InputError, match=f"is no state that generate --save-state wrote{why}"):
+    damaged = "cache is not a state that generate --save-state wrote, or it is damaged"
+    for name, message in (
+        ("cache", damaged),
+        ("nothing", "nothing: no such file"),
+        (".", ": a folder, not a saved state"),
+    ):
+        with pytest.raises(InputError, match=f"{message}$"):
             Cache.load(tmp_path / name)
 
 
@@ -353,3 +359,15 @@ def test_the_precision_of_states(make):
     assert wide.state_dtype is None
     wide.use_state_dtype("float32")
     assert wide.state_dtype == torch.float32
+
+
+def test_a_layers_text_says_what_its_rates_are_drawn_from():
+    def rates(text: str) -> torch.Tensor:
+        return -LM(ModelConfig(text, d_model=64, n_layer=2)).mixers[0].A.detach()
+
+    low, high = (rates(f"mamba2:headdim=4,A_low={a},A_high={b}") for a, b in ((2, 3), (5, 6)))
+    assert ((low > 1.99) & (low < 3.01)).all() and ((high > 4.99) & (high < 6.01)).all()
+    slow = rates("mamba2:headdim=1,A_low=1e-6,A_high=1,A_draw=log-uniform")
+    assert (slow < 1.01).all() and 0.2 < (slow < 1e-3).double().mean() < 0.8, "half of 128, on a logarithmic scale"
+    with pytest.raises(InputError, match="A_init: expected a range above 0"):
+        ModelConfig("mamba2:headdim=4,A_low=2,A_high=1", d_model=64)

@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from adopted_families import FAMILIES, MAMBA1, NEAR, random_ids, streamed
+from adopted_families import MAMBA1, NEAR, SCAN_FAMILIES, random_ids, streamed
 from rich.console import Console
 
 from rnn_longctx.data import ByteTokenizer, Text
@@ -54,7 +54,7 @@ def test_of_our_own_models_only_where_their_kernels_are_asked_for(make):
     assert segments.longest(model, 3) == (2**31 - 1) // (3 * width)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SCAN_FAMILIES)
 def test_the_width_is_that_of_what_in_proj_gives(build, family):
     model = build(family)
     ours, seen = adopt(model), []

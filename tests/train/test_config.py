@@ -20,7 +20,7 @@ from rnn_longctx.train import TrainConfig, spelled_out, train
     ("override", "words"),
     [
         ("data.text=[stdlib]", "never trained on"),
-        ("data.passkey.lengths=[128,600]", r"longer than train_length 512; .* unless data\.passkey\.fraction=0"),
+        ("data.passkey.lengths=[128,600]", r"longer than train_length 512; .* of at most 512 there, or fraction 0"),
         ("data.passkey.fraction=2", "data.passkey.fraction"),
         ("steps=0", "steps"),
         ("schedule.name=cosin", 'did you mean "cosine"'),

@@ -60,6 +60,17 @@ def test_a_full_disk_leaves_the_last_snapshot(tmp_path: Path, monkeypatch: pytes
     assert found is not None and torch.equal(found["x"], torch.arange(5))
 
 
+def test_a_log_of_an_older_version_goes_on(tmp_path: Path) -> None:
+    """Its accuracies were called passkey, as the loss of the answers was in what a run said."""
+    path = tmp_path / "log.csv"
+    path.write_text("step,passkey,passkey_512,passkey_loss\n1,0.5,0.25,2.0\n")
+    names = ["step", "passkey_accuracy", "passkey_accuracy_512", "passkey_loss"]
+    log = Log(path, 1, names)
+    log.write(dict(zip(names, (2, 0.75, 0.5, 1.0))))
+    log.close()
+    assert path.read_text() == f"{','.join(names)}\n1,0.5,0.25,2.0\n2,0.75,0.5,1\n"
+
+
 @full
 def test_a_log_on_a_full_disk(tmp_path: Path) -> None:
     path = tmp_path / "log.csv"

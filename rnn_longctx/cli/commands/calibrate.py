@@ -24,7 +24,7 @@ def calibrate(
     seed: Annotated[int, typer.Option(min=0)] = 0,
     options: ModelOptions = ModelOptions(),
 ) -> None:
-    """Find a remedy's settings: the least loss at the target length that keeps the model's recall."""
+    """Find a remedy's settings: the lowest loss at the target length that keeps the model's recall."""
     from rnn_longctx.config import parse_length
     from rnn_longctx.data import load_text
     from rnn_longctx.eval.search.calibrate import calibrate

@@ -136,7 +136,8 @@ def advise(
 
 
 def _report(directory: Path, recall: float) -> None:
-    """Draw the figures, and print the tables. Points are of families: single checkpoints' repeat findings."""
+    """Draw the figures, and print what they say: of a family its points and fits, of single checkpoints a line each.
+    The rest stays in the files."""
     import pandas as pd
 
     from rnn_longctx.eval.capacity import draw, tables
@@ -144,9 +145,7 @@ def _report(directory: Path, recall: float) -> None:
     if not 0 < recall < 1:
         raise InputError(f"recall lies between 0 and 1, got {recall}")
     paths = draw(directory, recall)
-    tokens = ["train_length", "passes", "fails", "right", "asked"]  # whole numbers, in one style
     shown = {
-        "findings": "model mitigation state_elements train_length quantity passes fails right asked worst",
         "points": "shape state_elements mitigation quantity train_length models text",
         "fits": "mitigation quantity form points bounds contradicts curve r2 r2_loo aic carrier best",
         "same_size": "mitigation quantity state_elements shapes values spread",
@@ -156,11 +155,11 @@ def _report(directory: Path, recall: float) -> None:
     for name, columns in shown.items():
         file = directory / f"{name}.csv"
         frame = pd.read_csv(file) if file in paths and file.stat().st_size > 1 else pd.DataFrame()
-        if len(frame) and (family or name != "points"):
+        if len(frame) and family:
             frame = frame[frame["axis"] == "state_elements"] if name == "fits" else frame
-            for column in frame.columns.intersection(tokens):
-                frame[column] = frame[column].map(lambda n: "-" if pd.isna(n) else f"{n:.0f}")
-            typer.echo(f"\n{name}{', lengths in tokens' if name == 'findings' else ''}")
+            if "train_length" in frame:
+                frame["train_length"] = frame["train_length"].map(lambda n: "-" if pd.isna(n) else f"{n:.0f}")
+            typer.echo(f"\n{name}")
             typer.echo(frame[columns.split()].to_string(index=False, na_rep="-", float_format=lambda v: f"{v:.4g}"))
     if len(findings) and not family:
         typer.echo("\n" + "\n".join(tables.in_words(findings)))

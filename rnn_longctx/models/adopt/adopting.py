@@ -21,8 +21,8 @@ from rnn_longctx.config import parse_length
 from rnn_longctx.devices import device_of, dtype_of
 from rnn_longctx.errors import InputError, one_line
 from rnn_longctx.models.adopt.family import adopted_by_family
-from rnn_longctx.models.adopt.mixer import UNLIMITED
 from rnn_longctx.models.adopt.model import Adopted
+from rnn_longctx.models.adopt.stepped import UNLIMITED, SteppedAdopted
 from rnn_longctx.models.adopt.wrapped import innermost, unwrapped
 from rnn_longctx.models.checkpoint import fla
 from rnn_longctx.models.checkpoint.json_files import read_json
@@ -85,8 +85,9 @@ def adopt(
         lm.tokenizer = _tokenizer(tokenizer)
     if time_step_limit_in_decode:
         for mixer in lm.mixers:
-            mixer.limit_in_decode = True
-            mixer.sync()
+            if isinstance(mixer, SteppedAdopted):
+                mixer.limit_in_decode = True
+                mixer.sync()
     return lm
 
 

@@ -68,7 +68,10 @@ class AdoptedCache:
         for mixer in self.mixers:
             layer = mixer.layer_of(self.library)
             # (a copy: the library writes into its own)
-            state, counted = mixer.state_of(layer).clone(), getattr(layer, "beside", None)
+            state, counted = (
+                mixer.state_of(layer).clone(memory_format=torch.contiguous_format),
+                getattr(layer, "beside", None),
+            )
             total = counted.log_decay if counted is not None else None
             if total is None:
                 total = mixer.no_log_decay(state)
@@ -164,11 +167,13 @@ def attends(layer: Any) -> bool:
     """Whether a layer of a library's cache holds keys and values.
 
     Raises:
-        InputError: the layer forgets old ones by itself, or holds them in another form (quantised).
+        InputError: the layer forgets old ones by itself, or holds them in another form (quantised), or more beside them
+            (an indexer's keys).
     """
     keys = getattr(layer, "keys", None)
     if not isinstance(keys, Tensor):
         return False
-    if getattr(layer, "is_sliding", False) or keys.ndim != 4:
+    indexed = getattr(layer, "indexer_keys", None) is not None
+    if getattr(layer, "is_sliding", False) or keys.ndim != 4 or indexed:
         raise InputError(f"a {type(layer).__name__} of the library's cache can be gone on from, not taken apart")
     return True

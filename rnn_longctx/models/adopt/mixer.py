@@ -19,19 +19,13 @@ from torch import Tensor, nn
 
 from rnn_longctx.errors import InputError
 from rnn_longctx.models.adopt.beside import Beside, following, tokens_counted
-from rnn_longctx.models.hashing import held
 from rnn_longctx.models.interface import RecurrentMixer, Tap
-from rnn_longctx.models.mixers.mamba2 import dt_limits
 from rnn_longctx.recurrence.carry import ScanCarry
-from rnn_longctx.recurrence.gates import ScanInputs, SteppedGates
+from rnn_longctx.recurrence.gates import AnyGates, ScanInputs
 from rnn_longctx.recurrence.interface import Recurrence
 from rnn_longctx.recurrence.policy import PLAIN, ScanPolicy
 from rnn_longctx.recurrence.span import Span
-from rnn_longctx.recurrence.ssd.scan import SSD, scan
-from rnn_longctx.recurrence.ssd.window import window_state
 from rnn_longctx.recurrence.statistics import Observer, Statistics
-
-UNLIMITED = (0.0, math.inf)
 
 _eras = itertools.count(1)
 
@@ -44,33 +38,28 @@ class AdoptedMixer:
         name: its path in the model.
         heads, headdim, d_state: its shape.
         backend: the scan to force, or None.
-        limit_in_decode: whether single tokens respect the limits of dt, too; `sync` after a change.
         continuing: whether our scan runs under any policy; `sync` after a change.
 
         tappable: its scan has its library's shape, so what it reads cannot be shown to a `tap`.
 
     For a family to say:
-        one_step_a_head: see `RecurrentMixer`.
-        per_channel: whether a head has a rate for each channel of its state.
+        recurrence: the rule by which its state follows from the one before.
+        one_step_a_head, bounded, A: see `RecurrentMixer`.
+        per_channel: whether each channel of a head's state decays by itself.
         stays: whether ours stand before the module's methods without a policy too, from `stand` on.
         entries: the module's methods that ours stand before.
     """
 
-    recurrence: Recurrence = SSD
-    tappable = False
-    one_step_a_head = True
-    per_channel = stays = False
+    recurrence: Recurrence
+    tappable = one_step_a_head = per_channel = stays = bounded = False
     entries: tuple[str, ...] = ("forward",)
 
     def __init__(self, module: nn.Module, name: str):
         m: Any = module
         self.module, self.name = m, name
         self.backend: str | None = None
-        limits = dt_limits(self.dt_limit, f"{name}: the limits of dt")
-        if limits != self.dt_limit:  # its own forward would fail at the first token
-            raise InputError(f"{name}: the limits of dt, {self.dt_limit}, are beyond float32: {limits} says the same")
         self.heads, self.headdim, self.d_state = self.shape
-        self.limit_in_decode = self.continuing = False
+        self.continuing = False
         self._parameters = list(inspect.signature(type(module).forward).parameters)[1:]
         self._policy = PLAIN
         self._observer: Observer | None = None
@@ -89,33 +78,12 @@ class AdoptedMixer:
     @property
     def shape(self) -> tuple[int, int, int]:
         """The shape of a row's state: heads, headdim, d_state."""
-        return self.module.num_heads, self.module.head_dim, self.module.ssm_state_size
+        raise NotImplementedError
 
     @property
-    def A(self) -> Tensor:
-        """The decay rates, -exp(A_log): (H,) or (H, N) float32."""
-        return -held(self.module, "A_log").detach().float().exp()
-
-    @property
-    def D(self) -> Tensor:
-        """The part of x that goes straight to y: (H,) or (H, P)."""
-        return held(self.module, "D")
-
-    @property
-    def dt_limit(self) -> tuple[float, float]:
-        return tuple(self.module.time_step_limit or ())
-
-    @property
-    def in_proj(self) -> nn.Module:
-        return self.module.in_proj
-
-    def steps(self, projected: Tensor) -> Tensor:
-        """Return dt (B, T, H), after softplus and clamp, from what `in_proj` gives (B, T, ...): its last H channels in
-        every family, times FalconH1's multipliers."""
-        dt = projected[..., -self.heads :]
-        if (multipliers := getattr(self.module, "mup_vector", None)) is not None:
-            dt = dt * multipliers[..., -self.heads :]
-        return F.softplus(dt + held(self.module, "dt_bias").to(dt.device)).clamp(*self.dt_limit)
+    def A(self) -> Tensor | None:
+        """The decay rates, (H) or (H, N) float32, or None where no weight scales the log-decay."""
+        return None
 
     # --- what is asked of it, and whether ours stand before its methods
 
@@ -169,9 +137,8 @@ class AdoptedMixer:
 
     @property
     def _needed(self) -> bool:
-        limited = self.limit_in_decode and self.dt_limit != UNLIMITED
         watched = self._observer is not None
-        return self._policy != PLAIN or self._state_dtype is not None or self.continuing or limited or watched
+        return self._policy != PLAIN or self._state_dtype is not None or self.continuing or watched
 
     def sync(self) -> None:
         """Put ours before the module's methods, or take them away, as what is asked of the mixer needs now.
@@ -228,13 +195,18 @@ class AdoptedMixer:
         """Return the state (B, H, P, N) in a layer of the library's cache."""
         return layer.recurrent_states[0]
 
+    def put_state(self, layer: Any, state: Tensor) -> None:
+        """Put a state (B, H, P, N) into a layer of the library's cache."""
+        layer.recurrent_states[0] = state.reshape(layer.recurrent_states[0].shape)
+
     def conv_of(self, library: Any) -> Tensor:
         """Return the inputs of the convolution, (B, channels, taps), in the library's cache."""
         return self.layer_of(library).conv_states[0]
 
     def no_log_decay(self, state: Tensor) -> Tensor:
         """Return a total log-decay that nobody has counted, of a state (B, H, P, N)."""
-        return torch.full(state.shape[:2], math.nan, dtype=torch.float64, device=state.device)
+        shape = (*state.shape[:2], state.shape[3]) if self.per_channel else state.shape[:2]
+        return torch.full(shape, math.nan, dtype=torch.float64, device=state.device)
 
     def beside(self, layer: Any) -> Any:
         """Return what this policy keeps there, or None where it has not read all the tokens before."""
@@ -277,16 +249,10 @@ class AdoptedMixer:
 
     # --- our scan in the place of the library's
 
-    def gates(self, dt: Tensor, dt_limit: tuple[float, float]) -> SteppedGates:
-        """Return the gates of raw steps dt (B, T, H)."""
-        m = self.module
-        A = -m.A_log.to(torch.promote_types(m.A_log.dtype, torch.float32)).exp()
-        return SteppedGates(dt, A, m.dt_bias, dt_limit)
-
     def read(
-        self, call: Call, inputs: ScanInputs, gates: SteppedGates, state: Tensor | None, seq_idx: Tensor | None = None
+        self, call: Call, inputs: ScanInputs, gates: AnyGates, state: Tensor | None, seq_idx: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Scan a call's tokens under the policy, and keep what lies beside the state.
+        """Read a call's tokens under the policy, and keep what lies beside the state.
 
         Args:
             state: (B, H, P, N), the library's, or None where the rows begin.
@@ -295,7 +261,7 @@ class AdoptedMixer:
             y (B, T, H, P), and the state after it.
         """
         reset = None if seq_idx is None else F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0))
-        y, new = scan(
+        y, new = self.recurrence.scan(
             inputs,
             gates,
             Span(call.mask, reset),
@@ -307,7 +273,7 @@ class AdoptedMixer:
         )
         if call.layer is not None:
             self.keep(call.layer, new)
-        return y.contiguous(), window_state(new)
+        return y.contiguous(), self.recurrence.state(new)
 
 
 @dataclass

@@ -15,12 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from rnn_longctx.config import counted
 from rnn_longctx.errors import InputError
 from rnn_longctx.models.adopt.cache import AdoptedCache, unattended
 from rnn_longctx.models.adopt.dispatch import cache_name
 from rnn_longctx.models.adopt.layerwise import AdoptedBlocks
 from rnn_longctx.models.adopt.mixer import AdoptedMixer
 from rnn_longctx.models.adopt.packed import read_packed
+from rnn_longctx.models.adopt.stepped import SteppedAdopted
 from rnn_longctx.models.adopt.wrapped import unreadable
 from rnn_longctx.models.checkpoint.tokenizer import LazyTokenizer, tokenizer_of
 from rnn_longctx.models.hashing import Identified, computed_on, computes_in
@@ -31,7 +33,7 @@ from rnn_longctx.models.precision import state_dtype
 from rnn_longctx.models.reading import Hooked
 from rnn_longctx.models.restart import Restart, read_restarting
 from rnn_longctx.models.segments import kernels_there, longest, widest
-from rnn_longctx.recurrence.backends import Call, choose
+from rnn_longctx.recurrence.backends import Call
 from rnn_longctx.recurrence.policy import PLAIN
 from rnn_longctx.recurrence.rule import compute_dtype
 
@@ -77,7 +79,7 @@ class Adopted(Hooked, Identified):
             )
         for mixer in self.mixers:
             mixer.stand()
-        if kernels_there():
+        if kernels_there() and isinstance(self.mixers[0], SteppedAdopted):
             self.mixers[0].module.register_forward_pre_hook(self._measure, with_kwargs=True)
 
     @property
@@ -85,7 +87,11 @@ class Adopted(Hooked, Identified):
         return self.model
 
     def settings(self) -> list[str]:
-        return [f"{m.name} limits dt in single tokens" for m in self.mixers if m.limit_in_decode]
+        return [
+            f"{m.name} limits dt in single tokens"
+            for m in self.mixers
+            if isinstance(m, SteppedAdopted) and m.limit_in_decode
+        ]
 
     @property
     def scan_state_elements(self) -> int:
@@ -105,8 +111,10 @@ class Adopted(Hooked, Identified):
         names = set()
         for m in self.mixers:
             dtype = compute_dtype(self.dtype, m.state_dtype)
-            call = Call(self.device, dtype, m.per_channel, m.headdim, m.d_state)
-            names.add(choose(m.policy, m.backend, call).name if m.active else self.library)
+            stepped = isinstance(m, SteppedAdopted)
+            call = Call(self.device, dtype, m.per_channel, m.headdim, m.d_state, stepped)
+            chosen = m.recurrence.backends.choose(m.policy, m.backend, call) if m.active else None
+            names.add(self.library if chosen is None else chosen.name)
         return "+".join(sorted(names))
 
     @property
@@ -119,16 +127,21 @@ class Adopted(Hooked, Identified):
 
     def _attention_size(self) -> int:
         """Return how many numbers of keys and values all layers of attention together keep for a token. (A family's are
-        equally wide; Zamba2's share one module, so layers are counted in the cache.)"""
+        equally wide; Zamba2's share one module, so layers are counted in the cache. Latent attention keeps what its
+        keys and values are made of.)"""
         from transformers import DynamicCache
 
         layers = sum(hasattr(layer, "get_seq_length") for layer in DynamicCache(config=self.config).layers)
-        projections = [(m.k_proj, m.v_proj) for m in self.model.modules() if hasattr(m, "k_proj")]
-        return layers * max(k.out_features + v.out_features for k, v in projections)
+        recurrent = {mixer.module for mixer in self.mixers}
+        attention = [m for m in self.model.modules() if m not in recurrent]
+        widths = [m.k_proj.out_features + m.v_proj.out_features for m in attention if hasattr(m, "k_proj")]
+        widths += [m.kv_lora_rank + m.qk_rope_head_dim for m in attention if hasattr(m, "kv_lora_rank")]
+        return layers * max(widths)
 
     def use_backend(self, name: str | None) -> None:
         """Force one scan backend for every layer (None: choose), wherever a policy is active."""
-        choose(PLAIN, name)
+        for mixer in self.mixers:
+            mixer.recurrence.backends.choose(PLAIN, name)
         for mixer in self.mixers:
             mixer.backend = name
 
@@ -279,7 +292,7 @@ class Adopted(Hooked, Identified):
                 "clone() before calls that may fail"
             )
         if cache.seen and len(cache.position) != batch:
-            raise InputError(f"the cache holds {len(cache.position)} rows, the ids {batch}")
+            raise InputError(f"the cache holds {counted(len(cache.position), 'row')}, the ids {batch}")
         if not length:
             return torch.zeros(batch, 0, self.d_model, dtype=self.dtype, device=self.device)
         before = cache.position if cache.seen else torch.zeros(batch, dtype=torch.int64, device="cpu")

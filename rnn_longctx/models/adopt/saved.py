@@ -10,7 +10,6 @@ from rnn_longctx.models.adopt.model import Adopted
 from rnn_longctx.models.cache import Cache
 from rnn_longctx.models.carries import Carry
 from rnn_longctx.recurrence.carry import ScanCarry
-from rnn_longctx.recurrence.ssd.window import window_state
 
 
 def to_cache(cache: AdoptedCache) -> tuple[Cache, dict[str, Tensor]]:
@@ -43,8 +42,8 @@ def from_cache(model: Adopted, plain: Cache, extra: dict[str, Tensor]) -> Adopte
         new.seen, new.dropped = extra["columns"].tolist()
         for mixer, carry in zip(model.mixers, plain.layers):
             layer = new.library.layers[mixer.module.layer_idx]
-            shape = layer.recurrent_states[0].shape
-            layer.conv_states[0], layer.recurrent_states[0] = carry.conv, window_state(carry.scan).reshape(shape)
+            layer.conv_states[0] = carry.conv
+            mixer.put_state(layer, mixer.recurrence.state(carry.scan))
             if mixer.active:
                 mixer.keep(layer, carry.scan)
         for i, layer in enumerate(new.library.layers):

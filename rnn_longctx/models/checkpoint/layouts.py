@@ -33,7 +33,11 @@ SUPPORTED = (
     "rnn-longctx, state-spaces Mamba-2 and transformers Mamba2ForCausalLM checkpoints, and "
     f"flash-linear-attention's of {', '.join(fla.TYPES)}"
 )
-ADOPTED = ("bamba", "falcon_h1", "granitemoehybrid", "nemotron_h", "zamba2", "mamba", "falcon_mamba", "jamba")
+ADOPTED = (
+    *("bamba", "falcon_h1", "granitemoehybrid", "nemotron_h", "zamba2", "mamba", "falcon_mamba", "jamba"),
+    *("qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text", "qwen4_exp", "qwen4_exp_text"),
+    *("olmo_hybrid", "lara_mini", "kimi_linear", "bailing_hybrid"),
+)
 LAYOUTS = ("rnn-longctx", "transformers", "state-spaces")  # of a model of Mamba-2
 FLA = "fla"  # of a model whose layers are all of another kind that flash-linear-attention has
 SIDE = "rnn_longctx.json"  # beside a config.json of mamba-ssm, which refuses keys that are not its own

@@ -32,6 +32,26 @@ SAFE = ["model*.safetensors", "model.safetensors.index.json"]
 PICKLED = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
 
 
+OF_A_RUN = ("model", "last", "best")  # folders that every training run writes a model to
+
+
+def name_of(folder: Path) -> str:
+    """Return what a model in a folder is called: the folder's name; of a training run NAME, where its model/ lies, and
+    NAME/last, NAME/best or NAME/STEP for the others (those of steps/), since all runs call these folders alike."""
+    folder = folder.resolve()
+    of_a_step = folder.parent.name == "steps" and folder.name.isdigit()
+    run = (folder.parent.parent if of_a_step else folder.parent).name
+    if not run or not (of_a_step or folder.name in OF_A_RUN):
+        return folder.name
+    return run if folder.name == "model" else f"{run}/{folder.name}"
+
+
+def former_name(name: str) -> str:
+    """Return what an older version, which knew a model by its folder's name alone, may have called it in results."""
+    _, slash, last = name.rpartition("/")
+    return last if slash and (last in OF_A_RUN or last.isdigit()) else "model"
+
+
 def locate(source: str | Path) -> tuple[Path, str, dict[str, Any]]:
     """Return where a checkpoint lies, its name (never a whole path) and where it came from.
 
@@ -48,7 +68,7 @@ def locate(source: str | Path) -> tuple[Path, str, dict[str, Any]]:
     if path.is_dir():
         if not any(path.iterdir()):
             raise InputError(f"{source} is an empty directory; expected config.json and weights")
-        return path, path.resolve().name, {}
+        return path, name_of(path), {}
     if path.exists():
         expected = "is a file; expected a checkpoint directory, such as the one it lies in"
         raise InputError(f"{source} {file_instead(path) or expected}")

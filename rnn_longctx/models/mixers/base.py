@@ -50,6 +50,7 @@ class Recurrent(nn.Module):
         per_channel: whether every channel of the state decays by itself.
         stepped: whether `inputs` gives `SteppedGates`.
         simple: whether a delta rule reads and erases the key, by as much as it writes (`DeltaGates.simple`).
+        bounded: see `RecurrentMixer`.
         one_step_a_head: whether a token has one step a head, from what `in_proj` gives, which `steps` works out.
         heads, headdim, d_state: the shape (H, P, N) of a row's state.
         policy, observer, backend, state_dtype: see `rnn_longctx.recurrence.ssd.scan.scan`.
@@ -66,6 +67,7 @@ class Recurrent(nn.Module):
     stepped: ClassVar[bool] = True
     simple: ClassVar[bool] = True
     tappable: ClassVar[bool] = True
+    bounded: bool = False
     one_step_a_head: ClassVar[bool] = False
 
     norm: RMSNorm

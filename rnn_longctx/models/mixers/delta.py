@@ -11,7 +11,8 @@ deviation of 0.02, steps log-uniform, and where a layer decays at a rate A, that
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -43,15 +44,17 @@ class Rates:
     dt_min: float
     dt_max: float
 
-    def check(self, name: str) -> Rates:
-        """Return these ranges. name: of the mixer, for errors. Raises InputError for a range that is none."""
-        for what, low, high in (("A", self.A_min, self.A_max), ("dt", self.dt_min, self.dt_max)):
-            lowest = low >= 0 if what == "A" and not self.A_log_uniform else low > 0
+    @classmethod
+    def of(cls, config: Any, name: str) -> Rates:
+        """Return the ranges in the config of a mixer called `name`. Raises InputError for one that is none."""
+        rates = cls(**{f.name: getattr(config, f.name) for f in fields(cls)})
+        for what, low, high in (("A", rates.A_min, rates.A_max), ("dt", rates.dt_min, rates.dt_max)):
+            lowest = low >= 0 if what == "A" and not rates.A_log_uniform else low > 0
             if not (lowest and low <= high and 0 < high <= LARGEST):
                 raise InputError(
                     f"{name}: expected a range above 0, {what}_min at most {what}_max, got {low:g} to {high:g}"
                 )
-        return self
+        return rates
 
     @torch.no_grad()
     def begin(self, A_log: Tensor, dt_bias: Tensor) -> None:
@@ -196,10 +199,34 @@ class Rated(DeltaMixer):
         self.A_log.data = (self.A_log.data.double() + factor.log()).to(wide(self.A_log))
 
 
+class ChannelRated(Rated):
+    """Such a layer with steps of every channel of a key, f_t a low-rank map, and an output gated by the sigmoid of
+    another: those of Kimi Delta Attention, with fla's rank, the width of a value."""
+
+    per_channel = True
+
+    def __init__(self, model: Shape, sizes: Sizes, d_conv: int, twice: bool):
+        super().__init__(model, sizes, d_conv, twice)
+        width, rank, channels = model.d_model, self.headdim, self.heads * self.d_state
+        self.f_proj = nn.Sequential(nn.Linear(width, rank, bias=False), nn.Linear(rank, channels, bias=False))
+        self.g_proj = nn.Sequential(nn.Linear(width, rank, bias=False), nn.Linear(rank, self.heads * rank))
+        self.A_log = nn.Parameter(torch.empty(self.heads))
+        self.dt_bias = nn.Parameter(torch.empty(channels))
+
+    def log_decay(self, u: Tensor) -> Tensor:
+        return self.rates[:, None] * self.steps(self.f_proj(u)).unflatten(-1, (self.heads, -1))
+
+    def gate(self, u: Tensor) -> Tensor:
+        return self.g_proj(u)
+
+    def squash(self, z: Tensor) -> Tensor:
+        return z.sigmoid()
+
+
 def unit(x: Tensor) -> Tensor:
     """Return x (..., N) scaled to length 1."""
-    long = x.to(wide(x))
-    return (long * (long.square().sum(-1, keepdim=True) + LENGTH_EPS).rsqrt()).to(x.dtype)
+    n = x.shape[-1]  # by the library's norm of the mean square, one pass on a GPU; what is left is the sum's
+    return (F.rms_norm(x.to(wide(x)), (n,), None, LENGTH_EPS / n) * n**-0.5).to(x.dtype)
 
 
 def wide(x: Tensor) -> torch.dtype:

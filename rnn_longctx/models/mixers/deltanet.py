@@ -51,11 +51,13 @@ class DeltaNet(DeltaMixer):
     examples = ("deltanet:heads=2,gated=true", "deltanet:heads=2,expand_k=0.5,neg_eigval=true")
 
     def __init__(self, config: DeltaNetConfig, model: Shape):
-        c = config
-        key, value = (split_heads(expand * model.d_model, c.heads, self.name) for expand in (c.expand_k, c.expand_v))
-        super().__init__(model, Sizes(c.heads, key, c.heads, value), c.d_conv, c.neg_eigval)
+        key, value = (
+            split_heads(expand * model.d_model, config.heads, self.name)
+            for expand in (config.expand_k, config.expand_v)
+        )
+        super().__init__(model, Sizes(config.heads, key, config.heads, value), config.d_conv, config.neg_eigval)
         self.config = config
-        self.g_proj = nn.Linear(model.d_model, c.heads * value, bias=False) if c.gated else None
+        self.g_proj = nn.Linear(model.d_model, config.heads * value, bias=False) if config.gated else None
         self.begin()
 
     @classmethod

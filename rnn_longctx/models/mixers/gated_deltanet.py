@@ -51,10 +51,14 @@ class GatedDeltaNet(Rated):
     examples = ("gated-deltanet:heads=2,head_dim=8", "gated-deltanet:heads=2,head_dim=8,expand_v=0.5,v_heads=4")
 
     def __init__(self, config: GatedDeltaNetConfig, model: Shape):
-        c = config
-        rates = Rates(c.A_min, c.A_max, c.A_log_uniform, c.dt_min, c.dt_max).check(self.name)
-        heads = c.v_heads or c.heads
-        super().__init__(model, Sizes(c.heads, c.head_dim, heads, c.expand_v * c.head_dim), c.d_conv, c.neg_eigval)
+        rates = Rates.of(config, self.name)
+        heads = config.v_heads or config.heads
+        super().__init__(
+            model,
+            Sizes(config.heads, config.head_dim, heads, config.expand_v * config.head_dim),
+            config.d_conv,
+            config.neg_eigval,
+        )
         self.config = config
         self.a_proj = nn.Linear(model.d_model, heads, bias=False)
         self.g_proj = nn.Linear(model.d_model, heads * self.headdim, bias=False)

@@ -12,13 +12,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from rnn_longctx.errors import InputError
 from rnn_longctx.models.interface import Shape
 from rnn_longctx.models.mixers import MIXERS
-from rnn_longctx.models.mixers.delta import Rated, Rates, Sizes
+from rnn_longctx.models.mixers.delta import ChannelRated, Rates, Sizes
 from rnn_longctx.spec import quiet
 
 
@@ -49,31 +48,30 @@ class KDAConfig:
 
 
 @MIXERS.register
-class KDA(Rated):
+class KDA(ChannelRated):
     """A layer of Kimi Delta Attention."""
 
     name, Config = "kda", KDAConfig
     examples = ("kda:heads=2,head_dim=8", "kda:heads=1,head_dim=8,v_heads=2,lower_bound=-5")
-    per_channel = True
 
     def __init__(self, config: KDAConfig, model: Shape):
-        c = config
-        if not -100 <= c.lower_bound <= 0:
-            raise InputError(f"kda: lower_bound must be below 0 (-5 is usual), or 0 for none, got {c.lower_bound:g}")
-        rates = Rates(c.A_min, c.A_max, c.A_log_uniform, c.dt_min, c.dt_max).check(self.name)
-        heads = c.v_heads or c.heads
-        super().__init__(model, Sizes(c.heads, c.head_dim, heads, c.expand_v * c.head_dim), c.d_conv, c.neg_eigval)
-        self.config = config
-        rank = self.headdim
-        self.f_proj = nn.Sequential(
-            nn.Linear(model.d_model, rank, bias=False), nn.Linear(rank, heads * c.head_dim, bias=False)
+        if not -100 <= config.lower_bound <= 0:
+            raise InputError(
+                f"kda: lower_bound must be below 0 (-5 is usual), or 0 for none, got {config.lower_bound:g}"
+            )
+        rates = Rates.of(config, self.name)
+        heads = config.v_heads or config.heads
+        super().__init__(
+            model,
+            Sizes(config.heads, config.head_dim, heads, config.expand_v * config.head_dim),
+            config.d_conv,
+            config.neg_eigval,
         )
-        self.g_proj = nn.Sequential(nn.Linear(model.d_model, rank, bias=False), nn.Linear(rank, heads * rank))
-        self.A_log = nn.Parameter(torch.empty(heads))
-        self.dt_bias = nn.Parameter(torch.empty(heads * c.head_dim))
+        self.config = config
+        self.bounded = config.lower_bound < 0
         self.begin()
         rates.begin(self.A_log, self.dt_bias)
-        if c.lower_bound:
+        if config.lower_bound:
             nn.init.zeros_(self.A_log)
 
     @classmethod
@@ -95,13 +93,7 @@ class KDA(Rated):
         super().scale_rates(factor)
 
     def log_decay(self, u: Tensor) -> Tensor:
-        f, bound = self.f_proj(u), self.config.lower_bound
-        if not bound:
-            return self.rates[:, None] * self.steps(f).unflatten(-1, (self.heads, -1))
-        return bound * (-self.rates[:, None] * (f + self.dt_bias).unflatten(-1, (self.heads, -1))).sigmoid()
-
-    def gate(self, u: Tensor) -> Tensor:
-        return self.g_proj(u)
-
-    def squash(self, z: Tensor) -> Tensor:
-        return z.sigmoid()
+        if not (bound := self.config.lower_bound):
+            return super().log_decay(u)
+        f = (self.f_proj(u) + self.dt_bias).unflatten(-1, (self.heads, -1))
+        return bound * (-self.rates[:, None] * f).sigmoid()

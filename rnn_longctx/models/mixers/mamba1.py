@@ -107,8 +107,8 @@ class Mamba1(Recurrent):
 
     @torch.no_grad()
     def scale_rates(self, factor: Tensor) -> None:
-        # a new tensor, for the old one may be a mapped file's
-        A_log = self.A_log.data.double() + factor.log()[:, None]
+        # a new tensor, for the old one may be a mapped file's; factor may be one for all
+        A_log = self.A_log.data.double() + factor.log().view(-1, 1)
         self.A_log.data = A_log.to(torch.promote_types(self.A_log.dtype, torch.float32))
 
     def inputs(self, u: Tensor, carry: Carry | None, span: Span) -> tuple[ScanInputs, SteppedGates, Rest]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from rnn_longctx.models.mixers.base import Recurrent
 from rnn_longctx.models.norm import RMSNorm
 from rnn_longctx.recurrence.gates import ScanInputs, SteppedGates
 from rnn_longctx.recurrence.span import Span
+from rnn_longctx.spec import quiet
 
 LARGEST = torch.finfo(torch.float32).max
 LARGEST_SIZE = 2**24  # of a model's shape: beyond, a config is damaged, and making the model would take for ever
@@ -112,18 +113,24 @@ class Mamba2Config:
 
 @dataclass(frozen=True)
 class Mamba2Layer:
-    """The shape of one layer beside others; names and defaults are those of `Mamba2Config`."""
+    """The shape of one layer beside others, and the range that -A is drawn from at first; names and defaults are those
+    of `Mamba2Config`, but that a text says a range by its two ends."""
 
     d_state: int = 128
     d_conv: int = 4
     expand: int = 2
     headdim: int = 64
     ngroups: int = 1
+    A_low: float = quiet(1.0)
+    A_high: float = quiet(16.0)
+    A_draw: Literal["uniform", "log-uniform"] = quiet("uniform")
 
     def whole(self, model: Shape) -> Mamba2Config:
         """Return the config of a model of such layers alone."""
         shared = {name: getattr(model, name) for name in ("d_model", "n_layer", "vocab_size", "norm_eps")}
-        return Mamba2Config(**shared, **asdict(self))
+        shape = {name: getattr(self, name) for name in ("d_state", "d_conv", "expand", "headdim", "ngroups")}
+        A_init, log_uniform = (self.A_low, self.A_high), self.A_draw == "log-uniform"
+        return Mamba2Config(**shared, **shape, A_init=A_init, A_log_uniform=log_uniform)
 
 
 @MIXERS.register

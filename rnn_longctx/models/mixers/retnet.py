@@ -85,6 +85,10 @@ class RetNet(HeadNormed):
     def d_state(self) -> int:
         return self.sizes[0]
 
+    @property
+    def no_rates(self) -> str:
+        return "has decays that are fixed"
+
     def inputs(self, u: Tensor, carry: Carry | None, span: Span) -> tuple[ScanInputs, Gates, Rest]:
         q, k, v = (proj(u).unflatten(-1, (self.heads, -1)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         places = _places(u, carry, span)

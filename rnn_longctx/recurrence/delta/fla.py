@@ -28,6 +28,7 @@ from rnn_longctx.recurrence.ssd.pytorch import log_decay_total
 from rnn_longctx.recurrence.statistics import Statistics
 
 CHUNK = 64
+LARGEST_CAPPED = 128 * 256  # numbers of a state that one program of the capping kernel holds
 LOG2_E = 1.4426950408889634  # fla's decays within kernels are powers of 2
 
 
@@ -59,9 +60,13 @@ def refuses(policy: ScanPolicy, call: Call | None) -> str | None:
         return f"reads keys of up to 256 channels, not {call.d_state}"
     if policy.caps and not call.simple:
         return "caps no states of the general delta rule"
-    if policy.caps and call.headdim * call.d_state > 128 * 128:
-        return f"caps states of up to 128 x 128 numbers, not {call.headdim} x {call.d_state}"
+    if policy.caps and next_power_of_2(call.headdim) * next_power_of_2(call.d_state) > LARGEST_CAPPED:
+        return f"caps states of up to 128 x 256 numbers, not {call.headdim} x {call.d_state}"
     return None
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << (n - 1).bit_length()
 
 
 def observes(policy: ScanPolicy, call: Call, every: int) -> bool:

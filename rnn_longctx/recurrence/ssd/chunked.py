@@ -27,7 +27,7 @@ from rnn_longctx.recurrence.ssd.window import window_scan
 
 CHUNK = 64  # the best on CPU among 32, 64, 128, 256
 BLOCK = 16  # pieces that are worked out together; a block's memory is that of its inputs times d_state / CHUNK
-CHUNK_PER_CHANNEL = 16  # the decays of a piece are (H, c, c, N) numbers there
+CHUNK_PER_CHANNEL = 16  # the decays of a piece are (H, c, c, N) numbers there, but for heads of headdim 1
 FACTOR = 60.0  # nats; exp(60) = 1e26 leaves float32 room for a factor of 1e12
 # Caps that apply more often than this are found token by token inside a piece instead of cutting it.
 DENSE_CAP = 32
@@ -96,13 +96,18 @@ def _sizes(length: int, most: int) -> list[int]:
     return [most] * (length // most) + ([length % most] if length % most else [])
 
 
+def _longest(x: Tensor, log_decay: Tensor) -> int:
+    """Return how many tokens a piece holds."""
+    return CHUNK_PER_CHANNEL if log_decay.ndim == 4 and x.shape[3] > 1 else CHUNK
+
+
 def _densely_capped(
     x: Tensor, log_decay: Tensor, scale: Tensor, B: Tensor, C: Tensor, state: Tensor, caps: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Caps found token by token: each piece hangs on the capped state that the one before it leaves."""
     outputs = []
-    chunk = CHUNK if log_decay.ndim == 3 else CHUNK_PER_CHANNEL
-    for some, ld, w, b, c, cap in _split((x, log_decay, scale, B, C, caps), _sizes(x.shape[1], chunk)):
+    sizes = _sizes(x.shape[1], _longest(x, log_decay))
+    for some, ld, w, b, c, cap in _split((x, log_decay, scale, B, C, caps), sizes):
         ld, w = capped_gates(some, ld, w, b, state, cap)
         y, state = piece(some, ld, w, b, c, state)
         outputs.append(y)
@@ -114,7 +119,7 @@ def uncut(x: Tensor, log_decay: Tensor, scale: Tensor, B: Tensor, C: Tensor, sta
     outputs = []
     per_channel = log_decay.ndim == 4
     whole = 0 if per_channel else x.shape[1] // CHUNK * CHUNK  # in blocks of whole pieces, then what is left
-    sizes = _sizes(whole, BLOCK * CHUNK) + _sizes(x.shape[1] - whole, CHUNK_PER_CHANNEL if per_channel else CHUNK)
+    sizes = _sizes(whole, BLOCK * CHUNK) + _sizes(x.shape[1] - whole, _longest(x, log_decay))
     tokens: Tokens
     for tokens in _split((x, log_decay, scale, B, C), sizes):
         y, state = (piece if per_channel or tokens[0].shape[1] % CHUNK else block)(*tokens, state)
@@ -164,7 +169,7 @@ def _by_group(v: Tensor, n: int, groups: int) -> Tensor:
 def piece(x: Tensor, log_decay: Tensor, scale: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """One piece of c tokens from `state` (B,H,P,N): outputs (B,c,H,P) and the state after it."""
     if log_decay.ndim == 4:
-        return _piece_per_channel(x, log_decay, scale, B, C, state)
+        return (_piece_per_channel if x.shape[3] > 1 else _piece_of_channels)(x, log_decay, scale, B, C, state)
     cum = log_decay.cumsum(1)  # (B, c, H)
     if float(cum.detach().abs().amax()) < FACTOR:
         return _piece_factored(x, cum, scale, B, C, state)
@@ -219,6 +224,22 @@ def _piece_per_channel(
     left = B * (cum[:, -1:] - cum).exp() * scale[..., None]
     state = state * cum[:, -1].exp()[:, :, None] + torch.einsum("bshp,bshn->bhpn", x, left)
     return y, state
+
+
+def _piece_of_channels(
+    x: Tensor, log_decay: Tensor, scale: Tensor, B: Tensor, C: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Heads of headdim 1 (Mamba-1). Decays between all pairs of tokens would be c times as many numbers as the states:
+    so the states are worked out, one token after the other."""
+    batch, c, heads, groups = *x.shape[:3], B.shape[2]
+    by_group = (batch, c, groups, heads // groups, -1)
+    added = ((x * scale[..., None]).reshape(by_group) * B[:, :, :, None]).view(log_decay.shape)  # (B, c, H, N)
+    states, last = [], state[:, :, 0]
+    for decay, more in zip(log_decay.exp().unbind(1), added.unbind(1), strict=True):
+        last = torch.addcmul(more, decay, last)
+        states.append(last)
+    y = torch.stack(states, 1).view(by_group) @ C[..., None]  # (B, c, G, H / G, 1)
+    return y.reshape(x.shape), last[:, :, None]
 
 
 def _above(c: int, device: torch.device) -> Tensor:

@@ -7,9 +7,10 @@ import math
 import numpy as np
 import pytest
 
+from rnn_longctx.config import format_length
 from rnn_longctx.errors import InputError
-from rnn_longctx.eval.capacity.forget import forget_of, majority, next_models
 from rnn_longctx.eval.capacity.recall import LOOK, recall_of, samples_for, search, shown
+from rnn_longctx.eval.forget import forget_of, majority, next_models
 
 
 def tail(right: int, asked: int, p: float) -> float:
@@ -59,7 +60,8 @@ def test_the_limit_is_not_an_answer(rng):
         model = Model(lambda n: 1.0, rng)
         found = recall_of(search(model, lambda n: True, start, limit, 0.9, 50), 0.9)
         assert found is not None and found.fails is None and found.passes == limit
-        assert str(found).startswith("not reached") and max(n for n, _ in model.asked) == limit
+        at_least = f"at least {format_length(limit)} (the longest measured; "
+        assert str(found).startswith(at_least) and max(n for n, _ in model.asked) == limit
 
 
 def test_nothing_passes(rng):
@@ -67,7 +69,7 @@ def test_nothing_passes(rng):
     measured = search(model, lambda n: n >= 110, 1000, 1 << 20, 0.95, 100)
     found = recall_of(measured, 0.95)
     assert found is not None and found.passes is None and found.fails == 125
-    assert str(found).startswith("none shown (") and str(found).endswith(" at 125)") and min(measured) == 125
+    assert str(found).startswith("below 125 (the shortest measured; ") and min(measured) == 125
     assert recall_of({}, 0.95) is None
     with pytest.raises(InputError, match="no prompt fits"):
         search(model, lambda n: n >= 110, 50, 100, 0.95, 100)
@@ -112,7 +114,7 @@ def test_a_first_look_for_one_target_leaves_another_open(rng):
     assert recall_of({1024: (208, 210), 2048: (14, 20), 4096: (2, 20)}, 0.6) == (1024, 4096, 208, 210)
     assert recall_of({1024: (208, 210), 2048: (14, 20), 4096: (2, 20)}, 0.95) == (1024, 2048, 208, 210)
     left = recall_of({1024: (208, 210), 2048: (14, 20)}, 0.6)
-    assert left == (1024, None, 208, 210) and str(left).startswith("not reached: passes at 1K")
+    assert left == (1024, None, 208, 210) and str(left) == "at least 1K (the longest measured; 208/210)"
 
 
 def test_samples_follow_from_the_width():
@@ -149,7 +151,7 @@ def test_t_forget_of_known_thresholds(rng):
         # the majority there agrees with it
         assert found.passes == (passing[0] if passing else None)
         assert found.fails == (lengths[at - 1] if at else None)
-        assert str(found).startswith("not reached" if not passing else "at most" if not at else str(passing[0]))
+        assert str(found).startswith("above" if not passing else "at most" if not at else str(passing[0]))
 
 
 def test_t_forget_trains_few(rng):

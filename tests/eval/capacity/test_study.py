@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +20,7 @@ import yaml
 
 import rnn_longctx
 from rnn_longctx import cli
+from rnn_longctx.cli.commands.capacity import MeasureOptions
 from rnn_longctx.config import load_yaml
 from rnn_longctx.data import ByteTokenizer
 from rnn_longctx.errors import InputError
@@ -167,7 +168,7 @@ def test_a_study_is_told_what_to_run_by_outcomes(config, monkeypatch):
     monkeypatch.setattr(pool, "_WAIT", 0.01)
     broken = StudyCell(config.models[1], 448, 0).name
     said: list[str] = []
-    with pytest.raises(InputError, match=rf"1 cells failed, the first of them {broken}: no memory"):
+    with pytest.raises(InputError, match=rf"1 cell failed, the first of them {broken}: no memory"):
         study.run_study(config, 2, said.append)
     assert all(name.startswith(label(config.models[0])) or name == broken for name in started)
     broken = ""
@@ -198,6 +199,10 @@ def test_mistakes_in_a_config(config, tmp_path):
         "one is given twice": {"shapes": [{}, {"d_state": 8}]},
         "needs at least one of": {"train_lengths": []},
         "train_lengths: 600 leaves nothing to read up to measure.limit 600": {"train_lengths": [128, 600]},
+        "train_lengths: 1 is too short for passkey prompts": {
+            "train_lengths": [1],
+            "train": {**data["train"], "data": {**data["train"]["data"], "passkey": {"lengths": [50, 60]}}},
+        },
         "the search for T_forget goes by none": {"measure": {"limit": 600, "mitigations": ["state-norm"]}},
         "width says how many prompts": {"measure": {"needles": ["words:n=30"]}},
         "measure.seed: expected 0 or more": {"measure": {"seed": -1}},
@@ -218,6 +223,8 @@ def test_mistakes_in_a_config(config, tmp_path):
     with pytest.raises(InputError, match="no cell nothing"):
         config.find("nothing")
     assert MQARConfig().pairs and MeasureConfig().limit == 1 << 20
+    defaults = {f.name: f.default for f in fields(CapacityConfig)}
+    assert Path(str(defaults["out"])) != MeasureOptions().out, "a study and checkpoints do not share a folder"
 
 
 def test_models_read_as_many_tokens_at_every_length(config):
@@ -255,10 +262,15 @@ def test_the_command_on_checkpoints(config, monkeypatch, capsys, tmp_path):
     a, b = (frame[frame["model"] == name] for name in "ab")
     assert len(a) == 2 * 2 and set(a["quantity"]) == {"forgets", "T_recall of passkey-in-text.txt"}
     assert len(b) == 2 and "training length unknown" in printed
-    assert frame[frame["quantity"] != "forgets"]["text"].str.startswith("none shown (").all(), "they know nothing"
+    assert frame[frame["quantity"] != "forgets"]["text"].str.startswith("below ").all(), "they know nothing"
     assert set(a[a["quantity"] == "forgets"]["text"]) == {"no collapse up to 512"}
-    line = "a, trained at 128, none: no collapse up to 512; T_recall of passkey-in-text.txt none shown ("
-    assert f"\n{line}" in printed and "\npoints\n" not in printed and "T_forget" not in printed
+    line = "a, trained at 128, none: no collapse up to 512; T_recall of passkey-in-text.txt below 128 (the"
+    assert (
+        f"\n{line}" in printed
+        and "\npoints\n" not in printed
+        and "findings\n" not in printed
+        and "T_forget" not in printed
+    )
     cells = {p: p.stat().st_mtime_ns for p in Path("r/cells").glob("*.json")}
     remedies = ["none", "rri:alpha=0.9,beta=1"]
     settings = MeasureConfig(512, 1, ["passkey:haystack=text.txt"], width=0.3, mitigations=remedies, text="text.txt")
@@ -275,14 +287,14 @@ def test_checkpoints_of_one_name_are_no_seeds_of_one_shape(config, monkeypatch, 
     """Measured one after the other, of different sizes, and the first of them again."""
     for width in (16, 32):
         model = Mamba2LM(Mamba2Config(d_model=width, n_layer=1, headdim=8, d_state=8)).eval()
-        model.train_length, model.tokenizer, model.name = 128, ByteTokenizer(), "last"
-        checkpoint.save(model, tmp_path / str(width) / "last", dtype=torch.float32)
+        model.train_length, model.tokenizer, model.name = 128, ByteTokenizer(), "run/last"
+        checkpoint.save(model, tmp_path / str(width) / "run" / "last", dtype=torch.float32)
     words = ("--limit", "256", "--width", "0.3", "--text", "text.txt", "--slices", "1", "--out", "r")
     for width in (16, 32, 16):
-        code, _, said = run(monkeypatch, capsys, "capacity", f"{width}/last", *words)
+        code, _, said = run(monkeypatch, capsys, "capacity", f"{width}/run/last", *words)
         assert code == 0, said
     points = pd.read_csv("r/points.csv")
-    assert set(points["shape"]) == {"last", f"last@{rnn_longctx.load('32/last').weights_hash[:6]}"}
+    assert set(points["shape"]) == {"run/last", f"run/last@{rnn_longctx.load('32/run/last').weights_hash[:6]}"}
     assert set(points["quantity"]) == {"T_recall"}, "one training length says nothing of T_forget"
     assert points["state_elements"].nunique() == 2 and set(points["models"]) == {1}
 

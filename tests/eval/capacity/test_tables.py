@@ -12,6 +12,7 @@ from matplotlib.image import imread
 from rnn_longctx.errors import InputError
 from rnn_longctx.eval.capacity import advise, draw, models, tables
 from rnn_longctx.eval.capacity import fits as fitting
+from rnn_longctx.eval.capacity.figures import growth
 from rnn_longctx.eval.capacity.recall import search
 from rnn_longctx.eval.results import COLUMNS, Results, to_frame
 from rnn_longctx.eval.stats import wilson
@@ -190,9 +191,16 @@ def test_a_study_that_did_not_reach_it(tmp_path):
             family.add(state, train, 0, False, 1e9)
     family.write(tmp_path)
     points = tables.points(tables.findings(*tables.read(tmp_path), 0.95))
-    assert set(points["bound"]) == {"above"} and points["text"].str.startswith("not reached").all()
+    assert (
+        set(points["bound"]) == {"above"}
+        and points["text"].str.contains("at least 64K \\(the longest measured;|above 1K \\(").all()
+    )
     assert set(points[points["quantity"] == "T_forget"]["value"]) == {1024}
     assert set(points[points["quantity"] == "T_recall"]["value"]) == {LIMIT}
+    said = {"T_recall": "at least (the longest measured passes)", "T_forget": "above (the longest trained fails)"}
+    for quantity, words in said.items():
+        title = growth(points[points["quantity"] == quantity], quantity, "none").get_suptitle()
+        assert title.endswith(f"not fitted (arrows): 3 {words}")
     names = {p.name for p in draw(tmp_path, 0.95)}
     assert names >= {"T_forget.png", "T_recall.png"} and "mqar.png" not in names
     with pytest.raises(InputError, match="too few points of T_recall"):
@@ -241,7 +249,7 @@ def test_advice(study):
     assert "MiB a stream" in str(found) and "tokens/s" in str(found)
     far = advise(1 << 20, study=study)
     assert far.state > STATES[-1] and far.speed is None
-    assert any("extrapolates" in w for w in far.warnings) and "no shape recalls as much" in str(far)
+    assert any("extrapolates" in w for w in far.warnings) and "no shape is shown to recall as much" in str(far)
 
 
 def test_advice_on_speed_is_of_one_device(study, tmp_path):

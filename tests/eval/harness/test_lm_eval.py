@@ -337,6 +337,28 @@ def test_a_group_goes_without_what_cannot_be_had(bytes_model, folder, tmp_path, 
             lm_eval_table(bytes_model, HarnessConfig([name], **given))
 
 
+def test_tasks_that_cannot_be_had_are_named_with_what_helps(bytes_model, folder, tmp_path, monkeypatch):
+    """All of them at once, before anything is read; and which of the others would run."""
+
+    def offline(*_, **__):
+        raise ConnectionError("Couldn't reach 'owner/books' on the Hub")
+
+    monkeypatch.setattr("datasets.load_dataset", offline)
+    monkeypatch.setattr(HarnessLM, "loglikelihood", None)
+    text = (folder / "tasks" / "tiny_choices.yaml").read_text()
+    hub = re.sub("dataset_path: .*", "dataset_path: owner/books", text)
+    (tmp_path / "hub.yaml").write_text(hub.replace("task: tiny_choices", "task: tiny_hub"))
+    (tmp_path / "package.yaml").write_text("task: tiny_package\ncustom_dataset: !function no_package.make\n")
+    (tmp_path / "no_package.py").write_text("import no_such_package.inside\n")
+    tasks = ["tiny_hub", "rnn_longctx_passkey", "tiny_package"]
+    with pytest.raises(InputError) as stopped:
+        lm_eval_table(bytes_model, HarnessConfig(tasks, lengths=[300], limit=1, include_path=str(tmp_path)))
+    said = str(stopped.value)
+    assert "task tiny_hub cannot be had here: Couldn't" in said and "; it reads owner/books of the Hugging" in said
+    assert "task tiny_package cannot be had here: " in said and "pip install no_such_package;" in said
+    assert said.endswith("; the others run with --tasks rnn_longctx_passkey")
+
+
 def test_without_lm_eval_one_line_says_what_to_install(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
     for name in ("rnn_longctx.eval.harness.model", "rnn_longctx.eval.harness.run"):

@@ -193,7 +193,7 @@ def test_the_file(tmp_path, monkeypatch):
         expected = [m.policy for m in lm.mixers]
     with mitigate(lm, str(path)) as handle:
         assert [m.policy for m in lm.mixers] == expected and "made" in handle.plan.calibration
-    with pytest.raises(InputError, match="found for a model of 2 layers, this one has 3"):
+    with pytest.raises(InputError, match="found for a model with layers = 2, this one has 3"):
         mitigate(tiny(3), str(path))
     path.write_text(path.read_text().replace("-0.01", "-0.02"))
     with pytest.raises(InputError, match="has changed"):
@@ -353,7 +353,7 @@ def test_a_saved_state_goes_on_as_if_never_stopped(tmp_path):
     Cache().save(tmp_path / "c")
     with pytest.raises(InputError, match="does not say which weights"):
         load_state(tmp_path / "c", lm)
-    with pytest.raises(InputError, match="no state that generate --save-state wrote"):
+    with pytest.raises(InputError, match=r"none: no such file$"):
         load_state(tmp_path / "none", lm)
 
 

@@ -187,26 +187,27 @@ def test_the_best_remedy_helps_and_remembers(story):
     put(story, 1.0, metric="accuracy")
     for name, loss in zip(["none", *remedies], (1.0, 0.8, 0.7, 0.9)):
         put(story, loss, mitigation=name, metric="nats_per_token", length=65536)
-    assert "best remedy at 64K is rri:alpha=0.99," in conclusion(story) and "recalls" not in conclusion(story)
+    assert "best remedy at 64K is rri:alpha=0.99:" in conclusion(story) and "recalls" not in conclusion(story)
 
     put(story, 0.85, mitigation="rri:alpha=0.99", metric="accuracy", length=1024)
     assert (
-        "best remedy at 64K is state-norm," in (said := conclusion(story))
-        and "; rri:alpha=0.99 has less loss, but recalls less (passkey at 1K 0.85, 1.00 without a remedy)" in said
+        "best remedy at 64K is state-norm: its loss is 0.800, surely lower" in (said := conclusion(story))
+        and "; rri:alpha=0.99 has the lowest loss, 0.700, but recalls less (passkey at 1K 0.85, 1.00 without a remedy)"
+        in said
     )
     put(story, 0.92, mitigation="rri:alpha=0.99", metric="accuracy", length=1024)  # within the guard
-    assert "best remedy at 64K is rri:alpha=0.99," in conclusion(story)
+    assert "best remedy at 64K is rri:alpha=0.99:" in conclusion(story)
     for name in ["none", *remedies]:
         put(story, 0.5, mitigation=name, metric="accuracy", length=2048)  # a control recalls more
     said = conclusion(story)
     assert (
-        "no remedy is best at 64K: rri:alpha=0.99 has the least loss, but recalls less (passkey at 2K 0.50, 1.00 with"
-        in said
+        "no remedy is best at 64K: rri:alpha=0.99 has the lowest loss, 0.700, but recalls less (passkey at 2K 0.50, "
+        "1.00 with" in said
     )
     assert "best remedy" not in said
 
     loss = story[story["task"] == "lm"].reset_index(drop=True)
-    assert "best remedy at 64K is rri:alpha=0.99," in conclusion(loss) and "recall was not measured" in conclusion(loss)
+    assert "best remedy at 64K is rri:alpha=0.99:" in conclusion(loss) and "recall was not measured" in conclusion(loss)
     for name in remedies:
         put(loss, 1.0, mitigation=name, metric="nats_per_token", length=65536)
     assert "no remedy has a loss below that without one at 64K" in conclusion(loss)
@@ -217,12 +218,17 @@ def test_the_best_remedy_helps_and_remembers(story):
     loss.at[loss.index[rows][0], "samples"] = [0.9 + 0.5 * (-1) ** k for k in range(16)]
     loss.loc[rows, "value"] = 0.9
     said = conclusion(loss)
-    assert "no remedy is surely better than none at 64K: state-norm has the least loss, " in said
+    assert (
+        "no remedy is surely better than none at 64K: state-norm has the lowest loss, 0.900, not surely lower" in said
+    )
+    assert re.search(r"without a remedy \(by 0\.100, 95% -0\.\d+ to 0\.\d+\)", said)
     assert "best remedy" not in said and "best remedy" not in conclusion(loss[loss["mitigation"] != "rri:alpha=0.99"])
     put(loss, 0.95, mitigation="rri:alpha=0.99", metric="nats_per_token", length=65536)  # more, but surely below
-    assert "best remedy at 64K is rri:alpha=0.99, " in conclusion(loss)
+    assert "best remedy at 64K is rri:alpha=0.99: its loss is 0.950, surely lower" in conclusion(loss)
+    assert "; state-norm has the lowest loss, 0.900, but is not surely better than none" in conclusion(loss)
     single = loss.assign(samples=[s[:1] for s in loss["samples"]], n=1)
     assert "no remedy is surely better than none at 64K: " in conclusion(single)
+    assert "(by 0.050, one slice has no interval)" in conclusion(single[single["mitigation"] != "state-norm"])
     no_bare = loss[loss["mitigation"] != "none"]
     said = "no remedy is surely better than none at 64K, since the loss without one was not measured: state-norm has"
     assert said in conclusion(no_bare) and "best remedy" not in conclusion(no_bare)
@@ -248,7 +254,9 @@ def test_the_conclusion_says_what_the_numbers_say(story):
     put(story, 0.95, mitigation="rri:alpha=0.99", metric="accuracy", length=8192)  # not above
     put(story, 0.99, mitigation="recompute:last=512", metric="accuracy", length=65536)  # a control
     text = conclusion(story)
-    assert "best remedy at 64K is state-norm, 0.96x the loss of recompute:last=512" in text
+    assert "best remedy at 64K is state-norm: its loss is 0.720, the lowest, surely lower than without a remedy" in text
+    assert ", 0.96x the loss of recompute:last=512; it uses" in text
+    assert "; its recall of passkey at 64K is 0.90 (0.90 without a remedy); passkey accuracy" in text
     assert "it uses older context (gain +0.030, 95% +0.030 to +0.030)" in text
     assert "passkey accuracy above 0.95 up to 512 without a remedy, up to 2K with state-norm" in text
     assert "\n" not in text and text in " ".join(to_text(story).split())
@@ -257,6 +265,8 @@ def test_the_conclusion_says_what_the_numbers_say(story):
     text = conclusion(story)
     assert "1.04x" in text and "shows no use of older context (gain -0.030" in text
     assert "up to 512 without a remedy, and no remedy reaches further" in text
+    put(story, 0.97, mitigation="none", metric="accuracy", length=65536)
+    assert "above 0.95 to at least 64K (the longest measured) without a remedy, and no" in conclusion(story)
     no_control = story[~story["mitigation"].isin(CONTROLS)]
     assert "not compared with recomputing" in conclusion(no_control) and len(context_gain(no_control)) == 0
 
@@ -311,7 +321,7 @@ def test_losses_that_blew_up_are_shown_and_fail(story):
     assert found.loc["rri:alpha=0.99", "first_failing"] == 32768
     line = next(line for line in to_text(story).splitlines() if line.startswith("rri:alpha=0.99 "))
     assert " inf " in line and " nan " in line and line.endswith("at 32K")
-    assert "is rri:alpha=0.99," not in conclusion(story)
+    assert "is rri:alpha=0.99:" not in conclusion(story)
 
 
 @pytest.mark.parametrize("blown", [math.nan, math.inf])
@@ -430,7 +440,9 @@ def test_no_verdict_names_a_length_that_was_not_read(make):
     bare = frame.assign(length=frame["length"].replace({4096: 2610})).drop(columns="tokens_read")
     frame = frame.assign(tokens_read=frame["length"].replace({4096: 2610}))
     words = conclusion(frame)
-    assert "collapses at 2610 (9.00 > 2 x" in words and "up to 2610 with state-norm" in words
+    assert (
+        "collapses at 2610 (9.00 > 2 x" in words and "to at least 2610 (the longest measured) with state-norm" in words
+    )
     assert "4K" not in words and "4096" not in words
     assert "At 2610: so many tokens were read where 4K were asked for." in to_text(frame)
     assert conclusion(bare) == words  # a table from before the column, of those lengths

@@ -7,7 +7,19 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from adopted_families import MAMBA1, NEAR, POLICIES, RECURRENT, cached, logits_of, put, random_ids, streamed
+from adopted_families import (
+    DELTA_FAMILIES,
+    MAMBA1,
+    NEAR,
+    POLICIES,
+    RECURRENT,
+    cached,
+    cases,
+    logits_of,
+    put,
+    random_ids,
+    streamed,
+)
 from torch import nn
 
 from rnn_longctx.errors import InputError
@@ -32,8 +44,17 @@ def test_plain_is_bit_for_bit_theirs(model, family):
     torch.testing.assert_close(cut, before, **NEAR)
     assert cache.position.tolist() == [20, 20] and len(cache.layers) == RECURRENT[family]
     for mixer in adopted.mixers:
-        assert (mixer.heads, mixer.headdim, mixer.d_state) == ((64, 1, 4) if family in MAMBA1 else (8, 8, 16))
-        assert torch.equal(mixer.A, -mixer.module.A_log.detach().exp()) and mixer.backend is None
+        assert (mixer.heads, mixer.headdim, mixer.d_state) == SHAPES.get(family, (8, 8, 16)) and mixer.backend is None
+        A_log = getattr(mixer.module, "forget_gate", mixer.module).A_log.detach()
+        assert mixer.A is None if mixer.bounded else torch.equal(mixer.A, -A_log.exp().squeeze())
+        assert mixer.bounded == (family == "bailing_hybrid")
+
+
+SHAPES = {
+    **dict.fromkeys(MAMBA1, (64, 1, 4)),
+    **dict.fromkeys(DELTA_FAMILIES, (4, 6, 8)),
+    **dict.fromkeys(("kimi_linear", "bailing_hybrid"), (4, 8, 8)),
+}
 
 
 @torch.no_grad()
@@ -50,10 +71,10 @@ def test_a_policy_of_next_to_nothing_reads_as_theirs(model):
 
 
 @torch.no_grad()
-def test_bfloat16(model):
+def test_bfloat16(model, family):
     ids = random_ids()
     adopted = adopt(model)
-    put(adopted, POLICIES["window"])
+    put(adopted, POLICIES["cap every 7" if family in DELTA_FAMILIES else "window"])
     expected = logits_of(model, ids)
     model.to(torch.bfloat16)
     found, cache = streamed(adopted, ids, [9, 1, 10])
@@ -61,12 +82,12 @@ def test_bfloat16(model):
     assert (found - expected).abs().mean() < 0.1 * expected.std()
 
 
-@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES.keys())
+@pytest.mark.parametrize(("family", "policy"), cases(POLICIES))
 def test_how_a_stream_is_cut_changes_nothing(model, policy):
     adopted = adopt(model, time_step_limit_in_decode=True)  # (so that a step is what a prompt is)
     ids = random_ids(2, 20)
     plain = logits_of(model, ids)
-    put(adopted, policy)
+    put(adopted, POLICIES[policy])
     whole = logits_of(model, ids)
     assert (whole - plain).abs().max() > 1e-3, "the policy does nothing here"
     steps, _ = streamed(adopted, ids, [1] * 20)
@@ -118,14 +139,15 @@ def test_mamba2_against_our_own_model(build, policy, tmp_path):
 
 
 @torch.no_grad()
-def test_on_and_off(model):
+def test_on_and_off(model, family):
+    second = "delta-scale:scale=0.7" if family in DELTA_FAMILIES else "window:tokens=4"
     ids = random_ids()
     logits, tokens = logits_of(model, ids), model.generate(ids, max_new_tokens=6, do_sample=False)
     names = dict(model.state_dict())
     adopt(model)  # (from then on ours stands before a Mamba-1 mixer, whose library drops the state of a cached chunk)
     forwards = [m.forward for m in model.modules()]
-    with mitigate(model, "rri:alpha=0.9,beta=0.4"), mitigate(model, "window:tokens=4") as handle:
-        assert active(model)[0] == "rri:alpha=0.9,beta=0.4+window:tokens=4"
+    with mitigate(model, "rri:alpha=0.9,beta=0.4"), mitigate(model, second) as handle:
+        assert active(model)[0] == f"rri:alpha=0.9,beta=0.4+{second}"
         assert not torch.equal(logits_of(model, ids), logits)
         model.generate(ids, max_new_tokens=3, do_sample=False)
         handle.remove()
@@ -138,7 +160,7 @@ def test_on_and_off(model):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("policy", ["gates", "cap every 7", "window", "reset"])
+@pytest.mark.parametrize(("family", "policy"), cases(["gates", "cap every 7", "window", "reset"]))
 def test_generate_greedy_is_recomputation(model, policy):
     put(adopt(model, time_step_limit_in_decode=True), POLICIES[policy])
     ids = random_ids(2, 9)
@@ -149,7 +171,7 @@ def test_generate_greedy_is_recomputation(model, policy):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("policy", ["cap every 7", "window"])
+@pytest.mark.parametrize(("family", "policy"), cases(["cap every 7", "window"]))
 def test_beam_search_is_recomputation(model, policy):
     put(adopt(model, time_step_limit_in_decode=True), POLICIES[policy])
     ids = random_ids(2, 9)
@@ -259,6 +281,9 @@ def test_policies_are_plain_after_all(build):
 def test_steps_are_those_of_its_own_scan(model, family, monkeypatch):
     """What a mixer's forward hands to its scan, softplus and clamp done here. Families differ in what is before."""
     adopted, given = adopt(model), []
+    if family in DELTA_FAMILIES:
+        assert not adopted.mixers[0].one_step_a_head and not hasattr(adopted.mixers[0], "steps")
+        return
     if family in MAMBA1:
         with pytest.raises(InputError, match="mixer of Mamba-1"):
             adopted.mixers[0].steps(torch.randn(1, 2, 3))
@@ -280,7 +305,7 @@ def test_steps_are_those_of_its_own_scan(model, family, monkeypatch):
 
 
 @torch.no_grad()
-def test_states_of_fewer_bits(model):
+def test_states_of_fewer_bits(model, family):
     adopted, ids, sizes = adopt(model), random_ids(), [12, 1, 1, 1, 5]
     before, tokens = logits_of(model, ids), model.generate(ids, max_new_tokens=6, do_sample=False)
     entries = [m.module.forward for m in adopted.mixers]
@@ -304,7 +329,7 @@ def test_states_of_fewer_bits(model):
     assert adopted.backend == "torch" and all(m.active for m in adopted.mixers)
     assert (streamed(adopted, ids, sizes)[0] - cut).abs().max() > 1e-4
     model.generate(ids, max_new_tokens=6, do_sample=False)
-    with mitigate(model, "window:tokens=4"):
+    with mitigate(model, "rri:alpha=0.9,beta=0.4" if family in DELTA_FAMILIES else "window:tokens=4"):
         again, _ = streamed(adopted, ids, sizes)
         whole = logits_of(model, ids)
         assert (again - whole).norm() < 0.03 * whole.norm()

@@ -8,7 +8,7 @@ import pickle
 import pytest
 import torch
 import transformers as hf
-from adopted_families import FAMILIES, NEAR, logits_of, random_ids
+from adopted_families import FAMILIES, NEAR, followed, logits_of, random_ids
 
 from rnn_longctx.errors import InputError
 from rnn_longctx.mitigations import active, handles_on, mitigate
@@ -19,19 +19,19 @@ CHUNK = {"mamba2": "chunk_size", "zamba2": "chunk_size", "nemotron_h": "chunk_si
          "falcon_h1": "mamba_chunk_size", "granitemoehybrid": "mamba_chunk_size"}  # fmt: skip
 
 
-@pytest.fixture(params=FAMILIES)
-def model(request):
+@pytest.fixture
+def model(family):
     torch.set_num_threads(1)
-    return hf.AutoModelForCausalLM.from_config(FAMILIES[request.param]()).eval()
+    return hf.AutoModelForCausalLM.from_config(FAMILIES[family]()).eval()
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("remedy", REMEDIES)
-def test_padding_of_a_batch_of_one(model, remedy):
+def test_padding_of_a_batch_of_one(model, family, remedy):
     """huggingface/transformers#46773: linear-attention models left the mask out where a batch has one row."""
     adopted, ids, more = adopt(model), random_ids(1, 12), random_ids(1, 4)
     padded, mask = torch.cat([torch.zeros(1, 5, dtype=torch.int64), ids], 1), (torch.arange(17) >= 5)[None]
-    with mitigate(adopted, remedy):
+    with mitigate(adopted, followed(family, remedy)):
         one, two = adopted.new_cache(), adopted.new_cache()
         torch.testing.assert_close(adopted(padded, one, mask)[:, 5:], adopted(ids, two), **NEAR)
         torch.testing.assert_close(adopted(more, one), adopted(more, two), **NEAR)
@@ -54,10 +54,10 @@ def test_a_row_of_padding_alone_has_read_nothing(model):
 
 @torch.no_grad()
 @pytest.mark.parametrize("remedy", REMEDIES)
-def test_prompts_shorter_than_the_convolution(model, remedy):
+def test_prompts_shorter_than_the_convolution(model, family, remedy):
     """huggingface/transformers#28094 (its conv_state of a short prompt), state-spaces/mamba#641 (cut against whole)."""
     adopted, ids = adopt(model), random_ids(2, 9)
-    with mitigate(adopted, remedy):
+    with mitigate(adopted, followed(family, remedy)):
         whole = adopted(ids)
         for first in range(1, 6):
             cache = adopted.new_cache()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from adopted_families import DELTA_FAMILIES, RECURRENT
 from adopted_families import FAMILIES as TRANSFORMERS
-from adopted_families import RECURRENT
 from torch import Tensor, nn
 
 from rnn_longctx.errors import InputError
@@ -14,7 +14,8 @@ from rnn_longctx.mitigations import mitigate
 from rnn_longctx.models.adopt.adopting import adopt
 from rnn_longctx.models.adopt.beside import Beside, tokens_counted
 from rnn_longctx.models.adopt.family import FAMILIES, Family
-from rnn_longctx.models.adopt.mixer import UNLIMITED, AdoptedMixer, Call
+from rnn_longctx.models.adopt.mixer import Call
+from rnn_longctx.models.adopt.stepped import UNLIMITED, SteppedAdopted
 from rnn_longctx.recurrence.gates import ScanInputs
 
 
@@ -25,7 +26,11 @@ def test_a_mixer_fits_one_family(name, build):
     assert [names for names in fitting if names] == [[FAMILIES_OF.get(name, "mamba2")]] * RECURRENT[name]
 
 
-FAMILIES_OF = dict.fromkeys(("mamba", "falcon_mamba", "jamba"), "mamba1")
+FAMILIES_OF = {
+    **dict.fromkeys(("mamba", "falcon_mamba", "jamba"), "mamba1"),
+    **dict.fromkeys(DELTA_FAMILIES, "gated_delta_net"),
+    **dict.fromkeys(("kimi_linear", "bailing_hybrid"), "kimi_delta"),
+}
 
 
 class Leaky(nn.Module):
@@ -52,7 +57,7 @@ def _written(u: Tensor) -> Tensor:
     return torch.ones(*u.shape[:2], 1, 2)
 
 
-class LeakyMixer(AdoptedMixer):
+class LeakyMixer(SteppedAdopted):
     dt_limit = UNLIMITED
     shape = (3, 2, 2)
 

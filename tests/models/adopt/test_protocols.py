@@ -14,6 +14,7 @@ from rnn_longctx.models.carries import StreamCache
 from rnn_longctx.models.interface import LanguageModel, Layer, RecurrentMixer, ScanMixer, SteppedMixer, stepped_mixers
 from rnn_longctx.models.lm import Mamba2LM
 from rnn_longctx.models.mixers.mamba2 import Mamba2Config
+from rnn_longctx.recurrence.gates import SteppedGates
 
 OWN = Mamba2Config(d_model=16, n_layer=2, vocab_size=31, d_state=8, headdim=8)
 
@@ -50,8 +51,11 @@ def test_every_model_is_a_language_model(model):
 def test_every_mixer_is_recurrent(model):
     for mixer in model.mixers:
         assert isinstance(mixer, RecurrentMixer)
-        assert isinstance(mixer, SteppedMixer)  # (by its members: Mamba-1's have them, too)
-        assert mixer.one_step_a_head == (mixer.A.shape == (mixer.heads,))
+        if SteppedGates in mixer.recurrence.takes:
+            assert isinstance(mixer, SteppedMixer)  # (by its members: Mamba-1's have them, too)
+            assert mixer.one_step_a_head == (mixer.A.shape == (mixer.heads,))
+        else:
+            assert not isinstance(mixer, SteppedMixer) and not mixer.one_step_a_head
     assert len(stepped_mixers(model)) in (0, len(model.mixers))
 
 

@@ -19,7 +19,7 @@ from rnn_longctx.data.tokenizers import load_tokenizer
 from rnn_longctx.errors import InputError
 from rnn_longctx.models import checkpoint
 from rnn_longctx.models.checkpoint import layouts, locate
-from rnn_longctx.models.checkpoint.locate import DEMOS
+from rnn_longctx.models.checkpoint.locate import DEMOS, name_of
 from rnn_longctx.models.lm import Mamba2LM
 from rnn_longctx.models.mixers.mamba2 import Mamba2Config
 
@@ -419,3 +419,14 @@ def test_names_that_wrappers_gave(prefix, tmp_path):
         assert found.weights_hash == expected.weights_hash and same(found, expected)
     twice = state | load_file(tmp_path / "plain" / "model.safetensors")
     refused(write(tmp_path / "twice", (tmp_path / "plain" / "config.json").read_text(), twice), "is there twice")
+
+
+def test_a_model_of_a_training_run_is_called_after_the_run(tmp_path, monkeypatch):
+    """All runs call their folders alike."""
+    names = {"my-run/model": "my-run", "my-run/last": "my-run/last", "my-run/best": "my-run/best",
+             "my-run/steps/300": "my-run/300", "my-run/steps": "steps", "run/7": "7", "last-1": "last-1"}  # fmt: skip
+    for folder, name in names.items():
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        assert name_of(tmp_path / folder) == name
+    monkeypatch.chdir(tmp_path / "my-run" / "last")
+    assert name_of(Path(".")) == "my-run/last" and name_of(Path("/")) == ""

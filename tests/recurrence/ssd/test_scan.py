@@ -1,6 +1,7 @@
 """The PyTorch scan against the float64 definition: every policy, any cut of the stream, padding, new documents."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,12 +19,12 @@ from rnn_longctx.recurrence.ssd.window import window_state
 H, P, G, N = 4, 5, 2, 7
 
 
-def inputs(batch=2, length=150, per_channel=False, dtype=torch.float64, decay=0.3):
+def inputs(batch=2, length=150, per_channel=False, dtype=torch.float64, decay=0.3, headdim=P):
     def normal(*shape):
         return torch.randn(*shape, dtype=dtype)
 
     A = -torch.rand(*((H, N) if per_channel else (H,)), dtype=dtype) * decay
-    x = {"x": normal(batch, length, H, P), "dt": normal(batch, length, H), "A": A,
+    x = {"x": normal(batch, length, H, headdim), "dt": normal(batch, length, H), "A": A,
          "B": normal(batch, length, G, N), "C": normal(batch, length, G, N)}  # fmt: skip
     return x, {"dt_bias": normal(H) - 1, "dt_limit": (0.01, 2.0), "D": normal(H)}
 
@@ -63,18 +64,23 @@ POLICIES = {
 }
 
 
-@pytest.mark.parametrize("per_channel", [False, True], ids=["per head", "per channel"])
+KINDS = {"per head": (False, P), "per channel": (True, P), "heads of one channel": (True, 1)}
+
+
+@pytest.mark.parametrize(("per_channel", "headdim"), KINDS.values(), ids=KINDS)
 @pytest.mark.parametrize("name", POLICIES)
-def test_definition(name, per_channel):
+def test_definition(name, per_channel, headdim):
     """One call and many agree with the reference to 1e-10, with padding and new documents too."""
     policy = POLICIES[name]
+    if policy.start is not None:
+        policy = replace(policy, start=torch.tensor(policy.start, dtype=torch.float64)[:, :headdim])
     length = 137
     mask = torch.ones(2, length, dtype=torch.bool)
     mask[1, :13] = False
     reset = torch.zeros(2, length, dtype=torch.bool)
     reset[0, 70] = reset[1, 90] = reset[1, 91] = True
     for m, r in ((None, None), (mask, reset)):
-        x, more = inputs(length=length, per_channel=per_channel)
+        x, more = inputs(length=length, per_channel=per_channel, headdim=headdim)
         expected, state, total = reference_scan(**x, **more, policy=policy, mask=m, reset=r)
         cuts = sorted(torch.randint(1, length, (6,)).unique().tolist())
         whole = scan(**x, **more, policy=policy, mask=m, reset=r)
@@ -136,6 +142,10 @@ def test_decays_of_any_size():
         y, carry = scan(**x, **more)
         torch.testing.assert_close(y, expected, rtol=0, atol=1e-10)
         assert torch.isfinite(carry.state).all()
+    for decay in (0.3, 1e4):
+        x, more = inputs(decay=decay, length=130, per_channel=True, headdim=1, dtype=torch.float32)
+        expected, *_ = reference_scan(**x, **more)
+        torch.testing.assert_close(scan(**x, **more)[0], expected.float(), rtol=1e-4, atol=1e-4)
     x, more = inputs(length=64)
     cum = -torch.rand(2, 64, H, dtype=torch.float64).cumsum(1) * 0.1
     state = torch.randn(2, H, P, N, dtype=torch.float64)

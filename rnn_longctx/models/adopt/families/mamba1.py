@@ -7,7 +7,6 @@ always, in the model's own forward and `generate(prefill_chunk_size=...)` too: a
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +18,8 @@ from torch import Tensor, nn
 from rnn_longctx.errors import InputError
 from rnn_longctx.models.adopt.dispatch import DispatchedMixer, no_shortcut
 from rnn_longctx.models.adopt.family import FAMILIES, Family
-from rnn_longctx.models.adopt.mixer import UNLIMITED, Call
+from rnn_longctx.models.adopt.mixer import Call
+from rnn_longctx.models.adopt.stepped import UNLIMITED, SteppedAdopted
 from rnn_longctx.models.adopt.wrapped import holds
 from rnn_longctx.recurrence.carry import ScanCarry
 from rnn_longctx.recurrence.gates import ScanInputs, SteppedGates
@@ -28,7 +28,7 @@ from rnn_longctx.recurrence.ssd.scan import scan
 from rnn_longctx.recurrence.ssd.window import window_state
 
 
-class Mamba1Mixer(DispatchedMixer):
+class Mamba1Mixer(SteppedAdopted, DispatchedMixer):
     """A mixer whose channels are heads of headdim 1, each with its own step; see `AdoptedMixer`."""
 
     one_step_a_head = False
@@ -64,10 +64,6 @@ class Mamba1Mixer(DispatchedMixer):
 
     def state_of(self, layer: Any) -> Tensor:
         return layer.recurrent_states[0].unsqueeze(2)
-
-    def no_log_decay(self, state: Tensor) -> Tensor:
-        shape = (*state.shape[:2], state.shape[3])
-        return torch.full(shape, math.nan, dtype=torch.float64, device=state.device)
 
     def drops(self, arguments: dict[str, Any], cache: Any) -> bool:
         tokens = arguments["hidden_states"].shape[1]

@@ -11,13 +11,18 @@ from torch import Tensor, nn
 from rnn_longctx.errors import InputError
 from rnn_longctx.models.adopt.dispatch import DispatchedMixer, no_shortcut
 from rnn_longctx.models.adopt.family import FAMILIES, Family
-from rnn_longctx.models.adopt.mixer import UNLIMITED, Call
+from rnn_longctx.models.adopt.mixer import Call
+from rnn_longctx.models.adopt.stepped import UNLIMITED, SteppedAdopted
 from rnn_longctx.models.adopt.wrapped import holds
 from rnn_longctx.recurrence.gates import ScanInputs
 
 
-class Mamba2Mixer(DispatchedMixer):
+class Mamba2Mixer(SteppedAdopted, DispatchedMixer):
     """A mixer with one step a head; see `AdoptedMixer`."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.module.num_heads, self.module.head_dim, self.module.ssm_state_size
 
     @staticmethod
     def functions() -> dict[str, Callable]:
@@ -46,7 +51,7 @@ def _scan(
 ) -> Any:
     if cu_seqlens is not None and seq_idx is None:
         raise InputError("packed sequences need seq_idx beside cu_seqlens")
-    mixer = call.mixer
+    mixer: Any = call.mixer
     inputs = ScanInputs(hidden_states, B, C, mixer.D)
     y, state = mixer.read(call, inputs, mixer.gates(dt, dt_limit), initial_states, seq_idx)
     if z is not None:
@@ -69,7 +74,7 @@ def _step(
     **_: Any,
 ) -> Tensor:
     # One head's dt, D and dt_bias come repeated headdim times. The library's step ignores the limit of dt.
-    mixer = call.mixer
+    mixer: Any = call.mixer
     limit = mixer.dt_limit if mixer.limit_in_decode else UNLIMITED
     inputs = ScanInputs(hidden_states[:, None], B[:, None], C[:, None], mixer.D)
     y, new = mixer.read(call, inputs, mixer.gates(dt[:, None, :, 0], limit), state)

@@ -22,14 +22,15 @@ from rnn_longctx.models.adopt.beside import Beside, joined
 from rnn_longctx.models.adopt.cache import AdoptedCache, in_order
 from rnn_longctx.models.adopt.families.mamba2 import is_mamba_ssm
 from rnn_longctx.models.adopt.family import FAMILIES, Family
-from rnn_longctx.models.adopt.mixer import UNLIMITED, AdoptedMixer, Call
+from rnn_longctx.models.adopt.mixer import AdoptedMixer, Call
 from rnn_longctx.models.adopt.model import Adopted
+from rnn_longctx.models.adopt.stepped import UNLIMITED, SteppedAdopted
 from rnn_longctx.models.conv import causal_conv
 from rnn_longctx.recurrence.carry import tree_map
 from rnn_longctx.recurrence.gates import ScanInputs
 
 
-class MambaSSMMixer(AdoptedMixer):
+class MambaSSMMixer(SteppedAdopted):
     """A mixer whose layer of the library's cache is its state's tensor (B, H, P, N); see `AdoptedMixer`."""
 
     def __init__(self, module: nn.Module, name: str):

@@ -16,7 +16,6 @@ import triton.language as tl
 from torch import Tensor
 
 CHUNK = 64
-LARGEST = 128 * 128  # numbers of a state that one program holds
 
 
 @triton.jit
@@ -80,12 +79,13 @@ def capped_states(
     """
     batch, length, heads, headdim = u.shape
     d_state, chunks = w.shape[3], triton.cdiv(length, CHUNK)
+    BP, BN = triton.next_power_of_2(headdim), triton.next_power_of_2(d_state)
     h = u.new_empty(batch, chunks, heads, headdim, d_state)
     v, end = torch.empty_like(u), torch.empty_like(start)
     factors = torch.ones(batch, chunks, heads, dtype=torch.float32, device=u.device)
     _states[(batch * heads,)](
         k, w, u, g, v, h, start, end, caps, factors, length, first, every,
-        k.shape[2], heads, headdim, d_state, triton.next_power_of_2(headdim), triton.next_power_of_2(d_state), CHUNK,
-        g.ndim == 4, num_warps=8 if headdim * d_state > 64 * 64 else 4,
+        k.shape[2], heads, headdim, d_state, BP, BN, CHUNK,
+        g.ndim == 4, num_warps=min(16, max(4, BP * BN // 2048)),
     )  # fmt: skip
     return h, v, end, factors

@@ -15,17 +15,17 @@ Outcomes = Mapping[tuple[int, int], bool]  # (training length, seed): passes
 
 
 class Forget(NamedTuple):
-    """`passes`: the shortest training length above all that fail, None if the longest fails; `fails`: the longest that
-    fails, None if none does, so that T_forget is at most `passes`. In tokens."""
+    """`passes`: the shortest training length above all that fail, None if the longest fails, so that T_forget is above
+    `fails`; `fails`: the longest that fails, None if none does, so that T_forget is at most `passes`. In tokens."""
 
     passes: int | None
     fails: int | None
 
     def __str__(self) -> str:
         if self.passes is None:
-            return f"not reached: fails at {format_length(self.fails or 0)}"
+            return f"above {format_length(self.fails or 0)} (the longest trained, which fails)"
         if self.fails is None:
-            return f"at most {format_length(self.passes)}, the shortest tried"
+            return f"at most {format_length(self.passes)} (the shortest trained, which passes)"
         return f"{format_length(self.passes)} (fails at {format_length(self.fails)})"
 
 

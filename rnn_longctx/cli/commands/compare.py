@@ -1,0 +1,55 @@
+"""`rnn-longctx compare`: architectures trained alike and measured alike, in one table."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rnn_longctx.cli.command import command
+from rnn_longctx.cli.options import Many
+
+
+@command("compare")
+def compare(
+    config: Annotated[Path, typer.Argument(help="YAML file, such as configs/compare/smoke.yaml.")],
+    out: Annotated[Path | None, typer.Option(help="Folder for cells, table and plots; the config's, if not given.")] = (
+        None
+    ),
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1; the config's, if not given.")] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Models trained and measured at once on the device.")] = 1,
+    only: Annotated[Many, typer.Option(help="An entry of the config; again for more.")] = None,
+) -> None:
+    """Train and measure the entries of a config; a comparison that was killed goes on where it stopped."""
+    from rnn_longctx.config import home_path, load_yaml
+    from rnn_longctx.eval.cells import CellsFailed
+    from rnn_longctx.eval.compare import CompareConfig, run_study
+
+    study = load_yaml(CompareConfig, config)
+    study = replace(study, out=str(out or study.out), device=device or study.device)
+    try:
+        run_study(study, jobs, only or [], typer.echo)
+    except CellsFailed:
+        _report(home_path(study.out))  # of the others
+        raise
+    _report(home_path(study.out))
+
+
+def _report(folder: Path) -> None:
+    """Print the table of what is finished, and draw it."""
+    from rich.console import Console
+
+    from rnn_longctx.eval.show.compare import draw, tables
+    from rnn_longctx.eval.tables.compare import FILE, read
+
+    if not (folder / FILE).exists():
+        return
+    frame = read(folder)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=140)
+    for piece in tables(frame):
+        console.print(piece)
+    console.print(f"{folder}: {', '.join([FILE, 'compare.csv', *(path.name for path in draw(frame, folder))])}")

@@ -1,0 +1,34 @@
+"""The learning rate of an entry is chosen by held-out loss and recall together."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from rnn_longctx.errors import InputError
+from rnn_longctx.eval.compare.choice import Trial, best_rate
+
+
+def test_loss_and_recall_both_count():
+    assert best_rate({1e-3: Trial(1.30, {"passkey": 1.0}), 3e-3: Trial(1.25, {"passkey": 0.2})}) == 1e-3
+    assert best_rate({1e-3: Trial(1.30, {"passkey": 0.5}), 3e-3: Trial(1.25, {"passkey": 0.48})}) == 3e-3
+    assert best_rate({1e-3: Trial(1.30, {"a": 1.0, "b": 0.0}), 3e-3: Trial(1.30, {"a": 0.6, "b": 0.6})}) == 3e-3
+    assert best_rate({3e-3: Trial(1.2, {"a": 1.0}), 1e-3: Trial(1.2, {"a": 1.0})}) == 1e-3, "of equals the lower"
+    assert best_rate({1e-3: Trial(1.2), 3e-3: Trial(1.1)}) == 3e-3, "no task is trained on"
+
+
+def test_the_order_of_rates_is_nothing():
+    rng = np.random.default_rng()
+    trials = {float(r): Trial(float(rng.random()), {"a": float(rng.random())}) for r in rng.random(4)}
+    best = best_rate(trials)
+    assert all(trials[best].score <= t.score for t in trials.values())
+    assert best == best_rate(dict(reversed(trials.items())))
+
+
+def test_what_diverged_is_not_chosen():
+    diverged = Trial(math.nan, fault="20 steps in a row were skipped")
+    assert best_rate({1e-3: Trial(9.0, {"a": 0.0}), 1.0: diverged}) == 1e-3
+    with pytest.raises(InputError, match="diverges at every learning rate: 20 steps in a row"):
+        best_rate({1e-1: diverged, 1.0: diverged})
