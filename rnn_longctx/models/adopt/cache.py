@@ -68,7 +68,10 @@ class AdoptedCache:
         for mixer in self.mixers:
             layer = mixer.layer_of(self.library)
             # (a copy: the library writes into its own)
-            state, counted = mixer.state_of(layer).clone(memory_format=torch.contiguous_format), getattr(layer, "beside", None)
+            state, counted = (
+                mixer.state_of(layer).clone(memory_format=torch.contiguous_format),
+                getattr(layer, "beside", None),
+            )
             total = counted.log_decay if counted is not None else None
             if total is None:
                 total = mixer.no_log_decay(state)

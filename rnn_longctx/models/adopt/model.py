@@ -87,7 +87,11 @@ class Adopted(Hooked, Identified):
         return self.model
 
     def settings(self) -> list[str]:
-        return [f"{m.name} limits dt in single tokens" for m in self.mixers if isinstance(m, SteppedAdopted) and m.limit_in_decode]
+        return [
+            f"{m.name} limits dt in single tokens"
+            for m in self.mixers
+            if isinstance(m, SteppedAdopted) and m.limit_in_decode
+        ]
 
     @property
     def scan_state_elements(self) -> int:
