@@ -69,8 +69,8 @@ class AScale(Remedy):
         if self.place == "rate":
             if any(mixer.bounded for mixer in model.mixers):
                 raise NotApplicable(
-                    f"a-scale: decays of {model.name} are made by a sigmoid with a lower bound, so that a factor on A is "
-                    "none on a log-decay: delta-scale, place=decay and rri act on that itself"
+                    f"a-scale: decays of {model.name} are made by a sigmoid with a lower bound, so that a factor on A "
+                    "is none on a log-decay: delta-scale, place=decay and rri act on that itself"
                 )
             return Plan(tuple(ScanPolicy(mul=s) for s in scales))
         return Plan(tuple(ScanPolicy(add=math.log(s)) for s in scales))

@@ -150,7 +150,7 @@ POLICIES = {
 
 
 def cases(policies):
-    """Every family with the name of every policy that its recurrence follows, for `parametrize(("family", "policy"))`."""
+    """Every family with the name of each policy that its recurrence follows: `parametrize(("family", "policy"))`."""
     return [
         pytest.param(family, name, id=f"{family}-{name}")
         for family in FAMILIES

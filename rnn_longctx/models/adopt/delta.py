@@ -1,7 +1,7 @@
 """Mixers of transformers that are read by the delta rule: what Gated DeltaNet's and KDA's have in common.
 
-Their functions take queries, keys and values (B, T, heads, channels), log-decays and beta, and a state (B, H, K, V): our
-state is its transpose. Queries and keys are brought to length 1 here, and queries scaled, as these functions do.
+Their functions take queries, keys and values (B, T, heads, channels), log-decays and beta, and a state (B, H, K, V):
+ours is its transpose. Queries and keys are brought to length 1 here, and queries scaled, as these functions do.
 """
 
 from __future__ import annotations

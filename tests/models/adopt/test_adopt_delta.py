@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import pytest
-import rnn_longctx
 import torch
 import torch.nn.functional as F
 import transformers as hf
 from adopted_families import COMMON, DELTA_FAMILIES, KIMI, NEAR, VOCAB, own_logits, put, random_ids
 from torch import Tensor
 
+import rnn_longctx
 from rnn_longctx.data import ByteTokenizer, Text
 from rnn_longctx.errors import InputError
 from rnn_longctx.mitigations import NotApplicable, fold, mitigate
@@ -35,7 +35,7 @@ def family(request):
 
 @torch.no_grad()
 def read_by_first(model, ids: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-    """What the first mixer's forward hands to the library's function, and the outputs (B, T, H, V) that its norm reads."""
+    """What the first mixer hands to the library's function, and the outputs (B, T, H, V) that its norm reads."""
     mixer, given, outputs = adopt(model).mixers[0], {}, []
     name = next(iter(mixer.functions()))
     function, first = mixer.names[name], mixer.module

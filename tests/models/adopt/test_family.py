@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from adopted_families import FAMILIES as TRANSFORMERS
 from adopted_families import DELTA_FAMILIES, RECURRENT
+from adopted_families import FAMILIES as TRANSFORMERS
 from torch import Tensor, nn
 
 from rnn_longctx.errors import InputError
