@@ -224,7 +224,7 @@ def test_json_lines_as_plain_text_are_said(tmp_path: Path, caplog: pytest.LogCap
 @pytest.mark.parametrize(
     ("name", "data", "reason"),
     [
-        ("a.txt", gzip.compress(b"text"), "packed by gzip, and a file that may grow is read as it is: unpack it"),
+        ("a.txt", gzip.compress(b"text", mtime=0), "packed by gzip, and a file that may grow is read as it is: unpack it"),
         ("a.jsonl", lzma.compress(b"{}\n"), "packed by xz, and a file that may grow is read as it is: unpack it"),
         ("a.txt", "text".encode("utf-16"), "UTF-16, not UTF-8 text: convert it"),
         ("a.txt", REFUSED["PDF"][0], "looks like a PDF; pdftotext FILE.pdf FILE.txt makes text of it"),
@@ -253,7 +253,7 @@ def test_questions_for_lm_eval(tmp_path: Path) -> None:
     for data, said in [
         (REFUSED["Parquet"][0], "qa.jsonl looks like Parquet"),
         ("é".encode("latin1") + b"\n", "qa.jsonl, line 1: expected a JSON object with context"),
-        (gzip.compress(raw * 500)[:-30], "qa.jsonl cannot be read after line"),
+        (gzip.compress(raw * 500, mtime=0)[:-30], "qa.jsonl cannot be read after line"),
     ]:
         path.write_bytes(data)
         with pytest.raises(InputError, match=said):
