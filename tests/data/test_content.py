@@ -224,7 +224,11 @@ def test_json_lines_as_plain_text_are_said(tmp_path: Path, caplog: pytest.LogCap
 @pytest.mark.parametrize(
     ("name", "data", "reason"),
     [
-        ("a.txt", gzip.compress(b"text", mtime=0), "packed by gzip, and a file that may grow is read as it is: unpack it"),
+        (
+            "a.txt",
+            gzip.compress(b"text", mtime=0),
+            "packed by gzip, and a file that may grow is read as it is: unpack it",
+        ),
         ("a.jsonl", lzma.compress(b"{}\n"), "packed by xz, and a file that may grow is read as it is: unpack it"),
         ("a.txt", "text".encode("utf-16"), "UTF-16, not UTF-8 text: convert it"),
         ("a.txt", REFUSED["PDF"][0], "looks like a PDF; pdftotext FILE.pdf FILE.txt makes text of it"),
