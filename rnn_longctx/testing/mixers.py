@@ -214,8 +214,8 @@ def check_a_norm_cap_is_followed(text: str, seed: int = 0) -> None:
     """What state-norm sets: no state of a recurrent layer grows beyond it, and any cut is one pass under it, too."""
     model, ids, free, capped = small_model(text, seed), _ids(2), Cache(), Cache()
     plain = _read(model, ids, cache=free)
-    mixers = {i: layer.mixer for i, layer in enumerate(model.layers) if isinstance(layer.mixer, Recurrent)}
-    mixers = {i: mixer for i, mixer in mixers.items() if "caps" in mixer.recurrence.follows}
+    followers = [mixer for mixer in model.mixers if "caps" in mixer.recurrence.follows]
+    mixers: dict[int, Any] = {i: layer.mixer for i, layer in enumerate(model.layers) if layer.mixer in followers}
     if not mixers:
         return
     caps = {i: _norms(mixer, free.layers[i]).amin(0) / 2 for i, mixer in mixers.items()}  # (H)
