@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,6 +12,21 @@ from torch import Tensor, nn
 from rnn_longctx.models.deferred import DeferredNorm
 from rnn_longctx.models.kernels import choose
 from rnn_longctx.recurrence.backends import OutputGate
+
+
+def unit(x: Tensor, eps: float) -> Tensor:
+    """Return x (B, T, H, N), each head of it of length 1: x / sqrt(|x|^2 + eps)."""
+    if not torch.is_grad_enabled() and choose.fits(x):
+        return _kernel()(x, share=1.0, eps=eps)
+    n = x.shape[-1]  # the library's norm is of the mean square; what is left is the sum's
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (F.rms_norm(wide, (n,), None, eps / n) * n**-0.5).to(x.dtype)
+
+
+def _kernel() -> Callable[..., Tensor]:
+    from rnn_longctx.models.kernels.head_norm import head_norm
+
+    return head_norm
 
 
 class RMSNorm(nn.Module):
@@ -24,6 +42,14 @@ class RMSNorm(nn.Module):
         if choose.fits(x):
             return choose.chosen().norm(x, self.weight, self.eps, self.groups, gate)[0]
         return self._norm(x, gate).to(x.dtype)
+
+    def gated(self, x: Tensor, z: Tensor, squash: Literal["silu", "sigmoid"] = "silu") -> Tensor:
+        """Return (B, T, H * P): the norm of each head of x (B, T, H, P), times what is made of z (B, T, H * P)."""
+        if not torch.is_grad_enabled() and choose.fits(x):
+            return _kernel()(
+                x, share=1 / x.shape[-1], eps=self.eps, weight=self.weight, gate=z, sigmoid=squash == "sigmoid"
+            ).flatten(-2)
+        return self(x).flatten(-2) * (F.silu(z) if squash == "silu" else z.sigmoid())
 
     def gate(self, z: Tensor) -> OutputGate | None:
         """Return what a scan needs to apply this norm, gated by z (B, T, H, P); None where kernels are not to be used,

@@ -16,7 +16,6 @@ from __future__ import annotations
 from typing import Any, ClassVar, NoReturn
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rnn_longctx.errors import InputError
@@ -217,7 +216,7 @@ class HeadNormed(Recurrent):
 
     def output(self, y: Tensor, rest: Rest) -> Tensor:
         assert rest.z is not None
-        return self.out_proj(self.norm(y).flatten(-2) * F.silu(rest.z))
+        return self.out_proj(self.norm.gated(y, rest.z))
 
 
 def split_heads(width: float, heads: int, name: str) -> int:

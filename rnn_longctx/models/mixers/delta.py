@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,7 @@ from rnn_longctx.models.carries import Carry
 from rnn_longctx.models.ids import refuse_offloaded
 from rnn_longctx.models.interface import Rest, Shape
 from rnn_longctx.models.mixers.base import Recurrent
-from rnn_longctx.models.norm import RMSNorm
+from rnn_longctx.models.norm import RMSNorm, unit
 from rnn_longctx.recurrence.delta import DELTA
 from rnn_longctx.recurrence.gates import DeltaGates, ScanInputs
 from rnn_longctx.recurrence.span import Span
@@ -99,6 +99,7 @@ class DeltaMixer(Recurrent):
 
     recurrence = DELTA
     stepped = False
+    squash: ClassVar[Literal["silu", "sigmoid"]] = "silu"  # of what gates the output
 
     def __init__(self, model: Shape, sizes: Sizes, d_conv: int, twice: bool):
         super().__init__()
@@ -147,10 +148,6 @@ class DeltaMixer(Recurrent):
         """Return what gates the output, (B, T, H * P), before `squash`; None: nothing does."""
         raise NotImplementedError
 
-    def squash(self, z: Tensor) -> Tensor:
-        """Return the factors of the output from what gates it."""
-        return F.silu(z)
-
     def beta(self, u: Tensor) -> Tensor:
         """Return (B, T, H), at least float32: how much of its key a token erases and writes."""
         b = self.b_proj(u)
@@ -161,7 +158,7 @@ class DeltaMixer(Recurrent):
         qkv = torch.cat([self.q_proj(u), self.k_proj(u), self.v_proj(u)], -1)
         qkv, conv, convolved = self.convolve(self.conv1d, qkv, carry, span)
         q, k, v = qkv.split([keys, keys, qkv.shape[-1] - 2 * keys], -1)
-        q, k = (unit(t.unflatten(-1, (-1, self.d_state))) for t in (q, k))  # (B, T, G, N)
+        q, k = (unit(t.unflatten(-1, (-1, self.d_state)), LENGTH_EPS) for t in (q, k))  # (B, T, G, N)
         inputs = ScanInputs(v.unflatten(-1, (self.heads, -1)), k, q * self.d_state**-0.5)
         return inputs, DeltaGates(self.log_decay(u), self.beta(u)), Rest(self.gate(u), conv, convolved)
 
@@ -169,8 +166,7 @@ class DeltaMixer(Recurrent):
         """No scan applies a norm that is over a head and comes before the gate."""
 
     def output(self, y: Tensor, rest: Rest) -> Tensor:
-        y = self.norm(y).flatten(-2)
-        return self.out_proj(y if rest.z is None else y * self.squash(rest.z))
+        return self.out_proj(self.norm(y).flatten(-2) if rest.z is None else self.norm.gated(y, rest.z, self.squash))
 
 
 class Rated(DeltaMixer):
@@ -204,6 +200,7 @@ class ChannelRated(Rated):
     another: those of Kimi Delta Attention, with fla's rank, the width of a value."""
 
     per_channel = True
+    squash = "sigmoid"
 
     def __init__(self, model: Shape, sizes: Sizes, d_conv: int, twice: bool):
         super().__init__(model, sizes, d_conv, twice)
@@ -218,15 +215,6 @@ class ChannelRated(Rated):
 
     def gate(self, u: Tensor) -> Tensor:
         return self.g_proj(u)
-
-    def squash(self, z: Tensor) -> Tensor:
-        return z.sigmoid()
-
-
-def unit(x: Tensor) -> Tensor:
-    """Return x (..., N) scaled to length 1."""
-    n = x.shape[-1]  # by the library's norm of the mean square, one pass on a GPU; what is left is the sum's
-    return (F.rms_norm(x.to(wide(x)), (n,), None, LENGTH_EPS / n) * n**-0.5).to(x.dtype)
 
 
 def wide(x: Tensor) -> torch.dtype:

@@ -25,6 +25,7 @@ if triton.missing():
     pytest.skip(triton.missing(), allow_module_level=True)
 
 from rnn_longctx.models.kernels import conv_norm, matvec
+from rnn_longctx.models.kernels.head_norm import head_norm
 from rnn_longctx.recurrence.ssd.kernels import launch
 
 DEVICE = "cpu" if triton.interpreted() else "cuda"
@@ -201,3 +202,18 @@ def test_a_model_reads_alike_with_and_without_kernels():
         fast = torch.cat(list(model.stream(ids, segment=100)), 1)
     slow = torch.cat([h.detach() for h in model.stream(ids, segment=100)], 1)  # gradients on: PyTorch's forms
     torch.testing.assert_close(fast, slow, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("squash", ["silu", "sigmoid"])
+@pytest.mark.parametrize("width", [5, 64])
+def test_norms_of_heads(width, squash):
+    """Of a slice of a projection, as queries are, and with a gate behind, as outputs have."""
+    wide = torch.randn(2, 37, 3 * width + 11, device=DEVICE)
+    x = wide[..., 4 : 4 + 3 * width].unflatten(-1, (3, width))
+    ours = head_norm(x, share=1.0, eps=1e-6)
+    torch.testing.assert_close(ours, x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt(), rtol=1e-5, atol=1e-6)
+    norm, z = RMSNorm(width, 1e-5).to(DEVICE), torch.randn(2, 37, 3 * width, device=DEVICE)
+    torch.nn.init.normal_(norm.weight)
+    expected = norm.gated(x, z, squash)  # with a gradient to come: PyTorch's
+    ours = head_norm(x, share=1 / width, eps=1e-5, weight=norm.weight, gate=z, sigmoid=squash == "sigmoid")
+    torch.testing.assert_close(ours.flatten(-2), expected, rtol=1e-5, atol=1e-6)
