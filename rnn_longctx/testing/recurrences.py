@@ -190,7 +190,7 @@ def check_backend(
             before = _before(begun, dtype)
             expected, after = recurrence.reference(begun.inputs, begun.gates, begun.span, policy, before)
             _same(recurrence, begun, _read(recurrence, backend, policy, begun, (), before), (expected, after))
-    if dtype == torch.float64:
+    if dtype == torch.float64 and backend != "reference":  # the definition's are those of the definition
         _check_gradients(recurrence, backend, policy, stream(kind, per_channel))
     return None
 

@@ -240,7 +240,9 @@ def test_all_can_be_read_and_put_on(model, made):
     for train in (32, None):
         for name in standard(train):
             assert str(parse_remedy(str(parse_remedy(name)))) == str(parse_remedy(name))
-    for name in (name for name in standard(32) if name not in diagnostics(32)):
+    for name in standard(32):
+        if name in diagnostics(32) or name.startswith("erase"):  # of hybrids, and of rules that erase
+            continue
         mitigate(model, name, target_length=64, text=made).remove()
 
 

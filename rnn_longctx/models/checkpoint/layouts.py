@@ -35,8 +35,11 @@ SUPPORTED = (
 )
 ADOPTED = (
     *("bamba", "falcon_h1", "granitemoehybrid", "nemotron_h", "zamba2", "mamba", "falcon_mamba", "jamba"),
-    *("qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text", "qwen4_exp", "qwen4_exp_text"),
+    *("qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text"),
     *("olmo_hybrid", "lara_mini", "kimi_linear", "bailing_hybrid"),
+)
+NAMED = (  # what a message says of them, those that hold only the text of another left out
+    f"supported: {SUPPORTED}; adopted: {', '.join(name for name in ADOPTED if not name.endswith('_text'))}"
 )
 LAYOUTS = ("rnn-longctx", "transformers", "state-spaces")  # of a model of Mamba-2
 FLA = "fla"  # of a model whose layers are all of another kind that flash-linear-attention has
@@ -104,9 +107,7 @@ def read_header(directory: Path) -> Header:
         if not weights and (instead := held_instead(directory)):
             raise InputError(f"{directory} {instead}")
         contents = f"{weights[0]} but no" if weights else "no"
-        raise InputError(
-            f"{directory} holds {contents} config.json; supported: {SUPPORTED}; adopted: {', '.join(ADOPTED)}"
-        )
+        raise InputError(f"{directory} holds {contents} config.json; {NAMED}")
     data, where = read_json(path), str(path)
     if data.get("format") == FORMAT:
         inner = {k: v for k, v in data.items() if k not in ("format", "model")}
@@ -125,9 +126,7 @@ def read_header(directory: Path) -> Header:
         header = _header(_official(data, where), extra)
     else:
         keys = ", ".join(list(data)[:6]) or "nothing"
-        raise InputError(
-            f"{path} is of no known layout (keys: {keys}); supported: {SUPPORTED}; adopted: {', '.join(ADOPTED)}"
-        )
+        raise InputError(f"{path} is of no known layout (keys: {keys}); {NAMED}")
     beside = any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
     if beside and header.tokenizer in (None, GPT_NEOX):
         header.tokenizer = directory
@@ -219,9 +218,7 @@ def _official(data: dict[str, Any], where: str) -> Mamba2Config:
 
 def _transformers(data: dict[str, Any], where: str) -> Mamba2Config:
     if data["model_type"] != "mamba2":
-        raise InputError(
-            f"{where}: model_type {data['model_type']!r}; supported: {SUPPORTED}; adopted: {', '.join(ADOPTED)}"
-        )
+        raise InputError(f"{where}: model_type {data['model_type']!r}; {NAMED}")
     if data.get("hidden_act", "silu") not in ("silu", "swish"):
         raise InputError(f"{where}: hidden_act {data['hidden_act']!r} is not supported, only 'silu'")
     fields = {name: data.get(theirs, default) for name, (theirs, default) in _TRANSFORMERS.items()}

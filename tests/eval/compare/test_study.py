@@ -167,14 +167,14 @@ def test_a_cell_that_fails_is_named_and_the_others_go_on(config, here, monkeypat
 
     monkeypatch.setattr(study, "command", command)
     said: list[str] = []
-    with pytest.raises(InputError, match=f"1 cells failed, the first of them {broken}: no memory"):
+    with pytest.raises(InputError, match=f"1 cell failed, the first of them {broken}: no memory"):
         run_study(config, 1, say=said.append)
     assert f"{broken}: failed: no memory" in said and set(read(Path("runs"))["entry"]) == {"a"}
     run_study(config, 1, ["a"], said.append)
     assert said[-1] == "0 cells run"
     failing.clear()
     run_study(config, 1, say=said.append)
-    assert said[-1] == "1 cells run" and set(read(Path("runs"))["entry"]) == {"a", "b"}
+    assert said[-1] == "1 cell run" and set(read(Path("runs"))["entry"]) == {"a", "b"}
 
 
 def test_a_rate_that_diverges_is_not_chosen_and_no_rate_left_is_a_failure(config, here, monkeypatch):
@@ -205,7 +205,9 @@ def test_a_search_for_t_forget_trains_at_other_lengths(config, here):
     longer = json.loads((out / "cells" / "a-lr0.001-T256-s0" / "measured.json").read_text())
     assert longer["as"]["trained"]["batch_size"] == 2 and {r["mitigation"] for r in longer["rows"]} == {"none"}
     forget = read(out).query("metric == 'T_forget'").iloc[0]
-    assert forget["note"] == "at most 128, the shortest tried", "it has learned nothing that could be lost"
+    assert forget["note"] == "at most 128 (the shortest trained, which passes)", (
+        "it has learned nothing that could be lost"
+    )
 
 
 MISTAKES = {
@@ -285,6 +287,6 @@ def test_the_command(config, monkeypatch, capsys):
         cli.main()
     printed, said = capsys.readouterr()
     assert not stop.value.code, said
-    assert "holds up to 512" in printed and "collapses: beyond" in printed and "1 cells run" in printed
+    assert "holds up to 512" in printed and "collapses: beyond" in printed and "1 cell run" in printed
     assert {p.name for p in Path("o").iterdir()} >= {"compare.parquet", "compare.csv", "compare.png", "compare.pdf"}
     assert not Path("elsewhere").exists()

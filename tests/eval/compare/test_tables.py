@@ -58,9 +58,9 @@ def test_verdicts(story):
     assert (verdict["length"] == 8192) if story != "holds" else pd.isna(verdict["length"])
     forget = frame.loc[frame["metric"] == "T_forget"].iloc[0]
     if story == "collapses":
-        assert math.isnan(forget["value"]) and forget["note"] == "not reached: fails at 512"
+        assert math.isnan(forget["value"]) and forget["note"] == "above 512 (the longest trained, which fails)"
     else:
-        assert forget["value"] == 512 and "the shortest tried" in forget["note"]
+        assert forget["value"] == 512 and "the shortest trained" in forget["note"]
     assert passes(rows("a", STORIES[story]), T) == (story != "collapses")
 
 
