@@ -107,7 +107,8 @@ def test_eval_and_plot(run, tmp_path):
     words = ("eval", "ok", *EVAL, "--task", "passkey:n=4", *(w for r in remedies for w in ("--mitigation", r)))
     code, printed, said = run(*words, "--out", str(out))
     assert code == 0, said
-    assert printed.count("without a remedy") == 2 and "ok, 15.5K parameters" in printed
+    # once in each table at the least; the verdict may say it, too
+    assert printed.count("without a remedy") >= 2 and "ok, 15.5K parameters" in printed
     assert "trained at  128 tokens" in printed and "n = 4 prompts" in printed
     frame = pd.read_parquet(out / "results.parquet")
     assert set(frame.mitigation) == {"none", "rri:alpha=0.99,beta=1", "recompute:last=64"}
