@@ -120,9 +120,11 @@ def test_what_applies_is_what_the_page_says(text, models, tmp_path):
 
 @torch.no_grad()
 def check_effect(remedy, model, ids, none, where):
-    """Where it is said to have none, no number changes; where it changes gates, and is not said so, some do."""
+    """Where it is said to have none, only gates change, and no number. Elsewhere such a change moves some."""
     changes = set().union(*(p.changes for p in planned(remedy, model, TARGET_LENGTH, calibration_text()).policies))
-    if none or (changes and changes <= OF_GATES):
+    of_gates = bool(changes) and changes <= OF_GATES
+    assert of_gates or not none, f"{where}: of {changes or 'no policy'} it is not for logits to say"
+    if of_gates:
         before = model.logits(model(ids))
         with mitigate(model, remedy, target_length=TARGET_LENGTH, text=calibration_text()):
             off = float((model.logits(model(ids)) - before).abs().max())
@@ -165,6 +167,12 @@ def test_a_norm_undoes_what_is_written_less(kind, models):
                 with mitigate(model, text):
                     off[text] = float((model.logits(model(ids)) - before).abs().max())
         writing_less, *erasing_less = off.values()
+        with mitigate(model, "delta-scale:scale=0.7"):
+            scaled = model.logits(model(ids))
+        if kind != "KDA, bounded":  # (where a factor on A is none on the log-decay)
+            with mitigate(model, "a-scale:scale=0.7"):
+                off_decay = float((model.logits(model(ids)) - scaled).abs().max())
+            assert (off_decay > 1e-6) == (kind in ("Mamba-2", "Mamba-1")), (mixer, off_decay)
         if kind in ("Mamba-2", "Mamba-1"):
             assert writing_less > 1e-6
         else:
