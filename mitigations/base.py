@@ -187,11 +187,11 @@ def _lacks(need: Need, remedy: str, model: LanguageModel, target_length: int | N
         case Need.RECURRENCE if not model.mixers:
             return f"{remedy} changes a recurrence, and {model.name} has none"
         case Need.STEPS if not _one_step_a_head(model):
-            has = "Mamba-1's" if _per_channel(model) else "none"
+            has = "Mamba-1's" if _per_channel(model) else "other gates"
             return f"{remedy} reads one step a head, as Mamba-2 has: {model.name} has {has}"
         case Need.RATES if not _one_step_a_head(model):
-            has = "Mamba-1's, one a channel" if _per_channel(model) else "none"
-            return f"{remedy} needs one A a head, as Mamba-2 has: {model.name} has {has}"
+            has = "Mamba-1's, one a channel" if _per_channel(model) else "other gates"
+            return f"{remedy} needs one A a head and one step, as Mamba-2 has: {model.name} has {has}"
         case Need.ERASING if not any(map(erases, model.mixers)):
             return f"{remedy} needs a recurrence that erases, as the delta rule does: {model.name} has none"
         case Need.ATTENTION if not (model.attends and model.mixers):

@@ -10,7 +10,7 @@ state is copied unless `whole` asks for it. Everything else is worked out of tho
 
     mean, variance, rms, max, norm     of the numbers of S; norm is Frobenius'
     retention                          exp(log_decay): what is left of the stream's first token; where the recurrence
-                                       erases (the delta rule), the most that can be
+                                       erases (the delta rule), what the decay alone would leave
     decay                              mean log-decay a token since the look before, in nats
     input_scale                        mean input scale since then; of steps, it is decay / A, and not a number where a
                                        policy does more to the gates than mul and add

@@ -282,8 +282,8 @@ def _is_stepped(mixer: RecurrentMixer) -> TypeGuard[SteppedMixer]:
 
 
 def erases(mixer: RecurrentMixer) -> bool:
-    """Return whether the layer's recurrence erases, as the delta rule does: exp(log_decay) is then the most that may
-    stay of a state and not what stays, and outputs are no sums of what tokens wrote."""
+    """Return whether the layer's recurrence erases, as the delta rule does: exp(log_decay) is then what the decay alone
+    would leave and not what stays, and outputs are no sums of what tokens wrote."""
     return "erase" in mixer.recurrence.follows
 
 

@@ -20,205 +20,18 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
-from rnn_longctx.config import from_dict
-from rnn_longctx.devices import dtype_name
 from rnn_longctx.errors import InputError
-from rnn_longctx.models.checkpoint.json_files import plain
+from rnn_longctx.models.checkpoint.fla_type import LAYERS_IN_TURNS, WITHOUT_MLP, FlaType, Tensors, of
 from rnn_longctx.models.config import ModelConfig, mixer_settings
 from rnn_longctx.models.mixers.mamba2 import Mamba2Config
 from rnn_longctx.spec import canonical
-
-Tensors = dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Frame:
-    """The names of what stands around the mixers. block: those of a layer, ours to theirs; several of theirs are
-    stacked in ours."""
-
-    embedding: str
-    norm: str
-    layers: str
-    mixer: str
-    block: Mapping[str, tuple[str, ...]]
-
-    @property
-    def has_mlp(self) -> bool:
-        return "mlp.down.weight" in self.block
-
-
-WITH_MLP = Frame(
-    "model.embeddings.weight",
-    "model.norm.weight",
-    "model.layers",
-    "attn",
-    {
-        "norm.weight": ("attn_norm.weight",),
-        "norm2.weight": ("mlp_norm.weight",),
-        "mlp.gate_up.weight": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
-        "mlp.down.weight": ("mlp.down_proj.weight",),
-    },
-)
-WITHOUT_MLP = Frame(
-    "backbone.embeddings.weight",
-    "backbone.norm_f.weight",
-    "backbone.layers",
-    "mixer",
-    {"norm.weight": ("norm.weight",)},
-)
-
-LAYERS_IN_TURNS = Frame("model.embeddings.weight", "model.norm.weight", "model.layers", "attn", {})  # (see `RWKV7`)
-
-
-@dataclass(frozen=True)
-class FlaType:
-    """One model type of fla: see the head of this file.
-
-    Attributes:
-        norm_eps, hidden_ratio: their defaults; the second is of the MLP, where `intermediate_size` is not said.
-        norm: the norms of the residual, as `ModelConfig.norm`.
-    """
-
-    mixer: str
-    architecture: str
-    keys: Mapping[str, tuple[str, Any]]
-    fixed: Mapping[str, Any] = field(default_factory=dict)
-    only: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
-    renamed: Mapping[str, str] = field(default_factory=dict)
-    frame: Frame = WITH_MLP
-    norm_eps: float = 1e-6
-    hidden_ratio: float = 4
-    norm: str = "rms"
-
-    # --- config.json
-
-    def settled(self, data: dict[str, Any], where: str) -> dict[str, Any]:
-        """Return their config with the keys worked out that others stand for."""
-        return data
-
-    def read_config(self, data: dict[str, Any], where: str) -> ModelConfig:
-        """Return our config of theirs. Raises InputError for what our model does not compute."""
-        data = self.settled(data, where)
-        for key, values in (_ANY | dict(self.only)).items():
-            if key in data and data[key] not in values:
-                raise InputError(f"{where}: {key} {data[key]!r} is not supported, only {values[0]!r}")
-        settings = {name: data.get(key, default) for name, (key, default) in self.keys.items()} | dict(self.fixed)
-        text = f"{self.mixer}:" + ",".join(f"{name}={_word(value)}" for name, value in settings.items())
-        shape = {
-            "mixer": text,
-            "d_model": _of(data, "hidden_size", where),
-            "n_layer": _of(data, "num_hidden_layers", where),
-            "vocab_size": _of(data, "vocab_size", where),
-            "mlp": self._mlp(data, where),
-            "norm_eps": data.get("norm_eps", self.norm_eps),
-            "tie_embeddings": data.get("tie_word_embeddings", False),
-            "residual_in_fp32": data.get("residual_in_fp32", False),
-            "norm": self.norm,
-        }
-        config = from_dict(ModelConfig, shape, where)
-        config.mixer = canonical(*mixer_settings(text))
-        return config
-
-    def write_config(self, config: ModelConfig, dtype: torch.dtype, extra: dict[str, Any]) -> dict[str, Any]:
-        """Return their config.json; `extra` goes under "rnn_longctx", which they ignore."""
-        _, settings = mixer_settings(config.texts[0])
-        extra, ends = {k: v for k, v in extra.items() if k != "eos_token_id"}, extra.get("eos_token_id")
-        data: dict[str, Any] = {"architectures": [self.architecture], "model_type": self.model_type}
-        data |= {key: values[0] for key, values in self.only.items()}
-        data |= {key: getattr(settings, name) for name, (key, _) in self.keys.items()}
-        data |= {
-            "hidden_size": config.d_model,
-            "num_hidden_layers": config.n_layer,
-            "vocab_size": config.vocab_size,
-            "norm_eps": config.norm_eps,
-            "tie_word_embeddings": config.tie_embeddings,
-            "residual_in_fp32": config.residual_in_fp32,
-        }
-        if self.frame.has_mlp:
-            data |= {"hidden_ratio": None, "intermediate_size": round(config.mlp * config.d_model)}
-        # Its own defaults for these ids belong to another vocabulary.
-        data |= {"bos_token_id": None, "eos_token_id": ends, "pad_token_id": None}
-        return plain({**data, "dtype": dtype_name(dtype), "rnn_longctx": extra})
-
-    def check(self, config: ModelConfig) -> None:
-        """Raise InputError where their model cannot hold something that ours computes with."""
-        _, settings = mixer_settings(config.texts[0])
-        for name, value in self.fixed.items():
-            if getattr(settings, name) != value:
-                raise InputError(f"layout 'fla' cannot hold {name} {getattr(settings, name)}: fla's is {value}")
-        if config.norm != self.norm:
-            raise InputError(f"layout 'fla' cannot hold norm {config.norm!r}: its {self.model_type} has {self.norm!r}")
-        if bool(config.mlp) != self.frame.has_mlp:
-            layers = "have one" if self.frame.has_mlp else "have none"
-            raise InputError(
-                f"layout 'fla' cannot hold mlp {config.mlp:g}: all layers of its {self.model_type} {layers}"
-            )
-
-    @property
-    def model_type(self) -> str:
-        return next(name for name, kind in TYPES.items() if kind is self)
-
-    @property
-    def mixers(self) -> tuple[str, ...]:
-        """Our mixers that take turns in a model of theirs."""
-        return (self.mixer,)
-
-    def _mlp(self, data: dict[str, Any], where: str) -> float:
-        if not self.frame.has_mlp:
-            return 0.0
-        width, hidden = data.get("intermediate_size"), _of(data, "hidden_size", where)
-        if width is None:  # two thirds of the ratio, up to the next multiple of 256
-            ratio = data.get("hidden_ratio")
-            ratio = 4 if ratio is None and "hidden_ratio" in data else ratio or self.hidden_ratio
-            width = 256 * math.ceil(int(hidden * ratio * 2 / 3) / 256)
-        return width / hidden
-
-    # --- tensors
-
-    def unpack(self, tensors: Tensors, config: ModelConfig) -> Tensors:
-        """Return their tensors with those worked out that have no counterpart one by one, by our names."""
-        return tensors
-
-    def pack(self, tensors: Tensors, config: ModelConfig) -> Tensors:
-        """Return tensors by their names, with ours worked out that have no counterpart one by one."""
-        return tensors
-
-    def read_tensors(self, stored: Tensors, names: Iterable[str], config: ModelConfig) -> Tensors:
-        """Return their tensors by our names, and as they are those that have no place here. config: ours."""
-        stored, ours = self.unpack(dict(stored), config), {}
-        for name in names:
-            pieces = [stored.pop(theirs) for theirs in self.theirs(name) if theirs in stored]
-            if pieces:
-                ours[name] = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-        return ours | stored
-
-    def write_tensors(self, state: Tensors, config: ModelConfig) -> Tensors:
-        """Return our tensors by their names. Raises InputError for numbers that theirs cannot be."""
-        theirs: Tensors = {}
-        for name, tensor in state.items():
-            names = self.theirs(name)
-            theirs |= {n: piece.contiguous() for n, piece in zip(names, tensor.chunk(len(names)))}
-        return self.pack(theirs, config)
-
-    def theirs(self, name: str) -> tuple[str, ...]:
-        """Return what a tensor of ours is called there; several that are stacked in it."""
-        frame = self.frame
-        around = {"backbone.embedding.weight": frame.embedding, "backbone.norm_f.weight": frame.norm}
-        if not (inside := re.fullmatch(r"backbone\.layers\.(\d+)\.(.+)", name)):
-            return (around.get(name, name),)
-        layer, rest = f"{frame.layers}.{inside[1]}", inside[2]
-        if rest in frame.block:
-            return tuple(f"{layer}.{piece}" for piece in frame.block[rest])
-        module, *more = rest.removeprefix("mixer.").split(".")
-        return (".".join([layer, frame.mixer, self.renamed.get(module, module), *more]),)
 
 
 @dataclass(frozen=True)
@@ -241,7 +54,7 @@ class HGRN2(FlaType):
     of its softmax over them, b_l = s_1 + ... + s_l. Ours are log b_l - log(1 - b_l) of every layer but the first."""
 
     def settled(self, data: dict[str, Any], where: str) -> dict[str, Any]:
-        ratio, hidden = data.get("expand_ratio", 128), _of(data, "hidden_size", where)
+        ratio, hidden = data.get("expand_ratio", 128), of(data, "hidden_size", where)
         if ratio is None:
             return data
         if not isinstance(ratio, int) or ratio < 1 or hidden % ratio:
@@ -280,7 +93,7 @@ class Mamba(FlaType):
     """Mamba-1, whose rank of the steps is 0 here where it is the usual one."""
 
     def settled(self, data: dict[str, Any], where: str) -> dict[str, Any]:
-        usual = data.get("dt_rank", "auto") in ("auto", _usual_rank(_of(data, "hidden_size", where)))
+        usual = data.get("dt_rank", "auto") in ("auto", _usual_rank(of(data, "hidden_size", where)))
         return {**data, "dt_rank": 0} if usual else data
 
     def write_config(self, config: ModelConfig, dtype: torch.dtype, extra: dict[str, Any]) -> dict[str, Any]:
@@ -339,7 +152,7 @@ class RWKV7(FlaType):
     norm: str = "layer"
 
     def settled(self, data: dict[str, Any], where: str) -> dict[str, Any]:
-        hidden, heads = _of(data, "hidden_size", where), data.get("num_heads")
+        hidden, heads = of(data, "hidden_size", where), data.get("num_heads")
         data = dict(data)
         if data.get("head_dim", 64) is None and isinstance(heads, int) and heads > 0:
             data["head_dim"] = hidden // heads
@@ -422,14 +235,6 @@ class RWKV7(FlaType):
         return (".".join([place, self.renamed.get(module, module), *inner, *more]),)
 
 
-# What every type may say that is not computed here: their key and the values that are.
-_ANY: dict[str, tuple[Any, ...]] = {
-    "attn": (None,),
-    "attnres_block_size": (None,),
-    "hidden_act": ("swish", "silu"),
-    "elementwise_affine": (True,),
-}
-
 # What Gated DeltaNet and KDA say alike.
 _DELTA: dict[str, tuple[str, Any]] = {
     "v_heads": ("num_v_heads", 0),
@@ -437,7 +242,7 @@ _DELTA: dict[str, tuple[str, Any]] = {
     "neg_eigval": ("allow_neg_eigval", False),
 }
 
-TYPES: dict[str, FlaType] = {
+_TYPES: dict[str, FlaType] = {
     "gla": HeadGated(
         "gla",
         "GLAForCausalLM",
@@ -530,6 +335,7 @@ TYPES: dict[str, FlaType] = {
         norm_eps=1e-5,
     ),
 }
+TYPES = {name: replace(kind, model_type=name) for name, kind in _TYPES.items()}
 
 
 def type_of(data: Mapping[str, Any]) -> FlaType | None:
@@ -551,17 +357,6 @@ def type_for(config: Mamba2Config | ModelConfig) -> FlaType:
         raise InputError(f"layout 'fla' is for models whose layers are all alike, of one of {names}")
     kind.check(config)
     return kind
-
-
-def _of(data: Mapping[str, Any], key: str, where: str) -> int:
-    value = data.get(key)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise InputError(f"{where}: {key}: expected a number, at least 1, got {value!r}")
-    return value
-
-
-def _word(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _usual_rank(d_model: int) -> int:

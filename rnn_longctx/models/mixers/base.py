@@ -209,7 +209,27 @@ class Recurrent(nn.Module):
 
 
 class HeadNormed(Recurrent):
-    """A recurrent mixer whose output is normed head by head, before its gate: out_proj(norm(y) * silu(z))."""
+    """A recurrent mixer whose output is normed head by head, before its gate: out_proj(norm(y) * silu(z)).
+
+    Attributes:
+        config: has the number of `heads`.
+        sizes: the channels of a key and of a value, of one head.
+    """
+
+    config: Any
+    sizes: tuple[int, ...]
+
+    @property
+    def heads(self) -> int:
+        return self.config.heads
+
+    @property
+    def headdim(self) -> int:
+        return self.sizes[1]
+
+    @property
+    def d_state(self) -> int:
+        return self.sizes[0]
 
     def output_gate(self, rest: Rest) -> None:
         """No scan applies a norm that is over a head and comes before the gate."""

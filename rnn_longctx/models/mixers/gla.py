@@ -77,18 +77,6 @@ class GLA(HeadNormed):
     def of(cls, config: GLAConfig, model: Shape) -> GLA:
         return cls(config, model)
 
-    @property
-    def heads(self) -> int:
-        return self.config.heads
-
-    @property
-    def headdim(self) -> int:
-        return self.sizes[1]
-
-    @property
-    def d_state(self) -> int:
-        return self.sizes[0]
-
     def inputs(self, u: Tensor, carry: Carry | None, span: Span) -> tuple[ScanInputs, Gates, Rest]:
         q, k, v, decay = (
             proj(u).unflatten(-1, (self.heads, -1)) for proj in (self.q_proj, self.k_proj, self.v_proj, self.decay_proj)

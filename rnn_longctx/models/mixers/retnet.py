@@ -74,18 +74,6 @@ class RetNet(HeadNormed):
         return cls(config, model)
 
     @property
-    def heads(self) -> int:
-        return self.config.heads
-
-    @property
-    def headdim(self) -> int:
-        return self.sizes[1]
-
-    @property
-    def d_state(self) -> int:
-        return self.sizes[0]
-
-    @property
     def no_rates(self) -> str:
         return "has decays that are fixed"
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from rnn_longctx.recurrence.carry import ScanCarry
-from rnn_longctx.recurrence.delta.walk import walk
+from rnn_longctx.recurrence.delta.walk import by_head, walk
 from rnn_longctx.recurrence.gates import DeltaGates, ScanInputs
 from rnn_longctx.recurrence.policy import ScanPolicy
 from rnn_longctx.recurrence.ssd.caps import clip_factor, row_caps
@@ -98,8 +98,7 @@ def block(inputs: ScanInputs, gates: DeltaGates, state: Tensor, n: int) -> tuple
     def chunks(t: Tensor) -> Tensor:
         """Return (n, B * H, c, ·) of (B, T, H or G, ·), or of (B, T, H)."""
         t = t if t.ndim == 4 else t[..., None]
-        t = t if t.shape[2] == heads else t.repeat_interleave(heads // t.shape[2], 2)
-        return t.unflatten(1, (n, -1)).permute(1, 0, 3, 2, 4).flatten(1, 2)
+        return by_head(t, heads).unflatten(1, (n, -1)).permute(1, 0, 3, 2, 4).flatten(1, 2)
 
     key, query, log_decay = chunks(inputs.B), chunks(inputs.C), chunks(gates.log_decay)
     values = chunks(inputs.x) * chunks(gates.input_scale)

@@ -14,11 +14,12 @@ from rnn_longctx.recurrence import triton
 from rnn_longctx.recurrence.backends import Backend, Backends, Call, Reading
 from rnn_longctx.recurrence.carry import ScanCarry
 from rnn_longctx.recurrence.delta import fla, pytorch, reference
-from rnn_longctx.recurrence.gates import AnyGates, DeltaGates, ScanInputs
+from rnn_longctx.recurrence.gates import AnyGates, DeltaGates, Gates, ScanInputs
 from rnn_longctx.recurrence.interface import RECURRENCES, Recurrence
 from rnn_longctx.recurrence.policy import ScanPolicy
 from rnn_longctx.recurrence.rule import Rule, carry_after
 from rnn_longctx.recurrence.span import Span
+from rnn_longctx.recurrence.ssd.shapes import check_shapes
 
 
 class _Delta(Rule):
@@ -38,30 +39,14 @@ class _Delta(Rule):
         """Raise InputError if a shape does not fit, with its name, what was expected and what was given."""
         if not isinstance(gates, DeltaGates):
             raise InputError("the delta rule reads gates that say what is erased (DeltaGates)")
-        if inputs.x.ndim != 4:
-            raise InputError(f"x must be (B, T, H, P), got shape {tuple(inputs.x.shape)}")
-        batch, length, heads, headdim = inputs.x.shape
-        shared = (batch, length)
-        for name, t in (("B", inputs.B), ("C", inputs.C), ("read", gates.read), ("along", gates.along)):
-            if t is not None and (t.ndim != 4 or t.shape[:2] != shared or t.shape != inputs.B.shape):
-                raise InputError(f"{name} must be (B, T, G, N) as B is, B, T = {shared}, got {tuple(t.shape)}")
-        groups, d_state = inputs.B.shape[2:]
-        if heads % groups:
-            raise InputError(f"heads must divide into groups: H={heads} heads, G={groups} groups")
-        per_head = (batch, length, heads)
-        for name, t in (("input_scale", gates.input_scale), ("erase", gates.erase)):
-            if t is not None and t.shape != per_head:
-                raise InputError(f"{name} must be (B, T, H) = {per_head} to go with x, got {tuple(t.shape)}")
-        if gates.log_decay.shape not in (per_head, (*per_head, d_state)):
-            raise InputError(
-                f"log_decay must be (B, T, H) = {per_head} or (B, T, H, N) = {(*per_head, d_state)}, "
-                f"got {tuple(gates.log_decay.shape)}"
-            )
-        if inputs.D is not None and inputs.D.shape not in ((heads,), (heads, headdim)):
-            raise InputError(f"D must be (H,) = ({heads},) or (H, P) = {(heads, headdim)}, got {tuple(inputs.D.shape)}")
-        expected = (batch, heads, headdim, d_state)
-        if carry is not None and carry.state.shape != expected:
-            raise InputError(f"the carry's state must be (B, H, P, N) = {expected}, got {tuple(carry.state.shape)}")
+        check_shapes(inputs, Gates(gates.log_decay, gates.input_scale), carry)
+        for name, t in (("read", gates.read), ("along", gates.along)):
+            if t is not None and t.shape != inputs.B.shape:
+                shape = tuple(inputs.B.shape)
+                raise InputError(f"{name} must be (B, T, G, N) = {shape} as B is, got {tuple(t.shape)}")
+        if gates.erase is not None and gates.erase.shape != gates.input_scale.shape:
+            per_head = tuple(gates.input_scale.shape)
+            raise InputError(f"erase must be (B, T, H) = {per_head} to go with x, got {tuple(gates.erase.shape)}")
 
     def call(self, inputs: ScanInputs, gates: AnyGates, dtype: torch.dtype) -> Call:
         assert isinstance(gates, DeltaGates)

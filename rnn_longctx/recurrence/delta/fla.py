@@ -22,6 +22,7 @@ from rnn_longctx.recurrence import triton
 from rnn_longctx.recurrence.backends import Call, Reading
 from rnn_longctx.recurrence.carry import ScanCarry
 from rnn_longctx.recurrence.delta import pytorch
+from rnn_longctx.recurrence.delta.walk import by_head
 from rnn_longctx.recurrence.gates import DeltaGates
 from rnn_longctx.recurrence.policy import ScanPolicy, per_head
 from rnn_longctx.recurrence.ssd.pytorch import log_decay_total
@@ -244,18 +245,14 @@ def _general(reading: Reading, x: Tensor, key: Tensor, query: Tensor, gates: Del
     from fla.ops.generalized_delta_rule.dplr import chunk_dplr_delta_rule
 
     shape, heads = x.shape, x.shape[2]
-
-    def by_head(t: Tensor) -> Tensor:
-        return t if t.shape[2] == heads else t.repeat_interleave(heads // t.shape[2], 2)
-
     assert gates.erase is not None
     log_decay = _by_channel(gates.log_decay, key)
-    p = -gates.erase[..., None] * by_head(key if gates.read is None else gates.read)
+    p = -gates.erase[..., None] * by_head(key if gates.read is None else gates.read, heads)
     if gates.decay_first:
         p = p * log_decay.exp()
-    along = by_head(key if gates.along is None else gates.along).to(x.dtype)
+    along = by_head(key if gates.along is None else gates.along, heads).to(x.dtype)
     x = x * gates.input_scale[..., None].to(x.dtype)
-    q, k, v, a, b, gk = rows.flat(by_head(query), by_head(key), x, p.to(x.dtype), along, log_decay)
+    q, k, v, a, b, gk = rows.flat(by_head(query, heads), by_head(key, heads), x, p.to(x.dtype), along, log_decay)
     start = rows.states.mT.contiguous()
     y, end = chunk_dplr_delta_rule(
         q, k, v, a, b, gk, scale=1.0, initial_state=start, output_final_state=True, cu_seqlens=rows.edges

@@ -22,13 +22,9 @@ def walk(
     x, B, C = inputs.x, inputs.B, inputs.C
     heads, length = x.shape[2], x.shape[1]
     assert gates.erase is not None
-
-    def by_head(t: Tensor) -> Tensor:  # (B, T, G, N) to (B, T, H, N)
-        return t if t.shape[2] == heads else t.repeat_interleave(heads // t.shape[2], 2)
-
-    key, query = by_head(B), by_head(C)
-    read = key if gates.read is None else by_head(gates.read)
-    along = key if gates.along is None else by_head(gates.along)
+    key, query = by_head(B, heads), by_head(C, heads)
+    read = key if gates.read is None else by_head(gates.read, heads)
+    along = key if gates.along is None else by_head(gates.along, heads)
     decay = gates.log_decay.exp()
     decay = decay[..., None, :] if gates.per_channel else decay[..., None, None]  # (B, T, H, 1, N or 1)
     values = x * gates.input_scale[..., None]
@@ -44,3 +40,8 @@ def walk(
             state = state * clip_factor(state, caps[:, t])[..., None, None]
         outputs.append((state @ query[:, t, ..., None])[..., 0])
     return torch.stack(outputs, 1), state
+
+
+def by_head(t: Tensor, heads: int) -> Tensor:
+    """Return (B, T, H, ·) of (B, T, G, ·): what heads share, for each of them."""
+    return t if t.shape[2] == heads else t.repeat_interleave(heads // t.shape[2], 2)

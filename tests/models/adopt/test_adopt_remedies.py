@@ -153,7 +153,7 @@ def test_remedies_that_need_more_than_a_scan(build):
         assert not torch.allclose(changed, logits_of(theirs, ids))
 
 
-STEPS = {True: "Mamba-1's", False: "has none"}  # what models without one step a head have
+STEPS = {True: "Mamba-1's", False: "has other gates"}  # what models without one step a head have
 
 
 @torch.no_grad()

@@ -167,7 +167,7 @@ def test_shapes_are_checked_by_name():
     inputs, gates = stream()
     with pytest.raises(InputError, match=r"erase must be \(B, T, H\) = \(1, 150, 2\) to go with x"):
         DELTA.scan(inputs, replace(gates, erase=gates.input_scale[:, 1:]))
-    with pytest.raises(InputError, match=r"along must be \(B, T, G, N\) as B is"):
+    with pytest.raises(InputError, match=r"along must be \(B, T, G, N\) = \(1, 150, 2, 6\) as B is"):
         DELTA.scan(inputs, replace(gates, along=inputs.B[..., 1:]))
     with pytest.raises(InputError, match="log_decay must be"):
         DELTA.scan(inputs, replace(gates, log_decay=gates.log_decay[..., None]))
