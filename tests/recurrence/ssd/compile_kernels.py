@@ -11,7 +11,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from rnn_longctx.models.kernels import conv_norm, conv_norm_grads, matvec
+from rnn_longctx.models.kernels import conv_norm, conv_norm_grads, head_norm, matvec
+from rnn_longctx.recurrence.delta.kernels import states
 from rnn_longctx.recurrence.ssd.kernels import (  # fmt: skip
     backward,
     caps,
@@ -59,6 +60,22 @@ def compile_one(kernel, capability, dtype, warps, like_x=(), **constants):
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
     options = {"num_warps": warps, "launch_pdl": constants.get("PDL", False)}
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def compile_plain(kernel, capability, warps, **constants):
+    """A kernel that is launched as it is: pointers are called *_ptr, or are among POINTERS; what is left are sizes."""
+    signature = {}
+    for name in inspect.signature(kernel.fn).parameters:
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name in ("start_ptr", "end_ptr", "cap_ptr", "factor_ptr", "g_ptr"):
+            signature[name] = "*fp32"
+        elif name.endswith("_ptr") or name in ("x", "weight", "gate", "y"):
+            signature[name] = "*bf16"
+        else:
+            signature[name] = "fp32" if name in ("share", "eps", "scale") else "i32"
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
 
 
 if __name__ == "__main__":
@@ -140,3 +157,13 @@ if __name__ == "__main__":
         for kernel, warps, changed in cases:
             made = compile_one(kernel, capability, dtype, warps, **{**flags, **changed})
             print(kernel.jit.fn.__name__, NAMES[dtype], d_state, changed, made.metadata.shared)
+    for gate in (0, 1, 2):
+        constants = {"ROWS": 16, "BLOCK": 128, "HAS_WEIGHT": gate > 0, "GATE": gate}
+        made = compile_plain(head_norm._head_norm, capability, 4, **constants)
+        print("_head_norm", "bf16", 128, constants, made.metadata.shared)
+    for per_channel in (False, True):
+        for headdim, warps in ((128, 8), (256, 16)):
+            constants = {"G": 4, "H": 4, "P": headdim, "N": 128, "BP": headdim, "BN": 128, "C": states.CHUNK,
+                         "PER_CHANNEL": per_channel}  # fmt: skip
+            made = compile_plain(states._states, capability, warps, **constants)
+            print("_states", "bf16", 128, constants, made.metadata.shared)
