@@ -49,8 +49,8 @@ def conv_of(x, weight, bias, before):
     return F.silu(F.conv1d(whole, weight, bias, groups=x.shape[2])).transpose(1, 2), whole[..., x.shape[1] :]
 
 
-# part of a block, and with four taps, which reach furthest, several blocks and a part
-@pytest.mark.parametrize(("taps", "length"), [*itertools.product((1, 2, 3, 4), (1, 2, 131)), (4, 259)])
+# parts of a block; a block and a part; and with four taps, which reach furthest, several blocks
+@pytest.mark.parametrize(("taps", "length"), [*itertools.product((1, 2, 3, 4), (1, 2)), (1, 131), (4, 131), (4, 259)])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("begun", [True, False])
 def test_convolution(taps, length, bias, begun):

@@ -1,6 +1,6 @@
 """Compiles every kernel for a compute capability, on any machine: prints name, case and bytes of shared memory.
 
-python compile_kernels.py 90
+python compile_kernels.py 90 [usual]         usual: of a bfloat16 model with d_state 128 alone
 """
 
 import inspect
@@ -80,7 +80,8 @@ def compile_plain(kernel, capability, warps, **constants):
 
 if __name__ == "__main__":
     capability = int(sys.argv[1])
-    sizes = ((torch.bfloat16, 64, 128), (torch.bfloat16, 64, 256), (torch.float32, 64, 128))
+    usual, others = (torch.bfloat16, 64, 128), ((torch.bfloat16, 64, 256), (torch.float32, 64, 128))
+    sizes = (usual, *(() if "usual" in sys.argv else others))
     for dtype, headdim, d_state in sizes:
         c = launch.blocks(headdim, d_state, dtype, 0)
         token_warps = launch_caps.token_warps(64, c.BN, dtype)

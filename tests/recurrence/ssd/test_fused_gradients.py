@@ -34,7 +34,7 @@ def test_gradients_of_documents(name, decay):
     compare_gradients(name, decay, reset=documents(75))
 
 
-@pytest.mark.parametrize("decay", [0.5, 40.0])
+@pytest.mark.parametrize("decay", [0.5, pytest.param(40.0, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["plain", "growing", "reset", "two caps"])
 def test_gradients_of_other_kinds(name, decay, monkeypatch):
     """A slab a segment, and D a channel."""
