@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from rnn_longctx.config import load_yaml, to_dict
 from rnn_longctx.errors import InputError, one_line
 from rnn_longctx.eval.cells import alone
@@ -23,6 +25,7 @@ from rnn_longctx.models import checkpoint
 from rnn_longctx.models.interface import LanguageModel
 from rnn_longctx.plugins import load_handed_on
 from rnn_longctx.train import TrainingDiverged, train
+from rnn_longctx.train.autocast import in_bfloat16
 from rnn_longctx.train.team import training_device
 
 STUDY = "study.yaml"
@@ -77,6 +80,8 @@ def run_cell(config: CompareConfig, cell: Cell, study: Path) -> None:
         if how.fault:
             raise InputError(how.fault)
         entry, c = config.entry(cell.entry), config.measure
+        if not _is_saved(folder):  # models are large, and may have been left behind where the rest was taken along
+            _train(config, cell, folder)
         model = _load(config, cell, folder)
         subject = Subject(model, entry.longest or sys.maxsize, folder / "results", c.batch)
         if cell.train_length == config.train.train_length:
@@ -91,7 +96,7 @@ def run_cell(config: CompareConfig, cell: Cell, study: Path) -> None:
 def _train(config: CompareConfig, cell: Cell, folder: Path) -> Trial:
     training = config.training(cell, str(folder))
     how = None
-    if not (folder / "model" / "config.json").exists():  # it appears whole
+    if not _is_saved(folder):
         try:
             train(training)
         except TrainingDiverged as error:  # so this rate is too large, which is an answer
@@ -101,8 +106,15 @@ def _train(config: CompareConfig, cell: Cell, folder: Path) -> Trial:
     return how
 
 
+def _is_saved(folder: Path) -> bool:
+    return (folder / "model" / "config.json").exists()  # a model appears whole
+
+
 def _load(config: CompareConfig, cell: Cell, folder: Path) -> LanguageModel:
-    model = checkpoint.load(folder / "model", device=training_device(config.device))
+    """Return the model of a cell; weights are bfloat16 where products of the training were."""
+    device = training_device(config.device)
+    dtype = torch.bfloat16 if in_bfloat16(config.train.amp, device) else None
+    model = checkpoint.load(folder / "model", device=device, dtype=dtype)
     model.name = cell.name
     return model
 

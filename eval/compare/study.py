@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,9 @@ class _Cells:
         self.config, self.study, self.entries = config, study, entries
 
     def due(self) -> list[str]:
-        return [cell.name for entry in self.entries for cell in self._due(entry)]
+        """The first cell of every entry first: kernels that it compiles and tunes are there for the others."""
+        rounds = zip_longest(*(self._due(entry) for entry in self.entries))
+        return [cell.name for cells in rounds for cell in cells if cell is not None]
 
     def _due(self, entry: str) -> list[Cell]:
         c, study = self.config, self.study

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from typing import Literal
 
 import torch
 
@@ -14,5 +15,9 @@ Autocast = Callable[[], AbstractContextManager]  # gives a context for one read
 
 def autocast(config: TrainConfig, device: torch.device) -> torch.autocast:
     """Return the context that `config.amp` asks for: bf16 over float32 weights, or nothing."""
-    enabled = device.type == "cuda" if config.amp == "auto" else bool(config.amp)
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=in_bfloat16(config.amp, device))
+
+
+def in_bfloat16(amp: bool | Literal["auto"], device: torch.device) -> bool:
+    """Return whether products are of bfloat16 numbers, by the `amp` of a config."""
+    return device.type == "cuda" if amp == "auto" else amp

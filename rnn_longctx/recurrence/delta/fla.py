@@ -10,9 +10,7 @@ statistics are taken of them, and caps stand between them, in a kernel of ours (
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from functools import lru_cache
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,6 +21,7 @@ from rnn_longctx.recurrence.backends import Call, Reading
 from rnn_longctx.recurrence.carry import ScanCarry
 from rnn_longctx.recurrence.delta import pytorch
 from rnn_longctx.recurrence.delta.walk import by_head
+from rnn_longctx.recurrence.fla import Rows, missing, next_power_of_2, unreadable
 from rnn_longctx.recurrence.gates import DeltaGates
 from rnn_longctx.recurrence.policy import ScanPolicy, per_head
 from rnn_longctx.recurrence.ssd.pytorch import log_decay_total
@@ -33,18 +32,6 @@ LARGEST_CAPPED = 128 * 256  # numbers of a state that one program of the capping
 LOG2_E = 1.4426950408889634  # fla's decays within kernels are powers of 2
 
 
-@lru_cache
-def missing() -> str | None:
-    """Return why fla's kernels cannot run on this machine, or None if they can."""
-    try:
-        installed = version("fla-core")
-    except PackageNotFoundError:
-        return "needs flash-linear-attention 0.6, which is not installed"
-    if not installed.startswith("0.6."):
-        return f"needs flash-linear-attention 0.6, {installed} is installed"
-    return triton.missing()
-
-
 def refuses(policy: ScanPolicy, call: Call | None) -> str | None:
     """Return what these kernels do not follow, or None."""
     if len(policy.caps) > 1 or any(cap.every % CHUNK for cap in policy.caps):
@@ -53,10 +40,8 @@ def refuses(policy: ScanPolicy, call: Call | None) -> str | None:
         return "erases a part of what is written, above nothing"
     if call is None:
         return None
-    if call.device.type != "cuda" and not triton.interpreted():
-        return f"runs on a GPU, not on {call.device.type}"
-    if call.dtype not in (torch.bfloat16, torch.float16) and not triton.interpreted():
-        return f"reads bfloat16 and float16, not {str(call.dtype).removeprefix('torch.')}"
+    if reason := unreadable(call):
+        return reason
     if call.d_state > 256:
         return f"reads keys of up to 256 channels, not {call.d_state}"
     if policy.caps and not call.simple:
@@ -64,10 +49,6 @@ def refuses(policy: ScanPolicy, call: Call | None) -> str | None:
     if policy.caps and next_power_of_2(call.headdim) * next_power_of_2(call.d_state) > LARGEST_CAPPED:
         return f"caps states of up to 128 x 256 numbers, not {call.headdim} x {call.d_state}"
     return None
-
-
-def next_power_of_2(n: int) -> int:
-    return 1 << (n - 1).bit_length()
 
 
 def observes(policy: ScanPolicy, call: Call, every: int) -> bool:
@@ -111,51 +92,16 @@ def _read(reading: Reading) -> tuple[Tensor, ScanCarry]:
     kernels: Any = _general
     if raw.simple:
         kernels = _with_gradients if reading.graded else _forward
-    y, state = kernels(reading, x, key, query, gates, _Rows.of(reading))
+    y, state = kernels(reading, x, key, query, gates, Rows.of(reading))
     if (D := inputs.D) is not None:
         y = torch.addcmul(y, inputs.x, (D if D.ndim == 2 else D[:, None]).to(y.dtype))
     return y, ScanCarry(state, carry.position, log_decay_total(carry.log_decay, gates.log_decay, reading.reset))
 
 
-@dataclass(frozen=True, eq=False)
-class _Rows:
-    """The stretches of tokens that are read by themselves: R of them in the tokens of all rows, one after another.
-
-    Attributes:
-        states: (R, H, P, N) float32, that they begin with.
-        edges: (R + 1) where they begin and end, or None where every row is one.
-        last: the last stretch of each row.
-    """
-
-    states: Tensor
-    edges: Tensor | None
-    last: list[int]
-
-    @classmethod
-    def of(cls, reading: Reading) -> _Rows:
-        state, drop = reading.carry.state.float(), reading.drop
-        batch, length = reading.inputs.x.shape[:2]
-        if drop is None:
-            return cls(state.contiguous(), None, list(range(batch)))
-        start = reading.policy.start_state(state)
-        begins = drop.clone()
-        begins[:, 0] = True
-        at = begins.flatten().nonzero().flatten()
-        dropped, rows = drop.flatten()[at].to(state.device), (at // length).to(state.device)
-        states = torch.where(dropped[:, None, None, None], start[rows], state[rows])
-        edges = torch.cat([at, at.new_tensor([batch * length])]).to(state.device)
-        return cls(states.contiguous(), edges, (begins.sum(1).cumsum(0) - 1).tolist())
-
-    def flat(self, *tensors: Tensor | None) -> Any:
-        """Return tensors (B, T, ...), contiguous, as (1, B * T, ...) where stretches are marked in them."""
-        whole = [t.contiguous() for t in tensors if t is not None]
-        return whole if self.edges is None else [t.flatten(0, 1)[None] for t in whole]
-
-
 Read = tuple[Tensor, Tensor]  # y (B, T, H, P), and the state (B, H, P, N) after the last token
 
 
-def _forward(reading: Reading, x: Tensor, key: Tensor, query: Tensor, gates: DeltaGates, rows: _Rows) -> Read:
+def _forward(reading: Reading, x: Tensor, key: Tensor, query: Tensor, gates: DeltaGates, rows: Rows) -> Read:
     """Read without gradients, part by part."""
     from fla.ops.common.chunk_delta_h import chunk_gated_delta_rule_fwd_h
     from fla.ops.common.chunk_o import chunk_fwd_o
@@ -220,7 +166,7 @@ def _look(reading: Reading, h: Tensor, end: Tensor, log_decay: Tensor) -> None:
     )
 
 
-def _with_gradients(reading: Reading, x: Tensor, key: Tensor, query: Tensor, gates: DeltaGates, rows: _Rows) -> Read:
+def _with_gradients(reading: Reading, x: Tensor, key: Tensor, query: Tensor, gates: DeltaGates, rows: Rows) -> Read:
     from fla.ops.kda import chunk_kda
 
     shape, log_decay = x.shape, _by_channel(gates.log_decay, key)
@@ -240,7 +186,7 @@ def _with_gradients(reading: Reading, x: Tensor, key: Tensor, query: Tensor, gat
     return y.view(shape), end[rows.last]
 
 
-def _general(reading: Reading, x: Tensor, key: Tensor, query: Tensor, gates: DeltaGates, rows: _Rows) -> Read:
+def _general(reading: Reading, x: Tensor, key: Tensor, query: Tensor, gates: DeltaGates, rows: Rows) -> Read:
     """Read S (diag(a) + p q^T) + v k^T: p = -erase read, decayed where the decay comes first, and q = along."""
     from fla.ops.generalized_delta_rule.dplr import chunk_dplr_delta_rule
 

@@ -23,11 +23,13 @@ from rnn_longctx.recurrence.carry import ScanCarry
 from rnn_longctx.recurrence.gates import Gates
 from rnn_longctx.recurrence.policy import ScanPolicy
 from rnn_longctx.recurrence.ssd.caps import capped_gates, clip_factor, row_caps
+from rnn_longctx.recurrence.ssd.channels import states
 from rnn_longctx.recurrence.ssd.window import window_scan
 
 CHUNK = 64  # the best on CPU among 32, 64, 128, 256
 BLOCK = 16  # pieces that are worked out together; a block's memory is that of its inputs times d_state / CHUNK
 CHUNK_PER_CHANNEL = 16  # the decays of a piece are (H, c, c, N) numbers there, but for heads of headdim 1
+NUMBERS = 2**26  # of the states of a piece, where all are kept at once on a GPU (headdim 1)
 FACTOR = 60.0  # nats; exp(60) = 1e26 leaves float32 room for a factor of 1e12
 # Caps that apply more often than this are found token by token inside a piece instead of cutting it.
 DENSE_CAP = 32
@@ -98,7 +100,11 @@ def _sizes(length: int, most: int) -> list[int]:
 
 def _longest(x: Tensor, log_decay: Tensor) -> int:
     """Return how many tokens a piece holds."""
-    return CHUNK_PER_CHANNEL if log_decay.ndim == 4 and x.shape[3] > 1 else CHUNK
+    if log_decay.ndim < 4 or (x.shape[3] == 1 and not x.is_cuda):
+        return CHUNK
+    if x.shape[3] > 1:
+        return CHUNK_PER_CHANNEL
+    return max(CHUNK, NUMBERS // (log_decay.numel() // log_decay.shape[1]))
 
 
 def _densely_capped(
@@ -230,16 +236,13 @@ def _piece_of_channels(
     x: Tensor, log_decay: Tensor, scale: Tensor, B: Tensor, C: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Heads of headdim 1 (Mamba-1). Decays between all pairs of tokens would be c times as many numbers as the states:
-    so the states are worked out, one token after the other."""
+    so the states are worked out."""
     batch, c, heads, groups = *x.shape[:3], B.shape[2]
     by_group = (batch, c, groups, heads // groups, -1)
     added = ((x * scale[..., None]).reshape(by_group) * B[:, :, :, None]).view(log_decay.shape)  # (B, c, H, N)
-    states, last = [], state[:, :, 0]
-    for decay, more in zip(log_decay.exp().unbind(1), added.unbind(1), strict=True):
-        last = torch.addcmul(more, decay, last)
-        states.append(last)
-    y = torch.stack(states, 1).view(by_group) @ C[..., None]  # (B, c, G, H / G, 1)
-    return y.reshape(x.shape), last[:, :, None]
+    after = states(log_decay.exp(), added, state[:, :, 0])
+    y = after.view(by_group) @ C[..., None]  # (B, c, G, H / G, 1)
+    return y.reshape(x.shape), after[:, -1, :, None]
 
 
 def _above(c: int, device: torch.device) -> Tensor:

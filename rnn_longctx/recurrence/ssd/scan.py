@@ -17,7 +17,7 @@ from rnn_longctx.recurrence.interface import RECURRENCES, Recurrence
 from rnn_longctx.recurrence.policy import ScanPolicy
 from rnn_longctx.recurrence.rule import Rule, carry_after
 from rnn_longctx.recurrence.span import Span
-from rnn_longctx.recurrence.ssd import official, pytorch, reference
+from rnn_longctx.recurrence.ssd import fla, official, pytorch, reference
 from rnn_longctx.recurrence.ssd.parallel import sharded_scan
 from rnn_longctx.recurrence.ssd.shapes import check_shapes
 from rnn_longctx.recurrence.ssd.window import window_state
@@ -112,9 +112,12 @@ _fused = Backend(
     gates_output=True,
     shard_sum=_fused_when_called("shard_sum"),
 )
+_fla = Backend("fla", fla.run, fla.missing, fla.refuses)
 if not triton.interpreted():  # Triton's interpreter is for tests: only when asked for
     BACKENDS.register(_fused)
+    BACKENDS.register(_fla)
 BACKENDS.register(Backend("torch", pytorch.run, *_always))
 BACKENDS.register(_fused)
+BACKENDS.register(_fla)
 BACKENDS.register(Backend("mamba_ssm", official.run, official.missing, official.refuses))
 BACKENDS.register(Backend("reference", _reference, *_always))
