@@ -181,7 +181,7 @@ class _Pass:
         segment = max(1, c.segment // size)
         if c.model.device.type == "cuda":  # kernels are compiled at their first call, which no remedy is to pay for
             warm, sizes = c.model.new_cache(), (segment, segment, reach % segment)  # begun, gone on with, cut short
-            for n in sizes if reach > segment else (reach,):
+            for n in filter(None, sizes if reach > segment else (reach,)):
                 first = ids[:, : n + 1].to(c.model.device)
                 c.model.losses(c.model(first[:, :-1], warm), first[:, 1:]).sum().item()
             del warm
