@@ -14,6 +14,7 @@ from rnn_longctx.recurrence import triton
 from rnn_longctx.recurrence.backends import Backend, Backends, Call, Reading
 from rnn_longctx.recurrence.carry import ScanCarry
 from rnn_longctx.recurrence.delta import fla, pytorch, reference
+from rnn_longctx.recurrence.fla import missing
 from rnn_longctx.recurrence.gates import AnyGates, DeltaGates, Gates, ScanInputs
 from rnn_longctx.recurrence.interface import RECURRENCES, Recurrence
 from rnn_longctx.recurrence.policy import ScanPolicy
@@ -72,7 +73,7 @@ def _reference(reading: Reading) -> tuple[Tensor, ScanCarry]:
 
 
 _always: Any = (lambda: None, lambda policy, call: None)  # never missing, refuses nothing
-_fla = Backend("fla", fla.run, fla.missing, fla.refuses, fla.observes)
+_fla = Backend("fla", fla.run, missing, fla.refuses, fla.observes)
 if not triton.interpreted():  # Triton's interpreter is for tests: only when asked for
     DELTA.backends.register(_fla)
 DELTA.backends.register(Backend("torch", pytorch.run, *_always))

@@ -16,12 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rnn_longctx.recurrence import triton
 from rnn_longctx.recurrence.backends import Call, Reading
 from rnn_longctx.recurrence.carry import ScanCarry
 from rnn_longctx.recurrence.delta import pytorch
 from rnn_longctx.recurrence.delta.walk import by_head
-from rnn_longctx.recurrence.fla import Rows, missing, next_power_of_2, unreadable
+from rnn_longctx.recurrence.fla import Rows, next_power_of_2, unreadable
 from rnn_longctx.recurrence.gates import DeltaGates
 from rnn_longctx.recurrence.policy import ScanPolicy, per_head
 from rnn_longctx.recurrence.ssd.pytorch import log_decay_total

@@ -1,8 +1,8 @@
-"""The states of numbers that each decay for themselves, S_t = decay_t S_{t-1} + added_t, with all of them kept: what the
-scan is for heads of headdim 1 (Mamba-1).
+"""The states of numbers that each decay for themselves, S_t = decay_t S_{t-1} + added_t, with all of them kept: what
+the scan is for heads of headdim 1 (Mamba-1).
 
-On a GPU a walk token by token would launch a kernel a token. There the tokens are cut into stretches, about as many as a
-stretch is long, and all stretches are walked side by side from zero; then the state goes from stretch to stretch.
+On a GPU a walk token by token would launch a kernel a token. There the tokens are cut into stretches, about as many as
+a stretch is long, and all stretches are walked side by side from zero; then the state goes from stretch to stretch.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""The scan with a decay a channel by the kernels of flash-linear-attention (fla) for gated linear attention: bfloat16 and
-float16 on a GPU, states float32, gradients too."""
+"""The scan with a decay a channel by the kernels of flash-linear-attention (fla) for gated linear attention: bfloat16
+and float16 on a GPU, states float32, gradients too."""
 
 from __future__ import annotations
 
@@ -7,12 +7,10 @@ from torch import Tensor
 
 from rnn_longctx.recurrence.backends import Call, Reading
 from rnn_longctx.recurrence.carry import ScanCarry
-from rnn_longctx.recurrence.fla import Rows, missing, unreadable
+from rnn_longctx.recurrence.fla import Rows, unreadable
 from rnn_longctx.recurrence.gates import DeltaGates
 from rnn_longctx.recurrence.policy import ScanPolicy
 from rnn_longctx.recurrence.ssd import pytorch
-
-__all__ = ["missing", "refuses", "run"]
 
 LEAST = 16  # channels of keys and values that a product of matrices has on a GPU
 

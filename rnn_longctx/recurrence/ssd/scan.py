@@ -12,6 +12,7 @@ from rnn_longctx.errors import InputError
 from rnn_longctx.recurrence import triton
 from rnn_longctx.recurrence.backends import BACKENDS, Backend, Reading
 from rnn_longctx.recurrence.carry import ScanCarry
+from rnn_longctx.recurrence.fla import missing as fla_missing
 from rnn_longctx.recurrence.gates import AnyGates, DeltaGates, Gates, ScanInputs, SteppedGates
 from rnn_longctx.recurrence.interface import RECURRENCES, Recurrence
 from rnn_longctx.recurrence.policy import ScanPolicy
@@ -112,7 +113,7 @@ _fused = Backend(
     gates_output=True,
     shard_sum=_fused_when_called("shard_sum"),
 )
-_fla = Backend("fla", fla.run, fla.missing, fla.refuses)
+_fla = Backend("fla", fla.run, fla_missing, fla.refuses)
 if not triton.interpreted():  # Triton's interpreter is for tests: only when asked for
     BACKENDS.register(_fused)
     BACKENDS.register(_fla)

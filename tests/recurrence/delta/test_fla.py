@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from rnn_longctx.errors import InputError
 from rnn_longctx.recurrence.backends import Call
 from rnn_longctx.recurrence.delta import DELTA, fla, reference
+from rnn_longctx.recurrence.fla import missing
 from rnn_longctx.recurrence.gates import DeltaGates, ScanInputs
 from rnn_longctx.recurrence.policy import PLAIN, Cap, ScanPolicy
 from rnn_longctx.recurrence.span import Span
@@ -17,7 +18,7 @@ from rnn_longctx.recurrence.span import Span
 @pytest.fixture(autouse=True)
 def _one_configuration(monkeypatch):
     """Tuning fla's kernels takes minutes; what they compute does not hang on it."""
-    if not fla.missing():
+    if not missing():
         from triton.runtime.autotuner import Autotuner
 
         monkeypatch.setattr(Autotuner, "prune_configs", lambda self, _: self.configs[:1])
@@ -34,7 +35,7 @@ POLICIES = {
 
 
 def test_what_is_refused(monkeypatch):
-    monkeypatch.setattr(fla.triton, "interpreted", lambda: False)
+    monkeypatch.setattr("rnn_longctx.recurrence.fla.triton.interpreted", lambda: False)
     general, wide = replace(CALL, simple=False), replace(CALL, headdim=256, d_state=256)
     assert fla.refuses(PLAIN, CALL) is None
     assert fla.refuses(ScanPolicy(caps=(Cap(1.0, 128),), gain=0.7, erase=0.5), CALL) is None
@@ -53,7 +54,7 @@ def test_what_is_refused(monkeypatch):
         assert reason in fla.refuses(policy, call)
 
 
-@pytest.mark.skipif(not fla.missing(), reason="fla is installed")
+@pytest.mark.skipif(not missing(), reason="fla is installed")
 def test_a_missing_library_is_said():
     inputs, gates = stream(False, torch.float32, "cpu")
     with pytest.raises(InputError, match=r"backend 'fla': needs (flash-linear-attention 0\.6|a CUDA device|Triton)"):
@@ -91,8 +92,8 @@ def error(ours, theirs):
 @pytest.mark.parametrize("per_channel", [False, True], ids=["a head", "a channel"])
 @pytest.mark.parametrize("policy", POLICIES)
 def test_the_definition(policy, per_channel, general):
-    if fla.missing():
-        pytest.skip(fla.missing())
+    if missing():
+        pytest.skip(missing())
     policy = POLICIES[policy]
     inputs, gates = stream(per_channel, torch.bfloat16, "cuda", general)
     reset = torch.zeros(2, LENGTH, dtype=torch.bool)
@@ -121,8 +122,8 @@ def test_the_definition(policy, per_channel, general):
 @pytest.mark.parametrize("general", [False, True])
 @pytest.mark.parametrize("per_channel", [False, True], ids=["a head", "a channel"])
 def test_gradients(per_channel, general):
-    if fla.missing():
-        pytest.skip(fla.missing())
+    if missing():
+        pytest.skip(missing())
     inputs, gates = stream(per_channel, torch.bfloat16, "cuda", general, batch=1)
     weight = torch.randn(1, LENGTH, H, P)
     grads = []
@@ -142,8 +143,8 @@ def test_gradients(per_channel, general):
 @pytest.mark.gpu
 @pytest.mark.parametrize("per_channel", [False, True], ids=["a head", "a channel"])
 def test_statistics_from_inside(per_channel):
-    if fla.missing():
-        pytest.skip(fla.missing())
+    if missing():
+        pytest.skip(missing())
 
     class Seen:
         every, whole = 64, False

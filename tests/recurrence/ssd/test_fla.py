@@ -7,6 +7,7 @@ import torch
 
 from rnn_longctx.errors import InputError
 from rnn_longctx.recurrence.backends import Call
+from rnn_longctx.recurrence.fla import missing
 from rnn_longctx.recurrence.gates import Gates, ScanInputs
 from rnn_longctx.recurrence.policy import PLAIN, Cap, ScanPolicy
 from rnn_longctx.recurrence.span import Span
@@ -33,7 +34,7 @@ def test_what_is_refused(monkeypatch):
         assert reason in fla.refuses(policy, call)
 
 
-@pytest.mark.skipif(not fla.missing(), reason="fla is installed")
+@pytest.mark.skipif(not missing(), reason="fla is installed")
 def test_a_missing_library_is_said():
     with pytest.raises(InputError, match=r"backend 'fla': needs (flash-linear-attention 0\.6|a CUDA device|Triton)"):
         SSD.scan(*stream(torch.float32, "cpu"), backend="fla")
@@ -59,8 +60,8 @@ def error(ours, theirs):
 @pytest.fixture
 def kernels(monkeypatch):
     """Tuning fla's kernels takes minutes; what they compute does not hang on it."""
-    if fla.missing():
-        pytest.skip(fla.missing())
+    if missing():
+        pytest.skip(missing())
     from triton.runtime.autotuner import Autotuner
 
     monkeypatch.setattr(Autotuner, "prune_configs", lambda self, _: self.configs[:1])
