@@ -77,9 +77,8 @@ class Mamba3Config:
         if self.rope_fraction not in (0.5, 1.0):
             raise InputError(f"mamba3: rope_fraction is 0.5 or 1, got {self.rope_fraction:g}")
         if self.d_state % 2 or not self.angles:
-            raise InputError(
-                f"mamba3: pairs of a key's channels are turned, and {self.rope_fraction:g} of {self.d_state} are no pair"
-            )
+            part = f"{self.rope_fraction:g} of its d_state = {self.d_state}"
+            raise InputError(f"mamba3: the channels of a key are turned in pairs, and {part} are none")
 
     @property
     def angles(self) -> int:
@@ -203,7 +202,9 @@ def _angles(turn: Tensor, before: Tensor | None, reset: Tensor | None) -> Tensor
         angle = angle + before[:, None]
     if reset is not None:
         places = torch.arange(reset.shape[1], device=reset.device)
-        first = torch.where(reset, places, -1).cummax(1).values  # (B, T), where its document began; -1: before this call
+        first = (
+            torch.where(reset, places, -1).cummax(1).values
+        )  # (B, T), where its document began; -1: before this call
         until = (angle - turn).take_along_dim(first.clamp(min=0)[..., None, None], 1)
         angle = angle - until * (first >= 0)[..., None, None]
     return angle.remainder(TURN)
