@@ -104,6 +104,7 @@ def states_of(mixer, carry):
 @torch.no_grad()
 def test_the_formulas(text, sizes):
     mixer, u, carry = model(text).layers[0].mixer, reading(), None
+    mixer.in_proj.weight[sum(mixer.parts[:5])] *= 100  # the first head's rates: the lowest one, and very high ones
     outputs, states = (torch.stack(of_rows) for of_rows in zip(*(definition(mixer, row) for row in u)))
     place = 0
     for piece in u.split(sizes, 1):
@@ -222,6 +223,14 @@ def test_what_is_not_there_to_be_changed():
 
 
 # --- a model
+
+
+@torch.no_grad()
+def test_a_carry_holds_no_more_than_it_shows():
+    """It is no view of what a call worked out for all of its tokens."""
+    _, carry = model().layers[0].mixer(reading(1), None, WHOLE)
+    for tensor in (carry.conv, carry.angle, carry.scan.state):
+        assert tensor.untyped_storage().nbytes() == tensor.nbytes
 
 
 @torch.no_grad()

@@ -161,7 +161,7 @@ class Mamba3(Recurrent):
         gates = Gates(log_decay, log_decay.exp() * (now_before[..., 0] + dt - now))
         direct = (now * (k * q).sum(-1) + self.D)[..., None] * x  # (B, T, H, P)
         inputs = ScanInputs(x_before.to(x.dtype), k_before.to(x.dtype), q.to(x.dtype))
-        return inputs, gates, Rest(z, edge, bonus=direct.to(x.dtype).flatten(2), angle=angle[:, -1])
+        return inputs, gates, Rest(z, edge, bonus=direct.to(x.dtype).flatten(2), angle=angle[:, -1].clone())
 
     def _keys(self, norm: RMSNorm, x: Tensor, bias: Tensor, angle: Tensor) -> Tensor:
         """Return the keys or queries (B, T, H, N), at least float32, from x (B, T, G * N), bias (H, 1, N) and angle (B,
@@ -191,8 +191,8 @@ class Mamba3(Recurrent):
 
 
 def _angles(turn: Tensor, before: Tensor | None, reset: Tensor | None) -> Tensor:
-    """Return the sums of turn (B, T, H, A) over each document so far, modulo 2 pi, float64: in float32 the sums of long
-    calls would be off by more than a token turns.
+    """Return the sums of turn (B, T, H, A) over each document so far, modulo 2 pi, float64: float32 sums of a long call
+    would lose the turns of a head whose steps are short.
 
     Args: before (B, H, A), the sum when the call begins; reset (B, T), True where a document begins.
     """
