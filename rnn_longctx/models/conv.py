@@ -49,4 +49,5 @@ def shifted(x: Tensor, before: Tensor | None, reset: Tensor | None) -> tuple[Ten
     y = torch.cat([first, x[:, :-1]], 1)
     if reset is not None:
         y = y.masked_fill(reset[..., None], 0.0)
-    return y, x[:, -1:].transpose(1, 2).contiguous()
+    last = x[:, -1:].transpose(1, 2).clone(memory_format=torch.contiguous_format)  # a view would hold all of x
+    return y, last

@@ -100,12 +100,14 @@ class Rest(NamedTuple):
         conv: (B, channels, d_conv - 1), the convolution's last inputs, for the carry.
         convolved: (B, T, channels), what the convolution read; zero at padding.
         bonus: (B, T, H * P), what a token adds to its own output beside the scan, after the output's norm.
+        angle: (B, H, ·) float64, what the carry holds of the angles that keys were turned by.
     """
 
     z: Tensor | None = None
     conv: Tensor | None = None
     convolved: Tensor | None = None
     bonus: Tensor | None = None
+    angle: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)

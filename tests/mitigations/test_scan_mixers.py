@@ -14,6 +14,7 @@ LACKS = {
     "retnet:heads=2": RECURRENT,
     "hgrn2:heads=2": RECURRENT,
     "mamba1:d_state=4": RECURRENT,
+    "mamba3:d_state=4,headdim=8": RECURRENT,
     "gated-deltanet:heads=1,head_dim=8,v_heads=2": {*RECURRENT, "a window"} - {Need.ERASING},
     "kda:heads=2,head_dim=8": {*RECURRENT, "a window"} - {Need.ERASING},
     "gdn2:heads=2,head_dim=8": {*RECURRENT, "a window"} - {Need.ERASING},

@@ -17,7 +17,7 @@ from rnn_longctx.probes.retention import retention
 from rnn_longctx.recurrence.policy import ScanPolicy
 
 EVERY, LENGTH = 16, 64
-MIXERS = ["gla:heads=2", "hgrn2:heads=2", "retnet:heads=2"]
+MIXERS = ["gla:heads=2", "hgrn2:heads=2", "retnet:heads=2", "mamba3:d_state=4,headdim=32"]
 # Contributions do not add up in these.
 ERASING = [
     "rwkv7:headdim=16",
@@ -106,7 +106,7 @@ def test_contributions_sum_to_the_scans_output(mixer, segment):
         gates = reading.gates.worked_out(torch.float64, lm.mixers[layer].policy)
         x, B, C = (v[0] for v in (reading.inputs.x, reading.inputs.B, reading.inputs.C))
         S = torch.zeros(2, x.shape[-1], B.shape[-1], dtype=torch.float64)
-        direction = x / x.norm(dim=-1, keepdim=True)
+        direction = torch.nn.functional.normalize(x, dim=-1)  # of nothing, 0
         for t in range(43):
             S = gates.log_decay[0, t].exp().view(2, 1, -1) * S + gates.input_scale[0, t][:, None, None] * (
                 x[t][..., None] * B[t][:, None]

@@ -123,11 +123,15 @@ class Recurrent(nn.Module):
             output_gate=output_gate,
             state_dtype=self.state_dtype,
         )
-        after = Carry(rest.conv, scanned)
+        after = self.carry_after(rest, scanned)
         if output_gate is not None and output_gate.squares is not None:
             width = self.heads * self.headdim
             return DeferredNorm(self.out_proj(y.flatten(-2)), output_gate.squares, width, self.norm.eps), after
         return self.output(y, rest), after
+
+    def carry_after(self, rest: Rest, scanned: ScanCarry) -> Carry:
+        """Return the layer's carry after a call, from that of the scan."""
+        return Carry(rest.conv, scanned)
 
     def output(self, y: Tensor, rest: Rest) -> Tensor:
         """Return (B, T, d_model) from the scan's y (B, T, H, P): normed, gated by z, projected."""
