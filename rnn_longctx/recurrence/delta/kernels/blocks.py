@@ -5,12 +5,12 @@ few of a GPU's processors busy. But what a block of chunks makes of the state be
 
     S <- S M + U        M (N, N) is what the block makes of the identity if it writes nothing, U (P, N) what of zeros
 
-So all blocks are walked side by side for M and U, the blocks are chained, a product each, and all blocks are walked side
-by side again, from the states that they begin with. A norm cap at the end of every block is a factor of that chain.
+So all blocks are walked side by side for M and U, the blocks are chained, a product each, and all blocks are walked
+side by side again, from the states that they begin with. A norm cap at the end of each block is a factor of that chain.
 
-What is kept for the whole text passes through every product of the chain. They are of bfloat16, with both matrices split
-into two numbers (16 bits); tf32 has 10 bits, and tensor cores cut float32 down to them, always to less. Of 256 blocks in
-which half of the channels are never erased, the first is 2e-5 off, the second 4e-2 (2e-3 if it rounded).
+What is kept for the whole text passes through every product of the chain. They are of bfloat16, with both matrices
+split into two numbers (16 bits); tf32 has 10 bits, and tensor cores cut float32 down to them, always to less. Of 256
+blocks in which half of the channels are never erased, the first is 2e-5 off, the second 4e-2 (2e-3 if it rounded).
 """
 
 from __future__ import annotations
