@@ -127,7 +127,7 @@ def test_two_levels(per_channel, every, monkeypatch):
 
     read = blocks.states_by_blocks
     calls = []
-    monkeypatch.setattr(blocks, "states_by_blocks", lambda *given: calls.append(given[5]) or read(*given))
+    monkeypatch.setattr(blocks, "states_by_blocks", lambda *args: calls.append(args[5]) or read(*args))
     monkeypatch.setattr(fla, "BLOCK", 2)
     inputs, gates = stream(per_channel, torch.bfloat16, "cuda", length=2000)
     policy = PLAIN if every is None else ScanPolicy(caps=(Cap((3.0, 4.0, 5.0, 900.0), every),))

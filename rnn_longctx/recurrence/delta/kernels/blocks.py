@@ -29,8 +29,10 @@ WIDEST = 128  # channels of keys: the chain holds a block's whole M
 TILE = 64  # rows of a state that a program walks with
 ROWS = (32, 64)  # rows of a state that a program of the chain may hold, the first that lets all run at once
 
+SIZES = ["T", "first", "every", "blocks"]  # nothing is aligned by them: one build serves all
 
-@triton.jit
+
+@triton.jit(do_not_specialize=SIZES)
 def _walk(
     k_ptr, w_ptr, u_ptr, g_ptr, v_ptr, h_ptr, state_ptr, move_ptr,
     T, first, every, blocks,
@@ -97,7 +99,7 @@ def _factor(sums_ptr, cap, PARTS: tl.constexpr, BPARTS: tl.constexpr):
     return tl.where(norm > cap, cap / norm, 1.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _chain(
     state_ptr, move_ptr, start_ptr, end_ptr, cap_ptr, factor_ptr, sum_ptr,
     T, first, every, blocks,
