@@ -5,7 +5,8 @@ refuses the gradients of the first on Hopper with Triton 3.4 to 3.7.0, where the
 through KDA's instead, with the same decay in all channels.
 
 Without gradients the parts of fla's forward are called one by one, since the states between chunks are wanted:
-statistics are taken of them, and caps stand between them, in a kernel of ours (`kernels.states`).
+statistics are taken of them, and caps stand between them. The walk over the chunks is then ours where there are caps
+(`kernels.states`), or where it is long and narrow (`kernels.blocks`, with or without caps).
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from rnn_longctx.recurrence.statistics import Statistics
 
 CHUNK = 64
 LARGEST_CAPPED = 128 * 256  # numbers of a state that one program of the capping kernel holds
+BLOCK = 16  # chunks: a walk of 16 hides its start, and 64K tokens are 64 such walks a head side by side
 LOG2_E = 1.4426950408889634  # fla's decays within kernels are powers of 2
 
 
@@ -102,16 +104,13 @@ Read = tuple[Tensor, Tensor]  # y (B, T, H, P), and the state (B, H, P, N) after
 
 def _forward(reading: Reading, x: Tensor, key: Tensor, query: Tensor, gates: DeltaGates, rows: Rows) -> Read:
     """Read without gradients, part by part."""
-    from fla.ops.common.chunk_delta_h import chunk_gated_delta_rule_fwd_h
     from fla.ops.common.chunk_o import chunk_fwd_o
     from fla.ops.gated_delta_rule.chunk_fwd import chunk_gated_delta_rule_fwd_intra
     from fla.ops.gla.chunk import chunk_gla_fwd_o_gk
     from fla.ops.kda.chunk_intra import chunk_kda_fwd_intra
     from fla.ops.utils import chunk_local_cumsum
 
-    from rnn_longctx.recurrence.delta.kernels.states import capped_states
-
-    shape, caps = x.shape, reading.policy.caps
+    shape = x.shape
     x, key, query, log_decay, beta = rows.flat(x, key, query, gates.log_decay, gates.erase)
     marks: dict[str, Any] = {"cu_seqlens": rows.edges, "chunk_size": CHUNK}
     g = chunk_local_cumsum(log_decay, scale=LOG2_E, **marks)
@@ -120,16 +119,7 @@ def _forward(reading: Reading, x: Tensor, key: Tensor, query: Tensor, gates: Del
     else:
         w, u, _ = chunk_gated_delta_rule_fwd_intra(k=key, v=x, g=g, beta=beta, **marks)
         k = key
-    factors = None
-    if caps:
-        every = caps[0].every
-        norms = torch.as_tensor(caps[0].norm, dtype=torch.float32, device=x.device).expand(shape[2]).contiguous()
-        first = (every - int(reading.carry.position[0]) % every) // CHUNK - 1
-        h, v, end, factors = capped_states(k, w, u, g, rows.states, norms, first, every // CHUNK)
-    else:
-        decays = {"gk": g} if gates.per_channel else {"g": g}
-        starts = {"initial_state": rows.states, "output_final_state": True, "state_v_first": True}
-        h, v, end = chunk_gated_delta_rule_fwd_h(k=k, w=w, u=u, **decays, **starts, **marks)
+    h, v, end, factors = _states(reading, k, w, u, g, rows)
     if gates.per_channel:
         y = chunk_gla_fwd_o_gk(q=query, v=v, g=g, A=attention, h=h, scale=1.0, state_v_first=True, **marks)
     else:
@@ -141,6 +131,33 @@ def _forward(reading: Reading, x: Tensor, key: Tensor, query: Tensor, gates: Del
     if reading.looks is not None:
         _look(reading, h, end, gates.log_decay)
     return y, end[rows.last]
+
+
+def _states(
+    reading: Reading, k: Tensor, w: Tensor, u: Tensor, g: Tensor, rows: _Rows
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Return the states before each chunk, v', the state at the end, and the factors of caps after each chunk, if any:
+    see `kernels.states.capped_states`."""
+    from fla.ops.common.chunk_delta_h import chunk_gated_delta_rule_fwd_h
+
+    from rnn_longctx.recurrence.delta.kernels import blocks
+    from rnn_longctx.recurrence.delta.kernels.states import capped_states
+
+    batch, length, heads, headdim = u.shape
+    fits = w.shape[3] <= blocks.WIDEST and blocks.chain_rows(batch * heads, headdim, u.device) is not None
+    if reading.policy.caps:
+        (cap,) = reading.policy.caps
+        norms = torch.as_tensor(cap.norm, dtype=torch.float32, device=u.device).expand(heads).contiguous()
+        first = (cap.every - int(reading.carry.position[0]) % cap.every) // CHUNK
+        if fits and cap.every > CHUNK and length > first * CHUNK:
+            return blocks.states_by_blocks(k, w, u, g, rows.states, first, cap.every // CHUNK, norms)
+        return capped_states(k, w, u, g, rows.states, norms, first - 1, cap.every // CHUNK)
+    if fits and rows.edges is None and blocks.pays(u, BLOCK):
+        return blocks.states_by_blocks(k, w, u, g, rows.states, BLOCK, BLOCK)
+    decays = {"gk": g} if g.ndim == 4 else {"g": g}
+    starts = {"initial_state": rows.states, "output_final_state": True, "state_v_first": True}
+    marks = {"cu_seqlens": rows.edges, "chunk_size": CHUNK}
+    return *chunk_gated_delta_rule_fwd_h(k=k, w=w, u=u, **decays, **starts, **marks), None
 
 
 def _look(reading: Reading, h: Tensor, end: Tensor, log_decay: Tensor) -> None:

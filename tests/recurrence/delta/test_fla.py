@@ -61,19 +61,19 @@ def test_a_missing_library_is_said():
         DELTA.scan(inputs, gates, backend="fla")
 
 
-def stream(per_channel, dtype, device, general=False, batch=2):
+def stream(per_channel, dtype, device, general=False, batch=2, length=LENGTH):
     torch.manual_seed(3)
-    key = F.normalize(torch.randn(batch, LENGTH, G, N), dim=-1)
-    query = F.normalize(torch.randn(batch, LENGTH, G, N), dim=-1)
-    decay = -0.1 * torch.rand(batch, LENGTH, H, *([N] if per_channel else []))
-    scale = torch.rand(batch, LENGTH, H)
-    x = torch.randn(batch, LENGTH, H, P)
+    key = F.normalize(torch.randn(batch, length, G, N), dim=-1)
+    query = F.normalize(torch.randn(batch, length, G, N), dim=-1)
+    decay = -0.1 * torch.rand(batch, length, H, *([N] if per_channel else []))
+    scale = torch.rand(batch, length, H)
+    x = torch.randn(batch, length, H, P)
     # rounded first, so that the definition reads the same numbers
     x, key, query = (t.to(dtype).to(device) for t in (x, key, query))
     decay, scale = decay.to(device), scale.to(device)
     if not general:
         return ScanInputs(x, key, query), DeltaGates(decay, scale)
-    along = (key * torch.rand(batch, LENGTH, G, N).to(key)).to(dtype)
+    along = (key * torch.rand(batch, length, G, N).to(key)).to(dtype)
     ones = torch.ones_like(scale)
     return ScanInputs(x, key, query), DeltaGates(decay, scale, ones, key, along, decay_first=False)
 
@@ -115,6 +115,30 @@ def test_the_definition(policy, per_channel, general):
                 inputs.tokens(t, u), gates.tokens(t, u), part, policy=policy, carry=carry, backend="fla"
             )
         outputs.append(y)
+    assert error(torch.cat(outputs, 1), expected) < 0.01 and error(carry.state, state) < 0.01
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("every", [None, 128, 192])
+@pytest.mark.parametrize("per_channel", [False, True], ids=["a head", "a channel"])
+def test_two_levels(per_channel, every, monkeypatch):
+    if fla.missing():
+        pytest.skip(fla.missing())
+    from rnn_longctx.recurrence.delta.kernels import blocks
+
+    read = blocks.states_by_blocks
+    calls = []
+    monkeypatch.setattr(blocks, "states_by_blocks", lambda *args: calls.append(args[5]) or read(*args))
+    monkeypatch.setattr(fla, "BLOCK", 2)
+    inputs, gates = stream(per_channel, torch.bfloat16, "cuda", length=2000)
+    policy = PLAIN if every is None else ScanPolicy(caps=(Cap((3.0, 4.0, 5.0, 900.0), every),))
+    expected, state, _ = reference.scan(*on_cpu(inputs, gates), policy=policy)
+    outputs, carry = [], None
+    for t, u in ((0, 900), (900, 2000)):  # the second call begins within a chunk
+        with torch.no_grad():
+            y, carry = DELTA.scan(inputs.tokens(t, u), gates.tokens(t, u), policy=policy, carry=carry, backend="fla")
+        outputs.append(y)
+    assert len(calls) == (1 if every is None else 2)
     assert error(torch.cat(outputs, 1), expected) < 0.01 and error(carry.state, state) < 0.01
 
 

@@ -5,6 +5,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from delta_chunks import chunk_parts
 from streams import DEVICE
 
 from rnn_longctx.recurrence import triton
@@ -21,32 +22,6 @@ B, T, H, G, P, N = 2, 150, 2, 1, 5, 6
 C = states.CHUNK
 
 
-def chunk_parts(inputs, gates):
-    """k, w, u and the decays of chunks as fla's kernels hand them on, by the textbook: (I + L)^-1 of each chunk."""
-    x, key = inputs.x, inputs.B.repeat_interleave(H // G, 2)
-    decay = gates.log_decay if gates.per_channel else gates.log_decay[..., None]
-    beta, w, u, k = gates.input_scale[..., None], torch.zeros_like(key), torch.zeros_like(x), torch.zeros_like(key)
-    cum = torch.zeros_like(decay)
-    for t in range(0, T, C):
-        s = slice(t, min(t + C, T))
-        cum[:, s] = decay[:, s].cumsum(1)
-        size = cum[:, s].shape[1]
-        for b in range(B):
-            for h in range(H):
-                a, q = cum[b, s, h], key[b, s, h]
-                pairs = (
-                    ((a[:, None] - a[None]).exp() * (q[:, None] * q[None])).sum(-1)
-                    if gates.per_channel
-                    else ((a - a.mT).exp() * (q @ q.mT))
-                )
-                inverse = torch.linalg.inv(torch.eye(size).double() + (beta[b, s, h] * pairs).tril(-1))
-                w[b, s, h] = inverse @ (beta[b, s, h] * q * a.exp())
-                u[b, s, h] = inverse @ (beta[b, s, h] * x[b, s, h])
-        k[:, s] = key[:, s] * (cum[:, s][:, -1:] - cum[:, s]).exp() if gates.per_channel else key[:, s]
-    cum = cum / torch.log(torch.tensor(2.0))
-    return (k if gates.per_channel else inputs.B), w, u, cum if gates.per_channel else cum[..., 0]
-
-
 @pytest.mark.parametrize("every", [64, 128])
 @pytest.mark.parametrize("per_channel", [False, True], ids=["a head", "a channel"])
 def test_states_between_chunks(per_channel, every):
@@ -56,7 +31,7 @@ def test_states_between_chunks(per_channel, every):
     gates = DeltaGates(decay, torch.rand(B, T, H, dtype=torch.float64))
     start, caps = torch.randn(B, H, P, N, dtype=torch.float64), (1.5, 4.0)
     policy = ScanPolicy(caps=(Cap(caps, every),))
-    k, w, u, g = (t.float().contiguous().to(DEVICE) for t in chunk_parts(inputs, gates))
+    k, w, u, g = (t.float().contiguous().to(DEVICE) for t in chunk_parts(inputs, gates, C))
     limits = torch.tensor(caps, device=DEVICE)
     h, _, end, factors = states.capped_states(k, w, u, g, start.float().to(DEVICE), limits, every // C - 1, every // C)
     position = torch.full((B,), every)  # the state is not a row's first, and stands where a cap was

@@ -12,7 +12,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from rnn_longctx.models.kernels import conv_norm, conv_norm_grads, head_norm, matvec
-from rnn_longctx.recurrence.delta.kernels import states
+from rnn_longctx.recurrence.delta.kernels import blocks, states
 from rnn_longctx.recurrence.ssd.kernels import (  # fmt: skip
     backward,
     caps,
@@ -68,7 +68,7 @@ def compile_plain(kernel, capability, warps, **constants):
     for name in inspect.signature(kernel.fn).parameters:
         if name in constants:
             signature[name] = "constexpr"
-        elif name in ("start_ptr", "end_ptr", "cap_ptr", "factor_ptr", "g_ptr"):
+        elif name in ("start_ptr", "end_ptr", "cap_ptr", "factor_ptr", "g_ptr", "state_ptr", "sum_ptr"):
             signature[name] = "*fp32"
         elif name.endswith("_ptr") or name in ("x", "weight", "gate", "y"):
             signature[name] = "*bf16"
@@ -168,3 +168,13 @@ if __name__ == "__main__":
                          "PER_CHANNEL": per_channel}  # fmt: skip
             made = compile_plain(states._states, capability, warps, **constants)
             print("_states", "bf16", 128, constants, made.metadata.shared)
+        for moves in (True, False):
+            constants = {"G": 4, "H": 4, "P": 256, "N": 128, "BP": blocks.TILE, "BN": 128, "C": states.CHUNK,
+                         "PER_CHANNEL": per_channel, "MOVES": moves}  # fmt: skip
+            made = compile_plain(blocks._walk, capability, 4, **constants)
+            print("_walk", "bf16", 128, constants, made.metadata.shared)
+    for rows, capped in ((32, True), (64, True), (32, False)):
+        constants = {"H": 4, "P": 256, "N": 128, "BP": rows, "BN": 128, "C": states.CHUNK, "PARTS": 256 // rows,
+                     "BPARTS": 256 // rows, "CAPPED": capped}  # fmt: skip
+        made = compile_plain(blocks._chain, capability, 8, **constants)
+        print("_chain", "bf16", 128, constants, made.metadata.shared)
