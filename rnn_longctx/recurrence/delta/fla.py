@@ -29,7 +29,7 @@ from rnn_longctx.recurrence.statistics import Statistics
 
 CHUNK = 64
 LARGEST_CAPPED = 128 * 256  # numbers of a state that one program of the capping kernel holds
-BLOCK = 16  # chunks: a walk of 16 hides its start, and 64K tokens are 64 such walks a head side by side
+BLOCK = 32  # chunks: a walk of 16 hides its start, and 64K tokens are 64 such walks a head side by side
 LOG2_E = 1.4426950408889634  # fla's decays within kernels are powers of 2
 
 
@@ -134,7 +134,7 @@ def _forward(reading: Reading, x: Tensor, key: Tensor, query: Tensor, gates: Del
 
 
 def _states(
-    reading: Reading, k: Tensor, w: Tensor, u: Tensor, g: Tensor, rows: _Rows
+    reading: Reading, k: Tensor, w: Tensor, u: Tensor, g: Tensor, rows: Rows
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Return the states before each chunk, v', the state at the end, and the factors of caps after each chunk, if any:
     see `kernels.states.capped_states`."""

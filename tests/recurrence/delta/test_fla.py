@@ -122,8 +122,8 @@ def test_the_definition(policy, per_channel, general):
 @pytest.mark.parametrize("every", [None, 128, 192])
 @pytest.mark.parametrize("per_channel", [False, True], ids=["a head", "a channel"])
 def test_two_levels(per_channel, every, monkeypatch):
-    if fla.missing():
-        pytest.skip(fla.missing())
+    if missing():
+        pytest.skip(missing())
     from rnn_longctx.recurrence.delta.kernels import blocks
 
     read = blocks.states_by_blocks

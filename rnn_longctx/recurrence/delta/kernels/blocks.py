@@ -27,7 +27,7 @@ from rnn_longctx.recurrence.triton import interpreted
 CHUNK = 64
 WIDEST = 128  # channels of keys: the chain holds a block's whole M
 TILE = 64  # rows of a state that a program walks with
-ROWS = (32, 64)  # rows of a state that a program of the chain may hold, the first that lets all run at once
+ROWS = (16, 32, 64)  # rows of a state that a program of the chain may hold, the first that lets all run at once
 
 SIZES = ["T", "first", "every", "blocks"]  # nothing is aligned by them: one build serves all
 
