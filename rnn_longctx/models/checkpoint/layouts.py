@@ -38,6 +38,12 @@ ADOPTED = (
     *("qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text"),
     *("olmo_hybrid", "lara_mini", "kimi_linear", "bailing_hybrid"),
 )
+NOT_ADOPTED = {  # recurrent models of transformers, and why they take no remedy
+    "minimax": "its states lie in a cache of its own (MiniMaxCache), in which beam search and reset leave them alone",
+    "recurrent_gemma": "its states lie on its modules, so that the model holds one stream at a time, and padding is "
+    "read into them",
+    "xlstm": "its outputs hang on a running maximum of its gates and on a normaliser, which the scan does not keep",
+}
 NAMED = (  # what a message says of them, those that hold only the text of another left out
     f"supported: {SUPPORTED}; adopted: {', '.join(name for name in ADOPTED if not name.endswith('_text'))}"
 )
