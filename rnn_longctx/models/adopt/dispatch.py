@@ -67,7 +67,7 @@ class DispatchedMixer(AdoptedMixer):
         """Call the mixer's own forward, its scan and step ours where a policy is active or the library's would be
         wrong. InputError: a static cache that attention shares."""
         arguments = self.arguments(args, kwargs)
-        cache = next((arguments[n] for n in CACHE_NAMES if arguments.get(n) is not None), None)
+        cache = cache_in(arguments)
         if self.active or self.drops(arguments, cache):
             return self._dispatched(arguments, cache, args, kwargs)
         return self.original("forward")(*args, **kwargs)
@@ -85,21 +85,33 @@ class DispatchedMixer(AdoptedMixer):
         call = Call(self, layer, None if mask is None or mask.ndim != 2 else mask.bool(), fresh)
         token = _running.set(call)
         try:
-            with _dispatchers(self.names, self.functions()):
+            with _dispatchers(self.names, self.functions()), pads_explained(mask):
                 return self.original("forward")(*args, **kwargs)
-        except LeftPaddingError as error:
-            if mask is None:
-                raise
-            raise InputError(
-                f"{error}; the library's generate takes every pad id for padding: where no token is, pass "
-                "it attention_mask=torch.ones_like(ids)"
-            ) from None
         finally:
             _running.reset(token)
 
 
+@contextmanager
+def pads_explained(mask: Any) -> Iterator[None]:
+    """Say, where padding is found elsewhere than at the left, what may have taken a token for padding."""
+    try:
+        yield
+    except LeftPaddingError as error:
+        if mask is None:
+            raise
+        raise InputError(
+            f"{error}; the library's generate takes every pad id for padding: where no token is, pass "
+            "it attention_mask=torch.ones_like(ids)"
+        ) from None
+
+
 def no_shortcut(call: Call, *_: Any, **__: Any) -> None:
     """Stand for the kernel that training takes instead of all of a mixer: None says that there is none."""
+
+
+def cache_in(arguments: dict[str, Any]) -> Any:
+    """Return the cache among the arguments of a mixer of transformers, or None."""
+    return next((arguments[n] for n in CACHE_NAMES if arguments.get(n) is not None), None)
 
 
 def cache_name(module: nn.Module) -> str:

@@ -199,8 +199,8 @@ class AdoptedMixer:
         """Put a state (B, H, P, N) into a layer of the library's cache."""
         layer.recurrent_states[0] = state.reshape(layer.recurrent_states[0].shape)
 
-    def conv_of(self, library: Any) -> Tensor:
-        """Return the inputs of the convolution, (B, channels, taps), in the library's cache."""
+    def conv_of(self, library: Any) -> Tensor | None:
+        """Return the inputs of the convolution, (B, channels, taps), in the library's cache; None: there is none."""
         return self.layer_of(library).conv_states[0]
 
     def no_log_decay(self, state: Tensor) -> Tensor:

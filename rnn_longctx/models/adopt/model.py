@@ -99,7 +99,7 @@ class Adopted(Hooked, Identified):
 
     @property
     def conv_state_elements(self) -> int:
-        convs = [m.module.conv1d for m in self.mixers]
+        convs = [m.module.conv1d for m in self.mixers if hasattr(m.module, "conv1d")]
         return sum(c.in_channels * (c.kernel_size[0] - 1) for c in convs)
 
     def parameters(self) -> Iterator[nn.Parameter]:
@@ -309,7 +309,9 @@ class Adopted(Hooked, Identified):
             with self.reading():
                 hidden = self._call(ids, cache, mask, before, padding)
         except BaseException:
-            cache.torn = cache.library is not None
+            cache.torn = cache.seen > 0
+            if not cache.torn:
+                cache.library = None
             raise
         cache.seen, cache.padding, cache.position = cache.seen + length, padding, before + read
         return hidden

@@ -42,7 +42,8 @@ def from_cache(model: Adopted, plain: Cache, extra: dict[str, Tensor]) -> Adopte
         new.seen, new.dropped = extra["columns"].tolist()
         for mixer, carry in zip(model.mixers, plain.layers):
             layer = new.library.layers[mixer.module.layer_idx]
-            layer.conv_states[0] = carry.conv
+            if carry.conv is not None:
+                layer.conv_states[0] = carry.conv
             mixer.put_state(layer, mixer.recurrence.state(carry.scan))
             if mixer.active:
                 mixer.keep(layer, carry.scan)

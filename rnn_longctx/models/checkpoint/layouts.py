@@ -36,10 +36,9 @@ SUPPORTED = (
 ADOPTED = (
     *("bamba", "falcon_h1", "granitemoehybrid", "nemotron_h", "zamba2", "mamba", "falcon_mamba", "jamba"),
     *("qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text"),
-    *("olmo_hybrid", "lara_mini", "kimi_linear", "bailing_hybrid"),
+    *("olmo_hybrid", "lara_mini", "kimi_linear", "bailing_hybrid", "minimax"),
 )
 NOT_ADOPTED = {  # recurrent models of transformers, and why they take no remedy
-    "minimax": "its states lie in a cache of its own (MiniMaxCache), in which beam search and reset leave them alone",
     "recurrent_gemma": "its states lie on its modules, so that the model holds one stream at a time, and padding is "
     "read into them",
     "xlstm": "its outputs hang on a running maximum of its gates and on a normaliser, which the scan does not keep",

@@ -169,7 +169,7 @@ def test_a_saved_state_is_gone_on_from(model, family, remedy, tmp_path):
         again = load_state(tmp_path / "s", adopted)
         assert again.position.tolist() == [17, 17]
         for a, b in zip(again.layers, cache.layers, strict=True):
-            assert torch.equal(a.conv, b.conv) and torch.equal(a.scan.state, b.scan.state)
+            torch.testing.assert_close((a.conv, a.scan.state), (b.conv, b.scan.state), rtol=0, atol=0)
         torch.testing.assert_close(adopted.logits(adopted(ids[:, 17:], again)), before, rtol=0, atol=1e-5)
         assert torch.equal(generate(adopted, ids[:, 17:], 5, cache=load_state(tmp_path / "s", adopted)), expected)
     how = "without a remedy, and one" if remedy == "none" else f"with the remedy {re.escape(remedy)}, and what"

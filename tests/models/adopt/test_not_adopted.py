@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers as hf
-from adopted_families import COMMON, cached, random_ids
+from adopted_families import COMMON, random_ids
 
 from rnn_longctx.errors import InputError
 from rnn_longctx.mitigations import mitigate
@@ -14,20 +14,12 @@ from rnn_longctx.models.checkpoint.layouts import ADOPTED, NOT_ADOPTED
 
 HEADS = {"num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48}
 CONFIGS = {
-    "minimax": lambda: hf.MiniMaxConfig(
-        **COMMON, **HEADS, head_dim=8, num_local_experts=2, block_size=8,
-        layer_types=["linear_attention", "full_attention", "linear_attention"],
-    ),
     "recurrent_gemma": lambda: hf.RecurrentGemmaConfig(**COMMON, **HEADS, lru_width=32),
     "xlstm": lambda: hf.xLSTMConfig(
         **COMMON | {"hidden_size": 64}, num_heads=2, num_hidden_layers=2, qk_dim_factor=1.0,
     ),
 }  # fmt: skip
-WHY = {
-    "minimax": "cache of its own .MiniMaxCache.",
-    "recurrent_gemma": "states lie on its modules",
-    "xlstm": "running maximum of its gates",
-}
+WHY = {"recurrent_gemma": "states lie on its modules", "xlstm": "running maximum of its gates"}
 
 
 def made(family):
@@ -51,15 +43,6 @@ def test_it_is_refused_in_one_line_that_says_why(family, tmp_path):
 
 def test_no_family_is_both():
     assert set(NOT_ADOPTED) == set(CONFIGS) and not set(NOT_ADOPTED) & set(ADOPTED)
-
-
-@torch.no_grad()
-def test_states_of_minimax_stay_where_they_are():
-    cache = cached(made("minimax"), random_ids())[1]
-    before = cache.linear_cache[0].clone()
-    cache.reorder_cache(torch.tensor([1, 0]))
-    cache.reset()
-    assert before.abs().max() > 0 and torch.equal(cache.linear_cache[0], before)
 
 
 @torch.no_grad()
