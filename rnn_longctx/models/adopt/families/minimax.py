@@ -81,8 +81,8 @@ class MiniMaxMixer(AdoptedMixer):
 
     @torch.compiler.disable
     def _read(self, u: Tensor, mask: Tensor | None, layer: Any) -> tuple[Tensor, Tensor]:
-        """Read u (B, T, d_model), mask (B, T), as the library's forward does. Returns what that does: the output, and the
-        state (B, H, K, V)."""
+        """Read u (B, T, d_model), mask (B, T), as the library's forward does, and return what it does: the output, and
+        the state (B, H, K, V)."""
         m, (heads, width, _) = self.module, self.shape
         qkv = m.act_fn(m.qkv_proj(u))
         if mask is not None:
