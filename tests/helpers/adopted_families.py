@@ -124,6 +124,12 @@ def _minimax():  # whose decays are fixed, and whose cache is one of its own
     )  # fmt: skip
 
 
+def _recurrent_gemma():  # whose attention slides
+    return hf.RecurrentGemmaConfig(
+        **COMMON, **ATTENTION, num_hidden_layers=3, lru_width=32, attention_window_size=8,
+    )  # fmt: skip
+
+
 SCAN_FAMILIES = {
     "mamba2": _mamba2, "bamba": _bamba, "falcon_h1": _falcon_h1, "granitemoehybrid": _granite,
     "nemotron_h": _nemotron, "zamba2": _zamba2, "mamba": _mamba, "falcon_mamba": _falcon_mamba, "jamba": _jamba,
@@ -134,10 +140,10 @@ DELTA_FAMILIES = {
 }  # fmt: skip
 if not hasattr(hf, "BailingHybridConfig"):  # before transformers 5.20
     del DELTA_FAMILIES["bailing_hybrid"]
-FIXED_FAMILIES = {"minimax": _minimax}  # the scan, its gates given
-FAMILIES = {**SCAN_FAMILIES, **DELTA_FAMILIES, **FIXED_FAMILIES}
+GIVEN_FAMILIES = {"minimax": _minimax, "recurrent_gemma": _recurrent_gemma}  # the scan, its gates given
+FAMILIES = {**SCAN_FAMILIES, **DELTA_FAMILIES, **GIVEN_FAMILIES}
 RECURRENT = {
-    **dict.fromkeys((*DELTA_FAMILIES, *FIXED_FAMILIES), 2),
+    **dict.fromkeys((*DELTA_FAMILIES, *GIVEN_FAMILIES), 2),
     "mamba2": 3,
     "bamba": 2,
     "falcon_h1": 2,

@@ -50,8 +50,8 @@ def adopt(
     Families: those of transformers with Mamba-2 mixers (Mamba2, Bamba, FalconH1, GraniteMoeHybrid, NemotronH, Zamba2),
     with Mamba-1's (Mamba, FalconMamba, Jamba), each of whose channels is a head, and with a delta rule's: Gated
     DeltaNet's (Qwen3Next, Qwen3.5, OlmoHybrid, LaraMini) and KDA's (KimiLinear, BailingHybrid, Glm5Next), or with
-    lightning attention (MiniMax); and those of mamba_ssm with its Mamba2 or Mamba2Simple mixers
-    (`rnn_longctx.models.adopt.families.mamba_ssm`).
+    lightning attention (MiniMax) or the RG-LRU (RecurrentGemma); and those of mamba_ssm with its Mamba2 or Mamba2Simple
+    mixers (`rnn_longctx.models.adopt.families.mamba_ssm`).
     Adopting a model again returns the same object, with what is newly given filled in. A wrapper that only passes
     everything on is adopted as the model inside it (`rnn_longctx.models.adopt.wrapped`).
 

@@ -51,8 +51,8 @@ def _nothing_found(model: nn.Module) -> str:
         return f"{type(model).__name__} ({model_type}) is not adopted: {reason}"
     looked = (
         "no Mamba-2 mixer (A_log with one value a head, dt_bias, in_proj, conv1d), nor one of Mamba-1, Gated DeltaNet "
-        "(A_log, dt_bias, conv1d, head_k_dim), KDA (forget_gate, b_proj, conv1d) or lightning attention (slope_rate, "
-        "qkv_proj)"
+        "(A_log, dt_bias, conv1d, head_k_dim), KDA (forget_gate, b_proj, conv1d), lightning attention (slope_rate, "
+        "qkv_proj), nor an RG-LRU (rg_lru, conv_1d)"
     )
     kinds = sorted({type(m).__name__ for m in model.modules() if m is not model and list(m.children())})
     return f"{type(model).__name__} has {looked}; found {', '.join(kinds[:6]) or 'no submodules'}"

@@ -10,7 +10,7 @@ import torch
 import transformers as hf
 from adopted_families import (
     FAMILIES,
-    FIXED_FAMILIES,
+    GIVEN_FAMILIES,
     NEAR,
     POLICIES,
     VOCAB,
@@ -56,7 +56,7 @@ def family():
 @pytest.fixture(params=ORDERS)
 def ordered(request, build, monkeypatch):
     """A MiniMax whose layers stand in one of the orders."""
-    config = FIXED_FAMILIES["minimax"]()
+    config = GIVEN_FAMILIES["minimax"]()
     config.layer_types, config.num_hidden_layers = ORDERS[request.param], len(ORDERS[request.param])
     with monkeypatch.context() as changed:
         changed.setitem(FAMILIES, "minimax", lambda: config)

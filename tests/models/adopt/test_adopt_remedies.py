@@ -258,7 +258,9 @@ def test_attention_of_every_hybrid_is_cropped(build, family):
     model, ids, at = build(family), random_ids(2, 26), torch.arange(26)
     seen = (at <= at[:, None]) & (at >= at[:, None] // 3 * 3 - 3)
     band = torch.zeros(2, 1, 26, 26).masked_fill(~seen, torch.finfo(torch.float32).min)
-    expected = logits_of(model, ids, attention_mask={"full_attention": band, "linear_attention": None})
+    expected = logits_of(
+        model, ids, attention_mask={"full_attention": band, "sliding_attention": band, "linear_attention": None}
+    )
     adopted = adopt(model, time_step_limit_in_decode=True)
     assert adopted.attends and (expected - logits_of(model, ids))[:, 6:].abs().max() > 1e-3
     with mitigate(adopted, "attention-window:tokens=6"):

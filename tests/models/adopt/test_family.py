@@ -31,6 +31,7 @@ FAMILIES_OF = {
     **dict.fromkeys(DELTA_FAMILIES, "gated_delta_net"),
     **dict.fromkeys(("kimi_linear", "bailing_hybrid"), "kimi_delta"),
     "minimax": "minimax",
+    "recurrent_gemma": "recurrent_gemma",
 }
 
 

@@ -14,7 +14,6 @@ from rnn_longctx.models.checkpoint.layouts import ADOPTED, NOT_ADOPTED
 
 HEADS = {"num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48}
 CONFIGS = {
-    "recurrent_gemma": lambda: hf.RecurrentGemmaConfig(**COMMON, **HEADS, lru_width=32),
     "xlstm": lambda: hf.xLSTMConfig(
         **COMMON | {"hidden_size": 64}, num_heads=2, num_hidden_layers=2, qk_dim_factor=1.0,
     ),
@@ -43,17 +42,6 @@ def test_it_is_refused_in_one_line_that_says_why(family, tmp_path):
 
 def test_no_family_is_both():
     assert set(NOT_ADOPTED) == set(CONFIGS) and not set(NOT_ADOPTED) & set(ADOPTED)
-
-
-@torch.no_grad()
-def test_recurrent_gemma_holds_one_stream():
-    model, ids = made("recurrent_gemma"), random_ids(2, 12)
-    blocks = [m for m in model.modules() if hasattr(m, "recurrent_states")]
-    model(ids, use_cache=True)
-    first = [m.recurrent_states.clone() for m in blocks]
-    model(random_ids(2, 12), use_cache=True)
-    assert all(not torch.equal(m.recurrent_states, state) for m, state in zip(blocks, first, strict=True))
-    assert list(model(ids, use_cache=True)) == ["logits"]
 
 
 @torch.no_grad()

@@ -95,13 +95,12 @@ def test_state_size_counts_what_a_row_keeps(model):
         keys = [t for layer in layers for t in (getattr(layer, "keys", None), getattr(layer, "values", None))]
         return states, sum(t.numel() for t in keys if t is not None)
 
-    convs = [getattr(m.module if model.own_forward else m, "conv1d", None) for m in model.mixers]
+    convs = [m.conv if model.own_forward else getattr(m, "conv1d", None) for m in model.mixers]
     conv_taps = [0 if conv is None else conv.kernel_size[0] - 1 for conv in convs]
     size = model.state_size()
     (states, attention), (_, longer) = kept(5), kept(9)
-    assert states == sum(size.fixed.values()) and longer - attention == 4 * size.per_token
-    assert attention == 5 * size.per_token and model.attends == (size.per_token > 0)
-    assert size.total(5) == states + attention
+    assert states == sum(size.fixed.values()) and longer == size.total(9) - states
+    assert size.total(5) == states + attention and model.attends == (attention > 0)
 
 
 def test_only_what_reads_layer_by_layer_says_so(model):
