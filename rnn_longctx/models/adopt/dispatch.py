@@ -75,11 +75,8 @@ class DispatchedMixer(AdoptedMixer):
     @torch.compiler.disable
     def _dispatched(self, arguments: dict[str, Any], cache: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         mask = arguments.get("attention_mask")
-        if self.active and _static_attention(cache):
-            raise InputError(
-                f"{self.name} is under a remedy or watched, which takes the cache that grows: generate without "
-                'cache_implementation="static"'
-            )
+        if self.active:
+            grows(self, cache)
         layer = None if cache is None else cache.layers[self.module.layer_idx]
         fresh = cache is None or not cache.has_previous_state(self.module.layer_idx)
         call = Call(self, layer, None if mask is None or mask.ndim != 2 else mask.bool(), fresh)
@@ -151,7 +148,16 @@ def _dispatcher(original: Callable, ours: Callable) -> Callable:
     return call
 
 
-def _static_attention(cache: Any) -> bool:
+def grows(mixer: AdoptedMixer, cache: Any) -> None:
+    """Raise InputError where an active mixer's cache is a static one that attention shares."""
+    if static_attention(cache):
+        raise InputError(
+            f"{mixer.name} is under a remedy or watched, which takes the cache that grows: generate without "
+            'cache_implementation="static"'
+        )
+
+
+def static_attention(cache: Any) -> bool:
     """Whether attention's keys in a cache have room for more tokens than were read. A layer of ours is not compilable,
     and the library leaves the mask of a single token out where one of a cache's layers is not: attention would read the
     room, too."""

@@ -217,7 +217,7 @@ def test_generate_from_a_saved_state_on_the_command_line(build, family, tmp_path
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", ["bamba", "falcon_h1", "zamba2", "jamba", "mamba2"])
+@pytest.mark.parametrize("family", ["bamba", "falcon_h1", "zamba2", "jamba", "mamba2", "recurrent_gemma"])
 def test_a_static_cache_is_read_right_or_refused(build, family):
     theirs, ids = build(family), random_ids(2, 9)
     told = {"max_new_tokens": 5, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}

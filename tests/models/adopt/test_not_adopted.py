@@ -5,20 +5,19 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers as hf
-from adopted_families import COMMON, random_ids
+from adopted_families import COMMON
 
 from rnn_longctx.errors import InputError
 from rnn_longctx.mitigations import mitigate
 from rnn_longctx.models.adopt.adopting import adopt, load_any
 from rnn_longctx.models.checkpoint.layouts import ADOPTED, NOT_ADOPTED
 
-HEADS = {"num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48}
 CONFIGS = {
     "xlstm": lambda: hf.xLSTMConfig(
         **COMMON | {"hidden_size": 64}, num_heads=2, num_hidden_layers=2, qk_dim_factor=1.0,
     ),
 }  # fmt: skip
-WHY = {"recurrent_gemma": "states lie on its modules", "xlstm": "running maximum of its gates"}
+WHY = {"xlstm": "running maximum of its gates"}
 
 
 def made(family):

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from rnn_longctx.errors import InputError
 from rnn_longctx.models.adopt.beside import following
 from rnn_longctx.models.adopt.cache import AdoptedCache
-from rnn_longctx.models.adopt.dispatch import cache_in, pads_explained
+from rnn_longctx.models.adopt.dispatch import cache_in, grows, pads_explained, static_attention
 from rnn_longctx.models.adopt.family import FAMILIES, Family
 from rnn_longctx.models.adopt.mixer import AdoptedMixer, Call
 from rnn_longctx.models.adopt.model import Adopted
@@ -68,10 +68,16 @@ class RecurrentGemmaMixer(AdoptedMixer):
         would be wrong (see above)."""
         arguments = self.arguments(args, kwargs)
         u, cache = arguments["input_states"], cache_in(arguments)
+        if self.active:
+            grows(self, cache)
+        static = static_attention(cache)  # (whose columns are not those of the tokens read; generate gives positions)
+        mask = None if static else _mask(arguments["attention_mask"], u)
         begins = arguments["position_ids"].expand(u.shape[:2]) == 0
-        if (mask := _mask(arguments["attention_mask"], u)) is not None:
+        if mask is not None:
             begins = begins | F.pad(mask[:, 1:] & ~mask[:, :-1], (1, 0))
-        layer = None if cache is None else _moving(self.layer_of(cache))
+        layer: Any = None if cache is None else self.layer_of(cache)
+        if layer is not None and not static and not hasattr(layer, "beside"):
+            layer.__class__ = following(type(layer))  # type: ignore[arg-type]  # (its states move with its rows)
         begun = layer is not None and layer.has_previous_state[0]
         several = u.shape[1] > 1
         if self.active or (several and (begun or bool(begins[:, 1:].any()))):
@@ -141,8 +147,8 @@ class AdoptedRecurrentGemma(Adopted):
 
 
 def _mask(attention: Any, u: Tensor) -> Tensor | None:
-    """Return what attention's mask says of the tokens u (B, T, d_model): (B, T) bool, False at padding; None where it says
-    nothing, or that there is none. A token that does not attend to itself is padding."""
+    """Return what attention's mask says of the tokens u (B, T, d_model): (B, T) bool, False at padding; None where it
+    says nothing, or that there is none. A token that does not attend to itself is padding."""
     length = u.shape[1]
     if length == 1 or not isinstance(attention, Tensor):
         return None
@@ -159,13 +165,6 @@ def _root(x: Tensor) -> Tensor:
     from transformers.models.recurrent_gemma.modeling_recurrent_gemma import SqrtBoundDerivative
 
     return SqrtBoundDerivative.apply(x)
-
-
-def _moving(layer: Any) -> Any:
-    """Return a recurrent layer of the cache, which becomes one whose states move with its rows."""
-    if not hasattr(layer, "beside"):
-        layer.__class__ = following(type(layer))
-    return layer
 
 
 def _put(layer: Any, conv: Tensor, state: Tensor) -> None:
