@@ -19,16 +19,29 @@ def causal_conv(x: Tensor, conv: nn.Conv1d, before: Tensor | None, reset: Tensor
         before: what the call before returned.
         reset: (B, T) bool, True where a document begins; no tap reaches back over it.
     """
-    # A sum over taps in this layout: on a CPU twice as fast as turning channels first for a library call.
-    if hasattr(conv, "base_layer"):  # its weight alone is not what it computes
-        raise InputError("an adapter around a convolution is not read: merge it first (merge_and_unload)")
+    unadapted(conv)
     if reset is None and conv.kernel_size[0] <= 4 and choose.fits(x):
         return choose.chosen().conv_silu(x, conv.weight, conv.bias, before)
-    taps, length = conv.kernel_size[0] - 1, x.shape[1]
+    y, after = linear_conv(x, conv.weight, conv.bias, before, reset)
+    return F.silu(y), after
+
+
+def unadapted(conv: nn.Module) -> None:
+    """Raise InputError where an adapter is around a convolution: its weight alone is not what it computes."""
+    if hasattr(conv, "base_layer"):
+        raise InputError("an adapter around a convolution is not read: merge it first (merge_and_unload)")
+
+
+def linear_conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None, before: Tensor | None, reset: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return what `causal_conv` does, without the SiLU. weight: (channels, 1, taps); bias: (channels)."""
+    # A sum over taps in this layout: on a CPU twice as fast as turning channels first for a library call.
+    taps, length = weight.shape[-1] - 1, x.shape[1]
     before = x.new_zeros(x.shape[0], x.shape[2], taps) if before is None else before.to(x.dtype)
     whole = torch.cat([before.transpose(1, 2), x], 1)  # (B, taps + T, channels)
-    weight = conv.weight[:, 0].t().to(x.dtype).contiguous()  # (taps + 1, channels)
-    bias = conv.bias.to(x.dtype) if conv.bias is not None else x.new_zeros(x.shape[2])
+    weight = weight[:, 0].t().to(x.dtype).contiguous()  # (taps + 1, channels)
+    bias = bias.to(x.dtype) if bias is not None else x.new_zeros(x.shape[2])
     document = None if reset is None else F.pad(reset.long().cumsum(1), (taps, 0))[..., None]  # (B, taps + T, 1)
     y = bias.expand_as(x)
     for k in range(taps + 1):
@@ -39,7 +52,7 @@ def causal_conv(x: Tensor, conv: nn.Conv1d, before: Tensor | None, reset: Tensor
     after = whole[:, length:]
     if document is not None:
         after = after * (document[:, length:] == document[:, -1:])
-    return F.silu(y), after.transpose(1, 2).contiguous()
+    return y, after.transpose(1, 2).contiguous()
 
 
 def shifted(x: Tensor, before: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:

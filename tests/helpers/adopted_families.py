@@ -117,6 +117,19 @@ def _bailing_hybrid():  # whose gate has a lower bound
     return hf.BailingHybridConfig(**COMMON, **KIMI, num_local_experts=2, n_group=1, topk_group=1)
 
 
+def _minimax():  # whose decays are fixed, and whose cache is one of its own
+    return hf.MiniMaxConfig(
+        **COMMON, **ATTENTION, head_dim=8, num_local_experts=2, num_experts_per_tok=2, block_size=8,
+        num_hidden_layers=3, layer_types=HYBRID["layer_types"],
+    )  # fmt: skip
+
+
+def _recurrent_gemma():  # whose attention slides
+    return hf.RecurrentGemmaConfig(
+        **COMMON, **ATTENTION, num_hidden_layers=3, lru_width=32, attention_window_size=8,
+    )  # fmt: skip
+
+
 SCAN_FAMILIES = {
     "mamba2": _mamba2, "bamba": _bamba, "falcon_h1": _falcon_h1, "granitemoehybrid": _granite,
     "nemotron_h": _nemotron, "zamba2": _zamba2, "mamba": _mamba, "falcon_mamba": _falcon_mamba, "jamba": _jamba,
@@ -127,9 +140,10 @@ DELTA_FAMILIES = {
 }  # fmt: skip
 if not hasattr(hf, "BailingHybridConfig"):  # before transformers 5.20
     del DELTA_FAMILIES["bailing_hybrid"]
-FAMILIES = {**SCAN_FAMILIES, **DELTA_FAMILIES}
+GIVEN_FAMILIES = {"minimax": _minimax, "recurrent_gemma": _recurrent_gemma}  # the scan, its gates given
+FAMILIES = {**SCAN_FAMILIES, **DELTA_FAMILIES, **GIVEN_FAMILIES}
 RECURRENT = {
-    **dict.fromkeys(DELTA_FAMILIES, 2),
+    **dict.fromkeys((*DELTA_FAMILIES, *GIVEN_FAMILIES), 2),
     "mamba2": 3,
     "bamba": 2,
     "falcon_h1": 2,
@@ -155,8 +169,14 @@ def cases(policies):
         pytest.param(family, name, id=f"{family}-{name}")
         for family in FAMILIES
         for name in policies
-        if family in SCAN_FAMILIES or DELTA.unfollowed(POLICIES[name]) is None
+        if _follows(family, POLICIES[name])
     ]
+
+
+def _follows(family, policy):
+    if family in DELTA_FAMILIES:
+        return DELTA.unfollowed(policy) is None
+    return family in SCAN_FAMILIES or policy.min_dt == 0.0
 
 
 def followed(family, remedy):

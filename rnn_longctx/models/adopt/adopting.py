@@ -26,7 +26,7 @@ from rnn_longctx.models.adopt.stepped import UNLIMITED, SteppedAdopted
 from rnn_longctx.models.adopt.wrapped import innermost, unwrapped
 from rnn_longctx.models.checkpoint import fla
 from rnn_longctx.models.checkpoint.json_files import read_json
-from rnn_longctx.models.checkpoint.layouts import ADOPTED
+from rnn_longctx.models.checkpoint.layouts import ADOPTED, NOT_ADOPTED
 from rnn_longctx.models.checkpoint.load import load
 from rnn_longctx.models.checkpoint.locate import locate
 from rnn_longctx.models.checkpoint.tokenizer import fits, tokenizer_of
@@ -49,8 +49,9 @@ def adopt(
 
     Families: those of transformers with Mamba-2 mixers (Mamba2, Bamba, FalconH1, GraniteMoeHybrid, NemotronH, Zamba2),
     with Mamba-1's (Mamba, FalconMamba, Jamba), each of whose channels is a head, and with a delta rule's: Gated
-    DeltaNet's (Qwen3Next, Qwen3.5, OlmoHybrid, LaraMini) and KDA's (KimiLinear, BailingHybrid, Glm5Next); and those of
-    mamba_ssm with its Mamba2 or Mamba2Simple mixers (`rnn_longctx.models.adopt.families.mamba_ssm`).
+    DeltaNet's (Qwen3Next, Qwen3.5, OlmoHybrid, LaraMini) and KDA's (KimiLinear, BailingHybrid, Glm5Next), or with
+    lightning attention (MiniMax) or the RG-LRU (RecurrentGemma); and those of mamba_ssm with its Mamba2 or Mamba2Simple
+    mixers (`rnn_longctx.models.adopt.families.mamba_ssm`).
     Adopting a model again returns the same object, with what is newly given filled in. A wrapper that only passes
     everything on is adopted as the model inside it (`rnn_longctx.models.adopt.wrapped`).
 
@@ -104,14 +105,16 @@ def load_adopted(
     is of no such family. Arguments as of `rnn_longctx.load`.
 
     Raises:
-        InputError: it names no tokenizer and none is given, the tokenizer has more tokens than the model, transformers
-            cannot read it, or weights are missing or not finite.
+        InputError: it is of a family that is known and not adopted, names no tokenizer and none is given, the tokenizer
+            has more tokens than the model, transformers cannot read it, or weights are missing or not finite.
     """
     from rnn_longctx.data import load_tokenizer
 
     directory, name, _ = locate(source)
     config = directory / "config.json"
     data = read_json(config) if config.is_file() else {}
+    if reason := NOT_ADOPTED.get(str(data.get("model_type"))):
+        raise InputError(f"{name} ({data['model_type']}) is not adopted: {reason}")
     if data.get("model_type") not in ADOPTED or fla.type_of(data) is not None:
         return None
     spec: Any = tokenizer or tokenizer_of(directory)

@@ -85,10 +85,18 @@ class AdoptedCache:
         self.library, self.seen, self.padding, self.dropped, self.torn = None, 0, None, 0, False
 
     def crop_attention(self, tokens: int) -> None:
-        """Drop attention's keys and values but for the last `tokens` columns. InputError: see `attends`."""
-        for layer in filter(attends, self.library.layers):
+        """Drop attention's keys and values but for the last `tokens` columns.
+
+        Raises:
+            InputError: some layers of attention hold fewer tokens than others, and see `attends`.
+        """
+        layers = [layer for layer in self.library.layers if attends(layer)]
+        if len({layer.keys.shape[2] for layer in layers}) > 1:
+            raise InputError("layers of attention that hold unequally many tokens cannot be cropped together")
+        for layer in layers:
             self.dropped = self.seen - min(tokens, layer.keys.shape[2])
             layer.keys, layer.values = layer.keys[:, :, -tokens:], layer.values[:, :, -tokens:]
+            count_columns(layer, layer.keys.shape[2])
 
     def clone(self) -> AdoptedCache:
         new = copy.copy(self)
@@ -138,6 +146,7 @@ class AdoptedCache:
                     tensors = [getattr(each, what) for each in layers]
                     longest = max(t.shape[2] for t in tensors)
                     setattr(layer, what, cat([F.pad(t, (0, 0, longest - t.shape[2], 0)) for t in tensors]))
+                count_columns(layer, max(p.seen for p in parts))
             besides: list[Any] = [getattr(each, "beside", None) for each in layers]
             if besides[0] is not None:
                 layer.beside = beside.joined(besides, cat)
@@ -167,13 +176,20 @@ def attends(layer: Any) -> bool:
     """Whether a layer of a library's cache holds keys and values.
 
     Raises:
-        InputError: the layer forgets old ones by itself, or holds them in another form (quantised), or more beside them
-            (an indexer's keys).
+        InputError: the layer holds them in another form (quantised), or more beside them (an indexer's keys).
     """
     keys = getattr(layer, "keys", None)
     if not isinstance(keys, Tensor):
         return False
     indexed = getattr(layer, "indexer_keys", None) is not None
-    if getattr(layer, "is_sliding", False) or keys.ndim != 4 or indexed:
+    slides = getattr(layer, "is_sliding", False) and not hasattr(layer, "cumulative_length")
+    if slides or keys.ndim != 4 or indexed:
         raise InputError(f"a {type(layer).__name__} of the library's cache can be gone on from, not taken apart")
     return True
+
+
+def count_columns(layer: Any, columns: int) -> None:
+    """Say how many columns a layer of sliding attention has read, those that it holds no more among them: others count
+    what they hold."""
+    if getattr(layer, "is_sliding", False):
+        layer.cumulative_length = columns

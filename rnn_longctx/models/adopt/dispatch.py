@@ -67,7 +67,7 @@ class DispatchedMixer(AdoptedMixer):
         """Call the mixer's own forward, its scan and step ours where a policy is active or the library's would be
         wrong. InputError: a static cache that attention shares."""
         arguments = self.arguments(args, kwargs)
-        cache = next((arguments[n] for n in CACHE_NAMES if arguments.get(n) is not None), None)
+        cache = cache_in(arguments)
         if self.active or self.drops(arguments, cache):
             return self._dispatched(arguments, cache, args, kwargs)
         return self.original("forward")(*args, **kwargs)
@@ -75,31 +75,40 @@ class DispatchedMixer(AdoptedMixer):
     @torch.compiler.disable
     def _dispatched(self, arguments: dict[str, Any], cache: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         mask = arguments.get("attention_mask")
-        if self.active and _static_attention(cache):
-            raise InputError(
-                f"{self.name} is under a remedy or watched, which takes the cache that grows: generate without "
-                'cache_implementation="static"'
-            )
+        if self.active:
+            grows(self, cache)
         layer = None if cache is None else cache.layers[self.module.layer_idx]
         fresh = cache is None or not cache.has_previous_state(self.module.layer_idx)
         call = Call(self, layer, None if mask is None or mask.ndim != 2 else mask.bool(), fresh)
         token = _running.set(call)
         try:
-            with _dispatchers(self.names, self.functions()):
+            with _dispatchers(self.names, self.functions()), pads_explained(mask):
                 return self.original("forward")(*args, **kwargs)
-        except LeftPaddingError as error:
-            if mask is None:
-                raise
-            raise InputError(
-                f"{error}; the library's generate takes every pad id for padding: where no token is, pass "
-                "it attention_mask=torch.ones_like(ids)"
-            ) from None
         finally:
             _running.reset(token)
 
 
+@contextmanager
+def pads_explained(mask: Any) -> Iterator[None]:
+    """Say, where padding is found elsewhere than at the left, what may have taken a token for padding."""
+    try:
+        yield
+    except LeftPaddingError as error:
+        if mask is None:
+            raise
+        raise InputError(
+            f"{error}; the library's generate takes every pad id for padding: where no token is, pass "
+            "it attention_mask=torch.ones_like(ids)"
+        ) from None
+
+
 def no_shortcut(call: Call, *_: Any, **__: Any) -> None:
     """Stand for the kernel that training takes instead of all of a mixer: None says that there is none."""
+
+
+def cache_in(arguments: dict[str, Any]) -> Any:
+    """Return the cache among the arguments of a mixer of transformers, or None."""
+    return next((arguments[n] for n in CACHE_NAMES if arguments.get(n) is not None), None)
 
 
 def cache_name(module: nn.Module) -> str:
@@ -139,7 +148,16 @@ def _dispatcher(original: Callable, ours: Callable) -> Callable:
     return call
 
 
-def _static_attention(cache: Any) -> bool:
+def grows(mixer: AdoptedMixer, cache: Any) -> None:
+    """Raise InputError where an active mixer's cache is a static one that attention shares."""
+    if static_attention(cache):
+        raise InputError(
+            f"{mixer.name} is under a remedy or watched, which takes the cache that grows: generate without "
+            'cache_implementation="static"'
+        )
+
+
+def static_attention(cache: Any) -> bool:
     """Whether attention's keys in a cache have room for more tokens than were read. A layer of ours is not compilable,
     and the library leaves the mask of a single token out where one of a cache's layers is not: attention would read the
     room, too."""

@@ -10,6 +10,7 @@ from torch import nn
 from rnn_longctx.errors import InputError
 from rnn_longctx.models.adopt.mixer import AdoptedMixer
 from rnn_longctx.models.adopt.model import Adopted
+from rnn_longctx.models.checkpoint.layouts import NOT_ADOPTED
 from rnn_longctx.registry import Registry
 
 
@@ -45,9 +46,13 @@ def adopted_by_family(model: nn.Module) -> Adopted:
 
 
 def _nothing_found(model: nn.Module) -> str:
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    if reason := NOT_ADOPTED.get(str(model_type)):
+        return f"{type(model).__name__} ({model_type}) is not adopted: {reason}"
     looked = (
         "no Mamba-2 mixer (A_log with one value a head, dt_bias, in_proj, conv1d), nor one of Mamba-1, Gated DeltaNet "
-        "(A_log, dt_bias, conv1d, head_k_dim) or KDA (forget_gate, b_proj, conv1d)"
+        "(A_log, dt_bias, conv1d, head_k_dim), KDA (forget_gate, b_proj, conv1d), lightning attention (slope_rate, "
+        "qkv_proj), nor an RG-LRU (rg_lru, conv_1d)"
     )
     kinds = sorted({type(m).__name__ for m in model.modules() if m is not model and list(m.children())})
     return f"{type(model).__name__} has {looked}; found {', '.join(kinds[:6]) or 'no submodules'}"

@@ -187,6 +187,11 @@ class AdoptedMixer:
 
     # --- what lies in the library's cache
 
+    @property
+    def conv(self) -> Any:
+        """The convolution before the recurrence, or None."""
+        return getattr(self.module, "conv1d", None)
+
     def layer_of(self, library: Any) -> Any:
         """Return this mixer's part of the library's cache."""
         return library.layers[self.module.layer_idx]
@@ -199,8 +204,8 @@ class AdoptedMixer:
         """Put a state (B, H, P, N) into a layer of the library's cache."""
         layer.recurrent_states[0] = state.reshape(layer.recurrent_states[0].shape)
 
-    def conv_of(self, library: Any) -> Tensor:
-        """Return the inputs of the convolution, (B, channels, taps), in the library's cache."""
+    def conv_of(self, library: Any) -> Tensor | None:
+        """Return the inputs of the convolution, (B, channels, taps), in the library's cache; None: there is none."""
         return self.layer_of(library).conv_states[0]
 
     def no_log_decay(self, state: Tensor) -> Tensor:
@@ -214,7 +219,11 @@ class AdoptedMixer:
         return beside if beside is not None and beside.era == self._era else None
 
     def carry(self, layer: Any, state: Tensor) -> ScanCarry:
-        """Return the carry of a layer that has read something; state (B, H, P, N) is the library's."""
+        """Return the carry of a layer that has read something; state (B, H, P, N) is the library's. Where not `active`
+        it is counted by nobody."""
+        if not self.active:
+            state = state.clone() if torch.is_grad_enabled() else state  # (the library writes into it)
+            return ScanCarry(state, torch.zeros(len(state), dtype=torch.int64, device="cpu"), self.no_log_decay(state))
         if (beside := self.beside(layer)) is None:
             beside = Beside.uncounted(self._era, len(state))
             self.lay(layer, beside)
@@ -250,17 +259,25 @@ class AdoptedMixer:
     # --- our scan in the place of the library's
 
     def read(
-        self, call: Call, inputs: ScanInputs, gates: AnyGates, state: Tensor | None, seq_idx: Tensor | None = None
+        self,
+        call: Call,
+        inputs: ScanInputs,
+        gates: AnyGates,
+        state: Tensor | None,
+        seq_idx: Tensor | None = None,
+        reset: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Read a call's tokens under the policy, and keep what lies beside the state.
 
         Args:
             state: (B, H, P, N), the library's, or None where the rows begin.
             seq_idx: (B, T) the document of each token, or None.
+            reset: (B, T) bool, True where a document begins, in the place of seq_idx.
         Returns:
             y (B, T, H, P), and the state after it.
         """
-        reset = None if seq_idx is None else F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0))
+        if seq_idx is not None:
+            reset = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0))
         y, new = self.recurrence.scan(
             inputs,
             gates,
@@ -271,7 +288,7 @@ class AdoptedMixer:
             observer=self._counting,
             carry=None if state is None else self.carry(call.layer, state),
         )
-        if call.layer is not None:
+        if call.layer is not None and self.active:
             self.keep(call.layer, new)
         return y.contiguous(), self.recurrence.state(new)
 

@@ -99,7 +99,7 @@ class Adopted(Hooked, Identified):
 
     @property
     def conv_state_elements(self) -> int:
-        convs = [m.module.conv1d for m in self.mixers]
+        convs = [m.conv for m in self.mixers if m.conv is not None]
         return sum(c.in_channels * (c.kernel_size[0] - 1) for c in convs)
 
     def parameters(self) -> Iterator[nn.Parameter]:
@@ -309,7 +309,9 @@ class Adopted(Hooked, Identified):
             with self.reading():
                 hidden = self._call(ids, cache, mask, before, padding)
         except BaseException:
-            cache.torn = cache.library is not None
+            cache.torn = cache.seen > 0
+            if not cache.torn:
+                cache.library = None
             raise
         cache.seen, cache.padding, cache.position = cache.seen + length, padding, before + read
         return hidden
@@ -334,10 +336,14 @@ class Adopted(Hooked, Identified):
                 if mixer.active:
                     mixer.place(mixer.layer_of(cache.library), before)
         out = self.base(input_ids=ids, use_cache=True, return_dict=True, **{key: cache.library}, **inputs)
-        if out.get(key) is None:  # checkpointed layers in training mode
+        if (library := self.moved_on(out, cache.library)) is None:  # checkpointed layers in training mode
             raise InputError(f"{self.name} keeps no cache where gradient checkpointing is on in training: model.eval()")
-        cache.library = out[key]
+        cache.library = library
         return out[0]
+
+    def moved_on(self, out: Any, library: Any) -> Any:
+        """Return the library's cache after a call that gave `out` and was handed `library`; None: there is none."""
+        return out.get(cache_name(self.base))
 
     def _measure(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Warn once of a call too long for the kernels of mamba-ssm: a person's own, since ours are cut."""
@@ -372,6 +378,8 @@ class Adopted(Hooked, Identified):
             logits = logits * factor
         if (divisor := getattr(self.config, "logits_scaling", None)) is not None:  # GraniteMoeHybrid
             logits = logits / divisor
+        if (cap := getattr(self.config, "logits_soft_cap", None)) is not None:  # RecurrentGemma
+            logits = torch.tanh(logits / cap) * cap
         return logits if logits.dtype == torch.float64 else logits.float()
 
     def losses(self, hidden: Tensor, targets: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rnn_longctx.models.adopt.cache import AdoptedCache, attends
+from rnn_longctx.models.adopt.cache import AdoptedCache, attends, count_columns
 from rnn_longctx.models.adopt.model import Adopted
 from rnn_longctx.models.cache import Cache
 from rnn_longctx.models.carries import Carry
@@ -20,7 +20,7 @@ def to_cache(cache: AdoptedCache) -> tuple[Cache, dict[str, Tensor]]:
     if cache.padding is not None:
         extra["padding"] = cache.padding
     for mixer, carry in zip(cache.mixers, cache.layers):
-        beside = mixer.beside(cache.library.layers[mixer.module.layer_idx])
+        beside = mixer.beside(mixer.layer_of(cache.library))
         # (under no policy the library steps itself, past what lies beside)
         if mixer.active and beside is not None and beside.log_decay is not None:
             state = carry.scan.state if beside.window is None else beside.window.block
@@ -41,13 +41,15 @@ def from_cache(model: Adopted, plain: Cache, extra: dict[str, Tensor]) -> Adopte
         model.read(torch.zeros(len(plain.position), 1, dtype=torch.int64, device=model.device), new)
         new.seen, new.dropped = extra["columns"].tolist()
         for mixer, carry in zip(model.mixers, plain.layers):
-            layer = new.library.layers[mixer.module.layer_idx]
-            layer.conv_states[0] = carry.conv
+            layer = mixer.layer_of(new.library)
+            if carry.conv is not None:
+                layer.conv_states[0] = carry.conv
             mixer.put_state(layer, mixer.recurrence.state(carry.scan))
             if mixer.active:
                 mixer.keep(layer, carry.scan)
         for i, layer in enumerate(new.library.layers):
             if attends(layer):
                 layer.keys, layer.values = (extra[f"{what}.{i}"].to(model.device) for what in ("keys", "values"))
+                count_columns(layer, new.seen - new.dropped)
     new.position, new.tail, new.padding = plain.position, plain.tail, extra.get("padding")
     return new

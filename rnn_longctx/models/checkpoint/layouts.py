@@ -36,8 +36,11 @@ SUPPORTED = (
 ADOPTED = (
     *("bamba", "falcon_h1", "granitemoehybrid", "nemotron_h", "zamba2", "mamba", "falcon_mamba", "jamba"),
     *("qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text"),
-    *("olmo_hybrid", "lara_mini", "kimi_linear", "bailing_hybrid"),
+    *("olmo_hybrid", "lara_mini", "kimi_linear", "bailing_hybrid", "minimax", "recurrent_gemma"),
 )
+NOT_ADOPTED = {  # recurrent models of transformers, and why they take no remedy
+    "xlstm": "its outputs hang on a running maximum of its gates and on a normaliser, which the scan does not keep"
+}
 NAMED = (  # what a message says of them, those that hold only the text of another left out
     f"supported: {SUPPORTED}; adopted: {', '.join(name for name in ADOPTED if not name.endswith('_text'))}"
 )

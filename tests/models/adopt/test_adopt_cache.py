@@ -169,7 +169,7 @@ def test_a_saved_state_is_gone_on_from(model, family, remedy, tmp_path):
         again = load_state(tmp_path / "s", adopted)
         assert again.position.tolist() == [17, 17]
         for a, b in zip(again.layers, cache.layers, strict=True):
-            assert torch.equal(a.conv, b.conv) and torch.equal(a.scan.state, b.scan.state)
+            torch.testing.assert_close((a.conv, a.scan.state), (b.conv, b.scan.state), rtol=0, atol=0)
         torch.testing.assert_close(adopted.logits(adopted(ids[:, 17:], again)), before, rtol=0, atol=1e-5)
         assert torch.equal(generate(adopted, ids[:, 17:], 5, cache=load_state(tmp_path / "s", adopted)), expected)
     how = "without a remedy, and one" if remedy == "none" else f"with the remedy {re.escape(remedy)}, and what"
@@ -217,7 +217,7 @@ def test_generate_from_a_saved_state_on_the_command_line(build, family, tmp_path
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", ["bamba", "falcon_h1", "zamba2", "jamba", "mamba2"])
+@pytest.mark.parametrize("family", ["bamba", "falcon_h1", "zamba2", "jamba", "mamba2", "recurrent_gemma"])
 def test_a_static_cache_is_read_right_or_refused(build, family):
     theirs, ids = build(family), random_ids(2, 9)
     told = {"max_new_tokens": 5, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}

@@ -7,7 +7,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from adopted_families import DELTA_FAMILIES, FAMILIES, MAMBA1, NEAR, VOCAB, logits_of, random_ids, streamed
+from adopted_families import FAMILIES, MAMBA1, NEAR, VOCAB, logits_of, random_ids, streamed
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -161,7 +161,7 @@ def test_token_filter(model, family):
     """The thresholds are those of the steps; below them a token leaves the state alone."""
     adopted = adopt(model, tokenizer=ByteTokenizer(), train_length=16)
     text = Text("made", bytes(torch.randint(32, VOCAB, (3000,)).tolist()))
-    if family in MAMBA1 or family in DELTA_FAMILIES:
+    if not adopted.mixers[0].one_step_a_head:
         with pytest.raises(NotApplicable, match=f"token-filter reads one step a head.*{STEPS[family in MAMBA1]}"):
             mitigate(adopted, "token-filter", target_length=64, text=text)
         return
@@ -185,7 +185,7 @@ def test_a_floor(model, family):
     follows."""
     adopted = adopt(model, tokenizer=ByteTokenizer(), train_length=16)
     text = Text("made", bytes(torch.randint(32, VOCAB, (3000,)).tolist()))
-    if family in MAMBA1 or family in DELTA_FAMILIES:
+    if not adopted.mixers[0].one_step_a_head:
         with pytest.raises(NotApplicable, match=f"a-floor reads one step a head.*{STEPS[family in MAMBA1]}"):
             mitigate(adopted, "a-floor", text=text)
         return
@@ -258,7 +258,9 @@ def test_attention_of_every_hybrid_is_cropped(build, family):
     model, ids, at = build(family), random_ids(2, 26), torch.arange(26)
     seen = (at <= at[:, None]) & (at >= at[:, None] // 3 * 3 - 3)
     band = torch.zeros(2, 1, 26, 26).masked_fill(~seen, torch.finfo(torch.float32).min)
-    expected = logits_of(model, ids, attention_mask={"full_attention": band, "linear_attention": None})
+    expected = logits_of(
+        model, ids, attention_mask={"full_attention": band, "sliding_attention": band, "linear_attention": None}
+    )
     adopted = adopt(model, time_step_limit_in_decode=True)
     assert adopted.attends and (expected - logits_of(model, ids))[:, 6:].abs().max() > 1e-3
     with mitigate(adopted, "attention-window:tokens=6"):

@@ -30,6 +30,8 @@ FAMILIES_OF = {
     **dict.fromkeys(("mamba", "falcon_mamba", "jamba"), "mamba1"),
     **dict.fromkeys(DELTA_FAMILIES, "gated_delta_net"),
     **dict.fromkeys(("kimi_linear", "bailing_hybrid"), "kimi_delta"),
+    "minimax": "minimax",
+    "recurrent_gemma": "recurrent_gemma",
 }
 
 

@@ -21,7 +21,6 @@ from rnn_longctx.models.adopt.family import FAMILIES, Family
 from rnn_longctx.models.adopt.mixer import Call
 from rnn_longctx.models.adopt.stepped import UNLIMITED, SteppedAdopted
 from rnn_longctx.models.adopt.wrapped import holds
-from rnn_longctx.recurrence.carry import ScanCarry
 from rnn_longctx.recurrence.gates import ScanInputs, SteppedGates
 from rnn_longctx.recurrence.span import Span
 from rnn_longctx.recurrence.ssd.scan import scan
@@ -73,16 +72,8 @@ class Mamba1Mixer(SteppedAdopted, DispatchedMixer):
         self, call: Call, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, z: Tensor | None, bias: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Scan x, dt, z (B, T, H), B and C (B, T, N); return y (B, T, H) and the state (B, H, N) after it."""
-        m, carry = self.module, None
-        if not call.fresh:
-            state = self.state_of(call.layer)
-            if self.active:
-                carry = self.carry(call.layer, state)
-            else:  # counted by nobody
-                state = state.clone() if torch.is_grad_enabled() else state  # (the library writes into it)
-                carry = ScanCarry(
-                    state, torch.zeros(len(state), dtype=torch.int64, device="cpu"), self.no_log_decay(state), None
-                )
+        m = self.module
+        carry = None if call.fresh else self.carry(call.layer, self.state_of(call.layer))
         A = -m.A_log.to(torch.promote_types(m.A_log.dtype, torch.float32)).exp()
         y, new = scan(
             ScanInputs(x[..., None], B[:, :, None], C[:, :, None], m.D),
