@@ -6,7 +6,9 @@ from types import SimpleNamespace
 
 import pandas as pd
 import torch
+from typer.testing import CliRunner
 
+from rnn_longctx import cli
 from rnn_longctx.eval.capacity import bound, models, tables
 from rnn_longctx.eval.capacity.figures import growth, mqar
 from rnn_longctx.eval.results import COLUMNS, to_frame
@@ -74,18 +76,35 @@ def test_a_table_without_the_column_is_read(tmp_path):
     assert models.read(tmp_path)[bound.COLUMN].tolist() == [4000]
 
 
-def test_it_is_of_a_model_without_a_remedy(tmp_path):
-    """A window carries its inputs beside the state."""
+def measured(folder, *names):
+    """A folder with the losses of models of one shape, without a remedy and with one."""
     rows = [
         dict.fromkeys(COLUMNS) | {
-            "model": "a", "weights_hash": "0", "mitigation": remedy, "task": "lm", "text": "t", "length": length,
+            "model": name, "weights_hash": "0", "mitigation": remedy, "task": "lm", "text": "t", "length": length,
             "metric": metric, "batch": 1, "dtype": "float32", "backend": "torch", "device": "cpu", "seed": 0,
             "tokenizer": "bytes", "value": 1.0, "stderr": 0.1, "n": 2, "samples": [1.0, 1.0], "train_length": 512,
         }
-        for remedy in ("none", "window:tokens=64") for metric in ("nats_per_token", "nats_per_token_peak")
-        for length in (512, 1024)
+        for name in names for remedy in ("none", "window:tokens=64")
+        for metric in ("nats_per_token", "nats_per_token_peak") for length in (512, 1024)
     ]  # fmt: skip
-    to_frame(rows).to_parquet(tmp_path / "results.parquet")
-    pd.DataFrame([line("a")]).to_csv(tmp_path / "models.csv", index=False)
+    to_frame(rows).to_parquet(folder / "results.parquet")
+    pd.DataFrame([line(name) for name in names]).to_csv(folder / "models.csv", index=False)
+
+
+def test_it_is_of_a_model_without_a_remedy(tmp_path):
+    """A window carries its inputs beside the state."""
+    measured(tmp_path, "a")
     lines = tables.findings(*tables.read(tmp_path), 0.95).set_index("mitigation")
     assert lines.loc["none", bound.COLUMN] == 4000 and pd.isna(lines.loc["window:tokens=64", bound.COLUMN])
+
+
+def test_the_command_says_what_it_is_where_it_prints_it(tmp_path, monkeypatch):
+    """Of a family; single checkpoints have lines of their own, without it."""
+    points = tmp_path / "points.csv"
+    monkeypatch.setattr("rnn_longctx.eval.capacity.draw", lambda *what: [points])
+    shown = ["shape", "state_elements", "mitigation", "quantity", "train_length", "models", "text"]
+    pd.DataFrame([dict.fromkeys(shown) | {"shape": "s", bound.COLUMN: 4000}]).to_csv(points, index=False)
+    for names in (("a", "b"), ("a",)):
+        measured(tmp_path, *names)
+        printed = CliRunner().invoke(cli.app, ["capacity", "plot", str(tmp_path)]).output
+        assert (bound.WORDS in printed) == (" 4000 " in printed) == (len(names) == 2), printed
