@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from rnn_longctx.cli.command import command, flattened
-from rnn_longctx.cli.options import Device, Dtype, Many, Tokenizer, TrainLength, load_model
+from rnn_longctx.cli.options import Device, Dtype, Many, Tokenizer, TrainLength, load_model, say_segment
 from rnn_longctx.errors import InputError
 
 RECALL = 0.95
@@ -89,6 +89,7 @@ def measure(
         check(load(name), settings)
     for name in model:
         lm = load(name)
+        say_segment(lm)
         measure(lm, settings, c.out, typer.echo, shape=models.shape_of(c.out, lm))
         models.gather(c.out)  # so that what there is can be drawn while the next is measured
         results.gather()
