@@ -9,8 +9,8 @@ STAMP  := $(VENV)/.installed
 demo: $(STAMP)  ## evaluate the embedded checkpoint: a table, and runs/demo with results and plots
 	$(BIN)/rnn-longctx eval --config configs/eval/demo.yaml
 
-test: $(STAMP)  ## a process a core, of one thread each, and a file to a process
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+test: $(STAMP)  ## a process a core, of one thread each, which takes tests from the others once it has none
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow

@@ -19,8 +19,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from rnn_longctx.config import format_length, home_path
+from rnn_longctx.eval.capacity import bound, paper, tables
 from rnn_longctx.eval.capacity import fits as fitting
-from rnn_longctx.eval.capacity import paper, tables
 from rnn_longctx.eval.capacity.fits import MILLION, Fit, K
 from rnn_longctx.eval.show.style import BLUE, GREEN, GREYS, GRID, MARKERS, PINK, RED, SKY, VERMILION, YELLOW, write
 
@@ -87,6 +87,8 @@ def growth(group: pd.DataFrame, quantity: str, mitigation: str) -> Figure:
     if best is not None:
         far.plot(x, _positive(fits[best].curve(x)), color=_FITS[best], linewidth=1.6, label=f"ours, {best}")
     least = min(float(group["value"].min()) / K, _papers(far, quantity))
+    if quantity.startswith("T_recall"):
+        _most_pairs(far, group)
     far.set_xscale("log")
     far.set_yscale("log")
     far.set_ylim(bottom=least / 2)  # a seed that recalls nothing ends below
@@ -139,6 +141,14 @@ def _papers(axes: Axes, quantity: str) -> float:
             best = "best of the forms, " if form != curve.form else ""
             axes.plot([], [], " ", label=f"{form} refitted to its points: {best}{judged}")
     return min(lengths)
+
+
+def _most_pairs(axes: Axes, group: pd.DataFrame) -> None:
+    """The most pairs that the bits of each state hold, K of them where lengths are K tokens: another quantity."""
+    known = group.dropna(subset=[bound.COLUMN]).sort_values("state_elements")
+    if len(known):
+        states, most = known["state_elements"] / MILLION, known[bound.COLUMN].astype(float) / K
+        axes.plot(states, most, ":", marker=".", color=GREYS[0], label=f"{bound.LABEL}; in K pairs, not tokens")
 
 
 def _points(axes: Axes, group: pd.DataFrame) -> None:
@@ -235,8 +245,11 @@ def mqar(frame: pd.DataFrame) -> Figure:
         row[0].set_ylabel(task, fontsize=10)
     for axes, shape in zip(panels[0], shapes):
         size = _millions(frame.loc[frame["shape"] == shape, "state_elements"].iloc[0])
-        axes.set_title(f"{shape}\nstate of {size}", fontsize=8.5, loc="left")
-    figure.supxlabel("pairs of key and value", fontsize=10)
+        most = frame.loc[frame["shape"] == shape, bound.COLUMN].max()
+        room = "" if pd.isna(most) else f"\nat most {_millions(most)} pairs*"
+        axes.set_title(f"{shape}\nstate of {size}{room}", fontsize=8.5, loc="left")
+    note = f"    (* {bound.LABEL})" if frame[bound.COLUMN].notna().any() else ""
+    figure.supxlabel(f"pairs of key and value{note}", fontsize=10)
     figure.suptitle("Share of answers that are right: a line a seed, and their median", fontsize=12, x=0.01, ha="left")
     return figure
 

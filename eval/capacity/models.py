@@ -11,16 +11,20 @@ from typing import Any
 import pandas as pd
 
 from rnn_longctx.errors import InputError
+from rnn_longctx.eval.capacity import bound
 from rnn_longctx.files import write_atomic
 from rnn_longctx.models.interface import LanguageModel
 
+_SHAPE = ("d_model", "n_layer", "d_state", "headdim", "expand")
 # Sizes in numbers (not bytes) of one stream; `state_elements` is both parts together. `train_tokens`: read in training;
-# `task`: text, or a synthetic one.
+# `task`: text, or a synthetic one. `most_pairs`: of `bound`.
 COLUMNS = (
     *("model", "weights_hash", "shape", "task", "train_length", "train_seed", "train_tokens", "parameters"),
     *("scan_state_elements", "conv_state_elements", "state_elements"),
-    *("d_model", "n_layer", "d_state", "headdim", "expand"),
+    *_SHAPE,
+    bound.COLUMN,
 )
+_LATER = {bound.COLUMN}  # older tables lack it
 _WORDS = {"model", "weights_hash", "shape", "task"}
 
 
@@ -38,8 +42,9 @@ def describe(model: LanguageModel, **more: Any) -> dict[str, Any]:
         "scan_state_elements": scan,
         "conv_state_elements": conv,
         "state_elements": scan + conv,
+        bound.COLUMN: bound.of_model(model, more.get("task", "text")),
     }
-    return line | {c: getattr(model.config, c, None) for c in COLUMNS[-5:]} | more if hasattr(model, "config") else line
+    return line | {c: getattr(model.config, c, None) for c in _SHAPE} | more if hasattr(model, "config") else line
 
 
 def put(directory: Path, line: Mapping[str, Any]) -> None:
@@ -81,6 +86,8 @@ def read(directory: Path) -> pd.DataFrame:
         raise InputError(f"no models.csv in {directory}; measure first (rnn-longctx capacity)") from None
     except (OSError, ValueError) as error:
         raise InputError(f"cannot read {path}: {' '.join(str(error).split())}") from None
+    for column in _LATER - set(frame):
+        frame[column] = pd.array([pd.NA] * len(frame), dtype="Int64")
     missing = [c for c in COLUMNS if c not in frame]
     if missing:
         raise InputError(f"{path} has no column {', '.join(missing)}")

@@ -60,7 +60,8 @@ def recall_of(measured: Mapping[int, Answers], target: float) -> Recall | None:
     """What answers at some lengths show: the longest length that passes below the shortest that fails, or None.
 
     A longer length that passes again is no part of it: a model that must be lucky with its length does not recall.
-    Nothing is said of a length left at a first look for another target's sake, which leaves this one open."""
+    Nothing is said of a length left at a first look for another target's sake, which leaves this one open. What most
+    prompts were asked of is taken for a whole sample: where that is the first look of every length, all of them."""
     if not measured:
         return None
     most = max(asked for _, asked in measured.values())

@@ -15,7 +15,7 @@ import pandas as pd
 
 from rnn_longctx.config import format_length, home_path
 from rnn_longctx.errors import InputError
-from rnn_longctx.eval.capacity import models
+from rnn_longctx.eval.capacity import bound, models
 from rnn_longctx.eval.capacity.recall import recall_of
 from rnn_longctx.eval.forget import forget_of
 from rnn_longctx.eval.results import KEY as ROW
@@ -70,6 +70,7 @@ def findings(results: pd.DataFrame, about: pd.DataFrame, target: float) -> pd.Da
     columns = ["model", "weights_hash", "mitigation", "quantity", *whole, "worst", "text"]
     frame = pd.DataFrame(lines, columns=columns).astype(dict.fromkeys(whole, "Int64"))
     joined = about.merge(frame, on=["model", "weights_hash"], how="inner")
+    joined.loc[joined["mitigation"] != "none", bound.COLUMN] = pd.NA  # some remedies carry more than the state
     order = ["state_elements", "shape", "train_length", "train_seed", "quantity", "mitigation"]
     return joined.sort_values(order, ignore_index=True)
 

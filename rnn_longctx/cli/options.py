@@ -57,3 +57,11 @@ def load_model(
     model = load_any(name, device=device_of(device), dtype=dtype, tokenizer=tokenizer, train_length=train_length)
     model.use_state_dtype(state_dtype)
     return model
+
+
+def say_segment(model: LanguageModel) -> None:
+    """Print how many tokens of an adopted model are read at once, where another library's kernels limit that."""
+    from rnn_longctx.models.segments import reads
+
+    if line := reads(model):
+        typer.echo(f"{model.name} reads {line}")

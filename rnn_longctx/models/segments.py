@@ -33,14 +33,20 @@ def kernels_there() -> bool:
     return any(find_spec(package) is not None for package in ("mamba_ssm", "kernels"))
 
 
-def shortened(model: Any) -> str | None:
-    """Return a line that says to how many tokens `longest` cuts the segment of a measurement, and why; else None."""
-    limit = longest(model)
-    if limit is None or limit >= SEGMENTS[model.device.type]:
+def reads(model: Any) -> str | None:
+    """Return a line that says in what segment a measurement reads an adopted model, all rows together, and the 32-bit
+    limit that it is chosen by (`longest`); None where there is no such limit, or no adopted model."""
+    limit = longest(model) if model.own_forward else None
+    if limit is None:
         return None
+    segment, width = SEGMENTS[model.device.type], f"{widest(model):,}"
+    if limit >= segment:
+        return (
+            f"{segment:,} tokens at once: mamba-ssm's kernels have a 32-bit limit of {limit:,}, of layers {width} wide"
+        )
     return (
-        f"{limit:,} tokens at once instead of {SEGMENTS[model.device.type]:,}: layers {widest(model):,} wide take "
-        "mamba-ssm's kernels past their 32-bit limit beyond that"
+        f"{limit:,} tokens at once instead of {segment:,}: layers {width} wide take mamba-ssm's kernels past their "
+        "32-bit limit beyond that"
     )
 
 

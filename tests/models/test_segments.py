@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 from adopted_families import MAMBA1, NEAR, SCAN_FAMILIES, random_ids, streamed
 from rich.console import Console
+from typer.testing import CliRunner
 
+from rnn_longctx import cli
 from rnn_longctx.data import ByteTokenizer, Text
 from rnn_longctx.eval.show.terminal import header
 from rnn_longctx.measure.steps import measure_steps
@@ -18,6 +21,7 @@ from rnn_longctx.models.adopt import model as adopting
 from rnn_longctx.models.adopt.adopting import adopt
 from rnn_longctx.models.generate import generate
 from rnn_longctx.probes.monitor.inputs import input_statistics
+from rnn_longctx.recurrence.policy import PLAIN, ScanPolicy
 
 
 class OnGPU:
@@ -39,10 +43,13 @@ def test_the_longest_call_stays_below_the_limit():
             assert rows * tokens * max(width, 100) < 2**31 <= rows * (tokens + 1) * max(width, 100)
     assert segments.longest(OnGPU(2**30), 8) == 1
     narrow, wide = OnGPU(4384), OnGPU(37_152)
-    assert segments.longest(narrow) == 489_845 and segments.shortened(narrow) is None
-    assert segments.shortened(wide).startswith("57,802 tokens at once instead of 65,536: layers 37,152 wide")
+    assert segments.longest(narrow) == 489_845
+    assert segments.reads(narrow).startswith("65,536 tokens at once") and "32-bit limit of 489,845" in segments.reads(
+        narrow
+    )
+    assert segments.reads(wide).startswith("57,802 tokens at once instead of 65,536: layers 37,152 wide")
     wide.device = torch.device("cpu")
-    assert segments.longest(wide) is None and segments.shortened(wide) is None
+    assert segments.longest(wide) is None and segments.reads(wide) is None
 
 
 def test_of_our_own_models_only_where_their_kernels_are_asked_for(make):
@@ -52,6 +59,7 @@ def test_of_our_own_models_only_where_their_kernels_are_asked_for(make):
     type(model).backend = "mamba_ssm"
     width = model.mixers[0].in_proj.out_features
     assert segments.longest(model, 3) == (2**31 - 1) // (3 * width)
+    assert segments.reads(model) is None, "their calls are refused there, not cut"
 
 
 @pytest.mark.parametrize("family", SCAN_FAMILIES)
@@ -128,10 +136,57 @@ def test_a_persons_own_longer_call_is_warned_of_once(build, monkeypatch):
         model(ids)
 
 
+@torch.no_grad()
+def test_a_remedy_on_some_layers_leaves_the_others_to_their_kernels(build, monkeypatch):
+    monkeypatch.setattr(adopting, "kernels_there", lambda: True)
+    monkeypatch.setattr(adopting, "longest", lambda model, rows=1: 11)
+    model, ids = build("mamba2"), random_ids(1, 12)
+    ours = adopt(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        for mixer in ours.mixers:
+            mixer.policy = ScanPolicy(gain=0.5)
+        model(ids)
+    ours.mixers[1].policy = PLAIN
+    with pytest.warns(RuntimeWarning, match="read at most 11 tokens at once"):
+        model(ids)
+
+
+COMMANDS = {
+    "eval": "--lengths 256 --task lm:slices=2,tokens=0 --mitigation none --text t.txt",
+    "probe": "--length 256 --every 32 --slices 2 --text t.txt",
+    "capacity": "--limit 128 --slices 2 --width 0.3 --text t.txt",
+    "calibrate": "--mitigation rri:alpha=0.9,beta=1 --target 128 --slices 2 --text t.txt",
+    "lm-eval": "--tasks rnn_longctx_passkey --lengths 256 --limit 1",
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_say_the_segment_that_they_read_in(build, command, tmp_path, monkeypatch):
+    """As on a GPU where 40 tokens are the most: it is said, and it is so."""
+    if command == "lm-eval":
+        pytest.importorskip("lm_eval")
+    ours, calls = adopt(build("mamba2", 256), tokenizer=ByteTokenizer(), train_length=64), []
+    ours.base.register_forward_pre_hook(
+        lambda module, args, inputs: calls.append(inputs["input_ids"].numel()), with_kwargs=True
+    )
+    for module in (segments, adopting):
+        monkeypatch.setattr(module, "longest", lambda model, rows=1: 40 // rows)
+    monkeypatch.setattr("rnn_longctx.models.adopt.adopting.load_any", lambda name, **how: ours)
+    monkeypatch.chdir(tmp_path)
+    Path("t.txt").write_bytes(bytes(torch.randint(97, 123, (4000,)).tolist()))
+    words = [command, *(["--model"] if command == "lm-eval" else []), "tiny", *COMMANDS[command].split()]
+    ran = CliRunner().invoke(cli.app, [*words, "--out", "out.yaml" if command == "calibrate" else "out"])
+    assert ran.exit_code == 0, ran.output
+    width = f"{segments.widest(ours):,}"
+    assert f"40 tokens at once instead of 4,096: layers {width} wide" in " ".join(ran.output.split())
+    assert max(calls) == 40
+
+
 def test_the_header_says_it():
     console = Console(width=200, record=True)
     given = ("tiny", 2_913_408, 393216, 13824, 256, "cuda", "float32", "transformers")
     console.print(header(*given))
-    console.print(header(*given, segments.shortened(OnGPU(37_152))))
+    console.print(header(*given, segments.reads(OnGPU(37_152))))
     lines = [line for line in console.export_text().splitlines() if line.startswith("reads")]
     assert len(lines) == 1 and "57,802 tokens at once instead of 65,536" in lines[0] and "32-bit" in lines[0]

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from rnn_longctx.cli.command import command
-from rnn_longctx.cli.options import MODEL, ModelOptions
+from rnn_longctx.cli.options import MODEL, ModelOptions, say_segment
 from rnn_longctx.errors import InputError
 
 
@@ -34,6 +34,7 @@ def calibrate(
     if out.is_dir() or not os.access(out.parent, os.W_OK):
         raise InputError(f"cannot write {out}: {'it is a folder' if out.is_dir() else 'its folder is not writable'}")
     lm, length = options.load(model), parse_length(target)
+    say_segment(lm)
     remedy = calibrate(lm, mitigation, length, load_text(text), seed=seed, slices=slices, say=typer.echo)
     remedy.save(out)
     typer.echo(f"{out}: {remedy.remedy}{'' if remedy.helps else ' (helps: false)'}")

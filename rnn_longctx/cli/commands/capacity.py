@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from rnn_longctx.cli.command import command, flattened
-from rnn_longctx.cli.options import Device, Dtype, Many, Tokenizer, TrainLength, load_model
+from rnn_longctx.cli.options import Device, Dtype, Many, Tokenizer, TrainLength, load_model, say_segment
 from rnn_longctx.errors import InputError
 
 RECALL = 0.95
@@ -89,6 +89,7 @@ def measure(
         check(load(name), settings)
     for name in model:
         lm = load(name)
+        say_segment(lm)
         measure(lm, settings, c.out, typer.echo, shape=models.shape_of(c.out, lm))
         models.gather(c.out)  # so that what there is can be drawn while the next is measured
         results.gather()
@@ -140,13 +141,13 @@ def _report(directory: Path, recall: float) -> None:
     The rest stays in the files."""
     import pandas as pd
 
-    from rnn_longctx.eval.capacity import draw, tables
+    from rnn_longctx.eval.capacity import bound, draw, tables
 
     if not 0 < recall < 1:
         raise InputError(f"recall lies between 0 and 1, got {recall}")
     paths = draw(directory, recall)
     shown = {
-        "points": "shape state_elements mitigation quantity train_length models text",
+        "points": f"shape state_elements {bound.COLUMN} mitigation quantity train_length models text",
         "fits": "mitigation quantity form points bounds contradicts curve r2 r2_loo aic carrier best",
         "same_size": "mitigation quantity state_elements shapes values spread",
     }
@@ -157,10 +158,12 @@ def _report(directory: Path, recall: float) -> None:
         frame = pd.read_csv(file) if file in paths and file.stat().st_size > 1 else pd.DataFrame()
         if len(frame) and family:
             frame = frame[frame["axis"] == "state_elements"] if name == "fits" else frame
-            if "train_length" in frame:
-                frame["train_length"] = frame["train_length"].map(lambda n: "-" if pd.isna(n) else f"{n:.0f}")
+            for column in {"train_length", bound.COLUMN} & set(frame):
+                frame[column] = frame[column].map(lambda n: "-" if pd.isna(n) else f"{n:.0f}")
             typer.echo(f"\n{name}")
             typer.echo(frame[columns.split()].to_string(index=False, na_rep="-", float_format=lambda v: f"{v:.4g}"))
     if len(findings) and not family:
         typer.echo("\n" + "\n".join(tables.in_words(findings)))
+    elif len(findings):
+        typer.echo(f"\n{bound.WORDS}")
     typer.echo(f"\n{directory}: {', '.join(p.name for p in paths)}")

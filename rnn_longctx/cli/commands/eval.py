@@ -107,7 +107,7 @@ def evaluate(
 def _about(lm: LanguageModel, c: EvalConfig) -> RenderableType:
     """Return what stands above the table."""
     from rnn_longctx.eval.show.terminal import header
-    from rnn_longctx.models.segments import shortened
+    from rnn_longctx.models.segments import reads
 
     state = lm.state_size().fixed
     return header(
@@ -119,5 +119,5 @@ def _about(lm: LanguageModel, c: EvalConfig) -> RenderableType:
         str(lm.device),
         c.dtype if lm.state_dtype is None else f"{c.dtype} with states in {c.state_dtype}",
         lm.backend,
-        shortened(lm),
+        reads(lm),
     )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from rnn_longctx.cli.command import command
-from rnn_longctx.cli.options import MODEL_HELP, Many, ModelOptions, option
+from rnn_longctx.cli.options import MODEL_HELP, Many, ModelOptions, option, say_segment
 
 if TYPE_CHECKING:
     from rnn_longctx.eval.harness.run import HarnessConfig
@@ -67,7 +67,9 @@ def lm_eval(
 
     config = harness.config(tasks)  # a misspelt name shows before anything is loaded
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    frame = lm_eval_table(options.load(model), config, progress=sys.stderr.isatty())
+    lm = options.load(model)
+    say_segment(lm)
+    frame = lm_eval_table(lm, config, progress=sys.stderr.isatty())
     hidden = ["model", "weights_hash", "dtype", "tokens_read_min", "tokens_read_max", "seed"]
     shown = frame.drop(columns=hidden + (["state_dtype"] if options.state_dtype is None else []))
     typer.echo(shown.to_string(index=False, na_rep="-", float_format=lambda v: f"{v:.4g}"))

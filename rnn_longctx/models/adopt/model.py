@@ -347,7 +347,7 @@ class Adopted(Hooked, Identified):
 
     def _measure(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Warn once of a call too long for the kernels of mamba-ssm: a person's own, since ours are cut."""
-        if self._warned or torch.compiler.is_compiling() or self.mixers[0].active:
+        if self._warned or torch.compiler.is_compiling() or all(mixer.active for mixer in self.mixers):
             return
         u = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.ndim == 3), None)
         limit = None if u is None else longest(self, len(u))

@@ -25,7 +25,7 @@ from rnn_longctx.config import load_yaml
 from rnn_longctx.data import ByteTokenizer
 from rnn_longctx.errors import InputError
 from rnn_longctx.eval import pool
-from rnn_longctx.eval.capacity import CapacityConfig, MeasureConfig, measure, models, study, tables
+from rnn_longctx.eval.capacity import CapacityConfig, MeasureConfig, bound, measure, models, study, tables
 from rnn_longctx.eval.capacity.cell import STUDY, asked, is_done, run_cell
 from rnn_longctx.eval.capacity.config import MQARConfig, PretrainConfig, StudyCell, label
 from rnn_longctx.eval.results import Results
@@ -382,3 +382,5 @@ def test_state_size_is_what_a_stream_carries():
         assert (line["scan_state_elements"], line["conv_state_elements"]) == (scan, conv)
         assert line["state_elements"] == scan + conv and line["d_state"] == c.d_state and line["shape"] == "x"
         assert line["parameters"] == sum(p.numel() for p in model.parameters())
+        assert line["most_pairs"] == bound.most_pairs(scan + conv, c.vocab_size)
+        assert models.describe(model, task="mqar")["most_pairs"] == bound.most_pairs(scan + conv, c.vocab_size // 2)

@@ -31,8 +31,15 @@ from rnn_longctx.recurrence.ssd.kernels import launch
 DEVICE = "cpu" if triton.interpreted() else "cuda"
 
 
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    """The interpreter takes a program's tokens one by one, those that are not there, too."""
+    if DEVICE == "cpu":
+        monkeypatch.setattr(conv_norm, "CONV", (16, 256))
+
+
 @pytest.mark.parametrize(("taps", "channels", "parts"), [
-    (1, 20, (75,)), (2, 20, (1, 2, 40, 32)), (3, 20, (2, 1, 72)), (4, 20, (1, 2, 40, 32)), (4, 270, (131, 1, 3)),
+    (1, 20, (75,)), (2, 20, (1, 2, 40, 32)), (3, 20, (2, 1, 72)), (4, 20, (1, 2, 40, 32)), (4, 270, (35, 1, 3)),
 ])  # fmt: skip
 @pytest.mark.parametrize("bias", [True, False])
 def test_convolution(taps, channels, parts, bias):
