@@ -141,6 +141,8 @@ DELTA_FAMILIES = {
 if not hasattr(hf, "BailingHybridConfig"):  # before transformers 5.20
     del DELTA_FAMILIES["bailing_hybrid"]
 GIVEN_FAMILIES = {"minimax": _minimax, "recurrent_gemma": _recurrent_gemma}  # the scan, its gates given
+if not hasattr(hf.DynamicCache(config=_recurrent_gemma()).layers[0], "recurrent_states"):  # as in transformers 5.15
+    del GIVEN_FAMILIES["recurrent_gemma"]
 FAMILIES = {**SCAN_FAMILIES, **DELTA_FAMILIES, **GIVEN_FAMILIES}
 RECURRENT = {
     **dict.fromkeys((*DELTA_FAMILIES, *GIVEN_FAMILIES), 2),

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import pickle
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers as hf
-from adopted_families import NEAR, POLICIES, VOCAB, logits_of, put, random_ids
+from adopted_families import GIVEN_FAMILIES, NEAR, POLICIES, VOCAB, logits_of, put, random_ids
 from torch import Tensor
 
 import rnn_longctx
@@ -29,6 +30,7 @@ EXACT = {
     "window": ScanPolicy(window=30),
     "reset": ScanPolicy(reset=50),
 }
+pytestmark = pytest.mark.skipif("recurrent_gemma" not in GIVEN_FAMILIES, reason="an older transformers")
 TEXT = Text("made", bytes(torch.randint(32, VOCAB, (4000,)).tolist()))
 BOTH = pytest.mark.parametrize("policy", [PLAIN, POLICIES["window"]], ids=["plain", "window"])
 
@@ -173,6 +175,16 @@ def test_what_does_not_apply_is_one_line(model):
         assert "\n" not in str(error.value)
     with pytest.raises(InputError, match=r"is a block alone: give the model"):
         adopt(copy.deepcopy(model.model.layers[0].temporal_block))
+
+
+def test_an_older_transformers_is_refused_in_one_line(model, monkeypatch):
+    """Its cache takes every layer for one of sliding attention (5.15)."""
+    older = hf.DynamicCache(config=model.config)
+    older.layers[:2] = [older.layers[2]] * 2
+    monkeypatch.setattr(sys.modules["transformers"], "DynamicCache", lambda config: older)  # (not `hf`: it is lazy)
+    with pytest.raises(InputError, match=r"needs a transformers whose cache has layers for its states: 5\.24") as error:
+        adopt(model)
+    assert "\n" not in str(error.value)
 
 
 def test_published_shapes_are_worked_out_without_memory():

@@ -131,6 +131,14 @@ class RecurrentGemmaMixer(AdoptedMixer):
 class AdoptedRecurrentGemma(Adopted):
     """A RecurrentGemma as a stream. Its output does not say the cache, which it moves on all the same."""
 
+    def __init__(self, model: nn.Module, mixers: list[AdoptedMixer]):
+        from transformers import DynamicCache
+
+        super().__init__(model, mixers)
+        library = DynamicCache(config=self.config)
+        if not all(hasattr(mixer.layer_of(library), "recurrent_states") for mixer in mixers):
+            raise InputError(f"{self.name} needs a transformers whose cache has layers for its states: 5.24 has them")
+
     def state_size(self) -> StateSize:
         size = super().state_size()
         return StateSize(size.fixed, windows={self.config.sliding_window - 1: size.per_token})
