@@ -30,8 +30,8 @@ import torch
 from torch import Tensor
 
 from rnn_longctx.errors import InputError
-from rnn_longctx.measure.taps import tapping, taps_everywhere
-from rnn_longctx.mitigations.base import REMEDIES, Need, NotApplicable, Plan, Remedy, same_everywhere, train_length
+from rnn_longctx.measure.taps import tapping
+from rnn_longctx.mitigations.base import REMEDIES, Need, Plan, Remedy, same_everywhere, train_length
 from rnn_longctx.models.carries import StreamCache
 from rnn_longctx.models.interface import LanguageModel, MixerReading
 from rnn_longctx.recurrence.gates import SteppedGates
@@ -56,7 +56,7 @@ class Lamb(Remedy):
     """
 
     name = "lamb"
-    needs = frozenset({Need.RECURRENCE, Need.STEPS, Need.TRAIN_LENGTH})
+    needs = frozenset({Need.RECURRENCE, Need.STEPS, Need.KEYS, Need.TRAIN_LENGTH})
     examples = ("lamb:tokens=9,query=5,theta=0.3",)
     tokens: int | None = quiet(None)
     query: int = quiet(64)
@@ -70,11 +70,6 @@ class Lamb(Remedy):
 
     def plan(self, model: LanguageModel, target_length: int | None = None, text: Text | None = None) -> Plan:
         length = train_length(model, "lamb")
-        if not taps_everywhere(model):
-            raise NotApplicable(
-                f"lamb reads keys and queries, which the layers of {type(model.module).__name__} do not show: it is "
-                "written for models that rnn_longctx.load reads"
-            )
         tokens = self.tokens or length
 
         @torch.no_grad()

@@ -162,3 +162,17 @@ def test_refusals(model, tmp_path):
     model.train_length = None
     with pytest.raises(NotApplicable, match="lamb needs the training length"):
         mitigate(model, "lamb")
+
+
+@torch.no_grad()
+def test_attention_beside_it_reads_every_token():
+    model = model_of(["mamba2:headdim=8,d_state=4", "full-attention:heads=2"])
+    ids = torch.randint(256, (1, 90))
+    with mitigate(model, "lamb:tokens=9,query=5") as handle:
+        logits, cache = prefill(model, ids, segment=17)
+        assert len(handle.plan.policies) == 1 and cache.position.tolist() == [90]
+    (reading,) = readings_of(model, ids)
+    keep = kept_by_definition(reading, PLAIN, 32, 9, 5, 0.05)
+    filtering = lambda r: r.gates.stepping(r.gates.worked_out(torch.float64).input_scale * keep)  # noqa: E731
+    with tapping(model.mixers, [filtering]):
+        torch.testing.assert_close(logits, model.logits(model(ids)[:, -1]), rtol=1e-8, atol=1e-9)
