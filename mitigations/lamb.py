@@ -9,7 +9,7 @@ The formula is the paper's; how its own code applies it was not to be had. What 
 
 - A filtered state decays by the tokens kept alone. So of the log-decays before the question only their share counts,
   tokens / (tokens before the question). With all of them an early token is faint before it can be chosen: on the demo
-  at 16K five to seven passkeys of ten are found that way, and ten with the share.
+  at 16K five to seven passkeys of ten are found that way, and ten with the share, which was chosen on them.
 - A head sees far where exp(sum of log-decays over the training length) > theta, on the prompt's average (LongMamba).
 - The prompt is read three times, in segments each: for the question's C and the sums of log-decays, for the tokens of
   the largest a_ij so far, and with the filter. Logarithms are compared, so that no product of decays underflows.
