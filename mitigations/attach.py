@@ -76,7 +76,7 @@ def mitigate(
 
     A second remedy composes with the first, as `a+b` does. A model of another library is adopted
     (`rnn_longctx.adopt`), and follows the remedy in its own forward and generate; one that is a way to read (`reset`,
-    `recompute`, `decimate`, `chunk-select`, `attention-window`) only our reading follows, and the own forward
+    `recompute`, `decimate`, `chunk-select`, `lamb`, `attention-window`) only our reading follows, and the own forward
     refuses. A copy of a model (`copy.deepcopy`) has what is on it: `for h in handles_on(copy): h.remove()`.
 
     Args:

@@ -49,6 +49,7 @@ class Need(Enum):
     ERASING = "a recurrence that erases, as the delta rule does"
     ATTENTION = "layers that attend, beside the recurrent ones"
     NO_ATTENTION = "no layer that attends, for it would need the tokens that the remedy drops between layers"
+    KEYS = "layers that show their keys and queries, as this library's own do"
     TRAIN_LENGTH = "the length that the model was trained on"
     TARGET_LENGTH = "the length that is to be read"
 
@@ -198,6 +199,8 @@ def _lacks(need: Need, remedy: str, model: LanguageModel, target_length: int | N
             return f"{remedy} is for hybrids, and {model.name} has no {'attention' if model.mixers else 'recurrence'}"
         case Need.NO_ATTENTION if model.attends:
             return f"{remedy} drops tokens between layers, which attention in {model.name} needs"
+        case Need.KEYS if not all(mixer.tappable for mixer in model.mixers):
+            return f"{remedy} reads keys and queries, which an adopted model does not show: {model.name} is one"
         case Need.TRAIN_LENGTH:
             return _unknown_train_length(remedy, model)
         case Need.TARGET_LENGTH if target_length is None:

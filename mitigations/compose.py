@@ -77,7 +77,8 @@ def combine(plans: list[Plan], model: LanguageModel) -> Plan:
         raise InputError(f"{' and '.join(map(str, restarts))} cannot be combined")
     readers = [plan.reader for plan in plans if plan.reader]
     if len(readers) > 1 or (readers and restarts):
-        raise InputError("of the ways to read a prompt (decimate, chunk-select, reset, recompute) one can be taken")
+        ways = "decimate, chunk-select, lamb, reset, recompute"
+        raise InputError(f"of the ways to read a prompt ({ways}) one can be taken")
     policies = [reduce(ScanPolicy.then, layer, PLAIN) for layer in zip(*(plan.policies for plan in plans))]
     return Plan(
         tuple(policies) or (PLAIN,) * len(model.mixers),

@@ -151,8 +151,8 @@ def probe(
         say: called with a line as things are known.
     Raises:
         InputError: a length below `every`, an unknown prompt, a text too short, no training length known, a model
-            without recurrent layers, a remedy for prompts (decimate, chunk-select) on the model: nothing of it would be
-            seen.
+            without recurrent layers, a remedy for prompts (decimate, chunk-select, lamb) on the model: nothing of it
+            would be seen.
     """
     lm: LanguageModel = as_language_model(model)
     train_length = _check(lm, length, every, slices)

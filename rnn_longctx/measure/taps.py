@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 from rnn_longctx.models.interface import LanguageModel, MixerReading, RecurrentMixer, Tap
+from rnn_longctx.recurrence.gates import AnyGates
 
 
 def taps_everywhere(model: LanguageModel) -> bool:
@@ -28,8 +30,8 @@ def tapping(mixers: Sequence[RecurrentMixer], taps: Sequence[Tap]) -> Iterator[N
 
 
 def _both(first: Tap, second: Tap) -> Tap:
-    def tap(reading: MixerReading) -> None:
-        first(reading)
-        second(reading)
+    def tap(reading: MixerReading) -> AnyGates | None:
+        gates = first(reading) or reading.gates
+        return second(replace(reading, gates=gates)) or gates
 
     return tap

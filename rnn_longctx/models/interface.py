@@ -129,7 +129,7 @@ class MixerReading:
     rest: Rest
 
 
-Tap = Callable[[MixerReading], None]
+Tap = Callable[[MixerReading], AnyGates | None]  # the gates for the scan to read, or None for those of the layer
 
 
 class Mixer(Protocol):
@@ -184,7 +184,8 @@ class RecurrentMixer(Protocol):
         heads, headdim, d_state: the shape (H, P, N) of a row's state.
         policy: data; set it, and the next token follows it.
         observer: is shown the state's statistics, or None.
-        tap: is called with the `MixerReading` of every call, or None. Only a layer that is `tappable` takes one.
+        tap: is called with the `MixerReading` of every call, and may return other gates for the scan to read; or None.
+            Only a layer that is `tappable` takes one.
         backend: the name of one, or None for the first that supports the policy.
         state_dtype: what the state is rounded to between calls, or None.
         per_channel: whether every channel of the state decays by itself.

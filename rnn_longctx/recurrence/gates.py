@@ -139,6 +139,11 @@ class SteppedGates:
             dt = dt.clamp(*self.dt_limit)
         return _changed(dt[..., None] * A if self.per_channel else dt * A, dt, policy, mask)
 
+    def stepping(self, steps: Tensor) -> SteppedGates:
+        """Return gates of the same rates whose steps are `steps` (B, T, H) as they are. Under a policy with a `min_dt`
+        above 0 tokens of step 0 are skipped."""
+        return SteppedGates(steps, self.A, softplus=False)
+
 
 @dataclass(frozen=True, eq=False)
 class DeltaGates:

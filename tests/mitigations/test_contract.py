@@ -70,9 +70,9 @@ def test_which_kinds_of_models_take_which_remedies(models):
         "given gates": {*given, Need.ERASING},
         "delta rule": {*given, "a window"},
         "attention alone": {*given, Need.RECURRENCE, Need.NO_ATTENTION, Need.ERASING},
-        "adopted Mamba-2": {Need.ATTENTION, Need.ERASING},
-        "adopted Mamba-1": {*given, Need.ERASING},
-        "hybrid": {Need.NO_ATTENTION, Need.ERASING},
+        "adopted Mamba-2": {Need.ATTENTION, Need.ERASING, Need.KEYS},
+        "adopted Mamba-1": {*given, Need.ERASING, Need.KEYS},
+        "hybrid": {Need.NO_ATTENTION, Need.ERASING, Need.KEYS},
     }
     hang_on_the_setting = {"rri:alpha=0.9999,beta=0.75,erases=true": {Need.ERASING}}
     for text in SETTINGS:
@@ -112,6 +112,7 @@ def test_all_has_the_published_settings():
         "window:tokens=48",
         "window:tokens=192",
         "token-filter",
+        "lamb",
         "a-floor",
         "recompute:last=48",
         "recompute:last=96",

@@ -34,6 +34,7 @@ from rnn_longctx.recurrence.policy import PLAIN, Cap, ScanPolicy
         "token-filter:theta=0.01",
         "decimate:base=100,beta=0.5,first=1",
         "chunk-select:chunk=100,query=9",
+        "lamb:tokens=100,query=9",
         "noise-start:std=0.1,seed=3",
         "stored-start:file=here.state",
         "rri:alpha=0.9,beta=1.0+state-norm",

@@ -139,6 +139,7 @@ CALLS = {
 }
 OURS = {
     "decimate": lambda m: _under(m, "decimate:base=9"),
+    "lamb": lambda m: _under(m, "lamb:tokens=9,query=4"),
     "attribute": lambda m: attribute(m, random_ids_of(20, 1), segment=7).values,
     "dropped": lambda m: dropped_share(m, random_ids_of(64, 1), "token-filter", 128)["share"],
 }

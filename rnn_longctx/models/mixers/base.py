@@ -53,7 +53,8 @@ class Recurrent(nn.Module):
         one_step_a_head: whether a token has one step a head, from what `in_proj` gives, which `steps` works out.
         heads, headdim, d_state: the shape (H, P, N) of a row's state.
         policy, observer, backend, state_dtype: see `rnn_longctx.recurrence.ssd.scan.scan`.
-        tap: is called with the `MixerReading` of every call, before its scan; None: nobody looks.
+        tap: is called with the `MixerReading` of every call, before its scan, and may return other gates for it; None:
+            nobody looks.
         tappable: every mixer of this class is.
     """
 
@@ -110,7 +111,7 @@ class Recurrent(nn.Module):
         pass over memory."""
         inputs, gates, rest = self.inputs(u, carry, span)
         if self.tap is not None:
-            self.tap(MixerReading(inputs, gates, span, carry, rest))
+            gates = self.tap(MixerReading(inputs, gates, span, carry, rest)) or gates
         output_gate = self.output_gate(rest)
         y, scanned = self.recurrence.scan(
             inputs,
