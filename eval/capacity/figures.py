@@ -101,7 +101,7 @@ def growth(group: pd.DataFrame, quantity: str, mitigation: str) -> Figure:
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
         if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(0, -0.12))
+            axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(0, -0.12))
     bounds = ", ".join(
         f"{n} {words}"
         for bound, words in _BOUNDS[quantity.split()[0]].items()
