@@ -162,6 +162,13 @@ def test_what_is_held_does_not_grow():
         assert cache.layers[0].keys.shape == (1, 4, 3 + 5 + 11, 4)
     assert model.state_size().total(10**6) == 2 * 2 * WIDTH * (3 + 5 + 11)
     assert cache.layers[0].position.tolist() == [200]
+    for length, tokens in ((36, [0, 0, 0]), (37, [1, 1, 1]), (40, [0, 2, 2]), (47, [3, 5, 4])):  # of head 0
+        cache = Cache()
+        model(torch.randint(9, (1, length)), cache)
+        ends = cache.layers[1].keys[0, 0].abs().sum(-1).split([3, 5, 11])  # zero where that is no token
+        assert [int((x > 0).sum()) for x in ends] == tokens and all(
+            bool((x[len(x) - n :] > 0).all()) for x, n in zip(ends, tokens)
+        )
 
 
 @torch.no_grad()

@@ -139,8 +139,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, label: Tensor) -> tuple[Tensor, Tens
     seen = (labels == labels[..., memory:].mT) & past  # every query sees itself
     scores = (queries @ keys).to(torch.promote_types(q.dtype, torch.float32)) / math.sqrt(q.shape[3])
     scores = scores.masked_fill(~seen, -math.inf)
-    log_sum = scores.logsumexp(-1)
-    y = (scores - log_sum[..., None]).exp().to(v.dtype) @ values.mT
+    largest = scores.detach().amax(-1, keepdim=True)
+    exponentials = (scores - largest).exp()
+    total = exponentials.sum(-1, keepdim=True)
+    y = (exponentials.to(v.dtype) @ values.mT) / total.to(v.dtype)
+    log_sum = (largest + total.log())[..., 0]
     return y.flatten(2, 3)[:, :, :length], log_sum.flatten(2, 3)[:, :, :length]
 
 
@@ -152,16 +155,20 @@ def _gathered(x: Tensor, index: Tensor) -> Tensor:
 def reach(patterns: tuple[Pattern, ...], heads: int, layers: int, length: int) -> Tensor:
     """Return how many tokens back information may come from, (layers, length) int64: row l is of the output of l + 1
     layers, at each position of a document."""
-    earliest, rows = torch.arange(length), []
+    places, rows = torch.arange(length), []
+    earliest = places
     for _ in range(layers):
-        before = earliest
+        before, earliest = earliest, earliest.clone()
         for pattern in patterns:
-            taken_of_a_segment = pattern.segment // pattern.dilation
             for shift in range(min(heads, pattern.dilation)):
-                taken = before[shift :: pattern.dilation]
-                whole = F.pad(taken, (0, -len(taken) % taken_of_a_segment), value=length)
-                first = whole.unflatten(0, (-1, taken_of_a_segment)).cummin(1).values.flatten()[: len(taken)]
-                earliest = earliest.clone()
-                earliest[shift :: pattern.dilation] = torch.minimum(earliest[shift :: pattern.dilation], first)
-        rows.append(torch.arange(length) - earliest)
+                taken = slice(shift, None, pattern.dilation)
+                first = _first_of_segment(before[taken], pattern.memory + 1)
+                earliest[taken] = torch.minimum(earliest[taken], first)
+        rows.append(places - earliest)
     return torch.stack(rows)
+
+
+def _first_of_segment(places: Tensor, size: int) -> Tensor:
+    """Return the least of places (N) up to each, from the beginning of its `size` ones on."""
+    whole = F.pad(places, (0, -len(places) % size)).unflatten(0, (-1, size))
+    return whole.cummin(1).values.flatten()[: len(places)]
