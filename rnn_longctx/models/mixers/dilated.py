@@ -104,7 +104,7 @@ def dilated(
 ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
     """Return what queries (B, H, T, D) read of keys and values (B, H, T, D), and of those (B, H, M, D) that are held of
     each pattern's segment before the call; and what is held after it, zero where that is no token."""
-    outputs, sums, weighed, after = [], [], [], []
+    outputs, sums, takes, after = [], [], [], []
     for pattern, (keys, values) in zip(patterns, held, strict=True):
         tokens = Taken.of(pattern, q.shape[1], at)
         keys = torch.cat([keys.to(k.dtype), _gathered(k, tokens.source)], 2)  # (B, H, M + N, D)
@@ -115,11 +115,11 @@ def dilated(
         # (not -inf: of a token that no pattern takes the softmax below would be NaN)
         least = torch.finfo(log_sum.dtype).min
         sums.append(log_sum.gather(2, rank).masked_fill(~tokens.taken, least))
-        weighed.append(tokens.taken)
+        takes.append(tokens.taken)
         newest = tokens.count[..., None] + torch.arange(pattern.memory, device=q.device)  # (B, H, M)
         over = (tokens.label.gather(2, newest) != tokens.current[:, None, None])[..., None]
         after.append((_gathered(keys, newest).masked_fill(over, 0), _gathered(values, newest).masked_fill(over, 0)))
-    weights = torch.stack(sums).softmax(0) * torch.stack(weighed)  # (patterns, B, H, T)
+    weights = torch.stack(sums).softmax(0) * torch.stack(takes)  # (patterns, B, H, T)
     return (weights[..., None] * torch.stack(outputs)).sum(0).to(v.dtype), after
 
 
