@@ -1,4 +1,5 @@
-"""Causal softmax attention as a layer that goes on from a carry: what full and sliding-window attention share.
+"""Causal softmax attention as a layer that goes on from a carry: what full and sliding-window attention share, and of
+it what every layer that attends does.
 
 A row keeps the keys and values of the tokens that it has read, all of them or the last window - 1. Keys are kept as
 they were before they are turned, and turned by their place in what a call reads: so that a carry may be cropped, and
@@ -56,11 +57,11 @@ class WindowKeys:
         return WindowKeys(self.keys[:, first:], self.values[:, first:], self.held.clamp(max=tokens))
 
 
-class CausalAttention(nn.Module):
-    """A layer of attention. A subclass has a name, a `Config` with `heads`, and says what is seen of what was read.
+class Attention(nn.Module):
+    """A layer's projections to queries, keys and values, and back. A subclass has a name, a `Config` with `heads`, and
+    a carry of its own.
 
     Attributes:
-        window: tokens that a token attends to, itself among them; None: all before it.
         rotary: whether queries and keys are turned by their places.
     """
 
@@ -83,23 +84,36 @@ class CausalAttention(nn.Module):
         return cls(config, model)
 
     @property
-    def window(self) -> int | None:
-        return None
-
-    @property
     def rotary(self) -> bool:
         return True
 
-    def forward(self, u: Tensor, carry: WindowKeys | None, span: Span) -> tuple[Tensor, WindowKeys]:
+    def projected(self, u: Tensor, span: Span) -> tuple[Tensor, ...]:
+        """Return queries, keys and values, (B, T, H, D) each, of u. Raises InputError for a part of a stream that
+        several ranks share."""
         if span.shard is not None:
             raise InputError(f"{self.name} cannot be followed where a context is read over several ranks")
+        return self.in_proj(u).unflatten(-1, (3, self.config.heads, -1)).unbind(2)
+
+
+class CausalAttention(Attention):
+    """A layer of attention that says what is seen of what was read.
+
+    Attributes:
+        window: tokens that a token attends to, itself among them; None: all before it.
+    """
+
+    @property
+    def window(self) -> int | None:
+        return None
+
+    def forward(self, u: Tensor, carry: WindowKeys | None, span: Span) -> tuple[Tensor, WindowKeys]:
         begun, carry = carry is not None, self.new_carry(len(u)) if carry is None else carry
         before, length = carry.keys.shape[1], u.shape[1]
         window = before + length if self.window is None else self.window
-        q, k, v = self.in_proj(u).unflatten(-1, (3, self.config.heads, -1)).unbind(2)  # (B, T, H, D)
+        q, k, v = self.projected(u, span)
         k = torch.cat([carry.keys.to(k.dtype), k], 1)  # (B, S + T, H, D), as places are counted from here on
         v = torch.cat([carry.values.to(v.dtype), v], 1)
-        begin = self._begin(carry, length, span)  # (B, T)
+        begin = begins(before - carry.held, before, length, span)  # (B, T)
         last = before + length if self.window is None else window - 1  # the most that are kept
         kept = slice(max(0, before + length - last), None)
         held = (before + length - begin[:, -1]).clamp(max=last)
@@ -113,17 +127,6 @@ class CausalAttention(nn.Module):
             y = _chunks(q, k, v, begin, window)
         return self.out_proj(y.flatten(2)), after
 
-    def _begin(self, carry: WindowKeys, length: int, span: Span) -> Tensor:
-        """Return the place (B, T) where each token's document begins, or what is left of it."""
-        before = carry.keys.shape[1]
-        first = before - carry.held  # (B,)
-        if span.mask is not None:  # padding stands before the first token of a row
-            first = first + length - span.mask.sum(1)
-        if span.reset is None:
-            return first[:, None].expand(-1, length)
-        places = torch.arange(before, before + length, device=first.device)
-        return torch.where(span.reset, places, first[:, None]).cummax(1).values
-
     def state_size(self) -> StateSize:
         numbers = 2 * self.in_proj.in_features
         return StateSize(per_token=numbers) if self.window is None else StateSize(windows={self.window - 1: numbers})
@@ -132,6 +135,22 @@ class CausalAttention(nn.Module):
         weight, heads = self.in_proj.weight, self.config.heads
         keys = weight.new_zeros(rows, 0, heads, self.in_proj.in_features // heads)
         return WindowKeys(keys, torch.zeros_like(keys), torch.zeros(rows, dtype=torch.int64, device=weight.device))
+
+
+def begins(first: Tensor, before: int, length: int, span: Span) -> Tensor:
+    """Return the place (B, T) where each token's document begins, or what is left of it.
+
+    Args:
+        first: (B,), the place where the document that the carry holds begins.
+        before: the place of the call's first token.
+        length: T, the tokens of the call.
+    """
+    if span.mask is not None:  # padding stands before the first token of a row
+        first = first + length - span.mask.sum(1)
+    if span.reset is None:
+        return first[:, None].expand(-1, length)
+    places = torch.arange(before, before + length, device=first.device)
+    return torch.where(span.reset, places, first[:, None]).cummax(1).values
 
 
 def _chunks(q: Tensor, k: Tensor, v: Tensor, begin: Tensor, window: int) -> Tensor:

@@ -1,0 +1,174 @@
+"""Dilated attention (LongNet, arXiv 2307.02486): softmax over several patterns of a document, each sparse.
+
+A pattern cuts a document from its first token on into segments of w tokens. Of a segment head j takes the tokens whose
+positions are j modulo r: each of them reads those taken up to itself, and a token that is not taken reads nothing.
+Patterns are merged by their denominators, with gradients: that is one softmax over all keys that the patterns give a
+token, a key as often as it is given. A token that no pattern takes gets zero.
+
+Work and memory are linear in T: the taken tokens are gathered, and a token is compared with the w / r taken last.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CHUNK = 256  # queries at most that are compared with one stretch of keys
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """Segments of `segment` tokens, of which a head takes every `dilation`-th."""
+
+    segment: int
+    dilation: int
+
+    @property
+    def memory(self) -> int:
+        """Taken tokens of a segment that a later one of it may read: what a stream must hold of them."""
+        return self.segment // self.dilation - 1
+
+
+@dataclass(frozen=True, eq=False)
+class Places:
+    """Where the tokens of a call stand.
+
+    Attributes:
+        position: (B, T), of each token in its document, from 0 on; below 0 at padding.
+        before: (B,), tokens of the document that each row goes on with which earlier calls read.
+        forgotten: (B,), how many of those, its first ones, are read no more.
+        documents: whether further documents may begin inside the call.
+    """
+
+    position: Tensor
+    before: Tensor
+    forgotten: Tensor
+    documents: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Taken:
+    """The tokens of a call that each head takes under a pattern, in their order, behind those that a stream holds.
+
+    M tokens are held, the newest at the right end; of a call's there is room for N, filled from the left. A segment's
+    label is the place in the call where it begins (below 0: in an earlier call); T + 1 labels what is no token.
+
+    Attributes:
+        taken: (B, H, T) bool, whether a head takes a token.
+        rank: (B, H, T), the index in N of each taken token.
+        source: (B, H, N), the place in the call of each taken token.
+        count: (B, H), how many are taken.
+        label: (B, H, M + N), the segment of each token.
+        current: (B,), the label of the segment that the stream goes on with; T where a new one begins.
+    """
+
+    taken: Tensor
+    rank: Tensor
+    source: Tensor
+    count: Tensor
+    label: Tensor
+    current: Tensor
+
+    @classmethod
+    def of(cls, pattern: Pattern, heads: int, at: Places) -> Taken:
+        w, r = pattern.segment, pattern.dilation
+        rows, length = at.position.shape
+        device, nowhere = at.position.device, length + 1
+        shift = torch.arange(heads, device=device)[:, None] % r  # (H, 1)
+        position = at.position[:, None]  # (B, 1, T)
+        taken = (position % r == shift) & (position >= 0)
+        rank, count = taken.cumsum(2) - 1, taken.sum(2)
+        # where documents begin anew, a head may take more than every r-th token
+        room = max(1, int(count.max())) if at.documents else -(-length // r)
+        places = torch.arange(length, device=device)
+        source = places.new_zeros(rows, heads, room + 1)  # (the last one for tokens that are not taken)
+        source = source.scatter_(2, rank.where(taken, room), places.expand_as(rank))[..., :room]
+        begin = (places - at.position % w)[:, None].expand(-1, heads, -1).gather(2, source)
+        label = begin.where(torch.arange(room, device=device) < count[..., None], nowhere)
+        newest = at.before[:, None, None] - 1
+        newest = newest - (newest - shift) % r  # (B, H, 1), the last position that a head took
+        held = newest - r * torch.arange(pattern.memory - 1, -1, -1, device=device)  # (B, H, M) positions
+        first = at.before // w * w  # (B,), where its segment began
+        readable = held >= torch.maximum(first, at.forgotten)[:, None, None]
+        held_label = (first - at.before)[:, None, None].where(readable, nowhere)
+        current = length - (at.position[:, -1] + 1) % w
+        return cls(taken, rank, source, count, torch.cat([held_label, label], 2), current)
+
+
+def dilated(
+    q: Tensor, k: Tensor, v: Tensor, held: list[tuple[Tensor, Tensor]], patterns: tuple[Pattern, ...], at: Places
+) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    """Return what queries (B, H, T, D) read of keys and values (B, H, T, D), and of those (B, H, M, D) that are held of
+    each pattern's segment before the call; and what is held after it, zero where that is no token."""
+    outputs, sums, takes, after = [], [], [], []
+    for pattern, (keys, values) in zip(patterns, held, strict=True):
+        tokens = Taken.of(pattern, q.shape[1], at)
+        keys = torch.cat([keys.to(k.dtype), _gathered(k, tokens.source)], 2)  # (B, H, M + N, D)
+        values = torch.cat([values.to(v.dtype), _gathered(v, tokens.source)], 2)
+        output, log_sum = attend(_gathered(q, tokens.source), keys, values, tokens.label)
+        rank = tokens.rank.clamp(min=0)
+        outputs.append(_gathered(output, rank))
+        # (not -inf: of a token that no pattern takes the softmax below would be NaN)
+        least = torch.finfo(log_sum.dtype).min
+        sums.append(log_sum.gather(2, rank).masked_fill(~tokens.taken, least))
+        takes.append(tokens.taken)
+        newest = tokens.count[..., None] + torch.arange(pattern.memory, device=q.device)  # (B, H, M)
+        over = (tokens.label.gather(2, newest) != tokens.current[:, None, None])[..., None]
+        after.append((_gathered(keys, newest).masked_fill(over, 0), _gathered(values, newest).masked_fill(over, 0)))
+    weights = torch.stack(sums).softmax(0) * torch.stack(takes)  # (patterns, B, H, T)
+    return (weights[..., None] * torch.stack(outputs)).sum(0).to(v.dtype), after
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what N queries (B, H, N, D) read of the keys and values (B, H, M + N, D) of M tokens before and of their
+    own, each of the M before it and itself, where labels (B, H, M + N) are its own: outputs (B, H, N, D), and the
+    logarithms (B, H, N) of the softmax's denominators, at least float32."""
+    length, memory = q.shape[2], k.shape[2] - q.shape[2]
+    chunk = min(length, memory + 1, CHUNK)
+    width, behind = memory + chunk, -length % chunk
+    queries = F.pad(q, (0, 0, 0, behind)).unflatten(2, (-1, chunk))  # (B, H, chunks, chunk, D)
+    keys = F.pad(k, (0, 0, 0, behind)).unfold(2, width, chunk)  # (B, H, chunks, D, width)
+    values = F.pad(v, (0, 0, 0, behind)).unfold(2, width, chunk)
+    labels = F.pad(label, (0, behind)).unfold(2, width, chunk)[..., None, :]
+    places = torch.arange(width, device=q.device)
+    past = places <= places[memory:, None]  # (chunk, width)
+    seen = (labels == labels[..., memory:].mT) & past  # every query sees itself
+    scores = (queries @ keys).to(torch.promote_types(q.dtype, torch.float32)) / math.sqrt(q.shape[3])
+    scores = scores.masked_fill(~seen, -math.inf)
+    largest = scores.detach().amax(-1, keepdim=True)
+    exponentials = (scores - largest).exp()
+    total = exponentials.sum(-1, keepdim=True)
+    y = (exponentials.to(v.dtype) @ values.mT) / total.to(v.dtype)
+    log_sum = (largest + total.log())[..., 0]
+    return y.flatten(2, 3)[:, :, :length], log_sum.flatten(2, 3)[:, :, :length]
+
+
+def _gathered(x: Tensor, index: Tensor) -> Tensor:
+    """Return the tokens (B, H, N, D) of x (B, H, T, D) at index (B, H, N)."""
+    return x.gather(2, index[..., None].expand(-1, -1, -1, x.shape[3]))
+
+
+def reach(patterns: tuple[Pattern, ...], heads: int, layers: int, length: int) -> Tensor:
+    """Return how many tokens back information may come from, (layers, length) int64: row l is of the output of l + 1
+    layers, at each position of a document."""
+    places, rows = torch.arange(length), []
+    earliest = places
+    for _ in range(layers):
+        before, earliest = earliest, earliest.clone()
+        for pattern in patterns:
+            for shift in range(min(heads, pattern.dilation)):
+                taken = slice(shift, None, pattern.dilation)
+                first = _first_of_segment(before[taken], pattern.memory + 1)
+                earliest[taken] = torch.minimum(earliest[taken], first)
+        rows.append(places - earliest)
+    return torch.stack(rows)
+
+
+def _first_of_segment(places: Tensor, size: int) -> Tensor:
+    """Return the least of places (N) up to each, from the beginning of its `size` ones on."""
+    whole = F.pad(places, (0, -len(places) % size)).unflatten(0, (-1, size))
+    return whole.cummin(1).values.flatten()[: len(places)]

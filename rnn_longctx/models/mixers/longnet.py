@@ -1,0 +1,159 @@
+"""LongNet (arXiv 2307.02486) as a language model's layer: dilated attention, whose cost is linear in the length.
+
+What it computes: `rnn_longctx.models.mixers.dilated`. Segments are counted from the first token of a document, so that
+a stream needs of each pattern the taken tokens of the present segment alone: the carry does not grow with the length.
+Where shorter segments divide the longest one, information goes nowhere beyond it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from rnn_longctx.config import parse_length
+from rnn_longctx.errors import InputError
+from rnn_longctx.models.attention import Attention, begins
+from rnn_longctx.models.carries import carry
+from rnn_longctx.models.interface import StateSize
+from rnn_longctx.models.mixers import MIXERS
+from rnn_longctx.models.mixers.dilated import Pattern, Places, dilated, reach
+from rnn_longctx.models.rotary import turned
+from rnn_longctx.recurrence.span import Span
+
+
+@dataclass(frozen=True)
+class LongNetConfig:
+    """The shape of a layer.
+
+    Attributes:
+        segments: lengths of segments, as in 64/256/1024, each longer than the one before.
+        dilations: for each of them how many tokens apart those are that a head reads, as in 1/4/16. With none of 1, a
+            layer of fewer heads than the smallest one reads nothing at some positions.
+        positions: "rope", or "none": then a token knows the order of what it reads by the causal mask alone.
+    """
+
+    heads: int = 4
+    segments: str | int = "64/256/1024"
+    dilations: str | int = "1/4/16"
+    positions: Literal["rope", "none"] = "rope"
+
+    def __post_init__(self) -> None:
+        if self.heads < 1:
+            raise InputError(f"longnet: expected at least 1 head, got {self.heads}")
+        segments, dilations = (_lengths(name, getattr(self, name)) for name in ("segments", "dilations"))
+        if len(segments) != len(dilations):
+            raise InputError(
+                f"longnet: expected a dilation for every segment length, got {len(segments)} in {self.segments} and "
+                f"{len(dilations)} in {self.dilations}"
+            )
+        if any(a >= b for a, b in zip(segments, segments[1:])):
+            raise InputError(f"longnet: segments must grow, as in 64/256/1024, got {self.segments}")
+        for w, r in zip(segments, dilations):
+            if w % r:
+                raise InputError(f"longnet: a segment length must be a multiple of its dilation, got {w} and {r}")
+
+    @property
+    def patterns(self) -> tuple[Pattern, ...]:
+        return tuple(map(Pattern, _lengths("segments", self.segments), _lengths("dilations", self.dilations)))
+
+    @property
+    def barrier(self) -> int | None:
+        """The tokens at whose multiples information goes no further: the longest segment. None where a shorter one lies
+        across its end."""
+        longest = self.patterns[-1].segment
+        return None if any(longest % pattern.segment for pattern in self.patterns) else longest
+
+    def reach(self, layers: int, length: int) -> Tensor:
+        """Return how many tokens back information may come from through such layers, see `dilated.reach`."""
+        return reach(self.patterns, self.heads, layers, length)
+
+
+def _lengths(name: str, text: str | int) -> list[int]:
+    try:
+        return [parse_length(number) for number in str(text).split("/")]
+    except InputError:
+        raise InputError(f"longnet: {name} are whole numbers above 0, as in 4/16, got {text!r}") from None
+
+
+@carry
+@dataclass
+class DilatedKeys:
+    """The carry: of each pattern the last tokens of the present segment that a head takes, the newest at the right end.
+
+    S = the sum of w / r - 1 over the patterns, which stand there one after another. What is no token is zero.
+
+    Attributes:
+        keys, values: (B, H, S, D); keys as they are turned by their positions.
+        position: (B,) int64, tokens of its document that the row has read.
+        forgotten: (B,) int64, how many of those, the first ones, are read no more (`cropped`).
+    """
+
+    keys: Tensor
+    values: Tensor
+    position: Tensor
+    forgotten: Tensor
+
+    def cropped(self, tokens: int) -> DilatedKeys:
+        """Return the carry with the last `tokens` tokens alone; segments begin where they did."""
+        forgotten = torch.maximum(self.forgotten, self.position - tokens)
+        return DilatedKeys(self.keys, self.values, self.position, forgotten)
+
+
+@MIXERS.register
+class LongNet(Attention):
+    """A layer of dilated attention."""
+
+    name = "longnet"
+    Config: ClassVar[Any] = LongNetConfig
+    examples = (  # (beyond the longest segment a warning is due)
+        "longnet:heads=4,segments=6/24/72,dilations=1/3/8",
+        "longnet:heads=4,segments=8/80,dilations=2/4,positions=none",
+    )
+
+    def __init__(self, config: LongNetConfig, model: Any):
+        super().__init__(config, model)
+        self.patterns = config.patterns
+
+    @property
+    def rotary(self) -> bool:
+        return self.config.positions == "rope"
+
+    def forward(self, u: Tensor, carry: DilatedKeys | None, span: Span) -> tuple[Tensor, DilatedKeys]:
+        barrier = self.config.barrier
+        if barrier is not None and span.reset is None and u.shape[1] > barrier:
+            warnings.warn(
+                f"longnet: more is read than the longest segment holds, {barrier} tokens, and such layers carry nothing"
+                " from one of those segments into the next",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        carry = self.new_carry(len(u)) if carry is None else carry
+        q, k, v = self.projected(u, span)
+        places = torch.arange(u.shape[1], device=u.device)
+        position = places - begins(-carry.position, 0, u.shape[1], span)  # (B, T)
+        if self.rotary:
+            q, k = turned(q, position), turned(k, position)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, T, D)
+        sizes = [pattern.memory for pattern in self.patterns]
+        held = list(zip(carry.keys.split(sizes, 2), carry.values.split(sizes, 2)))
+        at = Places(position, carry.position, carry.forgotten, documents=span.reset is not None)
+        y, held = dilated(q, k, v, held, self.patterns, at)
+        forgotten = carry.forgotten if span.reset is None else carry.forgotten.masked_fill(span.reset.any(1), 0)
+        keys, values = (torch.cat(tensors, 2) for tensors in zip(*held))
+        after = DilatedKeys(keys, values, position[:, -1] + 1, forgotten.clone())
+        return self.out_proj(y.transpose(1, 2).flatten(2)), after
+
+    def state_size(self) -> StateSize:
+        tokens = sum(pattern.memory for pattern in self.patterns)
+        return StateSize({"attention": 2 * self.in_proj.in_features * tokens})
+
+    def new_carry(self, rows: int) -> DilatedKeys:
+        weight, heads = self.in_proj.weight, self.config.heads
+        tokens = sum(pattern.memory for pattern in self.patterns)
+        keys = weight.new_zeros(rows, heads, tokens, self.in_proj.in_features // heads)
+        none = torch.zeros(rows, dtype=torch.int64, device=weight.device)
+        return DilatedKeys(keys, torch.zeros_like(keys), none, none.clone())

@@ -1,0 +1,287 @@
+"""LongNet's dilated attention against its definition in float64: one softmax over the multiset of keys that the
+patterns give a token."""
+
+from __future__ import annotations
+
+import random
+import warnings
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from rnn_longctx.errors import InputError
+from rnn_longctx.models import checkpoint
+from rnn_longctx.models.cache import Cache
+from rnn_longctx.models.config import ModelConfig, model_config
+from rnn_longctx.models.lm import LM
+from rnn_longctx.models.mixers import dilated
+from rnn_longctx.models.mixers.longnet import LongNetConfig
+from rnn_longctx.models.restart import Crop
+from rnn_longctx.recurrence.span import WHOLE, Span
+from rnn_longctx.testing import mixers as contract
+
+WIDTH = 16
+SETTINGS = [  # (heads, segments, dilations)
+    (2, "7", "1"),
+    (4, "4/12/36", "1/2/3"),  # every head has a shift of its own
+    (2, "6/24/96", "1/4/16"),  # fewer heads than a dilation: positions that no head takes
+    (8, "6/30", "3/5"),  # more heads than a dilation; some tokens of a head are taken by no pattern
+    (4, "5/20", "5/4"),  # a segment of which a head takes one token
+    (1, "4/8/16", "4/4/8"),  # most tokens are taken by no pattern
+]
+
+pytestmark = pytest.mark.filterwarnings("ignore:longnet. more is read")
+
+
+def spec(heads: int, segments: str, dilations: str, positions: str = "rope") -> str:
+    return f"longnet:heads={heads},segments={segments},dilations={dilations},positions={positions}"
+
+
+def model_of(text: str, layers: int = 1) -> LM:
+    model = LM(ModelConfig(text, d_model=WIDTH, n_layer=layers, vocab_size=9)).double().eval()
+    torch.nn.init.normal_(model.backbone.embedding.weight)
+    return model
+
+
+def multiplicities(config: LongNetConfig, length: int) -> torch.Tensor:
+    """(H, T, T): how often the patterns give a query, in rows, a key, in columns."""
+    counts = torch.zeros(config.heads, length, length, dtype=torch.float64)
+    for w, r in zip(map(int, str(config.segments).split("/")), map(int, str(config.dilations).split("/"))):
+        for head in range(config.heads):
+            for begin in range(0, length, w):
+                taken = [t for t in range(begin, min(begin + w, length)) if (t - begin) % r == head % r]
+                for query in taken:
+                    for key in taken:
+                        counts[head, query, key] += key <= query
+    return counts
+
+
+def turned(x: torch.Tensor) -> torch.Tensor:
+    """x (B, T, H, D), channels i and i + D / 2 of which are the parts of a complex number, turned by its position."""
+    half = x.shape[-1] // 2
+    rates = 10_000.0 ** (-torch.arange(half, dtype=torch.float64) / half)
+    angles = torch.arange(x.shape[1], dtype=torch.float64)[:, None, None] * rates
+    z = torch.complex(x[..., :half], x[..., half:]) * torch.polar(torch.ones_like(angles), angles)
+    return torch.cat([z.real, z.imag], -1)
+
+
+def oracle(mixer, u: torch.Tensor, seen: torch.Tensor | None = None) -> torch.Tensor:
+    """What the layer makes of one document u (B, T, d_model) a row; seen: (T, T), keys that are not forgotten."""
+    heads = mixer.config.heads
+    q, k, v = mixer.in_proj(u).unflatten(-1, (3, heads, WIDTH // heads)).unbind(2)
+    if mixer.config.positions == "rope":
+        q, k = turned(q), turned(k)
+    scores = torch.einsum("bthd,bshd->bhts", q, k) / (WIDTH // heads) ** 0.5
+    counts = multiplicities(mixer.config, u.shape[1])
+    weights = counts * scores.exp() * (1 if seen is None else seen)
+    total = weights.sum(-1, keepdim=True)
+    y = torch.einsum("bhts,bshd->bthd", weights / total.where(total > 0, 1), v)
+    return mixer.out_proj(y.flatten(2))
+
+
+def gradients(mixer, u: torch.Tensor, y: torch.Tensor, into: torch.Tensor) -> list[torch.Tensor]:
+    return list(torch.autograd.grad((y * into).sum(), [u, *mixer.parameters()]))
+
+
+@pytest.mark.parametrize("chunk", [3, 256])
+@pytest.mark.parametrize("positions", ["rope", "none"])
+@pytest.mark.parametrize("setting", SETTINGS, ids=str)
+def test_one_softmax_over_the_multiset(setting, positions, chunk, monkeypatch):
+    """Lengths that segments do not divide; gradients go through the denominators."""
+    monkeypatch.setattr(dilated, "CHUNK", chunk)
+    mixer = model_of(spec(*setting, positions)).layers[0].mixer
+    for length in (1, 23, random.randrange(24, 90)):
+        u = torch.randn(2, length, WIDTH, dtype=torch.float64, requires_grad=True)
+        y, expected, into = mixer(u, None, WHOLE)[0], oracle(mixer, u), torch.randn_like(u)
+        torch.testing.assert_close(y, expected, rtol=0, atol=1e-10)
+        for a, b in zip(gradients(mixer, u, y, into), gradients(mixer, u, expected, into), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+@torch.no_grad()
+def test_a_key_counts_as_often_as_it_is_given():
+    """The definition is another one without multiplicities, and with the patterns' average."""
+    mixer, u = model_of(spec(1, "4/8", "1/2")).layers[0].mixer, torch.randn(1, 8, WIDTH, dtype=torch.float64)
+    counts = multiplicities(mixer.config, 8)
+    assert counts[0, 2].tolist() == [2, 1, 2, 0, 0, 0, 0, 0] and counts[0, 7].tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
+    assert counts[0, 6].tolist() == [1, 0, 1, 0, 2, 1, 2, 0]
+    once = oracle(mixer, u) - oracle(mixer, u, 1 / counts[0].clamp(min=1))
+    assert once[0, 6].abs().max() > 1e-6 and once[0, 7].abs().max() < 1e-12
+
+
+@torch.no_grad()
+def test_a_token_that_no_pattern_takes_gets_zero():
+    mixer, u = model_of(spec(1, "4/8/16", "4/4/8")).layers[0].mixer, torch.randn(1, 20, WIDTH, dtype=torch.float64)
+    y = mixer(u, None, WHOLE)[0][0].abs().sum(-1)
+    assert [t for t in range(20) if y[t] > 0] == [0, 4, 8, 12, 16] and not y[[1, 2, 3, 5, 18, 19]].any()
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=str)
+def test_documents_padding_and_any_cut(setting, monkeypatch):
+    """Each document by itself is the definition, wherever calls end in it, and so are its gradients."""
+    monkeypatch.setattr(dilated, "CHUNK", 3)
+    mixer, length = model_of(spec(*setting)).layers[0].mixer, 80
+    starts = [[0, 17, 18, 51], [random.randrange(1, 20), 40], [random.randrange(20, 70)]]
+    mask = torch.arange(length) >= torch.tensor([row[0] for row in starts])[:, None]
+    reset = torch.zeros(3, length, dtype=torch.bool)
+    for row, begins in zip(reset, starts):
+        row[begins[1:]] = True
+    u = torch.randn(3, length, WIDTH, dtype=torch.float64, requires_grad=True)
+    into = torch.randn_like(u) * mask[..., None]
+    expected = torch.zeros_like(u)
+    for i, begins in enumerate(starts):
+        for begin, end in zip(begins, [*begins[1:], length]):
+            place = torch.tensor(i), torch.arange(begin, end)
+            expected = expected.index_put(place, oracle(mixer, u[i, begin:end][None])[0])
+    wanted = gradients(mixer, u, expected, into)
+    marks = sorted(random.choices(range(length), k=6))
+    for sizes in ([length], [1] * length, [b - a for a, b in zip([0, *marks], [*marks, length]) if b > a]):
+        carry, outputs = None, []
+        for piece, m, r in zip(u.split(sizes, 1), mask.split(sizes, 1), reset.split(sizes, 1)):
+            y, carry = mixer(piece, carry, Span(m, r))
+            outputs.append(y)
+        y = torch.cat(outputs, 1)
+        torch.testing.assert_close(y * mask[..., None], expected, rtol=0, atol=1e-10)
+        for a, b in zip(gradients(mixer, u, y, into), wanted, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("text", [spec(4, "4/12/36", "1/2/3"), spec(2, "3/15/30", "1/5/15"), spec(8, "6/30", "3/5")])
+def test_the_contract_beyond_the_longest_segment(text, seed):
+    for check in contract.CHECKS:
+        if "no_gradient" not in check.__name__ or "3/5" not in text:  # (some tokens hang on nothing)
+            check(text, seed)
+
+
+@torch.no_grad()
+def test_what_is_held_does_not_grow():
+    model, cache = model_of(spec(4, "4/12/36", "1/2/3"), layers=2), Cache()
+    for _ in range(40):
+        model(torch.randint(9, (1, 5)), cache)
+        assert cache.layers[0].keys.shape == (1, 4, 3 + 5 + 11, 4)
+    assert model.state_size().total(10**6) == 2 * 2 * WIDTH * (3 + 5 + 11)
+    assert cache.layers[0].position.tolist() == [200]
+    for length, tokens in ((36, [0, 0, 0]), (37, [1, 1, 1]), (40, [0, 2, 2]), (47, [3, 5, 4])):  # of head 0
+        cache = Cache()
+        model(torch.randint(9, (1, length)), cache)
+        ends = cache.layers[1].keys[0, 0].abs().sum(-1).split([3, 5, 11])  # zero where that is no token
+        assert [int((x > 0).sum()) for x in ends] == tokens and all(
+            bool((x[len(x) - n :] > 0).all()) for x, n in zip(ends, tokens)
+        )
+
+
+@torch.no_grad()
+def test_cost_is_linear():
+    def operations(text: str, length: int) -> int:
+        mixer, u = model_of(text).layers[0].mixer, torch.randn(1, length, WIDTH, dtype=torch.float64)
+        with FlopCounterMode(display=False) as counter:
+            mixer(u, None, WHOLE)
+        return counter.get_total_flops()
+
+    text = spec(4, "16/64/256", "1/4/16")
+    assert operations(text, 4096) == pytest.approx(4 * operations(text, 1024), rel=0.02)
+    # of a token: 4 projections, and two products with the 31 keys at most that a chunk sees under each pattern
+    a_token = 2 * 4 * WIDTH**2 + 2 * 2 * WIDTH * 31 * (1 + 1 / 4 + 1 / 16)
+    assert operations(text, 4096) == pytest.approx(4096 * a_token, rel=0.05)
+
+
+@torch.no_grad()
+def test_attention_forgets_under_a_control():
+    """Segments begin where they did, and what was cropped is read no more."""
+    model = model_of(spec(4, "4/12/36", "1/2/3"))
+    u, carry, outputs = torch.randn(1, 60, WIDTH, dtype=torch.float64), None, []
+    for piece in u.split(6, 1):
+        y, carry = model.layers[0].mixer(piece, None if carry is None else carry.cropped(5), WHOLE)
+        outputs.append(y)
+    t = torch.arange(60)
+    expected = oracle(model.layers[0].mixer, u, t >= (t // 6 * 6 - 5)[:, None])
+    torch.testing.assert_close(torch.cat(outputs, 1), expected, rtol=0, atol=1e-10)
+    ids, plain = torch.randint(9, (1, 60)), model(torch.zeros(1, 1, dtype=torch.int64))
+    plain, model.restart = model(ids), Crop(6, 5)
+    assert (model(ids) - plain).abs().max() > 1e-6
+    reset = torch.zeros(1, 7, dtype=torch.bool)
+    reset[0, 3] = True
+    _, after = model.layers[0].mixer(u[:, :7], carry, Span(reset=reset))
+    assert carry.forgotten.item() == 49 and after.forgotten.item() == 0 and after.position.item() == 4
+
+
+def reachable(config: LongNetConfig, layers: int, length: int) -> torch.Tensor:
+    """(layers, length): how far back the first token is from which a path through the layers leads to each."""
+    step = (multiplicities(config, length).sum(0) > 0) | torch.eye(length, dtype=torch.bool)
+    paths, rows = torch.eye(length, dtype=torch.bool), []
+    for _ in range(layers):
+        paths = (step.double() @ paths.double()) > 0
+        rows.append(torch.arange(length) - paths.int().argmax(1))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=str)
+def test_how_far_back_information_travels(setting):
+    config = LongNetConfig(*setting)
+    for length in (1, 37, 100):
+        assert torch.equal(config.reach(4, length), reachable(config, 4, length))
+    far = config.reach(6, 200)
+    assert (far <= torch.arange(200) % config.barrier).all()
+    assert (far[1:] >= far[:-1]).all()
+    overlapping = LongNetConfig(1, "4/6", "1/1")  # a short segment lies across the end of a long one
+    assert overlapping.barrier is None and torch.equal(overlapping.reach(3, 50), reachable(overlapping, 3, 50))
+    assert overlapping.reach(3, 50)[2].max() > 6
+
+
+def test_information_travels_as_far_as_reach_says():
+    model = model_of(spec(2, "3/12/24", "1/3/6"), layers=2)
+    u = torch.randn(1, 30, WIDTH, dtype=torch.float64)
+
+    def read(u: torch.Tensor) -> torch.Tensor:
+        for block in model.layers:
+            u = u + block.mixer(block.norm(u), None, WHOLE)[0]
+        return u.sum((0, 2))
+
+    sizes = torch.autograd.functional.jacobian(read, u)[:, 0].abs().sum(-1)  # (T, T), of outputs by inputs
+    far = torch.arange(30) - (sizes > 0).int().argmax(1)
+    assert torch.equal(far, LongNetConfig(2, "3/12/24", "1/3/6").reach(2, 30)[1])
+
+
+def test_a_call_beyond_the_longest_segment_warns():
+    mixer = model_of(spec(2, "4/8", "1/2")).layers[0].mixer
+    u = torch.randn(1, 9, WIDTH, dtype=torch.float64)
+    with pytest.warns(RuntimeWarning, match="than the longest segment holds, 8 tokens"):
+        mixer(u, None, WHOLE)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        mixer(u[:, :8], None, WHOLE)
+        model_of(spec(1, "4/6", "1/1")).layers[0].mixer(u, None, WHOLE)
+        mixer(u, None, Span(reset=torch.arange(9)[None] == 4))  # documents may be shorter
+
+
+@torch.no_grad()
+def test_a_checkpoint(tmp_path):
+    model = LM(ModelConfig(["mamba2:d_state=4,headdim=8", "longnet:heads=2,segments=4/32,dilations=1/4"], 16, 2, 20))
+    checkpoint.save(model.eval(), tmp_path / "model")
+    loaded, ids = checkpoint.load(tmp_path / "model"), torch.randint(20, (1, 30))
+    assert model.attends and loaded.config == model.config and loaded.weights_hash == model.weights_hash
+    torch.testing.assert_close(loaded(ids), model(ids), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ("segments=64/256", "a dilation for every segment length, got 2 in 64/256 and 3 in 1/4/16"),
+        ("segments=256/64/1024", "segments must grow, as in 64/256/1024, got 256/64/1024"),
+        ("segments=64/64/128", "segments must grow"),
+        ("segments=64/256/1000", "a multiple of its dilation, got 1000 and 16"),
+        ("segments=a/256/1024", "segments are whole numbers above 0, as in 4/16, got 'a/256/1024'"),
+        ("dilations=0/1/2", "dilations are whole numbers above 0, as in 4/16, got '0/1/2'"),
+        ("segments=64//1024", "segments are whole numbers"),
+        ("segments=-4,dilations=1", "segments are whole numbers above 0, as in 4/16, got -4"),
+        ("heads=0", "at least 1 head, got 0"),
+        ("heads=3", "does not divide into 3 heads"),
+        ("positions=alibi", "positions"),
+    ],
+)
+def test_settings_that_do_not_fit(settings, message):
+    with pytest.raises(InputError, match=message) as error:
+        model_config({"mixer": f"longnet:{settings}", "d_model": WIDTH, "n_layer": 1})
+    assert "\n" not in str(error.value)
+    assert model_config({"mixer": "longnet:segments=1k,dilations=4", "d_model": WIDTH, "n_layer": 1})
