@@ -29,10 +29,7 @@ from rnn_longctx.models.mixers.mamba2 import Mamba2Config
 
 FORMAT = "rnn-longctx"
 GPT_NEOX = "EleutherAI/gpt-neox-20b"  # the tokenizer of the official checkpoints, which do not name it
-SUPPORTED = (
-    "rnn-longctx, state-spaces Mamba-2 and transformers Mamba2ForCausalLM checkpoints, and "
-    f"flash-linear-attention's of {', '.join(fla.TYPES)}"
-)
+SUPPORTED = f"rnn-longctx, state-spaces Mamba-2, transformers Mamba2ForCausalLM, and of fla {', '.join(fla.TYPES)}"
 ADOPTED = (
     *("bamba", "falcon_h1", "granitemoehybrid", "nemotron_h", "zamba2", "mamba", "falcon_mamba", "jamba"),
     *("qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text"),
