@@ -161,7 +161,7 @@ def _hybrid_clauses(sheet: Sheet) -> list[str]:
     rise, at = bare[length].value - bare[short].value, f"at {format_length(length)}"
     if not math.isfinite(rise):
         return ["which part of the hybrid fails cannot be said where its loss is not a number"]
-    if rise <= 0:
+    if round(rise, 3) <= 0:  # (a share of next to nothing says nothing)
         return [f"{at} the loss is not above that at {format_length(short)}: no part of the hybrid is seen to fail"]
     n = min(len(bare[length].samples), len(bare[short].samples))  # slice i begins at the same place
     surely = n > 0 and paired_bootstrap(bare[length].samples[:n], bare[short].samples[:n]).low > 0

@@ -26,7 +26,7 @@ from rnn_longctx.models.adopt.stepped import UNLIMITED, SteppedAdopted
 from rnn_longctx.models.adopt.wrapped import innermost, unwrapped
 from rnn_longctx.models.checkpoint import fla
 from rnn_longctx.models.checkpoint.json_files import read_json
-from rnn_longctx.models.checkpoint.layouts import ADOPTED, NOT_ADOPTED
+from rnn_longctx.models.checkpoint.layouts import ADOPTED, NOT_ADOPTED, WITH_IMAGES
 from rnn_longctx.models.checkpoint.load import load
 from rnn_longctx.models.checkpoint.locate import locate
 from rnn_longctx.models.checkpoint.tokenizer import fits, tokenizer_of
@@ -106,7 +106,8 @@ def load_adopted(
 
     Raises:
         InputError: it is of a family that is known and not adopted, names no tokenizer and none is given, the tokenizer
-            has more tokens than the model, transformers cannot read it, or weights are missing or not finite.
+            has more tokens than the model, transformers cannot read it, or weights are missing, do not fit its config
+            or are not finite.
     """
     from rnn_longctx.data import load_tokenizer
 
@@ -120,8 +121,9 @@ def load_adopted(
     spec: Any = tokenizer or tokenizer_of(directory)
     if spec is None:
         raise InputError(f"{name} comes without a tokenizer: name one with --tokenizer")
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
+    library_class: Any = AutoModelForImageTextToText if data["model_type"] in WITH_IMAGES else AutoModelForCausalLM
     device, weights_dtype = device_of(device), dtype_of("float32" if dtype is None else dtype)
     loaded_tokenizer = load_tokenizer(spec)
     try:
@@ -129,15 +131,18 @@ def load_adopted(
         if hasattr(settings, "time_step_limit"):
             limits = settings.time_step_limit
             settings.time_step_limit = UNLIMITED if limits is None else dt_limits(limits, "time_step_limit")
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            directory, config=settings, dtype=weights_dtype, output_loading_info=True
+        loaded: Any = library_class.from_pretrained(
+            directory, config=settings, dtype=weights_dtype, output_loading_info=True, ignore_mismatched_sizes=True
         )
-        model, missing = loaded[0].to(device), loaded[1]["missing_keys"]
+        model, missing, misshapen = loaded[0].to(device), loaded[1]["missing_keys"], loaded[1]["mismatched_keys"]
     except InputError as error:
         raise InputError(f"{config}: {error}") from None
     except Exception as error:  # a config of nonsense raises nearly anything
         raise InputError(f"transformers cannot read {name}: {one_line(error)}") from None
-    if missing:  # which transformers draws at random
+    if misshapen:  # which transformers draws at random, as it does those that are missing
+        weight, stored, expected = min(misshapen)
+        raise InputError(f"{name}: {weight} has shape {tuple(stored)}, config.json expects {tuple(expected)}")
+    if missing:
         raise InputError(f"{name} lacks {len(missing)} weights, {min(missing)} among them")
     for weight, p in model.named_parameters():
         if computes_in(p) is not None and not bool(p.isfinite().all()):

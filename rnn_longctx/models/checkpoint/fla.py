@@ -31,6 +31,7 @@ from rnn_longctx.errors import InputError
 from rnn_longctx.models.checkpoint.fla_type import LAYERS_IN_TURNS, WITHOUT_MLP, FlaType, Tensors, of
 from rnn_longctx.models.config import ModelConfig, mixer_settings
 from rnn_longctx.models.mixers.mamba2 import Mamba2Config
+from rnn_longctx.models.mixers.mamba3 import SLOWEST
 from rnn_longctx.spec import canonical
 
 
@@ -282,6 +283,20 @@ _TYPES: dict[str, FlaType] = {
             "dt_rank": ("dt_rank", 0),
         },
         only={"use_bias": (False,), "use_conv_bias": (True,)},
+        frame=WITHOUT_MLP,
+        norm_eps=1e-5,
+    ),
+    "mamba3": FlaType(
+        "mamba3",
+        "Mamba3ForCausalLM",
+        keys={
+            "d_state": ("state_size", 128),
+            "expand": ("expand", 2),
+            "headdim": ("head_dim", 64),
+            "ngroups": ("n_groups", 1),
+            "rope_fraction": ("rope_fraction", 0.5),
+        },
+        only={"use_bias": (False,), "A_floor": (SLOWEST,), "is_outproj_norm": (False,), "is_mimo": (False,)},
         frame=WITHOUT_MLP,
         norm_eps=1e-5,
     ),

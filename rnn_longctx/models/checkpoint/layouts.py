@@ -29,15 +29,13 @@ from rnn_longctx.models.mixers.mamba2 import Mamba2Config
 
 FORMAT = "rnn-longctx"
 GPT_NEOX = "EleutherAI/gpt-neox-20b"  # the tokenizer of the official checkpoints, which do not name it
-SUPPORTED = (
-    "rnn-longctx, state-spaces Mamba-2 and transformers Mamba2ForCausalLM checkpoints, and "
-    f"flash-linear-attention's of {', '.join(fla.TYPES)}"
-)
+SUPPORTED = f"rnn-longctx, state-spaces Mamba-2, transformers Mamba2ForCausalLM, and of fla {', '.join(fla.TYPES)}"
 ADOPTED = (
     *("bamba", "falcon_h1", "granitemoehybrid", "nemotron_h", "zamba2", "mamba", "falcon_mamba", "jamba"),
     *("qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text"),
-    *("olmo_hybrid", "lara_mini", "kimi_linear", "bailing_hybrid", "minimax", "recurrent_gemma"),
+    *("olmo_hybrid", "lara_mini", "kimi_linear", "bailing_hybrid", "glm5_next", "minimax", "recurrent_gemma"),
 )
+WITH_IMAGES = ("glm5_next",)  # of these, those that transformers (5.24) has no model of text alone with a head for
 NOT_ADOPTED = {  # recurrent models of transformers, and why they take no remedy
     "xlstm": "its outputs hang on a running maximum of its gates and on a normaliser, which the scan does not keep"
 }

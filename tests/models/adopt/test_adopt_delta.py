@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers as hf
-from adopted_families import COMMON, DELTA_FAMILIES, KIMI, NEAR, VOCAB, own_logits, put, random_ids
+from adopted_families import COMMON, DELTA_FAMILIES, KIMI, NEAR, VOCAB, own_logits, put, random_ids, streamed
 from torch import Tensor
 
 import rnn_longctx
@@ -172,7 +172,8 @@ def test_models_without_a_recurrence_and_broken_checkpoints(build, tmp_path):
         if name.endswith(("linear_attn.A_log", "linear_attn.dt_bias")):
             fewer[name] = fewer[name][:3].clone()
     model.save_pretrained(tmp_path, state_dict=fewer)
-    with pytest.raises(InputError) as error:
+    fewer_heads = r"layers\.0\.linear_attn\.A_log has shape \(3,\), config\.json expects \(4,\)$"
+    with pytest.raises(InputError, match=fewer_heads) as error:
         load_any(tmp_path, tokenizer="bytes")
     assert "\n" not in str(error.value)
 
@@ -193,12 +194,14 @@ def test_a_checkpoint_is_evaluated_probed_and_told_apart(build, family, tmp_path
     assert beyond[["none", *alone]].nunique() == 3
 
 
+LATENT = {"q_lora_rank": 8, "qk_rope_head_dim": 0, "n_routed_experts": 2, "n_group": 1, "topk_group": 1}  # GLM's
+
+
 @torch.no_grad()
 @pytest.mark.skipif(not hasattr(hf, "Glm5NextTextConfig"), reason="this transformers has no Glm5Next")
 def test_glm_s_text_model():
     """Its attention keeps an indexer's keys beside its own: its cache is gone on from, and not taken apart."""
-    latent = {"q_lora_rank": 8, "qk_rope_head_dim": 0, "n_routed_experts": 2, "n_group": 1, "topk_group": 1}
-    model = hf.Glm5NextTextModel(hf.Glm5NextTextConfig(**COMMON, **KIMI | latent)).eval()
+    model = hf.Glm5NextTextModel(hf.Glm5NextTextConfig(**COMMON, **KIMI | LATENT)).eval()
     adopted, ids = adopt(model), random_ids(2, 20)
     assert [m.shape for m in adopted.mixers] == [(4, 8, 8)] * 2 and all(m.bounded for m in adopted.mixers)
     before = own_logits(model, ids)
@@ -211,3 +214,15 @@ def test_glm_s_text_model():
         with pytest.raises(InputError, match="can be gone on from, not taken apart"):
             cache.crop_attention(4)
     assert torch.equal(own_logits(model, ids), before)
+
+
+@torch.no_grad()
+@pytest.mark.skipif(not hasattr(hf, "Glm5NextConfig"), reason="this transformers has no Glm5Next")
+def test_glm_s_checkpoint_is_read_as_text(tmp_path):
+    text = hf.Glm5NextTextConfig(**COMMON | {"vocab_size": 256}, **KIMI | LATENT).to_dict()
+    sees = {"hidden_size": 32, "depth": 1, "num_heads": 2, "out_hidden_size": 32, "intermediate_size": 32}
+    theirs = hf.Glm5NextForConditionalGeneration(hf.Glm5NextConfig(text_config=text, vision_config=sees)).eval()
+    theirs.save_pretrained(tmp_path)
+    ours, ids = load_any(tmp_path, tokenizer="bytes"), random_ids(2, 20)
+    assert len(ours.mixers) == 2
+    torch.testing.assert_close(streamed(ours, ids, [7, 1, 12])[0], theirs(input_ids=ids).logits, **NEAR)

@@ -22,6 +22,7 @@ SMALL = {  # a mixer with settings that are not its defaults
     "retnet": "retnet:heads=2,expand_k=0.5,expand_v=1",
     "hgrn2": "hgrn2:heads=2",
     "mamba1": "mamba1:d_state=3,d_conv=3,expand=1,dt_rank=5",
+    "mamba3": "mamba3:d_state=6,expand=1,headdim=4,ngroups=2,rope_fraction=1",
     "gated-deltanet": "gated-deltanet:heads=2,head_dim=4,expand_v=1.5,v_heads=4,d_conv=3,neg_eigval=true",
     "kda": "kda:heads=2,head_dim=4,expand_v=1.5,v_heads=4,lower_bound=-4.5",
     "deltanet": "deltanet:heads=2,expand_k=0.5,gated=true",
@@ -45,6 +46,11 @@ LAYER = {
         "mixer.in_proj.weight": (32, 16), "mixer.conv1d.weight": (16, 1, 3), "mixer.conv1d.bias": (16,),
         "mixer.x_proj.weight": (11, 16), "mixer.dt_proj.weight": (16, 5), "mixer.dt_proj.bias": (16,),
         "mixer.A_log": (16, 3), "mixer.D": (16,), "mixer.out_proj.weight": (16, 16), "norm.weight": (16,),
+    },
+    "mamba3": {
+        "mixer.in_proj.weight": (71, 16), "mixer.dt_bias": (4,), "mixer.B_bias": (4, 1, 6), "mixer.C_bias": (4, 1, 6),
+        "mixer.B_norm.weight": (6,), "mixer.C_norm.weight": (6,), "mixer.D": (4,), "mixer.out_proj.weight": (16, 16),
+        "norm.weight": (16,),
     },
     "gated-deltanet": {
         "attn.q_proj.weight": (8, 16), "attn.k_proj.weight": (8, 16), "attn.v_proj.weight": (24, 16),
@@ -73,7 +79,7 @@ MLP = {
 
 
 def model_of(mixer: str, **shape) -> LM:
-    mlp = 0.0 if mixer.startswith("mamba1") else 1.5
+    mlp = 0.0 if mixer.startswith("mamba") else 1.5
     config = {"d_model": 16, "n_layer": 3, "vocab_size": 31, "mlp": mlp, "tie_embeddings": False, **shape}
     model = LM(ModelConfig(mixer, **config)).eval()
     with torch.no_grad():
@@ -115,7 +121,7 @@ def test_out_and_in(mixer, tie, tmp_path):
 @pytest.mark.parametrize("mixer", SMALL)
 def test_the_names_are_theirs(mixer, tmp_path):
     checkpoint.save(model_of(SMALL[mixer]), tmp_path / "m", layout="fla")
-    bare, around = mixer == "mamba1", {"lm_head.weight": (31, 16)}
+    bare, around = mixer in ("mamba1", "mamba3"), {"lm_head.weight": (31, 16)}
     prefix = "backbone" if bare else "model"
     around |= {f"{prefix}.embeddings.weight": (31, 16), f"{prefix}.norm{'_f' if bare else ''}.weight": (16,)}
     if mixer == "hgrn2":
@@ -149,6 +155,9 @@ def changed(folder, **keys):
         ("hgrn2", {"expand_ratio": 5}),
         ("mamba", {"use_bias": True}),
         ("mamba", {"expand": 1.5}),
+        ("mamba3", {"is_mimo": True}),
+        ("mamba3", {"is_outproj_norm": True}),
+        ("mamba3", {"A_floor": 1e-3}),
         ("gated_deltanet", {"use_gate": False}),
         ("gated_deltanet", {"output_gate_activation": "sigmoid"}),
         ("gated_deltanet", {"num_v_heads": 3}),
