@@ -101,6 +101,8 @@ class Rest(NamedTuple):
         convolved: (B, T, channels), what the convolution read; zero at padding.
         bonus: (B, T, H * P), what a token adds to its own output beside the scan, after the output's norm.
         angle: (B, H, ·) float64, what the carry holds of the angles that keys were turned by.
+        largest: (B, H, N), what the carry holds of the largest exponents of keys.
+        token: (B, T, d_model), what the layer read.
     """
 
     z: Tensor | None = None
@@ -108,6 +110,8 @@ class Rest(NamedTuple):
     convolved: Tensor | None = None
     bonus: Tensor | None = None
     angle: Tensor | None = None
+    largest: Tensor | None = None
+    token: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
