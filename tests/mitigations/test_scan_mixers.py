@@ -28,6 +28,7 @@ LACKS = {
     "gdn2:heads=2,head_dim=8": {*RECURRENT, "a window"} - {Need.ERASING},
     "deltanet:heads=2": {*RECURRENT, "a window"} - {Need.ERASING},
     "full-attention:heads=2": {*RECURRENT, Need.RECURRENCE, Need.NO_ATTENTION},
+    "chunk-linformer:chunk=7,rank=3,heads=2": {*RECURRENT, Need.RECURRENCE, Need.NO_ATTENTION},
 }
 
 
