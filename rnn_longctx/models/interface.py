@@ -39,21 +39,32 @@ class StateSize:
         per_token: more for every token that was read (attention's keys and values).
         windows: more for each of the first so many tokens, and none after them: {255: 512} is 512 numbers for every
             token up to the 255th (a window of attention, which begins empty).
+        chunks: more whenever so many tokens have been read: {64: 512} is 512 numbers for every 64 tokens.
     """
 
     fixed: dict[str, int] = field(default_factory=dict)
     per_token: int = 0
     windows: dict[int, int] = field(default_factory=dict)
+    chunks: dict[int, int] = field(default_factory=dict)
 
     def __add__(self, other: StateSize) -> StateSize:
         return StateSize(
-            _sums(self.fixed, other.fixed), self.per_token + other.per_token, _sums(self.windows, other.windows)
+            _sums(self.fixed, other.fixed),
+            self.per_token + other.per_token,
+            _sums(self.windows, other.windows),
+            _sums(self.chunks, other.chunks),
         )
+
+    @property
+    def grows(self) -> bool:
+        """Whether it grows with the length without end."""
+        return bool(self.per_token or self.chunks)
 
     def total(self, length: int = 0) -> int:
         """Numbers a row keeps after `length` tokens."""
         in_windows = sum(min(length, longest) * numbers for longest, numbers in self.windows.items())
-        return sum(self.fixed.values()) + length * self.per_token + in_windows
+        of_chunks = sum(length // tokens * numbers for tokens, numbers in self.chunks.items())
+        return sum(self.fixed.values()) + length * self.per_token + in_windows + of_chunks
 
 
 def _sums(a: dict[Key, int], b: dict[Key, int]) -> dict[Key, int]:
@@ -101,6 +112,8 @@ class Rest(NamedTuple):
         convolved: (B, T, channels), what the convolution read; zero at padding.
         bonus: (B, T, H * P), what a token adds to its own output beside the scan, after the output's norm.
         angle: (B, H, ·) float64, what the carry holds of the angles that keys were turned by.
+        largest: (B, H, N), what the carry holds of the largest exponents of keys.
+        token: (B, T, d_model), what the layer read.
     """
 
     z: Tensor | None = None
@@ -108,6 +121,8 @@ class Rest(NamedTuple):
     convolved: Tensor | None = None
     bonus: Tensor | None = None
     angle: Tensor | None = None
+    largest: Tensor | None = None
+    token: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -36,7 +36,7 @@ def state_norms(model: LM, cache: Cache) -> Tensor:
 
 def check_start(model: LM, start: str) -> None:
     """Raise InputError where a model's streams cannot begin so."""
-    if start == "previous" and model.state_size().per_token:
+    if start == "previous" and model.state_size().grows:
         grows = "the model keeps something of every token, so what rows go on from would grow without end"
         raise InputError(f"passing.start: previous is for states of a fixed size, and {grows}; set passing.start=zero")
     if "noise" in start and not scan_states(model, model.new_cache(1)):

@@ -10,16 +10,25 @@ from rnn_longctx.mitigations.base import Need
 from rnn_longctx.testing.remedies import TRAIN_LENGTH, check_cuts, check_on_and_off, is_applicable, model_of
 
 RECURRENT = {Need.ATTENTION, Need.STEPS, Need.RATES, Need.ERASING}  # what models without one step a head lack
+FIELDS = {
+    "window": "a window",
+    "a-scale": "a factor",
+    "delta-scale": "a factor",
+    "noise-start": "a start",
+}  # of policies
 LACKS = {
     "retnet:heads=2": RECURRENT,
     "hgrn2:heads=2": RECURRENT,
     "mamba1:d_state=4": RECURRENT,
     "mamba3:d_state=4,headdim=8": RECURRENT,
+    "performer:heads=2,features=8": {*RECURRENT, "a factor", "a start"},
+    "sumformer:width=8,hidden=8": RECURRENT,
     "gated-deltanet:heads=1,head_dim=8,v_heads=2": {*RECURRENT, "a window"} - {Need.ERASING},
     "kda:heads=2,head_dim=8": {*RECURRENT, "a window"} - {Need.ERASING},
     "gdn2:heads=2,head_dim=8": {*RECURRENT, "a window"} - {Need.ERASING},
     "deltanet:heads=2": {*RECURRENT, "a window"} - {Need.ERASING},
     "full-attention:heads=2": {*RECURRENT, Need.RECURRENCE, Need.NO_ATTENTION},
+    "chunk-linformer:chunk=7,rank=3,heads=2": {*RECURRENT, Need.RECURRENCE, Need.NO_ATTENTION},
 }
 
 
@@ -37,7 +46,7 @@ def models():
 @pytest.mark.parametrize("text", standard(TRAIN_LENGTH))
 def test_a_remedy_on_a_mixer(text, mixer, models, seed):
     parts = parse_remedy(text).parts
-    needs = frozenset().union(*(part.needs for part in parts), *({"a window"} for p in parts if p.name == "window"))
+    needs = frozenset().union(*(part.needs for part in parts), *({FIELDS[p.name]} for p in parts if p.name in FIELDS))
     assert is_applicable(text, models[mixer]) == (not needs & LACKS[mixer])
     if not needs & LACKS[mixer]:
         check_on_and_off(text, models[mixer], seed)

@@ -18,6 +18,7 @@ from rnn_longctx.recurrence.policy import ScanPolicy
 
 EVERY, LENGTH = 16, 64
 MIXERS = ["gla:heads=2", "hgrn2:heads=2", "retnet:heads=2", "mamba3:d_state=4,headdim=32"]
+OTHERS = ["mamba1:d_state=4", "performer:heads=2,features=8", "sumformer:width=8"]
 # Contributions do not add up in these.
 ERASING = [
     "rwkv7:headdim=16",
@@ -117,7 +118,9 @@ def test_contributions_sum_to_the_scans_output(mixer, segment):
                 torch.testing.assert_close(torch.einsum("hs,shp->hp", values, direction), y, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("mixer", [*MIXERS, *ERASING, "mamba1:d_state=4"])
+@pytest.mark.parametrize(
+    "mixer", [*MIXERS, *ERASING, "mamba1:d_state=4", "performer:heads=2,features=8", "sumformer:width=8"]
+)
 def test_probed_and_monitored_beside_attention(mixer):
     lm = model([mixer, "full-attention:heads=2"], torch.float32)
     seen = probe(lm, text(), 256, every=EVERY, calibration_text=text())

@@ -29,6 +29,7 @@ from rnn_longctx.recurrence.carry import ScanCarry
 from rnn_longctx.recurrence.gates import AnyGates, ScanInputs
 from rnn_longctx.recurrence.interface import Recurrence
 from rnn_longctx.recurrence.policy import PLAIN, ScanPolicy
+from rnn_longctx.recurrence.rows import row_counts
 from rnn_longctx.recurrence.rule import compute_dtype
 from rnn_longctx.recurrence.span import Span
 from rnn_longctx.recurrence.ssd.scan import SSD
@@ -250,3 +251,11 @@ def split_heads(width: float, heads: int, name: str) -> int:
     if width != int(width) or int(width) < heads or int(width) % heads:
         raise InputError(f"{name}: {width:g} channels do not divide into {heads} heads")
     return int(width) // heads
+
+
+def places_of(u: Tensor, carry: Carry | None, span: Span) -> Tensor:
+    """Return the place (B, T) of every token of u (B, T, d_model) in its document, from 0 on, on the CPU."""
+    first = torch.zeros(len(u), dtype=torch.int64, device="cpu") if carry is None else carry.scan.position
+    if span.shard is not None:
+        first = span.shard.positions(first)[span.shard.rank]
+    return row_counts(first, u.shape[1], mask=span.mask, reset=span.reset)[0] - 1

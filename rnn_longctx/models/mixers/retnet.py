@@ -20,11 +20,10 @@ from rnn_longctx.errors import InputError
 from rnn_longctx.models.carries import Carry
 from rnn_longctx.models.interface import Rest, Shape
 from rnn_longctx.models.mixers import MIXERS
-from rnn_longctx.models.mixers.base import HeadNormed, split_heads
+from rnn_longctx.models.mixers.base import HeadNormed, places_of, split_heads
 from rnn_longctx.models.norm import RMSNorm
 from rnn_longctx.models.rotary import turned
 from rnn_longctx.recurrence.gates import Gates, ScanInputs
-from rnn_longctx.recurrence.rows import row_counts
 from rnn_longctx.recurrence.span import Span
 
 
@@ -79,18 +78,10 @@ class RetNet(HeadNormed):
 
     def inputs(self, u: Tensor, carry: Carry | None, span: Span) -> tuple[ScanInputs, Gates, Rest]:
         q, k, v = (proj(u).unflatten(-1, (self.heads, -1)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        places = _places(u, carry, span)
+        places = places_of(u, carry, span)
         q, k = turned(q, places), turned(k, places)  # (B, T, H, N)
         wide = torch.promote_types(u.dtype, torch.float32)
         log_decay = torch.log1p(-(2.0 ** (-5 - torch.arange(self.heads, dtype=wide, device=u.device))))  # (H)
         log_decay = log_decay.expand(*u.shape[:2], -1)
         gates = Gates(log_decay, torch.ones_like(log_decay))
         return ScanInputs(v, k, q * self.d_state**-0.5), gates, Rest(self.g_proj(u))
-
-
-def _places(u: Tensor, carry: Carry | None, span: Span) -> Tensor:
-    """Return the position (B, T) of every token of u (B, T, d_model) in its document, on the CPU."""
-    first = torch.zeros(len(u), dtype=torch.int64, device="cpu") if carry is None else carry.scan.position
-    if span.shard is not None:
-        first = span.shard.positions(first)[span.shard.rank]
-    return row_counts(first, u.shape[1], mask=span.mask, reset=span.reset)[0] - 1

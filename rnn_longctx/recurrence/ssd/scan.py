@@ -77,7 +77,20 @@ class _SSD(Rule):
         return y, carry_after(final, total, inputs, span, carry)
 
 
+class _Relative(_SSD):
+    """The scan of a state whose channels are in units of the largest number that each has met (Performer): a log-decay
+    changes the unit, and nothing is forgotten by it."""
+
+    refuses: ClassVar[Mapping[str, str]] = {
+        **_SSD.refuses,
+        "mul": "the log-decays here only rescale a state that never forgets: a factor on them means nothing",
+        "start": "a state here is relative to the largest keys that were read: alone it is no start",
+    }
+    follows = frozenset(f.name for f in fields(ScanPolicy)) - set(refuses)
+
+
 SSD: Recurrence = RECURRENCES.register(_SSD())
+RELATIVE: Recurrence = _Relative()
 scan = SSD.scan
 
 

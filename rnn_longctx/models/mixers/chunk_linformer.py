@@ -1,0 +1,301 @@
+"""Linformer (arXiv 2006.04768): keys and values are projected along the sequence, n of them to k, and softmax attention
+reads the k.
+
+    y = softmax(q (E K)^T / sqrt(d)) F V       E, F (k, n): of a fixed length n, every token mixed into every row
+
+That is `Linformer`, a layer for classification: no token of it can be kept from those after it. For language stands
+
+    chunk-linformer     a token reads the tokens of its own chunk of c, up to itself, exactly, and of every chunk that
+                        was completed before it the k keys E K_j and values F V_j; all in one softmax, E, F (k, c)
+
+a form of this project's own, chunk by chunk causal. Chunks are counted from where a document begins. Queries and keys
+are turned by their places (arXiv 2104.09864), keys before they are projected: what is read hangs on distances alone.
+What a layer keeps grows with the text: 2 k d_model numbers for every c tokens, k / c of what full attention keeps,
+beside the last c - 1 tokens; and its time grows with the square of the length, k / c as fast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rnn_longctx.errors import InputError
+from rnn_longctx.models.attention import CausalAttention, softmax
+from rnn_longctx.models.carries import carry
+from rnn_longctx.models.interface import Shape, StateSize
+from rnn_longctx.models.mixers import MIXERS
+from rnn_longctx.models.rotary import turned
+from rnn_longctx.recurrence.carry import ON_CPU
+from rnn_longctx.recurrence.rows import row_counts
+from rnn_longctx.recurrence.span import Span
+
+QUERIES = 256  # whose scores are held at once
+
+
+def projection(rank: int, length: int) -> nn.Parameter:
+    """Return (rank, length) weights of a sum over `length` tokens, which is about as large as one of them."""
+    return nn.Parameter(torch.randn(rank, length) * length**-0.5)
+
+
+class Linformer(nn.Module):
+    """The layer of the paper, for classification: it is no mixer of a language model.
+
+    Args:
+        length: n, the tokens of every sequence.
+        rank: k.
+        causal: refused where it is asked for.
+    Raises:
+        InputError: a causal form, which this one does not have, or sizes that do not fit.
+    """
+
+    def __init__(self, d_model: int, heads: int, length: int, rank: int, causal: bool = False):
+        super().__init__()
+        if causal:
+            raise InputError(
+                "Linformer's projections mix all tokens of a sequence and have no causal form: for language take the "
+                "mixer chunk-linformer, which reads completed chunks so"
+            )
+        if min(heads, length, rank) < 1 or d_model % heads:
+            raise InputError(
+                f"linformer: expected heads that divide d_model, a length and a rank, each at least 1, got heads = "
+                f"{heads}, d_model = {d_model}, length = {length}, rank = {rank}"
+            )
+        self.heads, self.length = heads, length
+        self.in_proj = nn.Linear(d_model, 3 * d_model, bias=False)
+        self.out_proj = nn.Linear(d_model, d_model, bias=False)
+        self.key_proj, self.value_proj = projection(rank, length), projection(rank, length)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Return as much as x (B, n, d_model). mask: (B, n) bool, False where a token is padding, which no token reads;
+        None: nowhere. Raises InputError for sequences of another length."""
+        if x.shape[1] != self.length:
+            raise InputError(
+                f"linformer reads sequences of {self.length} tokens, padded where they are shorter, got {x.shape[1]}"
+            )
+        q, k, v = self.in_proj(x).unflatten(-1, (3, self.heads, -1)).unbind(2)  # (B, n, H, D)
+        if mask is not None:
+            k, v = (t * mask[..., None, None] for t in (k, v))
+        k, v = (torch.einsum("rn,bnhd->brhd", p, t) for p, t in ((self.key_proj, k), (self.value_proj, v)))
+        everything = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=x.device)
+        return self.out_proj(softmax(q, k, v, everything).flatten(2))
+
+
+@dataclass(frozen=True)
+class ChunkLinformerConfig:
+    """The shape of a layer.
+
+    Attributes:
+        chunk: c, tokens of a chunk.
+        rank: k, the keys and values that are left of one.
+    """
+
+    chunk: int = 64
+    rank: int = 8
+    heads: int = 4
+
+    def __post_init__(self) -> None:
+        if self.chunk < 2 or self.heads < 1 or not 1 <= self.rank <= self.chunk:
+            raise InputError(
+                "chunk-linformer: expected a chunk of at least 2 tokens, a rank from 1 to the chunk and at least 1 "
+                f"head, got chunk = {self.chunk}, rank = {self.rank}, heads = {self.heads}"
+            )
+
+
+def _level(carries: list[ChunkKeys]) -> list[ChunkKeys]:
+    """Return carries as wide as the widest; what is added is not read."""
+    tokens, chunks = (max(sizes) for sizes in zip(*((c.keys.shape[1], c.chunk_keys.shape[1]) for c in carries)))
+
+    def widened(c: ChunkKeys) -> ChunkKeys:
+        before, behind = (0, 0) * 2 + (tokens - c.keys.shape[1], 0), (0, 0) * 3 + (0, chunks - c.chunk_keys.shape[1])
+        keys, values = (F.pad(t, before) for t in (c.keys, c.values))
+        chunk_keys, chunk_values = (F.pad(t, behind) for t in (c.chunk_keys, c.chunk_values))
+        return replace(c, keys=keys, values=values, chunk_keys=chunk_keys, chunk_values=chunk_values)
+
+    return [widened(c) for c in carries]
+
+
+@carry(level=_level)
+@dataclass
+class ChunkKeys:
+    """The carry: the last c - 1 tokens at most, and what is left of completed chunks.
+
+    Attributes:
+        size: c.
+        keys, values: (B, S, H, D), the newest token at the right end; keys as they were turned.
+        chunk_keys, chunk_values: (B, W, k, H, D), the oldest chunk at the left end.
+        held: (B,) int64 on the CPU, how many tokens, at the right end, are of the unfinished chunk.
+        chunks: (B,) int64 on the CPU, how many chunks, at the left end, are of the row's document.
+        position: (B,) int64 on the CPU, tokens of its document that a row has read.
+    """
+
+    size: int
+    keys: Tensor
+    values: Tensor
+    chunk_keys: Tensor
+    chunk_values: Tensor
+    held: Tensor = field(metadata=ON_CPU)
+    chunks: Tensor = field(metadata=ON_CPU)
+    position: Tensor = field(metadata=ON_CPU)
+
+    def cropped(self, tokens: int) -> ChunkKeys:
+        """Return the carry with the last `tokens` tokens alone: of chunks with those that lie within them as a whole. A
+        chunk that is completed later is projected of the tokens that are left of it."""
+        first = max(0, self.keys.shape[1] - tokens)
+        within = ((tokens - self.position % self.size) // self.size).clamp(min=0)
+        chunks = torch.minimum(self.chunks, within)
+        index = (self.chunks - chunks)[:, None] + torch.arange(int(chunks.max()), device="cpu")
+        index = index.clamp(max=max(0, self.chunk_keys.shape[1] - 1))
+        return replace(
+            self,
+            keys=self.keys[:, first:],
+            values=self.values[:, first:],
+            chunk_keys=_picked(self.chunk_keys, index),
+            chunk_values=_picked(self.chunk_values, index),
+            held=self.held.clamp(max=tokens),
+            chunks=chunks,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class _Places:
+    """Where the tokens and chunks of a call stand, all on the CPU. The carry's S tokens stand before the call's T, and
+    its W chunks before the E that a row completes at most.
+
+    Attributes:
+        before: S.
+        begin: (B, T) the place where a token's chunk begins, or what is left of it; the carry's first token is at 0.
+        document: (B, T) which of the call's documents a token belongs to; the carry's is 0.
+        ends: (B, W + E) the last token of every chunk, from 0 at the call's first on: -1 in the carry; T is of none.
+        of: (B, W + E) the document of every chunk.
+        chunks: W.
+    """
+
+    before: int
+    begin: Tensor
+    document: Tensor
+    ends: Tensor
+    of: Tensor
+    chunks: int
+
+    @classmethod
+    def find(cls, counts: Tensor, carry: ChunkKeys, reset: Tensor | None) -> _Places:
+        """counts: (B, T), tokens of its document read up to and with each; 0 at padding."""
+        before, chunks, length = carry.keys.shape[1], carry.chunk_keys.shape[1], counts.shape[1]
+        token = torch.arange(length, device="cpu")
+        offset, real = (counts - 1) % carry.size, counts > 0
+        begin = torch.where(offset <= token, before + token - offset, before - carry.held[:, None])
+        begin = torch.where(real, begin, before + token)  # padding sees itself
+        document = torch.zeros_like(counts) if reset is None else reset.cpu().long().cumsum(1)
+        last = real & (offset == carry.size - 1)
+        ends = torch.where(last, token, length).sort(1).values[:, : int(last.sum(1).max())]
+        of_carry = torch.where(torch.arange(chunks, device="cpu") < carry.chunks[:, None], -1, length)
+        of = torch.cat([torch.zeros_like(of_carry), document.gather(1, ends.clamp(max=length - 1))], 1)
+        return cls(before, begin, document, torch.cat([of_carry, ends], 1), of, chunks)
+
+    def completed(self) -> tuple[Tensor, Tensor]:
+        """Return the places (B, E) of the last tokens of the chunks that the call completes, and of what is left of
+        their first ones."""
+        end = self.ends[:, self.chunks :].clamp(max=self.begin.shape[1] - 1)
+        return self.before + end, self.begin.gather(1, end)
+
+
+@dataclass(frozen=True, eq=False)
+class _Readable:
+    """What a call may read: keys and values (B, S + T, H, D) of tokens, (B, W + E, k, H, D) of chunks."""
+
+    keys: Tensor
+    values: Tensor
+    chunk_keys: Tensor
+    chunk_values: Tensor
+
+
+@MIXERS.register
+class ChunkLinformer(CausalAttention):
+    """A layer of attention over a chunk and what is left of the chunks before it."""
+
+    name = "chunk-linformer"
+    Config: ClassVar[Any] = ChunkLinformerConfig
+    examples = ("chunk-linformer:chunk=7,rank=3,heads=2",)  # (chunks end within a test's stream)
+
+    def __init__(self, config: ChunkLinformerConfig, model: Shape):
+        super().__init__(config, model)
+        self.key_proj, self.value_proj = (projection(config.rank, config.chunk) for _ in range(2))  # E, F
+
+    def forward(self, u: Tensor, carry: ChunkKeys | None, span: Span) -> tuple[Tensor, ChunkKeys]:  # type: ignore[override]
+        if span.shard is not None:
+            raise InputError(f"{self.name} cannot be followed where a context is read over several ranks")
+        carry = self.new_carry(len(u)) if carry is None else carry
+        counts, _ = row_counts(carry.position, u.shape[1], mask=span.mask, reset=span.reset)
+        places = _Places.find(counts, carry, span.reset)
+        q, k, v = self.in_proj(u).unflatten(-1, (3, self.config.heads, -1)).unbind(2)  # (B, T, H, D)
+        q, k = turned(q, counts - 1), turned(k, counts - 1)
+        k, v = torch.cat([carry.keys.to(k.dtype), k], 1), torch.cat([carry.values.to(v.dtype), v], 1)
+        new_keys, new_values = (self._projected(p, x, places) for p, x in ((self.key_proj, k), (self.value_proj, v)))
+        chunk_keys = torch.cat([carry.chunk_keys.to(k.dtype), new_keys], 1)
+        chunk_values = torch.cat([carry.chunk_values.to(v.dtype), new_values], 1)
+        readable = _Readable(k, v, chunk_keys, chunk_values)
+        y = torch.cat(list(self._read(q, readable, places)), 1)
+        return self.out_proj(y.flatten(2)), self._carry_after(readable, places, counts)
+
+    def _projected(self, weight: Tensor, x: Tensor, places: _Places) -> Tensor:
+        """Return (B, E, k, H, D), what is left of the chunks that a call completes, from x (B, S + T, H, D): of their
+        tokens that are seen."""
+        last, begin = places.completed()  # (B, E)
+        index = last[..., None] + torch.arange(1 - self.config.chunk, 1, device="cpu")  # (B, E, c)
+        seen = (index >= begin[..., None]).to(x.device)
+        tokens = _picked(x, index.clamp(min=0).flatten(1)).unflatten(1, index.shape[1:])  # (B, E, c, H, D)
+        return torch.einsum("rc,bechd->berhd", weight, tokens * seen[..., None, None]).to(x.dtype)
+
+    def _read(self, q: Tensor, readable: _Readable, places: _Places) -> Iterator[Tensor]:
+        """Yield what QUERIES queries at a time read."""
+        before, length = places.before, q.shape[1]
+        for t in range(0, length, QUERIES):
+            queries = slice(t, min(t + QUERIES, length))
+            near = slice(max(0, before + t - (self.config.chunk - 1)), before + queries.stop)
+            token = torch.arange(t, queries.stop, device="cpu")[:, None]
+            place = torch.arange(near.start, near.stop, device="cpu")
+            own = (place >= places.begin[:, queries, None]) & (place <= before + token)  # (B, t, near)
+            # what no row has completed by then is left out
+            known = places.chunks + int((places.ends[:, places.chunks :] < queries.stop).sum(1).max())
+            earlier = places.ends[:, None, :known] < token
+            completed = earlier & (places.of[:, None, :known] == places.document[:, queries, None])  # (B, t, known)
+            seen = torch.cat([completed.repeat_interleave(self.config.rank, 2), own], 2).to(q.device)
+            keys = torch.cat([readable.chunk_keys[:, :known].flatten(1, 2), readable.keys[:, near]], 1)
+            values = torch.cat([readable.chunk_values[:, :known].flatten(1, 2), readable.values[:, near]], 1)
+            yield softmax(q[:, queries], keys, values, seen[:, None])
+
+    def _carry_after(self, readable: _Readable, places: _Places, counts: Tensor) -> ChunkKeys:
+        size, length = self.config.chunk, counts.shape[1]
+        chunk_keys, chunk_values = readable.chunk_keys, readable.chunk_values
+        kept = (places.ends < length) & (places.of == places.document[:, -1:])  # (B, W + E)
+        chunks, position = kept.sum(1), counts[:, -1].clone()
+        if not bool(kept.all()):
+            index = (~kept).long().argsort(dim=1, stable=True)[:, : int(chunks.max())]
+            chunk_keys, chunk_values = _picked(chunk_keys, index), _picked(chunk_values, index)
+        last = slice(max(0, places.before + length - (size - 1)), None)
+        keys, values = (t[:, last].contiguous() for t in (readable.keys, readable.values))
+        held = torch.where(position % size == 0, 0, places.before + length - places.begin[:, -1])
+        return ChunkKeys(size, keys, values, chunk_keys, chunk_values, held, chunks, position)
+
+    def state_size(self) -> StateSize:
+        numbers = 2 * self.in_proj.in_features
+        chunk = self.config.chunk
+        return StateSize(windows={chunk - 1: numbers}, chunks={chunk: numbers * self.config.rank})
+
+    def new_carry(self, rows: int) -> ChunkKeys:  # type: ignore[override]
+        weight, c = self.in_proj.weight, self.config
+        keys = weight.new_zeros(rows, 0, c.heads, self.in_proj.in_features // c.heads)
+        chunks = weight.new_zeros(rows, 0, c.rank, *keys.shape[2:])
+        nothing = torch.zeros(rows, dtype=torch.int64, device="cpu")
+        return ChunkKeys(c.chunk, keys, keys.clone(), chunks, chunks.clone(), nothing, nothing.clone(), nothing.clone())
+
+
+def _picked(x: Tensor, index: Tensor) -> Tensor:
+    """Return (B, n, ...), the rows' items at index (B, n) of x (B, m, ...)."""
+    rows = torch.arange(len(x), device=x.device)[:, None]
+    return x[rows, index.to(x.device)]
