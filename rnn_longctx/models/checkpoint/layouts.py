@@ -29,7 +29,7 @@ from rnn_longctx.models.mixers.mamba2 import Mamba2Config
 
 FORMAT = "rnn-longctx"
 GPT_NEOX = "EleutherAI/gpt-neox-20b"  # the tokenizer of the official checkpoints, which do not name it
-SUPPORTED = f"rnn-longctx, state-spaces Mamba-2, transformers Mamba2ForCausalLM, and of fla {', '.join(fla.TYPES)}"
+SUPPORTED = f"rnn-longctx, state-spaces Mamba-2, transformers Mamba2, and of fla {', '.join(fla.TYPES)}"
 ADOPTED = (
     *("bamba", "falcon_h1", "granitemoehybrid", "nemotron_h", "zamba2", "mamba", "falcon_mamba", "jamba"),
     *("qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text"),
@@ -39,8 +39,8 @@ WITH_IMAGES = ("glm5_next",)  # of these, those that transformers (5.24) has no 
 NOT_ADOPTED = {  # recurrent models of transformers, and why they take no remedy
     "xlstm": "its outputs hang on a running maximum of its gates and on a normaliser, which the scan does not keep"
 }
-NAMED = (  # what a message says of them, those that hold only the text of another left out
-    f"supported: {SUPPORTED}; adopted: {', '.join(name for name in ADOPTED if not name.endswith('_text'))}"
+NAMED = (  # what a message says of them, variants of another left out
+    f"supported: {SUPPORTED}; adopted: {', '.join(name for name in ADOPTED if not name.endswith(('_text', '_moe')))}"
 )
 LAYOUTS = ("rnn-longctx", "transformers", "state-spaces")  # of a model of Mamba-2
 FLA = "fla"  # of a model whose layers are all of another kind that flash-linear-attention has

@@ -123,7 +123,7 @@ def test_limits_of_dt_of_a_config(build, tmp_path):
         adopt(theirs)
     for name, value in (("mamba_d_conv", 0), ("mamba_expand", None), ("mamba_n_heads", -1), ("hidden_size", "wide")):
         path.write_text(json.dumps(config | {name: value}))
-        with pytest.raises(InputError, match="cannot read m: ") as caught:
+        with pytest.raises(InputError, match=r"cannot read m: |conv1d\.weight has shape") as caught:
             load_adopted(tmp_path / "m", tokenizer="bytes")
         assert "\n" not in str(caught.value)
 
