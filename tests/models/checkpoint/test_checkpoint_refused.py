@@ -41,7 +41,7 @@ def test_official_configs_that_are_refused(change, words, official, tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"model_type": "llama"}, ["'llama'", "supported", "Mamba2ForCausalLM"]),
+        ({"model_type": "llama"}, ["'llama'", "supported", "transformers Mamba2,"]),
         ({"model_type": "mamba"}, ["'mamba'", "supported"]),
         ({"hidden_act": "gelu"}, ["hidden_act", "gelu"]),
         ({"num_heads": 7}, ["num_heads", "7", "6"]),
