@@ -42,7 +42,7 @@ def run_study(config: CompareConfig, jobs: int = 1, only: Sequence[str] = (), sa
     names = selected(config, only)
     if jobs < 1:
         raise InputError(f"jobs: expected a number of processes, got {jobs}")
-    training_device(config.device)  # there is such a one
+    device = training_device(config.device)  # there is such a one
     tokenizer = load_tokenizer(config.train.data.tokenizer)
     check_mix(config.train.data, tokenizer, config.shape.vocab_size)
     config.measure.check(tokenizer, config.shape.vocab_size)
@@ -56,7 +56,7 @@ def run_study(config: CompareConfig, jobs: int = 1, only: Sequence[str] = (), sa
     write_atomic(study / STUDY, yaml.safe_dump(to_dict(config), sort_keys=False).encode())
     for name, model in config.models.items():
         say(f"{name}: {parameters(model):,} parameters, d_model {model.d_model}, mlp {model.mlp:.3g}")
-    run_cells(_Cells(config, study, names), jobs, say)
+    run_cells(_Cells(config, study, names), jobs, device, say)
     return study
 
 
