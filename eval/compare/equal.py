@@ -9,7 +9,6 @@ from typing import Literal
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from rnn_longctx.errors import InputError
 from rnn_longctx.models.config import ModelConfig
@@ -64,6 +63,8 @@ def flops(config: ModelConfig, length: int) -> int:
     """Return the floating-point operations of a token, two for each multiplication and addition, where `length` tokens
     are read on the CPU: of matrix products and convolutions alone, as PyTorch's counter takes them (attention without
     what causality leaves out). A recurrence is counted as it is read there, in chunks."""
+    from torch.utils.flop_counter import FlopCounterMode  # (which imports Triton)
+
     model, ids = LM(config).eval(), torch.zeros(1, length, dtype=torch.int64)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model.logits(model(ids))
