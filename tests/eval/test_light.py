@@ -30,7 +30,7 @@ def test_tables_and_pictures_load_no_torch() -> None:
     assert set(LIGHT) < modules and not modules & {"torch", "transformers"}
     modules = loaded_by("from rnn_longctx.eval import evaluate; import rnn_longctx.eval.compare.cell")
     assert "torch" in modules, "it would be seen"
-    assert not modules & {"torch._dynamo", "triton", "transformers"}, "these take seconds, and every cell would pay them"
+    assert not modules & {"torch._dynamo", "triton", "transformers"}, "they take seconds, of every cell"
 
 
 def test_every_name_is_there() -> None:
