@@ -1,4 +1,5 @@
-"""The cells of a study: each trains a model and measures it, in a process of its own, side by side on one device.
+"""The cells of a study: each trains a model and measures it, in a process of its own, side by side on the GPUs there
+are, or on the one that is named.
 
 Everything known of a study is on disk, so that one that is killed goes on where it stopped, and one that is finished
 runs nothing.
@@ -7,11 +8,14 @@ runs nothing.
 from __future__ import annotations
 
 import fcntl
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
+
+import torch
 
 from rnn_longctx.config import counted
 from rnn_longctx.data import load_text, open_streamed
@@ -45,15 +49,17 @@ class Cells(Protocol):
         """Write what is known so far, so that a study can be looked at before it ends."""
 
 
-def run_cells(cells: Cells, parallel: int, say: Say) -> None:
+def run_cells(cells: Cells, parallel: int, device: torch.device, say: Say) -> None:
     """Run all cells that are due, and those that then become due, `parallel` at a time.
+
+    A device of "cuda" without a number stands for all GPUs there are: each cell sees one of them.
 
     Raises:
         CellsFailed: names them, with the last line that the first of them said.
     """
     failed: dict[str, str] = {}
     done = 0
-    with Pool(parallel) as pool:
+    with Pool(parallel, _gpus(device)) as pool:
         while True:
             waiting = [name for name in cells.due() if name not in failed and name not in pool]
             for name in waiting[: pool.free]:
@@ -76,6 +82,16 @@ def run_cells(cells: Cells, parallel: int, say: Say) -> None:
         raise CellsFailed(
             f"{counted(len(failed), 'cell')} failed, the first of them {name}: {why}{more}; run again to try again"
         )
+
+
+def _gpus(device: torch.device) -> list[str]:
+    """Return the GPUs that cells are shared out among, as CUDA_VISIBLE_DEVICES names them; none where there is nothing
+    to choose from."""
+    count = torch.cuda.device_count() if device.type == "cuda" and device.index is None else 0
+    if count < 2:
+        return []
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible.split(",")[:count] if visible else [str(i) for i in range(count)]
 
 
 def _log(cells: Cells, name: str) -> Path:

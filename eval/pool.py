@@ -27,11 +27,16 @@ class Pool:
 
     Each writes what it prints to the end of a log, and gets an even share of the processors. One of Python calls
     `end_with_parent` first, so that a parent that was killed leaves none behind.
+
+    Attributes:
+        gpus: as CUDA_VISIBLE_DEVICES names them. A process sees one alone, which fewest others do; where none is named
+            it sees what this one does.
     """
 
-    def __init__(self, parallel: int):
-        self.parallel = parallel
+    def __init__(self, parallel: int, gpus: Sequence[str] = ()):
+        self.parallel, self.gpus = parallel, gpus
         self._running: dict[str, tuple[subprocess.Popen[bytes], float]] = {}
+        self._gpu: dict[str, str] = {}  # of a process that runs
 
     def __enter__(self) -> Pool:
         return self
@@ -56,11 +61,14 @@ class Pool:
     def start(self, name: str, command: Sequence[str], log: Path) -> None:
         """Start a process; the folder of its log is created."""
         log.parent.mkdir(parents=True, exist_ok=True)
-        threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // self.parallel))}
+        settings = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // self.parallel))}
+        if self.gpus:
+            taken = list(self._gpu.values())
+            self._gpu[name] = settings["CUDA_VISIBLE_DEVICES"] = min(self.gpus, key=taken.count)
         with log.open("ab") as file:
             # the pipe ends with this process, and the other process with the pipe
             process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=file, stderr=file, env=os.environ | threads
+                command, stdin=subprocess.PIPE, stdout=file, stderr=file, env=os.environ | settings
             )
         self._running[name] = (process, time.monotonic())
 
@@ -71,6 +79,7 @@ class Pool:
         for name, (process, began) in list(self._running.items()):
             if process.poll() is not None:
                 del self._running[name]
+                self._gpu.pop(name, None)
                 yield Ended(name, process.returncode, time.monotonic() - began)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import golden
 
-CLOSE = {"rel_tol": 2e-2, "abs_tol": 2e-3}  # on another processor; at 16K a collapsed model magnifies what it rounds
+CLOSE = {"rel_tol": 2e-2, "abs_tol": 2e-3}  # on another processor: a collapsed model magnifies what it rounds
 
 
 def differences(new: Any, old: Any, exact: bool, where: str = "") -> list[str]:

@@ -18,7 +18,7 @@ from rnn_longctx.config import parse_length, parse_lengths
 from rnn_longctx.errors import InputError
 from rnn_longctx.eval.bench.base import Row, bench
 from rnn_longctx.eval.bench.scan import ceilings
-from rnn_longctx.models.adopt.dispatch import cache_name
+from rnn_longctx.models.adopt.cache import cache_name
 from rnn_longctx.models.cache import Cache
 from rnn_longctx.models.checkpoint.save import save
 from rnn_longctx.models.decode import Decoder

@@ -42,7 +42,7 @@ def run_study(config: CapacityConfig, parallel: int = 1, say: Say = to_stdout) -
     """
     if parallel < 1:
         raise InputError(f"parallel: expected a number of processes, got {parallel}")
-    training_device(config.train.device)  # there is such a one
+    device = training_device(config.train.device)  # there is such a one
     study = home_path(config.out)
     train = to_dict(replace(config.train, accumulate=1, sequence_parallel=1))
     claim: dict[str, Any] = {"train": {k: v for k, v in train.items() if k not in _NEUTRAL}}
@@ -55,7 +55,7 @@ def run_study(config: CapacityConfig, parallel: int = 1, say: Say = to_stdout) -
     local = replace(config, train=replace(config.train, data=replace(config.train.data, text=texts)))
     write_atomic(study / STUDY, yaml.safe_dump(to_dict(local), sort_keys=False).encode())
     try:
-        run_cells(_Cells(config, study, text), parallel, say)
+        run_cells(_Cells(config, study, text), parallel, device, say)
     finally:
         Results(study).gather()
     return study

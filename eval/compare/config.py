@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Literal
 
 from rnn_longctx.errors import InputError, nearest
-from rnn_longctx.eval.compare.equal import equalised
+from rnn_longctx.eval.compare.equal import Kind, equalised
 from rnn_longctx.eval.compare.measures import MeasureConfig, ascending
 from rnn_longctx.models.config import ModelConfig
 from rnn_longctx.train import TrainConfig
@@ -75,7 +75,8 @@ class CompareConfig:
     choice`) it is trained with all seeds, and these models are measured.
 
     Attributes:
-        equal: "parameters" gives every entry as many as the first one has, within 2% (`equal.py`); None leaves them.
+        equal: what every entry has as much of as the first one (`equal.py`): "parameters" or "flops", operations a
+            token, within 2%; "state", numbers that a row keeps after the training length, within 5%; None leaves them.
         forget: training lengths, in tokens, beyond that of `train`, which the search for T_forget tries at the best
             rate, with as many tokens a step; []: nothing is searched, and T_forget is known as a bound.
     """
@@ -83,7 +84,7 @@ class CompareConfig:
     entries: list[Entry]
     learning_rates: list[float]
     shape: ShapeConfig = field(default_factory=ShapeConfig)
-    equal: Literal["parameters"] | None = "parameters"
+    equal: Kind | None = "parameters"
     train: TrainingConfig = field(default_factory=TrainingConfig)
     seeds: int = 3
     forget: list[int] = field(default_factory=list)
@@ -129,7 +130,7 @@ class CompareConfig:
         """The model of every entry, by its name; of equal size where that is asked for. Raises InputError: it cannot
         be."""
         written = {entry.name: entry.model(self.shape) for entry in self.entries}
-        return equalised(written) if self.equal else written
+        return equalised(written, self.equal, self.train.train_length) if self.equal else written
 
     @property
     def train_lengths(self) -> list[int]:

@@ -22,7 +22,7 @@ from rnn_longctx.errors import InputError
 from rnn_longctx.eval.cells import run_cells, texts_for_cells
 from rnn_longctx.eval.compare.cell import STUDY, chosen, folder_of, is_done, measured, trial
 from rnn_longctx.eval.compare.config import Cell, CompareConfig, selected
-from rnn_longctx.eval.compare.equal import parameters
+from rnn_longctx.eval.compare.equal import parameters, state
 from rnn_longctx.eval.forget import next_models
 from rnn_longctx.eval.tables.compare import passes, summarised, write
 from rnn_longctx.files import write_atomic
@@ -42,7 +42,7 @@ def run_study(config: CompareConfig, jobs: int = 1, only: Sequence[str] = (), sa
     names = selected(config, only)
     if jobs < 1:
         raise InputError(f"jobs: expected a number of processes, got {jobs}")
-    training_device(config.device)  # there is such a one
+    device = training_device(config.device)  # there is such a one
     tokenizer = load_tokenizer(config.train.data.tokenizer)
     check_mix(config.train.data, tokenizer, config.shape.vocab_size)
     config.measure.check(tokenizer, config.shape.vocab_size)
@@ -55,8 +55,10 @@ def run_study(config: CompareConfig, jobs: int = 1, only: Sequence[str] = (), sa
     )
     write_atomic(study / STUDY, yaml.safe_dump(to_dict(config), sort_keys=False).encode())
     for name, model in config.models.items():
-        say(f"{name}: {parameters(model):,} parameters, d_model {model.d_model}, mlp {model.mlp:.3g}")
-    run_cells(_Cells(config, study, names), jobs, say)
+        numbers = state(model, config.train.train_length)
+        shape = f"d_model {model.d_model}, mlp {model.mlp:.3g}"
+        say(f"{name}: {parameters(model):,} parameters, {numbers:,} numbers of state, {shape}")
+    run_cells(_Cells(config, study, names), jobs, device, say)
     return study
 
 

@@ -28,7 +28,9 @@ def loaded_by(statement: str) -> set[str]:
 def test_tables_and_pictures_load_no_torch() -> None:
     modules = loaded_by("import " + ", ".join(LIGHT))
     assert set(LIGHT) < modules and not modules & {"torch", "transformers"}
-    assert "torch" in loaded_by("from rnn_longctx.eval import evaluate"), "it would be seen"
+    modules = loaded_by("from rnn_longctx.eval import evaluate; import rnn_longctx.eval.compare.cell")
+    assert "torch" in modules, "it would be seen"
+    assert not modules & {"torch._dynamo", "triton", "transformers"}, "they take seconds, of every cell"
 
 
 def test_every_name_is_there() -> None:

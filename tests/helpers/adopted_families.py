@@ -10,7 +10,7 @@ import transformers as hf
 
 from rnn_longctx.mitigations import active, handles_on, mitigate
 from rnn_longctx.models.adopt.adopting import adopt
-from rnn_longctx.models.adopt.dispatch import cache_name
+from rnn_longctx.models.adopt.cache import cache_name
 from rnn_longctx.models.generate import generate
 from rnn_longctx.recurrence.delta import DELTA
 from rnn_longctx.recurrence.policy import Cap, ScanPolicy

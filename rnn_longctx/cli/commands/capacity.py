@@ -103,7 +103,7 @@ capacity.command("measure")(flattened(measure))
 def train(
     config: Annotated[Path, typer.Argument(help="YAML file, such as configs/capacity/small.yaml.")],
     set: Annotated[Many, typer.Option("--set", help="Override one key: measure.limit=64k; again for more.")] = None,
-    parallel: Annotated[int, typer.Option(min=1, help="Cells (models) trained at once on the device.")] = 1,
+    parallel: Annotated[int, typer.Option(min=1, help="Cells (models) trained at once.")] = 1,
 ) -> None:
     """Of a family: train what the search asks for, measure, fit and plot; a killed study goes on."""
     from rnn_longctx.config import load_yaml

@@ -18,8 +18,10 @@ def compare(
     out: Annotated[Path | None, typer.Option(help="Folder for cells, table and plots; the config's, if not given.")] = (
         None
     ),
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1; the config's, if not given.")] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="Models trained and measured at once on the device.")] = 1,
+    device: Annotated[
+        str | None, typer.Option(help="auto, cpu, cuda (all GPUs), cuda:1; the config's, if not given.")
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Models trained and measured at once.")] = 1,
     only: Annotated[Many, typer.Option(help="An entry of the config; again for more.")] = None,
 ) -> None:
     """Train and measure the entries of a config; a comparison that was killed goes on where it stopped."""

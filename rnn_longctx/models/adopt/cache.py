@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from rnn_longctx.errors import InputError
 from rnn_longctx.models.adopt import beside
@@ -17,6 +18,22 @@ from rnn_longctx.models.adopt.mixer import AdoptedMixer
 from rnn_longctx.models.cache import level_tails
 from rnn_longctx.models.carries import Carry
 from rnn_longctx.recurrence.carry import ScanCarry
+
+CACHE_NAMES = ("cache", "past_key_values", "cache_params")  # from transformers 5.24 on; hybrids, pure models before
+
+
+def cache_in(arguments: dict[str, Any]) -> Any:
+    """Return the cache among the arguments of a mixer of transformers, or None."""
+    return next((arguments[n] for n in CACHE_NAMES if arguments.get(n) is not None), None)
+
+
+def cache_name(module: nn.Module) -> str:
+    """Return what a module of transformers calls the cache, as an argument and in its output."""
+    parameters = inspect.signature(module.forward).parameters
+    name = next((n for n in CACHE_NAMES if n in parameters), None)
+    if name is None:
+        raise InputError(f"{type(module).__name__} takes no cache: mitigate it, and read with its own forward")
+    return name
 
 
 @functools.cache

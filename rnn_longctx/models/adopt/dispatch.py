@@ -8,7 +8,6 @@ stays as it is. docs/adoption.md draws it.
 from __future__ import annotations
 
 import functools
-import inspect
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -20,10 +19,9 @@ import torch
 from torch import nn
 
 from rnn_longctx.errors import InputError
+from rnn_longctx.models.adopt.cache import cache_in
 from rnn_longctx.models.adopt.mixer import AdoptedMixer, Call
 from rnn_longctx.recurrence.rows import LeftPaddingError
-
-CACHE_NAMES = ("cache", "past_key_values", "cache_params")  # from transformers 5.24 on; hybrids, pure models before
 
 _running: ContextVar[Call | None] = ContextVar("running", default=None)
 _lock = threading.Lock()
@@ -104,20 +102,6 @@ def pads_explained(mask: Any) -> Iterator[None]:
 
 def no_shortcut(call: Call, *_: Any, **__: Any) -> None:
     """Stand for the kernel that training takes instead of all of a mixer: None says that there is none."""
-
-
-def cache_in(arguments: dict[str, Any]) -> Any:
-    """Return the cache among the arguments of a mixer of transformers, or None."""
-    return next((arguments[n] for n in CACHE_NAMES if arguments.get(n) is not None), None)
-
-
-def cache_name(module: nn.Module) -> str:
-    """Return what a module of transformers calls the cache, as an argument and in its output."""
-    parameters = inspect.signature(module.forward).parameters
-    name = next((n for n in CACHE_NAMES if n in parameters), None)
-    if name is None:
-        raise InputError(f"{type(module).__name__} takes no cache: mitigate it, and read with its own forward")
-    return name
 
 
 @contextmanager

@@ -17,8 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from rnn_longctx.config import counted
 from rnn_longctx.errors import InputError
-from rnn_longctx.models.adopt.cache import AdoptedCache, unattended
-from rnn_longctx.models.adopt.dispatch import cache_name
+from rnn_longctx.models.adopt.cache import AdoptedCache, cache_name, unattended
 from rnn_longctx.models.adopt.layerwise import AdoptedBlocks
 from rnn_longctx.models.adopt.mixer import AdoptedMixer
 from rnn_longctx.models.adopt.packed import read_packed
@@ -189,7 +188,8 @@ class Adopted(Hooked, Identified):
         self._ways = ways
         # (the first mixer's, since a call of base.forward passes the hooks of base itself by)
         guarded = (self.base, self.mixers[0].module) if ways else ()
-        self._guards = [module.register_forward_pre_hook(self._refuse) for module in guarded]
+        refuse = torch.compiler.disable(self._refuse) if guarded else self._refuse  # (it imports all of the compiler)
+        self._guards = [module.register_forward_pre_hook(refuse) for module in guarded]
 
     @contextmanager
     def reading(self) -> Iterator[None]:
@@ -200,7 +200,6 @@ class Adopted(Hooked, Identified):
         finally:
             _reading.reset(ours)
 
-    @torch.compiler.disable
     def _refuse(self, module: nn.Module, args: Any) -> None:
         if not _reading.get():
             raise InputError(

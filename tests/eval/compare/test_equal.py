@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rnn_longctx.errors import InputError
-from rnn_longctx.eval.compare.equal import STEP, equalised, parameters
+from rnn_longctx.eval.compare.equal import STEP, equalised, flops, parameters, state
 from rnn_longctx.models.config import ModelConfig
 from rnn_longctx.models.lm import LM
 
@@ -74,3 +74,32 @@ def test_what_cannot_be_is_said_with_the_nearest():
     written = {"first": model("gla:heads=2", d_model=32, mlp=1), "stiff": model("sliding-window:heads=16", 64, 0)}
     with pytest.raises(InputError, match=r"stiff cannot have [\d,]+ parameters within 2%: the nearest is .*MLP"):
         equalised(written)
+
+
+def test_operations_are_those_of_the_products():
+    d, layers, mlp, length = 16 * int(torch.randint(1, 4, ())), int(torch.randint(1, 3, ())), 1.5, 40
+    per_layer = 4 * d * d + 2 * length * d + 3 * d * round(mlp * d)  # projections, scores and their sums, the MLP
+    config = model("full-attention:heads=2,positions=none", d, mlp, layers)
+    assert flops(config, length) == 2 * (layers * per_layer + 256 * d)
+
+
+@pytest.mark.parametrize("kind", ["flops", "state"])
+def test_equal_operations_and_states(kind):
+    written = {
+        "mamba2": model("mamba2:headdim=16,d_state=16", 64),
+        "gla": model("gla:heads=2", 32, mlp=1),
+        "wide": model("sliding-window:window=16,heads=2", 128, mlp=1),
+        "none": model("gla:heads=1,expand_k=1", 48, mlp=0),
+    }
+    count, within = {"flops": (flops, 0.02), "state": (state, 0.05)}[kind]
+    sized = equalised(written, kind, 48)
+    assert sized["mamba2"] == written["mamba2"]
+    target = count(written["mamba2"], 48)
+    for name, config in sized.items():
+        assert abs(count(config, 48) - target) <= within * target
+        assert kind == "flops" or config.mlp == written[name].mlp
+
+
+def test_a_state_is_what_a_row_keeps():
+    config = model("full-attention:heads=2", 32, n_layer=3)
+    assert state(config, 50) == 50 * 3 * 2 * 32 == LM(config).state_size().total(50)

@@ -104,7 +104,8 @@ def test_all_that_reads_sees_the_adapter(build, family):
     for model in (adapter, merged):
         with mitigate(model, "state-norm", text=text):
             caps.append(torch.tensor([mixer.policy.caps[0].norm for mixer in adopt(model).mixers]))
-            own = model.generate(input_ids=ids, max_new_tokens=5, do_sample=False, eos_token_id=None)[:, 40:]
+            ends = {"eos_token_id": ByteTokenizer.eos_id, "pad_token_id": ByteTokenizer.eos_id}
+            own = model.generate(input_ids=ids, max_new_tokens=5, do_sample=False, **ends)[:, 40:]
             assert torch.equal(generate(model, ids, 5), own)
     torch.testing.assert_close(*caps, rtol=1e-3, atol=1e-5)
     for one, other in zip(*(measure_steps(adopt(m), ids) for m in (adapter, merged))):

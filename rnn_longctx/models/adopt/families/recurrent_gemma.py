@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from rnn_longctx.errors import InputError
 from rnn_longctx.models.adopt.beside import following
-from rnn_longctx.models.adopt.cache import AdoptedCache
-from rnn_longctx.models.adopt.dispatch import cache_in, grows, pads_explained, static_attention
+from rnn_longctx.models.adopt.cache import AdoptedCache, cache_in
+from rnn_longctx.models.adopt.dispatch import grows, pads_explained, static_attention
 from rnn_longctx.models.adopt.family import FAMILIES, Family
 from rnn_longctx.models.adopt.mixer import AdoptedMixer, Call
 from rnn_longctx.models.adopt.model import Adopted
