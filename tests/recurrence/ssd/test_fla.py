@@ -175,11 +175,8 @@ def check_gradients(dtype, device, per_channel, hardest, close, marks=False, len
     """Those of everything that is read, the state before it too."""
     H, _, P, N = sizes
     inputs, gates = stream(dtype, device, per_channel, length=length, sizes=sizes, hardest=hardest)
-    state, weight, reset = (
-        torch.randn(2, H, P, N),
-        torch.randn(2, length, H, P),
-        torch.zeros(2, length, dtype=torch.bool),
-    )
+    state, weight = torch.randn(2, H, P, N), torch.randn(2, length, H, P)
+    reset = torch.zeros(2, length, dtype=torch.bool)
     reset[0, length // 3] = reset[1, length // 2] = reset[1, -3] = marks
     grads = []
     for place, wide, backend in ((device, None, "fla"), ("cpu", torch.float64, "torch")):
@@ -204,9 +201,13 @@ def test_gradients_in_the_interpreter(marks, hardest, in_interpreter):
 @pytest.mark.slow
 @pytest.mark.parametrize("hardest", [0.1, 10.0])
 def test_gradients_that_fla_refuses(hardest, in_interpreter, monkeypatch):
-    """They are taken through the kernels for a decay a channel."""
-    monkeypatch.setattr(fla, "_refuses_gradients", lambda: True)
-    monkeypatch.setattr("fla.ops.simple_gla.chunk_simple_gla", None)
+    """As on Hopper with Triton 3.6: they are taken through the kernels for a decay a channel."""
+    from fla import utils
+    from fla.ops.common import chunk_o
+
+    for module in (utils, chunk_o):
+        for flag, value in (("IS_NVIDIA_HOPPER", True), ("TRITON_ABOVE_3_4_0", True), ("TRITON_ABOVE_3_7_1", False)):
+            monkeypatch.setattr(module, flag, value)
     check_gradients(torch.float32, "cpu", False, hardest, 2e-4, marks=True, **SMALL)
 
 
