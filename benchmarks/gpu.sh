@@ -24,7 +24,7 @@ study() {
     timeout -s INT "$1m" $cli compare configs/compare/recurrences.yaml --jobs "$jobs"
     local code=$?
     [ -n "${CUDA_MPS_PIPE_DIRECTORY:-}" ] && echo quit | nvidia-cuda-mps-control
-    tar czf "$out/study.tgz" --exclude snapshots --exclude '*.safetensors' --exclude site-packages.txt -C runs/compare recurrences
+    tar czf "$out/study.tgz" --exclude snapshots --exclude model --exclude site-packages.txt -C runs/compare recurrences
     cp runs/compare/recurrences/compare.* "$out"
     return $code
 }
