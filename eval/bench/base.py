@@ -54,7 +54,7 @@ def sizes(what: str, text: str) -> list[tuple[int, int]]:
 
 def environment() -> dict[str, str]:
     """Return what a figure depends on beside the code."""
-    named = ("torch", "triton", "mamba_ssm", "fla-core")
+    named = ("torch", "triton", "transformers", "mamba_ssm", "fla-core")
     versions = "; ".join(f"{p} {v}" for p in named if (v := _version(p)))
     return {"device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu", "versions": versions}
 
