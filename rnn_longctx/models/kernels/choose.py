@@ -16,6 +16,11 @@ def fits(x: Tensor) -> bool:
     return x.dtype in triton.DTYPES and triton.missing() is None
 
 
+def fuses(x: Tensor) -> bool:
+    """Return whether kernels may be used that keep nothing for a gradient: none is asked for."""
+    return not torch.is_grad_enabled() and fits(x)
+
+
 def chosen() -> ModuleType:
     """Kernels that keep what a gradient needs, where one is asked for."""
     from rnn_longctx.models.kernels import conv_norm, conv_norm_grads
