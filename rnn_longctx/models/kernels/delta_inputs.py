@@ -18,6 +18,16 @@ MOST_HEADS = 64  # whose gates one program makes
 STEP = 64  # channels of the input at a time, for them
 
 
+@triton.jit
+def _silu_heads(total, factor, eps, UNIT: tl.constexpr):
+    """SiLU of total (heads, channels), and with UNIT each head of it of length 1, times its factor."""
+    root = tl.rsqrt(1.0 + tl.exp2(-1.4426950408889634 * total))  # of sigmoid(total), without a division
+    v = total * root * root
+    if UNIT:
+        v *= (tl.rsqrt(tl.sum(v * v, 1) + eps) * factor)[:, None]
+    return v
+
+
 @Launched
 @triton.jit
 def _conv_heads(
@@ -51,19 +61,20 @@ def _conv_heads(
     factor = tl.where(h < group, scale, 1.0)
     part, size = (h // group).to(tl.int64), group * width
     y_ptr += (part * tl.num_programs(2) + b)[:, None] * T * size + (h % group)[:, None] * width + e[None, :]
-    read = x_ptr + first * sxt + c
-    write = y_ptr + first * size
-    for begin in range(0, BT, 4):
-        for k in tl.static_range(4):
-            inside = here & (c * 0 + first + begin + k < T)
-            x0 = tl.load(read + (begin + k) * sxt, mask=inside, other=0.0).to(tl.float32)
-            total = w0 * x0 + w1 * x1 + w2 * x2 + w3 * x3
-            root = tl.rsqrt(1.0 + tl.exp2(-1.4426950408889634 * total))  # of sigmoid(total), without a division
-            v = total * root * root
-            if UNIT:
-                v *= (tl.rsqrt(tl.sum(v * v, 1) + eps) * factor)[:, None]
-            tl.store(write + (begin + k) * size, v.to(y_ptr.dtype.element_ty), mask=inside)
-            x3, x2, x1 = x2, x1, x0
+    for t in range(first, first + BT, 4):  # four tokens are on their way at once: no load waits for a store before it
+        u0 = tl.load(x_ptr + t * sxt + c, mask=here & (c * 0 + t < T), other=0.0).to(tl.float32)
+        u1 = tl.load(x_ptr + (t + 1) * sxt + c, mask=here & (c * 0 + t + 1 < T), other=0.0).to(tl.float32)
+        u2 = tl.load(x_ptr + (t + 2) * sxt + c, mask=here & (c * 0 + t + 2 < T), other=0.0).to(tl.float32)
+        u3 = tl.load(x_ptr + (t + 3) * sxt + c, mask=here & (c * 0 + t + 3 < T), other=0.0).to(tl.float32)
+        v = _silu_heads(w0 * u0 + w1 * x1 + w2 * x2 + w3 * x3, factor, eps, UNIT).to(y_ptr.dtype.element_ty)
+        tl.store(y_ptr + t * size, v, mask=here & (c * 0 + t < T))
+        v = _silu_heads(w0 * u1 + w1 * u0 + w2 * x1 + w3 * x2, factor, eps, UNIT).to(y_ptr.dtype.element_ty)
+        tl.store(y_ptr + (t + 1) * size, v, mask=here & (c * 0 + t + 1 < T))
+        v = _silu_heads(w0 * u2 + w1 * u1 + w2 * u0 + w3 * x1, factor, eps, UNIT).to(y_ptr.dtype.element_ty)
+        tl.store(y_ptr + (t + 2) * size, v, mask=here & (c * 0 + t + 2 < T))
+        v = _silu_heads(w0 * u3 + w1 * u2 + w2 * u1 + w3 * u0, factor, eps, UNIT).to(y_ptr.dtype.element_ty)
+        tl.store(y_ptr + (t + 3) * size, v, mask=here & (c * 0 + t + 3 < T))
+        x3, x2, x1 = u1, u2, u3
     if tl.program_id(0) == tl.num_programs(0) - 1:  # the inputs that the next call's first tokens still need
         for k in tl.static_range(TAPS - 1):
             late = b * 0 + T - (TAPS - 1) + k

@@ -87,6 +87,7 @@ def test_gates_of_heads(rows, dim, heads, decays):
     torch.testing.assert_close(log_decay.double(), -A_log.double().exp() * steps, rtol=2e-5, atol=1e-12)
 
 
+@pytest.mark.filterwarnings("ignore:overflow")  # of what a sigmoid divides by
 @pytest.mark.parametrize("bound", [0.0, -4.0])
 @pytest.mark.parametrize(("rows", "heads", "width"), [((2, 11), 3, 5), ((1, 1), 1, 1), ((1, 9), 2, 160)])
 def test_decays_of_channels(rows, heads, width, bound):
@@ -106,34 +107,52 @@ def layer_of(text, width):
     return mixer
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("text", LAYERS)
-def test_a_layer_reads_alike_with_and_without_kernels(text, monkeypatch):
-    """In segments, a token among them, and after changed weights; with padding and with documents."""
-    mixer, u = layer_of(text, 16), torch.randn(2, 10, 16)
-    mask, reset = torch.ones(2, 10, dtype=torch.bool), torch.zeros(2, 10, dtype=torch.bool)
-    mask[1, :4], reset[0, 6] = False, True
+@pytest.fixture
+def both_ways(monkeypatch):
+    """both_ways(mixer, u, sizes, span, kernels): what a layer gives and keeps, in segments, with kernels and without,
+    must be alike; kernels: how often all heads are convolved by one."""
     calls = []
     convolve = delta_inputs.conv_heads
     monkeypatch.setattr(delta_inputs, "conv_heads", lambda *given: calls.append(1) or convolve(*given))
-    mixer.to(DEVICE)
-    padded, documents = Span(mask=mask.to(DEVICE)), Span(reset=reset.to(DEVICE))
-    for sizes, span in (([5, 1, 4], WHOLE), ([10], padded), ([10], documents), ([10], WHOLE)):
+
+    def compare(mixer, u, sizes, span, kernels):
         read = {}
         for fused in (True, False):
             monkeypatch.setattr(choose, "fits", lambda x, fused=fused: fused)
             calls.clear()
             outputs, carry = [], None
-            for part in u.to(DEVICE).split(sizes, 1):
+            for part in u.split(sizes, 1):
                 y, carry = mixer(part, carry, span)
                 outputs.append(y)
             read[fused] = torch.cat(outputs, 1), carry.conv, carry.scan.state, carry.scan.log_decay
-            assert len(calls) == (len(sizes) if fused and span is WHOLE else 0)
+            assert len(calls) == (kernels if fused else 0)
+        real = ... if span.mask is None else span.mask
         for name, ours, theirs in zip(("y", "conv", "state", "log_decay"), read[True], read[False]):
-            real = mask if name == "y" and span.mask is not None else ...
-            torch.testing.assert_close(ours[real], theirs[real], rtol=2e-4, atol=1e-5, msg=lambda m, n=name: n + m)
-        mixer.q_proj.weight += 0.1
-        mixer.b_proj.weight.data = mixer.b_proj.weight.data - 0.1
+            shown = real if name == "y" else ...
+            torch.testing.assert_close(ours[shown], theirs[shown], rtol=2e-4, atol=1e-5, msg=lambda m, n=name: n + m)
+
+    return compare
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("text", LAYERS)
+def test_a_layer_reads_alike_with_and_without_kernels(text, both_ways):
+    """In segments, a token among them; and after weights have changed."""
+    mixer, u = layer_of(text, 8).to(DEVICE), torch.randn(2, 7, 8, device=DEVICE)
+    both_ways(mixer, u, [4, 1, 2], WHOLE, 3)
+    mixer.q_proj.weight += 0.1
+    mixer.b_proj.weight.data = mixer.b_proj.weight.data - 0.1
+    both_ways(mixer, u[:, :3], [3], WHOLE, 1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("marks", ["mask", "reset"])
+def test_padding_and_documents(marks, both_ways):
+    """Go by the kernels of each convolution and norm, or by none."""
+    mixer, u = layer_of(LAYERS[0], 8).to(DEVICE), torch.randn(2, 7, 8, device=DEVICE)
+    marked = torch.full((2, 7), marks == "mask", device=DEVICE)
+    marked[1, :3] = marks != "mask"
+    both_ways(mixer, u, [7], Span(**{marks: marked}), 0)
 
 
 @pytest.mark.gpu
@@ -152,7 +171,7 @@ def test_a_layer_in_bf16(text, monkeypatch):
         monkeypatch.setattr(choose, "fuses", lambda x, fused=fused: fused)
         y = torch.cat(list(_segments(mixer, u, (700, 1, 799))), 1)
         far[fused] = float((y.double() - exact).norm() / exact.norm())
-    assert far[True] < 1.3 * far[False] and far[False] < 0.05, far
+    assert far[True] < 1.3 * far[False] and far[False] < 0.02, far
 
 
 def _segments(mixer, u, sizes):
