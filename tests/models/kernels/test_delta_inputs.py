@@ -146,6 +146,14 @@ def test_a_layer_reads_alike_with_and_without_kernels(text, both_ways):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(("text", "around"), [(LAYERS[0], "a_proj"), (LAYERS[2], "b_proj")])
+def test_what_stands_around_the_weights_of_gates_is_called(text, around, both_ways):
+    mixer, u = layer_of(text, 8).to(DEVICE), torch.randn(2, 3, 8, device=DEVICE)
+    getattr(mixer, around).register_forward_hook(lambda module, given, y: 1 - y)
+    both_ways(mixer, u, [3], WHOLE, 1)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("marks", ["mask", "reset"])
 def test_padding_and_documents(marks, both_ways):
     """Go by the kernels of each convolution and norm, or by none."""
