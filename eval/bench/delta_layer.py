@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import torch
@@ -15,6 +16,7 @@ from rnn_longctx.errors import InputError
 from rnn_longctx.eval.bench.base import Row, bench
 from rnn_longctx.eval.bench.delta import fla_model, model_of, named
 from rnn_longctx.eval.bench.scan import ceilings
+from rnn_longctx.models.kernels import choose
 from rnn_longctx.models.lm import LM
 from rnn_longctx.recurrence.span import WHOLE
 
@@ -42,17 +44,30 @@ def layer_rows(length: int, names: list[str], device: str = "cuda") -> Iterator[
     for name in names:
         model = model_of(name, device, n_layer=1)
         h = torch.randn(1, length, model.d_model, device=device, dtype=model.dtype)
-        parts = _ours(model, h)
-        parts["passes"] = parts["layer"] - parts["scan"] - parts["products"]
+        systems = {}
+        for system, fused in (("rnn-longctx", False), ("rnn-longctx, passes fused", True)):
+            with fused_layers(fused):
+                parts = systems[system] = _ours(model, h)
+            parts["passes"] = parts["layer"] - parts["scan"] - parts["products"]
         floors = {
             "products": 2 * length * sum(linear.weight.numel() for linear in _linears(model)) / rate * 1e3,
             "passes": length * sum(moved(model).values()) / bandwidth * 1e3,
         }
         shared = {"mixer": name, "length": length}
-        for part, took in parts.items():
-            yield {**shared, "system": "rnn-longctx", "what": part, "ms": took, "floor_ms": floors.get(part, math.nan)}
+        for system, parts in systems.items():
+            for part, took in parts.items():
+                yield {**shared, "system": system, "what": part, "ms": took, "floor_ms": floors.get(part, math.nan)}
         for part, took in _fla(model, h).items():
             yield {**shared, "system": "fla", "what": part, "ms": took, "floor_ms": math.nan}
+
+
+@contextmanager
+def fused_layers(fused: bool) -> Iterator[None]:
+    before, choose.FUSED_LAYERS = choose.FUSED_LAYERS, fused
+    try:
+        yield
+    finally:
+        choose.FUSED_LAYERS = before
 
 
 def _ours(model: LM, h: Tensor) -> dict[str, float]:

@@ -32,7 +32,7 @@ class MLP(nn.Module):
 
     def forward(self, u: Tensor) -> Tensor:
         gate_up = self.gate_up(u)
-        if choose.fuses(gate_up):
+        if choose.fuses_layers(gate_up):
             from rnn_longctx.models.kernels.swiglu import swiglu
 
             return self.down(swiglu(gate_up))

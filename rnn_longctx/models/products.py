@@ -27,7 +27,7 @@ def bare(linear: nn.Module, u: Tensor) -> bool:
 def side_by_side(u: Tensor, maps: Sequence[nn.Linear]) -> Tensor:
     """Return (B, T, channels): the maps of u (B, T, d_model), one behind the other. On a GPU, without gradients, each
     product is written to its own columns, which saves the pass that would bring them together."""
-    if not choose.fuses(u) or not all(bare(linear, u) for linear in maps):
+    if not choose.fuses_layers(u) or not all(bare(linear, u) for linear in maps):
         return torch.cat([linear(u) for linear in maps], -1)
     widths = [linear.out_features for linear in maps]
     y = u.new_empty(*u.shape[:-1], sum(widths))

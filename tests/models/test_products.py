@@ -12,6 +12,11 @@ from rnn_longctx.models.kernels import choose
 from rnn_longctx.models.products import bare, side_by_side
 
 
+@pytest.fixture(autouse=True)
+def fused_layers(monkeypatch):
+    monkeypatch.setattr(choose, "FUSED_LAYERS", True)
+
+
 @pytest.fixture
 def maps():
     return [nn.Linear(6, out, bias=False) for out in (4, 1, 9)]

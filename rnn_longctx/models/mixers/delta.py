@@ -169,7 +169,7 @@ class DeltaMixer(Recurrent):
 
     def fuses_gates(self, u: Tensor, *maps: nn.Linear) -> bool:
         """Return whether a kernel makes the gates of all heads from u and the weights of these maps."""
-        return choose.fuses(u) and self.heads <= kernels().MOST_HEADS and all(bare(linear, u) for linear in maps)
+        return choose.fuses_layers(u) and self.heads <= kernels().MOST_HEADS and all(bare(linear, u) for linear in maps)
 
     def inputs(self, u: Tensor, carry: Carry | None, span: Span) -> tuple[ScanInputs, DeltaGates, Rest]:
         qkv = side_by_side(u, (self.q_proj, self.k_proj, self.v_proj))
@@ -181,7 +181,7 @@ class DeltaMixer(Recurrent):
         see `convolve`."""
         conv, sizes = self.conv1d, self.sizes
         whole = span.mask is None and span.reset is None and span.shard is None
-        if whole and conv.bias is None and conv.kernel_size[0] <= 4 and choose.fuses(qkv):
+        if whole and conv.bias is None and conv.kernel_size[0] <= 4 and choose.fuses_layers(qkv):
             unadapted(conv)
             before = None if carry is None else carry.conv
             q, k, v, after = kernels().conv_heads(
@@ -250,7 +250,7 @@ class ChannelRated(Rated):
 
     def log_decay(self, u: Tensor) -> Tensor:
         f = self.f_proj(u)
-        if choose.fuses(f):
+        if choose.fuses_layers(f):
             return kernels().channel_decays(f, *self.decay_weights, self.lower_bound)
         return self.channel_decays(f)
 

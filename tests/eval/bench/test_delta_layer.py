@@ -15,7 +15,7 @@ def test_rows(monkeypatch):
     monkeypatch.setattr(delta, "MIXERS", {"gated-deltanet": "gated-deltanet:heads=2,head_dim=8", "kda": "kda:heads=2"})
     monkeypatch.setattr(delta, "SHAPE", delta.SHAPE | {"d_model": 16, "vocab_size": 9})
     monkeypatch.setattr(delta_layer, "ceilings", lambda: (1e3, 1e3))
-    times = iter(range(100, 1, -10))
+    times = iter(range(130, 1, -10))
 
     def milliseconds(call):
         call()
@@ -24,8 +24,10 @@ def test_rows(monkeypatch):
     monkeypatch.setattr(delta_layer, "milliseconds", milliseconds)
     monkeypatch.setitem(sys.modules, "fla", None)
     rows = list(delta_layer.layer_rows(70, ["gated-deltanet", "kda"], "cpu"))
-    for name, layer, passes in (("gated-deltanet", 100, -70), ("kda", 70, -40)):
-        ours = {row["what"]: row for row in rows if row["mixer"] == name}
+    cases = [(name, system) for name in ("gated-deltanet", "kda") for system in ("", ", passes fused")]
+    for (name, system), layer, passes in zip(cases, (130, 100, 70, 40), (-100, -70, -40, -10)):
+        of = name, f"rnn-longctx{system}"
+        ours = {row["what"]: row for row in rows if (row["mixer"], row["system"]) == of}
         assert {part: row["ms"] for part, row in ours.items()} == {
             "layer": layer, "scan": layer - 10, "products": layer - 20, "passes": passes,
         }  # fmt: skip

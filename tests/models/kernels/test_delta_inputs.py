@@ -23,6 +23,12 @@ if triton.missing():
 from rnn_longctx.models.config import ModelConfig
 from rnn_longctx.models.kernels import delta_inputs
 
+
+@pytest.fixture(autouse=True)
+def fused_layers(monkeypatch):
+    monkeypatch.setattr(choose, "FUSED_LAYERS", True)
+
+
 DEVICE = "cpu" if triton.interpreted() else "cuda"
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
 LAYERS = [

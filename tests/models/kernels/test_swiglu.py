@@ -17,6 +17,12 @@ if triton.missing():
 
 from rnn_longctx.models.kernels import swiglu
 
+
+@pytest.fixture(autouse=True)
+def fused_layers(monkeypatch):
+    monkeypatch.setattr(choose, "FUSED_LAYERS", True)
+
+
 DEVICE = "cpu" if triton.interpreted() else "cuda"
 
 
