@@ -43,10 +43,25 @@ def bench_delta(
     mixers: Annotated[str, "Which of gated-deltanet and kda."] = "gated-deltanet,kda",
 ) -> Iterator[Row]:
     """Reading a prompt with models of 370M parameters of the delta rule on a GPU, here and in fla."""
+    return delta_rows(parse_lengths(lengths), parse_length(segment), named(mixers))
+
+
+def named(mixers: str) -> list[str]:
+    """Return the names in "gated-deltanet,kda". Raises InputError for one that is not measured."""
     names = [name for name in mixers.split(",") if name]
     if unknown := [name for name in names if name not in MIXERS]:
         raise InputError(f"mixers: expected {' or '.join(MIXERS)}, got {unknown[0]!r}")
-    return delta_rows(parse_lengths(lengths), parse_length(segment), names)
+    return names
+
+
+def model_of(name: str, device: str = "cuda", **changed: Any) -> LM:
+    """Return a model of random weights, bfloat16 but for what fla keeps in float32. changed: fields of its config."""
+    with torch.device(device):
+        model = LM(ModelConfig(MIXERS[name], **SHAPE | changed)).bfloat16().eval()
+    for mixer in model.mixers:
+        mixer.A_log.data = mixer.A_log.data.float()
+        mixer.dt_bias.data = mixer.dt_bias.data.float()
+    return model
 
 
 @torch.inference_mode()
@@ -55,11 +70,7 @@ def delta_rows(lengths: list[int], segment: int, names: list[str]) -> Iterator[R
     if not torch.cuda.is_available():
         raise InputError("this benchmark needs a CUDA device")
     for name in names:
-        with torch.device("cuda"):
-            model = LM(ModelConfig(MIXERS[name], **SHAPE)).bfloat16().eval()
-        for mixer in model.mixers:
-            mixer.A_log.data = mixer.A_log.data.float()  # as fla keeps them
-            mixer.dt_bias.data = mixer.dt_bias.data.float()
+        model = model_of(name)
         ids = torch.randint(model.vocab_size, (1, max(lengths)), device="cuda")
         expected = exact_logits(model, ids[:, :CHECKED])
         caps = tuple(_caps(model, ids[:, :4096]))
@@ -117,6 +128,12 @@ def _tuned(read: Read, ids: Tensor) -> None:
 
 
 def _fla(model: LM) -> Read | None:
+    theirs = fla_model(model)
+    return None if theirs is None else lambda ids: theirs(ids, use_cache=True, logits_to_keep=1).logits[:, -1]
+
+
+def fla_model(model: LM) -> Any:
+    """Return the same model in fla, or None where that is not installed."""
     try:
         import fla.models  # noqa: F401
         from transformers import AutoModelForCausalLM
@@ -129,4 +146,4 @@ def _fla(model: LM) -> Read | None:
     for layer in theirs.model.layers:
         layer.attn.A_log.data = layer.attn.A_log.data.float()
         layer.attn.dt_bias.data = layer.attn.dt_bias.data.float()
-    return lambda ids: theirs(ids, use_cache=True, logits_to_keep=1).logits[:, -1]
+    return theirs

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from rnn_longctx.models.deferred import DeferredNorm
 from rnn_longctx.models.interface import Mixer, Shape
+from rnn_longctx.models.kernels import choose
 from rnn_longctx.models.norm import LayerNorm, RMSNorm
 
 # What a layer gives, to be added to the residual together with the norm that comes next.
@@ -30,7 +31,12 @@ class MLP(nn.Module):
         self.down = nn.Linear(width, d_model, bias=False)
 
     def forward(self, u: Tensor) -> Tensor:
-        gate, up = self.gate_up(u).chunk(2, -1)
+        gate_up = self.gate_up(u)
+        if choose.fuses_layers(gate_up):
+            from rnn_longctx.models.kernels.swiglu import swiglu
+
+            return self.down(swiglu(gate_up))
+        gate, up = gate_up.chunk(2, -1)
         return self.down(F.silu(gate) * up)
 
 

@@ -16,7 +16,7 @@ from rnn_longctx.recurrence.backends import OutputGate
 
 def unit(x: Tensor, eps: float) -> Tensor:
     """Return x (B, T, H, N), each head of it of length 1: x / sqrt(|x|^2 + eps)."""
-    if not torch.is_grad_enabled() and choose.fits(x):
+    if choose.fuses(x):
         return _kernel()(x, share=1.0, eps=eps)
     n = x.shape[-1]  # the library's norm is of the mean square; what is left is the sum's
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -45,7 +45,7 @@ class RMSNorm(nn.Module):
 
     def gated(self, x: Tensor, z: Tensor, squash: Literal["silu", "sigmoid"] = "silu") -> Tensor:
         """Return (B, T, H * P): the norm of each head of x (B, T, H, P), times what is made of z (B, T, H * P)."""
-        if not torch.is_grad_enabled() and choose.fits(x):
+        if choose.fuses(x):
             return _kernel()(
                 x, share=1 / x.shape[-1], eps=self.eps, weight=self.weight, gate=z, sigmoid=squash == "sigmoid"
             ).flatten(-2)
@@ -54,8 +54,7 @@ class RMSNorm(nn.Module):
     def gate(self, z: Tensor) -> OutputGate | None:
         """Return what a scan needs to apply this norm, gated by z (B, T, H, P); None where kernels are not to be used,
         or cannot, and where a gradient is asked for."""
-        fits = self.groups == 1 and not torch.is_grad_enabled() and choose.fits(z)
-        return OutputGate(z, self.weight) if fits else None
+        return OutputGate(z, self.weight) if self.groups == 1 and choose.fuses(z) else None
 
     def add(self, x: Tensor, more: Tensor | DeferredNorm | None, in_fp32: bool) -> tuple[Tensor, Tensor]:
         """Return the norm of x + more, in the weight's type (by kernels in the one that autocast multiplies in), and x

@@ -9,11 +9,26 @@ from torch import Tensor
 
 from rnn_longctx.recurrence import triton
 
+# Whether layers of the delta rule and MLPs take the kernels of `delta_inputs` and `swiglu`, and products side by side.
+# These are held to their definitions in Triton's interpreter and compiled for Hopper, but have not run on a GPU yet:
+# `rnn-longctx bench delta-layer` times a layer with and without them.
+FUSED_LAYERS = False
+
 
 def fits(x: Tensor) -> bool:
     if not x.is_cuda or torch.compiler.is_compiling():  # a compiler fuses these itself
         return False
     return x.dtype in triton.DTYPES and triton.missing() is None
+
+
+def fuses(x: Tensor) -> bool:
+    """Return whether kernels may be used that keep nothing for a gradient: none is asked for."""
+    return not torch.is_grad_enabled() and fits(x)
+
+
+def fuses_layers(x: Tensor) -> bool:
+    """Return whether the kernels that FUSED_LAYERS is about may be used."""
+    return FUSED_LAYERS and fuses(x)
 
 
 def chosen() -> ModuleType:

@@ -20,10 +20,13 @@ from torch import Tensor, nn
 
 from rnn_longctx.errors import InputError
 from rnn_longctx.models.carries import Carry
+from rnn_longctx.models.conv import unadapted
 from rnn_longctx.models.ids import refuse_offloaded
 from rnn_longctx.models.interface import Rest, Shape
+from rnn_longctx.models.kernels import choose
 from rnn_longctx.models.mixers.base import Recurrent
 from rnn_longctx.models.norm import RMSNorm, unit
+from rnn_longctx.models.products import bare, side_by_side
 from rnn_longctx.recurrence.delta import DELTA
 from rnn_longctx.recurrence.gates import DeltaGates, ScanInputs
 from rnn_longctx.recurrence.span import Span
@@ -150,17 +153,46 @@ class DeltaMixer(Recurrent):
 
     def beta(self, u: Tensor) -> Tensor:
         """Return (B, T, H), at least float32: how much of its key a token erases and writes."""
+        if self.fuses_gates(u, self.b_proj):
+            return kernels().head_gates(u, self.b_proj.weight, self.most)[0]
         b = self.b_proj(u)
-        return b.to(wide(b)).sigmoid() * (2.0 if self.twice else 1.0)
+        return b.to(wide(b)).sigmoid() * self.most
+
+    @property
+    def most(self) -> float:
+        """What beta stays below."""
+        return 2.0 if self.twice else 1.0
+
+    def gates(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the log-decays and beta of u."""
+        return self.log_decay(u), self.beta(u)
+
+    def fuses_gates(self, u: Tensor, *maps: nn.Linear) -> bool:
+        """Return whether a kernel makes the gates of all heads from u and the weights of these maps."""
+        return choose.fuses_layers(u) and self.heads <= kernels().MOST_HEADS and all(bare(linear, u) for linear in maps)
 
     def inputs(self, u: Tensor, carry: Carry | None, span: Span) -> tuple[ScanInputs, DeltaGates, Rest]:
-        keys = self.q_proj.out_features
-        qkv = torch.cat([self.q_proj(u), self.k_proj(u), self.v_proj(u)], -1)
-        qkv, conv, convolved = self.convolve(self.conv1d, qkv, carry, span)
-        q, k, v = qkv.split([keys, keys, qkv.shape[-1] - 2 * keys], -1)
+        qkv = side_by_side(u, (self.q_proj, self.k_proj, self.v_proj))
+        inputs, conv, convolved = self.convolved_heads(qkv, carry, span)
+        return inputs, DeltaGates(*self.gates(u)), Rest(self.gate(u), conv, convolved)
+
+    def convolved_heads(self, qkv: Tensor, carry: Carry | None, span: Span) -> tuple[ScanInputs, Tensor, Tensor]:
+        """Return what the scan reads of qkv (B, T, channels), the inputs to go on from, and what the convolution read:
+        see `convolve`."""
+        conv, sizes = self.conv1d, self.sizes
+        whole = span.mask is None and span.reset is None and span.shard is None
+        if whole and conv.bias is None and conv.kernel_size[0] <= 4 and choose.fuses_layers(qkv):
+            unadapted(conv)
+            before = None if carry is None else carry.conv
+            q, k, v, after = kernels().conv_heads(
+                qkv, conv.weight, before, sizes.key_heads, sizes.d_state, self.headdim, LENGTH_EPS
+            )
+            return ScanInputs(v, k, q), after, qkv
+        keys = sizes.key_heads * sizes.d_state
+        convolved, after, qkv = self.convolve(conv, qkv, carry, span)
+        q, k, v = convolved.split([keys, keys, qkv.shape[-1] - 2 * keys], -1)
         q, k = (unit(t.unflatten(-1, (-1, self.d_state)), LENGTH_EPS) for t in (q, k))  # (B, T, G, N)
-        inputs = ScanInputs(v.unflatten(-1, (self.heads, -1)), k, q * self.d_state**-0.5)
-        return inputs, DeltaGates(self.log_decay(u), self.beta(u)), Rest(self.gate(u), conv, convolved)
+        return ScanInputs(v.unflatten(-1, (self.heads, -1)), k, q * self.d_state**-0.5), after, qkv
 
     def output_gate(self, rest: Rest) -> None:
         """No scan applies a norm that is over a head and comes before the gate."""
@@ -178,8 +210,13 @@ class Rated(DeltaMixer):
     @property
     def rates(self) -> Tensor:
         """(H), at least float32, below 0."""
-        refuse_offloaded(self.A_log, "a mixer")
-        return -self.A_log.to(wide(self.A_log)).exp()
+        A_log, _ = self.decay_weights
+        return -A_log.to(wide(A_log)).exp()
+
+    @property
+    def decay_weights(self) -> tuple[Tensor, Tensor]:
+        """A_log and dt_bias, held on this device or refused."""
+        return refuse_offloaded(self.A_log, "a mixer"), refuse_offloaded(self.dt_bias, "a mixer")
 
     @property
     def A(self) -> Tensor | None:
@@ -201,6 +238,7 @@ class ChannelRated(Rated):
 
     per_channel = True
     squash = "sigmoid"
+    lower_bound = 0.0  # of the log-decays; 0: there is none
 
     def __init__(self, model: Shape, sizes: Sizes, d_conv: int, twice: bool):
         super().__init__(model, sizes, d_conv, twice)
@@ -211,10 +249,24 @@ class ChannelRated(Rated):
         self.dt_bias = nn.Parameter(torch.empty(channels))
 
     def log_decay(self, u: Tensor) -> Tensor:
-        return self.rates[:, None] * self.steps(self.f_proj(u)).unflatten(-1, (self.heads, -1))
+        f = self.f_proj(u)
+        if choose.fuses_layers(f):
+            return kernels().channel_decays(f, *self.decay_weights, self.lower_bound)
+        return self.channel_decays(f)
+
+    def channel_decays(self, f: Tensor) -> Tensor:
+        """Return the log-decays (B, T, H, N) of what the layer's map gives for them, (B, T, H * N)."""
+        return self.rates[:, None] * self.steps(f).unflatten(-1, (self.heads, -1))
 
     def gate(self, u: Tensor) -> Tensor:
         return self.g_proj(u)
+
+
+def kernels() -> Any:
+    """Return the module of the kernels before the scan, which imports Triton."""
+    from rnn_longctx.models.kernels import delta_inputs
+
+    return delta_inputs
 
 
 def wide(x: Tensor) -> torch.dtype:

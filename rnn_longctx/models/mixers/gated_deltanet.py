@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from rnn_longctx.models.interface import Shape
 from rnn_longctx.models.mixers import MIXERS
-from rnn_longctx.models.mixers.delta import Rated, Rates, Sizes
+from rnn_longctx.models.mixers.delta import Rated, Rates, Sizes, kernels
 from rnn_longctx.spec import quiet
 
 
@@ -73,6 +73,13 @@ class GatedDeltaNet(Rated):
 
     def log_decay(self, u: Tensor) -> Tensor:
         return self.rates * self.steps(self.a_proj(u))
+
+    def gates(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        if not self.fuses_gates(u, self.a_proj, self.b_proj):
+            return super().gates(u)
+        weights = self.b_proj.weight, self.most, self.a_proj.weight
+        beta, log_decay = kernels().head_gates(u, *weights, *self.decay_weights)
+        return log_decay, beta
 
     def gate(self, u: Tensor) -> Tensor:
         return self.g_proj(u)

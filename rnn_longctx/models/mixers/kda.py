@@ -68,7 +68,7 @@ class KDA(ChannelRated):
             config.neg_eigval,
         )
         self.config = config
-        self.bounded = config.lower_bound < 0
+        self.lower_bound, self.bounded = config.lower_bound, config.lower_bound < 0
         self.begin()
         rates.begin(self.A_log, self.dt_bias)
         if config.lower_bound:
@@ -92,8 +92,8 @@ class KDA(ChannelRated):
             self.refuse_rates()
         super().scale_rates(factor)
 
-    def log_decay(self, u: Tensor) -> Tensor:
-        if not (bound := self.config.lower_bound):
-            return super().log_decay(u)
-        f = (self.f_proj(u) + self.dt_bias).unflatten(-1, (self.heads, -1))
-        return bound * (-self.rates[:, None] * f).sigmoid()
+    def channel_decays(self, f: Tensor) -> Tensor:
+        if not self.lower_bound:
+            return super().channel_decays(f)
+        f = (f + self.dt_bias).unflatten(-1, (self.heads, -1))
+        return self.lower_bound * (-self.rates[:, None] * f).sigmoid()

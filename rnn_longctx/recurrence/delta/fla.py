@@ -93,13 +93,16 @@ def _read(reading: Reading) -> tuple[Tensor, ScanCarry]:
     kernels: Any = _general
     if raw.simple:
         kernels = _with_gradients if reading.graded else _forward
-    y, state = kernels(reading, x, key, query, gates, Rows.of(reading))
+    y, state, total = kernels(reading, x, key, query, gates, Rows.of(reading))
     if (D := inputs.D) is not None:
         y = torch.addcmul(y, inputs.x, (D if D.ndim == 2 else D[:, None]).to(y.dtype))
-    return y, ScanCarry(state, carry.position, log_decay_total(carry.log_decay, gates.log_decay, reading.reset))
+    if total is None:
+        total = log_decay_total(carry.log_decay, gates.log_decay, reading.reset)
+    return y, ScanCarry(state, carry.position, total)
 
 
-Read = tuple[Tensor, Tensor]  # y (B, T, H, P), and the state (B, H, P, N) after the last token
+# y (B, T, H, P), the state (B, H, P, N) after the last token, and the total log-decay (B, H[, N]) where it was at hand
+Read = tuple[Tensor, Tensor, Tensor | None]
 
 
 def _forward(reading: Reading, x: Tensor, key: Tensor, query: Tensor, gates: DeltaGates, rows: Rows) -> Read:
@@ -130,7 +133,17 @@ def _forward(reading: Reading, x: Tensor, key: Tensor, query: Tensor, gates: Del
         y[:, CHUNK - 1 : whole * CHUNK : CHUNK] *= factors[:, :whole, :, None].to(y.dtype)
     if reading.looks is not None:
         _look(reading, h, end, gates.log_decay)
-    return y, end[rows.last]
+    whole_rows = rows.edges is None and reading.reset is None
+    return y, end[rows.last], _total(reading.carry.log_decay, g) if whole_rows else None
+
+
+def _total(before: Tensor, g: Tensor) -> Tensor:
+    """Return the log-decay (B, H[, N]) float64 since each row began: `before`, and what the last token of every chunk
+    has of g (B, T, H[, N]), which is summed within chunks, in units of log 2."""
+    ends = g[:, CHUNK - 1 :: CHUNK].sum(1, dtype=torch.float64)
+    if g.shape[1] % CHUNK:
+        ends = ends + g[:, -1]
+    return before + ends / LOG2_E
 
 
 def _states(
@@ -199,7 +212,7 @@ def _with_gradients(reading: Reading, x: Tensor, key: Tensor, query: Tensor, gat
         state_v_first=True,
         cu_seqlens=rows.edges,
     )
-    return y.view(shape), end[rows.last]
+    return y.view(shape), end[rows.last], None
 
 
 def _general(reading: Reading, x: Tensor, key: Tensor, query: Tensor, gates: DeltaGates, rows: Rows) -> Read:
@@ -219,7 +232,7 @@ def _general(reading: Reading, x: Tensor, key: Tensor, query: Tensor, gates: Del
     y, end = chunk_dplr_delta_rule(
         q, k, v, a, b, gk, scale=1.0, initial_state=start, output_final_state=True, cu_seqlens=rows.edges
     )
-    return y.view(shape), end[rows.last].mT.contiguous()
+    return y.view(shape), end[rows.last].mT.contiguous(), None
 
 
 def _by_channel(log_decay: Tensor, key: Tensor) -> Tensor:

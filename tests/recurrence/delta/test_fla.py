@@ -191,3 +191,13 @@ def test_statistics_from_inside(per_channel):
         seen = torch.cat([getattr(look, name) for look in ours.looks], -1)
         assert error(seen, getattr(expected, name).double()) < bound, name
     assert torch.cat([look.position for look in ours.looks]).tolist() == expected.position.tolist()
+
+
+@pytest.mark.parametrize("length", [30, 64, 200])
+@pytest.mark.parametrize("per_channel", [False, True], ids=["a head", "a channel"])
+def test_the_total_of_chunk_sums(per_channel, length):
+    log_decay = -torch.rand(2, length, H, *([N] if per_channel else []))
+    chunks = [chunk.cumsum(1) for chunk in log_decay.split(fla.CHUNK, 1)]
+    before = -torch.rand(2, *log_decay.shape[2:], dtype=torch.float64)
+    total = fla._total(before, torch.cat(chunks, 1) * fla.LOG2_E)
+    torch.testing.assert_close(total, before + log_decay.double().sum(1), rtol=1e-6, atol=1e-6)

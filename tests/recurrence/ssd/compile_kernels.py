@@ -11,7 +11,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from rnn_longctx.models.kernels import conv_norm, conv_norm_grads, head_norm, matvec
+from rnn_longctx.models.kernels import conv_norm, conv_norm_grads, delta_inputs, head_norm, matvec, swiglu
 from rnn_longctx.recurrence.delta.kernels import blocks, states
 from rnn_longctx.recurrence.ssd.kernels import (  # fmt: skip
     backward,
@@ -31,6 +31,8 @@ POINTERS = {"dt": "x", "x": "x", "B": "x", "C": "x", "y": "x", "gram": "x", "dy"
 FLOATS = ("A", "D", "dt_bias", "table", "cum", "scale", "totals", "initial", "states", "final", "caps", "S", "factors",
           "spent", "total", "grads", "ends", "dB", "dC", "dlog_decay", "dscale", "dD", "dA", "dcum", "dtotal", "dbias",
           "room", "sums", "squares", "head", "x_before", "B_before", "until", "rest")  # fmt: skip
+PLAIN_FLOATS = ("start_ptr", "end_ptr", "cap_ptr", "factor_ptr", "g_ptr", "state_ptr", "sum_ptr", "A_log_ptr",
+                "dt_bias_ptr", "beta_ptr", "log_decay_ptr")  # fmt: skip
 OF_CHUNKS = {(backward.output_grads, "states"), (backward.input_grads, "grads"), (backward.chunk_states, "out"),
              (backward.chunk_state_grads, "out"), (backward.chunk_state_grads, "at_chunks")}  # fmt: skip
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -63,17 +65,17 @@ def compile_one(kernel, capability, dtype, warps, like_x=(), **constants):
 
 
 def compile_plain(kernel, capability, warps, **constants):
-    """A kernel that is launched as it is: pointers are called *_ptr, or are among POINTERS; what is left are sizes."""
-    signature = {}
+    """A kernel whose pointers are called *_ptr, or are among POINTERS; what is left are sizes."""
+    kernel, signature = getattr(kernel, "jit", kernel), {}
     for name in inspect.signature(kernel.fn).parameters:
         if name in constants:
             signature[name] = "constexpr"
-        elif name in ("start_ptr", "end_ptr", "cap_ptr", "factor_ptr", "g_ptr", "state_ptr", "sum_ptr"):
+        elif name in PLAIN_FLOATS:
             signature[name] = "*fp32"
         elif name.endswith("_ptr") or name in ("x", "weight", "gate", "y"):
             signature[name] = "*bf16"
         else:
-            signature[name] = "fp32" if name in ("share", "eps", "scale") else "i32"
+            signature[name] = "fp32" if name in ("share", "eps", "scale", "bound", "most") else "i32"
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
 
@@ -162,6 +164,28 @@ if __name__ == "__main__":
         constants = {"ROWS": 16, "BLOCK": 128, "HAS_WEIGHT": gate > 0, "GATE": gate}
         made = compile_plain(head_norm._head_norm, capability, 4, **constants)
         print("_head_norm", "bf16", 128, constants, made.metadata.shared)
+    BT, BC = delta_inputs.CONV
+    for kernel, warps, constants in (
+        *(
+            (
+                delta_inputs._conv_heads,
+                1,
+                {"TAPS": 4, "BT": BT, "BH": BC // width, "BC": width, "HAS_BEFORE": unit, "UNIT": unit},
+            )
+            for width, unit in ((64, True), (128, True), (256, False))
+        ),
+        *(
+            (delta_inputs._head_gates, 4, {"BT": rows, "BH": heads, "BK": delta_inputs.STEP, "HAS_DECAY": decay})
+            for rows, heads, decay in ((64, 16, True), (64, 16, False), (32, 64, True))
+        ),
+        *(
+            (delta_inputs._channel_decays, 4, {**dict(zip(("BR", "BC"), delta_inputs.TILE)), "BOUNDED": bounded})
+            for bounded in (False, True)
+        ),
+        (swiglu._swiglu, 4, dict(zip(("BR", "BC"), swiglu.TILE))),
+    ):
+        made = compile_plain(kernel, capability, warps, **constants)
+        print(kernel.jit.fn.__name__, "bf16", constants, made.metadata.shared)
     for per_channel in (False, True):
         for headdim, warps in ((128, 8), (256, 16)):
             constants = {"G": 4, "H": 4, "P": headdim, "N": 128, "BP": headdim, "BN": 128, "C": states.CHUNK,
