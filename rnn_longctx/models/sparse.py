@@ -7,10 +7,10 @@ A document is cut, from its first token on, into blocks of b tokens. Each head o
     the chosen      of all other completed blocks those whose scores for this token are largest, `top` of them or as
                     many as there are
 
-in one softmax, in which a block may have a bias. Scores are of a token and not of a block of queries: these would choose
-for their first token by what their last one asks. They compare a query with a summary of a block, which is made when the
-block is complete. So their cost grows with the square of the length, b times more slowly than that of full attention;
-what is read of the tokens themselves costs the same at any length.
+in one softmax, in which a block may have a bias. Scores are of a token and not of a block of queries: these would
+choose for their first token by what their last one asks. They compare a query with a summary of a block, which is made
+when the block is complete. Scoring so grows with the square of the length, b times more slowly than full attention
+does; what is read of the tokens themselves is as much at any length.
 
 Blocks are not masked but gathered: pairs of a query and a block that it reads are sorted by blocks, and a block meets
 its queries in one product. Of blocks with equal scores any may be chosen.
@@ -22,7 +22,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,142 +31,14 @@ from torch import Tensor
 
 from rnn_longctx.errors import InputError
 from rnn_longctx.models.attention import Attention, weighed
-from rnn_longctx.models.carries import carry
+from rnn_longctx.models.block_keys import BlockKeys, Places, picked
 from rnn_longctx.models.interface import StateSize
 from rnn_longctx.models.rotary import turned
-from rnn_longctx.recurrence.carry import ON_CPU
 from rnn_longctx.recurrence.rows import row_counts
 from rnn_longctx.recurrence.span import WHOLE, Span
 
 QUERIES = 512  # whose scores are held at once
 TILE = 64  # queries at most that meet a block in one product
-
-
-def _level(carries: list[BlockKeys]) -> list[BlockKeys]:
-    """Return carries as wide as the widest; what is added is not read."""
-    tokens, recent, blocks = (
-        max(sizes) for sizes in zip(*((c.keys.shape[1], c.recent.shape[1], c.summaries.shape[1]) for c in carries))
-    )
-
-    def widened(x: Tensor, before: int = 0, behind: int = 0) -> Tensor:
-        return F.pad(x, (0, 0, 0, 0, before, behind))
-
-    return [
-        replace(
-            c,
-            keys=widened(c.keys, tokens - c.keys.shape[1]),
-            values=widened(c.values, tokens - c.values.shape[1]),
-            recent=widened(c.recent, recent - c.recent.shape[1]),
-            summaries=widened(c.summaries, behind=blocks - c.summaries.shape[1]),
-        )
-        for c in carries
-    ]
-
-
-@carry(level=_level)
-@dataclass
-class BlockKeys:
-    """The carry: the tokens of the document, and summaries of its completed blocks.
-
-    Attributes:
-        size: b.
-        keys, values: (B, S, H, D), the newest token at the right end; keys as they were turned.
-        recent: (B, R, H, D), the last b - 1 keys at most, before they were turned: a block is summarised of those.
-        summaries: (B, W, H, F), the oldest block at the left end.
-        held: (B,) int64 on the CPU, how many tokens, at the right end, are of the row's document.
-        blocks: (B,) int64 on the CPU, how many summaries, at the left end, are: of the last completed blocks.
-        position: (B,) int64 on the CPU, tokens of its document that a row has read.
-    """
-
-    size: int
-    keys: Tensor
-    values: Tensor
-    recent: Tensor
-    summaries: Tensor
-    held: Tensor = field(metadata=ON_CPU)
-    blocks: Tensor = field(metadata=ON_CPU)
-    position: Tensor = field(metadata=ON_CPU)
-
-    def cropped(self, tokens: int) -> BlockKeys:
-        """Return the carry with the last `tokens` tokens alone: of blocks with those that lie within them as a whole.
-        Blocks begin where they did, and one of which a token is forgotten is read in the window alone."""
-        first = max(0, self.keys.shape[1] - tokens)
-        blocks = torch.minimum(self.blocks, ((tokens - self.position % self.size) // self.size).clamp(min=0))
-        index = (self.blocks - blocks)[:, None] + torch.arange(int(blocks.max()), device="cpu")
-        return replace(
-            self,
-            keys=self.keys[:, first:],
-            values=self.values[:, first:],
-            summaries=_picked(self.summaries, index.clamp(max=max(0, self.summaries.shape[1] - 1))),
-            held=self.held.clamp(max=tokens),
-            blocks=blocks,
-        )
-
-
-@dataclass(frozen=True, eq=False)
-class Places:
-    """Where the tokens and blocks of a call stand, all on the CPU. The carry's S tokens stand before the call's T, and
-    its W blocks before the E that a row completes at most.
-
-    Attributes:
-        before: S.
-        document: (B, T), which of the call's documents a token belongs to; the carry's is 0, padding is of -2.
-        number: (B, T), which block of its document it is in.
-        begin: (B, T), the place where its window begins, or what is left of it; the carry's first token is at 0.
-        held: (B,), how many tokens of the last document are held after the call.
-        ends: (B, E), the place in the call where a block ends; T is of none.
-        of: (B, W + E), the document of each block; -1: there is none, or a token of it is forgotten.
-        blocks: (B, W + E), which block of its document it is.
-        first: (B, W + E), the place of its first token.
-    """
-
-    before: int
-    document: Tensor
-    number: Tensor
-    begin: Tensor
-    held: Tensor
-    ends: Tensor
-    of: Tensor
-    blocks: Tensor
-    first: Tensor
-
-    @classmethod
-    def find(cls, counts: Tensor, carry: BlockKeys, reset: Tensor | None, window: int) -> Places:
-        """counts: (B, T), tokens of its document read up to and with each; 0 at padding. window: in blocks."""
-        size, before, length = carry.size, carry.keys.shape[1], counts.shape[1]
-        token, real = torch.arange(length, device="cpu"), counts > 0
-        document = torch.zeros_like(counts) if reset is None else reset.cpu().long().cumsum(1)
-        document = document.where(real, -2)
-        number = (counts - 1) // size
-        forgotten = (before - carry.held)[:, None]  # what stands before is not read on
-        begin = before + token - (counts - 1) + (number - window + 1).clamp(min=0) * size
-        begin = torch.where(document == 0, begin.maximum(forgotten), begin)
-        begin = torch.where(real, begin, before + token)  # padding sees itself
-        held = torch.where(document[:, -1] == 0, carry.held + real.sum(1), counts[:, -1])
-        last = real & (counts % size == 0)
-        ends = torch.where(last, token, length).sort(1).values[:, : int(last.sum(1).max())]
-        end = ends.clamp(max=length - 1)
-        first = before + end - size + 1
-        of = document.gather(1, end)
-        of = of.where((ends < length) & ((of > 0) | (first >= forgotten)), -1)
-        older = torch.arange(carry.summaries.shape[1], device="cpu")
-        blocks = (carry.position // size - carry.blocks)[:, None] + older
-        of_carry = torch.zeros_like(blocks).where(older < carry.blocks[:, None], -1)
-        first_of_carry = (before - carry.position)[:, None] + blocks * size
-        of, first = torch.cat([of_carry, of], 1), torch.cat([first_of_carry, first], 1)
-        blocks = torch.cat([blocks, number.gather(1, end)], 1)
-        return cls(before, document, number, begin, held, ends, of, blocks, first)
-
-    def known(self, stop: int) -> int:
-        """Return how many blocks, the first ones, may be read by tokens before `stop`."""
-        return self.of.shape[1] - self.ends.shape[1] + int((self.ends < stop).sum(1).max())
-
-    def earlier(self, queries: slice, by: int, device: torch.device) -> Tensor:
-        """Return (B, t, m) bool: which of the `known` blocks are at least `by` blocks before that of a query."""
-        known = self.known(queries.stop)
-        of, blocks = (x[:, None, :known].to(device) for x in (self.of, self.blocks))
-        document, number = (x[:, queries, None].to(device) for x in (self.document, self.number))
-        return (of == document) & (blocks <= number - by)
 
 
 @dataclass(frozen=True, eq=False)
@@ -267,10 +139,9 @@ class SparseAttention(Attention):
         room, blocks, scores = self.sinks + self.config.top, [], []
         for queries in call.parts():
             choice = self.choice(call, queries, self.call_scores(call, queries))
-            numbers = _picked(call.places.blocks.to(u.device), choice.index.flatten(1)).unflatten(
-                1, choice.index[0].shape
-            )
-            less = (0, room - choice.index.shape[3])
+            index = choice.index
+            numbers = picked(call.places.blocks.to(u.device), index.flatten(1)).unflatten(1, index.shape[1:])
+            less = (0, room - index.shape[3])
             blocks.append(F.pad(numbers.where(choice.taken, -1), less, value=-1))
             scores.append(F.pad(choice.scores.masked_fill(~choice.taken, 0), less))
         return Kept(torch.cat(blocks, 2), torch.cat(scores, 2))
@@ -284,6 +155,7 @@ class SparseAttention(Attention):
         return self.call_scores(call, whole), self._candidates(call, whole)[0]
 
     def call_scores(self, call: Call, queries: slice) -> Tensor:
+        """Return the scores (B, H, t, m) of the blocks that are complete once the last of the queries is read."""
         return self.scores(call.content[:, queries], call.summaries[:, : call.places.known(queries.stop)])
 
     def choice(self, call: Call, queries: slice, scores: Tensor) -> Choice:
@@ -339,7 +211,7 @@ class SparseAttention(Attention):
         end = places.ends.clamp(max=length - 1)
         index = end[..., None] + torch.arange(1 - size, 1, device="cpu")  # (B, E, b), from the call's first token on
         of_keys, of_values = (
-            _picked(x, (x.shape[1] - length + index).clamp(min=0).flatten(1)).unflatten(1, index.shape[1:])
+            picked(x, (x.shape[1] - length + index).clamp(min=0).flatten(1)).unflatten(1, index.shape[1:])
             for x in (recent, values)
         )
         new = self.summary(of_keys, of_values).to(k.dtype)
@@ -348,7 +220,7 @@ class SparseAttention(Attention):
         own = (places.of == places.document[:, -1:]) & (places.of >= 0)  # (B, W + E)
         blocks = own.sum(1)
         if not bool(own.all()):
-            summaries = _picked(summaries, (~own).long().argsort(dim=1, stable=True)[:, : int(blocks.max())])
+            summaries = picked(summaries, (~own).long().argsort(dim=1, stable=True)[:, : int(blocks.max())])
         last = slice(max(0, keys.shape[1] - int(places.held.max())), None)
         return call, BlockKeys(
             size,
@@ -400,29 +272,26 @@ def read_blocks(q: Tensor, k: Tensor, v: Tensor, first: Tensor, size: int, choic
 
     k, v: (B, N, H, D); first: (B, M), the place in them of each block's first token.
     """
-    rows, heads, length, each = choice.index.shape
+    rows, heads, length, _ = shape = choice.index.shape
     wide = torch.promote_types(q.dtype, torch.float32)
     outputs = q.new_zeros(choice.index.numel(), q.shape[3], dtype=v.dtype)
     log_sums = torch.full((choice.index.numel(),), -math.inf, dtype=wide, device=q.device)
     pairs = choice.taken.flatten().nonzero()[:, 0]
     if len(pairs):
-        row_head = pairs // (length * each)
-        block = row_head * first.shape[1] + choice.index.flatten()[pairs]  # each head's blocks are its own
-        block, order = block.sort()
-        pairs = pairs[order]
-        source = pairs // (heads * length * each) * length + pairs // each % length  # of the queries (B * t)
-        source = source * heads + pairs // (length * each) % heads  # (B * t * H)
+        row, head, query, _ = torch.unravel_index(pairs, shape)
+        lists = rows, heads, first.shape[1]  # each head's blocks are its own
+        block, order = ((row * heads + head) * lists[2] + choice.index.flatten()[pairs]).sort()
+        pairs, source = pairs[order], ((row * length + query) * heads + head)[order]
         tiles = Tiles.of(block)
-        head, row = tiles.block // first.shape[1] % heads, tiles.block // (first.shape[1] * heads)
-        place = first.flatten()[row * first.shape[1] + tiles.block % first.shape[1]]
-        place = row[:, None] * k.shape[1] + place[:, None] + torch.arange(size, device=q.device)  # (tiles, b)
-        place = (place * heads + head[:, None]).flatten()
+        queries = q.flatten(0, 2).index_select(0, tiles.filled(source)).unflatten(0, (-1, tiles.size))
+        row, head, number = torch.unravel_index(tiles.block, lists)
+        place = (row * k.shape[1] + first[row, number])[:, None] + torch.arange(size, device=q.device)
+        place = (place * heads + head[:, None]).flatten()  # of the keys (B * N * H)
         keys, values = (x.flatten(0, 2).index_select(0, place).unflatten(0, (-1, size)) for x in (k, v))
-        queries = q.flatten(0, 2).index_select(0, tiles.filled(source)).unflatten(0, (len(tiles.block), -1))
-        y, log_sum = weighed(queries, keys.mT, values)
+        y, log_sum = weighed(queries, keys.mT, values)  # (tiles, slots, D)
         outputs = outputs.index_copy(0, pairs, y.flatten(0, 1).index_select(0, tiles.slot))
         log_sums = log_sums.index_copy(0, pairs, log_sum.flatten().index_select(0, tiles.slot))
-    return outputs.unflatten(0, choice.index.shape), log_sums.unflatten(0, choice.index.shape)
+    return outputs.unflatten(0, shape), log_sums.unflatten(0, shape)
 
 
 @dataclass(frozen=True, eq=False)
@@ -484,9 +353,3 @@ def check_blocks(name: str, config: Any) -> None:
             f"{name}: expected a window of a multiple of the block, such as {2 * config.block}, got window = "
             f"{config.window} and block = {config.block}"
         )
-
-
-def _picked(x: Tensor, index: Tensor) -> Tensor:
-    """Return (B, n, ...), the rows' items at index (B, n) of x (B, m, ...)."""
-    rows = torch.arange(len(x), device=x.device)[:, None]
-    return x[rows, index.to(x.device)]

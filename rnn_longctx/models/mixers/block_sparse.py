@@ -1,15 +1,16 @@
 """Block-sparse attention: sink blocks, a window, and blocks that a learned gate chooses for each token.
 
-What is read: `rnn_longctx.models.sparse`. The gate is after SeerAttention (arXiv 2410.13276), but it chooses for a token
-and not for a block of queries, which would look ahead; and keys are pooled with learned weights, which begin as a mean:
+What is read: `rnn_longctx.models.sparse`. The gate is after SeerAttention (arXiv 2410.13276), but it chooses for a
+token and not for a block of queries, which would look ahead; and keys are pooled with learned weights, which begin as a
+mean:
 
     g_n = sum of a_i k_i over block n,  a = softmax(k_i p / sqrt(D))       p (D)
     s_n = (W_q q) (W_k g_n) / sqrt(G)                                      W_q, W_k (G, D), of each head its own
 
-of queries and keys before they are turned by their positions: blocks are chosen by what they hold and not by where they
-stand. Which blocks are the `top` best has no gradient. So a chosen block's tokens are weighed by sigmoid(s_n), a bias of
-log sigmoid(s_n) on their scores: the loss of a language model moves a block's score up where reading more of it helps.
-W_k begins as W_q, so that at first s_n is about the query times the block's mean key.
+of queries and keys before they are turned by their positions: blocks are chosen by what they hold and not by where
+they stand. Which blocks are the `top` best has no gradient. So a chosen block's tokens are weighed by sigmoid(s_n), a
+bias of log sigmoid(s_n) on their scores: the loss of a language model moves a block's score up where reading more of it
+helps. W_k begins as W_q, so that at first s_n is about the query times the block's mean key.
 
 The scores of all blocks, for a distillation of the choice: `BlockSparse.block_scores`; what was chosen: `kept`.
 """

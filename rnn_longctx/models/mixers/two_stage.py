@@ -13,8 +13,8 @@ What is chosen has no gradient; the coarse stage learns its scores by what it re
 the chosen alone. It compares queries and keys before they are turned by their positions, the fine stage after that.
 (NSA has further keys and values for each stage, an MLP in the place of a, and a window with a softmax of its own.)
 
-What a layer keeps is what full attention keeps and 2 d_model numbers a block. What is read: `rnn_longctx.models.sparse`;
-what was chosen: `TwoStage.kept`.
+What is read: `rnn_longctx.models.sparse`. What was chosen: `TwoStage.kept`. What a layer keeps is what full attention
+keeps, and 2 d_model numbers a block.
 """
 
 from __future__ import annotations
