@@ -182,3 +182,16 @@ def softmax(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None = None) -> Tens
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), seen, is_causal=seen is None
     )
     return y.transpose(1, 2)
+
+
+def weighed(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return softmax attention (..., T, D) of queries (..., T, D) over keys (..., D, S) and values (..., S, D) in plain
+    products, and the logarithms (..., T) of the softmax's denominators, at least float32, so that parts of what a query
+    reads can be put together. seen: (..., T, S) bool, for each query some; None: all."""
+    scores = (q @ k).to(torch.promote_types(q.dtype, torch.float32)) / math.sqrt(q.shape[-1])
+    if seen is not None:
+        scores = scores.masked_fill(~seen, -math.inf)
+    largest = scores.detach().amax(-1, keepdim=True)
+    exponentials = (scores - largest).exp()
+    total = exponentials.sum(-1, keepdim=True)
+    return (exponentials.to(v.dtype) @ v) / total.to(v.dtype), (largest + total.log())[..., 0]

@@ -29,6 +29,7 @@ LACKS = {
     "deltanet:heads=2": {*RECURRENT, "a window"} - {Need.ERASING},
     "full-attention:heads=2": {*RECURRENT, Need.RECURRENCE, Need.NO_ATTENTION},
     "chunk-linformer:chunk=7,rank=3,heads=2": {*RECURRENT, Need.RECURRENCE, Need.NO_ATTENTION},
+    "block-sparse:heads=2,block=7,window=7,top=2": {*RECURRENT, Need.RECURRENCE, Need.NO_ATTENTION},
 }
 
 

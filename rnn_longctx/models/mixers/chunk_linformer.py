@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from rnn_longctx.errors import InputError
 from rnn_longctx.models.attention import CausalAttention, softmax
+from rnn_longctx.models.block_keys import picked
 from rnn_longctx.models.carries import carry
 from rnn_longctx.models.interface import Shape, StateSize
 from rnn_longctx.models.mixers import MIXERS
@@ -154,8 +155,8 @@ class ChunkKeys:
             self,
             keys=self.keys[:, first:],
             values=self.values[:, first:],
-            chunk_keys=_picked(self.chunk_keys, index),
-            chunk_values=_picked(self.chunk_values, index),
+            chunk_keys=picked(self.chunk_keys, index),
+            chunk_values=picked(self.chunk_values, index),
             held=self.held.clamp(max=tokens),
             chunks=chunks,
         )
@@ -248,7 +249,7 @@ class ChunkLinformer(CausalAttention):
         last, begin = places.completed()  # (B, E)
         index = last[..., None] + torch.arange(1 - self.config.chunk, 1, device="cpu")  # (B, E, c)
         seen = (index >= begin[..., None]).to(x.device)
-        tokens = _picked(x, index.clamp(min=0).flatten(1)).unflatten(1, index.shape[1:])  # (B, E, c, H, D)
+        tokens = picked(x, index.clamp(min=0).flatten(1)).unflatten(1, index.shape[1:])  # (B, E, c, H, D)
         return torch.einsum("rc,bechd->berhd", weight, tokens * seen[..., None, None]).to(x.dtype)
 
     def _read(self, q: Tensor, readable: _Readable, places: _Places) -> Iterator[Tensor]:
@@ -276,7 +277,7 @@ class ChunkLinformer(CausalAttention):
         chunks, position = kept.sum(1), counts[:, -1].clone()
         if not bool(kept.all()):
             index = (~kept).long().argsort(dim=1, stable=True)[:, : int(chunks.max())]
-            chunk_keys, chunk_values = _picked(chunk_keys, index), _picked(chunk_values, index)
+            chunk_keys, chunk_values = picked(chunk_keys, index), picked(chunk_values, index)
         last = slice(max(0, places.before + length - (size - 1)), None)
         keys, values = (t[:, last].contiguous() for t in (readable.keys, readable.values))
         held = torch.where(position % size == 0, 0, places.before + length - places.begin[:, -1])
@@ -293,9 +294,3 @@ class ChunkLinformer(CausalAttention):
         chunks = weight.new_zeros(rows, 0, c.rank, *keys.shape[2:])
         nothing = torch.zeros(rows, dtype=torch.int64, device="cpu")
         return ChunkKeys(c.chunk, keys, keys.clone(), chunks, chunks.clone(), nothing, nothing.clone(), nothing.clone())
-
-
-def _picked(x: Tensor, index: Tensor) -> Tensor:
-    """Return (B, n, ...), the rows' items at index (B, n) of x (B, m, ...)."""
-    rows = torch.arange(len(x), device=x.device)[:, None]
-    return x[rows, index.to(x.device)]

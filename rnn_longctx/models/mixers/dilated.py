@@ -10,12 +10,13 @@ Work and memory are linear in T: the taken tokens are gathered, and a token is c
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from rnn_longctx.models.attention import weighed
 
 CHUNK = 256  # queries at most that are compared with one stretch of keys
 
@@ -137,13 +138,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, label: Tensor) -> tuple[Tensor, Tens
     places = torch.arange(width, device=q.device)
     past = places <= places[memory:, None]  # (chunk, width)
     seen = (labels == labels[..., memory:].mT) & past  # every query sees itself
-    scores = (queries @ keys).to(torch.promote_types(q.dtype, torch.float32)) / math.sqrt(q.shape[3])
-    scores = scores.masked_fill(~seen, -math.inf)
-    largest = scores.detach().amax(-1, keepdim=True)
-    exponentials = (scores - largest).exp()
-    total = exponentials.sum(-1, keepdim=True)
-    y = (exponentials.to(v.dtype) @ values.mT) / total.to(v.dtype)
-    log_sum = (largest + total.log())[..., 0]
+    y, log_sum = weighed(queries, keys, values.mT, seen)
     return y.flatten(2, 3)[:, :, :length], log_sum.flatten(2, 3)[:, :, :length]
 
 

@@ -1,0 +1,96 @@
+"""Two-stage sparse attention: a coarse stage reads summaries of completed blocks, and its scores say in which few of
+them a fine stage reads the tokens.
+
+After Native Sparse Attention (NSA, arXiv 2502.11089); MoBA (2502.13189) chooses by blocks' mean keys, and DSA by an
+indexer of its own. A block is summarised by weights over its tokens, which begin as a mean:
+
+    a = softmax(k_i p / sqrt(D)) over block n      K_n = sum of a_i k_i,  V_n = sum of a_i v_i           p (D) a head
+    coarse   y_c = softmax over completed blocks n (q K_n / sqrt(D)) V_n
+    fine     y_f = softmax over the window and the `top` blocks with the largest q K_n (q k_i / sqrt(D)) v_i
+    y = sigmoid(m_c u) y_c + sigmoid(m_f u) y_f                                                m_c, m_f (d_model) a head
+
+What is chosen has no gradient; the coarse stage learns its scores by what it reads with them, of all blocks and not of
+the chosen alone. It compares queries and keys before they are turned by their positions, the fine stage after that.
+(NSA has further keys and values for each stage, an MLP in the place of a, and a window with a softmax of its own.)
+
+What is read: `rnn_longctx.models.sparse`. What was chosen: `TwoStage.kept`. What a layer keeps is what full attention
+keeps, and 2 d_model numbers a block.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from rnn_longctx.models.interface import Shape
+from rnn_longctx.models.mixers import MIXERS
+from rnn_longctx.models.sparse import Call, SparseAttention, check_blocks, in_float32, pooled, pooling_weights
+
+
+@dataclass(frozen=True)
+class TwoStageConfig:
+    """The shape of a layer.
+
+    Attributes:
+        block: b, tokens of a block.
+        window: tokens of the blocks that the fine stage reads whatever they hold, a multiple of b: a token's own and
+            those before.
+        top: how many other blocks it reads; all, where there are fewer.
+        positions: "rope", or "none": then a token knows the order of what it reads by the causal mask alone.
+    """
+
+    heads: int = 4
+    block: int = 16
+    window: int = 64
+    top: int = 8
+    positions: Literal["rope", "none"] = "rope"
+
+    def __post_init__(self) -> None:
+        check_blocks("two-stage", self)
+
+
+@MIXERS.register
+class TwoStage(SparseAttention):
+    """A layer of two-stage attention."""
+
+    name = "two-stage"
+    Config: ClassVar[Any] = TwoStageConfig
+    examples = (  # (blocks are chosen within a test's stream)
+        "two-stage:heads=2,block=6,window=6,top=3",
+        "two-stage:heads=2,block=7,window=14,top=2,positions=none",
+    )
+
+    def __init__(self, config: TwoStageConfig, model: Shape):
+        super().__init__(config, model)
+        self.pool = nn.Parameter(torch.zeros(config.heads, model.d_model // config.heads))
+        self.mix = nn.Linear(model.d_model, 2 * config.heads, bias=False)  # m_c, m_f
+
+    @property
+    def features(self) -> int:
+        return 2 * self.in_proj.in_features // self.config.heads
+
+    def summary(self, keys: Tensor, values: Tensor) -> Tensor:
+        with in_float32(keys) as wide:
+            keys, values = keys.to(wide), values.to(wide)
+            weights = pooling_weights(keys, self.pool.to(wide))
+            return torch.cat([pooled(keys, weights), pooled(values, weights)], 3)
+
+    def scores(self, queries: Tensor, summaries: Tensor) -> Tensor:
+        with in_float32(queries) as wide:
+            keys = summaries.chunk(2, 3)[0].to(wide).permute(0, 2, 3, 1)  # (B, H, D, m)
+            return queries.to(wide).transpose(1, 2) @ keys / math.sqrt(queries.shape[3])
+
+    def read(self, call: Call, queries: slice) -> Tensor:
+        scores = self.call_scores(call, queries)
+        fine = self.attended(call, queries, self.choice(call, queries, scores))
+        completed = call.places.earlier(queries, 1, scores.device)[:, None]  # (B, 1, t, m)
+        # (not -inf: where no block is completed the softmax would be NaN)
+        weights = scores.masked_fill(~completed, torch.finfo(scores.dtype).min).softmax(3) * completed
+        values = call.summaries[:, : scores.shape[3]].chunk(2, 3)[1].transpose(1, 2)  # (B, H, m, D)
+        coarse = (weights.to(values.dtype) @ values).transpose(1, 2)
+        mix = self.mix(call.u[:, queries]).sigmoid().unflatten(2, (2, -1, 1))  # (B, t, 2, H, 1)
+        return mix[:, :, 0] * coarse + mix[:, :, 1] * fine
