@@ -163,7 +163,7 @@ def has_instead(family):
 HAS_INSTEAD = {
     "bailing_hybrid": "a layer of .* bounds its log-decays by a sigmoid",
     "minimax": "a layer of .* has decays that are fixed",
-    "recurrent_gemma": "a layer of .* writes by its decays, too",
+    "recurrent_gemma": "a layer of .* ties what it writes to its decays",
 }
 
 

@@ -41,7 +41,7 @@ class RecurrentGemmaMixer(AdoptedMixer):
 
     recurrence: Recurrence = SSD
     stays = True
-    no_rates = "writes by its decays, too, times sqrt(1 - a^2)"
+    no_rates = "ties what it writes to its decays, by sqrt(1 - a^2)"
 
     def __init__(self, module: nn.Module, name: str):
         super().__init__(module, name)
