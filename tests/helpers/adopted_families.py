@@ -157,6 +157,8 @@ RECURRENT = {
     "zamba2": 3,
     **dict.fromkeys(("mamba", "falcon_mamba", "jamba"), 2),
 }
+
+
 @torch.no_grad()
 def filled(model):
     """Fill a model's A_log, dt_bias, D, biases, norms and embedding with values far from their defaults."""
@@ -262,6 +264,21 @@ def logits_of(model, ids, **given):
 def streamed(adopted, ids, cuts):
     cache = adopted.new_cache()
     return torch.cat([adopted.logits(adopted(part, cache)) for part in ids.split(cuts, 1)], 1), cache
+
+
+@torch.no_grad()
+def generates_with_beams_and_padding(model):
+    """In the model's own generate beams take their states with them, and padding leaves no trace."""
+    ids, mask = random_ids(2, 13), torch.ones(2, 13, dtype=torch.long)
+    mask[1, :5] = 0
+    told = {"max_new_tokens": 7, "do_sample": False, "output_scores": True, "return_dict_in_generate": True}
+    beams = {"num_beams": 3, "num_return_sequences": 3}
+    found = model.generate(ids, attention_mask=mask, **told, **beams)
+    again = model.generate(ids, attention_mask=mask, use_cache=False, **told, **beams)
+    torch.testing.assert_close(found.sequences_scores, again.sequences_scores, **NEAR)
+    assert torch.equal(found.sequences, again.sequences)
+    greedy = model.generate(ids, attention_mask=mask, **told).sequences[1, -7:]
+    assert torch.equal(greedy, model.generate(ids[1:, 5:], **told).sequences[0, -7:])
 
 
 @torch.no_grad()

@@ -57,9 +57,9 @@ def _nothing_found(model: nn.Module) -> str:
         return f"{type(model).__name__} ({model_type}) is not adopted: {reason}"
     kinds = sorted({type(m).__name__ for m in model.modules() if m is not model and list(m.children())})
     return (
-        f"{type(model).__name__} has no recurrence that this library knows; adopted are models of transformers (mamba2, "
-        f"{ADOPTED_NAMES}) and of mamba_ssm (Mamba-2); no module has the parts of Mamba-2 (A_log with one value a head, "
-        "dt_bias, in_proj, conv1d), Mamba-1 (A_log, dt_proj, x_proj), Gated DeltaNet (A_log, dt_bias, conv1d, head_k_dim), KDA "
-        "(forget_gate, b_proj, conv1d), lightning attention (slope_rate, qkv_proj) or an RG-LRU (rg_lru, conv_1d); "
-        f"found {', '.join(kinds[:6]) or 'no submodules'}"
+        f"{type(model).__name__} has no recurrence that this library knows; adopted are models of transformers "
+        f"(mamba2, {ADOPTED_NAMES}) and of mamba_ssm (Mamba-2); no module has the parts of Mamba-2 (A_log with one "
+        "value a head, dt_bias, in_proj, conv1d), Mamba-1 (A_log, dt_proj, x_proj), Gated DeltaNet (A_log, dt_bias, "
+        "conv1d, head_k_dim), KDA (forget_gate, b_proj, conv1d), lightning attention (slope_rate, qkv_proj) or an "
+        f"RG-LRU (rg_lru, conv_1d); found {', '.join(kinds[:6]) or 'no submodules'}"
     )
