@@ -17,7 +17,7 @@ from rnn_longctx.data import ByteTokenizer, Text
 from rnn_longctx.errors import InputError
 from rnn_longctx.mitigations import NotApplicable, fold, mitigate
 from rnn_longctx.models.adopt.adopting import adopt, adopted, load_any
-from rnn_longctx.models.adopt.dispatch import cache_name
+from rnn_longctx.models.adopt.cache import cache_name
 from rnn_longctx.recurrence.gates import Gates, ScanInputs
 from rnn_longctx.recurrence.policy import Cap, ScanPolicy
 from rnn_longctx.recurrence.ssd import reference
