@@ -3,6 +3,9 @@
     place=rate     A' = s A                      a_t' = exp(dt_t A)^s     the paper's text, and the default
     place=decay    exp(dt A)' = s exp(dt A)      a_t' = s a_t             of the discretised matrix; s at most 1
 
+A is any rate that multiplies a step, or a gate in its place, to a log-decay: a factor on it is one on every log-decay,
+which is all that changes. Where A stands inside a sigmoid that is not so, and place=rate is refused.
+
 Reads nothing of the model. The public code disagrees with itself on the place, so that it is named here. Above 1 (rate)
 or below 1 (decay) a layer forgets more. On the decay it is RRI with beta = 1.
 """

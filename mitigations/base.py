@@ -188,11 +188,9 @@ def _lacks(need: Need, remedy: str, model: LanguageModel, target_length: int | N
         case Need.RECURRENCE if not model.mixers:
             return f"{remedy} changes a recurrence, and {model.name} has none"
         case Need.STEPS if not _one_step_a_head(model):
-            has = "Mamba-1's" if _per_channel(model) else "other gates"
-            return f"{remedy} reads one step a head, as Mamba-2 has: {model.name} has {has}"
+            return f"{remedy} reads one step a head, as Mamba-2 has: {_gates(model)}"
         case Need.RATES if not _one_step_a_head(model):
-            has = "Mamba-1's, one a channel" if _per_channel(model) else "other gates"
-            return f"{remedy} needs one A a head and one step, as Mamba-2 has: {model.name} has {has}"
+            return f"{remedy} needs one A a head and one step, as Mamba-2 has: {_gates(model)}"
         case Need.ERASING if not any(map(erases, model.mixers)):
             return f"{remedy} needs a recurrence that erases, as the delta rule does: {model.name} has none"
         case Need.ATTENTION if not (model.attends and model.mixers):
@@ -212,9 +210,14 @@ def _one_step_a_head(model: LanguageModel) -> bool:
     return all(mixer.one_step_a_head for mixer in model.mixers)
 
 
-def _per_channel(model: LanguageModel) -> bool:
-    """Whether a layer learned its rates for every channel of the state, as Mamba-1 does."""
-    return any(mixer.A is not None and mixer.A.ndim == 2 for mixer in model.mixers)
+def _gates(model: LanguageModel) -> str:
+    """Return what the first layer without one step a head has, or does, instead."""
+    mixer = next(mixer for mixer in model.mixers if not mixer.one_step_a_head)
+    if mixer.A is None:
+        return f"a layer of {model.name} {mixer.no_rates}"
+    if mixer.A.ndim == 2:
+        return f"{model.name} has Mamba-1's, one a channel"
+    return f"a layer of {model.name} has steps that do not say how much is written"
 
 
 def _unknown_train_length(remedy: str, model: LanguageModel) -> str | None:

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from rnn_longctx.errors import InputError
 from rnn_longctx.mitigations.attach import active, handles_on, read_text, without_remedies
 from rnn_longctx.mitigations.base import REMEDIES, Remedy, planned
 from rnn_longctx.mitigations.compose import combine, parse_remedy
+from rnn_longctx.models.adopt.adopting import adopted
+from rnn_longctx.models.adopt.family import mixers_in
+from rnn_longctx.models.adopt.mixer import AdoptedMixer
+from rnn_longctx.models.adopt.model import Adopted
+from rnn_longctx.models.adopt.wrapped import innermost
 from rnn_longctx.models.checkpoint.weights import check_finite
-from rnn_longctx.models.interface import LanguageModel, ScanMixer
+from rnn_longctx.models.hashing import Identified
+from rnn_longctx.models.interface import RecurrentMixer
 from rnn_longctx.recurrence.policy import ScanPolicy
 
 if TYPE_CHECKING:
@@ -36,10 +43,12 @@ def fold(model: Any, remedy: str | Remedy, text: Text | str | Path | None = None
     """
     remedy = parse_remedy(remedy)
     if not (getattr(model, "foldable", False) and model.module is model):  # (a wrapper may pass attributes on)
-        raise InputError(f"{type(model).__name__} is no model of rnn_longctx.load: {remedy} is folded into those alone")
+        raise InputError(_not_ours(model, remedy))
     if handles_on(model):
         raise InputError(f"{model.name} is under {active(model)[0]}: take it off before {remedy} is folded in")
-    _check_rates(model, remedy)
+    if not model.mixers:
+        raise InputError(f"{remedy} cannot be folded into weights: {model.name} has no recurrence")
+    _check_rates({f"a {mixer.name} layer": mixer for mixer in model.mixers}, remedy)
     calibration_text = read_text(text)
     plans = []
     if all(single.foldable for single in remedy.parts):
@@ -66,11 +75,31 @@ def fold(model: Any, remedy: str | Remedy, text: Text | str | Path | None = None
     return model
 
 
-def _check_rates(model: LanguageModel, remedy: Remedy) -> None:
-    """Raise InputError, the same whatever the remedy, where no weight holds a rate of decay."""
-    if not model.mixers:
-        raise InputError(f"{remedy} cannot be folded into weights: {model.name} has no recurrence")
-    mixers = cast(Sequence[ScanMixer], model.mixers)  # a foldable model is this library's
-    if lacking := [mixer for mixer in mixers if mixer.A is None]:
-        layer = f"a {lacking[0].name} layer {lacking[0].no_rates}"
-        raise InputError(f"{remedy} cannot be folded into weights: {layer}, so that no weight of it holds a rate")
+def _check_rates(layers: Mapping[str, RecurrentMixer], remedy: Remedy) -> None:
+    """Raise InputError, the same whatever the remedy, where no weight of a layer scales its log-decays alone. layers:
+    by what they are called."""
+    for name, mixer in layers.items():
+        if mixer.A is None:
+            why = f"{name} {mixer.no_rates}, so that no weight of it scales log-decays alone"
+            raise InputError(f"{remedy} cannot be folded into weights: {why}")
+
+
+def _not_ours(model: Any, remedy: Remedy) -> str:
+    """Return why a remedy is not folded into what is no model of this library's own. Raises InputError, as
+    `_check_rates`, where that is how its layers decay."""
+    mixers, kind = _foreign_mixers(model), type(model).__name__
+    _check_rates({f"layer {mixer.name}": mixer for mixer in mixers}, remedy)
+    if not mixers:
+        return f"{kind} is no model of rnn_longctx.load: {remedy} is folded into those alone"
+    return (
+        f"{remedy} cannot be folded into weights: those that hold the rates of {kind} are another library's, and only "
+        "those of rnn_longctx.load are written"
+    )
+
+
+def _foreign_mixers(model: Any) -> Sequence[AdoptedMixer]:
+    """Return the recurrent layers of a model of another library, adopted or not; none of what is no such model."""
+    if (known := model if isinstance(model, Adopted) else adopted(model)) is not None:
+        return known.mixers
+    inside = innermost(model)
+    return mixers_in(inside)[1] if isinstance(inside, nn.Module) and not isinstance(inside, Identified) else ()

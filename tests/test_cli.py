@@ -158,8 +158,10 @@ def test_the_precision_of_states_is_named(run, tmp_path):
     assert "float32 with states in bfloat16" in printed
     assert run("generate", "ok", "--prompt", "import os", "--max-new-tokens", "4", "--state-dtype", "bfloat16")[0] == 0
     words = ("--text", "text.py", "--slices", "1", "--state-dtype", "bfloat16", "--out")
-    code, _, said = run("probe", "ok", "--length", "512", *words, str(tmp_path / "p"))
+    header = printed[: printed.index("runs on")]
+    code, printed, said = run("probe", "ok", "--length", "512", *words, str(tmp_path / "p"))
     assert code == 0, said
+    assert printed.startswith(header) and "float32 with states in bfloat16" in printed, "the header of eval"
     assert json.loads((tmp_path / "p" / "probe.json").read_text())["state_dtype"] == "bfloat16"
     found = str(tmp_path / "found.yaml")
     code, _, said = run("calibrate", "ok", "--mitigation", "a-winsor:share=0.1", "--target", "300", *words, found)

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
     from rnn_longctx.models.interface import LanguageModel
 
 TEXTS = "stdlib, a file, a directory, jsonl:PATH[:field], parquet:PATH[:column], hf:dataset[:split[:column]]."
@@ -57,6 +59,34 @@ def load_model(
     model = load_any(name, device=device_of(device), dtype=dtype, tokenizer=tokenizer, train_length=train_length)
     model.use_state_dtype(state_dtype)
     return model
+
+
+def about(model: LanguageModel, dtype: str) -> RenderableType:
+    """Return what stands above a command's results: the model, its state, its training length, and on what it runs."""
+    from rnn_longctx.devices import dtype_name
+    from rnn_longctx.eval.show.terminal import header
+    from rnn_longctx.models.segments import reads
+
+    state = model.state_size().fixed
+    return header(
+        model.name,
+        sum(p.numel() for p in model.parameters()),
+        state.get("scan", 0),
+        state.get("conv", 0),
+        model.train_length,
+        str(model.device),
+        dtype if model.state_dtype is None else f"{dtype} with states in {dtype_name(model.state_dtype)}",
+        model.backend,
+        reads(model),
+    )
+
+
+def console_of_tables() -> Console:
+    """Return the terminal, or, for a log, a console as wide as tables want."""
+    from rich.console import Console
+
+    console = Console()
+    return console if console.is_terminal else Console(width=110)
 
 
 def say_segment(model: LanguageModel) -> None:

@@ -209,7 +209,8 @@ class RecurrentMixer(Protocol):
         state_dtype: what the state is rounded to between calls, or None.
         per_channel: whether every channel of the state decays by itself.
         A: (H) or (H, N), at least float32, the rate at which each head decays in a step, below 0; None where decays are
-            given token by token.
+            given token by token, or where a factor on a weight is no factor on log-decays alone.
+        no_rates: what the layer does that no weight scales its log-decays alone, where `A` is None.
         bounded: whether log-decays have a lower bound, by a sigmoid: a factor on a rate inside it is none on them.
         one_step_a_head: whether a token has one step a head, from what `in_proj` gives, as Mamba-2's has: the mixer is
             then a `SteppedMixer`. Mamba-1 has one a channel, a recurrence whose gates are given has none.
@@ -239,6 +240,8 @@ class RecurrentMixer(Protocol):
     def bounded(self) -> bool: ...
     @property
     def A(self) -> Tensor | None: ...
+    @property
+    def no_rates(self) -> str: ...
 
     def scale_rates(self, factor: Tensor) -> None:
         """Multiply every head's log-decay by factor (H), float64, in the weights. Raises InputError where no weight of
@@ -251,11 +254,8 @@ class ScanMixer(RecurrentMixer, Mixer, Protocol):
 
     Attributes:
         channels: the channels of its convolution and how many inputs of each it keeps; None: there is none.
-        no_rates: why no weight holds the rates of its decays, where `A` is None.
     """
 
-    @property
-    def no_rates(self) -> str: ...
     @property
     def channels(self) -> tuple[int, int] | None: ...
 

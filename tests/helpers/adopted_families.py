@@ -4,9 +4,12 @@ them.
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import transformers as hf
+from torch import nn
 
 from rnn_longctx.mitigations import active, handles_on, mitigate
 from rnn_longctx.models.adopt.adopting import adopt
@@ -154,6 +157,50 @@ RECURRENT = {
     "zamba2": 3,
     **dict.fromkeys(("mamba", "falcon_mamba", "jamba"), 2),
 }
+
+
+@torch.no_grad()
+def filled(model):
+    """Fill a model's A_log, dt_bias, D, biases, norms and embedding with values far from their defaults."""
+    for name, p in model.named_parameters():
+        last = name.rpartition(".")[2]
+        if last == "A_log":
+            p.uniform_(math.log(0.01), math.log(16.0))
+        elif last == "dt_bias":
+            p.uniform_(-4.0, 1.0)
+        elif last in ("D", "bias"):
+            p.normal_(0.0, 0.5)
+        elif "norm" in name:
+            p.normal_(1.0, 0.3)
+        elif "embedding" in name:
+            p.normal_()
+    return model
+
+
+def built(family, vocab=VOCAB, attends=True):
+    """A small random model of a family in eval mode, none of whose layers attend where `attends` is False."""
+    config = FAMILIES[family]()
+    config.vocab_size = vocab
+    if not attends and family == "recurrent_gemma":
+        config.num_hidden_layers = 2  # of the pattern recurrent, recurrent, attention
+    elif not attends and family not in ("mamba2", "mamba", "falcon_mamba"):
+        config.layer_types = ["linear_attention"] * config.num_hidden_layers
+    model = filled(hf.AutoModelForCausalLM.from_config(config)).eval()
+    for m in model.modules():
+        if isinstance(m, nn.Linear):  # so that every layer matters
+            nn.init.normal_(m.weight, std=m.in_features**-0.5)
+        if family in DELTA_FAMILIES and isinstance(m, nn.Conv1d):  # so that states are as large as a scan's
+            nn.init.normal_(m.weight)
+    filled(model)
+    if family in DELTA_FAMILIES:
+        nn.init.normal_(model.get_input_embeddings().weight)
+    for m in model.modules():  # Qwen's norms scale by 1 + weight
+        if type(m).__name__.startswith("Qwen") and type(m).__name__.endswith("RMSNorm"):
+            m.weight.data -= 1
+    model.generation_config.eos_token_id = None
+    return model
+
+
 MAMBA1 = ("mamba", "falcon_mamba", "jamba")
 POLICIES = {
     "gates": ScanPolicy(mul=0.7, add=-0.1, gain=0.75),
@@ -217,6 +264,21 @@ def logits_of(model, ids, **given):
 def streamed(adopted, ids, cuts):
     cache = adopted.new_cache()
     return torch.cat([adopted.logits(adopted(part, cache)) for part in ids.split(cuts, 1)], 1), cache
+
+
+@torch.no_grad()
+def generates_with_beams_and_padding(model):
+    """In the model's own generate beams take their states with them, and padding leaves no trace."""
+    ids, mask = random_ids(2, 13), torch.ones(2, 13, dtype=torch.long)
+    mask[1, :5] = 0
+    told = {"max_new_tokens": 7, "do_sample": False, "output_scores": True, "return_dict_in_generate": True}
+    beams = {"num_beams": 3, "num_return_sequences": 3}
+    found = model.generate(ids, attention_mask=mask, **told, **beams)
+    again = model.generate(ids, attention_mask=mask, use_cache=False, **told, **beams)
+    torch.testing.assert_close(found.sequences_scores, again.sequences_scores, **NEAR)
+    assert torch.equal(found.sequences, again.sequences)
+    greedy = model.generate(ids, attention_mask=mask, **told).sequences[1, -7:]
+    assert torch.equal(greedy, model.generate(ids[1:, 5:], **told).sequences[0, -7:])
 
 
 @torch.no_grad()

@@ -162,6 +162,9 @@ def test_mistakes_of_a_fold(model, made):
         )
     )
     for other in (theirs, rnn_longctx.adopt(theirs, tokenizer=ByteTokenizer())):
+        with pytest.raises(InputError, match=r"into weights: those that hold the rates of .* are another library's"):
+            fold(other, "a-winsor")
+    for other in (torch.compile(model), torch.nn.Linear(2, 2), "demo"):
         with pytest.raises(InputError, match=r"is no model of rnn_longctx\.load"):
             fold(other, "a-winsor")
     model.lm_head.weight.data[0, 0] = math.nan

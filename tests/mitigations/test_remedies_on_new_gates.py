@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from adopted_families import FAMILIES, built
 
 from rnn_longctx import mitigate
 from rnn_longctx.data import ByteTokenizer
 from rnn_longctx.errors import InputError
 from rnn_longctx.mitigations import REMEDIES, NotApplicable, fold, parse_remedy
 from rnn_longctx.mitigations.base import planned
+from rnn_longctx.models.adopt.adopting import adopt
 from rnn_longctx.models.config import ModelConfig
 from rnn_longctx.models.generate import prefill
 from rnn_longctx.models.lm import LM
@@ -36,6 +38,14 @@ KINDS = {
     "Performer": ["performer:heads=2,features=8"],
     "Sumformer": ["sumformer:width=8,hidden=8"],
 }
+ADOPTED = {  # families of transformers, and the kind that each is of
+    "minimax": "gates given",
+    "recurrent_gemma": "gates given",
+    "qwen3_next": "Gated DeltaNet, KDA",
+    "kimi_linear": "Gated DeltaNet, KDA",
+    "bailing_hybrid": "KDA, bounded",
+}
+ADOPTED = {family: kind for family, kind in ADOPTED.items() if family in FAMILIES}  # (not in an older transformers)
 OF_GATES = {"mul", "add", "gain", "erase", "least_erase"}
 
 
@@ -48,6 +58,11 @@ def model_of(mixer):
                 weight.copy_(torch.randn_like(weight) * (4 / weight.shape[1]) ** 0.5)
     lm.name, lm.train_length, lm.tokenizer = "tiny", TRAIN_LENGTH, ByteTokenizer()
     return lm
+
+
+def model_of_family(family, attends=False):
+    """A small model of transformers, adopted, in float32."""
+    return adopt(built(family, 256, attends), name="tiny", train_length=TRAIN_LENGTH, tokenizer=ByteTokenizer())
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +113,7 @@ def test_the_tables_name_all_remedies_and_kinds():
     assert {row_of(text) for text in SETTINGS} == set(REMEDY_ROWS)
     assert all(list(row) == list(KINDS) for row in (*REMEDY_ROWS.values(), *FOLDED_ROWS.values()))
     assert {cell.removeprefix("no: ") for table in (REMEDY_ROWS, FOLDED_ROWS) for row in table.values()
-            for cell in row.values()} == {"yes", "no effect", *REASONS}  # fmt: skip
+            for cell in row.values()} == {"yes", "no effect", *REASONS} - {"library"}  # fmt: skip
     paragraphs = "".join(re.findall(r"\*\*(.*?)\*\*", PAGE, re.DOTALL))
     assert not [name for name in REMEDIES if name != "none" and f"`{name}`" not in paragraphs]
 
@@ -133,9 +148,43 @@ def check_effect(remedy, model, ids, none, where):
         assert (off <= 1e-12) if none else (off > 1e-9), f"{where} changes logits by {off:.1e}"
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("family", ADOPTED)
+def test_an_adopted_model_takes_what_its_kind_takes(family, tmp_path):
+    """Each remedy, in the last of its settings, moves the logits after a prompt, or says the page's reason."""
+    model, ids = model_of_family(family), torch.randint(1, 256, (1, TARGET_LENGTH))
+    last = {row_of(text): text for text in SETTINGS}
+    save_state(tmp_path / "state", prefill(model, ids)[1], model, "none")
+    last["stored-start"] = f"stored-start:file={tmp_path / 'state'}"
+    before = read_by_us(model, ids)
+    for label, row in REMEDY_ROWS.items():
+        remedy, where = parse_remedy(last[label]), f"{last[label]} on {family}"
+        says = outcome(planned, remedy, model, TARGET_LENGTH, calibration_text())
+        assert says == row[ADOPTED[family]], f"{where}: {says}"
+        if says == "yes":
+            with mitigate(model, remedy, target_length=TARGET_LENGTH, text=calibration_text()):
+                off = float((read_by_us(model, ids) - before).abs().max())
+            assert (off == 0.0) if label == "none" else (off > 1e-6), f"{where} changes logits by {off:.1e}"
+
+
+def read_by_us(model, ids):
+    """The logits after a prompt, by this library's scan with a remedy and without, so that rounding is the same."""
+    for mixer in model.mixers:
+        mixer.continue_stream(True)
+    return prefill(model, ids)[0]
+
+
+@pytest.mark.parametrize("family", ADOPTED)
+def test_nothing_is_folded_into_an_adopted_model(family):
+    """Where no weight scales the log-decays alone that is the reason, and elsewhere whose the weights are."""
+    for label, row in FOLDED_ROWS.items():
+        why = "no: weight" if row[ADOPTED[family]] == "no: weight" else "no: library"
+        assert outcome(fold, model_of_family(family), fold_of(label)) == why
+
+
 @pytest.mark.parametrize("label", FOLDED_ROWS)
 def test_what_can_be_folded_is_what_the_page_says(label, models):
-    text = {"a-scale": "a-scale:scale=1.5", "a-winsor": "a-winsor", "a-floor": f"a-floor:tokens={TRAIN_LENGTH}"}[label]
+    text = fold_of(label)
     for kind, mixers in KINDS.items():
         for mixer in mixers:
             model = copy.deepcopy(models[mixer])
@@ -143,13 +192,18 @@ def test_what_can_be_folded_is_what_the_page_says(label, models):
             assert says == FOLDED_ROWS[label][kind], f"{text} into {mixer}: {says}"
 
 
-@pytest.mark.parametrize("mixer", [mixer for mixers in KINDS.values() for mixer in mixers])
+def fold_of(label):
+    """A setting of a remedy that can be folded."""
+    return {"a-scale": "a-scale:scale=1.5", "a-winsor": "a-winsor", "a-floor": f"a-floor:tokens={TRAIN_LENGTH}"}[label]
+
+
+@pytest.mark.parametrize("mixer", [*(mixer for mixers in KINDS.values() for mixer in mixers), *ADOPTED])
 def test_controls_of_hybrids_apply_beside_attention(mixer):
-    model = model_of([mixer, "full-attention:heads=2"])
+    hybrid = model_of_family(mixer, attends=True) if mixer in ADOPTED else model_of([mixer, "full-attention:heads=2"])
     for text in (f"attention-window:tokens={TRAIN_LENGTH}", f"reset-recurrence:every={TRAIN_LENGTH}"):
-        planned(parse_remedy(text), model, TARGET_LENGTH)
+        planned(parse_remedy(text), hybrid, TARGET_LENGTH)
     with pytest.raises(NotApplicable):
-        planned(parse_remedy("decimate"), model, TARGET_LENGTH)
+        planned(parse_remedy("decimate"), hybrid, TARGET_LENGTH)
 
 
 @torch.no_grad()

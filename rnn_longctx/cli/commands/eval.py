@@ -9,15 +9,23 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rnn_longctx.cli.command import command
-from rnn_longctx.cli.options import MODEL, TEXTS, Many, StateDtype, Tokenizer, TrainLength, load_model, option
+from rnn_longctx.cli.options import (
+    MODEL,
+    TEXTS,
+    Many,
+    StateDtype,
+    Tokenizer,
+    TrainLength,
+    about,
+    console_of_tables,
+    load_model,
+    option,
+)
 from rnn_longctx.config import home_path
 from rnn_longctx.errors import InputError
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
-
     from rnn_longctx.eval import EvalConfig
-    from rnn_longctx.models.interface import LanguageModel
 
 
 @dataclass(frozen=True)
@@ -72,8 +80,6 @@ def evaluate(
     options: EvalOptions = EvalOptions(),
 ) -> None:
     """Loss and recall of a model at increasing lengths, without and with remedies: a table, results and plots."""
-    from rich.console import Console
-
     from rnn_longctx.eval import Results, answer
     from rnn_longctx.eval.show.plots import plot_all
     from rnn_longctx.eval.show.terminal import asked, table
@@ -84,10 +90,8 @@ def evaluate(
     Results(c.out)
     lm = load_model(c.model, c.device, c.dtype, c.tokenizer, c.train_length, c.state_dtype)
     lm.use_backend(c.backend)
-    console = Console()
-    if not console.is_terminal:  # a log: lines as wide as the tables want
-        console = Console(width=110)
-    console.print(_about(lm, c))
+    console = console_of_tables()
+    console.print(about(lm, c.dtype))
     measured = answer(lm, question, out=c.out, progress=True)
     frame = Results.read(home_path(c.out))  # of all models
     frame.attrs = measured.attrs
@@ -102,22 +106,3 @@ def evaluate(
         written.append("leaderboard.csv")
     written += [p.name for p in plot_all(frame, c.out)]
     console.print(f"{c.out}: {', '.join(written)}")
-
-
-def _about(lm: LanguageModel, c: EvalConfig) -> RenderableType:
-    """Return what stands above the table."""
-    from rnn_longctx.eval.show.terminal import header
-    from rnn_longctx.models.segments import reads
-
-    state = lm.state_size().fixed
-    return header(
-        lm.name,
-        sum(p.numel() for p in lm.parameters()),
-        state.get("scan", 0),
-        state.get("conv", 0),
-        lm.train_length,
-        str(lm.device),
-        c.dtype if lm.state_dtype is None else f"{c.dtype} with states in {c.state_dtype}",
-        lm.backend,
-        reads(lm),
-    )

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from rnn_longctx.cli.command import command
-from rnn_longctx.cli.options import TEXTS, Many, ModelOptions, option, say_segment
+from rnn_longctx.cli.options import TEXTS, Many, ModelOptions, about, console_of_tables, option
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def probe(
     rows = []
     for i, name in enumerate(model):
         lm = options.load(name)
-        say_segment(lm)
+        console_of_tables().print(about(lm, options.dtype))
         folder = c.out if len(model) == 1 else c.out / f"{i}-{lm.name}"
         with mitigate(lm, remedy, target_length=length):
             result = probe(

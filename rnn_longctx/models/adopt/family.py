@@ -10,7 +10,7 @@ from torch import nn
 from rnn_longctx.errors import InputError
 from rnn_longctx.models.adopt.mixer import AdoptedMixer
 from rnn_longctx.models.adopt.model import Adopted
-from rnn_longctx.models.checkpoint.layouts import NOT_ADOPTED
+from rnn_longctx.models.checkpoint.layouts import ADOPTED_NAMES, NOT_ADOPTED
 from rnn_longctx.registry import Registry
 
 
@@ -36,23 +36,30 @@ FAMILIES: Registry[Family] = Registry("family of adopted mixers", "rnn_longctx.m
 
 def adopted_by_family(model: nn.Module) -> Adopted:
     """Return a model of another library as what its families make of it. InputError: it has no mixer of any."""
-    families = list(FAMILIES.values())
-    fitting = [(family, m, name) for name, m in model.named_modules() for family in families if family.fits(m)]
-    kind = next((family.model for family, _, _ in fitting if family.model is not Adopted), Adopted)
-    mixers = [family.mixer(m, name) for family, m, name in fitting if family.model is kind]
+    kind, mixers = mixers_in(model)
     if not mixers:
         raise InputError(_nothing_found(model))
     return kind(model, mixers)
+
+
+def mixers_in(model: nn.Module) -> tuple[type[Adopted], list[AdoptedMixer]]:
+    """Return what a model of another library becomes, and its mixers of any family, none of which stands yet before
+    its module's methods."""
+    families = list(FAMILIES.values())
+    fitting = [(family, m, name) for name, m in model.named_modules() for family in families if family.fits(m)]
+    kind = next((family.model for family, _, _ in fitting if family.model is not Adopted), Adopted)
+    return kind, [family.mixer(m, name) for family, m, name in fitting if family.model is kind]
 
 
 def _nothing_found(model: nn.Module) -> str:
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     if reason := NOT_ADOPTED.get(str(model_type)):
         return f"{type(model).__name__} ({model_type}) is not adopted: {reason}"
-    looked = (
-        "no Mamba-2 mixer (A_log with one value a head, dt_bias, in_proj, conv1d), nor one of Mamba-1, Gated DeltaNet "
-        "(A_log, dt_bias, conv1d, head_k_dim), KDA (forget_gate, b_proj, conv1d), lightning attention (slope_rate, "
-        "qkv_proj), nor an RG-LRU (rg_lru, conv_1d)"
-    )
     kinds = sorted({type(m).__name__ for m in model.modules() if m is not model and list(m.children())})
-    return f"{type(model).__name__} has {looked}; found {', '.join(kinds[:6]) or 'no submodules'}"
+    return (
+        f"{type(model).__name__} has no recurrence that this library knows; adopted are models of transformers "
+        f"(mamba2, {ADOPTED_NAMES}) and of mamba_ssm (Mamba-2); no module has the parts of Mamba-2 (A_log with one "
+        "value a head, dt_bias, in_proj, conv1d), Mamba-1 (A_log, dt_proj, x_proj), Gated DeltaNet (A_log, dt_bias, "
+        "conv1d, head_k_dim), KDA (forget_gate, b_proj, conv1d), lightning attention (slope_rate, qkv_proj) or an "
+        f"RG-LRU (rg_lru, conv_1d); found {', '.join(kinds[:6]) or 'no submodules'}"
+    )

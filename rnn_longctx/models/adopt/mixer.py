@@ -44,7 +44,7 @@ class AdoptedMixer:
 
     For a family to say:
         recurrence: the rule by which its state follows from the one before.
-        one_step_a_head, bounded, A: see `RecurrentMixer`.
+        one_step_a_head, bounded, A, no_rates: see `RecurrentMixer`.
         per_channel: whether each channel of a head's state decays by itself.
         stays: whether ours stand before the module's methods without a policy too, from `stand` on.
         entries: the module's methods that ours stand before.
@@ -82,8 +82,13 @@ class AdoptedMixer:
 
     @property
     def A(self) -> Tensor | None:
-        """The decay rates, (H) or (H, N) float32, or None where no weight scales the log-decay."""
+        """The decay rates, (H) or (H, N) float32, or None where no weight scales the log-decays alone."""
         return None
+
+    @property
+    def no_rates(self) -> str:
+        """What the layer does that no weight scales its log-decays alone, where `A` is None."""
+        return "makes its decays from the text"
 
     # --- what is asked of it, and whether ours stand before its methods
 

@@ -39,9 +39,8 @@ WITH_IMAGES = ("glm5_next",)  # of these, those that transformers (5.24) has no 
 NOT_ADOPTED = {  # recurrent models of transformers, and why they take no remedy
     "xlstm": "its outputs hang on a running maximum of its gates and on a normaliser, which the scan does not keep"
 }
-NAMED = (  # what a message says of them, variants of another left out
-    f"supported: {SUPPORTED}; adopted: {', '.join(name for name in ADOPTED if not name.endswith(('_text', '_moe')))}"
-)
+ADOPTED_NAMES = ", ".join(name for name in ADOPTED if not name.endswith(("_text", "_moe")))  # without variants
+NAMED = f"supported: {SUPPORTED}; adopted: {ADOPTED_NAMES}"  # what a message says of them
 LAYOUTS = ("rnn-longctx", "transformers", "state-spaces")  # of a model of Mamba-2
 FLA = "fla"  # of a model whose layers are all of another kind that flash-linear-attention has
 SIDE = "rnn_longctx.json"  # beside a config.json of mamba-ssm, which refuses keys that are not its own

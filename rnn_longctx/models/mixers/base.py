@@ -162,13 +162,13 @@ class Recurrent(nn.Module):
 
     @property
     def A(self) -> Tensor | None:
-        """The rate (H) or (H, N), at least float32, at which each head decays in a step, below 0; None where decays are
-        given token by token."""
+        """The rate (H) or (H, N), at least float32, at which each head decays in a step, below 0; see `RecurrentMixer`
+        for None."""
         return None
 
     @property
     def no_rates(self) -> str:
-        """Why no weight holds the rates of its decays, where `A` is None, as what the layer does."""
+        """What the layer does that no weight scales its log-decays alone, where `A` is None."""
         return "makes its decays from the text"
 
     @property
@@ -180,13 +180,13 @@ class Recurrent(nn.Module):
         """Multiply every head's log-decay by factor (H), float64, in the weights.
 
         Raises:
-            InputError: no weight holds their rate (`no_rates`).
+            InputError: no weight scales them alone (`no_rates`).
         """
         self.refuse_rates()
 
     def refuse_rates(self) -> NoReturn:
-        """Raise InputError: no weight holds a rate."""
-        raise InputError(f"a {self.name} layer {self.no_rates}: no weight of it holds a rate")
+        """Raise InputError: no weight scales log-decays alone."""
+        raise InputError(f"a {self.name} layer {self.no_rates}: no weight of it scales log-decays alone")
 
     def chosen_backend(self, device: torch.device, dtype: torch.dtype) -> str:
         """Return the name of the backend that reads inputs of a dtype on a device under the present policy."""

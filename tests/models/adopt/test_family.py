@@ -93,7 +93,7 @@ def test_a_new_family_takes_remedies(leaky):
 
 
 def test_without_its_family_it_is_no_model():
-    with pytest.raises(InputError, match="no Mamba-2 mixer"):
+    with pytest.raises(InputError, match="no recurrence that this library knows"):
         adopt(nn.Sequential(Leaky()))
 
 

@@ -45,6 +45,10 @@ class KimiDeltaMixer(DeltaAdopted):
         return self.lower_bound is not None
 
     @property
+    def no_rates(self) -> str:
+        return "bounds its log-decays by a sigmoid"
+
+    @property
     def A(self) -> Tensor | None:
         """The rates, -exp(A_log): (H) float32; None under a lower bound, where scaling A scales no log-decay."""
         if self.bounded:

@@ -40,6 +40,7 @@ class MiniMaxMixer(AdoptedMixer):
 
     recurrence: Recurrence = SSD
     stays = True
+    no_rates = "has decays that are fixed"
 
     @property
     def shape(self) -> tuple[int, int, int]:

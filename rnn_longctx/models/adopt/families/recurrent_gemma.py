@@ -10,7 +10,8 @@ i x is written. So does a row's first token after padding, of which a block sees
 The library keeps states on the modules, for one stream at a time, and the layers of its cache that are made for them
 stay empty (transformers 5.24). As soon as a block is adopted they are there, without a policy too: on the module they
 are for the time of a call alone. A cached call of several tokens, whose convolution the library begins anew, and rows
-with padding, which its convolution reads, are ours always. A remedy is not to look better for it.
+with padding, which its convolution and its scan read whatever the mask says, are ours always. A remedy is not to look
+better for it.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ class RecurrentGemmaMixer(AdoptedMixer):
 
     recurrence: Recurrence = SSD
     stays = True
+    no_rates = "ties what it writes to its decays, by sqrt(1 - a^2)"
 
     def __init__(self, module: nn.Module, name: str):
         super().__init__(module, name)

@@ -22,9 +22,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rnn_longctx.recurrence.delta.kernels.chunk import CHUNK, after, written
 from rnn_longctx.recurrence.triton import interpreted
 
-CHUNK = 64
 WIDEST = 128  # channels of keys: the chain holds a block's whole M
 TILE = 64  # rows of a state that a program walks with
 ROWS = (16, 32, 64)  # rows of a state that a program of the chain may hold, the first that lets all run at once
@@ -64,22 +64,12 @@ def _walk(
         t = row * T + tl.cast(i, tl.int64) * C + c
         real = i * C + c < T
         of_keys, of_rows = real[:, None] & in_n[None, :], real[:, None] & in_p[None, :]
-        w = tl.load(w_ptr + (t[:, None] * H + head) * N + n[None, :], mask=of_keys, other=0.0)  # (C, BN)
-        u = tl.load(u_ptr + (t[:, None] * H + head) * P + p[None, :], mask=of_rows, other=0.0)  # (C, BP)
-        v = u - tl.dot(w, tl.trans(S).to(w.dtype))
+        v = written(w_ptr, u_ptr, S, t, head, p, n, of_keys, of_rows, H, P, N)
         if not MOVES:
             tl.store(h_ptr + ((row * chunks + i) * H + head) * P * N + at, S.to(h_ptr.dtype.element_ty), mask=whole)
             tl.store(v_ptr + (t[:, None] * H + head) * P + p[None, :], v.to(v_ptr.dtype.element_ty), mask=of_rows)
         last = row * T + tl.minimum(tl.cast(i, tl.int64) * C + C, T) - 1
-        if PER_CHANNEL:
-            k = tl.load(k_ptr + (t[:, None] * H + head) * N + n[None, :], mask=of_keys, other=0.0)
-            S *= tl.exp2(tl.load(g_ptr + (last * H + head) * N + n, mask=in_n, other=0.0))[None, :]
-        else:
-            k = tl.load(k_ptr + (t[:, None] * G + head // (H // G)) * N + n[None, :], mask=of_keys, other=0.0)
-            g, end = tl.load(g_ptr + t * H + head, mask=real, other=0.0), tl.load(g_ptr + last * H + head)
-            v *= tl.where(real, tl.exp2(end - g), 0.0)[:, None]
-            S *= tl.exp2(end)
-        S += tl.dot(tl.trans(v).to(k.dtype), k)
+        S = after(k_ptr, g_ptr, S, v, t, last, real, head, n, in_n, of_keys, G, H, N, PER_CHANNEL)
     if MOVES:
         tl.store(state_ptr + lane * P * N + at, S, mask=whole)
         high = S.to(move_ptr.dtype.element_ty)
