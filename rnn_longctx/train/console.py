@@ -44,5 +44,6 @@ def _line(row: dict[str, Any], steps: int, answers: str, short: bool = False) ->
     text += f" {row['tokens_per_second'] / 1e3:.0f}K tok/s"
     if not short:  # what a bar leaves no room for
         text += f" lr {row['lr']:.2e} grad {row['grad_norm']:.3f} {row['seconds']:.0f} s"
-        text += f" state norm {row['state_norm']:.3g}, largest head's {row['state_norm_max']:.3g}"
+        if not math.isnan(row["state_norm"]):  # a layer has a state
+            text += f" state norm {row['state_norm']:.3g}, largest head's {row['state_norm_max']:.3g}"
     return text + (f" SKIPPED: {row['skipped']}" if row["skipped"] else "")

@@ -148,7 +148,9 @@ RUNS = {"average": ("average", "previous"), "attention": ("attention", "zero"), 
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_killed_run_goes_on(name: str, config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_run_goes_on(
+    name: str, config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     mixers, start = RUNS[name]
     passing = PassingConfig(50, 1, start, 0.5)  # type: ignore[arg-type]
     config = replace(config, model=shape(mixers, 256), steps=6, checkpoint_every=2, passing=passing)
@@ -165,7 +167,9 @@ def test_a_killed_run_goes_on(name: str, config: TrainConfig, tmp_path: Path, mo
         patch.setattr(Corpus, "batch", killer)
         with pytest.raises(Killed):
             train(config)
+    capsys.readouterr()
     train(config)
+    assert ("state norm" in capsys.readouterr().out) == (mixers == "all"), "nothing is said of a state that is none"
     no_number = () if mixers == "all" else ("state_norm", "state_norm_max")  # no layer has a state
     assert_same_run(config, whole, but=no_number)
     assert trained.config == config.model
