@@ -180,7 +180,7 @@ def _differentiate(ctx: Any, dy: Tensor, dfinal: Tensor, *_: Tensor) -> tuple:
     states, *tensors = ctx.saved_tensors
     o = ChannelOperands(*tensors, *ctx.numbers)
     grads = scan_channels_backward(dy, dfinal, states, *o)
-    typed = [None if of is None else grad.to(of.dtype) for of, grad in zip(o, grads)]
+    typed = [None if of is None else grad.to(of.dtype) for of, grad in zip(tensors, grads)]
     return *typed, *[None] * (len(o) - len(typed))  # in the order of the operands
 
 

@@ -169,8 +169,13 @@ def test_what_it_refuses():
                          (ScanPolicy(start=((0.0,),)), "initial state")):  # fmt: skip
         with pytest.raises(InputError, match=f"backend 'triton_channels': .*{word}"):
             choose(policy, "triton_channels", call)
-    for wrong, word in (({"dtype": torch.float64}, "float64"), ({"per_channel": False}, "a decay a head"),
-                        ({"headdim": 4}, "headdim 4"), ({"d_state": 65}, "65"), ({"stepped": False}, "gives them")):  # fmt: skip
+    for wrong, word in (
+        ({"dtype": torch.float64}, "float64"),
+        ({"per_channel": False}, "a decay a head"),
+        ({"headdim": 4}, "headdim 4"),
+        ({"d_state": 65}, "65"),
+        ({"stepped": False}, "gives them"),
+    ):
         with pytest.raises(InputError, match=f"backend 'triton_channels': .*{word}"):
             choose(ScanPolicy(), "triton_channels", Call(**{**call.__dict__, **wrong}))
     assert refuses(ScanPolicy(), None) is None
@@ -199,7 +204,7 @@ def test_chunks_fill_a_device(monkeypatch):
 
     def tokens(batch, length, heads, graded=False):
         x, B = torch.empty(batch, length, heads, 1, device="meta"), torch.empty(batch, length, 1, 16, device="meta")
-        absent = {name: None for name in ("A", "C", "D", "dt_bias", "initial", "table", "pad", "drop")}
+        absent = dict.fromkeys(("A", "C", "D", "dt_bias", "initial", "table", "pad", "drop"))
         numbers = {"low": 0.0, "high": math.inf, "softplus": True}
         return launch_channels.chunk_tokens(ChannelOperands(x=x, dt=x[..., 0], B=B, **absent, **numbers), graded)
 

@@ -2,8 +2,8 @@
 
     S_t[n] = exp(dt_t A[n]) S_{t-1}[n] + dt_t x_t B_t[n]        y_t = sum_n S_t[n] C_t[n] + D x_t
 
-There is no matrix product here: with a decay a number, no two numbers of a state share anything but x, dt, B and C. So a
-program takes a row, BD channels and a chunk of tokens, and reads these in order, the states (BN, BD) in registers: a
+There is no matrix product here: with a decay a number, no two numbers of a state share anything but x, dt, B and C. So
+a program takes a row, BD channels and a chunk of tokens, and reads these in order, the states (BN, BD) in registers: a
 thread holds a channel, and the sum over n stays inside it. Where rows and channels alone would leave most of the device
 idle there are several chunks:
 
@@ -25,7 +25,10 @@ from rnn_longctx.recurrence.ssd.kernels.prepare import step_size
 
 @triton.jit
 def channel_block(H, G, BD: tl.constexpr):
-    """Return a program's group of channels (those that share B and C), its channels (BD), and which of them exist."""
+    """Return a program's group of channels (those that share B and C), its channels (BD), and which of them exist.
+
+    Kernels are not compiled for one G: for G = 1 Triton would see that channels begin at multiples of BD, read four of
+    them a thread, spread n over four threads, and move all numbers between threads at every token."""
     size = H // G
     blocks = tl.cdiv(size, BD)
     g, block = (tl.program_id(1) // blocks).to(tl.int64), tl.program_id(1) % blocks
@@ -48,12 +51,12 @@ def channel_gates(A, dt_bias, table, h, n, ok, H, N: tl.constexpr, HAS_BIAS: tl.
 
 
 @Launched
-@triton.jit
+@triton.jit(do_not_specialize=["G"])
 def walk_chunks(x, dt, B, C, D, A, dt_bias, table, pad, drop, states, own, decays, y, final, steps, tiles, low, high,
                 sxb, sxt, sxh, sdb, sdt, sdh, sBb, sBt, sBg, sCb, sCt, sCg, T, H, G, chunks, size, slab, width,
-                N: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, TILE: tl.constexpr, HAS_D: tl.constexpr, HAS_BIAS: tl.constexpr,
-                SOFTPLUS: tl.constexpr, HAS_PAD: tl.constexpr, HAS_DROP: tl.constexpr, FROM_ZERO: tl.constexpr,
-                READS: tl.constexpr):  # fmt: skip
+                N: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, TILE: tl.constexpr, HAS_D: tl.constexpr,
+                HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr, HAS_PAD: tl.constexpr, HAS_DROP: tl.constexpr,
+                FROM_ZERO: tl.constexpr, READS: tl.constexpr):  # fmt: skip
     """A chunk of `size` tokens from chunk `slab` on, by one of three ways. Grid (chunks, G * blocks of BD channels, B).
 
     FROM_ZERO: own (B,chunks,N,H), the state that the chunk leaves from zero; decays, alike: its log-decay, -inf where
@@ -62,8 +65,8 @@ def walk_chunks(x, dt, B, C, D, A, dt_bias, table, pad, drop, states, own, decay
         and the number of tokens that are not left out.
     else: tiles (B,width,N,H), the state before every TILE tokens.
 
-    states (B,chunks,N,H): at the beginning of chunks. pad (B): leading tokens of a row to leave out. drop (B,T): 1 where
-    the state is dropped before the token, 2 where a document begins too.
+    states (B,chunks,N,H): at the beginning of chunks. pad (B): leading tokens of a row to leave out. drop (B,T): 1
+    where the state is dropped before the token, 2 where a document begins too.
     """
     local, b = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
     chunk = slab + local

@@ -1,8 +1,8 @@
 """Gradients of the scan of heads of headdim 1 (`recurrence.ssd.kernels.channels`), the same in every run (no atomics).
 
 1. `walk_back`, `chain_chunks`: the gradient of the state at each chunk's end, as the states were found, from the end.
-2. `walk_chunks`: from the states at the chunks' beginnings, which the scan left, those before every TILE tokens, of a slab
-   of chunks at a time, so that memory does not grow with the stream.
+2. `walk_chunks`: from the states at the chunks' beginnings, which the scan left, those before every TILE tokens, of a
+   slab of chunks at a time, so that memory does not grow with the stream.
 3. `tile_grads`: a program takes the tiles of its chunk from the last to the first, and walks their numbers n one after
    the other: of each, TILE tokens by BD channels, the states again, forward, and their gradients, backward, as two
    scans over the tokens in registers.
@@ -31,7 +31,7 @@ def then(decay, added, decay_after, added_after):
 
 
 @Launched
-@triton.jit
+@triton.jit(do_not_specialize=["G"])
 def walk_back(dt, C, dy, A, dt_bias, table, pad, drop, own, decays, low, high,
               sdb, sdt, sdh, sCb, sCt, sCg, T, H, G, chunks, size,
               N: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr,
@@ -89,11 +89,11 @@ def tile_steps(dt, bias, least, columns, ok, t, first, stop, begins, sdt, low, h
 
 
 @Launched
-@triton.jit
-def tile_grads(x, dt, B, C, dy, D, A, dt_bias, table, pad, drop, tiles, grads, dx, ddt, dA, dB, dC, dD, dbias, low, high,
-               sxb, sxt, sxh, sdb, sdt, sdh, sBb, sBt, sBg, sCb, sCt, sCg, T, H, G, chunks, size, slab, width,
-               N: tl.constexpr, BD: tl.constexpr, TILE: tl.constexpr, HAS_D: tl.constexpr, HAS_BIAS: tl.constexpr,
-               SOFTPLUS: tl.constexpr, HAS_PAD: tl.constexpr, HAS_DROP: tl.constexpr):  # fmt: skip
+@triton.jit(do_not_specialize=["G"])
+def tile_grads(x, dt, B, C, dy, D, A, dt_bias, table, pad, drop, tiles, grads, dx, ddt, dA, dB, dC, dD, dbias,
+               low, high, sxb, sxt, sxh, sdb, sdt, sdh, sBb, sBt, sBg, sCb, sCt, sCg, T, H, G, chunks, size, slab,
+               width, N: tl.constexpr, BD: tl.constexpr, TILE: tl.constexpr, HAS_D: tl.constexpr,
+               HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr, HAS_PAD: tl.constexpr, HAS_DROP: tl.constexpr):  # fmt: skip
     """dx, ddt (B,T,H), and of the program's own tokens and channels alone dA (B,chunks,N,H), dB, dC (blocks of
     channels,B,T,G,N), dD, dbias (B,chunks,H). grads (B,chunks,N,H): the gradient of the state at a chunk's end becomes
     that of the state at its beginning. tiles: as `walk_chunks` left them. Grid (chunks of the slab, G * blocks, B)."""
@@ -101,7 +101,7 @@ def tile_grads(x, dt, B, C, dy, D, A, dt_bias, table, pad, drop, tiles, grads, d
     chunk = slab + local
     g, h, ok = channel_block(H, G, BD)
     block = (tl.program_id(1) % tl.cdiv(H // G, BD)).to(tl.int64)
-    bias, unused, mul, add, gain, least = channel_gates(A, dt_bias, table, h, tl.arange(0, 1), ok, H, N, HAS_BIAS)
+    bias, _rate, mul, add, gain, least = channel_gates(A, dt_bias, table, h, tl.arange(0, 1), ok, H, N, HAS_BIAS)
     begins = tl.load(pad + b) if HAS_PAD else 0
     x, dt, B, C = x + b * sxb, dt + b * sdb, B + b * sBb + g * sBg, C + b * sCb + g * sCg
     first = chunk * size
@@ -118,10 +118,10 @@ def tile_grads(x, dt, B, C, dy, D, A, dt_bias, table, pad, drop, tiles, grads, d
         of_x = here[:, None] & ok[None, :]
         late, early = q == TILE - 1, q == 0
         raw, clamped, keep = tile_steps(dt, bias, least, h * sdh, ok, t, first, stop, begins, sdt, low, high, SOFTPLUS)
-        unread, after, keep_after = tile_steps(
+        _raw, after, keep_after = tile_steps(
             dt, bias, least, h * sdh, ok, t + 1, first, stop, begins, sdt, low, high, SOFTPLUS
         )
-        unread, before, keep_before = tile_steps(
+        _raw, before, keep_before = tile_steps(
             dt, bias, least, h * sdh, ok, tl.where(early, -1, t - 1), first, stop, begins, sdt, low, high, SOFTPLUS
         )
         step, after = tl.where(keep, clamped, 0.0), tl.where(keep_after, after, 0.0)
@@ -149,9 +149,9 @@ def tile_grads(x, dt, B, C, dy, D, A, dt_bias, table, pad, drop, tiles, grads, d
             S_D = tl.load(tiles + at_tile + n * H, mask=ok, other=0.0)
             dS_D = tl.load(grads + at_chunk + n * H, mask=ok, other=0.0)
             came = tl.where(early[:, None], S_D[None, :], xw_before * B_before[:, None])
-            unread, P = tl.associative_scan((decay, decay * came), 0, then)
+            _p, P = tl.associative_scan((decay, decay * came), 0, then)
             asked = dy_QD * C_Q[:, None] + tl.where(late[:, None], dS_D[None, :], 0.0)
-            unread, dS = tl.associative_scan((decay_after, asked), 0, then, reverse=True)
+            _g, dS = tl.associative_scan((decay_after, asked), 0, then, reverse=True)
             of_decay = dS * P
             sum_decay += of_decay * rate[None, :]
             sum_scale += dS * B_Q[:, None]

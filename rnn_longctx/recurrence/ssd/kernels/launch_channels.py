@@ -53,9 +53,14 @@ def _arguments(o: ChannelOperands, chunks: int, size: int) -> tuple[tuple, tuple
     given = (o.dt_bias, o.pad, o.drop)
     bias, pad, drop = (table if t is None else t for t in given)
     strides = (*o.x.stride()[:3], *o.dt.stride(), *o.B.stride()[:3], *o.C.stride()[:3])
-    constants = dict(zip(("HAS_BIAS", "HAS_PAD", "HAS_DROP"), (t is not None for t in given)))
+    constants: dict[str, int] = dict(zip(("HAS_BIAS", "HAS_PAD", "HAS_DROP"), (t is not None for t in given)))
     constants |= {"SOFTPLUS": o.softplus, "N": d_state, "BD": BLOCK, "num_warps": 1}
-    return (o.A.mT.contiguous(), bias, table, pad, drop), strides, (o.x.shape[1], heads, groups, chunks, size), constants
+    return (
+        (o.A.mT.contiguous(), bias, table, pad, drop),
+        strides,
+        (o.x.shape[1], heads, groups, chunks, size),
+        constants,
+    )
 
 
 def _chain(states: Tensor, own: Tensor, decays: Tensor, back: bool = False) -> None:
@@ -125,4 +130,6 @@ def scan_backward(dy: Tensor, dfinal: Tensor, states: Tensor, o: ChannelOperands
         arrays = (o.x, o.dt, o.B, o.C, dy, skip, *parameters, tiles, grads, dx, ddt, dA, dB, dC, dD, dbias)
         channels_grads.tile_grads[grid](*arrays, o.low, o.high, *where, **constants, **has_D)
     first = grads[:, 0].mT[:, :, None].contiguous()
-    return ChannelGrads(dx, ddt, dA.sum((0, 1)).mT.contiguous(), dB.sum(0), dC.sum(0), dD.sum((0, 1)), dbias.sum((0, 1)), first)
+    return ChannelGrads(
+        dx, ddt, dA.sum((0, 1)).mT.contiguous(), dB.sum(0), dC.sum(0), dD.sum((0, 1)), dbias.sum((0, 1)), first
+    )
