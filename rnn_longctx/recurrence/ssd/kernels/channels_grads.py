@@ -93,7 +93,8 @@ def tile_steps(dt, bias, least, columns, ok, t, first, stop, begins, sdt, low, h
 def tile_grads(x, dt, B, C, dy, D, A, dt_bias, table, pad, drop, tiles, grads, dx, ddt, dA, dB, dC, dD, dbias,
                low, high, sxb, sxt, sxh, sdb, sdt, sdh, sBb, sBt, sBg, sCb, sCt, sCg, T, H, G, chunks, size, slab,
                width, N: tl.constexpr, BD: tl.constexpr, TILE: tl.constexpr, HAS_D: tl.constexpr,
-               HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr, HAS_PAD: tl.constexpr, HAS_DROP: tl.constexpr):  # fmt: skip
+               HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr, HAS_PAD: tl.constexpr,
+               HAS_DROP: tl.constexpr):  # fmt: skip
     """dx, ddt (B,T,H), and of the program's own tokens and channels alone dA (B,chunks,N,H), dB, dC (blocks of
     channels,B,T,G,N), dD, dbias (B,chunks,H). grads (B,chunks,N,H): the gradient of the state at a chunk's end becomes
     that of the state at its beginning. tiles: as `walk_chunks` left them. Grid (chunks of the slab, G * blocks, B)."""
