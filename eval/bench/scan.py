@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 import torch
@@ -24,6 +24,7 @@ from rnn_longctx.recurrence.statistics import Observer, Statistics
 CHUNK = 64  # tokens: what the floor's products are counted with
 MEASURED = ("ms", "graphed_ms", "extra_mib", "first_seconds", "error")
 PLAIN_NAME = "rnn-longctx"
+MAMBA1 = "Mamba-1, "
 EVERY = 256  # tokens between caps, and between looks
 System = Callable[..., Tensor]
 
@@ -69,6 +70,27 @@ class Shape:
         return self.batch * self.length * (self.heads * head + 2 * CHUNK * self.d_state)
 
 
+@dataclass(frozen=True)
+class ChannelShape(Shape):
+    """The shape of Mamba-1's scan: heads of headdim 1, a decay a number."""
+
+    heads: int = 1024
+    headdim: int = 1
+    d_state: int = 16
+
+    def inputs(self, train: bool = False) -> dict[str, Tensor]:
+        """Return random tensors with Mamba-1's initial gates: A of -1, -2, ... -N."""
+        tensors = super().inputs()
+        rates = torch.arange(1.0, self.d_state + 1, device="cuda")
+        tensors["A"] = -rates.expand(self.heads, -1).clone()
+        return {k: v.requires_grad_(train) for k, v in tensors.items()}
+
+    @property
+    def operations(self) -> int:
+        """Return 0: there is no product of matrices."""
+        return 0
+
+
 def ours(policy: ScanPolicy = PLAIN, observer: Observer | None = None, backend: str = "triton") -> System:
     def run(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor) -> Tensor:
         inputs, gates = ScanInputs(x, B, C, D), SteppedGates(dt, A, dt_bias)
@@ -108,7 +130,11 @@ def remedies(inputs: dict[str, Any]) -> dict[str, ScanPolicy]:
 
 
 def systems(inputs: dict[str, Any], train: bool, what: str) -> dict[str, tuple[System, ScanPolicy]]:
-    """Return this project's scan, with remedies where `what` says so, and those of others that are installed."""
+    """Return this project's scan, with remedies where `what` says so, and those of others that are installed; of
+    Mamba-1 PyTorch's and the kernels that are not chosen yet."""
+    if what.startswith(MAMBA1):
+        name = "triton_channels"
+        return {PLAIN_NAME: (ours(backend="torch"), PLAIN), f"{PLAIN_NAME}, {name}": (ours(backend=name), PLAIN)}
     scans = {PLAIN_NAME: (ours(), PLAIN)}
     if what == "remedies":
         scans |= {f"{PLAIN_NAME}, {name}": (ours(policy), policy) for name, policy in remedies(inputs).items()}
@@ -153,17 +179,19 @@ def bench_scan(
     lengths: Annotated[str, "Tokens of the forward rows, batch 1."] = "16k,64k,1m",
     train: Annotated[str, "Batch x tokens of the forward and backward rows."] = "8x8k",
     remedies: Annotated[str, "Batch x tokens of the rows with remedies."] = "1x1m,1x128k,9x32k",
+    mamba1: Annotated[str, "Batch x tokens of Mamba-1's rows, forward, and forward and backward."] = "64x512,1x64k",
 ) -> Iterator[Row]:
     """The scan on a GPU against mamba-ssm's and flash-linear-attention's kernels, where those are installed."""
     forward = parse_lengths(lengths) if lengths else []
-    return scan_rows(forward, sizes("train", train), sizes("remedies", remedies))
+    return scan_rows(forward, sizes("train", train), sizes("remedies", remedies), sizes("mamba1", mamba1))
 
 
 def scan_rows(
-    forward: list[int], backward: list[tuple[int, int]], remedied: list[tuple[int, int]]
+    forward: list[int], backward: list[tuple[int, int]], remedied: list[tuple[int, int]], mamba1: list[tuple[int, int]]
 ) -> Iterator[dict[str, Any]]:
     """Yield a row a system and size, as it is measured: forward at batch 1 of each length, forward and backward of each
-    (batch, length), and what remedies add to the plain scan, forward, of each (batch, length).
+    (batch, length), what remedies add to the plain scan, forward, of each (batch, length), and Mamba-1's scan, both
+    ways, of each (batch, length).
 
     Raises:
         InputError: there is no CUDA device.
@@ -173,7 +201,9 @@ def scan_rows(
     bandwidth, rate = ceilings()
     common = {"dtype": "bfloat16", "bandwidth_tb_s": bandwidth / 1e12, "matrix_tflop_s": rate / 1e12}
     cases = [("forward", Shape(1, n)) for n in forward] + [("remedies", Shape(*size)) for size in remedied]
-    for what, shape in cases + [("forward + backward", Shape(*size)) for size in backward]:
+    cases += [("forward + backward", Shape(*size)) for size in backward]
+    ways = ("forward", "forward + backward")
+    for what, shape in cases + [(MAMBA1 + way, ChannelShape(*size)) for size in mamba1 for way in ways]:
         floor = max(shape.moved / bandwidth, shape.operations / rate) * 1e3
         plain = math.nan
         for name, measured in _measure(shape, what):
@@ -242,7 +272,7 @@ def _graphed(call: Callable[[], Any]) -> float:
 
 def _error(run: System, shape: Shape, policy: ScanPolicy, train: bool, length: int = 3001) -> float:
     """Return the relative error of a short stream's outputs, or of the worst of its gradients, against float64."""
-    small = Shape(1, length, shape.heads, shape.headdim, shape.d_state).inputs(train)
+    small = replace(shape, batch=1, length=length).inputs(train)
     wide: dict[str, Any] = {k: v.detach().double().requires_grad_(train) for k, v in small.items()}
     y, expected = run(**small), ours(policy, backend="torch")(**wide)
     pairs = [(y, expected)]

@@ -86,3 +86,29 @@ class GradOperands(NamedTuple):
         maybe = (self.D, self.dt_bias, self.pad, self.drop)
         sizes = self.x.device, self.x.dtype, self.x.shape[3], self.B.shape[2:], self.every
         return *sizes, *(t is None for t in maybe), not self.factors.shape[2]
+
+
+class ChannelOperands(NamedTuple):
+    """The arguments of the operator `rnn_longctx::scan_channels`, in its order: of heads of headdim 1 with a decay a
+    number. As in `Operands` but for A (H, N), D (H), and drop (B, T) int8: 2 where a document begins too."""
+
+    x: Tensor
+    dt: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Maybe
+    dt_bias: Maybe
+    initial: Tensor
+    table: Tensor
+    pad: Maybe
+    drop: Maybe
+    low: float
+    high: float
+    softplus: bool
+
+    @property
+    def kind(self) -> tuple:
+        """What kernels are compiled for: see `Operands.kind`."""
+        maybe = (self.D, self.dt_bias, self.pad, self.drop)
+        return self.x.device, self.x.dtype, self.B.shape[2:], self.softplus, *(t is None for t in maybe)

@@ -19,7 +19,7 @@ from rnn_longctx.recurrence.ssd.operands import GradOperands, Maybe, Operands
 _SEEN: set[tuple] = set()
 
 
-def _run(function: Callable, x: Tensor, kind: tuple, *args: Any) -> Any:
+def run_compiled(function: Callable, x: Tensor, kind: tuple, *args: Any) -> Any:
     """Call function(*args) on x's device. The first time with this kind of arguments, compile its kernels side by side
     before."""
     kind = (function, *kind)
@@ -36,7 +36,7 @@ def _run(function: Callable, x: Tensor, kind: tuple, *args: Any) -> Any:
 def forward(o: Operands) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return y as x; the final state (B,H,P,N) float32; log-decay (B,H) float64, summed; the factors by which the state
     was cut back, of `_factors_shape`."""
-    return _run(_forward, o.x, o.kind, o)
+    return run_compiled(_forward, o.x, o.kind, o)
 
 
 def _forward(o: Operands, look: int = 0, gate: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, ...]:
@@ -125,7 +125,7 @@ def watched(o: Operands, look: int, gate: tuple[Tensor, Tensor] | None) -> tuple
         gate: z (B,T,H,P) and weight (H*P), applied to y, without caps; its squares come last, without looks in the
             place of factors.
     """
-    return _run(_forward, o.x, (*o.kind, look > 0, gate is None), o, look, gate)
+    return run_compiled(_forward, o.x, (*o.kind, look > 0, gate is None), o, look, gate)
 
 
 def shard_sum(
@@ -135,14 +135,14 @@ def shard_sum(
     from rnn_longctx.recurrence.ssd.kernels import launch_sums
 
     kind = (x.device, x.dtype, x.shape[3], B.shape[2:], gates.dt_bias is None, drop is None, back)
-    return _run(launch_sums.shard_sum, x, kind, x, gates, B, table, drop, back)
+    return run_compiled(launch_sums.shard_sum, x, kind, x, gates, B, table, drop, back)
 
 
 def backward(g: GradOperands) -> list[Tensor]:
     """Return the gradients of x, dt (as they are), A (H), B, C (B,T,G,N), D, dt_bias (H) and initial (float32)."""
     from rnn_longctx.recurrence.ssd.kernels import launch_grads
 
-    return list(_run(launch_grads.scan_backward, g.x, g.kind, g))
+    return list(run_compiled(launch_grads.scan_backward, g.x, g.kind, g))
 
 
 _COMMON = "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? dt_bias, Tensor initial, Tensor table"

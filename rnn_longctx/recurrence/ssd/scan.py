@@ -105,11 +105,15 @@ def _reference(reading: Reading) -> tuple[Tensor, ScanCarry]:
 _always: Any = (lambda: None, lambda policy, call: None)  # never missing, refuses nothing
 
 
-def _fused_when_called(name: str) -> Any:
-    """Return a function of `fused` that imports it when it is called: where no kernel runs, none is made an operator,
-    which takes longer than all the rest of an import."""
+def _when_called(name: str, of_channels: bool = False) -> Any:
+    """Return a function of `fused`, or of `fused_channels`, that imports it when it is called: where no kernel runs,
+    none is made an operator, which takes longer than all the rest of an import."""
 
     def call(*args: Any, **settings: Any) -> Any:
+        if of_channels:
+            from rnn_longctx.recurrence.ssd import fused_channels
+
+            return getattr(fused_channels, name)(*args, **settings)
         from rnn_longctx.recurrence.ssd import fused
 
         return getattr(fused, name)(*args, **settings)
@@ -119,19 +123,22 @@ def _fused_when_called(name: str) -> Any:
 
 _fused = Backend(
     "triton",
-    _fused_when_called("run"),
+    _when_called("run"),
     triton.missing,
-    _fused_when_called("refuses"),
-    _fused_when_called("observes"),
+    _when_called("refuses"),
+    _when_called("observes"),
     gates_output=True,
-    shard_sum=_fused_when_called("shard_sum"),
+    shard_sum=_when_called("shard_sum"),
 )
+_channels = Backend("triton_channels", _when_called("run", True), triton.missing, _when_called("refuses", True))
 _fla = Backend("fla", fla.run, fla_missing, fla.refuses)
 if not triton.interpreted():  # Triton's interpreter is for tests: only when asked for
     BACKENDS.register(_fused)
     BACKENDS.register(_fla)
+    # BACKENDS.register(_channels) here makes it Mamba-1's choice: not before it is timed on a device
 BACKENDS.register(Backend("torch", pytorch.run, *_always))
 BACKENDS.register(_fused)
 BACKENDS.register(_fla)
+BACKENDS.register(_channels)
 BACKENDS.register(Backend("mamba_ssm", official.run, official.missing, official.refuses))
 BACKENDS.register(Backend("reference", _reference, *_always))

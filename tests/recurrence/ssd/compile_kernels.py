@@ -16,10 +16,13 @@ from rnn_longctx.recurrence.delta.kernels import blocks, states
 from rnn_longctx.recurrence.ssd.kernels import (  # fmt: skip
     backward,
     caps,
+    channels,
+    channels_grads,
     decode,
     forward,
     launch,
     launch_caps,
+    launch_channels,
     prepare,
     window,
 )
@@ -27,10 +30,12 @@ from rnn_longctx.recurrence.ssd.kernels import (  # fmt: skip
 POINTERS = {"dt": "x", "x": "x", "B": "x", "C": "x", "y": "x", "gram": "x", "dy": "x", "dx": "x", "ddt": "x",
             "dbefore": "x", "dadd": "x", "dgate": "x", "z": "x", "weight": "x", "norm": "x", "bias": "x", "before": "x",
             "after": "x", "add": "x", "gate": "x", "projected": "x", "drop": "i8", "pad": "i32", "wild": "i32",
-            "near": "i32", "kept": "i32", "position": "i64", "log_decay": "fp64"}  # fmt: skip
+            "near": "i32", "kept": "i32", "position": "i64", "log_decay": "fp64",
+            "steps": "fp64"}  # fmt: skip
 FLOATS = ("A", "D", "dt_bias", "table", "cum", "scale", "totals", "initial", "states", "final", "caps", "S", "factors",
           "spent", "total", "grads", "ends", "dB", "dC", "dlog_decay", "dscale", "dD", "dA", "dcum", "dtotal", "dbias",
-          "room", "sums", "squares", "head", "x_before", "B_before", "until", "rest")  # fmt: skip
+          "room", "sums", "squares", "head", "x_before", "B_before", "until", "rest", "own", "decays",
+          "tiles")  # fmt: skip
 PLAIN_FLOATS = ("start_ptr", "end_ptr", "cap_ptr", "factor_ptr", "g_ptr", "state_ptr", "sum_ptr", "A_log_ptr",
                 "dt_bias_ptr", "beta_ptr", "log_decay_ptr")  # fmt: skip
 OF_CHUNKS = {(backward.output_grads, "states"), (backward.input_grads, "grads"), (backward.chunk_states, "out"),
@@ -152,6 +157,17 @@ if __name__ == "__main__":
                 (conv_norm_grads._norm_backward, 4, {"BLOCK": 1024, "ROWS": conv_norm_grads.ROWS, "HAS_GATE": True}),
                 (decode._decode, 8, {"TAPS": 4, "HAS_CAP": True, "HAS_DROP": True}),
                 (decode._decode, 4, {"TAPS": 4, "BP": 16, "HAS_CAP": False}),
+            ]
+            of_channels = {"N": 16, "BD": launch_channels.BLOCK, "BN": 16, "TILE": launch_channels.TILE}
+            keeps = {**of_channels, "FROM_ZERO": False, "READS": False}
+            cases += [
+                (channels.walk_chunks, 1, keeps),
+                (channels.walk_chunks, 1, {**keeps, "FROM_ZERO": True, "HAS_DROP": True}),
+                (channels.walk_chunks, 1, {**keeps, "READS": True, "HAS_PAD": True, "HAS_DROP": True}),
+                (channels.chain_chunks, 4, {"BLOCK": 128, "BACK": True}),
+                (channels_grads.walk_back, 1, {**of_channels, "HAS_DROP": True}),
+                (channels_grads.tile_grads, 1, of_channels),
+                (channels_grads.tile_grads, 1, {**of_channels, "HAS_PAD": True, "HAS_DROP": True}),
             ]
             for block, batch, groups in ((1024, 1, 1), (2048, 1, 1), (2048, 4, 1), (8192, 1, 8)):
                 rows = matvec.rows_of(block, 2)
