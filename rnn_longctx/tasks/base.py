@@ -147,6 +147,12 @@ class Task(ABC):
         return None
 
     @property
+    def chance(self) -> float | None:
+        """The score that is to be expected of a guess: of an answer drawn from all that the task has; None where the
+        task does not say."""
+        return None
+
+    @property
     def text(self) -> Text | str:
         """The text that examples are made of, or the task's name where there is none: results are filed under it."""
         return self.name
@@ -164,6 +170,12 @@ def depth_of(i: int, n: int) -> float:
     """Return the depth of example `i` of `n`: evenly spaced, (i + 0.5) / n, or one of ten in turn where n > 10."""
     bins = min(n, DEPTHS)
     return (i % bins + 0.5) / bins
+
+
+def place_of(i: int, n: int, last: int, rng: np.random.Generator) -> int:
+    """Return a place from 0 to `last` near `depth_of(i, n)`: in the middle of a stretch that no other depth draws from,
+    so that examples of all depths together have every place alike."""
+    return int((depth_of(i, n) + (rng.random() - 0.5) / min(n, DEPTHS)) * (last + 1))
 
 
 TASKS: Registry[type[Task]] = Registry("task", "rnn_longctx.tasks")
