@@ -172,10 +172,11 @@ def depth_of(i: int, n: int) -> float:
     return (i % bins + 0.5) / bins
 
 
-def place_of(i: int, n: int, last: int, rng: np.random.Generator) -> int:
-    """Return a place from 0 to `last` near `depth_of(i, n)`: in the middle of a stretch that no other depth draws from,
-    so that examples of all depths together have every place alike."""
-    return int((depth_of(i, n) + (rng.random() - 0.5) / min(n, DEPTHS)) * (last + 1))
+def spread_depth(i: int, n: int, rng: np.random.Generator) -> float:
+    """Draw a depth near `depth_of(i, n)`: within a stretch of 0 to 1 that no other depth draws from, so that all depths
+    together fill it evenly."""
+    bins = min(n, DEPTHS)
+    return (i % bins + rng.random()) / bins
 
 
 TASKS: Registry[type[Task]] = Registry("task", "rnn_longctx.tasks")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from rnn_longctx.data.tokenizers import Tokenizer
-from rnn_longctx.tasks.base import TASKS, Example, TooShort, depth_of, place_of
+from rnn_longctx.tasks.base import TASKS, Example, TooShort, depth_of, spread_depth
 from rnn_longctx.tasks.symbols import SymbolTask, at_least
 
 MARKER, FIRST = 1, 2  # ids: the marker, and the first of the symbols
@@ -35,7 +35,7 @@ class Induction(SymbolTask):
         if length < 4:
             raise TooShort("a marker and its symbol, twice", 4, length)
         ids = rng.integers(FIRST, self.vocab_size, length)
-        place = place_of(i, n, length - 4, rng)
+        place = int(spread_depth(i, n, rng) * (length - 3))
         ids[[place, -2]] = MARKER
         ids[-1] = ids[place + 1]
         return Example(ids, np.arange(length) == length - 1, depth_of(i, n), {"gap": length - 2 - place})
