@@ -1,4 +1,4 @@
-"""ListOps (arXiv 1804.06028) as Long Range Arena makes it (arXiv 2011.04006): the value of an expression of nested lists.
+"""ListOps (arXiv 1804.06028) as Long Range Arena makes it (arXiv 2011.04006): the value of nested lists of digits.
 
     [MAX 4 3 [MIN 2 3 ] 1 0 ] = 4        the digit behind = is asked for
 
@@ -11,6 +11,7 @@ blanks stand before them. To read LRA's own files, see `labelled`.
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
 
@@ -24,7 +25,7 @@ from rnn_longctx.tasks.symbols import SymbolTask
 
 WORDS = ("", ".", "=", *"0123456789", "[MIN", "[MAX", "[MED", "[SM", "]")  # the ids; a blank is written as a dot
 BLANK, EQUALS, ZERO, END = (WORDS.index(word) for word in (".", "=", "0", "]"))
-OPERATORS = {
+OPERATORS: dict[str, Callable[[list[int]], int]] = {
     "[MIN": min,
     "[MAX": max,
     "[MED": lambda values: int(median(values)),
