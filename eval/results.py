@@ -37,13 +37,14 @@ KEY = (
     *("length", "depth", "metric", "batch", "dtype", "backend", "device", "seed", "state_dtype", "plugins"),
 )
 # Columns that older tables lack: None in their rows, and no part of a key where they are None.
-_LATER = {"state_dtype", "tokens_read", "plugins"}
+_LATER = {"state_dtype", "tokens_read", "plugins", "chance"}
 # What was measured. `samples`: one float per slice or prompt, in the order of the slices, so that two rows on
 # the same text pair by position. Times in seconds, `train_length` in tokens, and so `tokens_read`: of each slice or
-# prompt, the mean over them, whatever of it a remedy or control reads again or leaves out.
+# prompt, the mean over them, whatever of it a remedy or control reads again or leaves out. `chance`: what a guess
+# would score.
 VALUE = (
     *("value", "stderr", "n", "samples", "train_length", "seconds", "tokens_per_second"),
-    *("first_token_seconds", "next_token_seconds", "peak_bytes", "version", "tokens_read"),
+    *("first_token_seconds", "next_token_seconds", "peak_bytes", "version", "tokens_read", "chance"),
 )
 COLUMNS = KEY + VALUE
 _INTS = {"length", "batch", "seed", "n", "train_length", "peak_bytes", "tokens_read"}

@@ -4,6 +4,7 @@ Both are of what is never measured on: loss, in nats a token, of the held-out do
 the share of answers that are right, of fresh examples of the tasks mixed into training, at the longest length that they
 were trained at, the mean over the tasks. So ten points of recall weigh as much as 0.1 nats: a model of a slightly lower
 loss that recalls nothing is not taken for the better one, nor one that recalls a little more and predicts text badly.
+Where examples fill all rows of training, no text is learned, and the score is `1 - recall`.
 """
 
 from __future__ import annotations
@@ -30,11 +31,13 @@ class Trial:
         loss: held-out, in nats a token; not a number where training diverged.
         recall: the share of answers that are right, by task.
         fault: how training diverged, or nothing.
+        learned_text: False where examples filled all rows of training.
     """
 
     loss: float
     recall: dict[str, float] = field(default_factory=dict)
     fault: str = ""
+    learned_text: bool = True
 
     @property
     def mean_recall(self) -> float:
@@ -44,8 +47,9 @@ class Trial:
     @property
     def score(self) -> float:
         """What the least of is chosen; infinite where the model is no use."""
-        score = self.loss + (1.0 - self.mean_recall)
-        return score if math.isfinite(score) else math.inf
+        if not math.isfinite(self.loss):
+            return math.inf
+        return (self.loss if self.learned_text else 0.0) + (1.0 - self.mean_recall)
 
 
 def trial_of(model: LanguageModel, config: TrainConfig) -> Trial:
@@ -59,7 +63,14 @@ def trial_of(model: LanguageModel, config: TrainConfig) -> Trial:
             task = task_of(mixed)
             examples = longest_examples(task, model.tokenizer, mixed.lengths[1], EXAMPLES_SEED)
             scores[task.label] = recall(model, task, examples, model.tokenizer, config.batch_size, nullcontext)
-    return Trial(float(loss), scores)
+    return Trial(float(loss), scores, learned_text=learns_text(config))
+
+
+def learns_text(config: TrainConfig) -> bool:
+    """Whether some rows of training hold text: those without an example, or with one that is shorter than they are."""
+    mixed = [mixed for mixed in config.data.mixed if mixed.fraction]
+    filled = all(m.fill or m.lengths[0] == config.longest for m in mixed)
+    return sum(m.fraction for m in mixed) < 1 or not filled
 
 
 def best_rate(trials: Mapping[float, Trial]) -> float:

@@ -155,6 +155,9 @@ class RecallConfig:
 
     def rows(self, subject: Subject) -> Iterator[Row]:
         yield from subject.evaluated(self.lengths, self.jobs, ["none"])
+        for task in (parse_recall(text).task for text in self.tasks):
+            if task.chance is not None:
+                yield row_of("chance", task.chance, task=task.label)
 
 
 @dataclass(frozen=True)

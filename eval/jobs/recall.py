@@ -131,6 +131,7 @@ class Recall(Job):
             "first_token_seconds": sum(first for first, _ in times) / len(times) if times else None,
             "next_token_seconds": sum(following for _, following in times) / len(times) if times else None,
             "tokens_read": length,
+            "chance": task.chance,
         }
         for depth in sorted({e.depth for e in examples if e.depth is not None}):
             at = [score for score, e in zip(scores, examples) if e.depth == depth]

@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rnn_longctx.config import format_length
+from rnn_longctx.eval.show.answers import answer_tables, draw_answers, guess
 from rnn_longctx.eval.show.style import BLUE, GREYS, GRID, RED, write
 from rnn_longctx.eval.tables.compare import DEFINITION
 
@@ -25,7 +26,7 @@ _STYLES = {"collapses": "red", "drifts": "yellow", "holds": "green"}
 def tables(frame: pd.DataFrame) -> list[RenderableType]:
     """Return a table a text, entries as rows, with what the verdicts mean; then heads and remedies of every entry."""
     if frame.empty or not (frame["metric"] == "verdict").any():
-        return [Text("no entry is measured yet")]
+        return answer_tables(frame) or [Text("no entry is measured yet")]
     pieces: list[RenderableType] = []
     for text in _texts(frame):
         train = int(frame["train_length"].dropna().min())
@@ -64,7 +65,8 @@ def _main(frame: pd.DataFrame, text: str) -> Table:
     losses = _whole(frame, "loss", text=text, mitigation="none")
     lengths = sorted(int(n) for n in losses["length"].unique())
     tasks = list(dict.fromkeys(_whole(frame, "accuracy", mitigation="none")["task"]))
-    grid = _grid("entry", "parameters", "rate", *map(format_length, lengths), "gain", *tasks, "T_forget", "verdict")
+    asked = [task if (c := guess(frame, task)) is None else f"{task} (a guess: {c:.2g})" for task in tasks]
+    grid = _grid("entry", "parameters", "rate", *map(format_length, lengths), "gain", *asked, "T_forget", "verdict")
     for entry in dict.fromkeys(losses["entry"]):
         own = frame[frame["entry"] == entry]
         mine = losses[losses["entry"] == entry]
@@ -147,7 +149,7 @@ def _not_applicable(frame: pd.DataFrame) -> list[str]:
 
 def draw(frame: pd.DataFrame, folder: Path) -> list[Path]:
     """Draw loss over length, a panel an entry with recomputing beside it: compare.png and compare.pdf, and a page more
-    for each further text. Returns the paths."""
+    for each further text; where no loss was measured, answers. Returns the paths."""
     paths = []
     for i, text in enumerate(_texts(frame)):
         figure = _page(frame, text)
@@ -155,7 +157,7 @@ def draw(frame: pd.DataFrame, folder: Path) -> list[Path]:
         paths.append(write(figure, folder / f"{name}.png"))
         figure.savefig(folder / f"{name}.pdf")
         paths.append(folder / f"{name}.pdf")
-    return paths
+    return paths or draw_answers(frame, folder)
 
 
 def _page(frame: pd.DataFrame, text: str) -> Figure:

@@ -166,6 +166,8 @@ def _accuracy_tables(sheet: Sheet, width: int) -> list[RenderableType]:
     if fewest:
         middle = wilson(fewest // 2, fewest)  # where the interval is widest
         title += f"; 95% within {(middle.high - middle.low) / 2:.2f}"
+    if sheet.chance is not None:
+        title += f"; a guess: {sheet.chance:.2g}"
     return _tables(title, sheet, cell, width)
 
 

@@ -53,7 +53,7 @@ class Sheet:
     mitigations (with their calibration where that tells two apart), ordered: none, remedies, controls.
     `where` holds the columns that all rows share, None where they do not; `note` what tells this sheet from
     the others. `cut[length]` is the most samples that a cell had there before it was cut to what all have;
-    `asked[length]` the length that was asked for where so many tokens were read instead.
+    `asked[length]` the length that was asked for where so many tokens were read instead; `chance` what a guess scores.
     """
 
     task: str
@@ -67,6 +67,7 @@ class Sheet:
     peaks: dict[str, float] = field(default_factory=dict)
     cut: dict[int, int] = field(default_factory=dict)
     asked: dict[int, int] = field(default_factory=dict)
+    chance: float | None = None
 
     @property
     def lengths(self) -> list[int]:
@@ -275,6 +276,7 @@ def _sheet(frame: pd.DataFrame, train_length: int | None) -> Sheet:
                 sheet.peaks[name] = _number(row["value"])
             elif row["depth"] is None:
                 cells[int(row["length"])] = _cell(row)
+                sheet.chance = row.get("chance")
             else:
                 depths[int(row["length"]), float(row["depth"])] = _cell(row)
         for length, cell in cells.items():  # depths of an earlier run with another number of prompts

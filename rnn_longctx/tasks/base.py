@@ -147,6 +147,12 @@ class Task(ABC):
         return None
 
     @property
+    def chance(self) -> float | None:
+        """The score that is to be expected of a guess: of an answer drawn from all that the task has; None where the
+        task does not say."""
+        return None
+
+    @property
     def text(self) -> Text | str:
         """The text that examples are made of, or the task's name where there is none: results are filed under it."""
         return self.name
@@ -164,6 +170,13 @@ def depth_of(i: int, n: int) -> float:
     """Return the depth of example `i` of `n`: evenly spaced, (i + 0.5) / n, or one of ten in turn where n > 10."""
     bins = min(n, DEPTHS)
     return (i % bins + 0.5) / bins
+
+
+def spread_depth(i: int, n: int, rng: np.random.Generator) -> float:
+    """Draw a depth near `depth_of(i, n)`: within a stretch of 0 to 1 that no other depth draws from, so that all depths
+    together fill it evenly."""
+    bins = min(n, DEPTHS)
+    return (i % bins + rng.random()) / bins
 
 
 TASKS: Registry[type[Task]] = Registry("task", "rnn_longctx.tasks")

@@ -8,7 +8,7 @@ import numpy as np
 
 from rnn_longctx.errors import InputError
 from rnn_longctx.tasks.base import TASKS
-from rnn_longctx.tasks.passkey import PAPER, draw_key
+from rnn_longctx.tasks.passkey import KEYS, PAPER, draw_key
 from rnn_longctx.tasks.prompts import Hidden, PromptTask, Style
 
 LABELS = ("red", "blue", "green", "black", "white", "yellow", "brown", "pink")
@@ -42,6 +42,10 @@ class MultiKey(PromptTask):
 
     def generator(self, seed: int, length: int, i: int) -> np.random.Generator:
         return np.random.default_rng([seed, length, i, self.keys])
+
+    @property
+    def chance(self) -> float:
+        return 1 / (KEYS[1] - KEYS[0])
 
     @property
     def label(self) -> str:

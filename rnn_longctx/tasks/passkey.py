@@ -25,6 +25,7 @@ PAPER = Style(
     "\nWhat is the passkey? The passkey is",
 )
 HEADERLESS = Style("", PAPER.key, PAPER.question)
+KEYS = 10_000, 100_000  # a key is below the second
 STYLES = {"paper": PAPER, "headerless": HEADERLESS}
 
 
@@ -59,6 +60,10 @@ class Passkey(PromptTask):
         return prompt.spans[1:] if self.learn == "both" else ()
 
     @property
+    def chance(self) -> float:
+        return 1 / (KEYS[1] - KEYS[0])
+
+    @property
     def label(self) -> str:
         label = super().label
         return label if self.style == "auto" else label.replace(self.name, f"{self.name}-{self.style}", 1)
@@ -90,7 +95,7 @@ def passkey_batch(
 
 def draw_key(rng: np.random.Generator) -> str:
     """Draw five digits."""
-    return str(rng.integers(10_000, 100_000))
+    return str(rng.integers(*KEYS))
 
 
 def _passkey(

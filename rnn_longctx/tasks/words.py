@@ -33,3 +33,7 @@ class Words(PromptTask):
     def hidden(self, rng: np.random.Generator, depth: float | None) -> list[Hidden]:
         word = str(rng.choice(WORDS))
         return [Hidden(rng.random() if depth is None else depth, word)]
+
+    @property
+    def chance(self) -> float:
+        return 1 / len(WORDS)

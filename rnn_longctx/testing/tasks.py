@@ -100,12 +100,18 @@ def check_too_short_is_refused(task: Task, tokenizer: Tokenizer, seed: int = 0) 
         raise AssertionError(f"{task}: makes an example of 1 token, and calls {least} the fewest")
 
 
+def check_chance(task: Task, tokenizer: Tokenizer, seed: int = 0) -> None:
+    """What a guess scores is said as a number that is no score of somebody who knows, where it is said at all."""
+    assert task.chance is None or 0 < task.chance < 1, f"{task}: a guess cannot score {task.chance}"
+
+
 CHECKS = (
     check_same_example_for_the_same_seed,
     check_exact_length,
     check_the_answer_scores,
     check_the_answer_is_in_the_context,
     check_too_short_is_refused,
+    check_chance,
 )
 
 

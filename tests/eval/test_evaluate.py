@@ -18,6 +18,7 @@ from rnn_longctx.mitigations.base import same_everywhere
 from rnn_longctx.models.lm import Mamba2LM
 from rnn_longctx.models.mixers.mamba2 import Mamba2Config
 from rnn_longctx.recurrence.policy import ScanPolicy
+from rnn_longctx.spec import parse
 from rnn_longctx.tasks import TASKS
 from rnn_longctx.tasks.passkey import Passkey, passkey_batch
 from rnn_longctx.tasks.words import Words
@@ -243,10 +244,11 @@ def test_a_passkey_answer_is_read_whole(model, monkeypatch):
 def test_tasks_have_canonical_texts():
     assert str(parse_task("lm:slices=2")) == str(parse_task(str(parse_task("lm:slices=2"))))
     assert isinstance(parse_task("passkey:max=8k,n=7,least=1"), Job) and parse_task("passkey:max=8k").max == 8192
-    assert set(TASKS) == {"passkey", "multikey", "words", "mqar", "forgetting-mqar"}
-    for name in TASKS:
-        job = parse_task(name)
-        assert (job.kind, job.task, parse_task(str(job))) == ("accuracy", TASKS[name](), job)
+    assert set(TASKS) >= {"passkey", "multikey", "words", "mqar", "forgetting-mqar", "induction", "listops", "labelled"}
+    for name, task in TASKS.items():
+        text = (task.examples or (name,))[0]
+        job = parse_task(text)
+        assert (job.kind, job.task, parse_task(str(job))) == ("accuracy", parse(text, TASKS, "task"), job)
     assert parse_task("lm").kind == "loss"
 
 

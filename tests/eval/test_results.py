@@ -246,11 +246,12 @@ def test_snapshots_have_a_folder(tmp_path):
     assert path.parent.parent == tmp_path and Results(tmp_path).rows() == []
 
 
-LATER = ["state_dtype", "tokens_read", "plugins"]
+LATER = ["state_dtype", "tokens_read", "plugins", "chance"]
 
 
 def test_a_table_from_before_a_column_is_read_on(tmp_path):
-    """`state_dtype`, `tokens_read` and `plugins` came later: cells and tables without them are as good as new ones."""
+    """`state_dtype`, `tokens_read`, `plugins` and `chance` came later: cells and tables without them are as good as new
+    ones."""
     store = Results(tmp_path)
     store.put(row())
     cell = only_cell(tmp_path)
@@ -260,7 +261,7 @@ def test_a_table_from_before_a_column_is_read_on(tmp_path):
     assert cell.stem == hashlib.sha256(key.encode()).hexdigest()[:32]  # it was called so before
     cell.write_text(json.dumps({"checksum": checksum, "row": old}))
     assert store.get(row()) == old | dict.fromkeys(LATER) and len(store.rows()) == 1
-    store.put(row(state_dtype="bfloat16", tokens_read=1000, plugins="ab12"))
+    store.put(row(state_dtype="bfloat16", tokens_read=1000, plugins="ab12", chance=0.5))
     frame = store.gather()
     assert sorted(frame["state_dtype"].fillna("-")) == ["-", "bfloat16"]
     for name, write in (("results.parquet", "to_parquet"), ("results.csv", "to_csv")):

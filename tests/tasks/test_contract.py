@@ -77,6 +77,10 @@ def test_the_checks_can_fail(seed: int) -> None:
         def shortest(self, tokenizer):
             return 100
 
+        @property
+        def chance(self):
+            return 1.0
+
     class Elsewhere(Passkey):
         def example(self, length, i, n, rng, tokenizer):
             example = super().example(length, i, n, rng, tokenizer)

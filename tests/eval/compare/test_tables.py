@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 from itertools import product
 
 import numpy as np
@@ -153,3 +154,23 @@ def test_a_search_for_t_forget():
         cells += [r for r in rows("a", STORIES[story], train_length=length) if r["metric"] != "loss_peak"]
     forget = summarised(cells, T).query("metric == 'T_forget'").iloc[0]
     assert forget["value"] == 4096 and forget["note"] == "4K (fails at 1K)"
+
+
+def test_answers_alone_are_shown_beside_a_guess(tmp_path):
+    """Of a comparison that measures no loss: a table and a panel a task."""
+    made = [r for s in range(2) for r in rows("a", [], s) + rows("b", [], s) if r["metric"] == "accuracy"]
+    longer = [r | {"length": 4 * T, "value": 0.25, "samples": [1.0, 0.0, 0.0, 0.0] * 5} for r in made]
+    guesses = [r | {"metric": "chance", "length": None, "value": 0.0625, "samples": []} for r in made]
+    frame = summarised([*made, *longer, *guesses], T)
+    console = Console(file=io.StringIO(), width=120)
+    console.print(Group(*tables(frame)))
+    printed = console.file.getvalue()
+    assert "passkey: share of answers that are right" in printed
+    for line in (r"a +1,000 +0\.001 +0\.50 +0\.25", r"b +1,000 +0\.001 +0\.50 +0\.25", r"a guess +0\.062 +0\.062"):
+        assert re.search(line, printed), line
+    assert [path.name for path in draw(frame, tmp_path)] == ["compare.png", "compare.pdf"]
+    assert all((tmp_path / name).stat().st_size > 1000 for name in ("compare.png", "compare.pdf"))
+    with_loss = summarised([*rows("a", STORIES["holds"]), *guesses], T)
+    wide = Console(file=io.StringIO(), width=300)
+    wide.print(Group(*tables(with_loss)))
+    assert "passkey (a guess: 0.062)" in wide.file.getvalue()
