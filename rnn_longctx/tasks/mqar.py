@@ -68,6 +68,10 @@ class MQAR(Task):
     def label(self) -> str:
         return f"{self.name}{self.pairs}" + ("" if self.asked == "end" else f"-{self.asked}")
 
+    @property
+    def text(self) -> str:
+        return self.name if self.vocab_size == MQAR.vocab_size else f"{self.name} of {self.vocab_size} ids"
+
 
 @TASKS.register
 @dataclass(frozen=True)

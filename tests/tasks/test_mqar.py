@@ -74,3 +74,9 @@ def test_mistakes() -> None:
     for pairs in (0, 9):
         with pytest.raises(InputError, match="1 to 8 keys"):
             mqar_batch(rng, 2, pairs, 16)
+
+
+def test_results_of_other_ids_are_filed_apart():
+    tasks = [MQAR(4), MQAR(4, 64), ForgettingMQAR(4)]
+    assert [task.text for task in tasks] == ["mqar", "mqar of 64 ids", "forgetting-mqar"]
+    assert len({(task.label, task.text) for task in tasks}) == 3

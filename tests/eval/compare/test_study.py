@@ -229,7 +229,7 @@ MISTAKES = {
     'unknown key "measure.los"; did you mean "loss"?': {"measure": {"los": None}},
     "text.txt is trained on": {"measure": {"probe": {"text": "text.txt"}}},
     "chosen by held-out text": {"train": {"data": {"held_out": 0}, "train_length": 128}},
-    "equal: expected 'parameters' or null, got str 'parameter'": {"equal": "parameter"},
+    "equal: expected 'parameters' or 'flops' or 'state' or null, got str 'parameter'": {"equal": "parameter"},
 }
 
 
