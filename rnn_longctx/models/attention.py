@@ -94,6 +94,18 @@ class Attention(nn.Module):
             raise InputError(f"{self.name} cannot be followed where a context is read over several ranks")
         return self.in_proj(u).unflatten(-1, (3, self.config.heads, -1)).unbind(2)
 
+    def pairs(self, length: int) -> int | None:
+        """Return how many pairs of a query and a key all heads compare in a document of `length` tokens, or None where
+        nobody has counted them."""
+        return None
+
+    def operations(self, length: int) -> int | None:
+        """Return the operations (a product and a sum are two) of the matrix products that reading `length` tokens
+        takes: projections, scores and sums of values, and nothing that a kernel works out beside them. None: see
+        `pairs`."""
+        d_model, pairs = self.in_proj.in_features, self.pairs(length)
+        return None if pairs is None else 8 * d_model**2 * length + 4 * d_model // self.config.heads * pairs
+
 
 class CausalAttention(Attention):
     """A layer of attention that says what is seen of what was read.
@@ -126,6 +138,10 @@ class CausalAttention(Attention):
         else:
             y = _chunks(q, k, v, begin, window)
         return self.out_proj(y.flatten(2)), after
+
+    def pairs(self, length: int) -> int:
+        window = length if self.window is None else min(self.window, length)
+        return self.config.heads * (window * (window + 1) // 2 + (length - window) * window)
 
     def state_size(self) -> StateSize:
         numbers = 2 * self.in_proj.in_features
