@@ -149,7 +149,7 @@ def run_growth(config: GrowthConfig, only: Sequence[str] = (), say: Say = to_std
     claim_folder(study, {"measure": config.measure, "device": device.type}, ["cells"])
     config = replace(config, out=str(study))
     write_atomic(study / STUDY, yaml.safe_dump(to_dict(config), sort_keys=False).encode())
-    run_cells(_Cells(config, study, names), 1, say)
+    run_cells(_Cells(config, study, names), 1, device, say)
     return study
 
 
