@@ -13,11 +13,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from rnn_longctx.errors import InputError
-from rnn_longctx.models import checkpoint
+from rnn_longctx.models import checkpoint, flash
 from rnn_longctx.models.cache import Cache
 from rnn_longctx.models.config import ModelConfig, model_config
 from rnn_longctx.models.lm import LM
-from rnn_longctx.models.mixers import dilated, dilated_flash
+from rnn_longctx.models.mixers import dilated
 from rnn_longctx.models.mixers.longnet import DilatedKeys, LongNetConfig
 from rnn_longctx.models.restart import Crop
 from rnn_longctx.recurrence.span import WHOLE, Span
@@ -115,7 +115,7 @@ def test_one_softmax_over_the_multiset(setting, positions, path):
 def test_a_stream_cut_anywhere(setting, monkeypatch):
     """The kernels go on from what is held, at whatever place of a segment a call begins; more than they take at once is
     read in turns."""
-    monkeypatch.setattr(dilated_flash, "BATCH", 2)
+    monkeypatch.setattr(flash, "BATCH", 2)
     mixer, length = model_of(spec(*setting)).layers[0].mixer, 100
     r = math.lcm(*(pattern.dilation for pattern in mixer.patterns))
     u = torch.randn(2, length, WIDTH, dtype=torch.float64, requires_grad=True)
@@ -241,13 +241,13 @@ def test_cost_is_linear(monkeypatch):
     mixer = model_of(spec(4, "16/64/256", "1/4/16")).layers[0].mixer
     assert mixer.operations(4096) == 4 * mixer.operations(1024)
     given = []
-    attended = dilated_flash._attended
+    attended = flash._attended
 
     def counted(q, k, v, causal):
         given.append(q.shape[:-2].numel() * q.shape[2] * (k.shape[2] + causal) // (1 + causal))
         return attended(q, k, v, causal)
 
-    monkeypatch.setattr(dilated_flash, "_attended", counted)
+    monkeypatch.setattr(flash, "_attended", counted)
     mixer(torch.randn(1, 4096, WIDTH, dtype=torch.float64), None, WHOLE)
     assert sum(given) == mixer.pairs(4096)
     monkeypatch.setattr(dilated, "readable", lambda q: False)
@@ -276,7 +276,7 @@ def test_on_a_gpu_in_bfloat16(setting):
         y = torch.cat(outputs, 1)
         return [y, *torch.autograd.grad((y * into.to(y.dtype)).sum(), [u, *layer.parameters()])]
 
-    assert dilated_flash.readable(x[..., :64])
+    assert flash.readable(x[..., :64])
     expected = read(wide, x.double(), [3000])  # by the plain path: float64 is not the kernels'
     for sizes in ([3000], [1024, 480, 1496]):
         for a, b in zip(read(narrow, x, sizes), expected, strict=True):

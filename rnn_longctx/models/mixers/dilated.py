@@ -6,7 +6,7 @@ Patterns are merged by their denominators, with gradients: that is one softmax o
 token, a key as often as it is given. A token that no pattern takes gets zero.
 
 Work and memory are linear in T: the taken tokens are gathered. Of rows that all stand at one place of a document the
-kernels of `rnn_longctx.models.mixers.dilated_flash` read them. Rows with padding, with documents that begin inside a
+kernels of `rnn_longctx.models.flash` read them. Rows with padding, with documents that begin inside a
 call, or that have read unequally much, and single tokens, take the plain path of this file: it compares a token with
 the w / r taken last, and scores are in memory.
 """
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rnn_longctx.models.attention import weighed
-from rnn_longctx.models.mixers.dilated_flash import At, Pattern, one_softmax, readable
+from rnn_longctx.models.flash import At, Pattern, one_softmax, readable
 
 CHUNK = 256  # queries at most that are compared with one stretch of keys
 

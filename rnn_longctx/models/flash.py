@@ -1,10 +1,11 @@
-"""Dilated attention on flash attention's kernels, for rows that stand at one place of a document: what
-`rnn_longctx.models.mixers.dilated` defines, without a score in memory.
+"""Softmax attention by patterns on flash attention's kernels, for rows that stand at one place of a document, without a
+score in memory: dilated attention, which `rnn_longctx.models.mixers.dilated` defines, and with one pattern of one
+segment full attention that goes on from what is held.
 
 The taken tokens of segments of one length are gathered into a batch, which `aten::_scaled_dot_product_flash_attention`
-reads: of all segments of a pattern in one call, beside one for a segment that an earlier call began, and one for the
-last that this call leaves unfinished. Besides its outputs the kernel returns every query's log-sum-exp, by which parts
-are merged.
+reads: of all segments of a pattern in one call, beside two for a segment that an earlier call began, of this call's
+tokens and of those held, and one for the last that this call leaves unfinished. Besides its outputs the kernel returns
+every query's log-sum-exp, by which parts are merged.
 
 It has no gradient through that. None is needed: of one softmax over the keys of all parts, with outputs y and
 log-sum-exp z, the share of a key is exp(score - z), and its score's gradient share * (dy . value - dy . y), whatever
