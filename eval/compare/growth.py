@@ -74,7 +74,7 @@ class GrowthConfig:
     entries: list[GrowthEntry]
     lengths: list[int]
     what: Literal["mixers", "models"] = "mixers"
-    shape: ShapeConfig = field(default_factory=lambda: ShapeConfig(d_model=1024, n_layer=1, mlp=0))
+    shape: ShapeConfig = field(default_factory=ShapeConfig)
     segment: int | Literal["whole"] = "whole"
     fit_from: int | None = None
     reference: str | None = None
@@ -85,6 +85,7 @@ class GrowthConfig:
     def __post_init__(self) -> None:
         if not self.entries:
             raise InputError("entries: expected at least one, such as {name: mamba2, mixer: mamba2}")
+        ascending("lengths", self.lengths)
         names = [entry.name for entry in self.entries]
         for i, entry in enumerate(self.entries):
             where = f"entries[{i}] ({entry.name})"
@@ -103,7 +104,6 @@ class GrowthConfig:
                 raise InputError(f"{where}: {error}") from None
             if not self.within(entry.name):
                 raise InputError(f"{where}: nothing is read: longest {entry.longest} is below all lengths")
-        ascending("lengths", self.lengths)
         if self.reference is not None:
             self.entry(self.reference)
         if len([n for n in self.lengths if n >= self.fitted_from]) < 2:
@@ -128,7 +128,10 @@ class GrowthConfig:
         """Return how an entry is read."""
         entry = self.entry(name)
         segment = self.segment if entry.segment is None else entry.segment
-        return Reading(entry.model(self.shape), self.what, None if segment == WHOLE else int(segment), self.tokens)
+        model = entry.model(self.shape)
+        if self.what == "mixers":
+            model = replace(model, n_layer=1, mlp=0.0)
+        return Reading(model, self.what, None if segment == WHOLE else int(segment), self.tokens)
 
     def within(self, name: str) -> list[int]:
         """Return the lengths at which an entry is read."""

@@ -68,16 +68,16 @@ def rows_at(reading: Reading, length: int, device: torch.device) -> Iterator[Row
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     about = {"length": length, "segment": reading.segment, "dtype": str(dtype).removeprefix("torch."), **environment()}
     about["device"] = about["device"] if device.type == "cuda" else "cpu"
-    kinds = {"mixers": _of_mixer, "models": _of_model}
+    measure, due = {"mixers": (_of_mixer, ["forward"]), "models": (_of_model, ["prefill", "decode"])}[reading.what]
     try:
-        for row in kinds[reading.what](reading, length, device, dtype):
+        for row in measure(reading, length, device, dtype):
+            due.remove(row["what"])
             yield about | {"operations": None, "floor_seconds": math.nan, "note": ""} | row
     except (torch.OutOfMemoryError, MemoryError):
-        what = "forward" if reading.what == "mixers" else "prefill"
         unknown = dict.fromkeys(
             ("seconds", "tokens_per_second", "peak_bytes", "carry_bytes", "floor_seconds"), math.nan
         )
-        yield about | unknown | {"what": what, "parameters": None, "operations": None, "note": NO_MEMORY}
+        yield about | unknown | {"what": due[0], "parameters": None, "operations": None, "note": NO_MEMORY}
 
 
 def _of_mixer(reading: Reading, length: int, device: torch.device, dtype: torch.dtype) -> Iterator[Row]:
@@ -140,12 +140,12 @@ def _of_model(reading: Reading, length: int, device: torch.device, dtype: torch.
 def measured(run: Callable[[], Any], device: torch.device) -> tuple[Cost, Any]:
     """Return what a run takes once kernels are compiled and tuned for its length, and what it returned."""
     with nullcontext() if device.type == "cuda" else _Held() as held:
-        result = run()
+        run()
     _synchronize(device)
     before = _forget_peak(device)
     times: list[float] = []
     while not times or (len(times) < REPEATS and sum(times) < ENOUGH):
-        result = None
+        result = None  # (what is held of the run before is no part of the next one's peak)
         began = time.perf_counter()
         result = run()
         _synchronize(device)

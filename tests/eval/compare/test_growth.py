@@ -200,6 +200,7 @@ MISTAKES = {
     "entries[0] (a): what: mixers takes one mixer an entry, got 2": {
         "entries": [{"name": "a", "mixer": ["gla", "kda"]}],
     },
+    "lengths: expected at least one length": {"lengths": []},
     "entries[0] (a): nothing is read: longest 16 is below all lengths": {
         "entries": [{"name": "a", "mixer": "gla", "longest": 16}], "reference": None,
     },
