@@ -93,9 +93,9 @@ def from_dict(cls: type[T], mapping: Mapping[str, Any], where: str = "") -> T:
     return _build(cls, mapping, "", f"{where}: " if where else "")
 
 
-def load_yaml(cls: type[T], path: str | Path, overrides: Sequence[str] = (), what: str = "config") -> T:
-    """Read a YAML file into the dataclass `cls`; `overrides` are ``"a.b=value"`` with a YAML value; `what` the file is
-    called where it cannot be read."""
+def read_yaml(path: str | Path, what: str = "config") -> dict[str, Any]:
+    """Return the mapping that a YAML file holds; `what` the file is called where it cannot be read. Raises
+    InputError."""
     path = home_path(path)
     try:
         data = yaml.load(path.read_text(encoding="utf-8"), _Loader)
@@ -107,6 +107,13 @@ def load_yaml(cls: type[T], path: str | Path, overrides: Sequence[str] = (), wha
     data = {} if data is None else data
     if not isinstance(data, dict):
         raise InputError(f"{path}: expected a mapping of keys to values, got {_shown(data)}")
+    return data
+
+
+def load_yaml(cls: type[T], path: str | Path, overrides: Sequence[str] = (), what: str = "config") -> T:
+    """Read a YAML file into the dataclass `cls`; `overrides` are ``"a.b=value"`` with a YAML value; `what` the file is
+    called where it cannot be read."""
+    path, data = home_path(path), read_yaml(path, what)
     strange = [str(name) for name in data if name not in {f.name for f in dataclasses.fields(cls)}]  # type: ignore[arg-type]
     if len(strange) > 1 and 2 * len(strange) > len(data):
         names = f"of its {len(data)} keys {', '.join(strange[:6])} are unknown here"

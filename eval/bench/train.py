@@ -60,7 +60,7 @@ def train_rows(
             their boundaries (bptt 0).
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    rate = _matrix_rate(device)
+    rate = matrix_rate(device)
     systems = {"rnn-longctx": _ours, "mamba-ssm": _official}
     runs: list[tuple[str, int, int, int]] = [("rnn-longctx", *size, 0) for size in whole]
     runs += [("rnn-longctx", *size, segment) for size in streams for segment in segments]
@@ -166,13 +166,13 @@ def measured(model: nn.Module, learn: Learn, ids: Tensor) -> Row:
     return {"seconds": median(times), "peak_gib": peak, "note": ""}
 
 
-def _matrix_rate(device: torch.device) -> float:
-    """Return operations a second of a large bfloat16 product."""
+def matrix_rate(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> float:
+    """Return operations a second of a large product; on a GPU of bfloat16 numbers."""
     if device.type == "cuda":
         from rnn_longctx.eval.bench.scan import ceilings
 
         return ceilings()[1]
-    m, times = torch.randn(512, 512, dtype=torch.bfloat16), []
+    m, times = torch.randn(512, 512, dtype=dtype), []
     for _ in range(REPEATS + 1):
         began = time.perf_counter()
         m @ m

@@ -16,7 +16,7 @@ from rnn_longctx.models.config import ModelConfig
 from rnn_longctx.train import TrainConfig
 from rnn_longctx.train.config import DataConfig, OptimizerConfig, PassingConfig, ScheduleConfig
 
-_NAME = re.compile(r"[A-Za-z0-9][\w.+-]*")  # of an entry: it names folders
+NAME = re.compile(r"[A-Za-z0-9][\w.+-]*")  # of an entry: it names folders
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class CompareConfig:
             raise InputError("entries: expected at least one, such as {name: gla, mixer: gla}")
         names = [entry.name for entry in self.entries]
         for name in names:
-            if not _NAME.fullmatch(name):
+            if not NAME.fullmatch(name):
                 raise InputError(f"entries: a name is of letters, digits, _, -, + and dots, got {name!r}")
             if names.count(name) > 1:
                 raise InputError(f"entries: {name} is there twice")

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -63,10 +63,15 @@ def flops(config: ModelConfig, length: int) -> int:
     """Return the floating-point operations of a token, two for each multiplication and addition, where `length` tokens
     are read on the CPU: of matrix products and convolutions alone, as PyTorch's counter takes them (attention without
     what causality leaves out). A recurrence is counted as it is read there, in chunks."""
-    from torch.utils.flop_counter import FlopCounterMode  # (which imports Triton)
+    from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count  # (which imports Triton)
 
     model, ids = LM(config).eval(), torch.zeros(1, length, dtype=torch.int64)
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+
+    def flash(q: Any, k: Any, v: Any, *others: Any, **named: Any) -> int:
+        return sdpa_flop_count(q, k, v)
+
+    uncounted = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: flash}
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=uncounted) as counter:
         model.logits(model(ids))
     return round(counter.get_total_flops() / length)
 

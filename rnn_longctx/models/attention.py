@@ -9,7 +9,7 @@ rows of unequal lengths put together.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
 
 import torch
@@ -18,8 +18,10 @@ from torch import Tensor, nn
 
 from rnn_longctx.errors import InputError
 from rnn_longctx.models.carries import carry
+from rnn_longctx.models.flash import At, Pattern, one_softmax, readable
 from rnn_longctx.models.interface import Shape, StateSize
 from rnn_longctx.models.rotary import turned
+from rnn_longctx.recurrence.carry import ON_CPU
 from rnn_longctx.recurrence.span import Span
 
 CHUNK = 256  # queries whose scores are held at once
@@ -44,12 +46,17 @@ class WindowKeys:
 
     Attributes:
         keys, values: (B, S, H, D); keys before they are turned.
-        held: (B,) int64, how many of them, at the right end, are tokens of the row's document.
+        held: (B,) int64 on the CPU, how many of them, at the right end, are tokens of the row's document.
     """
 
     keys: Tensor
     values: Tensor
-    held: Tensor
+    held: Tensor = field(metadata=ON_CPU)
+
+    @property
+    def full(self) -> bool:
+        """Whether every row holds as many tokens as there is room for."""
+        return bool((self.held == self.keys.shape[1]).all())
 
     def cropped(self, tokens: int) -> WindowKeys:
         """Return the carry with the last `tokens` tokens alone."""
@@ -94,6 +101,18 @@ class Attention(nn.Module):
             raise InputError(f"{self.name} cannot be followed where a context is read over several ranks")
         return self.in_proj(u).unflatten(-1, (3, self.config.heads, -1)).unbind(2)
 
+    def pairs(self, length: int) -> int | None:
+        """Return how many pairs of a query and a key all heads compare in a document of `length` tokens, or None where
+        nobody has counted them."""
+        return None
+
+    def operations(self, length: int) -> int | None:
+        """Return the operations (a product and a sum are two) of the matrix products that reading `length` tokens
+        takes: projections, scores and sums of values, and nothing that a kernel works out beside them. None: see
+        `pairs`."""
+        d_model, pairs = self.in_proj.in_features, self.pairs(length)
+        return None if pairs is None else 8 * d_model**2 * length + 4 * d_model // self.config.heads * pairs
+
 
 class CausalAttention(Attention):
     """A layer of attention that says what is seen of what was read.
@@ -107,25 +126,29 @@ class CausalAttention(Attention):
         return None
 
     def forward(self, u: Tensor, carry: WindowKeys | None, span: Span) -> tuple[Tensor, WindowKeys]:
-        begun, carry = carry is not None, self.new_carry(len(u)) if carry is None else carry
+        carry = self.new_carry(len(u)) if carry is None else carry
         before, length = carry.keys.shape[1], u.shape[1]
         window = before + length if self.window is None else self.window
         q, k, v = self.projected(u, span)
         k = torch.cat([carry.keys.to(k.dtype), k], 1)  # (B, S + T, H, D), as places are counted from here on
         v = torch.cat([carry.values.to(v.dtype), v], 1)
-        begin = begins(before - carry.held, before, length, span)  # (B, T)
         last = before + length if self.window is None else window - 1  # the most that are kept
         kept = slice(max(0, before + length - last), None)
-        held = (before + length - begin[:, -1]).clamp(max=last)
-        after = WindowKeys(k[:, kept].contiguous(), v[:, kept].contiguous(), held)
+        keys, values = k[:, kept].contiguous(), v[:, kept].contiguous()
         if self.rotary:
             places = torch.arange(before + length, device=u.device)
             q, k = turned(q, places[before:]), turned(k, places)
-        if not begun and span.mask is None and span.reset is None and length <= window:
-            y = softmax(q, k, v)
+        alike = span.mask is None and span.reset is None and carry.full
+        if alike and before + length <= window and (before == 0 or readable(q)):
+            y, held = _all_before(q, k, v), carry.held + length
         else:
-            y = _chunks(q, k, v, begin, window)
-        return self.out_proj(y.flatten(2)), after
+            begin = begins((before - carry.held).to(u.device), before, length, span)  # (B, T)
+            y, held = _chunks(q, k, v, begin, window), (before + length - begin[:, -1]).cpu()
+        return self.out_proj(y.flatten(2)), WindowKeys(keys, values, held.clamp(max=last))
+
+    def pairs(self, length: int) -> int:
+        window = length if self.window is None else min(self.window, length)
+        return self.config.heads * (window * (window + 1) // 2 + (length - window) * window)
 
     def state_size(self) -> StateSize:
         numbers = 2 * self.in_proj.in_features
@@ -134,7 +157,7 @@ class CausalAttention(Attention):
     def new_carry(self, rows: int) -> WindowKeys:
         weight, heads = self.in_proj.weight, self.config.heads
         keys = weight.new_zeros(rows, 0, heads, self.in_proj.in_features // heads)
-        return WindowKeys(keys, torch.zeros_like(keys), torch.zeros(rows, dtype=torch.int64, device=weight.device))
+        return WindowKeys(keys, torch.zeros_like(keys), torch.zeros(rows, dtype=torch.int64, device="cpu"))
 
 
 def begins(first: Tensor, before: int, length: int, span: Span) -> Tensor:
@@ -151,6 +174,16 @@ def begins(first: Tensor, before: int, length: int, span: Span) -> Tensor:
         return first[:, None].expand(-1, length)
     places = torch.arange(before, before + length, device=first.device)
     return torch.where(span.reset, places, first[:, None]).cummax(1).values
+
+
+def _all_before(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Return what T queries read of the keys and values (B, S + T, H, D) of all tokens up to each of their own."""
+    before, length = k.shape[1] - q.shape[1], q.shape[1]
+    if before == 0:
+        return softmax(q, k, v)
+    held = k[:, :before].transpose(1, 2), v[:, :before].transpose(1, 2)
+    whole = At((Pattern(before + length, 1),), before, length)
+    return one_softmax(q, k[:, before:], v[:, before:], [held], whole)
 
 
 def _chunks(q: Tensor, k: Tensor, v: Tensor, begin: Tensor, window: int) -> Tensor:

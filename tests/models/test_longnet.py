@@ -3,6 +3,8 @@ patterns give a token."""
 
 from __future__ import annotations
 
+import copy
+import math
 import random
 import warnings
 
@@ -11,12 +13,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from rnn_longctx.errors import InputError
-from rnn_longctx.models import checkpoint
+from rnn_longctx.models import checkpoint, flash
 from rnn_longctx.models.cache import Cache
 from rnn_longctx.models.config import ModelConfig, model_config
 from rnn_longctx.models.lm import LM
 from rnn_longctx.models.mixers import dilated
-from rnn_longctx.models.mixers.longnet import LongNetConfig
+from rnn_longctx.models.mixers.longnet import DilatedKeys, LongNetConfig
 from rnn_longctx.models.restart import Crop
 from rnn_longctx.recurrence.span import WHOLE, Span
 from rnn_longctx.testing import mixers as contract
@@ -84,19 +86,81 @@ def gradients(mixer, u: torch.Tensor, y: torch.Tensor, into: torch.Tensor) -> li
     return list(torch.autograd.grad((y * into).sum(), [u, *mixer.parameters()]))
 
 
-@pytest.mark.parametrize("chunk", [3, 256])
+@pytest.fixture(params=["kernels", "plain"])
+def path(request, monkeypatch) -> str:
+    """Both ways to work a layer out; of the plain one several chunks."""
+    if request.param == "plain":
+        monkeypatch.setattr(dilated, "readable", lambda q: False)
+        monkeypatch.setattr(dilated, "one_softmax", None)
+        monkeypatch.setattr(dilated, "CHUNK", 3)
+    else:
+        monkeypatch.setattr(dilated, "_plain", None)
+    return request.param
+
+
 @pytest.mark.parametrize("positions", ["rope", "none"])
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
-def test_one_softmax_over_the_multiset(setting, positions, chunk, monkeypatch):
+def test_one_softmax_over_the_multiset(setting, positions, path):
     """Lengths that segments do not divide; gradients go through the denominators."""
-    monkeypatch.setattr(dilated, "CHUNK", chunk)
     mixer = model_of(spec(*setting, positions)).layers[0].mixer
-    for length in (1, 23, random.randrange(24, 90)):
+    for length in (2, 23, random.randrange(24, 90)):
         u = torch.randn(2, length, WIDTH, dtype=torch.float64, requires_grad=True)
         y, expected, into = mixer(u, None, WHOLE)[0], oracle(mixer, u), torch.randn_like(u)
         torch.testing.assert_close(y, expected, rtol=0, atol=1e-10)
         for a, b in zip(gradients(mixer, u, y, into), gradients(mixer, u, expected, into), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=str)
+def test_a_stream_cut_anywhere(setting, monkeypatch):
+    """The kernels go on from what is held, at whatever place of a segment a call begins; more than they take at once is
+    read in turns."""
+    monkeypatch.setattr(flash, "BATCH", 2)
+    mixer, length = model_of(spec(*setting)).layers[0].mixer, 100
+    r = math.lcm(*(pattern.dilation for pattern in mixer.patterns))
+    u = torch.randn(2, length, WIDTH, dtype=torch.float64, requires_grad=True)
+    expected, into = oracle(mixer, u), torch.randn_like(u)
+    wanted = gradients(mixer, u, expected, into)
+    for marks in ([random.randrange(1, length)], [r, 3 * r], sorted(random.choices(range(1, length), k=4))):
+        sizes = [b - a for a, b in zip([0, *marks], [*marks, length]) if b > a]
+        carry, outputs = None, []
+        for piece in u.split(sizes, 1):
+            y, carry = mixer(piece, carry, WHOLE)
+            outputs.append(y)
+        y = torch.cat(outputs, 1)
+        torch.testing.assert_close(y, expected, rtol=0, atol=1e-10)
+        for a, b in zip(gradients(mixer, u, y, into), wanted, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("setting", SETTINGS, ids=str)
+def test_both_paths_hold_the_same_carry(setting, monkeypatch):
+    mixer, u = model_of(spec(*setting)).layers[0].mixer, torch.randn(1, 120, WIDTH, dtype=torch.float64)
+    marks = [0, *sorted(random.sample(range(1, 120), 3))]
+
+    def carries() -> list[DilatedKeys]:
+        carry, after = None, []
+        for begin, end in zip(marks, [*marks[1:], 120]):
+            carry = mixer(u[:, begin:end], carry, WHOLE)[1]
+            after.append(carry)
+        return after
+
+    by_kernels = carries()
+    monkeypatch.setattr(dilated, "readable", lambda q: False)
+    for a, b in zip(by_kernels, carries(), strict=True):
+        torch.testing.assert_close(vars(a), vars(b), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("length", [1, 5, 36, 77, 100])
+@pytest.mark.parametrize("setting", SETTINGS, ids=str)
+def test_pairs_are_counted_without_making_them(setting, length):
+    config = LongNetConfig(*setting)
+    assert dilated.pairs(config.patterns, config.heads, length) == int(multiplicities(config, length).sum())
+    attention = model_of("sliding-window:window=7,heads=2").layers[0].mixer
+    seen = sum(max(0, t - 6) <= s <= t for t in range(length) for s in range(length))
+    assert attention.pairs(length) == 2 * seen
+    assert attention.operations(length) == 8 * WIDTH**2 * length + 4 * 8 * 2 * seen
 
 
 @torch.no_grad()
@@ -172,18 +236,51 @@ def test_what_is_held_does_not_grow():
 
 
 @torch.no_grad()
-def test_cost_is_linear():
-    def operations(text: str, length: int) -> int:
-        mixer, u = model_of(text).layers[0].mixer, torch.randn(1, length, WIDTH, dtype=torch.float64)
-        with FlopCounterMode(display=False) as counter:
-            mixer(u, None, WHOLE)
-        return counter.get_total_flops()
+def test_cost_is_linear(monkeypatch):
+    """Of what the kernels are given, and of the products of the plain path."""
+    mixer = model_of(spec(4, "16/64/256", "1/4/16")).layers[0].mixer
+    assert mixer.operations(4096) == 4 * mixer.operations(1024)
+    given = []
+    attended = flash._attended
 
-    text = spec(4, "16/64/256", "1/4/16")
-    assert operations(text, 4096) == pytest.approx(4 * operations(text, 1024), rel=0.02)
+    def counted(q, k, v, causal):
+        given.append(q.shape[:-2].numel() * q.shape[2] * (k.shape[2] + causal) // (1 + causal))
+        return attended(q, k, v, causal)
+
+    monkeypatch.setattr(flash, "_attended", counted)
+    mixer(torch.randn(1, 4096, WIDTH, dtype=torch.float64), None, WHOLE)
+    assert sum(given) == mixer.pairs(4096)
+    monkeypatch.setattr(dilated, "readable", lambda q: False)
+    with FlopCounterMode(display=False) as counter:
+        mixer(torch.randn(1, 4096, WIDTH, dtype=torch.float64), None, WHOLE)
     # of a token: 4 projections, and two products with the 31 keys at most that a chunk sees under each pattern
     a_token = 2 * 4 * WIDTH**2 + 2 * 2 * WIDTH * 31 * (1 + 1 / 4 + 1 / 16)
-    assert operations(text, 4096) == pytest.approx(4096 * a_token, rel=0.05)
+    assert counter.get_total_flops() == pytest.approx(4096 * a_token, rel=0.05)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("setting", [(4, "64/256/1024", "1/4/16"), (8, "96/480", "3/5"), (4, "4k", "2")], ids=str)
+def test_on_a_gpu_in_bfloat16(setting):
+    """The kernels against float64, in one call and in pieces, with gradients."""
+    mixer = LM(ModelConfig(spec(*setting), d_model=256, n_layer=1, vocab_size=9)).layers[0].mixer.cuda()
+    wide = copy.deepcopy(mixer).double()
+    narrow = copy.deepcopy(mixer).bfloat16()
+    x = torch.randn(2, 3000, 256, device="cuda", dtype=torch.bfloat16)
+    into = torch.randn_like(x)
+
+    def read(layer, u, sizes):
+        u, carry, outputs = u.detach().requires_grad_(), None, []
+        for piece in u.split(sizes, 1):
+            y, carry = layer(piece, carry, WHOLE)
+            outputs.append(y)
+        y = torch.cat(outputs, 1)
+        return [y, *torch.autograd.grad((y * into.to(y.dtype)).sum(), [u, *layer.parameters()])]
+
+    assert flash.readable(x[..., :64])
+    expected = read(wide, x.double(), [3000])  # by the plain path: float64 is not the kernels'
+    for sizes in ([3000], [1024, 480, 1496]):
+        for a, b in zip(read(narrow, x, sizes), expected, strict=True):
+            assert (a.double() - b).norm() < 0.02 * b.norm()
 
 
 @torch.no_grad()

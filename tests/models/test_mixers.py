@@ -281,6 +281,47 @@ def test_a_window_is_as_wide_as_what_was_read():
     assert cache.layers[0].keys.shape[1] == 6
 
 
+@pytest.mark.parametrize("positions", ["rope", "none"])
+def test_full_attention_goes_on_without_a_mask(positions, monkeypatch):
+    """What is held and what is read are two parts of one softmax, with its gradients; rows of unequal lengths, and what
+    the kernels cannot read, take masks."""
+    mixer = (
+        LM(ModelConfig(f"full-attention:heads=2,positions={positions}", d_model=16, n_layer=1)).double().layers[0].mixer
+    )
+    u = torch.randn(2, 30, 16, dtype=torch.float64, requires_grad=True)
+    cuts = [0, *sorted(torch.randint(1, 30, (3,)).tolist()), 30]
+    into = torch.randn_like(u)
+
+    def read() -> list[torch.Tensor]:
+        carry, outputs = None, []
+        for begin, end in zip(cuts, cuts[1:]):
+            if end > begin:
+                y, carry = mixer(u[:, begin:end], carry, WHOLE)
+                outputs.append(y)
+        y = torch.cat(outputs, 1)
+        return [y, *torch.autograd.grad((y * into).sum(), [u, *mixer.parameters()])]
+
+    monkeypatch.setattr(attention, "readable", lambda q: False)
+    masked = read()
+    monkeypatch.undo()
+    monkeypatch.setattr(attention, "_chunks", None)
+    for a, b in zip(read(), masked, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_full_attention_goes_on_on_a_gpu(monkeypatch):
+    with torch.device("cuda"):
+        mixer = LM(ModelConfig("full-attention:heads=4", d_model=256, n_layer=1)).bfloat16().layers[0].mixer
+        u = torch.randn(2, 3000, 256, dtype=torch.bfloat16)
+    whole, carry = mixer(u, None, WHOLE)[0], None
+    monkeypatch.setattr(attention, "_chunks", None)
+    for piece, expected in zip(u.split([1000, 1, 1999], 1), whole.split([1000, 1, 1999], 1)):
+        y, carry = mixer(piece, carry, WHOLE)
+        assert (y - expected).float().norm() < 0.01 * expected.float().norm()
+
+
 @torch.no_grad()
 def test_attention_forgets_under_a_control():
     """Attention of ours is cropped as that of an adopted hybrid is."""

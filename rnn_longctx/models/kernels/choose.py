@@ -9,7 +9,8 @@ from torch import Tensor
 
 from rnn_longctx.recurrence import triton
 
-# Whether layers of the delta rule and MLPs take the kernels of `delta_inputs` and `swiglu`, and products side by side.
+# Whether layers of the delta rule and MLPs take the kernels of `delta_inputs` and `swiglu`, and products side by side;
+# and rotary positions the one of `rotary`.
 # These are held to their definitions in Triton's interpreter and compiled for Hopper, but have not run on a GPU yet:
 # `rnn-longctx bench delta-layer` times a layer with and without them.
 FUSED_LAYERS = False

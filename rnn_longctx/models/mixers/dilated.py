@@ -5,33 +5,25 @@ positions are j modulo r: each of them reads those taken up to itself, and a tok
 Patterns are merged by their denominators, with gradients: that is one softmax over all keys that the patterns give a
 token, a key as often as it is given. A token that no pattern takes gets zero.
 
-Work and memory are linear in T: the taken tokens are gathered, and a token is compared with the w / r taken last.
+Work and memory are linear in T: the taken tokens are gathered. Of rows that all stand at one place of a document the
+kernels of `rnn_longctx.models.flash` read them. Rows with padding, with documents that begin inside a
+call, or that have read unequally much, and single tokens, take the plain path of this file: it compares a token with
+the w / r taken last, and scores are in memory.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from rnn_longctx.models.attention import weighed
+from rnn_longctx.models.flash import At, Pattern, one_softmax, readable
 
 CHUNK = 256  # queries at most that are compared with one stretch of keys
-
-
-@dataclass(frozen=True)
-class Pattern:
-    """Segments of `segment` tokens, of which a head takes every `dilation`-th."""
-
-    segment: int
-    dilation: int
-
-    @property
-    def memory(self) -> int:
-        """Taken tokens of a segment that a later one of it may read: what a stream must hold of them."""
-        return self.segment // self.dilation - 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,12 +35,15 @@ class Places:
         before: (B,), tokens of the document that each row goes on with which earlier calls read.
         forgotten: (B,), how many of those, its first ones, are read no more.
         documents: whether further documents may begin inside the call.
+        start: the position of the first token, where it is the same in all rows, the others follow it one by one and
+            nothing is forgotten; None elsewhere.
     """
 
     position: Tensor
     before: Tensor
     forgotten: Tensor
     documents: bool
+    start: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,11 +95,68 @@ class Taken:
         return cls(taken, rank, source, count, torch.cat([held_label, label], 2), current)
 
 
+Held = list[tuple[Tensor, Tensor]]  # keys and values of each pattern's present segment, (B, H, M, D)
+
+
 def dilated(
-    q: Tensor, k: Tensor, v: Tensor, held: list[tuple[Tensor, Tensor]], patterns: tuple[Pattern, ...], at: Places
-) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    q: Tensor, k: Tensor, v: Tensor, held: Held, patterns: tuple[Pattern, ...], at: Places
+) -> tuple[Tensor, Held]:
     """Return what queries (B, H, T, D) read of keys and values (B, H, T, D), and of those (B, H, M, D) that are held of
     each pattern's segment before the call; and what is held after it, zero where that is no token."""
+    length, step = q.shape[2], math.lcm(*(pattern.dilation for pattern in patterns))
+    if at.start is None or length == 1 or not readable(q):
+        return _plain(q, k, v, held, patterns, at)
+    ahead = -at.start % step  # tokens up to where every head has taken as many
+    if ahead == 0:
+        return _even(q, k, v, held, patterns, at.start)
+    outputs = []
+    for begin, end in ((0, min(ahead, length)), (ahead, length)):
+        if begin < end:
+            start, position = at.start + begin, at.position[:, begin:end]
+            places = replace(at, position=position, before=at.before + begin, start=None if begin == 0 else start)
+            queries, keys, values = (x[:, :, begin:end] for x in (q, k, v))
+            y, held = dilated(queries, keys, values, held, patterns, places)
+            outputs.append(y)
+    return torch.cat(outputs, 2), held
+
+
+def _even(
+    q: Tensor, k: Tensor, v: Tensor, held: Held, patterns: tuple[Pattern, ...], start: int
+) -> tuple[Tensor, Held]:
+    """Return what `dilated` does, of rows that go on at the position `start`, a multiple of every dilation."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, T, H, D)
+    after = [
+        (_held_after(k, keys, pattern, start), _held_after(v, values, pattern, start))
+        for pattern, (keys, values) in zip(patterns, held)
+    ]
+    length = q.shape[1]
+    behind = -length % math.lcm(*(pattern.dilation for pattern in patterns))
+    if behind:  # no token reads those after it
+        q, k, v = (F.pad(x, (0, 0, 0, 0, 0, behind)) for x in (q, k, v))
+    y = one_softmax(q, k, v, held, At(patterns, start, length))
+    return y[:, :length].transpose(1, 2), after
+
+
+def _held_after(x: Tensor, held: Tensor, pattern: Pattern, start: int) -> Tensor:
+    """Return the last tokens (B, H, M, D) that heads took of the present segment, the newest at the right end, of those
+    held before and x (B, T, H, D) from position `start` on; zero where that is no token."""
+    r, memory, end = pattern.dilation, pattern.memory, start + x.shape[1]
+    head = torch.arange(x.shape[2], device=x.device)[:, None]  # (H, 1)
+    newest = end - 1 - (end - 1 - head) % r
+    position = newest - r * torch.arange(memory - 1, -1, -1, device=x.device)  # (H, M)
+    after = x[:, (position - start).clamp(min=0), head]
+    first = end // pattern.segment * pattern.segment
+    if first < start:
+        before = memory - 1 - (start - 1 - (start - 1 - head) % r - position) // r  # its index in `held`
+        earlier = held.to(x.dtype)[:, head, before.clamp(0, memory - 1)]
+        after = after.where((position >= start)[..., None], earlier)
+    return after.masked_fill((position < first)[..., None], 0)
+
+
+def _plain(
+    q: Tensor, k: Tensor, v: Tensor, held: Held, patterns: tuple[Pattern, ...], at: Places
+) -> tuple[Tensor, Held]:
+    """Return what `dilated` does, of any rows."""
     outputs, sums, takes, after = [], [], [], []
     for pattern, (keys, values) in zip(patterns, held, strict=True):
         tokens = Taken.of(pattern, q.shape[1], at)
@@ -167,3 +219,16 @@ def _first_of_segment(places: Tensor, size: int) -> Tensor:
     """Return the least of places (N) up to each, from the beginning of its `size` ones on."""
     whole = F.pad(places, (0, -len(places) % size)).unflatten(0, (-1, size))
     return whole.cummin(1).values.flatten()[: len(places)]
+
+
+def pairs(patterns: tuple[Pattern, ...], heads: int, length: int) -> int:
+    """Return how many pairs of a query and a key all heads compare in a document of `length` tokens, a pair as often as
+    patterns give it."""
+    total = 0
+    for pattern in patterns:
+        size = pattern.segment // pattern.dilation
+        segments, rest = divmod(length, pattern.segment)
+        for head in range(heads):
+            last = len(range(head % pattern.dilation, rest, pattern.dilation))
+            total += segments * (size * (size + 1) // 2) + last * (last + 1) // 2
+    return total

@@ -8,7 +8,7 @@ Where shorter segments divide the longest one, information goes nowhere beyond i
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -18,10 +18,12 @@ from rnn_longctx.config import parse_length
 from rnn_longctx.errors import InputError
 from rnn_longctx.models.attention import Attention, begins
 from rnn_longctx.models.carries import carry
+from rnn_longctx.models.flash import Pattern
 from rnn_longctx.models.interface import StateSize
 from rnn_longctx.models.mixers import MIXERS
-from rnn_longctx.models.mixers.dilated import Pattern, Places, dilated, reach
+from rnn_longctx.models.mixers.dilated import Places, dilated, pairs, reach
 from rnn_longctx.models.rotary import turned
+from rnn_longctx.recurrence.carry import ON_CPU
 from rnn_longctx.recurrence.span import Span
 
 
@@ -88,14 +90,20 @@ class DilatedKeys:
 
     Attributes:
         keys, values: (B, H, S, D); keys as they are turned by their positions.
-        position: (B,) int64, tokens of its document that the row has read.
-        forgotten: (B,) int64, how many of those, the first ones, are read no more (`cropped`).
+        position: (B,) int64 on the CPU, tokens of its document that the row has read.
+        forgotten: (B,) int64 on the CPU, how many of those, the first ones, are read no more (`cropped`).
     """
 
     keys: Tensor
     values: Tensor
-    position: Tensor
-    forgotten: Tensor
+    position: Tensor = field(metadata=ON_CPU)
+    forgotten: Tensor = field(metadata=ON_CPU)
+
+    @property
+    def place(self) -> int | None:
+        """The position at which all rows go on, where that is one and they have forgotten nothing; None elsewhere."""
+        place = int(self.position[0])
+        return place if bool((self.position == place).all()) and not self.forgotten.any() else None
 
     def cropped(self, tokens: int) -> DilatedKeys:
         """Return the carry with the last `tokens` tokens alone; segments begin where they did."""
@@ -134,18 +142,26 @@ class LongNet(Attention):
         carry = self.new_carry(len(u)) if carry is None else carry
         q, k, v = self.projected(u, span)
         places = torch.arange(u.shape[1], device=u.device)
-        position = places - begins(-carry.position, 0, u.shape[1], span)  # (B, T)
+        before, forgotten = carry.position.to(u.device), carry.forgotten.to(u.device)
+        position = places - begins(-before, 0, u.shape[1], span)  # (B, T)
         if self.rotary:
             q, k = turned(q, position), turned(k, position)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, T, D)
         sizes = [pattern.memory for pattern in self.patterns]
         held = list(zip(carry.keys.split(sizes, 2), carry.values.split(sizes, 2)))
-        at = Places(position, carry.position, carry.forgotten, documents=span.reset is not None)
+        whole = span.mask is None and span.reset is None
+        at = Places(position, before, forgotten, span.reset is not None, carry.place if whole else None)
         y, held = dilated(q, k, v, held, self.patterns, at)
-        forgotten = carry.forgotten if span.reset is None else carry.forgotten.masked_fill(span.reset.any(1), 0)
         keys, values = (torch.cat(tensors, 2) for tensors in zip(*held))
-        after = DilatedKeys(keys, values, position[:, -1] + 1, forgotten.clone())
-        return self.out_proj(y.transpose(1, 2).flatten(2)), after
+        read, forgotten = carry.position + u.shape[1], carry.forgotten.clone()
+        if not whole:
+            read = (position[:, -1] + 1).cpu()
+        if span.reset is not None:
+            forgotten.masked_fill_(span.reset.any(1).cpu(), 0)
+        return self.out_proj(y.transpose(1, 2).flatten(2)), DilatedKeys(keys, values, read, forgotten)
+
+    def pairs(self, length: int) -> int:
+        return pairs(self.patterns, self.config.heads, length)
 
     def state_size(self) -> StateSize:
         tokens = sum(pattern.memory for pattern in self.patterns)
@@ -155,5 +171,5 @@ class LongNet(Attention):
         weight, heads = self.in_proj.weight, self.config.heads
         tokens = sum(pattern.memory for pattern in self.patterns)
         keys = weight.new_zeros(rows, heads, tokens, self.in_proj.in_features // heads)
-        none = torch.zeros(rows, dtype=torch.int64, device=weight.device)
+        none = torch.zeros(rows, dtype=torch.int64, device="cpu")
         return DilatedKeys(keys, torch.zeros_like(keys), none, none.clone())

@@ -83,6 +83,13 @@ def test_operations_are_those_of_the_products():
     assert flops(config, length) == 2 * (layers * per_layer + 256 * d)
 
 
+def test_operations_of_dilated_attention():
+    """A segment of 8 tokens, and every other token of 32, all pairs of them."""
+    config = model("longnet:heads=2,segments=8/32,dilations=1/2", 16, 0, 1)
+    pairs = 32 * 8 + 32 // 2 * 16
+    assert flops(config, 32) == (32 * 2 * (4 * 16 * 16 + 256 * 16) + 4 * 16 * pairs) / 32
+
+
 @pytest.mark.parametrize("kind", ["flops", "state"])
 def test_equal_operations_and_states(kind):
     written = {

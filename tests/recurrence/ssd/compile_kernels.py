@@ -11,7 +11,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from rnn_longctx.models.kernels import conv_norm, conv_norm_grads, delta_inputs, head_norm, matvec, swiglu
+from rnn_longctx.models.kernels import conv_norm, conv_norm_grads, delta_inputs, head_norm, matvec, rotary, swiglu
 from rnn_longctx.recurrence.delta.kernels import blocks, states
 from rnn_longctx.recurrence.ssd.kernels import (  # fmt: skip
     backward,
@@ -79,8 +79,10 @@ def compile_plain(kernel, capability, warps, **constants):
             signature[name] = "*fp32"
         elif name.endswith("_ptr") or name in ("x", "weight", "gate", "y"):
             signature[name] = "*bf16"
+        elif name in ("places", "rates"):
+            signature[name] = {"places": "*i64", "rates": "*fp64"}[name]
         else:
-            signature[name] = "fp32" if name in ("share", "eps", "scale", "bound", "most") else "i32"
+            signature[name] = "fp32" if name in ("share", "eps", "scale", "bound", "most", "sign") else "i32"
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
 
@@ -202,6 +204,8 @@ if __name__ == "__main__":
     ):
         made = compile_plain(kernel, capability, warps, **constants)
         print(kernel.jit.fn.__name__, "bf16", constants, made.metadata.shared)
+    made = compile_plain(rotary._turned, capability, 4, BT=16, BLOCK=64)
+    print("_turned", "bf16", 128, {}, made.metadata.shared)
     for per_channel in (False, True):
         for headdim, warps in ((128, 8), (256, 16)):
             constants = {"G": 4, "H": 4, "P": headdim, "N": 128, "BP": headdim, "BN": 128, "C": states.CHUNK,
