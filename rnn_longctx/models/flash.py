@@ -25,6 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rnn_longctx.models.kernels import choose
+
 BATCH = 65535  # sequences of one call, by the kernel's grid
 WIDEST = 256  # channels of a head, by the kernel
 
@@ -118,7 +120,8 @@ def readable(q: Tensor) -> bool:
     if q.device.type == "cpu":
         return True
     half = q.dtype in (torch.bfloat16, torch.float16)
-    return q.device.type == "cuda" and half and q.shape[-1] % 8 == 0 and q.shape[-1] <= WIDEST
+    fits = half and q.shape[-1] % 8 == 0 and q.shape[-1] <= WIDEST
+    return choose.FUSED_LAYERS and q.device.type == "cuda" and fits
 
 
 def one_softmax(q: Tensor, k: Tensor, v: Tensor, held: list[tuple[Tensor, Tensor]], at: At) -> Tensor:

@@ -16,6 +16,7 @@ from rnn_longctx.errors import InputError
 from rnn_longctx.models import checkpoint, flash
 from rnn_longctx.models.cache import Cache
 from rnn_longctx.models.config import ModelConfig, model_config
+from rnn_longctx.models.kernels import choose
 from rnn_longctx.models.lm import LM
 from rnn_longctx.models.mixers import dilated
 from rnn_longctx.models.mixers.longnet import DilatedKeys, LongNetConfig
@@ -260,8 +261,9 @@ def test_cost_is_linear(monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("setting", [(4, "64/256/1024", "1/4/16"), (8, "96/480", "3/5"), (4, "4k", "2")], ids=str)
-def test_on_a_gpu_in_bfloat16(setting):
+def test_on_a_gpu_in_bfloat16(setting, monkeypatch):
     """The kernels against float64, in one call and in pieces, with gradients."""
+    monkeypatch.setattr(choose, "FUSED_LAYERS", True)
     mixer = LM(ModelConfig(spec(*setting), d_model=256, n_layer=1, vocab_size=9)).layers[0].mixer.cuda()
     wide = copy.deepcopy(mixer).double()
     narrow = copy.deepcopy(mixer).bfloat16()

@@ -14,6 +14,7 @@ from rnn_longctx.models.cache import Cache
 from rnn_longctx.models.carries import TYPES, carry
 from rnn_longctx.models.config import ModelConfig, model_config
 from rnn_longctx.models.interface import MixerReading, StateSize
+from rnn_longctx.models.kernels import choose
 from rnn_longctx.models.lm import LM
 from rnn_longctx.models.mixers import MIXERS
 from rnn_longctx.models.mixers.gla import GLA
@@ -312,6 +313,7 @@ def test_full_attention_goes_on_without_a_mask(positions, monkeypatch):
 @pytest.mark.gpu
 @torch.no_grad()
 def test_full_attention_goes_on_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(choose, "FUSED_LAYERS", True)
     with torch.device("cuda"):
         mixer = LM(ModelConfig("full-attention:heads=4", d_model=256, n_layer=1)).bfloat16().layers[0].mixer
         u = torch.randn(2, 3000, 256, dtype=torch.bfloat16)

@@ -10,9 +10,9 @@ from torch import Tensor
 from rnn_longctx.recurrence import triton
 
 # Whether layers of the delta rule and MLPs take the kernels of `delta_inputs` and `swiglu`, and products side by side;
-# and rotary positions the one of `rotary`.
-# These are held to their definitions in Triton's interpreter and compiled for Hopper, but have not run on a GPU yet:
-# `rnn-longctx bench delta-layer` times a layer with and without them.
+# rotary positions the one of `rotary`; LongNet, and full attention that goes on from a carry, flash attention's.
+# These are held to their definitions in Triton's interpreter or on the CPU and compiled for Hopper, but have not run on
+# a GPU yet, and are off until they have: `rnn-longctx bench delta-layer` times a layer with and without them.
 FUSED_LAYERS = False
 
 

@@ -20,6 +20,7 @@ from rnn_longctx.eval import pool
 from rnn_longctx.eval.compare import CompareConfig, GrowthConfig, growth, load_comparison, reading, run_growth
 from rnn_longctx.eval.tables.growth import cheaper_from, fit, read
 from rnn_longctx.models.config import ModelConfig
+from rnn_longctx.models.kernels import choose
 from rnn_longctx.models.mixers import MIXERS
 from rnn_longctx.testing.mixers import D_MODEL, examples
 
@@ -151,6 +152,7 @@ def test_every_mixer_can_be_read(name):
 @pytest.mark.gpu
 @torch.inference_mode()
 def test_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(choose, "FUSED_LAYERS", True)
     model = ModelConfig("longnet:heads=4,segments=64/1k,dilations=1/16", d_model=256, n_layer=1)
     how = reading.Reading(model, "mixers", None, 1)
     short, long = (next(reading.rows_at(how, length, torch.device("cuda"))) for length in (1024, 16384))
