@@ -47,9 +47,9 @@ def answer_tables(frame: pd.DataFrame) -> list[RenderableType]:
     return pieces
 
 
-def draw_answers(frame: pd.DataFrame, folder: Path) -> list[Path]:
-    """Draw the shares over length, a panel a task and a line an entry, as compare.png and compare.pdf; nothing where
-    nothing was asked. Returns the paths."""
+def draw_answers(frame: pd.DataFrame, folder: Path, name: str) -> list[Path]:
+    """Draw the shares over length, a panel a task and a line an entry, as NAME.png and NAME.pdf; nothing where nothing
+    was asked. Returns the paths."""
     answers = answers_of(frame)
     tasks, entries = (list(dict.fromkeys(answers[column])) for column in ("task", "entry"))
     if not tasks:
@@ -79,6 +79,6 @@ def draw_answers(frame: pd.DataFrame, folder: Path) -> list[Path]:
     panels.flat[0].legend(fontsize=7)
     figure.supxlabel("length, tokens (red: training length)", fontsize=10)
     figure.supylabel("share of answers that are right", fontsize=10)
-    paths = [write(figure, folder / "compare.png"), folder / "compare.pdf"]
+    paths = [write(figure, folder / f"{name}.png"), folder / f"{name}.pdf"]
     figure.savefig(paths[1])
     return paths

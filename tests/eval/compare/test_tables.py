@@ -174,3 +174,14 @@ def test_answers_alone_are_shown_beside_a_guess(tmp_path):
     wide = Console(file=io.StringIO(), width=300)
     wide.print(Group(*tables(with_loss)))
     assert "passkey (a guess: 0.062)" in wide.file.getvalue()
+
+
+def test_many_tasks_have_tables_and_a_page_of_their_own(tmp_path):
+    made = rows("a", STORIES["holds"]) + rows("b", STORIES["drifts"])
+    answers = [row for row in made if row["metric"] == "accuracy"]
+    for tasks, files in ((2, set()), (3, {"answers.png", "answers.pdf"})):
+        frame = summarised(made + [row | {"task": f"t{i}"} for row in answers for i in range(1, tasks)], T)
+        out = io.StringIO()
+        Console(file=out, width=200).print(Group(*tables(frame)))
+        assert ("t1: share of answers that are right" in out.getvalue()) == bool(files)
+        assert {path.name for path in draw(frame, tmp_path)} == {"compare.png", "compare.pdf", *files}
