@@ -157,7 +157,7 @@ def _not_applicable(frame: pd.DataFrame) -> list[str]:
 
 def draw(frame: pd.DataFrame, folder: Path) -> list[Path]:
     """Draw loss over length, a panel an entry with recomputing beside it: compare.png and compare.pdf, and a page more
-    for each further text; answers.png and answers.pdf of more than a few tasks, or where no loss was measured as compare.
+    for each further text. Answers of more than a few tasks: answers.png and answers.pdf; without any loss: as compare.
     Returns the paths."""
     paths = []
     for i, text in enumerate(_texts(frame)):
