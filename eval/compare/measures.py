@@ -25,7 +25,7 @@ from rnn_longctx.mitigations import REMEDIES, parse_remedy
 from rnn_longctx.models.interface import LanguageModel
 from rnn_longctx.probes.probe import Probe, probe
 
-Row = dict[str, Any]  # metric, mitigation, task, text, length, value, n, samples, note
+Row = dict[str, Any]  # metric, mitigation, task, text, length, depth, value, n, samples, note
 
 _METRICS = {"nats_per_token": "loss", "nats_per_token_peak": "loss_peak", "accuracy": "accuracy"}
 
@@ -64,16 +64,17 @@ class Subject:
         asked = {tuple(setting) for setting in frame.attrs["asked"]["settings"]}
         for row in frame.astype(object).where(frame.notna(), None).to_dict("records"):
             setting = row["mitigation"], row["task"], row["length"]
-            if setting in asked and row["metric"] in _METRICS and row["depth"] is None:
-                metric = _METRICS[row["metric"]]
-                text = row["text"] if metric != "accuracy" else ""
-                of = {"mitigation": row["mitigation"], "task": row["task"], "text": text, "length": row["length"]}
+            if setting in asked and row["metric"] in _METRICS:
+                metric = _METRICS[row["metric"]] if row["depth"] is None else "recovery"
+                text = row["text"] if row["metric"] != "accuracy" else ""
+                of = {"mitigation": row["mitigation"], "task": row["task"], "text": text}
+                of |= {"length": row["length"], "depth": row["depth"]}
                 yield row_of(metric, row["value"], samples=row["samples"], **of)
 
 
 def row_of(metric: str, value: float | None, samples: Sequence[float] = (), note: str = "", **of: Any) -> Row:
-    """Return a row; a value of None is none. of: mitigation, task, text, length."""
-    blank: Row = {"mitigation": "none", "task": "", "text": "", "length": None}
+    """Return a row; a value of None is none. of: mitigation, task, text, length, depth."""
+    blank: Row = {"mitigation": "none", "task": "", "text": "", "length": None, "depth": None}
     number = math.nan if value is None else float(value)
     return {"metric": metric, **blank, **of, "value": number, "samples": [float(s) for s in samples], "note": note}
 
@@ -310,7 +311,7 @@ class MeasureConfig:
 def measure(subject: Subject, c: MeasureConfig) -> list[Row]:
     """Return the rows of all measurements; of two with one key the first."""
     rows = [row for measurement in c.measurements.values() for row in measurement.rows(subject)]
-    keys = ["metric", "mitigation", "task", "text", "length"]
+    keys = ["metric", "mitigation", "task", "text", "length", "depth"]
     kept = pd.DataFrame(rows, columns=keys, dtype=object).drop_duplicates().index
     return [rows[i] for i in kept]
 

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import RenderableType
 from rich.table import Table
@@ -15,9 +16,10 @@ from rnn_longctx.config import format_length
 from rnn_longctx.eval.show.style import COLOURS, GREYS, GRID, MARKERS, RED, write
 
 
-def answers_of(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return the rows of the shares of answers that are right, of all seeds together, without a remedy."""
-    alike = (frame["metric"] == "accuracy") & frame["seed"].isna() & (frame["mitigation"] == "none")
+def answers_of(frame: pd.DataFrame, metric: str = "accuracy") -> pd.DataFrame:
+    """Return the rows of the shares of answers that are right, of all seeds together, without a remedy; those of each
+    depth are the metric `recovery`."""
+    alike = (frame["metric"] == metric) & frame["seed"].isna() & (frame["mitigation"] == "none")
     return frame[alike & (frame["train_length"] == frame["train_length"].min())]
 
 
@@ -47,13 +49,33 @@ def answer_tables(frame: pd.DataFrame) -> list[RenderableType]:
     return pieces
 
 
-def draw_answers(frame: pd.DataFrame, folder: Path) -> list[Path]:
-    """Draw the shares over length, a panel a task and a line an entry, as compare.png and compare.pdf; nothing where
-    nothing was asked. Returns the paths."""
-    answers = answers_of(frame)
-    tasks, entries = (list(dict.fromkeys(answers[column])) for column in ("task", "entry"))
-    if not tasks:
+def draw_answers(frame: pd.DataFrame, folder: Path, name: str) -> list[Path]:
+    """Draw the shares over length as NAME.png and NAME.pdf, and at the longest length within training over the depth of
+    the answers as recovery.png and recovery.pdf; nothing where nothing was asked. Returns the paths."""
+    answers, train = answers_of(frame), float(frame["train_length"].min())
+    if answers.empty:
         return []
+    figure, panels = _panels(frame, answers, "length")
+    for task, panel in panels.items():
+        lengths = sorted(int(n) for n in answers.loc[answers["task"] == task, "length"].unique())
+        panel.axvline(train, color=RED, linewidth=1)
+        panel.set_xscale("log", base=2)
+        panel.set_xticks(lengths, [format_length(n) for n in lengths], fontsize=8)
+    figure.supxlabel("length, tokens (red: training length)", fontsize=10)
+    paths = _written(figure, folder / name)
+    recovery = answers_of(frame, "recovery")
+    if len(recovery := recovery[recovery["length"] <= train]):
+        recovery = recovery[recovery["length"] == recovery["length"].max()]
+        figure, _ = _panels(frame, recovery, "depth")
+        length = format_length(int(recovery["length"].iloc[0]))
+        figure.supxlabel(f"depth at which the answer stands in {length} tokens (0: the first)", fontsize=10)
+        paths += _written(figure, folder / "recovery")
+    return paths
+
+
+def _panels(frame: pd.DataFrame, answers: pd.DataFrame, over: str) -> tuple[Figure, dict[str, Axes]]:
+    """Return a figure, and its panels by their tasks, in which each entry is a line over a column."""
+    tasks, entries = (list(dict.fromkeys(answers[column])) for column in ("task", "entry"))
     columns = min(3, len(tasks))
     rows = math.ceil(len(tasks) / columns)
     figure = Figure(figsize=(0.8 + 3.6 * columns, 1.2 + 2.7 * rows), layout="constrained")
@@ -63,22 +85,21 @@ def draw_answers(frame: pd.DataFrame, folder: Path) -> list[Path]:
     for task, panel in zip(tasks, panels.flat):
         of_task = answers[answers["task"] == task]
         for i, entry in enumerate(entries):
-            own = of_task[of_task["entry"] == entry].sort_values("length").astype({"length": float})
+            own = of_task[of_task["entry"] == entry].astype({over: float}).sort_values(over)
             color, marker = COLOURS[i % len(COLOURS)], MARKERS[i // len(COLOURS) % len(MARKERS)]
-            panel.plot(own["length"], own["value"], color=color, marker=marker, markersize=3, label=entry)
-            panel.fill_between(own["length"], own["low"], own["high"], color=color, alpha=0.15, linewidth=0)
+            panel.plot(own[over], own["value"], color=color, marker=marker, markersize=3, label=entry)
+            panel.fill_between(own[over], own["low"], own["high"], color=color, alpha=0.15, linewidth=0)
         if (chance := guess(frame, task)) is not None:
             panel.axhline(chance, color=GREYS[0], linestyle="--", linewidth=1.2, label="a guess")
-        panel.axvline(float(frame["train_length"].min()), color=RED, linewidth=1)
-        lengths = sorted(int(n) for n in of_task["length"].unique())
-        panel.set_xscale("log", base=2)
-        panel.set_xticks(lengths, [format_length(n) for n in lengths], fontsize=8)
         panel.set_ylim(-0.03, 1.03)
         panel.grid(axis="y", color=GRID, linewidth=0.8)
         panel.set_title(task, fontsize=9, loc="left")
     panels.flat[0].legend(fontsize=7)
-    figure.supxlabel("length, tokens (red: training length)", fontsize=10)
     figure.supylabel("share of answers that are right", fontsize=10)
-    paths = [write(figure, folder / "compare.png"), folder / "compare.pdf"]
+    return figure, dict(zip(tasks, panels.flat))
+
+
+def _written(figure: Figure, path: Path) -> list[Path]:
+    paths = [write(figure, path.with_suffix(".png")), path.with_suffix(".pdf")]
     figure.savefig(paths[1])
     return paths

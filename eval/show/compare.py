@@ -20,6 +20,8 @@ from rnn_longctx.eval.show.answers import answer_tables, draw_answers, guess
 from rnn_longctx.eval.show.style import BLUE, GREYS, GRID, RED, write
 from rnn_longctx.eval.tables.compare import DEFINITION
 
+BESIDE = 2  # tasks whose answers stand in the table of losses; more have tables and a page of their own
+
 _STYLES = {"collapses": "red", "drifts": "yellow", "holds": "green"}
 
 
@@ -33,6 +35,8 @@ def tables(frame: pd.DataFrame) -> list[RenderableType]:
         title = f"Loss on {text} by length, in nats per token; gain: that of reading the last {train} tokens minus it"
         pieces += [Text(title, style="bold"), _main(frame, text), Text("")]
     pieces += [Text(DEFINITION, style="dim"), Text("")]
+    if len(_tasks(frame)) > BESIDE:
+        pieces += answer_tables(frame)
     for title, grid in (("States while reading", _states(frame)), ("Remedies at the longest length", _remedies(frame))):
         if grid.row_count:
             pieces += [Text(title, style="bold"), grid, Text("")]
@@ -43,6 +47,10 @@ def tables(frame: pd.DataFrame) -> list[RenderableType]:
 
 def _texts(frame: pd.DataFrame) -> list[str]:
     return list(dict.fromkeys(frame.loc[frame["metric"] == "verdict", "text"]))
+
+
+def _tasks(frame: pd.DataFrame) -> list[str]:
+    return list(dict.fromkeys(_whole(frame, "accuracy", mitigation="none")["task"]))
 
 
 def _whole(frame: pd.DataFrame, metric: str, **where: Any) -> pd.DataFrame:
@@ -64,7 +72,7 @@ def _grid(*heads: str) -> Table:
 def _main(frame: pd.DataFrame, text: str) -> Table:
     losses = _whole(frame, "loss", text=text, mitigation="none")
     lengths = sorted(int(n) for n in losses["length"].unique())
-    tasks = list(dict.fromkeys(_whole(frame, "accuracy", mitigation="none")["task"]))
+    tasks = tasks if len(tasks := _tasks(frame)) <= BESIDE else []
     asked = [task if (c := guess(frame, task)) is None else f"{task} (a guess: {c:.2g})" for task in tasks]
     grid = _grid("entry", "parameters", "rate", *map(format_length, lengths), "gain", *asked, "T_forget", "verdict")
     for entry in dict.fromkeys(losses["entry"]):
@@ -149,7 +157,8 @@ def _not_applicable(frame: pd.DataFrame) -> list[str]:
 
 def draw(frame: pd.DataFrame, folder: Path) -> list[Path]:
     """Draw loss over length, a panel an entry with recomputing beside it: compare.png and compare.pdf, and a page more
-    for each further text; where no loss was measured, answers. Returns the paths."""
+    for each further text. Answers of more than a few tasks: answers.png and answers.pdf; without any loss: as compare.
+    Returns the paths."""
     paths = []
     for i, text in enumerate(_texts(frame)):
         figure = _page(frame, text)
@@ -157,7 +166,9 @@ def draw(frame: pd.DataFrame, folder: Path) -> list[Path]:
         paths.append(write(figure, folder / f"{name}.png"))
         figure.savefig(folder / f"{name}.pdf")
         paths.append(folder / f"{name}.pdf")
-    return paths or draw_answers(frame, folder)
+    if not paths:
+        return draw_answers(frame, folder, "compare")
+    return paths + (draw_answers(frame, folder, "answers") if len(_tasks(frame)) > BESIDE else [])
 
 
 def _page(frame: pd.DataFrame, text: str) -> Figure:

@@ -29,9 +29,10 @@ from rnn_longctx.files import write_atomic
 
 FILE = "compare.parquet"
 # `seed` none: of all seeds together, whose number is `seeds`. `state`: numbers that a row keeps between two tokens once
-# it has read the training length. `low`, `high`: the 95% interval of `value`; `n`: the slices or prompts of a seed.
+# it has read the training length. `depth`: of `recovery`, the accuracy of the answers that stand there. `low`, `high`:
+# the 95% interval of `value`; `n`: the slices or prompts of a seed.
 MODEL = ("entry", "mixer", "parameters", "state", "learning_rate", "train_length")
-PLACE = ("metric", "mitigation", "task", "text", "length")
+PLACE = ("metric", "mitigation", "task", "text", "length", "depth")
 COLUMNS = (*MODEL, *PLACE, "seed", "value", "low", "high", "n", "seeds", "samples", "note")
 INTS = ("parameters", "state", "train_length", "length", "seed", "n", "seeds")
 DRIFT = 0.01  # of the loss of recomputing
@@ -139,7 +140,7 @@ def _interval(metric: str, samples: Sequence[Sequence[float]]) -> Row:
     if not samples:
         return {"low": math.nan, "high": math.nan, "n": None}
     _, low, high, n = crossed(samples)
-    if metric == "accuracy":
+    if metric in ("accuracy", "recovery"):
         least = wilson(sum(map(sum, samples)) / len(samples), n)
         low, high = (f(a, b) for f, a, b in ((_least, low, least.low), (_most, high, least.high)))
         low, high = max(0.0, low), min(1.0, high)

@@ -270,7 +270,7 @@ def test_a_score_that_is_written_is_read_again():
     assert Trial(**json.loads(json.dumps(vars(how)))) == how and how.score == 2.0
 
 
-@pytest.mark.parametrize("name", ["smoke", "recurrences", "induction"])
+@pytest.mark.parametrize("name", ["smoke", "recurrences", "induction", "mqar"])
 def test_the_configs_that_come_with_the_package(name):
     config = load_yaml(CompareConfig, ROOT / "configs" / "compare" / f"{name}.yaml")
     assert config.settled().models == config.models

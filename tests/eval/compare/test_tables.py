@@ -174,3 +174,18 @@ def test_answers_alone_are_shown_beside_a_guess(tmp_path):
     wide = Console(file=io.StringIO(), width=300)
     wide.print(Group(*tables(with_loss)))
     assert "passkey (a guess: 0.062)" in wide.file.getvalue()
+
+
+def test_many_tasks_have_tables_and_a_page_of_their_own(tmp_path):
+    made = rows("a", STORIES["holds"]) + rows("b", STORIES["drifts"])
+    answers = [row for row in made if row["metric"] == "accuracy"]
+    at = [row | {"metric": "recovery", "depth": depth, "value": 1 - depth} for row in answers for depth in (0.25, 0.75)]
+    pages = {f"{name}.{kind}" for name in ("answers", "recovery") for kind in ("png", "pdf")}
+    for tasks, files in ((2, set()), (3, pages)):
+        frame = summarised(made + [row | {"task": f"t{i}"} for row in answers + at for i in range(1, tasks)], T)
+        recovery = whole(frame, "recovery", entry="a", task="t1").set_index("depth")
+        assert recovery["value"].to_dict() == {0.25: 0.5, 0.75: 0.5} and (recovery["low"] < 0.35).all()  # of samples
+        out = io.StringIO()
+        Console(file=out, width=200).print(Group(*tables(frame)))
+        assert ("t1: share of answers that are right" in out.getvalue()) == bool(files)
+        assert {path.name for path in draw(frame, tmp_path)} == {"compare.png", "compare.pdf", *files}
