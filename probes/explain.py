@@ -1,5 +1,5 @@
-"""Where the answers of a task come from in a sparse model: whether each head keeps the tokens that say them, and whether
-they are within LongNet's reach."""
+"""Where the answers of a task come from in a sparse model: whether each head keeps the tokens that say them, and
+whether they are within LongNet's reach."""
 
 from __future__ import annotations
 
@@ -72,7 +72,8 @@ def explain_text(model: LanguageModel, ids: np.ndarray, at: list[int] | None = N
     queries = positions(at, len(ids))
     sparse, longnet = _kinds(model)
     table = links(model, torch.from_numpy(ids), queries) if sparse else None
-    return Explained(_of(0, table), None, _of(0, reach(model, queries)) if longnet else None, tuple(queries))
+    far = reach(model, queries) if longnet else None
+    return Explained(*(None if x is None else _of(0, x) for x in (table, None, far)), drawn=tuple(queries))
 
 
 def explain_task(model: LanguageModel, task: Task, length: int, n: int = 20, seed: int = 0) -> Explained:
@@ -120,7 +121,6 @@ def _kinds(model: LanguageModel) -> tuple[bool, bool]:
     return kinds
 
 
-def _of(example: int, table: pd.DataFrame | None) -> pd.DataFrame | None:
-    if table is not None:
-        table.insert(0, "example", example)
+def _of(example: int, table: pd.DataFrame) -> pd.DataFrame:
+    table.insert(0, "example", example)
     return table

@@ -115,11 +115,11 @@ def held(table: pd.DataFrame, sources: Mapping[int, Sequence[int]]) -> pd.DataFr
         which sources as far apart would be held. Of one source that is the share of the tokens that are read.
     """
     rows = []
-    for (layer, head, query), read in table[table["query"].isin(list(sources))].groupby(["layer", "head", "query"]):
-        stretches = list(zip(read["start"].tolist(), read["stop"].tolist()))
-        tokens = sources[query]
-        found = any(start <= token < stop for start, stop in stretches for token in tokens)
-        rows.append((layer, head, query, found, _chance(stretches, tokens, query)))
+    for query, tokens in sources.items():
+        for (layer, head), read in table[table["query"] == query].groupby(["layer", "head"]):
+            stretches = list(zip(read["start"].tolist(), read["stop"].tolist()))
+            found = any(start <= token < stop for start, stop in stretches for token in tokens)
+            rows.append((layer, head, query, found, _chance(stretches, tokens, query)))
     return pd.DataFrame(rows, columns=["layer", "head", "query", "held", "chance"])
 
 

@@ -33,9 +33,7 @@ class ExplainOptions:
 
 @command("explain")
 def explain(
-    model: Annotated[str, MODEL],
-    explaining: ExplainOptions = ExplainOptions(),
-    options: ModelOptions = ModelOptions(),
+    model: Annotated[str, MODEL], explaining: ExplainOptions = ExplainOptions(), options: ModelOptions = ModelOptions()
 ) -> None:
     """Which links a sparse model kept: the tokens that each head reads, and whether they hold the answer's source."""
     from rnn_longctx.config import parse_length
@@ -47,7 +45,7 @@ def explain(
 
     c, length = explaining, parse_length(explaining.length, "--length")
     if c.task is not None and c.at:
-        raise InputError("--at says which tokens of a text are asked about; of a task the answers are: give one of them")
+        raise InputError("--at is for a text: of a task, its answers are asked about; leave out --at or --task")
     task = None if c.task is None else parse(c.task, TASKS, "task")  # a misspelt name shows before anything is loaded
     lm = options.load(model)
     if task is None:
