@@ -26,6 +26,7 @@ from rnn_longctx.probes.explain import explain_task, explain_text
 from rnn_longctx.probes.links import held, links
 from rnn_longctx.probes.reach import reach, reached
 from rnn_longctx.recurrence.span import WHOLE
+from rnn_longctx.spec import parse
 from rnn_longctx.tasks import TASKS, Example
 
 BLOCKS = "block-sparse:heads=2,block=5,window=10,sinks=2,top=2,gate=4"
@@ -118,10 +119,10 @@ def test_shares_are_counted():
     assert row["chance"] == pytest.approx(len(read) / (queries[0] + 1))
 
 
-@pytest.mark.parametrize("name", ["passkey", "mqar:pairs=4", "forgetting-mqar:pairs=4"])
+@pytest.mark.parametrize("name", ["passkey", "mqar:pairs=4", "planted"])
 def test_a_task_of_many_examples(name):
     lm, tokenizer = model_of(BLOCKS, vocab_size=512), ByteTokenizer()
-    task = TASKS[name.partition(":")[0]](**({"pairs": 4} if ":" in name else {}))
+    task = parse(name, TASKS, "task")
     length, seed = 190, random.randrange(1000)
     found = explain_task(lm, task, length, n=3, seed=seed)
     rows = []
@@ -130,9 +131,6 @@ def test_a_task_of_many_examples(name):
         answers = np.flatnonzero(example.answers)
         table = links(lm, torch.from_numpy(example.ids), answers - 1)
         for place, tokens in zip(answers.tolist(), example.sources):
-            assert (example.ids[list(tokens)] == example.ids[place]).all()
-            if name == "passkey":
-                assert len(tokens) == (0 if example.ids[place] == ord(" ") else 2)
             for head in range(2 if tokens else 0):
                 rows.append((head, *brute_force(read_at(table, 0, head, place - 1), tokens, place - 1)))
     expected = pd.DataFrame(rows, columns=["head", "held", "chance"]).groupby("head")[["held", "chance"]].mean()
