@@ -25,7 +25,8 @@ class Explained:
     """What query tokens read. Of a text there is one example, 0.
 
     Attributes:
-        links: of `rnn_longctx.probes.links.links`, with a column example before it; None where no layer is sparse.
+        links: of `rnn_longctx.probes.links.links`, with a column example before it, and of a task source behind it,
+            whether the stretch holds one; None where no layer is sparse.
         held: of `rnn_longctx.probes.links.held`, too; None of a text.
         reach: of `rnn_longctx.probes.reach.reach`, too; None where no layer is LongNet's.
         drawn: queries of example 0 to draw: of a text all, of a task the first that has sources.
@@ -71,9 +72,8 @@ def explain_text(model: LanguageModel, ids: np.ndarray, at: list[int] | None = N
     no layer to explain, positions out of range."""
     queries = positions(at, len(ids))
     sparse, longnet = _kinds(model)
-    table = links(model, torch.from_numpy(ids), queries) if sparse else None
-    far = reach(model, queries) if longnet else None
-    return Explained(*(None if x is None else _of(0, x) for x in (table, None, far)), drawn=tuple(queries))
+    table = _of(0, links(model, torch.from_numpy(ids), queries)) if sparse else None
+    return Explained(table, None, _of(0, reach(model, queries)) if longnet else None, tuple(queries))
 
 
 def explain_task(model: LanguageModel, task: Task, length: int, n: int = 20, seed: int = 0) -> Explained:
@@ -96,6 +96,8 @@ def explain_task(model: LanguageModel, task: Task, length: int, n: int = 20, see
         first = first or sources
         if sparse:
             table = links(model, torch.from_numpy(example.ids), sources)
+            stretches = zip(table["query"], table["start"], table["stop"])
+            table["source"] = [any(start <= t < stop for t in sources[query]) for query, start, stop in stretches]
             tables["links"].append(_of(i, table))
             tables["held"].append(_of(i, held(table, sources)))
         if longnet:

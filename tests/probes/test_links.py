@@ -22,6 +22,7 @@ from rnn_longctx.models.config import ModelConfig
 from rnn_longctx.models.lm import LM
 from rnn_longctx.models.mixers.longnet import LongNetConfig
 from rnn_longctx.models.restart import Crop
+from rnn_longctx.models.sparse import SparseAttention
 from rnn_longctx.probes.explain import explain_task, explain_text
 from rnn_longctx.probes.links import held, links
 from rnn_longctx.probes.reach import reach, reached
@@ -96,6 +97,18 @@ def test_kinds_and_scores():
     assert early["kind"].tolist() == ["sink", "window"] * 2 and early["stop"].tolist() == [5, 13] * 2
 
 
+@torch.no_grad()
+def test_memory_does_not_grow_with_the_length(monkeypatch):
+    """Of a segment alone anything is worked out, and layers are asked for a query's one token."""
+    lm, read, asked, kept = model_of(BLOCKS), [], [], SparseAttention.kept
+    monkeypatch.setattr(
+        SparseAttention, "kept", lambda self, u, *more: asked.append(u.shape[1]) or kept(self, u, *more)
+    )
+    lm.layers[0].mixer.register_forward_pre_hook(lambda module, call: read.append(call[0].shape[1]))
+    links(lm, torch.randint(256, (1, 60)), [20, 21, 50], segment=15)
+    assert asked == [1, 1, 1] and read == [15, 5, 1, 1, 8, 15, 5, 1]
+
+
 def brute_force(read: set[int], sources: tuple[int, ...], query: int) -> tuple[bool, float]:
     moves = range(-min(sources), query - max(sources) + 1)
     hits = [any(token + move in read for token in sources) for move in moves]
@@ -133,6 +146,8 @@ def test_a_task_of_many_examples(name):
         for place, tokens in zip(answers.tolist(), example.sources):
             for head in range(2 if tokens else 0):
                 rows.append((head, *brute_force(read_at(table, 0, head, place - 1), tokens, place - 1)))
+    marked = found.links.groupby(["example", "query", "head"])["source"].any()
+    assert marked.tolist() == found.held.set_index(["example", "query", "head"])["held"].sort_index().tolist()
     expected = pd.DataFrame(rows, columns=["head", "held", "chance"]).groupby("head")[["held", "chance"]].mean()
     np.testing.assert_allclose(found.shares[["held", "chance"]], expected)
     assert set(found.shares["queries"]) == {len(rows) // 2} and found.reach is None
