@@ -37,10 +37,10 @@ def draw(probe: Probe, directory: str | Path) -> list[Path]:
     for name, panel in panels.items():
         figure = Figure(figsize=(9.0, 5.0), layout="constrained")
         panel(figure.subplots(), probe)
-        paths.append(_write(figure, directory / f"{name}.png"))
+        paths.append(write(figure, directory / f"{name}.png"))
     figure = Figure(figsize=(9.0, 4.0), layout="constrained")
     _maps(figure, probe)
-    paths.append(_write(figure, directory / "heads.png"))
+    paths.append(write(figure, directory / "heads.png"))
 
     sheet = Figure(figsize=(12.0, 11.0), layout="constrained")
     halves = sheet.subfigures(2, 1, height_ratios=(0.4, 0.6), squeeze=False)[:, 0]
@@ -58,7 +58,7 @@ def draw(probe: Probe, directory: str | Path) -> list[Path]:
         x=0.01,
         ha="left",
     )
-    return [_write(sheet, directory / "sheet.png"), *paths]
+    return [write(sheet, directory / "sheet.png"), *paths]
 
 
 def ratios(probe: Probe) -> pd.DataFrame:
@@ -158,6 +158,7 @@ def _wrapped(text: str) -> str:
     return "\n".join(textwrap.wrap(text, 120))
 
 
-def _write(figure: Figure, path: Path) -> Path:
+def write(figure: Figure, path: Path) -> Path:
+    """Write a figure as a picture; return its path."""
     FigureCanvasAgg(figure).print_figure(path, dpi=150)
     return path

@@ -55,6 +55,7 @@ class Example:
         about: numbers to slice results by, such as pairs or distractors.
         answer: the answer as text, where it is judged so.
         new_tokens: how many tokens an answer may take, where a model may say it in other tokens than those of `ids`.
+        sources: of each True in `answers`, the tokens before it that say what to answer; () where the task names none.
     """
 
     ids: np.ndarray
@@ -63,6 +64,7 @@ class Example:
     about: Mapping[str, float] = field(default_factory=dict)
     answer: str | None = None
     new_tokens: int = 0
+    sources: tuple[tuple[int, ...], ...] = ()
 
     @property
     def prompt(self) -> np.ndarray:
@@ -177,6 +179,15 @@ def spread_depth(i: int, n: int, rng: np.random.Generator) -> float:
     together fill it evenly."""
     bins = min(n, DEPTHS)
     return (i % bins + rng.random()) / bins
+
+
+def followed(ids: np.ndarray, answers: np.ndarray) -> tuple[tuple[int, ...], ...]:
+    """Return the sources of answers to keys: of each the token that follows where the key, the token before the answer,
+    stood last."""
+    keys, order = np.flatnonzero(answers) - 1, ids.argsort(kind="stable")
+    rank = np.empty_like(order)
+    rank[order] = np.arange(len(ids))
+    return tuple((source,) for source in (order[rank[keys] - 1] + 1).tolist())
 
 
 TASKS: Registry[type[Task]] = Registry("task", "rnn_longctx.tasks")

@@ -38,7 +38,8 @@ class Induction(SymbolTask):
         place = int(spread_depth(i, n, rng) * (length - 3))
         ids[[place, -2]] = MARKER
         ids[-1] = ids[place + 1]
-        return Example(ids, np.arange(length) == length - 1, depth_of(i, n), {"gap": length - 2 - place})
+        about = {"gap": length - 2 - place}
+        return Example(ids, np.arange(length) == length - 1, depth_of(i, n), about, sources=((place + 1,),))
 
     @property
     def chance(self) -> float:

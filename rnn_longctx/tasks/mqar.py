@@ -20,7 +20,7 @@ from rnn_longctx.config import counted
 from rnn_longctx.data.tokenizers import Tokenizer
 from rnn_longctx.errors import InputError
 from rnn_longctx.spec import quiet
-from rnn_longctx.tasks.base import TASKS, Example, Task, TooShort
+from rnn_longctx.tasks.base import TASKS, Example, Task, TooShort, followed
 
 POWER = 0.01  # of the law of distances: a question g pairs behind the bindings has a weight of g ** (POWER - 1)
 
@@ -55,7 +55,7 @@ class MQAR(Task):
         longer, where = np.full(length, -1), np.zeros(length, dtype=bool)
         longer[every], where[every] = ids, answers
         longer[longer < 0] = rng.integers(self.vocab_size // 2, self.vocab_size, length - len(ids))
-        return Example(longer, where, about={"pairs": self.pairs})
+        return Example(longer, where, about={"pairs": self.pairs}, sources=followed(longer, where))
 
     def right(self, reply: np.ndarray, example: Example, tokenizer: Tokenizer) -> float:
         return float((reply == example.ids[example.answers]).mean())

@@ -16,7 +16,7 @@ import numpy as np
 from rnn_longctx.config import counted
 from rnn_longctx.data.tokenizers import Tokenizer
 from rnn_longctx.errors import InputError
-from rnn_longctx.tasks.base import TASKS, Example, TooShort
+from rnn_longctx.tasks.base import TASKS, Example, TooShort, followed
 from rnn_longctx.tasks.mqar import mqar_batch
 from rnn_longctx.tasks.symbols import SymbolTask, at_least
 
@@ -54,7 +54,8 @@ class NoisyRecall(SymbolTask):
         longer = rng.integers(self.vocab_size - self.noises, self.vocab_size, length)
         where = np.zeros(length, dtype=bool)
         longer[places], where[places] = 1 + ids, answers
-        return Example(longer, where, about={"pairs": self.pairs, "noise": noise / length})
+        about = {"pairs": self.pairs, "noise": noise / length}
+        return Example(longer, where, about=about, sources=followed(longer, where))
 
     def right(self, reply: np.ndarray, example: Example, tokenizer: Tokenizer) -> float:
         return float((reply == example.ids[example.answers]).mean())

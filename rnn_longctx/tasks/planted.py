@@ -68,7 +68,8 @@ class Planted(SymbolTask):
         others = self.vocab_size - FIRST
         shift = 0 if holds else rng.integers(1, others)
         ids[-1] = FIRST + (values[first + 1] - FIRST + shift) % others
-        return Example(ids, np.arange(length) == length - 1, depth_of(i, n), {"gap": gap, "holds": float(holds)})
+        about = {"gap": gap, "holds": float(holds)}
+        return Example(ids, np.arange(length) == length - 1, depth_of(i, n), about, sources=((first + 1,),))
 
     @property
     def chance(self) -> float:

@@ -88,7 +88,9 @@ class Prompt:
         """Return the prompt and its reply, which is the answer."""
         ids = np.concatenate([self.ids, self.reply])
         answers = np.arange(len(ids)) >= len(self.ids)
-        return Example(ids, answers, self.depth, {}, self.answer, self.new_tokens)
+        back = range(len(self.reply), 0, -1)  # counted from the ends: a space may stand before the reply alone
+        sources = tuple(tuple(stop - n for start, stop in self.spans if stop - n >= start) for n in back)
+        return Example(ids, answers, self.depth, {}, self.answer, self.new_tokens, sources)
 
 
 @dataclass(frozen=True)

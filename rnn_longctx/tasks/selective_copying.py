@@ -38,9 +38,11 @@ class SelectiveCopying(SymbolTask):
             raise TooShort(f"selective copying of {self.copied} data", 2 * self.copied + 1, length)
         data, noise = rng.integers(FIRST, self.vocab_size, self.copied), length - self.copied - 1
         ids = np.full(length, NOISE)
-        ids[np.sort(rng.choice(noise, self.copied, replace=False))] = data
+        places = np.sort(rng.choice(noise, self.copied, replace=False))
+        ids[places] = data
         ids[noise], ids[noise + 1 :] = SIGN, data
-        return Example(ids, np.arange(length) > noise, about={"copied": self.copied})
+        sources = tuple((place,) for place in places.tolist())
+        return Example(ids, np.arange(length) > noise, about={"copied": self.copied}, sources=sources)
 
     def right(self, reply: np.ndarray, example: Example, tokenizer: Tokenizer) -> float:
         return float((reply == example.ids[example.answers]).mean())

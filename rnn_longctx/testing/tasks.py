@@ -85,6 +85,19 @@ def check_the_answer_is_in_the_context(task: Task, tokenizer: Tokenizer, seed: i
         assert first[1] < last[1], f"{task}: at depth {last[0]} the answer stands before that at {first[0]}"
 
 
+def check_sources_stand_before_their_answers(task: Task, tokenizer: Tokenizer, seed: int = 0) -> None:
+    """Where a task names sources, it does so for each answer in turn, and they stand before it; for one at least."""
+    for i in range(4):
+        example = _example(task, tokenizer, _length(task, tokenizer), i, seed)
+        places = np.flatnonzero(example.answers)
+        if not example.sources:
+            continue
+        assert len(example.sources) == len(places), f"{task}: {len(example.sources)} sources of {len(places)} answers"
+        for place, tokens in zip(places, example.sources):
+            assert all(0 <= t < place for t in tokens), f"{task}: the answer at {place} has sources at {tokens}"
+        assert any(example.sources), f"{task}: no answer has a source: leave `sources` out"
+
+
 def check_too_short_is_refused(task: Task, tokenizer: Tokenizer, seed: int = 0) -> None:
     least = task.shortest(tokenizer)
     assert least >= 1, f"{task}: its shortest example has {least} tokens"
@@ -110,6 +123,7 @@ CHECKS = (
     check_exact_length,
     check_the_answer_scores,
     check_the_answer_is_in_the_context,
+    check_sources_stand_before_their_answers,
     check_too_short_is_refused,
     check_chance,
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -69,7 +69,8 @@ def test_the_checks_can_fail(seed: int) -> None:
 
     class Wrong(Echo):
         def example(self, length, i, n, rng, tokenizer):
-            return super().example(max(length + 1, 9), i, n, np.random.default_rng(), tokenizer)
+            example = super().example(max(length + 1, 9), i, n, np.random.default_rng(), tokenizer)
+            return replace(example, sources=((len(example.ids) - 1,),) * int(example.answers.sum()))
 
         def right(self, reply, example, tokenizer):
             return 0.5
@@ -89,6 +90,27 @@ def test_the_checks_can_fail(seed: int) -> None:
     for check in CHECKS:
         with pytest.raises(AssertionError, match=r"^(echo|passkey)"):
             check(Elsewhere() if "in_the_context" in check.__name__ else Wrong(), ByteTokenizer(), seed)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("passkey", "multikey", "words", "mqar", "mqar:asked=spread", "forgetting-mqar", "noisy-recall", "induction"),
+        *("planted", "selective-copying"),
+    ],
+)
+def test_sources_say_the_answers(text: str, seed: int) -> None:
+    """A space before a key has no source; all else stands there as it is answered, of a passkey twice."""
+    task = parse(text, TASKS, "task")
+    for name in NAMES if task.vocab_size is None else NAMES[:1]:
+        tokenizer = made_tokenizer(name)
+        for length in (task.shortest(tokenizer) + 40, 1300):
+            example = task.example(length, 3, 10, task.generator(seed, length, 3), tokenizer)
+            places = np.flatnonzero(example.answers)
+            found = [(place, tokens) for place, tokens in zip(places, example.sources, strict=True) if tokens]
+            assert all((example.ids[list(tokens)] == example.ids[place]).all() for place, tokens in found)
+            assert {len(tokens) for _, tokens in found} == {2 if task.generated else 1}
+            assert len(found) >= len(places) - task.generated
 
 
 def test_longer_recall_has_the_same_pairs(seed):

@@ -215,6 +215,23 @@ def reach(patterns: tuple[Pattern, ...], heads: int, layers: int, length: int) -
     return torch.stack(rows)
 
 
+def read_by(patterns: tuple[Pattern, ...], heads: int, tokens: Tensor) -> Tensor:
+    """Return which tokens of a document (T) a layer hands on to the given ones, (T) bool: what the patterns give them
+    in any head, and themselves, past the layer."""
+    found = tokens.clone()
+    for pattern in patterns:
+        for shift in range(min(heads, pattern.dilation)):
+            taken = slice(shift, None, pattern.dilation)
+            found[taken] |= _up_to_the_last(tokens[taken], pattern.memory + 1)
+    return found
+
+
+def _up_to_the_last(tokens: Tensor, size: int) -> Tensor:
+    """Return, of each `size` tokens (N) bool, those up to the last that is True."""
+    whole = F.pad(tokens.byte(), (0, -len(tokens) % size)).unflatten(0, (-1, size))
+    return whole.flip(1).cummax(1).values.flip(1).flatten()[: len(tokens)].bool()
+
+
 def _first_of_segment(places: Tensor, size: int) -> Tensor:
     """Return the least of places (N) up to each, from the beginning of its `size` ones on."""
     whole = F.pad(places, (0, -len(places) % size)).unflatten(0, (-1, size))

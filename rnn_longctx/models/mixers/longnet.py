@@ -21,7 +21,7 @@ from rnn_longctx.models.carries import carry
 from rnn_longctx.models.flash import Pattern
 from rnn_longctx.models.interface import StateSize
 from rnn_longctx.models.mixers import MIXERS
-from rnn_longctx.models.mixers.dilated import Places, dilated, pairs, reach
+from rnn_longctx.models.mixers.dilated import Places, dilated, pairs, reach, read_by
 from rnn_longctx.models.rotary import turned
 from rnn_longctx.recurrence.carry import ON_CPU
 from rnn_longctx.recurrence.span import Span
@@ -72,6 +72,10 @@ class LongNetConfig:
     def reach(self, layers: int, length: int) -> Tensor:
         """Return how many tokens back information may come from through such layers, see `dilated.reach`."""
         return reach(self.patterns, self.heads, layers, length)
+
+    def read_by(self, tokens: Tensor) -> Tensor:
+        """Return which tokens such a layer hands on to the given ones, see `dilated.read_by`."""
+        return read_by(self.patterns, self.heads, tokens)
 
 
 def _lengths(name: str, text: str | int) -> list[int]:
