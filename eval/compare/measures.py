@@ -231,8 +231,11 @@ class RemedyConfig:
     def __post_init__(self) -> None:
         ascending("lengths", self.lengths)
         for name in self.names:
-            if name != "all":
-                parse_remedy(name)
+            try:
+                if name != "all":
+                    parse_remedy(name)
+            except InputError as error:
+                raise InputError(f"names: {error}") from None
         if self.tasks:
             RecallConfig(self.tasks, self.lengths)
 

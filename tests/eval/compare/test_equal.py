@@ -107,6 +107,11 @@ def test_equal_operations_and_states(kind):
         assert kind == "flops" or config.mlp == written[name].mlp
 
 
+@pytest.mark.parametrize("mixer", ["kda:heads=2,head_dim=16", "mamba2:headdim=16,d_state=16"])
+def test_operations_hang_on_no_draw(mixer):
+    assert len({flops(model(mixer), 128) for _ in range(4)}) == 1
+
+
 def test_a_state_is_what_a_row_keeps():
     config = model("full-attention:heads=2", 32, n_layer=3)
     assert state(config, 50) == 50 * 3 * 2 * 32 == LM(config).state_size().total(50)
