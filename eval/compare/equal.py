@@ -64,9 +64,9 @@ def state(config: ModelConfig, length: int) -> int:
 @torch.no_grad()
 def flops(config: ModelConfig, length: int) -> int:
     """Return the floating-point operations of a token, two for each multiplication and addition, where `length` tokens
-    are read on the CPU: of matrix products and convolutions alone, as PyTorch's counter takes them (attention without
-    what causality leaves out). A recurrence is counted as it is read there, in chunks; all weights are 0, since what is
-    read in more products where much is forgotten would hang on the draw."""
+    are read on the CPU: of matrix products and convolutions alone, as PyTorch's counter takes them (of attention by a
+    kernel, the pairs that causality leaves out too). A recurrence is counted as it is read there, in chunks; all
+    weights are 0, since what is read in more products where much is forgotten would hang on the draw."""
     from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count  # (which imports Triton)
 
     model, ids = LM(config).eval(), torch.zeros(1, length, dtype=torch.int64)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 
 import pytest
 import torch
@@ -15,9 +16,11 @@ SEES = [sys.executable, "-c", "import os; print(os.environ.get('CUDA_VISIBLE_DEV
 
 
 def _seen(log):
-    while not log.exists() or not log.read_text().endswith("\n"):
-        pass
-    return log.read_text().split()
+    for _ in range(3000):  # half a minute and more
+        if log.exists() and log.read_text().endswith("\n"):
+            return log.read_text().split()
+        time.sleep(0.01)
+    raise AssertionError("it has said nothing")
 
 
 def test_every_process_sees_the_gpu_that_fewest_have(tmp_path):

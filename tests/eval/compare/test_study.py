@@ -244,6 +244,9 @@ MISTAKES = {
     "text.txt is trained on": {"measure": {"probe": {"text": "text.txt"}}},
     "chosen by held-out text": {"train": {"data": {"held_out": 0}, "train_length": 128}},
     "equal: expected 'parameters' or 'flops' or 'state' or null, got str 'parameter'": {"equal": "parameter"},
+    "recall.tasks: mqar:pairs=4,vocab_size=8 and another have one name, mqar4": {
+        "measure": {"recall": {"tasks": ["mqar:pairs=4,vocab_size=8", "mqar:pairs=4,vocab_size=16"], "lengths": [64]}}
+    },
 }
 
 
