@@ -58,6 +58,7 @@ def run_cells(cells: Cells, parallel: int, device: torch.device, say: Say) -> No
         CellsFailed: names them, with the last line that the first of them said.
     """
     failed: dict[str, str] = {}
+    again: set[str] = set()  # ended well, and are due for what only others that ended beside them decided
     done = 0
     with Pool(parallel, _gpus(device)) as pool:
         while True:
@@ -71,6 +72,8 @@ def run_cells(cells: Cells, parallel: int, device: torch.device, say: Say) -> No
                     done += 1
                     cells.gather()
                     say(f"{name}: done in {seconds:.0f} s")
+                elif code == 0 and name not in again and name in cells.due():
+                    again.add(name)
                 else:
                     failed[name] = last_line(_log(cells, name)) or f"exit {code}"
                     say(f"{name}: failed: {failed[name]}")

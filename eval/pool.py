@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -81,6 +82,12 @@ class Pool:
                 del self._running[name]
                 self._gpu.pop(name, None)
                 yield Ended(name, process.returncode, time.monotonic() - began)
+
+
+def python(module: str, *words: str) -> list[str]:
+    """Return the command that runs a module of this library. (Its package has imported it by then, about which Python
+    warns.)"""
+    return [sys.executable, "-W", "ignore::RuntimeWarning:runpy", "-m", module, *words]
 
 
 def end_with_parent() -> None:

@@ -225,7 +225,7 @@ def _unknown_train_length(remedy: str, model: LanguageModel) -> str | None:
         return None
     return (
         f"{remedy} needs the training length, which {model.name} does not say: give --train-length "
-        "(train_length= of load or adopt in Python)"
+        "(in Python train_length= of load, or of adopt before the remedy)"
     )
 
 

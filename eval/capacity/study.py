@@ -6,7 +6,6 @@ stopped, and one that is finished runs nothing.
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from rnn_longctx.eval.capacity.cell import STUDY, is_done
 from rnn_longctx.eval.capacity.config import CapacityConfig, StudyCell
 from rnn_longctx.eval.cells import run_cells, texts_for_cells
 from rnn_longctx.eval.forget import next_models
+from rnn_longctx.eval.pool import python
 from rnn_longctx.eval.results import Results
 from rnn_longctx.files import write_atomic
 from rnn_longctx.progress import Say, to_stdout
@@ -108,4 +108,4 @@ def _todo(config: CapacityConfig, study: Path, known: dict[str, bool], text: str
 
 def command(cell: StudyCell, study: Path) -> list[str]:
     """Return the command that trains and measures a cell."""
-    return [sys.executable, "-m", "rnn_longctx.eval.capacity.cell", str(study), cell.name]
+    return python("rnn_longctx.eval.capacity.cell", str(study), cell.name)

@@ -26,6 +26,7 @@ from rnn_longctx.models.interface import LanguageModel
 from rnn_longctx.plugins import load_handed_on
 from rnn_longctx.train import TrainingDiverged, train
 from rnn_longctx.train.autocast import in_bfloat16
+from rnn_longctx.train.prepare import claim_run
 from rnn_longctx.train.team import training_device
 
 STUDY = "study.yaml"
@@ -96,7 +97,9 @@ def run_cell(config: CompareConfig, cell: Cell, study: Path) -> None:
 def _train(config: CompareConfig, cell: Cell, folder: Path) -> Trial:
     training = config.training(cell, str(folder))
     how = None
-    if not _is_saved(folder):
+    if _is_saved(folder):
+        claim_run(training)  # else an entry that has changed would go by the weights of what it was
+    else:
         try:
             train(training)
         except TrainingDiverged as error:  # so this rate is too large, which is an answer

@@ -62,7 +62,8 @@ def trial_of(model: LanguageModel, config: TrainConfig) -> Trial:
         if mixed.fraction:
             task = task_of(mixed)
             examples = longest_examples(task, model.tokenizer, mixed.lengths[1], EXAMPLES_SEED)
-            scores[task.label] = recall(model, task, examples, model.tokenizer, config.batch_size, nullcontext)
+            name = str(task) if task.label in scores else task.label
+            scores[name] = recall(model, task, examples, model.tokenizer, config.batch_size, nullcontext)
     return Trial(float(loss), scores, learned_text=learns_text(config))
 
 
@@ -70,7 +71,7 @@ def learns_text(config: TrainConfig) -> bool:
     """Whether some rows of training hold text: those without an example, or with one that is shorter than they are."""
     mixed = [mixed for mixed in config.data.mixed if mixed.fraction]
     filled = all(m.fill or m.lengths[0] == config.longest for m in mixed)
-    return sum(m.fraction for m in mixed) < 1 or not filled
+    return sum(m.fraction for m in mixed) < 1 - 1e-9 or not filled
 
 
 def best_rate(trials: Mapping[float, Trial]) -> float:

@@ -26,12 +26,14 @@ class Size:
     """What is to be equal.
 
     Attributes:
+        kind: as a config names it.
         of: the size of a model.
         within: how near to the first model's all others come, as a share of it.
         named: its unit, in words.
         of_mlp: whether an MLP adds to it.
     """
 
+    kind: Kind
     of: Callable[[ModelConfig], int]
     within: float
     named: str
@@ -41,11 +43,12 @@ class Size:
 def size(kind: Kind, length: int) -> Size:
     """Return what `equal` of a comparison names; length: tokens, of the training."""
     if kind == "parameters":
-        return Size(parameters, 0.02, "parameters")
+        return Size(kind, parameters, 0.02, "parameters")
     if kind == "flops":
-        return Size(lambda model: flops(model, length), 0.02, "operations a token")
+        return Size(kind, lambda model: flops(model, length), 0.02, "operations a token")
     # (heads divide a width, so that it cannot be chosen as finely)
-    return Size(lambda model: state(model, length), 0.05, f"numbers of state after {length} tokens", of_mlp=False)
+    named = f"numbers of state after {length} tokens"
+    return Size(kind, lambda model: state(model, length), 0.05, named, of_mlp=False)
 
 
 def parameters(config: ModelConfig) -> int:
@@ -61,11 +64,14 @@ def state(config: ModelConfig, length: int) -> int:
 @torch.no_grad()
 def flops(config: ModelConfig, length: int) -> int:
     """Return the floating-point operations of a token, two for each multiplication and addition, where `length` tokens
-    are read on the CPU: of matrix products and convolutions alone, as PyTorch's counter takes them (attention without
-    what causality leaves out). A recurrence is counted as it is read there, in chunks."""
+    are read on the CPU: of matrix products and convolutions alone, as PyTorch's counter takes them (of attention by a
+    kernel, the pairs that causality leaves out too). A recurrence is counted as it is read there, in chunks; all
+    weights are 0, since what is read in more products where much is forgotten would hang on the draw."""
     from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count  # (which imports Triton)
 
     model, ids = LM(config).eval(), torch.zeros(1, length, dtype=torch.int64)
+    for p in model.parameters():
+        p.zero_()
 
     def flash(q: Any, k: Any, v: Any, *others: Any, **named: Any) -> int:
         return sdpa_flop_count(q, k, v)
@@ -100,7 +106,11 @@ def _sized(name: str, model: ModelConfig, target: int, equal: Size) -> ModelConf
         tried.append((abs(count - target), count, resized))
     _, count, closest = min(tried, key=lambda one: one[0])
     nearest = f"the nearest is {count:,} (d_model={closest.d_model}, mlp={closest.mlp:.3g})"
-    hint = "; give it an MLP, whose width can be chosen finely" if equal.of_mlp and not model.mlp else ""
+    hint = ""
+    if not equal.of_mlp:
+        hint = "; where d_model does not change its state finely, write the mixer's own parameters"
+    elif not model.mlp:
+        hint = "; give it an MLP, whose width can be chosen finely"
     raise InputError(f"equal: {name} cannot have {target:,} {equal.named} within {equal.within:.0%}: {nearest}{hint}")
 
 

@@ -21,7 +21,7 @@ from rnn_longctx.eval.cells import alone, run_cells
 from rnn_longctx.eval.compare.config import NAME, ShapeConfig
 from rnn_longctx.eval.compare.measures import ascending
 from rnn_longctx.eval.compare.reading import Reading, Row, rows_at
-from rnn_longctx.eval.pool import end_with_parent
+from rnn_longctx.eval.pool import end_with_parent, python
 from rnn_longctx.eval.tables.growth import summarised, write
 from rnn_longctx.files import write_atomic
 from rnn_longctx.models.config import ModelConfig
@@ -188,7 +188,7 @@ class _Cells:
 
 def command(name: str, study: Path) -> list[str]:
     """Return the command that measures an entry."""
-    return [sys.executable, "-m", "rnn_longctx.eval.compare.growth", str(study), name]
+    return python("rnn_longctx.eval.compare.growth", str(study), name)
 
 
 def measured(config: GrowthConfig, name: str, length: int, study: Path) -> list[Row] | None:

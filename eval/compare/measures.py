@@ -135,7 +135,10 @@ class RecallConfig:
         ascending("lengths", self.lengths)
         if not self.tasks:
             raise InputError("tasks: expected at least one, such as passkey")
-        self.jobs  # noqa: B018
+        labels = [job.label for job in self.jobs]
+        for task, label in zip(self.tasks, labels):
+            if labels.count(label) > 1:
+                raise InputError(f"tasks: {task} and another have one name, {label}: ask them in two comparisons")
 
     @property
     def jobs(self) -> list[Job]:
@@ -231,8 +234,11 @@ class RemedyConfig:
     def __post_init__(self) -> None:
         ascending("lengths", self.lengths)
         for name in self.names:
-            if name != "all":
-                parse_remedy(name)
+            try:
+                if name != "all":
+                    parse_remedy(name)
+            except InputError as error:
+                raise InputError(f"names: {error}") from None
         if self.tasks:
             RecallConfig(self.tasks, self.lengths)
 

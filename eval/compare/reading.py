@@ -73,7 +73,9 @@ def rows_at(reading: Reading, length: int, device: torch.device) -> Iterator[Row
         for row in measure(reading, length, device, dtype):
             due.remove(row["what"])
             yield about | {"operations": None, "floor_seconds": math.nan, "note": ""} | row
-    except (torch.OutOfMemoryError, MemoryError):
+    except (RuntimeError, MemoryError) as error:
+        if not (isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)):
+            raise  # (on a CPU PyTorch has no error of its own for that)
         unknown = dict.fromkeys(
             ("seconds", "tokens_per_second", "peak_bytes", "carry_bytes", "floor_seconds"), math.nan
         )

@@ -6,7 +6,6 @@ is asked for, the training lengths that the search for T_forget takes.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import zip_longest
@@ -22,8 +21,9 @@ from rnn_longctx.errors import InputError
 from rnn_longctx.eval.cells import run_cells, texts_for_cells
 from rnn_longctx.eval.compare.cell import STUDY, chosen, folder_of, is_done, measured, trial
 from rnn_longctx.eval.compare.config import Cell, CompareConfig, selected
-from rnn_longctx.eval.compare.equal import parameters, state
+from rnn_longctx.eval.compare.equal import parameters, size, state
 from rnn_longctx.eval.forget import next_models
+from rnn_longctx.eval.pool import python
 from rnn_longctx.eval.tables.compare import passes, summarised, write
 from rnn_longctx.files import write_atomic
 from rnn_longctx.progress import Say, to_stdout
@@ -50,14 +50,16 @@ def run_study(config: CompareConfig, jobs: int = 1, only: Sequence[str] = (), sa
     train = {k: v for k, v in to_dict(config.train).items() if k not in ("log_every", "checkpoint_every")}
     claim_folder(study, {"train": train}, ["cells"])
     texts = texts_for_cells(config.train.data.text, study)
+    equal = size(config.equal or "parameters", config.train.train_length)
     config = replace(
         config.settled(), train=replace(config.train, data=replace(config.train.data, text=texts)), out=str(study)
     )
     write_atomic(study / STUDY, yaml.safe_dump(to_dict(config), sort_keys=False).encode())
     for name, model in config.models.items():
-        numbers = state(model, config.train.train_length)
+        sizes = {"parameters": parameters(model), "numbers of state": state(model, config.train.train_length)}
+        sizes |= {equal.named: equal.of(model)} if equal.kind == "flops" else {}
         shape = f"d_model {model.d_model}, mlp {model.mlp:.3g}"
-        say(f"{name}: {parameters(model):,} parameters, {numbers:,} numbers of state, {shape}")
+        say(f"{name}: {', '.join(f'{number:,} {what}' for what, number in sizes.items())}, {shape}")
     run_cells(_Cells(config, study, names), jobs, device, say)
     return study
 
@@ -115,7 +117,7 @@ class _Cells:
 
 def command(name: str, study: Path) -> list[str]:
     """Return the command that runs a cell."""
-    return [sys.executable, "-m", "rnn_longctx.eval.compare.cell", str(study), name]
+    return python("rnn_longctx.eval.compare.cell", str(study), name)
 
 
 def _rows(config: CompareConfig, study: Path) -> Iterator[dict[str, Any]]:

@@ -26,23 +26,24 @@ _STYLES = {"collapses": "red", "drifts": "yellow", "holds": "green"}
 
 
 def tables(frame: pd.DataFrame) -> list[RenderableType]:
-    """Return a table a text, entries as rows, with what the verdicts mean; then heads and remedies of every entry."""
-    if frame.empty or not (frame["metric"] == "verdict").any():
-        return answer_tables(frame) or [Text("no entry is measured yet")]
+    """Return a table a text, entries as rows, with what the verdicts mean; then answers, heads and remedies of every
+    entry."""
     pieces: list[RenderableType] = []
-    for text in _texts(frame):
+    texts = [] if frame.empty else _texts(frame)
+    for text in texts:
         train = int(frame["train_length"].dropna().min())
         title = f"Loss on {text} by length, in nats per token; gain: that of reading the last {train} tokens minus it"
         pieces += [Text(title, style="bold"), _main(frame, text), Text("")]
-    pieces += [Text(DEFINITION, style="dim"), Text("")]
-    if len(_tasks(frame)) > BESIDE:
+    if texts:
+        pieces += [Text(DEFINITION, style="dim"), Text("")]
+    if not texts or len(_tasks(frame)) > BESIDE:
         pieces += answer_tables(frame)
     for title, grid in (("States while reading", _states(frame)), ("Remedies at the longest length", _remedies(frame))):
         if grid.row_count:
             pieces += [Text(title, style="bold"), grid, Text("")]
     if len(refused := _not_applicable(frame)):
         pieces += [Text("Not applicable", style="bold"), *(Text(line, style="dim") for line in refused), Text("")]
-    return pieces
+    return pieces or [Text("no entry is measured yet")]
 
 
 def _texts(frame: pd.DataFrame) -> list[str]:
@@ -157,8 +158,8 @@ def _not_applicable(frame: pd.DataFrame) -> list[str]:
 
 def draw(frame: pd.DataFrame, folder: Path) -> list[Path]:
     """Draw loss over length, a panel an entry with recomputing beside it: compare.png and compare.pdf, and a page more
-    for each further text. Answers of more than a few tasks: answers.png and answers.pdf; without any loss: as compare.
-    Returns the paths."""
+    for each further text. Answers of more than a few tasks: answers, or without any loss compare, and over their depth
+    recovery. Returns the paths."""
     paths = []
     for i, text in enumerate(_texts(frame)):
         figure = _page(frame, text)

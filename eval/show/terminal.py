@@ -46,12 +46,14 @@ def header(
     dtype: str,
     backend: str,
     reads: str | None = None,
+    per_token: int = 0,
 ) -> RenderableType:
-    """What is measured, on what. `scan_state` and `conv_state` in elements of one sequence, all layers; `reads`: how,
-    where that is unusual."""
+    """What is measured, on what. `scan_state` and `conv_state` in elements of one sequence, all layers; `per_token`:
+    those that attention adds with every token; `reads`: how, where that is unusual."""
+    growing = f", and {per_token:,} more with every token read" if per_token else ""
     lines = [
         ("model", f"{model}, {_count(parameters)} parameters"),
-        ("state", f"{scan_state + conv_state:,} elements (scan {scan_state:,} + conv {conv_state:,})"),
+        ("state", f"{scan_state + conv_state:,} elements (scan {scan_state:,} + conv {conv_state:,}){growing}"),
         ("trained at", "unknown length" if train_length is None else f"{format_length(train_length)} tokens"),
         ("runs on", f"{device}, {dtype}, {backend}"),
         *([("reads", reads)] if reads else []),

@@ -79,7 +79,12 @@ def prepare(config: TrainConfig, team: Team, stack: ExitStack, say: Say, online:
     check_mix(config.data, tokenizer, config.model.vocab_size)
     if started is not None and config.mitigation is not None:
         _fold(started, config.mitigation)
-    team.first(lambda: _claim(config, stack, online))
+
+    def claim() -> None:
+        claim_run(config, online)
+        stack.enter_context(held(home_path(config.out)))
+
+    team.first(claim)
     corpus = _read_text(config, tokenizer, team, say)
     torch.manual_seed(config.seed)
     assert config.model is not None
@@ -88,13 +93,11 @@ def prepare(config: TrainConfig, team: Team, stack: ExitStack, say: Say, online:
     return Run(config, corpus, model, team, say)
 
 
-def _claim(config: TrainConfig, stack: ExitStack, online: bool) -> None:
-    """Record the config in the run's folder, or check that it is the one recorded there, and lock the folder."""
+def claim_run(config: TrainConfig, online: bool = False) -> None:
+    """Record the config in the run's folder, or check that it is the one recorded there. Raises InputError: another."""
     claim = {name: value for name, value in to_dict(config).items() if name not in _NEUTRAL}
     claim["online"] = {k: v for k, v in claim["online"].items() if k != "poll"} if online else None
-    out = home_path(config.out)
-    claim_folder(out, claim)
-    stack.enter_context(held(out))
+    claim_folder(home_path(config.out), claim)
 
 
 def _read_text(config: TrainConfig, tokenizer: Tokenizer, team: Team, say: Say) -> Corpus:

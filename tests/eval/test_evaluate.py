@@ -166,12 +166,12 @@ def test_a_passkey_is_never_said_in_rows_without_a_token():
     model.tokenizer = ByteTokenizer()
     with torch.no_grad():
         model.lm_head.weight[256:] *= 100
+        model.lm_head.weight[:33], model.lm_head.weight[127:256] = 0, 0  # what it says begins with a letter or a sign
     prompts = passkey_batch(ByteTokenizer(), 150, 3, 3)
     answers = answers_of(model.eval(), prompts)
     with torch.no_grad():
         likeliest = [int(model.logits(model(torch.from_numpy(p.ids)[None])[0, -1])[:256].argmax()) for p in prompts]
-    strip = [ByteTokenizer().decode([token]).strip() for token in likeliest]
-    assert all(answer.startswith(first) for answer, first in zip(answers, strip))
+    assert [answer[:1] for answer in answers] == [chr(token) for token in likeliest]
 
 
 def test_a_remedy_that_depends_on_the_length_gets_a_pass_per_length(model, text, monkeypatch):

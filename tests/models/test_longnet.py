@@ -349,7 +349,12 @@ def test_a_call_beyond_the_longest_segment_warns():
         mixer(u, None, WHOLE)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        mixer(u[:, :8], None, WHOLE)
+        _, carry = mixer(u[:, :8], None, WHOLE)
+    with pytest.warns(RuntimeWarning, match="8 tokens"):  # of a stream, where it gets there
+        _, carry = mixer(u[:, 8:], carry, WHOLE)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        mixer(u, carry, WHOLE)  # and once
         model_of(spec(1, "4/6", "1/1")).layers[0].mixer(u, None, WHOLE)
         mixer(u, None, Span(reset=torch.arange(9)[None] == 4))  # documents may be shorter
 

@@ -284,8 +284,8 @@ def test_a_window_is_as_wide_as_what_was_read():
 
 @pytest.mark.parametrize("positions", ["rope", "none"])
 def test_full_attention_goes_on_without_a_mask(positions, monkeypatch):
-    """What is held and what is read are two parts of one softmax, with its gradients; rows of unequal lengths, and what
-    the kernels cannot read, take masks."""
+    """What is held and what is read are two parts of one softmax, with its gradients; what the kernels cannot
+    read takes masks."""
     mixer = (
         LM(ModelConfig(f"full-attention:heads=2,positions={positions}", d_model=16, n_layer=1)).double().layers[0].mixer
     )

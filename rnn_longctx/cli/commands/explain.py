@@ -25,7 +25,7 @@ class ExplainOptions:
     task: Annotated[
         str | None, option("Such as passkey: its answers are asked about, and their sources marked.", "the text")
     ] = None
-    length: Annotated[str, typer.Option(help="Tokens of the text, or of an example.")] = "4k"
+    length: Annotated[str, typer.Option(help="Tokens of the text, or of an example.")] = "4000"
     n: Annotated[int, typer.Option(min=1, help="Examples of the task.")] = 20
     out: Annotated[Path, typer.Option(help="Folder for the tables and pictures.")] = Path("runs/explain")
     seed: Annotated[int, typer.Option(min=0, help="Of the examples; of a text, which slice.")] = 0

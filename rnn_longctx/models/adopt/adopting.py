@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from rnn_longctx.config import parse_length
+from rnn_longctx.config import counted, parse_length
 from rnn_longctx.devices import device_of, dtype_of
 from rnn_longctx.errors import InputError, one_line
 from rnn_longctx.models.adopt.family import adopted_by_family
@@ -120,7 +120,7 @@ def load_adopted(
         return None
     spec: Any = tokenizer or tokenizer_of(directory)
     if spec is None:
-        raise InputError(f"{name} comes without a tokenizer: name one with --tokenizer")
+        raise InputError(f"{name} comes without a tokenizer: name one with --tokenizer (bytes: one token a byte)")
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
     library_class: Any = AutoModelForImageTextToText if data["model_type"] in WITH_IMAGES else AutoModelForCausalLM
@@ -143,7 +143,7 @@ def load_adopted(
         weight, stored, expected = min(misshapen)
         raise InputError(f"{name}: {weight} has shape {tuple(stored)}, config.json expects {tuple(expected)}")
     if missing:
-        raise InputError(f"{name} lacks {len(missing)} weights, {min(missing)} among them")
+        raise InputError(f"{name} lacks {counted(len(missing), 'weight')}, {min(missing)} among them")
     for weight, p in model.named_parameters():
         if computes_in(p) is not None and not bool(p.isfinite().all()):
             raise InputError(f"{name}: {weight} is not finite: it holds NaN or infinity")

@@ -135,15 +135,15 @@ class LongNet(Attention):
         return self.config.positions == "rope"
 
     def forward(self, u: Tensor, carry: DilatedKeys | None, span: Span) -> tuple[Tensor, DilatedKeys]:
-        barrier = self.config.barrier
-        if barrier is not None and span.reset is None and u.shape[1] > barrier:
+        carry = self.new_carry(len(u)) if carry is None else carry
+        barrier, start = self.config.barrier, int(carry.position.max())
+        if barrier is not None and span.reset is None and start <= barrier < start + u.shape[1]:  # once a stream
             warnings.warn(
                 f"longnet: more is read than the longest segment holds, {barrier} tokens, and such layers carry nothing"
                 " from one of those segments into the next",
                 RuntimeWarning,
                 stacklevel=2,
             )
-        carry = self.new_carry(len(u)) if carry is None else carry
         q, k, v = self.projected(u, span)
         places = torch.arange(u.shape[1], device=u.device)
         before, forgotten = carry.position.to(u.device), carry.forgotten.to(u.device)

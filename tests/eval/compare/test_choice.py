@@ -37,11 +37,15 @@ def test_a_text_that_is_not_learned_does_not_count():
     assert math.isinf(Trial(math.nan, {"mqar": 1.0}, learned_text=False).score)
 
 
+THIRDS = [("induction", 0.6), ("planted", 0.3), ("mqar:pairs=2,vocab_size=9", 0.1)]  # 0.9999999999999999
+
+
 @pytest.mark.parametrize(
     ("mix", "learned"),
     [
         ([MixedTask("induction", 1.0, (8, 64), fill=True)], False),
         ([MixedTask("induction", 0.5, (64, 64)), MixedTask("planted", 0.5, (9, 64), fill=True)], False),
+        ([MixedTask(name, share, (9, 64), fill=True) for name, share in THIRDS], False),
         ([MixedTask("induction", 0.9, (8, 64), fill=True)], True),
         ([MixedTask("induction", 1.0, (8, 64))], True),
         ([], True),

@@ -221,8 +221,12 @@ def test_mistakes_in_a_config_are_one_line(said):
 
 def test_the_configs_that_come_with_the_package():
     folder = ROOT / "configs" / "compare"
-    kinds = {name: type(load_comparison(folder / f"{name}.yaml")) for name in ("growth", "growth_models", "smoke")}
-    assert kinds == {"growth": GrowthConfig, "growth_models": GrowthConfig, "smoke": CompareConfig}
+    kinds = {
+        name: type(load_comparison(folder / f"{name}.yaml"))
+        for name in ("growth", "growth_models", "growth_cpu", "smoke")
+    }
+    growths = dict.fromkeys(("growth", "growth_models", "growth_cpu"), GrowthConfig)
+    assert kinds == growths | {"smoke": CompareConfig}
     smoke = load_comparison(folder / "growth_smoke.yaml")
     assert isinstance(smoke, GrowthConfig) and smoke.device == "cpu"
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import yaml
@@ -177,6 +178,19 @@ def test_a_cell_that_fails_is_named_and_the_others_go_on(config, here, monkeypat
     assert said[-1] == "1 cell run" and set(read(Path("runs"))["entry"]) == {"a", "b"}
 
 
+def test_an_entry_that_has_changed_does_not_go_by_the_weights_of_what_it_was(config, here):
+    config = replace(config, learning_rates=[1e-3], seeds=1, entries=config.entries[:1], equal=None)
+    run_study(config, 1, say=lambda _: None)
+    before = read(Path("runs"))
+    changed = replace(config, entries=[replace(config.entries[0], mlp=3.0)])
+    with pytest.raises(InputError, match=r"holds a run of another config \(model.mlp was .*, is 3.0\)"):
+        run_study(changed, 1, say=lambda _: None)
+    said: list[str] = []
+    run_study(config, 1, say=said.append)
+    assert said[-1] == "0 cells run", "nothing is lost"
+    pd.testing.assert_frame_equal(read(Path("runs")), before)
+
+
 def test_a_rate_that_diverges_is_not_chosen_and_no_rate_left_is_a_failure(config, here, monkeypatch):
     config = replace(config, seeds=1, entries=config.entries[:1])
     train, too_large = cell.train, [3e-3]
@@ -230,6 +244,9 @@ MISTAKES = {
     "text.txt is trained on": {"measure": {"probe": {"text": "text.txt"}}},
     "chosen by held-out text": {"train": {"data": {"held_out": 0}, "train_length": 128}},
     "equal: expected 'parameters' or 'flops' or 'state' or null, got str 'parameter'": {"equal": "parameter"},
+    "recall.tasks: mqar:pairs=4,vocab_size=8 and another have one name, mqar4": {
+        "measure": {"recall": {"tasks": ["mqar:pairs=4,vocab_size=8", "mqar:pairs=4,vocab_size=16"], "lengths": [64]}}
+    },
 }
 
 

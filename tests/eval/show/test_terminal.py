@@ -449,3 +449,11 @@ def test_no_verdict_names_a_length_that_was_not_read(make):
     assert conclusion(bare) == words  # a table from before the column, of those lengths
     assert set(summary(frame)["length"]) == {2610} and summary(bare).equals(summary(frame))
     assert 2610 in set(leaderboard(frame)["length"]) and leaderboard(frame).equals(leaderboard(bare))
+
+
+@pytest.mark.parametrize(("per_token", "said"), [(0, False), (1234, True)])
+def test_the_header_says_what_grows(per_token, said):
+    console = Console(file=io.StringIO(), width=100)
+    console.print(header("tiny", 10, 3, 4, None, "cpu", "float32", "torch", per_token=per_token))
+    assert "7 elements (scan 3 + conv 4)" in console.file.getvalue()
+    assert (", and 1,234 more with every token read" in console.file.getvalue()) == said

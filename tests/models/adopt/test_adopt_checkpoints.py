@@ -90,7 +90,7 @@ def test_what_cannot_be_adopted_is_one_line(build, tmp_path, capsys, monkeypatch
         return capsys.readouterr().err.strip().splitlines()[-1]
 
     assert f"has 256 tokens, the model's vocabulary {VOCAB}" in line("narrow")
-    assert f"lacks 1 weights, {name} among them" in line("lacking")
+    assert f"lacks 1 weight, {name} among them" in line("lacking")
     assert f"{name} is not finite" in line("nan")
     assert "transformers cannot read cut" in line("cut")
     assert "model_type 'gpt2'; supported:" in line("gpt2") and "falcon_h1" in line("gpt2")

@@ -168,7 +168,7 @@ def test_models_without_a_recurrence_and_broken_checkpoints(build, tmp_path):
     model = build("qwen3_5", 256)
     lacking = {name: t for name, t in model.state_dict().items() if not name.endswith("0.linear_attn.A_log")}
     model.save_pretrained(tmp_path, state_dict=lacking)
-    with pytest.raises(InputError, match=r"lacks 1 weights, .*linear_attn\.A_log"):
+    with pytest.raises(InputError, match=r"lacks 1 weight, .*linear_attn\.A_log"):
         load_any(tmp_path, tokenizer="bytes")
     fewer = dict(model.state_dict())
     for name in fewer:

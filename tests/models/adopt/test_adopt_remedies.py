@@ -106,7 +106,7 @@ def test_probes_and_calibration(model):
 
 def test_remedies_that_read_a_text_ask_for_what_that_takes(build):
     model = build("mamba2")
-    with pytest.raises(NotApplicable, match="train_length= of load or adopt"):
+    with pytest.raises(NotApplicable, match="train_length= of load, or of adopt before"):
         mitigate(model, "state-norm")
     adopt(model, train_length=16)
     for remedy in ("state-norm", "token-filter"):

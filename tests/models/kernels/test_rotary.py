@@ -35,3 +35,10 @@ def test_turned(width, rows, monkeypatch):
         half = rotary.turned(x.bfloat16(), places)
         assert half.dtype == torch.bfloat16
         torch.testing.assert_close(half.double(), expected, rtol=0.01, atol=0.03)
+
+
+@pytest.mark.gpu
+def test_turned_on_a_gpu(monkeypatch):
+    x, places = torch.randn(2, 3000, 4, 64, device="cuda", dtype=torch.bfloat16), torch.arange(3000)
+    monkeypatch.setattr(rotary, "_fused", lambda x: x.is_cuda)
+    torch.testing.assert_close(rotary.turned(x, places).cpu(), rotary.turned(x.cpu(), places), rtol=0.01, atol=0.03)
