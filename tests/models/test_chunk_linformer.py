@@ -276,3 +276,16 @@ def test_settings_that_do_not_fit(text, message):
     with pytest.raises(InputError, match=message) as error:
         model_config({"mixer": text, "d_model": WIDTH, "n_layer": 1})
     assert "\n" not in str(error.value)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("length", [3, 7, 30])
+def test_operations_are_those_of_the_products(length):
+    """Two for each multiplication and addition; keys that are masked are not counted."""
+    d, heads, chunk, rank = 16, 2, 7, 3
+    spec = f"chunk-linformer:chunk={chunk},rank={rank},heads={heads}"
+    mixer = LM(ModelConfig(spec, d_model=d, n_layer=1)).layers[0].mixer
+    pairs = heads * sum(t % chunk + 1 + rank * (t // chunk) for t in range(length))
+    assert mixer.pairs(length) == pairs
+    maps = 2 * 2 * rank * chunk * d * (length // chunk)  # of keys and of values
+    assert mixer.operations(length) == 2 * 4 * d * d * length + 2 * 2 * d // heads * pairs + maps

@@ -283,6 +283,21 @@ class ChunkLinformer(CausalAttention):
         held = torch.where(position % size == 0, 0, places.before + length - places.begin[:, -1])
         return ChunkKeys(size, keys, values, chunk_keys, chunk_values, held, chunks, position)
 
+    def pairs(self, length: int) -> int:
+        """Return the pairs of a query and a key: of its own chunk, and `rank` of each chunk before."""
+        c = self.config
+        chunks, rest = divmod(length, c.chunk)
+        near = chunks * c.chunk * (c.chunk + 1) // 2 + rest * (rest + 1) // 2
+        return c.heads * (near + c.rank * (c.chunk * chunks * (chunks - 1) // 2 + rest * chunks))
+
+    def operations(self, length: int) -> int:
+        attended = super().operations(length)
+        assert attended is not None
+        c = self.config
+        return attended + 4 * self.in_proj.in_features * c.rank * (
+            length // c.chunk * c.chunk
+        )  # keys' and values' maps
+
     def state_size(self) -> StateSize:
         numbers = 2 * self.in_proj.in_features
         chunk = self.config.chunk
