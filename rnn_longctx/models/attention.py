@@ -20,7 +20,7 @@ from rnn_longctx.errors import InputError
 from rnn_longctx.models.carries import carry
 from rnn_longctx.models.flash import At, Pattern, one_softmax, readable
 from rnn_longctx.models.interface import Shape, StateSize
-from rnn_longctx.models.rotary import turned
+from rnn_longctx.models.rotary import Yarn, turned
 from rnn_longctx.recurrence.carry import ON_CPU
 from rnn_longctx.recurrence.span import Span
 
@@ -119,7 +119,10 @@ class CausalAttention(Attention):
 
     Attributes:
         window: tokens that a token attends to, itself among them; None: all before it.
+        scaling: of rotary positions, while a remedy is on that scales them; set it, and the next token is read so.
     """
+
+    scaling: Yarn | None = None
 
     @property
     def window(self) -> int | None:
@@ -137,7 +140,7 @@ class CausalAttention(Attention):
         keys, values = k[:, kept].contiguous(), v[:, kept].contiguous()
         if self.rotary:
             places = torch.arange(before + length, device=u.device)
-            q, k = turned(q, places[before:]), turned(k, places)
+            q, k = turned(q, places[before:], self.scaling), turned(k, places, self.scaling)
         alike = span.mask is None and span.reset is None and carry.full
         if alike and before + length <= window and (before == 0 or readable(q)):
             y, held = _all_before(q, k, v), carry.held + length

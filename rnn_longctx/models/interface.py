@@ -15,6 +15,7 @@ from rnn_longctx.models.carries import Carry, StreamCache
 from rnn_longctx.models.deferred import DeferredNorm
 from rnn_longctx.models.reading import ReadingHook
 from rnn_longctx.models.restart import Restart
+from rnn_longctx.models.rotary import Yarn
 from rnn_longctx.recurrence.gates import AnyGates, ScanInputs, SteppedGates
 from rnn_longctx.recurrence.interface import Recurrence
 from rnn_longctx.recurrence.policy import ScanPolicy
@@ -309,6 +310,12 @@ def erases(mixer: RecurrentMixer) -> bool:
     return "erase" in mixer.recurrence.follows
 
 
+class RotaryMixer(Protocol):
+    """A layer of full attention whose rotary positions follow `scaling`: set it, and the next token is read so."""
+
+    scaling: Yarn | None
+
+
 class LayerByLayer(Protocol):
     """A prompt on its way through a model, layer after layer, so that tokens may be left out between two layers.
 
@@ -368,6 +375,7 @@ class LanguageModel(Protocol):
         restart: a control that drops the state and reads the last tokens again, or None.
         reader: how a prompt is read where that is not token after token, or None.
         mixers: the recurrent layers, in order; there may be none.
+        rotary: its layers of full attention whose rotary positions can be scaled; there may be none.
         attends: whether some layer keeps keys and values of the tokens that it has read.
         rotary_scaling: how its attention's positions are scaled, as transformers calls it ("dynamic"), or None.
         eos_token_id: the id or ids that its config ends an answer with, beside the tokenizer's, or None.
@@ -392,6 +400,8 @@ class LanguageModel(Protocol):
     def calibration(self) -> dict[str, Any] | None: ...
     @property
     def mixers(self) -> Sequence[RecurrentMixer]: ...
+    @property
+    def rotary(self) -> Sequence[RotaryMixer]: ...
     @property
     def attends(self) -> bool: ...
     @property

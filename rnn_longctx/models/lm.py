@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from rnn_longctx.config import counted
 from rnn_longctx.errors import InputError
+from rnn_longctx.models.attention import CausalAttention
 from rnn_longctx.models.block import Backbone, Block, Output
 from rnn_longctx.models.cache import Cache
 from rnn_longctx.models.config import ModelConfig
@@ -88,6 +89,12 @@ class LM(Hooked, Identified, nn.Module):
     def mixers(self) -> list[Recurrent]:
         """The recurrent mixers, in order; a model of attention alone has none."""
         return [layer.mixer for layer in self.layers if isinstance(layer.mixer, Recurrent)]
+
+    @property
+    def rotary(self) -> list[CausalAttention]:
+        """The layers of full attention with rotary positions, whose `scaling` may be set."""
+        full = (layer.mixer for layer in self.layers if isinstance(layer.mixer, CausalAttention))
+        return [mixer for mixer in full if mixer.rotary and mixer.window is None]
 
     @property
     def attends(self) -> bool:

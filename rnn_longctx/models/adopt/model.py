@@ -26,7 +26,7 @@ from rnn_longctx.models.adopt.wrapped import unreadable
 from rnn_longctx.models.checkpoint.tokenizer import LazyTokenizer, tokenizer_of
 from rnn_longctx.models.hashing import Identified, computed_on, computes_in
 from rnn_longctx.models.ids import rows_of
-from rnn_longctx.models.interface import LayerByLayer, StateSize
+from rnn_longctx.models.interface import LayerByLayer, RotaryMixer, StateSize
 from rnn_longctx.models.losses import token_losses
 from rnn_longctx.models.precision import state_dtype
 from rnn_longctx.models.reading import Hooked
@@ -153,6 +153,8 @@ class Adopted(Hooked, Identified):
     def hybrid(self) -> bool:
         """Whether it is of a family of hybrids, though all its own layers may be recurrent."""
         return not self._takes.isdisjoint(("past_key_values", "position_ids"))
+
+    rotary: tuple[RotaryMixer, ...] = ()  # its own library's to scale
 
     @property
     def rotary_scaling(self) -> str | None:
