@@ -68,6 +68,22 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True)
+class ScoreConfig:
+    """When training has come far enough: the first row of a run's log.csv in which all that is said here is reached.
+
+    Attributes:
+        loss: the mean over the tokens of `log_every` steps, in nats; answer_loss: that of the answers mixed in.
+    """
+
+    loss: float | None = None
+    answer_loss: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.loss is None and self.answer_loss is None:
+            raise InputError("expected a loss, an answer_loss, or both, such as {loss: 1.2}")
+
+
+@dataclass(frozen=True)
 class CompareConfig:
     """Entries that are trained alike and measured alike.
 
@@ -79,6 +95,8 @@ class CompareConfig:
             token, within 2%; "state", numbers that a row keeps after the training length, within 5%; None leaves them.
         forget: training lengths, in tokens, beyond that of `train`, which the search for T_forget tries at the best
             rate, with as many tokens a step; []: nothing is searched, and T_forget is known as a bound.
+        score: what training is timed up to, in tokens and seconds; price: of an hour of the device, in any currency.
+            None: nothing is said of either. Both may be changed when all is measured.
     """
 
     entries: list[Entry]
@@ -89,6 +107,8 @@ class CompareConfig:
     seeds: int = 3
     forget: list[int] = field(default_factory=list)
     measure: MeasureConfig = field(default_factory=MeasureConfig)
+    score: ScoreConfig | None = None
+    price: float | None = None
     device: str = "auto"
     out: str = "runs/compare"
 
@@ -110,6 +130,7 @@ class CompareConfig:
             raise InputError("train.data.held_out: the learning rate is chosen by held-out text; expected above 0")
         if self.forget:
             ascending("forget", [self.train.train_length, *self.forget])
+        check_price(self.price)
         trained = {text.source for text in self.train.data.parts}
         if both := sorted(trained & set(self.measure.texts)):
             raise InputError(f"measure: {both[0]} is trained on; measure on another text")
@@ -212,3 +233,9 @@ class Cell:
 def selected(config: CompareConfig, names: Sequence[str]) -> list[str]:
     """Return the names of the entries that are asked for, all where none is. Raises InputError: there is no such."""
     return [config.entry(name).name for name in names] or [entry.name for entry in config.entries]
+
+
+def check_price(price: float | None) -> None:
+    """Raise InputError for a price that is none."""
+    if price is not None and not 0 <= price < float("inf"):
+        raise InputError(f"price: expected that of an hour of the device, 0 or more, got {price}")

@@ -18,9 +18,9 @@ import yaml
 from rnn_longctx.config import format_length, home_path, load_yaml, to_dict
 from rnn_longctx.errors import InputError, nearest, one_line
 from rnn_longctx.eval.cells import alone, run_cells
-from rnn_longctx.eval.compare.config import NAME, ShapeConfig
+from rnn_longctx.eval.compare.config import NAME, ShapeConfig, check_price
 from rnn_longctx.eval.compare.measures import ascending
-from rnn_longctx.eval.compare.reading import Reading, Row, rows_at
+from rnn_longctx.eval.compare.timing import ReadingConfig, Row, rows_at
 from rnn_longctx.eval.pool import end_with_parent, python
 from rnn_longctx.eval.tables.growth import summarised, write
 from rnn_longctx.files import write_atomic
@@ -68,6 +68,7 @@ class GrowthConfig:
         segment: tokens of a call, as this library reads a stream; or "whole": all in one call.
         fit_from: exponents are fitted to the lengths from this one on; None: to the longer half.
         reference: the entry that the others are set against; None: the first.
+        price: of an hour of the device, in any currency; None: nothing is said of costs.
     """
 
     measure: Literal["growth"]
@@ -79,6 +80,7 @@ class GrowthConfig:
     fit_from: int | None = None
     reference: str | None = None
     tokens: int = 20
+    price: float | None = None
     device: str = "auto"
     out: str = "runs/compare/growth"
 
@@ -112,6 +114,7 @@ class GrowthConfig:
             )
         if self.tokens < 1:
             raise InputError(f"tokens: expected at least 1, got {self.tokens}")
+        check_price(self.price)
 
     @property
     def fitted_from(self) -> int:
@@ -124,14 +127,14 @@ class GrowthConfig:
                 return entry
         raise InputError(f"no entry {name!r}{nearest(name, [entry.name for entry in self.entries])}")
 
-    def reading(self, name: str) -> Reading:
+    def reading(self, name: str) -> ReadingConfig:
         """Return how an entry is read."""
         entry = self.entry(name)
         segment = self.segment if entry.segment is None else entry.segment
         model = entry.model(self.shape)
         if self.what == "mixers":
             model = replace(model, n_layer=1, mlp=0.0)
-        return Reading(model, self.what, None if segment == WHOLE else int(segment), self.tokens)
+        return ReadingConfig(model, self.what, None if segment == WHOLE else int(segment), self.tokens)
 
     def within(self, name: str) -> list[int]:
         """Return the lengths at which an entry is read."""
@@ -179,9 +182,9 @@ class _Cells:
         every = []
         for entry in self.config.entries:
             for length in self.config.within(entry.name):
-                every += measured(self.config, entry.name, length, self.study) or []
+                every += known_rows(self.config, entry.name, length, self.study) or []
         reference = self.config.reference or self.config.entries[0].name
-        frame = summarised(every, self.config.fitted_from, reference)
+        frame = summarised(every, self.config.fitted_from, reference, self.config.price)
         write(frame, self.study)
         return frame
 
@@ -191,7 +194,7 @@ def command(name: str, study: Path) -> list[str]:
     return python("rnn_longctx.eval.compare.growth", str(study), name)
 
 
-def measured(config: GrowthConfig, name: str, length: int, study: Path) -> list[Row] | None:
+def known_rows(config: GrowthConfig, name: str, length: int, study: Path) -> list[Row] | None:
     """Return the rows of an entry at a length, or None where they are not measured, or in another way."""
     try:
         known = json.loads(_file(study, name, length).read_bytes())
@@ -204,7 +207,7 @@ def missing(config: GrowthConfig, name: str, study: Path) -> list[int]:
     """Return the lengths at which an entry is not measured yet; none beyond one at which memory did not suffice."""
     lengths = []
     for length in config.within(name):
-        rows = measured(config, name, length, study)
+        rows = known_rows(config, name, length, study)
         if rows is None:
             lengths.append(length)
         elif any(row["note"] for row in rows):

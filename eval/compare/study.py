@@ -19,9 +19,10 @@ from rnn_longctx.config import home_path, to_dict
 from rnn_longctx.data import load_tokenizer
 from rnn_longctx.errors import InputError
 from rnn_longctx.eval.cells import run_cells, texts_for_cells
-from rnn_longctx.eval.compare.cell import STUDY, chosen, folder_of, is_done, measured, trial
+from rnn_longctx.eval.compare.cell import STUDY, chosen, folder_of, is_done, measured, spent, trial
 from rnn_longctx.eval.compare.config import Cell, CompareConfig, selected
 from rnn_longctx.eval.compare.equal import parameters, size, state
+from rnn_longctx.eval.compare.measures import row_of
 from rnn_longctx.eval.forget import next_models
 from rnn_longctx.eval.pool import python
 from rnn_longctx.eval.tables.compare import passes, summarised, write
@@ -139,7 +140,14 @@ def _rows(config: CompareConfig, study: Path) -> Iterator[dict[str, Any]]:
                         yield key | {"metric": "held_out_loss", "value": how.loss, "note": note}
                         for task, value in how.recall.items():
                             yield key | {"metric": "held_out_recall", "task": task, "value": value, "note": note}
-                    if rate == best and (known := measured(config, cell, study)) is not None:
-                        about, rows = known
-                        for row in rows:
-                            yield key | {"state": about["state"]} | row
+                    if rate != best:
+                        continue
+                    rows = [row_of(metric, value) for metric, value in spent(config, cell, study).items()]
+                    if (known := measured(config, cell, study)) is not None:
+                        about, more = known
+                        key, rows = key | {"state": about["state"]}, rows + more
+                    for row in rows:
+                        yield key | row
+                        if config.price is not None and row["metric"].endswith("_seconds"):
+                            cost = row["value"] * config.price / 3600
+                            yield key | row | {"metric": row["metric"].replace("_seconds", "_cost"), "value": cost}

@@ -17,6 +17,7 @@ from rich.text import Text
 
 from rnn_longctx.config import format_length
 from rnn_longctx.eval.show.answers import answer_tables, draw_answers, guess
+from rnn_longctx.eval.show.costs import cost_tables
 from rnn_longctx.eval.show.style import BLUE, GREYS, GRID, RED, write
 from rnn_longctx.eval.tables.compare import DEFINITION
 
@@ -41,6 +42,7 @@ def tables(frame: pd.DataFrame) -> list[RenderableType]:
     for title, grid in (("States while reading", _states(frame)), ("Remedies at the longest length", _remedies(frame))):
         if grid.row_count:
             pieces += [Text(title, style="bold"), grid, Text("")]
+    pieces += [] if frame.empty else cost_tables(frame)
     if len(refused := _not_applicable(frame)):
         pieces += [Text("Not applicable", style="bold"), *(Text(line, style="dim") for line in refused), Text("")]
     return pieces or [Text("no entry is measured yet")]

@@ -15,9 +15,8 @@ from rich.table import Table
 from rich.text import Text
 
 from rnn_longctx.config import format_length
-from rnn_longctx.eval.show.style import COLOURS, GREYS, GRID, MARKERS, write
+from rnn_longctx.eval.show.style import COLOURS, GREYS, GRID, MARKERS, size, write
 
-_UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
 _TITLES = {
     "forward": "Reading with one mixer", "prefill": "Reading a prompt", "decode": "Generating a token",
 }  # fmt: skip
@@ -48,6 +47,8 @@ def _legend(frame: pd.DataFrame) -> str:
         f"square of what it misses; faster: {reference}'s seconds over these, at the longest length that both have; "
         f"cheaper from: the length from which on less is taken than by {reference}; of floor: seconds over those of "
         "its matrix products at the device's rate, at the longest length; kept: for the next token, there"
+        + ("; joules: of the whole device" if frame["joules"].notna().any() else "")
+        + ("; cost: seconds times the price of an hour" if frame["cost"].notna().any() else "")
     )
 
 
@@ -65,7 +66,8 @@ def _grid(*heads: str) -> Table:
 
 def _seconds(rows: pd.DataFrame) -> Table:
     lengths = sorted(int(n) for n in rows["length"].unique())
-    heads = ("tokens/s", "exponent", "faster", "cheaper from", "of floor")
+    spent = [name for name in ("joules", "cost") if rows[name].notna().any()]
+    heads = ("tokens/s", "exponent", "faster", "cheaper from", "of floor", *spent)
     grid = _grid("entry", "read in", *map(format_length, lengths), *heads)
     for entry, own in _entries(rows):
         values = dict(zip(own["length"], own["seconds"]))
@@ -81,6 +83,7 @@ def _seconds(rows: pd.DataFrame) -> Table:
             "" if faster.empty else f"{1 / faster['times_reference'].iloc[-1]:.3g}x",
             _length(last["seconds_cheaper_from"]),
             _number(last["times_floor"], "{:.2f}"),
+            *(_number(last[name], "{:.3g}") for name in spent),
         )
     return grid
 
@@ -96,10 +99,10 @@ def _bytes(rows: pd.DataFrame) -> Table:
         grid.add_row(
             entry,
             _segment(last["segment"]),
-            *(_size(values.get(n, math.nan)) for n in lengths),
+            *(size(values.get(n, math.nan)) for n in lengths),
             _exponent(last, "peak_bytes"),
             _length(last["peak_bytes_cheaper_from"]),
-            _size(last["carry_bytes"]),
+            size(last["carry_bytes"]),
             _exponent(last, "carry_bytes"),
             _length(last["carry_bytes_cheaper_from"]),
         )
@@ -125,13 +128,6 @@ def _length(tokens: float) -> str:
     if tokens % 1024 == 0 or tokens < 1024:
         return format_length(round(tokens))
     return f"{tokens / 1024:.3g}K"
-
-
-def _size(count: float) -> str:
-    if math.isnan(count):
-        return ""
-    unit, size = next(((unit, size) for unit, size in _UNITS if count >= size), ("B", 1))
-    return f"{count / size:.3g} {unit}"
 
 
 def draw(frame: pd.DataFrame, folder: Path) -> list[Path]:
