@@ -24,7 +24,7 @@ from rnn_longctx.eval.compare.timing import ReadingConfig, Row, rows_at
 from rnn_longctx.eval.pool import end_with_parent, python
 from rnn_longctx.eval.tables.growth import summarised, write
 from rnn_longctx.files import write_atomic
-from rnn_longctx.models.config import ModelConfig
+from rnn_longctx.models.config import ModelConfig, warn_of_unfit
 from rnn_longctx.plugins import load_handed_on
 from rnn_longctx.progress import Say, to_stdout
 from rnn_longctx.train.snapshots import claim_folder
@@ -155,6 +155,8 @@ def run_growth(config: GrowthConfig, only: Sequence[str] = (), say: Say = to_std
     claim_folder(study, {"measure": config.measure, "device": device.type}, ["cells"])
     config = replace(config, out=str(study))
     write_atomic(study / STUDY, yaml.safe_dump(to_dict(config), sort_keys=False).encode())
+    for name in names:
+        warn_of_unfit(config.reading(name).model, config.within(name)[-1], f"{name}: ")
     run_cells(_Cells(config, study, names), 1, device, say)
     return study
 

@@ -344,6 +344,13 @@ class MeasureConfig:
         return {name: value for name, value in named if value is not None and not isinstance(value, int)}
 
     @property
+    def lengths(self) -> list[int]:
+        """The lengths that are read."""
+        sections = [section for section in (self.loss, self.recall, self.remedies, self.costs) if section is not None]
+        lengths = [length for section in sections for length in section.lengths]
+        return lengths + ([self.probe.length] if self.probe is not None else [])
+
+    @property
     def texts(self) -> list[str]:
         """The texts that are measured on."""
         sections = [section for section in (self.loss, self.remedies) if section is not None]

@@ -27,6 +27,7 @@ from rnn_longctx.eval.forget import next_models
 from rnn_longctx.eval.pool import python
 from rnn_longctx.eval.tables.compare import passes, summarised, write
 from rnn_longctx.files import write_atomic
+from rnn_longctx.models.config import warn_of_unfit
 from rnn_longctx.progress import Say, to_stdout
 from rnn_longctx.train.mix import check_mix
 from rnn_longctx.train.snapshots import claim_folder
@@ -61,6 +62,8 @@ def run_study(config: CompareConfig, jobs: int = 1, only: Sequence[str] = (), sa
         sizes |= {equal.named: equal.of(model)} if equal.kind == "flops" else {}
         shape = f"d_model {model.d_model}, mlp {model.mlp:.3g}"
         say(f"{name}: {', '.join(f'{number:,} {what}' for what, number in sizes.items())}, {shape}")
+        longest = max(*config.train_lengths, *config.measure.lengths)
+        warn_of_unfit(model, min(longest, config.entry(name).longest or longest), f"{name}: ")
     run_cells(_Cells(config, study, names), jobs, device, say)
     return study
 

@@ -341,6 +341,20 @@ def in_float32(x: Tensor) -> Iterator[torch.dtype]:
         yield torch.promote_types(x.dtype, torch.float32)
 
 
+def too_few_blocks(name: str, config: Any, length: int) -> str | None:
+    """Return a line that says that `length` tokens have fewer blocks to choose from than a config says are chosen, so
+    that all of them are read; None where there are as many."""
+    sinks = getattr(config, "sinks", 0)
+    blocks = max(0, (length - 1) // config.block + 1 - config.window // config.block - sinks)
+    if blocks >= config.top:
+        return None
+    beside = "the window and the sinks" if sinks else "the window"
+    return (
+        f"{name}: top = {config.top} is more than the blocks of {config.block} that {length} tokens have beside "
+        f"{beside}, {blocks}: everything is read"
+    )
+
+
 def check_blocks(name: str, config: Any) -> None:
     """Raise InputError for sizes that are none."""
     if config.block < 2 or config.top < 1 or config.heads < 1:

@@ -28,7 +28,15 @@ from torch import Tensor, nn
 from rnn_longctx.errors import InputError
 from rnn_longctx.models.interface import Shape
 from rnn_longctx.models.mixers import MIXERS
-from rnn_longctx.models.sparse import Call, SparseAttention, check_blocks, in_float32, pooled, pooling_weights
+from rnn_longctx.models.sparse import (
+    Call,
+    SparseAttention,
+    check_blocks,
+    in_float32,
+    pooled,
+    pooling_weights,
+    too_few_blocks,
+)
 
 
 @dataclass(frozen=True)
@@ -59,6 +67,10 @@ class BlockSparseConfig:
                 f"block-sparse: expected no sink block or some, and a gate of at least 1 channel, got sinks = "
                 f"{self.sinks}, gate = {self.gate}"
             )
+
+    def unfit(self, length: int) -> str | None:
+        """Return why so many tokens are too few for the settings, or None."""
+        return too_few_blocks("block-sparse", self, length)
 
 
 @MIXERS.register

@@ -7,7 +7,6 @@ Where shorter segments divide the longest one, information goes nowhere beyond i
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rnn_longctx.config import parse_length
-from rnn_longctx.errors import InputError
+from rnn_longctx.errors import InputError, warn_once
 from rnn_longctx.models.attention import Attention, begins
 from rnn_longctx.models.carries import carry
 from rnn_longctx.models.flash import Pattern
@@ -68,6 +67,15 @@ class LongNetConfig:
         across its end."""
         longest = self.patterns[-1].segment
         return None if any(longest % pattern.segment for pattern in self.patterns) else longest
+
+    def unfit(self, length: int) -> str | None:
+        """Return why so many tokens are too many for the settings, or None."""
+        if self.barrier is None or length <= self.barrier:
+            return None
+        return (
+            f"longnet: more is read than the longest segment holds, {self.barrier} tokens, and such layers carry "
+            "nothing from one of those segments into the next"
+        )
 
     def reach(self, layers: int, length: int) -> Tensor:
         """Return how many tokens back information may come from through such layers, see `dilated.reach`."""
@@ -138,12 +146,7 @@ class LongNet(Attention):
         carry = self.new_carry(len(u)) if carry is None else carry
         barrier, start = self.config.barrier, int(carry.position.max())
         if barrier is not None and span.reset is None and start <= barrier < start + u.shape[1]:  # once a stream
-            warnings.warn(
-                f"longnet: more is read than the longest segment holds, {barrier} tokens, and such layers carry nothing"
-                " from one of those segments into the next",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+            warn_once(str(self.config.unfit(start + u.shape[1])))
         q, k, v = self.projected(u, span)
         places = torch.arange(u.shape[1], device=u.device)
         before, forgotten = carry.position.to(u.device), carry.forgotten.to(u.device)

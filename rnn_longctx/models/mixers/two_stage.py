@@ -28,7 +28,15 @@ from torch import Tensor, nn
 
 from rnn_longctx.models.interface import Shape
 from rnn_longctx.models.mixers import MIXERS
-from rnn_longctx.models.sparse import Call, SparseAttention, check_blocks, in_float32, pooled, pooling_weights
+from rnn_longctx.models.sparse import (
+    Call,
+    SparseAttention,
+    check_blocks,
+    in_float32,
+    pooled,
+    pooling_weights,
+    too_few_blocks,
+)
 
 
 @dataclass(frozen=True)
@@ -51,6 +59,10 @@ class TwoStageConfig:
 
     def __post_init__(self) -> None:
         check_blocks("two-stage", self)
+
+    def unfit(self, length: int) -> str | None:
+        """Return why so many tokens are too few for the settings, or None."""
+        return too_few_blocks("two-stage", self, length)
 
 
 @MIXERS.register
