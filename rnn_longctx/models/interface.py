@@ -160,8 +160,8 @@ class Mixer(Protocol):
     A class may list `examples`, settings such as ("gla:heads=2",) that its contract tries
     (`rnn_longctx.testing.mixers.examples`): small ones, where a window or a chunk ends within a test's stream.
 
-    A `Config` may have a method `unfit(length)`: why its settings do not go with the longest text that is to be read, in
-    tokens, on one line, or None; training, evaluation and comparisons then warn.
+    A `Config` may have a method `unfit(length)`: why its settings do not go with the longest text that is to be read,
+    in tokens, on one line, or None; training, evaluation and comparisons then warn.
 
     One that chooses what it reads has a method `kept(u, carry, span)`, called as the module is, whose result has
     `blocks`, (B, H, T, K) int64: the numbers of what each head of a token chose, -1 where it found no more
