@@ -156,6 +156,6 @@ def _set(model: LanguageModel, plan: Plan) -> None:
     for mixer, policy in zip(model.mixers, plan.policies):
         mixer.policy = policy
     for layer in model.rotary:
-        layer.scaling = plan.scaling
+        layer.yarn = plan.scaling
     model.restart = plan.restart
     model.reader = plan.reader

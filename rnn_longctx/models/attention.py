@@ -119,10 +119,10 @@ class CausalAttention(Attention):
 
     Attributes:
         window: tokens that a token attends to, itself among them; None: all before it.
-        scaling: of rotary positions, while a remedy is on that scales them; set it, and the next token is read so.
+        yarn: how rotary positions are scaled, by a remedy, or None; set it, and the next token is read so.
     """
 
-    scaling: Yarn | None = None
+    yarn: Yarn | None = None
 
     @property
     def window(self) -> int | None:
@@ -140,7 +140,7 @@ class CausalAttention(Attention):
         keys, values = k[:, kept].contiguous(), v[:, kept].contiguous()
         if self.rotary:
             places = torch.arange(before + length, device=u.device)
-            q, k = turned(q, places[before:], self.scaling), turned(k, places, self.scaling)
+            q, k = turned(q, places[before:], self.yarn), turned(k, places, self.yarn)
         alike = span.mask is None and span.reset is None and carry.full
         if alike and before + length <= window and (before == 0 or readable(q)):
             y, held = _all_before(q, k, v), carry.held + length

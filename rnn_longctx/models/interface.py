@@ -314,9 +314,9 @@ def erases(mixer: RecurrentMixer) -> bool:
 
 
 class RotaryMixer(Protocol):
-    """A layer of full attention whose rotary positions follow `scaling`: set it, and the next token is read so."""
+    """A layer of full attention whose rotary positions follow `yarn`: set it, and the next token is read so."""
 
-    scaling: Yarn | None
+    yarn: Yarn | None
 
 
 class LayerByLayer(Protocol):

@@ -92,7 +92,7 @@ class LM(Hooked, Identified, nn.Module):
 
     @property
     def rotary(self) -> list[CausalAttention]:
-        """The layers of full attention with rotary positions, whose `scaling` may be set."""
+        """The layers of full attention with rotary positions, whose `yarn` may be set."""
         full = (layer.mixer for layer in self.layers if isinstance(layer.mixer, CausalAttention))
         return [mixer for mixer in full if mixer.rotary and mixer.window is None]
 

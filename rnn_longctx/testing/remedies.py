@@ -94,7 +94,7 @@ def check_on_and_off(text: str, model: LanguageModel, seed: int = 0) -> None:
     assert active(model) == ("none", None), f"{text} is off, and the model says {active(model)}"
     assert all(mixer.policy == PLAIN for mixer in model.mixers), f"{text} is off, and leaves a policy behind"
     assert model.restart is None and model.reader is None, f"{text} is off, and leaves a way to read behind"
-    assert all(layer.scaling is None for layer in model.rotary), f"{text} is off, and leaves scaled positions behind"
+    assert all(layer.yarn is None for layer in model.rotary), f"{text} is off, and leaves scaled positions behind"
     assert torch.equal(_read(model, ids), before), f"{text} is off, and {model.name} reads otherwise than before"
     handle.put()
     assert torch.equal(_read(model, ids), under), f"{text} is on again, and {model.name} reads otherwise than under it"

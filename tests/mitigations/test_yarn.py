@@ -64,17 +64,18 @@ def test_the_factor_follows_the_length():
     model = model_of("full-attention:heads=2")
     for target, factor in ((TRAIN_LENGTH * 5, 5.0), (TRAIN_LENGTH * 3 // 2, 1.5)):
         with mitigate(model, "yarn", target_length=target):
-            assert [layer.scaling for layer in model.rotary] == [Yarn(factor, TRAIN_LENGTH)] * 2
+            assert [layer.yarn for layer in model.rotary] == [Yarn(factor, TRAIN_LENGTH)] * 2
     with mitigate(model, "yarn", target_length=TRAIN_LENGTH):
-        assert [layer.scaling for layer in model.rotary] == [None, None]
+        assert [layer.yarn for layer in model.rotary] == [None, None]
 
 
 def test_what_was_read_under_it_is_not_gone_on_from_without_it():
     model = model_of("full-attention:heads=2")
-    plain = policies_hash(model)
+    plain, weights = policies_hash(model), model.weights_hash
     with mitigate(model, "yarn:factor=2"):
         scaled = policies_hash(model)
-    assert policies_hash(model) == plain != scaled
+        assert model.weights_hash == weights, "a remedy is no part of what the model is"
+    assert policies_hash(model) == plain != scaled and model.weights_hash == weights
 
 
 def test_who_cannot_be_scaled_says_why():
@@ -91,7 +92,7 @@ def test_layers_of_full_attention_beside_others(tmp_path):
     """A hybrid: its attention is scaled, its recurrence is as it was; an evaluation takes the factor of each length."""
     model = model_of(["mamba2:headdim=16", "full-attention:heads=2"]).float()
     with mitigate(model, "yarn", target_length=4 * TRAIN_LENGTH):
-        assert [layer.scaling for layer in model.rotary] == [Yarn(4.0, TRAIN_LENGTH)]
+        assert [layer.yarn for layer in model.rotary] == [Yarn(4.0, TRAIN_LENGTH)]
     lengths = [TRAIN_LENGTH, 4 * TRAIN_LENGTH]
     frame = evaluate(model, lengths, ["lm:slices=1,tokens=0"], ["none", "yarn"], text=["builtin"], out=str(tmp_path))
     losses = frame[frame["metric"] == "nats_per_token"].pivot(index="length", columns="mitigation", values="value")
