@@ -83,6 +83,22 @@ def oracle(mixer, u: torch.Tensor, seen: torch.Tensor | None = None) -> torch.Te
     return mixer.out_proj(y.flatten(2))
 
 
+def merged_equally(mixer, u: torch.Tensor) -> torch.Tensor:
+    """What the layer makes of u where every pattern has a softmax of its own, and what they read has equal weights."""
+    heads, patterns = mixer.config.heads, mixer.config.patterns
+    q, k, v = mixer.in_proj(u).unflatten(-1, (3, heads, WIDTH // heads)).unbind(2)
+    scores = torch.einsum("bthd,bshd->bhts", turned(q), turned(k)) / (WIDTH // heads) ** 0.5
+    total, takes = torch.zeros_like(q), torch.zeros(u.shape[1], heads, 1, dtype=u.dtype)
+    for pattern in patterns:
+        one = LongNetConfig(heads, str(pattern.segment), str(pattern.dilation))
+        counts = multiplicities(one, u.shape[1])
+        weights = counts * scores.exp()
+        weights = weights / weights.sum(-1, keepdim=True).where(counts.sum(-1, keepdim=True) > 0, 1)
+        total = total + torch.einsum("bhts,bshd->bthd", weights, v)
+        takes += (counts.sum(-1) > 0).T[..., None]
+    return mixer.out_proj((total / takes.clamp(min=1)).flatten(2))
+
+
 def gradients(mixer, u: torch.Tensor, y: torch.Tensor, into: torch.Tensor) -> list[torch.Tensor]:
     return list(torch.autograd.grad((y * into).sum(), [u, *mixer.parameters()]))
 
@@ -97,6 +113,24 @@ def path(request, monkeypatch) -> str:
     else:
         monkeypatch.setattr(dilated, "_plain", None)
     return request.param
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=str)
+def test_patterns_merged_equally(setting):
+    """The ablation: outputs and gradients, in one call and in pieces."""
+    mixer = model_of(spec(*setting) + ",merge=equal").layers[0].mixer
+    u = torch.randn(2, 47, WIDTH, dtype=torch.float64, requires_grad=True)
+    into = torch.randn_like(u)
+    expected = merged_equally(mixer, u)
+    of_expected = gradients(mixer, u, expected, into)
+    outputs, carry = [], None
+    for piece in u.split([20, 1, 26], 1):
+        y, carry = mixer(piece, carry, WHOLE)
+        outputs.append(y)
+    for y in (mixer(u, None, WHOLE)[0], torch.cat(outputs, 1)):
+        torch.testing.assert_close(y, expected, rtol=0, atol=1e-10)
+        for a, b in zip(gradients(mixer, u, y, into), of_expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("positions", ["rope", "none"])

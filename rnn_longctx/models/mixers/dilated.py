@@ -99,10 +99,13 @@ Held = list[tuple[Tensor, Tensor]]  # keys and values of each pattern's present 
 
 
 def dilated(
-    q: Tensor, k: Tensor, v: Tensor, held: Held, patterns: tuple[Pattern, ...], at: Places
+    q: Tensor, k: Tensor, v: Tensor, held: Held, patterns: tuple[Pattern, ...], at: Places, equal: bool = False
 ) -> tuple[Tensor, Held]:
     """Return what queries (B, H, T, D) read of keys and values (B, H, T, D), and of those (B, H, M, D) that are held of
-    each pattern's segment before the call; and what is held after it, zero where that is no token."""
+    each pattern's segment before the call; and what is held after it, zero where that is no token. equal: what patterns
+    read of a token has equal weights, in the place of those of one softmax."""
+    if equal:
+        return _plain(q, k, v, held, patterns, at, equal)
     length, step = q.shape[2], math.lcm(*(pattern.dilation for pattern in patterns))
     if at.start is None or length == 1 or not readable(q):
         return _plain(q, k, v, held, patterns, at)
@@ -154,7 +157,7 @@ def _held_after(x: Tensor, held: Tensor, pattern: Pattern, start: int) -> Tensor
 
 
 def _plain(
-    q: Tensor, k: Tensor, v: Tensor, held: Held, patterns: tuple[Pattern, ...], at: Places
+    q: Tensor, k: Tensor, v: Tensor, held: Held, patterns: tuple[Pattern, ...], at: Places, equal: bool = False
 ) -> tuple[Tensor, Held]:
     """Return what `dilated` does, of any rows."""
     outputs, sums, takes, after = [], [], [], []
@@ -167,6 +170,7 @@ def _plain(
         outputs.append(_gathered(output, rank))
         # (not -inf: of a token that no pattern takes the softmax below would be NaN)
         least = torch.finfo(log_sum.dtype).min
+        log_sum = torch.zeros_like(log_sum) if equal else log_sum
         sums.append(log_sum.gather(2, rank).masked_fill(~tokens.taken, least))
         takes.append(tokens.taken)
         newest = tokens.count[..., None] + torch.arange(pattern.memory, device=q.device)  # (B, H, M)

@@ -24,6 +24,7 @@ from rnn_longctx.models.mixers.dilated import Places, dilated, pairs, reach, rea
 from rnn_longctx.models.rotary import turned
 from rnn_longctx.recurrence.carry import ON_CPU
 from rnn_longctx.recurrence.span import Span
+from rnn_longctx.spec import quiet
 
 
 @dataclass(frozen=True)
@@ -35,12 +36,15 @@ class LongNetConfig:
         dilations: for each of them how many tokens apart those are that a head reads, as in 1/4/16. With none of 1, a
             layer of fewer heads than the smallest one reads nothing at some positions.
         positions: "rope", or "none": then a token knows the order of what it reads by the causal mask alone.
+        merge: how what the patterns read is put together: "softmax", by the softmaxes' denominators, or "equal" (an
+            ablation), the mean over the patterns that take a token.
     """
 
     heads: int = 4
     segments: str | int = "64/256/1024"
     dilations: str | int = "1/4/16"
     positions: Literal["rope", "none"] = "rope"
+    merge: Literal["softmax", "equal"] = quiet("softmax")
 
     def __post_init__(self) -> None:
         if self.heads < 1:
@@ -132,6 +136,7 @@ class LongNet(Attention):
     examples = (  # (beyond the longest segment a warning is due)
         "longnet:heads=4,segments=6/24/72,dilations=1/3/8",
         "longnet:heads=4,segments=8/80,dilations=2/4,positions=none",
+        "longnet:heads=4,segments=6/24/72,dilations=1/3/8,merge=equal",
     )
 
     def __init__(self, config: LongNetConfig, model: Any):
@@ -158,7 +163,7 @@ class LongNet(Attention):
         held = list(zip(carry.keys.split(sizes, 2), carry.values.split(sizes, 2)))
         whole = span.mask is None and span.reset is None
         at = Places(position, before, forgotten, span.reset is not None, carry.place if whole else None)
-        y, held = dilated(q, k, v, held, self.patterns, at)
+        y, held = dilated(q, k, v, held, self.patterns, at, equal=self.config.merge == "equal")
         keys, values = (torch.cat(tensors, 2) for tensors in zip(*held))
         read, forgotten = carry.position + u.shape[1], carry.forgotten.clone()
         if not whole:
