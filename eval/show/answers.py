@@ -14,13 +14,7 @@ from rich.text import Text
 
 from rnn_longctx.config import format_length
 from rnn_longctx.eval.show.style import COLOURS, GREYS, GRID, MARKERS, RED, write
-
-
-def answers_of(frame: pd.DataFrame, metric: str = "accuracy") -> pd.DataFrame:
-    """Return the rows of the shares of answers that are right, of all seeds together, without a remedy; those of each
-    depth are the metric `recovery`."""
-    alike = (frame["metric"] == metric) & frame["seed"].isna() & (frame["mitigation"] == "none")
-    return frame[alike & (frame["train_length"] == frame["train_length"].min())]
+from rnn_longctx.eval.tables.compare import of_all_seeds
 
 
 def guess(frame: pd.DataFrame, task: str) -> float | None:
@@ -31,7 +25,7 @@ def guess(frame: pd.DataFrame, task: str) -> float | None:
 
 def answer_tables(frame: pd.DataFrame) -> list[RenderableType]:
     """Return a table a task, none where nothing was asked."""
-    answers = answers_of(frame)
+    answers = of_all_seeds(frame, "accuracy", mitigation="none")
     pieces: list[RenderableType] = []
     for task, rows in answers.groupby("task", sort=False):
         lengths = sorted(int(n) for n in rows["length"].unique())
@@ -52,7 +46,7 @@ def answer_tables(frame: pd.DataFrame) -> list[RenderableType]:
 def draw_answers(frame: pd.DataFrame, folder: Path, name: str) -> list[Path]:
     """Draw the shares over length as NAME.png and NAME.pdf, and at the longest length within training over the depth of
     the answers as recovery.png and recovery.pdf; nothing where nothing was asked. Returns the paths."""
-    answers, train = answers_of(frame), float(frame["train_length"].min())
+    answers, train = of_all_seeds(frame, "accuracy", mitigation="none"), float(frame["train_length"].min())
     if answers.empty:
         return []
     figure, panels = _panels(frame, answers, "length")
@@ -63,7 +57,7 @@ def draw_answers(frame: pd.DataFrame, folder: Path, name: str) -> list[Path]:
         panel.set_xticks(lengths, [format_length(n) for n in lengths], fontsize=8)
     figure.supxlabel("length, tokens (red: training length)", fontsize=10)
     paths = _written(figure, folder / name)
-    recovery = answers_of(frame, "recovery")
+    recovery = of_all_seeds(frame, "recovery", mitigation="none")
     if len(recovery := recovery[recovery["length"] <= train]):
         recovery = recovery[recovery["length"] == recovery["length"].max()]
         figure, _ = _panels(frame, recovery, "depth")

@@ -50,8 +50,8 @@ class TwoStageConfig:
             those before.
         top: how many other blocks it reads; all, where there are fewer.
         positions: "rope", or "none": then a token knows the order of what it reads by the causal mask alone.
-        coarse: False leaves out what the coarse stage reads (an ablation): blocks are chosen by their mean keys, of which
-            nothing is learned but the keys, and y = sigmoid(m_f u) y_f.
+        coarse: False leaves out what the coarse stage reads (an ablation): blocks are chosen by their mean keys, and
+            y = sigmoid(m_f u) y_f.
     """
 
     heads: int = 4
