@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from rnn_longctx.errors import InputError
 from rnn_longctx.models.carries import carry
 from rnn_longctx.models.flash import At, Pattern, one_softmax, readable
-from rnn_longctx.models.interface import Shape, StateSize
+from rnn_longctx.models.interface import Shape
 from rnn_longctx.models.rotary import Yarn, turned
+from rnn_longctx.models.state_size import StateSize
 from rnn_longctx.recurrence.carry import ON_CPU
 from rnn_longctx.recurrence.span import Span
 

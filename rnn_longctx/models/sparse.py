@@ -32,8 +32,8 @@ from torch import Tensor
 from rnn_longctx.errors import InputError
 from rnn_longctx.models.attention import Attention, weighed
 from rnn_longctx.models.block_keys import BlockKeys, Places, picked
-from rnn_longctx.models.interface import StateSize
 from rnn_longctx.models.rotary import turned
+from rnn_longctx.models.state_size import StateSize
 from rnn_longctx.recurrence.rows import row_counts
 from rnn_longctx.recurrence.span import WHOLE, Span
 

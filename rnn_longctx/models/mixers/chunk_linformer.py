@@ -28,9 +28,10 @@ from rnn_longctx.errors import InputError
 from rnn_longctx.models.attention import CausalAttention, softmax
 from rnn_longctx.models.block_keys import picked
 from rnn_longctx.models.carries import carry
-from rnn_longctx.models.interface import Shape, StateSize
+from rnn_longctx.models.interface import Shape
 from rnn_longctx.models.mixers import MIXERS, NO_MIXERS
 from rnn_longctx.models.rotary import turned
+from rnn_longctx.models.state_size import StateSize
 from rnn_longctx.recurrence.carry import ON_CPU
 from rnn_longctx.recurrence.rows import row_counts
 from rnn_longctx.recurrence.span import Span

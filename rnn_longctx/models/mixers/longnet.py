@@ -18,10 +18,10 @@ from rnn_longctx.errors import InputError, warn_once
 from rnn_longctx.models.attention import Attention, begins
 from rnn_longctx.models.carries import carry
 from rnn_longctx.models.flash import Pattern
-from rnn_longctx.models.interface import StateSize
 from rnn_longctx.models.mixers import MIXERS
 from rnn_longctx.models.mixers.dilated import Places, dilated, pairs, reach, read_by
 from rnn_longctx.models.rotary import turned
+from rnn_longctx.models.state_size import StateSize
 from rnn_longctx.recurrence.carry import ON_CPU
 from rnn_longctx.recurrence.span import Span
 from rnn_longctx.spec import quiet
