@@ -78,8 +78,8 @@ def spent(config: CompareConfig, cell: Cell, study: Path) -> dict[str, float]:
     if not math.isnan(joules := known.get("joules", math.nan)):
         values["train_joules"] = joules
     if (score := config.score) is not None:
-        asked = [(k, v) for k, v in (("loss", score.loss), ("passkey_loss", score.answer_loss)) if v is not None]
-        reached = [row for row in log if all(row[name] <= value for name, value in asked)]
+        limits = [(k, v) for k, v in (("loss", score.loss), ("passkey_loss", score.answer_loss)) if v is not None]
+        reached = [row for row in log if all(row[name] <= value for name, value in limits)]
         for name in ("tokens", "seconds"):
             values[f"score_{name}"] = reached[0][name] if reached else math.inf
     return values

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Literal
+from typing import Literal, TypeVar
 
 from rnn_longctx.errors import InputError, nearest
 from rnn_longctx.eval.compare.equal import Kind, equalised
@@ -113,14 +113,7 @@ class CompareConfig:
     out: str = "runs/compare"
 
     def __post_init__(self) -> None:
-        if not self.entries:
-            raise InputError("entries: expected at least one, such as {name: gla, mixer: gla}")
-        names = [entry.name for entry in self.entries]
-        for name in names:
-            if not NAME.fullmatch(name):
-                raise InputError(f"entries: a name is of letters, digits, _, -, + and dots, got {name!r}")
-            if names.count(name) > 1:
-                raise InputError(f"entries: {name} is there twice")
+        check_names(self.entries)
         if self.seeds < 1:
             raise InputError(f"seeds: expected at least 1, got {self.seeds}")
         rates = self.learning_rates
@@ -144,7 +137,7 @@ class CompareConfig:
                     f"entries[{i}] ({entry.name}): longest must be beyond train_length {self.train.train_length}"
                 )
         for length in self.train_lengths:
-            self.training(Cell(names[0], rates[0], 0, length), "")
+            self.training(Cell(self.entries[0].name, rates[0], 0, length), "")
 
     @cached_property
     def models(self) -> dict[str, ModelConfig]:
@@ -167,10 +160,7 @@ class CompareConfig:
 
     def entry(self, name: str) -> Entry:
         """Return the entry of a name. Raises InputError: there is none."""
-        for entry in self.entries:
-            if entry.name == name:
-                return entry
-        raise InputError(f"no entry {name!r}{nearest(name, [entry.name for entry in self.entries])}")
+        return named(self.entries, name)
 
     def trials(self, name: str) -> list[Cell]:
         """Return the cells of an entry that its learning rate is chosen by."""
@@ -233,6 +223,29 @@ class Cell:
 def selected(config: CompareConfig, names: Sequence[str]) -> list[str]:
     """Return the names of the entries that are asked for, all where none is. Raises InputError: there is no such."""
     return [config.entry(name).name for name in names] or [entry.name for entry in config.entries]
+
+
+def check_names(entries: Sequence[Entry]) -> None:
+    """Raise InputError where there is no entry, two have one name, or a name cannot be one of a folder."""
+    if not entries:
+        raise InputError("entries: expected at least one, such as {name: gla, mixer: gla}")
+    names = [entry.name for entry in entries]
+    for name in names:
+        if not NAME.fullmatch(name):
+            raise InputError(f"entries: a name is of letters, digits, _, -, + and dots, got {name!r}")
+        if names.count(name) > 1:
+            raise InputError(f"entries: {name} is there twice")
+
+
+AnyEntry = TypeVar("AnyEntry", bound=Entry)
+
+
+def named(entries: Sequence[AnyEntry], name: str) -> AnyEntry:
+    """Return the entry of a name. Raises InputError: there is none."""
+    for entry in entries:
+        if entry.name == name:
+            return entry
+    raise InputError(f"no entry {name!r}{nearest(name, [entry.name for entry in entries])}")
 
 
 def check_price(price: float | None) -> None:

@@ -16,15 +16,15 @@ import torch
 import yaml
 
 from rnn_longctx.config import format_length, home_path, load_yaml, to_dict
-from rnn_longctx.errors import InputError, nearest, one_line
+from rnn_longctx.errors import InputError, one_line
 from rnn_longctx.eval.cells import alone, run_cells
-from rnn_longctx.eval.compare.config import NAME, ShapeConfig, check_price
+from rnn_longctx.eval.compare.config import Entry, ShapeConfig, check_names, check_price, named
 from rnn_longctx.eval.compare.measures import ascending
 from rnn_longctx.eval.compare.timing import ReadingConfig, Row, rows_at
 from rnn_longctx.eval.pool import end_with_parent, python
 from rnn_longctx.eval.tables.growth import summarised, write
 from rnn_longctx.files import write_atomic
-from rnn_longctx.models.config import ModelConfig, warn_of_unfit
+from rnn_longctx.models.config import warn_of_unfit
 from rnn_longctx.plugins import load_handed_on
 from rnn_longctx.progress import Say, to_stdout
 from rnn_longctx.train.snapshots import claim_folder
@@ -35,26 +35,10 @@ WHOLE = "whole"  # a segment: all in one call
 
 
 @dataclass(frozen=True)
-class GrowthEntry:
-    """One mixer with its parameters (of a model, a list of them is repeated over the layers), and where it differs from
-    `shape` and `segment`.
+class GrowthEntry(Entry):
+    """An entry (of mixers alone, one mixer), and where it differs from `segment`."""
 
-    Attributes:
-        longest: tokens; nothing longer is read. None: all lengths.
-    """
-
-    name: str
-    mixer: str | list[str]
-    d_model: int | None = None
-    n_layer: int | None = None
-    mlp: float | None = None
     segment: int | Literal["whole"] | None = None
-    longest: int | None = None
-
-    def model(self, shape: ShapeConfig) -> ModelConfig:
-        """Return the model of this entry. Raises InputError: no such mixer, or one of this shape."""
-        differs = {k: v for k in ("d_model", "n_layer", "mlp") if (v := getattr(self, k)) is not None}
-        return ModelConfig(self.mixer, **(vars(shape) | differs))
 
 
 @dataclass(frozen=True)
@@ -85,16 +69,10 @@ class GrowthConfig:
     out: str = "runs/compare/growth"
 
     def __post_init__(self) -> None:
-        if not self.entries:
-            raise InputError("entries: expected at least one, such as {name: mamba2, mixer: mamba2}")
+        check_names(self.entries)
         ascending("lengths", self.lengths)
-        names = [entry.name for entry in self.entries]
         for i, entry in enumerate(self.entries):
             where = f"entries[{i}] ({entry.name})"
-            if not NAME.fullmatch(entry.name):
-                raise InputError(f"entries: a name is of letters, digits, _, -, + and dots, got {entry.name!r}")
-            if names.count(entry.name) > 1:
-                raise InputError(f"entries: {entry.name} is there twice")
             if self.what == "mixers" and not isinstance(entry.mixer, str):
                 raise InputError(f"{where}: what: mixers takes one mixer an entry, got {len(entry.mixer)}")
             for segment in (entry.segment, self.segment):
@@ -122,10 +100,7 @@ class GrowthConfig:
 
     def entry(self, name: str) -> GrowthEntry:
         """Return the entry of a name. Raises InputError: there is none."""
-        for entry in self.entries:
-            if entry.name == name:
-                return entry
-        raise InputError(f"no entry {name!r}{nearest(name, [entry.name for entry in self.entries])}")
+        return named(self.entries, name)
 
     def reading(self, name: str) -> ReadingConfig:
         """Return how an entry is read."""

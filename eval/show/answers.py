@@ -32,9 +32,9 @@ def answer_tables(frame: pd.DataFrame) -> list[RenderableType]:
         grid = Table(box=None, pad_edge=False)
         for i, head in enumerate(("entry", "parameters", "rate", *map(format_length, lengths))):
             grid.add_column(head, justify="right" if i else "left")
-        for entry, own in rows.groupby("entry", sort=False):
-            values = dict(zip(own["length"], own["value"]))
-            first = own.iloc[0]
+        for entry, of_entry in rows.groupby("entry", sort=False):
+            values = dict(zip(of_entry["length"], of_entry["value"]))
+            first = of_entry.iloc[0]
             about = (str(entry), f"{int(first['parameters']):,}", f"{first['learning_rate']:g}")
             grid.add_row(*about, *(f"{values[n]:.2f}" if n in values else "" for n in lengths))
         if (chance := guess(frame, str(task))) is not None:
@@ -79,10 +79,10 @@ def _panels(frame: pd.DataFrame, answers: pd.DataFrame, over: str) -> tuple[Figu
     for task, panel in zip(tasks, panels.flat):
         of_task = answers[answers["task"] == task]
         for i, entry in enumerate(entries):
-            own = of_task[of_task["entry"] == entry].astype({over: float}).sort_values(over)
+            of_entry = of_task[of_task["entry"] == entry].astype({over: float}).sort_values(over)
             color, marker = COLOURS[i % len(COLOURS)], MARKERS[i // len(COLOURS) % len(MARKERS)]
-            panel.plot(own[over], own["value"], color=color, marker=marker, markersize=3, label=entry)
-            panel.fill_between(own[over], own["low"], own["high"], color=color, alpha=0.15, linewidth=0)
+            panel.plot(of_entry[over], of_entry["value"], color=color, marker=marker, markersize=3, label=entry)
+            panel.fill_between(of_entry[over], of_entry["low"], of_entry["high"], color=color, alpha=0.15, linewidth=0)
         if (chance := guess(frame, task)) is not None:
             panel.axhline(chance, color=GREYS[0], linestyle="--", linewidth=1.2, label="a guess")
         panel.set_ylim(-0.03, 1.03)

@@ -68,21 +68,21 @@ def _main(frame: pd.DataFrame, text: str) -> Table:
     losses = of_all_seeds(frame, "loss", text=text, mitigation="none")
     lengths = sorted(int(n) for n in losses["length"].unique())
     tasks = tasks if len(tasks := _tasks(frame)) <= BESIDE else []
-    asked = [task if (c := guess(frame, task)) is None else f"{task} (a guess: {c:.2g})" for task in tasks]
-    grid = _grid("entry", "parameters", "rate", *map(format_length, lengths), "gain", *asked, "T_forget", "verdict")
+    heads = [task if (c := guess(frame, task)) is None else f"{task} (a guess: {c:.2g})" for task in tasks]
+    grid = _grid("entry", "parameters", "rate", *map(format_length, lengths), "gain", *heads, "T_forget", "verdict")
     for entry in dict.fromkeys(losses["entry"]):
-        own = frame[frame["entry"] == entry]
-        mine = losses[losses["entry"] == entry]
-        values = dict(zip(mine["length"], mine["value"]))
-        verdict = of_all_seeds(own, "verdict", text=text).iloc[0]
-        forget = own.loc[own["metric"] == "T_forget", "note"]
+        of_entry = frame[frame["entry"] == entry]
+        at_lengths = losses[losses["entry"] == entry]
+        values = dict(zip(at_lengths["length"], at_lengths["value"]))
+        verdict = of_all_seeds(of_entry, "verdict", text=text).iloc[0]
+        forget = of_entry.loc[of_entry["metric"] == "T_forget", "note"]
         grid.add_row(
             entry,
-            f"{int(mine['parameters'].iloc[0]):,}",
-            f"{mine['learning_rate'].iloc[0]:g}",
+            f"{int(at_lengths['parameters'].iloc[0]):,}",
+            f"{at_lengths['learning_rate'].iloc[0]:g}",
             *(f"{values[n]:.3f}" if n in values else "" for n in lengths),
-            _gain(of_all_seeds(own, "gain", text=text, mitigation="none")),
-            *(_recall(of_all_seeds(own, "accuracy", task=task, mitigation="none")) for task in tasks),
+            _gain(of_all_seeds(of_entry, "gain", text=text, mitigation="none")),
+            *(_recall(of_all_seeds(of_entry, "accuracy", task=task, mitigation="none")) for task in tasks),
             forget.iloc[0] if len(forget) else "",
             Text(verdict["note"], _STYLES.get(verdict["task"], "")),
         )

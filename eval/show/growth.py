@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -53,8 +54,8 @@ def _legend(frame: pd.DataFrame) -> str:
 
 
 def _entries(rows: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
-    for entry, own in rows.groupby("entry", sort=False):
-        yield str(entry), own.sort_values("length")
+    for entry, of_entry in rows.groupby("entry", sort=False):
+        yield str(entry), of_entry.sort_values("length")
 
 
 def _grid(*heads: str) -> Table:
@@ -69,11 +70,11 @@ def _seconds(rows: pd.DataFrame) -> Table:
     spent = [name for name in ("joules", "cost") if rows[name].notna().any()]
     heads = ("tokens/s", "exponent", "faster", "cheaper from", "of floor", *spent)
     grid = _grid("entry", "read in", *map(format_length, lengths), *heads)
-    for entry, own in _entries(rows):
-        values = dict(zip(own["length"], own["seconds"]))
-        known = own[own["seconds"].notna()]
-        last = own.iloc[-1] if known.empty else known.iloc[-1]
-        faster = own[own["times_reference"].notna()]
+    for entry, of_entry in _entries(rows):
+        values = dict(zip(of_entry["length"], of_entry["seconds"]))
+        known = of_entry[of_entry["seconds"].notna()]
+        last = of_entry.iloc[-1] if known.empty else known.iloc[-1]
+        faster = of_entry[of_entry["times_reference"].notna()]
         grid.add_row(
             entry,
             _segment(last["segment"]),
@@ -92,10 +93,10 @@ def _bytes(rows: pd.DataFrame) -> Table:
     lengths = sorted(int(n) for n in rows["length"].unique())
     heads = ("exponent", "cheaper from", "kept", "exponent", "cheaper from")
     grid = _grid("entry", "read in", *map(format_length, lengths), *heads)
-    for entry, own in _entries(rows):
-        values = dict(zip(own["length"], own["peak_bytes"]))
-        known = own[own["seconds"].notna()]
-        last = own.iloc[-1] if known.empty else known.iloc[-1]
+    for entry, of_entry in _entries(rows):
+        values = dict(zip(of_entry["length"], of_entry["peak_bytes"]))
+        known = of_entry[of_entry["seconds"].notna()]
+        last = of_entry.iloc[-1] if known.empty else known.iloc[-1]
         grid.add_row(
             entry,
             _segment(last["segment"]),
@@ -157,13 +158,20 @@ def _panel(axes: Axes, rows: pd.DataFrame, name: str) -> None:
     """Draw a line an entry; the reference black, the lengths of the fit on white."""
     reference = rows["reference"].iloc[0]
     others = [entry for entry in dict.fromkeys(rows["entry"]) if entry != reference]
-    for entry, own in _entries(rows):
+    for entry, of_entry in _entries(rows):
         i = others.index(entry) if entry != reference else 0
         colour = "black" if entry == reference else COLOURS[i % len(COLOURS)]
         dashes = ("-", "--", ":")[i // len(COLOURS) % 3]
-        values = own[name].where(own[name] > 0)
-        axes.plot(own["length"], values, color=colour, linestyle=dashes, marker=MARKERS[i % len(MARKERS)], markersize=4,
-                  linewidth=1.3, label=entry)  # fmt: skip
+        values = of_entry[name].where(of_entry[name] > 0)
+        marker = MARKERS[i % len(MARKERS)]
+        style: dict[str, Any] = {
+            "color": colour,
+            "linestyle": dashes,
+            "marker": marker,
+            "markersize": 4,
+            "linewidth": 1.3,
+        }
+        axes.plot(of_entry["length"], values, label=entry, **style)
     lengths = sorted(int(n) for n in rows["length"].unique())
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=10)

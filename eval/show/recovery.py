@@ -61,8 +61,8 @@ def recovery_table(frame: pd.DataFrame) -> list[RenderableType]:
     grid.add_column("entry")
     for noise, strength in settings:
         grid.add_column(f"noise {noise:g}\nstrength {-strength:g}", justify="right")
-    for entry, own in rows.groupby("entry", sort=False):
-        shares = dict(zip(zip(own["noise"], -own["strength"]), own["share"]))
+    for entry, of_entry in rows.groupby("entry", sort=False):
+        shares = dict(zip(zip(of_entry["noise"], -of_entry["strength"]), of_entry["share"]))
         grid.add_row(str(entry), *(f"{shares[s]:.2f}" if s in shares else "" for s in settings))
     length = format_length(int(rows["length"].iloc[0]))
     title = f"Share of planted links found in {length} tokens, over all gaps (0: a guess)"
@@ -85,8 +85,10 @@ def draw_recovery_grid(frame: pd.DataFrame, folder: Path) -> list[Path]:
     for panel in panels.flat[len(entries) :]:
         panel.set_axis_off()
     for entry, panel in zip(entries, panels.flat):
-        own = rows[rows["entry"] == entry]
-        shares = dict(zip(zip(own["noise"], -own["strength"], own["depth"].astype(float)), own["share"]))
+        of_entry = rows[rows["entry"] == entry]
+        shares = dict(
+            zip(zip(of_entry["noise"], -of_entry["strength"], of_entry["depth"].astype(float)), of_entry["share"])
+        )
         image = [[shares.get((*setting, depth), math.nan) for depth in depths] for setting in settings]
         drawn = panel.imshow(image, vmin=0, vmax=1, cmap="viridis", aspect="auto")
         panel.set_title(entry, fontsize=9, loc="left")

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from rnn_longctx.errors import InputError
 from rnn_longctx.models.attention import Attention, weighed
-from rnn_longctx.models.block_keys import BlockKeys, Places, picked
+from rnn_longctx.models.block_keys import BlockKeys, BlockPlaces, picked
 from rnn_longctx.models.rotary import turned
 from rnn_longctx.models.state_size import StateSize
 from rnn_longctx.recurrence.rows import row_counts
@@ -58,7 +58,7 @@ class Call:
     keys: Tensor
     values: Tensor
     summaries: Tensor
-    places: Places
+    places: BlockPlaces
 
     def parts(self) -> Iterator[slice]:
         """Yield QUERIES queries at a time."""
@@ -202,7 +202,7 @@ class SparseAttention(Attention):
         size, length = carry.size, u.shape[1]
         q, k, v = self.projected(u, span)
         counts, _ = row_counts(carry.position, length, mask=span.mask, reset=span.reset)
-        places = Places.find(counts, carry, span.reset, self.config.window // size)
+        places = BlockPlaces.find(counts, carry, span.reset, self.config.window // size)
         recent, content = torch.cat([carry.recent.to(k.dtype), k], 1), q
         if self.rotary:
             q, k = turned(q, counts - 1), turned(k, counts - 1)

@@ -19,7 +19,7 @@ from rnn_longctx.models.attention import Attention, begins
 from rnn_longctx.models.carries import carry
 from rnn_longctx.models.flash import Pattern
 from rnn_longctx.models.mixers import MIXERS
-from rnn_longctx.models.mixers.dilated import Places, dilated, pairs, reach, read_by
+from rnn_longctx.models.mixers.dilated import TokenPlaces, dilated, pairs, read_by
 from rnn_longctx.models.rotary import turned
 from rnn_longctx.models.state_size import StateSize
 from rnn_longctx.recurrence.carry import ON_CPU
@@ -80,10 +80,6 @@ class LongNetConfig:
             f"longnet: more is read than the longest segment holds, {self.barrier} tokens, and such layers carry "
             "nothing from one of those segments into the next"
         )
-
-    def reach(self, layers: int, length: int) -> Tensor:
-        """Return how many tokens back information may come from through such layers, see `dilated.reach`."""
-        return reach(self.patterns, self.heads, layers, length)
 
     def read_by(self, tokens: Tensor) -> Tensor:
         """Return which tokens such a layer hands on to the given ones, see `dilated.read_by`."""
@@ -162,7 +158,7 @@ class LongNet(Attention):
         sizes = [pattern.memory for pattern in self.patterns]
         held = list(zip(carry.keys.split(sizes, 2), carry.values.split(sizes, 2)))
         whole = span.mask is None and span.reset is None
-        at = Places(position, before, forgotten, span.reset is not None, carry.place if whole else None)
+        at = TokenPlaces(position, before, forgotten, span.reset is not None, carry.place if whole else None)
         y, held = dilated(q, k, v, held, self.patterns, at, equal=self.config.merge == "equal")
         keys, values = (torch.cat(tensors, 2) for tensors in zip(*held))
         read, forgotten = carry.position + u.shape[1], carry.forgotten.clone()
