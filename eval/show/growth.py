@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -164,14 +163,16 @@ def _panel(axes: Axes, rows: pd.DataFrame, name: str) -> None:
         dashes = ("-", "--", ":")[i // len(COLOURS) % 3]
         values = of_entry[name].where(of_entry[name] > 0)
         marker = MARKERS[i % len(MARKERS)]
-        style: dict[str, Any] = {
-            "color": colour,
-            "linestyle": dashes,
-            "marker": marker,
-            "markersize": 4,
-            "linewidth": 1.3,
-        }
-        axes.plot(of_entry["length"], values, label=entry, **style)
+        axes.plot(
+            of_entry["length"],
+            values,
+            label=entry,
+            color=colour,
+            linestyle=dashes,
+            marker=marker,
+            markersize=4,
+            linewidth=1.3,
+        )
     lengths = sorted(int(n) for n in rows["length"].unique())
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=10)
