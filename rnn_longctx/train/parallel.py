@@ -55,6 +55,14 @@ def least_tokens(model: LM) -> int:
     return max([1, *(mixer.channels[1] for mixer in model.mixers if mixer.channels is not None)])
 
 
+def refuse_unspread(model: LM) -> None:
+    """Raise InputError for a model some of whose layers several ranks cannot share."""
+    mixers = (block.mixer for block in model.layers)
+    names = sorted({m.name for m in mixers if not getattr(m, "spreads", not m.attends)})
+    if names:
+        raise InputError(f"a model with attention layers ({', '.join(names)}) is not read over several ranks")
+
+
 @contextmanager
 def sequence_parallel(model: LM, group: dist.ProcessGroup | None = None) -> Iterator[None]:
     """Inside, a call of the model is one call on all ranks of the group: each passes the stretch of the tokens (B, T)
@@ -73,8 +81,7 @@ def sequence_parallel(model: LM, group: dist.ProcessGroup | None = None) -> Iter
     """
     if not isinstance(model, LM):
         raise InputError(f"only a model of this library is read over several ranks, not {type(model).__name__}")
-    if model.attends:
-        raise InputError("a model with attention layers is not read over several ranks")
+    refuse_unspread(model)
     if model.spread is not None:
         raise InputError("the model is read over several ranks already")
 
