@@ -207,6 +207,34 @@ def check_refusals(device: torch.device) -> None:
         pass
 
 
+def check_benchmark(device: torch.device) -> None:
+    from rnn_longctx.eval.bench import parallel_longnet as ranked  # and all tables and plots
+
+    ranked.REPEATS = 1
+    layer = ranked.layer_of(spec(2, "8/32/128", "1/4/8"), 128, WIDTH).to(device, torch.float64)
+    rows = list(ranked.longnet_rows(layer, 128))
+    figures = [(row["what"], row["length"], row["ranks"], row["bytes_a_token"]) for row in rows]
+    assert figures == [] if dist.get_rank() else figures == [
+        *(("forward", 32, 1, 0), ("both", 32, 1, 0)),
+        *(("forward", 64, 1, 0), ("forward", 64, 2, 8 * 2 * WIDTH * 4 / 32)),
+        *(("both", 64, 1, 0), ("both", 64, 2, 8 * 2 * WIDTH * 4 / 32)),
+        *(("forward", 128, 1, 0), ("forward", 128, 4, 8 * 2 * WIDTH * 12 / 32)),
+        *(("both", 128, 1, 0), ("both", 128, 4, 8 * 2 * WIDTH * 12 / 32)),
+    ]  # fmt: skip
+    for row in rows:
+        assert row["seconds"] > 0 and row["note"] == "", row
+        if row["ranks"] > 1:
+            assert row["error"] < 1e-12, row
+            (first,) = [r for r in rows if r["what"] == row["what"] and r["length"] == 32]
+            (alone,) = [
+                r for r in rows if r["what"] == row["what"] and r["length"] == row["length"] and r["ranks"] == 1
+            ]
+            assert row["efficiency"] == pytest.approx(first["seconds"] / row["seconds"])
+            assert row["of_ideal"] == pytest.approx(alone["seconds"] / row["seconds"] / row["ranks"])
+    with pytest.raises(InputError, match="16 tokens in 2 segments of 8 are read by at most as many ranks, got 4"):
+        next(ranked.longnet_rows(layer, 16))
+
+
 def check_half_precision(device: torch.device) -> None:
     """On the kernels, in bfloat16: nearly as far from float64 as one rank is."""
     choose.FUSED_LAYERS = True
@@ -268,6 +296,31 @@ def test_a_model_over_ranks_is_that_of_one(gloo, seed, world):
 
 def test_what_travels(gloo, seed):
     gloo.run("check_what_travels", seed=seed)
+
+
+def test_the_benchmark(gloo, seed):
+    gloo.run("check_benchmark", seed=seed)
+
+
+def test_what_the_benchmark_does_not_take(monkeypatch):
+    from rnn_longctx.eval.bench.parallel import bench_parallel
+    from rnn_longctx.eval.bench.parallel_longnet import geometric
+
+    assert geometric(2**20) == (
+        "longnet:heads=8,segments=2048/8192/32768/131072/524288/1048576,dilations=1/4/16/64/256/1024"
+    )
+    assert geometric(5000) == "longnet:heads=8,segments=2048/5000,dilations=1/4"
+    assert geometric(5001) == "longnet:heads=8,segments=2048/5004,dilations=1/4"
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    for settings, message in (
+        ({"mixer": "longnet"}, "a process for each rank: torchrun .* --mixer longnet"),
+        ({"mixer": "gla"}, "expected mamba2 or longnet, got 'gla'"),
+        ({"mixer": "longnet:segments=8/4,dilations=1/2"}, "segments must grow"),
+        ({"mixer": "longnet", "length": "-3"}, "a positive whole number"),
+        ({}, "CUDA devices and a process for each rank"),
+    ):
+        with pytest.raises(InputError, match=message):
+            next(bench_parallel(**settings))
 
 
 def test_what_cannot_be_followed_is_refused(gloo, seed):

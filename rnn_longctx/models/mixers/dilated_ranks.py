@@ -70,13 +70,7 @@ class Cut:
         places = [start]
         for length in shard.lengths:
             places.append(places[-1] + length)
-        shortest = patterns[0].segment
-        segments, ranks = (places[-1] - 1) // shortest - start // shortest + 1, len(shard.lengths)
-        if ranks > segments:
-            raise InputError(
-                f"longnet: {counted(shard.total, 'token')} in {counted(segments, 'segment')} of {shortest} are read by "
-                f"at most as many ranks, got {ranks}: use fewer, or a longer text"
-            )
+        refuse_many(patterns, len(shard.lengths), start, shard.total)
         return cls(patterns, places, shard.rank, shard.group)
 
     @property
@@ -104,6 +98,17 @@ class Cut:
     def rows_received(self, rank: int) -> int:
         """Return how many keys a head of a rank is sent."""
         return sum(p.columns.stop - p.columns.start for i in self.ranks for p in self.pieces(i, rank))
+
+
+def refuse_many(patterns: tuple[Pattern, ...], ranks: int, start: int, length: int) -> None:
+    """Raise InputError if `length` tokens from position `start` on have fewer of the shortest segments than ranks."""
+    shortest = patterns[0].segment
+    segments = (start + length - 1) // shortest - start // shortest + 1
+    if ranks > segments:
+        raise InputError(
+            f"longnet: {counted(length, 'token')} in {counted(segments, 'segment')} of {shortest} are read by at most as "
+            f"many ranks, got {ranks}: use fewer, or a longer text"
+        )
 
 
 def columns(pattern: Pattern, end: int, first: int, last: int) -> slice:
