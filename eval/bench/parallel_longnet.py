@@ -57,11 +57,14 @@ def longnet_rows(layer: LongNet, length: int) -> Iterator[Row]:
         forward    the layer without gradients
         both       forward and backward, the weights' gradients summed over the ranks
 
-    For each number n of ranks two rows, one of a rank alone that reads all n shares. Every rank does that at once, so
-    that each is as warm as among others. seconds: the median, of the slowest rank. efficiency: the time of a rank alone
-    with one share, over that of n ranks with n; of_ideal: an n-th of the time of a rank alone with all n, over the same.
-    bytes_a_token: of keys and values that the rank that is sent most gets, over its tokens. error: of outputs, or of all
-    gradients, relative, against the rank alone; the largest of any rank.
+    For each number n of ranks two rows, one of a rank alone that reads all n shares: every rank does that at once, so
+    that each is as warm as among others.
+
+        seconds        the median, of the slowest rank
+        efficiency     the time of a rank alone with one share, over that of n ranks with n
+        of_ideal       an n-th of the time of a rank alone with all n shares, over that of n ranks
+        bytes_a_token  of keys and values, what the rank that is sent most gets, over its tokens
+        error          of outputs, or of all gradients, relative, against the rank alone; the largest of any rank
 
     Raises:
         InputError: more ranks than shortest segments, on every rank, before anything is measured.

@@ -16,8 +16,9 @@ Without gradients, a stream longer than fits at once is several calls with one c
             hidden = model(piece[:, stretch(piece.shape[1])], cache)
 
 Afterwards every rank has the cache of the whole stream, and can go on from it alone. Gradients flow through a cache,
-too, unless it is detached. How the ranks work together: `recurrence.ssd.parallel`. The method is that of
-sequence-parallel scans (arXiv 2405.21060, section 8.2).
+too, unless it is detached. How the ranks work together: `recurrence.ssd.parallel`, and of layers of LongNet
+`models.mixers.dilated_ranks`; other attention is not spread. The method is that of sequence-parallel scans (arXiv
+2405.21060, section 8.2).
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ def sequence_parallel(model: LM, group: dist.ProcessGroup | None = None) -> Iter
     the ranks that use it.
 
     Raises:
-        InputError: here, another kind of model, or one that is spread already; in a call, on every rank: a stretch
+        InputError: here, another kind of model, other attention than LongNet's, or one that is spread already; in a call, on every rank: a stretch
             that is too short, a policy with a norm cap or a window, a stored start with resets, a reader's control,
             padding.
     """

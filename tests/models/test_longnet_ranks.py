@@ -77,7 +77,7 @@ def assert_same(ours: torch.Tensor, expected: torch.Tensor, what: str) -> None:
 
 
 def check_layer(device: torch.device, world: int, setting: tuple, calls: list[list[int]], kernels: bool) -> None:
-    """A stream in calls, each of the given tokens on every rank; into: what the loss makes of outputs and last carry."""
+    """A stream in calls, each of the given tokens on every rank; with a loss of all outputs and the last carry."""
     with way(kernels):
         group, mixer = groups(world), model_of(spec(*setting), device).layers[0].mixer
         rank, inputs = dist.get_rank(group), []

@@ -106,8 +106,8 @@ def refuse_many(patterns: tuple[Pattern, ...], ranks: int, start: int, length: i
     segments = (start + length - 1) // shortest - start // shortest + 1
     if ranks > segments:
         raise InputError(
-            f"longnet: {counted(length, 'token')} in {counted(segments, 'segment')} of {shortest} are read by at most as "
-            f"many ranks, got {ranks}: use fewer, or a longer text"
+            f"longnet: {counted(length, 'token')} in {counted(segments, 'segment')} of {shortest} are read by at most "
+            f"as many ranks, got {ranks}: use fewer, or a longer text"
         )
 
 
@@ -138,12 +138,12 @@ def held_here(k: Tensor, v: Tensor, held: Held, cut: Cut) -> Held:
 
 
 class _Sent(torch.autograd.Function):
-    """Keys and values (B, H, M, D) of each pattern that stand before this rank's first token, of this call's: zero where
-    that is no token."""
+    """Keys and values (B, H, M, D) of each pattern, of this call's tokens before this rank's first; zero where that is
+    none."""
 
     @staticmethod
     def forward(ctx: Any, k: Tensor, v: Tensor, cut: Cut) -> tuple[Tensor, ...]:
-        rows, length, heads, channels = k.shape
+        rows, _, heads, channels = k.shape
         ctx.cut, ctx.like = cut, (k.shape, k.dtype, k.device)
         out = [[_rows(x, piece, cut) for piece in cut.pieces(cut.rank, j) for x in (k, v)] for j in cut.ranks]
         into = [[piece for piece in cut.pieces(i, cut.rank) for _ in (k, v)] for i in cut.ranks]

@@ -180,8 +180,8 @@ class LongNet(Attention):
         assert span.shard is not None
         if span.mask is not None or span.reset is not None or carry.place is None:
             raise InputError(
-                "longnet: several ranks read one document a row, without padding, all rows of as many tokens; documents "
-                "that begin inside a call are not followed there"
+                "longnet: several ranks read one document a row, without padding, all rows of as many tokens; "
+                "documents that begin inside a call are not followed there"
             )
         return Cut.of(span.shard, carry.place, self.patterns)
 
