@@ -76,9 +76,9 @@ def sequence_parallel(model: LM, group: dist.ProcessGroup | None = None) -> Iter
     the ranks that use it.
 
     Raises:
-        InputError: here, another kind of model, other attention than LongNet's, or one that is spread already; in a call, on every rank: a stretch
-            that is too short, a policy with a norm cap or a window, a stored start with resets, a reader's control,
-            padding.
+        InputError: here, another kind of model, other attention than LongNet's, or one that is spread already; in a
+            call, on every rank: a stretch that is too short, a policy with a norm cap or a window, a stored start with
+            resets, a reader's control, padding; of LongNet, documents and more ranks than shortest segments.
     """
     if not isinstance(model, LM):
         raise InputError(f"only a model of this library is read over several ranks, not {type(model).__name__}")

@@ -19,7 +19,8 @@ from rnn_longctx.models.flash import Pattern
 from rnn_longctx.models.kernels import choose
 from rnn_longctx.models.lm import LM
 from rnn_longctx.models.mixers import dilated
-from rnn_longctx.models.mixers.dilated_ranks import Cut, columns
+from rnn_longctx.models.mixers.dilated_ranks import Cut, columns, held_here
+from rnn_longctx.models.mixers.longnet import LongNetConfig
 from rnn_longctx.recurrence.shard import Shard
 from rnn_longctx.recurrence.span import Span
 from rnn_longctx.train.parallel import reduce_gradients, sequence_parallel, shard, stretch
@@ -125,6 +126,22 @@ def check_layer(device: torch.device, world: int, setting: tuple, calls: list[li
         for name, grad in grads.items():
             assert grad.norm() > 0
             assert_same(own_grads[name], grad, name)
+
+
+def check_held(device: torch.device, lengths: list[int]) -> None:
+    """Before each rank's first token stands what a stream of all tokens before it holds, and nothing else."""
+    rank = dist.get_rank()
+    own = slice(sum(lengths[:rank]), sum(lengths[: rank + 1]))
+    for heads, *texts in SETTINGS:
+        patterns = LongNetConfig(heads, *texts).patterns
+        k, v = torch.randn(2, 2, sum(lengths), heads, 3, dtype=torch.float64, device=device)
+        none = [(k.new_zeros(2, heads, p.memory, 3),) * 2 for p in patterns]
+        shared = Shard(None, rank, lengths, torch.full((4, 2), -1), torch.tensor(rank == 0))
+        held = held_here(k[:, own], v[:, own], none, Cut.of(shared, 0, patterns))
+        for pattern, (empty, _), pair in zip(patterns, none, held):
+            for x, ours in zip((k, v), pair):
+                expected = dilated._held_after(x[:, : own.start], empty, pattern, 0) if rank else empty
+                assert torch.equal(ours, expected)
 
 
 def check_model(device: torch.device, world: int, mixers: list[str], length: int) -> None:
@@ -284,6 +301,12 @@ def test_a_layer_over_ranks_is_that_of_one(gloo, seed, setting, world, kernels):
     for calls in ([[each] * world], uneven, [[1, *[30] * (world - 1)]], [[30] * (world - 1) + [1]]):
         print(calls)
         gloo.run("check_layer", world, setting, calls, kernels, seed=seed)
+
+
+def test_what_is_held_before_a_shard(gloo, seed):
+    random.seed(seed)
+    for _ in range(3):
+        gloo.run("check_held", [random.randint(8, 50) for _ in range(4)], seed=seed)
 
 
 @pytest.mark.parametrize("world", [2, 4])
