@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from rnn_longctx.config import counted
 from rnn_longctx.errors import InputError
-from rnn_longctx.models.attention import CausalAttention
 from rnn_longctx.models.block import Backbone, Block, Output
 from rnn_longctx.models.cache import Cache
 from rnn_longctx.models.config import ModelConfig
@@ -21,6 +20,7 @@ from rnn_longctx.models.interface import Reader
 from rnn_longctx.models.layerwise import BlockByBlock
 from rnn_longctx.models.losses import head_losses, token_losses
 from rnn_longctx.models.mixers.base import Recurrent
+from rnn_longctx.models.mixers.full_attention import FullAttention
 from rnn_longctx.models.mixers.mamba2 import Mamba2Config
 from rnn_longctx.models.precision import state_dtype
 from rnn_longctx.models.reading import Hooked
@@ -92,10 +92,10 @@ class LM(Hooked, Identified, nn.Module):
         return [layer.mixer for layer in self.layers if isinstance(layer.mixer, Recurrent)]
 
     @property
-    def rotary(self) -> list[CausalAttention]:
+    def rotary(self) -> list[FullAttention]:
         """The layers of full attention with rotary positions, whose `yarn` may be set."""
-        full = (layer.mixer for layer in self.layers if isinstance(layer.mixer, CausalAttention))
-        return [mixer for mixer in full if mixer.rotary and mixer.window is None]
+        full = (layer.mixer for layer in self.layers if isinstance(layer.mixer, FullAttention))
+        return [mixer for mixer in full if mixer.rotary]
 
     @property
     def attends(self) -> bool:

@@ -79,7 +79,8 @@ def test_what_was_read_under_it_is_not_gone_on_from_without_it():
 
 
 def test_who_cannot_be_scaled_says_why():
-    for text in ("full-attention:heads=2,positions=none", "sliding-window:heads=2,window=16", "mamba2:headdim=16"):
+    for text in ("full-attention:heads=2,positions=none", "sliding-window:heads=2,window=16", "chunk-linformer:heads=2",
+                 "mamba2:headdim=16"):  # fmt: skip
         with pytest.raises(NotApplicable, match="yarn scales the rotary positions of full attention"):
             mitigate(model_of(text), "yarn:factor=2")
     with pytest.raises(NotApplicable, match="give target_length, or factor=4"):
