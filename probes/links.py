@@ -65,11 +65,11 @@ def links(model: Any, ids: Tensor, at: Iterable[int] | None = None, *, segment: 
     if segment < 1:
         raise InputError(f"segment: expected at least 1 token, got {segment}")
     rows: list[tuple] = []
-    cache, asked = lm.new_cache(), set(queries)
+    cache, at_queries = lm.new_cache(), set(queries)
     cuts = sorted({*range(0, queries[-1], segment), *queries, *(query + 1 for query in queries)})
     for start, stop in pairwise(cuts):
         with ExitStack() as looking:
-            if start in asked:
+            if start in at_queries:
                 for layer, mixer in layers.items():
                     looking.enter_context(_looking(mixer, layer, start, rows))
             lm(ids[:, start:stop].to(lm.device), cache)
@@ -118,8 +118,8 @@ def held(table: pd.DataFrame, sources: Mapping[int, Sequence[int]]) -> pd.DataFr
     for query, tokens in sources.items():
         for (layer, head), read in table[table["query"] == query].groupby(["layer", "head"]):
             stretches = list(zip(read["start"].tolist(), read["stop"].tolist()))
-            found = any(start <= token < stop for start, stop in stretches for token in tokens)
-            rows.append((layer, head, query, found, _chance(stretches, tokens, query)))
+            holds = any(start <= token < stop for start, stop in stretches for token in tokens)
+            rows.append((layer, head, query, holds, _chance(stretches, tokens, query)))
     return pd.DataFrame(rows, columns=["layer", "head", "query", "held", "chance"])
 
 

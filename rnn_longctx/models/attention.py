@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from rnn_longctx.errors import InputError
 from rnn_longctx.models.carries import carry
 from rnn_longctx.models.flash import At, Pattern, one_softmax, readable
-from rnn_longctx.models.interface import Shape, StateSize
-from rnn_longctx.models.rotary import turned
+from rnn_longctx.models.interface import Shape
+from rnn_longctx.models.rotary import Yarn, turned
+from rnn_longctx.models.state_size import StateSize
 from rnn_longctx.recurrence.carry import ON_CPU
 from rnn_longctx.recurrence.span import Span
 
@@ -121,7 +122,10 @@ class CausalAttention(Attention):
 
     Attributes:
         window: tokens that a token attends to, itself among them; None: all before it.
+        yarn: how rotary positions are scaled, by a remedy, or None; set it, and the next token is read so.
     """
+
+    yarn: Yarn | None = None
 
     @property
     def window(self) -> int | None:
@@ -139,7 +143,7 @@ class CausalAttention(Attention):
         keys, values = k[:, kept].contiguous(), v[:, kept].contiguous()
         if self.rotary:
             places = torch.arange(before + length, device=u.device)
-            q, k = turned(q, places[before:]), turned(k, places)
+            q, k = turned(q, places[before:], self.yarn), turned(k, places, self.yarn)
         alike = span.mask is None and span.reset is None and carry.full
         if alike and before + length <= window and (before == 0 or readable(q)):
             y, held = _all_before(q, k, v), carry.held + length

@@ -31,9 +31,9 @@ from torch import Tensor
 
 from rnn_longctx.errors import InputError
 from rnn_longctx.models.attention import Attention, weighed
-from rnn_longctx.models.block_keys import BlockKeys, Places, picked
-from rnn_longctx.models.interface import StateSize
+from rnn_longctx.models.block_keys import BlockKeys, BlockPlaces, picked
 from rnn_longctx.models.rotary import turned
+from rnn_longctx.models.state_size import StateSize
 from rnn_longctx.recurrence.rows import row_counts
 from rnn_longctx.recurrence.span import WHOLE, Span
 
@@ -58,7 +58,7 @@ class Call:
     keys: Tensor
     values: Tensor
     summaries: Tensor
-    places: Places
+    places: BlockPlaces
 
     def parts(self) -> Iterator[slice]:
         """Yield QUERIES queries at a time."""
@@ -202,7 +202,7 @@ class SparseAttention(Attention):
         size, length = carry.size, u.shape[1]
         q, k, v = self.projected(u, span)
         counts, _ = row_counts(carry.position, length, mask=span.mask, reset=span.reset)
-        places = Places.find(counts, carry, span.reset, self.config.window // size)
+        places = BlockPlaces.find(counts, carry, span.reset, self.config.window // size)
         recent, content = torch.cat([carry.recent.to(k.dtype), k], 1), q
         if self.rotary:
             q, k = turned(q, counts - 1), turned(k, counts - 1)
@@ -339,6 +339,20 @@ def in_float32(x: Tensor) -> Iterator[torch.dtype]:
     have equal scores."""
     with torch.autocast(x.device.type, enabled=False):
         yield torch.promote_types(x.dtype, torch.float32)
+
+
+def too_few_blocks(name: str, config: Any, length: int) -> str | None:
+    """Return a line that says that `length` tokens have fewer blocks to choose from than a config says are chosen, so
+    that all of them are read; None where there are as many."""
+    sinks = getattr(config, "sinks", 0)
+    blocks = max(0, (length - 1) // config.block + 1 - config.window // config.block - sinks)
+    if blocks >= config.top:
+        return None
+    beside = "the window and the sinks" if sinks else "the window"
+    return (
+        f"{name}: top = {config.top} is more than the blocks of {config.block} that {length} tokens have beside "
+        f"{beside}, {blocks}: everything is read"
+    )
 
 
 def check_blocks(name: str, config: Any) -> None:

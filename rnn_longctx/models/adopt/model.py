@@ -26,12 +26,13 @@ from rnn_longctx.models.adopt.wrapped import unreadable
 from rnn_longctx.models.checkpoint.tokenizer import LazyTokenizer, tokenizer_of
 from rnn_longctx.models.hashing import Identified, computed_on, computes_in
 from rnn_longctx.models.ids import rows_of
-from rnn_longctx.models.interface import LayerByLayer, StateSize
+from rnn_longctx.models.interface import LayerByLayer, RotaryMixer
 from rnn_longctx.models.losses import token_losses
 from rnn_longctx.models.precision import state_dtype
 from rnn_longctx.models.reading import Hooked
 from rnn_longctx.models.restart import Restart, read_restarting
 from rnn_longctx.models.segments import kernels_there, longest, widest
+from rnn_longctx.models.state_size import StateSize
 from rnn_longctx.recurrence.backends import Call
 from rnn_longctx.recurrence.policy import PLAIN
 from rnn_longctx.recurrence.rule import compute_dtype
@@ -153,6 +154,8 @@ class Adopted(Hooked, Identified):
     def hybrid(self) -> bool:
         """Whether it is of a family of hybrids, though all its own layers may be recurrent."""
         return not self._takes.isdisjoint(("past_key_values", "position_ids"))
+
+    rotary: tuple[RotaryMixer, ...] = ()  # its own library's to scale
 
     @property
     def rotary_scaling(self) -> str | None:

@@ -31,7 +31,7 @@ from rnn_longctx.models.adopt.mixer import AdoptedMixer, Call
 from rnn_longctx.models.adopt.model import Adopted
 from rnn_longctx.models.conv import linear_conv, unadapted
 from rnn_longctx.models.hashing import held
-from rnn_longctx.models.interface import StateSize
+from rnn_longctx.models.state_size import StateSize
 from rnn_longctx.recurrence.gates import Gates, ScanInputs
 from rnn_longctx.recurrence.interface import Recurrence
 from rnn_longctx.recurrence.ssd.scan import SSD
