@@ -154,6 +154,8 @@ class AdoptedCache:
             raise InputError("rows whose attention was cropped cannot be put together")
         for i, layer in enumerate(new.library.layers):
             layers = [p.library.layers[i] for p in parts]
+            if new.join_layer(layer, layers, cat):
+                continue
             for states in ("conv_states", "recurrent_states"):
                 for k, state in getattr(layer, states, {}).items():
                     if state is not None:  # (a layer of an MLP alone has places for states, in transformers 5.17)
@@ -169,6 +171,11 @@ class AdoptedCache:
                 layer.beside = beside.joined(besides, cat)
         new.stand_where(parts, cat)
         return new
+
+    def join_layer(self, layer: Any, layers: list[Any], cat: Callable) -> bool:
+        """Put the rows of `layers`, one of each cache, into a layer of this one where it is of a kind of its own, and
+        return whether it is."""
+        return False
 
     def stand_where(self, parts: list[AdoptedCache], cat: Callable) -> None:
         """Say where the rows stand, of a cache that was made of others."""

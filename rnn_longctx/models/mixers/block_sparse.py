@@ -74,10 +74,11 @@ class BlockSparse(SparseAttention):
 
     def __init__(self, config: BlockSparseConfig, model: Shape):
         super().__init__(config, model)
-        size = model.d_model // config.heads
-        self.pool = nn.Parameter(torch.zeros(config.heads, size))
-        self.gate_query = nn.Parameter(torch.randn(config.heads, size, config.gate) * size**-0.5)
-        self.gate_key = nn.Parameter(self.gate_query.detach().clone())
+        size, heads = self.head_dim, self.kv_heads
+        self.pool = nn.Parameter(torch.zeros(heads, size))
+        gate = torch.randn(heads, size, config.gate) * size**-0.5
+        self.gate_query = nn.Parameter(self.by_head(gate, 0).clone())
+        self.gate_key = nn.Parameter(gate)
 
     @property
     def sinks(self) -> int:
@@ -96,7 +97,8 @@ class BlockSparse(SparseAttention):
     def scores(self, queries: Tensor, summaries: Tensor) -> Tensor:
         with in_float32(queries) as wide:
             queries = torch.einsum("bthd,hdg->bhtg", queries.to(wide), self.gate_query.to(wide))
-            return queries @ summaries.to(wide).permute(0, 2, 3, 1) / math.sqrt(self.config.gate)
+            summaries = self.by_head(summaries.to(wide), 2)
+            return queries @ summaries.permute(0, 2, 3, 1) / math.sqrt(self.config.gate)
 
     def read(self, call: Call, queries: slice) -> Tensor:
         choice = self.choice(call, queries, self.call_scores(call, queries))

@@ -22,7 +22,6 @@ from rnn_longctx.models.flash import Pattern
 from rnn_longctx.models.interface import StateSize
 from rnn_longctx.models.mixers import MIXERS
 from rnn_longctx.models.mixers.dilated import Places, dilated, pairs, reach, read_by
-from rnn_longctx.models.rotary import turned
 from rnn_longctx.recurrence.carry import ON_CPU
 from rnn_longctx.recurrence.span import Span
 
@@ -149,7 +148,7 @@ class LongNet(Attention):
         before, forgotten = carry.position.to(u.device), carry.forgotten.to(u.device)
         position = places - begins(-before, 0, u.shape[1], span)  # (B, T)
         if self.rotary:
-            q, k = turned(q, position), turned(k, position)
+            q, k = self.turn(q, k, position, span)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, T, D)
         sizes = [pattern.memory for pattern in self.patterns]
         held = list(zip(carry.keys.split(sizes, 2), carry.values.split(sizes, 2)))
@@ -169,11 +168,10 @@ class LongNet(Attention):
 
     def state_size(self) -> StateSize:
         tokens = sum(pattern.memory for pattern in self.patterns)
-        return StateSize({"attention": 2 * self.in_proj.in_features * tokens})
+        return StateSize({"attention": 2 * self.config.heads * self.head_dim * tokens})
 
     def new_carry(self, rows: int) -> DilatedKeys:
-        weight, heads = self.in_proj.weight, self.config.heads
         tokens = sum(pattern.memory for pattern in self.patterns)
-        keys = weight.new_zeros(rows, heads, tokens, self.in_proj.in_features // heads)
+        keys = self.like.new_zeros(rows, self.config.heads, tokens, self.head_dim)
         none = torch.zeros(rows, dtype=torch.int64, device="cpu")
         return DilatedKeys(keys, torch.zeros_like(keys), none, none.clone())
