@@ -145,13 +145,16 @@ class SparseAttention(Attention):
             scores.append(F.pad(choice.scores.masked_fill(~choice.taken, 0), less))
         return Kept(torch.cat(blocks, 2), torch.cat(scores, 2))
 
-    def block_scores(self, u: Tensor, carry: BlockKeys | None = None, span: Span = WHOLE) -> tuple[Tensor, Tensor]:
-        """Return the scores (B, H, T, M) of every completed block of a row for every token, with gradients, and
-        (B, T, M) bool, which of them the token chooses from. Blocks stand in the order in which they were completed: of
-        one document that begins with the call, block n is the n-th. A distillation of the choice begins here."""
+    def block_scores(
+        self, u: Tensor, carry: BlockKeys | None = None, span: Span = WHOLE, queries: slice | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the scores (B, H, t, M) of every completed block of a row for every token, or those of a slice, with
+        gradients, and (B, t, M) bool, which of them the token chooses from. Blocks stand in the order in which they
+        were completed: of one document that begins with the call, block n is the n-th. A distillation of the choice
+        begins here."""
         call, _ = self._call(u, carry, span)
-        whole = slice(0, u.shape[1])
-        return self.call_scores(call, whole), self._candidates(call, whole)[0]
+        some = slice(0, u.shape[1]) if queries is None else queries
+        return self.call_scores(call, some), self._candidates(call, some)[0]
 
     def call_scores(self, call: Call, queries: slice) -> Tensor:
         """Return the scores (B, H, t, m) of the blocks that are complete once the last of the queries is read."""

@@ -46,12 +46,14 @@ class RetrofitAttention(nn.Module):
         super().__init__()
         self.config, self.layer_idx = original.config, original.layer_idx
         self.head_dim, self.num_key_value_groups = original.head_dim, original.num_key_value_groups
+        self.kv_heads = int(original.config.num_attention_heads) // original.num_key_value_groups
         for name in OWN:
             if isinstance(module := getattr(original, name, None), nn.Module):
                 setattr(self, name, module)
         number = int(original.config.num_attention_heads)
         taken = {head for _, heads in mixers for head in heads}
         rest = tuple(head for head in range(number) if head not in taken)
+        self.o_proj: nn.Module
         self.mixers = (*mixers, (FULL, rest)) if rest else mixers
         self.parts = nn.ModuleList(make_part(text, Heads.of(original, heads)) for text, heads in self.mixers)
         weight = original.q_proj.weight
@@ -74,22 +76,37 @@ class RetrofitAttention(nn.Module):
                 'a retrofitted layer needs the cache that grows: generate without cache_implementation="static"'
             )
         layer = None if cache is None else _layer(cache, self.layer_idx)
-        cos, sin = (x.expand(len(u), -1, -1) for x in position_embeddings)
-        shared = {**dict(zip((QUERIES, KEYS, VALUES), self.projected(u))), COS: cos, SIN: sin}
-        span = Span(read_mask(attention_mask, u), shared=shared)
-        before = [None] * len(self.parts) if layer is None or layer.carry is None else layer.carry.parts
-        read = [part(u, carry, span) for part, carry in zip(self.parts, before, strict=True)]
-        y = torch.cat([out for out, _ in read], 2)
-        if self.order != tuple(range(len(self.order))):
-            index = torch.tensor(self.order, device=u.device)
-            y = y.unflatten(2, (-1, self.head_dim)).index_select(2, index).flatten(2)
+        before = None if layer is None or layer.carry is None else layer.carry.parts
+        y, carries = self.read(u, position_embeddings, read_mask(attention_mask, u), before)
         if layer is not None:
-            layer.put(LayerParts([carry for _, carry in read]), u.shape[1])
-        return self.o_proj(y), None
+            layer.put(LayerParts(carries), u.shape[1])
+        return self.o_proj(y.flatten(2)), None
 
-    def projected(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return queries (B, T, H, D), keys and values (B, T, K, D), normed where the layer norms them, not turned."""
-        return project(self, u)
+    def read(
+        self,
+        u: Tensor,
+        angles: tuple[Tensor, Tensor],
+        mask: Tensor | None = None,
+        before: list[Any] | None = None,
+        values: Tensor | None = None,
+    ) -> tuple[Tensor, list[Any]]:
+        """Return what the heads read of u (B, T, hidden_size), (B, T, H, D), and the parts' carries after it.
+
+        Args:
+            angles: cos and sin (1 or B, T, D) of the tokens' places.
+            mask: (B, T) bool, False at padding. before: the parts' carries; None begins.
+            values: (B, T, K, D), in the place of the values that the layer makes.
+        """
+        q, k, v = project(self, u)
+        cos, sin = (x.expand(len(u), -1, -1) for x in angles)
+        shared = {QUERIES: q, KEYS: k, VALUES: v if values is None else values, COS: cos, SIN: sin}
+        span = Span(mask, shared=shared)
+        carries = [None] * len(self.parts) if before is None else before
+        read = [part(u, carry, span) for part, carry in zip(self.parts, carries, strict=True)]
+        y = torch.cat([out for out, _ in read], 2).unflatten(2, (-1, self.head_dim))
+        if self.order != tuple(range(len(self.order))):
+            y = y.index_select(2, torch.tensor(self.order, device=u.device))
+        return y, [carry for _, carry in read]
 
 
 def project(attention: Any, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -15,6 +15,7 @@ from rnn_longctx.models.interface import StateSize
 from rnn_longctx.models.mixers.base import Recurrent
 from rnn_longctx.models.precision import state_dtype
 from rnn_longctx.models.retrofit.attention import RetrofitAttention, carry_layer
+from rnn_longctx.models.retrofit.parts import tokens_read
 from rnn_longctx.recurrence.policy import PLAIN
 
 
@@ -67,12 +68,30 @@ class Retrofitted(Adopted):
         size = StateSize()
         for attention in self.attentions:
             if isinstance(attention, RetrofitAttention):
-                size = sum((part.state_size() for part in attention.parts), size)
+                size = sum((part.state_size() for part in parts_of(attention)), size)
                 continue
-            numbers = attention.k_proj.out_features + attention.v_proj.out_features
+            own: Any = attention
+            numbers = own.k_proj.out_features + own.v_proj.out_features
             window = window_of(attention)
             size += StateSize(per_token=numbers) if window is None else StateSize(windows={window - 1: numbers})
         return size
+
+    def read_share(self, length: int) -> float:
+        """Return how many keys and values the queries of a context of `length` tokens read in all layers and heads, as
+        a share of those that full attention reads. A recurrence reads none."""
+        full = length * (length + 1) // 2
+        read = every = 0
+        for attention in self.attentions:
+            parts: list[Any] = parts_of(attention) if isinstance(attention, RetrofitAttention) else []
+            for part in parts:
+                read += len(part.of_heads.queries) * (tokens_read(part, length) or 0)
+            window = None if parts else window_of(attention)
+            if not parts:
+                near = length if window is None else min(window, length)
+                pairs = near * (near + 1) // 2 + (length - near) * near
+                read += int(self.config.num_attention_heads) * pairs
+            every += int(self.config.num_attention_heads) * full
+        return read / every
 
     @property
     def state_dtype(self) -> torch.dtype | None:
@@ -101,17 +120,10 @@ class RetrofitCache(AdoptedCache):
         super().__init__([])
         self.retrofitted = [attention.layer_idx for attention in model.retrofitted]
 
-    @property
-    def layers(self) -> list[Carry]:
-        """The carries of the recurrent parts, in order; empty before the first token."""
-        if self.library is None:
-            return []
+    def carries(self) -> list[Carry]:
+        """Return the carries of the recurrent parts, in order."""
         held = [self.library.layers[i].carry for i in self.retrofitted]
         return [part for carry in held if carry is not None for part in carry.parts if isinstance(part, Carry)]
-
-    @layers.setter
-    def layers(self, layers: list[Carry]) -> None:
-        AdoptedCache.layers.fset(self, layers)  # type: ignore[attr-defined]
 
     def crop_attention(self, tokens: int) -> None:
         for layer in self.library.layers:
@@ -138,6 +150,11 @@ def window_of(attention: Any) -> int | None:
     if hasattr(attention, "sliding_window"):
         return attention.sliding_window
     return getattr(attention.config, "sliding_window", None)
+
+
+def parts_of(attention: RetrofitAttention) -> list[Any]:
+    """Return the parts that the heads of a retrofitted layer are shared out between."""
+    return list(attention.parts)
 
 
 def _recurrent(attention: RetrofitAttention) -> list[Recurrent]:

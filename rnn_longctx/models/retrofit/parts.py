@@ -21,12 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from rnn_longctx.errors import InputError
+from rnn_longctx.models.interface import StateSize
 from rnn_longctx.models.mixers.block_sparse import BlockSparse, BlockSparseConfig
 from rnn_longctx.models.mixers.full_attention import FullAttention, FullAttentionConfig
 from rnn_longctx.models.mixers.longnet import LongNet, LongNetConfig
 from rnn_longctx.models.mixers.two_stage import TwoStage, TwoStageConfig
 from rnn_longctx.models.retrofit.heads import COS, SIN, Heads, OfHeads, turned_by
-from rnn_longctx.models.retrofit.recurrences import GatedDeltaPart, Mamba2Part, RecurrentConfig
+from rnn_longctx.models.retrofit.recurrences import GatedDeltaPart, Mamba2Part, RecurrentConfig, RecurrentPart
 from rnn_longctx.models.sparse import Call
 from rnn_longctx.recurrence.span import Span
 from rnn_longctx.spec import canonical, parse
@@ -37,6 +38,8 @@ FINE = 4.0  # two-stage: sigmoid(FINE) of the fine stage is read at first, and s
 
 class AttentionPart(OfHeads):
     """Attention over heads of a layer. Its output is not projected."""
+
+    out_proj: Any
 
     def make_projections(self, heads: Heads) -> None:
         self.take(heads)
@@ -96,9 +99,7 @@ class FullPart(AttentionPart, FullAttention):
         q, k = self.turn(q, k, k, span)
         return q, self.by_head(k, 2), self.by_head(v, 2)
 
-    def state_size(self) -> Any:
-        from rnn_longctx.models.interface import StateSize
-
+    def state_size(self) -> StateSize:
         return StateSize(per_token=2 * self.kv_heads * self.head_dim)
 
 
@@ -106,16 +107,14 @@ class FullPart(AttentionPart, FullAttention):
 class Kind:
     """What may take heads over: its settings, and what makes a part of them and the heads."""
 
-    settings: type
+    settings: type[Any]
     make: Callable[[Any, Heads], Any]
 
 
-def _attention(name: str, config: type, part: type) -> Kind:
+def _attention(config: type[Any], part: type[Any]) -> Kind:
     """Return the kind of a mixer: its settings are those of its config, but for what the model's own heads say."""
-    own = [(f.name, f.type, f) for f in fields(config) if f.name not in ("heads", "positions")]  # type: ignore[arg-type]
-    settings = make_dataclass(
-        f"{config.__name__}OfHeads", [(n, object if n != n else t, f) for n, t, f in own], frozen=True
-    )
+    own: list[Any] = [(f.name, f.type, f) for f in fields(config) if f.name not in ("heads", "positions")]
+    settings = make_dataclass(f"{config.__name__}OfHeads", own, frozen=True)
 
     def make(given: Any, heads: Heads) -> Any:
         values = {f.name: getattr(given, f.name) for f in fields(given)}
@@ -125,31 +124,55 @@ def _attention(name: str, config: type, part: type) -> Kind:
 
 
 KINDS: dict[str, Kind] = {
-    "block-sparse": _attention("block-sparse", BlockSparseConfig, BlockSparsePart),
-    "two-stage": _attention("two-stage", TwoStageConfig, TwoStagePart),
-    "longnet": _attention("longnet", LongNetConfig, LongNetPart),
+    "block-sparse": _attention(BlockSparseConfig, BlockSparsePart),
+    "two-stage": _attention(TwoStageConfig, TwoStagePart),
+    "longnet": _attention(LongNetConfig, LongNetPart),
     "mamba2": Kind(RecurrentConfig, Mamba2Part),
     "gated-deltanet": Kind(RecurrentConfig, GatedDeltaPart),
 }
 
 
-def checked(text: str) -> str:
-    """Return the canonical text of a mixer that takes heads over. Raises InputError for an unknown one, or settings
-    that it has not or refuses."""
-    name = text.partition(":")[0].strip()
-    settings = parse(text, {name: kind.settings for name, kind in KINDS.items()}, "mixer to retrofit")
+def settings_of(text: str) -> Any:
+    """Return the settings of a mixer that takes heads over. Raises InputError for an unknown one, or for settings that
+    it has not or refuses."""
+    kinds: dict[str, type[Any]] = {name: kind.settings for name, kind in KINDS.items()}
+    settings, name = parse(text, kinds, "mixer to retrofit"), _name(text)
     with torch.device("meta"):
         try:
             KINDS[name].make(settings, Heads((0,), (0,), (0,), 2, 2, 1e-6))
         except InputError as error:
             raise InputError(f"mixer to retrofit {text!r}: {str(error).removeprefix(f'{name}: ')}") from None
-    return canonical(name, settings)
+    return settings
+
+
+def checked(text: str) -> str:
+    """Return the canonical text of a mixer that takes heads over. Raises InputError as `settings_of` does."""
+    return canonical(_name(text), settings_of(text))
 
 
 def make_part(text: str, heads: Heads) -> Any:
     """Return the part that a text names, or full attention, of heads of a layer, its new weights drawn."""
     if text == FULL:
-        return FullPart(FullAttentionConfig(heads=len(heads.queries)), heads)  # type: ignore[arg-type]
-    name = text.partition(":")[0].strip()
-    settings = parse(text, {name: kind.settings for name, kind in KINDS.items()}, "mixer to retrofit")
-    return KINDS[name].make(settings, heads)
+        shape: Any = heads
+        return FullPart(FullAttentionConfig(heads=len(heads.queries)), shape)
+    return KINDS[_name(text)].make(settings_of(text), heads)
+
+
+def _name(text: str) -> str:
+    return text.partition(":")[0].strip()
+
+
+def tokens_read(part: Any, length: int) -> int | None:
+    """Return of how many tokens all queries of a context of `length` tokens read keys and values, of one head, or None
+    for a recurrence, which reads none. (What scores blocks, and a coarse stage, is not counted.)"""
+    if isinstance(part, RecurrentPart):
+        return None
+    if (pairs := part.pairs(length)) is not None:
+        return pairs // part.config.heads
+    block, window, total = part.config.block, part.config.window, 0
+    for number in range(-(-length // block)):  # of the block that a query is in
+        queries = min(block, length - number * block)
+        near = min(number, window // block - 1) * block
+        chosen = min(max(0, number - window // block + 1), part.sinks + part.config.top) * block
+        total += queries * (near + chosen) + queries * (queries + 1) // 2
+    return total

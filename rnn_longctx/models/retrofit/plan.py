@@ -77,7 +77,7 @@ def plan_of(model: Any, mixer: str, layers: str = "all", heads: str = "all") -> 
     text, config = checked(mixer), model.config
     chosen = numbers(layers, int(config.num_hidden_layers), "layer", "--layers")
     taken = numbers(heads, int(config.num_attention_heads), "head", "--heads")
-    return Plan({layer: ((text, taken),) for layer in chosen})
+    return Plan(dict.fromkeys(chosen, ((text, taken),)))
 
 
 def convert(model: nn.Module, plan: Plan, seed: int = 0) -> nn.Module:

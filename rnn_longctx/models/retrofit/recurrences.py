@@ -1,7 +1,7 @@
 """Recurrences that take heads of a transformers layer over, by the usual mapping of weights (The Mamba in the Llama,
 arXiv 2408.15237; SUPRA, 2405.06640; LoLCATs, 2410.10254): values are x, keys B, queries C.
 
-    mamba2            S_t = exp(-A dt_t) S_{t-1} + dt_t v_t k_t^T                     dt_t = softplus(W_dt u_t + dt_bias)
+    mamba2            S_t = exp(-A dt_t) S_{t-1} + dt_t v_t k_t^T         dt_t = softplus(W_dt u_t + dt_bias)
     gated-deltanet    S_t = a_t S_{t-1} (I - beta_t k_t k_t^T) + beta_t v_t k_t^T     k, q of length 1
     both              y_t = S_t q_t / sqrt(D),   a head's output is norm(y_t) before the layer's own output projection
 
@@ -63,7 +63,7 @@ class RecurrentPart(OfHeads, Recurrent):
         dt = torch.empty(number).uniform_(math.log(DT_MIN), math.log(DT_MAX)).exp()
         self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
         self.norm = RMSNorm(size, heads.norm_eps)
-        self.out_proj = nn.Identity()
+        self.out_proj: Any = nn.Identity()
         with torch.no_grad():
             self.conv1d.weight.zero_()
             self.conv1d.weight[:, :, -1] = 1
