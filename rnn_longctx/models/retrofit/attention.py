@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from rnn_longctx.errors import InputError
 from rnn_longctx.models.adopt.cache import cache_in
-from rnn_longctx.models.adopt.dispatch import read_mask, static_attention
+from rnn_longctx.models.adopt.dispatch import pads_explained, read_mask, static_attention
 from rnn_longctx.models.carries import carry
 from rnn_longctx.models.retrofit.heads import COS, KEYS, QUERIES, SIN, VALUES, Heads
 from rnn_longctx.models.retrofit.parts import FULL, make_part
@@ -102,7 +102,8 @@ class RetrofitAttention(nn.Module):
         shared = {QUERIES: q, KEYS: k, VALUES: v if values is None else values, COS: cos, SIN: sin}
         span = Span(mask, shared=shared)
         carries = [None] * len(self.parts) if before is None else before
-        read = [part(u, carry, span) for part, carry in zip(self.parts, carries, strict=True)]
+        with pads_explained(mask):
+            read = [part(u, carry, span) for part, carry in zip(self.parts, carries, strict=True)]
         y = torch.cat([out for out, _ in read], 2).unflatten(2, (-1, self.head_dim))
         if self.order != tuple(range(len(self.order))):
             y = y.index_select(2, torch.tensor(self.order, device=u.device))
