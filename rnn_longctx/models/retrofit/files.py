@@ -28,7 +28,7 @@ from rnn_longctx.models.checkpoint.json_files import read_json, write_json
 from rnn_longctx.models.checkpoint.locate import locate
 from rnn_longctx.models.checkpoint.tokenizer import LazyTokenizer, fits, tokenizer_of, tokenizer_spec, write_tokenizer
 from rnn_longctx.models.retrofit.model import Retrofitted
-from rnn_longctx.models.retrofit.plan import Plan, convert
+from rnn_longctx.models.retrofit.plan import Plan, check_kind, convert
 
 PLAN, WEIGHTS = "retrofit.json", "retrofit.safetensors"
 PARTS = ".self_attn.parts."  # in the names of what transformers does not know
@@ -102,6 +102,8 @@ def load_retrofitted(
     about = read_json(directory / PLAN) if (directory / PLAN).is_file() else {}
     spec: Any = tokenizer or about.get("tokenizer") or tokenizer_of(directory)
     where = device_of(device)
+    config = directory / "config.json"
+    check_kind(read_json(config).get("model_type") if config.is_file() else None, name)
     model = library_model(directory, name, dtype_of("float32" if dtype is None else dtype))
     if about:
         plan = Plan.from_json(about.get("layers"), str(directory / PLAN))

@@ -87,9 +87,7 @@ def convert(model: nn.Module, plan: Plan, seed: int = 0) -> nn.Module:
         InputError: no decoder that can be retrofitted, or layers or heads that it has not.
     """
     config: Any = getattr(model, "config", None)
-    kind = getattr(config, "model_type", type(model).__name__)
-    if kind not in DECODERS:
-        raise InputError(f"{kind} is not retrofitted: decoders of transformers are ({', '.join(DECODERS)})")
+    check_kind(getattr(config, "model_type", None), type(model).__name__)
     blocks: Any = model.base_model.layers  # type: ignore[union-attr]
     for layer, mixers in plan.layers.items():
         if not 0 <= layer < len(blocks):
@@ -104,6 +102,13 @@ def convert(model: nn.Module, plan: Plan, seed: int = 0) -> nn.Module:
             torch.manual_seed(seed * 10_000 + layer)
             blocks[layer].self_attn = RetrofitAttention(attention, mixers).train(attention.training)
     return model
+
+
+def check_kind(model_type: str | None, name: str) -> None:
+    """Raise InputError for a model that is no decoder of transformers whose attention can be replaced."""
+    if model_type not in DECODERS:
+        kind = f" ({model_type})" if model_type else ""
+        raise InputError(f"{name}{kind} cannot be retrofitted: decoders of transformers can ({', '.join(DECODERS)})")
 
 
 def _check_heads(layer: int, groups: Sequence[tuple[int, ...]], most: int) -> None:

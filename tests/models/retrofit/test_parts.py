@@ -1,4 +1,4 @@
-"""A retrofitted layer computes what its mixer is defined as, on the heads that it takes over, and nothing else moves."""
+"""A retrofitted layer computes what its mixer is defined as, on the heads that it takes over; nothing else moves."""
 
 from __future__ import annotations
 
