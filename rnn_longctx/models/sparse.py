@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -103,6 +103,11 @@ class SparseAttention(Attention):
     @property
     def rotary(self) -> bool:
         return self.config.positions == "rope"
+
+    @property
+    def head_numbers(self) -> Sequence[int]:
+        """What the heads are called, in order."""
+        return range(self.config.heads)
 
     @property
     def sinks(self) -> int:

@@ -202,7 +202,7 @@ def _converted(original: Retrofitted, plan: Plan, config: RetrofitConfig) -> Ret
     student = Retrofitted(convert(copy.deepcopy(original.model), plan, config.seed))
     student.name, student.tokenizer = Path(config.out).name, original.tokenizer
     student.train_length = original.train_length
-    if config.text or config.tasks:
+    if (config.text or config.tasks) and config.steps:
         student.train_length = max(config.stages[-1], original.train_length or 0)
     return student
 

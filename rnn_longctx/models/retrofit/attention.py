@@ -20,6 +20,7 @@ from rnn_longctx.models.adopt.dispatch import pads_explained, read_mask, static_
 from rnn_longctx.models.carries import carry
 from rnn_longctx.models.retrofit.heads import COS, KEYS, QUERIES, SIN, VALUES, Heads
 from rnn_longctx.models.retrofit.parts import FULL, make_part
+from rnn_longctx.models.retrofit.recurrences import RecurrentPart
 from rnn_longctx.recurrence.carry import tree_map
 from rnn_longctx.recurrence.span import Span
 
@@ -58,6 +59,9 @@ class RetrofitAttention(nn.Module):
         self.parts = nn.ModuleList(make_part(text, Heads.of(original, heads)) for text, heads in self.mixers)
         weight = original.q_proj.weight
         self.parts.to(weight.device, weight.dtype)
+        for part in self.parts:
+            if isinstance(part, RecurrentPart):
+                part.keep_wide()
         order = [head for _, heads in self.mixers for head in heads]
         self.order = tuple(order.index(head) for head in range(number))  # where each head stands in the parts' outputs
 

@@ -72,6 +72,11 @@ class OfHeads(nn.Module):
         return self.place
 
     @property
+    def head_numbers(self) -> tuple[int, ...]:
+        """The numbers of the heads in the layer."""
+        return self.of_heads.queries
+
+    @property
     def head_dim(self) -> int:
         return self.of_heads.head_dim
 

@@ -69,6 +69,13 @@ class RecurrentPart(OfHeads, Recurrent):
             self.conv1d.weight[:, :, -1] = 1
             nn.init.normal_(self.dt_proj.weight, std=STD)
 
+    @torch.no_grad()
+    def keep_wide(self) -> None:
+        """Keep A_log, D and dt_bias at least float32, as a 16-bit model of this library's own does."""
+        for name in ("A_log", "D", "dt_bias"):
+            if (p := getattr(self, name, None)) is not None:
+                p.data = p.data.to(torch.promote_types(p.dtype, torch.float32))
+
     @property
     def heads(self) -> int:
         return len(self.of_heads.queries)

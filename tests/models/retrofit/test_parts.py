@@ -15,6 +15,7 @@ from rnn_longctx.models.retrofit.attention import project
 from rnn_longctx.models.retrofit.heads import COS, KEYS, QUERIES, SIN, VALUES
 from rnn_longctx.models.retrofit.pooled import softmax_weights, watched
 from rnn_longctx.models.saved_state import load_state, save_state
+from rnn_longctx.probes.links import links
 from rnn_longctx.recurrence.span import Span
 
 # The library's norms are float32, so that a difference of one unit in the last place may come to 1e-7 after them.
@@ -183,6 +184,13 @@ def test_it_says_how_much_it_keeps_and_reads():
     # of 10 blocks of 4: the window of 2 blocks, a sink and 2 more
     read = sum(min(t // 4, 1) * 4 + t % 4 + 1 + 4 * min(max(0, t // 4 - 1), 3) for t in range(40))
     assert retrofitted(model, SPARSE).read_share(40) == pytest.approx(read / (40 * 41 / 2))
+
+
+def test_explain_names_the_heads_of_the_layer_and_what_they_read():
+    lm, ids = retrofitted(decoder("llama"), SPARSE, "1", "1,3"), tokens(1, 40)
+    table = links(lm, ids, [39], segment=7)
+    assert set(table["layer"]) == {1} and set(table["head"]) == {1, 3}
+    assert set(table["kind"]) == {"sink", "chosen", "window"} and len(table) == 2 * (1 + 2 + 1)
 
 
 def test_its_state_is_saved_and_a_static_cache_refused(tmp_path):
