@@ -37,10 +37,11 @@ def mixers_of(model: LanguageModel) -> list[Mixer]:
 def sparse_layers(model: LanguageModel) -> dict[int, SparseAttention]:
     """Return the layers that choose what they read, by their places among all layers, from 0 on; of a retrofitted
     decoder what took over heads of its layers."""
-    layers = {i: mixer for i, mixer in enumerate(mixers_of(model)) if isinstance(mixer, SparseAttention)}
-    for attention in getattr(model, "retrofitted", ()):
-        layers |= {attention.layer_idx: part for part in attention.parts if isinstance(part, SparseAttention)}
-    return layers
+    mixers: list[tuple[int, Any]] = list(enumerate(mixers_of(model)))
+    mixers += [
+        (attention.layer_idx, part) for attention in getattr(model, "retrofitted", ()) for part in attention.parts
+    ]
+    return {i: mixer for i, mixer in mixers if isinstance(mixer, SparseAttention)}
 
 
 @torch.no_grad()

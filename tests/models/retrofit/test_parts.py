@@ -48,6 +48,16 @@ def test_what_reads_every_token_is_the_full_attention_that_it_takes_over(kind, m
     torch.testing.assert_close(logits(lm, ids), logits(as_stream(model), ids), **CLOSE)
 
 
+def test_scaled_angles_and_layers_with_a_window_are_read_as_the_library_does():
+    scaled = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
+    model, ids = decoder("llama", rope_parameters=scaled), tokens()
+    torch.testing.assert_close(logits(retrofitted(model, WHOLE), ids), logits(as_stream(model), ids), **CLOSE)
+    lm = retrofitted(decoder("mistral", sliding_window=10), SPARSE, "0,2", "0,1")  # (layer 1 keeps its window)
+    cache, whole = lm.new_cache(), logits(lm, ids)
+    cut = [logits(lm, ids[:, a:b], cache) for a, b in ((0, 7), (7, 8), (8, 45))]
+    torch.testing.assert_close(torch.cat(cut, 1), whole, **CLOSE)
+
+
 @pytest.mark.parametrize("heads", ["all", "1,2,3"])
 def test_block_sparse_is_dense_attention_under_the_mask_of_its_blocks(heads):
     model, ids = decoder("qwen3"), tokens()
