@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from rnn_longctx.cli.command import command
-from rnn_longctx.cli.options import TEXTS, Device, Many, option
+from rnn_longctx.cli.options import Device, Many, option
 from rnn_longctx.errors import InputError
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class TeachingOptions:
 
     distill: Annotated[bool, typer.Option("--distill", help="By the full attention; else by the text alone.")] = False
     teacher: Annotated[str | None, option("Another decoder, of the same vocabulary.", "the model itself")] = None
-    text: Annotated[Many, option(f"{TEXTS} Again for more.", "nothing is trained")] = None
+    text: Annotated[Many, option("As of eval, but for stdlib; again for more.", "nothing is trained")] = None
     task: Annotated[Many, option("Mixed in, such as planted; again for more.", "none")] = None
     task_share: Annotated[float, typer.Option(min=0, max=1, help="Of the rows, where there is a text.")] = 0.5
     stages: Annotated[str, typer.Option(help="Tokens, one length after the other, such as 2k,8k,32k.")] = "2k"
