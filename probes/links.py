@@ -35,8 +35,13 @@ def mixers_of(model: LanguageModel) -> list[Mixer]:
 
 
 def sparse_layers(model: LanguageModel) -> dict[int, SparseAttention]:
-    """Return the layers that choose what they read, by their places among all layers, from 0 on."""
-    return {i: mixer for i, mixer in enumerate(mixers_of(model)) if isinstance(mixer, SparseAttention)}
+    """Return the layers that choose what they read, by their places among all layers, from 0 on; of a retrofitted
+    decoder what took over heads of its layers."""
+    mixers: list[tuple[int, Any]] = list(enumerate(mixers_of(model)))
+    mixers += [
+        (attention.layer_idx, part) for attention in getattr(model, "retrofitted", ()) for part in attention.parts
+    ]
+    return {i: mixer for i, mixer in mixers if isinstance(mixer, SparseAttention)}
 
 
 @torch.no_grad()
@@ -93,7 +98,7 @@ def _looking(mixer: SparseAttention, layer: int, query: int, rows: list[tuple]) 
         size, window = mixer.config.block, mixer.config.window
         near = max(0, (query // size - window // size + 1) * size)
         blocks, scores = (x[0, :, 0].tolist() for x in (kept.blocks, kept.scores))
-        for head, (numbers, values) in enumerate(zip(blocks, scores)):
+        for head, numbers, values in zip(mixer.head_numbers, blocks, scores):
             for n, score in zip(numbers, values):
                 if n >= 0:
                     kind, score = ("sink", float("nan")) if n < mixer.sinks else ("chosen", score)

@@ -90,12 +90,13 @@ class BlockSparse(SparseAttention):
 
     def __init__(self, config: BlockSparseConfig, model: Shape):
         super().__init__(config, model)
-        size = model.d_model // config.heads
         if not config.gate:
             return
-        self.pool = nn.Parameter(torch.zeros(config.heads, size))
-        self.gate_query = nn.Parameter(torch.randn(config.heads, size, config.gate) * size**-0.5)
-        self.gate_key = nn.Parameter(self.gate_query.detach().clone())
+        size, heads = self.head_dim, self.kv_heads
+        self.pool = nn.Parameter(torch.zeros(heads, size))
+        gate = torch.randn(heads, size, config.gate) * size**-0.5
+        self.gate_query = nn.Parameter(self.by_head(gate, 0).clone())
+        self.gate_key = nn.Parameter(gate)
 
     @property
     def sinks(self) -> int:
@@ -103,7 +104,7 @@ class BlockSparse(SparseAttention):
 
     @property
     def features(self) -> int:
-        return self.config.gate or self.in_proj.in_features // self.config.heads
+        return self.config.gate or self.head_dim
 
     def summary(self, keys: Tensor, values: Tensor) -> Tensor:
         with in_float32(keys) as wide:
@@ -115,10 +116,10 @@ class BlockSparse(SparseAttention):
 
     def scores(self, queries: Tensor, summaries: Tensor) -> Tensor:
         with in_float32(queries) as wide:
-            queries = queries.to(wide)
+            queries, summaries = queries.to(wide), self.by_head(summaries.to(wide), 2)
             if self.config.gate:
                 queries = torch.einsum("bthd,hdg->bthg", queries, self.gate_query.to(wide))
-            return queries.transpose(1, 2) @ summaries.to(wide).permute(0, 2, 3, 1) / math.sqrt(self.features)
+            return queries.transpose(1, 2) @ summaries.permute(0, 2, 3, 1) / math.sqrt(self.features)
 
     def read(self, call: Call, queries: slice) -> Tensor:
         choice = self.choice(call, queries, self.call_scores(call, queries))

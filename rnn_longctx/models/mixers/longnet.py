@@ -21,7 +21,6 @@ from rnn_longctx.models.flash import Pattern
 from rnn_longctx.models.mixers import MIXERS
 from rnn_longctx.models.mixers.dilated import TokenPlaces, dilated, pairs, read_by
 from rnn_longctx.models.mixers.dilated_ranks import Cut, held_here, with_last_held
-from rnn_longctx.models.rotary import turned
 from rnn_longctx.models.state_size import StateSize
 from rnn_longctx.recurrence.carry import ON_CPU
 from rnn_longctx.recurrence.span import Span
@@ -159,7 +158,7 @@ class LongNet(Attention):
             before = before + cut.here - start
         position = places - begins(-before, 0, u.shape[1], span)  # (B, T)
         if self.rotary:
-            q, k = turned(q, position), turned(k, position)
+            q, k = self.turn(q, k, position, span)
         sizes = [pattern.memory for pattern in self.patterns]
         held = list(zip(carry.keys.split(sizes, 2), carry.values.split(sizes, 2)))
         whole = span.mask is None and span.reset is None
@@ -194,11 +193,10 @@ class LongNet(Attention):
 
     def state_size(self) -> StateSize:
         tokens = sum(pattern.memory for pattern in self.patterns)
-        return StateSize({"attention": 2 * self.in_proj.in_features * tokens})
+        return StateSize({"attention": 2 * self.config.heads * self.head_dim * tokens})
 
     def new_carry(self, rows: int) -> DilatedKeys:
-        weight, heads = self.in_proj.weight, self.config.heads
         tokens = sum(pattern.memory for pattern in self.patterns)
-        keys = weight.new_zeros(rows, heads, tokens, self.in_proj.in_features // heads)
+        keys = self.like.new_zeros(rows, self.config.heads, tokens, self.head_dim)
         none = torch.zeros(rows, dtype=torch.int64, device="cpu")
         return DilatedKeys(keys, torch.zeros_like(keys), none, none.clone())

@@ -84,12 +84,12 @@ class TwoStage(SparseAttention):
     def __init__(self, config: TwoStageConfig, model: Shape):
         super().__init__(config, model)
         if config.coarse:
-            self.pool = nn.Parameter(torch.zeros(config.heads, model.d_model // config.heads))
+            self.pool = nn.Parameter(torch.zeros(self.kv_heads, self.head_dim))
         self.mix = nn.Linear(model.d_model, (2 if config.coarse else 1) * config.heads, bias=False)  # m_c, m_f
 
     @property
     def features(self) -> int:
-        return (2 if self.config.coarse else 1) * self.in_proj.in_features // self.config.heads
+        return (2 if self.config.coarse else 1) * self.head_dim
 
     def summary(self, keys: Tensor, values: Tensor) -> Tensor:
         with in_float32(keys) as wide:
@@ -101,7 +101,7 @@ class TwoStage(SparseAttention):
 
     def scores(self, queries: Tensor, summaries: Tensor) -> Tensor:
         with in_float32(queries) as wide:
-            keys = summaries[..., : queries.shape[3]].to(wide).permute(0, 2, 3, 1)  # (B, H, D, m)
+            keys = self.by_head(summaries[..., : queries.shape[3]].to(wide), 2).permute(0, 2, 3, 1)  # (B, H, D, m)
             return queries.to(wide).transpose(1, 2) @ keys / math.sqrt(queries.shape[3])
 
     def read(self, call: Call, queries: slice) -> Tensor:
@@ -113,6 +113,7 @@ class TwoStage(SparseAttention):
         completed = call.places.earlier(queries, 1, scores.device)[:, None]  # (B, 1, t, m)
         # (not -inf: where no block is completed the softmax would be NaN)
         weights = scores.masked_fill(~completed, torch.finfo(scores.dtype).min).softmax(3) * completed
-        values = call.summaries[:, : scores.shape[3]].chunk(2, 3)[1].transpose(1, 2)  # (B, H, m, D)
+        values = call.summaries[:, : scores.shape[3]].chunk(2, 3)[1]
+        values = self.by_head(values, 2).transpose(1, 2)  # (B, H, m, D)
         coarse = (weights.to(values.dtype) @ values).transpose(1, 2)
         return mix[:, :, 0] * coarse + mix[:, :, 1] * fine
