@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, make_dataclass
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -112,8 +112,11 @@ class Kind:
 
 
 def _attention(config: type[Any], part: type[Any]) -> Kind:
-    """Return the kind of a mixer: its settings are those of its config, but for what the model's own heads say."""
-    own: list[Any] = [(f.name, f.type, f) for f in fields(config) if f.name not in ("heads", "positions")]
+    """Return the kind of a mixer: its settings are those of its config, but for what the model's own heads say, and for
+    ablations (its quiet ones)."""
+    types = get_type_hints(config)
+    taken = [f for f in fields(config) if f.name not in ("heads", "positions") and "quiet" not in f.metadata]
+    own: list[Any] = [(f.name, types[f.name], f) for f in taken]
     settings = make_dataclass(f"{config.__name__}OfHeads", own, frozen=True)
 
     def make(given: Any, heads: Heads) -> Any:
