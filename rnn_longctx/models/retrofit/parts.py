@@ -115,7 +115,7 @@ def _attention(config: type[Any], part: type[Any]) -> Kind:
     """Return the kind of a mixer: its settings are those of its config, but for what the model's own heads say, and for
     ablations (its quiet ones)."""
     types = get_type_hints(config)
-    taken = [f for f in fields(config) if f.name not in ("heads", "positions") and "quiet" not in f.metadata]
+    taken = [f for f in fields(config) if f.name not in ("heads", "positions") and not f.metadata.get("quiet")]
     own: list[Any] = [(f.name, types[f.name], f) for f in taken]
     settings = make_dataclass(f"{config.__name__}OfHeads", own, frozen=True)
 
