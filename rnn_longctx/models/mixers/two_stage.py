@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from rnn_longctx.models.interface import Shape
 from rnn_longctx.models.mixers import MIXERS
 from rnn_longctx.models.sparse import Call, SparseAttention, check_blocks, in_float32, pooled, pooling_weights
+from rnn_longctx.spec import tuned
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,9 @@ class TwoStageConfig:
     """
 
     heads: int = 4
-    block: int = 16
-    window: int = 64
-    top: int = 8
+    block: int = tuned(16, over=(4, 8, 16, 32, 64, 128))
+    window: int = tuned(64, over=(8, 16, 32, 64, 128, 256))
+    top: int = tuned(8, over=(1, 2, 4, 8, 16))
     positions: Literal["rope", "none"] = "rope"
 
     def __post_init__(self) -> None:

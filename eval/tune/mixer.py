@@ -1,0 +1,210 @@
+"""A mixer's parameters, tuned in the models of a comparison (`rnn_longctx.eval.compare`).
+
+A trial trains one model as the comparison does, of as much of what `equal` names as the default has, at each of its
+learning rates. Where the models learn text and a loss is measured, the least held-out loss of the training texts is
+searched; else the most recall. Recall is that of the config's `measure.recall`, of other examples than are measured on
+later, and the seed of the training is none of the comparison's.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+from rnn_longctx.config import from_dict, to_dict
+from rnn_longctx.data import load_tokenizer
+from rnn_longctx.errors import InputError, one_line
+from rnn_longctx.eval.cells import texts_for_cells
+from rnn_longctx.eval.compare.cell import measured
+from rnn_longctx.eval.compare.choice import learns_text, trial_of
+from rnn_longctx.eval.compare.config import Cell, CompareConfig, Entry
+from rnn_longctx.eval.compare.study import run_study
+from rnn_longctx.eval.run import evaluate
+from rnn_longctx.eval.tune.problem import Held, Outcome, mean, short
+from rnn_longctx.eval.tune.space import Space
+from rnn_longctx.models import checkpoint
+from rnn_longctx.models.mixers import MIXERS
+from rnn_longctx.progress import Say
+from rnn_longctx.train import TrainConfig, TrainingDiverged, train
+from rnn_longctx.train.config import EvaluateConfig
+from rnn_longctx.train.mix import check_mix
+from rnn_longctx.train.team import training_device
+
+SEED = 1000  # of the models of trials: the comparison has 0, 1, ...
+EXAMPLES = 1  # seed of the examples that trials are asked: what is measured on has 0
+REPORTS = 6  # of a training, at which it may be pruned
+PROMPTS = 100  # of a report
+
+
+@dataclass(frozen=True)
+class MixerProblem:
+    """A mixer in the models of a comparison.
+
+    Attributes:
+        mixer: its name, with the parameters that stay as they are.
+    """
+
+    config: CompareConfig
+    mixer: str
+
+    kind: ClassVar[str] = "mixer"
+
+    @classmethod
+    def of(cls, described: dict[str, Any]) -> MixerProblem:
+        return cls(from_dict(CompareConfig, described["config"]), described["mixer"])
+
+    def described(self) -> dict[str, Any]:
+        return {"mixer": self.mixer, "config": to_dict(self.config)}
+
+    def prepared(self, out: Path) -> MixerProblem:
+        """Return the problem with its texts gathered once, checked. Raises InputError: bad settings, no text."""
+        config = self.config
+        training_device(config.device)
+        tokenizer = load_tokenizer(config.train.data.tokenizer)
+        check_mix(config.train.data, tokenizer, config.shape.vocab_size)
+        config.measure.check(tokenizer, config.shape.vocab_size)
+        if config.measure.recall is None:
+            raise InputError("measure.recall: nothing is asked, and recall guards what is tuned")
+        self.check(self.space.default_text)
+        texts = texts_for_cells(config.train.data.text, out)
+        return replace(
+            self, config=replace(config, train=replace(config.train, data=replace(config.train.data, text=texts)))
+        )
+
+    @cached_property
+    def space(self) -> Space:
+        return Space.of("mixer", self.mixer, _Configs(), None if self.entry is None else str(self.entry.mixer))
+
+    @cached_property
+    def entry(self) -> Entry | None:
+        """The first entry of the config that has this mixer in all layers, which says the default."""
+        name = self.mixer.partition(":")[0].strip()
+        entries = (e for e in self.config.entries if isinstance(e.mixer, str))
+        return next((e for e in entries if e.mixer.partition(":")[0].strip() == name), None)
+
+    @property
+    def device(self) -> str:
+        return self.config.device
+
+    @property
+    def seeds(self) -> int:
+        return self.config.seeds
+
+    @property
+    def metric(self) -> str:
+        by_loss = self.config.measure.loss is not None and learns_text(self._training(self.space.default_text, 0, "-"))
+        return "loss" if by_loss else "recall"
+
+    @property
+    def comparison(self) -> float:
+        rates = len(self.config.learning_rates)
+        return 2 * (self.seeds + rates - 1) / rates
+
+    @property
+    def warmup(self) -> int:
+        return self.config.train.steps // 2
+
+    def check(self, setting: str) -> None:
+        self._study([setting]).models  # noqa: B018  (is checked when made)
+
+    def measure(self, setting: str, folder: Path) -> Outcome:
+        outcomes = [self._at_rate(setting, i, folder) for i in range(len(self.config.learning_rates))]
+        return min(outcomes, key=lambda outcome: outcome.value)
+
+    def _at_rate(self, setting: str, rate: int, folder: Path) -> Outcome:
+        training = self._training(setting, rate, str(_folder(folder, rate)))
+        try:
+            where = train(training)
+        except TrainingDiverged as error:
+            return Outcome(math.inf, 0.0, fault=one_line(error))
+        model = checkpoint.load(where, device=training_device(self.config.device))
+        recall = self.config.measure.recall
+        assert recall is not None
+        frame = evaluate(
+            model, recall.lengths, recall.jobs, ["none"], text="builtin", batch=self.config.measure.batch, seed=EXAMPLES
+        )
+        right = mean(frame.loc[(frame["metric"] == "accuracy") & frame["depth"].isna(), "value"].tolist())
+        loss = trial_of(model, training).loss
+        about = {"held_out_loss": loss, "learning_rate": self.config.learning_rates[rate]}
+        return Outcome(loss if self.metric == "loss" else 1 - right, right, about)
+
+    def reports(self, folder: Path) -> dict[int, float]:
+        found: dict[int, float] = {}
+        for rate in range(len(self.config.learning_rates)):
+            file = _folder(folder, rate) / "eval.csv"
+            for row in csv.DictReader(file.read_text().splitlines()) if file.exists() else ():
+                try:
+                    step, loss, right = int(row["step"]), float(row["loss"]), float(row["passkey_accuracy"])
+                except (TypeError, ValueError):  # is being written
+                    continue
+                if step:
+                    value = loss if self.metric == "loss" else 1 - right
+                    found[rate * self.config.train.steps + step] = value
+        return found
+
+    def tidy(self, folder: Path) -> None:
+        for rate in range(len(self.config.learning_rates)):
+            for name in ("snapshots", "last", "best", "model"):
+                shutil.rmtree(_folder(folder, rate) / name, ignore_errors=True)
+
+    def compare(self, settings: Sequence[str], out: Path, say: Say) -> dict[str, list[list[Held]]]:
+        config = replace(self._study(settings), out=str(out / "compare"))
+        study = run_study(config, 1, (), say)
+        config = replace(config.settled(), out=str(study))
+        held: dict[str, list[list[Held]]] = {}
+        for setting, entry in zip(settings, config.entries):
+            rows = []
+            for seed in range(config.seeds):
+                rate = self._chosen(config, entry.name, study)
+                known = measured(config, Cell(entry.name, rate, seed, config.train.train_length), study)
+                assert known is not None  # (else the study would have failed)
+                rows.append([_held(row) for row in known[1] if row["metric"] in ("loss", "accuracy")])
+            held[setting] = rows
+        return held
+
+    @staticmethod
+    def _chosen(config: CompareConfig, entry: str, study: Path) -> float:
+        from rnn_longctx.eval.compare.cell import chosen
+
+        rate = chosen(config, entry, study)
+        assert rate is not None
+        return rate
+
+    def _study(self, settings: Sequence[str]) -> CompareConfig:
+        """Return the comparison of settings, the first of which the others are as large as."""
+        default = self.space.default_text
+        texts = list(dict.fromkeys([default, *settings]))
+        like = self.entry or Entry("default", default)
+        names = ["default" if text == default else f"tuned-{short(text)}" for text in texts]
+        entries = [replace(like, name=name, mixer=text) for name, text in zip(names, texts)]
+        return replace(self.config, entries=entries, forget=[])
+
+    def _training(self, setting: str, rate: int, out: str) -> TrainConfig:
+        study, t = self._study([setting]), self.config.train
+        cell = Cell(study.entries[-1].name, self.config.learning_rates[rate], SEED, t.train_length)
+        prompts = PROMPTS if any(mixed.fraction for mixed in t.data.mixed) else 0
+        every = max(1, math.ceil(t.steps / REPORTS))
+        evaluation = EvaluateConfig([t.train_length], every=every, passkeys=prompts)
+        return replace(study.training(cell, out), evaluate=evaluation, checkpoint_every=every)
+
+
+class _Configs(dict[str, type]):
+    """The dataclass of every mixer's parameters, by the mixer's name."""
+
+    def __init__(self) -> None:
+        super().__init__({name: kind.Config for name, kind in MIXERS.items()})
+
+
+def _folder(folder: Path, rate: int) -> Path:
+    return folder / f"rate-{rate}"
+
+
+def _held(row: dict[str, Any]) -> Held:
+    loss = row["metric"] == "loss"
+    return Held("loss" if loss else "recall", row["text"] if loss else row["task"], int(row["length"]), row["value"])
