@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import yaml
@@ -24,7 +25,7 @@ class Comparison:
 
     Attributes:
         table: a row a measurement (and one a metric over all of it, `what` "all"): metric, what, length, the means over
-            seeds of the default, the tuned setting and others, and the difference tuned - default with its 95% interval.
+            seeds of the default, the tuned setting and others, the difference tuned - default and its 95% interval.
         beats: whether the tuned setting is better by the metric that was searched for, and loses no recall.
         verdict: in words.
     """
@@ -48,32 +49,27 @@ def compared(problem: Problem, default: str, tuned: str, out: Path, say: Say) ->
 
 
 def judged(held: Mapping[str, Sequence[Sequence[Held]]], default: str, tuned: str, metric: str) -> Comparison:
-    """Return what measurements of seeds say. metric: that was searched for, "loss" or "recall".
-
-    Differences are paired by seed; intervals are of Student's t over seeds."""
-    rows, overall = [], {}
+    """Return what measurements say, a list of them a seed of every setting. metric: that was searched for, "loss" or
+    "recall". Differences are paired by seed; intervals are of Student's t over seeds."""
     columns = {"default": default, "tuned": tuned} | {s: s for s in held if s not in (default, tuned)}
-    keys = list(dict.fromkeys((h.metric, h.what, h.length) for seed in held[default] for h in seed))
-    groups = [(m, "all", None) for m in dict.fromkeys(m for m, _, _ in keys)] + keys
-    for m, what, length in groups:
-        values = {}
-        for column, setting in columns.items():
-            values[column] = [
-                mean(
-                    [h.value for h in seed if h.metric == m and what in ("all", h.what) and length in (None, h.length)]
-                )
-                for seed in held[setting]
-            ]
-        difference = paired_bootstrap(values["tuned"], values["default"])
-        if what == "all":
-            overall[m] = difference
-        row = {"metric": m, "what": what, "length": length}
-        row |= {column: mean(v) for column, v in values.items()}
-        rows.append(row | {"difference": difference.value, "low": difference.low, "high": difference.high,
-                           "seeds": difference.n})  # fmt: skip
-    table = pd.DataFrame(rows).astype({"length": "Int64"})
+
+    def row(metric: str, what: str, length: int | None) -> tuple[Interval, dict[str, Any]]:
+        def is_of(h: Held) -> bool:
+            return h.metric == metric and what in ("all", h.what) and length in (None, h.length)
+
+        values = {name: [mean([h.value for h in seed if is_of(h)]) for seed in held[columns[name]]] for name in columns}
+        d = paired_bootstrap(values["tuned"], values["default"])
+        means = {name: mean(v) for name, v in values.items()}
+        interval = {"difference": d.value, "low": d.low, "high": d.high, "seeds": d.n}
+        return d, {"metric": metric, "what": what, "length": length, **means, **interval}
+
+    keys = list(dict.fromkeys((h.metric, h.what, h.length) for h in held[default][0]))
+    overall, rows = {}, []
+    for name in dict.fromkeys(key[0] for key in keys):
+        overall[name], of_all = row(name, "all", None)
+        rows += [of_all, *(row(*key)[1] for key in keys if key[0] == name)]
     beats, verdict = _verdict(overall, metric, tuned, default)
-    return Comparison(default, tuned, table, beats, verdict)
+    return Comparison(default, tuned, pd.DataFrame(rows).astype({"length": "Int64"}), beats, verdict)
 
 
 def _verdict(overall: Mapping[str, Interval], metric: str, tuned: str, default: str) -> tuple[bool, str]:

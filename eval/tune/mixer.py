@@ -21,7 +21,7 @@ from rnn_longctx.config import from_dict, to_dict
 from rnn_longctx.data import load_tokenizer
 from rnn_longctx.errors import InputError, one_line
 from rnn_longctx.eval.cells import texts_for_cells
-from rnn_longctx.eval.compare.cell import measured
+from rnn_longctx.eval.compare.cell import chosen, measured
 from rnn_longctx.eval.compare.choice import learns_text, trial_of
 from rnn_longctx.eval.compare.config import Cell, CompareConfig, Entry
 from rnn_longctx.eval.compare.study import run_study
@@ -85,8 +85,10 @@ class MixerProblem:
     def entry(self) -> Entry | None:
         """The first entry of the config that has this mixer in all layers, which says the default."""
         name = self.mixer.partition(":")[0].strip()
-        entries = (e for e in self.config.entries if isinstance(e.mixer, str))
-        return next((e for e in entries if e.mixer.partition(":")[0].strip() == name), None)
+        for entry in self.config.entries:
+            if isinstance(entry.mixer, str) and entry.mixer.partition(":")[0].strip() == name:
+                return entry
+        return None
 
     @property
     def device(self) -> str:
@@ -161,20 +163,13 @@ class MixerProblem:
         for setting, entry in zip(settings, config.entries):
             rows = []
             for seed in range(config.seeds):
-                rate = self._chosen(config, entry.name, study)
+                rate = chosen(config, entry.name, study)
+                assert rate is not None
                 known = measured(config, Cell(entry.name, rate, seed, config.train.train_length), study)
                 assert known is not None  # (else the study would have failed)
                 rows.append([_held(row) for row in known[1] if row["metric"] in ("loss", "accuracy")])
             held[setting] = rows
         return held
-
-    @staticmethod
-    def _chosen(config: CompareConfig, entry: str, study: Path) -> float:
-        from rnn_longctx.eval.compare.cell import chosen
-
-        rate = chosen(config, entry, study)
-        assert rate is not None
-        return rate
 
     def _study(self, settings: Sequence[str]) -> CompareConfig:
         """Return the comparison of settings, the first of which the others are as large as."""

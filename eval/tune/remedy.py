@@ -1,5 +1,6 @@
-"""A remedy's parameters, tuned on a checkpoint as `rnn_longctx.eval.search.calibrate` does: the least loss at a length that
-keeps recall. Recall is guarded against that of the remedy's default setting, and settings are drawn and not all tried."""
+"""A remedy's parameters, tuned on a checkpoint by what `rnn_longctx.eval.search.calibrate` goes by: the least loss at a
+length that keeps recall. Here that is the recall of the remedy's default setting, and settings are drawn by a sampler
+over ranges, where calibration tries a grid."""
 
 from __future__ import annotations
 

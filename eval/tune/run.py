@@ -1,8 +1,7 @@
 """A search by Optuna, killed and gone on with, and the comparison of what it finds with the default.
 
-Trials run one after another, each in a process of its own: then its memory is its own, and it can be ended. The study
-lies in tune.db (SQLite). What the next trial is follows from the trials before it and its number alone, so that a
-search that was killed goes on as it would have: a trial that was running is gone on with under its number.
+Trials run one after another, each in a process of its own: its memory is then its own, and it can be ended. The study
+lies in tune.db (SQLite).
 """
 
 from __future__ import annotations
@@ -21,14 +20,14 @@ from rnn_longctx.config import home_path
 from rnn_longctx.errors import InputError
 from rnn_longctx.eval.tune.budget import Budget
 from rnn_longctx.eval.tune.held_out import Comparison, compared
-from rnn_longctx.eval.tune.problem import PROBLEM, Problem, plain
-from rnn_longctx.eval.tune.search import STORAGE, Search
+from rnn_longctx.eval.tune.problem import PROBLEM, plain
+from rnn_longctx.eval.tune.search import Search
 from rnn_longctx.eval.tune.tables import write_trials
 from rnn_longctx.files import write_atomic
 from rnn_longctx.progress import Say, to_stdout
 from rnn_longctx.train.snapshots import claim_folder
 
-STUDY = "tune"
+STUDY, STORAGE = "tune", "tune.db"
 
 
 def run_tune(problem: Any, out: str | Path, budget: Budget, say: Say = to_stdout) -> Comparison | None:
@@ -58,7 +57,7 @@ def run_tune(problem: Any, out: str | Path, budget: Budget, say: Say = to_stdout
         finally:
             write_trials(study, out)
         default = problem.space.default_text
-        if best is None or best == default:
+        if best == default:
             say(f"no setting that was tried is better than the default, {default}")
             return None
         say(f"the best of the search: {best}; now it and the default on held-out data")

@@ -40,7 +40,7 @@ class Space:
         if name not in kinds:
             raise InputError(f"unknown {what} {name!r}{nearest(name, kinds)}")
         kind = kinds[name]
-        given = arguments(text, [f for f in fields(kind)], what) if ":" in text else {}
+        given = arguments(text, list(fields(kind)), what) if ":" in text else {}
         over = {key: values for key, values in tunable(kind).items() if key not in given}
         if not over:
             raise InputError(_nothing(what, name, kinds, fixed=bool(tunable(kind))))
