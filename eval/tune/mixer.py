@@ -1,9 +1,9 @@
 """A mixer's parameters, tuned in the models of a comparison (`rnn_longctx.eval.compare`).
 
-A trial trains one model as the comparison does, of as much of what `equal` names as the default has, at each of its
-learning rates. Where the models learn text and a loss is measured, the least held-out loss of the training texts is
-searched; else the most recall. Recall is that of the config's `measure.recall`, of other examples than are measured on
-later, and the seed of the training is none of the comparison's.
+A trial trains models as the comparison does, of as much of what `equal` names as the default has, with two seeds at each
+of its learning rates: of one alone, what is learned early by luck would be chosen. Where the models learn text and a loss
+is measured, the least held-out loss of the training texts is searched; else the most recall. Recall is that of the
+config's `measure.recall`, of other examples than are measured on later, and no seed is one of the comparison's.
 """
 
 from __future__ import annotations
@@ -36,10 +36,21 @@ from rnn_longctx.train.config import EvaluateConfig
 from rnn_longctx.train.mix import check_mix
 from rnn_longctx.train.team import training_device
 
-SEED = 1000  # of the models of trials: the comparison has 0, 1, ...
+SEEDS = (1000, 1001)  # of the models of a trial: the comparison has 0, 1, ...
 EXAMPLES = 1  # seed of the examples that trials are asked: what is measured on has 0
 REPORTS = 6  # of a training, at which it may be pruned
 PROMPTS = 100  # of a report
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training of a trial."""
+
+    rate: float
+    seed: int
+
+    def folder(self, trial: Path) -> Path:
+        return trial / f"lr{self.rate:g}-s{self.seed}"
 
 
 @dataclass(frozen=True)
@@ -100,13 +111,15 @@ class MixerProblem:
 
     @property
     def metric(self) -> str:
-        by_loss = self.config.measure.loss is not None and learns_text(self._training(self.space.default_text, 0, "-"))
+        by_loss = self.config.measure.loss is not None and learns_text(
+            self._training(self.space.default_text, self._runs[0], "-")
+        )
         return "loss" if by_loss else "recall"
 
     @property
     def comparison(self) -> float:
         rates = len(self.config.learning_rates)
-        return 2 * (self.seeds + rates - 1) / rates
+        return 2 * (self.seeds + rates - 1) / (rates * len(SEEDS))
 
     @property
     def warmup(self) -> int:
@@ -116,11 +129,18 @@ class MixerProblem:
         self._study([setting]).models  # noqa: B018  (is checked when made)
 
     def measure(self, setting: str, folder: Path) -> Outcome:
-        outcomes = [self._at_rate(setting, i, folder) for i in range(len(self.config.learning_rates))]
-        return min(outcomes, key=lambda outcome: outcome.value)
+        at_rates: dict[float, list[Outcome]] = {}
+        for run in self._runs:
+            at_rates.setdefault(run.rate, []).append(self._trained(setting, run, folder))
+        return min((_mean(rate, outcomes) for rate, outcomes in at_rates.items()), key=lambda outcome: outcome.value)
 
-    def _at_rate(self, setting: str, rate: int, folder: Path) -> Outcome:
-        training = self._training(setting, rate, str(_folder(folder, rate)))
+    @property
+    def _runs(self) -> list[Run]:
+        """The trainings of a trial: all seeds at a rate, then at the next."""
+        return [Run(rate, seed) for rate in self.config.learning_rates for seed in SEEDS]
+
+    def _trained(self, setting: str, run: Run, folder: Path) -> Outcome:
+        training = self._training(setting, run, str(run.folder(folder)))
         try:
             where = train(training)
         except TrainingDiverged as error:
@@ -133,13 +153,12 @@ class MixerProblem:
         )
         right = mean(frame.loc[(frame["metric"] == "accuracy") & frame["depth"].isna(), "value"].tolist())
         loss = trial_of(model, training).loss
-        about = {"held_out_loss": loss, "learning_rate": self.config.learning_rates[rate]}
-        return Outcome(loss if self.metric == "loss" else 1 - right, right, about)
+        return Outcome(loss if self.metric == "loss" else 1 - right, right, {"held_out_loss": loss})
 
     def reports(self, folder: Path) -> dict[int, float]:
         found: dict[int, float] = {}
-        for rate in range(len(self.config.learning_rates)):
-            file = _folder(folder, rate) / "eval.csv"
+        for i, run in enumerate(self._runs):
+            file = run.folder(folder) / "eval.csv"
             for row in csv.DictReader(file.read_text().splitlines()) if file.exists() else ():
                 try:
                     step, loss, right = int(row["step"]), float(row["loss"]), float(row["passkey_accuracy"])
@@ -147,13 +166,13 @@ class MixerProblem:
                     continue
                 if step:
                     value = loss if self.metric == "loss" else 1 - right
-                    found[rate * self.config.train.steps + step] = value
+                    found[i * self.config.train.steps + step] = value
         return found
 
     def tidy(self, folder: Path) -> None:
-        for rate in range(len(self.config.learning_rates)):
+        for run in self._runs:
             for name in ("snapshots", "last", "best", "model"):
-                shutil.rmtree(_folder(folder, rate) / name, ignore_errors=True)
+                shutil.rmtree(run.folder(folder) / name, ignore_errors=True)
 
     def compare(self, settings: Sequence[str], out: Path, say: Say) -> dict[str, list[list[Held]]]:
         config = replace(self._study(settings), out=str(out / "compare"))
@@ -180,9 +199,9 @@ class MixerProblem:
         entries = [replace(like, name=name, mixer=text) for name, text in zip(names, texts)]
         return replace(self.config, entries=entries, forget=[])
 
-    def _training(self, setting: str, rate: int, out: str) -> TrainConfig:
+    def _training(self, setting: str, run: Run, out: str) -> TrainConfig:
         study, t = self._study([setting]), self.config.train
-        cell = Cell(study.entries[-1].name, self.config.learning_rates[rate], SEED, t.train_length)
+        cell = Cell(study.entries[-1].name, run.rate, run.seed, t.train_length)
         prompts = PROMPTS if any(mixed.fraction for mixed in t.data.mixed) else 0
         every = max(1, math.ceil(t.steps / REPORTS))
         evaluation = EvaluateConfig([t.train_length], every=every, passkeys=prompts)
@@ -196,8 +215,14 @@ class _Configs(dict[str, type]):
         super().__init__({name: kind.Config for name, kind in MIXERS.items()})
 
 
-def _folder(folder: Path, rate: int) -> Path:
-    return folder / f"rate-{rate}"
+def _mean(rate: float, outcomes: Sequence[Outcome]) -> Outcome:
+    """Return what the models of a rate say together. One that diverged is no use, nor is its rate then."""
+    fault = next((outcome.fault for outcome in outcomes if outcome.fault), "")
+    if fault:
+        return Outcome(math.inf, 0.0, fault=fault)
+    about = {key: mean([outcome.about[key] for outcome in outcomes]) for key in outcomes[0].about}
+    value, recall = (mean([getattr(outcome, name) for outcome in outcomes]) for name in ("value", "recall"))
+    return Outcome(value, recall, {"learning_rate": rate, **about})
 
 
 def _held(row: dict[str, Any]) -> Held:

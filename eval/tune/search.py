@@ -23,7 +23,7 @@ from rnn_longctx.progress import Say
 
 STARTUP = 8  # trials drawn at random before the sampler goes by those that there are
 UNPRUNED = 4  # trials that end before one may be pruned for being worse than their median
-REPEATS = 200  # suggestions in a row that are no new settings, after which none is expected
+REPEATS = 20  # suggestions in a row that are no new settings, after which none is expected
 SAVED = 2.0  # seconds between two savings of how long a trial runs
 
 
@@ -43,10 +43,10 @@ class Search:
         Raises:
             InputError: the budget fits no trial, or no setting fits the memory; the default setting cannot be measured.
         """
-        if not self.study.trials:
+        if not self._trials():
             self.study.enqueue_trial(self.problem.space.params())
         self._make_trials()
-        measured = [t for t in self.study.trials if "peak_bytes" in t.user_attrs]
+        measured = [t for t in self._trials() if "peak_bytes" in t.user_attrs]
         if len(measured) < 2:
             self._refuse_time()
         complete = [t for t in measured if t.state == self.states.COMPLETE and math.isfinite(t.value)]
@@ -60,7 +60,7 @@ class Search:
         return min(fit, key=lambda t: (t.value, t.number)).user_attrs["setting"]
 
     def _make_trials(self) -> None:
-        for t in self.study.trials:
+        for t in self._trials():
             # One that was killed. (Optuna has no public way back to a trial of which it has told the number.)
             if t.state == self.states.RUNNING:
                 self._seed(t.number)
@@ -68,7 +68,7 @@ class Search:
                     return
         idle = 0
         while self._is_time() and idle < REPEATS:
-            self._seed(len(self.study.trials))
+            self._seed(len(self._trials()))
             trial = self.study.ask()
             known = self._is_known(trial)
             idle = idle + 1 if known else 0
@@ -96,7 +96,7 @@ class Search:
             trial.set_constraint("refused", 1.0)
             self.study.tell(trial, state=self.states.PRUNED)
             return True
-        others = self.study.get_trials(deepcopy=False)[: trial.number]
+        others = self._trials()[: trial.number]
         same = next((t.number for t in others if t.user_attrs.get("setting") == setting), None)
         if same is not None:
             trial.set_user_attr("note", f"as trial {same}")
@@ -138,7 +138,7 @@ class Search:
 
     def _is_pruned(self, trial: Any, folder: Path) -> bool:
         """Tell the study what the trial has found so far; whether it is to end there."""
-        known = self.study.get_trials(deepcopy=False)[trial.number].intermediate_values
+        known = self._trials()[trial.number].intermediate_values
         last = max(known, default=-1)
         for step, value in self.problem.reports(folder).items():
             if step > last:
@@ -173,7 +173,7 @@ class Search:
         value, recall, peak = result["value"], result["recall"], result["peak_bytes"]
         for name in ("recall", "about", "peak_bytes"):
             trial.set_user_attr(name, result[name])
-        default = self.study.get_trials(deepcopy=False)[0].user_attrs["recall"]
+        default = self._trials()[0].user_attrs["recall"]
         trial.set_constraint("recall", default - recall)
         # (not by how much, which is not the same twice: then the trials after it would not be)
         trial.set_constraint("memory", 1.0 if self._is_over(peak) else 0.0)
@@ -182,8 +182,11 @@ class Search:
         trial.set_user_attr("note", "; ".join(notes))
         self.study.tell(trial, value)
         found = f"loss {value:.4f}, recall {recall:.3f}" if self.problem.metric == "loss" else f"recall {recall:.3f}"
-        seconds = time_text(self.study.get_trials(deepcopy=False)[trial.number].user_attrs.get("seconds", 0.0))
+        seconds = time_text(self._trials()[trial.number].user_attrs.get("seconds", 0.0))
         self.say("; ".join([f"trial {trial.number}: {setting}: {found}, {seconds}, {memory_text(peak)}", *notes]))
+
+    def _trials(self) -> list[Any]:
+        return self.study.get_trials(deepcopy=False)
 
     # --- the budget
 
@@ -191,11 +194,11 @@ class Search:
         return self.budget.memory is not None and peak > self.budget.memory
 
     def _spent(self) -> float:
-        return sum(t.user_attrs.get("seconds", 0.0) for t in self.study.trials)
+        return sum(t.user_attrs.get("seconds", 0.0) for t in self._trials())
 
     def _first(self) -> float:
         """Return the seconds that the default setting took, 0 as long as it is not measured."""
-        first = self.study.trials[0]
+        first = self._trials()[0]
         return first.user_attrs["seconds"] if first.state == self.states.COMPLETE else 0.0
 
     def _left(self) -> float:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from rnn_longctx.errors import InputError, nearest
-from rnn_longctx.spec import Over, Range, arguments, canonical, parse, tunable
+from rnn_longctx.spec import Over, Range, arguments, build, canonical, tunable
 
 
 @dataclass(frozen=True)
@@ -40,12 +40,11 @@ class Space:
         if name not in kinds:
             raise InputError(f"unknown {what} {name!r}{nearest(name, kinds)}")
         kind = kinds[name]
-        given = arguments(text, list(fields(kind)), what) if ":" in text else {}
+        given = arguments(text, fields(kind), what) if ":" in text else {}
         over = {key: values for key, values in tunable(kind).items() if key not in given}
         if not over:
             raise InputError(_nothing(what, name, kinds, fixed=bool(tunable(kind))))
-        start = parse(default or name, kinds, what)
-        start = replace(start, **given)
+        start = build(kind, arguments(default or name, fields(kind), what) | given, text, what)
         return cls(name, start, {key: _with(values, getattr(start, key)) for key, values in over.items()})
 
     @property
