@@ -1,8 +1,8 @@
 """A mixer's parameters, tuned in the models of a comparison (`rnn_longctx.eval.compare`).
 
-A trial trains models as the comparison does, of as much of what `equal` names as the default has, with two seeds at each
-of its learning rates: of one alone, what is learned early by luck would be chosen. Where the models learn text and a loss
-is measured, the least held-out loss of the training texts is searched; else the most recall. Recall is that of the
+A trial trains models as the comparison does, of as much of what `equal` names as the default has, with two seeds at
+each of its learning rates: by one alone, what learned early by luck would be chosen. Where the models learn text and a
+loss is measured, the least held-out loss of the training texts is searched; else the most recall. Recall is that of the
 config's `measure.recall`, of other examples than are measured on later, and no seed is one of the comparison's.
 """
 
