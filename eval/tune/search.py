@@ -67,15 +67,20 @@ class Search:
                 if not (self._is_time() and self._try(self.optuna.trial.Trial(self.study, t._trial_id))):
                     return
         idle = 0
-        while self._is_time() and idle < REPEATS:
+        while self._is_time() and idle < REPEATS and not self._is_exhausted():
             self._seed(len(self._trials()))
             trial = self.study.ask()
             known = self._is_known(trial)
             idle = idle + 1 if known else 0
             if not known and not self._try(trial):
                 return
-        if idle == REPEATS:
+        if idle == REPEATS or self._is_exhausted():
             self.say("no new setting is left to try")
+
+    def _is_exhausted(self) -> bool:
+        """Whether every setting has been suggested."""
+        known = {tuple(sorted(t.params.items())) for t in self._trials() if t.state.is_finished()}
+        return len(known) >= self.problem.space.size
 
     def _seed(self, number: int) -> None:
         # (constant_liar keeps clear of trials that others run: here that is the one which is asked for)

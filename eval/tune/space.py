@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -50,6 +51,11 @@ class Space:
     @property
     def default_text(self) -> str:
         return canonical(self.name, self.default)
+
+    @property
+    def size(self) -> float:
+        """How many settings there are, refused ones among them; infinity where a parameter has a range."""
+        return math.prod(math.inf if isinstance(over, Range) else len(over) for over in self.over.values())
 
     def text(self, values: Mapping[str, Any]) -> str:
         """Return the setting of some values. Raises InputError where the dataclass refuses them together."""

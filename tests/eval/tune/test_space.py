@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from itertools import product
 
@@ -54,6 +55,7 @@ class Drawn:
 def test_the_default_is_read_back_from_its_own_parameters():
     space = Space.of("mixer", "knobs", KINDS)
     assert space.over["size"] == (1, 2, 4, 8), "the default is among the values"
+    assert space.size == math.inf and Space.of("mixer", "knobs:rate=0.1,share=0.9", KINDS).size == 4
     assert space.text(space.suggest(Drawn(**space.params()))) == space.default_text == "knobs:heads=2,size=4,rate=0.1"
 
 
