@@ -22,6 +22,7 @@ from rnn_longctx.errors import InputError
 from rnn_longctx.eval.bench import train as training
 from rnn_longctx.eval.bench.base import Row, bench, sizes
 from rnn_longctx.eval.bench.model import SHAPE_370M
+from rnn_longctx.eval.bench.parallel_longnet import layer_of, longnet_rows
 from rnn_longctx.models.cache import Cache
 from rnn_longctx.models.lm import LM
 from rnn_longctx.train.learner import Learner
@@ -29,15 +30,20 @@ from rnn_longctx.train.parallel import reduce_gradients, sequence_parallel, shar
 
 
 @contextmanager
-def joined() -> Iterator[int]:
-    """Join the processes that torchrun began, one a GPU, and give this one's rank. Raises InputError elsewhere."""
-    if "LOCAL_RANK" not in os.environ or not torch.cuda.is_available():
+def joined(cpus: bool = False) -> Iterator[int]:
+    """Join the processes that torchrun began, one a GPU, and give this one's rank. cpus: CPUs will do where there is no
+    GPU. Raises InputError elsewhere."""
+    cuda = torch.cuda.is_available()
+    if "LOCAL_RANK" not in os.environ or not (cuda or cpus):
         raise InputError(
-            "bench parallel needs CUDA devices and a process for each: "
-            "torchrun --nproc-per-node 4 -m rnn_longctx.cli bench parallel"
+            f"bench parallel needs {'' if cpus else 'CUDA devices and '}a process for each rank: "
+            f"torchrun --nproc-per-node 4 -m rnn_longctx.cli bench parallel{' --mixer longnet' if cpus else ''}"
         )
-    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl")
+    if cuda:
+        if int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
+            raise InputError(f"bench parallel needs a CUDA device a process, and here are {torch.cuda.device_count()}")
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if cuda else "gloo")
     try:
         yield dist.get_rank()
     finally:
@@ -58,9 +64,19 @@ def bench_parallel(
     segment: Annotated[str, "Tokens that a GPU reads at once."] = "256k",
     train: Annotated[str, "Tokens of the sequence that is trained on; 0: none."] = "16k",
     each: Annotated[str, "Batch x tokens of a GPU in data-parallel training; empty: none."] = "2x8k",
+    mixer: Annotated[str, "mamba2; or one layer of longnet, with settings or by itself."] = "mamba2",
 ) -> Iterator[Row]:
     """One context over 1, 2, 4, ... GPUs, and a batch each, with a model of 370M parameters, under torchrun: torchrun
-    --nproc-per-node 4 -m rnn_longctx.cli bench parallel"""
+    --nproc-per-node 4 -m rnn_longctx.cli bench parallel. With --mixer longnet one layer of it reads the length over all
+    GPUs, and shares of it over fewer; the other options are not for it."""
+    if mixer != "mamba2":
+        context = parse_length(length)
+        layer = layer_of(mixer, context)
+        with joined(cpus=True):
+            if torch.cuda.is_available():
+                layer = layer.to("cuda", torch.bfloat16)
+            yield from longnet_rows(layer, context)
+        return
     tokens, at_once, trained = parse_length(length), parse_length(segment), 0 if train == "0" else parse_length(train)
     batches = sizes("each", each)
     with joined():

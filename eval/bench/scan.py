@@ -131,7 +131,7 @@ def remedies(inputs: dict[str, Any]) -> dict[str, ScanPolicy]:
 
 def systems(inputs: dict[str, Any], train: bool, what: str) -> dict[str, tuple[System, ScanPolicy]]:
     """Return this project's scan, with remedies where `what` says so, and those of others that are installed; of
-    Mamba-1 PyTorch's and the kernels that are not chosen yet."""
+    Mamba-1 PyTorch's and the kernels."""
     if what.startswith(MAMBA1):
         name = "triton_channels"
         return {PLAIN_NAME: (ours(backend="torch"), PLAIN), f"{PLAIN_NAME}, {name}": (ours(backend=name), PLAIN)}

@@ -38,7 +38,7 @@ def tables(frame: pd.DataFrame) -> list[RenderableType]:
         pieces += [Text(DEFINITION, style="dim"), Text("")]
     if not texts or len(_tasks(frame)) > BESIDE:
         pieces += answer_tables(frame)
-    for title, grid in (("States while reading", _states(frame)), ("Remedies at the longest length", _remedies(frame))):
+    for title, grid in (("States while reading", _states(frame)), *_remedies(frame)):
         if grid.row_count:
             pieces += [Text(title, style="bold"), grid, Text("")]
     if len(refused := _not_applicable(frame)):
@@ -127,22 +127,29 @@ def _states(frame: pd.DataFrame) -> Table:
     return grid
 
 
-def _remedies(frame: pd.DataFrame) -> Table:
-    """Return the losses under each remedy at the longest length that remedies were measured at, entries as columns."""
-    rows = _whole(frame, "loss")
-    plain = rows["mitigation"].str.startswith("recompute:") | (rows["mitigation"] == "none")
-    others = rows[~plain]
-    if others.empty:
-        return _grid("mitigation")
-    text = others["text"].iloc[0]
-    length = int(others["length"].max())
-    here = rows[(rows["length"] == length) & (rows["text"] == text)]
-    entries = list(dict.fromkeys(here["entry"]))
-    grid = _grid(f"{text} at {format_length(length)}", *entries, "")
-    for mitigation, some in here.groupby("mitigation", sort=False):
-        values = dict(zip(some["entry"], some["value"]))
-        grid.add_row(str(mitigation), *(f"{values[e]:.3f}" if e in values else "" for e in entries), "")
-    return grid
+def _remedies(frame: pd.DataFrame) -> list[tuple[str, Table]]:
+    """Return a table of losses under each remedy, and one of answers a task, entries as columns: at the longest length
+    that remedies were measured at, over the slices or prompts that all of its rows have."""
+    shortest = frame[(frame["train_length"] == frame["train_length"].min()) & frame["seed"].notna()]
+    tables = []
+    for metric, what in (("loss", "nats per token"), ("accuracy", "share of answers that are right")):
+        rows = shortest[shortest["metric"] == metric]
+        plain = rows["mitigation"].str.startswith("recompute:") | (rows["mitigation"] == "none")
+        for (task, text), _ in rows[~plain].groupby(["task", "text"], sort=False):
+            of = rows[(rows["task"] == task) & (rows["text"] == text)]
+            length = of.loc[~plain[of.index], "length"].max()
+            here = of[of["length"] == length]
+            n = here["samples"].map(len).min()
+            means = [sum(list(s)[:n]) / n if n else v for s, v in zip(here["samples"], here["value"])]
+            values = here.assign(value=means).groupby(["mitigation", "entry"], sort=False)["value"].mean()
+            entries = list(dict.fromkeys(here["entry"]))
+            grid = _grid(f"{text or task} at {format_length(int(length))}", *entries, "")
+            for mitigation in dict.fromkeys(here["mitigation"]):
+                cells = (values.get((mitigation, entry)) for entry in entries)
+                grid.add_row(mitigation, *("" if cell is None else f"{cell:.3f}" for cell in cells), "")
+            counted_as = "slices" if metric == "loss" else "prompts"
+            tables.append((f"Remedies: {what}" + (f", the first {n} {counted_as} of each seed" if n else ""), grid))
+    return tables
 
 
 def _not_applicable(frame: pd.DataFrame) -> list[str]:

@@ -70,10 +70,12 @@ class Attention(nn.Module):
 
     Attributes:
         rotary: whether queries and keys are turned by their places.
+        spreads: whether several ranks may share a stream.
     """
 
     name: ClassVar[str]
     attends: ClassVar[bool] = True
+    spreads: ClassVar[bool] = False
 
     def __init__(self, config: Any, model: Shape):
         super().__init__()
@@ -97,7 +99,7 @@ class Attention(nn.Module):
     def projected(self, u: Tensor, span: Span) -> tuple[Tensor, ...]:
         """Return queries, keys and values, (B, T, H, D) each, of u. Raises InputError for a part of a stream that
         several ranks share."""
-        if span.shard is not None:
+        if span.shard is not None and not self.spreads:
             raise InputError(f"{self.name} cannot be followed where a context is read over several ranks")
         return self.in_proj(u).unflatten(-1, (3, self.config.heads, -1)).unbind(2)
 

@@ -13,8 +13,7 @@ part it stands in. So the kernel's backward, called on each part with the merged
 gives that part's share of all gradients, exactly. What backward needs is q, k, v, y and z.
 
 On a CPU PyTorch's own flash attention stands in the kernel's place, in any precision; on a GPU the numbers are bfloat16
-or float16 (`readable`), and what is not takes the plain path; so does everything there while `choose.FUSED_LAYERS` is
-off.
+or float16 (`readable`), and what is not takes the plain path.
 """
 
 from __future__ import annotations

@@ -16,8 +16,9 @@ Without gradients, a stream longer than fits at once is several calls with one c
             hidden = model(piece[:, stretch(piece.shape[1])], cache)
 
 Afterwards every rank has the cache of the whole stream, and can go on from it alone. Gradients flow through a cache,
-too, unless it is detached. How the ranks work together: `recurrence.ssd.parallel`. The method is that of
-sequence-parallel scans (arXiv 2405.21060, section 8.2).
+too, unless it is detached. How the ranks work together: `recurrence.ssd.parallel`, and of layers of LongNet
+`models.mixers.dilated_ranks`; other attention is not spread. The method is that of sequence-parallel scans (arXiv
+2405.21060, section 8.2).
 """
 
 from __future__ import annotations
@@ -55,6 +56,14 @@ def least_tokens(model: LM) -> int:
     return max([1, *(mixer.channels[1] for mixer in model.mixers if mixer.channels is not None)])
 
 
+def refuse_unspread(model: LM) -> None:
+    """Raise InputError for a model some of whose layers several ranks cannot share."""
+    mixers = (block.mixer for block in model.layers)
+    names = sorted({m.name for m in mixers if not getattr(m, "spreads", not m.attends)})
+    if names:
+        raise InputError(f"a model with attention layers ({', '.join(names)}) is not read over several ranks")
+
+
 @contextmanager
 def sequence_parallel(model: LM, group: dist.ProcessGroup | None = None) -> Iterator[None]:
     """Inside, a call of the model is one call on all ranks of the group: each passes the stretch of the tokens (B, T)
@@ -67,14 +76,13 @@ def sequence_parallel(model: LM, group: dist.ProcessGroup | None = None) -> Iter
     the ranks that use it.
 
     Raises:
-        InputError: here, another kind of model, or one that is spread already; in a call, on every rank: a stretch
-            that is too short, a policy with a norm cap or a window, a stored start with resets, a reader's control,
-            padding.
+        InputError: here, another kind of model, other attention than LongNet's, or one that is spread already; in a
+            call, on every rank: a stretch that is too short, a policy with a norm cap or a window, a stored start with
+            resets, a reader's control, padding; of LongNet, documents and more ranks than shortest segments.
     """
     if not isinstance(model, LM):
         raise InputError(f"only a model of this library is read over several ranks, not {type(model).__name__}")
-    if model.attends:
-        raise InputError("a model with attention layers is not read over several ranks")
+    refuse_unspread(model)
     if model.spread is not None:
         raise InputError("the model is read over several ranks already")
 

@@ -22,7 +22,7 @@ from rnn_longctx.train.autocast import autocast
 from rnn_longctx.train.config import TrainConfig
 from rnn_longctx.train.corpus import Corpus, load_corpus
 from rnn_longctx.train.mix import check_mix
-from rnn_longctx.train.parallel import least_tokens
+from rnn_longctx.train.parallel import least_tokens, refuse_unspread
 from rnn_longctx.train.snapshots import claim_folder, held
 from rnn_longctx.train.starts import check_start
 from rnn_longctx.train.team import Team
@@ -137,8 +137,10 @@ def _check_passing(config: TrainConfig) -> None:
         check_start(model, config.passing.start)
     if config.sequence_parallel == 1:
         return
-    if model.attends:
-        raise InputError("sequence_parallel: a model with attention layers is not read over several ranks; set it to 1")
+    try:
+        refuse_unspread(model)
+    except InputError as error:
+        raise InputError(f"sequence_parallel: {error}; set it to 1") from None
     for length, _ in config.stages:
         segment = length if config.passing is None else config.passing.segment
         least, needed = min(segment, length % segment or segment), least_tokens(model)

@@ -218,11 +218,12 @@ def cases(policies):
         pytest.param(family, name, id=f"{family}-{name}")
         for family in FAMILIES
         for name in policies
-        if _follows(family, POLICIES[name])
+        if follows(family, POLICIES[name])
     ]
 
 
-def _follows(family, policy):
+def follows(family, policy):
+    """Whether a family's recurrence follows a policy."""
     if family in DELTA_FAMILIES:
         return DELTA.unfollowed(policy) is None
     return family in SCAN_FAMILIES or policy.min_dt == 0.0

@@ -24,6 +24,7 @@ from training_runs import TINY, Killed, assert_same, final, rows
 import rnn_longctx
 from rnn_longctx.config import to_dict
 from rnn_longctx.errors import InputError
+from rnn_longctx.models.config import ModelConfig
 from rnn_longctx.models.lm import Mamba2LM
 from rnn_longctx.train import TrainConfig, starts, train
 from rnn_longctx.train.config import EvaluateConfig, PassingConfig
@@ -201,6 +202,10 @@ def test_what_does_not_divide_is_refused(two: Ranks, config: TrainConfig) -> Non
         (
             {"sequence_parallel": 2, "passing": PassingConfig(23)},
             "sequence_parallel: a segment of 5 tokens over 2 ranks leaves fewer than 3 tokens a rank",
+        ),
+        (
+            {"sequence_parallel": 2, "model": ModelConfig("full-attention:heads=2", 16, 1)},
+            r"attention layers \(full-attention\) is not read over several ranks; set it to 1",
         ),
     ):
         two.run("refused", replace(config, **change), words)

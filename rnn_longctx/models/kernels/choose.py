@@ -11,10 +11,8 @@ from rnn_longctx.recurrence import triton
 
 # Whether layers of the delta rule and MLPs take the kernels of `delta_inputs` and `swiglu`, and products side by side;
 # rotary positions the one of `rotary`; LongNet, and full attention that goes on from a carry, flash attention's.
-# These are held to their definitions in Triton's interpreter or on the CPU and compiled for Hopper, but have not run on
-# a GPU yet, and are off until they have: `rnn-longctx bench delta-layer` times a layer of the delta rule with and
-# without them, `rnn-longctx compare configs/compare/growth.yaml` the others.
-FUSED_LAYERS = False
+# `rnn-longctx bench delta-layer` turns it off to time a layer of the delta rule without them.
+FUSED_LAYERS = True
 
 
 def fits(x: Tensor) -> bool:

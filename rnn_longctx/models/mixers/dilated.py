@@ -137,19 +137,33 @@ def _even(
     return y[:, :length].transpose(1, 2), after
 
 
+def taken_before(pattern: Pattern, heads: int, end: int, device: torch.device) -> Tensor:
+    """Return the positions (H, M) of the last tokens that heads took before the position `end`, the newest at the right
+    end; of earlier segments, too, and below 0 where there is none."""
+    r, head = pattern.dilation, torch.arange(heads, device=device)[:, None]  # (H, 1)
+    newest = end - 1 - (end - 1 - head) % r
+    return newest - r * torch.arange(pattern.memory - 1, -1, -1, device=device)
+
+
+def moved(held: Tensor, pattern: Pattern, start: int, end: int) -> Tensor:
+    """Return what was held (B, H, M, D) of a segment before the position `start` as it stands before `end`: of the
+    segment that goes on there, zero where that is no token or stands from `start` on."""
+    r, memory, heads = pattern.dilation, pattern.memory, held.shape[1]
+    position, head = taken_before(pattern, heads, end, held.device), torch.arange(heads, device=held.device)[:, None]
+    before = memory - 1 - (start - 1 - (start - 1 - head) % r - position) // r  # its index in `held`
+    gone = (position >= start) | (position < end // pattern.segment * pattern.segment)
+    return held[:, head, before.clamp(0, memory - 1)].masked_fill(gone[..., None], 0)
+
+
 def _held_after(x: Tensor, held: Tensor, pattern: Pattern, start: int) -> Tensor:
     """Return the last tokens (B, H, M, D) that heads took of the present segment, the newest at the right end, of those
     held before and x (B, T, H, D) from position `start` on; zero where that is no token."""
-    r, memory, end = pattern.dilation, pattern.memory, start + x.shape[1]
-    head = torch.arange(x.shape[2], device=x.device)[:, None]  # (H, 1)
-    newest = end - 1 - (end - 1 - head) % r
-    position = newest - r * torch.arange(memory - 1, -1, -1, device=x.device)  # (H, M)
-    after = x[:, (position - start).clamp(min=0), head]
+    end, heads = start + x.shape[1], x.shape[2]
+    position = taken_before(pattern, heads, end, x.device)
+    after = x[:, (position - start).clamp(min=0), torch.arange(heads, device=x.device)[:, None]]
     first = end // pattern.segment * pattern.segment
     if first < start:
-        before = memory - 1 - (start - 1 - (start - 1 - head) % r - position) // r  # its index in `held`
-        earlier = held.to(x.dtype)[:, head, before.clamp(0, memory - 1)]
-        after = after.where((position >= start)[..., None], earlier)
+        after = after.where((position >= start)[..., None], moved(held.to(x.dtype), pattern, start, end))
     return after.masked_fill((position < first)[..., None], 0)
 
 

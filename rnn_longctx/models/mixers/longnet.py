@@ -22,6 +22,7 @@ from rnn_longctx.models.flash import Pattern
 from rnn_longctx.models.interface import StateSize
 from rnn_longctx.models.mixers import MIXERS
 from rnn_longctx.models.mixers.dilated import Places, dilated, pairs, reach, read_by
+from rnn_longctx.models.mixers.dilated_ranks import Cut, held_here, with_last_held
 from rnn_longctx.models.rotary import turned
 from rnn_longctx.recurrence.carry import ON_CPU
 from rnn_longctx.recurrence.span import Span
@@ -121,6 +122,7 @@ class LongNet(Attention):
     """A layer of dilated attention."""
 
     name = "longnet"
+    spreads = True
     Config: ClassVar[Any] = LongNetConfig
     examples = (  # (beyond the longest segment a warning is due)
         "longnet:heads=4,segments=6/24/72,dilations=1/3/8",
@@ -137,8 +139,10 @@ class LongNet(Attention):
 
     def forward(self, u: Tensor, carry: DilatedKeys | None, span: Span) -> tuple[Tensor, DilatedKeys]:
         carry = self.new_carry(len(u)) if carry is None else carry
+        cut = None if span.shard is None else self._cut(carry, span)
+        total = u.shape[1] if span.shard is None else span.shard.total
         barrier, start = self.config.barrier, int(carry.position.max())
-        if barrier is not None and span.reset is None and start <= barrier < start + u.shape[1]:  # once a stream
+        if barrier is not None and span.reset is None and start <= barrier < start + total:  # once a stream
             warnings.warn(
                 f"longnet: more is read than the longest segment holds, {barrier} tokens, and such layers carry nothing"
                 " from one of those segments into the next",
@@ -148,22 +152,39 @@ class LongNet(Attention):
         q, k, v = self.projected(u, span)
         places = torch.arange(u.shape[1], device=u.device)
         before, forgotten = carry.position.to(u.device), carry.forgotten.to(u.device)
+        if cut is not None:
+            before = before + cut.here - start
         position = places - begins(-before, 0, u.shape[1], span)  # (B, T)
         if self.rotary:
             q, k = turned(q, position), turned(k, position)
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, T, D)
         sizes = [pattern.memory for pattern in self.patterns]
         held = list(zip(carry.keys.split(sizes, 2), carry.values.split(sizes, 2)))
         whole = span.mask is None and span.reset is None
-        at = Places(position, before, forgotten, span.reset is not None, carry.place if whole else None)
+        place = carry.place if whole else None
+        if cut is not None:
+            held, place = held_here(k, v, held, cut), cut.here
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, T, D)
+        at = Places(position, before, forgotten, span.reset is not None, place)
         y, held = dilated(q, k, v, held, self.patterns, at)
+        if cut is not None:
+            y, held = with_last_held(y, held, cut)
         keys, values = (torch.cat(tensors, 2) for tensors in zip(*held))
-        read, forgotten = carry.position + u.shape[1], carry.forgotten.clone()
+        read, forgotten = carry.position + total, carry.forgotten.clone()
         if not whole:
             read = (position[:, -1] + 1).cpu()
         if span.reset is not None:
             forgotten.masked_fill_(span.reset.any(1).cpu(), 0)
         return self.out_proj(y.transpose(1, 2).flatten(2)), DilatedKeys(keys, values, read, forgotten)
+
+    def _cut(self, carry: DilatedKeys, span: Span) -> Cut:
+        """Return where the ranks' shards stand. Raises InputError where that is not one place for all rows."""
+        assert span.shard is not None
+        if span.mask is not None or span.reset is not None or carry.place is None:
+            raise InputError(
+                "longnet: several ranks read one document a row, without padding, all rows of as many tokens; "
+                "documents that begin inside a call are not followed there"
+            )
+        return Cut.of(span.shard, carry.place, self.patterns)
 
     def pairs(self, length: int) -> int:
         return pairs(self.patterns, self.config.heads, length)

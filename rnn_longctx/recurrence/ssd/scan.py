@@ -135,7 +135,7 @@ _fla = Backend("fla", fla.run, fla_missing, fla.refuses)
 if not triton.interpreted():  # Triton's interpreter is for tests: only when asked for
     BACKENDS.register(_fused)
     BACKENDS.register(_fla)
-    # BACKENDS.register(_channels) here makes it Mamba-1's choice: not before it is timed on a device
+    BACKENDS.register(_channels)
 BACKENDS.register(Backend("torch", pytorch.run, *_always))
 BACKENDS.register(_fused)
 BACKENDS.register(_fla)

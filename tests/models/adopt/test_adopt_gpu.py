@@ -9,7 +9,7 @@ from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
-from adopted_families import MAMBA1, POLICIES, put, random_ids
+from adopted_families import MAMBA1, POLICIES, follows, put, random_ids
 from torch import nn
 
 from rnn_longctx.models.adopt.adopting import adopt
@@ -61,9 +61,11 @@ def _streamed(adopted, ids, cuts):
 
 
 @torch.no_grad()
-def test_adopted_on_the_device_equals_the_original_and_itself_by_steps(on_gpu):
+def test_adopted_on_the_device_equals_the_original_and_itself_by_steps(on_gpu, family):
     """Against float64 on the CPU: ours no further from it than theirs, whose kernels may multiply in 10 bits."""
     ids, exact = random_ids(2, 37), copy.deepcopy(on_gpu).cpu().double()
+    if exact._can_set_experts_implementation():
+        exact.set_experts_implementation("eager")  # the grouped product of torch 2.11 refuses float64
     with in_pytorch(exact):
         expected = _read(exact, ids)
     plain, tokens = _read(on_gpu, ids), on_gpu.generate(ids.cuda(), max_new_tokens=6, do_sample=False)
@@ -74,6 +76,8 @@ def test_adopted_on_the_device_equals_the_original_and_itself_by_steps(on_gpu):
     adopt(on_gpu, time_step_limit_in_decode=True)
     assert (_streamed(adopted, ids, [13, 1, 1, 22]) - expected).abs().max() < 3 * theirs + 1e-4
     for name, policy in POLICIES.items():
+        if not follows(family, policy):
+            continue
         put(adopted, policy)
         put(reference, policy)
         with in_pytorch(exact):
