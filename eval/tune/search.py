@@ -97,14 +97,14 @@ class Search:
         except InputError as error:
             if trial.number == 0:
                 raise
-            trial.set_user_attr("note", f"refused: {error}")
+            trial.set_user_attr("note", str(error))
             trial.set_constraint("refused", 1.0)
             self.study.tell(trial, state=self.states.PRUNED)
             return True
         others = self._trials()[: trial.number]
         same = next((t.number for t in others if t.user_attrs.get("setting") == setting), None)
         if same is not None:
-            trial.set_user_attr("note", f"as trial {same}")
+            trial.set_user_attr("repeats", same)
             self.study.tell(trial, state=self.states.FAIL)
             return True
         trial.set_user_attr("setting", setting)

@@ -13,15 +13,17 @@ TRIALS = "trials.csv"
 
 
 def trials(study: Any) -> pd.DataFrame:
-    """Return a row a trial."""
+    """Return a row a trial; suggestions that repeat an earlier setting are left out."""
     rows = []
     for t in study.trials:
         attrs = t.user_attrs
+        if attrs.get("repeats") is not None:
+            continue
         rows.append(
             {
                 "trial": t.number,
                 "setting": attrs.get("setting", ""),
-                "state": t.state.name.lower(),
+                "state": "refused" if "refused" in t.constraints else t.state.name.lower(),
                 "value": t.value,
                 "recall": attrs.get("recall"),
                 **attrs.get("about", {}),

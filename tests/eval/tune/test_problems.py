@@ -33,7 +33,7 @@ train:
   data: {text: [text.txt], held_out: 0.2, mix: [{task: "planted:noise=0", fraction: 1.0, lengths: [8, 32], fill: true}]}
   train_length: 32
   batch_size: 4
-  steps: 6
+  steps: 3
   schedule: {warmup: 2}
 learning_rates: [1e-3]
 seeds: 2
@@ -86,7 +86,7 @@ def test_a_mixer_s_trial_trains_two_seeds_reports_and_is_tidied_up(sparse, tmp_p
     assert outcome.value == pytest.approx(1 - outcome.recall) and 0 <= outcome.recall <= 1
     assert outcome.about["learning_rate"] == 1e-3 and not outcome.fault
     reports = sparse.reports(folder)
-    assert list(reports) == [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12] and all(0 <= v <= 1 for v in reports.values())
+    assert list(reports) == [1, 2, 3, 4, 5, 6] and all(0 <= v <= 1 for v in reports.values())
     assert sparse.measure(setting, folder) == outcome, "gone on with, it is the same"
     sparse.tidy(folder)
     assert not list(folder.glob("*/snapshots")) and not list(folder.glob("*/model"))
