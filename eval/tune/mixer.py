@@ -8,7 +8,6 @@ config's `measure.recall`, of other examples than are measured on later, and no 
 
 from __future__ import annotations
 
-import csv
 import math
 import shutil
 from collections.abc import Sequence
@@ -26,7 +25,7 @@ from rnn_longctx.eval.compare.choice import learns_text, trial_of
 from rnn_longctx.eval.compare.config import Cell, CompareConfig, Entry
 from rnn_longctx.eval.compare.study import run_study
 from rnn_longctx.eval.run import evaluate
-from rnn_longctx.eval.tune.problem import Held, Outcome, mean, short
+from rnn_longctx.eval.tune.problem import Held, Outcome, mean, short, table_of
 from rnn_longctx.eval.tune.space import Space
 from rnn_longctx.models import checkpoint
 from rnn_longctx.models.mixers import MIXERS
@@ -38,8 +37,9 @@ from rnn_longctx.train.team import training_device
 
 SEEDS = (1000, 1001)  # of the models of a trial: the comparison has 0, 1, ...
 EXAMPLES = 1  # seed of the examples that trials are asked: what is measured on has 0
-REPORTS = 6  # of a training, at which it may be pruned
-PROMPTS = 100  # of a report
+REPORTS = 4  # of a training, at which it may be pruned
+PROMPTS = 50  # of a report, at each of its lengths
+REACH = 4  # times the training length: no report asks further than that, for it would take longer than the training
 
 
 @dataclass(frozen=True)
@@ -156,18 +156,21 @@ class MixerProblem:
         return Outcome(loss if self.metric == "loss" else 1 - right, right, {"held_out_loss": loss})
 
     def reports(self, folder: Path) -> dict[int, float]:
-        found: dict[int, float] = {}
+        found: dict[int, list[float]] = {}
         for i, run in enumerate(self._runs):
-            file = run.folder(folder) / "eval.csv"
-            for row in csv.DictReader(file.read_text().splitlines()) if file.exists() else ():
-                try:
-                    step, loss, right = int(row["step"]), float(row["loss"]), float(row["passkey_accuracy"])
-                except (TypeError, ValueError):  # is being written
-                    continue
-                if step:
-                    value = loss if self.metric == "loss" else 1 - right
-                    found[i * self.config.train.steps + step] = value
-        return found
+            for row in table_of(run.folder(folder) / "eval.csv"):
+                if step := int(row["step"]):
+                    value = float(row["loss"]) if self.metric == "loss" else 1 - float(row["passkey_accuracy"])
+                    found.setdefault(i * self.config.train.steps + step, []).append(value)
+        lengths = len(self._report_lengths)
+        return {step: mean(values) for step, values in found.items() if len(values) == lengths}
+
+    @property
+    def _report_lengths(self) -> list[int]:
+        """The training length, and the longer ones of those that recall is asked at, within REACH."""
+        length, recall = self.config.train.train_length, self.config.measure.recall
+        longer = [] if recall is None else [n for n in recall.lengths if length < n <= REACH * length]
+        return [length, *longer]
 
     def tidy(self, folder: Path) -> None:
         for run in self._runs:
@@ -204,7 +207,7 @@ class MixerProblem:
         cell = Cell(study.entries[-1].name, run.rate, run.seed, t.train_length)
         prompts = PROMPTS if any(mixed.fraction for mixed in t.data.mixed) else 0
         every = max(1, math.ceil(t.steps / REPORTS))
-        evaluation = EvaluateConfig([t.train_length], every=every, passkeys=prompts)
+        evaluation = EvaluateConfig(self._report_lengths, every=every, passkeys=prompts)
         return replace(study.training(cell, out), evaluate=evaluation, checkpoint_every=every)
 
 

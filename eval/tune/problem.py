@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
 import math
@@ -93,6 +94,12 @@ class Problem(Protocol):
 
     def compare(self, settings: Sequence[str], out: Path, say: Say) -> dict[str, list[list[Held]]]:
         """Return the held-out measurements of settings, a list a seed, and of what else it is worth to compare with."""
+
+
+def table_of(file: Path) -> list[dict[str, str]]:
+    """Return the rows of a CSV file that a trial is writing, but for a last line that is not whole."""
+    text = file.read_text() if file.exists() else ""
+    return list(csv.DictReader(text[: text.rfind("\n") + 1].splitlines()))
 
 
 def folder_of(out: Path, setting: str) -> Path:

@@ -4,7 +4,6 @@ over ranges, where calibration tries a grid."""
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -17,7 +16,7 @@ from rnn_longctx.devices import device_of
 from rnn_longctx.errors import InputError
 from rnn_longctx.eval.search.calibrate import Objective
 from rnn_longctx.eval.search.unseen import shared
-from rnn_longctx.eval.tune.problem import Held, Outcome, mean, short
+from rnn_longctx.eval.tune.problem import Held, Outcome, mean, short, table_of
 from rnn_longctx.eval.tune.space import Space
 from rnn_longctx.files import write_atomic
 from rnn_longctx.measure.stream import tail_loss
@@ -111,14 +110,7 @@ class RemedyProblem:
         return Outcome(mean(losses), recall)
 
     def reports(self, folder: Path) -> dict[int, float]:
-        file = folder / REPORTS
-        found: dict[int, float] = {}
-        for row in csv.DictReader(file.read_text().splitlines()) if file.exists() else ():
-            try:
-                found[int(row["step"])] = float(row["value"])
-            except (TypeError, ValueError):  # is being written
-                continue
-        return found
+        return {int(row["step"]): float(row["value"]) for row in table_of(folder / REPORTS)}
 
     def tidy(self, folder: Path) -> None:
         """(A trial leaves nothing large.)"""

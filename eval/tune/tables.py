@@ -24,7 +24,7 @@ def trials(study: Any) -> pd.DataFrame:
                 "trial": t.number,
                 "setting": attrs.get("setting", ""),
                 "state": "refused" if "refused" in t.constraints else t.state.name.lower(),
-                "value": t.value,
+                "value": t.value if t.state.name == "COMPLETE" else None,
                 "recall": attrs.get("recall"),
                 **attrs.get("about", {}),
                 "seconds": attrs.get("seconds"),

@@ -87,6 +87,13 @@ def test_a_mixer_s_trial_trains_two_seeds_reports_and_is_tidied_up(sparse, tmp_p
     assert outcome.about["learning_rate"] == 1e-3 and not outcome.fault
     reports = sparse.reports(folder)
     assert list(reports) == [1, 2, 3, 4, 5, 6] and all(0 <= v <= 1 for v in reports.values())
+    rows = [line.split(",") for line in (folder / "lr0.001-s1001" / "eval.csv").read_text().splitlines()[1:]]
+    last = [1 - float(row[-1]) for row in rows if row[0] == "3"]
+    assert reports[6] == pytest.approx(sum(last) / 2) and len(last) == 2, "of both lengths"
+    (tmp_path / "early" / "lr0.001-s1000").mkdir(parents=True)
+    head = (folder / "lr0.001-s1000" / "eval.csv").read_text().splitlines()[:6]  # the second step's first length
+    (tmp_path / "early" / "lr0.001-s1000" / "eval.csv").write_text("\n".join(head) + "\n2,256,48,4.")
+    assert list(sparse.reports(tmp_path / "early")) == [1], "a step counts when it is whole"
     assert sparse.measure(setting, folder) == outcome, "gone on with, it is the same"
     sparse.tidy(folder)
     assert not list(folder.glob("*/snapshots")) and not list(folder.glob("*/model"))
