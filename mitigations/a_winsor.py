@@ -19,6 +19,7 @@ from rnn_longctx.errors import InputError
 from rnn_longctx.mitigations.base import REMEDIES, Need, Plan, Remedy
 from rnn_longctx.models.interface import LanguageModel, stepped_mixers
 from rnn_longctx.recurrence.policy import ScanPolicy
+from rnn_longctx.spec import Range, tuned
 
 if TYPE_CHECKING:
     from rnn_longctx.data import Text
@@ -37,7 +38,7 @@ class AWinsor(Remedy):
     needs = frozenset({Need.RECURRENCE, Need.RATES})
     foldable = "a-winsor"
     search = "grid"
-    share: float = 0.05
+    share: float = tuned(0.05, over=Range(0.01, 0.4))
 
     def __post_init__(self) -> None:
         if not 0 <= self.share < 0.5:

@@ -17,6 +17,7 @@ from rnn_longctx.errors import InputError
 from rnn_longctx.mitigations.base import REMEDIES, Need, Plan, Remedy
 from rnn_longctx.models.interface import LanguageModel, erases
 from rnn_longctx.recurrence.policy import PLAIN, ScanPolicy
+from rnn_longctx.spec import Range, tuned
 
 if TYPE_CHECKING:
     from rnn_longctx.data import Text
@@ -36,8 +37,8 @@ class Erase(Remedy):
     needs = frozenset({Need.RECURRENCE, Need.ERASING})
     search = "grid"
     examples = ("erase:scale=0.9", "erase:least=0.1")
-    scale: float = 1.0
-    least: float = 0.0
+    scale: float = tuned(1.0, over=Range(0.25, 1.5))
+    least: float = tuned(0.0, over=Range(0.0, 0.3))
 
     def __post_init__(self) -> None:
         for name in ("scale", "least"):

@@ -22,7 +22,7 @@ from rnn_longctx.mitigations.base import REMEDIES, Need, NotApplicable, Plan, Re
 from rnn_longctx.mitigations.scales import ALPHAS
 from rnn_longctx.models.interface import LanguageModel, erases
 from rnn_longctx.recurrence.policy import ScanPolicy
-from rnn_longctx.spec import quiet
+from rnn_longctx.spec import Range, quiet, tuned
 
 if TYPE_CHECKING:
     from rnn_longctx.data import Text
@@ -45,8 +45,8 @@ class RRI(Remedy):
     search = "spsa"
     one_a_layer = "alpha"
     examples = ("rri:erases=true",)
-    alpha: float | str = 0.9999
-    beta: float = 0.75
+    alpha: float | str = tuned(0.9999, over=Range(0.98, 0.99999, "near-one"))
+    beta: float = tuned(0.75, over=Range(0.25, 1.0))
     erases: bool = quiet(False)
 
     def __post_init__(self) -> None:

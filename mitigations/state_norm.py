@@ -18,7 +18,7 @@ from rnn_longctx.measure.envelope import envelope_of
 from rnn_longctx.mitigations.base import REMEDIES, Need, Plan, Remedy, train_length
 from rnn_longctx.models.interface import LanguageModel
 from rnn_longctx.recurrence.policy import Cap, ScanPolicy
-from rnn_longctx.spec import quiet
+from rnn_longctx.spec import Range, tuned
 
 if TYPE_CHECKING:
     from rnn_longctx.data import Text
@@ -39,8 +39,8 @@ class StateNorm(Remedy):
     adds = True
     search = "quantile"
     examples = ("state-norm:quantile=0.5",)
-    every: int = quiet(1)
-    quantile: float = quiet(1.0)
+    every: int = tuned(1, over=(1, 4, 16, 64), quiet=True)
+    quantile: float = tuned(1.0, over=Range(0.0, 1.0), quiet=True)
 
     def __post_init__(self) -> None:
         if self.every < 1:

@@ -26,7 +26,7 @@ from rnn_longctx.measure.steps import steps_of
 from rnn_longctx.mitigations.base import REMEDIES, Need, Plan, Remedy, same_everywhere, train_length
 from rnn_longctx.models.interface import LanguageModel, stepped_mixers
 from rnn_longctx.recurrence.policy import ScanPolicy
-from rnn_longctx.spec import quiet
+from rnn_longctx.spec import Range, tuned
 
 if TYPE_CHECKING:
     from rnn_longctx.data import Text
@@ -51,8 +51,8 @@ class TokenFilter(Remedy):
     per_length = True
     search = "quantile"
     examples = ("token-filter:theta=0.01,clamp=0.0",)
-    theta: float = 0.05
-    clamp: float = quiet(0.05)
+    theta: float = tuned(0.05, over=Range(1e-3, 0.5, "log"))
+    clamp: float = tuned(0.05, over=Range(0.0, 0.3), quiet=True)
 
     def __post_init__(self) -> None:
         if not 0 < self.theta < 1:

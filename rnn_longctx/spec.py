@@ -1,14 +1,15 @@
 """Things named on a command line with parameters, `name:key=value,key=value`: remedies and tasks.
 
 A thing is a frozen dataclass; its fields are its parameters. The canonical text lists them in the order of the
-fields; one with the metadata `{"quiet": True}` is left out where it has its default.
+fields; one with the metadata `{"quiet": True}` is left out where it has its default, and one with `{"over": ...}` may
+be tuned (`rnn-longctx tune`) over the values that it says.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, Field, field, fields
-from typing import Any, TypeVar
+from dataclasses import MISSING, Field, dataclass, field, fields
+from typing import Any, Literal, TypeVar
 
 from rnn_longctx.config import from_dict
 from rnn_longctx.errors import InputError, nearest
@@ -19,6 +20,33 @@ T = TypeVar("T")
 def quiet(default: Any) -> Any:
     """Return a parameter that canonical text leaves out where it has its default."""
     return field(default=default, metadata={"quiet": True})
+
+
+@dataclass(frozen=True)
+class Range:
+    """The numbers from `low` to `high`, both included, that a parameter may be tuned over.
+
+    Attributes:
+        scale: on which they are drawn evenly: "linear", "log", or "near-one", the logarithm of 1 - x, of shares such as
+            a factor on a decay.
+    """
+
+    low: float
+    high: float
+    scale: Literal["linear", "log", "near-one"] = "linear"
+
+
+Over = Range | tuple[Any, ...]  # a range, or values to choose from
+
+
+def tuned(default: Any, over: Over, quiet: bool = False) -> Any:
+    """Return a parameter that may be tuned over a range or some values; quiet: see `quiet`."""
+    return field(default=default, metadata={"over": over, "quiet": quiet})
+
+
+def tunable(kind: type) -> dict[str, Over]:
+    """Return the parameters of a dataclass that may be tuned, each with what it is tuned over."""
+    return {f.name: f.metadata["over"] for f in fields(kind) if "over" in f.metadata}
 
 
 def parse(text: str, kinds: Mapping[str, type[T]], what: str) -> T:

@@ -28,7 +28,18 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "cli": ("plugins", "eval", "train", "probes", "mitigations", "measure", "models", "recurrence", "tasks", "data"),
 }
 ENTRY = {"rnn_longctx", "rnn_longctx.train.__main__"}  # the public names; what launchers start
-OPTIONAL = ("mamba_ssm", "causal_conv1d", "fla", "lm_eval", "accelerate", "datasets", "peft", "wandb", "tensorboard")
+OPTIONAL = (
+    "mamba_ssm",
+    "causal_conv1d",
+    "fla",
+    "lm_eval",
+    "accelerate",
+    "datasets",
+    "peft",
+    "wandb",
+    "tensorboard",
+    "optuna",
+)
 TABLES = ("rnn_longctx.eval.tables.", "rnn_longctx.eval.show.")
 
 

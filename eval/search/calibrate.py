@@ -105,7 +105,7 @@ def calibrate(
         raise InputError(f"the target of {target} tokens must be above the training length of {train}")
     with mitigate(model, search.settings[0], target_length=target, text=text):
         pass  # what this model lacks shows before anything is measured
-    trials = _Trials(_Objective(model, target, text, seed, slices, prompts, train), say)
+    trials = _Trials(Objective(model, target, text, seed, slices, prompts, train), say)
     best = trials.best_of(search)
     if search.method == "spsa":
         best = trials.perturbed(best, steps, seed)
@@ -156,7 +156,7 @@ def _text(value: float) -> str:
     return str(value) if isinstance(value, int) else f"{value:g}"  # (g cuts whole numbers to six digits)
 
 
-class _Objective:
+class Objective:
     """Loss and recall of a model under a remedy; each is measured once."""
 
     def __init__(self, model: LanguageModel, target: int, text: Text, seed: int, slices: int, prompts: int, train: int):
@@ -194,7 +194,7 @@ class _Trials:
         tried: in the order in which they were.
     """
 
-    def __init__(self, objective: _Objective, say: Callable[[str], None]):
+    def __init__(self, objective: Objective, say: Callable[[str], None]):
         self.objective, self.say = objective, say
         self.bare, self.tried = objective.recall("none"), list[Scored]()
         if not self.bare:

@@ -128,7 +128,7 @@ def test_a_snapshot_of_an_unfinished_stream_is_not_gone_on_from(tmp_path):
 @MODELS
 @torch.no_grad()
 def test_states_remedies_and_monitors_of_before_are_told(build, edit, tmp_path, caplog, monkeypatch):
-    objective = sys.modules[calibrate.__module__]._Objective
+    objective = sys.modules[calibrate.__module__].Objective
     monkeypatch.setattr(objective, "loss", lambda self, remedy: float(remedy == "none"))
     monkeypatch.setattr(objective, "recall", lambda self, remedy: {"passkey@64": 1.0})
     model, state, remedy, kept = build(), tmp_path / "state", str(tmp_path / "remedy.yaml"), tmp_path / "monitor"

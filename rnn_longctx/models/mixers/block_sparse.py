@@ -40,6 +40,7 @@ from rnn_longctx.models.sparse import (
     pooling_weights,
     too_few_blocks,
 )
+from rnn_longctx.spec import tuned
 
 
 @dataclass(frozen=True)
@@ -56,11 +57,11 @@ class BlockSparseConfig:
     """
 
     heads: int = 4
-    block: int = 32
-    window: int = 64
-    sinks: int = 1
-    top: int = 4
-    gate: int = 16
+    block: int = tuned(32, over=(4, 8, 16, 32, 64, 128))
+    window: int = tuned(64, over=(8, 16, 32, 64, 128, 256))
+    sinks: int = tuned(1, over=(0, 1, 2))
+    top: int = tuned(4, over=(1, 2, 4, 8, 16))
+    gate: int = tuned(16, over=(4, 8, 16, 32))
     positions: Literal["rope", "none"] = "rope"
 
     def __post_init__(self) -> None:

@@ -35,6 +35,7 @@ from rnn_longctx.models.state_size import StateSize
 from rnn_longctx.recurrence.carry import ON_CPU
 from rnn_longctx.recurrence.rows import row_counts
 from rnn_longctx.recurrence.span import Span
+from rnn_longctx.spec import tuned
 
 QUERIES = 256  # whose scores are held at once
 
@@ -93,8 +94,8 @@ class ChunkLinformerConfig:
         rank: k, the keys and values that are left of one.
     """
 
-    chunk: int = 64
-    rank: int = 8
+    chunk: int = tuned(64, over=(8, 16, 32, 64, 128, 256))
+    rank: int = tuned(8, over=(1, 2, 4, 8, 16, 32))
     heads: int = 4
 
     def __post_init__(self) -> None:

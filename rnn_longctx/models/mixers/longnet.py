@@ -24,7 +24,7 @@ from rnn_longctx.models.mixers.dilated_ranks import Cut, held_here, with_last_he
 from rnn_longctx.models.state_size import StateSize
 from rnn_longctx.recurrence.carry import ON_CPU
 from rnn_longctx.recurrence.span import Span
-from rnn_longctx.spec import quiet
+from rnn_longctx.spec import quiet, tuned
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ class LongNetConfig:
     """
 
     heads: int = 4
-    segments: str | int = "64/256/1024"
-    dilations: str | int = "1/4/16"
+    segments: str | int = tuned("64/256/1024", over=("16/64/256", "32/128/512", "64/256/1024", "64/512/4096"))
+    dilations: str | int = tuned("1/4/16", over=("1/2/4", "1/4/16", "1/8/64"))
     positions: Literal["rope", "none"] = "rope"
     merge: Literal["softmax", "equal"] = quiet("softmax")
 

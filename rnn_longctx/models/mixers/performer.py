@@ -40,6 +40,7 @@ from rnn_longctx.recurrence.carry import ScanCarry
 from rnn_longctx.recurrence.gates import Gates, ScanInputs
 from rnn_longctx.recurrence.span import Span
 from rnn_longctx.recurrence.ssd.scan import RELATIVE
+from rnn_longctx.spec import tuned
 
 NONE = float("-inf")  # the largest exponent of no key
 
@@ -66,7 +67,7 @@ class PerformerConfig:
     """
 
     heads: int = 4
-    features: int = 64
+    features: int = tuned(64, over=(16, 32, 64, 128, 256))
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from rnn_longctx.errors import InputError
 from rnn_longctx.models.attention import CausalAttention
 from rnn_longctx.models.mixers import MIXERS
+from rnn_longctx.spec import tuned
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class SlidingWindowConfig:
         window: tokens that a token attends to, itself among them.
     """
 
-    window: int = 256
+    window: int = tuned(256, over=(8, 16, 32, 64, 128, 256, 512))
     heads: int = 4
 
     def __post_init__(self) -> None:

@@ -30,6 +30,7 @@ from rnn_longctx.models.mixers import MIXERS
 from rnn_longctx.models.mixers.base import Recurrent
 from rnn_longctx.recurrence.gates import Gates, ScanInputs
 from rnn_longctx.recurrence.span import Span
+from rnn_longctx.spec import tuned
 
 
 def network(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
@@ -85,8 +86,8 @@ class SumformerConfig:
         hidden: of phi and of psi.
     """
 
-    width: int = 256
-    hidden: int = 256
+    width: int = tuned(256, over=(32, 64, 128, 256, 512))
+    hidden: int = tuned(256, over=(32, 64, 128, 256, 512))
 
     def __post_init__(self) -> None:
         check_sizes(width=self.width, hidden=self.hidden)

@@ -37,7 +37,7 @@ from rnn_longctx.models.sparse import (
     pooling_weights,
     too_few_blocks,
 )
-from rnn_longctx.spec import quiet
+from rnn_longctx.spec import quiet, tuned
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,9 @@ class TwoStageConfig:
     """
 
     heads: int = 4
-    block: int = 16
-    window: int = 64
-    top: int = 8
+    block: int = tuned(16, over=(4, 8, 16, 32, 64, 128))
+    window: int = tuned(64, over=(8, 16, 32, 64, 128, 256))
+    top: int = tuned(8, over=(1, 2, 4, 8, 16))
     positions: Literal["rope", "none"] = "rope"
     coarse: bool = quiet(True)
 

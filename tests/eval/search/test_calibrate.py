@@ -41,8 +41,8 @@ def tiny(layers=2, **more):
 
 def losses(monkeypatch, loss, recall=lambda remedy: 1.0):
     """An objective of our own, in place of the model's."""
-    monkeypatch.setattr(module._Objective, "loss", lambda self, remedy: loss(remedy))
-    monkeypatch.setattr(module._Objective, "recall", lambda self, remedy: {"passkey@32": recall(remedy)})
+    monkeypatch.setattr(module.Objective, "loss", lambda self, remedy: loss(remedy))
+    monkeypatch.setattr(module.Objective, "recall", lambda self, remedy: {"passkey@32": recall(remedy)})
 
 
 def scales(remedy):
@@ -155,7 +155,7 @@ def test_spsa_finds_a_factor_a_layer(monkeypatch):
 def test_its_own_objective():
     """Loss over the second half of the target, of the calibration text alone; recall of both kinds."""
     lm = tiny()
-    objective = module._Objective(lm, 64, TEXT, 0, 2, 4, 300)
+    objective = module.Objective(lm, 64, TEXT, 0, 2, 4, 300)
     ids = objective.ids
     expected = lm.losses(lm(ids[:, :-1]), ids[:, 1:])[:, 32:].mean()
     assert objective.loss("none") == pytest.approx(float(expected), rel=1e-5)
