@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import pandas as pd
 from rich.box import Box
@@ -28,6 +29,9 @@ from rnn_longctx.eval.tables.sheets import (
     summary,
 )
 
+if TYPE_CHECKING:
+    from rnn_longctx.models.state_size import StateSize
+
 __all__ = ["asked", "conclusion", "context_gain", "header", "summary", "table", "to_text"]
 
 MANY = 8  # mitigations whose gains are still read one by one
@@ -39,21 +43,17 @@ Line = tuple[Text, dict[int, Text], Text]
 def header(
     model: str,
     parameters: int,
-    scan_state: int,
-    conv_state: int,
+    state: StateSize,
     train_length: int | None,
     device: str,
     dtype: str,
     backend: str,
     reads: str | None = None,
-    per_token: int = 0,
 ) -> RenderableType:
-    """What is measured, on what. `scan_state` and `conv_state` in elements of one sequence, all layers; `per_token`:
-    those that attention adds with every token; `reads`: how, where that is unusual."""
-    growing = f", and {per_token:,} more with every token read" if per_token else ""
+    """What is measured, on what. `state`: of one sequence, all layers; `reads`: how, where that is unusual."""
     lines = [
         ("model", f"{model}, {_count(parameters)} parameters"),
-        ("state", f"{scan_state + conv_state:,} elements (scan {scan_state:,} + conv {conv_state:,}){growing}"),
+        ("state", _state_text(state)),
         ("trained at", "unknown length" if train_length is None else f"{format_length(train_length)} tokens"),
         ("runs on", f"{device}, {dtype}, {backend}"),
         *([("reads", reads)] if reads else []),
@@ -62,6 +62,20 @@ def header(
     for name, text in lines:
         grid.add_row(Text(name, style="dim"), Text(text))
     return grid
+
+
+def _state_text(state: StateSize) -> str:
+    """Return in words what a sequence keeps, and how that grows."""
+    parts = []
+    if state.fixed:
+        of = " + ".join(f"{name} {numbers:,}" for name, numbers in state.fixed.items())
+        parts.append(f"{sum(state.fixed.values()):,} elements ({of})")
+    if within := sum(longest * numbers for longest, numbers in state.windows.items()):
+        parts.append(f"up to {within:,} of the last tokens")
+    if state.per_token:
+        parts.append(f"{state.per_token:,} more with every token read")
+    parts += [f"{numbers:,} more with every {tokens:,} tokens" for tokens, numbers in state.chunks.items()]
+    return ", and ".join(parts) or "none"
 
 
 def table(frame: pd.DataFrame, width: int = 110) -> list[RenderableType]:

@@ -67,18 +67,15 @@ def about(model: LanguageModel, dtype: str) -> RenderableType:
     from rnn_longctx.eval.show.terminal import header
     from rnn_longctx.models.segments import reads
 
-    size = model.state_size()
     return header(
         model.name,
         sum(p.numel() for p in model.parameters()),
-        size.fixed.get("scan", 0),
-        size.fixed.get("conv", 0),
+        model.state_size(),
         model.train_length,
         str(model.device),
         dtype if model.state_dtype is None else f"{dtype} with states in {dtype_name(model.state_dtype)}",
         model.backend,
         reads(model),
-        size.per_token,
     )
 
 

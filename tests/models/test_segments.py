@@ -20,6 +20,7 @@ from rnn_longctx.models import segments
 from rnn_longctx.models.adopt import model as adopting
 from rnn_longctx.models.adopt.adopting import adopt
 from rnn_longctx.models.generate import generate
+from rnn_longctx.models.state_size import StateSize
 from rnn_longctx.probes.monitor.inputs import input_statistics
 from rnn_longctx.recurrence.policy import PLAIN, ScanPolicy
 
@@ -185,7 +186,7 @@ def test_commands_say_the_segment_that_they_read_in(build, command, tmp_path, mo
 
 def test_the_header_says_it():
     console = Console(width=200, record=True)
-    given = ("tiny", 2_913_408, 393216, 13824, 256, "cuda", "float32", "transformers")
+    given = ("tiny", 2_913_408, StateSize({"scan": 393216}), 256, "cuda", "float32", "transformers")
     console.print(header(*given))
     console.print(header(*given, segments.reads(OnGPU(37_152))))
     lines = [line for line in console.export_text().splitlines() if line.startswith("reads")]
