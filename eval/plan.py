@@ -94,7 +94,7 @@ def _trials(question: Question, measuring: Measuring) -> list[Trial]:
     remedies = question.remedies(train_length)
     trials = [Trial(remedy, question.jobs, question.names(remedy)) for remedy in remedies.values()]
     losses = [job for job in question.jobs if job.kind == "loss"]
-    if train_length is None or not 1 < train_length < max(question.lengths) or not model.attends:
+    if train_length is None or not 1 < train_length < max(question.lengths) or not (model.attends and model.mixers):
         return trials
     if losses and "none" in remedies and active(model, measuring.weights_hash)[0] == "none":
         controls = map(parse_remedy, diagnostics(train_length))

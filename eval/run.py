@@ -16,7 +16,9 @@ from rnn_longctx.eval.tables.sheets import SETTING, alike
 from rnn_longctx.mitigations import Remedy
 from rnn_longctx.models.adopt.adopting import as_language_model
 from rnn_longctx.models.checkpoint.locate import former_name
+from rnn_longctx.models.config import warn_of_unfit
 from rnn_longctx.models.interface import LanguageModel
+from rnn_longctx.models.lm import LM
 from rnn_longctx.models.modes import in_evaluation
 from rnn_longctx.models.segments import SEGMENTS
 from rnn_longctx.tasks.base import Task
@@ -64,6 +66,8 @@ def evaluate(
 @in_evaluation
 def answer(model: LanguageModel, question: Question, out: str | None = None, progress: bool = False) -> pd.DataFrame:
     """Return the table of `evaluate` for a question that has been checked."""
+    if isinstance(model, LM):
+        warn_of_unfit(model.config, max(question.lengths))
     results = Results(out) if out else None
     measurings = _measurings(model, question, results)
     for measuring in measurings:

@@ -155,5 +155,7 @@ def _apply(model: LanguageModel) -> None:
 def _set(model: LanguageModel, plan: Plan) -> None:
     for mixer, policy in zip(model.mixers, plan.policies):
         mixer.policy = policy
+    for layer in model.rotary:
+        layer.yarn = plan.scaling
     model.restart = plan.restart
     model.reader = plan.reader

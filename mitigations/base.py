@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from rnn_longctx.data import Text
     from rnn_longctx.measure.calibration import Calibration
     from rnn_longctx.models.restart import Restart
+    from rnn_longctx.models.rotary import Yarn
 
 REMEDIES: Registry[type[Remedy]] = Registry("mitigation", "rnn_longctx.mitigations")
 
@@ -49,6 +50,7 @@ class Need(Enum):
     ERASING = "a recurrence that erases, as the delta rule does"
     ATTENTION = "layers that attend, beside the recurrent ones"
     NO_ATTENTION = "no layer that attends, for it would need the tokens that the remedy drops between layers"
+    ROTARY = "layers of full attention with rotary positions, of this library"
     KEYS = "layers that show their keys and queries, as this library's own do"
     TRAIN_LENGTH = "the length that the model was trained on"
     TARGET_LENGTH = "the length that is to be read"
@@ -62,6 +64,7 @@ class Plan:
         policies: one for every recurrent layer.
         restart: the reader's control, or None.
         reader: how a prompt is read where that is not token after token, or None.
+        scaling: of rotary positions in full attention, or None.
         calibrations: what it was calibrated on.
         weights: the model's `weights_hash`, where the plan follows from the weights.
     """
@@ -69,6 +72,7 @@ class Plan:
     policies: tuple[ScanPolicy, ...]
     restart: Restart | None = None
     reader: Reader | None = None
+    scaling: Yarn | None = None
     calibrations: tuple[Calibration, ...] = ()
     weights: str | None = None
 
@@ -197,6 +201,8 @@ def _lacks(need: Need, remedy: str, model: LanguageModel, target_length: int | N
             return f"{remedy} is for hybrids, and {model.name} has no {'attention' if model.mixers else 'recurrence'}"
         case Need.NO_ATTENTION if model.attends:
             return f"{remedy} drops tokens between layers, which attention in {model.name} needs"
+        case Need.ROTARY if not model.rotary:
+            return f"{remedy} scales the rotary positions of full attention, and {model.name} has none of this library"
         case Need.KEYS if not all(mixer.tappable for mixer in model.mixers):
             return f"{remedy} reads keys and queries, which an adopted model does not show: {model.name} is one"
         case Need.TRAIN_LENGTH:

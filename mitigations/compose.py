@@ -84,6 +84,7 @@ def combine(plans: list[Plan], model: LanguageModel) -> Plan:
         tuple(policies) or (PLAIN,) * len(model.mixers),
         restart=restarts[0] if restarts else None,
         reader=readers[0] if readers else None,
+        scaling=next((plan.scaling for plan in plans if plan.scaling), None),
         calibrations=tuple(calibration for plan in plans for calibration in plan.calibrations),
         weights=next((plan.weights for plan in plans if plan.weights), None),
     )

@@ -33,7 +33,8 @@ from rnn_longctx.errors import InputError
 from rnn_longctx.measure.taps import tapping
 from rnn_longctx.mitigations.base import REMEDIES, Need, Plan, Remedy, same_everywhere, train_length
 from rnn_longctx.models.carries import StreamCache
-from rnn_longctx.models.interface import LanguageModel, MixerReading
+from rnn_longctx.models.interface import LanguageModel
+from rnn_longctx.models.mixer_reading import MixerReading
 from rnn_longctx.recurrence.gates import SteppedGates
 from rnn_longctx.recurrence.policy import ScanPolicy
 from rnn_longctx.spec import quiet

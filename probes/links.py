@@ -35,8 +35,13 @@ def mixers_of(model: LanguageModel) -> list[Mixer]:
 
 
 def sparse_layers(model: LanguageModel) -> dict[int, SparseAttention]:
-    """Return the layers that choose what they read, by their places among all layers, from 0 on."""
-    return {i: mixer for i, mixer in enumerate(mixers_of(model)) if isinstance(mixer, SparseAttention)}
+    """Return the layers that choose what they read, by their places among all layers, from 0 on; of a retrofitted
+    decoder what took over heads of its layers."""
+    mixers: list[tuple[int, Any]] = list(enumerate(mixers_of(model)))
+    mixers += [
+        (attention.layer_idx, part) for attention in getattr(model, "retrofitted", ()) for part in attention.parts
+    ]
+    return {i: mixer for i, mixer in mixers if isinstance(mixer, SparseAttention)}
 
 
 @torch.no_grad()
@@ -65,11 +70,11 @@ def links(model: Any, ids: Tensor, at: Iterable[int] | None = None, *, segment: 
     if segment < 1:
         raise InputError(f"segment: expected at least 1 token, got {segment}")
     rows: list[tuple] = []
-    cache, asked = lm.new_cache(), set(queries)
+    cache, at_queries = lm.new_cache(), set(queries)
     cuts = sorted({*range(0, queries[-1], segment), *queries, *(query + 1 for query in queries)})
     for start, stop in pairwise(cuts):
         with ExitStack() as looking:
-            if start in asked:
+            if start in at_queries:
                 for layer, mixer in layers.items():
                     looking.enter_context(_looking(mixer, layer, start, rows))
             lm(ids[:, start:stop].to(lm.device), cache)
@@ -93,7 +98,7 @@ def _looking(mixer: SparseAttention, layer: int, query: int, rows: list[tuple]) 
         size, window = mixer.config.block, mixer.config.window
         near = max(0, (query // size - window // size + 1) * size)
         blocks, scores = (x[0, :, 0].tolist() for x in (kept.blocks, kept.scores))
-        for head, (numbers, values) in enumerate(zip(blocks, scores)):
+        for head, numbers, values in zip(mixer.head_numbers, blocks, scores):
             for n, score in zip(numbers, values):
                 if n >= 0:
                     kind, score = ("sink", float("nan")) if n < mixer.sinks else ("chosen", score)
@@ -118,8 +123,8 @@ def held(table: pd.DataFrame, sources: Mapping[int, Sequence[int]]) -> pd.DataFr
     for query, tokens in sources.items():
         for (layer, head), read in table[table["query"] == query].groupby(["layer", "head"]):
             stretches = list(zip(read["start"].tolist(), read["stop"].tolist()))
-            found = any(start <= token < stop for start, stop in stretches for token in tokens)
-            rows.append((layer, head, query, found, _chance(stretches, tokens, query)))
+            holds = any(start <= token < stop for start, stop in stretches for token in tokens)
+            rows.append((layer, head, query, holds, _chance(stretches, tokens, query)))
     return pd.DataFrame(rows, columns=["layer", "head", "query", "held", "chance"])
 
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from rnn_longctx.errors import InputError
 from rnn_longctx.measure.taps import tapping, taps_everywhere
-from rnn_longctx.models.interface import LanguageModel, MixerReading, Tap, erases
+from rnn_longctx.models.interface import LanguageModel, erases
+from rnn_longctx.models.mixer_reading import MixerReading, Tap
 from rnn_longctx.models.modes import evaluating
 from rnn_longctx.recurrence.policy import ScanPolicy
 

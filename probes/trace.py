@@ -34,7 +34,8 @@ from rnn_longctx.config import counted, parse_length
 from rnn_longctx.errors import InputError
 from rnn_longctx.measure.taps import tapping
 from rnn_longctx.models.adopt.adopting import as_language_model
-from rnn_longctx.models.interface import LanguageModel, MixerReading, RecurrentMixer, steps_write
+from rnn_longctx.models.interface import LanguageModel, RecurrentMixer, steps_write
+from rnn_longctx.models.mixer_reading import MixerReading
 from rnn_longctx.models.modes import warn_of_training
 from rnn_longctx.recurrence.gates import AnyGates, SteppedGates
 from rnn_longctx.recurrence.policy import ScanPolicy, per_head

@@ -35,7 +35,7 @@ _WHERE = {
     "fold": "rnn_longctx.mitigations",
     "generate": "rnn_longctx.models.generate",
     "generate_stream": "rnn_longctx.models.generate",
-    "load": "rnn_longctx.models.checkpoint.load",
+    "load": "rnn_longctx.models.load",
     "load_text": "rnn_longctx.data",
     "mitigate": "rnn_longctx.mitigations",
     "record": "rnn_longctx.probes.trace",
@@ -49,8 +49,8 @@ if TYPE_CHECKING:
     from rnn_longctx.mitigations import fold, mitigate
     from rnn_longctx.models.adopt.adopting import adopt
     from rnn_longctx.models.cache import Cache
-    from rnn_longctx.models.checkpoint.load import load
     from rnn_longctx.models.generate import generate, generate_stream
+    from rnn_longctx.models.load import load
     from rnn_longctx.plugins import register
     from rnn_longctx.probes.monitor.monitor import CollapseMonitor
     from rnn_longctx.probes.trace import record

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import warnings
 from collections.abc import Iterable
+from typing import Any
+
+_WARNED: dict[Any, Any] = {}  # what Python remembers of the warnings of `warn_once`
 
 
 class InputError(ValueError):
@@ -21,6 +25,11 @@ class CollapseError(RuntimeError):
     def __init__(self, message: str, position: int, heads: tuple[tuple[int, int, float], ...]):
         super().__init__(message)
         self.position, self.heads = position, heads
+
+
+def warn_once(text: str) -> None:
+    """Warn of what surely is not meant, but can be done: the same words once a process, wherever they come from."""
+    warnings.warn_explicit(text, RuntimeWarning, "rnn_longctx", 1, registry=_WARNED)
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:

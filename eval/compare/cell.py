@@ -4,10 +4,12 @@ rate chosen for its entry, measures it into measured.json."""
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import shutil
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from rnn_longctx.eval.cells import alone
 from rnn_longctx.eval.compare.choice import Trial, best_rate, trial_of
 from rnn_longctx.eval.compare.config import Cell, CompareConfig
 from rnn_longctx.eval.compare.measures import Row, Subject, measure
+from rnn_longctx.eval.energy import Meter
 from rnn_longctx.eval.pool import end_with_parent
 from rnn_longctx.files import write_atomic
 from rnn_longctx.models import checkpoint
@@ -59,6 +62,29 @@ def measured(config: CompareConfig, cell: Cell, study: Path) -> tuple[dict[str, 
     return None if known is None else (known["about"], known["rows"])
 
 
+def spent(config: CompareConfig, cell: Cell, study: Path) -> dict[str, float]:
+    """Return what training took, by metrics: `train_tokens`, `train_seconds` and, where they could be read,
+    `train_joules`; with a score, `score_tokens` and `score_seconds` up to it, infinite where it was not reached. Empty
+    where the log is not there any more."""
+    try:
+        with (folder_of(study, cell) / "log.csv").open() as file:
+            log = [{name: float(text) for name, text in row.items()} for row in csv.DictReader(file)]
+    except FileNotFoundError:
+        return {}
+    known = _read(folder_of(study, cell) / "trained.json", _trained_as(config, cell))
+    if known is None or not log:
+        return {}
+    values = {f"train_{name}": log[-1][name] for name in ("tokens", "seconds")}
+    if not math.isnan(joules := known.get("joules", math.nan)):
+        values["train_joules"] = joules
+    if (score := config.score) is not None:
+        limits = [(k, v) for k, v in (("loss", score.loss), ("passkey_loss", score.answer_loss)) if v is not None]
+        reached = [row for row in log if all(row[name] <= value for name, value in limits)]
+        for name in ("tokens", "seconds"):
+            values[f"score_{name}"] = reached[0][name] if reached else math.inf
+    return values
+
+
 def is_done(config: CompareConfig, cell: Cell, study: Path) -> bool:
     """Whether a cell is trained, and measured if it is to be."""
     how = trial(config, cell, study)
@@ -96,16 +122,21 @@ def run_cell(config: CompareConfig, cell: Cell, study: Path) -> None:
 
 def _train(config: CompareConfig, cell: Cell, folder: Path) -> Trial:
     training = config.training(cell, str(folder))
-    how = None
+    how, joules = None, math.nan
     if _is_saved(folder):
         claim_run(training)  # else an entry that has changed would go by the weights of what it was
     else:
+        in_one_go = not (folder / "log.csv").exists()
+        meter, began = Meter(training_device(config.device)), time.monotonic()
         try:
             train(training)
         except TrainingDiverged as error:  # so this rate is too large, which is an answer
             how = Trial(math.nan, fault=one_line(error))
+        joules = meter.joules(time.monotonic() - began) if in_one_go else math.nan
     how = how or trial_of(_load(config, cell, folder), training)
-    write_atomic(folder / "trained.json", json.dumps({"as": _trained_as(config, cell), "trial": vars(how)}).encode())
+    done: dict[str, Any] = {"as": _trained_as(config, cell), "trial": vars(how)}
+    done |= {} if math.isnan(joules) else {"joules": joules}
+    write_atomic(folder / "trained.json", json.dumps(done).encode())
     return how
 
 
@@ -140,6 +171,8 @@ def _trained_as(config: CompareConfig, cell: Cell) -> dict[str, Any]:
 def _measured_as(config: CompareConfig, cell: Cell) -> dict[str, Any]:
     """What is measured, and of what; how many streams are read side by side changes nothing of it."""
     settings = {k: v for k, v in to_dict(config.measure).items() if k != "batch"}
+    if settings["costs"] is None:  # (what was measured before there were any is measured so)
+        del settings["costs"]
     settings["longest"] = config.entry(cell.entry).longest
     return _plain({"trained": _trained_as(config, cell), "measure": settings})
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Literal
+from typing import Literal, TypeVar
 
 from rnn_longctx.errors import InputError, nearest
 from rnn_longctx.eval.compare.equal import Kind, equalised
@@ -68,6 +68,22 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True)
+class ScoreConfig:
+    """When training has come far enough: the first row of a run's log.csv in which all that is said here is reached.
+
+    Attributes:
+        loss: the mean over the tokens of `log_every` steps, in nats; answer_loss: that of the answers mixed in.
+    """
+
+    loss: float | None = None
+    answer_loss: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.loss is None and self.answer_loss is None:
+            raise InputError("expected a loss, an answer_loss, or both, such as {loss: 1.2}")
+
+
+@dataclass(frozen=True)
 class CompareConfig:
     """Entries that are trained alike and measured alike.
 
@@ -79,6 +95,8 @@ class CompareConfig:
             token, within 2%; "state", numbers that a row keeps after the training length, within 5%; None leaves them.
         forget: training lengths, in tokens, beyond that of `train`, which the search for T_forget tries at the best
             rate, with as many tokens a step; []: nothing is searched, and T_forget is known as a bound.
+        score: what training is timed up to, in tokens and seconds; price: of an hour of the device, in any currency.
+            None: nothing is said of either. Both may be changed when all is measured.
     """
 
     entries: list[Entry]
@@ -89,18 +107,13 @@ class CompareConfig:
     seeds: int = 3
     forget: list[int] = field(default_factory=list)
     measure: MeasureConfig = field(default_factory=MeasureConfig)
+    score: ScoreConfig | None = None
+    price: float | None = None
     device: str = "auto"
     out: str = "runs/compare"
 
     def __post_init__(self) -> None:
-        if not self.entries:
-            raise InputError("entries: expected at least one, such as {name: gla, mixer: gla}")
-        names = [entry.name for entry in self.entries]
-        for name in names:
-            if not NAME.fullmatch(name):
-                raise InputError(f"entries: a name is of letters, digits, _, -, + and dots, got {name!r}")
-            if names.count(name) > 1:
-                raise InputError(f"entries: {name} is there twice")
+        check_names(self.entries)
         if self.seeds < 1:
             raise InputError(f"seeds: expected at least 1, got {self.seeds}")
         rates = self.learning_rates
@@ -110,6 +123,7 @@ class CompareConfig:
             raise InputError("train.data.held_out: the learning rate is chosen by held-out text; expected above 0")
         if self.forget:
             ascending("forget", [self.train.train_length, *self.forget])
+        check_price(self.price)
         trained = {text.source for text in self.train.data.parts}
         if both := sorted(trained & set(self.measure.texts)):
             raise InputError(f"measure: {both[0]} is trained on; measure on another text")
@@ -123,7 +137,7 @@ class CompareConfig:
                     f"entries[{i}] ({entry.name}): longest must be beyond train_length {self.train.train_length}"
                 )
         for length in self.train_lengths:
-            self.training(Cell(names[0], rates[0], 0, length), "")
+            self.training(Cell(self.entries[0].name, rates[0], 0, length), "")
 
     @cached_property
     def models(self) -> dict[str, ModelConfig]:
@@ -146,10 +160,7 @@ class CompareConfig:
 
     def entry(self, name: str) -> Entry:
         """Return the entry of a name. Raises InputError: there is none."""
-        for entry in self.entries:
-            if entry.name == name:
-                return entry
-        raise InputError(f"no entry {name!r}{nearest(name, [entry.name for entry in self.entries])}")
+        return named(self.entries, name)
 
     def trials(self, name: str) -> list[Cell]:
         """Return the cells of an entry that its learning rate is chosen by."""
@@ -212,3 +223,32 @@ class Cell:
 def selected(config: CompareConfig, names: Sequence[str]) -> list[str]:
     """Return the names of the entries that are asked for, all where none is. Raises InputError: there is no such."""
     return [config.entry(name).name for name in names] or [entry.name for entry in config.entries]
+
+
+def check_names(entries: Sequence[Entry]) -> None:
+    """Raise InputError where there is no entry, two have one name, or a name cannot be one of a folder."""
+    if not entries:
+        raise InputError("entries: expected at least one, such as {name: gla, mixer: gla}")
+    names = [entry.name for entry in entries]
+    for name in names:
+        if not NAME.fullmatch(name):
+            raise InputError(f"entries: a name is of letters, digits, _, -, + and dots, got {name!r}")
+        if names.count(name) > 1:
+            raise InputError(f"entries: {name} is there twice")
+
+
+AnyEntry = TypeVar("AnyEntry", bound=Entry)
+
+
+def named(entries: Sequence[AnyEntry], name: str) -> AnyEntry:
+    """Return the entry of a name. Raises InputError: there is none."""
+    for entry in entries:
+        if entry.name == name:
+            return entry
+    raise InputError(f"no entry {name!r}{nearest(name, [entry.name for entry in entries])}")
+
+
+def check_price(price: float | None) -> None:
+    """Raise InputError for a price that is none."""
+    if price is not None and not 0 <= price < float("inf"):
+        raise InputError(f"price: expected that of an hour of the device, 0 or more, got {price}")

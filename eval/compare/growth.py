@@ -16,15 +16,15 @@ import torch
 import yaml
 
 from rnn_longctx.config import format_length, home_path, load_yaml, to_dict
-from rnn_longctx.errors import InputError, nearest, one_line
+from rnn_longctx.errors import InputError, one_line
 from rnn_longctx.eval.cells import alone, run_cells
-from rnn_longctx.eval.compare.config import NAME, ShapeConfig
+from rnn_longctx.eval.compare.config import Entry, ShapeConfig, check_names, check_price, named
 from rnn_longctx.eval.compare.measures import ascending
-from rnn_longctx.eval.compare.reading import Reading, Row, rows_at
+from rnn_longctx.eval.compare.timing import ReadingConfig, Row, rows_at
 from rnn_longctx.eval.pool import end_with_parent, python
 from rnn_longctx.eval.tables.growth import summarised, write
 from rnn_longctx.files import write_atomic
-from rnn_longctx.models.config import ModelConfig
+from rnn_longctx.models.config import warn_of_unfit
 from rnn_longctx.plugins import load_handed_on
 from rnn_longctx.progress import Say, to_stdout
 from rnn_longctx.train.snapshots import claim_folder
@@ -35,26 +35,10 @@ WHOLE = "whole"  # a segment: all in one call
 
 
 @dataclass(frozen=True)
-class GrowthEntry:
-    """One mixer with its parameters (of a model, a list of them is repeated over the layers), and where it differs from
-    `shape` and `segment`.
+class GrowthEntry(Entry):
+    """An entry (of mixers alone, one mixer), and where it differs from `segment`."""
 
-    Attributes:
-        longest: tokens; nothing longer is read. None: all lengths.
-    """
-
-    name: str
-    mixer: str | list[str]
-    d_model: int | None = None
-    n_layer: int | None = None
-    mlp: float | None = None
     segment: int | Literal["whole"] | None = None
-    longest: int | None = None
-
-    def model(self, shape: ShapeConfig) -> ModelConfig:
-        """Return the model of this entry. Raises InputError: no such mixer, or one of this shape."""
-        differs = {k: v for k in ("d_model", "n_layer", "mlp") if (v := getattr(self, k)) is not None}
-        return ModelConfig(self.mixer, **(vars(shape) | differs))
 
 
 @dataclass(frozen=True)
@@ -68,6 +52,7 @@ class GrowthConfig:
         segment: tokens of a call, as this library reads a stream; or "whole": all in one call.
         fit_from: exponents are fitted to the lengths from this one on; None: to the longer half.
         reference: the entry that the others are set against; None: the first.
+        price: of an hour of the device, in any currency; None: nothing is said of costs.
     """
 
     measure: Literal["growth"]
@@ -79,20 +64,15 @@ class GrowthConfig:
     fit_from: int | None = None
     reference: str | None = None
     tokens: int = 20
+    price: float | None = None
     device: str = "auto"
     out: str = "runs/compare/growth"
 
     def __post_init__(self) -> None:
-        if not self.entries:
-            raise InputError("entries: expected at least one, such as {name: mamba2, mixer: mamba2}")
+        check_names(self.entries)
         ascending("lengths", self.lengths)
-        names = [entry.name for entry in self.entries]
         for i, entry in enumerate(self.entries):
             where = f"entries[{i}] ({entry.name})"
-            if not NAME.fullmatch(entry.name):
-                raise InputError(f"entries: a name is of letters, digits, _, -, + and dots, got {entry.name!r}")
-            if names.count(entry.name) > 1:
-                raise InputError(f"entries: {entry.name} is there twice")
             if self.what == "mixers" and not isinstance(entry.mixer, str):
                 raise InputError(f"{where}: what: mixers takes one mixer an entry, got {len(entry.mixer)}")
             for segment in (entry.segment, self.segment):
@@ -112,6 +92,7 @@ class GrowthConfig:
             )
         if self.tokens < 1:
             raise InputError(f"tokens: expected at least 1, got {self.tokens}")
+        check_price(self.price)
 
     @property
     def fitted_from(self) -> int:
@@ -119,19 +100,16 @@ class GrowthConfig:
 
     def entry(self, name: str) -> GrowthEntry:
         """Return the entry of a name. Raises InputError: there is none."""
-        for entry in self.entries:
-            if entry.name == name:
-                return entry
-        raise InputError(f"no entry {name!r}{nearest(name, [entry.name for entry in self.entries])}")
+        return named(self.entries, name)
 
-    def reading(self, name: str) -> Reading:
+    def reading(self, name: str) -> ReadingConfig:
         """Return how an entry is read."""
         entry = self.entry(name)
         segment = self.segment if entry.segment is None else entry.segment
         model = entry.model(self.shape)
         if self.what == "mixers":
             model = replace(model, n_layer=1, mlp=0.0)
-        return Reading(model, self.what, None if segment == WHOLE else int(segment), self.tokens)
+        return ReadingConfig(model, self.what, None if segment == WHOLE else int(segment), self.tokens)
 
     def within(self, name: str) -> list[int]:
         """Return the lengths at which an entry is read."""
@@ -152,6 +130,8 @@ def run_growth(config: GrowthConfig, only: Sequence[str] = (), say: Say = to_std
     claim_folder(study, {"measure": config.measure, "device": device.type}, ["cells"])
     config = replace(config, out=str(study))
     write_atomic(study / STUDY, yaml.safe_dump(to_dict(config), sort_keys=False).encode())
+    for name in names:
+        warn_of_unfit(config.reading(name).model, config.within(name)[-1], f"{name}: ")
     run_cells(_Cells(config, study, names), 1, device, say)
     return study
 
@@ -179,9 +159,9 @@ class _Cells:
         every = []
         for entry in self.config.entries:
             for length in self.config.within(entry.name):
-                every += measured(self.config, entry.name, length, self.study) or []
+                every += known_rows(self.config, entry.name, length, self.study) or []
         reference = self.config.reference or self.config.entries[0].name
-        frame = summarised(every, self.config.fitted_from, reference)
+        frame = summarised(every, self.config.fitted_from, reference, self.config.price)
         write(frame, self.study)
         return frame
 
@@ -191,7 +171,7 @@ def command(name: str, study: Path) -> list[str]:
     return python("rnn_longctx.eval.compare.growth", str(study), name)
 
 
-def measured(config: GrowthConfig, name: str, length: int, study: Path) -> list[Row] | None:
+def known_rows(config: GrowthConfig, name: str, length: int, study: Path) -> list[Row] | None:
     """Return the rows of an entry at a length, or None where they are not measured, or in another way."""
     try:
         known = json.loads(_file(study, name, length).read_bytes())
@@ -204,7 +184,7 @@ def missing(config: GrowthConfig, name: str, study: Path) -> list[int]:
     """Return the lengths at which an entry is not measured yet; none beyond one at which memory did not suffice."""
     lengths = []
     for length in config.within(name):
-        rows = measured(config, name, length, study)
+        rows = known_rows(config, name, length, study)
         if rows is None:
             lengths.append(length)
         elif any(row["note"] for row in rows):

@@ -13,16 +13,19 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import pandas as pd
+import torch
 
 from rnn_longctx.config import format_length
 from rnn_longctx.data import Tokenizer, load_text
 from rnn_longctx.errors import InputError
+from rnn_longctx.eval.compare.timing import NO_MEMORY, is_out_of_memory, model_rows
 from rnn_longctx.eval.jobs.base import Job
 from rnn_longctx.eval.jobs.loss import LossOverLength
 from rnn_longctx.eval.jobs.parsing import parse_recall
 from rnn_longctx.eval.run import evaluate
 from rnn_longctx.mitigations import REMEDIES, parse_remedy
 from rnn_longctx.models.interface import LanguageModel
+from rnn_longctx.models.segments import SEGMENTS
 from rnn_longctx.probes.probe import Probe, probe
 
 Row = dict[str, Any]  # metric, mitigation, task, text, length, depth, value, n, samples, note
@@ -278,6 +281,44 @@ def _remedy_rows(c: RemedyConfig, subject: Subject, remedy: str) -> Iterator[Row
 
 
 @dataclass(frozen=True)
+class CostsConfig:
+    """Seconds, bytes and joules of reading one prompt of random tokens up to its first answer, and of a token after it.
+
+    Attributes:
+        lengths: of prompts, in tokens.
+        tokens: how many are generated after each.
+    """
+
+    lengths: list[int] = field(default_factory=lambda: [512, 8192])
+    tokens: int = 20
+
+    def __post_init__(self) -> None:
+        ascending("lengths", self.lengths)
+        if self.tokens < 1:
+            raise InputError(f"tokens: expected at least 1, got {self.tokens}")
+
+    def check(self, tokenizer: Tokenizer, vocab_size: int) -> None: ...
+
+    @torch.inference_mode()
+    def rows(self, subject: Subject) -> Iterator[Row]:
+        segment = SEGMENTS[subject.model.device.type]
+        for length in subject.within(self.lengths):
+            try:
+                for row in model_rows(subject.model, length, min(segment, length), self.tokens):
+                    token = {"prefill": "first_token", "decode": "next_token"}[row["what"]]
+                    yield row_of(f"{token}_seconds", row["seconds"], length=length)
+                    yield row_of(f"{token}_joules", row["joules"], length=length)
+                    if row["what"] == "prefill":
+                        for metric in ("tokens_per_second", "peak_bytes", "carry_bytes"):
+                            yield row_of(metric, row[metric], length=length)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                yield row_of("first_token_seconds", None, length=length, note=NO_MEMORY)
+                return
+
+
+@dataclass(frozen=True)
 class MeasureConfig:
     """What is measured; null leaves a measurement out.
 
@@ -289,6 +330,7 @@ class MeasureConfig:
     recall: RecallConfig | None = field(default_factory=RecallConfig)
     probe: ProbeConfig | None = field(default_factory=ProbeConfig)
     remedies: RemedyConfig | None = field(default_factory=RemedyConfig)
+    costs: CostsConfig | None = None
     batch: int = 32
 
     def __post_init__(self) -> None:
@@ -300,6 +342,13 @@ class MeasureConfig:
         """The measurements that are made, by the names of the fields."""
         named = ((f.name, getattr(self, f.name)) for f in fields(self))
         return {name: value for name, value in named if value is not None and not isinstance(value, int)}
+
+    @property
+    def lengths(self) -> list[int]:
+        """The lengths that are read."""
+        sections = [section for section in (self.loss, self.recall, self.remedies, self.costs) if section is not None]
+        lengths = [length for section in sections for length in section.lengths]
+        return lengths + ([self.probe.length] if self.probe is not None else [])
 
     @property
     def texts(self) -> list[str]:

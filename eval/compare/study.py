@@ -19,13 +19,15 @@ from rnn_longctx.config import home_path, to_dict
 from rnn_longctx.data import load_tokenizer
 from rnn_longctx.errors import InputError
 from rnn_longctx.eval.cells import run_cells, texts_for_cells
-from rnn_longctx.eval.compare.cell import STUDY, chosen, folder_of, is_done, measured, trial
+from rnn_longctx.eval.compare.cell import STUDY, chosen, folder_of, is_done, measured, spent, trial
 from rnn_longctx.eval.compare.config import Cell, CompareConfig, selected
 from rnn_longctx.eval.compare.equal import parameters, size, state
+from rnn_longctx.eval.compare.measures import row_of
 from rnn_longctx.eval.forget import next_models
 from rnn_longctx.eval.pool import python
 from rnn_longctx.eval.tables.compare import passes, summarised, write
 from rnn_longctx.files import write_atomic
+from rnn_longctx.models.config import warn_of_unfit
 from rnn_longctx.progress import Say, to_stdout
 from rnn_longctx.train.mix import check_mix
 from rnn_longctx.train.snapshots import claim_folder
@@ -60,6 +62,8 @@ def run_study(config: CompareConfig, jobs: int = 1, only: Sequence[str] = (), sa
         sizes |= {equal.named: equal.of(model)} if equal.kind == "flops" else {}
         shape = f"d_model {model.d_model}, mlp {model.mlp:.3g}"
         say(f"{name}: {', '.join(f'{number:,} {what}' for what, number in sizes.items())}, {shape}")
+        longest = max(*config.train_lengths, *config.measure.lengths)
+        warn_of_unfit(model, min(longest, config.entry(name).longest or longest), f"{name}: ")
     run_cells(_Cells(config, study, names), jobs, device, say)
     return study
 
@@ -139,7 +143,14 @@ def _rows(config: CompareConfig, study: Path) -> Iterator[dict[str, Any]]:
                         yield key | {"metric": "held_out_loss", "value": how.loss, "note": note}
                         for task, value in how.recall.items():
                             yield key | {"metric": "held_out_recall", "task": task, "value": value, "note": note}
-                    if rate == best and (known := measured(config, cell, study)) is not None:
-                        about, rows = known
-                        for row in rows:
-                            yield key | {"state": about["state"]} | row
+                    if rate != best:
+                        continue
+                    rows = [row_of(metric, value) for metric, value in spent(config, cell, study).items()]
+                    if (known := measured(config, cell, study)) is not None:
+                        about, more = known
+                        key, rows = key | {"state": about["state"]}, rows + more
+                    for row in rows:
+                        yield key | row
+                        if config.price is not None and row["metric"].endswith("_seconds"):
+                            cost = row["value"] * config.price / 3600
+                            yield key | row | {"metric": row["metric"].replace("_seconds", "_cost"), "value": cost}

@@ -14,13 +14,7 @@ from rich.text import Text
 
 from rnn_longctx.config import format_length
 from rnn_longctx.eval.show.style import COLOURS, GREYS, GRID, MARKERS, RED, write
-
-
-def answers_of(frame: pd.DataFrame, metric: str = "accuracy") -> pd.DataFrame:
-    """Return the rows of the shares of answers that are right, of all seeds together, without a remedy; those of each
-    depth are the metric `recovery`."""
-    alike = (frame["metric"] == metric) & frame["seed"].isna() & (frame["mitigation"] == "none")
-    return frame[alike & (frame["train_length"] == frame["train_length"].min())]
+from rnn_longctx.eval.tables.compare import of_all_seeds
 
 
 def guess(frame: pd.DataFrame, task: str) -> float | None:
@@ -31,16 +25,16 @@ def guess(frame: pd.DataFrame, task: str) -> float | None:
 
 def answer_tables(frame: pd.DataFrame) -> list[RenderableType]:
     """Return a table a task, none where nothing was asked."""
-    answers = answers_of(frame)
+    answers = of_all_seeds(frame, "accuracy", mitigation="none")
     pieces: list[RenderableType] = []
     for task, rows in answers.groupby("task", sort=False):
         lengths = sorted(int(n) for n in rows["length"].unique())
         grid = Table(box=None, pad_edge=False)
         for i, head in enumerate(("entry", "parameters", "rate", *map(format_length, lengths))):
             grid.add_column(head, justify="right" if i else "left")
-        for entry, own in rows.groupby("entry", sort=False):
-            values = dict(zip(own["length"], own["value"]))
-            first = own.iloc[0]
+        for entry, of_entry in rows.groupby("entry", sort=False):
+            values = dict(zip(of_entry["length"], of_entry["value"]))
+            first = of_entry.iloc[0]
             about = (str(entry), f"{int(first['parameters']):,}", f"{first['learning_rate']:g}")
             grid.add_row(*about, *(f"{values[n]:.2f}" if n in values else "" for n in lengths))
         if (chance := guess(frame, str(task))) is not None:
@@ -52,7 +46,7 @@ def answer_tables(frame: pd.DataFrame) -> list[RenderableType]:
 def draw_answers(frame: pd.DataFrame, folder: Path, name: str) -> list[Path]:
     """Draw the shares over length as NAME.png and NAME.pdf, and at the longest length within training over the depth of
     the answers as recovery.png and recovery.pdf; nothing where nothing was asked. Returns the paths."""
-    answers, train = answers_of(frame), float(frame["train_length"].min())
+    answers, train = of_all_seeds(frame, "accuracy", mitigation="none"), float(frame["train_length"].min())
     if answers.empty:
         return []
     figure, panels = _panels(frame, answers, "length")
@@ -63,7 +57,7 @@ def draw_answers(frame: pd.DataFrame, folder: Path, name: str) -> list[Path]:
         panel.set_xticks(lengths, [format_length(n) for n in lengths], fontsize=8)
     figure.supxlabel("length, tokens (red: training length)", fontsize=10)
     paths = _written(figure, folder / name)
-    recovery = answers_of(frame, "recovery")
+    recovery = of_all_seeds(frame, "recovery", mitigation="none")
     if len(recovery := recovery[recovery["length"] <= train]):
         recovery = recovery[recovery["length"] == recovery["length"].max()]
         figure, _ = _panels(frame, recovery, "depth")
@@ -85,10 +79,10 @@ def _panels(frame: pd.DataFrame, answers: pd.DataFrame, over: str) -> tuple[Figu
     for task, panel in zip(tasks, panels.flat):
         of_task = answers[answers["task"] == task]
         for i, entry in enumerate(entries):
-            own = of_task[of_task["entry"] == entry].astype({over: float}).sort_values(over)
+            of_entry = of_task[of_task["entry"] == entry].astype({over: float}).sort_values(over)
             color, marker = COLOURS[i % len(COLOURS)], MARKERS[i // len(COLOURS) % len(MARKERS)]
-            panel.plot(own[over], own["value"], color=color, marker=marker, markersize=3, label=entry)
-            panel.fill_between(own[over], own["low"], own["high"], color=color, alpha=0.15, linewidth=0)
+            panel.plot(of_entry[over], of_entry["value"], color=color, marker=marker, markersize=3, label=entry)
+            panel.fill_between(of_entry[over], of_entry["low"], of_entry["high"], color=color, alpha=0.15, linewidth=0)
         if (chance := guess(frame, task)) is not None:
             panel.axhline(chance, color=GREYS[0], linestyle="--", linewidth=1.2, label="a guess")
         panel.set_ylim(-0.03, 1.03)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -17,8 +16,10 @@ from rich.text import Text
 
 from rnn_longctx.config import format_length
 from rnn_longctx.eval.show.answers import answer_tables, draw_answers, guess
+from rnn_longctx.eval.show.costs import cost_tables
+from rnn_longctx.eval.show.recovery import draw_recovery_grid, recovery_table
 from rnn_longctx.eval.show.style import BLUE, GREYS, GRID, RED, write
-from rnn_longctx.eval.tables.compare import DEFINITION
+from rnn_longctx.eval.tables.compare import DEFINITION, of_all_seeds
 
 BESIDE = 2  # tasks whose answers stand in the table of losses; more have tables and a page of their own
 
@@ -38,9 +39,11 @@ def tables(frame: pd.DataFrame) -> list[RenderableType]:
         pieces += [Text(DEFINITION, style="dim"), Text("")]
     if not texts or len(_tasks(frame)) > BESIDE:
         pieces += answer_tables(frame)
+    pieces += [] if frame.empty else recovery_table(frame)
     for title, grid in (("States while reading", _states(frame)), *_remedies(frame)):
         if grid.row_count:
             pieces += [Text(title, style="bold"), grid, Text("")]
+    pieces += [] if frame.empty else cost_tables(frame)
     if len(refused := _not_applicable(frame)):
         pieces += [Text("Not applicable", style="bold"), *(Text(line, style="dim") for line in refused), Text("")]
     return pieces or [Text("no entry is measured yet")]
@@ -51,16 +54,7 @@ def _texts(frame: pd.DataFrame) -> list[str]:
 
 
 def _tasks(frame: pd.DataFrame) -> list[str]:
-    return list(dict.fromkeys(_whole(frame, "accuracy", mitigation="none")["task"]))
-
-
-def _whole(frame: pd.DataFrame, metric: str, **where: Any) -> pd.DataFrame:
-    """Return the rows of all seeds together, of the shortest training length."""
-    shortest = frame["train_length"] == frame["train_length"].min()
-    some = frame[(frame["metric"] == metric) & frame["seed"].isna() & shortest]
-    for column, value in where.items():
-        some = some[some[column] == value]
-    return some
+    return list(dict.fromkeys(of_all_seeds(frame, "accuracy", mitigation="none")["task"]))
 
 
 def _grid(*heads: str) -> Table:
@@ -71,24 +65,24 @@ def _grid(*heads: str) -> Table:
 
 
 def _main(frame: pd.DataFrame, text: str) -> Table:
-    losses = _whole(frame, "loss", text=text, mitigation="none")
+    losses = of_all_seeds(frame, "loss", text=text, mitigation="none")
     lengths = sorted(int(n) for n in losses["length"].unique())
     tasks = tasks if len(tasks := _tasks(frame)) <= BESIDE else []
-    asked = [task if (c := guess(frame, task)) is None else f"{task} (a guess: {c:.2g})" for task in tasks]
-    grid = _grid("entry", "parameters", "rate", *map(format_length, lengths), "gain", *asked, "T_forget", "verdict")
+    heads = [task if (c := guess(frame, task)) is None else f"{task} (a guess: {c:.2g})" for task in tasks]
+    grid = _grid("entry", "parameters", "rate", *map(format_length, lengths), "gain", *heads, "T_forget", "verdict")
     for entry in dict.fromkeys(losses["entry"]):
-        own = frame[frame["entry"] == entry]
-        mine = losses[losses["entry"] == entry]
-        values = dict(zip(mine["length"], mine["value"]))
-        verdict = _whole(own, "verdict", text=text).iloc[0]
-        forget = own.loc[own["metric"] == "T_forget", "note"]
+        of_entry = frame[frame["entry"] == entry]
+        at_lengths = losses[losses["entry"] == entry]
+        values = dict(zip(at_lengths["length"], at_lengths["value"]))
+        verdict = of_all_seeds(of_entry, "verdict", text=text).iloc[0]
+        forget = of_entry.loc[of_entry["metric"] == "T_forget", "note"]
         grid.add_row(
             entry,
-            f"{int(mine['parameters'].iloc[0]):,}",
-            f"{mine['learning_rate'].iloc[0]:g}",
+            f"{int(at_lengths['parameters'].iloc[0]):,}",
+            f"{at_lengths['learning_rate'].iloc[0]:g}",
             *(f"{values[n]:.3f}" if n in values else "" for n in lengths),
-            _gain(_whole(own, "gain", text=text, mitigation="none")),
-            *(_recall(_whole(own, "accuracy", task=task, mitigation="none")) for task in tasks),
+            _gain(of_all_seeds(of_entry, "gain", text=text, mitigation="none")),
+            *(_recall(of_all_seeds(of_entry, "accuracy", task=task, mitigation="none")) for task in tasks),
             forget.iloc[0] if len(forget) else "",
             Text(verdict["note"], _STYLES.get(verdict["task"], "")),
         )
@@ -112,10 +106,10 @@ def _recall(rows: pd.DataFrame) -> str:
 
 def _states(frame: pd.DataFrame) -> Table:
     grid = _grid("entry", "heads that leave their range", "first at", "norm, times that at training length", "state")
-    left, growth = _whole(frame, "heads_left"), _whole(frame, "state_growth")
+    left, growth = of_all_seeds(frame, "heads_left"), of_all_seeds(frame, "state_growth")
     for _, row in left.iterrows():
         entry = frame[frame["entry"] == row["entry"]]
-        heads, onset = _whole(entry, "heads")["value"].iloc[0], _whole(entry, "onset")["value"]
+        heads, onset = of_all_seeds(entry, "heads")["value"].iloc[0], of_all_seeds(entry, "onset")["value"]
         at = growth[growth["entry"] == row["entry"]].sort_values("length")
         grid.add_row(
             row["entry"],
@@ -175,8 +169,10 @@ def draw(frame: pd.DataFrame, folder: Path) -> list[Path]:
         figure.savefig(folder / f"{name}.pdf")
         paths.append(folder / f"{name}.pdf")
     if not paths:
-        return draw_answers(frame, folder, "compare")
-    return paths + (draw_answers(frame, folder, "answers") if len(_tasks(frame)) > BESIDE else [])
+        paths = draw_answers(frame, folder, "compare")
+    elif len(_tasks(frame)) > BESIDE:
+        paths += draw_answers(frame, folder, "answers")
+    return paths + draw_recovery_grid(frame, folder)
 
 
 def _page(frame: pd.DataFrame, text: str) -> Figure:
@@ -191,7 +187,7 @@ def _page(frame: pd.DataFrame, text: str) -> Figure:
         panel.set_axis_off()
     for entry, panel in zip(entries, panels.flat):
         _panel(panel, losses[losses["entry"] == entry])
-        note = _whole(frame[frame["entry"] == entry], "verdict", text=text)["note"].iloc[0]
+        note = of_all_seeds(frame[frame["entry"] == entry], "verdict", text=text)["note"].iloc[0]
         panel.set_title(f"{entry}\n{note}", fontsize=8.5, loc="left")
     _scales(panels.flat[0], losses)
     for panel in panels.flat[max(0, len(entries) - columns) : len(entries)]:

@@ -15,9 +15,8 @@ from rich.table import Table
 from rich.text import Text
 
 from rnn_longctx.config import format_length
-from rnn_longctx.eval.show.style import COLOURS, GREYS, GRID, MARKERS, write
+from rnn_longctx.eval.show.style import COLOURS, GREYS, GRID, MARKERS, size, write
 
-_UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
 _TITLES = {
     "forward": "Reading with one mixer", "prefill": "Reading a prompt", "decode": "Generating a token",
 }  # fmt: skip
@@ -48,12 +47,14 @@ def _legend(frame: pd.DataFrame) -> str:
         f"square of what it misses; faster: {reference}'s seconds over these, at the longest length that both have; "
         f"cheaper from: the length from which on less is taken than by {reference}; of floor: seconds over those of "
         "its matrix products at the device's rate, at the longest length; kept: for the next token, there"
+        + ("; joules: of the whole device" if frame["joules"].notna().any() else "")
+        + ("; cost: seconds times the price of an hour" if frame["cost"].notna().any() else "")
     )
 
 
 def _entries(rows: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
-    for entry, own in rows.groupby("entry", sort=False):
-        yield str(entry), own.sort_values("length")
+    for entry, of_entry in rows.groupby("entry", sort=False):
+        yield str(entry), of_entry.sort_values("length")
 
 
 def _grid(*heads: str) -> Table:
@@ -65,13 +66,14 @@ def _grid(*heads: str) -> Table:
 
 def _seconds(rows: pd.DataFrame) -> Table:
     lengths = sorted(int(n) for n in rows["length"].unique())
-    heads = ("tokens/s", "exponent", "faster", "cheaper from", "of floor")
+    spent = [name for name in ("joules", "cost") if rows[name].notna().any()]
+    heads = ("tokens/s", "exponent", "faster", "cheaper from", "of floor", *spent)
     grid = _grid("entry", "read in", *map(format_length, lengths), *heads)
-    for entry, own in _entries(rows):
-        values = dict(zip(own["length"], own["seconds"]))
-        known = own[own["seconds"].notna()]
-        last = own.iloc[-1] if known.empty else known.iloc[-1]
-        faster = own[own["times_reference"].notna()]
+    for entry, of_entry in _entries(rows):
+        values = dict(zip(of_entry["length"], of_entry["seconds"]))
+        known = of_entry[of_entry["seconds"].notna()]
+        last = of_entry.iloc[-1] if known.empty else known.iloc[-1]
+        faster = of_entry[of_entry["times_reference"].notna()]
         grid.add_row(
             entry,
             _segment(last["segment"]),
@@ -81,6 +83,7 @@ def _seconds(rows: pd.DataFrame) -> Table:
             "" if faster.empty else f"{1 / faster['times_reference'].iloc[-1]:.3g}x",
             _length(last["seconds_cheaper_from"]),
             _number(last["times_floor"], "{:.2f}"),
+            *(_number(last[name], "{:.3g}") for name in spent),
         )
     return grid
 
@@ -89,17 +92,17 @@ def _bytes(rows: pd.DataFrame) -> Table:
     lengths = sorted(int(n) for n in rows["length"].unique())
     heads = ("exponent", "cheaper from", "kept", "exponent", "cheaper from")
     grid = _grid("entry", "read in", *map(format_length, lengths), *heads)
-    for entry, own in _entries(rows):
-        values = dict(zip(own["length"], own["peak_bytes"]))
-        known = own[own["seconds"].notna()]
-        last = own.iloc[-1] if known.empty else known.iloc[-1]
+    for entry, of_entry in _entries(rows):
+        values = dict(zip(of_entry["length"], of_entry["peak_bytes"]))
+        known = of_entry[of_entry["seconds"].notna()]
+        last = of_entry.iloc[-1] if known.empty else known.iloc[-1]
         grid.add_row(
             entry,
             _segment(last["segment"]),
-            *(_size(values.get(n, math.nan)) for n in lengths),
+            *(size(values.get(n, math.nan)) for n in lengths),
             _exponent(last, "peak_bytes"),
             _length(last["peak_bytes_cheaper_from"]),
-            _size(last["carry_bytes"]),
+            size(last["carry_bytes"]),
             _exponent(last, "carry_bytes"),
             _length(last["carry_bytes_cheaper_from"]),
         )
@@ -125,13 +128,6 @@ def _length(tokens: float) -> str:
     if tokens % 1024 == 0 or tokens < 1024:
         return format_length(round(tokens))
     return f"{tokens / 1024:.3g}K"
-
-
-def _size(count: float) -> str:
-    if math.isnan(count):
-        return ""
-    unit, size = next(((unit, size) for unit, size in _UNITS if count >= size), ("B", 1))
-    return f"{count / size:.3g} {unit}"
 
 
 def draw(frame: pd.DataFrame, folder: Path) -> list[Path]:
@@ -161,13 +157,22 @@ def _panel(axes: Axes, rows: pd.DataFrame, name: str) -> None:
     """Draw a line an entry; the reference black, the lengths of the fit on white."""
     reference = rows["reference"].iloc[0]
     others = [entry for entry in dict.fromkeys(rows["entry"]) if entry != reference]
-    for entry, own in _entries(rows):
+    for entry, of_entry in _entries(rows):
         i = others.index(entry) if entry != reference else 0
         colour = "black" if entry == reference else COLOURS[i % len(COLOURS)]
         dashes = ("-", "--", ":")[i // len(COLOURS) % 3]
-        values = own[name].where(own[name] > 0)
-        axes.plot(own["length"], values, color=colour, linestyle=dashes, marker=MARKERS[i % len(MARKERS)], markersize=4,
-                  linewidth=1.3, label=entry)  # fmt: skip
+        values = of_entry[name].where(of_entry[name] > 0)
+        marker = MARKERS[i % len(MARKERS)]
+        axes.plot(
+            of_entry["length"],
+            values,
+            label=entry,
+            color=colour,
+            linestyle=dashes,
+            marker=marker,
+            markersize=4,
+            linewidth=1.3,
+        )
     lengths = sorted(int(n) for n in rows["length"].unique())
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=10)

@@ -135,6 +135,15 @@ def read(folder: Path) -> pd.DataFrame:
     return frame
 
 
+def of_all_seeds(frame: pd.DataFrame, metric: str, **where: Any) -> pd.DataFrame:
+    """Return the rows of a metric that are of all seeds together, of the shortest training length."""
+    shortest = frame["train_length"] == frame["train_length"].min()
+    some = frame[(frame["metric"] == metric) & frame["seed"].isna() & shortest]
+    for column, value in where.items():
+        some = some[some[column] == value]
+    return some
+
+
 def _interval(metric: str, samples: Sequence[Sequence[float]]) -> Row:
     """Return low, high and n; of answers never narrower than Wilson's of the answers of one seed."""
     if not samples:

@@ -26,11 +26,13 @@ FITTED = tuple(f"{name}_{what}" for name in MEASURED for what in ("exponent", "r
 # `segment` none: all in one call. `times_reference`: its seconds over those of the reference; `times_floor`:
 # over those of the operations of its matrix products. `_cheaper_from`: tokens from which on the entry takes less than
 # the reference, between two measured lengths by the line through their logarithms; the shortest where it always does.
+# `joules`: of one reading, none where they cannot be read; `cost`: its seconds times the price of the device.
 KEY = ("entry", "mixer", "parameters", "what", "length", "segment")
 COLUMNS = (
-    *KEY, *MEASURED, "tokens_per_second", "operations", "floor_seconds", "times_floor", "times_reference", "reference",
-    "fit_from", *FITTED, "dtype", "device", "versions", "note",
+    *KEY, *MEASURED, "tokens_per_second", "joules", "cost", "operations", "floor_seconds", "times_floor",
+    "times_reference", "reference", "fit_from", *FITTED, "dtype", "device", "versions", "note",
 )  # fmt: skip
+LATER = ("joules", "cost")  # which tables of an older version lack
 INTS = ("parameters", "length", "segment", "fit_from")
 
 Row = dict[str, Any]
@@ -68,12 +70,14 @@ def cheaper_from(values: Mapping[int, float], reference: Mapping[int, float]) ->
     return float(lengths[last] * (lengths[last + 1] / lengths[last]) ** share)
 
 
-def summarised(rows: Iterable[Row], fit_from: int, reference: str) -> pd.DataFrame:
-    """Return the table of what was measured. Its `times_reference` is 1 for the reference itself."""
+def summarised(rows: Iterable[Row], fit_from: int, reference: str, price: float | None = None) -> pd.DataFrame:
+    """Return the table of what was measured. Its `times_reference` is 1 for the reference itself. price: of an hour of
+    the device."""
     every: list[Row] = [dict.fromkeys(COLUMNS) | {"reference": reference, "fit_from": fit_from} | row for row in rows]
     for row in every:
         of_reference = _values(every, reference, row["what"], "seconds")
         row["times_reference"] = row["seconds"] / of_reference.get(row["length"], math.nan)
+        row["cost"] = math.nan if price is None else row["seconds"] * price / 3600
         row["times_floor"] = row["seconds"] / (row["floor_seconds"] or math.nan)
         for name in MEASURED:
             values = _values(every, row["entry"], row["what"], name)
@@ -85,7 +89,7 @@ def summarised(rows: Iterable[Row], fit_from: int, reference: str) -> pd.DataFra
     frame = pd.DataFrame(every, columns=list(COLUMNS))
     for column in INTS:
         frame[column] = frame[column].astype("Int64")
-    for column in (*MEASURED, *FITTED, "operations", "times_floor", "times_reference"):
+    for column in (*MEASURED, *FITTED, *LATER, "operations", "times_floor", "times_reference"):
         frame[column] = frame[column].astype(float)
     return frame
 
@@ -109,6 +113,7 @@ def read(folder: Path) -> pd.DataFrame:
         frame = pd.read_parquet(folder / FILE)
     except (OSError, ValueError) as error:
         raise InputError(f"cannot read {folder / FILE}: {' '.join(str(error).split())}") from None
+    frame = frame.assign(**{column: math.nan for column in LATER if column not in frame})
     if lacking := [column for column in COLUMNS if column not in frame]:
         raise InputError(f"{folder / FILE} has no column {', '.join(lacking)}")
     return frame

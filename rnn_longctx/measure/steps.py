@@ -13,7 +13,8 @@ from torch import Tensor
 from rnn_longctx.errors import InputError
 from rnn_longctx.measure.calibration import Calibration
 from rnn_longctx.measure.taps import tapping, taps_everywhere
-from rnn_longctx.models.interface import LanguageModel, MixerReading, SteppedMixer, Tap
+from rnn_longctx.models.interface import LanguageModel, SteppedMixer
+from rnn_longctx.models.mixer_reading import MixerReading, Tap
 from rnn_longctx.models.modes import in_evaluation
 from rnn_longctx.recurrence.gates import SteppedGates
 

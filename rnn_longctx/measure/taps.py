@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
-from rnn_longctx.models.interface import LanguageModel, MixerReading, RecurrentMixer, Tap
+from rnn_longctx.models.interface import LanguageModel, RecurrentMixer
+from rnn_longctx.models.mixer_reading import MixerReading, Tap
 from rnn_longctx.recurrence.gates import AnyGates
 
 

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from rnn_longctx.errors import InputError
 from rnn_longctx.models.carries import carry
 from rnn_longctx.models.flash import At, Pattern, one_softmax, readable
-from rnn_longctx.models.interface import Shape, StateSize
-from rnn_longctx.models.rotary import turned
+from rnn_longctx.models.interface import Shape
+from rnn_longctx.models.rotary import Yarn, turned
+from rnn_longctx.models.state_size import StateSize
 from rnn_longctx.recurrence.carry import ON_CPU
 from rnn_longctx.recurrence.span import Span
 
@@ -79,7 +80,12 @@ class Attention(nn.Module):
 
     def __init__(self, config: Any, model: Shape):
         super().__init__()
-        self.config, heads = config, config.heads
+        self.config = config
+        self.make_projections(model)
+
+    def make_projections(self, model: Any) -> None:
+        """Make `in_proj` and `out_proj`."""
+        heads = self.config.heads
         if model.d_model % (heads * (2 if self.rotary else 1)):
             size = " of even size" if self.rotary else ""
             raise InputError(f"{self.name}: d_model = {model.d_model} does not divide into {heads} heads{size}")
@@ -95,6 +101,29 @@ class Attention(nn.Module):
     @property
     def rotary(self) -> bool:
         return True
+
+    @property
+    def like(self) -> Tensor:
+        """A tensor of the type and on the device that a new carry is to have."""
+        return self.in_proj.weight
+
+    @property
+    def head_dim(self) -> int:
+        """D, the channels of a head."""
+        return self.in_proj.in_features // self.config.heads
+
+    @property
+    def kv_heads(self) -> int:
+        """How many heads of keys and values `projected` gives. Several heads of queries may share one (`by_head`)."""
+        return self.config.heads
+
+    def by_head(self, x: Tensor, dim: int) -> Tensor:
+        """Return for each head of queries what x holds along `dim` for the heads of keys and values."""
+        return x
+
+    def turn(self, q: Tensor, k: Tensor, places: Tensor, span: Span) -> tuple[Tensor, Tensor]:
+        """Return queries and keys of a call's tokens turned by their places (T) or (B, T) in their documents."""
+        return turned(q, places), turned(k, places)
 
     def projected(self, u: Tensor, span: Span) -> tuple[Tensor, ...]:
         """Return queries, keys and values, (B, T, H, D) each, of u. Raises InputError for a part of a stream that
@@ -121,7 +150,10 @@ class CausalAttention(Attention):
 
     Attributes:
         window: tokens that a token attends to, itself among them; None: all before it.
+        yarn: how rotary positions are scaled, by a remedy, or None; set it, and the next token is read so.
     """
+
+    yarn: Yarn | None = None
 
     @property
     def window(self) -> int | None:
@@ -139,7 +171,7 @@ class CausalAttention(Attention):
         keys, values = k[:, kept].contiguous(), v[:, kept].contiguous()
         if self.rotary:
             places = torch.arange(before + length, device=u.device)
-            q, k = turned(q, places[before:]), turned(k, places)
+            q, k = turned(q, places[before:], self.yarn), turned(k, places, self.yarn)
         alike = span.mask is None and span.reset is None and carry.full
         if alike and before + length <= window and (before == 0 or readable(q)):
             y, held = _all_before(q, k, v), carry.held + length
@@ -157,8 +189,7 @@ class CausalAttention(Attention):
         return StateSize(per_token=numbers) if self.window is None else StateSize(windows={self.window - 1: numbers})
 
     def new_carry(self, rows: int) -> WindowKeys:
-        weight, heads = self.in_proj.weight, self.config.heads
-        keys = weight.new_zeros(rows, 0, heads, self.in_proj.in_features // heads)
+        keys = self.like.new_zeros(rows, 0, self.kv_heads, self.head_dim)
         return WindowKeys(keys, torch.zeros_like(keys), torch.zeros(rows, dtype=torch.int64, device="cpu"))
 
 

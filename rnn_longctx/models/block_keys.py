@@ -69,7 +69,7 @@ class BlockKeys:
 
 
 @dataclass(frozen=True, eq=False)
-class Places:
+class BlockPlaces:
     """Where the tokens and blocks of a call stand, all on the CPU. The carry's S tokens stand before the call's T, and
     its W blocks before the E that a row completes at most.
 
@@ -96,7 +96,7 @@ class Places:
     first: Tensor
 
     @classmethod
-    def find(cls, counts: Tensor, carry: BlockKeys, reset: Tensor | None, window: int) -> Places:
+    def find(cls, counts: Tensor, carry: BlockKeys, reset: Tensor | None, window: int) -> BlockPlaces:
         """counts: (B, T), tokens of its document read up to and with each; 0 at padding. window: in blocks."""
         size, before, length = carry.size, carry.keys.shape[1], counts.shape[1]
         token, real = torch.arange(length, device="cpu"), counts > 0

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 from rnn_longctx.config import from_dict
-from rnn_longctx.errors import InputError, nearest
+from rnn_longctx.errors import InputError, nearest, warn_once
 from rnn_longctx.models.interface import Mixer
-from rnn_longctx.models.mixers import MIXERS
+from rnn_longctx.models.mixers import MIXERS, NO_MIXERS
 from rnn_longctx.models.mixers.mamba2 import LARGEST, LARGEST_SIZE, Mamba2Config
 from rnn_longctx.spec import parse, quiet
 
@@ -66,10 +66,23 @@ class ModelConfig:
     def texts(self) -> list[str]:
         return [self.mixer] if isinstance(self.mixer, str) else self.mixer
 
+    def unfit(self, length: int) -> list[str]:
+        """Return a line for each mixer whose settings do not go with the longest text that is to be read, in tokens."""
+        settings = (mixer_settings(text)[1] for text in dict.fromkeys(self.texts))
+        lines = (config.unfit(length) for config in settings if hasattr(config, "unfit"))
+        return [line for line in lines if line is not None]
+
     def make_mixers(self) -> Iterator[Mixer]:
         """Make the mixer of every layer, with fresh weights."""
         for layer in range(self.n_layer):
             yield _make(self.texts[layer % len(self.texts)], self, layer)
+
+
+def warn_of_unfit(config: ModelConfig | Mamba2Config, length: int, name: str = "") -> None:
+    """Warn where the settings of a mixer do not go with the longest text that is to be read, in tokens: see `unfit`.
+    name: leads every line."""
+    for line in config.unfit(length) if isinstance(config, ModelConfig) else ():
+        warn_once(f"{name}{line}")
 
 
 def model_config(data: Mapping[str, Any], where: str = "") -> ModelConfig | Mamba2Config:
@@ -111,6 +124,8 @@ class _Layer:
 def mixer_settings(text: str) -> tuple[str, Any]:
     """Return a mixer's name and its parameters, of its own `Config`. Raises InputError as `parse` does."""
     name = _name(text)
+    if name in NO_MIXERS and name not in MIXERS:
+        raise InputError(NO_MIXERS[name])
     if name not in MIXERS:
         hint = nearest(name, MIXERS)
         raise InputError(f"unknown mixer {name!r}{hint}, or give the file that has it with --plugin")

@@ -32,7 +32,7 @@ _LABELS = frozenset((
     "gradient_checkpointing", "use_cache", "return_dict", "output_hidden_states", "output_attentions",
     "_output_attentions", "generation_config", "train_length", "tokenizer", "eos_token_id", "provenance",
     "_calibration", "_measured", "_remedies", "restart", "reader", "reading_hook", "spread", "policy", "observer",
-    "backend", "tap",
+    "backend", "tap", "yarn",
     "state_dtype", "A_init", "A_log_uniform", "dt_init", "tie_embeddings",
 ))  # fmt: skip
 _PREFIXES = ("_attn_implementation", "_experts_implementation")

@@ -5,16 +5,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TypeGuard, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeGuard, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from rnn_longctx.models.carries import Carry, StreamCache
 from rnn_longctx.models.deferred import DeferredNorm
+from rnn_longctx.models.mixer_reading import Rest, Tap
 from rnn_longctx.models.reading import ReadingHook
 from rnn_longctx.models.restart import Restart
+from rnn_longctx.models.rotary import Yarn
+from rnn_longctx.models.state_size import StateSize
 from rnn_longctx.recurrence.gates import AnyGates, ScanInputs, SteppedGates
 from rnn_longctx.recurrence.interface import Recurrence
 from rnn_longctx.recurrence.policy import ScanPolicy
@@ -24,51 +26,8 @@ from rnn_longctx.recurrence.statistics import Observer
 if TYPE_CHECKING:
     from rnn_longctx.data import Tokenizer
 
-Key = TypeVar("Key")
-
 # (model, ids (B, T), segment) to the logits (B, vocab) after the last token, and the cache
 Reader = Callable[["LanguageModel", Tensor, int], "tuple[Tensor, StreamCache]"]
-
-
-@dataclass(frozen=True)
-class StateSize:
-    """How many numbers a row keeps between two tokens.
-
-    Attributes:
-        fixed: by what they are of ("scan", "conv"), whatever the length.
-        per_token: more for every token that was read (attention's keys and values).
-        windows: more for each of the first so many tokens, and none after them: {255: 512} is 512 numbers for every
-            token up to the 255th (a window of attention, which begins empty).
-        chunks: more whenever so many tokens have been read: {64: 512} is 512 numbers for every 64 tokens.
-    """
-
-    fixed: dict[str, int] = field(default_factory=dict)
-    per_token: int = 0
-    windows: dict[int, int] = field(default_factory=dict)
-    chunks: dict[int, int] = field(default_factory=dict)
-
-    def __add__(self, other: StateSize) -> StateSize:
-        return StateSize(
-            _sums(self.fixed, other.fixed),
-            self.per_token + other.per_token,
-            _sums(self.windows, other.windows),
-            _sums(self.chunks, other.chunks),
-        )
-
-    @property
-    def grows(self) -> bool:
-        """Whether it grows with the length without end."""
-        return bool(self.per_token or self.chunks)
-
-    def total(self, length: int = 0) -> int:
-        """Numbers a row keeps after `length` tokens."""
-        in_windows = sum(min(length, longest) * numbers for longest, numbers in self.windows.items())
-        of_chunks = sum(length // tokens * numbers for tokens, numbers in self.chunks.items())
-        return sum(self.fixed.values()) + length * self.per_token + in_windows + of_chunks
-
-
-def _sums(a: dict[Key, int], b: dict[Key, int]) -> dict[Key, int]:
-    return {key: a.get(key, 0) + b.get(key, 0) for key in [*a, *(key for key in b if key not in a)]}
 
 
 class Shape(Protocol):
@@ -103,50 +62,6 @@ class LayerShape(Shape, Protocol):
     def first(self) -> bool: ...
 
 
-class Rest(NamedTuple):
-    """What a layer's projections give beside the inputs of its scan.
-
-    Attributes:
-        z: (B, T, H * P), what gates the output.
-        conv: (B, channels, d_conv - 1), the convolution's last inputs, for the carry.
-        convolved: (B, T, channels), what the convolution read; zero at padding.
-        bonus: (B, T, H * P), what a token adds to its own output beside the scan, after the output's norm.
-        angle: (B, H, ·) float64, what the carry holds of the angles that keys were turned by.
-        largest: (B, H, N), what the carry holds of the largest exponents of keys.
-        token: (B, T, d_model), what the layer read.
-    """
-
-    z: Tensor | None = None
-    conv: Tensor | None = None
-    convolved: Tensor | None = None
-    bonus: Tensor | None = None
-    angle: Tensor | None = None
-    largest: Tensor | None = None
-    token: Tensor | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class MixerReading:
-    """One call of a recurrent layer, as its `tap` gets it before the scan.
-
-    Attributes:
-        inputs: x (B, T, H, P), B and C (B, T, G, N), as the scan reads them (after convolutions and activations).
-        gates: given, or to be worked out; `gates.worked_out(dtype, policy)` gives numbers (B, T, H).
-        span: padding, documents and positions of the call.
-        carry: the layer's carry before the call, or None where its stream begins.
-        rest: what else the projections gave, such as what the convolution read.
-    """
-
-    inputs: ScanInputs
-    gates: AnyGates
-    span: Span
-    carry: Carry | None
-    rest: Rest
-
-
-Tap = Callable[[MixerReading], AnyGates | None]  # the gates for the scan to read, or None for those of the layer
-
-
 class Mixer(Protocol):
     """A layer that mixes tokens: an nn.Module, registered in `rnn_longctx.models.mixers.MIXERS` by its name.
 
@@ -158,6 +73,9 @@ class Mixer(Protocol):
 
     A class may list `examples`, settings such as ("gla:heads=2",) that its contract tries
     (`rnn_longctx.testing.mixers.examples`): small ones, where a window or a chunk ends within a test's stream.
+
+    A `Config` may have a method `unfit(length)`: why its settings do not go with the longest text that is to be read,
+    in tokens, on one line, or None; training, evaluation and comparisons then warn.
 
     One that chooses what it reads has a method `kept(u, carry, span)`, called as the module is, whose result has
     `blocks`, (B, H, T, K) int64: the numbers of what each head of a token chose, -1 where it found no more
@@ -309,6 +227,12 @@ def erases(mixer: RecurrentMixer) -> bool:
     return "erase" in mixer.recurrence.follows
 
 
+class RotaryMixer(Protocol):
+    """A layer of full attention whose rotary positions follow `yarn`: set it, and the next token is read so."""
+
+    yarn: Yarn | None
+
+
 class LayerByLayer(Protocol):
     """A prompt on its way through a model, layer after layer, so that tokens may be left out between two layers.
 
@@ -368,6 +292,7 @@ class LanguageModel(Protocol):
         restart: a control that drops the state and reads the last tokens again, or None.
         reader: how a prompt is read where that is not token after token, or None.
         mixers: the recurrent layers, in order; there may be none.
+        rotary: its layers of full attention whose rotary positions can be scaled; there may be none.
         attends: whether some layer keeps keys and values of the tokens that it has read.
         rotary_scaling: how its attention's positions are scaled, as transformers calls it ("dynamic"), or None.
         eos_token_id: the id or ids that its config ends an answer with, beside the tokenizer's, or None.
@@ -392,6 +317,8 @@ class LanguageModel(Protocol):
     def calibration(self) -> dict[str, Any] | None: ...
     @property
     def mixers(self) -> Sequence[RecurrentMixer]: ...
+    @property
+    def rotary(self) -> Sequence[RotaryMixer]: ...
     @property
     def attends(self) -> bool: ...
     @property

@@ -16,14 +16,16 @@ from rnn_longctx.models.cache import Cache
 from rnn_longctx.models.config import ModelConfig
 from rnn_longctx.models.hashing import Identified
 from rnn_longctx.models.ids import refuse_offloaded, rows_of
-from rnn_longctx.models.interface import Reader, StateSize
+from rnn_longctx.models.interface import Reader
 from rnn_longctx.models.layerwise import BlockByBlock
 from rnn_longctx.models.losses import head_losses, token_losses
 from rnn_longctx.models.mixers.base import Recurrent
+from rnn_longctx.models.mixers.full_attention import FullAttention
 from rnn_longctx.models.mixers.mamba2 import Mamba2Config
 from rnn_longctx.models.precision import state_dtype
 from rnn_longctx.models.reading import Hooked
 from rnn_longctx.models.restart import Restart, read_restarting
+from rnn_longctx.models.state_size import StateSize
 from rnn_longctx.recurrence.policy import PLAIN
 from rnn_longctx.recurrence.shard import Shard
 from rnn_longctx.recurrence.span import Span
@@ -88,6 +90,12 @@ class LM(Hooked, Identified, nn.Module):
     def mixers(self) -> list[Recurrent]:
         """The recurrent mixers, in order; a model of attention alone has none."""
         return [layer.mixer for layer in self.layers if isinstance(layer.mixer, Recurrent)]
+
+    @property
+    def rotary(self) -> list[FullAttention]:
+        """The layers of full attention with rotary positions, whose `yarn` may be set."""
+        full = (layer.mixer for layer in self.layers if isinstance(layer.mixer, FullAttention))
+        return [mixer for mixer in full if mixer.rotary]
 
     @property
     def attends(self) -> bool:

@@ -99,6 +99,7 @@ def _same_remedy(remedy: str) -> str:
 
 
 def policies_hash(model: LanguageModel) -> str:
-    """Return a hash of the policy of every layer and the reader's control."""
+    """Return a hash of the policy of every layer, of how positions are scaled, and of the reader's control."""
     hashes = [mixer.policy.hash for mixer in model.mixers]
+    hashes += [repr(mixer.yarn) for mixer in model.rotary if mixer.yarn is not None]
     return hashlib.sha256(repr((hashes, model.restart)).encode()).hexdigest()[:16]

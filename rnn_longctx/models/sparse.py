@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -31,9 +31,8 @@ from torch import Tensor
 
 from rnn_longctx.errors import InputError
 from rnn_longctx.models.attention import Attention, weighed
-from rnn_longctx.models.block_keys import BlockKeys, Places, picked
-from rnn_longctx.models.interface import StateSize
-from rnn_longctx.models.rotary import turned
+from rnn_longctx.models.block_keys import BlockKeys, BlockPlaces, picked
+from rnn_longctx.models.state_size import StateSize
 from rnn_longctx.recurrence.rows import row_counts
 from rnn_longctx.recurrence.span import WHOLE, Span
 
@@ -48,8 +47,8 @@ class Call:
     Attributes:
         u: (B, T, d_model).
         content: (B, T, H, D), queries before they are turned, as blocks are scored by; q: as tokens are.
-        keys, values: (B, S + T, H, D); keys as they are turned.
-        summaries: (B, W + E, H, F).
+        keys, values: (B, S + T, K, D), of K heads that those of queries may share; keys as they are turned.
+        summaries: (B, W + E, K, F).
     """
 
     u: Tensor
@@ -58,7 +57,7 @@ class Call:
     keys: Tensor
     values: Tensor
     summaries: Tensor
-    places: Places
+    places: BlockPlaces
 
     def parts(self) -> Iterator[slice]:
         """Yield QUERIES queries at a time."""
@@ -106,6 +105,11 @@ class SparseAttention(Attention):
         return self.config.positions == "rope"
 
     @property
+    def head_numbers(self) -> Sequence[int]:
+        """What the heads are called, in order."""
+        return range(self.config.heads)
+
+    @property
     def sinks(self) -> int:
         """How many blocks, the first ones of a document, are read whatever their scores are."""
         return 0
@@ -117,12 +121,12 @@ class SparseAttention(Attention):
 
     @abstractmethod
     def summary(self, keys: Tensor, values: Tensor) -> Tensor:
-        """Return (B, E, H, F) of blocks' keys, before they are turned, and values (B, E, b, H, D)."""
+        """Return (B, E, K, F) of blocks' keys, before they are turned, and values (B, E, b, K, D)."""
 
     @abstractmethod
     def scores(self, queries: Tensor, summaries: Tensor) -> Tensor:
         """Return (B, H, t, m), at least float32, of queries (B, t, H, D) that are not turned and summaries
-        (B, m, H, F)."""
+        (B, m, K, F)."""
 
     @abstractmethod
     def read(self, call: Call, queries: slice) -> Tensor:
@@ -146,13 +150,16 @@ class SparseAttention(Attention):
             scores.append(F.pad(choice.scores.masked_fill(~choice.taken, 0), less))
         return Kept(torch.cat(blocks, 2), torch.cat(scores, 2))
 
-    def block_scores(self, u: Tensor, carry: BlockKeys | None = None, span: Span = WHOLE) -> tuple[Tensor, Tensor]:
-        """Return the scores (B, H, T, M) of every completed block of a row for every token, with gradients, and
-        (B, T, M) bool, which of them the token chooses from. Blocks stand in the order in which they were completed: of
-        one document that begins with the call, block n is the n-th. A distillation of the choice begins here."""
+    def block_scores(
+        self, u: Tensor, carry: BlockKeys | None = None, span: Span = WHOLE, queries: slice | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the scores (B, H, t, M) of every completed block of a row for every token, or those of a slice, with
+        gradients, and (B, t, M) bool, which of them the token chooses from. Blocks stand in the order in which they
+        were completed: of one document that begins with the call, block n is the n-th. A distillation of the choice
+        begins here."""
         call, _ = self._call(u, carry, span)
-        whole = slice(0, u.shape[1])
-        return self.call_scores(call, whole), self._candidates(call, whole)[0]
+        some = slice(0, u.shape[1]) if queries is None else queries
+        return self.call_scores(call, some), self._candidates(call, some)[0]
 
     def call_scores(self, call: Call, queries: slice) -> Tensor:
         """Return the scores (B, H, t, m) of the blocks that are complete once the last of the queries is read."""
@@ -187,9 +194,10 @@ class SparseAttention(Attention):
         near = slice(max(0, places.before + queries.start - (window - 1)), places.before + queries.stop)
         begin = places.begin[:, queries].to(call.u.device) - near.start
         q = call.q[:, queries]
-        y, log_sum = read_window(q, call.keys[:, near], call.values[:, near], begin, window)
-        first = places.first.to(call.u.device)
-        y_blocks, log_sums = read_blocks(q, call.keys, call.values, first, self.config.block, choice)
+        keys, values = (self.by_head(x[:, near], 2) for x in (call.keys, call.values))
+        y, log_sum = read_window(q, keys, values, begin, window)
+        first, shared = places.first.to(call.u.device), self.by_head(torch.arange(self.kv_heads), 0)
+        y_blocks, log_sums = read_blocks(q, call.keys, call.values, first, self.config.block, choice, shared)
         if bias is not None:
             log_sums = log_sums + bias
         weights = torch.cat([log_sum[..., None], log_sums], 3).softmax(3)  # (B, H, t, 1 + K)
@@ -202,10 +210,10 @@ class SparseAttention(Attention):
         size, length = carry.size, u.shape[1]
         q, k, v = self.projected(u, span)
         counts, _ = row_counts(carry.position, length, mask=span.mask, reset=span.reset)
-        places = Places.find(counts, carry, span.reset, self.config.window // size)
+        places = BlockPlaces.find(counts, carry, span.reset, self.config.window // size)
         recent, content = torch.cat([carry.recent.to(k.dtype), k], 1), q
         if self.rotary:
-            q, k = turned(q, counts - 1), turned(k, counts - 1)
+            q, k = self.turn(q, k, counts - 1, span)
         keys = torch.cat([carry.keys.to(k.dtype), k], 1)
         values = torch.cat([carry.values.to(v.dtype), v], 1)
         end = places.ends.clamp(max=length - 1)
@@ -234,15 +242,14 @@ class SparseAttention(Attention):
         )
 
     def state_size(self) -> StateSize:
-        numbers, block = self.in_proj.in_features, self.config.block
+        numbers, block = self.kv_heads * self.head_dim, self.config.block
         return StateSize(
-            per_token=2 * numbers, windows={block - 1: numbers}, chunks={block: self.config.heads * self.features}
+            per_token=2 * numbers, windows={block - 1: numbers}, chunks={block: self.kv_heads * self.features}
         )
 
     def new_carry(self, rows: int) -> BlockKeys:
-        weight, heads = self.in_proj.weight, self.config.heads
-        keys = weight.new_zeros(rows, 0, heads, self.in_proj.in_features // heads)
-        summaries = weight.new_zeros(rows, 0, heads, self.features)
+        keys = self.like.new_zeros(rows, 0, self.kv_heads, self.head_dim)
+        summaries = keys.new_zeros(rows, 0, self.kv_heads, self.features)
         none = torch.zeros(rows, dtype=torch.int64, device="cpu")
         return BlockKeys(
             self.config.block, keys, keys.clone(), keys.clone(), summaries, none, none.clone(), none.clone()
@@ -266,11 +273,14 @@ def read_window(q: Tensor, k: Tensor, v: Tensor, begin: Tensor, window: int) -> 
     return y.flatten(2, 3)[:, :, :length], log_sum.flatten(2, 3)[:, :, :length]
 
 
-def read_blocks(q: Tensor, k: Tensor, v: Tensor, first: Tensor, size: int, choice: Choice) -> tuple[Tensor, Tensor]:
+def read_blocks(
+    q: Tensor, k: Tensor, v: Tensor, first: Tensor, size: int, choice: Choice, shared: Tensor
+) -> tuple[Tensor, Tensor]:
     """Return what queries (B, t, H, D) read of each block of a choice by itself: outputs (B, H, t, K, D), and the
     logarithms (B, H, t, K) of the softmax's denominators, -inf where there is no block.
 
-    k, v: (B, N, H, D); first: (B, M), the place in them of each block's first token.
+    k, v: (B, N, K, D); first: (B, M), the place in them of each block's first token; shared: (H,) on the CPU, which
+    of their K heads each head of queries reads.
     """
     rows, heads, length, _ = shape = choice.index.shape
     wide = torch.promote_types(q.dtype, torch.float32)
@@ -286,7 +296,7 @@ def read_blocks(q: Tensor, k: Tensor, v: Tensor, first: Tensor, size: int, choic
         queries = q.flatten(0, 2).index_select(0, tiles.filled(source)).unflatten(0, (-1, tiles.size))
         row, head, number = torch.unravel_index(tiles.block, lists)
         place = (row * k.shape[1] + first[row, number])[:, None] + torch.arange(size, device=q.device)
-        place = (place * heads + head[:, None]).flatten()  # of the keys (B * N * H)
+        place = (place * k.shape[2] + shared.to(q.device)[head][:, None]).flatten()  # of the keys (B * N * K)
         keys, values = (x.flatten(0, 2).index_select(0, place).unflatten(0, (-1, size)) for x in (k, v))
         y, log_sum = weighed(queries, keys.mT, values)  # (tiles, slots, D)
         outputs = outputs.index_copy(0, pairs, y.flatten(0, 1).index_select(0, tiles.slot))
@@ -339,6 +349,20 @@ def in_float32(x: Tensor) -> Iterator[torch.dtype]:
     have equal scores."""
     with torch.autocast(x.device.type, enabled=False):
         yield torch.promote_types(x.dtype, torch.float32)
+
+
+def too_few_blocks(name: str, config: Any, length: int) -> str | None:
+    """Return a line that says that `length` tokens have fewer blocks to choose from than a config says are chosen, so
+    that all of them are read; None where there are as many."""
+    sinks = getattr(config, "sinks", 0)
+    blocks = max(0, (length - 1) // config.block + 1 - config.window // config.block - sinks)
+    if blocks >= config.top:
+        return None
+    beside = "the window and the sinks" if sinks else "the window"
+    return (
+        f"{name}: top = {config.top} is more than the blocks of {config.block} that {length} tokens have beside "
+        f"{beside}, {blocks}: everything is read"
+    )
 
 
 def check_blocks(name: str, config: Any) -> None:

@@ -94,6 +94,7 @@ def check_on_and_off(text: str, model: LanguageModel, seed: int = 0) -> None:
     assert active(model) == ("none", None), f"{text} is off, and the model says {active(model)}"
     assert all(mixer.policy == PLAIN for mixer in model.mixers), f"{text} is off, and leaves a policy behind"
     assert model.restart is None and model.reader is None, f"{text} is off, and leaves a way to read behind"
+    assert all(layer.yarn is None for layer in model.rotary), f"{text} is off, and leaves scaled positions behind"
     assert torch.equal(_read(model, ids), before), f"{text} is off, and {model.name} reads otherwise than before"
     handle.put()
     assert torch.equal(_read(model, ids), under), f"{text} is on again, and {model.name} reads otherwise than under it"
@@ -207,6 +208,7 @@ KINDS: dict[str, Callable[[int], LanguageModel]] = {
     "given gates": lambda seed: model_of("gla:heads=2", seed),
     "delta rule": lambda seed: model_of("rwkv7:headdim=16", seed),
     "attention alone": lambda seed: model_of("sliding-window:heads=2,window=16", seed),
+    "full attention": lambda seed: model_of("full-attention:heads=2", seed),
     "adopted Mamba-2": lambda seed: adopted_model("Mamba2", seed, **_MAMBA2),
     "adopted Mamba-1": lambda seed: adopted_model("Mamba", seed, **_MAMBA1),
     "hybrid": lambda seed: adopted_model("Bamba", seed, **_BAMBA),

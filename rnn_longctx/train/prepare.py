@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from rnn_longctx.loggers import library
 from rnn_longctx.mitigations import fold
 from rnn_longctx.models import checkpoint
 from rnn_longctx.models.checkpoint.layouts import check_layout
+from rnn_longctx.models.config import warn_of_unfit
 from rnn_longctx.models.lm import LM
 from rnn_longctx.progress import Say, silent
 from rnn_longctx.train.autocast import autocast
@@ -88,6 +90,7 @@ def prepare(config: TrainConfig, team: Team, stack: ExitStack, say: Say, online:
     corpus = _read_text(config, tokenizer, team, say)
     torch.manual_seed(config.seed)
     assert config.model is not None
+    team.first(partial(warn_of_unfit, config.model, config.longest))
     model = LM(config.model).to(team.device) if started is None else started
     model.train_length, model.name, model.tokenizer = config.longest, home_path(config.out).name, tokenizer
     return Run(config, corpus, model, team, say)

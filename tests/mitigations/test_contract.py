@@ -70,10 +70,13 @@ def test_which_kinds_of_models_take_which_remedies(models):
         "given gates": {*given, Need.ERASING},
         "delta rule": {*given, "a window"},
         "attention alone": {*given, Need.RECURRENCE, Need.NO_ATTENTION, Need.ERASING},
+        "full attention": {*given, Need.RECURRENCE, Need.NO_ATTENTION, Need.ERASING},
         "adopted Mamba-2": {Need.ATTENTION, Need.ERASING, Need.KEYS},
         "adopted Mamba-1": {*given, Need.ERASING, Need.KEYS},
         "hybrid": {Need.NO_ATTENTION, Need.ERASING, Need.KEYS},
     }
+    for kind, missing in lacks.items():
+        missing |= set() if kind == "full attention" else {Need.ROTARY}
     hang_on_the_setting = {"rri:alpha=0.9999,beta=0.75,erases=true": {Need.ERASING}}
     for text in SETTINGS:
         for kind, model in models.items():

@@ -12,7 +12,7 @@ from rnn_longctx.mitigations import NotApplicable, mitigate
 from rnn_longctx.mitigations.lamb import Choice, Question
 from rnn_longctx.models.cache import Cache
 from rnn_longctx.models.generate import generate, prefill
-from rnn_longctx.models.interface import MixerReading, Rest
+from rnn_longctx.models.mixer_reading import MixerReading, Rest
 from rnn_longctx.recurrence.gates import Gates, ScanInputs
 from rnn_longctx.recurrence.policy import PLAIN, ScanPolicy
 from rnn_longctx.recurrence.span import WHOLE

@@ -269,7 +269,7 @@ def test_what_does_not_fit(call, message):
         ("chunk-linformer:rank=0", "a rank from 1 to the chunk.*rank = 0"),
         ("chunk-linformer:chunk=4,rank=5", "a rank from 1 to the chunk.*chunk = 4, rank = 5"),
         ("chunk-linformer:heads=16", "does not divide into 16 heads of even size"),
-        ("linformer", "unknown mixer 'linformer'.*chunk-linformer"),
+        ("linformer", "no causal form: for language take the mixer chunk-linformer"),
     ],
 )
 def test_settings_that_do_not_fit(text, message):

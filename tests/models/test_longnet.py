@@ -83,6 +83,22 @@ def oracle(mixer, u: torch.Tensor, seen: torch.Tensor | None = None) -> torch.Te
     return mixer.out_proj(y.flatten(2))
 
 
+def merged_equally(mixer, u: torch.Tensor) -> torch.Tensor:
+    """What the layer makes of u where every pattern has a softmax of its own, and what they read has equal weights."""
+    heads, patterns = mixer.config.heads, mixer.config.patterns
+    q, k, v = mixer.in_proj(u).unflatten(-1, (3, heads, WIDTH // heads)).unbind(2)
+    scores = torch.einsum("bthd,bshd->bhts", turned(q), turned(k)) / (WIDTH // heads) ** 0.5
+    total, takes = torch.zeros_like(q), torch.zeros(u.shape[1], heads, 1, dtype=u.dtype)
+    for pattern in patterns:
+        one = LongNetConfig(heads, str(pattern.segment), str(pattern.dilation))
+        counts = multiplicities(one, u.shape[1])
+        weights = counts * scores.exp()
+        weights = weights / weights.sum(-1, keepdim=True).where(counts.sum(-1, keepdim=True) > 0, 1)
+        total = total + torch.einsum("bhts,bshd->bthd", weights, v)
+        takes += (counts.sum(-1) > 0).T[..., None]
+    return mixer.out_proj((total / takes.clamp(min=1)).flatten(2))
+
+
 def gradients(mixer, u: torch.Tensor, y: torch.Tensor, into: torch.Tensor) -> list[torch.Tensor]:
     return list(torch.autograd.grad((y * into).sum(), [u, *mixer.parameters()]))
 
@@ -97,6 +113,24 @@ def path(request, monkeypatch) -> str:
     else:
         monkeypatch.setattr(dilated, "_plain", None)
     return request.param
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=str)
+def test_patterns_merged_equally(setting):
+    """The ablation: outputs and gradients, in one call and in pieces."""
+    mixer = model_of(spec(*setting) + ",merge=equal").layers[0].mixer
+    u = torch.randn(2, 47, WIDTH, dtype=torch.float64, requires_grad=True)
+    into = torch.randn_like(u)
+    expected = merged_equally(mixer, u)
+    of_expected = gradients(mixer, u, expected, into)
+    outputs, carry = [], None
+    for piece in u.split([20, 1, 26], 1):
+        y, carry = mixer(piece, carry, WHOLE)
+        outputs.append(y)
+    for y in (mixer(u, None, WHOLE)[0], torch.cat(outputs, 1)):
+        torch.testing.assert_close(y, expected, rtol=0, atol=1e-10)
+        for a, b in zip(gradients(mixer, u, y, into), of_expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("positions", ["rope", "none"])
@@ -315,20 +349,30 @@ def reachable(config: LongNetConfig, layers: int, length: int) -> torch.Tensor:
     return torch.stack(rows)
 
 
+def reach(config: LongNetConfig, layers: int, length: int) -> torch.Tensor:
+    """The same, traced back from each token by `read_by`."""
+    rows = []
+    tokens = torch.eye(length, dtype=torch.bool)
+    for _ in range(layers):
+        tokens = torch.stack([config.read_by(row) for row in tokens])
+        rows.append(torch.arange(length) - tokens.int().argmax(1))
+    return torch.stack(rows)
+
+
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
 def test_how_far_back_information_travels(setting):
     config = LongNetConfig(*setting)
     for length in (1, 37, 100):
-        assert torch.equal(config.reach(4, length), reachable(config, 4, length))
-    far = config.reach(6, 200)
+        assert torch.equal(reach(config, 4, length), reachable(config, 4, length))
+    far = reach(config, 6, 200)
     assert (far <= torch.arange(200) % config.barrier).all()
     assert (far[1:] >= far[:-1]).all()
     overlapping = LongNetConfig(1, "4/6", "1/1")  # a short segment lies across the end of a long one
-    assert overlapping.barrier is None and torch.equal(overlapping.reach(3, 50), reachable(overlapping, 3, 50))
-    assert overlapping.reach(3, 50)[2].max() > 6
+    assert overlapping.barrier is None and torch.equal(reach(overlapping, 3, 50), reachable(overlapping, 3, 50))
+    assert reach(overlapping, 3, 50)[2].max() > 6
 
 
-def test_information_travels_as_far_as_reach_says():
+def test_information_travels_as_far_as_read_by_says():
     model = model_of(spec(2, "3/12/24", "1/3/6"), layers=2)
     u = torch.randn(1, 30, WIDTH, dtype=torch.float64)
 
@@ -339,7 +383,7 @@ def test_information_travels_as_far_as_reach_says():
 
     sizes = torch.autograd.functional.jacobian(read, u)[:, 0].abs().sum(-1)  # (T, T), of outputs by inputs
     far = torch.arange(30) - (sizes > 0).int().argmax(1)
-    assert torch.equal(far, LongNetConfig(2, "3/12/24", "1/3/6").reach(2, 30)[1])
+    assert torch.equal(far, reach(LongNetConfig(2, "3/12/24", "1/3/6"), 2, 30)[1])
 
 
 def test_a_call_beyond_the_longest_segment_warns():

@@ -13,13 +13,14 @@ from rnn_longctx.models import attention, checkpoint
 from rnn_longctx.models.cache import Cache
 from rnn_longctx.models.carries import TYPES, carry
 from rnn_longctx.models.config import ModelConfig, model_config
-from rnn_longctx.models.interface import MixerReading, StateSize
 from rnn_longctx.models.kernels import choose
 from rnn_longctx.models.lm import LM
+from rnn_longctx.models.mixer_reading import MixerReading
 from rnn_longctx.models.mixers import MIXERS
 from rnn_longctx.models.mixers.gla import GLA
 from rnn_longctx.models.mixers.mamba2 import Mamba2, Mamba2Config
 from rnn_longctx.models.restart import Crop
+from rnn_longctx.models.state_size import StateSize
 from rnn_longctx.recurrence.policy import PLAIN
 from rnn_longctx.recurrence.span import WHOLE
 from rnn_longctx.recurrence.ssd.scan import scan

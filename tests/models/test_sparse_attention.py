@@ -30,6 +30,8 @@ TEXTS = [
     "two-stage:heads=2,block=5,window=10,top=2",
     "two-stage:heads=4,block=4,window=4,top=1,positions=none",
     "two-stage:heads=1,block=6,window=6,top=20",
+    "block-sparse:heads=2,block=5,window=10,top=2,gate=0",  # ablations
+    "two-stage:heads=2,block=5,window=10,top=2,coarse=false",
 ]
 
 
@@ -37,10 +39,17 @@ def model_of(text, layers=1, width=WIDTH):
     model = LM(ModelConfig(text, d_model=width, n_layer=layers, vocab_size=9)).double().eval()
     torch.nn.init.normal_(model.backbone.embedding.weight)
     for block in model.layers:  # (it begins as a mean)
+        if is_plain(block.mixer):
+            continue
         torch.nn.init.normal_(block.mixer.pool)
         if isinstance(block.mixer, BlockSparse):
             torch.nn.init.normal_(block.mixer.gate_key)
     return model
+
+
+def is_plain(mixer):
+    """Whether nothing is learned to choose blocks by: without the gate, or without the coarse stage."""
+    return not (mixer.config.gate if isinstance(mixer, BlockSparse) else mixer.config.coarse)
 
 
 def mixer_of(text):
@@ -70,11 +79,13 @@ def definition(mixer, u, limits=None):
     size = q.shape[2]
 
     def mean(h, block, x):
+        if is_plain(mixer):
+            return x[block, h].mean(0)
         return (k[block, h] @ mixer.pool[h] / size**0.5).softmax(0) @ x[block, h]
 
     def score(h, n):
         summary = mean(h, blocks[n], k)
-        if not isinstance(mixer, BlockSparse):
+        if is_plain(mixer) or not isinstance(mixer, BlockSparse):
             return q[:, h] @ summary / size**0.5
         return (q[:, h] @ mixer.gate_query[h]) @ (summary @ mixer.gate_key[h]) / c.gate**0.5
 
@@ -96,13 +107,15 @@ def definition(mixer, u, limits=None):
             seen[h, t, max(limits[t], (own - c.window // c.block + 1) * c.block, 0) : t + 1] = 1
             for n in first + chosen:
                 seen[h, t, blocks[n]] = 1
-            if isinstance(mixer, BlockSparse):
+            if isinstance(mixer, BlockSparse) and not is_plain(mixer):
                 for n in chosen:
                     bias[h, t, blocks[n]] = F.logsigmoid(scores[h, t, n])
     turned = (turn(q), turn(k)) if c.positions == "rope" else (q, k)
     fine = torch.einsum("thd,shd->hts", *turned) / size**0.5 + bias
     y = torch.einsum("hts,shd->thd", fine.masked_fill(seen == 0, -math.inf).softmax(2), v)
-    if not isinstance(mixer, BlockSparse):
+    if not isinstance(mixer, BlockSparse) and is_plain(mixer):
+        y = mixer.mix(u).sigmoid()[..., None] * y
+    elif not isinstance(mixer, BlockSparse):
         begins = torch.arange(len(blocks)) * c.block
         t = torch.arange(length)[:, None]
         readable = (begins + c.block <= t) & (begins >= torch.tensor(limits)[:, None])  # (T, M)
@@ -332,7 +345,7 @@ def test_a_checkpoint_and_a_state_that_grows(text, tmp_path):
         ("block-sparse:window=72", "a multiple of the block, such as 64, got window = 72"),
         ("block-sparse:window=16", "a multiple of the block, .* got window = 16"),
         ("block-sparse:sinks=-1", "no sink block or some.* got sinks = -1"),
-        ("block-sparse:gate=0", "a gate of at least 1 channel.* gate = 0"),
+        ("block-sparse:gate=-1", "no gate or one of some channels.* gate = -1"),
         ("block-sparse:heads=16", "does not divide into 16 heads of even size"),
         ("block-sparse:positions=alibi", "positions"),
         ("two-stage:heads=0", "two-stage.* at least 1 head.* heads = 0"),

@@ -20,7 +20,6 @@ from rnn_longctx.errors import InputError
 from rnn_longctx.models.checkpoint.save import save
 from rnn_longctx.models.config import ModelConfig
 from rnn_longctx.models.lm import LM
-from rnn_longctx.models.mixers.longnet import LongNetConfig
 from rnn_longctx.models.restart import Crop
 from rnn_longctx.models.sparse import SparseAttention
 from rnn_longctx.probes.explain import explain_task, explain_text
@@ -191,15 +190,14 @@ def test_reach_is_where_gradients_come_from(mixer):
 
 
 def test_the_table_of_reach():
-    """Its farthest token is that of the config's own count; what stands beyond it is not within."""
-    config = LongNetConfig(heads=2, segments="4/12/48", dilations="1/2/6")
+    """Its farthest token is the first that is reached; what stands beyond it is not within."""
     lm, queries = model_of(LONGNETS[0], layers=3), [5, 47, 48, 69]
     table = reach(lm, queries, {5: (0,), 47: (0, 46), 48: (47,), 69: (47,)})
-    expected = config.reach(3, LENGTH)[:, queries]
-    assert table["reach"].tolist() == expected.flatten().tolist()
+    traced = {query: dict(reached(lm, query)) for query in queries}
+    assert table["reach"].tolist() == [q - int(traced[q][i].byte().argmax()) for i in range(3) for q in queries]
     last = table[table["layer"] == 2].set_index("query")
     assert last["within"].tolist() == [True, True, False, False] and last["reach"].tolist() == [5, 47, 0, 21]
-    assert last["tokens"].tolist() == [int(dict(reached(lm, query))[2].sum()) for query in queries]
+    assert last["tokens"].tolist() == [int(traced[query][2].sum()) for query in queries]
     text = explain_text(lm, np.arange(LENGTH), [69])
     assert "within" not in text.reaches and text.links is None and text.reaches["reach"].iloc[-1] == 21
 

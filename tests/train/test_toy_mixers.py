@@ -17,9 +17,9 @@ from rnn_longctx.data import ByteTokenizer
 from rnn_longctx.errors import InputError
 from rnn_longctx.models.carries import carry
 from rnn_longctx.models.config import ModelConfig
-from rnn_longctx.models.interface import StateSize
 from rnn_longctx.models.lm import LM
 from rnn_longctx.models.mixers import MIXERS
+from rnn_longctx.models.state_size import StateSize
 from rnn_longctx.train import TrainConfig, train
 from rnn_longctx.train.bptt import MicroBatch, accumulate
 from rnn_longctx.train.carries import states

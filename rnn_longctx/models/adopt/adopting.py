@@ -17,22 +17,23 @@ from typing import Any
 import torch
 from torch import nn
 
-from rnn_longctx.config import counted, parse_length
+from rnn_longctx.config import parse_length
 from rnn_longctx.devices import device_of, dtype_of
-from rnn_longctx.errors import InputError, one_line
+from rnn_longctx.errors import InputError
 from rnn_longctx.models.adopt.family import adopted_by_family
+from rnn_longctx.models.adopt.library import library_model
 from rnn_longctx.models.adopt.model import Adopted
-from rnn_longctx.models.adopt.stepped import UNLIMITED, SteppedAdopted
+from rnn_longctx.models.adopt.stepped import SteppedAdopted
 from rnn_longctx.models.adopt.wrapped import innermost, unwrapped
 from rnn_longctx.models.checkpoint import fla
 from rnn_longctx.models.checkpoint.json_files import read_json
-from rnn_longctx.models.checkpoint.layouts import ADOPTED, NOT_ADOPTED, WITH_IMAGES
+from rnn_longctx.models.checkpoint.layouts import ADOPTED, DECODERS, NOT_ADOPTED
 from rnn_longctx.models.checkpoint.load import load
 from rnn_longctx.models.checkpoint.locate import locate
 from rnn_longctx.models.checkpoint.tokenizer import fits, tokenizer_of
-from rnn_longctx.models.hashing import Identified, computes_in
+from rnn_longctx.models.hashing import Identified
 from rnn_longctx.models.interface import LanguageModel
-from rnn_longctx.models.mixers.mamba2 import dt_limits
+from rnn_longctx.models.retrofit.files import is_retrofitted, load_retrofitted
 
 _KEY = "_rnn_longctx_adopted"
 
@@ -114,6 +115,8 @@ def load_adopted(
     directory, name, _ = locate(source)
     config = directory / "config.json"
     data = read_json(config) if config.is_file() else {}
+    if data.get("model_type") in DECODERS:
+        return load_retrofitted(source, device=device, dtype=dtype, tokenizer=tokenizer, train_length=train_length)
     if reason := NOT_ADOPTED.get(str(data.get("model_type"))):
         raise InputError(f"{name} ({data['model_type']}) is not adopted: {reason}")
     if data.get("model_type") not in ADOPTED or fla.type_of(data) is not None:
@@ -121,38 +124,17 @@ def load_adopted(
     spec: Any = tokenizer or tokenizer_of(directory)
     if spec is None:
         raise InputError(f"{name} comes without a tokenizer: name one with --tokenizer (bytes: one token a byte)")
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
-
-    library_class: Any = AutoModelForImageTextToText if data["model_type"] in WITH_IMAGES else AutoModelForCausalLM
     device, weights_dtype = device_of(device), dtype_of("float32" if dtype is None else dtype)
     loaded_tokenizer = load_tokenizer(spec)
-    try:
-        settings: Any = AutoConfig.from_pretrained(directory)
-        if hasattr(settings, "time_step_limit"):
-            limits = settings.time_step_limit
-            settings.time_step_limit = UNLIMITED if limits is None else dt_limits(limits, "time_step_limit")
-        loaded: Any = library_class.from_pretrained(
-            directory, config=settings, dtype=weights_dtype, output_loading_info=True, ignore_mismatched_sizes=True
-        )
-        model, missing, misshapen = loaded[0].to(device), loaded[1]["missing_keys"], loaded[1]["mismatched_keys"]
-    except InputError as error:
-        raise InputError(f"{config}: {error}") from None
-    except Exception as error:  # a config of nonsense raises nearly anything
-        raise InputError(f"transformers cannot read {name}: {one_line(error)}") from None
-    if misshapen:  # which transformers draws at random, as it does those that are missing
-        weight, stored, expected = min(misshapen)
-        raise InputError(f"{name}: {weight} has shape {tuple(stored)}, config.json expects {tuple(expected)}")
-    if missing:
-        raise InputError(f"{name} lacks {counted(len(missing), 'weight')}, {min(missing)} among them")
-    for weight, p in model.named_parameters():
-        if computes_in(p) is not None and not bool(p.isfinite().all()):
-            raise InputError(f"{name}: {weight} is not finite: it holds NaN or infinity")
+    model = library_model(directory, name, weights_dtype).to(device)
     fits(loaded_tokenizer, model.config.get_text_config().vocab_size)
     return adopt(model.eval(), name=name, tokenizer=loaded_tokenizer, train_length=train_length)
 
 
 def load_any(source: str | Path, **options: Any) -> LanguageModel:
     """Return what `rnn_longctx.load` reads, or else `load_adopted`; arguments and errors are theirs."""
+    if is_retrofitted(source):
+        return load_retrofitted(source, **options)
     try:
         return load(source, **options)
     except InputError:

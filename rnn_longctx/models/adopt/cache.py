@@ -6,7 +6,7 @@ import copy
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -79,8 +79,16 @@ class AdoptedCache:
     def layers(self) -> list[Carry]:
         """The carries of the recurrent layers, in order; empty before the first token. `scan.state` is what the library
         holds (the windowed state under a window); `log_decay` is not a number where no policy was active."""
-        if self.library is None:
-            return []
+        return [] if self.library is None else self.carries()
+
+    @layers.setter
+    def layers(self, layers: list[Carry]) -> None:
+        if layers:
+            raise InputError("the layers of an adopted model's cache can be dropped, not replaced")
+        self.library, self.seen, self.padding, self.dropped, self.torn = None, 0, None, 0, False
+
+    def carries(self) -> list[Carry]:
+        """Return what `layers` is after the first token."""
         carries = []
         for mixer in self.mixers:
             layer = mixer.layer_of(self.library)
@@ -94,12 +102,6 @@ class AdoptedCache:
                 total = mixer.no_log_decay(state)
             carries.append(Carry(mixer.conv_of(self.library), ScanCarry(state, self.position, total)))
         return carries
-
-    @layers.setter
-    def layers(self, layers: list[Carry]) -> None:
-        if layers:
-            raise InputError("the layers of an adopted model's cache can be dropped, not replaced")
-        self.library, self.seen, self.padding, self.dropped, self.torn = None, 0, None, 0, False
 
     def crop_attention(self, tokens: int) -> None:
         """Drop attention's keys and values but for the last `tokens` columns.
@@ -115,12 +117,12 @@ class AdoptedCache:
             layer.keys, layer.values = layer.keys[:, :, -tokens:], layer.values[:, :, -tokens:]
             count_columns(layer, layer.keys.shape[2])
 
-    def clone(self) -> AdoptedCache:
+    def clone(self) -> Self:
         new = copy.copy(self)
         new.library = copy.deepcopy(self.library)
         return new
 
-    def snapshot(self) -> AdoptedCache:
+    def snapshot(self) -> Self:
         """Return the cache as it is now: a clone, since the library writes into its own."""
         return self.clone()
 
@@ -128,7 +130,7 @@ class AdoptedCache:
         """Become what another cache is, in place; the other is given up, since both share the library's cache."""
         vars(self).update(vars(other))
 
-    def rows(self, index: Tensor | list[int]) -> AdoptedCache:
+    def rows(self, index: Tensor | list[int]) -> Self:
         """Return the cache of some rows, in that order (beam search, ragged batches)."""
         index = torch.as_tensor(index, device=getattr(index, "device", "cpu"))
         new = self.clone()
@@ -154,6 +156,8 @@ class AdoptedCache:
             raise InputError("rows whose attention was cropped cannot be put together")
         for i, layer in enumerate(new.library.layers):
             layers = [p.library.layers[i] for p in parts]
+            if new.join_layer(layer, layers, cat):
+                continue
             for states in ("conv_states", "recurrent_states"):
                 for k, state in getattr(layer, states, {}).items():
                     if state is not None:  # (a layer of an MLP alone has places for states, in transformers 5.17)
@@ -169,6 +173,11 @@ class AdoptedCache:
                 layer.beside = beside.joined(besides, cat)
         new.stand_where(parts, cat)
         return new
+
+    def join_layer(self, layer: Any, layers: list[Any], cat: Callable) -> bool:
+        """Put the rows of `layers`, one of each cache, into a layer of this one where it is of a kind of its own, and
+        return whether it is."""
+        return False
 
     def stand_where(self, parts: list[AdoptedCache], cat: Callable) -> None:
         """Say where the rows stand, of a cache that was made of others."""

@@ -16,7 +16,7 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rnn_longctx.errors import InputError
 from rnn_longctx.models.adopt.cache import cache_in
@@ -148,3 +148,17 @@ def static_attention(cache: Any) -> bool:
     if cache is None or type(cache).__name__ != "StaticCache":
         return False
     return any(hasattr(layer, "max_cache_len") for layer in cache.layers)
+
+
+def read_mask(attention: Any, u: Tensor) -> Tensor | None:
+    """Return what attention's mask says of the tokens u (B, T, d_model): (B, T) bool, False at padding; None where it
+    says nothing, or that there is none. A token that does not attend to itself is padding."""
+    length = u.shape[1]
+    if length == 1 or not isinstance(attention, Tensor):
+        return None
+    if attention.ndim == 4:
+        own = attention[:, 0, :, -length:].diagonal(dim1=-2, dim2=-1)
+        own = own if own.dtype == torch.bool else own > torch.finfo(own.dtype).min / 2
+    else:
+        own = attention[:, -length:].bool()
+    return None if bool(own.all()) else own.expand(u.shape[:2])

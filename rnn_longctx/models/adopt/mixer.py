@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from rnn_longctx.errors import InputError
 from rnn_longctx.models.adopt.beside import Beside, following, tokens_counted
-from rnn_longctx.models.interface import RecurrentMixer, Tap
+from rnn_longctx.models.interface import RecurrentMixer
+from rnn_longctx.models.mixer_reading import Tap
 from rnn_longctx.recurrence.carry import ScanCarry
 from rnn_longctx.recurrence.gates import AnyGates, ScanInputs
 from rnn_longctx.recurrence.interface import Recurrence

@@ -26,12 +26,13 @@ from rnn_longctx.models.adopt.wrapped import unreadable
 from rnn_longctx.models.checkpoint.tokenizer import LazyTokenizer, tokenizer_of
 from rnn_longctx.models.hashing import Identified, computed_on, computes_in
 from rnn_longctx.models.ids import rows_of
-from rnn_longctx.models.interface import LayerByLayer, StateSize
+from rnn_longctx.models.interface import LayerByLayer, RotaryMixer
 from rnn_longctx.models.losses import token_losses
 from rnn_longctx.models.precision import state_dtype
 from rnn_longctx.models.reading import Hooked
 from rnn_longctx.models.restart import Restart, read_restarting
 from rnn_longctx.models.segments import kernels_there, longest, widest
+from rnn_longctx.models.state_size import StateSize
 from rnn_longctx.recurrence.backends import Call
 from rnn_longctx.recurrence.policy import PLAIN
 from rnn_longctx.recurrence.rule import compute_dtype
@@ -78,7 +79,7 @@ class Adopted(Hooked, Identified):
             )
         for mixer in self.mixers:
             mixer.stand()
-        if kernels_there() and isinstance(self.mixers[0], SteppedAdopted):
+        if kernels_there() and self.mixers and isinstance(self.mixers[0], SteppedAdopted):
             self.mixers[0].module.register_forward_pre_hook(self._measure, with_kwargs=True)
 
     @property
@@ -154,6 +155,8 @@ class Adopted(Hooked, Identified):
         """Whether it is of a family of hybrids, though all its own layers may be recurrent."""
         return not self._takes.isdisjoint(("past_key_values", "position_ids"))
 
+    rotary: tuple[RotaryMixer, ...] = ()  # its own library's to scale
+
     @property
     def rotary_scaling(self) -> str | None:
         return (getattr(self.config, "rope_parameters", None) or {}).get("rope_type")
@@ -186,10 +189,15 @@ class Adopted(Hooked, Identified):
         while self._guards:
             self._guards.pop().remove()
         self._ways = ways
-        # (the first mixer's, since a call of base.forward passes the hooks of base itself by)
-        guarded = (self.base, self.mixers[0].module) if ways else ()
+        guarded = (self.base, self.first_layer) if ways else ()
         refuse = torch.compiler.disable(self._refuse) if guarded else self._refuse  # (it imports all of the compiler)
         self._guards = [module.register_forward_pre_hook(refuse) for module in guarded]
+
+    @property
+    def first_layer(self) -> nn.Module:
+        """A module that every call of the model goes through: one of base.forward passes the hooks of base itself
+        by."""
+        return self.mixers[0].module
 
     @contextmanager
     def reading(self) -> Iterator[None]:
@@ -331,14 +339,18 @@ class Adopted(Hooked, Identified):
         if cache.library is None and self.hybrid and not self._attention:
             cache.library = unattended()(config=self.config)
         if cache.seen:
-            for mixer in self.mixers:
-                if mixer.active:
-                    mixer.place(mixer.layer_of(cache.library), before)
+            self.place_rows(cache, before)
         out = self.base(input_ids=ids, use_cache=True, return_dict=True, **{key: cache.library}, **inputs)
         if (library := self.moved_on(out, cache.library)) is None:  # checkpointed layers in training mode
             raise InputError(f"{self.name} keeps no cache where gradient checkpointing is on in training: model.eval()")
         cache.library = library
         return out[0]
+
+    def place_rows(self, cache: AdoptedCache, before: Tensor) -> None:
+        """Say where the rows stand, to the mixers that count them: before (B,) on the CPU, tokens read."""
+        for mixer in self.mixers:
+            if mixer.active:
+                mixer.place(mixer.layer_of(cache.library), before)
 
     def moved_on(self, out: Any, library: Any) -> Any:
         """Return the library's cache after a call that gave `out` and was handed `library`; None: there is none."""

@@ -26,7 +26,9 @@ def to_cache(cache: AdoptedCache) -> tuple[Cache, dict[str, Tensor]]:
             state = carry.scan.state if beside.window is None else beside.window.block
             carry = Carry(carry.conv, ScanCarry(state, beside.position, beside.log_decay, beside.window))
         plain.layers.append(carry)
-    for i, layer in enumerate(cache.library.layers if cache.library is not None else ()):
+    layers = cache.library.layers if cache.library is not None else ()
+    plain.layers += [layer.carry for layer in layers if hasattr(layer, "carry")]
+    for i, layer in enumerate(layers):
         if attends(layer):
             extra |= {f"keys.{i}": layer.keys, f"values.{i}": layer.values}
     return plain, extra
@@ -36,11 +38,14 @@ def to_cache(cache: AdoptedCache) -> tuple[Cache, dict[str, Tensor]]:
 def from_cache(model: Adopted, plain: Cache, extra: dict[str, Tensor]) -> AdoptedCache:
     """Return the cache that `to_cache` took apart, for the model that had read it, under the policies of then."""
     new = model.new_cache()
-    if plain.layers:
+    if len(plain.position):
         # one token, so that the library makes a cache of its own kinds of layers, which are then filled
         model.read(torch.zeros(len(plain.position), 1, dtype=torch.int64, device=model.device), new)
         new.seen, new.dropped = extra["columns"].tolist()
-        for mixer, carry in zip(model.mixers, plain.layers):
+        carrying = [layer for layer in new.library.layers if hasattr(layer, "carry")]  # (of a retrofitted decoder)
+        for layer, carry in zip(carrying, plain.layers):
+            layer.carry, layer.columns = carry, new.seen - new.dropped
+        for mixer, carry in zip(new.mixers, plain.layers):
             layer = mixer.layer_of(new.library)
             if carry.conv is not None:
                 layer.conv_states[0] = carry.conv

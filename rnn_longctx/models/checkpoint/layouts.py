@@ -35,6 +35,7 @@ ADOPTED = (
     *("qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text"),
     *("olmo_hybrid", "lara_mini", "kimi_linear", "bailing_hybrid", "glm5_next", "minimax", "recurrent_gemma"),
 )
+DECODERS = ("llama", "mistral", "qwen2", "qwen3")  # of transformers, all attention: `rnn-longctx retrofit` takes them
 WITH_IMAGES = ("glm5_next",)  # of these, those that transformers (5.24) has no model of text alone with a head for
 NOT_ADOPTED = {  # recurrent models of transformers, and why they take no remedy
     "xlstm": "its outputs hang on a running maximum of its gates and on a normaliser, which the scan does not keep"

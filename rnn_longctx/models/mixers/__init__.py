@@ -7,4 +7,10 @@ from rnn_longctx.registry import Registry
 
 MIXERS: Registry[type[Mixer]] = Registry("mixer", "rnn_longctx.models.mixers")
 
-__all__ = ["MIXERS"]
+# What people ask for by a name that no mixer has, and why there is none.
+NO_MIXERS = {
+    "linformer": "Linformer's projections mix all tokens of a sequence and have no causal form: for language take the "
+    "mixer chunk-linformer, which reads completed chunks so"
+}
+
+__all__ = ["MIXERS", "NO_MIXERS"]

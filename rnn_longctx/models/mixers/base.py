@@ -22,8 +22,10 @@ from rnn_longctx.errors import InputError
 from rnn_longctx.models.carries import Carry
 from rnn_longctx.models.conv import causal_conv
 from rnn_longctx.models.deferred import DeferredNorm
-from rnn_longctx.models.interface import LayerShape, MixerReading, Rest, StateSize, Tap
+from rnn_longctx.models.interface import LayerShape
+from rnn_longctx.models.mixer_reading import MixerReading, Rest, Tap
 from rnn_longctx.models.norm import RMSNorm
+from rnn_longctx.models.state_size import StateSize
 from rnn_longctx.recurrence.backends import Call, OutputGate
 from rnn_longctx.recurrence.carry import ScanCarry
 from rnn_longctx.recurrence.gates import AnyGates, ScanInputs

@@ -28,9 +28,10 @@ from rnn_longctx.errors import InputError
 from rnn_longctx.models.attention import CausalAttention, softmax
 from rnn_longctx.models.block_keys import picked
 from rnn_longctx.models.carries import carry
-from rnn_longctx.models.interface import Shape, StateSize
-from rnn_longctx.models.mixers import MIXERS
+from rnn_longctx.models.interface import Shape
+from rnn_longctx.models.mixers import MIXERS, NO_MIXERS
 from rnn_longctx.models.rotary import turned
+from rnn_longctx.models.state_size import StateSize
 from rnn_longctx.recurrence.carry import ON_CPU
 from rnn_longctx.recurrence.rows import row_counts
 from rnn_longctx.recurrence.span import Span
@@ -58,10 +59,7 @@ class Linformer(nn.Module):
     def __init__(self, d_model: int, heads: int, length: int, rank: int, causal: bool = False):
         super().__init__()
         if causal:
-            raise InputError(
-                "Linformer's projections mix all tokens of a sequence and have no causal form: for language take the "
-                "mixer chunk-linformer, which reads completed chunks so"
-            )
+            raise InputError(NO_MIXERS["linformer"])
         if min(heads, length, rank) < 1 or d_model % heads:
             raise InputError(
                 f"linformer: expected heads that divide d_model, a length and a rank, each at least 1, got heads = "

@@ -22,8 +22,9 @@ from rnn_longctx.errors import InputError
 from rnn_longctx.models.carries import Carry
 from rnn_longctx.models.conv import unadapted
 from rnn_longctx.models.ids import refuse_offloaded
-from rnn_longctx.models.interface import Rest, Shape
+from rnn_longctx.models.interface import Shape
 from rnn_longctx.models.kernels import choose
+from rnn_longctx.models.mixer_reading import Rest
 from rnn_longctx.models.mixers.base import Recurrent
 from rnn_longctx.models.norm import RMSNorm, unit
 from rnn_longctx.models.products import bare, side_by_side

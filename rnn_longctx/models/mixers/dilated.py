@@ -27,7 +27,7 @@ CHUNK = 256  # queries at most that are compared with one stretch of keys
 
 
 @dataclass(frozen=True, eq=False)
-class Places:
+class TokenPlaces:
     """Where the tokens of a call stand.
 
     Attributes:
@@ -70,7 +70,7 @@ class Taken:
     current: Tensor
 
     @classmethod
-    def of(cls, pattern: Pattern, heads: int, at: Places) -> Taken:
+    def of(cls, pattern: Pattern, heads: int, at: TokenPlaces) -> Taken:
         w, r = pattern.segment, pattern.dilation
         rows, length = at.position.shape
         device, nowhere = at.position.device, length + 1
@@ -99,10 +99,13 @@ Held = list[tuple[Tensor, Tensor]]  # keys and values of each pattern's present 
 
 
 def dilated(
-    q: Tensor, k: Tensor, v: Tensor, held: Held, patterns: tuple[Pattern, ...], at: Places
+    q: Tensor, k: Tensor, v: Tensor, held: Held, patterns: tuple[Pattern, ...], at: TokenPlaces, equal: bool = False
 ) -> tuple[Tensor, Held]:
     """Return what queries (B, H, T, D) read of keys and values (B, H, T, D), and of those (B, H, M, D) that are held of
-    each pattern's segment before the call; and what is held after it, zero where that is no token."""
+    each pattern's segment before the call; and what is held after it, zero where that is no token. equal: what patterns
+    read of a token has equal weights, in the place of those of one softmax."""
+    if equal:
+        return _plain(q, k, v, held, patterns, at, equal)
     length, step = q.shape[2], math.lcm(*(pattern.dilation for pattern in patterns))
     if at.start is None or length == 1 or not readable(q):
         return _plain(q, k, v, held, patterns, at)
@@ -168,7 +171,7 @@ def _held_after(x: Tensor, held: Tensor, pattern: Pattern, start: int) -> Tensor
 
 
 def _plain(
-    q: Tensor, k: Tensor, v: Tensor, held: Held, patterns: tuple[Pattern, ...], at: Places
+    q: Tensor, k: Tensor, v: Tensor, held: Held, patterns: tuple[Pattern, ...], at: TokenPlaces, equal: bool = False
 ) -> tuple[Tensor, Held]:
     """Return what `dilated` does, of any rows."""
     outputs, sums, takes, after = [], [], [], []
@@ -181,6 +184,7 @@ def _plain(
         outputs.append(_gathered(output, rank))
         # (not -inf: of a token that no pattern takes the softmax below would be NaN)
         least = torch.finfo(log_sum.dtype).min
+        log_sum = torch.zeros_like(log_sum) if equal else log_sum
         sums.append(log_sum.gather(2, rank).masked_fill(~tokens.taken, least))
         takes.append(tokens.taken)
         newest = tokens.count[..., None] + torch.arange(pattern.memory, device=q.device)  # (B, H, M)
@@ -213,43 +217,21 @@ def _gathered(x: Tensor, index: Tensor) -> Tensor:
     return x.gather(2, index[..., None].expand(-1, -1, -1, x.shape[3]))
 
 
-def reach(patterns: tuple[Pattern, ...], heads: int, layers: int, length: int) -> Tensor:
-    """Return how many tokens back information may come from, (layers, length) int64: row l is of the output of l + 1
-    layers, at each position of a document."""
-    places, rows = torch.arange(length), []
-    earliest = places
-    for _ in range(layers):
-        before, earliest = earliest, earliest.clone()
-        for pattern in patterns:
-            for shift in range(min(heads, pattern.dilation)):
-                taken = slice(shift, None, pattern.dilation)
-                first = _first_of_segment(before[taken], pattern.memory + 1)
-                earliest[taken] = torch.minimum(earliest[taken], first)
-        rows.append(places - earliest)
-    return torch.stack(rows)
-
-
 def read_by(patterns: tuple[Pattern, ...], heads: int, tokens: Tensor) -> Tensor:
     """Return which tokens of a document (T) a layer hands on to the given ones, (T) bool: what the patterns give them
     in any head, and themselves, past the layer."""
-    found = tokens.clone()
+    handed = tokens.clone()
     for pattern in patterns:
         for shift in range(min(heads, pattern.dilation)):
             taken = slice(shift, None, pattern.dilation)
-            found[taken] |= _up_to_the_last(tokens[taken], pattern.memory + 1)
-    return found
+            handed[taken] |= _up_to_the_last(tokens[taken], pattern.memory + 1)
+    return handed
 
 
 def _up_to_the_last(tokens: Tensor, size: int) -> Tensor:
     """Return, of each `size` tokens (N) bool, those up to the last that is True."""
     whole = F.pad(tokens.byte(), (0, -len(tokens) % size)).unflatten(0, (-1, size))
     return whole.flip(1).cummax(1).values.flip(1).flatten()[: len(tokens)].bool()
-
-
-def _first_of_segment(places: Tensor, size: int) -> Tensor:
-    """Return the least of places (N) up to each, from the beginning of its `size` ones on."""
-    whole = F.pad(places, (0, -len(places) % size)).unflatten(0, (-1, size))
-    return whole.cummin(1).values.flatten()[: len(places)]
 
 
 def pairs(patterns: tuple[Pattern, ...], heads: int, length: int) -> int:

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from rnn_longctx.models.carries import Carry
-from rnn_longctx.models.interface import Rest, Shape
+from rnn_longctx.models.interface import Shape
+from rnn_longctx.models.mixer_reading import Rest
 from rnn_longctx.models.mixers import MIXERS
 from rnn_longctx.models.mixers.delta import ChannelRated, Rates, Sizes, wide
 from rnn_longctx.recurrence.gates import DeltaGates, ScanInputs

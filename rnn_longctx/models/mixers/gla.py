@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from rnn_longctx.errors import InputError
 from rnn_longctx.models.carries import Carry
-from rnn_longctx.models.interface import Rest, Shape
+from rnn_longctx.models.interface import Shape
+from rnn_longctx.models.mixer_reading import Rest
 from rnn_longctx.models.mixers import MIXERS
 from rnn_longctx.models.mixers.base import HeadNormed, split_heads
 from rnn_longctx.models.norm import RMSNorm

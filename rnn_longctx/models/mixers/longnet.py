@@ -7,7 +7,6 @@ Where shorter segments divide the longest one, information goes nowhere beyond i
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -15,18 +14,17 @@ import torch
 from torch import Tensor
 
 from rnn_longctx.config import parse_length
-from rnn_longctx.errors import InputError
+from rnn_longctx.errors import InputError, warn_once
 from rnn_longctx.models.attention import Attention, begins
 from rnn_longctx.models.carries import carry
 from rnn_longctx.models.flash import Pattern
-from rnn_longctx.models.interface import StateSize
 from rnn_longctx.models.mixers import MIXERS
-from rnn_longctx.models.mixers.dilated import Places, dilated, pairs, reach, read_by
+from rnn_longctx.models.mixers.dilated import TokenPlaces, dilated, pairs, read_by
 from rnn_longctx.models.mixers.dilated_ranks import Cut, held_here, with_last_held
-from rnn_longctx.models.rotary import turned
+from rnn_longctx.models.state_size import StateSize
 from rnn_longctx.recurrence.carry import ON_CPU
 from rnn_longctx.recurrence.span import Span
-from rnn_longctx.spec import tuned
+from rnn_longctx.spec import quiet, tuned
 
 
 @dataclass(frozen=True)
@@ -38,12 +36,15 @@ class LongNetConfig:
         dilations: for each of them how many tokens apart those are that a head reads, as in 1/4/16. With none of 1, a
             layer of fewer heads than the smallest one reads nothing at some positions.
         positions: "rope", or "none": then a token knows the order of what it reads by the causal mask alone.
+        merge: how what the patterns read is put together: "softmax", by the softmaxes' denominators, or "equal" (an
+            ablation), the mean over the patterns that take a token.
     """
 
     heads: int = 4
     segments: str | int = tuned("64/256/1024", over=("16/64/256", "32/128/512", "64/256/1024", "64/512/4096"))
     dilations: str | int = tuned("1/4/16", over=("1/2/4", "1/4/16", "1/8/64"))
     positions: Literal["rope", "none"] = "rope"
+    merge: Literal["softmax", "equal"] = quiet("softmax")
 
     def __post_init__(self) -> None:
         if self.heads < 1:
@@ -71,9 +72,14 @@ class LongNetConfig:
         longest = self.patterns[-1].segment
         return None if any(longest % pattern.segment for pattern in self.patterns) else longest
 
-    def reach(self, layers: int, length: int) -> Tensor:
-        """Return how many tokens back information may come from through such layers, see `dilated.reach`."""
-        return reach(self.patterns, self.heads, layers, length)
+    def unfit(self, length: int) -> str | None:
+        """Return why so many tokens are too many for the settings, or None."""
+        if self.barrier is None or length <= self.barrier:
+            return None
+        return (
+            f"longnet: more is read than the longest segment holds, {self.barrier} tokens, and such layers carry "
+            "nothing from one of those segments into the next"
+        )
 
     def read_by(self, tokens: Tensor) -> Tensor:
         """Return which tokens such a layer hands on to the given ones, see `dilated.read_by`."""
@@ -127,6 +133,7 @@ class LongNet(Attention):
     examples = (  # (beyond the longest segment a warning is due)
         "longnet:heads=4,segments=6/24/72,dilations=1/3/8",
         "longnet:heads=4,segments=8/80,dilations=2/4,positions=none",
+        "longnet:heads=4,segments=6/24/72,dilations=1/3/8,merge=equal",
     )
 
     def __init__(self, config: LongNetConfig, model: Any):
@@ -143,12 +150,7 @@ class LongNet(Attention):
         total = u.shape[1] if span.shard is None else span.shard.total
         barrier, start = self.config.barrier, int(carry.position.max())
         if barrier is not None and span.reset is None and start <= barrier < start + total:  # once a stream
-            warnings.warn(
-                f"longnet: more is read than the longest segment holds, {barrier} tokens, and such layers carry nothing"
-                " from one of those segments into the next",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+            warn_once(str(self.config.unfit(start + total)))
         q, k, v = self.projected(u, span)
         places = torch.arange(u.shape[1], device=u.device)
         before, forgotten = carry.position.to(u.device), carry.forgotten.to(u.device)
@@ -156,7 +158,7 @@ class LongNet(Attention):
             before = before + cut.here - start
         position = places - begins(-before, 0, u.shape[1], span)  # (B, T)
         if self.rotary:
-            q, k = turned(q, position), turned(k, position)
+            q, k = self.turn(q, k, position, span)
         sizes = [pattern.memory for pattern in self.patterns]
         held = list(zip(carry.keys.split(sizes, 2), carry.values.split(sizes, 2)))
         whole = span.mask is None and span.reset is None
@@ -164,8 +166,8 @@ class LongNet(Attention):
         if cut is not None:
             held, place = held_here(k, v, held, cut), cut.here
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, T, D)
-        at = Places(position, before, forgotten, span.reset is not None, place)
-        y, held = dilated(q, k, v, held, self.patterns, at)
+        at = TokenPlaces(position, before, forgotten, span.reset is not None, place)
+        y, held = dilated(q, k, v, held, self.patterns, at, equal=self.config.merge == "equal")
         if cut is not None:
             y, held = with_last_held(y, held, cut)
         keys, values = (torch.cat(tensors, 2) for tensors in zip(*held))
@@ -191,11 +193,10 @@ class LongNet(Attention):
 
     def state_size(self) -> StateSize:
         tokens = sum(pattern.memory for pattern in self.patterns)
-        return StateSize({"attention": 2 * self.in_proj.in_features * tokens})
+        return StateSize({"attention": 2 * self.config.heads * self.head_dim * tokens})
 
     def new_carry(self, rows: int) -> DilatedKeys:
-        weight, heads = self.in_proj.weight, self.config.heads
         tokens = sum(pattern.memory for pattern in self.patterns)
-        keys = weight.new_zeros(rows, heads, tokens, self.in_proj.in_features // heads)
+        keys = self.like.new_zeros(rows, self.config.heads, tokens, self.head_dim)
         none = torch.zeros(rows, dtype=torch.int64, device="cpu")
         return DilatedKeys(keys, torch.zeros_like(keys), none, none.clone())

@@ -31,10 +31,12 @@ from torch import Tensor, nn
 from rnn_longctx.errors import InputError
 from rnn_longctx.models.carries import Carry, carry
 from rnn_longctx.models.conv import shifted
-from rnn_longctx.models.interface import Rest, Shape, StateSize
+from rnn_longctx.models.interface import Shape
+from rnn_longctx.models.mixer_reading import Rest
 from rnn_longctx.models.mixers import MIXERS
 from rnn_longctx.models.mixers.base import Recurrent
 from rnn_longctx.models.norm import RMSNorm
+from rnn_longctx.models.state_size import StateSize
 from rnn_longctx.recurrence.carry import ScanCarry
 from rnn_longctx.recurrence.gates import Gates, ScanInputs
 from rnn_longctx.recurrence.span import Span

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from rnn_longctx.errors import InputError
 from rnn_longctx.models.carries import carry as registered
 from rnn_longctx.models.conv import shifted
-from rnn_longctx.models.interface import LayerShape, StateSize
+from rnn_longctx.models.interface import LayerShape
 from rnn_longctx.models.mixers import MIXERS
+from rnn_longctx.models.state_size import StateSize
 from rnn_longctx.recurrence.span import Span
 
 

@@ -28,8 +28,16 @@ from torch import Tensor, nn
 
 from rnn_longctx.models.interface import Shape
 from rnn_longctx.models.mixers import MIXERS
-from rnn_longctx.models.sparse import Call, SparseAttention, check_blocks, in_float32, pooled, pooling_weights
-from rnn_longctx.spec import tuned
+from rnn_longctx.models.sparse import (
+    Call,
+    SparseAttention,
+    check_blocks,
+    in_float32,
+    pooled,
+    pooling_weights,
+    too_few_blocks,
+)
+from rnn_longctx.spec import quiet, tuned
 
 
 @dataclass(frozen=True)
@@ -42,6 +50,8 @@ class TwoStageConfig:
             those before.
         top: how many other blocks it reads; all, where there are fewer.
         positions: "rope", or "none": then a token knows the order of what it reads by the causal mask alone.
+        coarse: False leaves out what the coarse stage reads (an ablation): blocks are chosen by their mean keys, and
+            y = sigmoid(m_f u) y_f.
     """
 
     heads: int = 4
@@ -49,9 +59,14 @@ class TwoStageConfig:
     window: int = tuned(64, over=(8, 16, 32, 64, 128, 256))
     top: int = tuned(8, over=(1, 2, 4, 8, 16))
     positions: Literal["rope", "none"] = "rope"
+    coarse: bool = quiet(True)
 
     def __post_init__(self) -> None:
         check_blocks("two-stage", self)
+
+    def unfit(self, length: int) -> str | None:
+        """Return why so many tokens are too few for the settings, or None."""
+        return too_few_blocks("two-stage", self, length)
 
 
 @MIXERS.register
@@ -63,35 +78,42 @@ class TwoStage(SparseAttention):
     examples = (  # (blocks are chosen within a test's stream)
         "two-stage:heads=2,block=6,window=6,top=3",
         "two-stage:heads=2,block=7,window=14,top=2,positions=none",
+        "two-stage:heads=2,block=6,window=6,top=3,coarse=false",
     )
 
     def __init__(self, config: TwoStageConfig, model: Shape):
         super().__init__(config, model)
-        self.pool = nn.Parameter(torch.zeros(config.heads, model.d_model // config.heads))
-        self.mix = nn.Linear(model.d_model, 2 * config.heads, bias=False)  # m_c, m_f
+        if config.coarse:
+            self.pool = nn.Parameter(torch.zeros(self.kv_heads, self.head_dim))
+        self.mix = nn.Linear(model.d_model, (2 if config.coarse else 1) * config.heads, bias=False)  # m_c, m_f
 
     @property
     def features(self) -> int:
-        return 2 * self.in_proj.in_features // self.config.heads
+        return (2 if self.config.coarse else 1) * self.head_dim
 
     def summary(self, keys: Tensor, values: Tensor) -> Tensor:
         with in_float32(keys) as wide:
             keys, values = keys.to(wide), values.to(wide)
+            if not self.config.coarse:
+                return keys.mean(2)
             weights = pooling_weights(keys, self.pool.to(wide))
             return torch.cat([pooled(keys, weights), pooled(values, weights)], 3)
 
     def scores(self, queries: Tensor, summaries: Tensor) -> Tensor:
         with in_float32(queries) as wide:
-            keys = summaries.chunk(2, 3)[0].to(wide).permute(0, 2, 3, 1)  # (B, H, D, m)
+            keys = self.by_head(summaries[..., : queries.shape[3]].to(wide), 2).permute(0, 2, 3, 1)  # (B, H, D, m)
             return queries.to(wide).transpose(1, 2) @ keys / math.sqrt(queries.shape[3])
 
     def read(self, call: Call, queries: slice) -> Tensor:
         scores = self.call_scores(call, queries)
         fine = self.attended(call, queries, self.choice(call, queries, scores))
+        mix = self.mix(call.u[:, queries]).sigmoid().unflatten(2, (-1, self.config.heads, 1))  # (B, t, 2 or 1, H, 1)
+        if not self.config.coarse:
+            return mix[:, :, 0] * fine
         completed = call.places.earlier(queries, 1, scores.device)[:, None]  # (B, 1, t, m)
         # (not -inf: where no block is completed the softmax would be NaN)
         weights = scores.masked_fill(~completed, torch.finfo(scores.dtype).min).softmax(3) * completed
-        values = call.summaries[:, : scores.shape[3]].chunk(2, 3)[1].transpose(1, 2)  # (B, H, m, D)
+        values = call.summaries[:, : scores.shape[3]].chunk(2, 3)[1]
+        values = self.by_head(values, 2).transpose(1, 2)  # (B, H, m, D)
         coarse = (weights.to(values.dtype) @ values).transpose(1, 2)
-        mix = self.mix(call.u[:, queries]).sigmoid().unflatten(2, (2, -1, 1))  # (B, t, 2, H, 1)
         return mix[:, :, 0] * coarse + mix[:, :, 1] * fine

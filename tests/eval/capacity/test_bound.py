@@ -12,7 +12,7 @@ from rnn_longctx import cli
 from rnn_longctx.eval.capacity import bound, models, tables
 from rnn_longctx.eval.capacity.figures import growth, mqar
 from rnn_longctx.eval.results import COLUMNS, to_frame
-from rnn_longctx.models.interface import StateSize
+from rnn_longctx.models.state_size import StateSize
 
 
 def model(size, vocab_size=256, dtype=torch.float32):

@@ -17,7 +17,7 @@ from rnn_longctx import cli
 from rnn_longctx.config import load_yaml
 from rnn_longctx.errors import InputError
 from rnn_longctx.eval import pool
-from rnn_longctx.eval.compare import CompareConfig, GrowthConfig, growth, load_comparison, reading, run_growth
+from rnn_longctx.eval.compare import CompareConfig, GrowthConfig, growth, load_comparison, run_growth, timing
 from rnn_longctx.eval.tables.growth import cheaper_from, fit, read
 from rnn_longctx.models.config import ModelConfig
 from rnn_longctx.models.kernels import choose
@@ -44,8 +44,8 @@ out: runs
 def here(tmp_path, monkeypatch):
     """Cells run in this process, a moment before the one that stands for them, and everything once."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(reading, "ENOUGH", 0.0)
-    monkeypatch.setattr(reading, "matrix_rate", lambda device, dtype: 1e9)
+    monkeypatch.setattr(timing, "ENOUGH", 0.0)
+    monkeypatch.setattr(timing, "matrix_rate", lambda device, dtype: 1e9)
     monkeypatch.setattr(pool, "_WAIT", 0.005)
 
     @torch.inference_mode()
@@ -109,14 +109,14 @@ def test_what_is_measured_is_not_measured_again(config, monkeypatch):
 
 
 def test_where_memory_ends_it_is_said_and_nothing_longer_is_tried(config, monkeypatch):
-    measured = reading.measured
+    timed = timing.timed
 
     def until(run, device):
         if run.__closure__ and any(c.cell_contents == 128 for c in run.__closure__ if isinstance(c.cell_contents, int)):
             raise torch.OutOfMemoryError("no memory")
-        return measured(run, device)
+        return timed(run, device)
 
-    monkeypatch.setattr(reading, "measured", until)
+    monkeypatch.setattr(timing, "timed", until)
     frame = read(run_growth(config, ["full"], say=lambda _: None))
     assert frame["length"].tolist() == [32, 64, 128] and frame["note"].tolist() == ["", "", "out of memory"]
     assert math.isnan(frame["seconds"].iloc[-1]) and math.isnan(frame["seconds_exponent"].iloc[0])
@@ -144,8 +144,8 @@ def test_every_mixer_can_be_read(name):
     """As on a GPU, in bfloat16: in one call and in segments."""
     model = ModelConfig(examples(name)[0], d_model=D_MODEL, n_layer=1)
     for segment in (None, 7):
-        how = reading.Reading(model, "mixers", segment, 1)
-        (row,) = reading._of_mixer(how, 20, torch.device("cpu"), torch.bfloat16)
+        how = timing.ReadingConfig(model, "mixers", segment, 1)
+        (row,) = timing._of_mixer(how, 20, torch.device("cpu"), torch.bfloat16)
         assert row["seconds"] > 0 and row["peak_bytes"] > 0 and row["carry_bytes"] > 0
 
 
@@ -154,8 +154,8 @@ def test_every_mixer_can_be_read(name):
 def test_on_a_gpu(monkeypatch):
     monkeypatch.setattr(choose, "FUSED_LAYERS", True)
     model = ModelConfig("longnet:heads=4,segments=64/1k,dilations=1/16", d_model=256, n_layer=1)
-    how = reading.Reading(model, "mixers", None, 1)
-    short, long = (next(reading.rows_at(how, length, torch.device("cuda"))) for length in (1024, 16384))
+    how = timing.ReadingConfig(model, "mixers", None, 1)
+    short, long = (next(timing.rows_at(how, length, torch.device("cuda"))) for length in (1024, 16384))
     assert short["dtype"] == "bfloat16" and not short["note"] and not long["note"]
     assert 8 * short["peak_bytes"] < long["peak_bytes"] < 20 * short["peak_bytes"]
     assert long["seconds"] > long["operations"] / 2e15 and long["carry_bytes"] == short["carry_bytes"]

@@ -25,13 +25,13 @@ from torch import Tensor, nn
 from rnn_longctx.errors import InputError
 from rnn_longctx.models.adopt.beside import following
 from rnn_longctx.models.adopt.cache import AdoptedCache, cache_in
-from rnn_longctx.models.adopt.dispatch import grows, pads_explained, static_attention
+from rnn_longctx.models.adopt.dispatch import grows, pads_explained, read_mask, static_attention
 from rnn_longctx.models.adopt.family import FAMILIES, Family
 from rnn_longctx.models.adopt.mixer import AdoptedMixer, Call
 from rnn_longctx.models.adopt.model import Adopted
 from rnn_longctx.models.conv import linear_conv, unadapted
 from rnn_longctx.models.hashing import held
-from rnn_longctx.models.interface import StateSize
+from rnn_longctx.models.state_size import StateSize
 from rnn_longctx.recurrence.gates import Gates, ScanInputs
 from rnn_longctx.recurrence.interface import Recurrence
 from rnn_longctx.recurrence.ssd.scan import SSD
@@ -73,7 +73,7 @@ class RecurrentGemmaMixer(AdoptedMixer):
         if self.active:
             grows(self, cache)
         static = static_attention(cache)  # (whose columns are not those of the tokens read; generate gives positions)
-        mask = None if static else _mask(arguments["attention_mask"], u)
+        mask = None if static else read_mask(arguments["attention_mask"], u)
         begins = arguments["position_ids"].expand(u.shape[:2]) == 0
         if mask is not None:
             begins = begins | F.pad(mask[:, 1:] & ~mask[:, :-1], (1, 0))
@@ -154,20 +154,6 @@ class AdoptedRecurrentGemma(Adopted):
 
     def moved_on(self, out: Any, library: Any) -> Any:
         return library if self.mixers[0].layer_of(library).has_previous_state[0] else None
-
-
-def _mask(attention: Any, u: Tensor) -> Tensor | None:
-    """Return what attention's mask says of the tokens u (B, T, d_model): (B, T) bool, False at padding; None where it
-    says nothing, or that there is none. A token that does not attend to itself is padding."""
-    length = u.shape[1]
-    if length == 1 or not isinstance(attention, Tensor):
-        return None
-    if attention.ndim == 4:
-        own = attention[:, 0, :, -length:].diagonal(dim1=-2, dim2=-1)
-        own = own if own.dtype == torch.bool else own > torch.finfo(own.dtype).min / 2
-    else:
-        own = attention[:, -length:].bool()
-    return None if bool(own.all()) else own.expand(u.shape[:2])
 
 
 def _root(x: Tensor) -> Tensor:

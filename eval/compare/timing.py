@@ -1,9 +1,11 @@
-"""Seconds and bytes of reading one length: what a comparison of growth measures.
+"""Seconds, bytes and joules of reading one length: what a comparison of growth measures, and of a trained model the
+section `costs` of a comparison.
 
-A row's keys are `what`, `length`, `segment` (None: one call), `seconds`, `tokens_per_second`, `peak_bytes` (the most
-that was held at once beyond weights and inputs), `carry_bytes` (what a row keeps for the next token), `parameters`,
-`operations` and `floor_seconds` (those of the matrix products, where they are counted, and what they take at the rate
-of a large product on this device), `dtype`, `device`, `versions`, and `note`: why nothing else is known.
+A row's keys are `what`, `length`, `segment` (None: one call), `seconds`, `tokens_per_second`, `joules` (NaN where they
+cannot be read: `rnn_longctx.eval.energy`), `peak_bytes` (the most that was held at once beyond weights and inputs),
+`carry_bytes` (what a row keeps for the next token), `parameters`, `operations` and `floor_seconds` (those of the matrix
+products, where they are counted, and what they take at the rate of a large product on this device), `dtype`, `device`,
+`versions`, and `note`: why nothing else is known.
 """
 
 from __future__ import annotations
@@ -25,10 +27,11 @@ from torch.utils._pytree import tree_leaves
 
 from rnn_longctx.eval.bench.base import environment
 from rnn_longctx.eval.bench.train import matrix_rate
-from rnn_longctx.models.cache import Cache
+from rnn_longctx.eval.energy import Meter
 from rnn_longctx.models.checkpoint.weights import stored_dtype
 from rnn_longctx.models.config import ModelConfig
 from rnn_longctx.models.decode import Decoder
+from rnn_longctx.models.interface import LanguageModel
 from rnn_longctx.models.lm import LM
 from rnn_longctx.recurrence.span import WHOLE
 
@@ -40,7 +43,7 @@ NO_MEMORY = "out of memory"
 
 
 @dataclass(frozen=True)
-class Reading:
+class ReadingConfig:
     """What is read, and how.
 
     Attributes:
@@ -57,13 +60,14 @@ class Reading:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a run took: seconds, the median; the most bytes held at once beyond those before."""
+    """What a run took: seconds, the median; joules, the mean; the most bytes held at once beyond those before."""
 
     seconds: float
+    joules: float
     peak_bytes: int
 
 
-def rows_at(reading: Reading, length: int, device: torch.device) -> Iterator[Row]:
+def rows_at(reading: ReadingConfig, length: int, device: torch.device) -> Iterator[Row]:
     """Yield the rows of one length: "forward" of a mixer; "prefill" and "decode" of a model."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     about = {"length": length, "segment": reading.segment, "dtype": str(dtype).removeprefix("torch."), **environment()}
@@ -74,15 +78,20 @@ def rows_at(reading: Reading, length: int, device: torch.device) -> Iterator[Row
             due.remove(row["what"])
             yield about | {"operations": None, "floor_seconds": math.nan, "note": ""} | row
     except (RuntimeError, MemoryError) as error:
-        if not (isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)):
-            raise  # (on a CPU PyTorch has no error of its own for that)
+        if not is_out_of_memory(error):
+            raise
         unknown = dict.fromkeys(
-            ("seconds", "tokens_per_second", "peak_bytes", "carry_bytes", "floor_seconds"), math.nan
+            ("seconds", "tokens_per_second", "joules", "peak_bytes", "carry_bytes", "floor_seconds"), math.nan
         )
         yield about | unknown | {"what": due[0], "parameters": None, "operations": None, "note": NO_MEMORY}
 
 
-def _of_mixer(reading: Reading, length: int, device: torch.device, dtype: torch.dtype) -> Iterator[Row]:
+def is_out_of_memory(error: Exception) -> bool:
+    """Return whether memory did not suffice. (On a CPU PyTorch has no error of its own for that.)"""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def _of_mixer(reading: ReadingConfig, length: int, device: torch.device, dtype: torch.dtype) -> Iterator[Row]:
     mixer = _placed(_made(reading.model, device).layers[0].mixer, dtype)
     segment = min(reading.segment or length, length)
     u = torch.randn(1, segment, reading.model.d_model, device=device, dtype=dtype)
@@ -93,7 +102,7 @@ def _of_mixer(reading: Reading, length: int, device: torch.device, dtype: torch.
             _, carry = mixer(u[:, : length - t], carry, WHOLE)
         return carry
 
-    cost, carry = measured(read, device)
+    cost, carry = timed(read, device)
     operations = mixer.operations(length) if hasattr(mixer, "operations") else None
     floor = math.nan if operations is None else operations / _rate(device, dtype)
     parameters = sum(p.numel() for p in mixer.parameters())
@@ -108,21 +117,28 @@ def _of_mixer(reading: Reading, length: int, device: torch.device, dtype: torch.
     }
 
 
-def _of_model(reading: Reading, length: int, device: torch.device, dtype: torch.dtype) -> Iterator[Row]:
+def _of_model(reading: ReadingConfig, length: int, device: torch.device, dtype: torch.dtype) -> Iterator[Row]:
     model = _placed(_made(reading.model, device), dtype)
+    yield from model_rows(model, length, reading.segment or length, reading.tokens)
+
+
+def model_rows(model: LanguageModel, length: int, segment: int, tokens: int) -> Iterator[Row]:
+    """Yield what it takes a model to read a prompt of random tokens up to the logits of its last one ("prefill"), and
+    to generate a token after it ("decode"), of `tokens` that are generated."""
+    device = model.device
     ids = torch.randint(model.vocab_size, (1, length), device=device)
     parameters = sum(p.numel() for p in model.parameters())
 
-    def prefill() -> tuple[Cache, Tensor]:
+    def prefill() -> tuple[Any, Tensor]:
         cache = model.new_cache()
-        for hidden in model.stream(ids, cache, reading.segment or length):
+        for hidden in model.stream(ids, cache, segment):
             last = hidden[:, -1]
         return cache, model.logits(last).argmax(-1)
 
-    cost, (cache, token) = measured(prefill, device)
+    cost, (cache, token) = timed(prefill, device)
     carry = {"carry_bytes": carried_bytes(cache.layers), "parameters": parameters}
     yield {"what": "prefill", **vars(cost), "tokens_per_second": length / cost.seconds, **carry}
-    if Decoder.refuses(model, cache) is None:
+    if isinstance(model, LM) and Decoder.refuses(model, cache) is None:
         step: Callable[[Tensor], Tensor] = Decoder(model, cache)
     else:
 
@@ -131,29 +147,31 @@ def _of_model(reading: Reading, length: int, device: torch.device, dtype: torch.
 
     def decode() -> None:
         last = token
-        for _ in range(reading.tokens):
+        for _ in range(tokens):
             last = step(last).argmax(-1)
 
-    cost, _ = measured(decode, device)
-    cost = Cost(cost.seconds / reading.tokens, cost.peak_bytes)
+    cost, _ = timed(decode, device)
+    cost = Cost(cost.seconds / tokens, cost.joules / tokens, cost.peak_bytes)
     yield {"what": "decode", **vars(cost), "tokens_per_second": 1 / cost.seconds, **carry}
 
 
-def measured(run: Callable[[], Any], device: torch.device) -> tuple[Cost, Any]:
+def timed(run: Callable[[], Any], device: torch.device) -> tuple[Cost, Any]:
     """Return what a run takes once kernels are compiled and tuned for its length, and what it returned."""
     with nullcontext() if device.type == "cuda" else _Held() as held:
         run()
     _synchronize(device)
     before = _forget_peak(device)
     times: list[float] = []
+    meter = Meter(device)
     while not times or (len(times) < REPEATS and sum(times) < ENOUGH):
         result = None  # (what is held of the run before is no part of the next one's peak)
         began = time.perf_counter()
         result = run()
         _synchronize(device)
         times.append(time.perf_counter() - began)
+    joules = meter.joules(sum(times)) / len(times)
     peak = torch.cuda.max_memory_allocated(device) - before if held is None else held.most
-    return Cost(median(times), peak), result
+    return Cost(median(times), joules, peak), result
 
 
 class _Held(TorchDispatchMode):
