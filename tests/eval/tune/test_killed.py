@@ -60,7 +60,7 @@ def test_killed_and_run_again_the_trials_are_the_same(tmp_path, monkeypatch):
     assert whole.returncode == 0 and ("on held-out data" in said or "is better than the default" in said), said
     killed = started("killed")
     assert killed.stdout is not None
-    next(line for line in killed.stdout if line.startswith("trial 1:"))
+    next(line for line in killed.stdout if line.startswith("trial 0:"))
     while not alive("killed"):
         time.sleep(0.1)
     time.sleep(2)
