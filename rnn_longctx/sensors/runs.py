@@ -1,0 +1,79 @@
+"""From files to a fitted run, and from a run to its report."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from rnn_longctx.config import home_path
+from rnn_longctx.errors import InputError
+from rnn_longctx.progress import Say, silent
+from rnn_longctx.sensors.fit import FitConfig, Run, fit, hashed, parts, rows_of_log
+from rnn_longctx.sensors.model import SensorConfig
+from rnn_longctx.sensors.read import Log, labels, read_events, read_log
+from rnn_longctx.sensors.report import Report, make_report
+from rnn_longctx.sensors.score import read_rows, threshold_at
+from rnn_longctx.sensors.units import in_known_units
+
+
+@dataclass(frozen=True)
+class Source:
+    """A log and its events: paths, the column of times in both, and the sensors."""
+
+    log: str
+    time: str
+    sensors: list[str]
+    events: str
+
+    def read(self) -> tuple[Log, np.ndarray]:
+        """Return the log, with what had to be repaired of the events too, and the times of events."""
+        log = read_log(self.log, self.time, self.sensors)
+        events, repairs = read_events(self.events, self.time, log)
+        return replace(log, repairs=[*log.repairs, *repairs]), events
+
+
+def fit_run(source: Source, shape: SensorConfig, how: FitConfig, folder: Path, say: Say = silent) -> Run:
+    """Fit a model, set its threshold, and save both in a new folder. Raises InputError as reading and fitting do."""
+    log, events = source.read()
+    for line in [*(f"repaired: {text}" for text in log.repairs), *(f"noted: {text}" for text in log.notes)]:
+        say(line)
+    before = labels(log, events, shape.warning)
+    model = fit(log, before, replace(shape, sensors=log.sensors), how, say)
+    _, setting, _ = parts(len(log.times))
+    logits = read_rows(model, rows_of_log(model.scales, log)[: setting.stop]).logits
+    about = {"hashes": [hashed(source.log), hashed(source.events)], "fit": asdict(how), **asdict(source)}
+    about |= {"log": str(home_path(source.log).resolve()), "events": str(home_path(source.events).resolve())}
+    run = Run(model, threshold_at(logits[setting], before[setting]), about)
+    run.save(folder)
+    return run
+
+
+def report_run(run: Run, path: Path | None, events_path: Path | None, say: Say = silent) -> Report:
+    """Return the report on the rows held out of the log that was fitted to, or on all of another one.
+
+    Raises InputError: a log of other sensors or units, or the one that was fitted to is no longer what it was.
+    """
+    about = run.source
+    if path is None:
+        if events_path is not None:
+            raise InputError("--events are those of another log: give the log as well")
+        source = Source(about["log"], about["time"], about["sensors"], about["events"])
+        for name, before in zip((source.log, source.events), about["hashes"]):
+            if not Path(name).is_file():
+                raise InputError(f"{name}, which was fitted to, is not there any more: give a log to report on")
+            if hashed(name) != before:
+                raise InputError(f"{name} is not what it was when it was fitted to: give a log to report on")
+        log, events = source.read()
+        return make_report(run, log, events, parts(len(log.times))[2].start, say)
+    log = read_log(path, about["time"], run.model.config.sensors)
+    if log.sensors != run.model.config.sensors:
+        lost = ", ".join(name for name in run.model.config.sensors if name not in log.sensors)
+        raise InputError(f"{path}: constant or empty here, and the model needs it: {lost}")
+    log = in_known_units(log, run.model.scales)
+    events, repairs = np.zeros(0, np.int64), []
+    if events_path is not None:
+        events, repairs = read_events(events_path, about["time"], log)
+    log = replace(log, repairs=[*log.repairs, *repairs])
+    return make_report(run, log, events, min(run.model.config.warning, len(log.times) - 1), say)
