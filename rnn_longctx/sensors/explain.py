@@ -1,8 +1,9 @@
 """Why an alarm: the stretches of the log that a sparse layer read for it, in the words of the log.
 
-The layers say which blocks each head chose (`rnn_longctx.probes.links`). A stretch is named by its time, how long before
-the alarm it lies, and the sensors that stand out there: of each the value that is furthest from its median. That a stretch
-was read does not say that it caused the alarm; `rnn_longctx.probes.links.held` says how often what is read holds a known cause.
+The layers say which blocks each head chose (`rnn_longctx.probes.links`). A stretch is named by its time, how long
+before the alarm it lies, and the sensors that stand out there: of each the value that is furthest from its median. That
+a stretch was read does not say that it caused the alarm; `rnn_longctx.probes.links.held` says how often what is read
+holds a known cause.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Fit a model of sensors to a log and its events, and keep it in a folder.
 
-A log is cut in time: the first part is fitted to, a slice behind it sets the alarm's threshold, and the rest is held out.
+A log is cut in time: the first part is fitted to, a slice behind it sets the alarm's threshold, and the rest is held
+    out.
 A run's windows grow (`schedule`): what follows what is learned first where little stands between, then over more.
 """
 
@@ -45,6 +46,9 @@ class FitConfig:
     schedule: str = "128:300,256:300,512:600"
     lr: float = 3e-3
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        _ = self.stages  # (what is no schedule shows before a log is read)
 
     @property
     def stages(self) -> list[tuple[int, int]]:
@@ -95,13 +99,17 @@ class Run:
             about = json.loads((folder / "sensors.json").read_text())
             width = max(len(row) for row in about["edges"])
             edges = np.array([row + [math.inf] * (width - len(row)) for row in about["edges"]])
-            scales = Scales(*(np.array(about[name]) for name in ("centre", "spread")), edges, np.array(about["quantiles"]))
+            scales = Scales(
+                *(np.array(about[name]) for name in ("centre", "spread")), edges, np.array(about["quantiles"])
+            )
             model = SensorModel(from_dict(SensorConfig, about["config"], str(folder)), scales)
             model.load_state_dict(load_file(folder / "model.safetensors"))
         except InputError:
             raise
         except FileNotFoundError:
-            raise InputError(f"{folder} holds no fitted sensors; `rnn-longctx sensors fit` makes such a folder") from None
+            raise InputError(
+                f"{folder} holds no fitted sensors; `rnn-longctx sensors fit` makes such a folder"
+            ) from None
         except Exception as error:  # of many kinds, where a file is damaged
             raise InputError(f"{folder}: cannot be read: {one_line(error)}") from None
         return cls(model.eval(), about["threshold"], about["source"])
@@ -122,7 +130,8 @@ def hashed(path: str | Path) -> str:
 
 
 def rows_of_log(scales: Scales, log: Log) -> Tensor:
-    """Return (T, S + 1) float32: a log's values, standardised, NaN where one is missing, and the time since the row before."""
+    """Return (T, S + 1) float32: a log's values, standardised, NaN where one is missing, and the time since the row
+    before."""
     return torch.from_numpy(np.concatenate([scales.standard(log.values), log.elapsed[:, None]], 1))
 
 
@@ -133,7 +142,8 @@ def parts(length: int) -> tuple[slice, slice, slice]:
 
 
 def fit(log: Log, labels: np.ndarray, config: SensorConfig, how: FitConfig, say: Say = silent) -> SensorModel:
-    """Return a model fitted to the rows of a log that are for it; labels: (T) bool, of `rnn_longctx.sensors.read.labels`.
+    """Return a model fitted to the rows of a log that are for it; labels: (T) bool, of
+    `rnn_longctx.sensors.read.labels`.
 
     Raises InputError: a log too short for the windows, or no event in the rows that are fitted to.
     """
@@ -171,8 +181,8 @@ class Updates:
         self.rng = np.random.default_rng(seed)
 
     def step(self, sources: list[tuple[Tensor, Tensor, int]], length: int) -> float:
-        """Make an update on windows of `length` rows; return the alarm's loss. sources: rows (T, S + 1), labels (T), and
-        how many windows of them."""
+        """Make an update on windows of `length` rows; return the alarm's loss. sources: rows (T, S + 1), labels (T),
+        and how many windows of them."""
         windows = list(self._windows(sources, length))
         rows, targets = (torch.stack(x) for x in zip(*windows))
         hidden = torch.from_numpy(self.rng.random(rows[..., :-1].shape) < HIDE * self.rng.random((len(rows), 1, 1)))

@@ -24,8 +24,8 @@ from rnn_longctx.models.config import ModelConfig
 from rnn_longctx.models.lm import LM
 
 LOCAL = "sliding-window:window=8,heads=2"  # what the first layer is
-# What a bare name stands for: one head, so that all of a lot's number is compared at once, and places by content alone, so
-# that a lag longer than those fitted to is nothing new.
+# What a bare name stands for: one head, so that all of a lot's number is compared at once, and places by content alone,
+# so that a lag longer than those fitted to is nothing new.
 USUAL = {
     "two-stage": "heads=1,block=16,window=16,top=4,positions=none",
     "block-sparse": "heads=1,block=16,window=16,top=4,positions=none",
@@ -127,7 +127,8 @@ class RowEmbedding(nn.Module):
         bins = torch.searchsorted(self.edges, values.nan_to_num().movedim(-1, 0).flatten(1).contiguous())  # (S, B * T)
         bins = bins.unflatten(1, rows.shape[:2]).movedim(0, -1).masked_fill(missing, BINS)
         vectors = sum(self.weight[i][bins[..., i]] for i in range(bins.shape[-1]))
-        numbers = torch.cat([values.nan_to_num().clamp(-CLIP, CLIP), elapsed.log1p()], -1)
+        # (divided, so that a value far out does not drown what else the row says)
+        numbers = torch.cat([values.nan_to_num().clamp(-CLIP, CLIP) / (CLIP / 2), elapsed.log1p()], -1)
         return vectors + self.linear(numbers)
 
 

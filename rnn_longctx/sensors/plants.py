@@ -1,15 +1,15 @@
 """Logs of a made-up plant, whose failures have a cause that lies long before them.
 
-A press works on lots, each with a number of its own (two digits of base LEVELS, the sensors `lot_a` and `lot_b`). When a
-lot is struck, `vib` bursts for STRIKE rows; meanwhile `press` is high (the lot is damaged) or low (it is not). A lag
-later the same lot is charged cold: `temp` dips for `warning` rows. Where the lot was damaged, a failure follows when the
-dip ends; where it was not, nothing does. A dip so says when a failure may come, and only the strike of that lot, a lag
-before, says whether it will. Lags are drawn log-uniformly.
+A press works on lots, each with a number of its own (two digits of base LEVELS, the sensors `lot_a` and `lot_b`). When
+a lot is struck, `vib` bursts for STRIKE rows; meanwhile `press` is high (the lot is damaged) or low (it is not). A lag
+later the same lot is charged cold: `temp` dips for `warning` rows. Where the lot was damaged, a failure follows when
+the dip ends; where it was not, nothing does. A dip so says when a failure may come, and only the strike of that lot, a
+lag before, says whether it will. Lags are drawn log-uniformly.
 
     strike: vib bursts, press high or low, lot 7.3   ... lag ...   dip: temp falls, lot 7.3   -> failure, or none
 
-Between them the sensors wander, `temp` over a day as well, and other lots pass. Who sees dips and no strikes is right in
-half of them: that is the chance level of a model with no memory. The plant is this project's own.
+Between them the sensors wander, `temp` over a day as well, and other lots pass. Who sees dips and no strikes is right
+in half of them: that is the chance level of a model with no memory. The plant is this project's own.
 """
 
 from __future__ import annotations
@@ -92,8 +92,8 @@ def make_plant(plant: Plant) -> Made:
     for strike, dip, damaged, lot in zip(truth.strike, truth.dip, truth.damaged, truth.lot):
         at, cold = slice(strike, strike + STRIKE), slice(dip, dip + plant.warning)
         values["vib"][at] += 6 + rng.normal(0, 0.5, STRIKE)
-        values["press"][at] += (4 if damaged else -4) + rng.normal(0, 0.5, STRIKE)
-        values["temp"][cold] -= 5 + rng.normal(0, 0.5, plant.warning)
+        values["press"][at] += (6 if damaged else -6) + rng.normal(0, 0.5, STRIKE)
+        values["temp"][cold] -= 6 + rng.normal(0, 0.5, plant.warning)
         for rows in (at, cold):
             values["lot_a"][rows], values["lot_b"][rows] = lot // LEVELS, lot % LEVELS
     if plant.drift_at is not None:
@@ -112,8 +112,8 @@ def make_plant(plant: Plant) -> Made:
 
 
 def _episodes(plant: Plant, rng: np.random.Generator) -> pd.DataFrame:
-    """Return a row a dip, in the order of dips: strike, dip, lag, damaged, lot. No two strikes or dips overlap, and no lot is
-    struck again while another of its number is not charged."""
+    """Return a row a dip, in the order of dips: strike, dip, lag, damaged, lot. No two strikes or dips overlap, and no
+    lot is struck again while another of its number is not charged."""
     taken = np.zeros(plant.rows + plant.warning + 1, bool)
     free = np.full(LEVELS**2, -1)  # the row from which a number may be used again
     rows = []
@@ -121,7 +121,11 @@ def _episodes(plant: Plant, rng: np.random.Generator) -> pd.DataFrame:
     for dip in np.sort(rng.choice(plant.rows - plant.warning - 1, plant.rows // plant.every, replace=False)):
         lag = min(plant.longest, int(plant.shortest * math.exp(spread * rng.random())))
         strike = dip - lag
-        if strike < 0 or taken[dip - 1 : dip + plant.warning + 1].any() or taken[strike - 1 : strike + STRIKE + 1].any():
+        if (
+            strike < 0
+            or taken[dip - 1 : dip + plant.warning + 1].any()
+            or taken[strike - 1 : strike + STRIKE + 1].any()
+        ):
             continue
         lots = np.flatnonzero(free < strike)
         if not len(lots):
@@ -135,7 +139,8 @@ def _episodes(plant: Plant, rng: np.random.Generator) -> pd.DataFrame:
 
 
 def _background(rows: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """Return each sensor's values where nothing happens: standard deviations of about 1, and numbers of passing lots."""
+    """Return each sensor's values where nothing happens: standard deviations of about 1, and numbers of passing
+    lots."""
 
     def wandering(stay: float) -> np.ndarray:  # x <- stay x + noise, of a standard deviation of 1
         noise = pd.Series(rng.normal(0, math.sqrt(1 - stay**2) / (1 - stay), rows))
@@ -146,7 +151,7 @@ def _background(rows: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
     return {
         "temp": 0.6 * wandering(0.95) + 0.8 * day,
         "vib": wandering(0.3),
-        "press": wandering(0.8),
+        "press": wandering(0.3),
         "lot_a": (lots // LEVELS).astype(float),
         "lot_b": (lots % LEVELS).astype(float),
     }

@@ -1,9 +1,10 @@
 """Read a log of sensors, and the events that go with it, from CSV or Parquet; whatever had to be repaired is listed.
 
-What is repaired: rows out of order, times of several zones, rows that are there twice, a clock that was set back, sensors
-that write rows of their own, values that are no numbers. What is kept: a value that is missing stays missing, and a gap is
-the time since the row before. What cannot be repaired is refused in one line. Nothing is filled in, and nothing that is
-merely strange (an outlier, a drift) is taken out, since it may be what comes before a failure: it is noted.
+What is repaired: rows out of order, times of several zones, rows that are there twice, a clock that was set back,
+    sensors
+that write rows of their own, values that are no numbers. What is kept: a value that is missing stays missing, and a gap
+is the time since the row before. What cannot be repaired is refused in one line. Nothing is filled in, and nothing that
+is merely strange (an outlier, a drift) is taken out, since it may be what comes before a failure: it is noted.
 """
 
 from __future__ import annotations
@@ -100,7 +101,9 @@ def read_events(path: str | Path, time: str, log: Log) -> tuple[np.ndarray, list
     repairs: list[str] = []
     times, aware = _times(_columns(path, [time])[time], path, repairs)
     if aware != log.aware:
-        says = "say their zone and those of the log do not" if aware else "do not say their zone and those of the log do"
+        says = (
+            "say their zone and those of the log do not" if aware else "do not say their zone and those of the log do"
+        )
         raise InputError(f"{path}: its times {says}; write the offset in both, such as 2026-01-31T12:00:00+01:00")
     times = np.unique(times[times != pd.NaT.value])
     inside = (times >= log.times[0]) & (times <= log.times[-1])
@@ -179,7 +182,9 @@ def _times(column: pd.Series, path: Path, repairs: list[str]) -> tuple[np.ndarra
             repairs.append(f"{path.name}: times of several zones ({zones}) brought to UTC")
     lost = int(times.isna().sum())
     if lost > 0.1 * len(times):
-        raise InputError(f"{path}: {lost} of {len(times)} times cannot be read, such as {column[times.isna()].iloc[0]!r}")
+        raise InputError(
+            f"{path}: {lost} of {len(times)} times cannot be read, such as {column[times.isna()].iloc[0]!r}"
+        )
     if lost:
         repairs.append(f"{path.name}: {counted(lost, 'row')} whose time cannot be read left out")
     if not aware:
@@ -196,15 +201,17 @@ def _numbers(column: pd.Series, path: Path, repairs: list[str]) -> np.ndarray:
         raise InputError(f"{path}: sensor {column.name!r} holds no numbers, but such as {strange!r:.40}")
     infinite = np.isinf(numbers)
     if lost or infinite.any():
-        repairs.append(f"{column.name}: {counted(lost + int(infinite.sum()), 'value')} no finite number, taken as missing")
+        repairs.append(
+            f"{column.name}: {counted(lost + int(infinite.sum()), 'value')} no finite number, taken as missing"
+        )
     return np.where(infinite, np.nan, numbers)
 
 
 def _clock(times: np.ndarray, repairs: list[str]) -> np.ndarray:
     """Return times, in the order of the file, with a clock that was set back set right.
 
-    Where a file is in order but for at most a few places where time goes back, the clock was set, and what follows is as
-    much too early, until time leaps forward as far. A file that is out of order in many places was shuffled.
+    Where a file is in order but for at most a few places where time goes back, the clock was set, and what follows is
+    as much too early, until time leaps forward as far. A file that is out of order in many places was shuffled.
     """
     steps = np.diff(times)
     back = np.flatnonzero(steps < 0)
@@ -218,8 +225,8 @@ def _clock(times: np.ndarray, repairs: list[str]) -> np.ndarray:
         times[place + 1 : stop] += set_by
         day = pd.Timestamp(times[place], tz="UTC").strftime("%Y-%m-%d %H:%M")
         repairs.append(
-            f"the clock was set back by {set_by / SECOND:.0f} s at {day}: {counted(int(stop - place - 1), 'row')} moved "
-            "forward as much"
+            f"the clock was set back by {set_by / SECOND:.0f} s at {day}: {counted(int(stop - place - 1), 'row')} "
+            "moved forward as much"
         )
     return times
 
@@ -238,13 +245,16 @@ def _merged(times: np.ndarray, values: np.ndarray, repairs: list[str]) -> tuple[
         differ += bool((spread > 0).any())
         merged[n] = np.where(seen.any(0), np.where(seen, rows, 0).sum(0) / np.maximum(1, seen.sum(0)), np.nan)
     text = f"{counted(len(times) - len(distinct), 'row')} of a time that was there before merged"
-    repairs.append(text + (f"; in {counted(differ, 'of them values differ', 'of them values differ')}: their mean" if differ else ""))
+    repairs.append(
+        text
+        + (f"; in {counted(differ, 'of them values differ', 'of them values differ')}: their mean" if differ else "")
+    )
     return distinct, merged
 
 
 def _aligned(log: Log) -> Log:
-    """Return a log whose sensors, where each writes rows of its own, stand in rows together: those of less than half the
-    slowest sensor's step after a row that lacks them join it."""
+    """Return a log whose sensors, where each writes rows of its own, stand in rows together: those of less than half
+    the slowest sensor's step after a row that lacks them join it."""
     present = ~np.isnan(log.values)
     steps = [np.median(np.diff(log.times[column])) for column in present.T if column.sum() > 1]
     if not steps or present.sum(1).mean() > 0.75 * present.any(0).sum():
@@ -288,8 +298,8 @@ def _notes(log: Log) -> list[str]:
     if gaps.any():
         at = int(steps.argmax())
         notes.append(
-            f"{counted(int(gaps.sum()), 'gap')} of more than 1.5 steps of {log.step:g} s, the longest {steps[at]:.0f} s from "
-            f"{log.when(at)} on: kept as elapsed time"
+            f"{counted(int(gaps.sum()), 'gap')} of more than 1.5 steps of {log.step:g} s, the longest {steps[at]:.0f} "
+            f"s from {log.when(at)} on: kept as elapsed time"
         )
     for name, column in zip(log.sensors, log.values.T):
         seen = column[~np.isnan(column)]
@@ -298,10 +308,14 @@ def _notes(log: Log) -> list[str]:
         low, middle, high = np.quantile(seen, [0.25, 0.5, 0.75])
         spread = (high - low) / 1.349 or seen.std()
         if (far := int((np.abs(seen - middle) > FAR * spread).sum())) > 0:
-            notes.append(f"{name}: {counted(far, 'outlier')} more than {FAR:g} robust standard deviations from the median")
+            notes.append(
+                f"{name}: {counted(far, 'outlier')} more than {FAR:g} robust standard deviations from the median"
+            )
         first, last = column[:fifth], column[-fifth:]
         if not (np.isnan(first).all() or np.isnan(last).all()):
             moved = (np.nanmedian(last) - np.nanmedian(first)) / spread
             if abs(moved) > DRIFT and len(np.unique(seen)) > 2:
-                notes.append(f"{name}: drift, the median of the last fifth is {moved:+.1f} standard deviations from the first's")
+                notes.append(
+                    f"{name}: drift, the median of the last fifth is {moved:+.1f} standard deviations from the first's"
+                )
     return notes

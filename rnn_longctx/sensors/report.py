@@ -65,8 +65,8 @@ class Report:
         lines = [f"{rows:,} rows from {self.log.when(self.first)} to {self.log.when(-1)}, {int(f['events'])} events"]
         if f["events"]:
             lines.append(
-                f"average precision {f['average_precision']:.3f}; by chance {f['chance']:.3f}, by the time since the last "
-                f"event {f['again']:.3f}"
+                f"average precision {f['average_precision']:.3f}; by chance {f['chance']:.3f}, by the time since the "
+                f"last event {f['again']:.3f}"
             )
             lead = "" if math.isnan(f["lead"]) else f", {f['lead'] / 60:.3g} minutes ahead (median)"
             lines.append(
@@ -74,8 +74,12 @@ class Report:
                 f"{100 * f['false_alarms']:.3g}% of the quiet rows (the threshold was set for {100 * FALSE_ALARMS:g}%)"
             )
         for ahead, some in self.forecasts.groupby("horizon"):
-            model, kept, middle = (np.average(some[name], weights=some["n"] + 1e-9) for name in ("model", "persistence", "median"))
-            lines.append(f"forecast {ahead} rows ahead: error {model:.3f}, of persistence {kept:.3f}, of the median {middle:.3f}")
+            model, kept, middle = (
+                np.average(some[name], weights=some["n"] + 1e-9) for name in ("model", "persistence", "median")
+            )
+            lines.append(
+                f"forecast {ahead} rows ahead: error {model:.3f}, of persistence {kept:.3f}, of the median {middle:.3f}"
+            )
         return lines
 
     def page(self, name: str) -> str:

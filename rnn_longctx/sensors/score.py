@@ -24,7 +24,8 @@ class Read:
 
     Attributes:
         logits: (T) float32, that an event follows.
-        errors: a row a horizon and sensor: model, persistence and median, mean absolute errors in standard deviations; n.
+        errors: a row a horizon and sensor: model, persistence and median, mean absolute errors in standard deviations;
+            n.
     """
 
     logits: np.ndarray
@@ -83,8 +84,8 @@ def threshold_at(scores: np.ndarray, labels: np.ndarray, rate: float = FALSE_ALA
 def events_caught(
     scores: np.ndarray, times: np.ndarray, events: np.ndarray, seconds: float, threshold: float
 ) -> pd.DataFrame:
-    """Return a row an event that rows come before: t (nanoseconds), caught, and lead, seconds from the first alarm within
-    `seconds` before it; NaN where there is none."""
+    """Return a row an event that rows come before: t (nanoseconds), caught, and lead, seconds from the first alarm
+    within `seconds` before it; NaN where there is none."""
     table = []
     for event in events:
         start, stop = np.searchsorted(times, [event - int(seconds * 1e9), event])
@@ -97,12 +98,14 @@ def events_caught(
 
 
 def nulls(labels: np.ndarray, elapsed_since_event: np.ndarray) -> dict[str, float]:
-    """Return average precisions of what knows nothing of the sensors: chance, the share of the rows before an event; and
-    `again`, that the last event comes again (the sooner after it the likelier)."""
+    """Return average precisions of what knows nothing of the sensors: chance, the share of the rows before an event;
+    and `again`, that the last event comes again (the sooner after it the likelier)."""
     return {"chance": float(labels.mean()), "again": average_precision(-elapsed_since_event, labels)}
 
 
 def since_event(times: np.ndarray, events: np.ndarray) -> np.ndarray:
     """Return (T) seconds since the last event at each time; a century before the first."""
+    if not len(events):
+        return np.full(len(times), 3.15e9)
     last = np.searchsorted(events, times, side="right") - 1
     return np.where(last >= 0, (times - events[last.clip(min=0)]) / 1e9, 3.15e9)

@@ -26,8 +26,8 @@ AWAY = 10.0  # of them: a median as far off is no drift
 
 
 def in_known_units(log: Log, scales: Scales) -> Log:
-    """Return a log whose sensors are in the units of the log that scales are of: where a sensor's quantiles are off, and a
-    change of unit puts them right, it is undone, and listed.
+    """Return a log whose sensors are in the units of the log that scales are of: where a sensor's quantiles are off,
+    and a change of unit puts them right, it is undone, and listed.
 
     Raises InputError: a sensor whose median is AWAY from what was fitted to, and that no known unit explains.
     """
@@ -37,15 +37,17 @@ def in_known_units(log: Log, scales: Scales) -> Log:
         here = np.nanquantile(values[:, s], QUANTILES)
         if (off := np.abs(here - there).max() / spread) <= FITS:
             continue
-        best = min((_off(here, there, factor, shift) / spread, text, factor, shift) for text, factor, shift in _changes())
+        best = min(
+            (_off(here, there, factor, shift) / spread, text, factor, shift) for text, factor, shift in _changes()
+        )
         error, text, factor, shift = best
         if error <= FITS and error < off / 3:
             values[:, s] = values[:, s] * factor + shift
             repairs.append(f"{name}: {text} (x {factor:.6g} {shift:+.6g}), as in the log that was fitted to")
         elif (moved := abs(here[2] - there[2]) / spread) > AWAY:
             raise InputError(
-                f"{log.name}: sensor {name!r} has a median of {here[2]:.6g}, in the log that was fitted to {there[2]:.6g}: "
-                f"{moved:.0f} standard deviations off, and no change of unit known here explains it"
+                f"{log.name}: sensor {name!r} has a median of {here[2]:.6g}, in the log that was fitted to "
+                f"{there[2]:.6g}: {moved:.0f} standard deviations off, and no change of unit known here explains it"
             )
     return replace(log, values=values, repairs=repairs)
 

@@ -11,7 +11,9 @@ from rnn_longctx.cli.command import command
 from rnn_longctx.cli.options import Many, option
 
 program = typer.Typer(
-    no_args_is_help=True, add_completion=False, help="Sensor logs: forecasts, alarms before failures, and what they rest on."
+    no_args_is_help=True,
+    add_completion=False,
+    help="Sensor logs: forecasts, alarms before failures, and what they rest on.",
 )
 command("sensors")(program)
 
@@ -63,7 +65,6 @@ def fit(
     folder = new_folder(out)
     source = Source(str(log), time, [name.strip() for name in sensors.split(",") if name.strip()], str(events))
     how = FitConfig(seed=seed) if schedule is None else FitConfig(schedule, seed=seed)
-    how.stages  # (what is no schedule shows before a log is read)
     mixers = [for_sensors(text) for text in mixer or ["two-stage"]]
     shape = SensorConfig(source.sensors, mixers, warning=warning, n_layer=1 + len(mixers))
     fit_run(source, shape, how, folder, to_stdout)
@@ -73,7 +74,9 @@ def fit(
 @program.command("report")
 def report(
     run: RunFolder,
-    log: Annotated[Path | None, typer.Argument(help="Another log of the same columns; if not given, the one fitted to.")] = None,
+    log: Annotated[
+        Path | None, typer.Argument(help="Another log of the same columns; if not given, the one fitted to.")
+    ] = None,
     events: Annotated[Path | None, option("Of that log.", "none are known")] = None,
     out: Annotated[Path | None, option("A new folder.", "RUN/report")] = None,
 ) -> None:
@@ -93,3 +96,22 @@ def report(
     typer.echo(f"{folder}: {', '.join(path.name for path in paths)}")
 
 
+@program.command("adapt")
+def adapt(
+    run: RunFolder,
+    log: Log,
+    events: Annotated[Path, typer.Option(help="Of that log.")],
+    out: Annotated[Path, typer.Option(help="A new folder for the adapted model.")],
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Follow a log piece by piece: score it, train on it, keep the update or undo it; with no updates beside it."""
+    from rnn_longctx.progress import to_stdout
+    from rnn_longctx.sensors.adapt import AdaptConfig
+    from rnn_longctx.sensors.fit import Run, new_folder
+    from rnn_longctx.sensors.runs import adapt_run
+
+    fitted = Run.load(run)
+    folder = new_folder(out)
+    table = adapt_run(fitted, log, events, folder, AdaptConfig(seed=seed), to_stdout)
+    typer.echo(table.to_string(index=False, float_format=lambda value: f"{value:.3f}"))
+    typer.echo(f"{folder}: model.safetensors, sensors.json, online.csv")
