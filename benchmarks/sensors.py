@@ -25,16 +25,16 @@ from rnn_longctx.probes.links import held
 from rnn_longctx.sensors.explain import alarm_links
 from rnn_longctx.sensors.fit import FitConfig, Run, rows_of_log
 from rnn_longctx.sensors.model import SensorConfig, for_sensors
-from rnn_longctx.sensors.plants import SENSORS, Made, Plant, make_plant
+from rnn_longctx.sensors.plants import SENSORS, STRIKE, Made, Plant, make_plant
 from rnn_longctx.sensors.read import Log, labels
 from rnn_longctx.sensors.runs import Source, adapt_run, fit_run, report_run
 from rnn_longctx.sensors.score import average_precision, read_rows
 
 MIXERS = ("two-stage", "full-attention", "sliding-window")
-FIT = Plant(rows=300_000, longest=128)
+FIT = Plant(rows=400_000, longest=100)
 LONG = Plant(rows=220_000, longest=100_000, every=400, seed=1)
-MIDDLE = Plant(rows=40_000, longest=16_000, every=150, seed=2)
-LAGS = (24, 128, 1000, 4000, 16_000, 40_000, 100_001)
+MIDDLE = Plant(rows=40_000, longest=16_000, every=200, seed=2)
+LAGS = (32, 128, 1000, 4000, 16_000, 40_000, 100_001)
 
 
 def write(made: Made, folder: Path) -> Path:
@@ -54,8 +54,7 @@ def fit(out: Path, mixers: list[str], schedule: str) -> None:
         began = time.process_time()
         shape = SensorConfig(list(SENSORS), [for_sensors(mixer)])
         run = fit_run(source(folder), shape, FitConfig(schedule), out / mixer, print)
-        report = report_run(run, None, None)
-        row = {"mixer": mixer, "cpu_seconds": round(time.process_time() - began), **report.figures}
+        row = {"mixer": mixer, "cpu_seconds": round(time.process_time() - began), "threshold": run.threshold}
         append(out / "fit.csv", [row])
 
 
@@ -92,7 +91,7 @@ def lags(out: Path, mixers: list[str]) -> None:
 def share_held(model, log: Log, some: pd.DataFrame, plant: Plant) -> dict:
     """In how many of (at most 30) dips the blocks that were chosen hold the strike, and in how many by chance."""
     some = some.iloc[:: max(1, len(some) // 30)]
-    at = {int(row.dip) + plant.warning - 1: tuple(range(row.strike, row.strike + 8)) for row in some.itertuples()}
+    at = {int(row.dip) + plant.warning - 1: tuple(range(row.strike, row.strike + STRIKE)) for row in some.itertuples()}
     table = alarm_links(model, log, list(at))
     if table is None:
         return {}
@@ -105,7 +104,7 @@ def in_memory(made: Made) -> tuple[Log, np.ndarray]:
         return times.astype("datetime64[ns, UTC]").astype("int64").to_numpy()
 
     log = Log("made", nanoseconds(made.log.t), made.log[list(SENSORS)].to_numpy(), list(SENSORS), True)
-    return log, labels(log, nanoseconds(made.events.t), 8)
+    return log, labels(log, nanoseconds(made.events.t), Plant.warning)
 
 
 def cost(out: Path, mixers: list[str], lengths: list[int]) -> None:
@@ -140,7 +139,7 @@ def one(out: Path, mixer: str, length: int, way: str) -> None:
 
 
 def copies(out: Path, mixers: list[str]) -> None:
-    made = make_plant(Plant(rows=16_000, longest=2000, every=60, seed=3))
+    made = make_plant(Plant(rows=16_000, longest=2000, every=100, seed=3))
     clock = made.log.t.copy()
     clock[8000:] -= pd.Timedelta(hours=2)
     rng = np.random.default_rng(0)

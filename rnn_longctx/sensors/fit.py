@@ -30,7 +30,7 @@ from rnn_longctx.sensors.read import Log
 
 FITTED, SET = 0.6, 0.7  # of a log's rows: fitted to up to the first, the threshold set on those up to the second
 TOKENS = 2048  # rows of an update, unless a window is longer
-HIDE = 0.2  # of the values that are there, at most, are hidden from an update's windows, so that missing ones are known
+HIDE = 0.2  # of the values, at most, are hidden from an update's windows, so that missing ones are known; at first none
 WARMUP, DECAY = 50, 0.3  # updates; share of the updates in which the rate falls to a fiftieth
 ALARMS, FORECASTS = 10.0, 0.1  # weights of the two losses
 
@@ -43,7 +43,7 @@ class FitConfig:
         schedule: rows of a window and how many updates, in turn, as "128:300,512:600".
     """
 
-    schedule: str = "128:300,256:300,512:600"
+    schedule: str = "128:350,256:250,512:400,1024:250,2048:250"
     lr: float = 3e-3
     seed: int = 0
 
@@ -185,7 +185,8 @@ class Updates:
         and how many windows of them."""
         windows = list(self._windows(sources, length))
         rows, targets = (torch.stack(x) for x in zip(*windows))
-        hidden = torch.from_numpy(self.rng.random(rows[..., :-1].shape) < HIDE * self.rng.random((len(rows), 1, 1)))
+        most = HIDE if self.total is None else HIDE * self.done / self.total
+        hidden = torch.from_numpy(self.rng.random(rows[..., :-1].shape) < most * self.rng.random((len(rows), 1, 1)))
         shown = torch.cat([rows[..., :-1].masked_fill(hidden, torch.nan), rows[..., -1:]], -1)
         self.model.train()
         changes, logits = self.model(shown)

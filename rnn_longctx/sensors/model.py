@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 
 from rnn_longctx.errors import InputError
-from rnn_longctx.models.attention import Attention
 from rnn_longctx.models.config import ModelConfig
 from rnn_longctx.models.lm import LM
 
@@ -34,7 +33,7 @@ USUAL = {
 }
 CLIP = 8.0  # standard deviations: what a value is cut to before it goes through the linear map
 BINS = 32
-ALIKE = 1.4  # factor on fresh queries and keys
+LOUD = 2.0  # of fresh bins: a value far out is not to drown, in the linear map, what else the row says
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
@@ -52,7 +51,7 @@ class SensorConfig:
     sensors: list[str]
     mixer: list[str]
     horizons: list[int] = field(default_factory=lambda: [1, 8, 64])
-    warning: int = 8
+    warning: int = 12
     d_model: int = 64
     n_layer: int = 2
 
@@ -118,7 +117,8 @@ class RowEmbedding(nn.Module):
         sensors = len(scales.centre)
         standard = (scales.edges - scales.centre[:, None]) / scales.spread[:, None]
         self.register_buffer("edges", torch.from_numpy(standard.astype(np.float32)))
-        self.weight = nn.Parameter(torch.randn(sensors, BINS + 1, d_model) / sensors**0.5)  # the last bin: missing
+        bins = torch.randn(sensors, BINS + 1, d_model)  # the last one: missing
+        self.weight = nn.Parameter(bins * LOUD / sensors**0.5)
         self.linear = nn.Linear(sensors + 1, d_model)
 
     def forward(self, rows: Tensor) -> Tensor:
@@ -127,8 +127,7 @@ class RowEmbedding(nn.Module):
         bins = torch.searchsorted(self.edges, values.nan_to_num().movedim(-1, 0).flatten(1).contiguous())  # (S, B * T)
         bins = bins.unflatten(1, rows.shape[:2]).movedim(0, -1).masked_fill(missing, BINS)
         vectors = sum(self.weight[i][bins[..., i]] for i in range(bins.shape[-1]))
-        # (divided, so that a value far out does not drown what else the row says)
-        numbers = torch.cat([values.nan_to_num().clamp(-CLIP, CLIP) / (CLIP / 2), elapsed.log1p()], -1)
+        numbers = torch.cat([values.nan_to_num().clamp(-CLIP, CLIP), elapsed.log1p()], -1)
         return vectors + self.linear(numbers)
 
 
@@ -148,9 +147,6 @@ class SensorModel(nn.Module):
         del self.lm.lm_head  # there are no ids to say
         self.forecast = nn.Linear(config.d_model, len(config.horizons) * len(config.sensors))
         self.alarm = nn.Linear(config.d_model, 1)
-        for block in self.lm.layers[1:]:
-            if isinstance(block.mixer, Attention):
-                alike(block.mixer)
         for layer in (self.forecast, self.alarm):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
@@ -161,12 +157,3 @@ class SensorModel(nn.Module):
         hidden = self.lm(rows, cache)
         changes = self.forecast(hidden).unflatten(-1, (len(self.config.horizons), len(self.config.sensors)))
         return changes, self.alarm(hidden)[..., 0]
-
-
-@torch.no_grad()
-def alike(mixer: Attention) -> None:
-    """Let a fresh layer's queries be its keys, so that a row begins by reading rows like itself: that two rows name the
-    same lot is then seen from the start, and what is learned is which likeness matters."""
-    queries, keys, _ = mixer.in_proj.weight.chunk(3)
-    queries *= ALIKE
-    keys.copy_(queries)

@@ -24,7 +24,7 @@ from rnn_longctx.errors import InputError
 
 SENSORS = ("temp", "vib", "press", "lot_a", "lot_b")
 LEVELS = 32  # of each digit of a lot's number
-STRIKE = 8  # rows
+STRIKE = 12  # rows
 STEP = 60  # seconds from a row to the next
 DAY = 24 * 60  # rows
 BEGIN = "2026-01-01T00:00:00+00:00"
@@ -46,9 +46,9 @@ class Plant:
 
     rows: int = 40_000
     longest: int = 1000
-    shortest: int = 24
-    every: int = 48
-    warning: int = 8
+    shortest: int = 32
+    every: int = 100
+    warning: int = 12
     missing: float = 0.0
     drift_at: int | None = None
     drift_over: int = 2000

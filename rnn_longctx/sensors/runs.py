@@ -20,6 +20,8 @@ from rnn_longctx.sensors.report import Report, make_report
 from rnn_longctx.sensors.score import average_precision, read_rows, threshold_at
 from rnn_longctx.sensors.units import in_known_units
 
+CONTEXT = 2**14  # rows of the log that was fitted to that are read again before those that are scored
+
 
 @dataclass(frozen=True)
 class Source:
@@ -45,10 +47,11 @@ def fit_run(source: Source, shape: SensorConfig, how: FitConfig, folder: Path, s
     before = labels(log, events, shape.warning)
     model = fit(log, before, replace(shape, sensors=log.sensors), how, say)
     _, setting, _ = parts(len(log.times))
-    logits = read_rows(model, rows_of_log(model.scales, log)[: setting.stop]).logits
+    begin = max(0, setting.start - CONTEXT)
+    logits = read_rows(model, rows_of_log(model.scales, log)[begin : setting.stop]).logits[setting.start - begin :]
     about = {"hashes": [hashed(source.log), hashed(source.events)], "fit": asdict(how), **asdict(source)}
     about |= {"log": str(home_path(source.log).resolve()), "events": str(home_path(source.events).resolve())}
-    run = Run(model, threshold_at(logits[setting], before[setting]), about)
+    run = Run(model, threshold_at(logits, before[setting]), about)
     run.save(folder)
     return run
 
@@ -62,7 +65,10 @@ def report_run(run: Run, path: Path | None, events_path: Path | None, say: Say =
         if events_path is not None:
             raise InputError("--events are those of another log: give the log as well")
         log, events = _fitted(run)
-        return make_report(run, log, events, parts(len(log.times))[2].start, say)
+        first = parts(len(log.times))[2].start
+        begin = max(0, first - CONTEXT)
+        log = replace(log, times=log.times[begin:], values=log.values[begin:])
+        return make_report(run, log, events[events > log.times[0]], first - begin, say)
     log, events = _another(run, path, events_path)
     return make_report(run, log, events, min(run.model.config.warning, len(log.times) - 1), say)
 

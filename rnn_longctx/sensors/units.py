@@ -21,7 +21,7 @@ UNITS = {
     ("mm/s", "in/s"): (1 / 25.4, 0.0),
     ("a unit", "a thousandth of it"): (1000.0, 0.0),
 }
-FITS = 0.3  # spreads (of the log fitted to) that each quantile may be off
+FITS = 1.0  # spreads (of the log fitted to) that each quantile may be off
 AWAY = 10.0  # of them: a median as far off is no drift
 
 
@@ -41,7 +41,7 @@ def in_known_units(log: Log, scales: Scales) -> Log:
             (_off(here, there, factor, shift) / spread, text, factor, shift) for text, factor, shift in _changes()
         )
         error, text, factor, shift = best
-        if error <= FITS and error < off / 3:
+        if error <= FITS and error < off / 4:
             values[:, s] = values[:, s] * factor + shift
             repairs.append(f"{name}: {text} (x {factor:.6g} {shift:+.6g}), as in the log that was fitted to")
         elif (moved := abs(here[2] - there[2]) / spread) > AWAY:

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from rnn_longctx import cli
+from rnn_longctx.cli.commands.sensors import SCHEDULE
+from rnn_longctx.sensors.fit import FitConfig
 
 FIT = ["--time", "t", "--sensors", "temp,vib,press,lot_a,lot_b", "--schedule", "64:15"]
 
@@ -74,6 +76,10 @@ def test_another_log_repaired_and_followed(plant, fitted, capsys, tmp_path):
     message = run(capsys, "adapt", fitted, plant / "plant.parquet", *events, code=2)
     assert message.count("\n") == 1 and "it needs more rows" in message
     assert not (tmp_path / "adapted").exists()
+
+
+def test_the_help_says_the_schedule():
+    assert FitConfig.schedule == SCHEDULE
 
 
 def test_bad_input_is_one_line_and_writes_nothing(plant, fitted, capsys, tmp_path):

@@ -25,7 +25,7 @@ def made_log(rows=1500, **more):
     made = make_plant(Plant(rows=rows, longest=100, seed=int(np.random.default_rng().integers(2**31)), **more))
     times, events = (x.astype("datetime64[ns, UTC]").astype("int64").to_numpy() for x in (made.log.t, made.events.t))
     log = Log("made", times, made.log[NAMES].to_numpy(), NAMES, True)
-    return log, labels(log, events, 8), made
+    return log, labels(log, events, Plant.warning), made
 
 
 def fresh(log, mixer="two-stage", **more):
@@ -115,12 +115,12 @@ def test_thresholds_and_lead_times():
 def test_a_plant_is_what_it_says():
     _, before, made = made_log(4000)
     truth, values = made.truth, made.log
-    assert len(truth) > 30 and (truth.dip - truth.strike == truth.lag).all() and truth.lag.between(24, 100).all()
+    assert len(truth) > 15 and (truth.dip - truth.strike == truth.lag).all() and truth.lag.between(32, 100).all()
     for row in truth.itertuples():
         lots = values.loc[[row.strike, row.dip], ["lot_a", "lot_b"]].to_numpy()
-        assert (lots[0] == lots[1]).all() and before[row.dip : row.dip + 8].all() == row.damaged
-        assert (values.press[row.strike : row.strike + 7].mean() > 12) == row.damaged
-    assert before.sum() == 8 * truth.damaged.sum()
+        assert (lots[0] == lots[1]).all() and before[row.dip : row.dip + 12].all() == row.damaged
+        assert (values.press[row.strike : row.strike + 12].mean() > 12) == row.damaged
+    assert before.sum() == 12 * truth.damaged.sum()
     again = make_plant(Plant(rows=4000, longest=100, seed=7))
     pd.testing.assert_frame_equal(again.log, make_plant(Plant(rows=4000, longest=100, seed=7)).log)
     with pytest.raises(InputError, match="at least twice the longest lag"):

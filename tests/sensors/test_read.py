@@ -143,10 +143,10 @@ def test_a_unit_that_nobody_knows_is_refused_and_a_drift_is_not(made, whole, tmp
 def test_events(made, whole, tmp_path):
     made.events.to_csv(tmp_path / "events.csv", index=False)
     events, repairs = read_events(tmp_path / "events.csv", "t", whole)
-    before = labels(whole, events, 8)
+    before = labels(whole, events, 12)
     expected = np.zeros(3000, bool)
     for row in made.truth[made.truth.damaged].itertuples():
-        expected[row.dip : row.dip + 8] = True
+        expected[row.dip : row.dip + 12] = True
     assert (before == expected).all() and not repairs
     outside = pd.concat([made.events, made.events + pd.Timedelta(days=400)])
     outside.to_csv(tmp_path / "events.csv", index=False)

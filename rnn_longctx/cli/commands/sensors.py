@@ -17,6 +17,7 @@ program = typer.Typer(
 )
 command("sensors")(program)
 
+SCHEDULE = "128:350,256:250,512:400,1024:250,2048:250"  # of rnn_longctx.sensors.fit, which loads torch
 Log = Annotated[Path, typer.Argument(help="A log, CSV or Parquet: a column of times, and one a sensor.")]
 RunFolder = Annotated[Path, typer.Argument(help="What `sensors fit` wrote.")]
 
@@ -24,9 +25,9 @@ RunFolder = Annotated[Path, typer.Argument(help="What `sensors fit` wrote.")]
 @program.command("make")
 def make(
     out: Annotated[Path, typer.Argument(help="A new folder: plant.parquet, failures.csv, truth.csv.")],
-    rows: Annotated[int, typer.Option(help="Of the log, a minute each.")] = 100_000,
-    longest: Annotated[int, typer.Option(help="Rows from a cause to its sign, at most.")] = 400,
-    every: Annotated[int, typer.Option(help="Rows from a sign to the next, on average.")] = 48,
+    rows: Annotated[int, typer.Option(help="Of the log, a minute each.")] = 200_000,
+    longest: Annotated[int, typer.Option(help="Rows from a cause to its sign, at most.")] = 100,
+    every: Annotated[int, typer.Option(help="Rows from a sign to the next, on average.")] = 100,
     missing: Annotated[float, typer.Option(help="Share of the values that are lost.")] = 0.0,
     drift_at: Annotated[int | None, option("Row from which sensors drift.", "never")] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
@@ -52,8 +53,8 @@ def fit(
     events: Annotated[Path, typer.Option(help="CSV or Parquet: a column of times, of failures.")],
     out: Annotated[Path, typer.Option(help="A new folder for the model.")],
     mixer: Annotated[Many, option("Of the layers behind the local one; again for more layers.", "two-stage")] = None,
-    warning: Annotated[int, typer.Option(min=1, help="Rows before an event within which it is to be announced.")] = 16,
-    schedule: Annotated[str | None, option("Rows of a window and updates, in turn.", "128:300,512:800")] = None,
+    warning: Annotated[int, typer.Option(min=1, help="Rows before an event within which it is to be announced.")] = 12,
+    schedule: Annotated[str | None, option("Rows of a window and updates, in turn.", SCHEDULE)] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
     """Fit a model to a log and its events; the last 30% of the rows are held out for `sensors report`."""
