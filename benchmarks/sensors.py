@@ -14,6 +14,7 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -24,14 +25,14 @@ from rnn_longctx.errors import InputError
 from rnn_longctx.probes.links import held
 from rnn_longctx.sensors.explain import alarm_links
 from rnn_longctx.sensors.fit import FitConfig, Run, rows_of_log
-from rnn_longctx.sensors.model import SensorConfig, for_sensors
+from rnn_longctx.sensors.model import SensorConfig, SensorModel, for_sensors
 from rnn_longctx.sensors.plants import SENSORS, STRIKE, Made, Plant, make_plant
 from rnn_longctx.sensors.read import Log, labels
 from rnn_longctx.sensors.runs import Source, adapt_run, fit_run, report_run
 from rnn_longctx.sensors.score import average_precision, read_rows
 
 MIXERS = ("two-stage", "full-attention", "sliding-window")
-FIT = Plant(rows=400_000, longest=100)
+FIT = Plant(rows=300_000, longest=100)
 LONG = Plant(rows=220_000, longest=100_000, every=400, seed=1)
 MIDDLE = Plant(rows=40_000, longest=16_000, every=200, seed=2)
 LAGS = (32, 128, 1000, 4000, 16_000, 40_000, 100_001)
@@ -69,34 +70,64 @@ def lags(out: Path, mixers: list[str]) -> None:
             began = time.process_time()
             logits = read_rows(model, rows_of_log(model.scales, log)).logits
             seconds = time.process_time() - began
-            rows = []
-            quiet = np.ones(len(before), bool)
-            dips = {row.dip: slice(row.dip, row.dip + plant.warning) for row in made.truth.itertuples()}
-            for at in dips.values():
-                quiet[at] = False
-            for low, high in [*zip(LAGS, LAGS[1:]), (LAGS[0], LAGS[-1])]:
-                some = made.truth[(made.truth.lag >= low) & (made.truth.lag < high)]
-                if len(some) < 10:
-                    continue
-                chosen = quiet.copy()
-                for dip in some.dip:
-                    chosen[dips[dip]] = True
-                row = {"log": name, "mixer": mixer, "low": low, "high": high, "dips": len(some), "rows": len(before)}
-                row |= {"average_precision": average_precision(logits[chosen], before[chosen])}
-                row |= {"chance": before[chosen].mean(), "cpu_seconds": round(seconds, 1)}
-                rows.append(row | share_held(model, log, some, plant))
-            append(out / "lags.csv", rows)
+            found = strikes_held(model, log, made.truth)
+            append(
+                out / "lags.csv",
+                [
+                    {
+                        "log": name,
+                        "mixer": mixer,
+                        "rows": len(before),
+                        "cpu_seconds": round(seconds, 1),
+                        **row,
+                        **found(row),
+                    }
+                    for row in by_lag(made.truth, logits, before)
+                ],
+            )
 
 
-def share_held(model, log: Log, some: pd.DataFrame, plant: Plant) -> dict:
-    """In how many of (at most 30) dips the blocks that were chosen hold the strike, and in how many by chance."""
-    some = some.iloc[:: max(1, len(some) // 30)]
-    at = {int(row.dip) + plant.warning - 1: tuple(range(row.strike, row.strike + STRIKE)) for row in some.itertuples()}
+def by_lag(truth: pd.DataFrame, logits: np.ndarray, before: np.ndarray) -> Iterator[dict]:
+    """Average precision of the rows of dips whose lag is in a range, among all rows that are in no dip."""
+    dips = {row.dip: slice(row.dip, row.dip + Plant.warning) for row in truth.itertuples()}
+    quiet = np.ones(len(before), bool)
+    for at in dips.values():
+        quiet[at] = False
+    for low, high in [*zip(LAGS, LAGS[1:]), (LAGS[0], LAGS[-1])]:
+        some = truth[(truth.lag >= low) & (truth.lag < high)]
+        chosen = quiet.copy()
+        for dip in some.dip:
+            chosen[dips[dip]] = True
+        if len(some) >= 10:
+            row = {"low": low, "high": high, "dips": len(some)}
+            seen = truth.dip.isin(some.dip)
+            # (who knows dips and nothing else: one score for all of their rows)
+            blind = np.zeros(len(before))
+            for dip in some.dip:
+                blind[dips[dip]] = 1
+            row["average_precision"] = average_precision(logits[chosen], before[chosen])
+            yield row | {
+                "dips_alone": average_precision(blind[chosen], before[chosen]),
+                "damaged": truth.damaged[seen].mean(),
+            }
+
+
+def strikes_held(model: SensorModel, log: Log, truth: pd.DataFrame) -> Callable[[dict], dict]:
+    """In how many of (at most 20 a range) dips the chosen blocks hold the strike, and in how many by chance."""
+    ranges = [truth[(truth.lag >= low) & (truth.lag < high)] for low, high in zip(LAGS, LAGS[1:])]
+    some = pd.concat([one.iloc[:: max(1, len(one) // 20)] for one in ranges])
+    at = {int(r.dip) + Plant.warning - 1: tuple(range(r.strike, r.strike + STRIKE)) for r in some.itertuples()}
+    lags = {int(r.dip) + Plant.warning - 1: r.lag for r in some.itertuples()}
     table = alarm_links(model, log, list(at))
     if table is None:
-        return {}
+        return lambda row: {}
     found = held(table, at)
-    return {"held": found["held"].mean(), "held_by_chance": found["chance"].mean()}
+
+    def of(row: dict) -> dict:
+        here = found[found["query"].map(lags).between(row["low"], row["high"] - 1)]
+        return {"held": here["held"].mean(), "held_by_chance": here["chance"].mean()}
+
+    return of
 
 
 def in_memory(made: Made) -> tuple[Log, np.ndarray]:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from rnn_longctx.errors import InputError
+from rnn_longctx.models.attention import Attention
 from rnn_longctx.models.config import ModelConfig
 from rnn_longctx.models.lm import LM
 
@@ -33,7 +34,8 @@ USUAL = {
 }
 CLIP = 8.0  # standard deviations: what a value is cut to before it goes through the linear map
 BINS = 32
-LOUD = 2.0  # of fresh bins: a value far out is not to drown, in the linear map, what else the row says
+ALIKE = 2.0  # factor on fresh queries, which fresh keys are equal to
+LOUD = 2.0  # factor on fresh vectors of bins
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
@@ -147,6 +149,9 @@ class SensorModel(nn.Module):
         del self.lm.lm_head  # there are no ids to say
         self.forecast = nn.Linear(config.d_model, len(config.horizons) * len(config.sensors))
         self.alarm = nn.Linear(config.d_model, 1)
+        for block in self.lm.layers[1:]:
+            if isinstance(block.mixer, Attention):
+                alike(block.mixer, rows.linear.weight)
         for layer in (self.forecast, self.alarm):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
@@ -157,3 +162,14 @@ class SensorModel(nn.Module):
         hidden = self.lm(rows, cache)
         changes = self.forecast(hidden).unflatten(-1, (len(self.config.horizons), len(self.config.sensors)))
         return changes, self.alarm(hidden)[..., 0]
+
+
+@torch.no_grad()
+def alike(mixer: Attention, linear: Tensor) -> None:
+    """Let a fresh layer's keys be its queries, so that a row begins by reading rows like itself: that two rows name the
+    same lot is seen from the start, and which likeness matters is what is learned. Likeness is of bins: what the linear
+    map (d_model, S + 1) adds, which is large where a value is far out, is not compared."""
+    queries, keys, _ = mixer.in_proj.weight.chunk(3)
+    basis = torch.linalg.qr(linear).Q
+    queries.copy_(ALIKE * (queries - queries @ basis @ basis.T))
+    keys.copy_(queries)
