@@ -30,7 +30,7 @@ from rnn_longctx.sensors.read import Log
 
 FITTED, SET = 0.6, 0.7  # of a log's rows: fitted to up to the first, the threshold set on those up to the second
 TOKENS = 2048  # rows of an update, unless a window is longer
-HIDE = 0.2  # of the values, at most, are hidden from an update's windows, so that missing ones are known; at first none
+HIDE = 0.1  # of the values, at most, are hidden from an update's windows, so that missing ones are known; at first none
 WARMUP, DECAY = 50, 0.3  # updates; share of the updates in which the rate falls to a fiftieth
 ALARMS, FORECASTS = 10.0, 0.1  # weights of the two losses
 
@@ -43,7 +43,7 @@ class FitConfig:
         schedule: rows of a window and how many updates, in turn, as "128:300,512:600".
     """
 
-    schedule: str = "128:350,256:250,512:400,1024:250,2048:250"
+    schedule: str = "128:350,256:250,512:300,1024:100,2048:100"
     lr: float = 3e-3
     seed: int = 0
 

@@ -82,6 +82,14 @@ def test_scales_give_few_values_a_bin_each():
     assert abs(np.median(standard[:, 1])) < 1e-6 and standard[:, 1].std() == pytest.approx(1, abs=0.1)
 
 
+def test_a_fresh_layer_compares_bins_and_not_what_the_linear_map_adds(log):
+    model = fresh(log)
+    mixer, linear = model.lm.layers[1].mixer, model.lm.backbone.embedding.linear
+    queries, keys, _ = mixer.in_proj.weight.chunk(3)
+    assert torch.equal(queries, keys) and queries.norm() > 1
+    torch.testing.assert_close(queries @ linear.weight, torch.zeros(32, 6), atol=1e-5, rtol=0)
+
+
 def test_average_precision_is_its_definition():
     rng = np.random.default_rng()
     scores, true = rng.integers(0, 8, 60).astype(float), rng.random(60) < 0.3

@@ -17,7 +17,7 @@ program = typer.Typer(
 )
 command("sensors")(program)
 
-SCHEDULE = "128:350,256:250,512:400,1024:250,2048:250"  # of rnn_longctx.sensors.fit, which loads torch
+SCHEDULE = "128:350,256:250,512:300,1024:100,2048:100"  # of rnn_longctx.sensors.fit, which loads torch
 Log = Annotated[Path, typer.Argument(help="A log, CSV or Parquet: a column of times, and one a sensor.")]
 RunFolder = Annotated[Path, typer.Argument(help="What `sensors fit` wrote.")]
 
@@ -25,7 +25,7 @@ RunFolder = Annotated[Path, typer.Argument(help="What `sensors fit` wrote.")]
 @program.command("make")
 def make(
     out: Annotated[Path, typer.Argument(help="A new folder: plant.parquet, failures.csv, truth.csv.")],
-    rows: Annotated[int, typer.Option(help="Of the log, a minute each.")] = 200_000,
+    rows: Annotated[int, typer.Option(help="Of the log, a minute each.")] = 300_000,
     longest: Annotated[int, typer.Option(help="Rows from a cause to its sign, at most.")] = 100,
     every: Annotated[int, typer.Option(help="Rows from a sign to the next, on average.")] = 100,
     missing: Annotated[float, typer.Option(help="Share of the values that are lost.")] = 0.0,
