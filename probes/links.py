@@ -69,7 +69,7 @@ def links(model: Any, ids: Tensor, at: Iterable[int] | None = None, *, segment: 
 def links_of_rows(lm: LanguageModel, inputs: Tensor, queries: list[int], segment: int = SEGMENT) -> pd.DataFrame:
     """Return what `links` does, of what the layers read whatever it is: inputs (1, T, ...), token ids or rows of
     numbers. queries: positions in order."""
-    layers, rows = sparse_layers(lm), []
+    layers, rows = sparse_layers(lm), list[tuple]()
     cache, asked = lm.new_cache(), set(queries)
     cuts = sorted({*range(0, queries[-1], segment), *queries, *(query + 1 for query in queries)})
     for start, stop in pairwise(cuts):

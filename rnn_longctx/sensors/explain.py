@@ -38,7 +38,7 @@ def in_words(model: SensorModel, log: Log, row: int, links: pd.DataFrame, most: 
     """Return the stretches read for a row, the best of each head first, a mapping each: from, to (times), lag_rows,
     lag_seconds, layer, head, and sensors, what stands out there: name, time, value, and deviations."""
     found = []
-    for (layer, head), read in links[links["query"] == row].groupby(["layer", "head"]):
+    for _, read in links[links["query"] == row].groupby(["layer", "head"]):
         for start, stop in list(zip(read["start"], read["stop"]))[:most]:
             found.append(
                 {
@@ -46,8 +46,8 @@ def in_words(model: SensorModel, log: Log, row: int, links: pd.DataFrame, most: 
                     "to": log.when(stop - 1),
                     "lag_rows": int(row - start),
                     "lag_seconds": round(float(log.times[row] - log.times[start]) / SECOND),
-                    "layer": int(layer),
-                    "head": int(head),
+                    "layer": int(read["layer"].iloc[0]),
+                    "head": int(read["head"].iloc[0]),
                     "sensors": _standing_out(model, log, start, stop),
                 }
             )

@@ -25,7 +25,7 @@ from rnn_longctx.config import from_dict, home_path, parse_length, to_dict
 from rnn_longctx.errors import InputError, one_line
 from rnn_longctx.files import replacing, write_atomic
 from rnn_longctx.progress import Say, silent
-from rnn_longctx.sensors.model import Scales, SensorConfig, SensorModel
+from rnn_longctx.sensors.model import BINS, Scales, SensorConfig, SensorModel
 from rnn_longctx.sensors.read import Log
 
 FITTED, SET = 0.6, 0.7  # of a log's rows: fitted to up to the first, the threshold set on those up to the second
@@ -97,11 +97,9 @@ class Run:
         folder = home_path(folder)
         try:
             about = json.loads((folder / "sensors.json").read_text())
-            width = max(len(row) for row in about["edges"])
-            edges = np.array([row + [math.inf] * (width - len(row)) for row in about["edges"]])
-            scales = Scales(
-                *(np.array(about[name]) for name in ("centre", "spread")), edges, np.array(about["quantiles"])
-            )
+            edges = np.array([row + [math.inf] * (BINS - 1 - len(row)) for row in about["edges"]])
+            centre, spread, quantiles = (np.array(about[name]) for name in ("centre", "spread", "quantiles"))
+            scales = Scales(centre, spread, edges, quantiles)
             model = SensorModel(from_dict(SensorConfig, about["config"], str(folder)), scales)
             model.load_state_dict(load_file(folder / "model.safetensors"))
         except InputError:

@@ -15,6 +15,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -161,7 +162,7 @@ def _times(column: pd.Series, path: Path, repairs: list[str]) -> tuple[np.ndarra
     """Return times as int64 nanoseconds in UTC, NaT where one cannot be read, and whether they say their zone."""
     if pd.api.types.is_numeric_dtype(column):
         size = float(column.abs().median())
-        unit = next((unit for unit, most in (("s", 1e11), ("ms", 1e14), ("us", 1e17)) if size < most), "ns")
+        unit: Any = next((unit for unit, most in (("s", 1e11), ("ms", 1e14), ("us", 1e17)) if size < most), "ns")
         repairs.append(f"{path.name}: times are numbers, taken as {unit} since 1970 in UTC")
         times, aware = pd.to_datetime(column, unit=unit, utc=True, errors="coerce"), True
     elif pd.api.types.is_datetime64_any_dtype(column):

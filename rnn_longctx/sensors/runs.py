@@ -118,7 +118,7 @@ def _another(run: Run, path: Path, events_path: Path | None) -> tuple[Log, np.nd
         lost = ", ".join(name for name in run.model.config.sensors if name not in log.sensors)
         raise InputError(f"{path}: constant or empty here, and the model needs it: {lost}")
     log = in_known_units(log, run.model.scales)
-    events, repairs = np.zeros(0, np.int64), []
+    events, repairs = np.zeros(0, np.int64), list[str]()
     if events_path is not None:
         events, repairs = read_events(events_path, about["time"], log)
     return replace(log, repairs=[*log.repairs, *repairs]), events

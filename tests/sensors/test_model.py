@@ -166,7 +166,7 @@ def test_links_are_said_in_words_of_the_log():
     assert alarm_links(fresh(log, "full-attention"), log, [9]) is None
 
 
-@pytest.mark.parametrize("lr", [1e-3, 100.0])
+@pytest.mark.parametrize("lr", [1e-3, 1e30])
 def test_an_update_is_kept_or_undone(lr):
     log, before, _ = made_log(2000)
     model = fresh(log)
