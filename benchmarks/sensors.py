@@ -179,6 +179,7 @@ def copies(out: Path, mixers: list[str]) -> None:
         "20% of the values missing": made.log.assign(**made.log[names].mask(rng.random((16_000, len(names))) < 0.2)),
         "20% of the rows missing": made.log[rng.random(16_000) >= 0.2],
         "clock set back 2 h half way": made.log.assign(t=clock),
+        "clock 2 h slow throughout": made.log.assign(t=made.log.t - pd.Timedelta(hours=2)),
         "written in another zone": made.log.assign(
             t=made.log.t.dt.tz_convert("Asia/Tokyo").map(lambda t: t.isoformat())
         ),
@@ -198,6 +199,7 @@ def copies(out: Path, mixers: list[str]) -> None:
                     "average_precision": report.figures["average_precision"],
                     "repairs": "; ".join(report.log.repairs),
                 }
+                row |= {"clock": report.figures["clock"]}
                 row |= {"notes": "; ".join(report.log.notes)}
             except InputError as error:
                 row |= {"refused": str(error).replace(str(folder), "")}

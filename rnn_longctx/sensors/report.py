@@ -18,7 +18,15 @@ from rnn_longctx.progress import Say, silent
 from rnn_longctx.sensors.explain import alarm_links, in_words
 from rnn_longctx.sensors.fit import Run, rows_of_log
 from rnn_longctx.sensors.read import SECOND, Log, labels
-from rnn_longctx.sensors.score import FALSE_ALARMS, average_precision, events_caught, nulls, read_rows, since_event
+from rnn_longctx.sensors.score import (
+    FALSE_ALARMS,
+    average_precision,
+    clock_shift,
+    events_caught,
+    nulls,
+    read_rows,
+    since_event,
+)
 
 EXPLAINED = 20  # alarms at most whose links are looked up: each is a call of its own
 
@@ -72,6 +80,12 @@ class Report:
             lines.append(
                 f"{int(f['caught'])} of {int(f['events'])} events announced{lead}; false alarms in "
                 f"{100 * f['false_alarms']:.3g}% of the quiet rows (the threshold was set for {100 * FALSE_ALARMS:g}%)"
+            )
+        if f["clock"]:
+            ahead_or_behind = "ahead of" if f["clock"] > 0 else "behind"
+            lines.append(
+                f"the clocks seem to differ: alarms fit the events best where these are {abs(f['clock']):.0f} s "
+                f"{ahead_or_behind} the log"
             )
         for ahead, some in self.forecasts.groupby("horizon"):
             model, kept, middle = (
@@ -138,6 +152,7 @@ def make_report(run: Run, log: Log, events: np.ndarray, first: int, say: Say = s
         "events": len(caught),
         "average_precision": average_precision(read.logits[here], before[here]),
         **nulls(before[here], since_event(log.times, events)[here]),
+        "clock": clock_shift(read.logits[here], log.times[here], events, seconds, log.step),
         "caught": int(caught["caught"].sum()),
         "lead": float(caught["lead"].median()) if caught["caught"].any() else math.nan,
         "false_alarms": float((read.logits[here] > run.threshold)[quiet].mean()) if quiet.any() else math.nan,

@@ -109,3 +109,25 @@ def since_event(times: np.ndarray, events: np.ndarray) -> np.ndarray:
         return np.full(len(times), 3.15e9)
     last = np.searchsorted(events, times, side="right") - 1
     return np.where(last >= 0, (times - events[last.clip(min=0)]) / 1e9, 3.15e9)
+
+
+def clock_shift(
+    logits: np.ndarray, times: np.ndarray, events: np.ndarray, seconds: float, step: float, most: float = 86_400
+) -> float:
+    """Return by how many seconds the events' clock is ahead of the log's, as far as alarms tell: the shift, up to
+    `most` either way, after which events come where alarms are highest. 0 where fewer than 5 events are there, or where
+    no shift makes the mean probability in the `seconds` before events twice what it is, and at least a half."""
+    if len(events) < 5:
+        return 0.0
+    sums = np.concatenate([[0.0], np.cumsum(1 / (1 + np.exp(-logits.astype(np.float64))))])
+    shifts = np.arange(-(most // step), most // step + 1) * step
+    means = np.zeros(len(shifts))
+    for i, shift in enumerate(shifts):
+        moved = events - int(shift * 1e9)
+        start, stop = np.searchsorted(times, moved - int(seconds * 1e9)), np.searchsorted(times, moved)
+        there = stop > start
+        if there.sum() >= 5:
+            means[i] = ((sums[stop] - sums[start])[there] / (stop - start)[there]).mean()
+    best = int(means.argmax())
+    clear = means[best] >= 0.5 and means[best] >= 2 * means[np.abs(shifts).argmin()]
+    return float(shifts[best]) if clear else 0.0

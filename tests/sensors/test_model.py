@@ -15,7 +15,14 @@ from rnn_longctx.sensors.fit import FitConfig, Run, fit, last_seen, parts, rows_
 from rnn_longctx.sensors.model import BINS, Scales, SensorConfig, SensorModel, for_sensors
 from rnn_longctx.sensors.plants import SENSORS, Plant, make_plant
 from rnn_longctx.sensors.read import Log, labels
-from rnn_longctx.sensors.score import average_precision, events_caught, read_rows, since_event, threshold_at
+from rnn_longctx.sensors.score import (
+    average_precision,
+    clock_shift,
+    events_caught,
+    read_rows,
+    since_event,
+    threshold_at,
+)
 
 NAMES = list(SENSORS)
 MIXERS = ("two-stage", "full-attention", "gla:heads=2")
@@ -118,6 +125,19 @@ def test_thresholds_and_lead_times():
     caught = events_caught(above, times, events, 5 * 60, 0.5)
     assert caught["caught"].tolist() == [False, True, False] and caught["lead"][1] == 4 * 60
     assert since_event(times, events)[[9, 10, 12]].tolist() == [3.15e9, 0, 120]
+
+
+def test_clocks_that_differ_are_seen_by_alarms():
+    rng = np.random.default_rng()
+    times = np.arange(5000) * 60 * 10**9
+    rows = np.sort(rng.choice(np.arange(200, 4800), 40, replace=False))
+    logits = np.full(5000, -6.0)
+    for row in rows:
+        logits[row - 12 : row] = 6
+    for shift in (-3600, 0, 7200):
+        assert clock_shift(logits, times, times[rows] + shift * 10**9, 720, 60, 14_400) == shift
+    assert clock_shift(logits, times, times[rows[:4]] + 3600 * 10**9, 720, 60) == 0
+    assert clock_shift(np.full(5000, -6.0), times, times[rows], 720, 60) == 0
 
 
 def test_a_plant_is_what_it_says():
