@@ -64,7 +64,8 @@ def lags(out: Path, mixers: list[str]) -> None:
         made = make_plant(plant)
         log, before = in_memory(made)
         for mixer in mixers:
-            model = Run.load(out / mixer).model
+            run = Run.load(out / mixer)
+            model, seed = run.model, run.source["fit"]["seed"]
             began = time.process_time()
             logits = read_rows(model, rows_of_log(model.scales, log)).logits
             seconds = time.process_time() - began
@@ -75,6 +76,7 @@ def lags(out: Path, mixers: list[str]) -> None:
                     {
                         "log": name,
                         "mixer": mixer,
+                        "seed": seed,
                         "rows": len(before),
                         "cpu_seconds": round(seconds, 1),
                         **row,
