@@ -58,8 +58,7 @@ def links(model: Any, ids: Tensor, at: Iterable[int] | None = None, *, segment: 
     Raises: InputError: a model without such layers or with a control or reader on, ids or positions out of range.
     """
     lm: LanguageModel = as_language_model(model)
-    layers = sparse_layers(lm)
-    if not layers:
+    if not sparse_layers(lm):
         raise InputError(f"{lm.name} has no layer that chooses what it reads (block-sparse or two-stage)")
     if lm.restart is not None or lm.reader is not None:
         raise InputError("links are those of tokens read one after the other: take the control or reader off")
@@ -69,7 +68,13 @@ def links(model: Any, ids: Tensor, at: Iterable[int] | None = None, *, segment: 
     queries = positions(at, ids.shape[1])
     if segment < 1:
         raise InputError(f"segment: expected at least 1 token, got {segment}")
-    rows: list[tuple] = []
+    return links_of_rows(lm, ids, queries, segment)
+
+
+def links_of_rows(lm: LanguageModel, inputs: Tensor, queries: list[int], segment: int = SEGMENT) -> pd.DataFrame:
+    """Return what `links` does, of what the layers read whatever it is: inputs (1, T, ...), token ids or rows of
+    numbers. queries: positions in order."""
+    layers, rows = sparse_layers(lm), list[tuple]()
     cache, at_queries = lm.new_cache(), set(queries)
     cuts = sorted({*range(0, queries[-1], segment), *queries, *(query + 1 for query in queries)})
     for start, stop in pairwise(cuts):
@@ -77,7 +82,7 @@ def links(model: Any, ids: Tensor, at: Iterable[int] | None = None, *, segment: 
             if start in at_queries:
                 for layer, mixer in layers.items():
                     looking.enter_context(_looking(mixer, layer, start, rows))
-            lm(ids[:, start:stop].to(lm.device), cache)
+            lm(inputs[:, start:stop].to(lm.device), cache)
     return pd.DataFrame(rows, columns=COLUMNS).sort_values(["layer", "head", "query"], kind="stable", ignore_index=True)
 
 

@@ -22,10 +22,23 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "mitigations": ("measure", "models", "recurrence", "tasks", "data"),
     "probes": ("mitigations", "measure", "models", "recurrence", "tasks", "data"),
     "train": ("mitigations", "measure", "models", "recurrence", "tasks", "data"),
+    "sensors": ("train", "probes", "mitigations", "measure", "models", "recurrence", "tasks", "data"),
     "plugins": ("mitigations", "models", "recurrence", "tasks"),
     "testing": ("mitigations", "measure", "models", "recurrence", "tasks", "data"),
     "eval": ("plugins", "train", "probes", "mitigations", "measure", "models", "recurrence", "tasks", "data"),
-    "cli": ("plugins", "eval", "train", "probes", "mitigations", "measure", "models", "recurrence", "tasks", "data"),
+    "cli": (
+        "plugins",
+        "eval",
+        "sensors",
+        "train",
+        "probes",
+        "mitigations",
+        "measure",
+        "models",
+        "recurrence",
+        "tasks",
+        "data",
+    ),
 }
 ENTRY = {"rnn_longctx", "rnn_longctx.train.__main__"}  # the public names; what launchers start
 OPTIONAL = (
