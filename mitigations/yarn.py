@@ -4,7 +4,8 @@
     factor s, those between by parts ("NTK by parts"); scores are multiplied by (1 + 0.1 ln s)^2
 
 What is scaled and how: `rnn_longctx.models.rotary.Yarn`. Keys are kept as they were before they are turned, so that
-it may be put on and taken off between any two tokens. Changes nothing up to the training length.
+it may be put on and taken off between any two tokens. Without a factor it changes nothing up to the training length;
+with one it does at every length.
 """
 
 from __future__ import annotations

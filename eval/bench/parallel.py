@@ -34,7 +34,7 @@ def joined(cpus: bool = False) -> Iterator[int]:
     """Join the processes that torchrun began, one a GPU, and give this one's rank. cpus: CPUs will do where there is no
     GPU. Raises InputError elsewhere."""
     cuda = torch.cuda.is_available()
-    if "LOCAL_RANK" not in os.environ or not (cuda or cpus):
+    if not {"LOCAL_RANK", "MASTER_ADDR"} <= os.environ.keys() or not (cuda or cpus):
         raise InputError(
             f"bench parallel needs {'' if cpus else 'CUDA devices and '}a process for each rank: "
             f"torchrun --nproc-per-node 4 -m rnn_longctx.cli bench parallel{' --mixer longnet' if cpus else ''}"
@@ -68,8 +68,10 @@ def bench_parallel(
 ) -> Iterator[Row]:
     """One context over 1, 2, 4, ... GPUs, and a batch each, with a model of 370M parameters, under torchrun: torchrun
     --nproc-per-node 4 -m rnn_longctx.cli bench parallel. With --mixer longnet one layer of it reads the length over all
-    GPUs, and shares of it over fewer; the other options are not for it."""
+    GPUs, and shares of it over fewer; it takes none of --segment, --train and --each."""
     if mixer != "mamba2":
+        if (segment, train, each) != ("256k", "16k", "2x8k"):
+            raise InputError("bench parallel: --segment, --train and --each are not for --mixer longnet")
         context = parse_length(length)
         layer = layer_of(mixer, context)
         with joined(cpus=True):

@@ -71,12 +71,13 @@ def longnet_rows(layer: LongNet, length: int) -> Iterator[Row]:
     """
     weight = layer.in_proj.weight
     world, rank, device = dist.get_world_size(), dist.get_rank(), weight.device
-    refuse_many(layer.patterns, world, 0, length)
-    share = length // world
+    share, numbers = length // world, sorted({2**i for i in range(world.bit_length())} | {world})
+    for ranks in numbers:
+        refuse_many(layer.patterns, ranks, 0, ranks * share)
     least: dict[str, float] = {}
     fused = fused_layers(True) if device.type == "cuda" else nullcontext()
     with fused:
-        for ranks in sorted({2**i for i in range(world.bit_length())} | {world}):
+        for ranks in numbers:
             group = dist.new_group(list(range(ranks)))  # which every rank must make
             for what in ("forward", "both") if rank < ranks else ():
                 inputs = _inputs(range(ranks), share, weight)

@@ -80,7 +80,7 @@ class ScoreConfig:
 
     def __post_init__(self) -> None:
         if self.loss is None and self.answer_loss is None:
-            raise InputError("expected a loss, an answer_loss, or both, such as {loss: 1.2}")
+            raise InputError("loss: expected one, an answer_loss, or both, such as {loss: 1.2}")
 
 
 @dataclass(frozen=True)

@@ -255,6 +255,7 @@ class RemedyConfig:
             RecallConfig(self.tasks, self.lengths).check(tokenizer, vocab_size)
 
     def rows(self, subject: Subject) -> Iterator[Row]:
+        yield from subject.evaluated(self.lengths, self.jobs, ["none"], self.texts)  # what remedies are set against
         for remedy in self.names:
             yield from _usual_rows(self, subject) if remedy == "all" else _remedy_rows(self, subject, remedy)
 

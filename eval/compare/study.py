@@ -62,7 +62,7 @@ def run_study(config: CompareConfig, jobs: int = 1, only: Sequence[str] = (), sa
         sizes |= {equal.named: equal.of(model)} if equal.kind == "flops" else {}
         shape = f"d_model {model.d_model}, mlp {model.mlp:.3g}"
         say(f"{name}: {', '.join(f'{number:,} {what}' for what, number in sizes.items())}, {shape}")
-        longest = max(*config.train_lengths, *config.measure.lengths)
+        longest = max([*config.train_lengths, *config.measure.lengths])
         warn_of_unfit(model, min(longest, config.entry(name).longest or longest), f"{name}: ")
     run_cells(_Cells(config, study, names), jobs, device, say)
     return study

@@ -123,26 +123,27 @@ def _states(frame: pd.DataFrame) -> Table:
 
 def _remedies(frame: pd.DataFrame) -> list[tuple[str, Table]]:
     """Return a table of losses under each remedy, and one of answers a task, entries as columns: at the longest length
-    that remedies were measured at, over the slices or prompts that all of its rows have."""
-    shortest = frame[(frame["train_length"] == frame["train_length"].min()) & frame["seed"].notna()]
+    that remedies were measured at, of entries' seeds that all have it. Losses are over the slices that all rows have,
+    the first ones of the same; prompts of another number stand at other depths."""
+    of_seeds = frame[(frame["train_length"] == frame["train_length"].min()) & frame["seed"].notna()]
     tables = []
     for metric, what in (("loss", "nats per token"), ("accuracy", "share of answers that are right")):
-        rows = shortest[shortest["metric"] == metric]
-        plain = rows["mitigation"].str.startswith("recompute:") | (rows["mitigation"] == "none")
-        for (task, text), _ in rows[~plain].groupby(["task", "text"], sort=False):
-            of = rows[(rows["task"] == task) & (rows["text"] == text)]
-            length = of.loc[~plain[of.index], "length"].max()
-            here = of[of["length"] == length]
-            n = here["samples"].map(len).min()
-            means = [sum(list(s)[:n]) / n if n else v for s, v in zip(here["samples"], here["value"])]
-            values = here.assign(value=means).groupby(["mitigation", "entry"], sort=False)["value"].mean()
-            entries = list(dict.fromkeys(here["entry"]))
-            grid = _grid(f"{text or task} at {format_length(int(length))}", *entries, "")
+        rows = of_seeds[of_seeds["metric"] == metric]
+        bare = rows["mitigation"].str.startswith("recompute:") | (rows["mitigation"] == "none")
+        for (task, text), remedied in rows[~bare].groupby(["task", "text"], sort=False):
+            length = remedied["length"].max()
+            here = rows[(rows["task"] == task) & (rows["text"] == text) & (rows["length"] == length)]
+            n = here["samples"].map(len).min() if metric == "loss" else 0
+            title = f"Remedies: {what}" + (f", the first {n} slices of each seed" if n else "")
+            values = [sum(list(s)[:n]) / n if n else v for s, v in zip(here["samples"], here["value"])]
+            groups = here.assign(value=values).groupby(["mitigation", "entry"], sort=False)["value"]
+            means, seeds = groups.mean(), here.groupby("entry")["seed"].nunique()
+            complete = {key: means[key] for key, count in groups.count().items() if count == seeds[key[1]]}
+            grid = _grid(f"{text or task} at {format_length(int(length))}", *dict.fromkeys(here["entry"]), "")
             for mitigation in dict.fromkeys(here["mitigation"]):
-                cells = (values.get((mitigation, entry)) for entry in entries)
+                cells = (complete.get((mitigation, entry)) for entry in dict.fromkeys(here["entry"]))
                 grid.add_row(mitigation, *("" if cell is None else f"{cell:.3f}" for cell in cells), "")
-            counted_as = "slices" if metric == "loss" else "prompts"
-            tables.append((f"Remedies: {what}" + (f", the first {n} {counted_as} of each seed" if n else ""), grid))
+            tables.append((title, grid))
     return tables
 
 

@@ -41,7 +41,8 @@ def recovered(frame: pd.DataFrame, metric: str = "recovery") -> pd.DataFrame:
     settings = [{k: float(v or USUAL[k]) for k, v in _match(task).groupdict().items()} for task in rows["task"]]
     rows = rows.assign(noise=[s["noise"] for s in settings], strength=[s["strength"] for s in settings])
     guessed = [guess(frame, task) or 0.0 for task in rows["task"]]
-    return rows.assign(share=(rows["value"] - guessed) / (rows["strength"] - guessed))
+    rows = rows.assign(share=(rows["value"] - guessed) / (rows["strength"] - guessed))
+    return rows[rows["strength"] > guessed]  # (else there is nothing to find)
 
 
 def _match(task: str) -> re.Match[str]:

@@ -175,7 +175,7 @@ def test_what_was_measured_before_there_were_costs_still_counts(config):
 def test_what_is_no_price_or_score_is_refused(config):
     for bad, message in (
         (lambda: replace(config, price=-1.0), "price: expected that of an hour of the device, 0 or more, got -1.0"),
-        (lambda: ScoreConfig(), "expected a loss, an answer_loss, or both"),
+        (lambda: ScoreConfig(), "loss: expected one, an answer_loss, or both"),
         (lambda: CostsConfig(lengths=[64, 32]), "expected lengths in ascending order"),
         (lambda: CostsConfig(tokens=0), "tokens: expected at least 1, got 0"),
     ):
