@@ -120,6 +120,18 @@ def test_rates_first_then_seeds_at_the_best_and_nothing_twice(config, here):
         run_study(replace(config, train=replace(config.train, steps=7)))
 
 
+def test_remedies_alone_stand_beside_the_bare_model_and_nothing_is_measured_of_nothing(config, here):
+    config = replace(config, learning_rates=[1e-3], seeds=1, entries=config.entries[:1])
+    nothing = replace(config.measure, loss=None, recall=None, probe=None, remedies=None)
+    read(run_study(replace(config, measure=nothing), 1, say=lambda _: None))
+    remedies = replace(config.measure.remedies, tasks=["passkey:n=2"])
+    out = run_study(replace(config, measure=replace(nothing, remedies=remedies)), 1, say=lambda _: None)
+    rows = read(out).query("metric == 'loss' or metric == 'accuracy'")
+    assert set(zip(rows["metric"], rows["mitigation"])) == {
+        (metric, remedy) for metric in ("loss", "accuracy") for remedy in ("none", "rri:alpha=0.9,beta=1")
+    }
+
+
 def test_a_killed_cell_goes_on(config, monkeypatch):
     """In the middle of its training, then in the middle of what is measured; what comes of it is the same."""
     config = replace(config, learning_rates=[1e-3], seeds=1, entries=config.entries[:1])
