@@ -1,5 +1,6 @@
-"""benchmarks/results/retrofit.csv and retrofit_reach.csv, and the tables of docs/retrofit.md: what a small decoder
-loses when its attention is replaced. One command, on a CPU, about 15 minutes of one core:
+"""benchmarks/results/retrofit.csv, retrofit_reach.csv and retrofit_log.csv (every update of the gates), and the tables
+of docs/retrofit.md: what a small decoder loses when its attention is replaced. One command, on a CPU, about 15 minutes
+of one core:
 
     python benchmarks/retrofit.py runs/retrofit
 
@@ -33,9 +34,10 @@ QUARTER = "block-sparse:block=16,window=32,sinks=1,top=5,gate=16"  # 8 blocks of
 NINTH = "block-sparse:block=16,window=32,sinks=1,top=1,gate=16"
 TWO_STAGE = "two-stage:block=16,window=32,top=6"
 LONGNET = "longnet:segments=64/256/1024,dilations=1/4/16"
+GATES = "quarter, gates distilled"
 WAYS = {  # a name: mixer, distilled, what trains, updates of each of two stages, heads that stay full
     "quarter, put in": (QUARTER, False, "attention", 0, None),
-    "quarter, gates distilled": (QUARTER, True, "new", 50, None),
+    GATES: (QUARTER, True, "new", 50, None),
     "quarter, distilled": (QUARTER, True, "attention", 50, None),
     "ninth, put in": (NINTH, False, "attention", 0, None),
     "ninth, distilled": (NINTH, True, "attention", 50, None),
@@ -75,6 +77,9 @@ def main() -> None:
         print(rows[-1], flush=True)
         with (out / "reach.csv").open() as file:
             reach += [{"model": name, **row} for row in csv.DictReader(file)]
+        if name == GATES:
+            with (out / "log.csv").open() as file:
+                write(RESULTS / "retrofit_log.csv", [{"model": name, **row} for row in csv.DictReader(file)])
         write(RESULTS / "retrofit.csv", rows)
         write(RESULTS / "retrofit_reach.csv", reach)
 

@@ -36,13 +36,18 @@ TOKENS = 1024  # whose logits are held at once
 
 
 def losses_of(
-    student: Retrofitted, teacher: Retrofitted | None, ids: Tensor, wanted: tuple[str, ...], rng: np.random.Generator
+    student: Retrofitted,
+    teacher: Retrofitted | None,
+    ids: Tensor,
+    wanted: tuple[str, ...],
+    rng: np.random.Generator | None = None,
 ) -> dict[str, Tensor]:
-    """Return the wanted losses, in the order of LOSSES, of ids (B, T + 1).
+    """Return the wanted losses, in the order of LOSSES, of ids (B, T + 1). There is no gate loss where no sparse part
+    has a block to choose, and hidden needs a retrofitted layer.
 
     Args:
         teacher: needed for all but lm; its gradients are not.
-        rng: draws the queries whose choice is compared.
+        rng: draws the queries whose choice is compared. None: the last ones, which have most to choose from.
     """
     read, targets = ids[:, :-1], ids[:, 1:]
     layers = [i for i, attention in enumerate(student.attentions) if isinstance(attention, RetrofitAttention)]
@@ -77,9 +82,9 @@ def hidden_loss(ours: RetrofitAttention, inputs: Inputs) -> Tensor:
     return (output - inputs.output).float().square().sum() / inputs.output.float().square().sum().clamp(min=1e-30)
 
 
-def _gate_losses(pairs: list[tuple[Any, Any, Inputs]], length: int, rng: np.random.Generator) -> list[Tensor]:
+def _gate_losses(pairs: list[tuple[Any, Any, Inputs]], length: int, rng: np.random.Generator | None) -> list[Tensor]:
     number = min(length, GATE_QUERIES)
-    start = int(rng.integers(length - number + 1))
+    start = length - number if rng is None else int(rng.integers(length - number + 1))
     queries = slice(start, start + number)
     return [
         loss

@@ -24,7 +24,6 @@ from torch import Tensor
 from rnn_longctx.config import format_length
 from rnn_longctx.devices import device_of
 from rnn_longctx.errors import InputError, nearest
-from rnn_longctx.files import write_atomic
 from rnn_longctx.measure.heads import HeadReach, Lens, reach_of_heads
 from rnn_longctx.measure.stream import tail_loss
 from rnn_longctx.models.retrofit.files import check_new, load_retrofitted, save_retrofitted
@@ -86,6 +85,9 @@ class RetrofitConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for option, value in [("--out", self.out), ("--teacher", self.teacher), *(("--text", t) for t in self.text)]:
+            if value is not None and not value.strip():
+                raise InputError(f"{option}: expected a name, got {value!r}")
         if any(a >= b for a, b in zip(self.stages, self.stages[1:])) or min(self.stages, default=0) < 2:
             lengths = ",".join(map(format_length, self.stages))
             raise InputError(f"--stages: each stage is longer than the one before, as in 2k,8k,32k, got {lengths}")
@@ -116,8 +118,8 @@ class Done:
 
     Attributes:
         before, after: the reach of every head, where a text was read.
-        measured: at each stage's length, and the longest first: loss and loss_of_teacher on held-out text, and, with a
-            task, right and right_of_teacher, shares of its examples.
+        measured: at each stage's length, and the longest first: loss and loss_of_original on held-out text, and, with a
+            task, right and right_of_original, shares of its examples; of another teacher than the original, the same.
     """
 
     model: Retrofitted
@@ -131,7 +133,8 @@ def retrofit(config: RetrofitConfig, say: Say = to_stdout) -> Done:
     """Replace the attention of a decoder, train what is to be trained, and write it into a new folder.
 
     Raises:
-        InputError: what is asked for does not fit the model, the teacher or the text, or the folder exists.
+        InputError: what is asked for does not fit the model, the teacher or the text, nothing would be replaced or
+            learned, or the folder exists or cannot be made.
         TrainingDiverged: gradients were not finite over and over.
     """
     check_new(config.out)
@@ -146,20 +149,25 @@ def retrofit(config: RetrofitConfig, say: Say = to_stdout) -> Done:
     if corpus is not None:
         before = reach_of_heads(original, _windows(corpus, config.stages[-1], WINDOWS // 4), lens)
         if config.full_above is not None:
-            plan = spared(plan, before, config.full_above)
+            plan = _left(spared(plan, before, config.full_above), before, config.full_above)
     student = _converted(original, plan, config)
     measured: dict[int, dict[str, float]] = {}
     log: list[dict[str, Any]] = []
     after: list[HeadReach] = []
+    longest = 0
     if corpus is not None and data is not None:
-        log = _train(student, teacher if config.distill else None, config, data, corpus, say)
+        log, longest = _train(student, teacher, config, data, corpus, say)
         after = reach_of_heads(student, _windows(corpus, config.stages[-1], WINDOWS // 4), lens)
         for length in reversed(config.stages):
-            measured[length] = _measured(student, original, config, data, corpus, length)
+            measured[length] = _measured(student, original, teacher, config, data, corpus, length)
             say(_line(length, measured[length]))
-    provenance = {"retrofitted": original.name, "mixer": config.mixer, "distilled": config.distill}
-    save_retrofitted(student, plan, config.out, provenance)
-    _write_tables(Path(config.out).expanduser(), before, after, log)
+    if longest:
+        student.train_length = max(longest, original.train_length or 0)
+    else:
+        say("nothing is trained")
+    distilled = longest > 0 and not {*OF_TEACHER}.isdisjoint(config.wanted)
+    provenance = {"retrofitted": original.name, "mixer": config.mixer, "distilled": distilled}
+    save_retrofitted(student, plan, config.out, provenance, _tables(before, after, log))
     return Done(student, plan, before, after, measured)
 
 
@@ -173,6 +181,16 @@ def spared(plan: Plan, reach: list[HeadReach], most: float) -> Plan:
         if kept := tuple((text, heads) for text, heads in left if heads):
             layers[layer] = kept
     return Plan(layers)
+
+
+def _left(plan: Plan, reach: list[HeadReach], most: float) -> Plan:
+    """Return a plan. Raises InputError for one that `spared` left nothing of."""
+    if not plan.layers:
+        raise InputError(
+            f"--full-above {most:g}: nothing is left to replace: the mixer would miss more of every chosen "
+            f"head's weight (of all heads {min(r.missed for r in reach):.2g} to {max(r.missed for r in reach):.2g})"
+        )
+    return plan
 
 
 def _teacher(config: RetrofitConfig, original: Retrofitted) -> Retrofitted | None:
@@ -202,8 +220,6 @@ def _converted(original: Retrofitted, plan: Plan, config: RetrofitConfig) -> Ret
     student = Retrofitted(convert(copy.deepcopy(original.model), plan, config.seed))
     student.name, student.tokenizer = Path(config.out).name, original.tokenizer
     student.train_length = original.train_length
-    if (config.text or config.tasks) and config.steps:
-        student.train_length = max(config.stages[-1], original.train_length or 0)
     return student
 
 
@@ -231,17 +247,19 @@ def _train(
     data: TrainConfig,
     corpus: Corpus,
     say: Say,
-) -> list[dict[str, Any]]:
-    """Train stage by stage, and return a row an update. Dropout is off, as it is in the teacher."""
+) -> tuple[list[dict[str, Any]], int]:
+    """Train stage by stage, and return a row an update, and at what length weights were last moved (0: nowhere).
+    Dropout is off, as it is in the teacher."""
+    if not config.steps:
+        return [], 0
     trained = _trained(student, config.trains)
-    if not trained or not config.steps:
-        return []
+    _check_learns(student, teacher, config, corpus.batch(_stage(data, config, 0), 0).ids[:1], trained)
     total, log, bad, began = config.steps * len(config.stages), [], 0, time.monotonic()
+    longest = 0
     schedule = ScheduleConfig(warmup=min(20, total // 10))
     optimizer = make_optimizer(student.model, OptimizerConfig(lr=config.lr, weight_decay=0.0))
     for number, length in enumerate(config.stages):
-        rows = max(1, config.batch // length)
-        stage = replace(data, train_length=length, batch_size=rows, data=data.data.within(length))
+        stage = _stage(data, config, number)
         for step in range(number * config.steps, (number + 1) * config.steps):
             rng = np.random.default_rng([config.seed, step, 7])
             ids = corpus.batch(stage, step).ids.to(student.device)
@@ -249,21 +267,54 @@ def _train(
             for group in optimizer.param_groups:
                 group["lr"] = config.lr * learning_rate(schedule, step, total)
             optimizer.zero_grad(set_to_none=True)
-            torch.stack(list(losses.values())).sum().backward()
-            norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
-            bad = 0 if bool(norm.isfinite()) else bad + 1
-            if bad == BAD_STEPS:
-                raise TrainingDiverged(f"gradients of {BAD_STEPS} updates in a row were not finite: lower --lr")
-            if not bad:
-                optimizer.step()
+            if learned := [loss for loss in losses.values() if loss.requires_grad]:  # (none: a stretch without choices)
+                torch.stack(learned).sum().backward()
+                norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
+                bad = 0 if bool(norm.isfinite()) else bad + 1
+                if bad == BAD_STEPS:
+                    raise TrainingDiverged(f"gradients of {BAD_STEPS} updates in a row were not finite: lower --lr")
+                if not bad:
+                    optimizer.step()
+                    longest = length
             row = {"step": step + 1, "length": length, **{name: loss.item() for name, loss in losses.items()}}
             log.append(row)
             if (step + 1) % max(1, config.steps // 4) == 0:
-                shown = " ".join(f"{name} {row[name]:.4g}" for name in losses)
+                shown = " ".join(f"{name} {row[name]:.4g}" for name in losses) or "no block to choose"
                 say(f"step {step + 1}/{total} at {format_length(length)}: {shown}, {time.monotonic() - began:.0f} s")
     for p in student.parameters():
         p.requires_grad_(True)
-    return log
+    return log, longest
+
+
+def _stage(data: TrainConfig, config: RetrofitConfig, number: int) -> TrainConfig:
+    """Return what a stage reads."""
+    length = config.stages[number]
+    rows = max(1, config.batch // length)
+    return replace(data, train_length=length, batch_size=rows, data=data.data.within(length))
+
+
+def _check_learns(
+    student: Retrofitted,
+    teacher: Retrofitted | None,
+    config: RetrofitConfig,
+    ids: Tensor,
+    trained: list[torch.nn.Parameter],
+) -> None:
+    """Raise InputError where no wanted loss reaches a weight that is trained, at the shortest stage. (What a longer one
+    has to choose from holds what a shorter one has.)"""
+    if not trained:
+        raise InputError(
+            f"--trains {config.trains}: {config.mixer} has no new weights: --trains attention, or --steps 0"
+        )
+    losses = losses_of(student, teacher, ids.to(student.device), config.wanted)
+    if any(loss.requires_grad for loss in losses.values()):
+        return
+    wanted, length = ",".join(config.wanted), format_length(config.stages[0])
+    raise InputError(
+        f"--losses {wanted} moves no weight of --trains {config.trains} with {config.mixer} at {length} tokens: a gate "
+        "learns by --distill from the gate loss alone, where a context has blocks to choose from beyond window and "
+        "sinks; longnet and recurrences have no gate"
+    )
 
 
 def _trained(student: Retrofitted, which: str) -> list[torch.nn.Parameter]:
@@ -283,11 +334,20 @@ def _windows(corpus: Corpus, length: int, most: int) -> Iterator[Tensor]:
 
 
 def _measured(
-    student: Retrofitted, teacher: Retrofitted, config: RetrofitConfig, data: TrainConfig, corpus: Corpus, length: int
+    student: Retrofitted,
+    original: Retrofitted,
+    teacher: Retrofitted | None,
+    config: RetrofitConfig,
+    data: TrainConfig,
+    corpus: Corpus,
+    length: int,
 ) -> dict[str, float]:
-    """Return what both say of held-out text and of a task's examples."""
+    """Return what the student, the original, and a teacher that is another one say of held-out text and of a task's
+    examples."""
     row: dict[str, float] = {}
-    models = (("", student), ("_of_teacher", teacher))
+    models = [("", student), ("_of_original", original)]
+    if teacher is not None and teacher is not original:
+        models.append(("_of_teacher", teacher))
     if windows := list(corpus.validation(length, 1, WINDOWS)):
         for end, model in models:
             row[f"loss{end}"] = float(torch.cat([tail_loss(model, ids) for ids in windows]).mean())
@@ -300,22 +360,29 @@ def _measured(
 
 
 def _line(length: int, row: dict[str, float]) -> str:
+    others = [name for name in ("original", "teacher") if {f"loss_of_{name}", f"right_of_{name}"} & row.keys()]
     text = f"at {format_length(length)}:"
     if "loss" in row:
-        more = row["loss"] / row["loss_of_teacher"] - 1
-        text += f" held-out loss {row['loss']:.4f}, the teacher's {row['loss_of_teacher']:.4f} ({more:+.1%})"
+        text += f" held-out loss {row['loss']:.4f}"
+        for name in others:
+            loss = row[f"loss_of_{name}"]
+            text += f", the {name}'s {loss:.4f} ({row['loss'] / loss - 1:+.1%})"
     if "right" in row:
-        text += f"; right {row['right']:.2f}, the teacher {row['right_of_teacher']:.2f}"
+        text += f"; right {row['right']:.2f}" + "".join(
+            f", the {name} {row[f'right_of_{name}']:.2f}" for name in others
+        )
     return text
 
 
-def _write_tables(out: Path, before: list[HeadReach], after: list[HeadReach], log: list[dict[str, Any]]) -> None:
-    """Write reach.csv and log.csv into the folder, where there is something to say."""
+def _tables(before: list[HeadReach], after: list[HeadReach], log: list[dict[str, Any]]) -> dict[str, bytes]:
+    """Return reach.csv and log.csv, where there is something to say."""
     reach = [{"when": when, **r.row()} for when, rows in (("before", before), ("after", after)) for r in rows]
+    tables = {}
     for name, rows in (("reach.csv", reach), ("log.csv", log)):
         if rows:
             text = io.StringIO()
             writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
             writer.writeheader()
             writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
-            write_atomic(out / name, text.getvalue().encode())
+            tables[name] = text.getvalue().encode()
+    return tables

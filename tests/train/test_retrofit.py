@@ -138,6 +138,73 @@ def test_it_is_the_same_for_the_same_seed_and_learns(folder, tmp_path):
     assert np.mean(gates[-2:]) < np.mean(gates[:2])
 
 
+TAUGHT = {"distill": True, "text": ("builtin",), "stages": (32,), "steps": 1, "batch": 64, "tokenizer": "bytes"}
+LONGNET = "longnet:segments=8/128,dilations=1/4"
+
+
+@pytest.mark.parametrize(
+    ("mixer", "arguments", "words"),
+    [
+        (LONGNET, {"losses": ("gate",)}, "--losses gate moves no weight"),
+        ("mamba2", {"losses": ("gate",)}, "--losses gate moves no weight"),
+        (SPARSE, {"losses": ("gate",), "stages": (8, 32)}, "at 8 tokens"),
+        (SPARSE, {"losses": ("logits", "hidden"), "trains": "new"}, "--losses logits,hidden moves no weight"),
+        (SPARSE, {"distill": False, "trains": "new"}, "--losses lm moves no weight of --trains new"),
+        (LONGNET, {"trains": "new"}, "has no new weights"),
+        (SPARSE, {"full_above": 0.0}, "--full-above 0: nothing is left to replace"),
+    ],
+)
+def test_what_teaches_nothing_is_refused_before_it_is_trained(mixer, arguments, words, folder, tmp_path):
+    config = RetrofitConfig(str(folder), mixer, str(tmp_path / "out"), **(TAUGHT | arguments))
+    lines: list[str] = []
+    with pytest.raises(InputError, match=words) as error:
+        retrofit(config, lines.append)
+    assert "\n" not in str(error.value) and not lines and not any(tmp_path.iterdir())
+
+
+def test_a_gate_alone_learns_wherever_some_queries_have_blocks_to_choose_from(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("rnn_longctx.train.distill.GATE_QUERIES", 4)  # of 13, of which the last alone may choose
+    config = RetrofitConfig(
+        str(folder), SPARSE, str(tmp_path / "out"), **TAUGHT | {"losses": ("gate",), "stages": (13,), "steps": 40}
+    )
+    done = retrofit(config, lambda line: None)
+    rows = list(csv.DictReader((tmp_path / "out" / "log.csv").open()))
+    assert 0 < sum(bool(row.get("gate")) for row in rows) < len(rows) == 40 and done.model.train_length == 13
+
+
+def test_what_is_said_to_be_trained_was(folder, tmp_path, monkeypatch):
+    def written(name, **arguments):
+        lines: list[str] = []
+        retrofit(RetrofitConfig(str(folder), SPARSE, str(tmp_path / name), **TAUGHT | arguments), lines.append)
+        about = json.loads((tmp_path / name / "retrofit.json").read_text())
+        return about["train_length"], about["provenance"]["distilled"], "nothing is trained" in lines
+
+    assert written("taught") == (32, True, False)
+    assert written("none", steps=0) == (None, False, True)
+    assert written("unread", text=(), distill=False) == (None, False, True)
+    assert written("by-text", distill=False) == (32, False, False)
+    assert written("by-text-beside-a-teacher", losses=("lm",)) == (32, False, False)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *a: torch.tensor(math.nan))
+    assert written("broken") == (None, False, True)
+
+
+def test_what_the_original_says_and_what_another_teacher_says_are_told_apart(folder, tmp_path):
+    decoder("qwen3").float().save_pretrained(tmp_path / "other")
+
+    def measured(name, model=folder, **arguments):
+        lines: list[str] = []
+        config = RetrofitConfig(str(model), SPARSE, str(tmp_path / name), **TAUGHT | arguments)
+        return retrofit(config, lines.append).measured[32], lines[-1]
+
+    row, line = measured("alone", distill=False)
+    assert row.keys() == {"loss", "loss_of_original"} and "the original's" in line and "teacher" not in line
+    row, line = measured("taught", teacher=str(tmp_path / "other"))
+    assert f"the original's {row['loss_of_original']:.4f}" in line
+    assert f"the teacher's {row['loss_of_teacher']:.4f}" in line
+    turned, _ = measured("turned", model=tmp_path / "other", teacher=str(folder))
+    assert (turned["loss_of_original"], turned["loss_of_teacher"]) == (row["loss_of_teacher"], row["loss_of_original"])
+
+
 # --- how far heads read
 
 
@@ -195,6 +262,36 @@ def test_it_is_saved_and_loaded_and_the_command_evaluates_it(folder, tmp_path, c
     assert run(["eval", str(out), *arguments]) == 0
     assert run(["eval", model, "--tokenizer", "bytes", *arguments[:-1], str(tmp_path / "eval2")]) == 0
     capsys.readouterr()
+
+
+def test_tables_are_in_the_folder_before_it_is_there(folder, tmp_path, monkeypatch):
+    seen = {}
+
+    def replace(aside, path):
+        seen.update({file.name: file.read_bytes() for file in aside.iterdir()})
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr("rnn_longctx.models.retrofit.files.os.replace", replace)
+    with pytest.raises(InputError, match=r"cannot write .*: the disk is gone"):
+        retrofit(RetrofitConfig(str(folder), SPARSE, str(tmp_path / "runs/out"), **TAUGHT), lambda line: None)
+    assert {"reach.csv", "log.csv", "retrofit.json"} < seen.keys() and seen["log.csv"].startswith(b"step,length,gate")
+    assert not any((tmp_path / "runs").iterdir())
+
+
+def test_where_no_folder_can_be_made_is_found_before_anything_is_read(folder, tmp_path, monkeypatch):
+    (tmp_path / "tiny.txt").write_text("no folder")
+    (tmp_path / "broken").symlink_to(tmp_path / "nowhere")
+    monkeypatch.setattr("rnn_longctx.train.retrofit.load_retrofitted", None)
+    for out, words in (
+        (tmp_path / "tiny.txt" / "x", "cannot write .*x: Not a directory"),
+        (tmp_path / "tiny.txt" / "x" / "y", "cannot write .*y: Not a directory"),
+        (tmp_path / ("x" * 250), "cannot write .*: File name too long"),
+        (tmp_path / "broken", "exists already"),
+        (tmp_path / "nowhere" / "..", "exists already"),
+    ):
+        with pytest.raises(InputError, match=words):
+            retrofit(RetrofitConfig(str(folder), SPARSE, str(out), **TAUGHT))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken", "tiny.txt"]
 
 
 def test_a_folder_that_is_damaged_is_one_line(folder, tmp_path):
@@ -258,7 +355,11 @@ def run(monkeypatch):
         (["--full-above", "0.1"], "--full-above: the reach of heads is measured on a text"),
         (["--text", "builtin", "--losses", "gate"], "--losses: gate compares with a teacher"),
         (["--text", "builtin", "--distill", "--losses", "gates"], "--losses: unknown loss 'gates'"),
+        (["--text", "builtin", "--losses", ""], "--losses: unknown loss ''"),
         (["--teacher", "x"], "--teacher: goes with --distill"),
+        (["--teacher", "", "--text", "builtin", "--distill"], "--teacher: expected a name, got ''"),
+        (["--text", ""], "--text: expected a name, got ''"),
+        (["--out", ""], "--out: expected a name, got ''"),
         (["--text", "nowhere.txt", "--distill"], "nowhere.txt"),
         (["--text", "stdlib", "--distill"], "stdlib is the evaluation text"),
         (["--trains", "some"], "trains"),

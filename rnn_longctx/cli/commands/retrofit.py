@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -53,7 +52,7 @@ class TeachingOptions:
 def retrofit(
     model: Annotated[str, typer.Argument(help="A decoder of transformers: a directory or a Hugging Face hub id.")],
     which: WhichOptions,
-    out: Annotated[Path, typer.Option(help="A new folder, which eval and generate take.")],
+    out: Annotated[str, typer.Option(help="A new folder, which eval and generate take.")],
     teaching: TeachingOptions = TeachingOptions(),
     tokenizer: Annotated[str | None, option('"bytes", a directory, or a hub id.', "the model's")] = None,
     device: Device = "auto",
@@ -73,10 +72,10 @@ def retrofit(
     taught = {
         **{"distill": t.distill, "teacher": t.teacher, "text": t.text or [], "tasks": t.task or []},
         **{"task_share": t.task_share, "stages": stages, "steps": t.steps, "batch": parse_length(t.batch, "--batch")},
-        **{"lr": t.lr, "losses": t.losses.split(",") if t.losses else [], "trains": t.trains},
+        **{"lr": t.lr, "losses": [] if t.losses is None else t.losses.split(","), "trains": t.trains},
     }
     replaced = {"mixer": which.mixer, "layers": which.layers, "heads": which.heads, "full_above": which.full_above}
-    rest = {"model": model, "out": str(out), "tokenizer": tokenizer, "device": device, "seed": seed}
+    rest = {"model": model, "out": out, "tokenizer": tokenizer, "device": device, "seed": seed}
     try:
         done = run(from_dict(RetrofitConfig, {**replaced, **taught, **rest}), typer.echo)
     except TrainingDiverged as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Self
 
 import torch
@@ -50,6 +50,26 @@ def unattended() -> Any:
             return query_length, 0
 
     return Unattended
+
+
+def attention_layers(config: Any) -> int:
+    """Return how many layers of a model's cache, that a config of transformers describes, keep keys and values."""
+    from transformers import DynamicCache
+
+    return sum(hasattr(layer, "get_seq_length") for layer in DynamicCache(config=config).layers)
+
+
+def widest_attention(modules: Iterable[Any]) -> int:
+    """Return how many numbers of keys and values a layer of attention among these modules keeps for a token: those of
+    a family are equally wide. (Zamba2's layers share one module, so layers are counted in the cache. Latent attention
+    keeps what its keys and values are made of.)"""
+    widths = []
+    for m in modules:
+        if hasattr(m, "k_proj"):
+            widths.append(m.k_proj.out_features + m.v_proj.out_features)
+        if hasattr(m, "kv_lora_rank"):
+            widths.append(m.kv_lora_rank + m.qk_rope_head_dim)
+    return max(widths)
 
 
 class AdoptedCache:

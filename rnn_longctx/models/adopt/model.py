@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from rnn_longctx.config import counted
 from rnn_longctx.errors import InputError
-from rnn_longctx.models.adopt.cache import AdoptedCache, cache_name, unattended
+from rnn_longctx.models.adopt.cache import AdoptedCache, attention_layers, cache_name, unattended, widest_attention
 from rnn_longctx.models.adopt.layerwise import AdoptedBlocks
 from rnn_longctx.models.adopt.mixer import AdoptedMixer
 from rnn_longctx.models.adopt.packed import read_packed
@@ -126,17 +126,9 @@ class Adopted(Hooked, Identified):
         return StateSize(fixed, self._attention_size() if self.attends else 0)
 
     def _attention_size(self) -> int:
-        """Return how many numbers of keys and values all layers of attention together keep for a token. (A family's are
-        equally wide; Zamba2's share one module, so layers are counted in the cache. Latent attention keeps what its
-        keys and values are made of.)"""
-        from transformers import DynamicCache
-
-        layers = sum(hasattr(layer, "get_seq_length") for layer in DynamicCache(config=self.config).layers)
+        """Return how many numbers of keys and values all layers of attention together keep for a token."""
         recurrent = {mixer.module for mixer in self.mixers}
-        attention = [m for m in self.model.modules() if m not in recurrent]
-        widths = [m.k_proj.out_features + m.v_proj.out_features for m in attention if hasattr(m, "k_proj")]
-        widths += [m.kv_lora_rank + m.qk_rope_head_dim for m in attention if hasattr(m, "kv_lora_rank")]
-        return layers * max(widths)
+        return attention_layers(self.config) * widest_attention(m for m in self.model.modules() if m not in recurrent)
 
     def use_backend(self, name: str | None) -> None:
         """Force one scan backend for every layer (None: choose), wherever a policy is active."""
@@ -168,9 +160,7 @@ class Adopted(Hooked, Identified):
 
     @cached_property
     def _attention(self) -> bool:
-        from transformers import DynamicCache
-
-        return any(hasattr(layer, "get_seq_length") for layer in DynamicCache(config=self.config).layers)
+        return attention_layers(self.config) > 0
 
     @property
     def state_dtype(self) -> torch.dtype | None:

@@ -4,6 +4,7 @@ new weights.
     config.json, model.safetensors, ...   the decoder's own, which transformers alone reads as full attention
     retrofit.json                         the plan, the tokenizer's name, the training length, where it came from
     retrofit.safetensors                  the weights of the parts
+    ...                                   tables of whoever trained it, if there are some
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import os
 import shutil
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,23 +42,43 @@ def is_retrofitted(source: Any) -> bool:
 
 
 def check_new(directory: str | Path) -> Path:
-    """Return the path of a folder that is to be written. Raises InputError where something is there already."""
-    path = home_path(directory)
-    if path.exists():
+    """Return the path of a new folder, and make the folder that it will be in. Raises InputError where something is
+    there already, or where no folder can be made: long training should not end so."""
+    if not str(directory).strip():
+        raise InputError(f"expected the name of a new folder, got {str(directory)!r}")
+    path = Path(os.path.abspath(home_path(directory)))
+    if os.path.lexists(path):
         raise InputError(f"{directory} exists already: name another folder, or move that one away")
+    try:
+        aside = _aside(path)
+        aside.mkdir(parents=True)
+        aside.rmdir()
+    except OSError as error:
+        raise InputError(f"cannot write {directory}: {error.strerror or one_line(error)}") from None
     return path
 
 
+def _aside(path: Path) -> Path:
+    """Return the name of a folder beside another, which is to take that one's place."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+
+
 def save_retrofitted(
-    model: Retrofitted, plan: Plan, directory: str | Path, provenance: dict[str, Any] | None = None
+    model: Retrofitted,
+    plan: Plan,
+    directory: str | Path,
+    provenance: dict[str, Any] | None = None,
+    tables: Mapping[str, bytes] | None = None,
 ) -> None:
     """Write a retrofitted decoder into a new folder, which is there whole or not at all.
 
+    Args:
+        tables: what other files there are to hold, by their names.
     Raises:
         InputError: the folder exists, or it cannot be written.
     """
-    path = check_new(directory).absolute()
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    path = check_new(directory)
+    aside = _aside(path)
     state = {name: t.detach().contiguous() for name, t in model.model.state_dict().items()}
     own = {name: t for name, t in state.items() if PARTS not in name}
     new = {name: t.cpu() for name, t in state.items() if PARTS in name}
@@ -68,11 +90,13 @@ def save_retrofitted(
         "provenance": model.provenance if provenance is None else provenance,
     }
     try:
-        aside.mkdir(parents=True)
+        aside.mkdir()
         model.model.save_pretrained(aside, state_dict=own)
         write_tokenizer(model, aside)  # type: ignore[arg-type]
         save_file(new, aside / WEIGHTS, {"format": "pt"})
         write_json(aside / PLAN, about)
+        for name, data in (tables or {}).items():
+            (aside / name).write_bytes(data)
         for file in aside.iterdir():
             to_disk(file)
         os.replace(aside, path)
