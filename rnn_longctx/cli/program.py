@@ -110,7 +110,7 @@ def main() -> None:
     """Run the command line. An error of input or a full GPU is one line; a reader that went away (`| head`) is no
     error."""
     _tune_cpu()
-    warnings.formatwarning = lambda message, *_: f"rnn-longctx: {' '.join(str(message).split())}\n"
+    warnings.formatwarning = lambda message, *_: f"rnn-longctx: warning: {' '.join(str(message).split())}\n"
     try:
         app(standalone_mode=True)
     except (InputError, RuntimeError) as error:

@@ -4,7 +4,8 @@ A log is read a piece at a time. A piece is first scored by the model as it is, 
 saw what followed it; then the model is trained on it, a share of the windows being of the log that it was fitted to, so
 that this is not forgotten; then the update is judged (`rnn_longctx.train.online.refusal`): it is kept while, on the
 rows that set the threshold, the alarm's loss and the average precision hold, and while the last part of the piece,
-which was not trained on, has not become harder. Otherwise weights and moments go back to what they were.
+which was not trained on, has not become harder by more than 0.02. Otherwise weights and moments go back to what
+they were.
 """
 
 from __future__ import annotations

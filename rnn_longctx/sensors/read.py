@@ -172,7 +172,8 @@ def _times(column: pd.Series, path: Path, repairs: list[str]) -> tuple[np.ndarra
         text = column.astype("string").str.strip()
         times = pd.to_datetime(text, utc=True, errors="coerce", format="ISO8601")
         if times.isna().all():
-            times = pd.to_datetime(text, utc=True, errors="coerce")
+            days = _days_first(text, path, repairs)
+            times = pd.to_datetime(text, utc=True, errors="coerce", dayfirst=days)
         offsets = text[times.notna()].str.extract(OFFSET)[0]
         with_zone = int(offsets.notna().sum())
         if 0 < with_zone < len(offsets):
@@ -191,6 +192,22 @@ def _times(column: pd.Series, path: Path, repairs: list[str]) -> tuple[np.ndarra
     if not aware:
         repairs.append(f"{path.name}: times say no zone and are taken as UTC")
     return times.astype("datetime64[ns, UTC]").astype("int64").to_numpy(), aware
+
+
+def _days_first(text: pd.Series, path: Path, repairs: list[str]) -> bool:
+    """Return whether dates such as 31/01/2026 begin with the day. Raises InputError where none says it, or they differ:
+    pandas takes the month first, and reads the wrong day without a word."""
+    numbers = text.str.extract(r"^(\d{1,2})[/.-](\d{1,2})[/.-]\d{2,4}\b").dropna().astype(int)
+    if numbers.empty:
+        return False
+    day, month = (bool((numbers[column] > 12).any()) for column in (0, 1))
+    if day == month:
+        why = (
+            "some begin with the day and some with the month" if day else "do not say whether day or month comes first"
+        )
+        raise InputError(f"{path}: times such as {text[numbers.index[0]]} {why}; write them as 2026-01-31 12:00:00")
+    repairs.append(f"{path.name}: dates such as {text[numbers.index[0]]} taken as {'day' if day else 'month'} first")
+    return day
 
 
 def _numbers(column: pd.Series, path: Path, repairs: list[str]) -> np.ndarray:

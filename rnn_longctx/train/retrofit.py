@@ -197,7 +197,10 @@ def _teacher(config: RetrofitConfig, original: Retrofitted) -> Retrofitted | Non
     """Return the teacher, whose weights are not trained. Raises InputError for one that does not fit."""
     if not config.distill or config.teacher is None:
         return original if config.distill else None
-    teacher = load_retrofitted(config.teacher, device=original.device, tokenizer=config.tokenizer)
+    try:
+        teacher = load_retrofitted(config.teacher, device=original.device, tokenizer=config.tokenizer)
+    except InputError as error:
+        raise InputError(f"--teacher: {error}") from None
     if teacher.vocab_size != original.vocab_size:
         raise InputError(
             f"the teacher {teacher.name} has a vocabulary of {teacher.vocab_size} tokens, and {original.name} one of "

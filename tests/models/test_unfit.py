@@ -102,4 +102,4 @@ def test_a_causal_linformer_is_refused_with_what_to_take():
 def test_the_command_says_a_warning_on_one_line():
     code = "import warnings; from rnn_longctx.cli import program; program.app = lambda **_: warnings.warn('a\\n b'); "
     done = subprocess.run([sys.executable, "-c", code + "program.main()"], capture_output=True, text=True)
-    assert done.stderr == "rnn-longctx: a b\n" and done.returncode == 0
+    assert done.stderr == "rnn-longctx: warning: a b\n" and done.returncode == 0

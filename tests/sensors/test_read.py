@@ -65,6 +65,22 @@ def test_a_copy_in_several_zones(made, whole, tmp_path):
     assert any("several zones (+00:00, +01:00)" in line for line in log.repairs)
 
 
+@pytest.mark.parametrize(("order", "first"), [("%d/%m/%Y %H:%M:%S", "day"), ("%m/%d/%Y %H:%M:%S", "month")])
+def test_dates_that_do_not_begin_with_the_year(made, whole, tmp_path, order, first):
+    """Taken as the days beyond the twelfth say; refused where there is none, or days and months begin."""
+    later = made.log.t + pd.Timedelta(days=11)  # from the 12th to the 14th
+    log = read(made.log.assign(t=later.dt.strftime(order)), tmp_path, "log.csv")
+    assert (log.times == whole.times + 11 * 24 * 3600 * 10**9).all()
+    assert sum(f"taken as {first} first" in line for line in log.repairs) == 1
+    with pytest.raises(InputError, match="do not say whether day or month comes first; write them as 2026-01-31"):
+        read(made.log.assign(t=made.log.t.dt.strftime(order)), tmp_path, "unsaid.csv")
+    mixed = later.dt.strftime(order).where(later.dt.day < 14, later.dt.strftime("%m/%d/%Y %H:%M:%S"))
+    mixed = mixed.where(later.dt.day > 12, later.dt.strftime("13/01/2026 %H:%M:%S"))
+    if first == "day":
+        with pytest.raises(InputError, match="some begin with the day and some with the month"):
+            read(made.log.assign(t=mixed), tmp_path, "mixed.csv")
+
+
 @pytest.mark.parametrize("restored", [False, True])
 def test_a_clock_that_was_set_back(made, whole, tmp_path, restored):
     times = made.log.t.copy()

@@ -386,7 +386,7 @@ def test_models_that_do_not_fit_are_one_line(folder, tmp_path, capsys, run):
     cases = [
         ([str(folder), "--teacher", str(tmp_path / "wide")], out, "a vocabulary of 300 tokens, and small one of 256"),
         ([str(folder), "--teacher", str(tmp_path / "low")], out, "of another shape than small"),
-        ([str(tmp_path / "gpt2")], out, "gpt2 (gpt2) cannot be retrofitted: decoders of transformers can (llama,"),
+        ([str(tmp_path / "gpt2")], out, "gpt2 (gpt2) is no decoder whose attention can be replaced (llama,"),
         ([str(folder)], tmp_path / "there", "exists already"),
         ([str(tmp_path / "nowhere")], out, "nowhere"),
     ]

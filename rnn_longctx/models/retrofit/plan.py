@@ -108,7 +108,7 @@ def check_kind(model_type: str | None, name: str) -> None:
     """Raise InputError for a model that is no decoder of transformers whose attention can be replaced."""
     if model_type not in DECODERS:
         kind = f" ({model_type})" if model_type else ""
-        raise InputError(f"{name}{kind} cannot be retrofitted: decoders of transformers can ({', '.join(DECODERS)})")
+        raise InputError(f"{name}{kind} is no decoder whose attention can be replaced ({', '.join(DECODERS)})")
 
 
 def _check_heads(layer: int, groups: Sequence[tuple[int, ...]], most: int) -> None:
