@@ -44,7 +44,7 @@ class FitConfig:
     """
 
     schedule: str = "128:350,256:250,512:300,1024:100,2048:100"
-    lr: float = 3e-3
+    lr: float = 1e-3
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -86,6 +86,7 @@ class Run:
             "spread": scales.spread.tolist(),
             "edges": [[x for x in row if math.isfinite(x)] for row in scales.edges.tolist()],
             "quantiles": scales.quantiles.tolist(),
+            "few": scales.few.tolist(),
             "threshold": self.threshold,
             "source": self.source,
         }
@@ -99,7 +100,8 @@ class Run:
             about = json.loads((folder / "sensors.json").read_text())
             edges = np.array([row + [math.inf] * (BINS - 1 - len(row)) for row in about["edges"]])
             centre, spread, quantiles = (np.array(about[name]) for name in ("centre", "spread", "quantiles"))
-            scales = Scales(centre, spread, edges, quantiles)
+            few = np.array(about.get("few", [False] * len(centre)))  # (a fresh model alone asks)
+            scales = Scales(centre, spread, edges, quantiles, few)
             model = SensorModel(from_dict(SensorConfig, about["config"], str(folder)), scales)
             model.load_state_dict(load_file(folder / "model.safetensors"))
         except InputError:

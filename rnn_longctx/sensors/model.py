@@ -34,8 +34,9 @@ USUAL = {
 }
 CLIP = 8.0  # standard deviations: what a value is cut to before it goes through the linear map
 BINS = 32
-ALIKE = 2.0  # factor on fresh queries, which fresh keys are equal to
 LOUD = 2.0  # factor on fresh vectors of bins
+QUIET = 0.5  # factor on a fresh linear map of values
+CARRIED = 2.0  # factor on what a fresh layer makes of what it reads
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
@@ -78,17 +79,19 @@ class Scales:
         centre, spread: (S) float64, the median and a robust standard deviation of each.
         edges: (S, BINS - 1), between the bins of each; inf where it has fewer.
         quantiles: (S, 5), at QUANTILES.
+        few: (S) bool, whether a sensor has at most BINS values, as a lot's number has.
     """
 
     centre: np.ndarray
     spread: np.ndarray
     edges: np.ndarray
     quantiles: np.ndarray
+    few: np.ndarray
 
     @classmethod
     def of(cls, values: np.ndarray) -> Scales:
         """values: (T, S), NaN where one is missing; each sensor has at least two different ones."""
-        centre, spread, edges = [], [], []
+        centre, spread, edges, few = [], [], [], []
         for column in values.T:
             seen = column[np.isfinite(column)]
             low, middle, high = np.quantile(seen, [0.25, 0.5, 0.75])
@@ -96,13 +99,14 @@ class Scales:
             centre.append(middle)
             spread.append(wide if wide > 0 else seen.std())
             distinct = np.unique(seen)
-            if len(distinct) <= BINS:
+            few.append(len(distinct) <= BINS)
+            if few[-1]:
                 cuts = (distinct[1:] + distinct[:-1]) / 2
             else:
                 cuts = np.unique(np.quantile(seen, np.arange(1, BINS) / BINS))
             edges.append(np.pad(cuts, (0, BINS - 1 - len(cuts)), constant_values=np.inf))
         quantiles = [np.nanquantile(column, QUANTILES) for column in values.T]
-        return cls(np.array(centre), np.array(spread), np.array(edges), np.array(quantiles))
+        return cls(np.array(centre), np.array(spread), np.array(edges), np.array(quantiles), np.array(few))
 
     def standard(self, values: np.ndarray) -> np.ndarray:
         """Return (T, S) float32 of values (T, S): in standard deviations from the median; NaN stays."""
@@ -122,6 +126,10 @@ class RowEmbedding(nn.Module):
         bins = torch.randn(sensors, BINS + 1, d_model)  # the last one: missing
         self.weight = nn.Parameter(bins * LOUD / sensors**0.5)
         self.linear = nn.Linear(sensors + 1, d_model)
+        with torch.no_grad():
+            self.linear.weight *= QUIET
+            if scales.few.any():  # a row is to be like another of the same lot, not like its neighbours
+                self.weight[torch.from_numpy(~scales.few)] = 0
 
     def forward(self, rows: Tensor) -> Tensor:
         values, elapsed = rows[..., :-1], rows[..., -1:]
@@ -168,8 +176,12 @@ class SensorModel(nn.Module):
 def alike(mixer: Attention, linear: Tensor) -> None:
     """Let a fresh layer's keys be its queries, so that a row begins by reading rows like itself: that two rows name the
     same lot is seen from the start, and which likeness matters is what is learned. Likeness is of bins: what the linear
-    map (d_model, S + 1) adds, which is large where a value is far out, is not compared."""
-    queries, keys, _ = mixer.in_proj.weight.chunk(3)
+    map (d_model, S + 1) adds, which is large where a value is far out, is not compared. Maps are orthogonal, so that
+    likenesses are not blurred, and what is read is loud enough for the alarm to see it from the first update on."""
+    queries, keys, values = mixer.in_proj.weight.chunk(3)
     basis = torch.linalg.qr(linear).Q
-    queries.copy_(ALIKE * (queries - queries @ basis @ basis.T))
+    nn.init.orthogonal_(queries)
+    queries -= queries @ basis @ basis.T
     keys.copy_(queries)
+    nn.init.orthogonal_(values)
+    nn.init.orthogonal_(mixer.out_proj.weight, CARRIED)

@@ -97,6 +97,25 @@ def test_a_fresh_layer_compares_bins_and_not_what_the_linear_map_adds(log):
     torch.testing.assert_close(queries @ linear.weight, torch.zeros(32, 6), atol=1e-5, rtol=0)
 
 
+def test_a_fresh_layer_reads_a_lot_where_its_number_stood_and_not_its_own_neighbours():
+    log, _, made = made_log(6000)
+    model = fresh(log)
+    rows = rows_of_log(model.scales, log)
+    truth = made.truth[made.truth.dip > 128]
+    ends = [int(dip) + 7 for dip in truth.dip]
+    seen = []
+    model.lm.layers[1].mixer.register_forward_pre_hook(lambda mixer, args: seen.append(args[0]))
+    with torch.no_grad():
+        model(torch.stack([rows[end - 128 : end] for end in ends]))
+        queries, keys, _ = model.lm.layers[1].mixer.in_proj(seen[0]).chunk(3, -1)
+        weights = (queries[:, -1:] @ keys.transpose(1, 2) / 32**0.5).softmax(-1)[:, 0]
+    strikes = [end - int(strike) for end, strike in zip(ends, truth.strike)]
+    read = np.mean([float(row[128 - ago : 140 - ago].sum()) for row, ago in zip(weights, strikes)])
+    assert read > 3 * 12 / 128
+    number = dict(zip(NAMES, model.scales.few))
+    assert number == {"temp": False, "vib": False, "press": False, "lot_a": True, "lot_b": True}
+
+
 def test_average_precision_is_its_definition():
     rng = np.random.default_rng()
     scores, true = rng.integers(0, 8, 60).astype(float), rng.random(60) < 0.3
@@ -158,7 +177,7 @@ def test_a_plant_is_what_it_says():
 def test_fitting_learns_what_a_window_holds_and_a_run_is_kept(tmp_path):
     log, before, _ = made_log(6000)
     config = SensorConfig(NAMES, [for_sensors("two-stage")], d_model=32)
-    model = fit(log, before, config, FitConfig("64:60"))
+    model = fit(log, before, config, FitConfig("64:60", lr=3e-3))
     rows = rows_of_log(model.scales, log)
     held_out = parts(len(log.times))[2]
     logits = read_rows(model, rows).logits
