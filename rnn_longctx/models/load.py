@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from rnn_longctx.models.checkpoint.load import load as load_own
 from rnn_longctx.models.lm import LM
 from rnn_longctx.models.retrofit.files import is_retrofitted, load_retrofitted
-from rnn_longctx.models.retrofit.model import Retrofitted
+
+if TYPE_CHECKING:
+    from rnn_longctx.models.retrofit.model import Retrofitted
 
 
 def load(

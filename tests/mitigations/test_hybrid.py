@@ -148,7 +148,7 @@ def test_evaluate_adds_them_where_a_hybrid_is_read_beyond_its_training(tmp_path,
         frame = evaluate(model, [96, 160], **given)
     assert set(diagnostics(96)) < set(frame.mitigation) and "chunk-select:chunk=2000" in set(frame.mitigation)
     messages = [record.getMessage() for record in caplog.records if "not applicable" in record.getMessage()]
-    assert {message.split()[0].partition(":")[0] for message in messages} == {"decimate", "erase", "lamb"}
+    assert {message.split()[0].partition(":")[0] for message in messages} == {"decimate", "erase", "lamb", "yarn"}
     assert any(" is not applicable: decimate drops tokens" in message for message in messages)
     with pytest.raises(NotApplicable, match="decimate"):
         evaluate(model, [96, 160], **given | {"mitigations": ["all", "decimate"]})
@@ -170,6 +170,7 @@ def test_all_goes_on_without_what_mamba1_has_not(tmp_path, caplog):
         "decimate",
         "lamb",
         "erase",
+        "yarn",
         "attention-window",
         "reset-recurrence",
     }

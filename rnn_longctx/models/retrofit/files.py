@@ -14,7 +14,7 @@ import shutil
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -29,8 +29,10 @@ from rnn_longctx.models.adopt.library import library_model
 from rnn_longctx.models.checkpoint.json_files import read_json, write_json
 from rnn_longctx.models.checkpoint.locate import locate
 from rnn_longctx.models.checkpoint.tokenizer import LazyTokenizer, fits, tokenizer_of, tokenizer_spec, write_tokenizer
-from rnn_longctx.models.retrofit.model import Retrofitted
-from rnn_longctx.models.retrofit.plan import Plan, check_kind, convert
+
+if TYPE_CHECKING:
+    from rnn_longctx.models.retrofit.model import Retrofitted
+    from rnn_longctx.models.retrofit.plan import Plan
 
 PLAN, WEIGHTS = "retrofit.json", "retrofit.safetensors"
 PARTS = ".self_attn.parts."  # in the names of what transformers does not know
@@ -121,6 +123,10 @@ def load_retrofitted(
         InputError: it is damaged, its weights do not fit its plan or are not finite, or it has no tokenizer and none is
             given.
     """
+    # (here, since what is adopted takes torch.compile's machinery, which takes seconds to import)
+    from rnn_longctx.models.retrofit.model import Retrofitted
+    from rnn_longctx.models.retrofit.plan import Plan, check_kind, convert
+
     length = None if train_length is None else parse_length(train_length, "train_length")
     directory, name, provenance = locate(source)
     about = read_json(directory / PLAN) if (directory / PLAN).is_file() else {}
