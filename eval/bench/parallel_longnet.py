@@ -72,7 +72,7 @@ def longnet_rows(layer: LongNet, length: int) -> Iterator[Row]:
     weight = layer.in_proj.weight
     world, rank, device = dist.get_world_size(), dist.get_rank(), weight.device
     share, numbers = length // world, sorted({2**i for i in range(world.bit_length())} | {world})
-    for ranks in numbers:
+    for ranks in reversed(numbers):
         refuse_many(layer.patterns, ranks, 0, ranks * share)
     least: dict[str, float] = {}
     fused = fused_layers(True) if device.type == "cuda" else nullcontext()

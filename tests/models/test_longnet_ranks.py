@@ -250,6 +250,8 @@ def check_benchmark(device: torch.device) -> None:
             assert row["of_ideal"] == pytest.approx(alone["seconds"] / row["seconds"] / row["ranks"])
     with pytest.raises(InputError, match="16 tokens in 2 segments of 8 are read by at most as many ranks, got 4"):
         next(ranked.longnet_rows(layer, 16))
+    with pytest.raises(InputError, match="24 tokens in 3 segments of 8"):
+        next(ranked.longnet_rows(layer, 27))  # shares of 6: the fourth segment is none that is read
 
 
 def check_half_precision(device: torch.device) -> None:
