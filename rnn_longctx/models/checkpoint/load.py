@@ -25,19 +25,8 @@ def load(
     tokenizer: str | None = None,
     train_length: int | str | None = None,
 ) -> LM:
-    """Return a model in eval mode from a directory, a Hugging Face hub id, or "demo" or "demo-long", which come with
-    the package.
-
-    Args:
-        dtype: of the weights; None is float32. A_log, D and dt_bias stay float32 in a 16-bit model.
-        tokenizer: instead of the checkpoint's own: a directory, a hub id or "bytes".
-        train_length: tokens (2048, "2k"), where the checkpoint does not say or is wrong.
-    Returns:
-        The model, with name, train_length, tokenizer, provenance and calibration.
-    Raises:
-        InputError: no such checkpoint, an unsupported one, one that is damaged or does not fit its config, or
-            weights that are not finite. An unreachable tokenizer raises when it is used, unless named here.
-    """
+    """Return one of this library's own models, in eval mode. Arguments and errors as of `rnn_longctx.load`, which takes
+    retrofitted decoders, too."""
     weights_dtype, device = dtype_of("float32" if dtype is None else dtype), device_of(device)
     stated_length = None if train_length is None else parse_length(train_length, "train_length")
     directory, name, provenance = locate(source)

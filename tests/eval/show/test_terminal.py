@@ -11,10 +11,9 @@ from rich.console import Console
 
 from rnn_longctx.eval.results import to_frame
 from rnn_longctx.eval.show.plots import plot_all
-from rnn_longctx.eval.show.terminal import conclusion, context_gain, header, summary, table, to_text
+from rnn_longctx.eval.show.terminal import conclusion, context_gain, summary, table, to_text
 from rnn_longctx.eval.tables.leaderboard import leaderboard
 from rnn_longctx.eval.tables.sheets import sheets, whole_sheets
-from rnn_longctx.models.state_size import StateSize
 
 CONTROLS = {"recompute:last=512", "reset:every=512,overlap=256"}
 
@@ -418,16 +417,6 @@ def test_terminal_output_marks_the_collapse(story):
     assert "\x1b[31m" in out and "\x1b[1m" in out
 
 
-def test_header_says_what_is_measured():
-    console = Console(file=io.StringIO(), width=100)
-    console.print(
-        header("tiny", 2_913_408, StateSize({"scan": 393216, "conv": 13824}), 256, "cpu", "float32", "chunked")
-    )
-    out = console.file.getvalue()
-    assert "2.9M parameters" in out and "407,040 elements (scan 393,216 + conv 13,824)" in out
-    assert "256 tokens" in out and "cpu, float32, chunked" in out
-
-
 def test_states_of_other_precision_are_not_mixed(make):
     both = pd.concat([make(), make(seed=1, state_dtype="bfloat16")], ignore_index=True)
     notes = [s.note for s in sheets(both) if s.task == "lm"]
@@ -452,22 +441,3 @@ def test_no_verdict_names_a_length_that_was_not_read(make):
     assert conclusion(bare) == words  # a table from before the column, of those lengths
     assert set(summary(frame)["length"]) == {2610} and summary(bare).equals(summary(frame))
     assert 2610 in set(leaderboard(frame)["length"]) and leaderboard(frame).equals(leaderboard(bare))
-
-
-@pytest.mark.parametrize(
-    ("state", "said"),
-    [
-        (StateSize({"scan": 3, "conv": 4}), "7 elements (scan 3 + conv 4)"),
-        (StateSize({"scan": 3}, per_token=1234), "3 elements (scan 3), and 1,234 more with every token read"),
-        (StateSize(windows={255: 512, 10: 3}), "up to 130,590 of the last tokens"),
-        (
-            StateSize(per_token=2, windows={3: 2}, chunks={64: 512}),
-            "up to 6 of the last tokens, and 2 more with every token read, and 512 more with every 64 tokens",
-        ),
-        (StateSize(), "none"),
-    ],
-)
-def test_the_header_says_what_is_kept_and_what_grows(state, said):
-    console = Console(file=io.StringIO(), width=150)
-    console.print(header("tiny", 10, state, None, "cpu", "float32", "torch"))
-    assert re.search(rf"^state +{re.escape(said)} *$", console.file.getvalue(), re.MULTILINE)
