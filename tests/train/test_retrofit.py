@@ -240,8 +240,8 @@ def test_reach_is_counted_token_by_token():
     assert (last.sink, last.beyond, last.missed, last.distance) == pytest.approx(expected, rel=1e-6)
     plan = plan_of(model, SPARSE, "1,2")
     stays = max(r.missed for r in found if r.layer == 1)
-    left = spared(plan, found, stays * 0.999)
-    assert set(left.layers[1][0][1]) == {r.head for r in found if r.layer == 1 and r.missed < stays}
+    left = spared(plan, found, stays * 0.999)  # (another head may lie as near)
+    assert set(left.layers[1][0][1]) == {r.head for r in found if r.layer == 1 and r.missed <= stays * 0.999}
     assert spared(plan, found, -1.0).layers == {}
 
 
