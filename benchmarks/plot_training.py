@@ -1,4 +1,4 @@
-"""docs/training.png, from benchmarks/results/continual.csv."""
+"""docs/results/training.png, from benchmarks/results/continual.csv."""
 
 import csv
 from pathlib import Path
@@ -42,7 +42,7 @@ def main() -> None:
     axes[1].set_ylabel("passkeys found")
     axes[1].axvline(16384, ls=":", c="grey")
     figure.tight_layout()
-    figure.savefig(root / "docs" / "training.png", dpi=110)
+    figure.savefig(root / "docs" / "results" / "training.png", dpi=110)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What docs/sensors.md says, measured: each part appends to a table of its own in --out.
+"""What docs/guides/sensors.md says, measured: each part appends to a table of its own in --out.
 
 python benchmarks/sensors.py fit --out runs/sensors        # a log with short lags; a model a mixer
 python benchmarks/sensors.py lags --out runs/sensors       # average precision by lag, on a log with lags to 100K rows

@@ -7,7 +7,7 @@
 LongMamba (arXiv 2504.16053) tells heads (channels, in Mamba-1) apart in this way, with theta 0.05: global ones see
 past the training length and are those that it filters. Under a remedy that changes the gates these are the decays
 under it. Caps, windows and resets drop more than decays say, and a rule that erases changes more: there this is what
-the decays alone would leave (docs/remedies-on-new-gates.md says where that is a bound).
+the decays alone would leave (docs/results/remedies-on-new-gates.md says where that is a bound).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Imports run one way (docs/architecture.md), over the syntax tree: those inside functions and those for types alone
+"""Imports run one way (docs/develop/architecture.md), over the syntax tree: those inside functions and those for types alone
 count as well."""
 
 from __future__ import annotations

@@ -96,7 +96,7 @@ def test_sums_enough_or_layers_enough_come_near(seed):
 
 @pytest.mark.slow
 def test_error_over_width_length_and_layers(seed):
-    """The table of docs/tasks.md: `pytest -m slow -s tests/eval/test_equivariant_sets.py` prints it."""
+    """The table of docs/guides/tasks.md: `pytest -m slow -s tests/eval/test_equivariant_sets.py` prints it."""
     errors = {}
     for layers in (1, 2):
         for width in (1, 2, 4, 8):

@@ -1,4 +1,4 @@
-"""docs/remedies-on-new-gates.md: its tables against models of every kind, and what it says of norms and retention."""
+"""docs/results/remedies-on-new-gates.md: its tables against models of every kind, and what it says of norms and retention."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from rnn_longctx.recurrence.gates import DeltaGates, ScanInputs
 from rnn_longctx.recurrence.policy import ScanPolicy
 from rnn_longctx.testing.remedies import TARGET_LENGTH, TRAIN_LENGTH, calibration_text, examples
 
-PAGE = (Path(__file__).parents[2] / "docs" / "remedies-on-new-gates.md").read_text()
+PAGE = (Path(__file__).parents[2] / "docs" / "results" / "remedies-on-new-gates.md").read_text()
 KINDS = {
     "Mamba-2": ["mamba2:headdim=8,d_state=4"],
     "Mamba-1": ["mamba1:d_state=4"],

@@ -2,7 +2,7 @@
 
 While a mixer with a policy runs, and only then, dispatchers stand in the place of these functions; a context variable
 tells them whose call it is, so that other mixers (and other threads) get the originals. Everything else of the mixer
-stays as it is. docs/adoption.md draws it.
+stays as it is. docs/develop/adoption.md draws it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """One mixer of another library under our policies: what all families have in common.
 
 Ours stand before the methods of one object, `mixer.forward` and with mamba_ssm `mixer.step`, while a policy asks for it
-(`AdoptedMixer.sync`), and pass everything on to the library's otherwise. docs/adoption.md draws it.
+(`AdoptedMixer.sync`), and pass everything on to the library's otherwise. docs/develop/adoption.md draws it.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ from rnn_longctx.recurrence.statistics import Statistics
 
 CHUNK = 64
 LARGEST_CAPPED = 128 * 256  # numbers of a state that one program of the capping kernel holds
-BLOCK = 32  # chunks: of 8, 16, 32 and 64 the fastest for 64K tokens on an H200 (docs/gpu.md)
+BLOCK = 32  # chunks: of 8, 16, 32 and 64 the fastest for 64K tokens on an H200 (docs/results/gpu.md)
 LOG2_E = 1.4426950408889634  # fla's decays within kernels are powers of 2
 
 

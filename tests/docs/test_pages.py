@@ -24,8 +24,8 @@ from rnn_longctx.tasks import TASKS
 from rnn_longctx.testing.mixers import check_mixer
 from rnn_longctx.train import TrainConfig, train
 
-ROOT = Path(__file__).parents[1]
-PAGES = sorted((ROOT / "docs").glob("*.md"))
+ROOT = Path(__file__).parents[2]
+PAGES = sorted((ROOT / "docs").rglob("*.md"))
 FENCE = re.compile(r"^```python *([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[[^\]]*\]\((?!https?://)([^)#]+)")
 TEXT = Text("page", b"def add(a, b):\n    return a + b\n\n\n" * 200)
@@ -33,7 +33,7 @@ TEXT = Text("page", b"def add(a, b):\n    return a + b\n\n\n" * 200)
 
 def blocks(page: str) -> tuple[str, str]:
     """The file that a page has one write, and the test that it shows of it."""
-    found = FENCE.findall((ROOT / "docs" / f"add-a-{page}.md").read_text())
+    found = FENCE.findall((ROOT / "docs" / "develop" / f"add-a-{page}.md").read_text())
     assert [title for title, _ in found] == ["", 'title="test"'], f"{page}: one whole file, and one test"
     return found[0][1], found[1][1]
 
