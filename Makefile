@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test test-slow lint env clean
+.PHONY: demo test test-slow lint docs env clean
 
 demo: $(STAMP)  ## evaluate the embedded checkpoint: a table, and runs/demo with results and plots
 	$(BIN)/rnn-longctx eval --config configs/eval/demo.yaml
@@ -20,6 +20,10 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(VENV)/.docs  ## build/docs/index.html: the pages of docs/, and a reference made from the code
+	$(BIN)/sphinx-build -q -W --keep-going -E -b html -d build/doctrees docs build/docs
+	@echo "open build/docs/index.html"
+
 env: $(STAMP)
 
 # Torch first and alone, at the version of constraints.txt.
@@ -28,6 +32,10 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt torch
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+$(VENV)/.docs: $(STAMP)
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[docs]'
 	touch $@
 
 clean:
