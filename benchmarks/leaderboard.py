@@ -1,4 +1,4 @@
-"""benchmarks/results/leaderboard.csv and the tables of docs/results/leaderboard.md, from the folders of `rnn-longctx eval`:
+"""benchmarks/results/leaderboard.csv and the tables of docs/results/leaderboard.md, from folders of `rnn-longctx eval`:
 
     python benchmarks/leaderboard.py runs/leaderboard/demo runs/leaderboard/prose
 

@@ -1,6 +1,6 @@
 """benchmarks/results/retrofit.csv, retrofit_reach.csv and retrofit_log.csv (every update of the gates), and the tables
-of docs/guides/retrofit.md: what a small decoder loses when its attention is replaced. One command, on a CPU, about 15 minutes
-of one core:
+of docs/guides/retrofit.md: what a small decoder loses when its attention is replaced. One command, on a CPU, about
+15 minutes of one core:
 
     python benchmarks/retrofit.py runs/retrofit
 

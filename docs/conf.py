@@ -19,7 +19,7 @@ exclude_patterns = ["_ext"]
 myst_heading_anchors = 4
 myst_links_external_new_tab = False
 highlight_language = "none"  # indented blocks are command lines and equations
-nitpicky = False
+smartquotes = False  # it makes one dash of two, in options
 
 html_theme = "furo"
 html_title = "rnn-longctx"

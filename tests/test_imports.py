@@ -1,5 +1,5 @@
-"""Imports run one way (docs/develop/architecture.md), over the syntax tree: those inside functions and those for types alone
-count as well."""
+"""Imports run one way (docs/develop/architecture.md), over the syntax tree: those inside functions and those for
+types alone count as well."""
 
 from __future__ import annotations
 

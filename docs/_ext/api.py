@@ -6,13 +6,15 @@ import importlib
 import inspect
 import pkgutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from prose import docstring
 
 PACKAGE = "rnn_longctx"
-# The subpackages that a person imports from, in the order of the page; each says with `__all__` what is public.
-SUBPACKAGES = ("data", "tasks", "models", "models.checkpoint", "models.mixers", "mitigations", "train", "eval", "eval.capacity", "eval.compare", "eval.tune")  # fmt: skip
+# The rooms in the order of the page; of each its packages that say with `__all__` what is public.
+ROOMS = ("data", "tasks", "recurrence", "models", "mitigations", "probes", "train", "eval", "sensors")
+INSIDE = ("eval.show",)  # whose `__all__` is for the command line
 # Modules without `__all__` all of whose functions and classes without an underscore are public.
 MODULES = (
     *("testing.mixers", "testing.recurrences", "testing.remedies", "testing.tasks"),
@@ -35,12 +37,19 @@ def names(module: str) -> list[str]:
 def page() -> str:
     """Return the page: a section a module, an entry a name. What stands in two places is described in the first."""
     described: dict[int, str] = {}
-    return "\n\n".join(_section(module, described) for module in _modules())
+    return "\n\n".join(_section(module, described) for module in modules())
 
 
-def _modules() -> Iterator[str]:
+def modules() -> Iterator[str]:
+    """Yield the modules of the page: the package, its packages that say what is public, and MODULES."""
     yield PACKAGE
-    yield from (f"{PACKAGE}.{name}" for name in (*SUBPACKAGES, *MODULES))
+    root = Path(__file__).resolve().parents[2] / PACKAGE
+    for room in ROOMS:
+        for path in sorted((root / room).resolve().rglob("__init__.py")):
+            name = ".".join((room, *path.parent.relative_to((root / room).resolve()).parts))
+            if "\n__all__ = " in path.read_text() and not name.startswith(INSIDE):
+                yield f"{PACKAGE}.{name}"
+    yield from (f"{PACKAGE}.{name}" for name in MODULES)
 
 
 def _section(module: str, described: dict[int, str]) -> str:
@@ -107,7 +116,8 @@ def _signature(thing: Any, method: bool = False) -> str:
         return "()"
     parameters = list(signature.parameters.values())[1 if method else 0 :]
     plain = [
-        p.replace(default=_Text("...")) if p.default is not p.empty and " " in repr(p.default) else p for p in parameters
+        p.replace(default=_Text("...")) if p.default is not p.empty and " " in repr(p.default) else p
+        for p in parameters
     ]
     returns = signature.empty if inspect.isclass(thing) else signature.return_annotation
     text = str(signature.replace(parameters=plain, return_annotation=returns))

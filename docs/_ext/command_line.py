@@ -26,13 +26,15 @@ def _walk(name: str, command: Any) -> Iterator[tuple[str, Any]]:
 
 def page() -> str:
     """Return the page: a section a command, with its help and its options."""
-    return "\n\n".join([f"`{PROGRAM} {escaped(PLUGIN)}`", *(_section(*item) for item in commands().items())])
+    option, _, meaning = PLUGIN.partition(",")
+    return "\n\n".join([f"`{option}`,{meaning}", *(_section(*item) for item in commands().items())])
 
 
 def _section(name: str, command: Any) -> str:
     shown = [p for p in command.params if not getattr(p, "hidden", False) and p.name != "help"]
     rows = [[_names(p), _kind(p), _default(p), _help(p)] for p in shown]
-    usage = " ".join([f"{PROGRAM} {name}", "[OPTIONS]", *(_argument(p) for p in shown if _is_argument(p))])
+    arguments = [_argument(p) for p in shown if _is_argument(p)]
+    usage = " ".join([f"{PROGRAM} {name}", "[OPTIONS]", *(arguments or ["COMMAND ..."] * hasattr(command, "commands"))])
     parts = [f"## {name}", f"    {usage}", _about(command)]
     if rows:
         parts.append(table(["", "takes", "unless given", ""], rows))
@@ -50,7 +52,7 @@ def _is_argument(parameter: Any) -> bool:
 
 
 def _argument(parameter: Any) -> str:
-    text = parameter.name.upper() + (" ..." if parameter.nargs == -1 else "")
+    text = parameter.name.upper() + (" ..." if _many(parameter) else "")
     return text if parameter.required else f"[{text}]"
 
 
@@ -71,7 +73,13 @@ def _kind(parameter: Any) -> str:
         kind = parameter.type_descriptor.annotation
         kind = next(iter(get_args(kind)), kind) if get_origin(kind) in (list, tuple) else kind
         word = NAMES.get(kind) or getattr(kind, "__name__", str(kind)).lower()
-    return f"{word}, more than once" if parameter.multiple or parameter.nargs == -1 else word
+    return f"{word}, more than once" if _many(parameter) else word
+
+
+def _many(parameter: Any) -> bool:
+    """Return whether a parameter may be given again."""
+    kind = getattr(getattr(parameter, "type_descriptor", None), "annotation", None)
+    return parameter.multiple or parameter.nargs == -1 or get_origin(kind) in (list, tuple)
 
 
 def _default(parameter: Any) -> str:

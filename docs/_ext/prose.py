@@ -55,12 +55,6 @@ def escaped(line: str) -> str:
     return "".join(part if i % 2 else part.replace("<", "\\<") for i, part in enumerate(re.split(r"(`[^`]*`)", line)))
 
 
-def first_sentence(thing: Any) -> str:
-    """Return the first sentence of a thing's docstring, on one line."""
-    paragraph = " ".join(docstring(thing).split("\n\n")[0].split())
-    return re.split(r"(?<=\.) (?=[A-Z])", paragraph)[0]
-
-
 def attributes(kind: type) -> dict[str, str]:
     """Return what a class's docstring says of each of its attributes, on one line each."""
     found: dict[str, str] = {}

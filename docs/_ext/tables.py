@@ -10,7 +10,7 @@ import tokenize
 from dataclasses import MISSING, Field, fields
 from typing import Any
 
-from prose import attributes, docstring, escaped, first_sentence, markdown, table
+from prose import attributes, docstring, escaped, table
 
 from rnn_longctx.eval.bench.base import BENCHES
 from rnn_longctx.eval.results import KEY, VALUE
@@ -74,7 +74,7 @@ COLUMNS = {
     "value": "the number",
     "stderr": "its standard error",
     "n": "slices or prompts",
-    "samples": "one number a slice or prompt, in the order of the slices, so that rows on the same text pair by position",
+    "samples": "one number a slice or prompt, in their order, so that rows on the same text pair by position",
     "train_length": "tokens",
     "seconds": "of the whole cell",
     "tokens_per_second": "of reading",
@@ -116,9 +116,7 @@ def recurrences() -> str:
 
 def tasks() -> str:
     """Return a section a task: what is asked, and its parameters."""
-    return "\n\n".join(
-        "\n\n".join([f"## {name}", docstring(TASKS[name]), parameters(TASKS[name])]) for name in TASKS
-    )
+    return "\n\n".join("\n\n".join([f"## {name}", docstring(TASKS[name]), parameters(TASKS[name])]) for name in TASKS)
 
 
 def benches() -> str:
@@ -163,7 +161,7 @@ def result_table() -> str:
 
 
 def _module(kind: type) -> str:
-    """Return the docstring of the module that a class is defined in, where it tells of the class alone; else its own."""
+    """Return the docstring of the module of a class, where it tells of that class alone; else the class's own."""
     module = importlib.import_module(kind.__module__)
     alone = len([v for v in vars(module).values() if isinstance(v, type) and _named(v, module)]) == 1
     return docstring(module) if alone else docstring_of_config(kind)
@@ -219,6 +217,3 @@ def comments_of(kind: type) -> dict[str, str]:
             text = beside.get(number) or (beside.get(number - 1, "") if above else "")
             found.setdefault(name, text)
     return found
-
-
-__all__ = ["benches", "configs", "first_sentence", "markdown", "mixers", "recurrences", "remedies", "result_table", "tasks"]

@@ -21,8 +21,7 @@ SLOW = ("docs/guides/monitor.md",)  # it watches ten thousand tokens
 
 
 @pytest.mark.parametrize(
-    "page",
-    [pytest.param(p, marks=pytest.mark.slow if pages.name(p) in SLOW else (), id=pages.name(p)) for p in RUN],
+    "page", [pytest.param(p, marks=pytest.mark.slow if pages.name(p) in SLOW else (), id=pages.name(p)) for p in RUN]
 )
 def test_they_run(page, tmp_path, monkeypatch):
     """(Pages that have one write a file have tests of their own: tests/docs/test_pages.py.)"""

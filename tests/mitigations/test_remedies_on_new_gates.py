@@ -1,4 +1,5 @@
-"""docs/results/remedies-on-new-gates.md: its tables against models of every kind, and what it says of norms and retention."""
+"""docs/results/remedies-on-new-gates.md: its tables against models of every kind, and what it says of norms and
+retention."""
 
 from __future__ import annotations
 

@@ -6,7 +6,8 @@
     rnn_longctx.evaluate(rnn_longctx.adopt(model, tokenizer=tokenizer, train_length=2048), ...)
 
 The model stays as it is: its mixers, norms, masks and attention are its own. Where a policy is active, a mixer's scan
-and step are ours. docs/develop/adoption.md draws how; a family of mixers is one file in `rnn_longctx.models.adopt.families`.
+and step are ours. docs/develop/adoption.md draws how; a family of mixers is one file in
+`rnn_longctx.models.adopt.families`.
 """
 
 from __future__ import annotations
