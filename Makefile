@@ -12,7 +12,7 @@ demo: $(STAMP)  ## evaluate the embedded checkpoint: a table, and runs/demo with
 test: $(STAMP)  ## a process a core, of one thread each, which takes tests from the others once it has none
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
-test-slow: $(STAMP)
+test-slow: $(VENV)/.docs
 	$(BIN)/python -m pytest -m slow
 
 lint: $(STAMP)
