@@ -166,7 +166,6 @@ SECONDS = [
 SLOW = [
     "rnn-longctx capacity plot benchmarks/results/capacity",
     "rnn-longctx probe demo --length 32k --slices 4 --prove --remember",
-    "rnn-longctx eval demo --lengths 1m --task lm:slices=1,tokens=0",
     "rnn-longctx compare configs/compare/smoke.yaml --jobs 2",
     "rnn-longctx compare configs/compare/growth_smoke.yaml",
     "rnn-longctx train configs/train/tasks/induction.yaml --set out=runs/train/mine",
