@@ -5,10 +5,11 @@ from __future__ import annotations
 import importlib
 import inspect
 import io
+import pkgutil
 import textwrap
 import tokenize
-from dataclasses import MISSING, Field, fields
-from typing import Any
+from dataclasses import MISSING, Field, fields, is_dataclass
+from typing import Any, get_args, get_type_hints
 
 from prose import attributes, docstring, escaped, table
 
@@ -20,29 +21,13 @@ from rnn_longctx.recurrence.interface import RECURRENCES
 from rnn_longctx.spec import Range, tunable
 from rnn_longctx.tasks import TASKS
 
-# What a person writes in YAML, or gives to a function: a title, and the dataclasses of its parts.
+# What a person writes in YAML, or gives to a function: a title, and a dataclass; those of its fields follow.
 CONFIGS = {
     "Evaluation": ["rnn_longctx.eval.question.EvalConfig"],
-    "Training": [
-        f"rnn_longctx.train.config.{name}"
-        for name in ("TrainConfig", "DataConfig", "PasskeyConfig", "OptimizerConfig", "ScheduleConfig", "PassingConfig")
-    ]
-    + ["rnn_longctx.train.config.EvaluateConfig", "rnn_longctx.train.config.OnlineConfig"],
     "Models": ["rnn_longctx.models.config.ModelConfig", "rnn_longctx.models.mixers.mamba2.Mamba2Config"],
-    "Comparisons": [
-        "rnn_longctx.eval.compare.config.CompareConfig",
-        "rnn_longctx.eval.compare.config.ShapeConfig",
-        "rnn_longctx.eval.compare.config.TrainingConfig",
-        "rnn_longctx.eval.compare.config.ScoreConfig",
-        *(
-            f"rnn_longctx.eval.compare.measures.{name}Config"
-            for name in ("Measure", "Loss", "Recall", "Probe", "Remedy", "Costs")
-        ),
-        "rnn_longctx.eval.compare.growth.GrowthConfig",
-    ],
-    "Capacity": [
-        f"rnn_longctx.eval.capacity.config.{name}Config" for name in ("Capacity", "Measure", "MQAR", "Pretrain")
-    ],
+    "Training": ["rnn_longctx.train.config.TrainConfig"],
+    "Comparisons": ["rnn_longctx.eval.compare.config.CompareConfig", "rnn_longctx.eval.compare.growth.GrowthConfig"],
+    "Capacity": ["rnn_longctx.eval.capacity.config.CapacityConfig"],
     "lm-eval": ["rnn_longctx.eval.harness.run.HarnessConfig"],
     "Retrofit": ["rnn_longctx.train.retrofit.RetrofitConfig"],
     "Sensors": [
@@ -140,13 +125,35 @@ def _said(annotation: Any) -> str:
 def configs() -> str:
     """Return a section a kind of config, and in it a table a dataclass."""
     parts = []
-    for title, places in CONFIGS.items():
+    for title, kinds in kinds_of_configs().items():
         parts.append(f"## {title}")
-        for place in places:
-            module, _, name = place.rpartition(".")
-            kind = getattr(importlib.import_module(module), name)
-            parts += [f"### {name}", docstring_of_config(kind), parameters(kind)]
+        for kind in kinds:
+            parts += [f"### {kind.__name__}", docstring_of_config(kind), parameters(kind)]
     return "\n\n".join(part for part in parts if part)
+
+
+def kinds_of_configs() -> dict[str, list[type]]:
+    """Return the dataclasses of each title, each once, with those that its fields may hold behind it."""
+    seen: set[type] = set()
+    found: dict[str, list[type]] = {}
+    for title, places in CONFIGS.items():
+        found[title] = []
+        open_ = [pkgutil.resolve_name(place) for place in places]
+        while open_:
+            kind = open_.pop(0)
+            if kind not in seen:
+                seen.add(kind)
+                found[title].append(kind)
+                hints = get_type_hints(kind)
+                open_ += [inner for f in fields(kind) for inner in _dataclasses(hints[f.name])]
+    return found
+
+
+def _dataclasses(hint: Any) -> list[type]:
+    """Return the dataclasses of this package in a type."""
+    if isinstance(hint, type) and is_dataclass(hint):
+        return [hint] if hint.__module__.startswith("rnn_longctx") else []
+    return [kind for inner in get_args(hint) for kind in _dataclasses(inner)]
 
 
 def docstring_of_config(kind: type) -> str:
