@@ -9,24 +9,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import api
 import command_line
-import tables
+import listings
+import python_api
 
 DOCS = Path(__file__).resolve().parents[1]
 MARK = re.compile(r"^<!-- generated: ([\w-]+) -->$", re.MULTILINE)
 LINK = re.compile(r"(?<!!)\[([^\]]*)\]\((?!https?://|#)([^)#\s]+)(?:#[^)\s]*)?\)")
 
 GENERATED: dict[str, Callable[[], str]] = {
-    "python": api.page,
+    "python": python_api.page,
     "command-line": command_line.page,
-    "configs": tables.configs,
-    "result-table": tables.result_table,
-    "remedies": tables.remedies,
-    "mixers": tables.mixers,
-    "recurrences": tables.recurrences,
-    "tasks": tables.tasks,
-    "benches": tables.benches,
+    "configs": listings.configs,
+    "result-table": listings.result_table,
+    "remedies": listings.remedies,
+    "mixers": listings.mixers,
+    "recurrences": listings.recurrences,
+    "tasks": listings.tasks,
+    "benches": listings.benches,
 }
 
 

@@ -6,11 +6,11 @@ import pkgutil
 import re
 from dataclasses import fields
 
-import api
 import command_line
+import listings
 import pages
 import pytest
-import tables
+import python_api
 from filling import GENERATED, MARK, filled, inside
 from prose import attributes, docstring, escaped, markdown
 
@@ -31,18 +31,18 @@ def headings(text):
 
 
 def test_every_public_name_is_in_the_reference():
-    text = api.page()
+    text = python_api.page()
     described = ENTRY.findall(text)
     assert len(described) == len(set(described))
     assert {f"rnn_longctx.{name}" for name in rnn_longctx.__all__} <= set(described)
     things = {id(pkgutil.resolve_name(name)) for name in described}
-    for module in api.modules():
-        for name in api.names(module):
+    for module in python_api.modules():
+        for name in python_api.names(module):
             assert id(pkgutil.resolve_name(name)) in things, name
 
 
 def test_packages_that_say_what_is_public_are_found():
-    found = set(api.modules())
+    found = set(python_api.modules())
     assert {"rnn_longctx", "rnn_longctx.mitigations", "rnn_longctx.eval.compare", "rnn_longctx.testing.mixers"} <= found
     assert "rnn_longctx.eval.show.terminal" not in found and "rnn_longctx.cli" not in found
 
@@ -79,9 +79,9 @@ def test_every_option_of_every_command_is_there():
 
 
 def test_columns_and_configs_are_whole():
-    assert set(tables.COLUMNS) == set(COLUMNS)
-    text = tables.configs()
-    kinds = tables.kinds_of_configs()
+    assert set(listings.COLUMNS) == set(COLUMNS)
+    text = listings.configs()
+    kinds = listings.kinds_of_configs()
     assert {"DataConfig", "MixedTask", "PassingConfig"} <= {kind.__name__ for kind in kinds["Training"]}
     for title, of in kinds.items():
         part = text.partition(f"## {title}\n")[2].partition("\n## ")[0]
