@@ -7,6 +7,7 @@ result, only recomputed. Layout of a results directory:
     cells/<sha256 of the key>.json      one row each
     snapshots/<name>                    carries of an unfinished stream, to resume it
     results.parquet, results.csv        what plots and reports read
+    runs.jsonl                          a line a command that measured something: itself, versions, device
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import hashlib
 import io
 import json
 import logging
+import math
 import os
 import tempfile
 import time
@@ -49,6 +51,7 @@ VALUE = (
 COLUMNS = KEY + VALUE
 _INTS = {"length", "batch", "seed", "n", "train_length", "peak_bytes", "tokens_read"}
 _FLOATS = {"depth", *VALUE} - _INTS - {"samples", "version"}
+RUNS = "runs.jsonl"
 _STALE = 3600.0  # seconds after which a temporary file can only be a killed run's
 
 Row = dict[str, Any]
@@ -112,6 +115,14 @@ class Results:
         csv = frame.assign(samples=texts).to_csv(index=False, lineterminator="\n")
         write_atomic(self.directory / "results.csv", csv.encode())
         return frame
+
+    def note_run(self, about: Mapping[str, str]) -> None:
+        """Append to runs.jsonl what a command was, and under which versions it ran; a repetition once."""
+        line = json.dumps(dict(about)) + "\n"
+        path = self.directory / RUNS
+        before = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+        if line not in before:
+            write_atomic(path, "".join([*before, line]).encode())
 
     def snapshot_path(self, name: str) -> Path:
         """Where the carries of an unfinished stream are kept; the folder exists after the call."""
@@ -207,7 +218,9 @@ def _value(column: str, value: Any) -> Any:
     if value is None or value is pd.NA:
         return None
     if column == "samples":
-        return None if isinstance(value, float) else [float(v) for v in value]
+        if isinstance(value, float):
+            return None
+        return [math.nan if v is None else float(v) for v in value]  # Parquet has null for NaN where no list has more
     if column in _FLOATS:
         # A measured NaN is a result (the model blew up); a depth of NaN is how pandas spells "no depth".
         number = float(value)

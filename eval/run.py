@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from rnn_longctx.eval.bench.base import environment
 from rnn_longctx.eval.jobs.base import Job, Measuring
 from rnn_longctx.eval.plan import Measurement, mitigated, plan
 from rnn_longctx.eval.progress import Progress
@@ -78,12 +82,20 @@ def answer(model: LanguageModel, question: Question, out: str | None = None, pro
     with Progress(progress) as bar:
         measurements = plan(question, measurings)
         bar.total(sum(m.tokens for m in measurements))
+        if results:
+            results.note_run({"command": _command(), **environment()})
         for m in measurements:
             with mitigated(m.measuring, m.handle):
                 bar.say(m.title(texts=len(measurings) > 1))
                 m.measuring.progress = bar.advance
                 rows += m.run()
     return _table(results.gather() if results else to_frame(rows), question, measurements, measurings)
+
+
+def _command() -> str:
+    """Return the command line that runs, without the folder that its program lies in."""
+    program, *words = sys.argv or [""]
+    return shlex.join([Path(program).name, *words])
 
 
 def _measurings(model: LanguageModel, question: Question, results: Results | None) -> list[Measuring]:
