@@ -89,7 +89,7 @@ def flattened(function: Callable[..., None]) -> Callable[..., None]:
 
 
 def _help(docstring: str | None) -> str | None:
-    """Return a docstring as typer shows it: a form of backspace before the examples keeps their lines apart."""
+    """Return a docstring as typer shows it: a backspace before the examples keeps their lines apart."""
     if not docstring or "\nExamples:\n" not in (clean := inspect.cleandoc(docstring)):
         return docstring
     return clean.replace("\nExamples:\n", "\n\b\nExamples:\n")

@@ -2,7 +2,7 @@
 
 Every command has `--json` and `--quiet` (`rnn_longctx.cli.command`), and speaks through this module alone:
 
-    say(line)                       a message: what goes on, and what was written
+    say(line)                       a message: what goes on
     table("heads", frame, shown)    a result: shown to a person, and put into the document
     wrote(folder, names)            a message, whose files the document lists
 
@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from rnn_longctx.plain import plain
+from rnn_longctx.progress import Say, silent, to_stdout
 from rnn_longctx.version import __version__
 
 if TYPE_CHECKING:
@@ -73,9 +74,36 @@ def say(line: object = "") -> None:
         typer.echo(plain(str(line), lines=True))
 
 
-def progress() -> bool:
-    """Return whether long work is to show how far it is."""
+def note(line: str) -> None:
+    """Say a message beside a text that is the output."""
+    if not _now.quiet:
+        typer.echo(plain(line), err=True)
+
+
+def problem(text: object) -> None:
+    """Say on one line what went wrong, whatever else is to be said."""
+    typer.echo(f"rnn-longctx: {plain(' '.join(str(text).split()))}", err=True)
+
+
+def text(piece: str = "\n") -> None:
+    """Print a piece of a text that is the output, as it is made: for a pipe as it is, for a terminal harmless."""
+    if not _now.as_json:
+        typer.echo(plain(piece, lines=True) if sys.stdout.isatty() else piece, nl=False)
+
+
+def speaker() -> Say:
+    """Return what long work speaks of its progress with, which knows `to_stdout` from others: it may draw a bar."""
+    return silent if _now.quiet else to_stdout
+
+
+def talks() -> bool:
+    """Return whether there are messages: progress too."""
     return not _now.quiet
+
+
+def as_json() -> bool:
+    """Return whether a document is asked for, so that nothing is to be shown."""
+    return _now.as_json
 
 
 def table(
@@ -85,8 +113,7 @@ def table(
     width: of what is shown where there is no terminal."""
     records: Any = rows.to_dict("records") if hasattr(rows, "to_dict") else rows
     _now.tables[name] = [_value(row) for row in records]
-    if not _now.as_json:
-        show(*shown, width=width)
+    show(*shown, width=width)
 
 
 def fact(name: str, value: Any) -> None:
@@ -94,8 +121,18 @@ def fact(name: str, value: Any) -> None:
     _now.facts[name] = _value(value)
 
 
+def row(line: str) -> None:
+    """Show a row of a table that is still being measured; where a document is asked for it is a message."""
+    if _now.as_json:
+        say(line)
+    else:
+        show(line)
+
+
 def show(*shown: RenderableType, width: int = WIDTH) -> None:
     """Show results to a person."""
+    if _now.as_json:
+        return
     console = terminal(width)
     for piece in shown:
         if isinstance(piece, str):
@@ -104,14 +141,14 @@ def show(*shown: RenderableType, width: int = WIDTH) -> None:
             console.print(_Plain(piece))
 
 
-def about(shown: RenderableType) -> None:
-    """Say what stands above results: a message that is no line."""
+def head(shown: RenderableType) -> None:
+    """Show what stands above results: a message that is no line."""
     if not _now.quiet:
-        show(shown)
+        terminal().print(_Plain(shown))
 
 
 def wrote(folder: Path | str, names: Iterable[str], more: str = "") -> None:
-    """Say which files were written, and list them in the document."""
+    """Say which files were written, and list them in the document. more: the end of the line."""
     names = list(names)
     _now.files += [str(Path(folder) / name) for name in names]
     say(f"{folder}: {', '.join(names)}{more}")
