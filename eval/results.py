@@ -30,6 +30,7 @@ import pandas as pd
 from rnn_longctx.config import counted, home_path
 from rnn_longctx.errors import InputError
 from rnn_longctx.files import write_atomic
+from rnn_longctx.plain import csv_text, plain, unguarded
 
 # What makes two cells different. `length` in tokens; `depth` a fraction, None for all depths together; `state_dtype`
 # what the recurrent state is rounded to between calls, None for the scan's own float32 (float64 under float64);
@@ -112,7 +113,7 @@ class Results:
         frame.to_parquet(parquet, index=False)
         write_atomic(self.directory / "results.parquet", parquet.getvalue())
         texts = frame["samples"].map(lambda s: None if s is None else json.dumps(s))
-        csv = frame.assign(samples=texts).to_csv(index=False, lineterminator="\n")
+        csv = csv_text(frame.assign(samples=texts))
         write_atomic(self.directory / "results.csv", csv.encode())
         return frame
 
@@ -139,7 +140,7 @@ class Results:
         """Give a model's stored rows its training length, and its name where an older version called it `before`: what
         was measured depends on the length through a calibration alone, which is in the key with the length that it is
         of, and not on the name."""
-        renamed = 0
+        model, before, renamed = plain(model), plain(before), 0
         for row in self.rows():
             if row["weights_hash"] != weights_hash or row["model"] not in (model, before):
                 continue
@@ -233,11 +234,12 @@ def _value(column: str, value: Any) -> Any:
         return int(value)
     if not isinstance(value, str):
         raise ValueError(f"{column} is text, got {value!r}")
-    return value
+    return plain(value)  # so that no table holds what steers a terminal
 
 
 def _parse(column: str, text: str) -> Any:
     """A CSV field, read as text so that floats come back exactly."""
+    text = unguarded(text)
     if text == "":
         return None
     if column == "samples":

@@ -10,6 +10,7 @@ from typing import Any
 
 import pandas as pd
 
+from rnn_longctx.config import counted
 from rnn_longctx.eval.bench.base import environment
 from rnn_longctx.eval.jobs.base import Job, Measuring
 from rnn_longctx.eval.plan import Measurement, mitigated, plan
@@ -25,6 +26,7 @@ from rnn_longctx.models.interface import LanguageModel
 from rnn_longctx.models.lm import LM
 from rnn_longctx.models.modes import in_evaluation
 from rnn_longctx.models.segments import SEGMENTS
+from rnn_longctx.plain import plain
 from rnn_longctx.tasks.base import Task
 
 
@@ -82,6 +84,9 @@ def answer(model: LanguageModel, question: Question, out: str | None = None, pro
     with Progress(progress) as bar:
         measurements = plan(question, measurings)
         bar.total(sum(m.tokens for m in measurements))
+        if stored := sum(m.stored for m in measurements):
+            cells = counted(sum(len(m.lengths) for m in measurements), "cell")
+            bar.note(f"{out}: {stored} of {cells} {'was' if stored == 1 else 'were'} there, and not measured again")
         if results:
             results.note_run({"command": _command(), **environment()})
         for m in measurements:
@@ -127,6 +132,6 @@ def _table(
         **setting,
         "seed": question.seed,
         "texts": [m.loaded_text.hash for m in measurings] if losses else [],
-        "settings": sorted({(m.mitigation, m.job.label, length) for m in measurements for length in m.lengths}),
+        "settings": sorted({(plain(m.mitigation), m.job.label, length) for m in measurements for length in m.lengths}),
     }
     return frame

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import pandas as pd
 
-FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")  # how a cell begins that a spreadsheet runs, or cuts in two
+FORMULA = ("=", "+", "-", "@")  # how a cell begins that a spreadsheet runs
 GUARD = "'"  # a spreadsheet shows what follows as text
 
 
@@ -40,16 +40,27 @@ def csv_text(frame: pd.DataFrame, **how: Any) -> str:
 
 
 def guarded(value: Any) -> Any:
-    """Return a text as it stands in a CSV file: with an apostrophe before what a spreadsheet would take for a formula,
-    and control characters spelled out. What is no text stays."""
+    """Return a text as it stands in a CSV file: `plain`, and with an apostrophe before what a spreadsheet would run
+    as a formula. A number in words, such as -0.5, is none; what is no text stays."""
     if not isinstance(value, str):
         return value
-    return GUARD + plain(value, lines=True) if value.startswith(FORMULA) else plain(value, lines=True)
+    text = plain(value)
+    return GUARD + text if _formula(text) else text
 
 
 def unguarded(text: str) -> str:
-    """Return the text that `guarded` wrote: without its apostrophe."""
-    return text[len(GUARD) :] if text.startswith(GUARD) and text[len(GUARD) :].startswith(FORMULA) else text
+    """Return the text that `guarded` wrote, without its apostrophe."""
+    return text[len(GUARD) :] if text.startswith(GUARD) and _formula(text[len(GUARD) :]) else text
+
+
+def _formula(text: str) -> bool:
+    if len(text) < 2 or not text.startswith(FORMULA):
+        return False
+    try:
+        float(text)
+    except ValueError:
+        return True
+    return False
 
 
 def _harmless(character: str, lines: bool) -> bool:
@@ -64,7 +75,7 @@ def _mapped(frame: pd.DataFrame, change: Callable[[Any], Any]) -> pd.DataFrame:
     from pandas.api.types import is_numeric_dtype
 
     changed = frame.copy()
-    for column in frame:
-        if not is_numeric_dtype(frame[column].dtype):
-            changed[column] = frame[column].map(change, na_action="ignore")
-    return changed.rename(columns=change)
+    for i, (_, column) in enumerate(frame.items()):
+        if not is_numeric_dtype(column.dtype):
+            changed.isetitem(i, column.map(change, na_action="ignore").array)
+    return changed.set_axis([change(name) for name in frame.columns], axis=1)

@@ -81,7 +81,6 @@ def _say_plugin(command: Any) -> None:
 app = typer.Typer(
     cls=_Program,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     help="Find where a recurrent language model stops working as its context grows, and what fixes it.",
 )

@@ -21,8 +21,9 @@ STYLES = {"works": "green", "broken": "bold red", "missing": "yellow", "not here
 
 @command("doctor")
 def doctor() -> None:
-    """Try everything on this machine, and say what works, what is missing and the line that installs it. The exit code
-    is 0 if the core works, 1 if not.
+    """Try everything on this machine, and say what works, what is missing and the line that installs it.
+
+    The exit code is 0 if the core works, 1 if not.
 
     Examples:
         rnn-longctx doctor

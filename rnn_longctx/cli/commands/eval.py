@@ -13,7 +13,8 @@ from rnn_longctx.cli.options import MODEL, TEXTS, Many, StateDtype, Tokenizer, T
 from rnn_longctx.cli.output import fact, head, say, table, talks, terminal, wrote
 from rnn_longctx.config import home_path
 from rnn_longctx.errors import InputError
-from rnn_longctx.plain import plain_table
+from rnn_longctx.files import write_atomic
+from rnn_longctx.plain import csv_text, plain_table
 
 if TYPE_CHECKING:
     from rnn_longctx.eval import EvalConfig
@@ -99,7 +100,7 @@ def evaluate(
         say(f"{c.out}: {more}")
     written = ["results.parquet", "results.csv"]
     if len(frame["mitigation"].unique()) > 1:
-        leaderboard(frame).to_csv(home_path(c.out) / "leaderboard.csv", index=False)
+        write_atomic(home_path(c.out) / "leaderboard.csv", csv_text(leaderboard(frame)).encode())
         written.append("leaderboard.csv")
     written += [p.name for p in plot_all(frame, c.out)]
     wrote(home_path(c.out), written)
