@@ -87,8 +87,14 @@ def problem(text: object) -> None:
 
 def text(piece: str = "\n") -> None:
     """Print a piece of a text that is the output, as it is made: for a pipe as it is, for a terminal harmless."""
-    if not _now.as_json:
-        typer.echo(plain(piece, lines=True) if sys.stdout.isatty() else piece, nl=False)
+    if not _now.as_json:  # (typer.echo would strip escape sequences on the way into a pipe)
+        sys.stdout.write(plain(piece, lines=True) if on_terminal() else piece)
+        sys.stdout.flush()
+
+
+def on_terminal() -> bool:
+    """Return whether stdout is a terminal."""
+    return sys.stdout.isatty()
 
 
 def speaker() -> Say:

@@ -91,7 +91,7 @@ def test_every_command_has_the_options_and_examples_that_parse(words):
     lines = [line.strip() for line in part.strip().splitlines()]
     assert lines and before.strip(), f"{' '.join(words)} shows no examples"
     for line in lines:
-        assert len(line) <= 96, f"too long to be typed: {line}"
+        assert len(line) <= 100, f"too long to be typed: {line}"
         said = shlex.split(line.partition(" < ")[0])
         if said[0] == "torchrun":
             said = ["rnn-longctx", *said[said.index("rnn_longctx.cli") + 1 :]]
@@ -295,18 +295,15 @@ def environment_variables(file: Path) -> set[str]:
         for part in inner[:1] if isinstance(inner, list) else [inner]:
             for leaf in ast.walk(part):
                 value = leaf.value if isinstance(leaf, ast.Constant) else named.get(getattr(leaf, "id", ""))
-                names |= {value} if isinstance(value, str) else set()
+                names |= {value} if isinstance(value, str) and re.fullmatch("[A-Z_0-9]{3,}", value) else set()
     return names
 
 
 def test_every_environment_variable_is_on_the_page():
-    files = [
-        *(f for f in (ROOT / "rnn_longctx").rglob("*.py")),
-        *(f for name in ("eval", "probes", "mitigations", "tests") for f in (ROOT / name).rglob("*.py")),
-    ]
+    files = [f for name in ("rnn_longctx", "eval", "probes", "mitigations") for f in (ROOT / name).rglob("*.py")]
     table = PAGE.partition("## Environment variables")[2].partition("\nLibraries beneath")[0]
     listed = set(re.findall(r"`([A-Z][A-Z0-9_]+)`", table.replace("PASSIVE", "")))
-    read = {name for file in files if "tests" not in file.parts for name in environment_variables(file)}
+    read = {name for file in files for name in environment_variables(file)}
     assert read >= {"RNN_LONGCTX_PLUGINS", "XDG_CACHE_HOME", "TRITON_INTERPRET", "LOCAL_RANK", "MASTER_ADDR"}
     assert read <= listed, f"not on the page: {', '.join(sorted(read - listed))}"
     assert listed <= read | {"RNN_LONGCTX_SEED"}, f"nobody reads {', '.join(sorted(listed - read))}"
