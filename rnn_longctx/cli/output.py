@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
@@ -64,7 +65,8 @@ def speaking(as_json: bool, quiet: bool) -> Iterator[None]:
         raise
     finally:
         said, _now = _now, before
-        if as_json and (said.tables or not failed):
+        first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun starts, one speaks
+        if as_json and first and (said.tables or not failed):
             print(_document(said), file=stdout, flush=True)
 
 

@@ -169,6 +169,8 @@ def test_a_bench_as_a_document(run, monkeypatch):
     rows = document(code, printed, said)["tables"]["rows"]
     assert rows == [{"what": "a", "seconds": "inf"}, {"what": "b", "seconds": None}]
     assert said.splitlines() == ["what a  seconds inf", "what b  seconds nan"]
+    monkeypatch.setenv("RANK", "1")
+    assert run("bench", "infinite", "--json")[1] == "", "one process of several gives the document"
     assert run("bench", "infinite", "--quiet")[1:] == ("what a  seconds inf\nwhat b  seconds nan\n", "")
 
 
