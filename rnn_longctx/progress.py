@@ -16,9 +16,9 @@ def silent(line: str) -> None:
 
 def to_stdout(line: str) -> None:
     """Write a line at once where a program's output goes: what training says is its output."""
-    print(plain(line, lines=True), flush=True)
+    print(plain(line), flush=True)
 
 
 def to_stderr(line: str) -> None:
     """Write a line at once, beside the output that a program hands on."""
-    print(plain(line, lines=True), file=sys.stderr, flush=True)
+    print(plain(line), file=sys.stderr, flush=True)

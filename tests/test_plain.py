@@ -124,7 +124,7 @@ def harmless(*texts: str) -> bool:
 def hostile(tmp_path):
     """A folder with a model and a text whose names would steer a terminal; its results go into one of that kind."""
     torch.set_num_threads(1)
-    folder = tmp_path / "=1+1\x1b[31m"
+    folder = tmp_path / "=1+1\x1b[31m\nloss 0.000"
     folder.mkdir()
     model = Mamba2LM(Mamba2Config(d_model=32, n_layer=1, headdim=16, d_state=8)).eval()
     model.train_length, model.tokenizer, model.name = 64, ByteTokenizer(), "tiny"
@@ -151,6 +151,7 @@ def test_an_evaluation_of_hostile_names(run, hostile, tmp_path):
     )
     code, printed, said = run(*words, "--mitigation", "none", "--mitigation", "rri")
     assert code == 0, said
+    assert not [line for line in (printed + said).splitlines() if line.strip().startswith("loss 0.000")]
     assert harmless(printed, said) and "\\x1b[31m" in printed and "[bold]" in printed and "[red]" in printed
     for file in out.glob("*.csv"):
         rows = list(csv.reader(file.open(newline="")))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rnn_longctx.cli.output import say
+from rnn_longctx.plain import plain
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -70,7 +71,7 @@ def about(model: LanguageModel, dtype: str) -> RenderableType:
     from rnn_longctx.models.segments import reads
 
     return header(
-        model.name,
+        plain(model.name),
         sum(p.numel() for p in model.parameters()),
         model.state_size(),
         model.train_length,

@@ -71,9 +71,9 @@ def speaking(as_json: bool, quiet: bool) -> Iterator[None]:
 
 
 def say(line: object = "") -> None:
-    """Say a message, a line or several."""
+    """Say a message of one line: a name with a line break in it makes no second one."""
     if not _now.quiet:
-        typer.echo(plain(str(line), lines=True))
+        typer.echo(plain(str(line)))
 
 
 def note(line: str) -> None:
@@ -107,11 +107,6 @@ def speaker() -> Say:
 def talks() -> bool:
     """Return whether there are messages: progress too."""
     return not _now.quiet
-
-
-def as_json() -> bool:
-    """Return whether a document is asked for, so that nothing is to be shown."""
-    return _now.as_json
 
 
 def table(
