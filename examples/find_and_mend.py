@@ -20,7 +20,7 @@ from rnn_longctx.eval.show.terminal import conclusion
 from rnn_longctx.probes.probe import Probe, probe
 
 
-def main(name: str = "demo", length: str = "8k", slices: int = 2) -> tuple[Probe, pd.DataFrame]:
+def main(name: str = "demo", length: str = "8k", slices: int = 2, prompts: int = 10) -> tuple[Probe, pd.DataFrame]:
     """Return what the probe found, and the table of the remedy and its controls."""
     model = rnn_longctx.load(name)
     text = rnn_longctx.load_text("stdlib")  # Python's library, which the demo never saw
@@ -35,7 +35,7 @@ def main(name: str = "demo", length: str = "8k", slices: int = 2) -> tuple[Probe
     # 2. A remedy for such heads: `a-floor` raises the decay of those that would remember longer than the training
     #    length. The controls drop the state every T tokens, or read the last T tokens afresh.
     controls = [f"reset:every={trained},overlap={trained // 2}", f"recompute:last={trained}"]
-    tasks = [f"lm:slices={slices},tokens=0", f"passkey:n=10,max={2 * trained}"]
+    tasks = [f"lm:slices={slices},tokens=0", f"passkey:n={prompts},max={2 * trained}"]
     table = rnn_longctx.evaluate(
         model, [trained, 2 * trained, tokens], tasks, ["none", "a-floor", *controls], text=text
     )

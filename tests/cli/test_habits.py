@@ -254,7 +254,7 @@ def test_progress_of_a_command_in_a_log(run, tmp_path):
 
 @pytest.mark.parametrize(
     ("words", "expected"),
-    [("rnn-longctx ev", "eval"), ("rnn-longctx eval --mit", "--mitigation"), ("rnn-longctx bench cp", "cpu")],
+    [("rnn-longctx ev", "eval"), ("rnn-longctx eval --mit", "--mitigation"), ("rnn-longctx sensors ad", "adapt")],
 )
 def test_completion(words, expected):
     code = "from rnn_longctx.cli import main; import sys; sys.argv = ['rnn-longctx']; main()"
