@@ -42,6 +42,7 @@ class Measurement:
     Attributes:
         mitigation: the canonical text of all that is on the model then.
         tokens: how many it is going to read.
+        stored: how many of the lengths need not be read: their cells are there.
     """
 
     measuring: Measuring
@@ -50,6 +51,7 @@ class Measurement:
     job: Job
     lengths: list[int]
     tokens: int
+    stored: int
 
     def title(self, texts: bool) -> str:
         """Return what a progress bar says of it. texts: there are several, so losses say which one."""
@@ -131,8 +133,9 @@ class _Planner:
                 handle = self._handle(trial.remedy, max(some))
                 with mitigated(measuring, handle):
                     if self.model.reader is None or job.reads_prompts:  # it has no loss of tokens that it does not read
-                        tokens = job.cost(measuring, some)
-                        measurements.append(Measurement(measuring, handle, measuring.mitigation, job, some, tokens))
+                        tokens, stored = job.cost(measuring, some), len(some) - len(job.todo(measuring, some))
+                        of = (measuring, handle, measuring.mitigation, job, some)
+                        measurements.append(Measurement(*of, tokens, stored))
         return measurements
 
     def _check(self, trial: Trial, measuring: Measuring) -> None:

@@ -7,6 +7,7 @@ result, only recomputed. Layout of a results directory:
     cells/<sha256 of the key>.json      one row each
     snapshots/<name>                    carries of an unfinished stream, to resume it
     results.parquet, results.csv        what plots and reports read
+    runs.jsonl                          a line a command that measured something: itself, versions, device
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import hashlib
 import io
 import json
 import logging
+import math
 import os
 import tempfile
 import time
@@ -28,6 +30,7 @@ import pandas as pd
 from rnn_longctx.config import counted, home_path
 from rnn_longctx.errors import InputError
 from rnn_longctx.files import write_atomic
+from rnn_longctx.plain import csv_text, plain, unguarded
 
 # What makes two cells different. `length` in tokens; `depth` a fraction, None for all depths together; `state_dtype`
 # what the recurrent state is rounded to between calls, None for the scan's own float32 (float64 under float64);
@@ -49,6 +52,7 @@ VALUE = (
 COLUMNS = KEY + VALUE
 _INTS = {"length", "batch", "seed", "n", "train_length", "peak_bytes", "tokens_read"}
 _FLOATS = {"depth", *VALUE} - _INTS - {"samples", "version"}
+RUNS = "runs.jsonl"
 _STALE = 3600.0  # seconds after which a temporary file can only be a killed run's
 
 Row = dict[str, Any]
@@ -109,9 +113,17 @@ class Results:
         frame.to_parquet(parquet, index=False)
         write_atomic(self.directory / "results.parquet", parquet.getvalue())
         texts = frame["samples"].map(lambda s: None if s is None else json.dumps(s))
-        csv = frame.assign(samples=texts).to_csv(index=False, lineterminator="\n")
+        csv = csv_text(frame.assign(samples=texts))
         write_atomic(self.directory / "results.csv", csv.encode())
         return frame
+
+    def note_run(self, about: Mapping[str, str]) -> None:
+        """Append to runs.jsonl what a command was, and under which versions it ran; a repetition once."""
+        line = json.dumps(dict(about)) + "\n"
+        path = self.directory / RUNS
+        before = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+        if line not in before:
+            write_atomic(path, "".join([*before, line]).encode())
 
     def snapshot_path(self, name: str) -> Path:
         """Where the carries of an unfinished stream are kept; the folder exists after the call."""
@@ -128,7 +140,7 @@ class Results:
         """Give a model's stored rows its training length, and its name where an older version called it `before`: what
         was measured depends on the length through a calibration alone, which is in the key with the length that it is
         of, and not on the name."""
-        renamed = 0
+        model, before, renamed = plain(model), plain(before), 0
         for row in self.rows():
             if row["weights_hash"] != weights_hash or row["model"] not in (model, before):
                 continue
@@ -207,7 +219,9 @@ def _value(column: str, value: Any) -> Any:
     if value is None or value is pd.NA:
         return None
     if column == "samples":
-        return None if isinstance(value, float) else [float(v) for v in value]
+        if isinstance(value, float):
+            return None
+        return [math.nan if v is None else float(v) for v in value]  # Parquet has null for NaN where no list has more
     if column in _FLOATS:
         # A measured NaN is a result (the model blew up); a depth of NaN is how pandas spells "no depth".
         number = float(value)
@@ -220,11 +234,12 @@ def _value(column: str, value: Any) -> Any:
         return int(value)
     if not isinstance(value, str):
         raise ValueError(f"{column} is text, got {value!r}")
-    return value
+    return plain(value)  # so that no table holds what steers a terminal
 
 
 def _parse(column: str, text: str) -> Any:
     """A CSV field, read as text so that floats come back exactly."""
+    text = unguarded(text)
     if text == "":
         return None
     if column == "samples":

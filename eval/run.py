@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from rnn_longctx.config import counted
+from rnn_longctx.eval.bench.base import environment
 from rnn_longctx.eval.jobs.base import Job, Measuring
 from rnn_longctx.eval.plan import Measurement, mitigated, plan
 from rnn_longctx.eval.progress import Progress
@@ -21,6 +26,7 @@ from rnn_longctx.models.interface import LanguageModel
 from rnn_longctx.models.lm import LM
 from rnn_longctx.models.modes import in_evaluation
 from rnn_longctx.models.segments import SEGMENTS
+from rnn_longctx.plain import plain
 from rnn_longctx.tasks.base import Task
 
 
@@ -78,12 +84,23 @@ def answer(model: LanguageModel, question: Question, out: str | None = None, pro
     with Progress(progress) as bar:
         measurements = plan(question, measurings)
         bar.total(sum(m.tokens for m in measurements))
+        if stored := sum(m.stored for m in measurements):
+            cells = counted(sum(len(m.lengths) for m in measurements), "cell")
+            bar.note(f"{out}: {stored} of {cells} {'was' if stored == 1 else 'were'} there, and not measured again")
+        if results:
+            results.note_run({"command": _command(), **environment()})
         for m in measurements:
             with mitigated(m.measuring, m.handle):
                 bar.say(m.title(texts=len(measurings) > 1))
                 m.measuring.progress = bar.advance
                 rows += m.run()
     return _table(results.gather() if results else to_frame(rows), question, measurements, measurings)
+
+
+def _command() -> str:
+    """Return the command line that runs, without the folder that its program lies in."""
+    program, *words = sys.argv or [""]
+    return shlex.join([Path(program).name, *words])
 
 
 def _measurings(model: LanguageModel, question: Question, results: Results | None) -> list[Measuring]:
@@ -115,6 +132,6 @@ def _table(
         **setting,
         "seed": question.seed,
         "texts": [m.loaded_text.hash for m in measurings] if losses else [],
-        "settings": sorted({(m.mitigation, m.job.label, length) for m in measurements for length in m.lengths}),
+        "settings": sorted({(plain(m.mitigation), m.job.label, length) for m in measurements for length in m.lengths}),
     }
     return frame

@@ -39,6 +39,9 @@ class Handle:
     def __init__(self, model: LanguageModel, remedy: Remedy, plan: Plan, text: Text | None = None):
         self.model, self.remedy, self.plan, self.text = model, remedy, plan, text
 
+    def __repr__(self) -> str:
+        return f"<{self.remedy} on {self.model.name}: {'on' if self in _handles(self.model) else 'off'}>"
+
     def put(self) -> None:
         """Put this remedy on, as it was worked out; `mitigate` does, and after `remove` it may be done again, between
         any two tokens. Raises InputError where it cannot be combined with what is on the model."""

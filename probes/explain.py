@@ -12,7 +12,9 @@ import torch
 
 from rnn_longctx.config import home_path
 from rnn_longctx.errors import InputError
+from rnn_longctx.files import write_atomic
 from rnn_longctx.models.interface import LanguageModel
+from rnn_longctx.plain import csv_text
 from rnn_longctx.probes.links import held, links, positions, sparse_layers
 from rnn_longctx.probes.reach import longnet_layers, reach
 from rnn_longctx.tasks.base import Example, Task
@@ -63,7 +65,7 @@ class Explained:
         tables = {"links": self.links, "held": self.held, "shares": self.shares, "reach": self.reach}
         there = {out / f"{name}.csv": table for name, table in tables.items() if table is not None}
         for path, table in there.items():
-            table.to_csv(path, index=False)
+            write_atomic(path, csv_text(table).encode())
         return list(there)
 
 

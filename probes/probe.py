@@ -18,12 +18,14 @@ from rnn_longctx.data import Text, tokens
 from rnn_longctx.data.pieces import encode_after
 from rnn_longctx.devices import dtype_name
 from rnn_longctx.errors import InputError, nearest
+from rnn_longctx.files import write_atomic
 from rnn_longctx.measure.envelope import envelope_of, recurrent_states
 from rnn_longctx.measure.stream import stream_losses
 from rnn_longctx.models.adopt.adopting import as_language_model
 from rnn_longctx.models.interface import LanguageModel
 from rnn_longctx.models.modes import in_evaluation
 from rnn_longctx.models.precision import computes_as
+from rnn_longctx.plain import csv_text
 from rnn_longctx.probes.ablation import Ablation, ablate
 from rnn_longctx.probes.onset import MARGIN, accused, doubling, not_finite_is_beyond, onsets, verdict
 from rnn_longctx.probes.remembrance import remembrance
@@ -92,15 +94,15 @@ class Probe:
             self.trace.to_parquet(out / "trace.parquet", index=False)
         except OSError as error:
             raise InputError(f"cannot write to {out}: {error.strerror or error}") from None
-        self.heads.to_csv(out / "heads.csv", index=False)
-        self.losses.to_csv(out / "losses.csv", index=False)
+        write_atomic(out / "heads.csv", csv_text(self.heads).encode())
+        write_atomic(out / "losses.csv", csv_text(self.losses).encode())
         more: dict[str, Any] = {"verdict": self.verdict, "envelope": self.envelope}
         if self.ablation:
             more["ablation"] = vars(self.ablation)
         (out / "probe.json").write_text(json.dumps(self.about | more, indent=1) + "\n")
         names = ["trace.parquet", "heads.csv", "losses.csv", "probe.json"]
         if self.remembrance is not None:
-            self.remembrance.to_csv(out / "remembrance.csv", index=False)
+            write_atomic(out / "remembrance.csv", csv_text(self.remembrance).encode())
             names.append("remembrance.csv")
         return [out / name for name in names]
 

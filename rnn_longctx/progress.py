@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
+from rnn_longctx.plain import plain
+
 Say = Callable[[str], object]
 
 
@@ -14,9 +16,9 @@ def silent(line: str) -> None:
 
 def to_stdout(line: str) -> None:
     """Write a line at once where a program's output goes: what training says is its output."""
-    print(line, flush=True)
+    print(plain(line), flush=True)
 
 
 def to_stderr(line: str) -> None:
     """Write a line at once, beside the output that a program hands on."""
-    print(line, file=sys.stderr, flush=True)
+    print(plain(line), file=sys.stderr, flush=True)

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FIRST = frozenset(
-    ("errors", "config", "spec", "registry", "files", "devices", "progress", "loggers", "version", "lazy")
+    ("errors", "config", "spec", "registry", "files", "devices", "progress", "loggers", "version", "lazy", "plain")
 )
 # Each room, and the rooms that it may know beside itself and the first row.
 ROOMS: dict[str, tuple[str, ...]] = {

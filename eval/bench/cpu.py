@@ -25,7 +25,12 @@ def bench_cpu(
     length: Annotated[str, "Tokens of a row."] = "4k",
     repeats: Annotated[int, "Runs of each, of which the median counts."] = 3,
 ) -> str:
-    """Tokens per second against transformers' Mamba-2 on the CPU: same weights, same threads, float32."""
+    """Tokens per second against transformers' Mamba-2 on the CPU: same weights, same threads, float32.
+
+    Examples:
+        rnn-longctx bench cpu
+        rnn-longctx bench cpu demo --length 2k --repeats 1
+    """
     return cpu(load(model), batch, parse_length(length), repeats)
 
 

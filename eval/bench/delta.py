@@ -42,7 +42,11 @@ def bench_delta(
     segment: Annotated[str, "Tokens read at once."] = "64k",
     mixers: Annotated[str, "Which of gated-deltanet and kda."] = "gated-deltanet,kda",
 ) -> Iterator[Row]:
-    """Reading a prompt with models of 370M parameters of the delta rule on a GPU, here and in fla."""
+    """Reading a prompt with models of 370M parameters of the delta rule on a GPU, here and in fla.
+
+    Examples:
+        rnn-longctx bench delta --lengths 64k --out runs/delta.csv
+    """
     return delta_rows(parse_lengths(lengths), parse_length(segment), named(mixers))
 
 

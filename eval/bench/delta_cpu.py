@@ -26,7 +26,11 @@ def bench_delta_cpu(
     decay: Annotated[str, "The most that a token forgets, in nats."] = "0.1",
     repeats: Annotated[int, "Runs of each, of which the fastest counts."] = 5,
 ) -> Iterator[Row]:
-    """The delta rule on a CPU, one thread, against transformers' functions; and its products alone."""
+    """The delta rule on a CPU, one thread, against transformers' functions; and its products alone.
+
+    Examples:
+        rnn-longctx bench delta-cpu --length 2k --repeats 3
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -29,7 +29,11 @@ def bench_delta_layer(
     length: Annotated[str, "Tokens that the layer reads at once."] = "64k",
     mixers: Annotated[str, "Which of gated-deltanet and kda."] = "gated-deltanet,kda",
 ) -> Iterator[Row]:
-    """One layer of the 370M models of the delta rule on a GPU: scan, products and passes over memory; and fla's."""
+    """One layer of the 370M models of the delta rule on a GPU: scan, products and passes over memory; and fla's.
+
+    Examples:
+        rnn-longctx bench delta-layer --length 64k
+    """
     tokens, names = parse_length(length), named(mixers)
     if not torch.cuda.is_available():
         raise InputError("this benchmark needs a CUDA device")

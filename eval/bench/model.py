@@ -84,7 +84,11 @@ def bench_model(
     lengths: Annotated[str, "Tokens of the prompts."] = "64k,1m",
     segment: Annotated[str, "Tokens read at once."] = "64k",
 ) -> Iterator[Row]:
-    """Reading a prompt with a model of 370M parameters on a GPU, here and in mamba-ssm, where that is installed."""
+    """Reading a prompt with a model of 370M parameters on a GPU, here and in mamba-ssm, where that is installed.
+
+    Examples:
+        rnn-longctx bench model --lengths 64k,1m --out runs/model.csv
+    """
     return prefill_rows(parse_lengths(lengths), parse_length(segment))
 
 
@@ -166,7 +170,11 @@ def seconds(read: Read, prompt: Tensor, ids: Tensor, expected: Tensor) -> Row:
 def bench_decode(
     *, tokens: Annotated[int, "Tokens that are generated."] = 500, batch: Annotated[int, "Rows side by side."] = 1
 ) -> Iterator[Row]:
-    """Tokens per second of a model of 370M parameters on a GPU, with and without a remedy."""
+    """Tokens per second of a model of 370M parameters on a GPU, with and without a remedy.
+
+    Examples:
+        rnn-longctx bench decode --tokens 500
+    """
     return decode_rows(tokens, batch)
 
 

@@ -68,7 +68,11 @@ def bench_parallel(
 ) -> Iterator[Row]:
     """One context over 1, 2, 4, ... GPUs, and a batch each, with a model of 370M parameters, under torchrun: torchrun
     --nproc-per-node 4 -m rnn_longctx.cli bench parallel. With --mixer longnet one layer of it reads the length over all
-    GPUs, and shares of it over fewer; it takes none of --segment, --train and --each."""
+    GPUs, and shares of it over fewer; it takes none of --segment, --train and --each.
+
+    Examples:
+        torchrun --nproc-per-node 4 -m rnn_longctx.cli bench parallel --length 4m
+    """
     if mixer != "mamba2":
         if (segment, train, each) != ("256k", "16k", "2x8k"):
             raise InputError("bench parallel: --segment, --train and --each are not for --mixer longnet")

@@ -181,7 +181,11 @@ def bench_scan(
     remedies: Annotated[str, "Batch x tokens of the rows with remedies."] = "1x1m,1x128k,9x32k",
     mamba1: Annotated[str, "Batch x tokens of Mamba-1's rows, forward, and forward and backward."] = "64x512,1x64k",
 ) -> Iterator[Row]:
-    """The scan on a GPU against mamba-ssm's and flash-linear-attention's kernels, where those are installed."""
+    """The scan on a GPU against mamba-ssm's and flash-linear-attention's kernels, where those are installed.
+
+    Examples:
+        rnn-longctx bench scan --lengths 16k,64k --out runs/scan.csv
+    """
     forward = parse_lengths(lengths) if lengths else []
     return scan_rows(forward, sizes("train", train), sizes("remedies", remedies), sizes("mamba1", mamba1))
 

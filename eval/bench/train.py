@@ -38,7 +38,11 @@ def bench_train(
     d_model: Annotated[int, "Of the model."] = 1024,
     vocab: Annotated[int, "Tokens of its vocabulary."] = 50288,
 ) -> Iterator[Row]:
-    """Training steps of a model of 370M parameters in bf16, here and in mamba-ssm, where that is installed."""
+    """Training steps of a model of 370M parameters in bf16, here and in mamba-ssm, where that is installed.
+
+    Examples:
+        rnn-longctx bench train --whole 2x8k --out runs/train.csv
+    """
     shape = Mamba2Config(d_model=d_model, n_layer=layers, vocab_size=vocab, d_state=128, headdim=64)
     return train_rows(shape, sizes("whole", whole), sizes("streams", streams), parse_lengths(segments))
 

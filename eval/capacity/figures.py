@@ -23,6 +23,8 @@ from rnn_longctx.eval.capacity import bound, paper, tables
 from rnn_longctx.eval.capacity import fits as fitting
 from rnn_longctx.eval.capacity.fits import MILLION, Fit, K
 from rnn_longctx.eval.show.style import BLUE, GREEN, GREYS, GRID, MARKERS, PINK, RED, SKY, VERMILION, YELLOW, write
+from rnn_longctx.files import write_atomic
+from rnn_longctx.plain import csv_text
 
 _FITS = {"line": BLUE, "exponential": VERMILION, "power": GREEN, "constant": GREYS[1]}
 _SHAPES = ("black", PINK, SKY, YELLOW)  # no colour of a fit
@@ -45,7 +47,7 @@ def draw(directory: str | Path, target: float) -> list[Path]:
         judged["mqar"] = pairs
     for name, frame in {"findings": lines, "points": points, **judged}.items():
         paths.append(directory / f"{name}.csv")
-        frame.to_csv(paths[-1], index=False, lineterminator="\n")
+        write_atomic(paths[-1], csv_text(frame).encode())
     for key, group in points.groupby(["mitigation", "quantity"], sort=False) if len(points) else []:
         mitigation, quantity = map(str, key)
         end = "" if mitigation == "none" else f" {mitigation}"

@@ -14,6 +14,7 @@ from rnn_longctx.errors import InputError
 from rnn_longctx.eval.capacity import bound
 from rnn_longctx.files import write_atomic
 from rnn_longctx.models.interface import LanguageModel
+from rnn_longctx.plain import csv_text, unguarded
 
 _SHAPE = ("d_model", "n_layer", "d_state", "headdim", "expand")
 # Sizes in numbers (not bytes) of one stream; `state_elements` is both parts together. `train_tokens`: read in training;
@@ -68,7 +69,7 @@ def gather(directory: Path) -> pd.DataFrame:
     """Write models.csv; return it."""
     lines = [json.loads(path.read_text()) for path in sorted((directory / "models").glob("*/about.json"))]
     frame = pd.DataFrame(lines, columns=list(COLUMNS)).sort_values(["state_elements", "model"], ignore_index=True)
-    write_atomic(directory / "models.csv", frame.to_csv(index=False, lineterminator="\n").encode())
+    write_atomic(directory / "models.csv", csv_text(frame).encode())
     return read(directory)
 
 
@@ -86,6 +87,8 @@ def read(directory: Path) -> pd.DataFrame:
         raise InputError(f"no models.csv in {directory}; measure first (rnn-longctx capacity)") from None
     except (OSError, ValueError) as error:
         raise InputError(f"cannot read {path}: {' '.join(str(error).split())}") from None
+    for column in _WORDS & set(frame):
+        frame[column] = frame[column].map(unguarded, na_action="ignore")
     for column in _LATER - set(frame):
         frame[column] = pd.array([pd.NA] * len(frame), dtype="Int64")
     missing = [c for c in COLUMNS if c not in frame]

@@ -33,6 +33,7 @@ from rnn_longctx.mitigations import Remedy, active, mitigate, parse_remedy
 from rnn_longctx.models.checkpoint.tokenizer import LazyTokenizer
 from rnn_longctx.models.interface import LanguageModel
 from rnn_longctx.models.precision import computes_as
+from rnn_longctx.plain import csv_text
 
 # tokens_read: of a prompt (before its answer), the mean over the prompts of a task, and their least and most
 COLUMNS = (
@@ -139,7 +140,7 @@ def lm_eval_table(model: Any, config: HarnessConfig, progress: bool = False) -> 
                 frame = pd.DataFrame(rows, columns=list(COLUMNS)).astype(dict.fromkeys(WHOLE, "Int64"))
                 if out:  # after every run: a long one that is stopped has left what it had
                     write_atomic(out / "lm_eval.json", (json.dumps(runs, indent=1, default=str) + "\n").encode())
-                    write_atomic(out / "lm_eval.csv", frame.to_csv(index=False, lineterminator="\n").encode())
+                    write_atomic(out / "lm_eval.csv", csv_text(frame).encode())
     return frame
 
 

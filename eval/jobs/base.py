@@ -21,6 +21,7 @@ from rnn_longctx.eval.stats import mean_stderr
 from rnn_longctx.eval.tables.sheets import Kind
 from rnn_longctx.models.interface import LanguageModel
 from rnn_longctx.models.precision import computes_as
+from rnn_longctx.plain import plain
 from rnn_longctx.plugins import digest
 from rnn_longctx.spec import canonical
 from rnn_longctx.version import __version__
@@ -74,7 +75,7 @@ class Measuring:
         m = self.model
         rounded = {} if m.state_dtype is None else {"state_dtype": dtype_name(m.state_dtype)}
         plugins = {} if (text_of_plugins := digest()) is None else {"plugins": text_of_plugins}
-        return (
+        key = (
             rounded
             | plugins
             | {
@@ -96,6 +97,7 @@ class Measuring:
                 "seed": self.seed,
             }
         )
+        return {column: plain(value) if isinstance(value, str) else value for column, value in key.items()}
 
     def row(self, key: Row, samples: Sequence[float], **cost: Any) -> Row:
         """Return a finished cell, the mean of its samples, which is stored at once."""
@@ -157,6 +159,10 @@ class Job(ABC):
     @abstractmethod
     def check(self, measuring: Measuring, lengths: list[int]) -> None:
         """Raise InputError for what cannot be measured, before anything is."""
+
+    @abstractmethod
+    def todo(self, measuring: Measuring, lengths: list[int]) -> list[int]:
+        """Return those of the lengths whose cells are not stored yet."""
 
     @abstractmethod
     def cost(self, measuring: Measuring, lengths: list[int]) -> int:

@@ -82,11 +82,11 @@ class LossOverLength(Job):
             logging.getLogger(__name__).warning(message, text.name, self.slices, apart)
 
     def cost(self, measuring: Measuring, lengths: list[int]) -> int:
-        todo = self._todo(measuring, lengths)
+        todo = self.todo(measuring, lengths)
         return sum(len(rows) * reach for rows, reach in self._passes(measuring, todo)) if todo else 0
 
     def run(self, measuring: Measuring, lengths: list[int]) -> Iterator[Row]:
-        todo = self._todo(measuring, lengths)
+        todo = self.todo(measuring, lengths)
         if not todo:
             return
         text, train = measuring.loaded_text, measuring.model.train_length
@@ -130,7 +130,7 @@ class LossOverLength(Job):
         if measuring.results:
             measuring.results.forget_snapshots(_stream(measuring, text))
 
-    def _todo(self, measuring: Measuring, lengths: list[int]) -> list[int]:
+    def todo(self, measuring: Measuring, lengths: list[int]) -> list[int]:
         text = measuring.loaded_text
         train, missing = measuring.model.train_length, []
         for n in lengths:

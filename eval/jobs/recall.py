@@ -92,11 +92,11 @@ class Recall(Job):
 
     def cost(self, measuring: Measuring, lengths: list[int]) -> int:
         restart = measuring.model.restart if self.task.generated else None
-        read = {n: n - (restart.block_start(n) if restart else 0) for n in self._todo(measuring, lengths)}
+        read = {n: n - (restart.block_start(n) if restart else 0) for n in self.todo(measuring, lengths)}
         return sum(self.counts.at(n) * tokens for n, tokens in read.items())
 
     def run(self, measuring: Measuring, lengths: list[int]) -> Iterator[Row]:
-        for length in self._todo(measuring, lengths):
+        for length in self.todo(measuring, lengths):
             yield from self._run(measuring, length)
 
     def key(self, measuring: Measuring, length: int, depth: float | None = None) -> Row:
@@ -107,7 +107,7 @@ class Recall(Job):
         parameters = (canonical("", thing).partition(":")[2] for thing in (self.counts, self.task))
         return f"{self.name}:{','.join(filter(None, parameters))}"
 
-    def _todo(self, measuring: Measuring, lengths: list[int]) -> list[int]:
+    def todo(self, measuring: Measuring, lengths: list[int]) -> list[int]:
         return [n for n in lengths if not measuring.done(self.key(measuring, n), self.counts.at(n))]
 
     @torch.inference_mode()

@@ -26,6 +26,7 @@ from rnn_longctx.errors import InputError
 from rnn_longctx.eval.forget import forget_of
 from rnn_longctx.eval.stats import Interval, crossed, peak_within, verdict, wilson
 from rnn_longctx.files import write_atomic
+from rnn_longctx.plain import csv_text
 
 FILE = "compare.parquet"
 # `seed` none: of all seeds together, whose number is `seeds`. `state`: numbers that a row keeps between two tokens once
@@ -124,9 +125,7 @@ def write(frame: pd.DataFrame, folder: Path) -> None:
     frame.to_parquet(parquet, index=False)
     write_atomic(folder / FILE, parquet.getvalue())
     samples = frame["samples"].map(lambda s: None if s is None or not len(s) else json.dumps(list(s)))
-    write_atomic(
-        folder / "compare.csv", frame.assign(samples=samples).to_csv(index=False, lineterminator="\n").encode()
-    )
+    write_atomic(folder / "compare.csv", csv_text(frame.assign(samples=samples)).encode())
 
 
 def read(folder: Path) -> pd.DataFrame:

@@ -19,6 +19,7 @@ import pandas as pd
 
 from rnn_longctx.errors import InputError
 from rnn_longctx.files import write_atomic
+from rnn_longctx.plain import csv_text
 
 FILE = "growth.parquet"
 MEASURED = ("seconds", "peak_bytes", "carry_bytes")
@@ -104,7 +105,7 @@ def write(frame: pd.DataFrame, folder: Path) -> None:
     parquet = io.BytesIO()
     frame.to_parquet(parquet, index=False)
     write_atomic(folder / FILE, parquet.getvalue())
-    write_atomic(folder / "growth.csv", frame.to_csv(index=False, lineterminator="\n").encode())
+    write_atomic(folder / "growth.csv", csv_text(frame).encode())
 
 
 def read(folder: Path) -> pd.DataFrame:

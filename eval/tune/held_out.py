@@ -14,6 +14,7 @@ import yaml
 from rnn_longctx.eval.stats import Interval, paired_bootstrap
 from rnn_longctx.eval.tune.problem import Held, Problem, mean
 from rnn_longctx.files import write_atomic
+from rnn_longctx.plain import csv_text
 from rnn_longctx.progress import Say
 
 FILE, TUNED = "held_out.csv", "tuned.yaml"
@@ -41,7 +42,7 @@ def compared(problem: Problem, default: str, tuned: str, out: Path, say: Say) ->
     """Measure both on held-out data, and write the table and the tuned setting."""
     held = problem.compare([default, tuned], out, say)
     comparison = judged(held, default, tuned, problem.metric)
-    write_atomic(out / FILE, comparison.table.to_csv(index=False).encode())
+    write_atomic(out / FILE, csv_text(comparison.table).encode())
     key = "mixer" if problem.kind == "mixer" else "mitigation"
     found = {key: tuned, "default": default, "beats_default": comparison.beats, "verdict": comparison.verdict}
     write_atomic(out / TUNED, yaml.safe_dump(found, sort_keys=False, width=1000).encode())

@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 
 from rnn_longctx.files import write_atomic
+from rnn_longctx.plain import csv_text
 
 TRIALS = "trials.csv"
 
@@ -37,4 +38,4 @@ def trials(study: Any) -> pd.DataFrame:
 
 
 def write_trials(study: Any, out: Path) -> None:
-    write_atomic(out / TRIALS, trials(study).to_csv(index=False).encode())
+    write_atomic(out / TRIALS, csv_text(trials(study)).encode())

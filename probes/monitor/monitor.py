@@ -63,7 +63,7 @@ SPREADS, MARGINS = 3.0, (2.0, 16.0)
 FACTOR = 2.0  # the most that recalibration moves an envelope from where it was calibrated
 
 
-@dataclass
+@dataclass(repr=False)
 class CollapseMonitor:
     """What a model does within its training length, and when it leaves that. Made by `calibrated` or `load`.
 
@@ -93,6 +93,13 @@ class CollapseMonitor:
     gate_limits: list[float]
     passages: list[list[float]]
     apart: float
+
+    def __repr__(self) -> str:
+        heads = counted(sum(heads for heads, *_ in self.shape), "head")
+        looks = f"a look every {counted(self.every, 'token')}, calibrated at {counted(self.length, 'token')}"
+        return (
+            f"<CollapseMonitor of {self.model}: {heads} in {counted(len(self.shape), 'layer')}, {looks} of {self.text}>"
+        )
 
     def __post_init__(self) -> None:
         self._before: list[dict[str, Any]] = []  # for `undo`

@@ -59,6 +59,11 @@ class Watch:
         self._previous = "ok"  # status of the report before, in this stream
         self._warnings = 0
 
+    def __repr__(self) -> str:
+        on = any(mixer.observer is watcher for mixer, watcher in zip(self.model.mixers, self._watchers))
+        seen = f"{self.status} at {self.reports[-1].position}" if self.reports else "nothing seen yet"
+        return f"<Watch of {self.model.name}, {self.action.text}: {'on' if on else 'off'}, {seen}>"
+
     @property
     def status(self) -> str:
         return self.stream.status

@@ -5,7 +5,8 @@
         \"\"\"Draw the plots again, from the table alone.\"\"\"
 
 A parameter whose type is a dataclass stands for all of its fields, each an option by itself, so that commands share
-groups of options (`rnn_longctx.cli.options.ModelOptions`).
+groups of options (`rnn_longctx.cli.options.ModelOptions`). Every command has `--json` and `--quiet`
+(`rnn_longctx.cli.output`). The lines under "Examples:" in a docstring are shown as they are.
 """
 
 from __future__ import annotations
@@ -13,11 +14,19 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields, is_dataclass
-from typing import Any, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from rnn_longctx.cli.output import speaking
 from rnn_longctx.registry import Registry
+
+HABITS: dict[str, Any] = {  # the options of every command
+    "as_json": Annotated[
+        bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else; messages go to stderr.")
+    ],
+    "quiet": Annotated[bool, typer.Option("--quiet", help="Leave out messages: results, warnings and errors alone.")],
+}
 
 
 @dataclass(frozen=True)
@@ -43,12 +52,12 @@ def command(name: str) -> Callable[[Any], Any]:
 
 def flattened(function: Callable[..., None]) -> Callable[..., None]:
     """Return a function for typer whose parameters are those of `function`, with the fields of a dataclass in the place
-    of a parameter of its type."""
+    of a parameter of its type, and those of HABITS."""
     hints = get_type_hints(function, include_extras=True)
     groups: dict[str, type] = {}
     parameters: list[inspect.Parameter] = []
     for name, parameter in inspect.signature(function).parameters.items():
-        kind = hints[name]
+        kind = hints.get(name, parameter.annotation)
         if not is_dataclass(kind):
             parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=kind))
             continue
@@ -61,11 +70,26 @@ def flattened(function: Callable[..., None]) -> Callable[..., None]:
             )
             parameters.append(new)
 
+    habits = [name for name in HABITS if name not in {p.name for p in parameters}]
+    parameters += [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=HABITS[name])
+        for name in habits
+    ]
+
     def run(**values: Any) -> None:
+        as_json, quiet = (name in habits and bool(values.pop(name, False)) for name in HABITS)
         for name, kind in groups.items():
             values[name] = kind(**{f.name: values.pop(f.name) for f in fields(kind)})
-        function(**values)
+        with speaking(as_json, quiet):
+            function(**values)
 
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    run.__name__, run.__doc__ = function.__name__, function.__doc__
+    run.__name__, run.__doc__ = function.__name__, _help(function.__doc__)
     return run
+
+
+def _help(docstring: str | None) -> str | None:
+    """Return a docstring as typer shows it: a backspace before the examples keeps their lines apart."""
+    if not docstring or "\nExamples:\n" not in (clean := inspect.cleandoc(docstring)):
+        return docstring
+    return clean.replace("\nExamples:\n", "\n\b\nExamples:\n")

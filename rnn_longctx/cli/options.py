@@ -7,8 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from rnn_longctx.cli.output import say
+from rnn_longctx.plain import plain
+
 if TYPE_CHECKING:
-    from rich.console import Console, RenderableType
+    from rich.console import RenderableType
 
     from rnn_longctx.models.interface import LanguageModel
 
@@ -68,7 +71,7 @@ def about(model: LanguageModel, dtype: str) -> RenderableType:
     from rnn_longctx.models.segments import reads
 
     return header(
-        model.name,
+        plain(model.name),
         sum(p.numel() for p in model.parameters()),
         model.state_size(),
         model.train_length,
@@ -79,17 +82,9 @@ def about(model: LanguageModel, dtype: str) -> RenderableType:
     )
 
 
-def console_of_tables() -> Console:
-    """Return the terminal, or, for a log, a console as wide as tables want."""
-    from rich.console import Console
-
-    console = Console()
-    return console if console.is_terminal else Console(width=110)
-
-
 def say_segment(model: LanguageModel) -> None:
     """Print how many tokens of an adopted model are read at once, where another library's kernels limit that."""
     from rnn_longctx.models.segments import reads
 
     if line := reads(model):
-        typer.echo(f"{model.name} reads {line}")
+        say(f"{model.name} reads {line}")

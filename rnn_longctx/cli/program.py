@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import sys
 import warnings
@@ -14,7 +15,9 @@ from typer.core import TyperGroup
 
 from rnn_longctx.cli.command import COMMANDS, flattened
 from rnn_longctx.cli.options import Many
+from rnn_longctx.cli.output import problem
 from rnn_longctx.errors import InputError, one_line
+from rnn_longctx.plain import plain
 
 PLUGIN = "--plugin MODULE_OR_FILE.py, anywhere on the line, adds remedies, tasks, mixers and so on of your own."
 
@@ -78,7 +81,6 @@ def _say_plugin(command: Any) -> None:
 app = typer.Typer(
     cls=_Program,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     help="Find where a recurrent language model stops working as its context grows, and what fixes it.",
 )
@@ -97,6 +99,13 @@ def _options(
     """(`_Program` reads it.)"""
 
 
+class _PlainLines(logging.Formatter):
+    """A line of a log in which nothing steers a terminal: it may name files and models."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return plain(super().format(record), lines=True)
+
+
 def _tune_cpu() -> None:
     """Before torch is loaded: threads that wait asleep (spinning ones stall each other if anything else runs), and
     an allocator that keeps a call's activations instead of handing them back and faulting them in anew."""
@@ -110,13 +119,15 @@ def main() -> None:
     """Run the command line. An error of input or a full GPU is one line; a reader that went away (`| head`) is no
     error."""
     _tune_cpu()
-    warnings.formatwarning = lambda message, *_: f"rnn-longctx: warning: {' '.join(str(message).split())}\n"
+    warnings.formatwarning = lambda message, *_: f"rnn-longctx: warning: {plain(' '.join(str(message).split()))}\n"
+    if logging.lastResort is not None:  # what prints a library's warnings where a program has set nothing up
+        logging.lastResort.setFormatter(_PlainLines())
     try:
         app(standalone_mode=True)
     except (InputError, RuntimeError) as error:
         if not isinstance(error, InputError) and type(error).__name__ != "OutOfMemoryError":  # torch's
             raise
-        print(f"rnn-longctx: {' '.join(str(error).split())}", file=sys.stderr)
+        problem(error)
         sys.exit(2)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

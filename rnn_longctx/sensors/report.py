@@ -13,6 +13,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from rnn_longctx.files import write_atomic
+from rnn_longctx.plain import csv_text
 from rnn_longctx.probes.pictures import COLOURS, RED, write
 from rnn_longctx.progress import Say, silent
 from rnn_longctx.sensors.explain import alarm_links, in_words
@@ -59,8 +60,8 @@ class Report:
         events = self.events.assign(t=pd.to_datetime(self.events["t"], utc=True))
         files = {
             "alarms.jsonl": lines,
-            "events.csv": events.to_csv(index=False),
-            "forecast.csv": self.forecasts.to_csv(index=False),
+            "events.csv": csv_text(events),
+            "forecast.csv": csv_text(self.forecasts),
             "report.md": self.page(name),
         }
         for file, text in files.items():

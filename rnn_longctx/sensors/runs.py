@@ -11,6 +11,7 @@ import pandas as pd
 from rnn_longctx.config import home_path
 from rnn_longctx.errors import InputError
 from rnn_longctx.files import write_atomic
+from rnn_longctx.plain import csv_text
 from rnn_longctx.progress import Say, silent
 from rnn_longctx.sensors.adapt import AdaptConfig, adapt
 from rnn_longctx.sensors.fit import FitConfig, Run, fit, hashed, parts, rows_of_log
@@ -94,7 +95,7 @@ def adapt_run(
         pieces = [slice(start, stop) for start, stop in zip(table["from"], table["to"])]
         table[name] = [average_precision(logits[piece], before[piece]) for piece in pieces]
     run.save(folder)
-    write_atomic(folder / "online.csv", table.to_csv(index=False).encode())
+    write_atomic(folder / "online.csv", csv_text(table).encode())
     return table
 
 

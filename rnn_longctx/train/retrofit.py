@@ -30,6 +30,7 @@ from rnn_longctx.models.retrofit.files import check_new, load_retrofitted, save_
 from rnn_longctx.models.retrofit.model import Retrofitted
 from rnn_longctx.models.retrofit.parts import settings_of
 from rnn_longctx.models.retrofit.plan import Plan, convert, plan_of
+from rnn_longctx.plain import guarded
 from rnn_longctx.progress import Say, to_stdout
 from rnn_longctx.train.config import DataConfig, MixedTask, OptimizerConfig, ScheduleConfig, TrainConfig
 from rnn_longctx.train.corpus import Corpus, load_corpus
@@ -386,6 +387,8 @@ def _tables(before: list[HeadReach], after: list[HeadReach], log: list[dict[str,
             text = io.StringIO()
             writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
             writer.writeheader()
-            writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+            writer.writerows(
+                {k: f"{v:.6g}" if isinstance(v, float) else guarded(v) for k, v in row.items()} for row in rows
+            )
             tables[name] = text.getvalue().encode()
     return tables

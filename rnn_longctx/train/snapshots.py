@@ -21,6 +21,7 @@ from filelock import FileLock, Timeout
 
 from rnn_longctx.errors import InputError
 from rnn_longctx.files import replacing, write_atomic
+from rnn_longctx.plain import guarded
 from rnn_longctx.progress import Say, to_stdout
 
 COLUMNS = [
@@ -138,7 +139,7 @@ class Log:
 
 
 def _short(value: Any) -> str:
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
+    return f"{value:.6g}" if isinstance(value, float) else guarded(str(value)) if isinstance(value, str) else str(value)
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -11,7 +11,7 @@ import pytest
 import typer
 
 import rnn_longctx.cli.commands
-from rnn_longctx.cli.command import COMMANDS, Command, command, flattened
+from rnn_longctx.cli.command import COMMANDS, HABITS, Command, command, flattened
 from rnn_longctx.errors import InputError
 
 
@@ -56,7 +56,7 @@ def test_the_fields_of_a_dataclass_are_options():
 
     flat = flattened(run)
     parameters = inspect.signature(flat).parameters
-    assert list(parameters) == ["model", "out", "seed", "length", "name"]
+    assert list(parameters) == ["model", "out", "seed", "length", "name", *HABITS]
     assert flat.__doc__ == "What it does." and flat.__name__ == "run"
     assert parameters["out"].default is inspect.Parameter.empty and parameters["seed"].default == 3
     assert parameters["length"].default == 8 and parameters["name"].default is None

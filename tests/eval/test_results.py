@@ -41,6 +41,14 @@ def test_a_row_comes_back_exactly_and_replaces_its_elder(tmp_path):
     assert len(store.rows()) == 1
 
 
+def test_samples_none_of_which_is_a_number_come_back(tmp_path):
+    store = Results(tmp_path)
+    store.put(row(value=math.nan, samples=[math.nan, math.nan]))
+    store.gather()
+    (samples,) = Results.read(tmp_path)["samples"]
+    assert len(samples) == 2 and all(map(math.isnan, samples))
+
+
 @pytest.mark.parametrize("column", KEY)
 def test_every_key_column_tells_cells_apart(tmp_path, column):
     store = Results(tmp_path)

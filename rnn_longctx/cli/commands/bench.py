@@ -13,8 +13,10 @@ from typing import Annotated, Any, get_type_hints
 import typer
 from typer.core import TyperGroup
 
-from rnn_longctx.cli.command import command
+from rnn_longctx.cli.command import command, flattened
+from rnn_longctx.cli.output import fact, row, show, table
 from rnn_longctx.config import home_path
+from rnn_longctx.plain import guarded
 
 OUT = Annotated[Path | None, typer.Option(help="CSV file to write the table to.")]
 
@@ -33,7 +35,7 @@ class _Benches(TyperGroup):
         if name not in BENCHES:
             return None
         program = typer.Typer(add_completion=False)
-        program.command(name)(_as_command(BENCHES[name].run))
+        program.command(name)(flattened(_as_command(BENCHES[name].run)))
         return typer.main.get_command(program)
 
 
@@ -62,7 +64,8 @@ def _as_command(run: Callable[..., Iterator[dict[str, Any]] | str]) -> Callable[
         out = values.pop("out")
         result = run(**values)
         if isinstance(result, str):
-            typer.echo(result)
+            fact("text", result)
+            show(result)
         else:
             _record(result, out)
 
@@ -77,15 +80,18 @@ def _record(rows: Iterator[dict[str, Any]], out: Path | None) -> None:
 
     words = [w for i, w in enumerate(sys.argv) if i > 0 and w != "--out" and sys.argv[i - 1] != "--out"]
     about = {**environment(), "command": shlex.join(["rnn-longctx", *words])}
-    table: list[dict[str, Any]] = []
-    for row in rows:
-        shown = {k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()}
-        typer.echo("  ".join(f"{k} {v}" for k, v in shown.items()))
-        table.append(shown | about)
+    measured: list[dict[str, Any]] = []
+    written: list[dict[str, Any]] = []
+    for one in rows:
+        shown = {k: f"{v:.5g}" if isinstance(v, float) else v for k, v in one.items()}
+        row("  ".join(f"{k} {v}" for k, v in shown.items()))
+        measured.append(one)
+        written.append({k: guarded(v) for k, v in (shown | about).items()})
+        table("rows", measured)
         if out:
             out = home_path(out)
             out.parent.mkdir(parents=True, exist_ok=True)
             with out.open("w", newline="") as file:
-                writer = csv.DictWriter(file, table[0].keys())
+                writer = csv.DictWriter(file, written[0].keys())
                 writer.writeheader()
-                writer.writerows(table)
+                writer.writerows(written)

@@ -10,6 +10,7 @@ import typer
 
 from rnn_longctx.cli.command import command
 from rnn_longctx.cli.options import MODEL, ModelOptions, say_segment
+from rnn_longctx.cli.output import fact, say, show
 from rnn_longctx.errors import InputError
 
 
@@ -24,7 +25,12 @@ def calibrate(
     seed: Annotated[int, typer.Option(min=0)] = 0,
     options: ModelOptions = ModelOptions(),
 ) -> None:
-    """Find a remedy's settings: the lowest loss at the target length that keeps the model's recall."""
+    """Find a remedy's settings: the lowest loss at the target length that keeps the model's recall.
+
+    Examples:
+        rnn-longctx calibrate demo --mitigation rri --target 2k --slices 1
+        rnn-longctx calibrate demo --mitigation a-winsor:share=0.1 --target 4k --out found.yaml
+    """
     from rnn_longctx.config import parse_length
     from rnn_longctx.data import load_text
     from rnn_longctx.eval.search.calibrate import calibrate
@@ -35,6 +41,9 @@ def calibrate(
         raise InputError(f"cannot write {out}: {'it is a folder' if out.is_dir() else 'its folder is not writable'}")
     lm, length = options.load(model), parse_length(target)
     say_segment(lm)
-    remedy = calibrate(lm, mitigation, length, load_text(text), seed=seed, slices=slices, say=typer.echo)
+    remedy = calibrate(lm, mitigation, length, load_text(text), seed=seed, slices=slices, say=say)
     remedy.save(out)
-    typer.echo(f"{out}: {remedy.remedy}{'' if remedy.helps else ' (helps: false)'}")
+    fact("remedy", str(remedy.remedy))
+    fact("helps", remedy.helps)
+    fact("file", str(out))
+    show(f"{out}: {remedy.remedy}{'' if remedy.helps else ' (helps: false)'}")

@@ -11,7 +11,9 @@ from typer.core import TyperGroup
 
 from rnn_longctx.cli.command import command, flattened
 from rnn_longctx.cli.options import Device, Dtype, Many, Tokenizer, TrainLength, load_model, say_segment
+from rnn_longctx.cli.output import fact, say, show, table, wrote
 from rnn_longctx.errors import InputError
+from rnn_longctx.plain import plain_table
 
 RECALL = 0.95
 
@@ -62,7 +64,12 @@ def measure(
     model: Annotated[list[str], typer.Argument(help='"demo", a directory, or a hub id; several to compare.')],
     options: MeasureOptions = MeasureOptions(),
 ) -> None:
-    """Of checkpoints: whether they forget, and how far they recall, with every remedy asked for."""
+    """Of checkpoints: whether they forget, and how far they recall, with every remedy asked for.
+
+    Examples:
+        rnn-longctx capacity measure demo --limit 4k --mitigation none --mitigation state-norm
+        rnn-longctx capacity demo demo-long --limit 64k
+    """
     from rnn_longctx.config import parse_length
     from rnn_longctx.eval.capacity import MeasureConfig, check, measure, models
     from rnn_longctx.eval.results import Results
@@ -90,7 +97,7 @@ def measure(
     for name in model:
         lm = load(name)
         say_segment(lm)
-        measure(lm, settings, c.out, typer.echo, shape=models.shape_of(c.out, lm))
+        measure(lm, settings, c.out, say, shape=models.shape_of(c.out, lm))
         models.gather(c.out)  # so that what there is can be drawn while the next is measured
         results.gather()
     _report(c.out, c.recall)
@@ -99,41 +106,63 @@ def measure(
 capacity.command("measure")(flattened(measure))
 
 
-@capacity.command("train")
 def train(
     config: Annotated[Path, typer.Argument(help="YAML file, such as configs/capacity/small.yaml.")],
     set: Annotated[Many, typer.Option("--set", help="Override one key: measure.limit=64k; again for more.")] = None,
     parallel: Annotated[int, typer.Option(min=1, help="Cells (models) trained at once.")] = 1,
 ) -> None:
-    """Of a family: train what the search asks for, measure, fit and plot; a killed study goes on."""
+    """Of a family: train what the search asks for, measure, fit and plot; a killed study goes on.
+
+    Examples:
+        rnn-longctx capacity train configs/capacity/small.yaml --parallel 8
+        rnn-longctx capacity train configs/capacity/small.yaml --set measure.limit=64k
+    """
     from rnn_longctx.config import load_yaml
     from rnn_longctx.eval.capacity import CapacityConfig, run_study
 
     study = load_yaml(CapacityConfig, config, set or [])
-    _report(run_study(study, parallel, typer.echo), study.measure.recall)
+    _report(run_study(study, parallel, say), study.measure.recall)
 
 
-@capacity.command("plot")
+capacity.command("train")(flattened(train))
+
+
 def plot(
     directory: Annotated[Path, typer.Argument(help="A folder with results.csv and models.csv.")],
     recall: Annotated[float, typer.Option(help="Accuracy that T_recall asks for.")] = RECALL,
 ) -> None:
-    """Findings, fits and figures again, from the tables alone."""
+    """Findings, fits and figures again, from the tables alone.
+
+    Examples:
+        rnn-longctx capacity plot runs/capacity
+    """
     _report(directory, recall)
 
 
-@capacity.command("advise")
+capacity.command("plot")(flattened(plot))
+
+
 def advise(
     context: Annotated[str, typer.Option(help="Tokens to recall over, such as 256k.")],
     recall: Annotated[float, typer.Option(help="Accuracy asked for.")] = RECALL,
     study: Annotated[Path | None, typer.Option(help="A study's folder; without one the paper's fits.")] = None,
     mitigation: Annotated[str, typer.Option(help="As the study measured it.")] = "none",
 ) -> None:
-    """The state that a context needs, with its interval, memory and speed, and why not to trust it."""
+    """The state that a context needs, with its interval, memory and speed, and why not to trust it.
+
+    Examples:
+        rnn-longctx capacity advise --context 256k
+        rnn-longctx capacity advise --context 64k --study runs/capacity --recall 0.9
+    """
     from rnn_longctx.config import parse_length
     from rnn_longctx.eval.capacity import advise
 
-    typer.echo(str(advise(parse_length(context), recall, study, mitigation)))
+    advice = str(advise(parse_length(context), recall, study, mitigation))
+    fact("advice", advice)
+    show(advice)
+
+
+capacity.command("advise")(flattened(advise))
 
 
 def _report(directory: Path, recall: float) -> None:
@@ -156,14 +185,18 @@ def _report(directory: Path, recall: float) -> None:
     for name, columns in shown.items():
         file = directory / f"{name}.csv"
         frame = pd.read_csv(file) if file in paths and file.stat().st_size > 1 else pd.DataFrame()
+        if len(frame):
+            table(name, frame)
         if len(frame) and family:
             frame = frame[frame["axis"] == "state_elements"] if name == "fits" else frame
             for column in {"train_length", bound.COLUMN} & set(frame):
                 frame[column] = frame[column].map(lambda n: "-" if pd.isna(n) else f"{n:.0f}")
-            typer.echo(f"\n{name}")
-            typer.echo(frame[columns.split()].to_string(index=False, na_rep="-", float_format=lambda v: f"{v:.4g}"))
+            lines = plain_table(frame[columns.split()])
+            show(f"\n{name}", lines.to_string(index=False, na_rep="-", float_format=lambda v: f"{v:.4g}"))
+    table("findings", findings)
     if len(findings) and not family:
-        typer.echo("\n" + "\n".join(tables.in_words(findings)))
+        show("\n" + "\n".join(tables.in_words(findings)))
     elif len(findings):
-        typer.echo(f"\n{bound.WORDS}")
-    typer.echo(f"\n{directory}: {', '.join(p.name for p in paths)}")
+        show(f"\n{bound.WORDS}")
+    say()
+    wrote(directory, [p.name for p in paths])

@@ -10,6 +10,8 @@ import typer
 
 from rnn_longctx.cli.command import command
 from rnn_longctx.cli.options import Many
+from rnn_longctx.cli.output import say, table, wrote
+from rnn_longctx.plain import plain_table
 
 
 @command("compare")
@@ -25,7 +27,12 @@ def compare(
     only: Annotated[Many, typer.Option(help="An entry of the config; again for more.")] = None,
 ) -> None:
     """Train and measure the entries of a config, or measure how their time and memory grow; a comparison that was
-    killed goes on where it stopped."""
+    killed goes on where it stopped.
+
+    Examples:
+        rnn-longctx compare configs/compare/smoke.yaml
+        rnn-longctx compare configs/compare/growth_smoke.yaml --out runs/growth
+    """
     from rnn_longctx.config import home_path
     from rnn_longctx.errors import InputError
     from rnn_longctx.eval.cells import CellsFailed
@@ -35,11 +42,11 @@ def compare(
     study = replace(study, out=str(out or study.out), device=device or study.device)
     try:
         if isinstance(study, CompareConfig):
-            run_study(study, jobs, only or [], typer.echo)
+            run_study(study, jobs, only or [], say)
         elif jobs > 1:
             raise InputError(f"jobs: what is timed runs by itself; expected 1, got {jobs}")
         else:
-            run_growth(study, only or [], typer.echo)
+            run_growth(study, only or [], say)
     except CellsFailed:
         _report(home_path(study.out))  # of the others
         raise
@@ -48,20 +55,14 @@ def compare(
 
 def _report(folder: Path) -> None:
     """Print the table of what is finished, and draw it."""
-    from rich.console import Console
-
     from rnn_longctx.eval.show import compare as show_compare
     from rnn_longctx.eval.show import growth as show_growth
     from rnn_longctx.eval.tables import compare as tables_compare
     from rnn_longctx.eval.tables import growth as tables_growth
 
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=190)
-    for table, show in ((tables_compare, show_compare), (tables_growth, show_growth)):
-        if (folder / table.FILE).exists():
-            frame = table.read(folder)
-            for piece in show.tables(frame):
-                console.print(piece)
-            drawn = ", ".join(path.name for path in show.draw(frame, folder))
-            console.print(f"{folder}: {table.FILE}, {Path(table.FILE).stem}.csv, {drawn}")
+    for of, shown in ((tables_compare, show_compare), (tables_growth, show_growth)):
+        if (folder / of.FILE).exists():
+            frame, name = of.read(folder), Path(of.FILE).stem
+            table(name, frame, *shown.tables(plain_table(frame)), width=190)
+            drawn = [path.name for path in shown.draw(frame, folder)]
+            wrote(folder, [of.FILE, f"{name}.csv", *drawn])

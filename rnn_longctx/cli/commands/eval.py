@@ -9,20 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rnn_longctx.cli.command import command
-from rnn_longctx.cli.options import (
-    MODEL,
-    TEXTS,
-    Many,
-    StateDtype,
-    Tokenizer,
-    TrainLength,
-    about,
-    console_of_tables,
-    load_model,
-    option,
-)
+from rnn_longctx.cli.options import MODEL, TEXTS, Many, StateDtype, Tokenizer, TrainLength, about, load_model, option
+from rnn_longctx.cli.output import fact, head, say, table, talks, terminal, wrote
 from rnn_longctx.config import home_path
 from rnn_longctx.errors import InputError
+from rnn_longctx.files import write_atomic
+from rnn_longctx.plain import csv_text, plain_table
 
 if TYPE_CHECKING:
     from rnn_longctx.eval import EvalConfig
@@ -79,10 +71,17 @@ def evaluate(
     config: Annotated[Path | None, typer.Option(help="YAML file; options given here win.")] = None,
     options: EvalOptions = EvalOptions(),
 ) -> None:
-    """Loss and recall of a model at increasing lengths, without and with remedies: a table, results and plots."""
+    """Loss and recall of a model at increasing lengths, without and with remedies: a table, results and plots.
+
+    Examples:
+        rnn-longctx eval demo --lengths 256,1k,4k --out runs/mine
+        rnn-longctx eval demo --task lm --mitigation none --mitigation state-norm
+        rnn-longctx eval --config configs/eval/demo.yaml
+    """
     from rnn_longctx.eval import Results, answer
     from rnn_longctx.eval.show.plots import plot_all
-    from rnn_longctx.eval.show.terminal import asked, table
+    from rnn_longctx.eval.show.terminal import asked, conclusion
+    from rnn_longctx.eval.show.terminal import table as tables
     from rnn_longctx.eval.tables.leaderboard import leaderboard
 
     c = options.over(config, model)
@@ -90,19 +89,18 @@ def evaluate(
     Results(c.out)
     lm = load_model(c.model, c.device, c.dtype, c.tokenizer, c.train_length, c.state_dtype)
     lm.use_backend(c.backend)
-    console = console_of_tables()
-    console.print(about(lm, c.dtype))
-    measured = answer(lm, question, out=c.out, progress=True)
+    head(about(lm, c.dtype))
+    measured = answer(lm, question, out=c.out, progress=talks())
     frame = Results.read(home_path(c.out))  # of all models
     frame.attrs = measured.attrs
     shown, more = asked(frame)
-    for section in table(shown, width=console.width):
-        console.print(section)
+    fact("conclusion", conclusion(shown))
+    table("results", shown, *tables(plain_table(shown), width=terminal().width))
     if more:
-        console.print(f"{c.out}: {more}", highlight=False)
+        say(f"{c.out}: {more}")
     written = ["results.parquet", "results.csv"]
     if len(frame["mitigation"].unique()) > 1:
-        leaderboard(frame).to_csv(home_path(c.out) / "leaderboard.csv", index=False)
+        write_atomic(home_path(c.out) / "leaderboard.csv", csv_text(leaderboard(frame)).encode())
         written.append("leaderboard.csv")
     written += [p.name for p in plot_all(frame, c.out)]
-    console.print(f"{c.out}: {', '.join(written)}")
+    wrote(home_path(c.out), written)

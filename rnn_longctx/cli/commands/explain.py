@@ -10,7 +10,9 @@ import typer
 
 from rnn_longctx.cli.command import command
 from rnn_longctx.cli.options import MODEL, TEXTS, ModelOptions, option
+from rnn_longctx.cli.output import table, wrote
 from rnn_longctx.errors import InputError
+from rnn_longctx.plain import plain_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -35,7 +37,12 @@ class ExplainOptions:
 def explain(
     model: Annotated[str, MODEL], explaining: ExplainOptions = ExplainOptions(), options: ModelOptions = ModelOptions()
 ) -> None:
-    """Which links a sparse model kept: the tokens that each head reads, and whether they hold the answer's source."""
+    """Which links a sparse model kept: the tokens that each head reads, and whether they hold the answer's source.
+
+    Examples:
+        rnn-longctx explain runs/sparse --task passkey --length 4000
+        rnn-longctx explain runs/sparse --text README.md --at 2000
+    """
     from rnn_longctx.config import parse_length
     from rnn_longctx.data import load_text, tokens
     from rnn_longctx.probes.explain import explain_task, explain_text
@@ -53,17 +60,18 @@ def explain(
     else:
         explained = explain_task(lm, task, length, c.n, c.seed)
     if explained.shares is not None:
-        _print("queries whose kept blocks, window and sinks hold the source", explained.shares)
+        _give("shares", "queries whose kept blocks, window and sinks hold the source", explained.shares)
     elif explained.links is not None:
-        _print("what each head reads", _lines(explained.links))
+        _give("links", "what each head reads", _lines(explained.links))
     if explained.reaches is not None:
-        _print("reach, in tokens, after each layer of LongNet", explained.reaches)
+        _give("reaches", "reach, in tokens, after each layer of LongNet", explained.reaches)
     paths = [*explained.save(c.out), *draw_explained(lm, explained, c.out)]
-    typer.echo(f"{c.out}: {', '.join(path.name for path in paths)}")
+    wrote(c.out, [path.name for path in paths])
 
 
-def _print(title: str, table: pd.DataFrame) -> None:
-    typer.echo(f"{title}\n{table.to_string(index=False, float_format=lambda value: f'{value:.3g}')}\n")
+def _give(name: str, title: str, frame: pd.DataFrame) -> None:
+    lines = plain_table(frame).to_string(index=False, float_format=lambda value: f"{value:.3g}")
+    table(name, frame, f"{title}\n{lines}\n")
 
 
 def _lines(links: pd.DataFrame) -> pd.DataFrame:

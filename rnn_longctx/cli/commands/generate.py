@@ -12,6 +12,7 @@ import typer
 
 from rnn_longctx.cli.command import command
 from rnn_longctx.cli.options import MODEL, Many, ModelOptions, option
+from rnn_longctx.cli.output import fact, note, problem, text
 from rnn_longctx.errors import CollapseError, InputError
 
 if TYPE_CHECKING:
@@ -54,7 +55,13 @@ def generate(
     sampling: SamplingOptions = SamplingOptions(),
     options: ModelOptions = ModelOptions(),
 ) -> None:
-    """Continue a prompt of any length, with a remedy on the model; the text is printed as it is made."""
+    """Continue a prompt of any length, with a remedy on the model; the text is printed as it is made.
+
+    Examples:
+        rnn-longctx generate demo --prompt "import os" --max-new-tokens 40
+        rnn-longctx generate demo --prompt - --mitigation state-norm < text.py
+        rnn-longctx generate demo --prompt - --save-state doc.state < text.py
+    """
     from rnn_longctx import CollapseMonitor, generate_stream, mitigate
     from rnn_longctx.mitigations import active, parse_remedy
     from rnn_longctx.models import saved_state
@@ -62,13 +69,14 @@ def generate(
     load, save = state.load_state, state.save_state
     remedy, target = parse_remedy(mitigation), saved_state.target_of(load) if load else None
     lm = options.load(model)
-    prompts = [_tokens(lm, text) for text in prompt]
+    prompts = [_tokens(lm, one) for one in prompt]
     if not all(map(len, prompts)):
         raise InputError("the prompt is empty")
     if len(prompts) > 1 and (save or monitor):
         raise InputError("--save-state and --monitor are of one stream: give them one --prompt")
     new = sampling.max_new_tokens if sampling.max_new_tokens is not None else 0 if save else 128
     target, written = target or max(map(len, prompts)) + new, ""
+    answers: list[str] = []
     with mitigate(lm, remedy, target_length=target):
         cache: Any = saved_state.load_state(load, lm) if load else lm.new_cache() if save else None
         watching = CollapseMonitor.calibrated(lm).on(lm, monitor) if monitor else nullcontext()
@@ -77,22 +85,26 @@ def generate(
             with watching as watch:
                 for i, ids in enumerate(prompts):
                     if i:
-                        typer.echo()
+                        text()
                     stream = cache if i == len(prompts) - 1 or cache is None else cache.clone()
+                    answers.append("")
                     for written in generate_stream(lm, ids, new, cache=stream, **how):
-                        typer.echo(written, nl=False)
+                        text(written)
+                        answers[-1] += written
                 if save:  # under what is on by now
                     saved_state.save_state(save, cache, lm, active(lm)[0], target)
         except CollapseError as error:
-            typer.echo(f"rnn-longctx: {error}", err=True)
+            problem(error)
             raise typer.Exit(1) from None
         finally:
             if written:
-                typer.echo()
+                text()
+            fact("answers", answers)
     if save:
-        typer.echo(f"wrote {save}, {save.stat().st_size / 2**20:.3g} MiB", err=True)
+        note(f"wrote {save}, {save.stat().st_size / 2**20:.3g} MiB")
     if watch is not None:
-        typer.echo(f"monitor: {watch.summary()}", err=True)
+        fact("monitor", watch.summary())
+        note(f"monitor: {watch.summary()}")
 
 
 def _tokens(lm: LanguageModel, prompt: str) -> np.ndarray:

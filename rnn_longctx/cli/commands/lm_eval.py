@@ -10,6 +10,8 @@ import typer
 
 from rnn_longctx.cli.command import command
 from rnn_longctx.cli.options import MODEL_HELP, Many, ModelOptions, option, say_segment
+from rnn_longctx.cli.output import table, talks, wrote
+from rnn_longctx.plain import plain_table
 
 if TYPE_CHECKING:
     from rnn_longctx.eval.harness.run import HarnessConfig
@@ -60,7 +62,12 @@ def lm_eval(
     harness: HarnessOptions = HarnessOptions(),
     options: ModelOptions = ModelOptions(),
 ) -> None:
-    """Tasks of EleutherAI's lm-eval at chosen lengths, without and with remedies: a table, JSON and CSV."""
+    """Tasks of EleutherAI's lm-eval at chosen lengths, without and with remedies: a table, JSON and CSV.
+
+    Examples:
+        rnn-longctx lm-eval --model demo --tasks rnn_longctx_passkey --lengths 1k --limit 10
+        rnn-longctx lm-eval --model demo --tasks niah_single_1 --mitigation state-norm
+    """
     import logging
 
     from rnn_longctx.eval.harness.run import lm_eval_table
@@ -69,8 +76,9 @@ def lm_eval(
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     lm = options.load(model)
     say_segment(lm)
-    frame = lm_eval_table(lm, config, progress=sys.stderr.isatty())
+    frame = lm_eval_table(lm, config, progress=talks() and sys.stderr.isatty())
     hidden = ["model", "weights_hash", "dtype", "tokens_read_min", "tokens_read_max", "seed"]
     shown = frame.drop(columns=hidden + (["state_dtype"] if options.state_dtype is None else []))
-    typer.echo(shown.to_string(index=False, na_rep="-", float_format=lambda v: f"{v:.4g}"))
-    typer.echo(f"{config.out}: lm_eval.json, lm_eval.csv (seed {config.seed})")
+    lines = plain_table(shown).to_string(index=False, na_rep="-", float_format=lambda v: f"{v:.4g}")
+    table("scores", frame, lines)
+    wrote(str(config.out), ["lm_eval.json", "lm_eval.csv"], f" (seed {config.seed})")

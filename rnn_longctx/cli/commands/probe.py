@@ -9,7 +9,10 @@ from typing import Annotated
 import typer
 
 from rnn_longctx.cli.command import command
-from rnn_longctx.cli.options import TEXTS, Many, ModelOptions, about, console_of_tables, option
+from rnn_longctx.cli.options import TEXTS, Many, ModelOptions, about, option
+from rnn_longctx.cli.output import fact, head, say, show, table, talks, wrote
+from rnn_longctx.files import write_atomic
+from rnn_longctx.plain import csv_text, plain_table
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,12 @@ def probe(
     probing: ProbeOptions = ProbeOptions(),
     options: ModelOptions = ModelOptions(),
 ) -> None:
-    """Which heads of a model leave the range of their training, when, and whether that is what costs the loss."""
+    """Which heads of a model leave the range of their training, when, and whether that is what costs the loss.
+
+    Examples:
+        rnn-longctx probe demo --length 32k --slices 4 --prove --remember
+        rnn-longctx probe demo demo-long --length 8k
+    """
     import pandas as pd
 
     from rnn_longctx import mitigate
@@ -50,10 +58,10 @@ def probe(
 
     c = probing
     length, remedy, text = parse_length(c.length), parse_remedy(c.mitigation), load_text(c.text)
-    rows = []
+    rows, verdicts = [], {}
     for i, name in enumerate(model):
         lm = options.load(name)
-        console_of_tables().print(about(lm, options.dtype))
+        head(about(lm, options.dtype))
         folder = c.out if len(model) == 1 else c.out / f"{i}-{lm.name}"
         with mitigate(lm, remedy, target_length=length):
             result = probe(
@@ -66,17 +74,22 @@ def probe(
                 seed=c.seed,
                 prove=c.prove,
                 remember=c.remember,
-                say=typer.echo,
+                say=say,
             )
         paths = [*result.save(folder), *draw(result, folder)]
         with scalars(c.log or [], folder, lm.name) as write:
             for position, values in scalar_rows(result):
                 write(values, position)
-        if result.ablation:
-            typer.echo(str(result.ablation))
-        typer.echo(f"{folder}: {', '.join(p.name for p in paths)}")
+        last = [str(result.ablation)] if result.ablation else []  # the rest of the verdict was said on the way
+        show(*(last if talks() else [result.verdict]))
+        table(f"heads of {name}", result.heads)
+        table(f"losses of {name}", result.losses)
+        wrote(folder, [p.name for p in paths])
         rows.append({"model": name, **result.summary()})
+        verdicts[name] = result.verdict
+    fact("verdicts", verdicts)
+    frame, shown = pd.DataFrame(rows), []
     if len(model) > 1:
-        frame = pd.DataFrame(rows)
-        frame.to_csv(c.out / "models.csv", index=False)
-        typer.echo(frame.to_string(index=False, na_rep="-", float_format=lambda v: f"{v:.4g}"))
+        write_atomic(c.out / "models.csv", csv_text(frame).encode())
+        shown = [plain_table(frame).to_string(index=False, na_rep="-", float_format=lambda v: f"{v:.4g}")]
+    table("models", frame, *shown)

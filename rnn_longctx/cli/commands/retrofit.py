@@ -9,9 +9,12 @@ import typer
 
 from rnn_longctx.cli.command import command
 from rnn_longctx.cli.options import Device, Many, option
+from rnn_longctx.cli.output import fact, problem, say, table
 from rnn_longctx.errors import InputError
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from rnn_longctx.train.retrofit import Done
 
 
@@ -58,7 +61,12 @@ def retrofit(
     device: Device = "auto",
     seed: Annotated[int, typer.Option(min=0, help="Of new weights, and of what is drawn from the text.")] = 0,
 ) -> None:
-    """Replace the attention of a transformers decoder, in chosen layers and heads, and teach it by the full one."""
+    """Replace the attention of a transformers decoder, in chosen layers and heads, and teach it by the full one.
+
+    Examples:
+        rnn-longctx retrofit llama/ --mixer block-sparse --distill --text texts/ --out runs/sparse
+        rnn-longctx retrofit llama/ --mixer mamba2 --layers 0,2-5 --text texts/ --out runs/mixed
+    """
     from rnn_longctx.config import from_dict, parse_length
     from rnn_longctx.train.loop import TrainingDiverged
     from rnn_longctx.train.retrofit import RetrofitConfig
@@ -77,16 +85,18 @@ def retrofit(
     replaced = {"mixer": which.mixer, "layers": which.layers, "heads": which.heads, "full_above": which.full_above}
     rest = {"model": model, "out": out, "tokenizer": tokenizer, "device": device, "seed": seed}
     try:
-        done = run(from_dict(RetrofitConfig, {**replaced, **taught, **rest}), typer.echo)
+        done = run(from_dict(RetrofitConfig, {**replaced, **taught, **rest}), say)
     except TrainingDiverged as error:
-        typer.echo(f"rnn-longctx: {error}", err=True)
+        problem(error)
         raise typer.Exit(1) from None
     if done.before:
-        typer.echo(_reach(done))
-    typer.echo(f"saved {out}")
+        reach = _reach(done)
+        table("reach", reach, "what each head reads, before and after\n" + reach.to_string(index=False))
+    fact("checkpoint", out)
+    say(f"saved {out}")
 
 
-def _reach(done: Done) -> str:
+def _reach(done: Done) -> pd.DataFrame:
     """Return a table of how far heads read, before and after."""
     import pandas as pd
 
@@ -106,4 +116,4 @@ def _reach(done: Done) -> str:
         }
         for b, a in zip(done.before, done.after, strict=True)
     ]
-    return "what each head reads, before and after\n" + pd.DataFrame(rows).to_string(index=False)
+    return pd.DataFrame(rows)

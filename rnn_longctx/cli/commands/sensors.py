@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from rnn_longctx.cli.command import command
+from rnn_longctx.cli.command import command, flattened
 from rnn_longctx.cli.options import Many, option
+from rnn_longctx.cli.output import fact, say, show, speaker, table, wrote
+from rnn_longctx.files import write_atomic
+from rnn_longctx.plain import csv_text, plain_table
 
 program = typer.Typer(
     no_args_is_help=True,
@@ -17,12 +21,23 @@ program = typer.Typer(
 )
 command("sensors")(program)
 
+
+def _command(name: str) -> Callable[[Any], Any]:
+    """Register a function as `rnn-longctx sensors NAME`."""
+
+    def register(run: Any) -> Any:
+        program.command(name)(flattened(run))
+        return run
+
+    return register
+
+
 SCHEDULE = "128:350,256:250,512:300,1024:100,2048:100"  # of rnn_longctx.sensors.fit, which loads torch
 Log = Annotated[Path, typer.Argument(help="A log, CSV or Parquet: a column of times, and one a sensor.")]
 RunFolder = Annotated[Path, typer.Argument(help="What `sensors fit` wrote.")]
 
 
-@program.command("make")
+@_command("make")
 def make(
     out: Annotated[Path, typer.Argument(help="A new folder: plant.parquet, failures.csv, truth.csv.")],
     rows: Annotated[int, typer.Option(help="Of the log, a minute each.")] = 300_000,
@@ -32,7 +47,11 @@ def make(
     drift_at: Annotated[int | None, option("Row from which sensors drift.", "never")] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
-    """Make the log of a plant whose failures have causes long before them, for a demo or a test."""
+    """Make the log of a plant whose failures have causes long before them, for a demo or a test.
+
+    Examples:
+        rnn-longctx sensors make runs/plant --rows 20000
+    """
     from rnn_longctx.sensors.fit import new_folder
     from rnn_longctx.sensors.plants import Plant, make_plant
 
@@ -40,12 +59,12 @@ def make(
     made = make_plant(Plant(rows, longest, every=every, missing=missing, drift_at=drift_at, seed=seed))
     folder.mkdir(parents=True, exist_ok=True)
     made.log.to_parquet(folder / "plant.parquet", index=False)
-    made.events.to_csv(folder / "failures.csv", index=False)
-    made.truth.to_csv(folder / "truth.csv", index=False)
-    typer.echo(f"{folder}: plant.parquet, {rows:,} rows; failures.csv, {len(made.events)}; truth.csv")
+    write_atomic(folder / "failures.csv", csv_text(made.events).encode())
+    write_atomic(folder / "truth.csv", csv_text(made.truth).encode())
+    wrote(folder, ["plant.parquet", "failures.csv", "truth.csv"], f"; {rows:,} rows, {len(made.events)} failures")
 
 
-@program.command("fit")
+@_command("fit")
 def fit(
     log: Log,
     time: Annotated[str, typer.Option(help="The column of times, in the events as well.")],
@@ -57,8 +76,11 @@ def fit(
     schedule: Annotated[str | None, option("Rows of a window and updates, in turn.", SCHEDULE)] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
-    """Fit a model to a log and its events; the last 30% of the rows are held out for `sensors report`."""
-    from rnn_longctx.progress import to_stdout
+    """Fit a model to a log and its events; the last 30% of the rows are held out for `sensors report`.
+
+    Examples:
+        rnn-longctx sensors fit plant.csv --time t --sensors temp,vib --events failures.csv --out runs/fit
+    """
     from rnn_longctx.sensors.fit import FitConfig, new_folder
     from rnn_longctx.sensors.model import SensorConfig, for_sensors
     from rnn_longctx.sensors.runs import Source, fit_run
@@ -68,11 +90,11 @@ def fit(
     how = FitConfig(seed=seed) if schedule is None else FitConfig(schedule, seed=seed)
     mixers = [for_sensors(text) for text in mixer or ["two-stage"]]
     shape = SensorConfig(source.sensors, mixers, warning=warning, n_layer=1 + len(mixers))
-    fit_run(source, shape, how, folder, to_stdout)
-    typer.echo(f"{folder}: model.safetensors, sensors.json; next: rnn-longctx sensors report {folder}")
+    fit_run(source, shape, how, folder, speaker())
+    wrote(folder, ["model.safetensors", "sensors.json"], f"; next: rnn-longctx sensors report {folder}")
 
 
-@program.command("report")
+@_command("report")
 def report(
     run: RunFolder,
     log: Annotated[
@@ -81,23 +103,27 @@ def report(
     events: Annotated[Path | None, option("Of that log.", "none are known")] = None,
     out: Annotated[Path | None, option("A new folder.", "RUN/report")] = None,
 ) -> None:
-    """Forecasts and alarms on the rows that were held out, or on another log: a page, pictures and alarms.jsonl."""
-    from rnn_longctx.progress import to_stdout
+    """Forecasts and alarms on the rows that were held out, or on another log: a page, pictures and alarms.jsonl.
+
+    Examples:
+        rnn-longctx sensors report runs/fit
+        rnn-longctx sensors report runs/fit newer.csv --events newer_failures.csv --out runs/newer
+    """
     from rnn_longctx.sensors.fit import Run, new_folder
     from rnn_longctx.sensors.runs import report_run
 
     fitted = Run.load(run)
     folder = new_folder(run / "report" if out is None else out)
-    made = report_run(fitted, log, events, to_stdout)
+    made = report_run(fitted, log, events, speaker())
     paths = made.save(folder, str(run))
     for line in [*(f"repaired: {text}" for text in made.log.repairs), *(f"noted: {text}" for text in made.log.notes)]:
-        typer.echo(line)
-    for line in made.lines():
-        typer.echo(line)
-    typer.echo(f"{folder}: {', '.join(path.name for path in paths)}")
+        say(line)
+    fact("lines", made.lines())
+    show(*made.lines())
+    wrote(folder, [path.name for path in paths])
 
 
-@program.command("adapt")
+@_command("adapt")
 def adapt(
     run: RunFolder,
     log: Log,
@@ -105,14 +131,17 @@ def adapt(
     out: Annotated[Path, typer.Option(help="A new folder for the adapted model.")],
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
-    """Follow a log piece by piece: score it, train on it, keep the update or undo it; with no updates beside it."""
-    from rnn_longctx.progress import to_stdout
+    """Follow a log piece by piece: score it, train on it, keep the update or undo it; with no updates beside it.
+
+    Examples:
+        rnn-longctx sensors adapt runs/fit newer.csv --events newer_failures.csv --out runs/adapted
+    """
     from rnn_longctx.sensors.adapt import AdaptConfig
     from rnn_longctx.sensors.fit import Run, new_folder
     from rnn_longctx.sensors.runs import adapt_run
 
     fitted = Run.load(run)
     folder = new_folder(out)
-    table = adapt_run(fitted, log, events, folder, AdaptConfig(seed=seed), to_stdout)
-    typer.echo(table.to_string(index=False, float_format=lambda value: f"{value:.3f}"))
-    typer.echo(f"{folder}: model.safetensors, sensors.json, online.csv")
+    steps = adapt_run(fitted, log, events, folder, AdaptConfig(seed=seed), speaker())
+    table("steps", steps, plain_table(steps).to_string(index=False, float_format=lambda value: f"{value:.3f}"))
+    wrote(folder, ["model.safetensors", "sensors.json", "online.csv"])

@@ -10,6 +10,7 @@ import typer
 
 from rnn_longctx.cli.command import command
 from rnn_longctx.cli.options import Many
+from rnn_longctx.cli.output import fact, problem, say, speaker
 
 
 @command("train")
@@ -27,15 +28,21 @@ def train(
 ) -> None:
     """Train a model, or go on where a killed run stopped.
 
-    Over several GPUs: accelerate launch -m rnn_longctx.train CONFIG (or torchrun --nproc-per-node 8 -m ...)."""
+    Over several GPUs: accelerate launch -m rnn_longctx.train CONFIG (or torchrun --nproc-per-node 8 -m ...).
+
+    Examples:
+        rnn-longctx train configs/train/demo.yaml
+        rnn-longctx train configs/train/continual.yaml --set train_length=16k data=texts/
+    """
     from rnn_longctx.config import load_yaml
     from rnn_longctx.train import TrainConfig, TrainingDiverged, spelled_out, train, train_online
 
     try:
         settings = load_yaml(TrainConfig, config, spelled_out([*(set or []), *(more or [])]))
-        checkpoint = train(settings) if stream is None else train_online(settings, stream)
+        checkpoint = train(settings, speaker()) if stream is None else train_online(settings, stream, speaker())
         if os.environ.get("RANK", "0") == "0":
-            typer.echo(f"saved {checkpoint}")
+            fact("checkpoint", str(checkpoint))
+            say(f"saved {checkpoint}")
     except TrainingDiverged as error:
-        typer.echo(f"rnn-longctx: {error}", err=True)
+        problem(error)
         raise typer.Exit(1) from None

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rnn_longctx.cli.command import command
-from rnn_longctx.cli.options import MODEL_HELP, TEXTS, ModelOptions, console_of_tables
+from rnn_longctx.cli.options import MODEL_HELP, TEXTS, ModelOptions
+from rnn_longctx.cli.output import fact, say, show, table, wrote
 from rnn_longctx.errors import InputError
 
 if TYPE_CHECKING:
@@ -36,7 +37,12 @@ def tune(
     options: ModelOptions = ModelOptions(),
 ) -> None:
     """Find a mixer's or a remedy's parameters within a budget, and say whether they beat the default on held-out data.
-    A search that was killed goes on where it stopped."""
+    A search that was killed goes on where it stopped.
+
+    Examples:
+        rnn-longctx tune demo --mitigation rri --target 2k --budget 8m --memory 8g
+        rnn-longctx tune configs/compare/planted.yaml --mixer block-sparse --budget 12m
+    """
     from rnn_longctx.eval.tune import run_tune
     from rnn_longctx.eval.tune.budget import Budget, parse_memory, parse_time
 
@@ -50,10 +56,10 @@ def tune(
         assert mitigation is not None
         problem, name = _remedy(what, mitigation, target, text, held_out, options)
     folder = out or Path("runs/tune") / name
-    found = run_tune(problem, folder, limits, typer.echo)
+    found = run_tune(problem, folder, limits, say)
     if found is not None:
         _show(found)
-    typer.echo(f"{folder}: tune.db, trials.csv" + (", held_out.csv, tuned.yaml" if found is not None else ""))
+    wrote(folder, ["tune.db", "trials.csv", *(["held_out.csv", "tuned.yaml"] if found is not None else [])])
 
 
 def _mixer(config: str, mixer: str, device: str) -> tuple[Any, str]:
@@ -88,10 +94,11 @@ def _remedy(model: str, mitigation: str, target: str, text: str, held_out: str, 
 def _show(found: Comparison) -> None:
     from rich.table import Table
 
-    table = Table(title="Held-out data: means over seeds, and tuned - default with its 95% interval")
+    drawn = Table(title="Held-out data: means over seeds, and tuned - default with its 95% interval")
     for column in found.table:
-        table.add_column(str(column), overflow="fold")
+        drawn.add_column(str(column), overflow="fold")
     for row in found.table.astype(object).where(found.table.notna(), "").to_dict("records"):
-        table.add_row(*(f"{v:.4f}" if isinstance(v, float) else str(v) for v in row.values()))
-    console_of_tables().print(table)
-    typer.echo(found.verdict)
+        drawn.add_row(*(f"{v:.4f}" if isinstance(v, float) else str(v) for v in row.values()))
+    fact("verdict", found.verdict)
+    table("held_out", found.table, drawn)
+    show(found.verdict)

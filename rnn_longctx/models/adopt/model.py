@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from rnn_longctx.config import counted
+from rnn_longctx.config import counted, format_length
 from rnn_longctx.errors import InputError
 from rnn_longctx.models.adopt.cache import AdoptedCache, attention_layers, cache_name, unattended, widest_attention
 from rnn_longctx.models.adopt.layerwise import AdoptedBlocks
@@ -81,6 +81,12 @@ class Adopted(Hooked, Identified):
             mixer.stand()
         if kernels_there() and self.mixers and isinstance(self.mixers[0], SteppedAdopted):
             self.mixers[0].module.register_forward_pre_hook(self._measure, with_kwargs=True)
+
+    def __repr__(self) -> str:
+        trained = "an unknown length" if self.train_length is None else f"{format_length(self.train_length)} tokens"
+        remedies = "+".join(str(handle.remedy) for handle in vars(self).get("_remedies", []))
+        what = f"{counted(len(self.mixers), 'recurrent layer')}, trained at {trained}"
+        return f"<Adopted {type(self.model).__name__} {self.name!r}: {what}, {remedies or 'no remedy'} on it>"
 
     @property
     def module(self) -> nn.Module:
