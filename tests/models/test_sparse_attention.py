@@ -154,6 +154,8 @@ def read(mixer, u, sizes, **marks):
 def test_it_is_dense_attention_under_the_mask_of_what_is_kept(text, queries, tile, monkeypatch):
     """Gradients too, of everything: the choice apart, which has none."""
     monkeypatch.setattr(sparse, "QUERIES", queries)
+    monkeypatch.setattr(sparse, "SCORES", 0)
+    monkeypatch.setattr(sparse, "TOGETHER", 3 * queries)
     monkeypatch.setattr(sparse, "TILE", tile)
     mixer = mixer_of(text)
     for length in (1, 23, random.randrange(40, 61)):
@@ -171,6 +173,8 @@ def test_it_is_dense_attention_under_the_mask_of_what_is_kept(text, queries, til
 def test_documents_padding_and_any_cut(text, monkeypatch):
     """Each document by itself is the definition, wherever calls end in it, and so are its gradients."""
     monkeypatch.setattr(sparse, "QUERIES", 13)
+    monkeypatch.setattr(sparse, "SCORES", 0)
+    monkeypatch.setattr(sparse, "TOGETHER", 26)
     mixer = mixer_of(text)
     starts = [[0, 17, 18, 41], [random.randrange(1, 20)], [random.randrange(20, 50)]]
     mask = torch.arange(LENGTH) >= torch.tensor([row[0] for row in starts])[:, None]
