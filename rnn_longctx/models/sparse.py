@@ -102,6 +102,11 @@ class SparseAttention(Attention):
         return range(self.config.heads)
 
     @property
+    def near(self) -> int:
+        """How many blocks the window has, a token's own among them."""
+        return self.config.window // self.config.block
+
+    @property
     def sinks(self) -> int:
         """How many blocks, the first ones of a document, are read whatever their scores are."""
         return 0
@@ -146,8 +151,7 @@ class SparseAttention(Attention):
         begins here."""
         call, _ = self._call(u, carry, span)
         some = slice(0, u.shape[1]) if queries is None else queries
-        by = self.config.window // self.config.block
-        return self.call_scores(call, some), call.places.earlier(some, by, u.device, self.sinks)
+        return self.call_scores(call, some), call.places.earlier(some, self.near, u.device, self.sinks)
 
     def call_scores(self, call: Call, queries: slice) -> Tensor:
         """Return the scores (B, H, t, m) of the blocks that are complete once the last of the queries is read."""
@@ -155,14 +159,13 @@ class SparseAttention(Attention):
 
     def chosen(self, call: Call, queries: slice) -> Choice:
         """Return the blocks that queries read beyond their window."""
-        return self.choice(call, queries, [self.best(call, q, self.call_scores(call, q)) for q in call.parts(queries)])
+        best = [self.best(call, some, self.call_scores(call, some)) for some in call.parts(queries)]
+        return self.choice(call, queries, best)
 
     def best(self, call: Call, queries: slice, scores: Tensor) -> tuple[Tensor, Tensor]:
         """Return the scores (B, H, t, top) of the blocks that are chosen, with gradients, the best first, and which
         they are, as a call lists them; -inf where there are no more. scores: `call_scores`, which are used up."""
-        scores = call.places.readable(scores, queries, self.config.window // self.config.block, self.sinks, -math.inf)[
-            0
-        ]
+        scores, _ = call.places.readable(scores, queries, self.near, self.sinks, -math.inf)
         values, index = largest(scores.detach(), min(self.config.top, scores.shape[3]))
         if scores.requires_grad:
             values = scores.gather(3, index)
@@ -175,7 +178,7 @@ class SparseAttention(Attention):
         taken = scores.detach() > -math.inf
         scores = scores.masked_fill(~taken, 0)
         if self.sinks:
-            first, there = call.places.first_blocks(queries, self.config.window // self.config.block, self.sinks)
+            first, there = call.places.first_blocks(queries, self.near, self.sinks)  # (B, t, sinks)
             first, there = (x.to(index.device)[:, None].expand(-1, index.shape[1], -1, -1) for x in (first, there))
             index, taken = torch.cat([first, index], 3), torch.cat([there, taken], 3)
             scores = F.pad(scores, (self.sinks, 0))
@@ -202,7 +205,7 @@ class SparseAttention(Attention):
         size, length = carry.size, u.shape[1]
         q, k, v = self.projected(u, span)
         counts, _ = row_counts(carry.position, length, mask=span.mask, reset=span.reset)
-        places = BlockPlaces.find(counts, carry, span.reset, self.config.window // size)
+        places = BlockPlaces.find(counts, carry, span.reset, self.near)
         recent, content = torch.cat([carry.recent.to(k.dtype), k], 1), q
         if self.rotary:
             q, k = self.turn(q, k, counts - 1, span)
