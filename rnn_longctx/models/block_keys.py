@@ -152,7 +152,7 @@ class BlockPlaces:
         self, scores: Tensor, queries: slice, by: int, least: int, otherwise: float
     ) -> tuple[Tensor, Tensor | None]:
         """Return scores (B, H, t, m) of the `known` blocks, in place, with `otherwise` where a query may not read a
-        block; and (B, t, m) bool, which it may, or None where there is a block that all of them may.  Blocks: as
+        block; and (B, t, m) bool, which it may, or None where there is a block that all of them may. Blocks: as
         `earlier` says."""
         free = self.free(queries, by, least)
         if free.start == free.stop:

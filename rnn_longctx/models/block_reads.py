@@ -23,6 +23,8 @@ from torch import Tensor
 
 from rnn_longctx.models.attention import weighed
 
+AT_ONCE = 1 << 20  # numbers of keys, or of values, that are gathered at once
+
 
 @dataclass(frozen=True, eq=False)
 class Choice:
@@ -144,7 +146,9 @@ def read_blocks(
     queries = q.transpose(1, 2).flatten(0, 2).index_select(0, tiles.filled(query, 0).flatten())
     queries = queries.unflatten(0, (-1, tiles.size))
     place = blocks.places(tiles.block, lists)
-    scores = queries @ blocks.of(blocks.keys, place).mT  # (tiles, size, b)
+    each = max(1, AT_ONCE // (blocks.size * q.shape[3]))
+    cuts = [slice(n, n + each) for n in range(0, len(place), each)]
+    scores = torch.cat([queries[some] @ blocks.of(blocks.keys, place[some]).mT for some in cuts])  # (tiles, size, b)
     scores = scores.to(near.dtype) / math.sqrt(q.shape[3])
     if bias is not None:
         scores = scores + tiles.filled(bias.flatten()[pairs], 0)[..., None]
@@ -152,5 +156,5 @@ def read_blocks(
     log_sums = scores.logsumexp(2).masked_fill(empty, -math.inf).flatten()[slots]
     total = torch.cat([near[..., None], log_sums.unflatten(0, shape)], 3).logsumexp(3)
     shares = (scores - tiles.filled(total.flatten()[query], math.inf)[..., None]).exp().to(blocks.values.dtype)
-    y = shares @ blocks.of(blocks.values, place)  # (tiles, size, D)
+    y = torch.cat([shares[some] @ blocks.of(blocks.values, place[some]) for some in cuts])  # (tiles, size, D)
     return y.flatten(0, 1).index_select(0, slots).unflatten(0, shape).sum(3), total

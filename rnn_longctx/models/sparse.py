@@ -38,7 +38,7 @@ from rnn_longctx.recurrence.rows import row_counts
 from rnn_longctx.recurrence.span import WHOLE, Span
 
 QUERIES = 256  # at least, whose scores are held at once
-SCORES = 1 << 21  # that are held at once, of more queries: about as many as a CPU has room for in its cache
+SCORES = 1 << 20  # that are held at once, of more queries where they are few: a CPU has room for them in its cache
 TOGETHER = 8192  # queries that read at once: the more, the more of them meet a block
 TILE = 64  # queries at most that meet a block in one product
 

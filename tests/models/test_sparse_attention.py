@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from rnn_longctx.errors import InputError
-from rnn_longctx.models import checkpoint, sparse
+from rnn_longctx.models import block_reads, checkpoint, sparse
 from rnn_longctx.models.cache import Cache
 from rnn_longctx.models.config import ModelConfig, model_config
 from rnn_longctx.models.lm import LM
@@ -157,6 +157,7 @@ def test_it_is_dense_attention_under_the_mask_of_what_is_kept(text, queries, til
     monkeypatch.setattr(sparse, "SCORES", 0)
     monkeypatch.setattr(sparse, "TOGETHER", 3 * queries)
     monkeypatch.setattr(sparse, "TILE", tile)
+    monkeypatch.setattr(block_reads, "AT_ONCE", 10 * queries)
     mixer = mixer_of(text)
     for length in (1, 23, random.randrange(40, 61)):
         u = reading(length=length).requires_grad_()
