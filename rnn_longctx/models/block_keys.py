@@ -4,6 +4,7 @@ stand in a call."""
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -126,12 +127,63 @@ class BlockPlaces:
         """Return how many blocks, the first ones, may be read by tokens before `stop`."""
         return self.of.shape[1] - self.ends.shape[1] + int((self.ends < stop).sum(1).max())
 
-    def earlier(self, queries: slice, by: int, device: torch.device) -> Tensor:
-        """Return (B, t, m) bool: which of the `known` blocks are at least `by` blocks before that of a query."""
-        known = self.known(queries.stop)
-        of, blocks = (x[:, None, :known].to(device) for x in (self.of, self.blocks))
+    @cached_property
+    def run(self) -> slice:
+        """The blocks, in a row, that are of the one document that a row reads in this call, whichever the row; none
+        where a row reads several."""
+        document = self.document[:, :1]
+        own = ((self.of == document) & (self.document == document).all(1, keepdim=True)).all(0)
+        if not bool(own.any()):
+            return slice(0, 0)
+        first = int(own.long().argmax())
+        return slice(first, first + int(own[first:].long().cumprod(0).sum()))
+
+    def free(self, queries: slice, by: int, least: int = 0) -> slice:
+        """Return which of the `known` blocks, in a row, all queries may read; blocks: as `earlier` says. (A document's
+        blocks follow each other in the list: a row's first says which the others are.)"""
+        if self.run.start == self.run.stop:
+            return self.run
+        older = self.blocks[:, self.run.start]
+        first = self.run.start + max(0, int((least - older).max()))
+        stop = self.run.start + int((self.number[:, queries.start] - by - older).min()) + 1
+        return slice(first, max(first, min(stop, self.run.stop, self.known(queries.stop))))
+
+    def readable(
+        self, scores: Tensor, queries: slice, by: int, least: int, otherwise: float
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return scores (B, H, t, m) of the `known` blocks, in place, with `otherwise` where a query may not read a
+        block; and (B, t, m) bool, which it may, or None where there is a block that all of them may. Blocks: as
+        `earlier` says."""
+        free = self.free(queries, by, least)
+        if free.start == free.stop:
+            seen = self.earlier(queries, by, scores.device, least)
+            return scores.masked_fill_(~seen[:, None], otherwise), seen
+        for side in (slice(0, free.start), slice(free.stop, scores.shape[3])):
+            if side.start < side.stop:
+                seen = self.earlier(queries, by, scores.device, least, side)
+                scores[..., side].masked_fill_(~seen[:, None], otherwise)
+        return scores, None
+
+    def earlier(
+        self, queries: slice, by: int, device: torch.device, least: int = 0, some: slice | None = None
+    ) -> Tensor:
+        """Return (B, t, m) bool: which of the `known` blocks, or of some, are of a query's document, at least `by`
+        blocks before its own, and not among the first `least`."""
+        some = slice(0, self.known(queries.stop)) if some is None else some
+        of, blocks = (x[:, None, some].to(device) for x in (self.of, self.blocks))
         document, number = (x[:, queries, None].to(device) for x in (self.document, self.number))
-        return (of == document) & (blocks <= number - by)
+        return (of == document) & (blocks <= number - by) & (blocks >= least)
+
+    def first_blocks(self, queries: slice, by: int, count: int) -> tuple[Tensor, Tensor]:
+        """Return for each query the first blocks 0 to count - 1 of its document, at least `by` blocks before its own:
+        their places (B, t, count) in the list of blocks, and bool (B, t, count), whether they are there."""
+        row, column = ((self.of >= 0) & (self.blocks < count)).nonzero(as_tuple=True)
+        table = torch.full((len(self.of), int(self.document.max().clamp(min=0)) + 1, count), -1, device="cpu")
+        table[row, self.of[row, column], self.blocks[row, column]] = column
+        index = picked(table, self.document[:, queries].clamp(min=0))
+        numbers = torch.arange(count, device="cpu")
+        there = (numbers <= self.number[:, queries, None] - by) & (self.document[:, queries, None] >= 0) & (index >= 0)
+        return index.clamp(min=0), there
 
 
 def picked(x: Tensor, index: Tensor) -> Tensor:

@@ -12,8 +12,7 @@ choose for their first token by what their last one asks. They compare a query w
 when the block is complete. Scoring so grows with the square of the length, b times more slowly than full attention
 does; what is read of the tokens themselves is as much at any length.
 
-Blocks are not masked but gathered: pairs of a query and a block that it reads are sorted by blocks, and a block meets
-its queries in one product. Of blocks with equal scores any may be chosen.
+How it is read: `rnn_longctx.models.block_reads`. Of blocks with equal scores any may be chosen.
 """
 
 from __future__ import annotations
@@ -30,13 +29,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rnn_longctx.errors import InputError
-from rnn_longctx.models.attention import Attention, weighed
+from rnn_longctx.models.attention import Attention
+from rnn_longctx.models.block_choice import largest
 from rnn_longctx.models.block_keys import BlockKeys, BlockPlaces, picked
+from rnn_longctx.models.block_reads import Blocks, Choice, read_blocks, read_window
 from rnn_longctx.models.state_size import StateSize
 from rnn_longctx.recurrence.rows import row_counts
 from rnn_longctx.recurrence.span import WHOLE, Span
 
-QUERIES = 512  # whose scores are held at once
+QUERIES = 256  # at least, whose scores are held at once
+SCORES = 1 << 20  # that are held at once, of more queries where they are few: a CPU has room for them in its cache
+TOGETHER = 8192  # queries that read at once: the more, the more of them meet a block
 TILE = 64  # queries at most that meet a block in one product
 
 
@@ -59,27 +62,16 @@ class Call:
     summaries: Tensor
     places: BlockPlaces
 
-    def parts(self) -> Iterator[slice]:
-        """Yield QUERIES queries at a time."""
-        for t in range(0, self.q.shape[1], QUERIES):
-            yield slice(t, min(t + QUERIES, self.q.shape[1]))
+    def parts(self, queries: slice) -> Iterator[slice]:
+        """Yield so many of the queries at a time as have their scores held."""
+        each = self.q.shape[0] * self.q.shape[2] * max(1, self.summaries.shape[1])
+        return parts(queries, max(QUERIES, SCORES // each))
 
 
-@dataclass(frozen=True, eq=False)
-class Choice:
-    """The blocks that queries read beyond their window: first the sinks, then the chosen, the best first.
-
-    Attributes:
-        index: (B, H, t, K), of blocks as a call lists them.
-        taken: (B, H, t, K) bool, whether there is such a block.
-        scores: (B, H, t, K), with gradients, of the chosen; 0 of the sinks.
-        sinks: how many of the K are sinks.
-    """
-
-    index: Tensor
-    taken: Tensor
-    scores: Tensor
-    sinks: int
+def parts(queries: slice, most: int) -> Iterator[slice]:
+    """Yield `most` of the queries at a time."""
+    for t in range(queries.start, queries.stop, most):
+        yield slice(t, min(t + most, queries.stop))
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,6 +102,11 @@ class SparseAttention(Attention):
         return range(self.config.heads)
 
     @property
+    def near(self) -> int:
+        """How many blocks the window has, a token's own among them."""
+        return self.config.window // self.config.block
+
+    @property
     def sinks(self) -> int:
         """How many blocks, the first ones of a document, are read whatever their scores are."""
         return 0
@@ -134,21 +131,16 @@ class SparseAttention(Attention):
 
     def forward(self, u: Tensor, carry: BlockKeys | None, span: Span) -> tuple[Tensor, BlockKeys]:
         call, after = self._call(u, carry, span)
-        y = torch.cat([self.read(call, queries) for queries in call.parts()], 1)
+        y = torch.cat([self.read(call, queries) for queries in parts(slice(0, u.shape[1]), TOGETHER)], 1)
         return self.out_proj(y.flatten(2)), after
 
     def kept(self, u: Tensor, carry: BlockKeys | None = None, span: Span = WHOLE) -> Kept:
         """Return which blocks the layer reads for each token, beyond its window, where `forward` is called so."""
         call, _ = self._call(u, carry, span)
-        room, blocks, scores = self.sinks + self.config.top, [], []
-        for queries in call.parts():
-            choice = self.choice(call, queries, self.call_scores(call, queries))
-            index = choice.index
-            numbers = picked(call.places.blocks.to(u.device), index.flatten(1)).unflatten(1, index.shape[1:])
-            less = (0, room - index.shape[3])
-            blocks.append(F.pad(numbers.where(choice.taken, -1), less, value=-1))
-            scores.append(F.pad(choice.scores.masked_fill(~choice.taken, 0), less))
-        return Kept(torch.cat(blocks, 2), torch.cat(scores, 2))
+        choice = self.chosen(call, slice(0, u.shape[1]))
+        numbers = F.pad(call.places.blocks, (0, 1)).to(u.device)  # (an index of none needs one to point to)
+        numbers = picked(numbers, choice.index.flatten(1)).unflatten(1, choice.index.shape[1:])
+        return Kept(numbers.where(choice.taken, -1), choice.scores)
 
     def block_scores(
         self, u: Tensor, carry: BlockKeys | None = None, span: Span = WHOLE, queries: slice | None = None
@@ -159,49 +151,52 @@ class SparseAttention(Attention):
         begins here."""
         call, _ = self._call(u, carry, span)
         some = slice(0, u.shape[1]) if queries is None else queries
-        return self.call_scores(call, some), self._candidates(call, some)[0]
+        return self.call_scores(call, some), call.places.earlier(some, self.near, u.device, self.sinks)
 
     def call_scores(self, call: Call, queries: slice) -> Tensor:
         """Return the scores (B, H, t, m) of the blocks that are complete once the last of the queries is read."""
         return self.scores(call.content[:, queries], call.summaries[:, : call.places.known(queries.stop)])
 
-    def choice(self, call: Call, queries: slice, scores: Tensor) -> Choice:
-        """Return the blocks that queries read beyond their window; scores: `call_scores` of them."""
-        candidates, sinks = self._candidates(call, queries)
-        heads, known = scores.shape[1], scores.shape[3]
-        best = scores.detach().masked_fill(~candidates[:, None], -math.inf).topk(min(self.config.top, known))
-        order = -torch.arange(known, device=scores.device, dtype=scores.dtype)
-        first = order.where(sinks, -math.inf).topk(min(self.sinks, known))
-        first_index, first_values = (x[:, None].expand(-1, heads, -1, -1) for x in (first.indices, first.values))
-        return Choice(
-            torch.cat([first_index, best.indices], 3),
-            torch.cat([first_values, best.values], 3) > -math.inf,
-            torch.cat([torch.zeros_like(first_values), scores.gather(3, best.indices)], 3),
-            first_values.shape[3],
-        )
+    def chosen(self, call: Call, queries: slice) -> Choice:
+        """Return the blocks that queries read beyond their window."""
+        best = [self.best(call, some, self.call_scores(call, some)) for some in call.parts(queries)]
+        return self.choice(call, queries, best)
 
-    def _candidates(self, call: Call, queries: slice) -> tuple[Tensor, Tensor]:
-        """Return two (B, t, m) bool: which blocks are chosen from, and which are sinks, both outside the window."""
-        known = call.places.known(queries.stop)
-        outside = call.places.earlier(queries, self.config.window // self.config.block, call.u.device)
-        first = (call.places.blocks[:, None, :known] < self.sinks).to(call.u.device)
-        return outside & ~first, outside & first
+    def best(self, call: Call, queries: slice, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the scores (B, H, t, top) of the blocks that are chosen, with gradients, the best first, and which
+        they are, as a call lists them; -inf where there are no more. scores: `call_scores`, which are used up."""
+        scores, _ = call.places.readable(scores, queries, self.near, self.sinks, -math.inf)
+        values, index = largest(scores.detach(), min(self.config.top, scores.shape[3]))
+        if scores.requires_grad:
+            values = scores.gather(3, index)
+        less = (0, self.config.top - index.shape[3])
+        return F.pad(values, less, value=-math.inf), F.pad(index, less)
+
+    def choice(self, call: Call, queries: slice, best: list[tuple[Tensor, Tensor]]) -> Choice:
+        """Return the blocks that queries read beyond their window; best: `best` of all these queries."""
+        scores, index = (torch.cat(x, 2) for x in zip(*best, strict=True))
+        taken = scores.detach() > -math.inf
+        scores = scores.masked_fill(~taken, 0)
+        if self.sinks:
+            first, there = call.places.first_blocks(queries, self.near, self.sinks)  # (B, t, sinks)
+            first, there = (x.to(index.device)[:, None].expand(-1, index.shape[1], -1, -1) for x in (first, there))
+            index, taken = torch.cat([first, index], 3), torch.cat([there, taken], 3)
+            scores = F.pad(scores, (self.sinks, 0))
+        return Choice(index, taken, scores, self.sinks)
 
     def attended(self, call: Call, queries: slice, choice: Choice, bias: Tensor | None = None) -> Tensor:
         """Return (B, t, H, D), what queries read of their window and of the blocks of a choice; bias: (B, H, t, K), on
         the scores of a block's tokens."""
-        places, window = call.places, self.config.window
+        places, window, device = call.places, self.config.window, call.u.device
         near = slice(max(0, places.before + queries.start - (window - 1)), places.before + queries.stop)
-        begin = places.begin[:, queries].to(call.u.device) - near.start
+        begin = places.begin[:, queries].to(device) - near.start
         q = call.q[:, queries]
         keys, values = (self.by_head(x[:, near], 2) for x in (call.keys, call.values))
         y, log_sum = read_window(q, keys, values, begin, window)
-        first, shared = places.first.to(call.u.device), self.by_head(torch.arange(self.kv_heads), 0)
-        y_blocks, log_sums = read_blocks(q, call.keys, call.values, first, self.config.block, choice, shared)
-        if bias is not None:
-            log_sums = log_sums + bias
-        weights = torch.cat([log_sum[..., None], log_sums], 3).softmax(3)  # (B, H, t, 1 + K)
-        y = weights[..., :1] * y + (weights[..., 1:, None] * y_blocks).sum(3)
+        shared = self.by_head(torch.arange(self.kv_heads), 0).to(device)
+        blocks = Blocks(call.keys, call.values, places.first.to(device), self.config.block, shared)
+        y_blocks, total = read_blocks(q, blocks, choice, bias, log_sum, TILE)
+        y = (log_sum - total).exp()[..., None] * y + y_blocks
         return y.to(call.values.dtype).transpose(1, 2)
 
     def _call(self, u: Tensor, carry: BlockKeys | None, span: Span) -> tuple[Call, BlockKeys]:
@@ -210,7 +205,7 @@ class SparseAttention(Attention):
         size, length = carry.size, u.shape[1]
         q, k, v = self.projected(u, span)
         counts, _ = row_counts(carry.position, length, mask=span.mask, reset=span.reset)
-        places = BlockPlaces.find(counts, carry, span.reset, self.config.window // size)
+        places = BlockPlaces.find(counts, carry, span.reset, self.near)
         recent, content = torch.cat([carry.recent.to(k.dtype), k], 1), q
         if self.rotary:
             q, k = self.turn(q, k, counts - 1, span)
@@ -254,82 +249,6 @@ class SparseAttention(Attention):
         return BlockKeys(
             self.config.block, keys, keys.clone(), keys.clone(), summaries, none, none.clone(), none.clone()
         )
-
-
-def read_window(q: Tensor, k: Tensor, v: Tensor, begin: Tensor, window: int) -> tuple[Tensor, Tensor]:
-    """Return what queries (B, t, H, D) read of keys and values (B, n + t, H, D) of the n tokens before, fewer than
-    `window`, and of their own: from the place `begin` (B, t) on up to themselves. Outputs (B, H, t, D), and the
-    logarithms (B, H, t) of the softmax's denominators."""
-    length, memory = q.shape[1], window - 1
-    chunk = min(length, window)
-    width, before, behind = memory + chunk, memory + length - k.shape[1], -length % chunk
-    queries = F.pad(q.transpose(1, 2), (0, 0, 0, behind)).unflatten(2, (-1, chunk))  # (B, H, chunks, chunk, D)
-    keys, values = (F.pad(x.transpose(1, 2), (0, 0, before, behind)).unfold(2, width, chunk) for x in (k, v))
-    places = torch.arange(width, device=q.device)  # in the keys (B, H, chunks, D, width) of a chunk
-    first = begin + before - torch.arange(length, device=q.device) // chunk * chunk
-    first = F.pad(first, (0, behind)).unflatten(1, (-1, chunk))[:, None, ..., None]  # (B, 1, chunks, chunk, 1)
-    seen = (places >= first) & (places <= places[memory:, None])
-    y, log_sum = weighed(queries, keys, values.mT, seen)
-    return y.flatten(2, 3)[:, :, :length], log_sum.flatten(2, 3)[:, :, :length]
-
-
-def read_blocks(
-    q: Tensor, k: Tensor, v: Tensor, first: Tensor, size: int, choice: Choice, shared: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return what queries (B, t, H, D) read of each block of a choice by itself: outputs (B, H, t, K, D), and the
-    logarithms (B, H, t, K) of the softmax's denominators, -inf where there is no block.
-
-    k, v: (B, N, K, D); first: (B, M), the place in them of each block's first token; shared: (H,) on the CPU, which
-    of their K heads each head of queries reads.
-    """
-    rows, heads, length, _ = shape = choice.index.shape
-    wide = torch.promote_types(q.dtype, torch.float32)
-    outputs = q.new_zeros(choice.index.numel(), q.shape[3], dtype=v.dtype)
-    log_sums = torch.full((choice.index.numel(),), -math.inf, dtype=wide, device=q.device)
-    pairs = choice.taken.flatten().nonzero()[:, 0]
-    if len(pairs):
-        row, head, query, _ = torch.unravel_index(pairs, shape)
-        lists = rows, heads, first.shape[1]  # each head's blocks are its own
-        block, order = ((row * heads + head) * lists[2] + choice.index.flatten()[pairs]).sort()
-        pairs, source = pairs[order], ((row * length + query) * heads + head)[order]
-        tiles = Tiles.of(block)
-        queries = q.flatten(0, 2).index_select(0, tiles.filled(source)).unflatten(0, (-1, tiles.size))
-        row, head, number = torch.unravel_index(tiles.block, lists)
-        place = (row * k.shape[1] + first[row, number])[:, None] + torch.arange(size, device=q.device)
-        place = (place * k.shape[2] + shared.to(q.device)[head][:, None]).flatten()  # of the keys (B * N * K)
-        keys, values = (x.flatten(0, 2).index_select(0, place).unflatten(0, (-1, size)) for x in (k, v))
-        y, log_sum = weighed(queries, keys.mT, values)  # (tiles, slots, D)
-        outputs = outputs.index_copy(0, pairs, y.flatten(0, 1).index_select(0, tiles.slot))
-        log_sums = log_sums.index_copy(0, pairs, log_sum.flatten().index_select(0, tiles.slot))
-    return outputs.unflatten(0, shape), log_sums.unflatten(0, shape)
-
-
-@dataclass(frozen=True, eq=False)
-class Tiles:
-    """Sorted pairs of a block and a query, cut into tiles: so many slots for queries of one block, some left empty.
-
-    Attributes:
-        block: (tiles,), each one's block.
-        slot: (pairs,), where each pair stands in the slots (tiles * size).
-        size: slots of a tile, about as many as a block has queries.
-    """
-
-    block: Tensor
-    slot: Tensor
-    size: int
-
-    @classmethod
-    def of(cls, block: Tensor) -> Tiles:
-        """block: (pairs,), in order."""
-        distinct, which, counts = block.unique_consecutive(return_inverse=True, return_counts=True)
-        size = min(TILE, -(-len(block) // len(distinct)))
-        tiles = (counts + size - 1) // size
-        rank = torch.arange(len(block), device=block.device) - (counts.cumsum(0) - counts)[which]
-        return cls(distinct.repeat_interleave(tiles), ((tiles.cumsum(0) - tiles) * size)[which] + rank, size)
-
-    def filled(self, x: Tensor) -> Tensor:
-        """Return (tiles * size,), each pair's x in its slot, and 0 in empty ones."""
-        return x.new_zeros(len(self.block) * self.size).index_copy(0, self.slot, x)
 
 
 def pooled(x: Tensor, weights: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from rnn_longctx.errors import InputError
-from rnn_longctx.models import checkpoint, sparse
+from rnn_longctx.models import block_reads, checkpoint, sparse
 from rnn_longctx.models.cache import Cache
 from rnn_longctx.models.config import ModelConfig, model_config
 from rnn_longctx.models.lm import LM
@@ -154,7 +154,10 @@ def read(mixer, u, sizes, **marks):
 def test_it_is_dense_attention_under_the_mask_of_what_is_kept(text, queries, tile, monkeypatch):
     """Gradients too, of everything: the choice apart, which has none."""
     monkeypatch.setattr(sparse, "QUERIES", queries)
+    monkeypatch.setattr(sparse, "SCORES", 0)
+    monkeypatch.setattr(sparse, "TOGETHER", 3 * queries)
     monkeypatch.setattr(sparse, "TILE", tile)
+    monkeypatch.setattr(block_reads, "AT_ONCE", 10 * queries)
     mixer = mixer_of(text)
     for length in (1, 23, random.randrange(40, 61)):
         u = reading(length=length).requires_grad_()
@@ -171,6 +174,8 @@ def test_it_is_dense_attention_under_the_mask_of_what_is_kept(text, queries, til
 def test_documents_padding_and_any_cut(text, monkeypatch):
     """Each document by itself is the definition, wherever calls end in it, and so are its gradients."""
     monkeypatch.setattr(sparse, "QUERIES", 13)
+    monkeypatch.setattr(sparse, "SCORES", 0)
+    monkeypatch.setattr(sparse, "TOGETHER", 26)
     mixer = mixer_of(text)
     starts = [[0, 17, 18, 41], [random.randrange(1, 20)], [random.randrange(20, 50)]]
     mask = torch.arange(LENGTH) >= torch.tensor([row[0] for row in starts])[:, None]

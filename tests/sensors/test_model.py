@@ -177,7 +177,7 @@ def test_a_plant_is_what_it_says():
 def test_fitting_learns_what_a_window_holds_and_a_run_is_kept(tmp_path):
     log, before, _ = made_log(6000)
     config = SensorConfig(NAMES, [for_sensors("two-stage")], d_model=32)
-    model = fit(log, before, config, FitConfig("64:60", lr=3e-3))
+    model = fit(log, before, config, FitConfig("64:120", lr=3e-3))
     rows = rows_of_log(model.scales, log)
     held_out = parts(len(log.times))[2]
     logits = read_rows(model, rows).logits

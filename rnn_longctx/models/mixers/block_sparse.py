@@ -120,10 +120,10 @@ class BlockSparse(SparseAttention):
             queries, summaries = queries.to(wide), self.by_head(summaries.to(wide), 2)
             if self.config.gate:
                 queries = torch.einsum("bthd,hdg->bthg", queries, self.gate_query.to(wide))
-            return queries.transpose(1, 2) @ summaries.permute(0, 2, 3, 1) / math.sqrt(self.features)
+            return (queries.transpose(1, 2) / math.sqrt(self.features)) @ summaries.permute(0, 2, 3, 1)
 
     def read(self, call: Call, queries: slice) -> Tensor:
-        choice = self.choice(call, queries, self.call_scores(call, queries))
+        choice = self.chosen(call, queries)
         if not self.config.gate:
             return self.attended(call, queries, choice)
         bias = F.logsigmoid(choice.scores)

@@ -102,18 +102,30 @@ class TwoStage(SparseAttention):
     def scores(self, queries: Tensor, summaries: Tensor) -> Tensor:
         with in_float32(queries) as wide:
             keys = self.by_head(summaries[..., : queries.shape[3]].to(wide), 2).permute(0, 2, 3, 1)  # (B, H, D, m)
-            return queries.to(wide).transpose(1, 2) @ keys / math.sqrt(queries.shape[3])
+            return (queries.to(wide).transpose(1, 2) / math.sqrt(queries.shape[3])) @ keys
 
     def read(self, call: Call, queries: slice) -> Tensor:
-        scores = self.call_scores(call, queries)
-        fine = self.attended(call, queries, self.choice(call, queries, scores))
+        best, coarse = [], []
+        for some in call.parts(queries):
+            scores = self.call_scores(call, some)
+            if self.config.coarse:
+                coarse.append(self.coarse(call, some, scores))
+            best.append(self.best(call, some, scores))
+        fine = self.attended(call, queries, self.choice(call, queries, best))
         mix = self.mix(call.u[:, queries]).sigmoid().unflatten(2, (-1, self.config.heads, 1))  # (B, t, 2 or 1, H, 1)
         if not self.config.coarse:
             return mix[:, :, 0] * fine
-        completed = call.places.earlier(queries, 1, scores.device)[:, None]  # (B, 1, t, m)
+        return mix[:, :, 0] * torch.cat(coarse, 1) + mix[:, :, 1] * fine
+
+    def coarse(self, call: Call, queries: slice, scores: Tensor) -> Tensor:
+        """Return (B, t, H, D), what queries read of the summaries of all completed blocks; 0 where there is none.
+        scores: `call_scores` of them, which are changed where a block is not completed."""
         # (not -inf: where no block is completed the softmax would be NaN)
-        weights = scores.masked_fill(~completed, torch.finfo(scores.dtype).min).softmax(3) * completed
-        values = call.summaries[:, : scores.shape[3]].chunk(2, 3)[1]
-        values = self.by_head(values, 2).transpose(1, 2)  # (B, H, m, D)
-        coarse = (weights.to(values.dtype) @ values).transpose(1, 2)
-        return mix[:, :, 0] * coarse + mix[:, :, 1] * fine
+        scores, seen = call.places.readable(scores, queries, 1, 0, torch.finfo(scores.dtype).min)
+        weights = scores.softmax(3)
+        if seen is not None:
+            weights = weights * seen[:, None]
+        values = self.by_head(call.summaries[:, : scores.shape[3], :, self.head_dim :], 2).transpose(
+            1, 2
+        )  # (B, H, m, D)
+        return (weights.to(values.dtype) @ values).transpose(1, 2)

@@ -58,7 +58,7 @@ class BlockSparsePart(AttentionPart, BlockSparse):
     """Block-sparse attention over heads of a layer."""
 
     def read(self, call: Call, queries: slice) -> Tensor:
-        return self.attended(call, queries, self.choice(call, queries, self.call_scores(call, queries)))
+        return self.attended(call, queries, self.chosen(call, queries))
 
 
 class TwoStagePart(AttentionPart, TwoStage):
