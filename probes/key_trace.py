@@ -25,7 +25,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from rnn_longctx.config import home_path
+from rnn_longctx.config import format_length, home_path
 from rnn_longctx.data import Text, Tokenizer, tokens
 from rnn_longctx.errors import InputError, nearest
 from rnn_longctx.measure.taps import tapping, taps_everywhere
@@ -44,6 +44,13 @@ BEFORE = 512  # tokens of filler before the key, or a few more
 TRIES = 200  # keys drawn, of which those of as many tokens as the first are taken
 MOST = 1e4  # times that a signal is amplified: what is smaller is float32's rounding
 SETS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)  # numbers of heads that are restored together
+ALL = {"layer": -1, "head": -1}  # of a row whose state is that of all heads
+ENOUGH = 0.9  # of the rows
+CAUSES = {  # what it means where a state brings the answers back
+    "undecayed": "they come back if the key's share of the states had not decayed, so decay loses them",
+    "unwritten": "they come back without what was written after the key, so later writes cover them",
+    "amplified": "they come back if what is left were as large as at first, so it is weak, not wrong",
+}
 READINGS = ("plain", "held", "frozen")
 
 
@@ -62,6 +69,33 @@ class KeyTrace:
     about: dict[str, Any]
     signals: pd.DataFrame
     answers: pd.DataFrame
+
+    @property
+    def verdict(self) -> str:
+        """What loses the key, at the first gap where fewer than 90% of the rows answer, in everyday words."""
+        whole = self.answers[self.answers["layer"] < 0].set_index(["gap", "state"])["right"]
+        gaps = [int(gap) for gap in self.answers["gap"].unique()]
+        lost = [gap for gap in gaps if whole[gap, "read"] < ENOUGH]
+        if not lost:
+            return f"no key is lost up to a gap of {format_length(max(gaps))}"
+        if lost[0] == 0:
+            return "keys are not even found right after they were read"
+        right = whole[lost[0]]
+        helps = [words for state, words in CAUSES.items() if right.get(state, 0.0) >= ENOUGH]
+        causes = "; ".join(helps) or "no single state that was put in brings them back"
+        return f"at a gap of {format_length(lost[0])} {right['read']:.0%} of the keys are found: {causes}"
+
+    def by_gap(self, value: str) -> pd.DataFrame:
+        """Return `right` or `loss` with all heads' states changed together, a row a state and a column a gap."""
+        whole = self.answers[self.answers["layer"] < 0]
+        return whole.pivot_table(index="state", columns="gap", values=value, sort=False)
+
+    def heads(self, top: int = 5) -> pd.DataFrame:
+        """Return of each gap the heads that lower the answers' loss most when restored alone, with what they hold."""
+        alone = self.answers[(self.answers["state"] == "restored") & (self.answers["layer"] >= 0)]
+        best = alone.sort_values(["gap", "loss"]).groupby("gap").head(top)
+        columns = ["gap", "layer", "head", "right", "loss", "kept", "decay"]
+        return best.merge(self.signals, on=["gap", "layer", "head"])[columns]
 
     def save(self, directory: str | Path) -> list[Path]:
         """Write signals.csv and answers.csv, with what they are of; return the paths. Raises InputError: no such
@@ -117,8 +151,10 @@ def trace_key(
     prompts = _prompts(lm.tokenizer, max(gaps), n, haystack, seed)
     ask, cache, position = _Asker(lm, prompts), lm.new_cache(), 0
     _read(lm, prompts.begun, cache)
+    if len(_layers(cache)) != len(lm.mixers):
+        raise InputError(f"{lm.name} has layers whose states are kept in a way of their own: no others can be put there")
     key = cache.snapshot()
-    signals, answers = [_signals(0, key, key)], [{"gap": 0, "state": "read", **ask(key)[0], "n": n}]
+    signals, answers = [_signals(0, key, key)], [{"gap": 0, "state": "read", **ALL, **ask(key)[0], "n": n}]
     for gap in sorted({-(-g // prompts.step) * prompts.step for g in gaps}):
         with ExitStack() as stack:
             if reading != "plain":
@@ -128,7 +164,7 @@ def trace_key(
         signals.append(_signals(gap, key, cache))
         for row in _interventions(lm, key, cache.snapshot(), ask, each_head):
             answers.append({"gap": gap, **row, "n": n})
-            if "layer" not in row:
+            if row["layer"] < 0:
                 say(f"gap {gap}: {row['state']}: right {row['right']:.2f}, loss {row['loss']:.3f}")
     about = {
         "model": lm.name,
@@ -138,14 +174,12 @@ def trace_key(
         "dtype": str(lm.dtype).removeprefix("torch."),
         "seed": seed,
     }
-    table = pd.DataFrame(answers).fillna({"layer": -1, "head": -1}).astype({"layer": int, "head": int})
-    columns = ["gap", "state", "layer", "head", "right", "loss", "n"]
-    return KeyTrace(about, pd.concat(signals, ignore_index=True), table[columns])
+    return KeyTrace(about, pd.concat(signals, ignore_index=True), pd.DataFrame(answers))
 
 
 def _check(model: LanguageModel, gaps: Sequence[int], n: int, reading: str) -> None:
     if not taps_everywhere(model) or not model.mixers:
-        raise InputError(f"keys are traced through recurrent layers of this library's own models; {model.name} has none")
+        raise InputError(f"keys are traced in the recurrent layers of this library's own models: {model.name} has none")
     if model.restart is not None or model.reader is not None:
         raise InputError("a key is traced token after token: take the control or way to read off")
     if n < 2 or not gaps or min(gaps) < 1:
@@ -293,7 +327,7 @@ def _interventions(model: LanguageModel, key: Any, later: Any, ask: _Asker, each
         tries["unwritten"] = {i: left[i] * at_key[i] for i in now}
     tries["amplified"] = {i: _amplified(now[i], at_key[i]) for i in now}
     for name, states in tries.items():
-        yield {"state": name, **ask(_with_states(later, states))[0]}
+        yield {"state": name, **ALL, **ask(_with_states(later, states))[0]}
     if not each_head:
         return
     alone = []
@@ -308,7 +342,7 @@ def _interventions(model: LanguageModel, key: Any, later: Any, ask: _Asker, each
         mixed = {i: state.clone() for i, state in now.items()}
         for _, i, head in alone[:size]:
             mixed[i][:, head] = at_key[i][:, head]
-        yield {"state": f"best {size}", **ask(_with_states(later, mixed))[0]}
+        yield {"state": f"best {size}", **ALL, **ask(_with_states(later, mixed))[0]}
 
 
 def _one_by_one(
