@@ -1,9 +1,9 @@
 """What docs/million.md says, measured on a CPU; each part writes its tables into benchmarks/results.
 
-python benchmarks/million.py trace            # what becomes of a key in demo-long: million_signals.csv, million_answers.csv
+python benchmarks/million.py trace            # of keys in demo-long: million_signals.csv, million_answers.csv
 python benchmarks/million.py trace text       # one of these alone: its rows are written anew, the others stay
 python benchmarks/million.py tiny --out runs/million-tiny     # small trainings, a row a length: million_tiny.csv
-python benchmarks/million.py start --out runs/million-start   # demo-long with its key-keeping heads slowed, to train from
+python benchmarks/million.py start --out runs/million-start   # demo-long, the heads that keep keys slowed
 python benchmarks/million.py draw             # docs/million.png, from the tables
 """
 
@@ -125,7 +125,7 @@ TINY: dict[str, tuple[str | list[str], dict[str, Any]]] = {
 
 
 def tiny(names: Sequence[str], out: Path, seed: int) -> None:
-    """Train models of two layers on induction, over gaps of up to 64 tokens and then of up to 512, and ask at up to 32K."""
+    """Train models of two layers on induction, over gaps of up to 64 tokens, then of up to 512; ask at up to 32K."""
     for name in names or TINY:
         mixer, more = TINY[name]
         folder = out / f"{name.replace(', ', '-').replace(' ', '-')}-{seed}"

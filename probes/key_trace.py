@@ -1,5 +1,5 @@
-"""What becomes of a passkey in the states of a model: how much of it each head still holds at growing gaps between key and
-question, and what an answer needs.
+"""What becomes of a passkey in the states of a model: how much of it each head still holds at growing gaps between key
+and question, and what an answer needs.
 
 Some rows are read side by side that are alike in all but the key, five digits. So whatever differs between their states
 is the key: its *signal* in a head is the root mean square, over rows, of the distance of the row's state from the mean
@@ -152,7 +152,7 @@ def trace_key(
     ask, cache, position = _Asker(lm, prompts), lm.new_cache(), 0
     _read(lm, prompts.begun, cache)
     if len(_layers(cache)) != len(lm.mixers):
-        raise InputError(f"{lm.name} has layers whose states are kept in a way of their own: no others can be put there")
+        raise InputError(f"{lm.name} has layers that keep states in a way of their own: no others can be put there")
     key = cache.snapshot()
     signals, answers = [_signals(0, key, key)], [{"gap": 0, "state": "read", **ALL, **ask(key)[0], "n": n}]
     for gap in sorted({-(-g // prompts.step) * prompts.step for g in gaps}):

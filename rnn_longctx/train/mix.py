@@ -88,7 +88,7 @@ def check_mix(data: DataConfig, tokenizer: Tokenizer, vocab_size: int) -> None:
             except InputError as error:
                 raise InputError(f"{name}: {error}") from None
             if mixed.in_text and example.filler is None:
-                raise InputError(f"{name}.in_text: {task.name} has no filler that text could stand for; set it to false")
+                raise InputError(f"{name}.in_text: {task.name} has no filler for text to stand in for; set it to false")
 
 
 def _fill_row(

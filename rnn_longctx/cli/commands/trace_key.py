@@ -19,9 +19,9 @@ class TraceKeyOptions:
     gaps: Annotated[str, typer.Option(help="Tokens between key and question, as 1k,16k,64k.")] = "1k,16k,64k"
     n: Annotated[int, typer.Option(min=2, help="Keys, read side by side.")] = 10
     haystack: Annotated[str | None, option("A text as filler, as --text of eval.", "the paper's sentences")] = None
-    reading: Annotated[
-        str, typer.Option(help="Of the gap: plain; held (no head decays); frozen (no head writes).")
-    ] = "plain"
+    reading: Annotated[str, typer.Option(help="Of the gap: plain; held (no head decays); frozen (no head writes).")] = (
+        "plain"
+    )
     heads: Annotated[bool, typer.Option(help="Try the heads one by one.")] = True
     out: Annotated[Path, typer.Option(help="Folder for the tables.")] = Path("runs/trace-key")
     seed: Annotated[int, typer.Option(min=0, help="Of the keys; of a text, which slice.")] = 0
@@ -40,7 +40,9 @@ def trace_key(
     gaps = [parse_length(gap, "--gaps") for gap in c.gaps.split(",")]
     haystack = None if c.haystack is None else load_text(c.haystack)
     lm = options.load(model)
-    trace = trace_key(lm, gaps, c.n, haystack=haystack, reading=c.reading, each_head=c.heads, seed=c.seed, say=typer.echo)
+    trace = trace_key(
+        lm, gaps, c.n, haystack=haystack, reading=c.reading, each_head=c.heads, seed=c.seed, say=typer.echo
+    )
     paths = trace.save(c.out)
     for title, table in (("share of the keys found", trace.by_gap("right")), ("heads that matter most", trace.heads())):
         if len(table):
