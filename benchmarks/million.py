@@ -72,9 +72,9 @@ def slow(model: LM, by: float) -> None:
 TRACES = {
     "filler": Trace([K, 4 * K, 16 * K, 64 * K, 128 * K, 256 * K], 10),
     "text": Trace([K, 2 * K, 4 * K, 8 * K, 16 * K], 8, "stdlib"),
-    "held": Trace([K, 4 * K, 16 * K], 4, reading="held", each_head=False),
-    "frozen": Trace([K, 16 * K, 64 * K, 128 * K], 4, reading="frozen", each_head=False),
-    "float64": Trace([K, 64 * K], 4, dtype=torch.float64, each_head=False),
+    "held": Trace([4 * K, 16 * K], 4, reading="held", each_head=False),
+    "frozen": Trace([16 * K, 64 * K], 4, reading="frozen", each_head=False),
+    "float64": Trace([64 * K], 4, dtype=torch.float64, each_head=False),
     "slowed 16": Trace([K, 16 * K, 64 * K, 128 * K], 4, slowed=16, each_head=False),
     "slowed 64": Trace([64 * K, 256 * K, K * K], 3, slowed=64, each_head=False),
     "slowed 64 in text": Trace([4 * K, 16 * K, 64 * K], 4, "stdlib", slowed=64, each_head=False),
@@ -135,7 +135,7 @@ def tiny(names: Sequence[str], out: Path, seed: int) -> None:
         extra = {k: v for k, v in more.items() if k != "draw"} | {"init": str(short)}
         long = train(config(512, 8, 80, 3e-3, seed, folder / "long", extra, draw))
         table = rnn_longctx.evaluate(
-            str(long), ["64", "512", "2k", "8k", "32k"], ["induction:n=30,tokens=1m"], out=folder / "eval"
+            rnn_longctx.load(long), ["64", "512", "2k", "8k", "32k"], ["induction:n=30,tokens=1m"], out=folder / "eval"
         )
         rows = table[(table["mitigation"] == "none") & table["depth"].isna()]
         columns = ["task", "length", "value", "n"]
