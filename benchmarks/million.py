@@ -91,12 +91,12 @@ def trace(names: Sequence[str]) -> None:
 
 def replace_rows(path: Path, column: str, name: str, rows: pd.DataFrame) -> None:
     """Write rows under a name into a table, in the place of those that it has under that name."""
-    rows = rows.round(6)
+    rows = rows.copy()
     rows.insert(0, column, name)
     if path.exists():
-        before = pd.read_csv(path, float_precision="round_trip")
+        before = pd.read_csv(path)
         rows = pd.concat([before[before[column] != name], rows])
-    rows.to_csv(path, index=False)
+    rows.to_csv(path, index=False, float_format="%.6g")
 
 
 def start(out: Path, by: float) -> None:
@@ -130,7 +130,8 @@ def tiny(names: Sequence[str], out: Path, seed: int) -> None:
         mixer, more = TINY[name]
         folder = out / f"{name.replace(', ', '-').replace(' ', '-')}-{seed}"
         shape = {"mixer": mixer, "d_model": 64, "n_layer": 2, "vocab_size": 256, "mlp": 0}
-        short = train(config(64, 64, 150, 5e-3, seed, folder / "short", {"model": shape}))
+        of_mixer = out / f"{name.partition(',')[0]}-{seed}"
+        short = train(config(64, 64, 150, 5e-3, seed, of_mixer / "short", {"model": shape}))
         draw = more.get("draw", "log-uniform")
         extra = {k: v for k, v in more.items() if k != "draw"} | {"init": str(short)}
         long = train(config(512, 8, 80, 3e-3, seed, folder / "long", extra, draw))
@@ -186,7 +187,7 @@ def draw() -> None:
         own = signals[(signals["trace"] == name) & (signals["layer"] == 0) & (signals["gap"] > 0)]
         for i, (_, head) in enumerate(own.groupby("head")):
             label = {"filler": "the paper's sentences", "text": "Python source"}[name] if i == 0 else None
-            axes[2].plot(head["gap"], head["decay"].clip(lower=1e-6), color=color, lw=0.9, label=label)
+            axes[2].plot(head["gap"], head["decay"].where(head["decay"] > 1e-6), color=color, lw=0.9, label=label)
     axes[2].set_yscale("log")
     axes[2].set_title("what decay leaves in the heads of the first layer", fontsize=10)
     axes[2].legend(fontsize=8)
@@ -195,7 +196,7 @@ def draw() -> None:
         ax.set_xlabel("tokens between key and question")
         ax.grid(alpha=0.3)
     figure.tight_layout()
-    figure.savefig(ROOT / "docs" / "million.png", dpi=100)
+    figure.savefig(ROOT / "docs" / "million.png", dpi=90)
 
 
 def main() -> None:
