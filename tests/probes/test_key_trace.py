@@ -12,7 +12,7 @@ from rnn_longctx.models.lm import LM
 from rnn_longctx.probes import key_trace
 from rnn_longctx.probes.key_trace import KeyTrace, trace_key
 
-SLOW = "mamba2:headdim=16,d_state=8,A_low=1e-3,A_high=0.1,A_draw=log-uniform"
+SLOW = "mamba2:headdim=16,d_state=8,A_low=1e-3,A_high=1e-2,A_draw=log-uniform"
 DELTA = "gated-deltanet:heads=2,head_dim=8,expand_v=2,A_min=1e-3,A_max=0.1"
 TEXT = Text("made", bytes(torch.randint(32, 127, (9000,)).tolist()))
 
@@ -48,7 +48,7 @@ def test_one_layer_only_decays(mixer):
     assert (at_key["kept"] == 1).all() and (at_key["decay"] == 1).all() and (at_key["signal"] > 0).all()
     if mixer == SLOW:  # (of decays per channel the mean says less)
         for rows in later:
-            assert rows["kept"].tolist() == pytest.approx(rows["decay"].tolist(), rel=1e-6)
+            assert rows["kept"].tolist() == pytest.approx(rows["decay"].tolist(), rel=1e-6, abs=1e-9)
         assert (later[1]["decay"].to_numpy() < later[0]["decay"].to_numpy()).all()
     after = held.signals[held.signals["gap"] == 500]
     assert (after["decay"] == 1).all() and after["kept"].tolist() == pytest.approx([1.0] * len(after), rel=1e-9)
