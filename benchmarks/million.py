@@ -48,14 +48,12 @@ class Trace:
     n: int
     haystack: str | None = None
     reading: str = "plain"
-    dtype: torch.dtype = torch.float32
     slowed: float = 1.0
     each_head: bool = True
 
     def run(self) -> KeyTrace:
         model = rnn_longctx.load("demo-long")
         assert isinstance(model, LM)
-        model.to(self.dtype)
         slow(model, self.slowed)
         hay = None if self.haystack is None else load_text(self.haystack)
         return trace_key(
@@ -73,8 +71,6 @@ TRACES = {
     "filler": Trace([K, 4 * K, 16 * K, 64 * K, 128 * K, 256 * K], 10),
     "text": Trace([K, 2 * K, 4 * K, 8 * K, 16 * K], 8, "stdlib"),
     "held": Trace([4 * K, 16 * K], 4, reading="held", each_head=False),
-    "frozen": Trace([16 * K, 64 * K], 4, reading="frozen", each_head=False),
-    "float64": Trace([64 * K], 4, dtype=torch.float64, each_head=False),
     "slowed 16": Trace([K, 16 * K, 64 * K, 128 * K], 4, slowed=16, each_head=False),
     "slowed 64": Trace([64 * K, 256 * K, K * K], 3, slowed=64, each_head=False),
     "slowed 64 in text": Trace([4 * K, 16 * K, 64 * K], 4, "stdlib", slowed=64, each_head=False),
