@@ -2,6 +2,7 @@
 
 python benchmarks/million.py trace            # of keys in demo-long: million_signals.csv, million_answers.csv
 python benchmarks/million.py trace text       # one of these alone: its rows are written anew, the others stay
+python benchmarks/million.py losses           # of text, with heads slowed: million_losses.csv
 python benchmarks/million.py tiny --out runs/million-tiny     # small trainings, a row a length: million_tiny.csv
 python benchmarks/million.py start --out runs/million-start   # demo-long, the heads that keep keys slowed
 python benchmarks/million.py draw             # docs/million.png, from the tables
@@ -24,7 +25,8 @@ import torch
 
 import rnn_longctx
 from rnn_longctx.config import from_dict
-from rnn_longctx.data import load_text
+from rnn_longctx.data import load_text, tokens
+from rnn_longctx.measure.stream import tail_loss
 from rnn_longctx.models.checkpoint import save
 from rnn_longctx.models.lm import LM
 from rnn_longctx.probes.key_trace import KeyTrace, trace_key
@@ -36,12 +38,16 @@ K = 1024
 KEEPERS = (3, 6, 7, 9, 10, 12, 13)  # heads of demo-long's first layer with time constants above 10K tokens of filler
 
 
+LAYER_16, LAYER_100 = "a-scale:scale=0.0625/1/1/1", "a-scale:scale=0.01/1/1/1"
+
+
 @dataclass(frozen=True)
 class Trace:
     """One way to follow keys through demo-long.
 
     Attributes:
         slowed: the log-decays of the KEEPERS are divided by it.
+        mitigation: a remedy on the model.
     """
 
     gaps: Sequence[int]
@@ -49,6 +55,7 @@ class Trace:
     haystack: str | None = None
     reading: str = "plain"
     slowed: float = 1.0
+    mitigation: str = "none"
     each_head: bool = True
 
     def run(self) -> KeyTrace:
@@ -56,9 +63,10 @@ class Trace:
         assert isinstance(model, LM)
         slow(model, self.slowed)
         hay = None if self.haystack is None else load_text(self.haystack)
-        return trace_key(
-            model, self.gaps, self.n, haystack=hay, reading=self.reading, each_head=self.each_head, say=print
-        )
+        with rnn_longctx.mitigate(model, self.mitigation):
+            return trace_key(
+                model, self.gaps, self.n, haystack=hay, reading=self.reading, each_head=self.each_head, say=print
+            )
 
 
 def slow(model: LM, by: float) -> None:
@@ -73,7 +81,10 @@ TRACES = {
     "held": Trace([4 * K, 16 * K], 4, reading="held", each_head=False),
     "slowed 16": Trace([K, 16 * K, 64 * K, 128 * K], 4, slowed=16, each_head=False),
     "slowed 64": Trace([64 * K, 256 * K, K * K], 3, slowed=64, each_head=False),
-    "slowed 64 in text": Trace([4 * K, 16 * K, 64 * K], 4, "stdlib", slowed=64, each_head=False),
+    "slowed 16 in text": Trace([4 * K, 16 * K], 4, "stdlib", slowed=16, each_head=False),
+    "slowed 64 in text": Trace([4 * K, 16 * K], 4, "stdlib", slowed=64, each_head=False),
+    "layer slowed 16 in text": Trace([4 * K], 4, "stdlib", mitigation=LAYER_16, each_head=False),
+    "layer slowed 100 in text": Trace([4 * K], 4, "stdlib", mitigation=LAYER_100, each_head=False),
 }
 
 
@@ -93,6 +104,22 @@ def replace_rows(path: Path, column: str, name: str, rows: pd.DataFrame) -> None
         before = pd.read_csv(path)
         rows = pd.concat([before[before[column] != name], rows])
     rows.to_csv(path, index=False, float_format="%.6g")
+
+
+def losses() -> None:
+    """Write the loss on the standard library, over the second half of 8K tokens, of demo-long slowed."""
+    text, rows = load_text("stdlib"), []
+    for by, mitigation in ((1, "none"), (16, "none"), (64, "none"), (1, LAYER_16), (1, LAYER_100)):
+        model = rnn_longctx.load("demo-long")
+        assert isinstance(model, LM)
+        slow(model, by)
+        ids = torch.stack([torch.from_numpy(tokens(text, model.tokenizer, i, 8 * K + 1)[0]) for i in range(3)])
+        with rnn_longctx.mitigate(model, mitigation):
+            loss = float(tail_loss(model, ids).mean())
+        rows.append({"keepers_slowed": by, "mitigation": mitigation, "text_hash": text.hash, "length": 8 * K, "n": 3})
+        rows[-1]["loss"] = loss
+        print(rows[-1])
+    pd.DataFrame(rows).to_csv(RESULTS / "million_losses.csv", index=False, float_format="%.6g")
 
 
 def start(out: Path, by: float) -> None:
@@ -197,7 +224,7 @@ def draw() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["trace", "tiny", "start", "draw"])
+    parser.add_argument("part", choices=["trace", "losses", "tiny", "start", "draw"])
     parser.add_argument("names", nargs="*", help="of traces or of models; none: all")
     parser.add_argument("--out", type=Path, default=Path("runs/million-tiny"), help="folder of the trainings, or model")
     parser.add_argument("--by", type=float, default=64.0, help="how much the heads are slowed")
@@ -208,6 +235,8 @@ def main() -> None:
         trace(options.names)
     elif options.part == "tiny":
         tiny(options.names, options.out, options.seed)
+    elif options.part == "losses":
+        losses()
     elif options.part == "start":
         start(options.out, options.by)
     else:
