@@ -176,6 +176,17 @@ def shown(run, monkeypatch, command: str) -> str:
     return printed
 
 
+def test_a_key_is_traced(run, tmp_path):
+    code, printed, said = run("trace-key", "ok", "--gaps", "100,200", "--n", "2", "--out", str(tmp_path / "t"))
+    assert code == 0, said
+    assert "share of the keys found" in printed and "keys are not even found" in printed  # (nothing was learned)
+    answers = pd.read_csv(tmp_path / "t" / "answers.csv")
+    assert len(answers["gap"].unique()) == 3 and {"read", "restored", "undecayed"} <= set(answers["state"])
+    assert len(pd.read_csv(tmp_path / "t" / "signals.csv")) == 3 * 4
+    code, _, said = run("trace-key", "ok", "--reading", "helt")
+    assert code == 2 and "unknown reading 'helt'" in said and "held" in said
+
+
 def test_help_shows_the_defaults(run, monkeypatch):
     printed = shown(run, monkeypatch, "eval")
     config, also = EvalConfig(), {"tasks": "task", "mitigations": "mitigation"}

@@ -56,6 +56,8 @@ class Example:
         answer: the answer as text, where it is judged so.
         new_tokens: how many tokens an answer may take, where a model may say it in other tokens than those of `ids`.
         sources: of each True in `answers`, the tokens before it that say what to answer; () where the task names none.
+        filler: (T,) bool, the tokens that only take room, so that others may stand there; None where the task names
+            none.
     """
 
     ids: np.ndarray
@@ -65,6 +67,7 @@ class Example:
     answer: str | None = None
     new_tokens: int = 0
     sources: tuple[tuple[int, ...], ...] = ()
+    filler: np.ndarray | None = None
 
     @property
     def prompt(self) -> np.ndarray:

@@ -68,6 +68,7 @@ class Prompt:
         question: the token at which the question starts, which ends the prompt.
         spans: [start, stop) of the tokens that hold the answer's characters, in order.
         reply: the tokens that answer the question.
+        filler: (length,) bool, the tokens that are filler.
     """
 
     ids: np.ndarray
@@ -77,6 +78,7 @@ class Prompt:
     question: int
     spans: tuple[tuple[int, int], ...]
     reply: np.ndarray
+    filler: np.ndarray
 
     @property
     def new_tokens(self) -> int:
@@ -90,7 +92,8 @@ class Prompt:
         answers = np.arange(len(ids)) >= len(self.ids)
         back = range(len(self.reply), 0, -1)  # counted from the ends: a space may stand before the reply alone
         sources = tuple(tuple(stop - n for start, stop in self.spans if stop - n >= start) for n in back)
-        return Example(ids, answers, self.depth, {}, self.answer, self.new_tokens, sources)
+        filler = np.append(self.filler, np.zeros(len(self.reply), dtype=bool))
+        return Example(ids, answers, self.depth, {}, self.answer, self.new_tokens, sources, filler)
 
 
 @dataclass(frozen=True)
@@ -136,7 +139,8 @@ class PromptTask(Task):
         answers = np.arange(length) >= length - len(reply)
         for start, stop in self.learned(prompt):
             answers[start:stop] = True
-        return Example(np.concatenate([prompt.ids, reply]), answers, prompt.depth, {}, prompt.answer, prompt.new_tokens)
+        ids, filler = np.concatenate([prompt.ids, reply]), np.append(prompt.filler, np.zeros(len(reply), dtype=bool))
+        return Example(ids, answers, prompt.depth, {}, prompt.answer, prompt.new_tokens, filler=filler)
 
     def learned(self, prompt: Prompt) -> tuple[tuple[int, int], ...]:
         """Return the spans of a prompt that training counts as answers too."""
@@ -222,13 +226,15 @@ def fill(
         if i == 0:
             position = sum(map(len, pieces))
         pieces.append(sentences[i][0])
-    ids = np.concatenate([*pieces, _last(filler, room - done) if text is None else text[done:], closing])
+    pieces += [_last(filler, room - done) if text is None else text[done:], closing]
+    ids, sizes = np.concatenate(pieces), [len(ids) for ids in pieces]
+    is_filler = np.repeat(np.arange(len(pieces)) % 2 == 1, sizes)  # between header, sentences and question
     spans = tuple((position + start, position + stop) for start, stop in sentences[0][1])
     reply = reply_to(tokenizer, question, answer).copy()
     for where in (reply, *(ids[start:stop] for start, stop in spans)):
         if (read := tokenizer.decode(where).strip()) != answer:
             raise InputError(f"tokenizer {tokenizer.name} cannot say the answer: {answer} reads back as {read!r:.60}")
-    return Prompt(ids, answer, depth, position, length - len(closing), spans, reply)
+    return Prompt(ids, answer, depth, position, length - len(closing), spans, reply, is_filler)
 
 
 def _sentence(tokenizer: Tokenizer, wording: str, answer: str, label: str) -> tuple[np.ndarray, list[tuple[int, int]]]:

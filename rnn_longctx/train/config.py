@@ -42,13 +42,16 @@ class MixedTask:
     """A share of the sequences ends with an example of a task, answers included; text fills what comes before it.
 
     With `fill` they are examples from the end to the beginning, or as far as one more fits, of lengths drawn
-    log-uniformly: in long sequences one each is too few to learn recall from, and none is short.
+    log-uniformly: in long sequences one each is too few to learn recall from, and none is short. With `in_text` the
+    row's own text stands in the place of the task's filler, and goes on through the example.
     """
 
     task: str  # such as passkey:style=paper
     fraction: float = 0.1  # of the sequences in a batch
-    lengths: tuple[int, int] = (128, 256)  # tokens of an example, drawn uniformly, both ends included
+    lengths: tuple[int, int] = (128, 256)  # tokens of an example, both ends included
     fill: bool = False
+    draw: Literal["uniform", "log-uniform"] | None = None  # of lengths; null: uniform, with fill log-uniform
+    in_text: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.fraction <= 1:

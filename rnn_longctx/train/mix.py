@@ -81,12 +81,14 @@ def check_mix(data: DataConfig, tokenizer: Tokenizer, vocab_size: int) -> None:
             raise InputError(f"{name}.task: {task} has {task.vocab_size} ids, and the model {vocab_size}")
         for seed in range(TRIES if mixed.fraction else 0):
             try:
-                task.training(mixed.lengths[0], np.random.default_rng(seed), tokenizer)
+                example = task.training(mixed.lengths[0], np.random.default_rng(seed), tokenizer)
             except TooShort as error:
                 least = f"{mixed.lengths[0]} is too short for prompt and answer"
                 raise InputError(f"{name}.lengths: {least} ({error} beside the answer)") from None
             except InputError as error:
                 raise InputError(f"{name}: {error}") from None
+            if mixed.in_text and example.filler is None:
+                raise InputError(f"{name}.in_text: {task.name} has no filler for text to stand in for; set it to false")
 
 
 def _fill_row(
@@ -98,7 +100,8 @@ def _fill_row(
     while n := _example_length(mixed, rng, stop - 1, stop == length):
         example = task.training(n, rng, tokenizer)
         at = slice(stop - n, stop)
-        placed.ids[i, at], placed.answers[i, at], placed.text[i, at] = example.ids, example.answers, False
+        placed.ids[i, at], placed.answers[i, at] = example.ids, example.answers
+        placed.text[i, at] = example.filler if mixed.in_text and example.filler is not None else False
         stop -= n
         if tokenizer.eos_id is not None:
             stop -= 1
@@ -108,11 +111,15 @@ def _fill_row(
 def _example_length(mixed: MixedTask, rng: np.random.Generator, room: int, first: bool) -> int:
     """Return the tokens of a row's next example, from its end on, where `room` are left; 0: it has no more."""
     low, high = mixed.lengths
-    if not mixed.fill:
-        return int(rng.integers(low, high + 1)) if first else 0
-    if room < low:
+    if mixed.fill:
+        high = min(high, room)
+        if high < low:
+            return 0
+    elif not first:
         return 0
-    return int(math.exp(rng.uniform(math.log(low), math.log(min(high, room) + 1))))
+    if (mixed.draw or ("log-uniform" if mixed.fill else "uniform")) == "uniform":
+        return int(rng.integers(low, high + 1))
+    return min(high, int(math.exp(rng.uniform(math.log(low), math.log(high + 1)))))
 
 
 def measured_task(tasks: Sequence[MixedTask]) -> Task:

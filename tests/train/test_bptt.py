@@ -27,7 +27,7 @@ from rnn_longctx.train import TrainConfig, train
 from rnn_longctx.train import starts as starts_module
 from rnn_longctx.train.bptt import MicroBatch, accumulate
 from rnn_longctx.train.carries import state_map
-from rnn_longctx.train.config import OptimizerConfig, PassingConfig
+from rnn_longctx.train.config import MixedTask, OptimizerConfig, PassingConfig
 from rnn_longctx.train.corpus import Batch, Corpus, load_corpus
 from rnn_longctx.train.learner import Learner
 from rnn_longctx.train.starts import Starts
@@ -395,3 +395,27 @@ def test_a_start_with_a_remedy_folded_in(config: TrainConfig, tmp_path: Path, mo
         with pytest.raises(InputError, match=f"mitigation: .*{words}") as error:
             train(replace(c, mitigation=wrong, out=str(tmp_path / "never")))
         assert "\n" not in str(error.value) and not (tmp_path / "never").exists()
+
+
+@pytest.mark.parametrize("bptt", [0, 2, "all"])
+def test_a_question_teaches_the_segment_of_its_key(config: TrainConfig, bptt: Any) -> None:
+    """A passkey in the row's own text, its question many segments after the key: what reads the key is trained by the
+    answer where gradients cross that many boundaries."""
+    mixed = MixedTask("passkey:style=headerless", 1.0, (120, 120), in_text=True)
+    data = replace(config.data, passkey=None, mix=[mixed])
+    passing = PassingConfig(8, bptt, "zero")
+    c = replace(config, data=data, batch_size=1, passing=passing)
+    corpus = load_corpus(data, ByteTokenizer(), c.longest)
+    for step in range(50):
+        batch = corpus.batch(c, step)
+        row = bytes(batch.ids[0].tolist())
+        key = row.index(b"The passkey is ") + 15
+        if key // 8 < 4:  # the answer stands in the last two of fifteen segments
+            break
+    batch.ids[0, key] = 7  # a byte that is nowhere else
+    assert row.count(bytes([7])) == 0 and int(batch.answer[0].nonzero()[0]) // 8 >= 13
+    model: Any = Mamba2LM(replace(TINY, A_init=(1e-3, 1e-2), tie_embeddings=False)).double()
+    rows = MicroBatch.of(replace(batch, counted=batch.answer))
+    accumulate(Learner(model), rows, passing, None, 1.0, nullcontext)
+    reached = float(model.backbone.embedding.weight.grad[7].norm())
+    assert (reached > 0) is (bptt == "all")

@@ -18,6 +18,7 @@ from rnn_longctx.errors import InputError
 from rnn_longctx.train import TrainConfig, train
 from rnn_longctx.train.config import DataConfig, EvaluateConfig, MixedTask, PassingConfig, PasskeyConfig
 from rnn_longctx.train.corpus import load_corpus
+from rnn_longctx.train.mix import _example_length
 
 MQAR_96 = MixedTask("mqar:pairs=8,vocab_size=64", 0.5, (80, 96))
 
@@ -121,3 +122,52 @@ def test_mix_or_passkey() -> None:
     for more in ({"mix": [MQAR_96], "passkey": PasskeyConfig(0.2)}, {"answer_weight": 2.0}, {"answer_weight": -1.0}):
         with pytest.raises(InputError, match=r"mix|answer_weight"):
             DataConfig(**more)  # type: ignore[arg-type]
+
+
+def streamed(config: TrainConfig, mixed: MixedTask) -> TrainConfig:
+    """A run whose rows read the text in order, each full of examples."""
+    return with_mix(config, mixed, passing=PassingConfig(40, 0, "previous", 0.5), batch_size=8)
+
+
+def test_the_rows_own_text_is_the_filler(config: TrainConfig) -> None:
+    """With in_text the text stands where the filler was, as in a row without examples; all else is as without it."""
+    mixed = MixedTask("passkey:style=headerless", 1.0, (112, 120))
+    plain, in_text, bare = (
+        streamed(config, m) for m in (mixed, replace(mixed, in_text=True), replace(mixed, fraction=0.0))
+    )
+    corpus = load_corpus(plain.data, ByteTokenizer(), plain.longest)
+    for step in range(4):
+        filler, text, alone = (corpus.batch(c, step) for c in (plain, in_text, bare))
+        assert torch.equal(filler.answer, text.answer) and text.answer.sum(1).tolist() == [7] * 8
+        for row in range(8):
+            said, kept, own = (bytes(b.ids[row].tolist()) for b in (filler, text, alone))
+            sentence = re.search(rb"\nThe passkey is (\d{5})\. Remember it\. \1 is the passkey\.\n", said)
+            question = re.search(rb"\nWhat is the passkey\? The passkey is (\d{5})\.$", said)
+            assert sentence and question and sentence[1] == question[1]
+            for part in (sentence, question):
+                assert kept[part.start() : part.end()] == part[0]
+            begin = said.rfind(b"\0", 0, sentence.start()) + 1  # of the example; before it the text stands anyway
+            assert kept[:begin] == said[:begin] and kept[begin : sentence.start()] == own[begin : sentence.start()]
+            assert kept[sentence.end() : question.start()] == own[sentence.end() : question.start()]
+
+
+def test_only_a_task_with_filler_stands_in_text(config: TrainConfig) -> None:
+    with pytest.raises(InputError, match=r"data\.mix\[0\]\.in_text: mqar has no filler"):
+        train(with_mix(config, replace(MQAR_96, in_text=True)))
+
+
+@pytest.mark.parametrize("fill", [False, True])
+def test_lengths_are_drawn_as_asked(config: TrainConfig, fill: bool) -> None:
+    """Of examples from 4 to 1024 tokens at the end of long rows, half are shorter than 64 log-uniformly, and one in
+    seventeen uniformly."""
+    task = "induction:vocab_size=8"
+    shares = {}
+    for draw in ("uniform", "log-uniform"):
+        mixed = MixedTask(task, 1.0, (4, 1024), fill, draw)  # type: ignore[arg-type]
+        rng = np.random.default_rng()
+        drawn = [_example_length(mixed, rng, 5000, True) for _ in range(2000)]
+        assert min(drawn) >= 4 and max(drawn) <= 1024
+        shares[draw] = np.mean(np.array(drawn) < 64)
+    assert abs(shares["uniform"] - 60 / 1021) < 0.03 and abs(shares["log-uniform"] - 0.5) < 0.06
+    assert _example_length(MixedTask(task, 1.0, (4, 1024), False, "uniform"), np.random.default_rng(), 5000, False) == 0
+    assert _example_length(MixedTask(task, 1.0, (4, 1024), True, "uniform"), np.random.default_rng(), 3, False) == 0

@@ -1,0 +1,247 @@
+"""What docs/million.md says, measured on a CPU; each part writes its tables into benchmarks/results.
+
+python benchmarks/million.py trace            # of keys in demo-long: million_signals.csv, million_answers.csv
+python benchmarks/million.py trace text       # one of these alone: its rows are written anew, the others stay
+python benchmarks/million.py losses           # of text, with heads slowed: million_losses.csv
+python benchmarks/million.py tiny --out runs/million-tiny     # small trainings, a row a length: million_tiny.csv
+python benchmarks/million.py start --out runs/million-start   # demo-long, the heads that keep keys slowed
+python benchmarks/million.py draw             # docs/million.png, from the tables
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import pandas as pd
+import torch
+
+import rnn_longctx
+from rnn_longctx.config import from_dict
+from rnn_longctx.data import load_text, tokens
+from rnn_longctx.measure.stream import tail_loss
+from rnn_longctx.models.checkpoint import save
+from rnn_longctx.models.lm import LM
+from rnn_longctx.probes.key_trace import KeyTrace, trace_key
+from rnn_longctx.train import TrainConfig, train
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+K = 1024
+KEEPERS = (3, 6, 7, 9, 10, 12, 13)  # heads of demo-long's first layer with time constants above 10K tokens of filler
+
+
+LAYER_16, LAYER_100 = "a-scale:scale=0.0625/1/1/1", "a-scale:scale=0.01/1/1/1"
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One way to follow keys through demo-long.
+
+    Attributes:
+        slowed: the log-decays of the KEEPERS are divided by it.
+        mitigation: a remedy on the model.
+    """
+
+    gaps: Sequence[int]
+    n: int
+    haystack: str | None = None
+    reading: str = "plain"
+    slowed: float = 1.0
+    mitigation: str = "none"
+    each_head: bool = True
+
+    def run(self) -> KeyTrace:
+        model = rnn_longctx.load("demo-long")
+        assert isinstance(model, LM)
+        slow(model, self.slowed)
+        hay = None if self.haystack is None else load_text(self.haystack)
+        with rnn_longctx.mitigate(model, self.mitigation):
+            return trace_key(
+                model, self.gaps, self.n, haystack=hay, reading=self.reading, each_head=self.each_head, say=print
+            )
+
+
+def slow(model: LM, by: float) -> None:
+    """Divide the rates of the KEEPERS by a number, in the weights."""
+    first = model.mixers[0]
+    first.scale_rates(torch.tensor([1 / by if head in KEEPERS else 1.0 for head in range(first.heads)]).double())
+
+
+TRACES = {
+    "filler": Trace([K, 4 * K, 16 * K, 64 * K, 128 * K, 256 * K], 10),
+    "text": Trace([K, 2 * K, 4 * K, 8 * K, 16 * K], 8, "stdlib"),
+    "held": Trace([4 * K, 16 * K], 4, reading="held", each_head=False),
+    "slowed 16": Trace([K, 16 * K, 64 * K, 128 * K], 4, slowed=16, each_head=False),
+    "slowed 64": Trace([64 * K, 256 * K, K * K], 3, slowed=64, each_head=False),
+    "slowed 16 in text": Trace([4 * K, 16 * K], 4, "stdlib", slowed=16, each_head=False),
+    "slowed 64 in text": Trace([4 * K, 16 * K], 4, "stdlib", slowed=64, each_head=False),
+    "layer slowed 16 in text": Trace([4 * K], 4, "stdlib", mitigation=LAYER_16, each_head=False),
+    "layer slowed 100 in text": Trace([4 * K], 4, "stdlib", mitigation=LAYER_100, each_head=False),
+}
+
+
+def trace(names: Sequence[str]) -> None:
+    for name in names or TRACES:
+        result = TRACES[name].run()
+        print(result.by_gap("right").to_string(), result.verdict, sep="\n")
+        for table, rows in (("signals", result.signals), ("answers", result.answers)):
+            replace_rows(RESULTS / f"million_{table}.csv", "trace", name, rows.assign(**result.about))
+
+
+def replace_rows(path: Path, column: str, name: str, rows: pd.DataFrame) -> None:
+    """Write rows under a name into a table, in the place of those that it has under that name."""
+    rows = rows.copy()
+    rows.insert(0, column, name)
+    if path.exists():
+        before = pd.read_csv(path)
+        rows = pd.concat([before[before[column] != name], rows])
+    rows.to_csv(path, index=False, float_format="%.6g")
+
+
+def losses() -> None:
+    """Write the loss on the standard library, over the second half of 8K tokens, of demo-long slowed."""
+    text, rows = load_text("stdlib"), []
+    for by, mitigation in ((1, "none"), (16, "none"), (64, "none"), (1, LAYER_16), (1, LAYER_100)):
+        model = rnn_longctx.load("demo-long")
+        assert isinstance(model, LM)
+        slow(model, by)
+        ids = torch.stack([torch.from_numpy(tokens(text, model.tokenizer, i, 8 * K + 1)[0]) for i in range(3)])
+        with rnn_longctx.mitigate(model, mitigation):
+            loss = float(tail_loss(model, ids).mean())
+        rows.append({"keepers_slowed": by, "mitigation": mitigation, "text_hash": text.hash, "length": 8 * K, "n": 3})
+        rows[-1]["loss"] = loss
+        print(rows[-1])
+    pd.DataFrame(rows).to_csv(RESULTS / "million_losses.csv", index=False, float_format="%.6g")
+
+
+def start(out: Path, by: float) -> None:
+    """Write demo-long with the rates of the KEEPERS divided by a number."""
+    model = rnn_longctx.load("demo-long")
+    assert isinstance(model, LM)
+    slow(model, by)
+    model.provenance = {"init": {"name": "demo-long", "heads": list(KEEPERS), "rates divided by": by}}
+    save(model, out)
+    print(out)
+
+
+SLOW_DELTA = "gated-deltanet:heads=2,head_dim=32,expand_v=1,A_min=1e-6,A_max=1,A_log_uniform=true"
+SLOW_MAMBA = "mamba2:headdim=16,d_state=32,A_low=1e-6,A_high=1,A_draw=log-uniform"
+PASSING = {"segment": 128, "bptt": "all", "start": "previous", "carry": 0.9}
+TINY: dict[str, tuple[str | list[str], dict[str, Any]]] = {
+    "gated-deltanet": ("gated-deltanet:heads=2,head_dim=32,expand_v=1", {}),
+    "gated-deltanet-slow": (SLOW_DELTA, {}),
+    "gated-deltanet-slow, uniform gaps": (SLOW_DELTA, {"draw": "uniform"}),
+    "gated-deltanet-slow, state passing": (SLOW_DELTA, {"passing": PASSING}),
+    "mamba2": ("mamba2:headdim=16,d_state=32", {}),
+    "mamba2-slow": (SLOW_MAMBA, {}),
+    "mamba2-slow, state passing": (SLOW_MAMBA, {"passing": PASSING}),
+    "hybrid-slow": ([SLOW_DELTA, SLOW_MAMBA], {}),
+}
+
+
+def tiny(names: Sequence[str], out: Path, seed: int) -> None:
+    """Train models of two layers on induction, over gaps of up to 64 tokens, then of up to 512; ask at up to 32K."""
+    for name in names or TINY:
+        mixer, more = TINY[name]
+        folder = out / f"{name.replace(', ', '-').replace(' ', '-')}-{seed}"
+        shape = {"mixer": mixer, "d_model": 64, "n_layer": 2, "vocab_size": 256, "mlp": 0}
+        of_mixer = out / f"{name.partition(',')[0]}-{seed}"
+        short = train(config(64, 64, 150, 5e-3, seed, of_mixer / "short", {"model": shape}))
+        draw = more.get("draw", "log-uniform")
+        extra = {k: v for k, v in more.items() if k != "draw"} | {"init": str(short)}
+        long = train(config(512, 8, 80, 3e-3, seed, folder / "long", extra, draw))
+        table = rnn_longctx.evaluate(
+            rnn_longctx.load(long), ["64", "512", "2k", "8k", "32k"], ["induction:n=30,tokens=1m"], out=folder / "eval"
+        )
+        rows = table[(table["mitigation"] == "none") & table["depth"].isna()]
+        columns = ["task", "length", "value", "n"]
+        name_of_rows = f"{name}, seed {seed}"
+        replace_rows(RESULTS / "million_tiny.csv", "model", name_of_rows, rows[columns].assign(seed=seed))
+
+
+def config(
+    length: int, rows: int, steps: int, lr: float, seed: int, out: Path, more: dict[str, Any], draw: str = "log-uniform"
+) -> TrainConfig:
+    mixed = {"task": "induction", "fraction": 1.0, "lengths": [8, length], "fill": True, "draw": draw}
+    settings = {
+        "data": {"text": ["builtin"], "held_out": 0.05, "mix": [mixed], "answer_weight": 100.0},
+        "train_length": length,
+        "batch_size": rows,
+        "steps": steps,
+        "optimizer": {"lr": lr},
+        "schedule": {"name": "cosine", "warmup": 20},
+        "device": "cpu",
+        "amp": False,
+        "seed": seed,
+        "save_dtype": "float32",
+        "log_every": 25,
+        "checkpoint_every": 1000,
+        "out": str(out),
+    }
+    return from_dict(TrainConfig, settings | more)
+
+
+def draw() -> None:
+    """Draw what is left of a key, and what brings answers back, over the gap."""
+    signals, answers = (pd.read_csv(RESULTS / f"million_{name}.csv") for name in ("signals", "answers"))
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4))
+    for ax, name, title in ((axes[0], "filler", "the paper's sentences"), (axes[1], "text", "Python source")):
+        own = answers[(answers["trace"] == name) & (answers["layer"] < 0) & (answers["gap"] > 0)]
+        for state, label in (
+            ("read", "as it is"),
+            ("undecayed", "the key's share undecayed"),
+            ("unwritten", "without later writes"),
+            ("amplified", "what is left of the key amplified"),
+        ):
+            rows = own[own["state"] == state].sort_values("gap")
+            ax.plot(rows["gap"], rows["right"], marker="o", ms=4, label=label)
+        ax.set_title(f"keys found, over {title}", fontsize=10)
+        ax.set_ylim(-0.03, 1.03)
+    axes[1].legend(fontsize=8)
+    for name, color in (("filler", "C0"), ("text", "C1")):
+        own = signals[(signals["trace"] == name) & (signals["layer"] == 0) & (signals["gap"] > 0)]
+        for i, (_, head) in enumerate(own.groupby("head")):
+            label = {"filler": "the paper's sentences", "text": "Python source"}[name] if i == 0 else None
+            axes[2].plot(head["gap"], head["decay"].where(head["decay"] > 1e-6), color=color, lw=0.9, label=label)
+    axes[2].set_yscale("log")
+    axes[2].set_title("what decay leaves in the heads of the first layer", fontsize=10)
+    axes[2].legend(fontsize=8)
+    for ax in axes:
+        ax.set_xscale("log", base=2)
+        ax.set_xlabel("tokens between key and question")
+        ax.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(ROOT / "docs" / "million.png", dpi=90)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=["trace", "losses", "tiny", "start", "draw"])
+    parser.add_argument("names", nargs="*", help="of traces or of models; none: all")
+    parser.add_argument("--out", type=Path, default=Path("runs/million-tiny"), help="folder of the trainings, or model")
+    parser.add_argument("--by", type=float, default=64.0, help="how much the heads are slowed")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    if options.part == "trace":
+        trace(options.names)
+    elif options.part == "tiny":
+        tiny(options.names, options.out, options.seed)
+    elif options.part == "losses":
+        losses()
+    elif options.part == "start":
+        start(options.out, options.by)
+    else:
+        draw()
+
+
+if __name__ == "__main__":
+    main()
