@@ -28,12 +28,14 @@ from torch import Tensor
 from rnn_longctx.config import format_length, home_path
 from rnn_longctx.data import Text, Tokenizer, tokens
 from rnn_longctx.errors import InputError, nearest
+from rnn_longctx.files import write_atomic
 from rnn_longctx.measure.taps import tapping, taps_everywhere
 from rnn_longctx.models.adopt.adopting import as_language_model
 from rnn_longctx.models.carries import Carry
 from rnn_longctx.models.interface import LanguageModel, erases
 from rnn_longctx.models.mixer_reading import MixerReading, Tap
 from rnn_longctx.models.modes import in_evaluation
+from rnn_longctx.plain import csv_text
 from rnn_longctx.recurrence.gates import AnyGates, DeltaGates
 from rnn_longctx.tasks.base import TooShort
 from rnn_longctx.tasks.passkey import PAPER, draw_key
@@ -105,7 +107,7 @@ class KeyTrace:
         try:
             out.mkdir(parents=True, exist_ok=True)
             for path, table in zip(paths, (self.signals, self.answers), strict=True):
-                table.assign(**self.about).to_csv(path, index=False)
+                write_atomic(path, csv_text(table.assign(**self.about)).encode())
         except OSError as error:
             raise InputError(f"cannot write to {out}: {error.strerror or error}") from None
         return paths

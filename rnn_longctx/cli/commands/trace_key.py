@@ -10,6 +10,7 @@ import typer
 
 from rnn_longctx.cli.command import command
 from rnn_longctx.cli.options import MODEL, ModelOptions, option
+from rnn_longctx.cli.output import fact, say, show, table, wrote
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,12 @@ class TraceKeyOptions:
 def trace_key(
     model: Annotated[str, MODEL], tracing: TraceKeyOptions = TraceKeyOptions(), options: ModelOptions = ModelOptions()
 ) -> None:
-    """Which heads hold a passkey while a model reads on, and whether decay, later writes or the reading lose it."""
+    """Which heads hold a passkey while a model reads on, and whether decay, later writes or the reading lose it.
+
+    Examples:
+        rnn-longctx trace-key demo-long --gaps 1k,16k,64k
+        rnn-longctx trace-key demo-long --gaps 1k,4k --haystack stdlib --no-heads
+    """
     from rnn_longctx.config import parse_length
     from rnn_longctx.data import load_text
     from rnn_longctx.probes.key_trace import trace_key
@@ -40,11 +46,13 @@ def trace_key(
     gaps = [parse_length(gap, "--gaps") for gap in c.gaps.split(",")]
     haystack = None if c.haystack is None else load_text(c.haystack)
     lm = options.load(model)
-    trace = trace_key(
-        lm, gaps, c.n, haystack=haystack, reading=c.reading, each_head=c.heads, seed=c.seed, say=typer.echo
-    )
+    trace = trace_key(lm, gaps, c.n, haystack=haystack, reading=c.reading, each_head=c.heads, seed=c.seed, say=say)
     paths = trace.save(c.out)
-    for title, table in (("share of the keys found", trace.by_gap("right")), ("heads that matter most", trace.heads())):
-        if len(table):
-            typer.echo(f"\n{title}\n{table.to_string(float_format=lambda value: f'{value:.3g}')}")
-    typer.echo(f"\n{trace.verdict}\n{c.out}: {', '.join(path.name for path in paths)}")
+    found, heads = trace.by_gap("right"), trace.heads()
+    for name, title, rows in (("found", "share of the keys found", found), ("heads", "heads that matter most", heads)):
+        if len(rows):
+            text = rows.to_string(float_format=lambda value: f"{value:.3g}")
+            table(name, rows.reset_index(), f"\n{title}\n{text}")
+    fact("verdict", trace.verdict)
+    show(f"\n{trace.verdict}")
+    wrote(c.out, [path.name for path in paths])
