@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
@@ -19,7 +18,7 @@ from rnn_longctx.config import format_length
 from rnn_longctx.eval.show.page.parts import Figure, Switch
 from rnn_longctx.eval.show.style import COLOURS, GREYS, RED
 
-INK, MUTED, MARK, PAPER = "var(--ink)", "var(--muted)", "var(--mark)", "var(--paper)"
+INK, MUTED, MARK, EMPTY = "var(--ink)", "var(--muted)", "var(--mark)", "var(--empty)"
 LINES = tuple(f"var(--line-{i})" for i in range(len(COLOURS)))
 SYMBOLS = ("circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "x")
 TICKS = 7  # at most, on an axis of lengths: more would touch on a phone
@@ -31,12 +30,14 @@ _LIGHT = {
 _DARK = {
     "ink": "#ececec", "muted": "#b4b4b4", "paper": "#16181b", "raised": "#212429", "grid": "#33373d", "rule": "#4a4f57",
     "link": "#7cc4f5", "mark": "#ff7b66", "empty": "#3a3d42",
-    **{f"line-{i}": c for i, c in enumerate(("#4aa8e0", "#ff8f4d", "#2ecc9b", "#e3a0c6", "#f0b640", "#8fd0f5", "#f0e442"))},
+    **{f"line-{i}": colour for i, colour in enumerate(
+        ("#4aa8e0", "#ff8f4d", "#2ecc9b", "#e3a0c6", "#f0b640", "#8fd0f5", "#f0e442"))},
 }  # fmt: skip
 
 
 def _variables(colours: dict[str, str]) -> str:
-    return ":root{" + "".join(f"--{name}:{colour};" for name, colour in colours.items()) + "}\n"
+    bands = {f"band-{name}": f"{colour}2e" for name, colour in colours.items()}  # of intervals: some 18% of the colour
+    return ":root{" + "".join(f"--{name}:{colour};" for name, colour in (colours | bands).items()) + "}\n"
 
 
 LOOKS = (
@@ -59,10 +60,11 @@ class Line:
 
     Attributes:
         name: what it is of.
+        low, high: its interval, or None.
         colour: a colour of this module.
         dash, symbol: of Plotly; no symbol where it is "".
         on: whether it is shown at first.
-        also: names of lines that its switch moves, too.
+        text: what stands for x in the box under the pointer; of none, x in tokens.
     """
 
     name: str
@@ -94,7 +96,7 @@ def traces_of(line: Line, unit: str = "", **more: Any) -> list[go.Scatter]:
     traces = []
     if line.low is not None and line.high is not None:
         edge = {"mode": "lines", "line": {"width": 0, "color": line.colour}, "hoverinfo": "skip", "showlegend": False}
-        shade = {"fill": "tonexty", "opacity": 0.5, "fillcolor": "rgba(128,128,128,0.22)"}
+        shade = {"fill": "tonexty", "fillcolor": line.colour.replace("--", "--band-")}
         traces = [go.Scatter(x=list(line.x), y=list(line.low), **edge, **more),
                   go.Scatter(x=list(line.x), y=list(line.high), **edge, **shade, **more)]  # fmt: skip
     traces.append(
@@ -148,7 +150,7 @@ def level(y: float, words: str, log: bool = False) -> dict[str, Any]:
     """Return a mark at a value, such as a threshold. log: whether the axis of values is logarithmic."""
     line = {"type": "line", "y0": y, "y1": y, "x0": 0, "x1": 1, "xref": "paper", "dash": "dot"}
     at = math.log10(y) if log and y > 0 else y
-    label = {"x": 0, "y": at, "xref": "paper", "text": words, "xanchor": "left", "yanchor": "bottom"}
+    label = {"x": 1, "y": at, "xref": "paper", "text": words, "xanchor": "right", "yanchor": "bottom"}
     return {"shape": line, "label": label}
 
 
@@ -169,6 +171,9 @@ def lengths_axis(lengths: Sequence[float], title: str = "length, tokens") -> dic
     low, high = math.floor(math.log2(min(known))), math.ceil(math.log2(max(known)))
     step = max(1, math.ceil((high - low + 1) / TICKS))
     values = [2.0**k for k in range(low, high + 1) if (high - k) % step == 0]
+    exact = sorted(set(known))
+    if 1 < len(exact) <= TICKS and min(b / a for a, b in zip(exact, exact[1:])) ** TICKS >= exact[-1] / exact[0]:
+        values = exact  # those that were measured, where they lie far enough apart
     return {
         "title": {"text": title},
         "type": "log",
@@ -227,6 +232,7 @@ def grid_axes(plot: go.Figure, x: str, y: str, down: bool = True, columns: Seque
     step = max(1, math.ceil(len(columns) / TICKS))
     ticks = {"tickmode": "array", "tickvals": list(columns[::step])} if columns else {}
     plot.update_layout(
+        plot_bgcolor=EMPTY,
         xaxis={"title": {"text": x}, "type": "category", "showgrid": False, "tickangle": 0} | ticks,
         yaxis={"title": {"text": y}, "type": "category", "showgrid": False}
         | ({"autorange": "reversed"} if down else {}),
@@ -245,8 +251,3 @@ def number(value: float, form: str = ".3g") -> str:
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return "not a number"
     return "infinite" if math.isinf(value) else format(float(value), form)
-
-
-def median_step(values: Sequence[float]) -> float:
-    """Return the usual distance between values that follow each other."""
-    return float(np.median(np.diff(np.asarray(values, dtype=float)))) if len(values) > 1 else math.nan

@@ -103,7 +103,7 @@ function fill(details) {
     for (const value of row) {
       const place = line.insertCell();
       place.textContent = shown(value);
-      if (typeof value === "number") place.className = "number";
+      place.className = typeof value === "number" ? "number" : String(value).length > 40 ? "long" : "";
     }
   }
   region.append(grid);

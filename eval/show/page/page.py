@@ -17,7 +17,7 @@ from typing import Any
 import pandas as pd
 from plotly.offline import get_plotlyjs
 
-from rnn_longctx.config import counted, home_path
+from rnn_longctx.config import home_path
 from rnn_longctx.eval.show.page.figures import LOOKS
 from rnn_longctx.eval.show.page.parts import Code, Figure, Page, Section, Slider, Switch, Table
 from rnn_longctx.eval.show.page.text import cell, clean, escaped, for_plotly, for_script
@@ -25,7 +25,7 @@ from rnn_longctx.files import write_atomic
 
 LIMIT = 5_900_000  # bytes of a page
 ROWS = (5000, 2000, 800, 300, 100, 30)  # points of a line and rows of a table, at most: the first that fits
-SHOWN = 200  # rows of a table that are shown; its CSV has more
+SHOWN = 24  # rows of a table that are always shown; more are folded away
 
 _HERE = Path(__file__).parent
 
@@ -117,10 +117,14 @@ class Renderer:
     def body(self, page: Page) -> Iterator[str]:
         yield f"<header><h1>{escaped(page.title)}</h1></header>\n<main>"
         yield '<section class="verdict" aria-labelledby="verdict"><h2 id="verdict">What was found</h2>'
-        yield from (f"<p>{escaped(line)}</p>" for line in page.verdict)
-        yield "</section>"
+        item = "<li>{}</li>" if len(page.verdict) > 1 else "<p>{}</p>"
+        found = "".join(item.format(escaped(line)) for line in page.verdict)
+        yield (f"<ul>{found}</ul>" if len(page.verdict) > 1 else found) + "</section>"
         if page.header:
-            lines = (f"<div><dt>{escaped(k)}</dt><dd>{escaped(v)}</dd></div>" for k, v in page.header.items())
+            lines = (
+                f"<div{_class('line' if len(v) > 60 else '')}><dt>{escaped(k)}</dt><dd>{escaped(v)}</dd></div>"
+                for k, v in page.header.items()
+            )
             yield f"<dl>{''.join(lines)}</dl>"
         if len(page.sections) > 2:
             links = (
@@ -174,7 +178,7 @@ class Renderer:
         kind = "small" if figure.small else "whole"
         title = escaped(figure.title)
         save = "".join(
-            f'<button type="button" data-save="{form}" data-figure="{name}" aria-label="Save {form.upper()} of {title}">'
+            f'<button type="button" data-save="{form}" data-figure="{name}" aria-label="{form.upper()} of {title}">'
             f"{form.upper()}</button>"
             for form in ("png", "svg")
         )
@@ -200,20 +204,22 @@ class Renderer:
     def table(self, table: Table) -> str:
         if self.room is not None and not self.fits(table.frame.head(SHOWN).astype(str).to_csv() * 3):
             return f"<p>{escaped(table.title)}: left out of a page that is too large.</p>"
-        _, link = self.data(table.title, table.frame)
+        name, link = self.data(table.title, table.frame)
         title, note = escaped(table.title), f"<p>{escaped(table.note)}</p>" if table.note else ""
         frame, more = table.frame.head(SHOWN), len(table.frame) - SHOWN
-        heads = "".join(f'<th scope="col"{_side(frame[c])}>{escaped(c)}</th>' for c in frame.columns)
+        numeric = [pd.api.types.is_numeric_dtype(kind) for kind in frame.dtypes]
+        heads = "".join(
+            f'<th scope="col"{_class("number" if is_number else "")}>{escaped(column)}</th>'
+            for column, is_number in zip(frame.columns, numeric)
+        )
         lines = "".join(
-            "<tr>"
-            + "".join(f"<td{_side(frame[c])}>{escaped(shown(v))}</td>" for c, v in zip(frame.columns, row))
-            + "</tr>"
+            f"<tr>{''.join(_cell(value, is_number) for value, is_number in zip(row, numeric))}</tr>"
             for row in frame.itertuples(index=False, name=None)
         )
-        rest = f"<p>and {counted(more, 'more row')}</p>" if more > 0 else ""
+        whole = f'<details data-table="{name}"><summary>All {len(table.frame):,} rows</summary></details>'
         return f"""<div class="table"><h3>{title}</h3>
 <div class="wide" tabindex="0" role="region" aria-label="{title}"><table><thead><tr>{heads}</tr></thead>
-<tbody>{lines}</tbody></table></div>{rest}{note}
+<tbody>{lines}</tbody></table></div>{whole if more > 0 else ""}{note}
 <div class="tools">{link}</div></div>"""
 
     def data(self, title: str, frame: pd.DataFrame) -> tuple[str, str]:
@@ -225,7 +231,7 @@ class Renderer:
         rows = rows if self.fits(rows) else []
         self.tables[name] = {"columns": [clean(c) for c in frame.columns], "rows": rows, "of": len(frame)}
         part = f" ({len(rows):,} of {len(frame):,} rows)" if len(rows) < len(frame) else ""
-        label = f"Save CSV of {clean(title)}{part}"
+        label = f"CSV{part} of {clean(title)}"
         return name, (
             f'<a class="csv" data-csv="{name}" download="{file_name(title)}.csv" href="data:text/csv," '
             f'aria-label="{escaped(label)}">CSV{part}</a>'
@@ -244,9 +250,10 @@ def _switches(name: str, title: str, switches: Sequence[Switch], traces: list[di
     return f'<fieldset class="switches">{legend}{"".join(boxes)}</fieldset>'
 
 
-_PATHS = {
-    "circle": "M14 2.5a3.5 3.5 0 1 1 0 7a3.5 3.5 0 1 1 0 -7", "square": "M11 3h6v6h-6z", "triangle-up": "M14 2l4 7h-8z",
-    "triangle-down": "M14 10l4-7h-8z", "diamond": "M14 1.5l4 4.5l-4 4.5l-4-4.5z", "cross": "M13 2h2v3h3v2h-3v3h-2v-3h-3v-2h3z",
+_MARKERS = {
+    "circle": "M14 2.5a3.5 3.5 0 1 1 0 7a3.5 3.5 0 1 1 0 -7", "square": "M11 3h6v6h-6z",
+    "triangle-up": "M14 2l4 7h-8z", "triangle-down": "M14 10l4-7h-8z", "diamond": "M14 1.5l4 4.5l-4 4.5l-4-4.5z",
+    "cross": "M13 2h2v3h3v2h-3v3h-2v-3h-3v-2h3z",
     "x": "M11 3l1-1l2 2.5l2-2.5l1 1l-2 3l2 3l-1 1l-2-2.5l-2 2.5l-1-1l2-3z",
 }  # fmt: skip
 _DASHES = {"dash": "5 3", "dashdot": "6 2 2 2", "dot": "2 2"}
@@ -260,8 +267,9 @@ def _swatch(traces: list[dict[str, Any]], switch: Switch) -> str:
         colour = line.get("color") or marker.get("color")
         if not isinstance(colour, str) or not _COLOUR.fullmatch(colour) or line.get("width") == 0:
             continue
-        rule = f'<path d="M0 6h28" fill="none" style="stroke:{colour}" stroke-width="2" stroke-dasharray="{_DASHES.get(line.get("dash", ""), "")}"/>'
-        mark = f'<path d="{_PATHS.get(str(marker.get("symbol", "circle")), "")}" style="fill:{colour}"/>'
+        dashes, path = _DASHES.get(line.get("dash", ""), ""), _MARKERS.get(marker.get("symbol", "circle"), "")
+        rule = f'<path d="M0 6h28" style="stroke:{colour}" stroke-width="2" stroke-dasharray="{dashes}"/>'
+        mark = f'<path d="{path}" style="fill:{colour}"/>'
         drawn = (rule if "lines" in mode else "") + (mark if "markers" in mode else "")
         return f'<svg class="swatch" viewBox="0 0 28 12" aria-hidden="true">{drawn}</svg>'
     return ""
@@ -293,8 +301,13 @@ def shown(value: Any) -> str:
     return value
 
 
-def _side(column: pd.Series) -> str:
-    return ' class="number"' if pd.api.types.is_numeric_dtype(column) else ""
+def _cell(value: Any, is_number: bool) -> str:
+    text = shown(value)
+    return f"<td{_class('number' if is_number else 'long' if len(text) > 40 else '')}>{escaped(text)}</td>"
+
+
+def _class(name: str) -> str:
+    return f' class="{name}"' if name else ""
 
 
 def file_name(title: str) -> str:
@@ -311,7 +324,7 @@ def spread(length: int, most: int) -> list[int]:
 
 def thinned(trace: dict[str, Any], most: int) -> dict[str, Any]:
     """Return a line with at most so many points: of each stretch the lowest and the highest, so that no peak is lost.
-    Traces of other types, and lines that fill an area, whose places hang together, are as they are or thinned evenly."""
+    Lines that bound an area are thinned evenly, and traces of other types are as they are."""
     x, y = trace.get("x"), trace.get("y")
     if not isinstance(x, list) or not isinstance(y, list) or len(x) <= most or len(x) != len(y) or "z" in trace:
         return trace
