@@ -265,7 +265,7 @@ def _swatch(traces: list[dict[str, Any]], switch: Switch) -> str:
     for trace in (traces[place] for place in switch.traces):
         line, marker, mode = trace.get("line") or {}, trace.get("marker") or {}, trace.get("mode", "markers")
         colour = line.get("color") or marker.get("color")
-        if not isinstance(colour, str) or not _COLOUR.fullmatch(colour) or line.get("width") == 0:
+        if not isinstance(colour, str) or not _COLOUR.fullmatch(colour) or (mode == "lines" and not line.get("width")):
             continue
         dashes, path = _DASHES.get(line.get("dash", ""), ""), _MARKERS.get(marker.get("symbol", "circle"), "")
         rule = f'<path d="M0 6h28" style="stroke:{colour}" stroke-width="2" stroke-dasharray="{dashes}"/>'

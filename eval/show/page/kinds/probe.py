@@ -48,6 +48,7 @@ def page(path: Path) -> Page:
         train = int(about["train_length"])
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         raise InputError(f"cannot read the probe in {path}: {' '.join(str(error).split())}") from None
+    more = [] if remembrance is None else [Section("What the rest still changes", [remembered(remembrance, train)])]
     verdict = [f"{clause[:1].upper()}{clause[1:]}." for clause in str(about["verdict"]).split("; ")]
     header = {
         name: format_length(int(about[key])) if key in _LENGTHS else str(about[key])
@@ -61,11 +62,7 @@ def page(path: Path) -> Page:
         [
             Section("Heads by layer", [head_maps(table, train)]),
             Section("States, memory and loss while reading", curves(table, trace, heads, losses, train)),
-            *(
-                [Section("What the rest still changes", [remembered(remembrance, train)])]
-                if remembrance is not None
-                else []
-            ),
+            *more,
             Section("Heads, worst first", [_heads(heads), *_ablation(about)]),
         ],
     )
@@ -102,9 +99,10 @@ def head_maps(table: pd.DataFrame, train: int) -> Figure:
         plot.add_trace(figures.heat_map(shown, across, down, "", figures.RATIO, zmin=-6, zmax=6, **about))
         beyond = here["ratio"] > MARGIN
         worst = here.loc[here["ratio"].idxmax()]
+        furthest = f"layer {worst['layer']:.0f} head {worst['head']:.0f}, {number(worst['ratio'])} times"
         words = (
             f"tokens: {int(beyond.sum())} of {counted(len(here), 'head')} above {MARGIN:g} times their largest norm "
-            f"in training; the furthest is layer {worst['layer']:.0f} head {worst['head']:.0f}, {number(worst['ratio'])} times."
+            f"in training; the furthest is {furthest}."
         )
         steps.append(Step(format_length(position), [i], words))
         rows.append(here)
@@ -137,12 +135,9 @@ def curves(
         Line("each stretch", places, list(losses["loss"]), colour=figures.MUTED, symbol="", width=1),
         Line("mean of eight stretches", places, list(smooth), symbol=""),
     ]
-    left = (
-        f" {counted(len(onsets), 'head')} left their range from {number(onsets[0], '.0f')} tokens on." if onsets else ""
-    )
-    words = (
-        f"The loss ends at {number(float(smooth.iloc[-1]), '.3f')} nats per token, after {places[-1]:,} tokens.{left}"
-    )
+    words = f"The loss ends at {number(float(smooth.iloc[-1]), '.3f')} nats per token, after {places[-1]:,} tokens."
+    if onsets:
+        words += f" {counted(len(onsets), 'head')} left the range of training from {onsets[0]:,.0f} tokens on."
     marks = [upright(train, "training length")]
     loss = figures.lines("Loss while reading", words, losses, lines, lengths_axis(places, "tokens read"), y, marks)
     return [norms, kept, loss]
