@@ -70,7 +70,7 @@ class Line:
 
     name: str
     x: Sequence[float]
-    y: Sequence[float]
+    y: Sequence[float | None]
     low: Sequence[float] | None = None
     high: Sequence[float] | None = None
     colour: str = INK
@@ -184,7 +184,7 @@ def lengths_axis(lengths: Sequence[float], title: str = "length, tokens") -> dic
     }
 
 
-def values_axis(values: Sequence[float], title: str, log: bool | None = None) -> dict[str, Any]:
+def values_axis(values: Sequence[float | None], title: str, log: bool | None = None) -> dict[str, Any]:
     """Return an axis of values; logarithmic, unless said, where all are above 0 and the largest is over three times the
     smallest: a collapse by five times must not flatten differences of a percent."""
     known = [float(v) for v in values if v is not None and math.isfinite(v)]
@@ -255,7 +255,7 @@ def _place(x: float) -> str:
     return text if not text.isdigit() else f"{whole:,}"
 
 
-def number(value: float, form: str = ".3g") -> str:
+def number(value: float | None, form: str = ".3g") -> str:
     """Return a number for a sentence, and words for one that is not finite."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return "not a number"

@@ -85,9 +85,9 @@ def verdict(findings: pd.DataFrame, points: pd.DataFrame, curves: pd.DataFrame, 
             on = "" if mitigation == "none" else f" with {mitigation}"
             line = f"{quantity}{on} of {counted(len(some), 'shape')} is {_k(low)} to {_k(high)} tokens"
             line += f" ({bounds} of them only bounds)" if bounds else ""
-            lines.append(line + _best(curves, mitigation, quantity) + ".")
+            lines.append(line + _best(curves, str(mitigation), str(quantity)) + ".")
     if len(pairs):
-        most = pairs.loc[pairs["value"].idxmax()]
+        most = pairs.sort_values("value").iloc[-1]
         lines.append(
             f"Associative recall: at best {most['value']:.2f} of the answers are right (95% {most['low']:.2f} to "
             f"{most['high']:.2f}), {most['shape']} at {most['pairs']:.0f} pairs of {most['task']}."
@@ -147,8 +147,8 @@ def growth(points: pd.DataFrame, curves: pd.DataFrame, mitigation: str, quantity
     if len(curves):
         rows = curves[(curves["mitigation"] == mitigation) & (curves["quantity"] == quantity)]
         rows = rows[rows["axis"] == "state_elements"]
-    low, high = float(points["state_elements"].min()), float(points["state_elements"].max())
-    states = np.geomspace(low / 1.2, high * 1.2, 80)
+    least, largest = float(points["state_elements"].min()), float(points["state_elements"].max())
+    states = np.geomspace(least / 1.2, largest * 1.2, 80)
     for i, (_, row) in enumerate(rows.iterrows()):
         y = [v * K if v > 0 else None for v in curve(row, states / 1e6)]
         r2 = "" if math.isnan(row["r2"]) else f", R² {row['r2']:.2f}"
@@ -159,9 +159,9 @@ def growth(points: pd.DataFrame, curves: pd.DataFrame, mitigation: str, quantity
     values = points["value"].tolist()
     y_axis = figures.lengths_axis(values, f"{quantity}, tokens")
     y_axis["range"] = [math.log10(min(values) / 2), math.log10(max(values) * 3)]
-    x_axis = {"title": {"text": "state, numbers"}, "type": "log", "dtick": "D2" if high < 30 * low else 1}
+    x_axis = {"title": {"text": "state, numbers"}, "type": "log", "dtick": "D2" if largest < 30 * least else 1}
     plot.update_layout(xaxis=x_axis | {"tickformat": "~s"}, yaxis=y_axis)
-    most = points.loc[points["value"].idxmax()]
+    most = points.sort_values("value").iloc[-1]
     known = _BOUNDS.get(str(most["bound"]), "")
     words = (
         f"{quantity} over the size of the state, of {counted(len(points), 'shape')}: the longest is {known} "

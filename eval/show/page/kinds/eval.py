@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ def sections(frame: pd.DataFrame) -> list[Section]:
     everything = sheets(frame)
     losses = [part for sheet in everything if sheet.kind == "loss" for part in loss_figures(sheet)]
     answers = [part for sheet in everything if sheet.kind == "accuracy" for part in answer_figures(sheet)]
-    parts = [
+    parts: list[tuple[str, Sequence[Figure | Table]]] = [
         ("Loss over length", losses),
         ("Answers over length and depth", answers),
         ("Remedies ranked", ranking(frame)),

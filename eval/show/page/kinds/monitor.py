@@ -80,7 +80,8 @@ def _number(value: Any) -> float:
 def reports(lines: Iterable[str]) -> tuple[pd.DataFrame, int]:
     """Return the reports of a log, a row each, and how many lines are none. A position that is not above the one before
     begins another stream."""
-    rows, unread, stream, last = [], 0, 1, 0
+    rows: list[dict[str, Any]] = []
+    unread, stream, last = 0, 1, 0
     for line in lines:
         row = report(line)
         if row is None:
@@ -138,10 +139,10 @@ def drawn(table: pd.DataFrame) -> list[Figure]:
     out = [norm, count]
     if table["shift"].notna().any():
         shift = [Line("shift of the input", read, table["shift"].tolist(), symbol="", text=text)]
-        marks = [level(1, "limit: above, the input is not what was calibrated on")]
-        title, at_most = "Shift of the input", f"At most {number(float(table['shift'].max()))} of the limit."
-        y = {"title": {"text": "shift over its limit"}, "rangemode": "tozero"}
-        out.append(figures.lines(title, at_most, frame, shift, axis, y, marks, height=280))
+        marks = [level(1, "limit: above, another input than calibrated on")]
+        at_most = f"At most {number(float(table['shift'].max()))} of the limit."
+        y_axis = {"title": {"text": "shift over its limit"}, "rangemode": "tozero"}
+        out.append(figures.lines("Shift of the input", at_most, frame, shift, axis, y_axis, marks, height=280))
     return out
 
 
@@ -150,8 +151,8 @@ def events(table: pd.DataFrame) -> pd.DataFrame:
     before = table["status"].shift(fill_value="ok").where(table["stream"].diff().fillna(0) == 0, "ok")
     some = table[(table["status"] != before) | table["action"].notna()]
     worst = [", ".join(f"layer {layer} head {head}" for layer, head, _ in heads[:3]) for heads in some["heads"]]
-    columns = ["time", "stream", "position", "status", "outside", "worst", "shift", "action"]
-    return some[columns].assign(heads=worst).reset_index(drop=True)
+    columns = ["position", "status", "action", "outside", "worst", "shift"]
+    return some[columns].assign(heads=worst, stream=some["stream"], time=some["time"]).reset_index(drop=True)
 
 
 def _heads(table: pd.DataFrame) -> list[Table]:

@@ -71,8 +71,8 @@ def page(path: Path) -> Page:
 def ratios(trace: pd.DataFrame, envelope: list[list[float]]) -> pd.DataFrame:
     """Return layer, head, position and ratio: the mean norm of rows over the largest in training, infinite where it is
     not finite."""
-    mean = trace.assign(norm=not_finite_is_beyond(trace["norm"]))
-    mean = mean.groupby(["layer", "head", "position"], as_index=False)["norm"].mean()
+    trace = trace.assign(norm=not_finite_is_beyond(trace["norm"]))
+    mean = trace.groupby(["layer", "head", "position"], as_index=False).agg(norm=("norm", "mean"))
     limits = np.array([envelope[layer][head] for layer, head in zip(mean["layer"], mean["head"])])
     return mean.assign(ratio=mean["norm"] / limits)
 
@@ -98,7 +98,7 @@ def head_maps(table: pd.DataFrame, train: int) -> Figure:
         about = {"colorbar": bar, "text": texts, "hovertemplate": "layer %{y}, head %{x}: %{text}<extra></extra>"}
         plot.add_trace(figures.heat_map(shown, across, down, "", figures.RATIO, zmin=-6, zmax=6, **about))
         beyond = here["ratio"] > MARGIN
-        worst = here.loc[here["ratio"].idxmax()]
+        worst = here.sort_values("ratio").iloc[-1]
         furthest = f"layer {worst['layer']:.0f} head {worst['head']:.0f}, {number(worst['ratio'])} times"
         words = (
             f"tokens: {int(beyond.sum())} of {counted(len(here), 'head')} above {MARGIN:g} times their largest norm "
@@ -122,7 +122,7 @@ def curves(
     table: pd.DataFrame, trace: pd.DataFrame, heads: pd.DataFrame, losses: pd.DataFrame, train: int
 ) -> list[Figure]:
     """Return the norms and retentions of the worst heads and of the rest, and the loss, over the tokens read."""
-    mean = trace.groupby(["layer", "head", "position"], as_index=False)["retention"].mean()
+    mean = trace.groupby(["layer", "head", "position"], as_index=False).agg(retention=("retention", "mean"))
     norms = of_heads(
         table, "ratio", heads, "Norm over the largest in training", "norm over the largest in training", train
     )
@@ -187,7 +187,7 @@ def _finite(values: pd.Series) -> list[float | None]:
 
 def remembered(remembrance: pd.DataFrame, train: int) -> Figure:
     """Return effective remembrance over the tokens that were kept."""
-    mean = remembrance[remembrance["cut"] > 0].groupby("kept", as_index=False)["tv"].mean()
+    mean = remembrance[remembrance["cut"] > 0].groupby("kept", as_index=False).agg(tv=("tv", "mean"))
     line = Line("what the rest still changes", list(mean["kept"]), list(mean["tv"]), **look(0))
     last = mean.iloc[-1]
     words = (

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import io
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
 
-from rnn_longctx.config import counted, format_length, read_yaml
+from rnn_longctx.config import counted, format_length
 from rnn_longctx.errors import InputError
 from rnn_longctx.eval.show.page import figures
 from rnn_longctx.eval.show.page.figures import INK, MUTED, Line, look, number
@@ -29,6 +30,10 @@ _STEPS = (
 _NAMES = {
     "loss": "loss", "passkey_loss": "loss of answers", "state_norm": "mean of heads", "state_norm_max": "largest",
     "grad_norm": "gradient", "lr": "learning rate", "tokens_per_second": "speed", "length": "length",
+}  # fmt: skip
+_CONFIG = {
+    "data.text": "text", "train_length": "training length", "batch_size": "rows a step", "steps": "steps asked for",
+    "optimizer.lr": "learning rate", "seed": "seed", "precision": "computed in",
 }  # fmt: skip
 
 
@@ -69,13 +74,15 @@ def read(path: Path) -> pd.DataFrame:
 
 
 def _settings(path: Path) -> dict[str, str]:
-    """Return what the run's own config says of it, where it lies there."""
-    for name in ("config.yaml", "run.yaml"):
-        if (path / name).is_file():
-            return {
-                k: str(v) for k, v in read_yaml(path / name).items() if isinstance(v, (str, int, float)) and v != ""
-            }
-    return {}
+    """Return what the run's own config says of it, as far as it is one value a name."""
+    try:
+        config = json.loads((path / "run.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    if not isinstance(config, dict):
+        return {}
+    flat = {f"{k}.{n}": v for k, some in config.items() if isinstance(some, dict) for n, v in some.items()} | config
+    return {name: str(flat[key]) for key, name in _CONFIG.items() if isinstance(flat.get(key), (str, int, float, list))}
 
 
 def verdict(log: pd.DataFrame, evaluated: pd.DataFrame, online: pd.DataFrame) -> list[str]:
