@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from plotly.offline import get_plotlyjs
 from rnn_longctx.config import home_path
 from rnn_longctx.eval.show.page.figures import LOOKS
 from rnn_longctx.eval.show.page.parts import Code, Figure, Page, Section, Slider, Switch, Table
-from rnn_longctx.eval.show.page.text import cell, clean, escaped, for_plotly, for_script
+from rnn_longctx.eval.show.page.text import cell, clean, escaped, for_plotly, for_script, unpacked
 from rnn_longctx.files import write_atomic
 
 LIMIT = 5_900_000  # bytes of a page
@@ -41,10 +42,14 @@ def write_page(page: Page, path: str | Path) -> Path:
 
 def rendered(page: Page) -> str:
     """Return a page as HTML of at most LIMIT bytes."""
+    before = math.inf
     for rows in ROWS:
         text = Renderer(rows).page(page)
-        if len(text.encode()) <= LIMIT:
+        if (size := len(text.encode())) <= LIMIT:
             return text
+        if size > 0.9 * before:  # what makes it large is no line and no table
+            break
+        before = size
     room = LIMIT - len(Renderer(ROWS[-1], room=0).page(page).encode())
     return Renderer(ROWS[-1], room).page(page)
 
@@ -157,7 +162,7 @@ class Renderer:
     def figure(self, figure: Figure) -> str:
         name = f"f{len(self.figures)}"
         plot = figure.plot.to_plotly_json()
-        traces = [thinned(trace, self.rows) for trace in for_plotly(plot.get("data", []))]
+        traces = [for_plotly(thinned(unpacked(trace), self.rows)) for trace in plot.get("data", [])]
         spec: dict[str, Any] = {
             "title": for_plotly(figure.title),
             "file": file_name(figure.title),
@@ -335,7 +340,7 @@ def thinned(trace: dict[str, Any], most: int) -> dict[str, Any]:
         stretches = max(1, most // 2 - 1)
         for i in range(stretches):
             stretch = range(i * len(x) // stretches, (i + 1) * len(x) // stretches)
-            known = [k for k in stretch if isinstance(y[k], (int, float))]
+            known = [k for k in stretch if y[k] is not None and y[k] == y[k]]
             places |= {min(known, key=lambda k: y[k]), max(known, key=lambda k: y[k])} if known else {stretch[0]}
     order = sorted(places)
     return {k: [v[i] for i in order] if isinstance(v, list) and len(v) == len(x) else v for k, v in trace.items()}

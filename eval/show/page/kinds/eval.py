@@ -143,7 +143,7 @@ def loss_figures(sheet: Sheet) -> list[Figure]:
         of.append(Line(name, lengths, values, low, high, on=name in first, **how))
     y = figures.values_axis([v for line in of for v in line.y], "loss, nats per token")
     marks = training(sheet)
-    if (peak := sheet.peak("none")) is not None and max(v for line in of for v in line.y if math.isfinite(v)) > peak:
+    if (peak := sheet.peak("none")) is not None:
         marks.append(level(2 * peak, f"collapse: above {2 * peak:.2f}", is_log(y)))
     title = title_of(sheet, "Loss over positions (L/2, L]")
     words = at_the_end(sheet, "loss in nats per token", ".3f") + " Shaded: one standard error over slices of the text."
