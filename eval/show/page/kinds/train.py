@@ -19,7 +19,7 @@ from rnn_longctx.eval.show.page.parts import KINDS, Figure, Kind, Page, Section,
 LOG, EVALUATED, ONLINE = "log.csv", "eval.csv", "online.csv"
 SMOOTH = 10  # rows of the log that a mean is over
 # Of each figure: its columns, its title and the axis of its values.
-_STEPS = (
+STEPS = (
     (("loss", "passkey_loss"), "Loss while training", "loss, nats per token"),
     (("state_norm", "state_norm_max"), "Norms of states at the end of a batch", "norm"),
     (("grad_norm",), "Norm of the gradient", "norm"),
@@ -27,7 +27,7 @@ _STEPS = (
     (("tokens_per_second",), "Speed", "tokens per second"),
     (("length",), "Length of a row", "tokens"),
 )
-_NAMES = {
+NAMES = {
     "loss": "loss", "passkey_loss": "loss of answers", "state_norm": "mean of heads", "state_norm_max": "largest",
     "grad_norm": "gradient", "lr": "learning rate", "tokens_per_second": "speed", "length": "length",
 }  # fmt: skip
@@ -117,7 +117,7 @@ def verdict(log: pd.DataFrame, evaluated: pd.DataFrame, online: pd.DataFrame) ->
 def steps(log: pd.DataFrame) -> list[Figure]:
     """Return the figures of the log over its steps."""
     out = []
-    for columns, title, what in _STEPS:
+    for columns, title, what in STEPS:
         known = [c for c in columns if c in log and log[c].notna().any() and (c != "length" or log[c].nunique() > 1)]
         if not known:
             continue
@@ -131,7 +131,7 @@ def series(
     """Return columns of a log over its steps, with running means of SMOOTH rows where they are noisy."""
     of, words = [], []
     for i, column in enumerate(columns):
-        name, values = _NAMES.get(column, column), table[column]
+        name, values = NAMES.get(column, column), table[column]
         style = {"colour": INK, "dash": "solid"} if i == 0 else look(i - 1)
         text = [f"step {s:,.0f}" for s in x]
         if smooth and len(values) > 3 * SMOOTH:
@@ -140,7 +140,7 @@ def series(
             values, name = values.rolling(SMOOTH, min_periods=1).mean(), f"{name}, mean of {SMOOTH} rows"
         of.append(Line(name, x, values.tolist(), **(style | {"symbol": ""}), text=text))
         last = table[column].dropna()
-        words.append(f"{_NAMES.get(column, column)} {number(float(last.iloc[-1]), '.4g')} at the end")
+        words.append(f"{NAMES.get(column, column)} {number(float(last.iloc[-1]), '.4g')} at the end")
     log = None if smooth or "norm" in what else False
     y = figures.values_axis([v for line in of for v in line.y], what, log)
     frame = pd.DataFrame({"step": list(x), **{c: table[c].tolist() for c in columns}})

@@ -40,7 +40,7 @@ def test_a_report_is_drawn_and_asks_for_nothing(kind, report_of, visit):
     assert tab.locator("a[href*='plotly'], .modebar, .plotlyjsicon").count() == 0
     details = tab.locator(f"#{names[0]} details")
     details.locator("summary").click()
-    assert details.locator("tbody tr").count() > 0
+    details.locator("tbody tr").first.wait_for()
 
 
 def test_switches_and_sliders_change_what_is_shown(kind, report_of, visit):
