@@ -153,7 +153,48 @@ def monitor_line(k: int, reports: int = 120, action: str = "warn", time: str = "
     return json.dumps(line | {"worst": 0.5 + k / 10, "shift": 0.3, "action": done}) + "\n"
 
 
+def pilot_folder(folder: Path, name: str = "small") -> Path:
+    """A pilot that advises a remedy, beside the tables of its evaluation and probe."""
+    eval_folder(folder, model=name)
+    probe_folder(folder / "probe", model=name)
+    row = {"name": "state-norm", "control": False, "place": 1, "loss": 0.73, "n": 6, "over_control": 0.95}
+    row |= {"saved": {"value": 3.4, "low": 3.3, "high": 3.5}, "gain": {"value": 0.04, "low": 0.01, "high": 0.07}}
+    row |= {"recall": {"passkey": 0.2}, "speed": 0.9, "tokens_per_second": 9000.0, "peak_bytes": None, "fails_at": None}
+    compared = {"length": 16384, "against": "recompute:last=256", "rows": [row]}
+    losses = [
+        {"length": n, "loss": v, "stderr": 0.02, "slices": 6, "failing": 0} for n, v in zip(LENGTHS, LOSSES["none"])
+    ]
+    text = {"name": "my documents", "documents": 12, "tokens": 99_000, "beyond_training": 0.9, "reach_collapse": 0.5}
+    gain = {
+        "name": "state-norm",
+        "control": "recompute:last=256",
+        "length": 16384,
+        "gain": 0.04,
+        "low": 0.01,
+        "high": 0.07,
+    }
+    speed = {"name": "none", "tokens_per_second": 9000.0, "peak_bytes": 2**30}
+    found = {
+        "model": {"name": name, "parameters": 1000, "train_length": 256, "device": "cpu", "backend": "torch"},
+        "text": text,
+        "budget": {"seconds": 600.0, "spent": 400.0, "price_an_hour": 1.0},
+        "recommendation": {"kind": "remedy", "remedy": "state-norm", "words": ["It collapses at 4K.", "Use state-norm."],
+                           "uncertainty": ["Nothing is known beyond 16K."], "python": "import rnn_longctx",
+                           "command": "rnn-longctx generate", "next_steps": [["Train it", "rnn-longctx train"]]},
+        "collapse": {"length": 4096, "verdict": "collapses at 4K", "threshold": 1.8, "lengths": losses},
+        "compared": compared, "screened": compared, "recall": [{"task": "passkey", "name": "none", "right": 0.5}],
+        "above_without_document": {"qa": {"value": 0.3, "low": 0.1, "high": 0.5}},
+        "context_gain": [gain, gain | {"length": 4096}],
+        "onset": {"verdict": "layer 1 head 2 leaves its range", "worst": [{"layer": 1, "head": 2, "onset": 448.0}]},
+        "throughput": [speed], "estimate": {"stages": [{"stage": "loss", "seconds": 9.0}]},
+        "steps": {"loss": {"seconds": 8.0}}, "not_measured": [], "not_applicable": {}, "excerpts": None,
+    }  # fmt: skip
+    (folder / "pilot.json").write_text(json.dumps(found))
+    return folder
+
+
 FOLDERS = {
     "eval": eval_folder, "probe": probe_folder, "capacity": capacity_folder, "compare": compare_folder,
+    **({"pilot": pilot_folder} if (ROOT / "eval" / "show" / "page" / "kinds" / "pilot.py").is_file() else {}),
     "growth": growth_folder, "train": train_folder, "monitor": lambda path: monitor_log(path.with_suffix(".jsonl")),
 }  # fmt: skip

@@ -134,7 +134,7 @@ class MonitorSource(Source):
         marks = ("", "triangle-up", "diamond", "x", "", "")
         lines = [Line(name, [], [], colour=colour, symbol=mark, width=0 if mark else 2)
                  for name, colour, mark in zip(self.names, colours, marks)]  # fmt: skip
-        one: dict[str, Any] = {"title": {"text": "state norm over its envelope"}, "type": "log"}
+        one: dict[str, Any] = {"title": {"text": "state norm over its envelope"}, "type": "log", "dtick": "D2"}
         limits = [level(1, "envelope", log=True)], [level(1, "limit: above, another input than calibrated on")]
         return [
             empty("State norms against their envelope", lines[:4], (0, 1, 2, 3), "tokens read", one, limits[0]),

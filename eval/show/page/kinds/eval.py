@@ -66,7 +66,7 @@ def about(frame: pd.DataFrame) -> dict[str, str]:
             lines[name] = ", ".join(texts[:MOST]) + (f" and {len(texts) - MOST} more" if len(texts) > MOST else "")
     lines["measured"] = counted(len(frame), "row")
     if command := _command(frame):
-        lines["command"] = command
+        lines["a command that asks the same"] = command
     return lines
 
 

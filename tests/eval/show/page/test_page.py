@@ -49,7 +49,10 @@ def test_pages_say_what_the_tables_say(tmp_path):
     loss = all_figures(page)[0]
     rows = loss.frame.set_index(["mitigation", "length"])["value"]
     assert f"{rows['state-norm', 16384]:.3f} with state-norm" in loss.alternative
-    assert page.header["training length"] == "256" and "--mitigation state-norm" in page.header["command"]
+    assert (
+        page.header["training length"] == "256"
+        and "--mitigation state-norm" in page.header["a command that asks the same"]
+    )
     page = page_of(probe_folder(tmp_path / "probe"))
     maps = all_figures(page)[0]
     assert maps.slider is not None and "1 of 12 heads" in maps.slider.steps[-1].words
