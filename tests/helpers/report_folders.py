@@ -178,7 +178,7 @@ def pilot_folder(folder: Path, name: str = "small") -> Path:
         "model": {"name": name, "parameters": 1000, "train_length": 256, "device": "cpu", "backend": "torch"},
         "text": text,
         "budget": {"seconds": 600.0, "spent": 400.0, "price_an_hour": 1.0},
-        "recommendation": {"kind": "remedy", "remedy": "state-norm", "words": ["It collapses at 4K.", "Use state-norm."],
+        "recommendation": {"kind": "remedy", "remedy": "state-norm", "words": ["It collapses at 4K.", "Use it."],
                            "uncertainty": ["Nothing is known beyond 16K."], "python": "import rnn_longctx",
                            "command": "rnn-longctx generate", "next_steps": [["Train it", "rnn-longctx train"]]},
         "collapse": {"length": 4096, "verdict": "collapses at 4K", "threshold": 1.8, "lengths": losses},

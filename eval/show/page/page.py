@@ -56,7 +56,8 @@ def rendered(page: Page) -> str:
 
 
 @cache
-def _file(name: str) -> str:
+def script(name: str) -> str:
+    """Return the text of a script or style that lies beside this file."""
     return (_HERE / name).read_text()
 
 
@@ -67,13 +68,13 @@ def _plotly() -> str:
 
 
 @cache
-def _hash(script: str) -> str:
-    return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
+def _hash(text: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
 def policy(scripts: Sequence[str], connect: str = "'none'") -> str:
     """Return the Content-Security-Policy of a page with these scripts. Plotly sets styles as it draws."""
-    allowed = " ".join(_hash(script) for script in scripts)
+    allowed = " ".join(_hash(text) for text in scripts)
     return (
         f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data: blob:; "
         f"connect-src {connect}; base-uri 'none'; form-action 'none'"
@@ -105,8 +106,8 @@ class Renderer:
         """Return the page as HTML, with more scripts of its own, which may connect to there."""
         body = "\n".join(self.body(page))
         data = for_script({"figures": self.figures, "tables": self.tables})
-        parts = [_plotly(), _file("page.js"), *scripts]
-        code = "\n".join(f"<script>{script}</script>" for script in parts)
+        parts = [_plotly(), script("page.js"), *scripts]
+        code = "\n".join(f"<script>{text}</script>" for text in parts)
         return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -117,7 +118,7 @@ class Renderer:
 <meta name="color-scheme" content="light dark">
 <link rel="icon" href="data:,">
 <title>{escaped(page.title)}</title>
-<style>{LOOKS}{_file("page.css")}</style>
+<style>{LOOKS}{script("page.css")}</style>
 </head>
 <body>
 {body}

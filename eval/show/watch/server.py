@@ -15,7 +15,7 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from rnn_longctx.errors import InputError
-from rnn_longctx.eval.show.page.page import Renderer, policy_of
+from rnn_longctx.eval.show.page.page import Renderer, policy_of, script
 from rnn_longctx.eval.show.watch.sources import Source, source_of
 
 ADDRESS = "127.0.0.1"
@@ -36,8 +36,7 @@ class Watch(ThreadingHTTPServer):
         port is taken."""
         self.source: Source = source_of(path)
         self.token, self.lock = secrets.token_urlsafe(32), threading.Lock()
-        script = (Path(__file__).parent / "live.js").read_text()
-        self.html = Renderer(1000).page(self.source.page(), [script], "'self'")
+        self.html = Renderer(1000).page(self.source.page(), [script("live.js")], "'self'")
         self.policy = f"{policy_of(self.html)}; frame-ancestors 'none'"
         try:
             super().__init__((ADDRESS, port), _Handler)
