@@ -65,13 +65,16 @@ def cell(value: Any) -> Any:
 
 def number(value: Any, digits: int | None = None) -> Any:
     """Return a number, truth value or None as JSON takes it; anything else as text."""
+    if type(value) is int:  # (first what there is most of: asking for abstract kinds is slow)
+        return value
     if value is None or value is pd.NA or value is pd.NaT:
         return None
-    if isinstance(value, (bool, np.bool_)):
-        return bool(value)
-    if isinstance(value, numbers.Integral):
-        return int(value)
-    if isinstance(value, numbers.Real):
+    if type(value) is not float:
+        if isinstance(value, (bool, np.bool_)):
+            return bool(value)
+        if isinstance(value, numbers.Integral):
+            return int(value)
+    if type(value) is float or isinstance(value, numbers.Real):
         as_float = float(value)
         if not math.isfinite(as_float):
             return None if digits or math.isnan(as_float) else str(as_float)

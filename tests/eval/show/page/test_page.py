@@ -62,6 +62,45 @@ def test_pages_say_what_the_tables_say(tmp_path):
     assert any("First collapsed at 15,616 tokens" in line for line in page.verdict)
 
 
+def without(frame: pd.DataFrame, what: str) -> pd.DataFrame:
+    """A table of results that lacks something that most have."""
+    losses = frame["metric"] == "nats_per_token"
+    if what == "training length":
+        return frame.assign(train_length=None)
+    if what == "lengths":
+        return frame[frame["length"] == 1024]
+    if what == "remedies":
+        return frame[frame["mitigation"] == "none"]
+    if what == "losses":
+        return frame[~losses]
+    if what == "answers":
+        return frame[losses]
+    if what == "numbers":
+        bad = losses & (frame["length"] > 1024) & (frame["mitigation"] == "none")
+        return frame.assign(
+            value=frame["value"].mask(bad), samples=[None if b else s for b, s in zip(bad, frame["samples"])]
+        )
+    assert what == "rows"
+    return frame.iloc[:0]
+
+
+@pytest.mark.parametrize("what", ["training length", "lengths", "remedies", "losses", "answers", "numbers", "rows"])
+def test_a_table_that_lacks_something_has_a_page(what, tmp_path):
+    path = eval_folder(tmp_path / "eval")
+    table = path / "results.parquet"
+    without(pd.read_parquet(table), what).to_parquet(table, index=False)
+    page = page_of(path)
+    assert page.verdict and Renderer(100).page(page)
+
+
+def test_runs_that_have_just_begun_have_a_page(tmp_path):
+    (tmp_path / "log.csv").write_text("step,tokens,loss\n")
+    assert page_of(tmp_path).verdict == ["Nothing is logged yet."]
+    (tmp_path / "log.csv").write_text("step,tokens,loss,seconds\n1,2,nan,1\n2,4,3.0,2\n3,6,2")
+    page = page_of(tmp_path)
+    assert page.header["steps"] == "2" and "1 row of the log" in page.verdict[1] and Renderer(100).page(page)
+
+
 def test_the_command_writes_one_file(tmp_path):
     folder = eval_folder(tmp_path / "run")
     elsewhere = tmp_path / "x" / "y.html"
@@ -141,12 +180,18 @@ def test_a_log_of_two_streams_and_lines_that_are_no_reports():
     table, unread = monitor.reports(lines)
     assert table["stream"].tolist() == [1, 1, 1, 2] and unread == 3
     infinite = json.dumps({"position": 1, "status": "collapsed", "heads": [[0, 0, None]], "worst": None, "shift": None})
-    assert monitor.report(infinite)["heads"] == [(0, 0, None)]
+    assert monitor.report(infinite)["heads"] == [(0, 0, math.inf)]
+    for line in (
+        "[" * 10**5,
+        '{"position": 1e999, "status": "ok"}',
+        '{"position": 1, "status": "ok", "heads": [[0, 0, "x"]]}',
+    ):
+        assert monitor.report(line) is None
     page = Page("m", monitor.verdict(table), {}, [Section("s", monitor.drawn(table))])
     assert Renderer(100).page(page)
 
 
 def test_a_page_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises((InputError, OSError)):
+    with pytest.raises(InputError, match="cannot write"):
         write_page(Page("t", ["v"], {}, []), tmp_path / "file" / "page.html")
