@@ -77,9 +77,8 @@ def without(frame: pd.DataFrame, what: str) -> pd.DataFrame:
         return frame[losses]
     if what == "numbers":
         bad = losses & (frame["length"] > 1024) & (frame["mitigation"] == "none")
-        return frame.assign(
-            value=frame["value"].mask(bad), samples=[None if b else s for b, s in zip(bad, frame["samples"])]
-        )
+        samples = [[math.nan] * 6 if is_bad else some for is_bad, some in zip(bad, frame["samples"])]
+        return frame.assign(value=frame["value"].mask(bad), stderr=frame["stderr"].mask(bad), samples=samples)
     assert what == "rows"
     return frame.iloc[:0]
 
@@ -135,7 +134,7 @@ def test_a_page_is_below_six_megabytes_whatever_it_holds(what):
         y[123_456] = 99.0
         parts = [Figure("f", go.Figure(go.Scatter(x=np.arange(200_000), y=y)), "a", pd.DataFrame({"y": y}))]
     elif what == "maps":
-        parts = [Figure(f"{i}", go.Figure(go.Heatmap(z=rng.normal(size=(200, 200)))), "a", frame) for i in range(9)]
+        parts = [Figure(f"{i}", go.Figure(go.Heatmap(z=rng.normal(size=(150, 150)))), "a", frame) for i in range(9)]
     elif what == "table":
         parts = [Table("t", pd.DataFrame({f"c{i}": ["x" * 1500] * 4000 for i in range(4)}))]
     else:
@@ -181,11 +180,8 @@ def test_a_log_of_two_streams_and_lines_that_are_no_reports():
     assert table["stream"].tolist() == [1, 1, 1, 2] and unread == 3
     infinite = json.dumps({"position": 1, "status": "collapsed", "heads": [[0, 0, None]], "worst": None, "shift": None})
     assert monitor.report(infinite)["heads"] == [(0, 0, math.inf)]
-    for line in (
-        "[" * 10**5,
-        '{"position": 1e999, "status": "ok"}',
-        '{"position": 1, "status": "ok", "heads": [[0, 0, "x"]]}',
-    ):
+    strange = json.dumps({"position": 1, "status": "ok", "heads": [[0, 0, "x"]]})
+    for line in ("[" * 10**5, '{"position": 1e999, "status": "ok"}', strange):
         assert monitor.report(line) is None
     page = Page("m", monitor.verdict(table), {}, [Section("s", monitor.drawn(table))])
     assert Renderer(100).page(page)
