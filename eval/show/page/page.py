@@ -315,7 +315,7 @@ def shown(value: Any) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     if isinstance(value, float):
-        return f"{value:,.0f}" if abs(value) >= 10_000 and value == int(value) else f"{value:.4g}"
+        return f"{value:,.0f}" if 10_000 <= abs(value) < 1e15 else f"{value:.4g}"
     return value
 
 

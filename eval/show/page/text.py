@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-LONGEST = 2000  # characters of one text; what is longer ends in dots
+LONGEST = 10_000  # characters of one text; what is longer ends in dots
 DIGITS = 7  # of the numbers of a figure
 _UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
 _TEMPLATES = ("hovertemplate", "texttemplate")

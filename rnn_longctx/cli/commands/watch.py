@@ -20,6 +20,8 @@ def watch(
     from rnn_longctx.eval.show.watch.server import Watch
 
     with Watch(home_path(log), port) as server:
+        if not server.source.follow.path.exists():
+            typer.echo(f"{server.source.follow.path} is not there yet; it is waited for")
         typer.echo(f"{server.url} (Ctrl-C ends it)")
         try:
             server.serve_forever()

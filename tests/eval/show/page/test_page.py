@@ -162,8 +162,8 @@ def test_a_thinned_line_keeps_its_ends_and_peaks():
 
 
 def test_numbers_are_shown_to_four_digits():
-    assert [shown(v) for v in (1.23456, 123456, None, math.nan, True, np.float64(0.1), "x")] == [
-        *("1.235", "123,456", "", "", "yes", "0.1", "x"),
+    assert [shown(v) for v in (1.23456, 123456, 16370.2, None, math.nan, True, np.float64(0.1), "x")] == [
+        *("1.235", "123,456", "16,370", "", "", "yes", "0.1", "x"),
     ]  # fmt: skip
 
 
