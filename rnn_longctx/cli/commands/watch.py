@@ -20,9 +20,9 @@ def watch(
     from rnn_longctx.eval.show.watch.server import Watch
 
     with Watch(home_path(log), port) as server:
-        if not server.source.follow.path.exists():
-            typer.echo(f"{server.source.follow.path} is not there yet; it is waited for")
-        typer.echo(f"{server.url} (Ctrl-C ends it)")
+        file = server.source.follow.path
+        waits = "" if file.exists() else f"; {file} is not there yet"
+        typer.echo(f"{server.url} (Ctrl-C ends it{waits})")
         try:
             server.serve_forever()
         except KeyboardInterrupt:
