@@ -20,10 +20,10 @@ def watch(
     from rnn_longctx.eval.show.watch.server import Watch
 
     with Watch(home_path(log), port) as server:
-        file = server.source.follow.path
-        waits = "" if file.exists() else f"; {file} is not there yet"
-        typer.echo(f"{server.url} (Ctrl-C ends it{waits})")
         try:
+            file = server.source.follow.path
+            waits = "" if file.exists() else f"; {file} is not there yet"
+            typer.echo(f"{server.url} (Ctrl-C ends it{waits})")
             server.serve_forever()
         except KeyboardInterrupt:
             typer.echo(f"\nended; {counted(server.source.points.count, 'row')} of {log} were read")

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import http.client
 import json
-import os
 import re
 import signal
 import subprocess
 import sys
 import threading
-import time
 
 import pytest
 from report_folders import monitor_line
@@ -137,13 +135,18 @@ def test_a_browser_that_goes_away_is_no_error(server, capsys):
 
 def test_control_c_ends_it_with_one_line(log):
     log.write_text(monitor_line(0))
-    command = [sys.executable, "-m", "rnn_longctx.cli", "watch", str(log)]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"}
-    )
-    first = process.stdout.readline()
-    assert re.fullmatch(r"http://127\.0\.0\.1:\d+/[\w-]{43}/ \(Ctrl-C ends it\)\n", first)
-    time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    rest, _ = process.communicate(timeout=120)
+    command = [sys.executable, "-u", "-m", "rnn_longctx.cli", "watch", str(log)]
+
+    def listen():  # a process that a shell began in the background would not hear it
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(command, preexec_fn=listen, **pipes) as process:
+        try:
+            first = process.stdout.readline()
+            assert re.fullmatch(r"http://127\.0\.0\.1:\d+/[\w-]{43}/ \(Ctrl-C ends it\)\n", first)
+            process.send_signal(signal.SIGINT)
+            rest, _ = process.communicate(timeout=120)
+        finally:
+            process.kill()
     assert process.returncode == 0 and rest.strip() == f"ended; 0 rows of {log} were read"
