@@ -8,11 +8,10 @@ from pathlib import Path
 
 import pytest
 from report_folders import FOLDERS
+from report_visits import Visit
 
 from rnn_longctx.eval.show.page.page import write_page
 from rnn_longctx.eval.show.page.parts import page_of
-
-SHOWN = "figure => document.getElementById(`${figure}-plot`)._fullData.map(trace => trace.visible === true)"
 
 
 @pytest.fixture(scope="session")
@@ -40,31 +39,6 @@ def chromium():
         browser = driver.chromium.launch(executable_path=program, args=["--no-sandbox", "--disable-dev-shm-usage"])
         yield browser
         browser.close()
-
-
-class Visit:
-    """A page in the browser, with what it asked for and complained of."""
-
-    def __init__(self, tab):
-        self.tab, self.requests, self.errors = tab, [], []
-        tab.on("request", lambda request: self.requests.append(request.url))
-        tab.on("console", lambda message: message.type in ("error", "warning") and self.errors.append(message.text))
-        tab.on("pageerror", lambda error: self.errors.append(str(error)))
-
-    def open(self, url: str):
-        self.tab.goto(url)
-        self.tab.wait_for_selector("html[data-drawn]", timeout=60_000)
-        return self.tab
-
-    def shown(self, figure: str) -> list[bool]:
-        """Which traces of a figure are drawn."""
-        return self.tab.evaluate(SHOWN, figure)
-
-    def settled(self, figure: str, before: list[bool]) -> list[bool]:
-        """What is shown once it is no longer what it was."""
-        check = f"([figure, before]) => JSON.stringify(({SHOWN})(figure)) !== JSON.stringify(before)"
-        self.tab.wait_for_function(check, arg=[figure, before], timeout=60_000)
-        return self.shown(figure)
 
 
 @pytest.fixture
