@@ -1,11 +1,11 @@
-"""What docs/million.md says, measured on a CPU; each part writes its tables into benchmarks/results.
+"""What docs/results/million.md says, measured on a CPU; each part writes its tables into benchmarks/results.
 
 python benchmarks/million.py trace            # of keys in demo-long: million_signals.csv, million_answers.csv
 python benchmarks/million.py trace text       # one of these alone: its rows are written anew, the others stay
 python benchmarks/million.py losses           # of text, with heads slowed: million_losses.csv
 python benchmarks/million.py tiny --out runs/million-tiny     # small trainings, a row a length: million_tiny.csv
 python benchmarks/million.py start --out runs/million-start   # demo-long, the heads that keep keys slowed
-python benchmarks/million.py draw             # docs/million.png, from the tables
+python benchmarks/million.py draw             # docs/results/million.png, from the tables
 """
 
 from __future__ import annotations
@@ -219,7 +219,7 @@ def draw() -> None:
         ax.set_xlabel("tokens between key and question")
         ax.grid(alpha=0.3)
     figure.tight_layout()
-    figure.savefig(ROOT / "docs" / "million.png", dpi=90)
+    figure.savefig(ROOT / "docs" / "results" / "million.png", dpi=90)
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from rnn_longctx.cli.command import command
+from rnn_longctx.cli.output import say, show
 
 
 @command("watch")
@@ -15,7 +16,12 @@ def watch(
     log: Annotated[Path, typer.Argument(help="A monitor's log, FILE.jsonl, or the folder of a training run.")],
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 0,
 ) -> None:
-    """Follow a log in the browser of this machine; it only reads the file. Ctrl-C ends it."""
+    """Follow a log in the browser of this machine; it only reads the file. Ctrl-C ends it.
+
+    Examples:
+        rnn-longctx watch runs/monitor.jsonl
+        rnn-longctx watch runs/demo-train --port 8000
+    """
     from rnn_longctx.config import counted, home_path
     from rnn_longctx.eval.show.watch.server import Watch
 
@@ -23,7 +29,7 @@ def watch(
         try:
             file = server.source.follow.path
             waits = "" if file.exists() else f"; {file} is not there yet"
-            typer.echo(f"{server.url} (Ctrl-C ends it{waits})")
+            show(f"{server.url} (Ctrl-C ends it{waits})")
             server.serve_forever()
         except KeyboardInterrupt:
-            typer.echo(f"\nended; {counted(server.source.points.count, 'row')} of {log} were read")
+            say(f"ended; {counted(server.source.points.count, 'row')} of {log} were read")
