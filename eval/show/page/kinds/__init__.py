@@ -1,0 +1,1 @@
+"""The kinds of folder that a report can be made of, one file a kind."""
