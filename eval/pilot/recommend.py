@@ -1,0 +1,297 @@
+"""What a person should do, in plain words: which remedy, how sure that is, the lines that use it, or the next step."""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import pandas as pd
+
+from rnn_longctx.config import counted, format_length
+from rnn_longctx.eval.pilot.findings import ALIKE, HOLDS, Comparison, Row, collapse, comparison, most_read, ranked
+from rnn_longctx.eval.stats import Interval, wilson
+from rnn_longctx.eval.tables.conclusion import GUARD
+
+Kind = Literal["none needed", "remedy", "last tokens", "insufficient", "undecided"]
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """What to do.
+
+    Attributes:
+        kind: "none needed": the model does not collapse; "last tokens": nothing gains over reading the last tokens
+            alone; "insufficient": no remedy holds the loss; "undecided": too little was measured.
+        remedy: to be put on, or None.
+        words, uncertainty: sentences.
+        python, command: lines that use it; next_steps: (what, command), where no remedy suffices.
+    """
+
+    kind: Kind
+    remedy: str | None
+    words: list[str]
+    uncertainty: list[str] = field(default_factory=list)
+    python: str = ""
+    command: str = ""
+    next_steps: list[tuple[str, str]] = field(default_factory=list)
+
+
+def recommend(frame: pd.DataFrame, about: dict[str, Any]) -> Recommendation:
+    """Return the recommendation that a table carries.
+
+    Args: about: model (as it was named), text, train_length, adopted (of another library), foldable and per_length: of
+        remedies by name.
+    """
+    fall, compared = collapse(frame), comparison(most_read(frame))
+    longest = max((row["length"] for row in fall["lengths"]), default=0)
+    if not fall["lengths"] or longest <= about["train_length"]:
+        return Recommendation("undecided", None, ["Too little was measured to say anything: give a larger budget."])
+    if compared is None or compared.against is None:
+        return _without_comparison(fall, longest, about)
+    best = ranked(compared)
+    bare, control = compared.row("none"), compared.row(compared.against)
+    assert bare is not None and control is not None
+    if fall["length"] is None and not _worth_it(best, bare):
+        return _none_needed(fall, compared, about)
+    if not best:
+        return _insufficient(fall, compared, None, about)
+    chosen = best[0]
+    surely_lower = chosen.saved is not None and (chosen.saved.low > 0 or not math.isfinite(bare.loss))
+    if not chosen.over_control <= HOLDS or chosen.fails_at is not None or not (surely_lower or chosen.loss < bare.loss):
+        return _insufficient(fall, compared, chosen, about)
+    if not _beats(chosen, control):
+        return _last_tokens(fall, compared, chosen, about)
+    found = _remedy(fall, compared, best, about)
+    found.uncertainty.extend(_elsewhere(frame, chosen))
+    if fall["length"] is not None and compared.length < fall["length"]:
+        at = format_length(compared.length)
+        found.uncertainty.append(f"Remedies were compared up to {at} only, before the model collapses: name more time.")
+    return found
+
+
+def _elsewhere(frame: pd.DataFrame, chosen: Row) -> list[str]:
+    """Return a doubt where a remedy that was measured on less text looked better there."""
+    everything = comparison(frame)
+    same = None if everything is None else everything.row(chosen.name)
+    if everything is None or same is None:
+        return []
+    other = next((row for row in ranked(everything) if row.fails_at is None), same)
+    if not other.loss < (1 - ALIKE) * same.loss:
+        return []
+    return [
+        f"{other.name} had a lower loss, {other.loss:.3f} against {same.loss:.3f}, on the {other.n} stretches that it was "
+        "measured on; it was not among those measured on more."
+    ]
+
+
+def _worth_it(best: list[Row], bare: Row) -> bool:
+    """Whether the first remedy surely saves more than ALIKE of a loss that has not collapsed."""
+    return bool(best) and (saved := best[0].saved) is not None and saved.low > ALIKE * bare.loss
+
+
+def _beats(chosen: Row, control: Row) -> bool:
+    """Whether a remedy does surely more for the loss than reading the last tokens alone, or recalls more by GUARD; where
+    no recall was measured nobody knows, and the remedy, which costs less, stands."""
+    if chosen.gain is not None and chosen.gain.low > 0:
+        return True
+    both = [task for task in chosen.recall if task in control.recall]
+    return not both or any(chosen.recall[task] > control.recall[task] + GUARD for task in both)
+
+
+# ---- each kind
+
+
+def _collapse_words(fall: dict[str, Any]) -> str:
+    if fall["length"] is None:
+        longest = max(row["length"] for row in fall["lengths"])
+        return f"On this text the model does not collapse up to {format_length(longest)} tokens, the longest measured."
+    row = next(row for row in fall["lengths"] if row["length"] == fall["length"])
+    return (
+        f"On this text the model collapses at {format_length(fall['length'])} tokens: its loss there is {row['loss']:.2f} "
+        f"nats a token, more than twice the highest within its training length ({fall['peak']:.2f}); "
+        f"{row['failing']} of {counted(row['slices'], 'stretch', 'stretches')} of text fail by themselves."
+    )
+
+
+def _none_needed(fall: dict[str, Any], compared: Comparison, about: dict[str, Any]) -> Recommendation:
+    words = [_collapse_words(fall), "Use it as it is: no remedy that was measured surely lowers its loss."]
+    words.append(_gain_words(compared.row("none"), compared))
+    python, command = lines(about, None, None)
+    return Recommendation("none needed", None, [w for w in words if w], _shared_doubts(compared, None), python, command)
+
+
+def _remedy(fall: dict[str, Any], compared: Comparison, best: list[Row], about: dict[str, Any]) -> Recommendation:
+    chosen = best[0]
+    at = format_length(compared.length)
+    words = [_collapse_words(fall)]
+    words.append(
+        f"Use {chosen.name}: at {at} tokens its loss is {chosen.loss:.3f} instead of {_number(compared.row('none'))}, and "
+        f"{chosen.over_control:.3f} times that of reading the last tokens afresh ({compared.against})."
+    )
+    words += [w for w in (_recall_words(chosen, compared), _gain_words(chosen, compared), _cost_words(chosen)) if w]
+    python, command = lines(about, chosen.name, compared.length)
+    steps = [] if chosen.gain is not None and chosen.gain.low > 0 else next_steps(about)
+    return Recommendation("remedy", chosen.name, words, _shared_doubts(compared, best), python, command, steps)
+
+
+def _last_tokens(fall: dict[str, Any], compared: Comparison, chosen: Row, about: dict[str, Any]) -> Recommendation:
+    assert compared.against is not None
+    words = [
+        _collapse_words(fall),
+        f"Give it the last {format_length(about['train_length'])} tokens only: no remedy gains anything measurable over "
+        f"that, in loss or recall. Where the whole text has to be read as it comes, {chosen.name} holds the loss "
+        f"({chosen.loss:.3f} at {format_length(compared.length)}), and is read once.",
+    ]
+    python, command = lines(about, f"recompute:last={max(2, about['train_length'] // 2 * 2)}", None)
+    doubts = _shared_doubts(compared, [chosen])
+    return Recommendation("last tokens", compared.against, words, doubts, python, command, next_steps(about))
+
+
+def _insufficient(fall: dict[str, Any], compared: Comparison, chosen: Row | None, about: dict[str, Any]) -> Recommendation:
+    if chosen is None:
+        nearest = "none was applicable, or none had a loss that is a number"
+    else:
+        nearest = (
+            f"the nearest, {chosen.name}, has a loss of {chosen.loss:.3f} at {format_length(compared.length)}, "
+            f"{chosen.over_control:.2f} times that of reading the last tokens afresh"
+        )
+    words = [_collapse_words(fall), f"No remedy that was measured suffices: {nearest}."]
+    words.append(
+        f"Until then give the model the last {format_length(about['train_length'])} tokens only; what mends it is one of "
+        "the next steps."
+    )
+    python, command = lines(about, f"recompute:last={max(2, about['train_length'] // 2 * 2)}", None)
+    doubts = _shared_doubts(compared, None if chosen is None else [chosen])
+    return Recommendation("insufficient", compared.against, words, doubts, python, command, next_steps(about))
+
+
+def _without_comparison(fall: dict[str, Any], longest: int, about: dict[str, Any]) -> Recommendation:
+    words = [_collapse_words(fall)]
+    if fall["length"] is None:
+        words.append("Whether a remedy would gain anything was not measured within the budget.")
+    else:
+        words.append("No remedy was measured beside its controls within the budget: run the same command with a larger one.")
+    return Recommendation("undecided", None, words, [], "", "", [])
+
+
+# ---- words
+
+
+def _number(row: Row | None) -> str:
+    return "none known" if row is None else f"{row.loss:.3f}" if math.isfinite(row.loss) else "no number"
+
+
+def _recall_words(chosen: Row, compared: Comparison) -> str:
+    if not chosen.recall:
+        return "Recall was not measured, so what it still remembers is not known."
+    clauses = []
+    for task, value in chosen.recall.items():
+        beside = [
+            f"{row.recall[task]:.2f} {'without a remedy' if row.name == 'none' else f'with {row.name}'}"
+            for row in compared.rows
+            if (row.name == "none" or row.name == compared.against) and task in row.recall
+        ]
+        clauses.append(f"{value:.2f} of {task}" + (f" ({', '.join(beside)})" if beside else ""))
+    return f"It answers {'; '.join(clauses)}, over all lengths asked."
+
+
+def _gain_words(row: Row | None, compared: Comparison) -> str:
+    """Return what reading everything gains over the last tokens."""
+    if row is None or row.gain is None or not math.isfinite(row.gain.value):
+        return ""
+    gain, at = row.gain, format_length(compared.length)
+    interval = f"95% {gain.low:+.3f} to {gain.high:+.3f}" if math.isfinite(gain.low) else "one stretch has no interval"
+    if gain.low > 0:
+        what = f"gains {gain.value:.3f} nats a token over"
+    elif gain.high < 0:
+        what = f"loses {-gain.value:.3f} nats a token against"
+    else:
+        what = f"gains nothing that can be told from zero ({gain.value:+.3f} nats a token) over"
+    return f"At {at} reading everything {what} {compared.against} ({interval})."
+
+
+def _cost_words(row: Row) -> str:
+    if not math.isfinite(row.speed):
+        return ""
+    return f"It reads {row.tokens_per_second:,.0f} tokens a second, {row.speed:.2f} times as many as without."
+
+
+def _shared_doubts(compared: Comparison, best: list[Row] | None) -> list[str]:
+    """Return how sure a recommendation is, in sentences."""
+    doubts = []
+    if best:
+        chosen = best[0]
+        if chosen.saved is not None and math.isfinite(chosen.saved.low):
+            surely = "surely" if chosen.saved.low > 0 else "not surely"
+            doubts.append(f"Its loss is {surely} below that without a remedy (by {interval_text(chosen.saved)}).")
+        others = [row.name for row in best[1:] if row.loss <= (1 + ALIKE) * chosen.loss and row.fails_at is None]
+        if others:
+            doubts.append(
+                f"{' and '.join(others[:3])} {'is' if len(others) == 1 else 'are'} within {ALIKE:.0%} of its loss: "
+                "recall, then which is simpler and faster, chose between them."
+            )
+        for task, n in chosen.prompts.items():
+            spread = wilson(chosen.recall[task] * n, n)
+            doubts.append(f"A share of {task} right is known to about {(spread.high - spread.low) / 2:.2f} ({n} a length).")
+    rows = compared.remedies
+    n = min((row.n for row in compared.rows), default=0)
+    doubts.append(
+        f"Losses at {format_length(compared.length)} are means over {counted(n, 'stretch', 'stretches')} of this text; "
+        f"{counted(len(rows), 'remedy', 'remedies')} {'was' if len(rows) == 1 else 'were'} compared on the same ones, so "
+        "the best looks a little better than it is."
+    )
+    doubts.append(f"Nothing is known beyond {format_length(compared.length)} tokens, nor of text of another kind.")
+    return doubts
+
+
+def interval_text(interval: Interval) -> str:
+    return f"{interval.value:.3f} nats a token, 95% {interval.low:.3f} to {interval.high:.3f}"
+
+
+# ---- what to type
+
+
+def lines(about: dict[str, Any], remedy: str | None, target: int | None) -> tuple[str, str]:
+    """Return the lines of Python, and the command, that use a remedy."""
+    name, options = about["model"], "".join(f" {word}" for word in about["options"])
+    length = "" if about["given_train_length"] is None else f", train_length={about['given_train_length']}"
+    python = ["import rnn_longctx", ""]
+    if about["adopted"]:
+        python.insert(0, "import transformers")
+        python.append(f"theirs = transformers.AutoModelForCausalLM.from_pretrained({json.dumps(name)})")
+        python.append(f"model = rnn_longctx.adopt(theirs{length})")
+    else:
+        python.append(f"model = rnn_longctx.load({json.dumps(name)}{length})")
+    generate = 'rnn_longctx.generate(model, open("document.txt").read(), max_new_tokens=200)'
+    if remedy is None:
+        python.append(f"new = {generate}")
+    else:
+        told = f", target_length={target}" if remedy in about["per_length"] and target else ""
+        python += [f"with rnn_longctx.mitigate(model, {json.dumps(remedy)}{told}):", f"    new = {generate}"]
+    python.append("print(model.tokenizer.decode(new[0]))")
+    if remedy in about["foldable"]:
+        python += ["", "# or put it into the weights, which any library then reads:"]
+        python += [f"rnn_longctx.fold(model, {json.dumps(remedy)})", "from rnn_longctx.models.checkpoint import save", ""]
+        python[-1] = 'save(model, "mended")'
+    mitigation = f" --mitigation {shlex.quote(remedy)}" if remedy else ""
+    return "\n".join(python), f"rnn-longctx generate {shlex.quote(name)}{options}{mitigation} --prompt - < document.txt"
+
+
+def next_steps(about: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return what mends a model that no remedy mends, each with the command that begins it."""
+    name, text = shlex.quote(about["model"]), shlex.quote(about["text"])
+    longer = format_length(8 * about["train_length"]).lower()
+    return [
+        (
+            "Train it on, on long streams that hand their states on, so that it learns to forget",
+            f"rnn-longctx train configs/train/continual.yaml --set model={name} data=TRAINING_TEXT train_length={longer}",
+        ),
+        ("Ask how large a state a context takes", f"rnn-longctx capacity advise --context {longer}"),
+        (
+            "Compare it with a hybrid, whose attention layers look things up: any model that you have",
+            f"rnn-longctx eval HYBRID --text {text} --lengths {longer} --task lm --task passkey",
+        ),
+    ]

@@ -1,0 +1,384 @@
+"""Run a pilot within its budget: measure steps in their order, begin none that does not fit, and write what they say.
+
+The budget is of a folder: what runs before took counts, those that were killed as well. A step is begun only where its
+predicted time, a fifth more, and what the report takes fit into what is left; so a pilot ends late by no more than the
+step in progress takes longer than predicted.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from rnn_longctx.config import counted, format_length, home_path
+from rnn_longctx.data import Text, tokens
+from rnn_longctx.errors import InputError, one_line
+from rnn_longctx.eval.jobs.base import Measuring
+from rnn_longctx.eval.jobs.loss import LossOverLength
+from rnn_longctx.eval.jobs.recall import Recall
+from rnn_longctx.eval.pilot.estimate import RESERVE, SAFETY, Estimate, Predictor, choose, estimated
+from rnn_longctx.eval.pilot.findings import finalists
+from rnn_longctx.eval.pilot.ledger import Ledger
+from rnn_longctx.eval.pilot.speed import CALIBRATION, ROWS, Speeds, reading_speed, token_seconds
+from rnn_longctx.eval.pilot.steps import Sizes, Step, Tasks, candidates, controls, final_steps, first_steps, other_steps
+from rnn_longctx.eval.plan import mitigated, plan
+from rnn_longctx.eval.question import Question
+from rnn_longctx.eval.results import Results, to_frame
+from rnn_longctx.eval.tables.sheets import SETTING, alike
+from rnn_longctx.eval.tune.budget import own_peak, time_text
+from rnn_longctx.mitigations import NotApplicable, diagnostics, handles_on, mitigate, parse_remedy
+from rnn_longctx.models.interface import LanguageModel
+from rnn_longctx.models.segments import SEGMENTS
+from rnn_longctx.probes.probe import probe
+from rnn_longctx.progress import Say
+from rnn_longctx.tasks.base import Task, TooShort
+from rnn_longctx.version import __version__
+
+FEWEST = 2  # slices of a text that do not overlap
+LOOKS = 256  # tokens between two looks of the probe
+TRYING = 0.03  # share of the budget that may go into measuring the speed of each kind of reading
+
+
+@dataclass(frozen=True)
+class PilotConfig:
+    """What a pilot is asked.
+
+    Attributes:
+        model, text: as the person named them: what they are to type afterwards.
+        budget: seconds, of all runs into `out` together.
+        lengths: in tokens; None: half the training length, itself and its doublings, as far as the budget goes.
+        tasks: that recall is asked by.
+        price: of an hour, in the person's own money; None: none.
+        with_text: whether texts, questions and answers may stand in what is written.
+        options: more words that the person typed to name the model; given_train_length: tokens, where they did.
+    """
+
+    model: str
+    text: str
+    out: str
+    budget: float
+    lengths: tuple[int, ...] | None = None
+    tasks: tuple[Task, ...] = ()
+    price: float | None = None
+    with_text: bool = False
+    options: tuple[str, ...] = ()
+    given_train_length: int | None = None
+    batch: int = 32
+    seed: int = 0
+
+
+class Pilot:
+    """A pilot of one model on one text. `estimate`, then `measure`; what is known then is in the folder.
+
+    Args:
+        began: `time.monotonic()` when the run began: loading the model counts.
+    Raises:
+        InputError: a model that cannot be piloted, a text that is too short, lengths within the training length alone, a
+            task that fits into none, a folder that cannot be written.
+    """
+
+    def __init__(self, model: LanguageModel, text: Text, config: PilotConfig, began: float, say: Say):
+        self.model, self.text, self.config, self.say = model, text, config, say
+        self.train_length = _train_length(model)
+        self.given = None if config.lengths is None else _with_training(config.lengths, self.train_length)
+        self.most = _longest(model, text, self.train_length, None if self.given is None else max(self.given))
+        self.results = Results(config.out)
+        self.folder = home_path(config.out)
+        # No snapshots of unfinished streams: states, and the tokens that a control reads again, are text in other words.
+        self.measuring = Measuring(
+            *(model, "none", None, text, config.batch),
+            segment=SEGMENTS[model.device.type],
+            seed=config.seed,
+            results=self.results,
+            snapshot_seconds=math.inf,
+        )
+        self.tasks = self._tasks()
+        self.ledger = Ledger(self.folder, self._settings(), began)
+        self.speeds = Speeds(self.ledger.speeds)
+        beside = Measuring(model, text=text, batch=config.batch, segment=self.measuring.segment, seed=config.seed)
+        beside.memory = self.measuring.memory
+        self.predictor = Predictor(beside, self.speeds, self.train_length)
+        self.predictor.candidates = candidates(self.train_length)
+        self.diagnoses = diagnostics(self.train_length) if model.attends else []
+        self.not_applicable: dict[str, str] = {}
+        self.not_measured: list[dict[str, Any]] = []
+        self.stored = self.frame()
+        self.reused = 0
+        self.measuring.progress = lambda tokens: self.ledger.tick()
+
+    # --- before anything is measured
+
+    def _tasks(self) -> dict[Task, int]:
+        """Return the tasks with the shortest length, of those that may be asked, that their prompts fit into."""
+        longest = max(self.given) if self.given else self.most
+        lengths = self.given or [self.train_length << k for k in range((longest // self.train_length).bit_length())]
+        least: dict[Task, int] = {}
+        for task in self.config.tasks:
+            for length in (n for n in lengths if n >= self.train_length):
+                try:
+                    task.check(length, 5, self.config.seed, self.model.tokenizer)
+                except TooShort:
+                    continue
+                least[task] = length
+                break
+            else:
+                raise InputError(f"{task.label}: no prompt fits into {format_length(max(lengths))} tokens")
+        return least
+
+    def _settings(self) -> dict[str, Any]:
+        """Return what a ledger belongs to: of another model, text or question nothing is taken up."""
+        key = self.measuring.key()
+        return {
+            **{column: key.get(column) for column in (*SETTING, "batch", "device", "backend", "seed")},
+            "text_hash": self.text.hash,
+            "lengths": self.given and list(self.given),
+            "tasks": [f"{task} {task.text}" for task in self.config.tasks],
+            "train_length": self.train_length,
+            "version": __version__,
+        }
+
+    def frame(self) -> pd.DataFrame:
+        """Return what the folder holds of this model, text and question."""
+        key = self.measuring.key()
+        frame = to_frame(self.results.rows())
+        same = alike(frame, {c: key.get(c) for c in (*SETTING, "batch", "device", "seed")})
+        labels = {"lm": self.text.hash} | {task.label: None for task in self.config.tasks}
+        texts = {task.label: str(task.text) for task in self.config.tasks if isinstance(task.text, str)}
+        of_text = (frame["task"] == "lm") & (frame["text_hash"] == labels["lm"])
+        asked = frame["task"].map(lambda t: str(t).removesuffix("-without-document"))
+        of_tasks = asked.isin(list(texts)) & (frame["text"] == asked.map(texts))
+        return frame[same & (of_text | of_tasks)].reset_index(drop=True)
+
+    def estimate(self) -> tuple[Sizes, Estimate]:
+        """Measure speeds where no run before did, choose the sizes, and return them with what they will take."""
+        self._measure_speeds()
+        budget, known = self.config.budget, f"{self.config.budget:g}"
+        if known in self.ledger.sizes:
+            values = self.ledger.sizes[known]
+            sizes = Sizes(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        else:
+            left = max(1.0, budget - self.ledger.spent - RESERVE)
+            sizes = choose(self.predictor, self.given, self.most, self.tasks, left, self.diagnoses)
+            self.ledger.sizes = {known: asdict(sizes)}
+        self.ledger.speeds = self.speeds.stored()
+        peak = own_peak(self.model.device) + self._growth(sizes.longest, sizes.final_slices)
+        spent, price = self.ledger.spent, self.config.price
+        estimate = estimated(self.predictor, sizes, self.tasks, self.diagnoses, spent, budget, peak, price)
+        self.ledger.save()
+        return sizes, estimate
+
+    def _growth(self, length: int, rows: int) -> float:
+        """Return the bytes that attention's keys and values take, where the model has any."""
+        state = self.model.state_size()
+        return float((state.total(length) - state.total(0)) * rows * next(self.model.parameters()).element_size())
+
+    def _measure_speeds(self) -> None:
+        """Measure how fast the model reads without a remedy; with each control; and, where its calibration takes little,
+        with each of the first remedies."""
+        model, segment = self.model, self.measuring.segment
+        n = min(max(2 * segment // ROWS, 3 * self.train_length), self.most)
+        ids = torch.stack([torch.from_numpy(tokens(self.text, model.tokenizer, i, n + 1)[0]) for i in range(ROWS)])
+        share = TRYING * self.config.budget
+        seconds = min(1.0, share / 10)
+        if "none" not in self.speeds.reading:
+            self.speeds.reading["none"] = reading_speed(model, ids, segment, seconds)
+            self.speeds.token = token_seconds(model, ids[:, :64])
+        cheap = CALIBRATION * self.train_length / self.speeds.of("none") < max(1.0, share)
+        for name in [*controls(self.train_length), *(candidates(self.train_length) if cheap else [])]:
+            read = name in self.speeds.reading
+            if read and name not in controls(self.train_length):
+                continue
+            try:
+                with mitigate(model, name, target_length=2 * self.train_length) as handle:
+                    least = 2 * self.train_length if model.restart else 0
+                    if not read:
+                        self.speeds.reading[name] = reading_speed(model, ids, segment, seconds, least)
+            except InputError:  # said when its turn comes
+                continue
+            self.speeds.ready.add(name)
+            if handle.plan.restart:
+                self.predictor.handles[name] = handle
+            self.ledger.tick()
+
+    # --- measuring
+
+    def measure(self, sizes: Sizes) -> None:
+        """Measure all steps that fit into the budget.
+
+        Raises:
+            InputError: not even the first does, and nothing is stored.
+        """
+        steps = first_steps(sizes, self.train_length, self.tasks, self.diagnoses)
+        self._need_room(steps[0])
+        self._measure_all(steps)
+        if self.ledger.finalists is None and not self.not_measured:
+            self.ledger.finalists = finalists(self.frame(), candidates(self.train_length))
+        if self.ledger.finalists:
+            self._measure_all(final_steps(sizes, self.train_length, self.tasks, self.ledger.finalists))
+        self._measure_all(other_steps(sizes, self.train_length, self.tasks))
+        if self.reused:
+            cells = counted(self.reused, "cell")
+            self.say(f"{cells} had been measured before and were taken as they are")
+
+    def _need_room(self, step: Step) -> None:
+        if self._is_stored(step) or self._fits(step):
+            return
+        needed = self.ledger.spent + SAFETY * self.predictor.seconds(step) + RESERVE
+        raise InputError(
+            f"a budget of {time_text(self.config.budget)} is too small for anything: the shortest table takes about "
+            f"{time_text(self.predictor.seconds(step))} after {time_text(self.ledger.spent)} of loading and trying out; "
+            f"give --budget {math.ceil(1.1 * needed)}s or more"
+        )
+
+    def _fits(self, step: Step) -> bool:
+        return self.ledger.spent + SAFETY * self.predictor.seconds(step) + RESERVE <= self.config.budget
+
+    def _measure_all(self, steps: Sequence[Step]) -> None:
+        for step in steps:
+            known = self.ledger.steps.get(step.name, {})
+            outcome = str(known.get("outcome", ""))
+            if outcome not in ("", "measured"):
+                self._cannot(step, outcome)
+            elif self._is_stored(step):
+                self.reused += self._count_stored(step)
+            elif step.remedy in self.not_applicable:
+                continue
+            elif not self._fits(step):
+                predicted = self.predictor.seconds(step)
+                self.not_measured.append({"stage": step.stage, "step": step.name, "seconds": predicted})
+            else:
+                self._measure(step)
+
+    def _measure(self, step: Step) -> None:
+        predicted, began = self.predictor.seconds(step), time.monotonic()
+        budget = time_text(self.config.budget)
+        self.say(f"[{time_text(self.ledger.spent)} of {budget}] {step.name}, about {time_text(predicted)}")
+        outcome = "measured"
+        try:
+            if step.job is None:
+                self._probe(step)
+            else:
+                self._read(step, predicted)
+        except InputError as error:
+            if step.remedy == "none" and step.job is not None and not isinstance(error, NotApplicable):
+                raise
+            outcome = one_line(error, 300)
+            self._cannot(step, outcome)
+        self.speeds.ready.add(step.remedy)
+        self.ledger.speeds = self.speeds.stored()
+        self.ledger.end(step.name, outcome, time.monotonic() - began, predicted)
+
+    def _cannot(self, step: Step, reason: str) -> None:
+        """Note that a remedy is not applicable, by the measure that said so; one that only reads prompts has no loss."""
+        if isinstance(step.job, LossOverLength) and "reads prompts" in reason:
+            return
+        self.not_applicable.setdefault("the probe" if step.job is None else step.remedy, reason)
+
+    def _read(self, step: Step, predicted: float) -> None:
+        assert step.job is not None
+        c = self.config
+        question = Question.of(list(step.lengths), [step.job], [step.remedy], self.text, None, c.batch, c.seed)
+        lengths = step.job.lengths(list(step.lengths), self.train_length)
+        step.job.check(self.measuring, lengths)
+        name = str(parse_remedy(step.remedy))
+        measurements = [m for m in plan(question, [self.measuring]) if m.mitigation == name]
+        counted_tokens, began = self.predictor.tokens(step), time.monotonic()
+        fresh = sum(m.tokens for m in measurements)
+        for measurement in measurements:
+            with mitigated(measurement.measuring, measurement.handle):
+                measurement.run()
+        if isinstance(step.job, LossOverLength) and fresh == counted_tokens:
+            self.speeds.learn(step.remedy, fresh, time.monotonic() - began, predicted)
+
+    def _probe(self, step: Step) -> None:
+        every = max(1, min(LOOKS, self.train_length // 2))
+        probe(self.model, self.text, step.lengths[0], every=every, seed=self.config.seed).save(self.folder / "probe")
+
+    # --- what is there already
+
+    def _is_stored(self, step: Step) -> bool:
+        """Whether all cells of a step are there, with as many samples: without working the remedy out, which is slow."""
+        if step.job is None:
+            known = self.ledger.steps.get(step.name, {}).get("outcome") == "measured"
+            return known and (self.folder / "probe" / "probe.json").is_file()
+        return self._count_stored(step) > 0
+
+    def _count_stored(self, step: Step) -> int:
+        """Return the number of cells of a step, 0 where one is missing."""
+        if step.job is None:
+            return 0
+        rows: Any = self.stored[self.stored["mitigation"] == str(parse_remedy(step.remedy))]
+        rows = rows[rows["task"] == step.job.label]
+        metric = "accuracy" if isinstance(step.job, Recall) else "nats_per_token"
+        whole = rows[(rows["metric"] == metric) & rows["depth"].isna()]
+        lengths = step.job.lengths(list(step.lengths), self.train_length)
+        for length in lengths:
+            at = whole[whole["length"] == length]
+            if at.empty or int(at["n"].max()) < self._samples(step, length):
+                return 0
+        return int(rows["length"].isin(lengths).sum())
+
+    def _samples(self, step: Step, length: int) -> int:
+        if isinstance(step.job, LossOverLength):
+            return step.job.count(self.measuring, length)
+        assert isinstance(step.job, Recall)
+        return step.job.counts.at(length)
+
+
+def _train_length(model: LanguageModel) -> int:
+    """Return the training length of a model that can be piloted. Raises InputError for another one."""
+    if not model.mixers:
+        raise InputError(
+            f"{model.name} has no recurrent layer, so it has no state that could collapse, and no remedy here to choose: "
+            "`rnn-longctx eval` measures its loss and recall over length (`--mitigation yarn` stretches rotary "
+            "attention), and `rnn-longctx retrofit` puts recurrent layers in the place of attention"
+        )
+    if model.train_length is None:
+        raise InputError(f"{model.name} does not say its training length: give --train-length")
+    if handles_on(model):
+        raise InputError(f"{model.name} has a remedy on it; a pilot begins with the bare model: take it off")
+    return model.train_length
+
+
+def _with_training(lengths: Sequence[int], train_length: int) -> tuple[int, ...]:
+    """Return a person's lengths with the training length among them. Raises InputError where none is beyond it."""
+    if max(lengths) <= train_length:
+        raise InputError(
+            f"--lengths: a pilot asks what happens beyond the training length, {format_length(train_length)}; the longest "
+            f"given is {format_length(max(lengths))}"
+        )
+    return tuple(sorted({*lengths, train_length}))
+
+
+def _longest(model: LanguageModel, text: Text, train_length: int, given: int | None) -> int:
+    """Return the longest length of which the text has two slices side by side. Raises InputError: not of twice the
+    training length, or the longest that was named."""
+    have, about = text_tokens(model, text)
+    needed = 2 * train_length if given is None else given
+    least = FEWEST * (needed + 1) if given is None else needed + 1
+    if have < least:
+        why = f"two stretches of {format_length(needed)} tokens" if given is None else f"{format_length(needed)} tokens"
+        raise InputError(
+            f"text {text.name} has {about}{have} tokens; a pilot of {model.name}, which was trained on "
+            f"{format_length(train_length)}, reads {why}: give it at least {least}"
+        )
+    return max(needed, have // FEWEST - 1)
+
+
+def text_tokens(model: LanguageModel, text: Text, sample: int = 1 << 18) -> tuple[int, str]:
+    """Return the tokens of a text, counted where it is short or its tokens are bytes, else from the rate of its
+    beginning, and "about " in front of a number that was not counted."""
+    if model.tokenizer.name == "bytes":
+        return len(text), ""
+    part = text.data[:sample].decode("utf-8", "ignore").encode()
+    n = len(model.tokenizer.encode_with_bytes(part)[0])
+    return (n, "") if len(text) <= sample else (int(n * len(text) / max(1, len(part))), "about ")
+
+
