@@ -152,9 +152,7 @@ class Recall(Job):
         yield measuring.row(self.key(measuring, length), scores, **cost)
 
 
-def generated(
-    measuring: Measuring, task: Task, examples: list[Example], losses: list[float] | None = None
-) -> Replies:
+def generated(measuring: Measuring, task: Task, examples: list[Example], losses: list[float] | None = None) -> Replies:
     """Let the model answer each prompt in its own tokens, greedily; `losses` gets those of the true answers."""
     model, size = measuring.model, len(examples)
     new = max(max(e.new_tokens, int(e.answers.sum())) for e in examples)

@@ -27,7 +27,11 @@ def ask(
     """
     if price is not None and not (price >= 0 and math.isfinite(price)):
         raise InputError(f"--price is the price of an hour, at least 0, got {price:g}")
-    words = {"--tokenizer": options.tokenizer, "--train-length": options.train_length, "--state-dtype": options.state_dtype}
+    words = {
+        "--tokenizer": options.tokenizer,
+        "--train-length": options.train_length,
+        "--state-dtype": options.state_dtype,
+    }
     words |= {"--device": options.device if options.device != "auto" else None}
     words |= {"--dtype": options.dtype if options.dtype != "float32" else None}
     return PilotConfig(

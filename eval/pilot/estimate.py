@@ -16,13 +16,14 @@ from rnn_longctx.eval.plan import mitigated
 from rnn_longctx.mitigations import Handle, parse_remedy
 
 SAFETY = 1.2  # a step is begun only where so many times its predicted time is left
-RESERVE = 4.0  # seconds that the tables and the report take at the end
+# Seconds that the tables and the report take at the end: at least so many, and this share of what loading took.
+RESERVE, RESERVE_OF_LOADING = 4.0, 0.4
 # Shares of the budget that reading the bare model far, the first steps, and those with the finals may take.
 FAR, FIRST, ALL = 0.1, 0.75, 0.9
 FARTHEST = 128  # training lengths that are read unless a person names longer ones
 # Longest length in training lengths, slices, prompts: the richest that fits is taken.
-LADDER = ((FARTHEST, 4, 20), (FARTHEST, 3, 10), (64, 3, 10), (64, 2, 10), (32, 2, 10), (32, 2, 5), (16, 2, 5), (8, 2, 5),
-          (4, 2, 5), (2, 2, 5))  # fmt: skip
+LADDER = ((FARTHEST, 4, 20), (FARTHEST, 3, 10), (64, 3, 10), (64, 2, 10), (32, 2, 10), (32, 2, 5), (16, 2, 5),
+          (8, 2, 5), (4, 2, 5), (2, 2, 5))  # fmt: skip
 FINALS_LADDER = ((16, 60), (12, 40), (8, 30), (6, 20), (4, 20))
 UNKNOWN_FINALIST = "one of the best remedies"
 
@@ -56,7 +57,9 @@ class Predictor:
             with mitigated(self.measuring, handle):
                 return step.job.cost(self.measuring, lengths)
         one_by_one = step.remedy != UNKNOWN_FINALIST and parse_remedy(step.remedy).per_length
-        return sum(step.job.cost(self.measuring, some) for some in ([[n] for n in lengths] if one_by_one else [lengths]))
+        return sum(
+            step.job.cost(self.measuring, some) for some in ([[n] for n in lengths] if one_by_one else [lengths])
+        )
 
     def seconds(self, step: Step) -> float:
         """Return the seconds that a step is going to take."""
@@ -78,7 +81,9 @@ class Predictor:
     candidates: Sequence[str] = ()
 
     def _new_tokens(self, job: Recall, length: int) -> int:
-        return self.measuring.memo(("new", str(job), length), lambda: job.examples(self.measuring, length, 1)[0].new_tokens)
+        return self.measuring.memo(
+            ("new", str(job), length), lambda: job.examples(self.measuring, length, 1)[0].new_tokens
+        )
 
     def total(self, steps: Sequence[Step]) -> float:
         """Return the seconds of several steps; a remedy is put on once."""
@@ -150,21 +155,24 @@ def choose(
     taken = first(sizes)
     for slices, prompts in FINALS_LADDER:
         more = replace(sizes, final_slices=slices, final_prompts=prompts)
-        if slices > sizes.slices and taken + predictor.total(finals_of_unknown(more, train_length, tasks)) <= ALL * left:
+        if (
+            slices > sizes.slices
+            and taken + predictor.total(finals_of_unknown(more, train_length, tasks)) <= ALL * left
+        ):
             return more
     return sizes
 
 
 def estimated(
-    predictor: Predictor, sizes: Sizes, tasks: Tasks, diagnoses: Sequence[str], spent: float, budget: float, peak: float,
-    price: float | None,
+    predictor: Predictor, sizes: Sizes, tasks: Tasks, diagnoses: Sequence[str], spent: float, budget: float,
+    reserve: float, peak: float, price: float | None,
 ) -> Estimate:  # fmt: skip
-    """Return the estimate of a run that has taken `spent` seconds."""
+    """Return the estimate of a run that has taken `spent` seconds; reserve: seconds that it takes at the end."""
     train_length = predictor.train_length
     steps = first_steps(sizes, train_length, tasks, diagnoses)
     steps += finals_of_unknown(sizes, train_length, tasks) + other_steps(sizes, train_length, tasks)
     stages = {stage: {"stage": stage, "steps": 0, "begun": 0, "tokens": 0, "seconds": 0.0} for stage in STAGES}
-    total, ready = spent + RESERVE, set(predictor.speeds.ready)
+    total, ready = spent + reserve, set(predictor.speeds.ready)
     for step in steps:
         row, seconds = stages[step.stage], predictor.seconds(step)
         row["steps"] += 1  # type: ignore[operator]

@@ -29,7 +29,8 @@ class Row:
         loss: nats a token; n: slices.
         over_control: the loss over that of the better control that reads the last tokens again; nan: none was measured.
         saved: what it saves against no remedy, nats a token, with its 95% interval; gain: against that control.
-        recall: by task, the mean over the lengths that all remedies were asked at; prompts: how many at each.
+        recall: by task, the mean over the lengths that all remedies were asked at; prompts: how many at each;
+            recall_gain: how much more is right than with that control, with its 95% interval.
         speed: tokens a second in reading over those of no remedy; peak_bytes: of memory, on a GPU.
         fails_at: the first length at which it collapses itself.
     """
@@ -43,6 +44,7 @@ class Row:
     gain: Interval | None
     recall: dict[str, float]
     prompts: dict[str, int]
+    recall_gain: dict[str, Interval]
     speed: float
     tokens_per_second: float
     peak_bytes: float
@@ -117,14 +119,20 @@ def comparison(frame: pd.DataFrame) -> Comparison | None:
     return Comparison(length, rows, against)
 
 
-def _row(frame: pd.DataFrame, sheet: Sheet, recalls: Sequence[Sheet], name: str, length: int, against: str | None) -> Row:
+def _row(
+    frame: pd.DataFrame, sheet: Sheet, recalls: Sequence[Sheet], name: str, length: int, against: str | None
+) -> Row:
     cell, control = sheet.cells[name][length], sheet.cells[against][length].value if against else math.nan
-    recall, prompts = {}, {}
+    recall, prompts, recall_gain = {}, {}, {}
     for other in recalls:
         lengths = set.intersection(*(set(cells) for cells in other.cells.values()))
         if name in other.cells and lengths:
             recall[other.task] = sum(other.cells[name][n].value for n in lengths) / len(lengths)
             prompts[other.task] = min(other.cells[name][n].n for n in lengths)
+            if against in other.cells and against != name:
+                both = [[s for n in sorted(lengths) for s in other.cells[one][n].samples] for one in (name, against)]
+                if both[0] and len(both[0]) == len(both[1]):
+                    recall_gain[other.task] = paired_bootstrap(*both)
     cost, bare = _cost(frame, name, length), _cost(frame, "none", length)
     return Row(
         name,
@@ -136,6 +144,7 @@ def _row(frame: pd.DataFrame, sheet: Sheet, recalls: Sequence[Sheet], name: str,
         None if against is None else _difference(sheet, against, name, length),
         recall,
         prompts,
+        recall_gain,
         cost[0] / bare[0] if bare[0] else math.nan,
         *cost,
         sheet.verdict(name).first_failing,
@@ -150,11 +159,18 @@ def _difference(sheet: Sheet, name: str, other: str, length: int) -> Interval | 
 
 def _cost(frame: pd.DataFrame, name: str, length: int) -> tuple[float, float]:
     """Return the tokens a second in reading, and the peak bytes on a GPU; nan where they are not known."""
-    rows: Any = frame[(frame["mitigation"] == name) & (frame["metric"] == "nats_per_token") & (frame["length"] == length)]
+    rows: Any = frame[
+        (frame["mitigation"] == name) & (frame["metric"] == "nats_per_token") & (frame["length"] == length)
+    ]
     if rows.empty:
         return math.nan, math.nan
     row = rows.iloc[0]
-    return float(row["tokens_per_second"]), math.nan if row["device"] == "cpu" else float(row["peak_bytes"])
+    peak = None if row["device"] == "cpu" else row["peak_bytes"]
+    return _float(row["tokens_per_second"]), _float(peak)
+
+
+def _float(value: Any) -> float:
+    return math.nan if value is None or pd.isna(value) else float(value)
 
 
 def ranked(compared: Comparison, most: int | None = None) -> list[Row]:
@@ -193,9 +209,9 @@ def finalists(frame: pd.DataFrame, names: Sequence[str], most: int = BEST) -> li
 
 
 def collapse(frame: pd.DataFrame) -> dict[str, Any]:
-    """Return where and how often the bare model collapses: `length` (tokens, None where it does not), `verdict` in words,
-    `threshold` (twice the highest loss within the training length), and a row a length beyond it: loss, slices, how
-    many of them fail by themselves."""
+    """Return where and how often the bare model collapses: `length` (tokens, None where it does not), `verdict` in
+    words, `peak` (the highest loss within the training length), `threshold` (twice of it), and a row a length: loss,
+    slices, how many of them fail by themselves beyond training."""
     sheet = loss_sheet(frame[frame["mitigation"] == "none"])
     if sheet is None or "none" not in sheet.cells:
         return {"length": None, "verdict": "not measured", "threshold": None, "lengths": []}
@@ -213,13 +229,15 @@ def collapse(frame: pd.DataFrame) -> dict[str, Any]:
 def context_gain(frame: pd.DataFrame, names: Sequence[str]) -> list[dict[str, Any]]:
     """Return, for none and some remedies, what reading everything gains over reading the last training length again: a
     row a length, nats a token, with its 95% interval."""
-    rows = []
     sheet = loss_sheet(frame)
-    for name in names if sheet is not None else ():
-        for length in sorted(sheet.cells.get(name, {})) if sheet is not None else ():
-            control = f"recompute:last={(sheet.train_length or 0) // 2 * 2}" if sheet is not None else ""
-            if sheet is None or control not in sheet.cells or length <= (sheet.train_length or 0):
-                continue
+    if sheet is None or not sheet.recomputes():
+        return []
+    train_length = sheet.train_length or 0
+    usual = f"recompute:last={max(2, train_length // 2 * 2)}"
+    control = usual if usual in sheet.cells else sheet.recomputes()[0]
+    rows = []
+    for name in (name for name in names if name in sheet.cells):
+        for length in sorted(n for n in sheet.cells[name] if n > train_length):
             if (gain := sheet.gain(control, name, length)) is not None:
                 rows.append({"name": name, "control": control, "length": length} | gain._asdict())
     return rows
@@ -228,7 +246,9 @@ def context_gain(frame: pd.DataFrame, names: Sequence[str]) -> list[dict[str, An
 def recall_rows(frame: pd.DataFrame) -> list[dict[str, Any]]:
     """Return a row a task, remedy and length: the share of right answers, prompts, and the loss of the true answer."""
     rows = []
-    answers: Any = frame[frame["metric"] == "answer_nats_per_token"].set_index(["task", "mitigation", "length"])["value"]
+    answers: Any = frame[frame["metric"] == "answer_nats_per_token"].set_index(["task", "mitigation", "length"])[
+        "value"
+    ]
     for sheet in (s for s in sheets(frame) if s.kind == "accuracy"):
         for name, cells in sheet.cells.items():
             for length, cell in sorted(cells.items()):
@@ -270,16 +290,16 @@ def throughput(frame: pd.DataFrame, names: Sequence[str], length: int | None) ->
                 "tokens_per_second": speed,
                 "peak_bytes": peak,
                 "prompt_length": None if last is None else int(last["length"]),
-                "first_token_seconds": math.nan if last is None else float(last["first_token_seconds"]),
-                "next_token_seconds": math.nan if last is None else float(last["next_token_seconds"]),
+                "first_token_seconds": math.nan if last is None else _float(last["first_token_seconds"]),
+                "next_token_seconds": math.nan if last is None else _float(last["next_token_seconds"]),
             }
         )
     return rows
 
 
 def onset(probed: Mapping[str, Any] | None, heads: pd.DataFrame | None, worst: int = 8) -> dict[str, Any] | None:
-    """Return what a probe's files say: from which length on heads leave their range, the worst heads, in words; None: no
-    probe."""
+    """Return what a probe's files say: from which length on heads leave their range, the worst heads, in words; None:
+    there was no probe."""
     if probed is None or heads is None:
         return None
     left = heads[heads["onset"].notna()]

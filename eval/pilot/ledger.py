@@ -1,5 +1,5 @@
-"""What a pilot keeps beside its results, so that one that was killed goes on: the time that it has taken, the sizes that
-it chose, the speeds that it measured, and which steps ended how."""
+"""What a pilot keeps beside its results, so that one that was killed goes on: the time that it has taken, the sizes
+that it chose, the speeds that it measured, and which steps ended how."""
 
 from __future__ import annotations
 

@@ -13,7 +13,6 @@ import pandas as pd
 from rnn_longctx.config import counted, format_length
 from rnn_longctx.eval.pilot.findings import ALIKE, HOLDS, Comparison, Row, collapse, comparison, most_read, ranked
 from rnn_longctx.eval.stats import Interval, wilson
-from rnn_longctx.eval.tables.conclusion import GUARD
 
 Kind = Literal["none needed", "remedy", "last tokens", "insufficient", "undecided"]
 
@@ -42,18 +41,30 @@ class Recommendation:
 def recommend(frame: pd.DataFrame, about: dict[str, Any]) -> Recommendation:
     """Return the recommendation that a table carries.
 
-    Args: about: model (as it was named), text, train_length, adopted (of another library), foldable and per_length: of
-        remedies by name.
+    Args: about: model and text (as they were named), options (more words that name the model), train_length,
+        given_train_length, adopted (of another library), foldable and per_length: names of remedies.
     """
     fall, compared = collapse(frame), comparison(most_read(frame))
     longest = max((row["length"] for row in fall["lengths"]), default=0)
     if not fall["lengths"] or longest <= about["train_length"]:
         return Recommendation("undecided", None, ["Too little was measured to say anything: give a larger budget."])
     if compared is None or compared.against is None:
-        return _without_comparison(fall, longest, about)
+        return _without_comparison(fall)
     best = ranked(compared)
-    bare, control = compared.row("none"), compared.row(compared.against)
-    assert bare is not None and control is not None
+    found = _of_comparison(fall, compared, best, about)
+    if best:
+        found.uncertainty.extend(_elsewhere(frame, best[0]))
+    if fall["length"] is not None and compared.length < fall["length"]:
+        at = format_length(compared.length)
+        found.uncertainty.append(f"Remedies were compared up to {at} only, before the model collapses: name more time.")
+    return found
+
+
+def _of_comparison(
+    fall: dict[str, Any], compared: Comparison, best: list[Row], about: dict[str, Any]
+) -> Recommendation:
+    bare = compared.row("none")
+    assert bare is not None
     if fall["length"] is None and not _worth_it(best, bare):
         return _none_needed(fall, compared, about)
     if not best:
@@ -62,14 +73,7 @@ def recommend(frame: pd.DataFrame, about: dict[str, Any]) -> Recommendation:
     surely_lower = chosen.saved is not None and (chosen.saved.low > 0 or not math.isfinite(bare.loss))
     if not chosen.over_control <= HOLDS or chosen.fails_at is not None or not (surely_lower or chosen.loss < bare.loss):
         return _insufficient(fall, compared, chosen, about)
-    if not _beats(chosen, control):
-        return _last_tokens(fall, compared, chosen, about)
-    found = _remedy(fall, compared, best, about)
-    found.uncertainty.extend(_elsewhere(frame, chosen))
-    if fall["length"] is not None and compared.length < fall["length"]:
-        at = format_length(compared.length)
-        found.uncertainty.append(f"Remedies were compared up to {at} only, before the model collapses: name more time.")
-    return found
+    return _remedy(fall, compared, best, about) if _beats(chosen) else _last_tokens(fall, compared, chosen, about)
 
 
 def _elsewhere(frame: pd.DataFrame, chosen: Row) -> list[str]:
@@ -82,8 +86,8 @@ def _elsewhere(frame: pd.DataFrame, chosen: Row) -> list[str]:
     if not other.loss < (1 - ALIKE) * same.loss:
         return []
     return [
-        f"{other.name} had a lower loss, {other.loss:.3f} against {same.loss:.3f}, on the {other.n} stretches that it was "
-        "measured on; it was not among those measured on more."
+        f"{other.name} had a lower loss, {other.loss:.3f} against {same.loss:.3f}, on the {other.n} stretches that it "
+        "was measured on; it was not among those measured on more."
     ]
 
 
@@ -92,13 +96,11 @@ def _worth_it(best: list[Row], bare: Row) -> bool:
     return bool(best) and (saved := best[0].saved) is not None and saved.low > ALIKE * bare.loss
 
 
-def _beats(chosen: Row, control: Row) -> bool:
-    """Whether a remedy does surely more for the loss than reading the last tokens alone, or recalls more by GUARD; where
-    no recall was measured nobody knows, and the remedy, which costs less, stands."""
-    if chosen.gain is not None and chosen.gain.low > 0:
-        return True
-    both = [task for task in chosen.recall if task in control.recall]
-    return not both or any(chosen.recall[task] > control.recall[task] + GUARD for task in both)
+def _beats(chosen: Row) -> bool:
+    """Whether a remedy surely does more than reading the last tokens alone, for the loss or for recall; where no recall
+    was measured nobody knows, and the remedy, which costs less, stands."""
+    for_loss = chosen.gain is not None and chosen.gain.low > 0
+    return for_loss or not chosen.recall_gain or any(gain.low > 0 for gain in chosen.recall_gain.values())
 
 
 # ---- each kind
@@ -110,8 +112,8 @@ def _collapse_words(fall: dict[str, Any]) -> str:
         return f"On this text the model does not collapse up to {format_length(longest)} tokens, the longest measured."
     row = next(row for row in fall["lengths"] if row["length"] == fall["length"])
     return (
-        f"On this text the model collapses at {format_length(fall['length'])} tokens: its loss there is {row['loss']:.2f} "
-        f"nats a token, more than twice the highest within its training length ({fall['peak']:.2f}); "
+        f"On this text the model collapses at {format_length(fall['length'])} tokens: its loss there is "
+        f"{row['loss']:.2f} nats a token, more than twice the highest within its training length ({fall['peak']:.2f}); "
         f"{row['failing']} of {counted(row['slices'], 'stretch', 'stretches')} of text fail by themselves."
     )
 
@@ -128,8 +130,8 @@ def _remedy(fall: dict[str, Any], compared: Comparison, best: list[Row], about: 
     at = format_length(compared.length)
     words = [_collapse_words(fall)]
     words.append(
-        f"Use {chosen.name}: at {at} tokens its loss is {chosen.loss:.3f} instead of {_number(compared.row('none'))}, and "
-        f"{chosen.over_control:.3f} times that of reading the last tokens afresh ({compared.against})."
+        f"Use {chosen.name}: at {at} tokens its loss is {chosen.loss:.3f} instead of "
+        f"{_number(compared.row('none'))}, and {chosen.over_control:.3f} times that of reading the last tokens afresh ({compared.against})."
     )
     words += [w for w in (_recall_words(chosen, compared), _gain_words(chosen, compared), _cost_words(chosen)) if w]
     python, command = lines(about, chosen.name, compared.length)
@@ -141,8 +143,8 @@ def _last_tokens(fall: dict[str, Any], compared: Comparison, chosen: Row, about:
     assert compared.against is not None
     words = [
         _collapse_words(fall),
-        f"Give it the last {format_length(about['train_length'])} tokens only: no remedy gains anything measurable over "
-        f"that, in loss or recall. Where the whole text has to be read as it comes, {chosen.name} holds the loss "
+        f"Give it the last {format_length(about['train_length'])} tokens only: no remedy gains anything measurable "
+        f"over that, in loss or recall. Where the whole text has to be read as it comes, {chosen.name} holds the loss "
         f"({chosen.loss:.3f} at {format_length(compared.length)}), and is read once.",
     ]
     python, command = lines(about, f"recompute:last={max(2, about['train_length'] // 2 * 2)}", None)
@@ -150,7 +152,9 @@ def _last_tokens(fall: dict[str, Any], compared: Comparison, chosen: Row, about:
     return Recommendation("last tokens", compared.against, words, doubts, python, command, next_steps(about))
 
 
-def _insufficient(fall: dict[str, Any], compared: Comparison, chosen: Row | None, about: dict[str, Any]) -> Recommendation:
+def _insufficient(
+    fall: dict[str, Any], compared: Comparison, chosen: Row | None, about: dict[str, Any]
+) -> Recommendation:
     if chosen is None:
         nearest = "none was applicable, or none had a loss that is a number"
     else:
@@ -160,20 +164,22 @@ def _insufficient(fall: dict[str, Any], compared: Comparison, chosen: Row | None
         )
     words = [_collapse_words(fall), f"No remedy that was measured suffices: {nearest}."]
     words.append(
-        f"Until then give the model the last {format_length(about['train_length'])} tokens only; what mends it is one of "
-        "the next steps."
+        f"Until then give the model the last {format_length(about['train_length'])} tokens only; what mends it is one "
+        "of the next steps."
     )
     python, command = lines(about, f"recompute:last={max(2, about['train_length'] // 2 * 2)}", None)
     doubts = _shared_doubts(compared, None if chosen is None else [chosen])
     return Recommendation("insufficient", compared.against, words, doubts, python, command, next_steps(about))
 
 
-def _without_comparison(fall: dict[str, Any], longest: int, about: dict[str, Any]) -> Recommendation:
+def _without_comparison(fall: dict[str, Any]) -> Recommendation:
     words = [_collapse_words(fall)]
     if fall["length"] is None:
         words.append("Whether a remedy would gain anything was not measured within the budget.")
     else:
-        words.append("No remedy was measured beside its controls within the budget: run the same command with a larger one.")
+        words.append(
+            "No remedy was measured beside its controls within the budget: run the same command with a larger one."
+        )
     return Recommendation("undecided", None, words, [], "", "", [])
 
 
@@ -235,13 +241,15 @@ def _shared_doubts(compared: Comparison, best: list[Row] | None) -> list[str]:
             )
         for task, n in chosen.prompts.items():
             spread = wilson(chosen.recall[task] * n, n)
-            doubts.append(f"A share of {task} right is known to about {(spread.high - spread.low) / 2:.2f} ({n} a length).")
+            doubts.append(
+                f"A share of {task} right is known to about {(spread.high - spread.low) / 2:.2f} ({n} a length)."
+            )
     rows = compared.remedies
     n = min((row.n for row in compared.rows), default=0)
     doubts.append(
         f"Losses at {format_length(compared.length)} are means over {counted(n, 'stretch', 'stretches')} of this text; "
-        f"{counted(len(rows), 'remedy', 'remedies')} {'was' if len(rows) == 1 else 'were'} compared on the same ones, so "
-        "the best looks a little better than it is."
+        f"{counted(len(rows), 'remedy', 'remedies')} {'was' if len(rows) == 1 else 'were'} compared on the same ones, "
+        "so the best looks a little better than it is."
     )
     doubts.append(f"Nothing is known beyond {format_length(compared.length)} tokens, nor of text of another kind.")
     return doubts
@@ -274,7 +282,11 @@ def lines(about: dict[str, Any], remedy: str | None, target: int | None) -> tupl
     python.append("print(model.tokenizer.decode(new[0]))")
     if remedy in about["foldable"]:
         python += ["", "# or put it into the weights, which any library then reads:"]
-        python += [f"rnn_longctx.fold(model, {json.dumps(remedy)})", "from rnn_longctx.models.checkpoint import save", ""]
+        python += [
+            f"rnn_longctx.fold(model, {json.dumps(remedy)})",
+            "from rnn_longctx.models.checkpoint import save",
+            "",
+        ]
         python[-1] = 'save(model, "mended")'
     mitigation = f" --mitigation {shlex.quote(remedy)}" if remedy else ""
     return "\n".join(python), f"rnn-longctx generate {shlex.quote(name)}{options}{mitigation} --prompt - < document.txt"
@@ -287,7 +299,8 @@ def next_steps(about: dict[str, Any]) -> list[tuple[str, str]]:
     return [
         (
             "Train it on, on long streams that hand their states on, so that it learns to forget",
-            f"rnn-longctx train configs/train/continual.yaml --set model={name} data=TRAINING_TEXT train_length={longer}",
+            "rnn-longctx train configs/train/continual.yaml "
+            f"--set model={name} data=TRAINING_TEXT train_length={longer}",
         ),
         ("Ask how large a state a context takes", f"rnn-longctx capacity advise --context {longer}"),
         (

@@ -11,7 +11,6 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -23,11 +22,11 @@ from rnn_longctx.errors import InputError, one_line
 from rnn_longctx.eval.jobs.base import Measuring
 from rnn_longctx.eval.jobs.loss import LossOverLength
 from rnn_longctx.eval.jobs.recall import Recall
-from rnn_longctx.eval.pilot.estimate import RESERVE, SAFETY, Estimate, Predictor, choose, estimated
+from rnn_longctx.eval.pilot.estimate import RESERVE, RESERVE_OF_LOADING, SAFETY, Estimate, Predictor, choose, estimated
 from rnn_longctx.eval.pilot.findings import finalists
 from rnn_longctx.eval.pilot.ledger import Ledger
 from rnn_longctx.eval.pilot.speed import CALIBRATION, ROWS, Speeds, reading_speed, token_seconds
-from rnn_longctx.eval.pilot.steps import Sizes, Step, Tasks, candidates, controls, final_steps, first_steps, other_steps
+from rnn_longctx.eval.pilot.steps import Sizes, Step, candidates, controls, final_steps, first_steps, other_steps
 from rnn_longctx.eval.plan import mitigated, plan
 from rnn_longctx.eval.question import Question
 from rnn_longctx.eval.results import Results, to_frame
@@ -80,8 +79,8 @@ class Pilot:
     Args:
         began: `time.monotonic()` when the run began: loading the model counts.
     Raises:
-        InputError: a model that cannot be piloted, a text that is too short, lengths within the training length alone, a
-            task that fits into none, a folder that cannot be written.
+        InputError: a model that cannot be piloted, a text that is too short, lengths within the training length alone,
+            a task that fits into none, a folder that cannot be written.
     """
 
     def __init__(self, model: LanguageModel, text: Text, config: PilotConfig, began: float, say: Say):
@@ -91,7 +90,7 @@ class Pilot:
         self.most = _longest(model, text, self.train_length, None if self.given is None else max(self.given))
         self.results = Results(config.out)
         self.folder = home_path(config.out)
-        # No snapshots of unfinished streams: states, and the tokens that a control reads again, are text in other words.
+        # No snapshots of unfinished streams: states, and the tokens that a control reads again, hold text.
         self.measuring = Measuring(
             *(model, "none", None, text, config.batch),
             segment=SEGMENTS[model.device.type],
@@ -111,6 +110,7 @@ class Pilot:
         self.not_measured: list[dict[str, Any]] = []
         self.stored = self.frame()
         self.reused = 0
+        self.reserve = max(RESERVE, RESERVE_OF_LOADING * (time.monotonic() - began))
         self.measuring.progress = lambda tokens: self.ledger.tick()
 
     # --- before anything is measured
@@ -164,13 +164,15 @@ class Pilot:
             values = self.ledger.sizes[known]
             sizes = Sizes(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
         else:
-            left = max(1.0, budget - self.ledger.spent - RESERVE)
+            left = max(1.0, budget - self.ledger.spent - self.reserve)
             sizes = choose(self.predictor, self.given, self.most, self.tasks, left, self.diagnoses)
             self.ledger.sizes = {known: asdict(sizes)}
         self.ledger.speeds = self.speeds.stored()
         peak = own_peak(self.model.device) + self._growth(sizes.longest, sizes.final_slices)
         spent, price = self.ledger.spent, self.config.price
-        estimate = estimated(self.predictor, sizes, self.tasks, self.diagnoses, spent, budget, peak, price)
+        estimate = estimated(
+            self.predictor, sizes, self.tasks, self.diagnoses, spent, budget, self.reserve, peak, price
+        )
         self.ledger.save()
         return sizes, estimate
 
@@ -180,7 +182,7 @@ class Pilot:
         return float((state.total(length) - state.total(0)) * rows * next(self.model.parameters()).element_size())
 
     def _measure_speeds(self) -> None:
-        """Measure how fast the model reads without a remedy; with each control; and, where its calibration takes little,
+        """Measure how fast the model reads without a remedy; with each control; and, where calibration takes little,
         with each of the first remedies."""
         model, segment = self.model, self.measuring.segment
         n = min(max(2 * segment // ROWS, 3 * self.train_length), self.most)
@@ -230,15 +232,15 @@ class Pilot:
     def _need_room(self, step: Step) -> None:
         if self._is_stored(step) or self._fits(step):
             return
-        needed = self.ledger.spent + SAFETY * self.predictor.seconds(step) + RESERVE
+        needed = self.ledger.spent + SAFETY * self.predictor.seconds(step) + self.reserve
         raise InputError(
             f"a budget of {time_text(self.config.budget)} is too small for anything: the shortest table takes about "
-            f"{time_text(self.predictor.seconds(step))} after {time_text(self.ledger.spent)} of loading and trying out; "
-            f"give --budget {math.ceil(1.1 * needed)}s or more"
+            f"{time_text(self.predictor.seconds(step))} after {time_text(self.ledger.spent)} of loading and trying "
+            f"out; give --budget {math.ceil(1.1 * needed)}s or more"
         )
 
     def _fits(self, step: Step) -> bool:
-        return self.ledger.spent + SAFETY * self.predictor.seconds(step) + RESERVE <= self.config.budget
+        return self.ledger.spent + SAFETY * self.predictor.seconds(step) + self.reserve <= self.config.budget
 
     def _measure_all(self, steps: Sequence[Step]) -> None:
         for step in steps:
@@ -276,7 +278,7 @@ class Pilot:
         self.ledger.end(step.name, outcome, time.monotonic() - began, predicted)
 
     def _cannot(self, step: Step, reason: str) -> None:
-        """Note that a remedy is not applicable, by the measure that said so; one that only reads prompts has no loss."""
+        """Note why a remedy is not applicable; that one which only reads prompts has no loss is no reason."""
         if isinstance(step.job, LossOverLength) and "reads prompts" in reason:
             return
         self.not_applicable.setdefault("the probe" if step.job is None else step.remedy, reason)
@@ -304,7 +306,7 @@ class Pilot:
     # --- what is there already
 
     def _is_stored(self, step: Step) -> bool:
-        """Whether all cells of a step are there, with as many samples: without working the remedy out, which is slow."""
+        """Whether all cells of a step are there, with as many samples. (The remedy is not worked out: that is slow.)"""
         if step.job is None:
             known = self.ledger.steps.get(step.name, {}).get("outcome") == "measured"
             return known and (self.folder / "probe" / "probe.json").is_file()
@@ -336,7 +338,7 @@ def _train_length(model: LanguageModel) -> int:
     """Return the training length of a model that can be piloted. Raises InputError for another one."""
     if not model.mixers:
         raise InputError(
-            f"{model.name} has no recurrent layer, so it has no state that could collapse, and no remedy here to choose: "
+            f"{model.name} has no recurrent layer, so it has no state that could collapse, and no remedy to choose: "
             "`rnn-longctx eval` measures its loss and recall over length (`--mitigation yarn` stretches rotary "
             "attention), and `rnn-longctx retrofit` puts recurrent layers in the place of attention"
         )
@@ -351,8 +353,8 @@ def _with_training(lengths: Sequence[int], train_length: int) -> tuple[int, ...]
     """Return a person's lengths with the training length among them. Raises InputError where none is beyond it."""
     if max(lengths) <= train_length:
         raise InputError(
-            f"--lengths: a pilot asks what happens beyond the training length, {format_length(train_length)}; the longest "
-            f"given is {format_length(max(lengths))}"
+            f"--lengths: a pilot asks what happens beyond the training length, {format_length(train_length)}; the "
+            f"longest given is {format_length(max(lengths))}"
         )
     return tuple(sorted({*lengths, train_length}))
 
@@ -380,5 +382,3 @@ def text_tokens(model: LanguageModel, text: Text, sample: int = 1 << 18) -> tupl
     part = text.data[:sample].decode("utf-8", "ignore").encode()
     n = len(model.tokenizer.encode_with_bytes(part)[0])
     return (n, "") if len(text) <= sample else (int(n * len(text) / max(1, len(part))), "about ")
-
-

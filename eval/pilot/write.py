@@ -18,7 +18,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text as Words
 
-from rnn_longctx.config import counted, format_length, home_path
+from rnn_longctx.config import counted, format_length
 from rnn_longctx.data import Text, tokens
 from rnn_longctx.eval.pilot.estimate import Estimate
 from rnn_longctx.eval.pilot.findings import (
@@ -58,7 +58,11 @@ def write_pilot(pilot: Pilot, estimate: Estimate) -> tuple[dict[str, Any], Recom
     table = most_read(frame)
     compared, everything = comparison(table), comparison(frame)
     fall = collapse(frame)
-    names = ["none", *dict.fromkeys(n for n in (found.remedy, *(r.name for r in ranked(compared, 3) if compared)) if n)] if compared else ["none"]
+    names = (
+        ["none", *dict.fromkeys(n for n in (found.remedy, *(r.name for r in ranked(compared, 3) if compared)) if n)]
+        if compared
+        else ["none"]
+    )
     content = {
         "model": _described(model),
         "text": documents(model, pilot.text, fall["length"]),
@@ -69,7 +73,9 @@ def write_pilot(pilot: Pilot, estimate: Estimate) -> tuple[dict[str, Any], Recom
         "compared": None if compared is None else _compared(compared),
         "screened": None if everything is None else _compared(everything),
         "recall": recall_rows(table),
-        "above_without_document": {k: v._asdict() for k, v in above_without_document(frame, found.remedy or "none").items()},
+        "above_without_document": {
+            k: v._asdict() for k, v in above_without_document(frame, found.remedy or "none").items()
+        },
         "context_gain": context_gain(table, names),
         "throughput": throughput(table, names, None if compared is None else compared.length),
         "recommendation": asdict(found),
@@ -79,7 +85,8 @@ def write_pilot(pilot: Pilot, estimate: Estimate) -> tuple[dict[str, Any], Recom
         "excerpts": excerpts(pilot, fall, found.remedy) if pilot.config.with_text else None,
         "version": pilot.ledger.settings["version"],
     }
-    write_atomic(pilot.folder / FILE, json.dumps(plain(content), indent=1, allow_nan=False).encode())
+    content = plain(content)
+    write_atomic(pilot.folder / FILE, json.dumps(content, indent=1, allow_nan=False).encode())
     write_page(page_of(pilot.folder), pilot.folder / PAGE)
     pilot.ledger.save()
     return content, found
@@ -121,8 +128,8 @@ def _described(model: LanguageModel) -> dict[str, Any]:
 
 
 def documents(model: LanguageModel, text: Text, collapses_at: int | None) -> dict[str, Any]:
-    """Return how long the documents are, in tokens (about, by the rate of the text's beginning), and which share of them
-    reaches beyond the training length, and to where the model collapses."""
+    """Return how long the documents are, in tokens (about, by the rate of the text's beginning), and which share of
+    them reaches beyond the training length, and to where the model collapses."""
     total, _ = text_tokens(model, text)
     sizes = np.array([len(document) for document in text.documents()]) * total / max(1, len(text))
     train_length = model.train_length or 0
@@ -152,6 +159,7 @@ def _compared(compared: Any) -> dict[str, Any]:
     best = [row.name for row in ranked(compared)]
     rows = [asdict(row) | {"place": best.index(row.name) + 1 if row.name in best else None} for row in compared.rows]
     for row, source in zip(rows, compared.rows):
+        row["recall_gain"] = {task: gain._asdict() for task, gain in source.recall_gain.items()}
         row |= {"saved": source.saved and source.saved._asdict(), "gain": source.gain and source.gain._asdict()}
     return {"length": compared.length, "against": compared.against, "rows": rows}
 
@@ -163,7 +171,9 @@ def excerpts(pilot: Pilot, fall: Mapping[str, Any], remedy: str | None) -> dict[
     shown = []
     for i in range(EXCERPTS):
         ids = tokens(pilot.text, pilot.model.tokenizer, i, at)[0][at // 2 :]
-        shown.append({"slice": i, "from": at // 2, "text": pilot.model.tokenizer.decode(ids[:EXCERPT].tolist())[:EXCERPT]})
+        shown.append(
+            {"slice": i, "from": at // 2, "text": pilot.model.tokenizer.decode(ids[:EXCERPT].tolist())[:EXCERPT]}
+        )
     asked = [task.questions.asked for task in pilot.config.tasks if isinstance(task, QuestionAnswering)]
     return {
         "text": shown,
@@ -198,14 +208,15 @@ def estimate_table(estimate: Estimate, budget: float) -> list[RenderableType]:
         if stage["steps"]:
             steps = f"{stage['begun']}" if stage["begun"] == stage["steps"] else f"{stage['begun']} of {stage['steps']}"
             grid.add_row(stage["stage"], steps, f"{stage['tokens']:,}", time_text(stage["seconds"]))
-    total = f"about {time_text(estimate.seconds)} of a budget of {time_text(budget)}, {memory_text(estimate.peak_bytes)} of memory"
+    total = f"about {time_text(estimate.seconds)} of a budget of {time_text(budget)}"
+    total += f", {memory_text(estimate.peak_bytes)} of memory"
     if estimate.price is not None:
         total += f", at a price of {estimate.price:.2f}"
     return [Words("What a pilot will take", style="bold"), grid, Words(total), Words("")]
 
 
 def summary(content: Mapping[str, Any], found: Recommendation) -> list[RenderableType]:
-    """Return what is printed at the end: the ranking, the recommendation and how sure it is, and the lines that use it."""
+    """Return what is printed at the end: the ranking, what to do and how sure that is, and the lines that do it."""
     pieces: list[RenderableType] = []
     if content["compared"] is not None:
         pieces += [_ranking(content["compared"]), Words("")]
@@ -219,11 +230,9 @@ def summary(content: Mapping[str, Any], found: Recommendation) -> list[Renderabl
         pieces += [Words(""), Words(f"{what}:"), Words(f"  {command}")]
     if content["not_measured"]:
         steps = content["not_measured"]
-        seconds = sum(step["seconds"] for step in steps)
-        first = ", ".join(step["step"] for step in steps[:2])
-        pieces.append(
-            Words(f"Not measured: {counted(len(steps), 'step')}, about {time_text(seconds)} ({first}{', ...' if len(steps) > 2 else ''}).")
-        )
+        took = time_text(sum(step["seconds"] for step in steps))
+        first = ", ".join(step["step"] for step in steps[:2]) + (", ..." if len(steps) > 2 else "")
+        pieces.append(Words(f"Not measured: {counted(len(steps), 'step')}, about {took} ({first})."))
     return pieces
 
 
@@ -234,7 +243,12 @@ def _ranking(compared: Mapping[str, Any]) -> RenderableType:
     for head in ("loss", "over control", "n", *tasks, "speed"):
         grid.add_column(head, justify="right")
     for row in compared["rows"]:
-        recall = [f"{row['recall'][task]:.2f}" if task in row["recall"] else "" for task in tasks]
-        name = row["name"] + (" (control)" if row["control"] else "")
-        grid.add_row(Words(name), f"{row['loss']:.3f}", f"{row['over_control']:.3f}", str(row["n"]), *recall, f"{row['speed']:.2f}")
+        recall = [_number(row["recall"].get(task), ".2f") for task in tasks]
+        name = Words(row["name"] + (" (control)" if row["control"] else ""))
+        loss, over = _number(row["loss"], ".3f", "no number"), _number(row["over_control"], ".3f")
+        grid.add_row(name, loss, over, str(row["n"]), *recall, _number(row["speed"], ".2f"))
     return grid
+
+
+def _number(value: float | None, form: str, otherwise: str = "") -> str:
+    return otherwise if value is None else format(value, form)

@@ -121,7 +121,7 @@ def test_a_bad_line_is_named_and_nothing_of_it_is_shown(tmp_path, line, message)
 def test_no_questions_and_no_file(tmp_path):
     with pytest.raises(InputError, match="holds no questions"):
         QuestionAnswering(written(tmp_path, []))
-    with pytest.raises(InputError, match="qa: cannot read .*: No such file"):
+    with pytest.raises(InputError, match=r"qa: cannot read .*: No such file"):
         QuestionAnswering(str(tmp_path / "none.jsonl"))
 
 
@@ -130,7 +130,7 @@ def test_hostile_text_is_read_as_text(tmp_path, seed):
     hostile = {"document": "a \ud800 b\0 {0} c", "question": "{0} \ud800?", "answer": "{0}"}
     task = QuestionAnswering(written(tmp_path, [hostile, {**hostile, "document": "../" * 500 + "x y"}]))
     for i in range(2):
-        example, question, text = asked(task, 80, i, seed)
+        _, question, text = asked(task, 80, i, seed)
         assert "\0" not in text and "Question: {0} ??" in text and question.answers == ("{0}",)
 
 

@@ -28,6 +28,7 @@ def pilot(
     """Where a model collapses on your own documents, which remedy to use, and how to use it, within a time.
     Killed and run again, it goes on where it stopped."""
     began = time.monotonic()
+    import rnn_longctx.eval.show.page.page  # noqa: F401  (now, and not when the time is nearly up)
     from rnn_longctx.eval.pilot.ask import ask
     from rnn_longctx.eval.pilot.write import estimate_table, summary, write_pilot
 
@@ -35,13 +36,14 @@ def pilot(
     from rnn_longctx.data import load_text
     from rnn_longctx.eval.pilot.run import Pilot
     from rnn_longctx.models.modes import evaluating
+    from rnn_longctx.progress import to_stdout
 
     loaded = load_text(text)
     lm = options.load(model)
     console = console_of_tables()
     console.print(about(lm, options.dtype))
     with evaluating(lm):
-        run = Pilot(lm, loaded, config, began, typer.echo)
+        run = Pilot(lm, loaded, config, began, to_stdout)
         sizes, expected = run.estimate()
         for piece in estimate_table(expected, config.budget):
             console.print(piece)
