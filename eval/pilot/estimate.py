@@ -17,7 +17,7 @@ from rnn_longctx.mitigations import Handle, parse_remedy
 
 SAFETY = 1.2  # a step is begun only where so many times its predicted time is left
 # Seconds that the tables and the report take at the end: at least so many, and this share of what loading took.
-RESERVE, RESERVE_OF_LOADING = 4.0, 0.4
+RESERVE, RESERVE_OF_LOADING = 4.0, 0.6
 # Shares of the budget that reading the bare model far, the first steps, and those with the finals may take.
 FAR, FIRST, ALL = 0.1, 0.75, 0.9
 FARTHEST = 128  # training lengths that are read unless a person names longer ones
@@ -91,7 +91,8 @@ class Predictor:
         seconds = 0.0
         for step in steps:
             seconds += self.seconds(step)
-            self.speeds.ready.add(step.remedy)
+            if step.remedy != UNKNOWN_FINALIST:
+                self.speeds.ready.add(step.remedy)
         self.speeds.ready = ready
         return seconds
 
@@ -181,6 +182,7 @@ def estimated(
             row["begun"] += 1  # type: ignore[operator]
             row["tokens"] += predictor.tokens(step)  # type: ignore[operator]
             row["seconds"] += seconds  # type: ignore[operator]
-            predictor.speeds.ready.add(step.remedy)
+            if step.remedy != UNKNOWN_FINALIST:
+                predictor.speeds.ready.add(step.remedy)
     predictor.speeds.ready = ready
     return Estimate(list(stages.values()), total, peak, None if price is None else price * total / 3600)

@@ -60,6 +60,11 @@ class Ledger:
         }
         write_atomic(self.path, json.dumps(content, indent=1).encode())
 
+    def leave_out(self) -> None:
+        """Write it down without the time of this run, which measured nothing."""
+        self.began = time.monotonic()
+        self.save()
+
     def tick(self) -> None:
         """Write it down where that was some time ago: what a killed step took counts as well."""
         if time.monotonic() - self._saved > SAVED:

@@ -11,7 +11,17 @@ from typing import Any, Literal
 import pandas as pd
 
 from rnn_longctx.config import counted, format_length
-from rnn_longctx.eval.pilot.findings import ALIKE, HOLDS, Comparison, Row, collapse, comparison, most_read, ranked
+from rnn_longctx.eval.pilot.findings import (
+    ALIKE,
+    HOLDS,
+    Comparison,
+    Row,
+    above_without_document,
+    collapse,
+    comparison,
+    most_read,
+    ranked,
+)
 from rnn_longctx.eval.stats import Interval, wilson
 
 Kind = Literal["none needed", "remedy", "last tokens", "insufficient", "undecided"]
@@ -52,6 +62,8 @@ def recommend(frame: pd.DataFrame, about: dict[str, Any]) -> Recommendation:
         return _without_comparison(fall)
     best = ranked(compared)
     found = _of_comparison(fall, compared, best, about)
+    for task, gain in above_without_document(frame, found.remedy or "none").items():
+        found.words.append(_document_words(task, gain))
     if best:
         found.uncertainty.extend(_elsewhere(frame, best[0]))
     if fall["length"] is not None and compared.length < fall["length"]:
@@ -69,6 +81,8 @@ def _of_comparison(
         return _none_needed(fall, compared, about)
     if not best:
         return _insufficient(fall, compared, None, about)
+    if fall["length"] is not None and compared.length < fall["length"] and not _worth_it(best, bare):
+        return _without_comparison(fall)  # where nothing fails yet, nothing can be told apart
     chosen = best[0]
     surely_lower = chosen.saved is not None and (chosen.saved.low > 0 or not math.isfinite(bare.loss))
     if not chosen.over_control <= HOLDS or chosen.fails_at is not None or not (surely_lower or chosen.loss < bare.loss):
@@ -131,12 +145,12 @@ def _remedy(fall: dict[str, Any], compared: Comparison, best: list[Row], about: 
     words = [_collapse_words(fall)]
     words.append(
         f"Use {chosen.name}: at {at} tokens its loss is {chosen.loss:.3f} instead of "
-        f"{_number(compared.row('none'))}, and {chosen.over_control:.3f} times that of reading the last tokens afresh ({compared.against})."
+        f"{_number(compared.row('none'))}, and {chosen.over_control:.3f} times that of reading the last tokens afresh "
+        f"({compared.against})."
     )
     words += [w for w in (_recall_words(chosen, compared), _gain_words(chosen, compared), _cost_words(chosen)) if w]
     python, command = lines(about, chosen.name, compared.length)
-    steps = [] if chosen.gain is not None and chosen.gain.low > 0 else next_steps(about)
-    return Recommendation("remedy", chosen.name, words, _shared_doubts(compared, best), python, command, steps)
+    return Recommendation("remedy", chosen.name, words, _shared_doubts(compared, best), python, command)
 
 
 def _last_tokens(fall: dict[str, Any], compared: Comparison, chosen: Row, about: dict[str, Any]) -> Recommendation:
@@ -178,7 +192,7 @@ def _without_comparison(fall: dict[str, Any]) -> Recommendation:
         words.append("Whether a remedy would gain anything was not measured within the budget.")
     else:
         words.append(
-            "No remedy was measured beside its controls within the budget: run the same command with a larger one."
+            "No remedy was measured far enough beside its controls within the budget: run this again with a larger one."
         )
     return Recommendation("undecided", None, words, [], "", "", [])
 
@@ -202,6 +216,12 @@ def _recall_words(chosen: Row, compared: Comparison) -> str:
         ]
         clauses.append(f"{value:.2f} of {task}" + (f" ({', '.join(beside)})" if beside else ""))
     return f"It answers {'; '.join(clauses)}, over all lengths asked."
+
+
+def _document_words(task: str, gain: Interval) -> str:
+    interval = f"95% {gain.low:+.2f} to {gain.high:+.2f}" if math.isfinite(gain.low) else "too few for an interval"
+    surely = "surely answers more" if gain.low > 0 else "does not surely answer more"
+    return f"Of {task} it {surely} with the document than without it ({gain.value:+.2f} of the questions, {interval})."
 
 
 def _gain_words(row: Row | None, compared: Comparison) -> str:
@@ -277,17 +297,14 @@ def lines(about: dict[str, Any], remedy: str | None, target: int | None) -> tupl
     if remedy is None:
         python.append(f"new = {generate}")
     else:
-        told = f", target_length={target}" if remedy in about["per_length"] and target else ""
+        kinds = {part.partition(":")[0] for part in remedy.split("+")}
+        told = f", target_length={target}" if target and kinds & set(about["per_length"]) else ""
         python += [f"with rnn_longctx.mitigate(model, {json.dumps(remedy)}{told}):", f"    new = {generate}"]
     python.append("print(model.tokenizer.decode(new[0]))")
     if remedy in about["foldable"]:
         python += ["", "# or put it into the weights, which any library then reads:"]
-        python += [
-            f"rnn_longctx.fold(model, {json.dumps(remedy)})",
-            "from rnn_longctx.models.checkpoint import save",
-            "",
-        ]
-        python[-1] = 'save(model, "mended")'
+        python += ["from rnn_longctx.models.checkpoint import save", ""]
+        python += [f"rnn_longctx.fold(model, {json.dumps(remedy)})", 'save(model, "mended")']
     mitigation = f" --mitigation {shlex.quote(remedy)}" if remedy else ""
     return "\n".join(python), f"rnn-longctx generate {shlex.quote(name)}{options}{mitigation} --prompt - < document.txt"
 

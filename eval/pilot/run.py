@@ -1,8 +1,9 @@
 """Run a pilot within its budget: measure steps in their order, begin none that does not fit, and write what they say.
 
 The budget is of a folder: what runs before took counts, those that were killed as well. A step is begun only where its
-predicted time, a fifth more, and what the report takes fit into what is left; so a pilot ends late by no more than the
-step in progress takes longer than predicted.
+predicted time, a fifth more, and what the report takes fit into what is left; one that takes longer than predicted is
+stopped between two segments of text when nothing is left. So a pilot ends late by no more than a segment, and by what
+the report takes longer than thought.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from rnn_longctx.eval.jobs.recall import Recall
 from rnn_longctx.eval.pilot.estimate import RESERVE, RESERVE_OF_LOADING, SAFETY, Estimate, Predictor, choose, estimated
 from rnn_longctx.eval.pilot.findings import finalists
 from rnn_longctx.eval.pilot.ledger import Ledger
-from rnn_longctx.eval.pilot.speed import CALIBRATION, ROWS, Speeds, reading_speed, token_seconds
-from rnn_longctx.eval.pilot.steps import Sizes, Step, candidates, controls, final_steps, first_steps, other_steps
+from rnn_longctx.eval.pilot.speed import ROWS, Speeds, reading_speed, token_seconds
+from rnn_longctx.eval.pilot.steps import PLAIN, Sizes, Step, candidates, controls, final_steps, first_steps, other_steps
 from rnn_longctx.eval.plan import mitigated, plan
 from rnn_longctx.eval.question import Question
 from rnn_longctx.eval.results import Results, to_frame
@@ -43,6 +44,10 @@ from rnn_longctx.version import __version__
 FEWEST = 2  # slices of a text that do not overlap
 LOOKS = 256  # tokens between two looks of the probe
 TRYING = 0.03  # share of the budget that may go into measuring the speed of each kind of reading
+
+
+class TimeIsUp(Exception):
+    """A step takes longer than predicted, and nothing is left of the budget."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +105,7 @@ class Pilot:
         )
         self.tasks = self._tasks()
         self.ledger = Ledger(self.folder, self._settings(), began)
-        self.speeds = Speeds(self.ledger.speeds)
+        self.speeds = Speeds(self.ledger.speeds, bool(model.calibration))
         beside = Measuring(model, text=text, batch=config.batch, segment=self.measuring.segment, seed=config.seed)
         beside.memory = self.measuring.memory
         self.predictor = Predictor(beside, self.speeds, self.train_length)
@@ -111,7 +116,8 @@ class Pilot:
         self.stored = self.frame()
         self.reused = 0
         self.reserve = max(RESERVE, RESERVE_OF_LOADING * (time.monotonic() - began))
-        self.measuring.progress = lambda tokens: self.ledger.tick()
+        self.measuring.progress = self._advance
+        self.running = False
 
     # --- before anything is measured
 
@@ -192,8 +198,8 @@ class Pilot:
         if "none" not in self.speeds.reading:
             self.speeds.reading["none"] = reading_speed(model, ids, segment, seconds)
             self.speeds.token = token_seconds(model, ids[:, :64])
-        cheap = CALIBRATION * self.train_length / self.speeds.of("none") < max(1.0, share)
-        for name in [*controls(self.train_length), *(candidates(self.train_length) if cheap else [])]:
+        dear = self.speeds.putting_on("a-floor", self.train_length) > max(1.0, share)
+        for name in [*controls(self.train_length), *([] if dear else candidates(self.train_length))]:
             read = name in self.speeds.reading
             if read and name not in controls(self.train_length):
                 continue
@@ -201,7 +207,8 @@ class Pilot:
                 with mitigate(model, name, target_length=2 * self.train_length) as handle:
                     least = 2 * self.train_length if model.restart else 0
                     if not read:
-                        self.speeds.reading[name] = reading_speed(model, ids, segment, seconds, least)
+                        warm = model.device.type == "cuda"
+                        self.speeds.reading[name] = reading_speed(model, ids, segment, seconds, least, warm)
             except InputError:  # said when its turn comes
                 continue
             self.speeds.ready.add(name)
@@ -262,20 +269,33 @@ class Pilot:
         predicted, began = self.predictor.seconds(step), time.monotonic()
         budget = time_text(self.config.budget)
         self.say(f"[{time_text(self.ledger.spent)} of {budget}] {step.name}, about {time_text(predicted)}")
-        outcome = "measured"
+        outcome, self.running = "measured", True
         try:
             if step.job is None:
                 self._probe(step)
             else:
                 self._read(step, predicted)
+        except TimeIsUp:
+            self.not_measured.append({"stage": step.stage, "step": step.name, "seconds": predicted})
+            self.say(f"{step.name}: stopped, for the time is up")
+            self.ledger.save()
+            return
         except InputError as error:
             if step.remedy == "none" and step.job is not None and not isinstance(error, NotApplicable):
                 raise
             outcome = one_line(error, 300)
             self._cannot(step, outcome)
+        finally:
+            self.running = False
         self.speeds.ready.add(step.remedy)
         self.ledger.speeds = self.speeds.stored()
         self.ledger.end(step.name, outcome, time.monotonic() - began, predicted)
+
+    def _advance(self, tokens: int) -> None:
+        """Look at the clock whenever some tokens were read. Raises TimeIsUp in a step that takes too long."""
+        self.ledger.tick()
+        if self.running and self.ledger.spent > self.config.budget - self.reserve:
+            raise TimeIsUp
 
     def _cannot(self, step: Step, reason: str) -> None:
         """Note why a remedy is not applicable; that one which only reads prompts has no loss is no reason."""
@@ -288,7 +308,8 @@ class Pilot:
         c = self.config
         question = Question.of(list(step.lengths), [step.job], [step.remedy], self.text, None, c.batch, c.seed)
         lengths = step.job.lengths(list(step.lengths), self.train_length)
-        step.job.check(self.measuring, lengths)
+        if step.stage == PLAIN:  # what a text has not is said once
+            step.job.check(self.measuring, lengths)
         name = str(parse_remedy(step.remedy))
         measurements = [m for m in plan(question, [self.measuring]) if m.mitigation == name]
         counted_tokens, began = self.predictor.tokens(step), time.monotonic()

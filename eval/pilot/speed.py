@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rnn_longctx.mitigations import parse_remedy
+from rnn_longctx.mitigations.base import Need
 from rnn_longctx.models.generate import continuation, prefill
 from rnn_longctx.models.interface import LanguageModel
 from rnn_longctx.models.modes import evaluating
@@ -15,7 +17,9 @@ from rnn_longctx.models.modes import evaluating
 ROWS = 4  # side by side
 UNKNOWN = 1.5  # times as slow as the bare model is a remedy thought that was not measured
 PROBE = 2.0  # and the probe, which looks at every state
-CALIBRATION = 40  # training lengths that a remedy may read to be calibrated
+# Training lengths that are read to calibrate the first remedy that needs it: steps alone, where the checkpoint keeps
+# the norms of states, and else those too, in small calls.
+CALIBRATION, CALIBRATION_OF_NORMS = 16, 80
 STEPS = 4  # tokens that are generated to measure one
 
 
@@ -26,11 +30,13 @@ class Speeds:
     Attributes:
         reading: tokens a second, by remedy.
         token: seconds of a generated token, of all rows together.
+        calibration: training lengths that are read for it.
         ready: remedies that this process has put on before: what they were calibrated on is remembered.
         drift: how many times as long as predicted the steps so far took, of remedies that have not been read yet.
     """
 
-    def __init__(self, stored: dict[str, Any]):
+    def __init__(self, stored: dict[str, Any], norms_kept: bool):
+        self.calibration = CALIBRATION if norms_kept else CALIBRATION_OF_NORMS
         self.reading: dict[str, float] = stored.get("reading", {})
         self.token: float = stored.get("token", 0.0)
         self.ready: set[str] = {"none"}
@@ -45,8 +51,10 @@ class Speeds:
         return self.reading[remedy] if remedy in self.reading else self.reading["none"] / UNKNOWN / self.drift
 
     def putting_on(self, remedy: str, train_length: int) -> float:
-        """Return the seconds that a remedy's calibration takes at most; 0 where the process has it already."""
-        return 0.0 if remedy in self.ready else CALIBRATION * train_length / self.of("none")
+        """Return the seconds that a remedy's calibration takes; 0 where it needs none, or it was made before."""
+        if not _calibrated(remedy) or any(_calibrated(other) for other in self.ready):
+            return 0.0
+        return self.calibration * train_length / self.of("none")
 
     def learn(self, remedy: str, tokens: int, seconds: float, predicted: float) -> None:
         """Take up what a step of reading took."""
@@ -56,17 +64,27 @@ class Speeds:
                 self.drift = min(4.0, max(0.5, 0.5 * self.drift + 0.5 * seconds / predicted))
 
 
+def _calibrated(remedy: str) -> bool:
+    return any(Need.TRAIN_LENGTH in part.needs for part in parse_remedy(remedy).parts)
+
+
 @torch.inference_mode()
-def reading_speed(model: LanguageModel, ids: Tensor, segment: int, seconds: float, least: int = 0) -> float:
+def reading_speed(
+    model: LanguageModel, ids: Tensor, segment: int, seconds: float, least: int = 0, warm: bool = True
+) -> float:
     """Return the tokens a second at which ids (B, T + 1) are read as an evaluation reads them, from calls that take so
     many seconds together, or all of ids.
 
-    Args: segment: tokens of a call, of all rows; least: tokens of each row that are read in any case.
+    Args:
+        segment: tokens of a call, of all rows.
+        least: tokens of each row that are read in any case.
+        warm: whether a call comes before, in which what only the first one needs is made.
     """
     rows, length = len(ids), ids.shape[1] - 1
     each = max(1, segment // rows)
     with evaluating(model):
-        _read(model, ids[:, : min(each, length) + 1], model.new_cache())  # what is made at the first call
+        if warm:
+            _read(model, ids[:, : min(each, length) + 1], model.new_cache())
         cache, t, began = model.new_cache(), 0, time.perf_counter()
         while t < length:
             u = min(length, t + each)

@@ -37,8 +37,8 @@ from rnn_longctx.eval.pilot.run import Pilot, text_tokens
 from rnn_longctx.eval.tune.budget import memory_text, time_text
 from rnn_longctx.files import write_atomic
 from rnn_longctx.mitigations import REMEDIES
+from rnn_longctx.models.adopt.model import Adopted
 from rnn_longctx.models.interface import LanguageModel
-from rnn_longctx.models.lm import LM
 from rnn_longctx.models.segments import reads
 from rnn_longctx.tasks.qa import QuestionAnswering
 
@@ -94,7 +94,7 @@ def write_pilot(pilot: Pilot, estimate: Estimate) -> tuple[dict[str, Any], Recom
 
 def about_model(pilot: Pilot) -> dict[str, Any]:
     """Return what the lines that use a remedy depend on."""
-    own = isinstance(pilot.model, LM)
+    own = not isinstance(pilot.model, Adopted)
     return {
         "model": pilot.config.model,
         "text": pilot.config.text,
@@ -103,12 +103,8 @@ def about_model(pilot: Pilot) -> dict[str, Any]:
         "given_train_length": pilot.config.given_train_length,
         "adopted": not own,
         "foldable": [name for name, kind in REMEDIES.items() if kind.foldable] if own else [],
-        "per_length": [step.split(": ")[0] for step in pilot.ledger.steps if _depends_on_length(step)],
+        "per_length": [name for name, kind in REMEDIES.items() if kind.per_length],
     }
-
-
-def _depends_on_length(step: str) -> bool:
-    return any(kind.per_length and name in step.split(": ")[0] for name, kind in REMEDIES.items())
 
 
 def _described(model: LanguageModel) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 from typing import Annotated
@@ -10,6 +11,15 @@ import typer
 
 from rnn_longctx.cli.command import command
 from rnn_longctx.cli.options import MODEL, TEXTS, Many, ModelOptions, about, console_of_tables, option
+
+
+def process_seconds() -> float:
+    """Return the seconds since this process began, where the system says so: starting Python counts as well."""
+    try:
+        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf("SC_CLK_TCK"))
+    except (OSError, ValueError, IndexError, AttributeError):
+        return 0.0
 
 
 @command("pilot")
@@ -27,7 +37,7 @@ def pilot(
 ) -> None:
     """Where a model collapses on your own documents, which remedy to use, and how to use it, within a time.
     Killed and run again, it goes on where it stopped."""
-    began = time.monotonic()
+    began = time.monotonic() - process_seconds()
     import rnn_longctx.eval.show.page.page  # noqa: F401  (now, and not when the time is nearly up)
     from rnn_longctx.eval.pilot.ask import ask
     from rnn_longctx.eval.pilot.write import estimate_table, summary, write_pilot
@@ -48,6 +58,7 @@ def pilot(
         for piece in estimate_table(expected, config.budget):
             console.print(piece)
         if estimate:
+            run.ledger.leave_out()
             return
         run.measure(sizes)
         content, found = write_pilot(run, expected)

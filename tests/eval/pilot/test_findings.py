@@ -16,7 +16,7 @@ from rnn_longctx.eval.pilot.findings import (
     ranked,
     recall_rows,
 )
-from rnn_longctx.eval.pilot.recommend import recommend
+from rnn_longctx.eval.pilot.recommend import lines, recommend
 
 ABOUT = {
     "model": "my model", "text": "my documents", "options": [], "train_length": 256, "given_train_length": None,
@@ -161,3 +161,18 @@ def test_onset_of_a_probe():
     found = onset({"length": 4096, "verdict": "words"}, heads)
     assert found["length"] == 512 and found["left"] == 1 and found["worst"][0]["head"] == 3
     assert onset(None, None) is None
+
+
+@pytest.mark.parametrize("remedy", ["a-floor", "token-filter+state-norm:every=64"])
+def test_the_lines_run(remedy, tmp_path, monkeypatch):
+    """The lines of Python do what they say, but for the number of tokens."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "document.txt").write_text("import os\n")
+    about = ABOUT | {"model": "demo", "foldable": ["a-floor"], "per_length": ["token-filter"]}
+    python, command = lines(about, remedy, 1024)
+    assert ("target_length=1024" in python) == ("token-filter" in remedy) and "max_new_tokens=200" in python
+    assert command == f"rnn-longctx generate demo --mitigation {remedy} --prompt - < document.txt"
+    names: dict[str, object] = {}
+    exec(python.replace("max_new_tokens=200", "max_new_tokens=2"), names)
+    assert names["new"].shape == (1, 2)
+    assert (tmp_path / "mended" / "config.json").exists() == (remedy == "a-floor")
