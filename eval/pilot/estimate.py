@@ -17,9 +17,9 @@ from rnn_longctx.mitigations import Handle, parse_remedy
 
 SAFETY = 1.2  # a step is begun only where so many times its predicted time is left
 # Seconds that the tables and the report take at the end: at least so many, and this share of what loading took.
-RESERVE, RESERVE_OF_LOADING = 4.0, 0.6
+RESERVE, RESERVE_OF_LOADING = 4.0, 1.0
 # Shares of the budget that reading the bare model far, the first steps, and those with the finals may take.
-FAR, FIRST, ALL = 0.1, 0.75, 0.9
+FAR, FIRST, ALL = 0.1, 0.65, 0.9
 FARTHEST = 128  # training lengths that are read unless a person names longer ones
 # Longest length in training lengths, slices, prompts: the richest that fits is taken.
 LADDER = ((FARTHEST, 4, 20), (FARTHEST, 3, 10), (64, 3, 10), (64, 2, 10), (32, 2, 10), (32, 2, 5), (16, 2, 5),
@@ -140,7 +140,7 @@ def choose(
         longest = factor * train_length
         if given is not None or longest <= most:
             lengths = tuple(given) if given is not None else lengths_up_to(longest, train_length)
-            rungs.append(Sizes(lengths, lengths, slices, prompts, slices, prompts))
+            rungs.append(Sizes(lengths, lengths, lengths, slices, prompts, slices, prompts))
 
     def first(sizes: Sizes) -> float:
         return predictor.total(first_steps(sizes, train_length, tasks, diagnoses))
@@ -154,12 +154,10 @@ def choose(
             break
         sizes = far
     taken = first(sizes)
-    for slices, prompts in FINALS_LADDER:
-        more = replace(sizes, final_slices=slices, final_prompts=prompts)
-        if (
-            slices > sizes.slices
-            and taken + predictor.total(finals_of_unknown(more, train_length, tasks)) <= ALL * left
-        ):
+    for slices, prompts in (*FINALS_LADDER, (sizes.slices, sizes.prompts)):
+        more = replace(sizes, final=sizes.plain, final_slices=slices, final_prompts=prompts)
+        taking = taken + predictor.total(finals_of_unknown(more, train_length, tasks))
+        if slices >= sizes.slices and taking <= ALL * left:
             return more
     return sizes
 

@@ -96,19 +96,23 @@ def most_read(frame: pd.DataFrame) -> pd.DataFrame:
     return frame[frame["mitigation"].isin(names)]
 
 
-def compared_at(sheet: Sheet) -> int | None:
+def compared_at(sheet: Sheet, widest: bool = False) -> int | None:
     """Return the longest length at which none, a remedy and a control that reads the last tokens again were measured,
-    or at least none and a remedy; None: there is no such length."""
+    or at least none and a remedy; None: there is no such length. widest: of those of most remedies."""
     bare = sheet.cells.get("none", {})
     with_remedy = [n for n in bare if any(n in sheet.cells[name] for name in sheet.remedies())]
     with_control = [n for n in with_remedy if sheet.best_recompute(n)]
-    return max(with_control or with_remedy, default=None)
+    lengths = with_control or with_remedy
+    if widest and lengths:
+        remedies = {n: sum(n in sheet.cells[name] for name in sheet.remedies()) for n in lengths}
+        lengths = [n for n in lengths if remedies[n] == max(remedies.values())]
+    return max(lengths, default=None)
 
 
-def comparison(frame: pd.DataFrame) -> Comparison | None:
-    """Return the remedies compared at the longest length; None where none was measured."""
+def comparison(frame: pd.DataFrame, widest: bool = False) -> Comparison | None:
+    """Return the remedies compared at one length (`compared_at`); None where none was measured."""
     sheet = loss_sheet(frame)
-    length = None if sheet is None else compared_at(sheet)
+    length = None if sheet is None else compared_at(sheet, widest)
     if sheet is None or length is None:
         return None
     recalls = [s for s in sheets(frame) if s.kind == "accuracy" and not s.task.endswith("-without-document")]
@@ -197,7 +201,7 @@ def ranked(compared: Comparison, most: int | None = None) -> list[Row]:
 
 def finalists(frame: pd.DataFrame, names: Sequence[str], most: int = BEST) -> list[str]:
     """Return which of some remedies are worth more text, by name, the best first: those that do not raise the loss."""
-    compared = comparison(frame)
+    compared = comparison(frame, widest=True)
     bare = None if compared is None else compared.row("none")
     if compared is None or bare is None:
         return []

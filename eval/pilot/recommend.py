@@ -92,7 +92,7 @@ def _of_comparison(
 
 def _elsewhere(frame: pd.DataFrame, chosen: Row) -> list[str]:
     """Return a doubt where a remedy that was measured on less text looked better there."""
-    everything = comparison(frame)
+    everything = comparison(frame, widest=True)
     same = None if everything is None else everything.row(chosen.name)
     if everything is None or same is None:
         return []

@@ -36,11 +36,13 @@ class Sizes:
     Attributes:
         lengths: in tokens, the training length among them, and one beyond it at least.
         plain: the lengths at which the bare model alone is read: those, and longer ones where they take little.
+        final: those at which the remedies that came out best are read.
         slices, prompts: of each text and task; final_slices, final_prompts: of the remedies that came out best.
     """
 
     lengths: tuple[int, ...]
     plain: tuple[int, ...]
+    final: tuple[int, ...]
     slices: int
     prompts: int
     final_slices: int
@@ -153,13 +155,13 @@ def without_document(tasks: Tasks) -> Tasks:
 
 
 def final_steps(sizes: Sizes, train_length: int, tasks: Tasks, finalists: Sequence[str]) -> list[Step]:
-    """Return the steps that measure the best remedies, none and the controls again on more text, and with more prompts;
-    none where the first ones have read as much."""
+    """Return the steps that measure the best remedies, none and the controls again on more or longer stretches of text,
+    and with more prompts; none where the first ones have read as much."""
     names = ["none", *controls(train_length), *finalists]
     steps = []
-    if sizes.final_slices > sizes.slices:
+    if sizes.final_slices > sizes.slices or sizes.final != sizes.lengths:
         loss = loss_job(sizes.final_slices, train_length)
-        steps += [Step(FINALS, name, loss, sizes.lengths) for name in names]
+        steps += [Step(FINALS, name, loss, sizes.final) for name in names]
     more = {t: n for t, n in tasks.items() if counts(t, sizes.final_prompts) > counts(t, sizes.prompts)}
     for name in names:
         steps += _recalls(FINALS, name, more, sizes.final_prompts, sizes, train_length)

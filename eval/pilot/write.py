@@ -56,7 +56,7 @@ def write_pilot(pilot: Pilot, estimate: Estimate) -> tuple[dict[str, Any], Recom
     about = about_model(pilot)
     found = recommend(frame, about)
     table = most_read(frame)
-    compared, everything = comparison(table), comparison(frame)
+    compared, everything = comparison(table), comparison(frame, widest=True)
     fall = collapse(frame)
     names = (
         ["none", *dict.fromkeys(n for n in (found.remedy, *(r.name for r in ranked(compared, 3) if compared)) if n)]
