@@ -64,12 +64,13 @@ class Line:
         colour: a colour of this module.
         dash, symbol: of Plotly; no symbol where it is "".
         on: whether it is shown at first.
+        width: in pixels; 0: markers alone.
         text: what stands for x in the box under the pointer; of none, x in tokens.
     """
 
     name: str
     x: Sequence[float]
-    y: Sequence[float]
+    y: Sequence[float | None]
     low: Sequence[float] | None = None
     high: Sequence[float] | None = None
     colour: str = INK
@@ -104,7 +105,7 @@ def traces_of(line: Line, unit: str = "", **more: Any) -> list[go.Scatter]:
             x=list(line.x),
             y=list(line.y),
             name=line.name,
-            mode="lines+markers" if line.symbol else "lines",
+            mode="markers" if not line.width else "lines+markers" if line.symbol else "lines",
             line={"color": line.colour, "width": line.width, "dash": line.dash},
             marker={"symbol": line.symbol or "circle", "size": 7, "color": line.colour},
             customdata=list(line.text) or [_place(x) for x in line.x],
@@ -183,7 +184,7 @@ def lengths_axis(lengths: Sequence[float], title: str = "length, tokens") -> dic
     }
 
 
-def values_axis(values: Sequence[float], title: str, log: bool | None = None) -> dict[str, Any]:
+def values_axis(values: Sequence[float | None], title: str, log: bool | None = None) -> dict[str, Any]:
     """Return an axis of values; logarithmic, unless said, where all are above 0 and the largest is over three times the
     smallest: a collapse by five times must not flatten differences of a percent."""
     known = [float(v) for v in values if v is not None and math.isfinite(v)]
@@ -191,14 +192,22 @@ def values_axis(values: Sequence[float], title: str, log: bool | None = None) ->
         log = bool(known) and min(known) > 0 and max(known) > 3 * min(known)
     if not log:
         return {"title": {"text": title}}
-    wide = bool(known) and max(known) > 100 * min(known)
-    return {
-        "title": {"text": title},
-        "type": "log",
-        "dtick": 1 if wide else "D2",
-        "tickformat": "~g",
-        "exponentformat": "power",
-    }
+    axis: dict[str, Any] = {"title": {"text": title}, "type": "log"}
+    low, high = (min(known), max(known)) if known else (0.1, 10.0)
+    if high > 100 * low:
+        exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+        ticks = [10.0**e for e in exponents[:: math.ceil(len(exponents) / 8)]]
+    else:
+        steps = (1, 1.5, 2, 3, 4, 5, 6, 8) if high < 10 * low else (1, 2, 5)
+        start = math.floor(math.log10(low)) - 1
+        ticks = [float(f"{m * 10.0**e:.2g}") for e in range(start, start + 5) for m in steps]
+        ticks = [tick for tick in ticks if low / 1.5 <= tick <= high * 1.5]
+    return axis | {"tickvals": ticks, "ticktext": [number(tick, "g") for tick in ticks]}
+
+
+def steps_axis(title: str) -> dict[str, Any]:
+    """Return an axis of counts from 0 on, such as steps or tokens one after another."""
+    return {"title": {"text": title}, "tickformat": ",d", "nticks": 6}
 
 
 def share_axis(title: str) -> dict[str, Any]:
@@ -246,8 +255,10 @@ def _place(x: float) -> str:
     return text if not text.isdigit() else f"{whole:,}"
 
 
-def number(value: float, form: str = ".3g") -> str:
+def number(value: float | None, form: str = ".3g") -> str:
     """Return a number for a sentence, and words for one that is not finite."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return "not a number"
-    return "infinite" if math.isinf(value) else format(float(value), form)
+    if math.isinf(value):
+        return "infinite"
+    return f"{value:,.0f}" if 10_000 <= abs(value) < 1e15 else format(float(value), form)

@@ -133,9 +133,8 @@ document.addEventListener("click", event => {
   if (button) save(button.dataset.figure, button.dataset.save);
 });
 document.addEventListener("toggle", event => { if (event.target.open && event.target.dataset.table) fill(event.target); }, true);
-for (const link of document.querySelectorAll("a[data-csv]")) {
-  link.href = "data:text/csv;charset=utf-8," + encodeURIComponent(csv(page.tables[link.dataset.csv]));
-}
+const fillLink = link => { link.href = "data:text/csv;charset=utf-8," + encodeURIComponent(csv(page.tables[link.dataset.csv])); };
+document.querySelectorAll("a[data-csv]").forEach(fillLink);
 
 // A change of light to dark draws again; paper is light, and as wide as a page.
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawAll);

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from plotly.offline import get_plotlyjs
 from rnn_longctx.config import home_path
 from rnn_longctx.eval.show.page.figures import LOOKS
 from rnn_longctx.eval.show.page.parts import Code, Figure, Page, Section, Slider, Switch, Table
-from rnn_longctx.eval.show.page.text import cell, clean, escaped, for_plotly, for_script
+from rnn_longctx.eval.show.page.text import cell, clean, escaped, for_plotly, for_script, unpacked
 from rnn_longctx.files import write_atomic
 
 LIMIT = 5_900_000  # bytes of a page
@@ -41,16 +43,21 @@ def write_page(page: Page, path: str | Path) -> Path:
 
 def rendered(page: Page) -> str:
     """Return a page as HTML of at most LIMIT bytes."""
+    before = math.inf
     for rows in ROWS:
         text = Renderer(rows).page(page)
-        if len(text.encode()) <= LIMIT:
+        if (size := len(text.encode())) <= LIMIT:
             return text
+        if size > 0.9 * before:  # what makes it large is no line and no table
+            break
+        before = size
     room = LIMIT - len(Renderer(ROWS[-1], room=0).page(page).encode())
     return Renderer(ROWS[-1], room).page(page)
 
 
 @cache
-def _file(name: str) -> str:
+def script(name: str) -> str:
+    """Return the text of a script or style that lies beside this file."""
     return (_HERE / name).read_text()
 
 
@@ -61,17 +68,24 @@ def _plotly() -> str:
 
 
 @cache
-def _hash(script: str) -> str:
-    return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
+def _hash(text: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
 def policy(scripts: Sequence[str], connect: str = "'none'") -> str:
     """Return the Content-Security-Policy of a page with these scripts. Plotly sets styles as it draws."""
-    allowed = " ".join(_hash(script) for script in scripts)
+    allowed = " ".join(_hash(text) for text in scripts)
     return (
         f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data: blob:; "
         f"connect-src {connect}; base-uri 'none'; form-action 'none'"
     )
+
+
+def policy_of(html: str) -> str:
+    """Return the policy that a page was written with."""
+    found = re.search(r'Content-Security-Policy" content="([^"]*)"', html)
+    assert found is not None
+    return unescape(found[1])
 
 
 @dataclass
@@ -92,8 +106,8 @@ class Renderer:
         """Return the page as HTML, with more scripts of its own, which may connect to there."""
         body = "\n".join(self.body(page))
         data = for_script({"figures": self.figures, "tables": self.tables})
-        parts = [_plotly(), _file("page.js"), *scripts]
-        code = "\n".join(f"<script>{script}</script>" for script in parts)
+        parts = [_plotly(), script("page.js"), *scripts]
+        code = "\n".join(f"<script>{text}</script>" for text in parts)
         return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -104,7 +118,7 @@ class Renderer:
 <meta name="color-scheme" content="light dark">
 <link rel="icon" href="data:,">
 <title>{escaped(page.title)}</title>
-<style>{LOOKS}{_file("page.css")}</style>
+<style>{LOOKS}{script("page.css")}</style>
 </head>
 <body>
 {body}
@@ -157,7 +171,7 @@ class Renderer:
     def figure(self, figure: Figure) -> str:
         name = f"f{len(self.figures)}"
         plot = figure.plot.to_plotly_json()
-        traces = [thinned(trace, self.rows) for trace in for_plotly(plot.get("data", []))]
+        traces = [for_plotly(thinned(unpacked(trace), self.rows)) for trace in plot.get("data", [])]
         spec: dict[str, Any] = {
             "title": for_plotly(figure.title),
             "file": file_name(figure.title),
@@ -265,7 +279,7 @@ def _swatch(traces: list[dict[str, Any]], switch: Switch) -> str:
     for trace in (traces[place] for place in switch.traces):
         line, marker, mode = trace.get("line") or {}, trace.get("marker") or {}, trace.get("mode", "markers")
         colour = line.get("color") or marker.get("color")
-        if not isinstance(colour, str) or not _COLOUR.fullmatch(colour) or line.get("width") == 0:
+        if not isinstance(colour, str) or not _COLOUR.fullmatch(colour) or (mode == "lines" and not line.get("width")):
             continue
         dashes, path = _DASHES.get(line.get("dash", ""), ""), _MARKERS.get(marker.get("symbol", "circle"), "")
         rule = f'<path d="M0 6h28" style="stroke:{colour}" stroke-width="2" stroke-dasharray="{dashes}"/>'
@@ -335,7 +349,7 @@ def thinned(trace: dict[str, Any], most: int) -> dict[str, Any]:
         stretches = max(1, most // 2 - 1)
         for i in range(stretches):
             stretch = range(i * len(x) // stretches, (i + 1) * len(x) // stretches)
-            known = [k for k in stretch if isinstance(y[k], (int, float))]
+            known = [k for k in stretch if y[k] is not None and y[k] == y[k]]
             places |= {min(known, key=lambda k: y[k]), max(known, key=lambda k: y[k])} if known else {stretch[0]}
     order = sorted(places)
     return {k: [v[i] for i in order] if isinstance(v, list) and len(v) == len(x) else v for k, v in trace.items()}

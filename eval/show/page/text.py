@@ -46,8 +46,7 @@ def for_plotly(value: Any, key: str = "") -> Any:
     """Return a Plotly figure's data or layout, or a piece of it, as JSON takes it: texts escaped, arrays as lists,
     numbers of DIGITS digits, None for those that are not finite."""
     if isinstance(value, dict):
-        if "bdata" in value and "dtype" in value:
-            return for_plotly(_decoded(value))
+        value = unpacked(value)
         return {k: for_plotly(v, k) for k, v in value.items() if not (key == "layout" and k == "template")}
     if isinstance(value, (list, tuple, np.ndarray, pd.Series, pd.Index)):
         return [for_plotly(v) for v in value]
@@ -80,8 +79,14 @@ def number(value: Any, digits: int | None = None) -> Any:
     return clean(value)
 
 
-def _decoded(array: dict[str, Any]) -> Any:
-    """Return the list of an array that Plotly packed."""
-    values = np.frombuffer(base64.b64decode(array["bdata"]), dtype=array["dtype"])
-    shape = [int(n) for n in str(array["shape"]).split(",")] if "shape" in array else [-1]
-    return values.reshape(shape).tolist()
+def unpacked(piece: dict[str, Any]) -> dict[str, Any]:
+    """Return a piece of a figure with its arrays as lists, also those that Plotly packed."""
+    return {key: _listed(value) for key, value in piece.items()}
+
+
+def _listed(value: Any) -> Any:
+    if isinstance(value, dict) and "bdata" in value and "dtype" in value:
+        values = np.frombuffer(base64.b64decode(value["bdata"]), dtype=value["dtype"])
+        shape = [int(n) for n in str(value["shape"]).split(",")] if "shape" in value else [-1]
+        return values.reshape(shape).tolist()
+    return list(value) if isinstance(value, (tuple, np.ndarray, pd.Series, pd.Index)) else value

@@ -160,14 +160,27 @@ def moved(held: Tensor, pattern: Pattern, start: int, end: int) -> Tensor:
 
 def _held_after(x: Tensor, held: Tensor, pattern: Pattern, start: int) -> Tensor:
     """Return the last tokens (B, H, M, D) that heads took of the present segment, the newest at the right end, of those
-    held before and x (B, T, H, D) from position `start` on; zero where that is no token."""
-    end, heads = start + x.shape[1], x.shape[2]
-    position = taken_before(pattern, heads, end, x.device)
-    after = x[:, (position - start).clamp(min=0), torch.arange(heads, device=x.device)[:, None]]
-    first = end // pattern.segment * pattern.segment
-    if first < start:
-        after = after.where((position >= start)[..., None], moved(held.to(x.dtype), pattern, start, end))
-    return after.masked_fill((position < first)[..., None], 0)
+    held before and x (B, T, H, D) from position `start` on, a multiple of the dilation; zero where that is no token.
+
+    By slices alone: a stream asks for it at every call, and an index costs a dozen launches on a GPU.
+    """
+    r, memory, (rows, length, heads, channels) = pattern.dilation, pattern.memory, x.shape
+    end, rest = start + length, length % r  # heads of shifts below `rest` have taken one more than the others
+    old = start // r  # of every head's tokens so many stand before the call
+    first = end // pattern.segment * pattern.segment // r  # and so many before the present segment
+    kept = max(first, old, end // r - memory)  # the oldest of this call's that is needed
+    ranks = -(-end // r) - kept
+    x = F.pad(x[:, (kept - old) * r :], (0, 0, 0, 0, 0, -length % r)).unflatten(1, (ranks, r))
+    taken = torch.cat([x[:, :, : min(r, heads - j), j : j + r].diagonal(0, 2, 3) for j in range(0, heads, r)], 3)
+    taken = taken.permute(0, 3, 1, 2)  # (B, H, the kept ones of a head, D)
+    earlier = held.to(x.dtype)[:, :, memory - max(0, old - first) :] if first < old else held[:, :, :0].to(x.dtype)
+    none = x.new_zeros(rows, heads, memory + 1, channels)
+    line = torch.cat([none, earlier, taken], 2)
+    more, others = line[:, :, -memory or line.shape[2] :], line[:, :, -memory - 1 : -1]
+    if rest == 0:
+        return more.contiguous()
+    shift = torch.arange(heads, device=x.device)[:, None, None] % r
+    return more.where(shift < rest, others)
 
 
 def _plain(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from rnn_longctx.eval.tables.leaderboard import leaderboard
 from rnn_longctx.eval.tables.sheets import Sheet, kind_of, placed, sheets
 
 MANY = 8  # remedies and controls that are all shown at first; of more, the best
+MOST = 4  # values of a line of the header
 FEW = 8  # columns of a heat map whose cells have their numbers
 _ABOUT = {
     "model": "model", "weights_hash": "weights", "tokenizer": "tokenizer", "train_length": "training length",
@@ -61,10 +63,10 @@ def about(frame: pd.DataFrame) -> dict[str, str]:
         values = list(dict.fromkeys(rows[column].dropna())) if column in frame else []
         if values:
             texts = [format_length(int(v)) if column == "train_length" else str(v) for v in values]
-            lines[name] = ", ".join(texts[:6]) + (f" and {len(texts) - 6} more" if len(texts) > 6 else "")
+            lines[name] = ", ".join(texts[:MOST]) + (f" and {len(texts) - MOST} more" if len(texts) > MOST else "")
     lines["measured"] = counted(len(frame), "row")
     if command := _command(frame):
-        lines["command"] = command
+        lines["a command that asks the same"] = command
     return lines
 
 
@@ -86,7 +88,7 @@ def sections(frame: pd.DataFrame) -> list[Section]:
     everything = sheets(frame)
     losses = [part for sheet in everything if sheet.kind == "loss" for part in loss_figures(sheet)]
     answers = [part for sheet in everything if sheet.kind == "accuracy" for part in answer_figures(sheet)]
-    parts = [
+    parts: list[tuple[str, Sequence[Figure | Table]]] = [
         ("Loss over length", losses),
         ("Answers over length and depth", answers),
         ("Remedies ranked", ranking(frame)),
@@ -141,7 +143,7 @@ def loss_figures(sheet: Sheet) -> list[Figure]:
         of.append(Line(name, lengths, values, low, high, on=name in first, **how))
     y = figures.values_axis([v for line in of for v in line.y], "loss, nats per token")
     marks = training(sheet)
-    if (peak := sheet.peak("none")) is not None and max(v for line in of for v in line.y if math.isfinite(v)) > peak:
+    if (peak := sheet.peak("none")) is not None:
         marks.append(level(2 * peak, f"collapse: above {2 * peak:.2f}", is_log(y)))
     title = title_of(sheet, "Loss over positions (L/2, L]")
     words = at_the_end(sheet, "loss in nats per token", ".3f") + " Shaded: one standard error over slices of the text."
@@ -252,7 +254,7 @@ def answer_figures(sheet: Sheet) -> list[Figure]:
         low, high = ([v if s is None else s[j] for v, s in zip(values, spans)] for j in (1, 2))
         of.append(Line(name, lengths, values, low, high, on=name in first, **how))
     marks = training(sheet)
-    if sheet.chance is not None and math.isfinite(sheet.chance) and sheet.chance > 0:
+    if sheet.chance is not None and sheet.chance > 0.01:
         marks.append(level(sheet.chance, "a guess"))
     y = figures.share_axis("share of answers that are right")
     words = at_the_end(sheet, f"share of right answers of {sheet.task}", ".2f") + " Shaded: 95% intervals (Wilson's)."

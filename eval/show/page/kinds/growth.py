@@ -55,7 +55,7 @@ def page(path: Path) -> Page:
 
 
 def verdict(frame: pd.DataFrame) -> list[str]:
-    """Return a line an entry and thing measured: how its seconds and bytes grow, how surely, and where it is cheaper."""
+    """Return a line an entry and thing measured: how seconds and bytes grow, how surely, and where it is cheaper."""
     lines = []
     for (what, entry), rows in frame.groupby(["what", "entry"], sort=False):
         last = rows[rows["seconds"].notna()].tail(1)

@@ -48,6 +48,7 @@ def page(path: Path) -> Page:
         train = int(about["train_length"])
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         raise InputError(f"cannot read the probe in {path}: {' '.join(str(error).split())}") from None
+    more = [] if remembrance is None else [Section("What the rest still changes", [remembered(remembrance, train)])]
     verdict = [f"{clause[:1].upper()}{clause[1:]}." for clause in str(about["verdict"]).split("; ")]
     header = {
         name: format_length(int(about[key])) if key in _LENGTHS else str(about[key])
@@ -61,11 +62,7 @@ def page(path: Path) -> Page:
         [
             Section("Heads by layer", [head_maps(table, train)]),
             Section("States, memory and loss while reading", curves(table, trace, heads, losses, train)),
-            *(
-                [Section("What the rest still changes", [remembered(remembrance, train)])]
-                if remembrance is not None
-                else []
-            ),
+            *more,
             Section("Heads, worst first", [_heads(heads), *_ablation(about)]),
         ],
     )
@@ -74,8 +71,8 @@ def page(path: Path) -> Page:
 def ratios(trace: pd.DataFrame, envelope: list[list[float]]) -> pd.DataFrame:
     """Return layer, head, position and ratio: the mean norm of rows over the largest in training, infinite where it is
     not finite."""
-    mean = trace.assign(norm=not_finite_is_beyond(trace["norm"]))
-    mean = mean.groupby(["layer", "head", "position"], as_index=False)["norm"].mean()
+    trace = trace.assign(norm=not_finite_is_beyond(trace["norm"]))
+    mean = trace.groupby(["layer", "head", "position"], as_index=False).agg(norm=("norm", "mean"))
     limits = np.array([envelope[layer][head] for layer, head in zip(mean["layer"], mean["head"])])
     return mean.assign(ratio=mean["norm"] / limits)
 
@@ -101,10 +98,11 @@ def head_maps(table: pd.DataFrame, train: int) -> Figure:
         about = {"colorbar": bar, "text": texts, "hovertemplate": "layer %{y}, head %{x}: %{text}<extra></extra>"}
         plot.add_trace(figures.heat_map(shown, across, down, "", figures.RATIO, zmin=-6, zmax=6, **about))
         beyond = here["ratio"] > MARGIN
-        worst = here.loc[here["ratio"].idxmax()]
+        worst = here.sort_values("ratio").iloc[-1]
+        furthest = f"layer {worst['layer']:.0f} head {worst['head']:.0f}, {number(worst['ratio'])} times"
         words = (
             f"tokens: {int(beyond.sum())} of {counted(len(here), 'head')} above {MARGIN:g} times their largest norm "
-            f"in training; the furthest is layer {worst['layer']:.0f} head {worst['head']:.0f}, {number(worst['ratio'])} times."
+            f"in training; the furthest is {furthest}."
         )
         steps.append(Step(format_length(position), [i], words))
         rows.append(here)
@@ -124,7 +122,7 @@ def curves(
     table: pd.DataFrame, trace: pd.DataFrame, heads: pd.DataFrame, losses: pd.DataFrame, train: int
 ) -> list[Figure]:
     """Return the norms and retentions of the worst heads and of the rest, and the loss, over the tokens read."""
-    mean = trace.groupby(["layer", "head", "position"], as_index=False)["retention"].mean()
+    mean = trace.groupby(["layer", "head", "position"], as_index=False).agg(retention=("retention", "mean"))
     norms = of_heads(
         table, "ratio", heads, "Norm over the largest in training", "norm over the largest in training", train
     )
@@ -137,12 +135,9 @@ def curves(
         Line("each stretch", places, list(losses["loss"]), colour=figures.MUTED, symbol="", width=1),
         Line("mean of eight stretches", places, list(smooth), symbol=""),
     ]
-    left = (
-        f" {counted(len(onsets), 'head')} left their range from {number(onsets[0], '.0f')} tokens on." if onsets else ""
-    )
-    words = (
-        f"The loss ends at {number(float(smooth.iloc[-1]), '.3f')} nats per token, after {places[-1]:,} tokens.{left}"
-    )
+    words = f"The loss ends at {number(float(smooth.iloc[-1]), '.3f')} nats per token, after {places[-1]:,} tokens."
+    if onsets:
+        words += f" {counted(len(onsets), 'head')} left the range of training from {onsets[0]:,.0f} tokens on."
     marks = [upright(train, "training length")]
     loss = figures.lines("Loss while reading", words, losses, lines, lengths_axis(places, "tokens read"), y, marks)
     return [norms, kept, loss]
@@ -192,7 +187,7 @@ def _finite(values: pd.Series) -> list[float | None]:
 
 def remembered(remembrance: pd.DataFrame, train: int) -> Figure:
     """Return effective remembrance over the tokens that were kept."""
-    mean = remembrance[remembrance["cut"] > 0].groupby("kept", as_index=False)["tv"].mean()
+    mean = remembrance[remembrance["cut"] > 0].groupby("kept", as_index=False).agg(tv=("tv", "mean"))
     line = Line("what the rest still changes", list(mean["kept"]), list(mean["tv"]), **look(0))
     last = mean.iloc[-1]
     words = (

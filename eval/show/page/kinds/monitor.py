@@ -1,0 +1,171 @@
+"""The page of a monitor's log, JSON lines: norms against their envelope, the shift of the input, and what happened."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from rnn_longctx.config import counted
+from rnn_longctx.errors import InputError
+from rnn_longctx.eval.show.page import figures
+from rnn_longctx.eval.show.page.figures import INK, LINES, Line, is_log, level, number
+from rnn_longctx.eval.show.page.parts import KINDS, Figure, Kind, Page, Section, Table
+
+STATUSES = ("ok", "warning", "drift", "collapsed")
+COLUMNS = ("time", "stream", "position", "status", "outside", "worst", "shift", "action", "heads")
+
+
+def fits(path: Path) -> bool:
+    return path.is_file() and path.suffix == ".jsonl"
+
+
+def page(path: Path) -> Page:
+    """Return the page of a log. Raises InputError: it cannot be read, or holds no report."""
+    try:
+        text = path.read_text(errors="replace")
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
+    table, unread = reports(text.splitlines())
+    if table.empty:
+        raise InputError(f"{path} holds no report of a monitor")
+    header = {
+        "log": path.name,
+        "reports": f"{len(table):,}",
+        "streams": str(table["stream"].nunique()),
+        "first": str(table["time"].iloc[0]),
+        "last": str(table["time"].iloc[-1]),
+    }
+    if unread:
+        header["lines that are no report"] = str(unread)
+    sections = [
+        Section("States and input", drawn(table)),
+        Section("Events", [Table("Changes of status, and actions", events(table))]),
+        Section("Heads outside their margins", _heads(table)),
+        Section("All reports", [Table("Every report", table.drop(columns="heads"))]),
+    ]
+    return Page(f"Monitor of {path.stem}", verdict(table), header, [s for s in sections if s.parts])
+
+
+def report(line: str) -> dict[str, Any] | None:
+    """Return one line of a log as a mapping, or None where it is no report."""
+    try:
+        found = json.loads(line)
+        position, status = int(found["position"]), found["status"]
+        if status not in STATUSES:
+            return None
+        heads = [(int(layer), int(head), ratio) for layer, head, ratio in found.get("heads") or []]
+    except (ValueError, TypeError, KeyError):
+        return None
+    return {
+        "time": str(found.get("time", "")),
+        "position": position,
+        "status": status,
+        "outside": _number(found.get("outside")),
+        "worst": _number(found.get("worst")),
+        "shift": _number(found.get("shift")),
+        "action": found.get("action"),
+        "heads": heads,
+    }
+
+
+def _number(value: Any) -> float:
+    return float(value) if isinstance(value, (int, float)) else math.nan
+
+
+def reports(lines: Iterable[str]) -> tuple[pd.DataFrame, int]:
+    """Return the reports of a log, a row each, and how many lines are none. A position that is not above the one before
+    begins another stream."""
+    rows: list[dict[str, Any]] = []
+    unread, stream, last = 0, 1, 0
+    for line in lines:
+        row = report(line)
+        if row is None:
+            unread += bool(line.strip())
+            continue
+        stream, last = stream + (bool(rows) and row["position"] <= last), row["position"]
+        rows.append({"stream": stream} | row)
+    return pd.DataFrame(rows, columns=list(COLUMNS)), unread
+
+
+def verdict(table: pd.DataFrame) -> list[str]:
+    """Return what the log says: how often which status, where first, and what was done."""
+    counts = table["status"].value_counts()
+    shares = ", ".join(f"{counts[s]:,} {s} ({counts[s] / len(table):.0%})" for s in STATUSES if s in counts)
+    lines = [f"Of {counted(len(table), 'report')}: {shares}."]
+    for status in STATUSES[1:]:
+        if status in counts:
+            first = table[table["status"] == status].iloc[0]
+            lines.append(
+                f"First {status} at {first['position']:,} tokens of stream {first['stream']}: "
+                f"{first['outside']:.0f} heads outside their margins, the furthest {number(first['worst'])} times."
+            )
+    done = table["action"].dropna()
+    if len(done):
+        texts = [f"{name} ({count} times)" for name, count in done.value_counts().items()]
+        lines.append(f"Done: {', '.join(texts)}.")
+    last = table.iloc[-1]
+    lines.append(f"The last report, at {last['position']:,} tokens, says {last['status']}.")
+    return lines
+
+
+def drawn(table: pd.DataFrame) -> list[Figure]:
+    """Return norms and shift over the tokens read in all streams, one after another."""
+    steps = table["position"].diff()
+    steps[table["stream"].diff() != 0] = table["position"]
+    read = steps.cumsum().tolist()
+    text = [f"stream {s}, {p:,}" for s, p in zip(table["stream"], table["position"])]
+    axis = figures.steps_axis("tokens read")
+    frame = table.drop(columns="heads").assign(read=read)
+    worst = [Line("largest ratio of a head", read, table["worst"].tolist(), symbol="", text=text)]
+    for status, colour in zip(STATUSES[1:], (LINES[4], LINES[3], LINES[1])):
+        here = table["status"] == status
+        if here.any():
+            y = table["worst"].where(here).tolist()
+            symbol = {"warning": "triangle-up", "drift": "diamond", "collapsed": "x"}[status]
+            worst.append(Line(status, read, y, colour=colour, symbol=symbol, width=0, text=text))
+    y_axis = figures.values_axis(table["worst"].tolist(), "state norm over its envelope")
+    peak = table["worst"].max()
+    words = f"The largest ratio of a state's norm to its envelope is {number(float(peak))}, of {len(table):,} reports."
+    norm = figures.lines("State norms against their envelope", words, frame, worst, axis, y_axis,
+                         [level(1, "envelope", is_log(y_axis))])  # fmt: skip
+    outside = [Line("heads", read, table["outside"].tolist(), colour=INK, symbol="", text=text)]
+    count = figures.lines("Heads outside their margins", f"At most {table['outside'].max():.0f} heads at once.", frame,
+                          outside, axis, {"title": {"text": "heads"}, "rangemode": "tozero"}, height=280)  # fmt: skip
+    out = [norm, count]
+    if table["shift"].notna().any():
+        shift = [Line("shift of the input", read, table["shift"].tolist(), symbol="", text=text)]
+        marks = [level(1, "limit: above, another input than calibrated on")]
+        at_most = f"At most {number(float(table['shift'].max()))} of the limit."
+        y_axis = {"title": {"text": "shift over its limit"}, "rangemode": "tozero"}
+        out.append(figures.lines("Shift of the input", at_most, frame, shift, axis, y_axis, marks, height=280))
+    return out
+
+
+def events(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the reports at which the status changed, or something was done."""
+    before = table["status"].shift(fill_value="ok").where(table["stream"].diff().fillna(0) == 0, "ok")
+    some = table[(table["status"] != before) | table["action"].notna()]
+    worst = [", ".join(f"layer {layer} head {head}" for layer, head, _ in heads[:3]) for heads in some["heads"]]
+    columns = ["position", "status", "action", "outside", "worst", "shift"]
+    return some[columns].assign(heads=worst, stream=some["stream"], time=some["time"]).reset_index(drop=True)
+
+
+def _heads(table: pd.DataFrame) -> list[Table]:
+    """Return how often each head was outside its margin, and its largest ratio."""
+    rows: dict[tuple[int, int], list[float]] = {}
+    for heads in table["heads"]:
+        for layer, head, ratio in heads:
+            rows.setdefault((layer, head), []).append(math.inf if ratio is None else float(ratio))
+    if not rows:
+        return []
+    lines = [{"layer": k[0], "head": k[1], "reports": len(v), "largest ratio": max(v)} for k, v in rows.items()]
+    frame = pd.DataFrame(lines).sort_values(["reports", "largest ratio"], ascending=False, ignore_index=True)
+    return [Table("How often, and how far", frame, "Of each report 16 heads at most are named, the furthest first.")]
+
+
+KINDS.register(Kind("monitor", fits, page))

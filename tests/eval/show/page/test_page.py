@@ -1,0 +1,152 @@
+"""Pages without a browser: small enough whatever the tables hold, whole, and of the kind that the folder is."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+import pytest
+from report_folders import FOLDERS, eval_folder, monitor_line, monitor_log, probe_folder
+from typer.testing import CliRunner
+
+from rnn_longctx.cli.program import app
+from rnn_longctx.errors import InputError
+from rnn_longctx.eval.show.page import figures
+from rnn_longctx.eval.show.page.kinds import monitor
+from rnn_longctx.eval.show.page.page import LIMIT, Renderer, rendered, shown, spread, thinned, write_page
+from rnn_longctx.eval.show.page.parts import KINDS, Figure, Page, Section, Table, page_of
+
+
+def all_figures(page: Page) -> list[Figure]:
+    return [part for section in page.sections for part in section.parts if isinstance(part, Figure)]
+
+
+@pytest.mark.parametrize("kind", sorted(FOLDERS))
+def test_every_kind_of_folder_has_its_page(kind, tmp_path):
+    path = FOLDERS[kind](tmp_path / kind)
+    fitting = [k for k in KINDS.values() if k.fits(path)]
+    assert [k.name for k in fitting if not any(k.name in other.over for other in fitting)] == [kind]
+    page = page_of(path)
+    assert page.verdict and all(line.endswith(".") for line in page.verdict)
+    for figure in all_figures(page):
+        assert len(figure.alternative) > 20 and any(c.isdigit() for c in figure.alternative), figure.title
+        assert len(figure.frame), figure.title
+        places = {place for switch in figure.switches for place in switch.traces}
+        assert places <= set(range(len(figure.plot.data)))
+    text = rendered(page)
+    assert len(text.encode()) < 6_000_000 and text.count("<figure") == len(all_figures(page))
+    assert 'http-equiv="Content-Security-Policy" content="default-src &#x27;none&#x27;' in text
+
+
+def test_pages_say_what_the_tables_say(tmp_path):
+    page = page_of(eval_folder(tmp_path / "eval"))
+    assert any("collapses at 4K" in line for line in page.verdict) and any(
+        "state-norm" in line for line in page.verdict
+    )
+    loss = all_figures(page)[0]
+    rows = loss.frame.set_index(["mitigation", "length"])["value"]
+    assert f"{rows['state-norm', 16384]:.3f} with state-norm" in loss.alternative
+    assert (
+        page.header["training length"] == "256"
+        and "--mitigation state-norm" in page.header["a command that asks the same"]
+    )
+    page = page_of(probe_folder(tmp_path / "probe"))
+    maps = all_figures(page)[0]
+    assert maps.slider is not None and "1 of 12 heads" in maps.slider.steps[-1].words
+    assert "layer 1 head 2, 32 times" in maps.slider.steps[-1].words and "0 of 12" in maps.slider.steps[0].words
+    page = page_of(monitor_log(tmp_path / "m.jsonl", reports=90))
+    assert page.verdict[0] == "Of 90 reports: 30 ok (33%), 30 warning (33%), 30 collapsed (33%)."
+    assert any("First collapsed at 15,616 tokens" in line for line in page.verdict)
+
+
+def test_the_command_writes_one_file(tmp_path):
+    folder = eval_folder(tmp_path / "run")
+    elsewhere = tmp_path / "x" / "y.html"
+    for arguments, written in (([], folder / "report.html"), (["--out", str(elsewhere)], elsewhere)):
+        result = CliRunner().invoke(app, ["report", str(folder), *arguments])
+        assert result.exit_code == 0 and result.output.strip() == str(written) and written.stat().st_size > 10**6
+    log = monitor_log(tmp_path / "log.jsonl")
+    result = CliRunner().invoke(app, ["report", str(log)])
+    assert result.exit_code == 0 and (tmp_path / "log.html").exists()
+
+
+def test_what_is_no_folder_of_results_is_refused(tmp_path):
+    with pytest.raises(InputError, match="there is no"):
+        page_of(tmp_path / "nowhere")
+    with pytest.raises(InputError, match=r"nothing that a report can be made of: it knows folders of .*capacity.*eval"):
+        page_of(tmp_path)
+    (tmp_path / "empty.jsonl").write_text("not json\n")
+    with pytest.raises(InputError, match="holds no report"):
+        page_of(tmp_path / "empty.jsonl")
+    broken = probe_folder(tmp_path / "probe")
+    (broken / "probe.json").write_text("{")
+    with pytest.raises(InputError, match="cannot read the probe"):
+        page_of(broken)
+
+
+@pytest.mark.parametrize("what", ["line", "maps", "table", "figures"])
+def test_a_page_is_below_six_megabytes_whatever_it_holds(what):
+    rng = np.random.default_rng()
+    frame, parts = pd.DataFrame({"x": [1]}), []
+    if what == "line":
+        y = rng.normal(size=200_000)
+        y[123_456] = 99.0
+        parts = [Figure("f", go.Figure(go.Scatter(x=np.arange(200_000), y=y)), "a", pd.DataFrame({"y": y}))]
+    elif what == "maps":
+        parts = [Figure(f"{i}", go.Figure(go.Heatmap(z=rng.normal(size=(200, 200)))), "a", frame) for i in range(9)]
+    elif what == "table":
+        parts = [Table("t", pd.DataFrame({f"c{i}": ["x" * 1500] * 4000 for i in range(4)}))]
+    else:
+        line = go.Figure(go.Scatter(x=list(range(100)), y=rng.normal(size=100).tolist()))
+        parts = [Figure(f"figure {i}", line, "words", pd.DataFrame({"y": range(100)})) for i in range(400)]
+    text = rendered(Page("large", ["v"], {}, [Section("s", parts)]))
+    assert len(text.encode()) <= LIMIT < 6_000_000
+    if what == "line":
+        assert "99.0" in text.partition('id="data"')[2], "the peak is still there"
+    if what == "maps":
+        assert "left out of a page that is too large" in text and text.count("<figure") > 0
+
+
+def test_a_thinned_line_keeps_its_ends_and_peaks():
+    rng = np.random.default_rng()
+    y = rng.normal(size=5000).tolist()
+    peak, low = (int(i) for i in rng.choice(4998, 2, replace=False) + 1)
+    y[peak], y[low] = 50.0, -50.0
+    y[0] = math.nan
+    trace = thinned({"x": list(range(5000)), "y": y, "customdata": [str(i) for i in range(5000)], "name": "n"}, 100)
+    assert len(trace["x"]) == len(trace["y"]) == len(trace["customdata"]) <= 100
+    assert {0, 4999, peak, low} <= set(trace["x"]) and trace["x"] == sorted(trace["x"])
+    assert all(str(x) == c for x, c in zip(trace["x"], trace["customdata"]))
+    assert spread(10, 20) == list(range(10)) and spread(1000, 3) == [0, 500, 999]
+
+
+def test_numbers_are_shown_to_four_digits():
+    assert [shown(v) for v in (1.23456, 123456, None, math.nan, True, np.float64(0.1), "x")] == [
+        *("1.235", "123,456", "", "", "yes", "0.1", "x"),
+    ]  # fmt: skip
+
+
+def test_axes_of_lengths_say_k_and_m():
+    axis = figures.lengths_axis([512, 4096, 2**20])
+    assert axis["ticktext"] == ["512", "4K", "1M"] and axis["tickvals"] == [512, 4096, 2**20]
+    axis = figures.lengths_axis([2**k for k in range(7, 21)])
+    assert len(axis["ticktext"]) <= figures.TICKS and axis["ticktext"][-1] == "1M"
+
+
+def test_a_log_of_two_streams_and_lines_that_are_no_reports():
+    lines = [monitor_line(k) for k in range(3)] + ["", "[1]", '{"position": 1}', "{", monitor_line(0)]
+    table, unread = monitor.reports(lines)
+    assert table["stream"].tolist() == [1, 1, 1, 2] and unread == 3
+    infinite = json.dumps({"position": 1, "status": "collapsed", "heads": [[0, 0, None]], "worst": None, "shift": None})
+    assert monitor.report(infinite)["heads"] == [(0, 0, None)]
+    page = Page("m", monitor.verdict(table), {}, [Section("s", monitor.drawn(table))])
+    assert Renderer(100).page(page)
+
+
+def test_a_page_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises((InputError, OSError)):
+        write_page(Page("t", ["v"], {}, []), tmp_path / "file" / "page.html")
