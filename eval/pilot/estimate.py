@@ -4,7 +4,7 @@ fit a budget."""
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -164,15 +164,20 @@ def choose(
 
 def estimated(
     predictor: Predictor, sizes: Sizes, tasks: Tasks, diagnoses: Sequence[str], spent: float, budget: float,
-    reserve: float, peak: float, price: float | None,
+    reserve: float, peak: float, price: float | None, is_done: Callable[[Step], bool],
 ) -> Estimate:  # fmt: skip
-    """Return the estimate of a run that has taken `spent` seconds; reserve: seconds that it takes at the end."""
+    """Return the estimate of a run that has taken `spent` seconds.
+
+    Args: reserve: seconds that it takes at the end; is_done: of steps that a run before this one measured.
+    """
     train_length = predictor.train_length
     steps = first_steps(sizes, train_length, tasks, diagnoses)
     steps += finals_of_unknown(sizes, train_length, tasks) + other_steps(sizes, train_length, tasks)
     stages = {stage: {"stage": stage, "steps": 0, "begun": 0, "tokens": 0, "seconds": 0.0} for stage in STAGES}
     total, ready = spent + reserve, set(predictor.speeds.ready)
     for step in steps:
+        if step.remedy != UNKNOWN_FINALIST and is_done(step):
+            continue
         row, seconds = stages[step.stage], predictor.seconds(step)
         row["steps"] += 1  # type: ignore[operator]
         if total + SAFETY * seconds <= budget:

@@ -24,6 +24,7 @@ from rnn_longctx.eval.pilot.findings import (
 )
 from rnn_longctx.eval.stats import Interval, wilson
 
+FAR_ENOUGH = 16  # training lengths
 Kind = Literal["none needed", "remedy", "last tokens", "insufficient", "undecided"]
 
 
@@ -136,7 +137,10 @@ def _none_needed(fall: dict[str, Any], compared: Comparison, about: dict[str, An
     words = [_collapse_words(fall), "Use it as it is: no remedy that was measured surely lowers its loss."]
     words.append(_gain_words(compared.row("none"), compared))
     python, command = lines(about, None, None)
-    return Recommendation("none needed", None, [w for w in words if w], _shared_doubts(compared, None), python, command)
+    doubts = _shared_doubts(compared, None)
+    if compared.length < FAR_ENOUGH * about["train_length"]:
+        doubts.append("That is not far: many models collapse further out. Name more time, or longer --lengths.")
+    return Recommendation("none needed", None, [w for w in words if w], doubts, python, command)
 
 
 def _remedy(fall: dict[str, Any], compared: Comparison, best: list[Row], about: dict[str, Any]) -> Recommendation:

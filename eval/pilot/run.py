@@ -177,7 +177,7 @@ class Pilot:
         peak = own_peak(self.model.device) + self._growth(sizes.longest, sizes.final_slices)
         spent, price = self.ledger.spent, self.config.price
         estimate = estimated(
-            self.predictor, sizes, self.tasks, self.diagnoses, spent, budget, self.reserve, peak, price
+            self.predictor, sizes, self.tasks, self.diagnoses, spent, budget, self.reserve, peak, price, self._is_stored
         )
         self.ledger.save()
         return sizes, estimate
