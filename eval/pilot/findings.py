@@ -136,7 +136,7 @@ def _row(
             if against in other.cells and against != name:
                 both = [[s for n in sorted(lengths) for s in other.cells[one][n].samples] for one in (name, against)]
                 if both[0] and len(both[0]) == len(both[1]):
-                    recall_gain[other.task] = paired_bootstrap(*both)
+                    recall_gain[other.task] = paired_bootstrap(both[0], both[1])
     cost, bare = _cost(frame, name, length), _cost(frame, "none", length)
     return Row(
         name,

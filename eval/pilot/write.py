@@ -34,6 +34,8 @@ from rnn_longctx.eval.pilot.findings import (
 )
 from rnn_longctx.eval.pilot.recommend import Recommendation, recommend
 from rnn_longctx.eval.pilot.run import Pilot, text_tokens
+from rnn_longctx.eval.show.page.page import write_page
+from rnn_longctx.eval.show.page.parts import page_of
 from rnn_longctx.eval.tune.budget import memory_text, time_text
 from rnn_longctx.files import write_atomic
 from rnn_longctx.mitigations import REMEDIES
@@ -43,46 +45,26 @@ from rnn_longctx.models.segments import reads
 from rnn_longctx.tasks.qa import QuestionAnswering
 
 FILE, PAGE = "pilot.json", "report.html"
+NAMED = 3  # remedies whose gains and costs stand beside those of none
 EXCERPTS, EXCERPT = 4, 400  # of the text, where it may be shown: how many, and characters of each
 
 
 def write_pilot(pilot: Pilot, estimate: Estimate) -> tuple[dict[str, Any], Recommendation]:
     """Write what is known of a pilot into its folder; return what pilot.json holds, and the recommendation."""
-    from rnn_longctx.eval.show.page.page import write_page
-    from rnn_longctx.eval.show.page.parts import page_of
-
     pilot.results.gather()
-    frame, model = pilot.frame(), pilot.model
-    about = about_model(pilot)
-    found = recommend(frame, about)
-    table = most_read(frame)
-    compared, everything = comparison(table), comparison(frame, widest=True)
-    fall = collapse(frame)
-    names = (
-        ["none", *dict.fromkeys(n for n in (found.remedy, *(r.name for r in ranked(compared, 3) if compared)) if n)]
-        if compared
-        else ["none"]
-    )
-    content = {
-        "model": _described(model),
-        "text": documents(model, pilot.text, fall["length"]),
-        "budget": {"seconds": pilot.config.budget, "spent": pilot.ledger.spent, "price_an_hour": pilot.config.price},
+    frame, c = pilot.frame(), pilot.config
+    said, found = of_table(frame, about_model(pilot))
+    fall = said["collapse"]
+    content = said | {
+        "model": _described(pilot.model),
+        "text": documents(pilot.model, pilot.text, fall["length"]),
+        "budget": {"seconds": c.budget, "spent": pilot.ledger.spent, "price_an_hour": c.price},
         "estimate": estimate.about(),
-        "collapse": fall,
         "onset": _onset(pilot.folder, frame),
-        "compared": None if compared is None else _compared(compared),
-        "screened": None if everything is None else _compared(everything),
-        "recall": recall_rows(table),
-        "above_without_document": {
-            k: v._asdict() for k, v in above_without_document(frame, found.remedy or "none").items()
-        },
-        "context_gain": context_gain(table, names),
-        "throughput": throughput(table, names, None if compared is None else compared.length),
-        "recommendation": asdict(found),
         "not_measured": pilot.not_measured,
         "not_applicable": pilot.not_applicable,
         "steps": pilot.ledger.steps,
-        "excerpts": excerpts(pilot, fall, found.remedy) if pilot.config.with_text else None,
+        "excerpts": excerpts(pilot, fall["length"]) if c.with_text else None,
         "version": pilot.ledger.settings["version"],
     }
     content = plain(content)
@@ -90,6 +72,26 @@ def write_pilot(pilot: Pilot, estimate: Estimate) -> tuple[dict[str, Any], Recom
     write_page(page_of(pilot.folder), pilot.folder / PAGE)
     pilot.ledger.save()
     return content, found
+
+
+def of_table(frame: pd.DataFrame, about: dict[str, Any]) -> tuple[dict[str, Any], Recommendation]:
+    """Return what a table says, by the keys of pilot.json, and the recommendation. about: see `recommend`."""
+    found, table = recommend(frame, about), most_read(frame)
+    compared, everything = comparison(table), comparison(frame, widest=True)
+    best = [] if compared is None else [row.name for row in ranked(compared, NAMED)]
+    names = list(dict.fromkeys(["none", *([found.remedy] if found.remedy else []), *best]))
+    above = above_without_document(frame, found.remedy or "none")
+    said = {
+        "collapse": collapse(frame),
+        "compared": None if compared is None else _compared(compared),
+        "screened": None if everything is None else _compared(everything),
+        "recall": recall_rows(table),
+        "above_without_document": {task: gain._asdict() for task, gain in above.items()},
+        "context_gain": context_gain(table, names),
+        "throughput": throughput(table, names, None if compared is None else compared.length),
+        "recommendation": asdict(found),
+    }
+    return said, found
 
 
 def about_model(pilot: Pilot) -> dict[str, Any]:
@@ -160,10 +162,10 @@ def _compared(compared: Any) -> dict[str, Any]:
     return {"length": compared.length, "against": compared.against, "rows": rows}
 
 
-def excerpts(pilot: Pilot, fall: Mapping[str, Any], remedy: str | None) -> dict[str, Any]:
+def excerpts(pilot: Pilot, collapses_at: int | None) -> dict[str, Any]:
     """Return text that the person wants to see: the beginnings of what is read where the model fails, and the questions
     with the answers that are right."""
-    at = fall["length"] or pilot.train_length
+    at = collapses_at or pilot.train_length
     shown = []
     for i in range(EXCERPTS):
         ids = tokens(pilot.text, pilot.model.tokenizer, i, at)[0][at // 2 :]

@@ -38,7 +38,6 @@ def pilot(
     """Where a model collapses on your own documents, which remedy to use, and how to use it, within a time.
     Killed and run again, it goes on where it stopped."""
     began = time.monotonic() - process_seconds()
-    import rnn_longctx.eval.show.page.page  # noqa: F401  (now, and not when the time is nearly up)
     from rnn_longctx.eval.pilot.ask import ask
     from rnn_longctx.eval.pilot.write import estimate_table, summary, write_pilot
 
