@@ -16,10 +16,10 @@ from rnn_longctx.eval.plan import mitigated
 from rnn_longctx.mitigations import Handle, parse_remedy
 
 SAFETY = 1.2  # a step is begun only where so many times its predicted time is left
-# Seconds that the tables and the report take at the end: at least so many, and this share of what loading took.
-RESERVE, RESERVE_OF_LOADING = 4.0, 1.0
+# Seconds that the tables and the report take at the end: at least so many, and so many times what loading took.
+RESERVE, RESERVE_OF_LOADING = 4.0, 2.0
 # Shares of the budget that reading the bare model far, the first steps, and those with the finals may take.
-FAR, FIRST, ALL = 0.1, 0.65, 0.9
+FAR, FIRST, ALL = 0.15, 0.75, 0.9
 FARTHEST = 128  # training lengths that are read unless a person names longer ones
 # Longest length in training lengths, slices, prompts: the richest that fits is taken.
 LADDER = ((FARTHEST, 4, 20), (FARTHEST, 3, 10), (64, 3, 10), (64, 2, 10), (32, 2, 10), (32, 2, 5), (16, 2, 5),

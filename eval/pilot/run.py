@@ -167,8 +167,9 @@ class Pilot:
         self._measure_speeds()
         budget, known = self.config.budget, f"{self.config.budget:g}"
         if known in self.ledger.sizes:
-            values = self.ledger.sizes[known]
-            sizes = Sizes(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+            values: dict[str, Any] = self.ledger.sizes[known]
+            values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+            sizes = Sizes(**values)
         else:
             left = max(1.0, budget - self.ledger.spent - self.reserve)
             sizes = choose(self.predictor, self.given, self.most, self.tasks, left, self.diagnoses)

@@ -25,7 +25,7 @@ PLAIN, CONTROLS, REMEDIES, HEADS, RECALL, FINALS, OTHERS = (
 STAGES = (PLAIN, CONTROLS, REMEDIES, HEADS, RECALL, FINALS, OTHERS)
 FINALISTS = 3  # remedies that are measured again, on more text
 SHORT = 4  # times as many slices are read at the training length, which takes little
-FARTHEST_RECALL = 8  # training lengths: prompts, of which many are read, are not asked beyond
+FARTHEST_RECALL = 4  # training lengths: prompts, of which many are read, are not asked beyond
 PROBED = 32  # training lengths at most that the probe reads
 
 
