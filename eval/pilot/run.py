@@ -26,6 +26,7 @@ from rnn_longctx.eval.jobs.recall import Recall
 from rnn_longctx.eval.pilot.estimate import RESERVE, RESERVE_OF_LOADING, SAFETY, Estimate, Predictor, choose, estimated
 from rnn_longctx.eval.pilot.findings import finalists
 from rnn_longctx.eval.pilot.ledger import Ledger
+from rnn_longctx.eval.pilot.limits import checked_train_length, longest_length, with_training
 from rnn_longctx.eval.pilot.speed import ROWS, Speeds, reading_speed, token_seconds
 from rnn_longctx.eval.pilot.steps import PLAIN, Sizes, Step, candidates, controls, final_steps, first_steps, other_steps
 from rnn_longctx.eval.plan import mitigated, plan
@@ -33,7 +34,8 @@ from rnn_longctx.eval.question import Question
 from rnn_longctx.eval.results import Results, to_frame
 from rnn_longctx.eval.tables.sheets import SETTING, alike
 from rnn_longctx.eval.tune.budget import own_peak, time_text
-from rnn_longctx.mitigations import NotApplicable, diagnostics, handles_on, mitigate, parse_remedy
+from rnn_longctx.mitigations import NotApplicable, diagnostics, mitigate, parse_remedy
+from rnn_longctx.models.checkpoint.locate import former_name
 from rnn_longctx.models.interface import LanguageModel
 from rnn_longctx.models.segments import SEGMENTS
 from rnn_longctx.probes.probe import probe
@@ -41,7 +43,6 @@ from rnn_longctx.progress import Say
 from rnn_longctx.tasks.base import Task, TooShort
 from rnn_longctx.version import __version__
 
-FEWEST = 2  # slices of a text that do not overlap
 LOOKS = 256  # tokens between two looks of the probe
 TRYING = 0.03  # share of the budget that may go into measuring the speed of each kind of reading
 
@@ -90,9 +91,9 @@ class Pilot:
 
     def __init__(self, model: LanguageModel, text: Text, config: PilotConfig, began: float, say: Say):
         self.model, self.text, self.config, self.say = model, text, config, say
-        self.train_length = _train_length(model)
-        self.given = None if config.lengths is None else _with_training(config.lengths, self.train_length)
-        self.most = _longest(model, text, self.train_length, None if self.given is None else max(self.given))
+        self.train_length = checked_train_length(model)
+        self.given = None if config.lengths is None else with_training(config.lengths, self.train_length)
+        self.most = longest_length(model, text, self.train_length, None if self.given is None else max(self.given))
         self.results = Results(config.out)
         self.folder = home_path(config.out)
         # No snapshots of unfinished streams: states, and the tokens that a control reads again, hold text.
@@ -103,6 +104,8 @@ class Pilot:
             results=self.results,
             snapshot_seconds=math.inf,
         )
+        # What lies there of this model gets the training length of today.
+        self.results.relabel(model.name, self.measuring.weights_hash, self.train_length, former_name(model.name))
         self.tasks = self._tasks()
         self.ledger = Ledger(self.folder, self._settings(), began)
         self.speeds = Speeds(self.ledger.speeds, bool(model.calibration))
@@ -145,7 +148,7 @@ class Pilot:
             **{column: key.get(column) for column in (*SETTING, "batch", "device", "backend", "seed")},
             "text_hash": self.text.hash,
             "lengths": self.given and list(self.given),
-            "tasks": [f"{task} {task.text}" for task in self.config.tasks],
+            "tasks": [f"{task} {_named(task)}" for task in self.config.tasks],
             "train_length": self.train_length,
             "version": __version__,
         }
@@ -155,9 +158,8 @@ class Pilot:
         key = self.measuring.key()
         frame = to_frame(self.results.rows())
         same = alike(frame, {c: key.get(c) for c in (*SETTING, "batch", "device", "seed")})
-        labels = {"lm": self.text.hash} | {task.label: None for task in self.config.tasks}
-        texts = {task.label: str(task.text) for task in self.config.tasks if isinstance(task.text, str)}
-        of_text = (frame["task"] == "lm") & (frame["text_hash"] == labels["lm"])
+        of_text = (frame["task"] == "lm") & (frame["text_hash"] == self.text.hash)
+        texts = {task.label: _named(task) for task in self.config.tasks}
         asked = frame["task"].map(lambda t: str(t).removesuffix("-without-document"))
         of_tasks = asked.isin(list(texts)) & (frame["text"] == asked.map(texts))
         return frame[same & (of_text | of_tasks)].reset_index(drop=True)
@@ -356,51 +358,6 @@ class Pilot:
         return step.job.counts.at(length)
 
 
-def _train_length(model: LanguageModel) -> int:
-    """Return the training length of a model that can be piloted. Raises InputError for another one."""
-    if not model.mixers:
-        raise InputError(
-            f"{model.name} has no recurrent layer, so it has no state that could collapse, and no remedy to choose: "
-            "`rnn-longctx eval` measures its loss and recall over length (`--mitigation yarn` stretches rotary "
-            "attention), and `rnn-longctx retrofit` puts recurrent layers in the place of attention"
-        )
-    if model.train_length is None:
-        raise InputError(f"{model.name} does not say its training length: give --train-length")
-    if handles_on(model):
-        raise InputError(f"{model.name} has a remedy on it; a pilot begins with the bare model: take it off")
-    return model.train_length
-
-
-def _with_training(lengths: Sequence[int], train_length: int) -> tuple[int, ...]:
-    """Return a person's lengths with the training length among them. Raises InputError where none is beyond it."""
-    if max(lengths) <= train_length:
-        raise InputError(
-            f"--lengths: a pilot asks what happens beyond the training length, {format_length(train_length)}; the "
-            f"longest given is {format_length(max(lengths))}"
-        )
-    return tuple(sorted({*lengths, train_length}))
-
-
-def _longest(model: LanguageModel, text: Text, train_length: int, given: int | None) -> int:
-    """Return the longest length of which the text has two slices side by side. Raises InputError: not of twice the
-    training length, or the longest that was named."""
-    have, about = text_tokens(model, text)
-    needed = 2 * train_length if given is None else given
-    least = FEWEST * (needed + 1) if given is None else needed + 1
-    if have < least:
-        why = f"two stretches of {format_length(needed)} tokens" if given is None else f"{format_length(needed)} tokens"
-        raise InputError(
-            f"text {text.name} has {about}{have} tokens; a pilot of {model.name}, which was trained on "
-            f"{format_length(train_length)}, reads {why}: give it at least {least}"
-        )
-    return max(needed, have // FEWEST - 1)
-
-
-def text_tokens(model: LanguageModel, text: Text, sample: int = 1 << 18) -> tuple[int, str]:
-    """Return the tokens of a text, counted where it is short or its tokens are bytes, else from the rate of its
-    beginning, and "about " in front of a number that was not counted."""
-    if model.tokenizer.name == "bytes":
-        return len(text), ""
-    part = text.data[:sample].decode("utf-8", "ignore").encode()
-    n = len(model.tokenizer.encode_with_bytes(part)[0])
-    return (n, "") if len(text) <= sample else (int(n * len(text) / max(1, len(part))), "about ")
+def _named(task: Task) -> str:
+    """Return the text that a task's results are filed under, by its name."""
+    return task.text if isinstance(task.text, str) else task.text.name

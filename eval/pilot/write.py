@@ -32,8 +32,9 @@ from rnn_longctx.eval.pilot.findings import (
     recall_rows,
     throughput,
 )
+from rnn_longctx.eval.pilot.limits import text_tokens
 from rnn_longctx.eval.pilot.recommend import Recommendation, recommend
-from rnn_longctx.eval.pilot.run import Pilot, text_tokens
+from rnn_longctx.eval.pilot.run import Pilot
 from rnn_longctx.eval.show.page.page import write_page
 from rnn_longctx.eval.show.page.parts import page_of
 from rnn_longctx.eval.tune.budget import memory_text, time_text

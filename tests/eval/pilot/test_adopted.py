@@ -18,7 +18,7 @@ from rnn_longctx.eval.pilot.steps import Sizes
 from rnn_longctx.eval.pilot.write import write_pilot
 
 
-@pytest.mark.parametrize("family", ["bamba", "qwen3_next"])
+@pytest.mark.parametrize("family", ["bamba", pytest.param("qwen3_next", marks=pytest.mark.slow)])
 def test_what_does_not_fit_the_model_is_named(family, tmp_path, monkeypatch):
     monkeypatch.setitem(adopted_families.COMMON, "vocab_size", 256)
     monkeypatch.setattr(pilot_run, "other_steps", lambda *some: [])

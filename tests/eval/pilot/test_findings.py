@@ -163,7 +163,9 @@ def test_onset_of_a_probe():
     assert onset(None, None) is None
 
 
-@pytest.mark.parametrize("remedy", ["a-floor", "token-filter+state-norm:every=64"])
+@pytest.mark.parametrize(
+    "remedy", ["a-floor", pytest.param("token-filter+state-norm:every=64", marks=pytest.mark.slow)]
+)
 def test_the_lines_run(remedy, tmp_path, monkeypatch):
     """The lines of Python do what they say, but for the number of tokens."""
     monkeypatch.chdir(tmp_path)

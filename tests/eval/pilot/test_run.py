@@ -224,3 +224,13 @@ def test_the_report_of_hostile_names(model, document, tmp_path):
     write_pilot(pilot, estimate)
     page = (tmp_path / "out" / "report.html").read_text()
     assert "<script>alert(1)" not in page and "\x1b" not in page
+
+
+def test_a_haystack_is_kept_by_its_name(model, document, tmp_path):
+    (tmp_path / "hay.txt").write_bytes(document.data.replace(b"\0", b" "))
+    task = Passkey(haystack=str(tmp_path / "hay.txt"))
+    pilot = begun(model, document, tmp_path / "out", tasks=(task,), lengths=(64, 256))
+    pilot.estimate()
+    pilot.measure(Sizes((64, 256), (64, 256), (64, 256), 1, 1, 1, 1))
+    assert "passkey-in-hay.txt" in set(pilot.frame()["task"])
+    assert all(b"Wexcombe" not in data for data in files(tmp_path / "out").values())
