@@ -17,7 +17,7 @@ from rnn_longctx.mitigations import Handle, parse_remedy
 
 SAFETY = 1.2  # a step is begun only where so many times its predicted time is left
 # Seconds that the tables and the report take at the end: at least so many, and so many times what loading took.
-RESERVE, RESERVE_OF_LOADING = 4.0, 2.0
+RESERVE, RESERVE_OF_LOADING = 4.0, 1.5
 # Shares of the budget that reading the bare model far, the first steps, and those with the finals may take.
 FAR, FIRST, ALL = 0.15, 0.75, 0.9
 FARTHEST = 128  # training lengths that are read unless a person names longer ones

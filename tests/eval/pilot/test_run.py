@@ -149,7 +149,7 @@ def test_a_budget_is_kept(model, document, tmp_path, monkeypatch, slowness):
     """By a clock that moves with the steps alone, each so many times as slow as predicted, and looked at ten times."""
     now = [0.0]
     monkeypatch.setattr(pilot_run.time, "monotonic", lambda: now[0])
-    config = PilotConfig("tiny", "letters/", str(tmp_path / "out"), 300.0, tasks=(Passkey(),), lengths=(64, 256, 512))
+    config = PilotConfig("tiny", "letters/", str(tmp_path / "out"), 120.0, tasks=(Passkey(),), lengths=(64, 256, 512))
     pilot = Pilot(model, document, config, 0.0, silent)
     pilot.speeds.reading, pilot.speeds.token = {"none": 100.0, "recompute:last=64": 70.0}, 0.1
     begun_steps = []
@@ -165,8 +165,8 @@ def test_a_budget_is_kept(model, document, tmp_path, monkeypatch, slowness):
     sizes = Sizes((64, 256, 512), (64, 256, 512), (64, 256, 512), 2, 5, 4, 10)
     pilot.measure(sizes)
     piece = slowness * max(predicted for *_, predicted in begun_steps) / 10
-    assert pilot.ledger.spent <= 300 - RESERVE + (piece if slowness > SAFETY else 0) and pilot.not_measured
-    assert all(spent + SAFETY * predicted + RESERVE <= 300 for _, spent, predicted in begun_steps)
+    assert pilot.ledger.spent <= 120 - RESERVE + (piece if slowness > SAFETY else 0) and pilot.not_measured
+    assert all(spent + SAFETY * predicted + RESERVE <= 120 for _, spent, predicted in begun_steps)
     assert begun_steps[0][0].startswith("none: loss") and begun_steps[1][0].startswith("recompute")
     named = {step["step"] for step in pilot.not_measured}
     cut = named & {name for name, *_ in begun_steps}
