@@ -23,6 +23,7 @@ from rnn_longctx.eval.jobs.base import Job
 from rnn_longctx.eval.jobs.loss import LossOverLength
 from rnn_longctx.eval.jobs.parsing import parse_recall
 from rnn_longctx.eval.run import evaluate
+from rnn_longctx.eval.tables.compare import control
 from rnn_longctx.mitigations import REMEDIES, parse_remedy
 from rnn_longctx.models.interface import LanguageModel
 from rnn_longctx.models.segments import SEGMENTS
@@ -117,7 +118,7 @@ class LossConfig:
         long_enough("loss", self.texts, self.lengths[-1])
 
     def rows(self, subject: Subject) -> Iterator[Row]:
-        remedies = ["none", f"recompute:last={subject.train_length}"]
+        remedies = ["none", control(subject.train_length)]
         yield from subject.evaluated(self.lengths, [self.job], remedies, self.texts)
 
     def forgetting(self, subject: Subject) -> Iterator[Row]:

@@ -19,7 +19,7 @@ from rnn_longctx.eval.show.answers import answer_tables, draw_answers, guess
 from rnn_longctx.eval.show.costs import cost_tables
 from rnn_longctx.eval.show.recovery import draw_recovery_grid, recovery_table
 from rnn_longctx.eval.show.style import BLUE, GREYS, GRID, RED, write
-from rnn_longctx.eval.tables.compare import DEFINITION, of_all_seeds
+from rnn_longctx.eval.tables.compare import DEFINITION, control, of_all_seeds
 
 BESIDE = 2  # tasks whose answers stand in the table of losses; more have tables and a page of their own
 
@@ -129,7 +129,7 @@ def _remedies(frame: pd.DataFrame) -> list[tuple[str, Table]]:
     tables = []
     for metric, what in (("loss", "nats per token"), ("accuracy", "share of answers that are right")):
         rows = of_seeds[of_seeds["metric"] == metric]
-        bare = rows["mitigation"].str.startswith("recompute:") | (rows["mitigation"] == "none")
+        bare = rows["mitigation"].isin(["none", *map(control, rows["train_length"].unique())])
         for (task, text), remedied in rows[~bare].groupby(["task", "text"], sort=False):
             length = remedied["length"].max()
             here = rows[(rows["task"] == task) & (rows["text"] == text) & (rows["length"] == length)]
@@ -210,9 +210,10 @@ def _panel(axes: Axes, rows: pd.DataFrame) -> None:
         axes.plot(one["length"], one["value"], color=BLUE, linewidth=0.7, alpha=0.6)
     mean = bare[bare["seed"].isna()].sort_values("length")
     axes.plot(mean["length"], mean["value"], color=BLUE, linewidth=1.8, marker="o", markersize=3)
-    again = rows[rows["mitigation"].str.startswith("recompute:") & rows["seed"].isna()].sort_values("length")
+    train_length = int(rows["train_length"].iloc[0])
+    again = rows[(rows["mitigation"] == control(train_length)) & rows["seed"].isna()].sort_values("length")
     axes.plot(again["length"], again["value"], color=GREYS[0], linestyle="--", linewidth=1.4)
-    axes.axvline(float(rows["train_length"].iloc[0]), color=RED, linewidth=1)
+    axes.axvline(train_length, color=RED, linewidth=1)
     axes.grid(axis="y", color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

@@ -72,6 +72,11 @@ def summarised(rows: Iterable[Row], train_length: int) -> pd.DataFrame:
     return frame
 
 
+def control(train_length: int) -> str:
+    """Return the remedy that context gain is counted against: the last tokens of the training length read afresh."""
+    return f"recompute:last={train_length}"
+
+
 def judge(
     losses: Mapping[int, float], peak: float | None, gains: Mapping[int, Interval], again: Mapping[int, float], T: int
 ) -> Judged:
@@ -165,16 +170,16 @@ def _most(a: float, b: float) -> float:
 
 
 def _gains(rows: Sequence[Row]) -> list[Row]:
-    """Return the context gain of every loss: that of recomputing, on the same slices, minus it."""
+    """Return the context gain of every loss: that of its `control`, on the same slices, minus it."""
     where = ("entry", "learning_rate", "train_length", "seed", "task", "text", "length")
     losses = [row for row in rows if row["metric"] == "loss"]
-    again = {tuple(r[c] for c in where): r for r in losses if r["mitigation"].startswith("recompute:")}
+    again = {tuple(r[c] for c in where): r for r in losses if r["mitigation"] == control(r["train_length"])}
     gains = []
     for row in losses:
-        control = again.get(tuple(row[c] for c in where))
-        if control is None or control is row or not row["samples"] or not control["samples"]:
+        afresh = again.get(tuple(row[c] for c in where))
+        if afresh is None or afresh is row or not row["samples"] or not afresh["samples"]:
             continue
-        samples = [a - b for a, b in zip(control["samples"], row["samples"])]  # slice i is the same tokens
+        samples = [a - b for a, b in zip(afresh["samples"], row["samples"])]  # slice i is the same tokens
         value = sum(samples) / len(samples)
         gains.append(row | {"metric": "gain", "value": value, "samples": samples} | _interval("gain", [samples]))
     return gains
@@ -232,9 +237,8 @@ def _judged(rows: Sequence[Row], train_length: int) -> Judged:
     losses = {row["length"]: row["value"] for row in bare if row["metric"] == "loss"}
     peaks = [row["value"] for row in bare if row["metric"] == "loss_peak" and row["length"] == train_length]
     gains = {r["length"]: Interval(r["value"], r["low"], r["high"], r["n"]) for r in bare if r["metric"] == "gain"}
-    again = {
-        r["length"]: r["value"] for r in rows if r["metric"] == "loss" and r["mitigation"].startswith("recompute:")
-    }
+    afresh = control(train_length)  # (remedies may be measured beside a control that reads more)
+    again = {r["length"]: r["value"] for r in rows if r["metric"] == "loss" and r["mitigation"] == afresh}
     if not losses:
         return Judged("unknown", None, "no loss was measured")
     return judge(losses, peaks[0] if peaks else None, gains, again, train_length)

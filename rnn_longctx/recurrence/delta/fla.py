@@ -132,7 +132,7 @@ def _forward(reading: Reading, x: Tensor, key: Tensor, query: Tensor, gates: Del
         whole = shape[1] // CHUNK
         y[:, CHUNK - 1 : whole * CHUNK : CHUNK] *= factors[:, :whole, :, None].to(y.dtype)
     if reading.looks is not None:
-        _look(reading, h, end, gates.log_decay)
+        _look(reading, h, end, g)
     whole_rows = rows.edges is None and reading.reset is None
     return y, end[rows.last], _total(reading.carry.log_decay, g) if whole_rows else None
 
@@ -173,26 +173,30 @@ def _states(
     return *chunk_gated_delta_rule_fwd_h(k=k, w=w, u=u, **decays, **starts, **marks), None
 
 
-def _look(reading: Reading, h: Tensor, end: Tensor, log_decay: Tensor) -> None:
+def _look(reading: Reading, h: Tensor, end: Tensor, g: Tensor) -> None:
     """Leave the statistics every k tokens, k a multiple of CHUNK, of tokens that begin at such a position. h
-    (B, chunks, H, P, N): the states before each chunk; end: the one after the last token."""
+    (B, chunks, H, P, N): the states before each chunk; end: the one after the last token; g (B, T, H[, N]): log-decays
+    summed within chunks, in units of log 2."""
     looks, length, position = reading.looks, reading.inputs.x.shape[1], int(reading.carry.position[0])
     assert looks is not None
-    k, n = looks.every, length // looks.every
-    at = range(k, n * k + 1, k)
-    states = [h[:, t // CHUNK] if t < length else end.to(h.dtype) for t in at]
-    flat = torch.stack(states, 2).flatten(-2).float()  # (B, H, n, P * N)
-    sums = log_decay[:, : n * k].unflatten(1, (n, k)).sum(2, dtype=torch.float64).movedim(1, -1)  # (B, H[, N], n)
-    looks.seen.append(
-        Statistics(
-            torch.tensor([position + t for t in at]),
-            flat.shape[-1],
-            flat.sum(-1),
-            flat.square().sum(-1),
-            flat.abs().amax(-1),
-            reading.carry.log_decay[..., None] + sums.cumsum(-1),
-        )
+    k, n, step = looks.every, length // looks.every, looks.every // CHUNK
+    states = [h[:, step : n * step + 1 : step]]  # (B, n, H, P, N), without the one after the last token
+    if n * k == length:
+        states.append(end[:, None])
+    parts = [x.flatten(-2) for x in states]
+    wide: dict[str, Any] = {"dim": -1, "dtype": torch.float32}
+    norm = torch.linalg.vector_norm  # (reads the states where they are, without a copy in float32)
+    measured = (
+        [x.sum(**wide) for x in parts],
+        [norm(x, **wide).square() for x in parts],
+        [norm(x, torch.inf, **wide) for x in parts],
     )
+    total, square, peak = (torch.cat(values, 1).movedim(1, -1) for values in measured)  # (B, H, n)
+    ends = g[:, CHUNK - 1 :: CHUNK][:, : n * step].unflatten(1, (n, step))
+    decays = ends.sum(2, dtype=torch.float64).cumsum(1).movedim(1, -1) / LOG2_E  # (B, H[, N], n)
+    positions = torch.arange(k, n * k + 1, k) + position
+    log_decay = reading.carry.log_decay[..., None] + decays
+    looks.seen.append(Statistics(positions, parts[0].shape[-1], total, square, peak, log_decay))
 
 
 def _with_gradients(reading: Reading, x: Tensor, key: Tensor, query: Tensor, gates: DeltaGates, rows: Rows) -> Read:

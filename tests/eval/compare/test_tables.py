@@ -10,12 +10,24 @@ from itertools import product
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.figure import Figure
 from rich.console import Console, Group
 
 from rnn_longctx.errors import InputError
-from rnn_longctx.eval.show.compare import draw, tables
+from rnn_longctx.eval.show.compare import _panel, draw, tables
 from rnn_longctx.eval.stats import Interval, crossed, student
-from rnn_longctx.eval.tables.compare import COLUMNS, DRIFT, Judged, judge, judge_seeds, passes, read, summarised, write
+from rnn_longctx.eval.tables.compare import (
+    COLUMNS,
+    DRIFT,
+    Judged,
+    control,
+    judge,
+    judge_seeds,
+    passes,
+    read,
+    summarised,
+    write,
+)
 
 T = 512
 LENGTHS = [512, 2048, 8192, 32768]
@@ -103,6 +115,32 @@ def test_gains_are_paired_and_rows_of_all_seeds_have_intervals():
     assert list(frame.columns) == list(COLUMNS)
     without = summarised([r for r in rows("a", STORIES["drifts"]) if r["mitigation"] == "none"], T)
     assert whole(without, "gain").empty and whole(without, "verdict").iloc[0]["task"] == "holds"
+
+
+@pytest.mark.parametrize("story", STORIES)
+def test_a_control_that_reads_more_is_measured_and_no_measure(story):
+    """Remedies may stand beside `recompute:last=2T`, on fewer slices; the gain is that over the last T tokens, so are
+    verdicts, and so is the dashed line of the picture."""
+    measured = [r for s in range(2) for r in rows("a", STORIES[story], s)]
+    further = [
+        r
+        | {
+            "mitigation": f"recompute:last={2 * T}",
+            "value": r["value"] - 0.4,
+            "samples": [v - 0.4 for v in r["samples"][:4]],
+        }
+        for r in measured
+        if r["mitigation"] == control(T) and r["length"] > T
+    ]
+    frame, alone = summarised(measured + further, T), summarised(measured, T)
+    for metric in ("gain", "verdict"):
+        pair = [whole(one, metric, mitigation="none").reset_index(drop=True) for one in (frame, alone)]
+        pd.testing.assert_frame_equal(*pair)
+    losses = frame[frame["metric"] == "loss"]
+    panel = Figure().subplots()
+    _panel(panel, losses[losses["task"] == "lm"])
+    (dashed,) = [line for line in panel.lines if line.get_linestyle() == "--"]
+    assert list(dashed.get_xdata()) == LENGTHS and dashed.get_ydata() == pytest.approx([1.0] * 4, abs=0.01)
 
 
 def test_crossed_intervals():

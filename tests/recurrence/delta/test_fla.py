@@ -7,12 +7,15 @@ import torch
 import torch.nn.functional as F
 
 from rnn_longctx.errors import InputError
-from rnn_longctx.recurrence.backends import Call
+from rnn_longctx.recurrence.backends import Call, Reading
+from rnn_longctx.recurrence.carry import ScanCarry
 from rnn_longctx.recurrence.delta import DELTA, fla, reference
 from rnn_longctx.recurrence.fla import missing
 from rnn_longctx.recurrence.gates import DeltaGates, ScanInputs
+from rnn_longctx.recurrence.observe import Looks
 from rnn_longctx.recurrence.policy import PLAIN, Cap, ScanPolicy
 from rnn_longctx.recurrence.span import Span
+from rnn_longctx.recurrence.statistics import Statistics
 
 
 @pytest.fixture(autouse=True)
@@ -201,3 +204,25 @@ def test_the_total_of_chunk_sums(per_channel, length):
     before = -torch.rand(2, *log_decay.shape[2:], dtype=torch.float64)
     total = fla._total(before, torch.cat(chunks, 1) * fla.LOG2_E)
     torch.testing.assert_close(total, before + log_decay.double().sum(1), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("length, every", [(256, 128), (300, 64), (320, 64), (128, 128)])
+@pytest.mark.parametrize("per_channel", [False, True], ids=["a head", "a channel"])
+def test_statistics_of_the_states_between_chunks(per_channel, length, every):
+    """Those of the states that the kernels leave before each chunk, and of the last one, by the definition of each."""
+    inputs, gates = stream(per_channel, torch.float32, "cpu", length=length)
+    chunks = [chunk.cumsum(1) for chunk in gates.log_decay.split(fla.CHUNK, 1)]
+    h, end = torch.randn(2, len(chunks), H, P, N), torch.randn(2, H, P, N)
+    before = -torch.rand(2, *gates.log_decay.shape[2:], dtype=torch.float64)
+    carry = ScanCarry(torch.zeros(2, H, P, N), torch.tensor([every, every]), before)
+    looks = Looks(every)
+    fla._look(Reading(inputs, gates, PLAIN, carry, looks=looks), h, end, torch.cat(chunks, 1) * fla.LOG2_E)
+    (seen,) = looks.seen
+    after = torch.cat([h, end[:, None]], 1) if length % fla.CHUNK == 0 else h
+    expected = []
+    for t in range(every, length + 1, every):
+        log_decay = before + gates.log_decay[:, :t].double().sum(1)
+        expected.append(Statistics.of(after[:, t // fla.CHUNK], torch.tensor(every + t), log_decay))
+    whole = Statistics.join(expected)
+    for name in ("position", "total", "square", "peak", "log_decay"):
+        torch.testing.assert_close(getattr(seen, name), getattr(whole, name), rtol=1e-5, atol=1e-4)
