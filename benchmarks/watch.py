@@ -18,13 +18,16 @@ from pathlib import Path
 
 import pandas as pd
 
-TOKENS, REPEATS = 16_384, 8
+import rnn_longctx
+
+TOKENS, REPEATS = 16_384, 6
+MONITOR = "monitor.json"
 STREAM = """
 import sys, time, resource, torch, rnn_longctx
 from rnn_longctx.data import load_text, tokens
 torch.set_num_threads(1)
 model = rnn_longctx.load("demo")
-monitor = rnn_longctx.CollapseMonitor.calibrated(model)
+monitor = rnn_longctx.CollapseMonitor.load(sys.argv[3], model)
 ids = torch.from_numpy(tokens(load_text("stdlib"), model.tokenizer, 0, int(sys.argv[2]))[0])[None]
 print("ready", flush=True)
 sys.stdin.readline()
@@ -39,7 +42,7 @@ print(time.perf_counter() - began, after.ru_utime + after.ru_stime - before.ru_u
 
 def stream(log: Path) -> subprocess.Popen[str]:
     """Start a process that reads once it is told to, and says the seconds that passed and those of its core."""
-    command = [sys.executable, "-W", "ignore", "-c", STREAM, str(log), str(TOKENS)]
+    command = [sys.executable, "-W", "ignore", "-c", STREAM, str(log), str(TOKENS), str(log.parent / MONITOR)]
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
     )
@@ -87,7 +90,11 @@ def pair(folder: Path, first_watched: bool) -> dict[str, float]:
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
-        rows = [pair(Path(folder), i % 2 == 0) for i in range(REPEATS)]
+        rnn_longctx.CollapseMonitor.calibrated(rnn_longctx.load("demo")).save(Path(folder) / MONITOR)
+        rows = []
+        for i in range(REPEATS):
+            rows.append(pair(Path(folder), i % 2 == 0))
+            print(rows[-1], flush=True)
     frame = pd.DataFrame(rows)
     for what in ("seconds", "core_seconds"):
         frame[f"{what}_ratio"] = frame[f"watched_{what}"] / frame[f"alone_{what}"]

@@ -14,6 +14,10 @@ LIGHT = [
     "rnn_longctx.eval.tables.leaderboard",
     "rnn_longctx.eval.show.plots",
     "rnn_longctx.eval.show.terminal",
+    "rnn_longctx.eval.show.page.page",
+    "rnn_longctx.eval.show.page.kinds.probe",
+    "rnn_longctx.eval.show.page.kinds.capacity",
+    "rnn_longctx.eval.show.watch.server",
     "rnn_longctx.eval.results",
     "rnn_longctx.cli",
 ]

@@ -20,6 +20,7 @@ import pandas as pd
 from plotly.offline import get_plotlyjs
 
 from rnn_longctx.config import home_path
+from rnn_longctx.errors import InputError
 from rnn_longctx.eval.show.page.figures import LOOKS
 from rnn_longctx.eval.show.page.parts import Code, Figure, Page, Section, Slider, Switch, Table
 from rnn_longctx.eval.show.page.text import cell, clean, escaped, for_plotly, for_script, unpacked
@@ -36,7 +37,10 @@ def write_page(page: Page, path: str | Path) -> Path:
     """Write a page; return its path. Lines and tables are thinned until it is below LIMIT bytes, and figures are left
     out where that is not enough; the page says so. Raises InputError: it cannot be written."""
     path = home_path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}") from None
     write_atomic(path, rendered(page).encode())
     return path
 
@@ -311,7 +315,7 @@ def shown(value: Any) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     if isinstance(value, float):
-        return f"{value:,.0f}" if abs(value) >= 10_000 and value == int(value) else f"{value:.4g}"
+        return f"{value:,.0f}" if 10_000 <= abs(value) < 1e15 else f"{value:.4g}"
     return value
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-LONGEST = 2000  # characters of one text; what is longer ends in dots
+LONGEST = 10_000  # characters of one text; what is longer ends in dots
 DIGITS = 7  # of the numbers of a figure
 _UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
 _TEMPLATES = ("hovertemplate", "texttemplate")
@@ -65,13 +65,16 @@ def cell(value: Any) -> Any:
 
 def number(value: Any, digits: int | None = None) -> Any:
     """Return a number, truth value or None as JSON takes it; anything else as text."""
+    if type(value) is int:  # (first what there is most of: asking for abstract kinds is slow)
+        return value
     if value is None or value is pd.NA or value is pd.NaT:
         return None
-    if isinstance(value, (bool, np.bool_)):
-        return bool(value)
-    if isinstance(value, numbers.Integral):
-        return int(value)
-    if isinstance(value, numbers.Real):
+    if type(value) is not float:
+        if isinstance(value, (bool, np.bool_)):
+            return bool(value)
+        if isinstance(value, numbers.Integral):
+            return int(value)
+    if type(value) is float or isinstance(value, numbers.Real):
         as_float = float(value)
         if not math.isfinite(as_float):
             return None if digits or math.isnan(as_float) else str(as_float)

@@ -116,8 +116,7 @@ class MonitorSource(Source):
         if status != before or report["action"]:
             heads = [f"layer {layer} head {head}" for layer, head, _ in report["heads"][:2]]
             outside = f"{number(report['outside'], '.0f')}: {', '.join(heads)}" if heads else "none"
-            action = "" if report["action"] is None else str(report["action"])
-            cells = [f"{position:,}", status, action, outside, number(report["worst"]), report["time"]]
+            cells = [f"{position:,}", status, report["action"] or "", outside, number(report["worst"]), report["time"]]
             self.events.append((self.points.count, cells))
 
     def verdict(self) -> list[str]:

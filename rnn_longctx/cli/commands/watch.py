@@ -20,7 +20,9 @@ def watch(
     from rnn_longctx.eval.show.watch.server import Watch
 
     with Watch(home_path(log), port) as server:
-        typer.echo(f"{server.url} (Ctrl-C ends it)")
+        file = server.source.follow.path
+        waits = "" if file.exists() else f"; {file} is not there yet"
+        typer.echo(f"{server.url} (Ctrl-C ends it{waits})")
         try:
             server.serve_forever()
         except KeyboardInterrupt:

@@ -262,7 +262,8 @@ def answer_figures(sheet: Sheet) -> list[Figure]:
     over = figures.lines(
         title_of(sheet, f"{sheet.task}, right answers"), words, table, of, lengths_axis(sheet.lengths), y, marks
     )
-    return [over, *(depth_map(sheet, name) for name in sheet.cells if sheet.depths[name])]
+    mapped = [name for name in sheet.cells if sheet.depths[name] and name in first]
+    return [over, *(depth_map(sheet, name) for name in mapped)]
 
 
 def depth_map(sheet: Sheet, name: str) -> Figure:

@@ -15,6 +15,7 @@ from rnn_longctx.errors import InputError
 from rnn_longctx.eval.show.page import figures
 from rnn_longctx.eval.show.page.figures import INK, LINES, Line, is_log, level, number
 from rnn_longctx.eval.show.page.parts import KINDS, Figure, Kind, Page, Section, Table
+from rnn_longctx.eval.show.page.text import clean
 
 STATUSES = ("ok", "warning", "drift", "collapsed")
 COLUMNS = ("time", "stream", "position", "status", "outside", "worst", "shift", "action", "heads")
@@ -58,17 +59,18 @@ def report(line: str) -> dict[str, Any] | None:
         position, status = int(found["position"]), found["status"]
         if status not in STATUSES:
             return None
-        heads = [(int(layer), int(head), ratio) for layer, head, ratio in found.get("heads") or []]
-    except (ValueError, TypeError, KeyError):
+        heads = [(int(i), int(h), math.inf if r is None else float(r)) for i, h, r in found.get("heads") or []]
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
         return None
+    action = found.get("action")
     return {
-        "time": str(found.get("time", "")),
+        "time": clean(found.get("time", "")),
         "position": position,
         "status": status,
         "outside": _number(found.get("outside")),
         "worst": _number(found.get("worst")),
         "shift": _number(found.get("shift")),
-        "action": found.get("action"),
+        "action": None if action is None else clean(action),
         "heads": heads,
     }
 
@@ -160,7 +162,7 @@ def _heads(table: pd.DataFrame) -> list[Table]:
     rows: dict[tuple[int, int], list[float]] = {}
     for heads in table["heads"]:
         for layer, head, ratio in heads:
-            rows.setdefault((layer, head), []).append(math.inf if ratio is None else float(ratio))
+            rows.setdefault((layer, head), []).append(ratio)
     if not rows:
         return []
     lines = [{"layer": k[0], "head": k[1], "reports": len(v), "largest ratio": max(v)} for k, v in rows.items()]

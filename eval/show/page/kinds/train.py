@@ -97,7 +97,7 @@ def verdict(log: pd.DataFrame, evaluated: pd.DataFrame, online: pd.DataFrame) ->
             f"{counted(len(end), 'row')} of the log{moves}."
         )
         if skipped := int(log["loss"].isna().sum()):
-            lines.append(f"{counted(skipped, 'row')} of the log have no loss: those steps were skipped.")
+            lines.append(f"Without a loss: {counted(skipped, 'row')} of the log, whose steps were skipped.")
     if len(evaluated):
         last = evaluated[evaluated["step"] == evaluated["step"].max()]
         texts = []

@@ -125,6 +125,16 @@ def test_a_training_run_is_followed(tmp_path, visit):
         server.shutdown()
 
 
+def test_a_browser_that_goes_away_is_no_error(server, capsys):
+    for error in (BrokenPipeError(), ConnectionResetError(), RuntimeError("seen")):
+        try:
+            raise error
+        except Exception:
+            server.handle_error(None, ("127.0.0.1", 1))
+    shown = capsys.readouterr().err
+    assert "seen" in shown and "BrokenPipe" not in shown and "ConnectionReset" not in shown
+
+
 def test_control_c_ends_it_with_one_line(log):
     log.write_text(monitor_line(0))
     command = [sys.executable, "-m", "rnn_longctx.cli", "watch", str(log)]
