@@ -162,6 +162,26 @@ def choose(
     return sizes
 
 
+def further(
+    predictor: Predictor, sizes: Sizes, given: Sequence[int] | None, most: int, tasks: Tasks, left: float,
+    finalists: Sequence[str],
+) -> Sizes:  # fmt: skip
+    """Return the sizes of the finals, once speeds are those of the steps that were measured: as far as `left` seconds
+    go, then as much text; those chosen before where that is no further."""
+    train_length, longest = predictor.train_length, sizes.final[-1]
+    while given is None and 2 * longest <= min(most, FARTHEST * train_length):
+        longest *= 2
+    while longest > sizes.final[-1]:
+        for slices, prompts in (*FINALS_LADDER, (sizes.slices, sizes.prompts)):
+            final = lengths_up_to(longest, train_length)
+            more = replace(sizes, final=final, final_slices=slices, final_prompts=prompts)
+            steps = final_steps(more, train_length, tasks, finalists)
+            if slices >= sizes.slices and SAFETY * predictor.total(steps) <= left:
+                return more
+        longest //= 2
+    return sizes
+
+
 def estimated(
     predictor: Predictor, sizes: Sizes, tasks: Tasks, diagnoses: Sequence[str], spent: float, budget: float,
     reserve: float, peak: float, price: float | None, is_done: Callable[[Step], bool],

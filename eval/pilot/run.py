@@ -23,7 +23,16 @@ from rnn_longctx.errors import InputError, one_line
 from rnn_longctx.eval.jobs.base import Measuring
 from rnn_longctx.eval.jobs.loss import LossOverLength
 from rnn_longctx.eval.jobs.recall import Recall
-from rnn_longctx.eval.pilot.estimate import RESERVE, RESERVE_OF_LOADING, SAFETY, Estimate, Predictor, choose, estimated
+from rnn_longctx.eval.pilot.estimate import (
+    RESERVE,
+    RESERVE_OF_LOADING,
+    SAFETY,
+    Estimate,
+    Predictor,
+    choose,
+    estimated,
+    further,
+)
 from rnn_longctx.eval.pilot.findings import finalists
 from rnn_longctx.eval.pilot.ledger import Ledger
 from rnn_longctx.eval.pilot.limits import checked_train_length, longest_length, with_training
@@ -232,7 +241,11 @@ class Pilot:
         self._need_room(steps[0])
         self._measure_all(steps)
         if self.ledger.finalists is None and not self.not_measured:
-            self.ledger.finalists = finalists(self.frame(), candidates(self.train_length))
+            best = self.ledger.finalists = finalists(self.frame(), candidates(self.train_length))
+            left = self.config.budget - self.ledger.spent - self.reserve
+            sizes = further(self.predictor, sizes, self.given, self.most, self.tasks, left, best)
+            self.ledger.sizes = {f"{self.config.budget:g}": asdict(sizes)}
+            self.ledger.save()
         if self.ledger.finalists:
             self._measure_all(final_steps(sizes, self.train_length, self.tasks, self.ledger.finalists))
         self._measure_all(other_steps(sizes, self.train_length, self.tasks))

@@ -27,7 +27,8 @@ def test_what_does_not_fit_the_model_is_named(family, tmp_path, monkeypatch):
     model = rnn_longctx.adopt(theirs, tokenizer=ByteTokenizer(), train_length=16)
     text = Text("file:letters", bytes(torch.randint(97, 122, (3000,)).tolist()))
     said: list[str] = []
-    pilot = Pilot(model, text, PilotConfig("folder", "letters", str(tmp_path), 1e6), time.monotonic(), said.append)
+    config = PilotConfig("folder", "letters", str(tmp_path), 1e6, lengths=(16, 32))
+    pilot = Pilot(model, text, config, time.monotonic(), said.append)
     _, estimate = pilot.estimate()
     pilot.measure(Sizes((16, 32), (16, 32), (16, 32), 2, 1, 2, 1))
     content, found = write_pilot(pilot, estimate)
