@@ -31,7 +31,7 @@ class Row:
         saved: what it saves against no remedy, nats a token, with its 95% interval; gain: against that control.
         recall: by task, the mean over the lengths that all remedies were asked at; prompts: how many at each;
             recall_gain: how much more is right than with that control, with its 95% interval.
-        speed: tokens a second in reading over those of no remedy; peak_bytes: of memory, on a GPU.
+        speed: of reading over that of no remedy, by processor time on a CPU; peak_bytes: of memory, on a GPU.
         fails_at: the first length at which it collapses itself.
     """
 
@@ -109,8 +109,13 @@ def compared_at(sheet: Sheet, widest: bool = False) -> int | None:
     return max(lengths, default=None)
 
 
-def comparison(frame: pd.DataFrame, widest: bool = False) -> Comparison | None:
-    """Return the remedies compared at one length (`compared_at`); None where none was measured."""
+def comparison(
+    frame: pd.DataFrame, widest: bool = False, processor: Mapping[str, float] | None = None
+) -> Comparison | None:
+    """Return the remedies compared at one length (`compared_at`); None where none was measured.
+
+    Args: processor: processor seconds of a token read, by remedy: what speeds are compared by, where they are known.
+    """
     sheet = loss_sheet(frame)
     length = None if sheet is None else compared_at(sheet, widest)
     if sheet is None or length is None:
@@ -118,13 +123,19 @@ def comparison(frame: pd.DataFrame, widest: bool = False) -> Comparison | None:
     recalls = [s for s in sheets(frame) if s.kind == "accuracy" and not s.task.endswith("-without-document")]
     against = sheet.best_recompute(length)
     named = [name for name in sheet.cells if length in sheet.cells[name]]
-    rows = [_row(frame, sheet, recalls, name, length, against) for name in named]
+    rows = [_row(frame, sheet, recalls, name, length, against, processor or {}) for name in named]
     rows.sort(key=lambda row: (not math.isfinite(row.loss), row.loss))
     return Comparison(length, rows, against)
 
 
 def _row(
-    frame: pd.DataFrame, sheet: Sheet, recalls: Sequence[Sheet], name: str, length: int, against: str | None
+    frame: pd.DataFrame,
+    sheet: Sheet,
+    recalls: Sequence[Sheet],
+    name: str,
+    length: int,
+    against: str | None,
+    processor: Mapping[str, float],
 ) -> Row:
     cell, control = sheet.cells[name][length], sheet.cells[against][length].value if against else math.nan
     recall, prompts, recall_gain = {}, {}, {}
@@ -138,6 +149,10 @@ def _row(
                 if both[0] and len(both[0]) == len(both[1]):
                     recall_gain[other.task] = paired_bootstrap(both[0], both[1])
     cost, bare = _cost(frame, name, length), _cost(frame, "none", length)
+    if "none" in processor and name in processor:
+        speed = processor["none"] / processor[name]
+    else:
+        speed = cost[0] / bare[0] if bare[0] else math.nan
     return Row(
         name,
         sheet.is_control(name),
@@ -149,7 +164,7 @@ def _row(
         recall,
         prompts,
         recall_gain,
-        cost[0] / bare[0] if bare[0] else math.nan,
+        speed,
         *cost,
         sheet.verdict(name).first_failing,
     )
@@ -199,9 +214,11 @@ def ranked(compared: Comparison, most: int | None = None) -> list[Row]:
     return [*first, *rest][:most]
 
 
-def finalists(frame: pd.DataFrame, names: Sequence[str], most: int = BEST) -> list[str]:
+def finalists(
+    frame: pd.DataFrame, names: Sequence[str], processor: Mapping[str, float] | None = None, most: int = BEST
+) -> list[str]:
     """Return which of some remedies are worth more text, by name, the best first: those that do not raise the loss."""
-    compared = comparison(frame, widest=True)
+    compared = comparison(frame, True, processor)
     bare = None if compared is None else compared.row("none")
     if compared is None or bare is None:
         return []

@@ -53,9 +53,10 @@ def recommend(frame: pd.DataFrame, about: dict[str, Any]) -> Recommendation:
     """Return the recommendation that a table carries.
 
     Args: about: model and text (as they were named), options (more words that name the model), train_length,
-        given_train_length, adopted (of another library), foldable and per_length: names of remedies.
+        given_train_length, adopted (of another library), foldable and per_length: names of remedies; processor: as in
+        `comparison`.
     """
-    fall, compared = collapse(frame), comparison(most_read(frame))
+    fall, compared = collapse(frame), comparison(most_read(frame), processor=about.get("processor"))
     longest = max((row["length"] for row in fall["lengths"]), default=0)
     if not fall["lengths"] or longest <= about["train_length"]:
         return Recommendation("undecided", None, ["Too little was measured to say anything: give a larger budget."])
@@ -66,7 +67,7 @@ def recommend(frame: pd.DataFrame, about: dict[str, Any]) -> Recommendation:
     for task, gain in above_without_document(frame, found.remedy or "none").items():
         found.words.append(_document_words(task, gain))
     if best:
-        found.uncertainty.extend(_elsewhere(frame, best[0]))
+        found.uncertainty.extend(_elsewhere(frame, best[0], about.get("processor")))
     if fall["length"] is not None and compared.length < fall["length"]:
         at = format_length(compared.length)
         found.uncertainty.append(f"Remedies were compared up to {at} only, before the model collapses: name more time.")
@@ -91,9 +92,9 @@ def _of_comparison(
     return _remedy(fall, compared, best, about) if _beats(chosen) else _last_tokens(fall, compared, chosen, about)
 
 
-def _elsewhere(frame: pd.DataFrame, chosen: Row) -> list[str]:
+def _elsewhere(frame: pd.DataFrame, chosen: Row, processor: dict[str, float] | None) -> list[str]:
     """Return a doubt where a remedy that was measured on less text looked better there."""
-    everything = comparison(frame, widest=True)
+    everything = comparison(frame, True, processor)
     same = None if everything is None else everything.row(chosen.name)
     if everything is None or same is None:
         return []

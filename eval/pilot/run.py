@@ -53,6 +53,7 @@ from rnn_longctx.tasks.base import Task, TooShort
 from rnn_longctx.version import __version__
 
 LOOKS = 256  # tokens between two looks of the probe
+OVERDUE, PATIENCE = 2.0, 20.0  # times as long as predicted, and seconds, that a step may take at least
 TRYING = 0.03  # share of the budget that may go into measuring the speed of each kind of reading
 
 
@@ -129,7 +130,7 @@ class Pilot:
         self.reused = 0
         self.reserve = max(RESERVE, RESERVE_OF_LOADING * (time.monotonic() - began))
         self.measuring.progress = self._advance
-        self.running = False
+        self.running, self.latest = False, math.inf
 
     # --- before anything is measured
 
@@ -241,7 +242,7 @@ class Pilot:
         self._need_room(steps[0])
         self._measure_all(steps)
         if self.ledger.finalists is None and not self.not_measured:
-            best = self.ledger.finalists = finalists(self.frame(), candidates(self.train_length))
+            best = self.ledger.finalists = finalists(self.frame(), candidates(self.train_length), self.speeds.processor)
             left = self.config.budget - self.ledger.spent - self.reserve
             sizes = further(self.predictor, sizes, self.given, self.most, self.tasks, left, best)
             self.ledger.sizes = {f"{self.config.budget:g}": asdict(sizes)}
@@ -287,6 +288,8 @@ class Pilot:
         budget = time_text(self.config.budget)
         self.say(f"[{time_text(self.ledger.spent)} of {budget}] {step.name}, about {time_text(predicted)}")
         outcome, self.running = "measured", True
+        # A step that was guessed much too short is not to take what others need; without the first there is no answer.
+        self.latest = began + max(PATIENCE, OVERDUE * predicted) if step.stage != PLAIN else math.inf
         try:
             if step.job is None:
                 self._probe(step)
@@ -294,7 +297,7 @@ class Pilot:
                 self._read(step, predicted)
         except TimeIsUp:
             self.not_measured.append({"stage": step.stage, "step": step.name, "seconds": predicted})
-            self.say(f"{step.name}: stopped, for the time is up")
+            self.say(f"{step.name}: stopped, it takes much longer than predicted")
             self.ledger.save()
             return
         except InputError as error:
@@ -311,7 +314,8 @@ class Pilot:
     def _advance(self, tokens: int) -> None:
         """Look at the clock whenever some tokens were read. Raises TimeIsUp in a step that takes too long."""
         self.ledger.tick()
-        if self.running and self.ledger.spent > self.config.budget - self.reserve:
+        late = self.ledger.spent > self.config.budget - self.reserve
+        if self.running and (late or time.monotonic() > self.latest):
             raise TimeIsUp
 
     def _cannot(self, step: Step, reason: str) -> None:
@@ -330,11 +334,13 @@ class Pilot:
         name = str(parse_remedy(step.remedy))
         measurements = [m for m in plan(question, [self.measuring]) if m.mitigation == name]
         counted_tokens, began = self.predictor.tokens(step), time.monotonic()
-        fresh = sum(m.tokens for m in measurements)
+        fresh, processor = sum(m.tokens for m in measurements), time.process_time()
         for measurement in measurements:
             with mitigated(measurement.measuring, measurement.handle):
                 measurement.run()
         if isinstance(step.job, LossOverLength) and fresh == counted_tokens:
+            if self.model.device.type == "cpu":
+                self.speeds.processor[name] = (time.process_time() - processor) / fresh
             self.speeds.learn(step.remedy, fresh, time.monotonic() - began, predicted)
 
     def _probe(self, step: Step) -> None:

@@ -29,6 +29,7 @@ class Speeds:
 
     Attributes:
         reading: tokens a second, by remedy.
+        processor: processor seconds of a token read, by remedy, on a CPU: other processes do not enter them.
         token: seconds of a generated token, of all rows together.
         calibration: training lengths that are read for it.
         ready: remedies that this process has put on before: what they were calibrated on is remembered.
@@ -38,13 +39,14 @@ class Speeds:
     def __init__(self, stored: dict[str, Any], norms_kept: bool):
         self.calibration = CALIBRATION if norms_kept else CALIBRATION_OF_NORMS
         self.reading: dict[str, float] = stored.get("reading", {})
+        self.processor: dict[str, float] = stored.get("processor", {})
         self.token: float = stored.get("token", 0.0)
         self.ready: set[str] = {"none"}
         self.drift: float = stored.get("drift", 1.0)
 
     def stored(self) -> dict[str, Any]:
         """Return what is kept for the next run."""
-        return {"reading": self.reading, "token": self.token, "drift": self.drift}
+        return {"reading": self.reading, "processor": self.processor, "token": self.token, "drift": self.drift}
 
     def of(self, remedy: str) -> float:
         """Return the tokens a second under a remedy, measured, or guessed from those of none."""

@@ -78,7 +78,9 @@ def write_pilot(pilot: Pilot, estimate: Estimate) -> tuple[dict[str, Any], Recom
 def of_table(frame: pd.DataFrame, about: dict[str, Any]) -> tuple[dict[str, Any], Recommendation]:
     """Return what a table says, by the keys of pilot.json, and the recommendation. about: see `recommend`."""
     found, table = recommend(frame, about), most_read(frame)
-    compared, everything = comparison(table), comparison(frame, widest=True)
+    compared, everything = (
+        comparison(some, wide, about.get("processor")) for some, wide in ((table, False), (frame, True))
+    )
     best = [] if compared is None else [row.name for row in ranked(compared, NAMED)]
     names = list(dict.fromkeys(["none", *([found.remedy] if found.remedy else []), *best]))
     above = above_without_document(frame, found.remedy or "none")
@@ -105,6 +107,7 @@ def about_model(pilot: Pilot) -> dict[str, Any]:
         "train_length": pilot.train_length,
         "given_train_length": pilot.config.given_train_length,
         "adopted": not own,
+        "processor": pilot.speeds.processor,
         "foldable": [name for name, kind in REMEDIES.items() if kind.foldable] if own else [],
         "per_length": [name for name, kind in REMEDIES.items() if kind.per_length],
     }

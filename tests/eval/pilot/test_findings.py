@@ -64,9 +64,15 @@ def test_the_ranking_is_by_loss_then_recall(story):
     assert "state-norm" not in [row.name for row in ranked(comparison(broken))]
 
 
+def test_of_remedies_as_good_the_faster_is_first_by_processor_time(story):
+    times = {"none": 1.0, "state-norm": 1.0, "rri:alpha=0.999,beta=0.75": 4.0}
+    assert ranked(comparison(story))[0].name == "rri:alpha=0.999,beta=0.75"
+    assert ranked(comparison(story, processor=times))[0].name == "state-norm"
+
+
 def test_finalists_do_not_raise_the_loss(story):
     names = ["state-norm", "rri:alpha=0.999,beta=0.75", "rri:alpha=0.99"]
-    assert set(finalists(story, names)) == set(names) and len(finalists(story, names, 2)) == 2
+    assert set(finalists(story, names)) == set(names) and len(finalists(story, names, most=2)) == 2
     assert finalists(changed(story, "state-norm", factor=9), names) == ["rri:alpha=0.999,beta=0.75", "rri:alpha=0.99"]
     assert finalists(story[story.mitigation != "none"], names) == []
 
