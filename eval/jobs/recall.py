@@ -10,9 +10,12 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from rnn_longctx.errors import InputError
 from rnn_longctx.eval.jobs.base import Job, Measuring, forget_peak, peak_bytes
@@ -22,6 +25,8 @@ from rnn_longctx.models.modes import evaluating
 from rnn_longctx.models.stops import unused_rows
 from rnn_longctx.spec import canonical, quiet
 from rnn_longctx.tasks.base import DEPTHS, Example, Task
+
+ANSWER_LOSS = "answer_nats_per_token"  # the metric of the true answer's loss after its prompt
 
 # what a model said in the places of the answers, a row an example; seconds to the first token and to each next one
 Replies = tuple[list[np.ndarray], tuple[float, float] | None]
@@ -116,11 +121,15 @@ class Recall(Job):
         examples = self.examples(measuring, length, n)
         forget_peak(measuring)
         scores: list[float] = []
+        losses: list[float] | None = [] if task.generated and task.answer_loss else None
         times: list[tuple[float, float]] = []
         batch = min(n, measuring.batch)
         for i in range(0, n, batch):
             some = examples[i : i + batch]
-            replies, seconds = (generated if task.generated else likeliest)(measuring, task, some)
+            if task.generated:
+                replies, seconds = generated(measuring, task, some, losses)
+            else:
+                replies, seconds = likeliest(measuring, task, some)
             scores += [float(task.right(r, e, measuring.model.tokenizer)) for r, e in zip(replies, some)]
             times += [] if seconds is None else [seconds]
         seconds_all = time.perf_counter() - began
@@ -136,12 +145,15 @@ class Recall(Job):
         for depth in sorted({e.depth for e in examples if e.depth is not None}):
             at = [score for score, e in zip(scores, examples) if e.depth == depth]
             yield measuring.row(self.key(measuring, length, depth), at, **cost)
+        if losses is not None:
+            key = measuring.key(self.label, self.task.text, length, ANSWER_LOSS)
+            yield measuring.row(key, losses, **cost | {"chance": None})
         # the row of the whole length is written last: it says that the others are there
         yield measuring.row(self.key(measuring, length), scores, **cost)
 
 
-def generated(measuring: Measuring, task: Task, examples: list[Example]) -> Replies:
-    """Let the model answer each prompt in its own tokens, greedily."""
+def generated(measuring: Measuring, task: Task, examples: list[Example], losses: list[float] | None = None) -> Replies:
+    """Let the model answer each prompt in its own tokens, greedily; `losses` gets those of the true answers."""
     model, size = measuring.model, len(examples)
     new = max(max(e.new_tokens, int(e.answers.sum())) for e in examples)
     ids = torch.from_numpy(np.stack([e.prompt for e in examples]))
@@ -149,12 +161,25 @@ def generated(measuring: Measuring, task: Task, examples: list[Example]) -> Repl
     logits, cache = prefill(model, ids, segment=max(1, measuring.segment // size))
     logits.argmax(-1).cpu()  # waits for a GPU
     at_first = time.perf_counter()
+    if losses is not None:
+        losses += _answer_losses(model, logits, cache.clone(), examples)
+        at_first, began = time.perf_counter(), began + time.perf_counter() - at_first
     tokens = continuation(model, logits, cache)
     replies = torch.stack([next(tokens) for _ in range(new)], 1).cpu()
     each = (time.perf_counter() - at_first) / max(1, new - 1)
     start = model.restart.block_start(ids.shape[1]) if model.restart else 0
     measuring.progress(size * (ids.shape[1] - start))
     return list(replies.numpy()), (at_first - began, each)
+
+
+def _answer_losses(model: Any, logits: torch.Tensor, cache: Any, examples: list[Example]) -> list[float]:
+    """Return the mean loss of each true answer after its prompt, nats a token; `cache` is read on with the answers."""
+    answers = [torch.from_numpy(e.ids[e.answers]) for e in examples]
+    ids = pad_sequence(answers, batch_first=True).to(logits.device)  # what stands behind an answer is not looked at
+    with evaluating(model):
+        after = [logits[:, None]] if ids.shape[1] == 1 else [logits[:, None], model.logits(model(ids[:, :-1], cache))]
+    losses = F.cross_entropy(torch.cat(after, 1).transpose(1, 2).float(), ids, reduction="none").double().cpu()
+    return [float(row[: len(answer)].mean()) for row, answer in zip(losses, answers)]
 
 
 def likeliest(measuring: Measuring, task: Task, examples: list[Example]) -> Replies:

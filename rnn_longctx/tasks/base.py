@@ -85,11 +85,14 @@ class Task(ABC):
             it, in one pass over an example of `length` tokens. True: the answers end the example, and are generated
             after a prompt of `length` tokens; such a task can be asked under remedies that read a prompt in a way of
             their own.
+        answer_loss: whether the loss of the true answer is measured beside what a generated task scores, in nats a
+            token of it.
         examples: texts of it with parameters, such as `copying:symbols=16`, that tests try it with; none: its name.
     """
 
     name: ClassVar[str] = ""
     generated: ClassVar[bool] = False
+    answer_loss: ClassVar[bool] = False
     examples: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod

@@ -1,0 +1,63 @@
+"""What a pilot needs of a model and a text, and one line for what cannot be piloted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rnn_longctx.config import format_length
+from rnn_longctx.data import Text
+from rnn_longctx.errors import InputError
+from rnn_longctx.mitigations import handles_on
+from rnn_longctx.models.interface import LanguageModel
+
+FEWEST = 2  # slices of a text that do not overlap
+
+
+def checked_train_length(model: LanguageModel) -> int:
+    """Return the training length of a model that can be piloted. Raises InputError for another one."""
+    if not model.mixers:
+        raise InputError(
+            f"{model.name} has no recurrent layer, so it has no state that could collapse, and no remedy to choose: "
+            "`rnn-longctx eval` measures its loss and recall over length (`--mitigation yarn` stretches rotary "
+            "attention), and `rnn-longctx retrofit` puts recurrent layers in the place of attention"
+        )
+    if model.train_length is None:
+        raise InputError(f"{model.name} does not say its training length: give --train-length")
+    if handles_on(model):
+        raise InputError(f"{model.name} has a remedy on it; a pilot begins with the bare model: take it off")
+    return model.train_length
+
+
+def with_training(lengths: Sequence[int], train_length: int) -> tuple[int, ...]:
+    """Return a person's lengths with the training length among them. Raises InputError where none is beyond it."""
+    if max(lengths) <= train_length:
+        raise InputError(
+            f"--lengths: a pilot asks what happens beyond the training length, {format_length(train_length)}; the "
+            f"longest given is {format_length(max(lengths))}"
+        )
+    return tuple(sorted({*lengths, train_length}))
+
+
+def longest_length(model: LanguageModel, text: Text, train_length: int, given: int | None) -> int:
+    """Return the longest length of which the text has two slices side by side. Raises InputError: not of twice the
+    training length, or the longest that was named."""
+    have, about = text_tokens(model, text)
+    needed = 2 * train_length if given is None else given
+    least = FEWEST * (needed + 1) if given is None else needed + 1
+    if have < least:
+        why = f"two stretches of {format_length(needed)} tokens" if given is None else f"{format_length(needed)} tokens"
+        raise InputError(
+            f"text {text.name} has {about}{have} tokens; a pilot of {model.name}, which was trained on "
+            f"{format_length(train_length)}, reads {why}: give it at least {least}"
+        )
+    return max(needed, have // FEWEST - 1)
+
+
+def text_tokens(model: LanguageModel, text: Text, sample: int = 1 << 18) -> tuple[int, str]:
+    """Return the tokens of a text, counted where it is short or its tokens are bytes, else from the rate of its
+    beginning, and "about " in front of a number that was not counted."""
+    if model.tokenizer.name == "bytes":
+        return len(text), ""
+    part = text.data[:sample].decode("utf-8", "ignore").encode()
+    n = len(model.tokenizer.encode_with_bytes(part)[0])
+    return (n, "") if len(text) <= sample else (int(n * len(text) / max(1, len(part))), "about ")

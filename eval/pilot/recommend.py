@@ -1,0 +1,332 @@
+"""What a person should do, in plain words: which remedy, how sure that is, the lines that use it, or the next step."""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import pandas as pd
+
+from rnn_longctx.config import counted, format_length
+from rnn_longctx.eval.pilot.findings import (
+    ALIKE,
+    HOLDS,
+    Comparison,
+    Row,
+    above_without_document,
+    collapse,
+    comparison,
+    most_read,
+    ranked,
+)
+from rnn_longctx.eval.stats import Interval, wilson
+
+FAR_ENOUGH = 16  # training lengths
+Kind = Literal["none needed", "remedy", "last tokens", "insufficient", "undecided"]
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """What to do.
+
+    Attributes:
+        kind: "none needed": the model does not collapse; "last tokens": nothing gains over reading the last tokens
+            alone; "insufficient": no remedy holds the loss; "undecided": too little was measured.
+        remedy: to be put on, or None.
+        words, uncertainty: sentences.
+        python, command: lines that use it; next_steps: (what, command), where no remedy suffices.
+    """
+
+    kind: Kind
+    remedy: str | None
+    words: list[str]
+    uncertainty: list[str] = field(default_factory=list)
+    python: str = ""
+    command: str = ""
+    next_steps: list[tuple[str, str]] = field(default_factory=list)
+
+
+def recommend(frame: pd.DataFrame, about: dict[str, Any]) -> Recommendation:
+    """Return the recommendation that a table carries.
+
+    Args: about: model and text (as they were named), options (more words that name the model), train_length,
+        given_train_length, adopted (of another library), foldable and per_length: names of remedies; processor: as in
+        `comparison`.
+    """
+    fall, compared = collapse(frame), comparison(most_read(frame), processor=about.get("processor"))
+    longest = max((row["length"] for row in fall["lengths"]), default=0)
+    if not fall["lengths"] or longest <= about["train_length"]:
+        return Recommendation("undecided", None, ["Too little was measured to say anything: give a larger budget."])
+    if compared is None or compared.against is None:
+        return _without_comparison(fall)
+    best = ranked(compared)
+    found = _of_comparison(fall, compared, best, about)
+    for task, gain in above_without_document(frame, found.remedy or "none").items():
+        found.words.append(_document_words(task, gain))
+    if best:
+        found.uncertainty.extend(_elsewhere(frame, best[0], about.get("processor")))
+    if fall["length"] is not None and compared.length < fall["length"]:
+        at = format_length(compared.length)
+        found.uncertainty.append(f"Remedies were compared up to {at} only, before the model collapses: name more time.")
+    return found
+
+
+def _of_comparison(
+    fall: dict[str, Any], compared: Comparison, best: list[Row], about: dict[str, Any]
+) -> Recommendation:
+    bare = compared.row("none")
+    assert bare is not None
+    if fall["length"] is None and not _worth_it(best, bare):
+        return _none_needed(fall, compared, about)
+    if not best:
+        return _insufficient(fall, compared, None, about)
+    if fall["length"] is not None and compared.length < fall["length"] and not _worth_it(best, bare):
+        return _without_comparison(fall)  # where nothing fails yet, nothing can be told apart
+    chosen = best[0]
+    surely_lower = chosen.saved is not None and (chosen.saved.low > 0 or not math.isfinite(bare.loss))
+    if not chosen.over_control <= HOLDS or chosen.fails_at is not None or not (surely_lower or chosen.loss < bare.loss):
+        return _insufficient(fall, compared, chosen, about)
+    return _remedy(fall, compared, best, about) if _beats(chosen) else _last_tokens(fall, compared, chosen, about)
+
+
+def _elsewhere(frame: pd.DataFrame, chosen: Row, processor: dict[str, float] | None) -> list[str]:
+    """Return a doubt where a remedy that was measured on less text looked better there."""
+    everything = comparison(frame, True, processor)
+    same = None if everything is None else everything.row(chosen.name)
+    if everything is None or same is None:
+        return []
+    other = next((row for row in ranked(everything) if row.fails_at is None), same)
+    if not other.loss < (1 - ALIKE) * same.loss:
+        return []
+    return [
+        f"{other.name} had a lower loss, {other.loss:.3f} against {same.loss:.3f}, on the {other.n} stretches that it "
+        "was measured on; it was not among those measured on more."
+    ]
+
+
+def _worth_it(best: list[Row], bare: Row) -> bool:
+    """Whether the first remedy surely saves more than ALIKE of a loss that has not collapsed."""
+    return bool(best) and (saved := best[0].saved) is not None and saved.low > ALIKE * bare.loss
+
+
+def _beats(chosen: Row) -> bool:
+    """Whether a remedy surely does more than reading the last tokens alone, for the loss or for recall; where no recall
+    was measured nobody knows, and the remedy, which costs less, stands."""
+    for_loss = chosen.gain is not None and chosen.gain.low > 0
+    return for_loss or not chosen.recall_gain or any(gain.low > 0 for gain in chosen.recall_gain.values())
+
+
+# ---- each kind
+
+
+def _collapse_words(fall: dict[str, Any]) -> str:
+    if fall["length"] is None:
+        longest = max(row["length"] for row in fall["lengths"])
+        return f"On this text the model does not collapse up to {format_length(longest)} tokens, the longest measured."
+    row = next(row for row in fall["lengths"] if row["length"] == fall["length"])
+    return (
+        f"On this text the model collapses at {format_length(fall['length'])} tokens: its loss there is "
+        f"{row['loss']:.2f} nats a token, more than twice the highest within its training length ({fall['peak']:.2f}); "
+        f"{row['failing']} of {counted(row['slices'], 'stretch', 'stretches')} of text fail by themselves."
+    )
+
+
+def _none_needed(fall: dict[str, Any], compared: Comparison, about: dict[str, Any]) -> Recommendation:
+    words = [_collapse_words(fall), "Use it as it is: no remedy that was measured surely lowers its loss."]
+    words.append(_gain_words(compared.row("none"), compared))
+    python, command = lines(about, None, None)
+    doubts = _shared_doubts(compared, None)
+    if compared.length < FAR_ENOUGH * about["train_length"]:
+        doubts.append("That is not far: many models collapse further out. Name more time, or longer --lengths.")
+    return Recommendation("none needed", None, [w for w in words if w], doubts, python, command)
+
+
+def _remedy(fall: dict[str, Any], compared: Comparison, best: list[Row], about: dict[str, Any]) -> Recommendation:
+    chosen = best[0]
+    at = format_length(compared.length)
+    words = [_collapse_words(fall)]
+    words.append(
+        f"Use {chosen.name}: at {at} tokens its loss is {chosen.loss:.3f} instead of "
+        f"{_number(compared.row('none'))}, and {chosen.over_control:.3f} times that of reading the last tokens afresh "
+        f"({compared.against})."
+    )
+    words += [w for w in (_recall_words(chosen, compared), _gain_words(chosen, compared), _cost_words(chosen)) if w]
+    python, command = lines(about, chosen.name, compared.length)
+    return Recommendation("remedy", chosen.name, words, _shared_doubts(compared, best), python, command)
+
+
+def _last_tokens(fall: dict[str, Any], compared: Comparison, chosen: Row, about: dict[str, Any]) -> Recommendation:
+    assert compared.against is not None
+    words = [
+        _collapse_words(fall),
+        f"Give it the last {format_length(about['train_length'])} tokens only: no remedy gains anything measurable "
+        f"over that, in loss or recall. Where the whole text has to be read as it comes, {chosen.name} holds the loss "
+        f"({chosen.loss:.3f} at {format_length(compared.length)}), and is read once.",
+    ]
+    python, command = lines(about, f"recompute:last={max(2, about['train_length'] // 2 * 2)}", None)
+    doubts = _shared_doubts(compared, [chosen])
+    return Recommendation("last tokens", compared.against, words, doubts, python, command, next_steps(about))
+
+
+def _insufficient(
+    fall: dict[str, Any], compared: Comparison, chosen: Row | None, about: dict[str, Any]
+) -> Recommendation:
+    if chosen is None:
+        nearest = "none was applicable, or none had a loss that is a number"
+    else:
+        nearest = (
+            f"the nearest, {chosen.name}, has a loss of {chosen.loss:.3f} at {format_length(compared.length)}, "
+            f"{chosen.over_control:.2f} times that of reading the last tokens afresh"
+        )
+    words = [_collapse_words(fall), f"No remedy that was measured suffices: {nearest}."]
+    words.append(
+        f"Until then give the model the last {format_length(about['train_length'])} tokens only; what mends it is one "
+        "of the next steps."
+    )
+    python, command = lines(about, f"recompute:last={max(2, about['train_length'] // 2 * 2)}", None)
+    doubts = _shared_doubts(compared, None if chosen is None else [chosen])
+    return Recommendation("insufficient", compared.against, words, doubts, python, command, next_steps(about))
+
+
+def _without_comparison(fall: dict[str, Any]) -> Recommendation:
+    words = [_collapse_words(fall)]
+    if fall["length"] is None:
+        words.append("Whether a remedy would gain anything was not measured within the budget.")
+    else:
+        words.append(
+            "No remedy was measured far enough beside its controls within the budget: run this again with a larger one."
+        )
+    return Recommendation("undecided", None, words, [], "", "", [])
+
+
+# ---- words
+
+
+def _number(row: Row | None) -> str:
+    return "none known" if row is None else f"{row.loss:.3f}" if math.isfinite(row.loss) else "no number"
+
+
+def _recall_words(chosen: Row, compared: Comparison) -> str:
+    if not chosen.recall:
+        return "Recall was not measured, so what it still remembers is not known."
+    clauses = []
+    for task, value in chosen.recall.items():
+        beside = [
+            f"{row.recall[task]:.2f} {'without a remedy' if row.name == 'none' else f'with {row.name}'}"
+            for row in compared.rows
+            if (row.name == "none" or row.name == compared.against) and task in row.recall
+        ]
+        clauses.append(f"{value:.2f} of {task}" + (f" ({', '.join(beside)})" if beside else ""))
+    return f"It answers {'; '.join(clauses)}, over all lengths asked."
+
+
+def _document_words(task: str, gain: Interval) -> str:
+    interval = f"95% {gain.low:+.2f} to {gain.high:+.2f}" if math.isfinite(gain.low) else "too few for an interval"
+    surely = "surely answers more" if gain.low > 0 else "does not surely answer more"
+    return f"Of {task} it {surely} with the document than without it ({gain.value:+.2f} of the questions, {interval})."
+
+
+def _gain_words(row: Row | None, compared: Comparison) -> str:
+    """Return what reading everything gains over the last tokens."""
+    if row is None or row.gain is None or not math.isfinite(row.gain.value):
+        return ""
+    gain, at = row.gain, format_length(compared.length)
+    interval = f"95% {gain.low:+.3f} to {gain.high:+.3f}" if math.isfinite(gain.low) else "one stretch has no interval"
+    if gain.low > 0:
+        what = f"gains {gain.value:.3f} nats a token over"
+    elif gain.high < 0:
+        what = f"loses {-gain.value:.3f} nats a token against"
+    else:
+        what = f"gains nothing that can be told from zero ({gain.value:+.3f} nats a token) over"
+    return f"At {at} reading everything {what} {compared.against} ({interval})."
+
+
+def _cost_words(row: Row) -> str:
+    if not math.isfinite(row.speed):
+        return ""
+    return f"It reads {row.tokens_per_second:,.0f} tokens a second, {row.speed:.2f} times as many as without."
+
+
+def _shared_doubts(compared: Comparison, best: list[Row] | None) -> list[str]:
+    """Return how sure a recommendation is, in sentences."""
+    doubts = []
+    if best:
+        chosen = best[0]
+        if chosen.saved is not None and math.isfinite(chosen.saved.low):
+            surely = "surely" if chosen.saved.low > 0 else "not surely"
+            doubts.append(f"Its loss is {surely} below that without a remedy (by {interval_text(chosen.saved)}).")
+        others = [row.name for row in best[1:] if row.loss <= (1 + ALIKE) * chosen.loss and row.fails_at is None]
+        if others:
+            doubts.append(
+                f"{' and '.join(others[:3])} {'is' if len(others) == 1 else 'are'} within {ALIKE:.0%} of its loss: "
+                "recall, then which is simpler and faster, chose between them."
+            )
+        for task, n in chosen.prompts.items():
+            spread = wilson(chosen.recall[task] * n, n)
+            doubts.append(
+                f"A share of {task} right is known to about {(spread.high - spread.low) / 2:.2f} ({n} a length)."
+            )
+    rows = compared.remedies
+    n = min((row.n for row in compared.rows), default=0)
+    doubts.append(
+        f"Losses at {format_length(compared.length)} are means over {counted(n, 'stretch', 'stretches')} of this text; "
+        f"{counted(len(rows), 'remedy', 'remedies')} {'was' if len(rows) == 1 else 'were'} compared on the same ones, "
+        "so the best looks a little better than it is."
+    )
+    doubts.append(f"Nothing is known beyond {format_length(compared.length)} tokens, nor of text of another kind.")
+    return doubts
+
+
+def interval_text(interval: Interval) -> str:
+    return f"{interval.value:.3f} nats a token, 95% {interval.low:.3f} to {interval.high:.3f}"
+
+
+# ---- what to type
+
+
+def lines(about: dict[str, Any], remedy: str | None, target: int | None) -> tuple[str, str]:
+    """Return the lines of Python, and the command, that use a remedy."""
+    name, options = about["model"], "".join(f" {word}" for word in about["options"])
+    length = "" if about["given_train_length"] is None else f", train_length={about['given_train_length']}"
+    python = ["import rnn_longctx", ""]
+    if about["adopted"]:
+        python.insert(0, "import transformers")
+        python.append(f"theirs = transformers.AutoModelForCausalLM.from_pretrained({json.dumps(name)})")
+        python.append(f"model = rnn_longctx.adopt(theirs{length})")
+    else:
+        python.append(f"model = rnn_longctx.load({json.dumps(name)}{length})")
+    generate = 'rnn_longctx.generate(model, open("document.txt").read(), max_new_tokens=200)'
+    if remedy is None:
+        python.append(f"new = {generate}")
+    else:
+        kinds = {part.partition(":")[0] for part in remedy.split("+")}
+        told = f", target_length={target}" if target and kinds & set(about["per_length"]) else ""
+        python += [f"with rnn_longctx.mitigate(model, {json.dumps(remedy)}{told}):", f"    new = {generate}"]
+    python.append("print(model.tokenizer.decode(new[0]))")
+    if remedy in about["foldable"]:
+        python += ["", "# or put it into the weights, which any library then reads:"]
+        python += ["from rnn_longctx.models.checkpoint import save", ""]
+        python += [f"rnn_longctx.fold(model, {json.dumps(remedy)})", 'save(model, "mended")']
+    mitigation = f" --mitigation {shlex.quote(remedy)}" if remedy else ""
+    return "\n".join(python), f"rnn-longctx generate {shlex.quote(name)}{options}{mitigation} --prompt - < document.txt"
+
+
+def next_steps(about: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return what mends a model that no remedy mends, each with the command that begins it."""
+    name, text = shlex.quote(about["model"]), shlex.quote(about["text"])
+    longer = format_length(8 * about["train_length"]).lower()
+    return [
+        (
+            "Train it on, on long streams that hand their states on, so that it learns to forget",
+            "rnn-longctx train configs/train/continual.yaml "
+            f"--set model={name} data=TRAINING_TEXT train_length={longer}",
+        ),
+        ("Ask how large a state a context takes", f"rnn-longctx capacity advise --context {longer}"),
+        (
+            "Compare it with a hybrid, whose attention layers look things up: any model that you have",
+            f"rnn-longctx eval HYBRID --text {text} --lengths {longer} --task lm --task passkey",
+        ),
+    ]

@@ -1,0 +1,383 @@
+"""Run a pilot within its budget: measure steps in their order, begin none that does not fit, and write what they say.
+
+The budget is of a folder: what runs before took counts, those that were killed as well. A step is begun only where its
+predicted time, a fifth more, and what the report takes fit into what is left; one that takes longer than predicted is
+stopped between two segments of text when nothing is left. So a pilot ends late by no more than a segment, and by what
+the report takes longer than thought.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import pandas as pd
+import torch
+
+from rnn_longctx.config import counted, format_length, home_path
+from rnn_longctx.data import Text, tokens
+from rnn_longctx.errors import InputError, one_line
+from rnn_longctx.eval.jobs.base import Measuring
+from rnn_longctx.eval.jobs.loss import LossOverLength
+from rnn_longctx.eval.jobs.recall import Recall
+from rnn_longctx.eval.pilot.estimate import (
+    RESERVE,
+    RESERVE_OF_LOADING,
+    SAFETY,
+    Estimate,
+    Predictor,
+    choose,
+    estimated,
+    further,
+)
+from rnn_longctx.eval.pilot.findings import finalists
+from rnn_longctx.eval.pilot.ledger import Ledger
+from rnn_longctx.eval.pilot.limits import checked_train_length, longest_length, with_training
+from rnn_longctx.eval.pilot.speed import ROWS, Speeds, reading_speed, token_seconds
+from rnn_longctx.eval.pilot.steps import PLAIN, Sizes, Step, candidates, controls, final_steps, first_steps, other_steps
+from rnn_longctx.eval.plan import mitigated, plan
+from rnn_longctx.eval.question import Question
+from rnn_longctx.eval.results import Results, to_frame
+from rnn_longctx.eval.tables.sheets import SETTING, alike
+from rnn_longctx.eval.tune.budget import own_peak, time_text
+from rnn_longctx.mitigations import NotApplicable, diagnostics, mitigate, parse_remedy
+from rnn_longctx.models.checkpoint.locate import former_name
+from rnn_longctx.models.interface import LanguageModel
+from rnn_longctx.models.segments import SEGMENTS
+from rnn_longctx.probes.probe import probe
+from rnn_longctx.progress import Say
+from rnn_longctx.tasks.base import Task, TooShort
+from rnn_longctx.version import __version__
+
+LOOKS = 256  # tokens between two looks of the probe
+OVERDUE, PATIENCE = 2.0, 20.0  # times as long as predicted, and seconds, that a step may take at least
+TRYING = 0.03  # share of the budget that may go into measuring the speed of each kind of reading
+
+
+class TimeIsUp(Exception):
+    """A step takes longer than predicted, and nothing is left of the budget."""
+
+
+@dataclass(frozen=True)
+class PilotConfig:
+    """What a pilot is asked.
+
+    Attributes:
+        model, text: as the person named them: what they are to type afterwards.
+        budget: seconds, of all runs into `out` together.
+        lengths: in tokens; None: half the training length, itself and its doublings, as far as the budget goes.
+        tasks: that recall is asked by.
+        price: of an hour, in the person's own money; None: none.
+        with_text: whether texts, questions and answers may stand in what is written.
+        options: more words that the person typed to name the model; given_train_length: tokens, where they did.
+    """
+
+    model: str
+    text: str
+    out: str
+    budget: float
+    lengths: tuple[int, ...] | None = None
+    tasks: tuple[Task, ...] = ()
+    price: float | None = None
+    with_text: bool = False
+    options: tuple[str, ...] = ()
+    given_train_length: int | None = None
+    batch: int = 32
+    seed: int = 0
+
+
+class Pilot:
+    """A pilot of one model on one text. `estimate`, then `measure`; what is known then is in the folder.
+
+    Args:
+        began: `time.monotonic()` when the run began: loading the model counts.
+    Raises:
+        InputError: a model that cannot be piloted, a text that is too short, lengths within the training length alone,
+            a task that fits into none, a folder that cannot be written.
+    """
+
+    def __init__(self, model: LanguageModel, text: Text, config: PilotConfig, began: float, say: Say):
+        self.model, self.text, self.config, self.say = model, text, config, say
+        self.train_length = checked_train_length(model)
+        self.given = None if config.lengths is None else with_training(config.lengths, self.train_length)
+        self.most = longest_length(model, text, self.train_length, None if self.given is None else max(self.given))
+        self.results = Results(config.out)
+        self.folder = home_path(config.out)
+        # No snapshots of unfinished streams: states, and the tokens that a control reads again, hold text.
+        self.measuring = Measuring(
+            *(model, "none", None, text, config.batch),
+            segment=SEGMENTS[model.device.type],
+            seed=config.seed,
+            results=self.results,
+            snapshot_seconds=math.inf,
+        )
+        # What lies there of this model gets the training length of today.
+        self.results.relabel(model.name, self.measuring.weights_hash, self.train_length, former_name(model.name))
+        self.tasks = self._tasks()
+        self.ledger = Ledger(self.folder, self._settings(), began)
+        self.speeds = Speeds(self.ledger.speeds, bool(model.calibration))
+        beside = Measuring(model, text=text, batch=config.batch, segment=self.measuring.segment, seed=config.seed)
+        beside.memory = self.measuring.memory
+        self.predictor = Predictor(beside, self.speeds, self.train_length)
+        self.predictor.candidates = candidates(self.train_length)
+        self.diagnoses = diagnostics(self.train_length) if model.attends else []
+        self.not_applicable: dict[str, str] = {}
+        self.not_measured: list[dict[str, Any]] = []
+        self.stored = self.frame()
+        self.reused = 0
+        self.reserve = max(RESERVE, RESERVE_OF_LOADING * (time.monotonic() - began))
+        self.measuring.progress = self._advance
+        self.running, self.latest = False, math.inf
+
+    # --- before anything is measured
+
+    def _tasks(self) -> dict[Task, int]:
+        """Return the tasks with the shortest length, of those that may be asked, that their prompts fit into."""
+        longest = max(self.given) if self.given else self.most
+        lengths = self.given or [self.train_length << k for k in range((longest // self.train_length).bit_length())]
+        least: dict[Task, int] = {}
+        for task in self.config.tasks:
+            for length in (n for n in lengths if n >= self.train_length):
+                try:
+                    task.check(length, 5, self.config.seed, self.model.tokenizer)
+                except TooShort:
+                    continue
+                least[task] = length
+                break
+            else:
+                raise InputError(f"{task.label}: no prompt fits into {format_length(max(lengths))} tokens")
+        return least
+
+    def _settings(self) -> dict[str, Any]:
+        """Return what a ledger belongs to: of another model, text or question nothing is taken up."""
+        key = self.measuring.key()
+        return {
+            **{column: key.get(column) for column in (*SETTING, "batch", "device", "backend", "seed")},
+            "text_hash": self.text.hash,
+            "lengths": self.given and list(self.given),
+            "tasks": [f"{task} {_named(task)}" for task in self.config.tasks],
+            "train_length": self.train_length,
+            "version": __version__,
+        }
+
+    def frame(self) -> pd.DataFrame:
+        """Return what the folder holds of this model, text and question."""
+        key = self.measuring.key()
+        frame = to_frame(self.results.rows())
+        same = alike(frame, {c: key.get(c) for c in (*SETTING, "batch", "device", "seed")})
+        of_text = (frame["task"] == "lm") & (frame["text_hash"] == self.text.hash)
+        texts = {task.label: _named(task) for task in self.config.tasks}
+        asked = frame["task"].map(lambda t: str(t).removesuffix("-without-document"))
+        of_tasks = asked.isin(list(texts)) & (frame["text"] == asked.map(texts))
+        return frame[same & (of_text | of_tasks)].reset_index(drop=True)
+
+    def estimate(self) -> tuple[Sizes, Estimate]:
+        """Measure speeds where no run before did, choose the sizes, and return them with what they will take."""
+        self._measure_speeds()
+        budget, known = self.config.budget, f"{self.config.budget:g}"
+        if known in self.ledger.sizes:
+            values: dict[str, Any] = self.ledger.sizes[known]
+            values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+            sizes = Sizes(**values)
+        else:
+            left = max(1.0, budget - self.ledger.spent - self.reserve)
+            sizes = choose(self.predictor, self.given, self.most, self.tasks, left, self.diagnoses)
+            self.ledger.sizes = {known: asdict(sizes)}
+        self.ledger.speeds = self.speeds.stored()
+        peak = own_peak(self.model.device) + self._growth(sizes.longest, sizes.final_slices)
+        spent, price = self.ledger.spent, self.config.price
+        estimate = estimated(
+            self.predictor, sizes, self.tasks, self.diagnoses, spent, budget, self.reserve, peak, price, self._is_stored
+        )
+        self.ledger.save()
+        return sizes, estimate
+
+    def _growth(self, length: int, rows: int) -> float:
+        """Return the bytes that attention's keys and values take, where the model has any."""
+        state = self.model.state_size()
+        return float((state.total(length) - state.total(0)) * rows * next(self.model.parameters()).element_size())
+
+    def _measure_speeds(self) -> None:
+        """Measure how fast the model reads without a remedy; with each control; and, where calibration takes little,
+        with each of the first remedies."""
+        model, segment, started = self.model, self.measuring.segment, time.monotonic()
+        n = min(max(2 * segment // ROWS, 3 * self.train_length), self.most)
+        ids = torch.stack([torch.from_numpy(tokens(self.text, model.tokenizer, i, n + 1)[0]) for i in range(ROWS)])
+        share = TRYING * self.config.budget
+        seconds = min(1.0, share / 10)
+        if "none" not in self.speeds.reading:
+            self.speeds.reading["none"] = reading_speed(model, ids, segment, seconds)
+            self.speeds.token = token_seconds(model, ids[:, :64])
+        dear = self.speeds.putting_on("a-floor", self.train_length) > max(1.0, share)
+        for name in [*controls(self.train_length), *([] if dear else candidates(self.train_length))]:
+            read, control = name in self.speeds.reading, name in controls(self.train_length)
+            late = time.monotonic() - started > share  # then what is not measured is guessed
+            if not control and (read or late):
+                continue
+            try:
+                with mitigate(model, name, target_length=2 * self.train_length) as handle:
+                    least = 2 * self.train_length if model.restart else 0
+                    if not read:
+                        warm = model.device.type == "cuda"
+                        self.speeds.reading[name] = reading_speed(model, ids, segment, seconds, least, warm)
+            except InputError:  # said when its turn comes
+                continue
+            self.speeds.ready.add(name)
+            if handle.plan.restart:
+                self.predictor.handles[name] = handle
+            self.ledger.tick()
+
+    # --- measuring
+
+    def measure(self, sizes: Sizes) -> None:
+        """Measure all steps that fit into the budget.
+
+        Raises:
+            InputError: not even the first does, and nothing is stored.
+        """
+        steps = first_steps(sizes, self.train_length, self.tasks, self.diagnoses)
+        self._need_room(steps[0])
+        self._measure_all(steps)
+        if self.ledger.finalists is None and not self.not_measured:
+            best = self.ledger.finalists = finalists(self.frame(), candidates(self.train_length), self.speeds.processor)
+            left = self.config.budget - self.ledger.spent - self.reserve
+            sizes = further(self.predictor, sizes, self.given, self.most, self.tasks, left, best)
+            self.ledger.sizes = {f"{self.config.budget:g}": asdict(sizes)}
+            self.ledger.save()
+        if self.ledger.finalists:
+            self._measure_all(final_steps(sizes, self.train_length, self.tasks, self.ledger.finalists))
+        self._measure_all(other_steps(sizes, self.train_length, self.tasks))
+        if self.reused:
+            cells = counted(self.reused, "cell")
+            self.say(f"{cells} had been measured before and were taken as they are")
+
+    def _need_room(self, step: Step) -> None:
+        if self._is_stored(step) or self._fits(step):
+            return
+        needed = self.ledger.spent + SAFETY * self.predictor.seconds(step) + self.reserve
+        raise InputError(
+            f"a budget of {time_text(self.config.budget)} is too small for anything: the shortest table takes about "
+            f"{time_text(self.predictor.seconds(step))} after {time_text(self.ledger.spent)} of loading and trying "
+            f"out; give --budget {math.ceil(1.1 * needed)}s or more"
+        )
+
+    def _fits(self, step: Step) -> bool:
+        return self.ledger.spent + SAFETY * self.predictor.seconds(step) + self.reserve <= self.config.budget
+
+    def _measure_all(self, steps: Sequence[Step]) -> None:
+        for step in steps:
+            known = self.ledger.steps.get(step.name, {})
+            outcome = str(known.get("outcome", ""))
+            if outcome not in ("", "measured"):
+                self._cannot(step, outcome)
+            elif self._is_stored(step):
+                self.reused += self._count_stored(step)
+            elif step.remedy in self.not_applicable:
+                continue
+            elif not self._fits(step):
+                predicted = self.predictor.seconds(step)
+                self.not_measured.append({"stage": step.stage, "step": step.name, "seconds": predicted})
+            else:
+                self._measure(step)
+
+    def _measure(self, step: Step) -> None:
+        predicted, began = self.predictor.seconds(step), time.monotonic()
+        budget = time_text(self.config.budget)
+        self.say(f"[{time_text(self.ledger.spent)} of {budget}] {step.name}, about {time_text(predicted)}")
+        outcome, self.running = "measured", True
+        # A step that was guessed much too short is not to take what others need; without the first there is no answer.
+        self.latest = began + max(PATIENCE, OVERDUE * predicted) if step.stage != PLAIN else math.inf
+        try:
+            if step.job is None:
+                self._probe(step)
+            else:
+                self._read(step, predicted)
+        except TimeIsUp:
+            self.not_measured.append({"stage": step.stage, "step": step.name, "seconds": predicted})
+            self.say(f"{step.name}: stopped, it takes much longer than predicted")
+            self.ledger.save()
+            return
+        except InputError as error:
+            if step.remedy == "none" and step.job is not None and not isinstance(error, NotApplicable):
+                raise
+            outcome = one_line(error, 300)
+            self._cannot(step, outcome)
+        finally:
+            self.running = False
+        self.speeds.ready.add(step.remedy)
+        self.ledger.speeds = self.speeds.stored()
+        self.ledger.end(step.name, outcome, time.monotonic() - began, predicted)
+
+    def _advance(self, tokens: int) -> None:
+        """Look at the clock whenever some tokens were read. Raises TimeIsUp in a step that takes too long."""
+        self.ledger.tick()
+        late = self.ledger.spent > self.config.budget - self.reserve
+        if self.running and (late or time.monotonic() > self.latest):
+            raise TimeIsUp
+
+    def _cannot(self, step: Step, reason: str) -> None:
+        """Note why a remedy is not applicable; that one which only reads prompts has no loss is no reason."""
+        if isinstance(step.job, LossOverLength) and "reads prompts" in reason:
+            return
+        self.not_applicable.setdefault("the probe" if step.job is None else step.remedy, reason)
+
+    def _read(self, step: Step, predicted: float) -> None:
+        assert step.job is not None
+        c = self.config
+        question = Question.of(list(step.lengths), [step.job], [step.remedy], self.text, None, c.batch, c.seed)
+        lengths = step.job.lengths(list(step.lengths), self.train_length)
+        if step.stage == PLAIN:  # what a text has not is said once
+            step.job.check(self.measuring, lengths)
+        name = str(parse_remedy(step.remedy))
+        measurements = [m for m in plan(question, [self.measuring]) if m.mitigation == name]
+        counted_tokens, began = self.predictor.tokens(step), time.monotonic()
+        fresh, processor = sum(m.tokens for m in measurements), time.process_time()
+        for measurement in measurements:
+            with mitigated(measurement.measuring, measurement.handle):
+                measurement.run()
+        if isinstance(step.job, LossOverLength) and fresh == counted_tokens:
+            if self.model.device.type == "cpu":
+                self.speeds.processor[name] = (time.process_time() - processor) / fresh
+            self.speeds.learn(step.remedy, fresh, time.monotonic() - began, predicted)
+
+    def _probe(self, step: Step) -> None:
+        every = max(1, min(LOOKS, self.train_length // 2))
+        probe(self.model, self.text, step.lengths[0], every=every, seed=self.config.seed).save(self.folder / "probe")
+
+    # --- what is there already
+
+    def _is_stored(self, step: Step) -> bool:
+        """Whether all cells of a step are there, with as many samples. (The remedy is not worked out: that is slow.)"""
+        if step.job is None:
+            known = self.ledger.steps.get(step.name, {}).get("outcome") == "measured"
+            return known and (self.folder / "probe" / "probe.json").is_file()
+        return self._count_stored(step) > 0
+
+    def _count_stored(self, step: Step) -> int:
+        """Return the number of cells of a step, 0 where one is missing."""
+        if step.job is None:
+            return 0
+        rows: Any = self.stored[self.stored["mitigation"] == str(parse_remedy(step.remedy))]
+        rows = rows[rows["task"] == step.job.label]
+        metric = "accuracy" if isinstance(step.job, Recall) else "nats_per_token"
+        whole = rows[(rows["metric"] == metric) & rows["depth"].isna()]
+        lengths = step.job.lengths(list(step.lengths), self.train_length)
+        for length in lengths:
+            at = whole[whole["length"] == length]
+            if at.empty or int(at["n"].max()) < self._samples(step, length):
+                return 0
+        return int(rows["length"].isin(lengths).sum())
+
+    def _samples(self, step: Step, length: int) -> int:
+        if isinstance(step.job, LossOverLength):
+            return step.job.count(self.measuring, length)
+        assert isinstance(step.job, Recall)
+        return step.job.counts.at(length)
+
+
+def _named(task: Task) -> str:
+    """Return the text that a task's results are filed under, by its name."""
+    return task.text if isinstance(task.text, str) else task.text.name

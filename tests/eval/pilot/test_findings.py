@@ -1,0 +1,186 @@
+"""What a pilot says of a table: of one that a collapsing model left, and of the same one changed."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from rnn_longctx.eval.pilot.findings import (
+    collapse,
+    comparison,
+    context_gain,
+    finalists,
+    most_read,
+    onset,
+    ranked,
+    recall_rows,
+)
+from rnn_longctx.eval.pilot.recommend import lines, recommend
+
+ABOUT = {
+    "model": "my model", "text": "my documents", "options": [], "train_length": 256, "given_train_length": None,
+    "adopted": False, "foldable": [], "per_length": [],
+}  # fmt: skip
+
+
+def changed(frame, name, factor=1.0, add=0.0, metric="nats_per_token"):
+    """The table with other values of one mitigation beyond the training length."""
+    frame = frame.copy()
+    rows = (frame["mitigation"] == name) & (frame["metric"] == metric) & (frame["length"] > 256)
+    for i in frame.index[rows]:
+        samples = [factor * s + add for s in frame.at[i, "samples"]]
+        frame.at[i, "samples"], frame.at[i, "value"] = samples, float(np.mean(samples))
+    return frame
+
+
+def added(frame, other):
+    return pd.concat([frame, other], ignore_index=True)
+
+
+def test_where_and_how_often_it_collapses(story):
+    found = collapse(story)
+    assert found["length"] == 8192 and found["threshold"] == pytest.approx(1.82, abs=0.15)
+    failing = {row["length"]: row["failing"] for row in found["lengths"]}
+    assert failing[256] == failing[1024] == 0 and failing[65536] == 16
+    rows = {row["length"]: row for row in found["lengths"]}
+    losses = story[(story.mitigation == "none") & (story.length == 4096) & (story.metric == "nats_per_token")]
+    assert rows[4096]["failing"] == sum(s > found["threshold"] for s in losses.iloc[0]["samples"])
+    assert collapse(story[story.mitigation != "none"])["length"] is None
+
+
+def test_the_ranking_is_by_loss_then_recall(story):
+    """Within 2% of the lowest loss the remedy that recalls more comes first; not one that recalls less by a tenth."""
+    compared = comparison(story)
+    assert compared.length == 65536 and compared.against == "recompute:last=512"
+    assert ranked(compared)[0].name == "rri:alpha=0.999,beta=0.75"
+    assert ranked(compared)[-1].name == "rri:alpha=0.99"
+    forgetful = changed(changed(story, "state-norm", add=-0.02), "state-norm", factor=0.3, metric="accuracy")
+    assert comparison(forgetful).remedies[0].name == "state-norm"
+    assert ranked(comparison(forgetful))[0].name == "rri:alpha=0.999,beta=0.75"
+    lower = changed(story, "state-norm", add=-0.2)
+    assert ranked(comparison(lower))[0].name == "state-norm"
+    broken = changed(story, "state-norm", factor=np.inf)
+    assert "state-norm" not in [row.name for row in ranked(comparison(broken))]
+
+
+def test_of_remedies_as_good_the_faster_is_first_by_processor_time(story):
+    times = {"none": 1.0, "state-norm": 1.0, "rri:alpha=0.999,beta=0.75": 4.0}
+    assert ranked(comparison(story))[0].name == "rri:alpha=0.999,beta=0.75"
+    assert ranked(comparison(story, processor=times))[0].name == "state-norm"
+
+
+def test_finalists_do_not_raise_the_loss(story):
+    names = ["state-norm", "rri:alpha=0.999,beta=0.75", "rri:alpha=0.99"]
+    assert set(finalists(story, names)) == set(names) and len(finalists(story, names, most=2)) == 2
+    assert finalists(changed(story, "state-norm", factor=9), names) == ["rri:alpha=0.999,beta=0.75", "rri:alpha=0.99"]
+    assert finalists(story[story.mitigation != "none"], names) == []
+
+
+def test_those_measured_on_more_text_are_compared_on_all_of_it(make):
+    few, many = make(slices=4), make(slices=12)
+    final = ["none", "recompute:last=512", "state-norm"]
+    both = many[many.mitigation.isin(final)].pipe(added, few[~few.mitigation.isin(final)])
+    compared = comparison(most_read(both))
+    assert {row.name for row in compared.rows} == set(final) and {row.n for row in compared.rows} == {12}
+    assert {row.n for row in comparison(both).rows} == {4}
+    alone = many[many.mitigation.isin(final[:2])].pipe(added, few[~few.mitigation.isin(final[:2])])
+    assert len(comparison(most_read(alone)).rows) == len(comparison(few).rows)  # no remedy was, so all are
+
+
+def test_a_remedy_is_recommended_with_its_doubts(story):
+    found = recommend(story, ABOUT)
+    assert found.kind == "remedy" and found.remedy == "rri:alpha=0.999,beta=0.75"
+    words = " ".join(found.words)
+    assert "collapses at 8K tokens" in words and "16 of 16 stretches" in words and "Use rri:alpha=0.999" in words
+    assert any("surely below" in doubt for doubt in found.uncertainty)
+    assert any("Nothing is known beyond 64K" in doubt for doubt in found.uncertainty)
+    assert 'mitigate(model, "rri:alpha=0.999,beta=0.75")' in found.python
+    assert found.command.startswith("rnn-longctx generate 'my model' --mitigation rri:alpha=0.999,beta=0.75 --prompt -")
+
+
+def test_the_last_tokens_where_nothing_gains_over_them(story):
+    frame = story
+    for name in ("state-norm", "rri:alpha=0.999,beta=0.75", "rri:alpha=0.99"):
+        frame = changed(frame, name, factor=0, metric="accuracy")
+    found = recommend(frame, ABOUT)
+    assert found.kind == "last tokens" and "last 256 tokens only" in " ".join(found.words)
+    assert "recompute:last=256" in found.python and found.next_steps
+
+
+def test_next_steps_where_no_remedy_suffices(story):
+    frame = story
+    for name in ("state-norm", "rri:alpha=0.999,beta=0.75", "rri:alpha=0.99"):
+        frame = changed(frame, name, factor=1.5)
+    found = recommend(frame, ABOUT)
+    assert found.kind == "insufficient" and "No remedy that was measured suffices" in " ".join(found.words)
+    commands = [command for _, command in found.next_steps]
+    assert commands[0].startswith("rnn-longctx train configs/train/continual.yaml --set model='my model'")
+    assert any("capacity advise --context 2k" in command for command in commands)
+
+
+def test_a_model_that_does_not_collapse_is_left_as_it_is(story):
+    flat = story[story.mitigation != "none"].pipe(
+        added, story[story.mitigation == "state-norm"].assign(mitigation="none")
+    )
+    found = recommend(flat, ABOUT)
+    assert found.kind == "none needed" and found.remedy is None and "does not collapse up to 64K" in found.words[0]
+    assert "mitigate" not in found.python and "--mitigation" not in found.command
+
+
+def test_too_little_is_not_decided(story):
+    bare = story[story.mitigation == "none"]
+    assert recommend(bare, ABOUT).kind == "undecided" and "collapses at 8K" in recommend(bare, ABOUT).words[0]
+    assert recommend(story[story.length <= 256], ABOUT).kind == "undecided"
+    assert recommend(story[:0], ABOUT).kind == "undecided"
+    without_controls = story[~story.mitigation.str.startswith("re")]
+    assert recommend(without_controls, ABOUT).kind == "undecided"
+
+
+def test_doubts_name_what_looked_better_on_less_text(make):
+    few, many = changed(make(slices=4), "state-norm", add=-0.3), make(slices=12)
+    names = ["none", "recompute:last=512", "rri:alpha=0.999,beta=0.75"]
+    both = many[many.mitigation.isin(names)].pipe(added, few[few.mitigation == "state-norm"])
+    doubts = recommend(both, ABOUT).uncertainty
+    assert any(doubt.startswith("state-norm had a lower loss") for doubt in doubts)
+    short = story_up_to(make(), 4096)
+    assert any("before the model collapses" in doubt for doubt in recommend(short, ABOUT).uncertainty)
+
+
+def story_up_to(frame, length):
+    return frame[(frame.mitigation == "none") | (frame.length <= length)]
+
+
+def test_context_gain_and_recall(story):
+    gains = context_gain(story, ["none", "state-norm", "not there"])
+    assert {row["name"] for row in gains} == {"none", "state-norm"} and min(row["length"] for row in gains) == 512
+    last = [row for row in gains if row["name"] == "none"][-1]
+    assert last["high"] < -4 and last["n"] == 16
+    right = {(row["name"], row["length"]): row["right"] for row in recall_rows(story)}
+    assert right["none", 256] == 1 and right["none", 65536] == 0
+
+
+def test_onset_of_a_probe():
+    heads = pd.DataFrame(
+        {"layer": [0, 1], "head": [3, 2], "onset": [512.0, np.nan], "ratio": [9.0, 1.0], "retained": 0.5}
+    )
+    found = onset({"length": 4096, "verdict": "words"}, heads)
+    assert found["length"] == 512 and found["left"] == 1 and found["worst"][0]["head"] == 3
+    assert onset(None, None) is None
+
+
+@pytest.mark.parametrize(
+    "remedy", ["a-floor", pytest.param("token-filter+state-norm:every=64", marks=pytest.mark.slow)]
+)
+def test_the_lines_run(remedy, tmp_path, monkeypatch):
+    """The lines of Python do what they say, but for the number of tokens."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "document.txt").write_text("import os\n")
+    about = ABOUT | {"model": "demo", "foldable": ["a-floor"], "per_length": ["token-filter"]}
+    python, command = lines(about, remedy, 1024)
+    assert ("target_length=1024" in python) == ("token-filter" in remedy) and "max_new_tokens=200" in python
+    assert command == f"rnn-longctx generate demo --mitigation {remedy} --prompt - < document.txt"
+    names: dict[str, object] = {}
+    exec(python.replace("max_new_tokens=200", "max_new_tokens=2"), names)
+    assert names["new"].shape == (1, 2)
+    assert (tmp_path / "mended" / "config.json").exists() == (remedy == "a-floor")
