@@ -10,7 +10,8 @@ from typing import Annotated
 import typer
 
 from rnn_longctx.cli.command import command
-from rnn_longctx.cli.options import MODEL, TEXTS, Many, ModelOptions, about, console_of_tables, option
+from rnn_longctx.cli.options import MODEL, TEXTS, Many, ModelOptions, about, option
+from rnn_longctx.cli.output import fact, head, show, speaker, table, wrote
 
 
 def process_seconds() -> float:
@@ -36,7 +37,12 @@ def pilot(
     options: ModelOptions = ModelOptions(),
 ) -> None:
     """Where a model collapses on your own documents, which remedy to use, and how to use it, within a time.
-    Killed and run again, it goes on where it stopped."""
+    Killed and run again, it goes on where it stopped.
+
+    Examples:
+        rnn-longctx pilot demo --text stdlib --budget 5m
+        rnn-longctx pilot demo --text stdlib --budget 10m --estimate --price 2.5
+    """
     began = time.monotonic() - process_seconds()
     from rnn_longctx.eval.pilot.ask import ask
     from rnn_longctx.eval.pilot.write import estimate_table, summary, write_pilot
@@ -45,22 +51,21 @@ def pilot(
     from rnn_longctx.data import load_text
     from rnn_longctx.eval.pilot.run import Pilot
     from rnn_longctx.models.modes import evaluating
-    from rnn_longctx.progress import to_stdout
 
     loaded = load_text(text)
     lm = options.load(model)
-    console = console_of_tables()
-    console.print(about(lm, options.dtype))
+    head(about(lm, options.dtype))
     with evaluating(lm):
-        run = Pilot(lm, loaded, config, began, to_stdout)
+        run = Pilot(lm, loaded, config, began, speaker())
         sizes, expected = run.estimate()
-        for piece in estimate_table(expected, config.budget):
-            console.print(piece)
+        fact("estimated_seconds", expected.seconds)
+        table("estimate", expected.stages, *estimate_table(expected, config.budget))
         if estimate:
             run.ledger.leave_out()
             return
         run.measure(sizes)
         content, found = write_pilot(run, expected)
-    for piece in summary(content, found):
-        console.print(piece)
-    typer.echo(f"open {out}/report.html")
+    fact("recommendation", {name: getattr(found, name) for name in ("words", "uncertainty", "python", "command")})
+    table("compared", (content["compared"] or {}).get("rows", []), *summary(content, found))
+    wrote(out, ["pilot.json", "results.parquet", "report.html"])
+    show(f"open {out}/report.html")
