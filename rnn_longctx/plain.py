@@ -45,12 +45,12 @@ def guarded(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     text = plain(value)
-    return GUARD + text if _formula(text) else text
+    return GUARD + text if _formula(text.lstrip(GUARD)) else text
 
 
 def unguarded(text: str) -> str:
     """Return the text that `guarded` wrote, without its apostrophe."""
-    return text[len(GUARD) :] if text.startswith(GUARD) and _formula(text[len(GUARD) :]) else text
+    return text[len(GUARD) :] if text.startswith(GUARD) and _formula(text.lstrip(GUARD)) else text
 
 
 def _formula(text: str) -> bool:

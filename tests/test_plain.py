@@ -38,7 +38,7 @@ STEERING = [
     "\u2028",
     "\x7f",
 ]
-FORMULAS = ["=1+1", "+1+1", "-1+1", "@SUM(A1)", '=HYPERLINK("x","y")', "-", "=", "--x"]
+FORMULAS = ["=1+1", "+1+1", "-1+1", "@SUM(A1)", '=HYPERLINK("x","y")', "-", "=", "--x", "'=x", "''+1+1"]
 
 
 @pytest.mark.parametrize("text", STEERING)

@@ -73,6 +73,14 @@ def held() -> int:
     return used if sys.platform == "darwin" else used * 1024
 
 
+def _given_up(stat: Path) -> int:
+    """Return the bytes that a container holds of files it has read, which it gives up when memory is wanted."""
+    try:
+        return int(dict(line.split() for line in stat.read_text().splitlines())["inactive_file"])
+    except (OSError, KeyError, ValueError):
+        return 0
+
+
 def available_memory(proc: Path = Path("/proc/meminfo"), limits: Path = Path("/sys/fs/cgroup")) -> int | None:
     """Return the bytes of memory that can still be had, or None where the system does not say.
 
@@ -87,6 +95,7 @@ def available_memory(proc: Path = Path("/proc/meminfo"), limits: Path = Path("/s
         return None
     try:
         room = int((limits / "memory.max").read_text()) - int((limits / "memory.current").read_text())
+        room += _given_up(limits / "memory.stat")
     except (OSError, ValueError):  # no container, or one without a limit ("max")
         return free
     return max(0, min(free, room))

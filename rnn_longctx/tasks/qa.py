@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -98,12 +99,15 @@ class QuestionAnswering(Task):
     def _context(self, row: int, room: int, tokenizer: Tokenizer) -> np.ndarray:
         """Return `room` tokens that end with the document of a question."""
         pieces: list[np.ndarray] = []
+        missing = room
         for document in self._documents(row):
             pieces.append(_encoded(tokenizer, document))
-            if (missing := room - sum(map(len, pieces))) <= 0:
+            missing -= len(pieces[-1])
+            if missing <= 0:
                 break
             pieces.append(_encoded(tokenizer, BETWEEN))
-        if (missing := room - sum(map(len, pieces))) > 0:
+            missing -= len(pieces[-1])
+        if missing > 0:
             filler = piece(tokenizer, FILLER, FILLER)
             pieces.append(np.tile(filler, -(-missing // len(filler))))
         return np.concatenate(pieces[::-1])[-room:]
@@ -124,7 +128,7 @@ class QuestionAnswering(Task):
         a model that was not taught to stop goes on. Capitals and runs of spaces do not count."""
         answers = self.questions.asked[int(example.about["question"])].answers
         said = _plain(tokenizer.decode(reply.tolist()))
-        return float(any(said.startswith(a) and not said[len(a) : len(a) + 1].isalnum() for a in map(_plain, answers)))
+        return float(any(said.startswith(a) and _ends(a, said[len(a) :]) for a in map(_plain, answers)))
 
     @property
     def label(self) -> str:
@@ -133,6 +137,12 @@ class QuestionAnswering(Task):
     @property
     def text(self) -> str:
         return f"{Path(self.file).stem} {self.questions.digest}"
+
+
+def _ends(answer: str, rest: str) -> bool:
+    """Return whether an answer's last word ends before the rest of a reply: 12 does not before 5, nor before .5."""
+    number_goes_on = answer[-1:].isdigit() and re.match(r"[.,-]\d", rest) is not None
+    return not rest[:1].isalnum() and not number_goes_on
 
 
 def _plain(text: str) -> str:
@@ -202,7 +212,8 @@ def _clean(text: str) -> str:
 
 
 def _document(value: str, folder: Path) -> str:
-    """Return a document: of a file where there is one of that name, else the text itself, where it is more than a word.
+    """Return a document: of a file where there is one of that name, else the text itself, where it looks like
+    no file's name.
 
     Raises:
         InputError: neither is there; a file that cannot be read, or is no text.
@@ -216,6 +227,12 @@ def _document(value: str, folder: Path) -> str:
         if text := _clean(read_text(path).decode("utf-8", "replace")):
             return text
         raise InputError(f"the document {value} is empty")
-    if len(value.split()) < 2:
-        raise InputError(f"there is no document {value:.80}: expected a file beside the questions, or the text itself")
+    if _names_a_file(value):
+        raise InputError(f"there is no document {value}: expected a file beside the questions, or the text itself")
     return value
+
+
+def _names_a_file(value: str) -> bool:
+    """Return whether a text looks like the name of a file: one short word of ASCII with a suffix or a folder."""
+    one_word = value.isascii() and len(value.split()) == 1 and len(value) <= 255
+    return one_word and ("/" in value or Path(value).suffix != "")

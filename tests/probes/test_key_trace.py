@@ -14,7 +14,7 @@ from rnn_longctx.probes.key_trace import KeyTrace, trace_key
 
 SLOW = "mamba2:headdim=16,d_state=8,A_low=1e-3,A_high=1e-2,A_draw=log-uniform"
 DELTA = "gated-deltanet:heads=2,head_dim=8,expand_v=2,A_min=1e-3,A_max=0.1"
-TEXT = Text("made", bytes(torch.randint(32, 127, (9000,)).tolist()))
+TEXT = Text("made", bytes(torch.randint(32, 127, (9000,), generator=torch.Generator().manual_seed(1)).tolist()))
 
 
 @pytest.fixture(autouse=True)

@@ -83,6 +83,23 @@ def test_an_answer_is_right_where_it_ends_with_a_word(tmp_path, seed, said, scor
     assert task.right(BYTES.encode(said), example, BYTES) == score
 
 
+@pytest.mark.parametrize(
+    ("said", "score"), [(" 12", 1), (" 12.", 1), (" 12, and", 1), (" 12,000", 0), (" 12.5", 0), (" 12-14", 0)]
+)
+def test_a_number_is_right_where_it_ends(tmp_path, seed, said, score):
+    task = QuestionAnswering(
+        written(tmp_path, [{"document": "Twelve of them.", "question": "How many?", "answer": "12"}])
+    )
+    example, _, _ = asked(task, 60, 0, seed)
+    assert task.right(BYTES.encode(said), example, BYTES) == score
+
+
+def test_a_document_may_be_one_word_of_any_script(tmp_path):
+    for document in ("東京は日本の首都です。", "a" * 300, "word"):
+        task = QuestionAnswering(written(tmp_path, [{"document": document, "question": "?", "answer": "a"}]))
+        assert task.questions.asked[0].document == document
+
+
 def test_any_of_the_answers_is_right(tmp_path, seed):
     task = QuestionAnswering(written(tmp_path, THREE[1:2]))
     example, question, _ = asked(task, 60, 0, seed)

@@ -25,6 +25,7 @@ from rnn_longctx.eval.show.page.figures import LOOKS
 from rnn_longctx.eval.show.page.parts import Code, Figure, Page, Section, Slider, Switch, Table
 from rnn_longctx.eval.show.page.text import cell, clean, escaped, for_plotly, for_script, unpacked
 from rnn_longctx.files import write_atomic
+from rnn_longctx.plain import csv_text
 
 LIMIT = 5_900_000  # bytes of a page
 ROWS = (5000, 2000, 800, 300, 100, 30)  # points of a line and rows of a table, at most: the first that fits
@@ -220,7 +221,7 @@ class Renderer:
         return True
 
     def table(self, table: Table) -> str:
-        if self.room is not None and not self.fits(table.frame.head(SHOWN).astype(str).to_csv() * 3):
+        if self.room is not None and not self.fits(csv_text(table.frame.head(SHOWN).astype(str)) * 3):
             return f"<p>{escaped(table.title)}: left out of a page that is too large.</p>"
         name, link = self.data(table.title, table.frame)
         title, note = escaped(table.title), f"<p>{escaped(table.note)}</p>" if table.note else ""

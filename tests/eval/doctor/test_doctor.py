@@ -148,6 +148,8 @@ def test_memory_that_is_free(tmp_path):
     assert machine.available_memory(proc, tmp_path) == 8192
     (tmp_path / "memory.max").write_text("5000\n")
     assert machine.available_memory(proc, tmp_path) == 4000, "a container's limit is lower"
+    (tmp_path / "memory.stat").write_text("anon 500\ninactive_file 300\n")
+    assert machine.available_memory(proc, tmp_path) == 4300, "what it keeps of files is given up"
     assert machine.available_memory(tmp_path / "none", tmp_path) is None
 
 
