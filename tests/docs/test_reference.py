@@ -62,12 +62,17 @@ def test_everything_registered_has_a_section(mark, names):
     assert set(names) <= headings(GENERATED[mark]())
 
 
+def ours(registry):
+    """Return the names of a registry that this library has put there: other tests put plug-ins beside them."""
+    return [name for name, kind in registry.items() if kind.__module__.startswith("rnn_longctx.")]
+
+
 def test_concepts_have_every_remedy_and_every_mixer():
     remedies = (pages.DOCS / "concepts" / "remedies.md").read_text()
     titles = set(", ".join(re.findall(r"^### (.+)$", remedies, re.MULTILINE)).split(", "))
-    assert titles == set(REMEDIES) - {"none"}
+    assert titles == set(ours(REMEDIES)) - {"none"}
     mixers = (pages.DOCS / "concepts" / "mixers.md").read_text()
-    assert not [name for name in MIXERS if f"| `{name}` |" not in mixers]
+    assert not [name for name in ours(MIXERS) if f"| `{name}` |" not in mixers]
 
 
 def test_every_option_of_every_command_is_there():

@@ -130,7 +130,7 @@ def test_passkey_counts_exact_answers(model, monkeypatch):
     """A model that says the key of even prompts only is right half of the time, at every depth it is right at."""
     prompts = {p.ids.tobytes(): (i, p) for i, p in enumerate(passkey_batch(ByteTokenizer(), 128, 20, 0))}
 
-    def replies(measuring, task, examples):
+    def replies(measuring, task, examples, losses):
         known = [prompts[e.prompt.tobytes()] for e in examples]
         texts = [p.answer + "." if i % 2 == 0 else "12" + p.answer for i, p in known]
         return [ByteTokenizer().encode(text) for text in texts], (0.1, 0.01)

@@ -42,11 +42,13 @@ def test_every_task_is_trained_on_and_measured(tmp_path):
     model = load(tmp_path / "run" / "model")
     asked = [f"{name}{',' if ':' in name else ':'}n=2" for name in names]
     frame = evaluate(model, [length], asked, text="builtin")
-    whole = frame[frame["depth"].isna()].set_index("task")
+    whole = frame[frame["depth"].isna() & (frame["metric"] == "accuracy")].set_index("task")
     for name in names:
         task = parse(name, TASKS, "task")
         assert 0 <= whole.loc[task.label, "value"] <= 1 and whole.loc[task.label, "n"] == 2
-        assert whole.loc[task.label, "chance"] == pytest.approx(task.chance), "a table shows what a guess scores"
+        chance = float("nan") if task.chance is None else task.chance  # (of questions of one's own nobody knows it)
+        shown = whole.loc[task.label, "chance"]
+        assert shown == pytest.approx(chance, nan_ok=True), "a table shows what a guess scores"
 
 
 @pytest.mark.parametrize(
