@@ -70,11 +70,12 @@ function download(url, name) {
   link.click();
 }
 
-// A cell that begins as a formula does is not to be taken for one by a spreadsheet.
+// A cell that begins as a formula does, and is no number as a whole, is not to be taken for one by a spreadsheet.
+const number = /^[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$|^[+-]?inf(inity)?$/i;
 function cell(value) {
   if (value === null || value === undefined) return "";
   if (typeof value !== "string") return String(value);
-  const text = /^[\s\u0000-\u001f]*[=+\-@]/.test(value) && !/^[+-]?(\d|inf|\.\d)/.test(value) ? `'${value}` : value;
+  const text = /^[\s\u0000-\u001f]*[=+\-@]/.test(value) && !number.test(value) ? `'${value}` : value;
   return /[",\n\r]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
 }
 
