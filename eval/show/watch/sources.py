@@ -30,6 +30,7 @@ class Source:
         points: its rows; values in the order of `names`.
         events: the newest EVENTS, each with the number of its row and a cell a column of `columns`.
         status: one word for how it stands.
+        unread: lines that could not be read.
     """
 
     columns: tuple[str, ...] = ()
@@ -42,25 +43,34 @@ class Source:
     def clear(self) -> None:
         """Forget what was read: the file begins anew."""
         self.points, self.events, self.status = Points(), deque[tuple[int, list[str]]](maxlen=EVENTS), "waiting"
+        self.unread = 0
 
     def read(self) -> None:
-        """Read what has come since the last call."""
+        """Read what has come since the last call. A line that cannot be read is passed over, and counted."""
         era = self.follow.era
         for line in self.follow.lines():
             if self.follow.era != era:
                 era = self.follow.era
                 self.clear()
-            self.add(line)
+            try:
+                if line.strip():
+                    self.add(line)
+            except (ValueError, OverflowError):
+                self.unread += 1
         if self.follow.era != era:
             self.clear()
 
     def add(self, line: str) -> None:
-        """Take one line. What is no row of such a log is passed over."""
+        """Take one line. Raises ValueError or OverflowError: it is no row of such a log."""
+        raise NotImplementedError
+
+    def found(self) -> list[str]:
+        """Return what the log says so far, in plain words."""
         raise NotImplementedError
 
     def verdict(self) -> list[str]:
-        """Return what the log says so far, in plain words."""
-        raise NotImplementedError
+        """Return what the log says so far, and how many of its lines could not be read."""
+        return self.found() + [f"{counted(self.unread, 'line')} could not be read."] * bool(self.unread)
 
     def figures(self) -> list[Figure]:
         """Return the page's figures, empty: each trace's `meta` is the place of its values."""
@@ -103,7 +113,7 @@ class MonitorSource(Source):
     def add(self, line: str) -> None:
         report = monitor.report(line)
         if report is None:
-            return
+            raise ValueError("no report of a monitor")
         position, status = report["position"], report["status"]
         begins = position <= self.position
         self.read_tokens += position if begins else position - self.position
@@ -119,7 +129,7 @@ class MonitorSource(Source):
             cells = [f"{position:,}", status, report["action"] or "", outside, number(report["worst"]), report["time"]]
             self.events.append((self.points.count, cells))
 
-    def verdict(self) -> list[str]:
+    def found(self) -> list[str]:
         if not self.points.count:
             return ["No report yet."]
         shares = ", ".join(f"{self.counts[s]:,} {s}" for s in monitor.STATUSES if self.counts[s])
@@ -159,11 +169,11 @@ class TrainSource(Source):
         row = dict(zip(self.head, cells))
         step = _number(row.get("step"))
         if step is None or len(cells) != len(self.head):
-            return
+            raise ValueError("no row of a training run's log")
         self.status = "training"
         self.points.add(step, tuple(_number(row.get(name)) for name in self.names))
 
-    def verdict(self) -> list[str]:
+    def found(self) -> list[str]:
         if not self.points.count:
             return ["No row yet."]
         last = self.points.kept[-1]

@@ -18,6 +18,7 @@ from rnn_longctx.eval.show.page.parts import KINDS, Figure, Kind, Page, Section,
 from rnn_longctx.eval.show.page.text import clean
 
 STATUSES = ("ok", "warning", "drift", "collapsed")
+FURTHEST = 2**63  # tokens: no position is there, and no table has such a number
 COLUMNS = ("time", "stream", "position", "status", "outside", "worst", "shift", "action", "heads")
 
 
@@ -57,9 +58,10 @@ def report(line: str) -> dict[str, Any] | None:
     try:
         found = json.loads(line)
         position, status = int(found["position"]), found["status"]
-        if status not in STATUSES:
+        if status not in STATUSES or not 0 <= position < FURTHEST:
             return None
         heads = [(int(i), int(h), math.inf if r is None else float(r)) for i, h, r in found.get("heads") or []]
+        outside, worst, shift = (_number(found.get(name)) for name in ("outside", "worst", "shift"))
     except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
         return None
     action = found.get("action")
@@ -67,9 +69,9 @@ def report(line: str) -> dict[str, Any] | None:
         "time": clean(found.get("time", "")),
         "position": position,
         "status": status,
-        "outside": _number(found.get("outside")),
-        "worst": _number(found.get("worst")),
-        "shift": _number(found.get("shift")),
+        "outside": outside,
+        "worst": worst,
+        "shift": shift,
         "action": None if action is None else clean(action),
         "heads": heads,
     }

@@ -188,6 +188,22 @@ def test_a_log_of_two_streams_and_lines_that_are_no_reports():
     assert Renderer(100).page(page)
 
 
+@pytest.mark.parametrize(
+    "name, digits", [("worst", 400), ("outside", 400), ("shift", 400), ("position", 400), ("position", 20)]
+)
+def test_numbers_that_no_monitor_writes_are_counted_as_no_report(name, digits, tmp_path):
+    """JSON has whole numbers of any length, and a float or a table has not."""
+    strange = json.dumps(json.loads(monitor_line(1)) | {name: 10**digits})
+    log = tmp_path / "log.jsonl"
+    log.write_text("\n".join([monitor_line(0).strip(), strange, monitor_line(2)]))
+    page = page_of(log)
+    assert page.header["reports"] == "2" and page.header["lines that are no report"] == "1"
+    assert Renderer(100).page(page)
+    log.write_text(strange)
+    with pytest.raises(InputError, match="holds no report"):
+        page_of(log)
+
+
 def test_a_page_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot write"):

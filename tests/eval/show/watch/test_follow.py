@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tracemalloc
 
@@ -132,6 +133,35 @@ def test_a_training_log_is_followed_by_its_head(tmp_path):
     source.read()
     assert [p.x for p in source.points.kept] == [10, 20, 40], "a row of another width is none"
     assert source.verdict()[1].startswith("The loss is 2.500 nats per token, the mean of the last 3 rows")
+    assert source.verdict()[2:] == ["1 line could not be read."]
+
+
+@pytest.mark.parametrize("name, digits", [("worst", 400), ("position", 400), ("position", 20)])
+def test_a_line_that_cannot_be_read_loses_no_other(file, name, digits):
+    """It is passed over, and counted."""
+    strange = json.dumps(json.loads(monitor_line(1)) | {name: 10**digits})
+    source = MonitorSource(file)
+    append(file, "".join([monitor_line(0), f"{strange}\n\nno json\n", monitor_line(1), monitor_line(2)]))
+    source.read()
+    assert source.points.count == 3 and source.words()[0] == "0.7 at 768, at most 0.7"
+    assert source.verdict()[-1] == "2 lines could not be read."
+    file.write_text("")
+    source.read()
+    assert source.verdict() == ["No report yet."]
+
+
+def test_an_error_in_a_line_ends_no_poll(file, monkeypatch):
+    source, add = MonitorSource(file), MonitorSource.add
+
+    def fails(self, line):
+        if "fails" in line:
+            raise OverflowError
+        add(self, line)
+
+    monkeypatch.setattr(MonitorSource, "add", fails)
+    append(file, monitor_line(0) + "fails\n" + monitor_line(1))
+    source.read()
+    assert source.points.count == 2 and source.verdict()[-1] == "1 line could not be read."
 
 
 def test_what_cannot_be_followed_is_refused(tmp_path):
