@@ -55,13 +55,13 @@ class Source:
             try:
                 if line.strip():
                     self.add(line)
-            except (ValueError, OverflowError):
+            except (ValueError, OverflowError, csv.Error):
                 self.unread += 1
         if self.follow.era != era:
             self.clear()
 
     def add(self, line: str) -> None:
-        """Take one line. Raises ValueError or OverflowError: it is no row of such a log."""
+        """Take one line. Raises ValueError, OverflowError or csv.Error: it is no row of such a log."""
         raise NotImplementedError
 
     def found(self) -> list[str]:

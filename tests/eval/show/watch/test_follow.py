@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import tracemalloc
@@ -148,6 +149,16 @@ def test_a_line_that_cannot_be_read_loses_no_other(file, name, digits):
     file.write_text("")
     source.read()
     assert source.verdict() == ["No report yet."]
+
+
+def test_a_field_that_no_csv_has_loses_no_row(tmp_path, request):
+    """Python's csv refuses a field of more than 131,072 characters, unless told otherwise, as training does."""
+    before = csv.field_size_limit(131_072)
+    request.addfinalizer(lambda: csv.field_size_limit(before))
+    source = source_of(tmp_path)
+    append(tmp_path / "log.csv", f"step,tokens,loss\n1,9,3.5\n2,18,{'1' * 131_073}\n3,27,2.5\n")
+    source.read()
+    assert [p.x for p in source.points.kept] == [1, 3] and source.verdict()[-1] == "1 line could not be read."
 
 
 def test_an_error_in_a_line_ends_no_poll(file, monkeypatch):
