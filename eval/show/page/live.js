@@ -2,17 +2,20 @@
 // Asks the server for what is new, once a second, and draws it.
 const live = {era: null, number: 0, events: [], points: [], busy: false};
 const MOST = 4000; // points drawn, at most
+const BEYOND = "not finite"; // a value that has no place on an axis: its mark is drawn at the top
 
 function forget() {
   Object.assign(live, {number: 0, events: [], points: []});
 }
+
+const size = point => point[1][0] === BEYOND ? Infinity : point[1][0];
 
 // Of four older points the lowest and the highest stay, so that a page that is left open does not grow.
 function thin() {
   while (live.points.length > MOST) {
     const kept = [], half = MOST / 2;
     for (let i = 0; i < half; i += 4) {
-      const four = live.points.slice(i, i + 4).sort((a, b) => a[1][0] - b[1][0]);
+      const four = live.points.slice(i, i + 4).sort((a, b) => size(a) - size(b));
       kept.push(...[four[0], four[four.length - 1]].sort((a, b) => a[0] - b[0]));
     }
     live.points = kept.concat(live.points.slice(half));
@@ -57,10 +60,14 @@ function say(words) {
 function show(news) {
   for (const [name, spec] of Object.entries(page.figures)) {
     const places = spec.data.map(trace => trace.meta);
+    const numbers = live.points.flatMap(point => places.map(place => point[1][place])).filter(Number.isFinite);
+    const top = 2 * numbers.reduce((most, value) => Math.max(most, value), 1);
     spec.data.forEach((trace, i) => {
       const known = live.points.filter(point => point[1][places[i]] !== null);
       trace.x = known.map(point => point[0]);
-      trace.y = known.map(point => point[1][places[i]]);
+      const values = known.map(point => point[1][places[i]]);
+      trace.y = values.map(value => value !== BEYOND ? value : trace.mode === "markers" ? top : null);
+      trace.customdata = values.map(shown);
     });
     const words = spec.data.map((trace, i) => `${trace.name}: ${news.words[places[i]]}`);
     document.getElementById(`${name}-words`).textContent = `${words.join("; ")}.`;

@@ -7,6 +7,7 @@ address is refused, so that a page from elsewhere cannot reach it through a name
 from __future__ import annotations
 
 import json
+import math
 import secrets
 import sys
 import threading
@@ -16,6 +17,7 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from rnn_longctx.errors import InputError
+from rnn_longctx.eval.show.page.kinds.monitor import BEYOND
 from rnn_longctx.eval.show.page.page import Renderer, policy_of, script
 from rnn_longctx.eval.show.watch.sources import Source, source_of
 
@@ -70,7 +72,7 @@ class Watch(ThreadingHTTPServer):
                 "status": source.status,
                 "verdict": source.verdict(),
                 "words": source.words(),
-                "points": [[p.x, p.values] for p in points],
+                "points": [[p.x, [BEYOND if v == math.inf else v for v in p.values]] for p in points],
                 "events": list(source.events),
             }
 

@@ -27,7 +27,7 @@ class Source:
     """A log that is followed, and what of it a page shows.
 
     Attributes:
-        points: its rows; values in the order of `names`.
+        points: its rows; values in the order of `names`, infinite for a ratio that is not finite.
         events: the newest EVENTS, each with the number of its row and a cell a column of `columns`.
         status: one word for how it stands.
         unread: lines that could not be read.
@@ -95,7 +95,7 @@ class Source:
                 texts.append("nothing yet")
                 continue
             last, most = known[-1], max(v for p in known if (v := p.values[place]) is not None)
-            texts.append(f"{number(last.values[place], '.4g')} at {last.x:,.0f}, at most {number(most, '.4g')}")
+            texts.append(f"{_words(last.values[place])} at {last.x:,.0f}, at most {_words(most)}")
         return texts
 
 
@@ -120,13 +120,13 @@ class MonitorSource(Source):
         before = "ok" if begins else self.last
         self.position, self.last, self.status = position, status, status
         self.counts[status] += 1
-        worst = _known(report["worst"])
+        worst = math.inf if monitor.beyond(status, report["worst"]) else _known(report["worst"])
         marks = [worst if status == one else None for one in monitor.STATUSES[1:]]
         self.points.add(self.read_tokens, (worst, *marks, _known(report["outside"]), _known(report["shift"])))
         if status != before or report["action"]:
             heads = [f"layer {layer} head {head}" for layer, head, _ in report["heads"][:2]]
             outside = f"{number(report['outside'], '.0f')}: {', '.join(heads)}" if heads else "none"
-            cells = [f"{position:,}", status, report["action"] or "", outside, number(report["worst"]), report["time"]]
+            cells = [f"{position:,}", status, report["action"] or "", outside, _words(worst, ".3g"), report["time"]]
             self.events.append((self.points.count, cells))
 
     def found(self) -> list[str]:
@@ -216,7 +216,7 @@ def empty(
     for line, place in zip(lines, places):
         plot.add_traces(figures.traces_of(line, meta=place))
         switches.append(Switch(line.name, [len(plot.data) - 1]))
-    plot.update_traces(hovertemplate="%{x:,d}: %{y:.4g}")
+    plot.update_traces(hovertemplate="%{x:,d}: %{customdata}")
     plot.update_layout(xaxis=figures.steps_axis(x), yaxis=y, height=320)
     figures.add_marks(plot, marks)
     frame = pd.DataFrame(columns=[x, *(line.name for line in lines)])
@@ -229,6 +229,10 @@ def _axis(what: str) -> dict[str, Any]:
 
 def _colour(i: int) -> dict[str, Any]:
     return {k: v for k, v in look(i - 1).items() if k != "symbol"}
+
+
+def _words(value: float | None, form: str = ".4g") -> str:
+    return monitor.BEYOND if value == math.inf else number(value, form)
 
 
 def _known(value: float) -> float | None:

@@ -19,6 +19,7 @@ from rnn_longctx.eval.show.page.text import clean
 
 STATUSES = ("ok", "warning", "drift", "collapsed")
 FURTHEST = 2**63  # tokens: no position is there, and no table has such a number
+BEYOND = "not finite"  # the largest ratio where a state has overflowed; the journal writes null
 COLUMNS = ("time", "stream", "position", "status", "outside", "worst", "shift", "action", "heads")
 
 
@@ -48,7 +49,7 @@ def page(path: Path) -> Page:
         Section("States and input", drawn(table)),
         Section("Events", [Table("Changes of status, and actions", events(table))]),
         Section("Heads outside their margins", _heads(table)),
-        Section("All reports", [Table("Every report", table.drop(columns="heads"))]),
+        Section("All reports", [Table("Every report", table.drop(columns="heads").assign(worst=_in_words(table)))]),
     ]
     return Page(f"Monitor of {path.stem}", verdict(table), header, [s for s in sections if s.parts])
 
@@ -81,6 +82,20 @@ def _number(value: Any) -> float:
     return float(value) if isinstance(value, (int, float)) else math.nan
 
 
+def beyond(status: str, worst: float) -> bool:
+    """Return whether a report is of a state so far from its envelope that the ratio is no finite number."""
+    return status != "ok" and not math.isfinite(worst)
+
+
+def _are_beyond(table: pd.DataFrame) -> pd.Series:
+    return pd.Series([beyond(s, w) for s, w in zip(table["status"], table["worst"])], table.index, dtype=bool)
+
+
+def _in_words(table: pd.DataFrame) -> pd.Series:
+    """Return the largest ratios for a table: numbers, and BEYOND."""
+    return table["worst"].astype(object).mask(_are_beyond(table), BEYOND)
+
+
 def reports(lines: Iterable[str]) -> tuple[pd.DataFrame, int]:
     """Return the reports of a log, a row each, and how many lines are none. A position that is not above the one before
     begins another stream."""
@@ -104,9 +119,10 @@ def verdict(table: pd.DataFrame) -> list[str]:
     for status in STATUSES[1:]:
         if status in counts:
             first = table[table["status"] == status].iloc[0]
+            furthest = BEYOND if beyond(status, first["worst"]) else f"{number(first['worst'])} times"
             lines.append(
                 f"First {status} at {first['position']:,} tokens of stream {first['stream']}: "
-                f"{first['outside']:.0f} heads outside their margins, the furthest {number(first['worst'])} times."
+                f"{first['outside']:.0f} heads outside their margins, the furthest {furthest}."
             )
     done = table["action"].dropna()
     if len(done):
@@ -118,7 +134,8 @@ def verdict(table: pd.DataFrame) -> list[str]:
 
 
 def drawn(table: pd.DataFrame) -> list[Figure]:
-    """Return norms and shift over the tokens read in all streams, one after another."""
+    """Return norms and shift over the tokens read in all streams, one after another. The mark of a ratio that is not
+    finite is at the top."""
     steps = table["position"].diff()
     steps[table["stream"].diff() != 0] = table["position"]
     read = steps.cumsum().tolist()
@@ -126,17 +143,28 @@ def drawn(table: pd.DataFrame) -> list[Figure]:
     axis = figures.steps_axis("tokens read")
     frame = table.drop(columns="heads").assign(read=read)
     worst = [Line("largest ratio of a head", read, table["worst"].tolist(), symbol="", text=text)]
+    y_axis = figures.values_axis(table["worst"].tolist(), "state norm over its envelope")
+    far = _are_beyond(table)
+    peak = float(table["worst"].mask(far).max())
+    top = (2 if is_log(y_axis) else 1.05) * (max(peak, 1) if math.isfinite(peak) else 1)
+    places = table["worst"].mask(far, top)
+    said = [f"{t}: {w if isinstance(w, str) else number(w, '.4g')}" for t, w in zip(text, _in_words(table))]
     for status, colour in zip(STATUSES[1:], (LINES[4], LINES[3], LINES[1])):
         here = table["status"] == status
         if here.any():
-            y = table["worst"].where(here).tolist()
+            y = places.where(here).tolist()
             symbol = {"warning": "triangle-up", "drift": "diamond", "collapsed": "x"}[status]
-            worst.append(Line(status, read, y, colour=colour, symbol=symbol, width=0, text=text))
-    y_axis = figures.values_axis(table["worst"].tolist(), "state norm over its envelope")
-    peak = table["worst"].max()
-    words = f"The largest ratio of a state's norm to its envelope is {number(float(peak))}, of {len(table):,} reports."
+            worst.append(Line(status, read, y, colour=colour, symbol=symbol, width=0, text=said))
+    words = f"The largest ratio of a state's norm to its envelope is {number(peak)}, of {len(table):,} reports."
+    if far.any():
+        rest = f"; elsewhere it is at most {number(peak)}" if math.isfinite(peak) else ""
+        words = (
+            f"Of {counted(len(table), 'report')} the largest ratio of a state's norm to its envelope is {BEYOND} in "
+            f"{counted(int(far.sum()), 'report')}, whose marks are at the top{rest}."
+        )
     norm = figures.lines("State norms against their envelope", words, frame, worst, axis, y_axis,
                          [level(1, "envelope", is_log(y_axis))])  # fmt: skip
+    norm.plot.update_traces(hovertemplate="%{customdata}", selector={"mode": "markers"})
     outside = [Line("heads", read, table["outside"].tolist(), colour=INK, symbol="", text=text)]
     count = figures.lines("Heads outside their margins", f"At most {table['outside'].max():.0f} heads at once.", frame,
                           outside, axis, {"title": {"text": "heads"}, "rangemode": "tozero"}, height=280)  # fmt: skip
@@ -154,9 +182,10 @@ def events(table: pd.DataFrame) -> pd.DataFrame:
     """Return the reports at which the status changed, or something was done."""
     before = table["status"].shift(fill_value="ok").where(table["stream"].diff().fillna(0) == 0, "ok")
     some = table[(table["status"] != before) | table["action"].notna()]
-    worst = [", ".join(f"layer {layer} head {head}" for layer, head, _ in heads[:3]) for heads in some["heads"]]
+    heads = [", ".join(f"layer {layer} head {head}" for layer, head, _ in named[:3]) for named in some["heads"]]
     columns = ["position", "status", "action", "outside", "worst", "shift"]
-    return some[columns].assign(heads=worst, stream=some["stream"], time=some["time"]).reset_index(drop=True)
+    more: dict[str, Any] = {"heads": heads, "stream": some["stream"], "time": some["time"]}
+    return some[columns].assign(worst=_in_words(some), **more).reset_index(drop=True)
 
 
 def _heads(table: pd.DataFrame) -> list[Table]:

@@ -204,6 +204,26 @@ def test_numbers_that_no_monitor_writes_are_counted_as_no_report(name, digits, t
         page_of(log)
 
 
+@pytest.mark.parametrize("some", [True, False])
+def test_a_ratio_that_is_not_finite_has_its_mark_at_the_top(some, tmp_path):
+    """The journal writes null for it: it is the worst collapse of all."""
+    lines = [json.loads(monitor_line(k, 9)) for k in (range(9) if some else (8,))]
+    lines[-1] |= {"worst": None, "heads": [[1, 2, None]]}
+    log = tmp_path / "log.jsonl"
+    log.write_text("\n".join(json.dumps(line) for line in lines))
+    page = page_of(log)
+    norm = all_figures(page)[0]
+    mark = next(trace for trace in norm.plot.data if trace.name == "collapsed")
+    assert mark.y[-1] > max((line["worst"] for line in lines[:-1]), default=1)
+    assert mark.customdata[-1] == "stream 1, 2,304: not finite" and mark.hovertemplate == "%{customdata}"
+    assert "not finite in 1 report, whose marks are at the top" in norm.alternative
+    assert ("elsewhere it is at most 1.2" in norm.alternative) is some
+    assert any("the furthest not finite." in line for line in page.verdict) is not some
+    events = page.sections[1].parts[0].frame
+    assert (events["worst"].iloc[-1] == "not finite") is not some  # (it begins no status, where there are some before)
+    assert page.sections[-1].parts[0].frame["worst"].iloc[-1] == "not finite" and Renderer(100).page(page)
+
+
 def test_a_page_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot write"):

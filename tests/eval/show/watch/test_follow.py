@@ -161,6 +161,15 @@ def test_a_field_that_no_csv_has_loses_no_row(tmp_path, request):
     assert [p.x for p in source.points.kept] == [1, 3] and source.verdict()[-1] == "1 line could not be read."
 
 
+def test_a_ratio_that_is_not_finite_is_the_furthest(file):
+    source = MonitorSource(file)
+    infinite = json.dumps(json.loads(monitor_line(119)) | {"worst": None})
+    append(file, monitor_line(0) + infinite + "\n")
+    source.read()
+    assert source.words()[0] == source.words()[3] == "not finite at 30,720, at most not finite"
+    assert source.events[-1][1][4] == "not finite"
+
+
 def test_an_error_in_a_line_ends_no_poll(file, monkeypatch):
     source, add = MonitorSource(file), MonitorSource.add
 

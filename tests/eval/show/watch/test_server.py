@@ -111,6 +111,17 @@ def test_the_page_follows_in_the_browser(server, log, visit):
     assert tab.locator("h1").inner_text() == f"Watching {log.name}"
 
 
+def test_a_ratio_that_is_not_finite_is_drawn_at_the_top(server, log, visit):
+    infinite = json.dumps(json.loads(monitor_line(119)) | {"worst": None})
+    log.write_text("".join([*(monitor_line(k) for k in range(100)), infinite, "\n"]))
+    seen = visit()
+    tab = seen.open(server.url)
+    tab.wait_for_function("() => document.querySelector('dl').textContent.includes('rows101')", timeout=60_000)
+    line, mark = (tab.evaluate(f"document.getElementById('f0-plot').data[{i}]") for i in (0, 3))
+    assert line["y"][-1] is None and mark["y"][-1] > max(line["y"][:-1]) and mark["customdata"][-1] == "not finite"
+    assert "collapsed: not finite at 30,720" in tab.locator("#f0-words").inner_text() and not seen.errors
+
+
 def test_a_training_run_is_followed(tmp_path, visit):
     (tmp_path / "log.csv").write_text("step,tokens,loss,passkey_loss,lr,grad_norm\n1,9,4.5,3,0.1,1\n2,18,4.0,2,0.1,1\n")
     with Watch(tmp_path) as server:
