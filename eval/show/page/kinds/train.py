@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from rnn_longctx.config import counted, format_length
@@ -17,6 +18,9 @@ from rnn_longctx.eval.show.page.figures import INK, MUTED, Line, look, number
 from rnn_longctx.eval.show.page.parts import KINDS, Figure, Kind, Page, Section, Table
 
 LOG, EVALUATED, ONLINE = "log.csv", "eval.csv", "online.csv"
+# Of each table: columns with a number in every row, and all that it must have.
+PLACES = {LOG: ("step",), EVALUATED: ("step", "length"), ONLINE: ("update",)}
+NEEDED = {LOG: ("step",), EVALUATED: ("step", "length", "loss"), ONLINE: ("update", "decision")}
 SMOOTH = 10  # rows of the log that a mean is over
 # Of each figure: its columns, its title and the axis of its values.
 STEPS = (
@@ -31,6 +35,7 @@ NAMES = {
     "loss": "loss", "passkey_loss": "loss of answers", "state_norm": "mean of heads", "state_norm_max": "largest",
     "grad_norm": "gradient", "lr": "learning rate", "tokens_per_second": "speed", "length": "length",
 }  # fmt: skip
+NUMBERS = ("step", "update", "tokens", "seconds", "passkey_accuracy", "train_loss", "new_before", "new_after", *NAMES)
 _CONFIG = {
     "data.text": "text", "train_length": "training length", "batch_size": "rows a step", "steps": "steps asked for",
     "optimizer.lr": "learning rate", "seed": "seed", "precision": "computed in",
@@ -55,22 +60,43 @@ def page(path: Path) -> Page:
     header = {"run": path.resolve().name, **settings}
     if len(log):
         last = log.iloc[-1]
-        header |= {"steps": f"{last['step']:,.0f}", "tokens": f"{last['tokens']:,.0f}"}
-        header |= {"seconds": f"{last['seconds']:,.0f}"} if "seconds" in log else {}
+        header |= {"steps": f"{last['step']:,.0f}"}
+        header |= {name: f"{last[name]:,.0f}" for name in ("tokens", "seconds") if name in log}
     return Page(f"Training of {path.resolve().name}", verdict(log, evaluated, online), header, [p for p in parts if p])
 
 
 def read(path: Path) -> pd.DataFrame:
     """Return a log without a last row that is still being written, or an empty table where there is none. Raises
-    InputError: it cannot be read."""
+    InputError: it cannot be read, or lacks a column, or the numbers of one."""
     if not path.is_file():
         return pd.DataFrame()
     try:
         text = path.read_text(errors="replace")
         whole = text[: text.rfind("\n") + 1]
-        return pd.read_csv(io.StringIO(whole)) if whole.strip() else pd.DataFrame()
+        table = pd.read_csv(io.StringIO(whole)) if whole.strip() else pd.DataFrame()
+        return table if table.empty else _checked(table, path.name)
     except (OSError, ValueError) as error:
         raise InputError(f"cannot read {path}: {' '.join(str(error).split())}") from None
+
+
+def _checked(table: pd.DataFrame, name: str) -> pd.DataFrame:
+    """Return a table with whole lengths. Raises ValueError: a column is not there, or not of numbers."""
+    for column in NEEDED[name]:
+        if column not in table:
+            raise ValueError(f"it has no column {column}")
+    for column in (c for c in NUMBERS if c in table):
+        values = pd.to_numeric(table[column], errors="coerce").astype(float)
+        texts = table[column][values.isna() & table[column].notna()]
+        if len(texts):
+            raise ValueError(f"{str(texts.iloc[0])[:40]} in its column {column} is no number")
+        if column in PLACES[name] and not np.isfinite(values).all():
+            raise ValueError(f"its column {column} has rows without a number")
+        table[column] = pd.to_numeric(table[column])
+    if name == EVALUATED:
+        if not (table["length"].between(1, 2**53) & (table["length"] % 1 == 0)).all():
+            raise ValueError("its column length has rows without a whole number above 0")
+        table["length"] = table["length"].astype(int)
+    return table
 
 
 def _settings(path: Path) -> dict[str, str]:

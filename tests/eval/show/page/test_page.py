@@ -100,6 +100,45 @@ def test_runs_that_have_just_begun_have_a_page(tmp_path):
     assert page.header["steps"] == "2" and "1 row of the log" in page.verdict[1] and Renderer(100).page(page)
 
 
+EVAL, ONLINE = "step,length,loss\n", "update,decision,train_loss\n"
+
+
+@pytest.mark.parametrize(
+    "name, text, said",
+    [
+        ("log.csv", "tokens,loss\n9,3.5\n", "it has no column step"),
+        ("log.csv", "step,tokens,loss\nfirst,9,3.5\n", "first in its column step is no number"),
+        ("log.csv", "step,tokens,loss\n1,many,3.5\n", "many in its column tokens is no number"),
+        ("log.csv", "step,tokens,loss\n1,9,high\n2,9,3.0\n", "high in its column loss is no number"),
+        ("log.csv", "step,tokens,loss\n,9,2.0\n", "its column step has rows without a number"),
+        ("eval.csv", "step,loss\n1,3.5\n", "it has no column length"),
+        ("eval.csv", "length,loss\n1,3.5\n", "it has no column step"),
+        ("eval.csv", "step,length\n1,512\n", "it has no column loss"),
+        ("eval.csv", f"{EVAL}1,512.5,3.5\n", "its column length has rows without a whole number above 0"),
+        ("eval.csv", f"{EVAL}1,inf,3.5\n", "its column length has rows without a number"),
+        ("eval.csv", f"{EVAL}1,512,high\n", "high in its column loss is no number"),
+        ("online.csv", "update,train_loss\n1,3.5\n", "it has no column decision"),
+        ("online.csv", "decision,train_loss\nkept,3.5\n", "it has no column update"),
+        ("online.csv", f"{ONLINE}1,kept,high\n", "high in its column train_loss is no number"),
+    ],
+)
+def test_a_log_that_lacks_a_column_or_its_numbers_is_one_line(name, text, said, tmp_path):
+    (tmp_path / "log.csv").write_text("step,tokens,loss\n1,2,3.5\n")
+    (tmp_path / name).write_text(text)
+    with pytest.raises(InputError) as refused:
+        page_of(tmp_path)
+    assert str(refused.value) == f"cannot read {tmp_path / name}: {said}"
+
+
+def test_logs_without_tokens_and_with_lengths_as_fractions_have_a_page(tmp_path):
+    """A retrofit's log has no tokens; a table that was saved by another program may say 512.0."""
+    (tmp_path / "log.csv").write_text("step,length,loss\n1,512,3.5\n2,512,3.0\n")
+    (tmp_path / "eval.csv").write_text(f"{EVAL}2,512.0,3.1\n")
+    page = page_of(tmp_path)
+    assert page.header["steps"] == "2" and "tokens" not in page.header and Renderer(100).page(page)
+    assert page.verdict[1] == "On held-out text at step 2: 512 loss 3.100."
+
+
 def test_the_command_writes_one_file(tmp_path):
     folder = eval_folder(tmp_path / "run")
     elsewhere = tmp_path / "x" / "y.html"
