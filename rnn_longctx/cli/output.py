@@ -125,7 +125,8 @@ def fact(name: str, value: Any) -> None:
 
 
 def row(line: str) -> None:
-    """Show a row of a table that is still being measured; where a document is asked for it is a message."""
+    """Show a line while the command goes on, such as a row of a table that is still being measured; where a document
+    is asked for it is a message."""
     if _now.as_json:
         say(line)
     else:

@@ -144,20 +144,27 @@ def test_a_browser_that_goes_away_is_no_error(server, capsys):
     assert "seen" in shown and "BrokenPipe" not in shown and "ConnectionReset" not in shown
 
 
-def test_control_c_ends_it_with_one_line(log):
+@pytest.mark.parametrize("as_json", [False, True])
+def test_control_c_ends_it_with_one_line(as_json, log):
+    """Where a document is asked for, the address is a message."""
     log.write_text(monitor_line(0))
-    command = [sys.executable, "-u", "-m", "rnn_longctx.cli", "watch", str(log)]
+    command = [sys.executable, "-u", "-m", "rnn_longctx.cli", "watch", str(log), *["--json"] * as_json]
 
     def listen():  # a process that a shell began in the background would not hear it
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE if as_json else subprocess.STDOUT, "text": True}
     with subprocess.Popen(command, preexec_fn=listen, **pipes) as process:
         try:
-            first = process.stdout.readline()
+            timer = threading.Timer(120, process.kill)  # so that a watch that says nothing ends
+            timer.start()
+            first = (process.stderr if as_json else process.stdout).readline()
             assert re.fullmatch(r"http://127\.0\.0\.1:\d+/[\w-]{43}/ \(Ctrl-C ends it\)\n", first)
             process.send_signal(signal.SIGINT)
-            rest, _ = process.communicate(timeout=120)
+            out, said = process.communicate(timeout=120)
         finally:
+            timer.cancel()
             process.kill()
+    rest = said if as_json else out
+    assert not as_json or json.loads(out)["tables"] == {}
     assert process.returncode == 0 and rest.strip() == f"ended; 0 rows of {log} were read"
