@@ -24,6 +24,12 @@ from rnn_longctx.eval.show.watch.sources import Source, source_of
 ADDRESS = "127.0.0.1"
 
 
+def hosts_of(port: int) -> set[str]:
+    """Return the Hosts that requests at a port may name; 80 is left out by browsers."""
+    names = (ADDRESS, "localhost")
+    return {f"{name}:{port}" for name in names} | (set(names) if port == 80 else set())
+
+
 class Watch(ThreadingHTTPServer):
     """A server of one source.
 
@@ -45,7 +51,7 @@ class Watch(ThreadingHTTPServer):
             super().__init__((ADDRESS, port), _Handler)
         except (OSError, OverflowError) as error:
             raise InputError(f"cannot listen on port {port}: {getattr(error, 'strerror', None) or error}") from None
-        self.hosts = {f"{name}:{self.server_port}" for name in (ADDRESS, "localhost")}
+        self.hosts = hosts_of(self.server_port)
 
     @property
     def url(self) -> str:
@@ -87,7 +93,11 @@ class _Handler(BaseHTTPRequestHandler):
         if self.headers.get("Host") not in self.server.hosts:
             self.answer(403, b"another host", "text/plain")
             return
-        url = urlsplit(self.path)
+        try:
+            url = urlsplit(self.path)
+        except ValueError:
+            self.answer(400, b"no address", "text/plain")
+            return
         _, token, *rest = [*url.path.split("/"), ""]
         if not secrets.compare_digest(token.encode(), self.server.token.encode()):
             self.answer(404, b"no such page", "text/plain")

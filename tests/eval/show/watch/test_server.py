@@ -14,7 +14,7 @@ import pytest
 from report_folders import monitor_line
 
 from rnn_longctx.errors import InputError
-from rnn_longctx.eval.show.watch.server import Watch
+from rnn_longctx.eval.show.watch.server import Watch, hosts_of
 
 
 @pytest.fixture
@@ -60,6 +60,19 @@ def test_only_who_knows_the_address_on_this_machine_is_answered(server):
         answer, body = get(server, other)
         assert answer.status == 404 and server.token.encode() not in body
     assert get(server, f"{path}other")[0].status == 404 and get(server, f"{path}data?since=x")[0].status == 400
+
+
+def test_a_target_that_is_no_address_is_answered(server, capfd):
+    host = f"127.0.0.1:{server.server_port}"
+    for target in ("http://[", "http://[x]/", "http://[::1/"):
+        assert get(server, target, host)[0].status == 400, target
+    assert get(server, f"http://{host}/{server.token}/", host)[0].status == 200
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_browser_leaves_out_the_port_that_is_usual():
+    assert hosts_of(8000) == {"127.0.0.1:8000", "localhost:8000"}
+    assert hosts_of(80) == {"127.0.0.1:80", "localhost:80", "127.0.0.1", "localhost"}
 
 
 def test_two_thousand_reports_are_all_counted(server, log):
