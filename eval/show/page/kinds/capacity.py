@@ -46,7 +46,6 @@ def page(path: Path) -> Page:
     ]
     title = f"Capacity of {counted(len(models), 'model')}"
     header = evaluation.about(results) | {"models": str(len(models))}
-    header.pop("a command that asks the same", None)
     return Page(title, verdict(findings, points, curves, pairs), header, [part for part in parts if part])
 
 

@@ -3,6 +3,8 @@ cost."""
 
 from __future__ import annotations
 
+import contextlib
+import json
 import math
 import shlex
 from collections.abc import Sequence
@@ -13,7 +15,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from rnn_longctx.config import counted, format_length
-from rnn_longctx.eval.results import Results
+from rnn_longctx.eval.results import RUNS, Results
 from rnn_longctx.eval.show.page import figures
 from rnn_longctx.eval.show.page.figures import INK, Line, control, is_log, lengths_axis, level, look, number, upright
 from rnn_longctx.eval.show.page.parts import KINDS, Figure, Kind, Page, Section, Switch, Table
@@ -22,9 +24,11 @@ from rnn_longctx.eval.stats import wilson
 from rnn_longctx.eval.tables.conclusion import conclusion
 from rnn_longctx.eval.tables.leaderboard import leaderboard
 from rnn_longctx.eval.tables.sheets import Sheet, kind_of, placed, sheets
+from rnn_longctx.tasks.base import TASKS
 
 MANY = 8  # remedies and controls that are all shown at first; of more, the best
 MOST = 4  # values of a line of the header
+TEXTS = ("stdlib", "site-packages", "builtin")  # texts that are named alike everywhere
 FEW = 8  # columns of a heat map whose cells have their numbers
 _ABOUT = {
     "model": "model", "weights_hash": "weights", "tokenizer": "tokenizer", "train_length": "training length",
@@ -46,7 +50,28 @@ def page(path: Path) -> Page:
     frame = Results.read(path)
     models = list(dict.fromkeys(frame["model"].dropna()))
     title = f"{', '.join(models[:3])}{' and more' if len(models) > 3 else ''} over length"
-    return Page(title, verdict(frame), about(frame), sections(frame))
+    ran = commands(path / RUNS)
+    last = "measured by" if len(ran) == 1 else f"measured by (the last of {len(ran)})"
+    again = {last: ran[-1]} if ran else {"a command that asks the same": _command(frame)}
+    return Page(title, verdict(frame), about(frame) | {k: v for k, v in again.items() if v}, sections(frame))
+
+
+def commands(runs: Path) -> list[str]:
+    """Return the command lines that measured a folder, each once, as far as its file of runs says so. What is no one
+    command of this package (a script of somebody's, a line that a shell would take for several) is left out."""
+    found: dict[str, None] = {}
+    try:
+        lines = runs.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+    for line in lines:
+        with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            command = json.loads(line)["command"]
+            words = shlex.split(command)
+            if words[:1] == ["rnn-longctx"] and shlex.join(words) == command:
+                found.pop(command, None)
+                found[command] = None
+    return list(found)
 
 
 def verdict(frame: pd.DataFrame) -> list[str]:
@@ -56,7 +81,7 @@ def verdict(frame: pd.DataFrame) -> list[str]:
 
 
 def about(frame: pd.DataFrame) -> dict[str, str]:
-    """Return the header of a table of results: what was measured, on what, by which version, and how to ask again."""
+    """Return the header of a table of results: what was measured, on what, and by which version."""
     lines, losses = {}, frame["metric"].map(kind_of) == "loss"
     for column, name in _ABOUT.items():
         rows = frame[losses] if column == "text" else frame
@@ -65,13 +90,12 @@ def about(frame: pd.DataFrame) -> dict[str, str]:
             texts = [format_length(int(v)) if column == "train_length" else str(v) for v in values]
             lines[name] = ", ".join(texts[:MOST]) + (f" and {len(texts) - MOST} more" if len(texts) > MOST else "")
     lines["measured"] = counted(len(frame), "row")
-    if command := _command(frame):
-        lines["a command that asks the same"] = command
     return lines
 
 
 def _command(frame: pd.DataFrame) -> str:
-    """Return a command that asks for the same models, lengths, tasks and remedies, or nothing of several models."""
+    """Return a command that asks for the same model, lengths, tasks and remedies. Nothing of several models, nor where
+    a task or text has a name in the table that `eval` does not take: those of files are shortened."""
     if frame["model"].nunique() != 1:
         return ""
     lengths = ",".join(format_length(int(n)) for n in sorted(frame["length"].dropna().unique()))
@@ -79,6 +103,9 @@ def _command(frame: pd.DataFrame) -> str:
     for option, column in (("--task", "task"), ("--mitigation", "mitigation"), ("--text", "text")):
         rows = frame[frame["metric"].map(kind_of) == "loss"] if column == "text" else frame
         for value in dict.fromkeys(rows[column].dropna()):
+            names = {"task": ("lm", *TASKS), "text": TEXTS}.get(column)
+            if names is not None and value not in names:
+                return ""
             words += [option, str(value)]
     return shlex.join(words)
 

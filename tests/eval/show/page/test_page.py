@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from rnn_longctx.cli.program import app
 from rnn_longctx.errors import InputError
+from rnn_longctx.eval.results import Results
 from rnn_longctx.eval.show.page import figures
 from rnn_longctx.eval.show.page.kinds import monitor
 from rnn_longctx.eval.show.page.page import LIMIT, Renderer, rendered, shown, spread, thinned, write_page
@@ -60,6 +61,41 @@ def test_pages_say_what_the_tables_say(tmp_path):
     page = page_of(monitor_log(tmp_path / "m.jsonl", reports=90))
     assert page.verdict[0] == "Of 90 reports: 30 ok (33%), 30 warning (33%), 30 collapsed (33%)."
     assert any("First collapsed at 15,616 tokens" in line for line in page.verdict)
+
+
+def with_names(folder, **names: str):
+    """Rename tasks and texts of a folder's table."""
+    table = folder / "results.parquet"
+    frame = pd.read_parquet(table)
+    for column, name in names.items():
+        frame[column] = frame[column].replace({"passkey": name, "stdlib": name})
+    frame.to_parquet(table, index=False)
+    return folder
+
+
+@pytest.mark.parametrize("names", [{"task": "qa-q"}, {"task": "multikey4"}, {"text": "dir:letters"}])
+def test_a_command_that_would_not_run_is_left_out(names, tmp_path):
+    header = page_of(with_names(eval_folder(tmp_path / "eval"), **names)).header
+    assert "a command that asks the same" not in header
+    assert not any("rnn-longctx eval" in text for text in header.values())
+
+
+def test_the_command_is_the_one_that_ran(tmp_path):
+    folder = with_names(eval_folder(tmp_path / "eval"), task="qa-q", text="dir:letters")
+    asked = "rnn-longctx eval small --task qa:file=q.jsonl --text 'my letters' --out run"
+    store = Results(folder)
+    store.note_run({"command": asked})
+    assert page_of(folder).header["measured by"] == asked
+    for command in ("measure.py", "rnn-longctx eval demo; other", "rnn-longctx eval 'demo", asked):
+        store.note_run({"command": command, "device": "cpu"})
+    with (folder / "runs.jsonl").open("a") as file:
+        file.write('no json\n[]\n{"command": 1}\n{}\n')
+    assert page_of(folder).header["measured by"] == asked, "the others are none, or more than one"
+    for n in range(5):
+        store.note_run({"command": f"rnn-longctx eval small --lengths {n}k"})
+    header = page_of(folder).header
+    assert header["measured by (the last of 6)"] == "rnn-longctx eval small --lengths 4k"
+    assert not any("asks the same" in name for name in header)
 
 
 def without(frame: pd.DataFrame, what: str) -> pd.DataFrame:
