@@ -25,6 +25,7 @@ FARTHEST = 128  # training lengths that are read unless a person names longer on
 LADDER = ((FARTHEST, 4, 20), (FARTHEST, 3, 10), (64, 3, 10), (64, 2, 10), (32, 2, 10), (32, 2, 5), (16, 2, 5),
           (8, 2, 5), (4, 2, 5), (2, 2, 5))  # fmt: skip
 FINALS_LADDER = ((16, 60), (12, 40), (8, 30), (6, 20), (4, 20))
+MOST_PROMPTS = max(prompts for *_, prompts in (*LADDER, *FINALS_LADDER))  # that a task is asked at a length
 UNKNOWN_FINALIST = "one of the best remedies"
 
 

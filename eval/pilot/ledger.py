@@ -12,6 +12,8 @@ from rnn_longctx.files import write_atomic
 
 FILE = "pilot_state.json"
 SAVED = 2.0  # seconds between two savings while a step runs
+# How a step ended: its cells are there; the remedy is not for this model; it cannot be measured, whatever the time.
+MEASURED, NOT_APPLICABLE, FAILED = "measured", "not applicable", "failed"
 
 
 class Ledger:
@@ -19,7 +21,7 @@ class Ledger:
 
     Attributes:
         before: seconds that runs before this one took, those that were killed among them.
-        steps: by name, each a dictionary: outcome ("measured", or why not), seconds, predicted.
+        steps: by name, each a dictionary: outcome, seconds, predicted, and why where it is not measured.
         speeds: as `rnn_longctx.eval.pilot.speed.Speeds` keeps them; sizes: as `Sizes`, by the budget that they fit.
         finalists: the remedies that are measured again on more text; None: not known yet.
     """
@@ -70,7 +72,9 @@ class Ledger:
         if time.monotonic() - self._saved > SAVED:
             self.save()
 
-    def end(self, name: str, outcome: str, seconds: float, predicted: float) -> None:
+    def end(self, name: str, outcome: str, seconds: float, predicted: float, why: str = "") -> None:
         """Write down how a step ended."""
-        self.steps[name] = {"outcome": outcome, "seconds": seconds, "predicted": predicted}
+        self.steps[name] = {"outcome": outcome, "seconds": seconds, "predicted": predicted} | (
+            {"why": why} if why else {}
+        )
         self.save()

@@ -24,6 +24,7 @@ from rnn_longctx.eval.jobs.base import Measuring
 from rnn_longctx.eval.jobs.loss import LossOverLength
 from rnn_longctx.eval.jobs.recall import Recall
 from rnn_longctx.eval.pilot.estimate import (
+    MOST_PROMPTS,
     RESERVE,
     RESERVE_OF_LOADING,
     SAFETY,
@@ -34,10 +35,21 @@ from rnn_longctx.eval.pilot.estimate import (
     further,
 )
 from rnn_longctx.eval.pilot.findings import finalists
-from rnn_longctx.eval.pilot.ledger import Ledger
+from rnn_longctx.eval.pilot.ledger import FAILED, MEASURED, NOT_APPLICABLE, Ledger
 from rnn_longctx.eval.pilot.limits import checked_train_length, longest_length, with_training
 from rnn_longctx.eval.pilot.speed import ROWS, Speeds, reading_speed, token_seconds
-from rnn_longctx.eval.pilot.steps import PLAIN, Sizes, Step, candidates, controls, final_steps, first_steps, other_steps
+from rnn_longctx.eval.pilot.steps import (
+    PLAIN,
+    Sizes,
+    Step,
+    candidates,
+    controls,
+    counts,
+    final_steps,
+    first_steps,
+    other_steps,
+    without_document,
+)
 from rnn_longctx.eval.plan import mitigated, plan
 from rnn_longctx.eval.question import Question
 from rnn_longctx.eval.results import Results, to_frame
@@ -135,20 +147,26 @@ class Pilot:
     # --- before anything is measured
 
     def _tasks(self) -> dict[Task, int]:
-        """Return the tasks with the shortest length, of those that may be asked, that their prompts fit into."""
+        """Return the tasks with the shortest length, of those that may be asked, that all of their prompts fit into, as
+        many as will be asked at most."""
         longest = max(self.given) if self.given else self.most
         lengths = self.given or [self.train_length << k for k in range((longest // self.train_length).bit_length())]
         least: dict[Task, int] = {}
         for task in self.config.tasks:
+            why = ""
             for length in (n for n in lengths if n >= self.train_length):
                 try:
-                    task.check(length, 5, self.config.seed, self.model.tokenizer)
-                except TooShort:
+                    for asked in (task, *without_document({task: 0})):
+                        n = counts(asked, MOST_PROMPTS)
+                        asked.check(length, n, self.config.seed, self.model.tokenizer)
+                except TooShort as error:
+                    why = one_line(error)
                     continue
                 least[task] = length
                 break
             else:
-                raise InputError(f"{task.label}: no prompt fits into {format_length(max(lengths))} tokens")
+                longest_asked = format_length(max(lengths))
+                raise InputError(f"{task.label}: not every prompt fits into {longest_asked} tokens: {why}")
         return least
 
     def _settings(self) -> dict[str, Any]:
@@ -270,16 +288,17 @@ class Pilot:
     def _measure_all(self, steps: Sequence[Step]) -> None:
         for step in steps:
             known = self.ledger.steps.get(step.name, {})
-            outcome = str(known.get("outcome", ""))
-            if outcome not in ("", "measured"):
-                self._cannot(step, outcome)
+            outcome = known.get("outcome")
+            if outcome == NOT_APPLICABLE:
+                self._cannot(step, known["why"])
+            elif outcome == FAILED:
+                self._leave(step, known["why"])
             elif self._is_stored(step):
                 self.reused += self._count_stored(step)
             elif step.remedy in self.not_applicable:
                 continue
             elif not self._fits(step):
-                predicted = self.predictor.seconds(step)
-                self.not_measured.append({"stage": step.stage, "step": step.name, "seconds": predicted})
+                self._leave(step, "did not fit into the budget")
             else:
                 self._measure(step)
 
@@ -287,7 +306,7 @@ class Pilot:
         predicted, began = self.predictor.seconds(step), time.monotonic()
         budget = time_text(self.config.budget)
         self.say(f"[{time_text(self.ledger.spent)} of {budget}] {step.name}, about {time_text(predicted)}")
-        outcome, self.running = "measured", True
+        outcome, why, self.running = MEASURED, "", True
         # A step that was guessed much too short is not to take what others need; without the first there is no answer.
         self.latest = began + max(PATIENCE, OVERDUE * predicted) if step.stage != PLAIN else math.inf
         try:
@@ -296,20 +315,28 @@ class Pilot:
             else:
                 self._read(step, predicted)
         except TimeIsUp:
-            self.not_measured.append({"stage": step.stage, "step": step.name, "seconds": predicted})
+            self._leave(step, "took longer than predicted")
             self.say(f"{step.name}: stopped, it takes much longer than predicted")
             self.ledger.save()
             return
         except InputError as error:
-            if step.remedy == "none" and step.job is not None and not isinstance(error, NotApplicable):
+            if step.stage == PLAIN:  # without it there is no answer
                 raise
-            outcome = one_line(error, 300)
-            self._cannot(step, outcome)
+            why = one_line(error, 300)
+            # Prompts that cannot be made are no fault of the remedy, whose other steps go on.
+            of_prompts = isinstance(step.job, Recall) and not isinstance(error, NotApplicable)
+            if of_prompts or (step.remedy == "none" and step.job is not None):
+                outcome = FAILED
+                self._leave(step, why)
+                self.say(f"{step.name}: not measured: {why}")
+            else:
+                outcome = NOT_APPLICABLE
+                self._cannot(step, why)
         finally:
             self.running = False
         self.speeds.ready.add(step.remedy)
         self.ledger.speeds = self.speeds.stored()
-        self.ledger.end(step.name, outcome, time.monotonic() - began, predicted)
+        self.ledger.end(step.name, outcome, time.monotonic() - began, predicted, why)
 
     def _advance(self, tokens: int) -> None:
         """Look at the clock whenever some tokens were read. Raises TimeIsUp in a step that takes too long."""
@@ -317,6 +344,11 @@ class Pilot:
         late = self.ledger.spent > self.config.budget - self.reserve
         if self.running and (late or time.monotonic() > self.latest):
             raise TimeIsUp
+
+    def _leave(self, step: Step, why: str) -> None:
+        """Note that a step was not measured, and why."""
+        seconds = self.predictor.seconds(step)
+        self.not_measured.append({"stage": step.stage, "step": step.name, "seconds": seconds, "why": why})
 
     def _cannot(self, step: Step, reason: str) -> None:
         """Note why a remedy is not applicable; that one which only reads prompts has no loss is no reason."""
@@ -352,7 +384,7 @@ class Pilot:
     def _is_stored(self, step: Step) -> bool:
         """Whether all cells of a step are there, with as many samples. (The remedy is not worked out: that is slow.)"""
         if step.job is None:
-            known = self.ledger.steps.get(step.name, {}).get("outcome") == "measured"
+            known = self.ledger.steps.get(step.name, {}).get("outcome") == MEASURED
             return known and (self.folder / "probe" / "probe.json").is_file()
         return self._count_stored(step) > 0
 

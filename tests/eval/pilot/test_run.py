@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -98,6 +99,51 @@ def test_text_is_shown_where_the_person_wants_it(model, document, tmp_path):
     assert found.kind == "undecided" and found.python == ""
     assert "Wexcombe" in (tmp_path / "out" / "pilot.json").read_text()
     assert "Wexcombe" in (tmp_path / "out" / "report.html").read_text()
+
+
+def long_question_last(tmp_path, seed=0, n=8, words=30):
+    """Questions of which the one that is asked last takes so many words more."""
+    order = np.random.default_rng([seed]).permutation(n)
+    last = int(order[-1])
+    records = [
+        {
+            "document": f"It is said that {CANARY}.",
+            "question": "Where?" + " where?" * words * (i == last),
+            "answer": "at",
+        }
+        for i in range(n)
+    ]
+    (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, records)))
+    return QuestionAnswering(str(tmp_path / "q.jsonl"))
+
+
+def test_questions_are_asked_where_the_longest_of_them_fits(model, document, tmp_path):
+    task = long_question_last(tmp_path)
+    pilot = begun(model, document, tmp_path / "out", tasks=(task,), lengths=(64, 256, 512))
+    assert pilot.tasks[task] == 256
+    with pytest.raises(InputError, match=r"qa-q: not every prompt fits into 128 tokens: a question .* takes at least"):
+        begun(model, document, tmp_path / "out", tasks=(task,), lengths=(64, 128))
+
+
+def test_prompts_that_cannot_be_made_end_no_pilot(model, document, tmp_path, monkeypatch):
+    """What was not foreseen is noted beside what was measured, and not tried again."""
+    monkeypatch.setattr(Pilot, "_tasks", lambda self: dict(zip(self.config.tasks, (64, 256))))
+    monkeypatch.setattr(pilot_run, "other_steps", lambda *asked: [])
+    task, said = long_question_last(tmp_path), []
+    sizes = Sizes((64, 256), (64, 256), (64, 256), 2, 8, 2, 8)
+    for _ in range(2):
+        said.clear()
+        pilot = begun(model, document, tmp_path / "out", say=said.append, tasks=(task, Passkey()), lengths=(64, 256))
+        _, estimate = pilot.estimate()
+        pilot.measure(sizes)
+        content, _ = write_pilot(pilot, estimate)
+        left = {row["step"]: row["why"] for row in content["not_measured"]}
+        assert "none: qa-q up to 256, 8 prompts" in left and all("takes at least" in why for why in left.values())
+        assert "a-floor: qa-q up to 256, 8 prompts" in left and "a-floor" not in content["not_applicable"]
+        assert "none" not in content["not_applicable"] and (tmp_path / "out" / "report.html").exists()
+        rows = pilot.frame()
+        assert {"none", "a-floor"} <= set(rows[rows["task"] == "passkey"]["mitigation"])
+    assert [line for line in said if "] " in line] == []
 
 
 class Killed(BaseException):
@@ -200,7 +246,7 @@ def test_texts_and_models_that_cannot_be_piloted(model, document, tmp_path):
         begun(model, document, tmp_path / "out", lengths=(8192,))
     with pytest.raises(InputError, match="--lengths: a pilot asks what happens beyond the training length, 64"):
         begun(model, document, tmp_path / "out", lengths=(32, 64))
-    with pytest.raises(InputError, match="passkey: no prompt fits into 65 tokens"):
+    with pytest.raises(InputError, match=r"passkey: not every prompt fits into 65 tokens: .* takes at least"):
         begun(model, document, tmp_path / "out", lengths=(65,), tasks=(Passkey(),))
     with pytest.raises(InputError, match="does not say its training length: give --train-length"):
         model.train_length = None
