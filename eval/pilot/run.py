@@ -152,6 +152,12 @@ class Pilot:
         longest = max(self.given) if self.given else self.most
         lengths = self.given or [self.train_length << k for k in range((longest // self.train_length).bit_length())]
         least: dict[Task, int] = {}
+        named: dict[str, Task] = {}
+        for task in self._asked():  # results and steps are told apart by it
+            if (other := named.setdefault(task.label, task)) != task:
+                raise InputError(
+                    f"{other} and {task} would both be called {task.label}: rename a file, or ask one of them"
+                )
         for task in self.config.tasks:
             why = ""
             for length in (n for n in lengths if n >= self.train_length):
@@ -168,6 +174,11 @@ class Pilot:
                 longest_asked = format_length(max(lengths))
                 raise InputError(f"{task.label}: not every prompt fits into {longest_asked} tokens: {why}")
         return least
+
+    def _asked(self) -> list[Task]:
+        """Return the tasks that are asked, those without their documents among them."""
+        tasks = dict.fromkeys(self.config.tasks, 0)
+        return list({**tasks, **without_document(tasks)})
 
     def _settings(self) -> dict[str, Any]:
         """Return what a ledger belongs to: of another model, text or question nothing is taken up."""
@@ -187,9 +198,8 @@ class Pilot:
         frame = to_frame(self.results.rows())
         same = alike(frame, {c: key.get(c) for c in (*SETTING, "batch", "device", "seed")})
         of_text = (frame["task"] == "lm") & (frame["text_hash"] == self.text.hash)
-        texts = {task.label: _named(task) for task in self.config.tasks}
-        asked = frame["task"].map(lambda t: str(t).removesuffix("-without-document"))
-        of_tasks = asked.isin(list(texts)) & (frame["text"] == asked.map(texts))
+        asked = {(task.label, _named(task)) for task in self._asked()}
+        of_tasks = pd.Series([pair in asked for pair in zip(frame["task"], frame["text"])], frame.index, bool)
         return frame[same & (of_text | of_tasks)].reset_index(drop=True)
 
     def estimate(self) -> tuple[Sizes, Estimate]:

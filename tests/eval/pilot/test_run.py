@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -16,7 +17,7 @@ from rnn_longctx.errors import InputError
 from rnn_longctx.eval.pilot import run as pilot_run
 from rnn_longctx.eval.pilot.estimate import RESERVE, SAFETY
 from rnn_longctx.eval.pilot.run import Pilot, PilotConfig
-from rnn_longctx.eval.pilot.steps import Sizes, other_steps
+from rnn_longctx.eval.pilot.steps import RECALL, Sizes, Step, other_steps, recall_job
 from rnn_longctx.eval.pilot.write import write_pilot
 from rnn_longctx.progress import silent
 from rnn_longctx.tasks.passkey import Passkey
@@ -144,6 +145,30 @@ def test_prompts_that_cannot_be_made_end_no_pilot(model, document, tmp_path, mon
         rows = pilot.frame()
         assert {"none", "a-floor"} <= set(rows[rows["task"] == "passkey"]["mitigation"])
     assert [line for line in said if "] " in line] == []
+
+
+def test_questions_without_their_documents_are_found_again(model, document, tmp_path):
+    """Asked by themselves, their results are what the folder has of them, and they are not asked again."""
+    task = replace(questions(tmp_path), document=False)
+    sizes = Sizes((64, 256), (64, 256), (64, 256), 1, 1, 1, 1)
+    for reused in (False, True):
+        pilot = begun(model, document, tmp_path / "out", tasks=(task,), lengths=(64, 256))
+        pilot.estimate()
+        step = Step(RECALL, "none", recall_job(task, 1), (64, 256))
+        assert pilot._is_stored(step) == reused
+        pilot.measure(sizes)
+        assert "qa-q-without-document" in set(pilot.frame()["task"])
+
+
+def test_two_tasks_of_one_name_are_refused(model, document, tmp_path):
+    tasks = []
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        tasks.append(questions(tmp_path / folder))
+    with pytest.raises(InputError, match=r"qa:file=.*a/q.jsonl and qa:file=.*b/q.jsonl would both be called qa-q: "):
+        begun(model, document, tmp_path / "out", tasks=tuple(tasks))
+    both = (tasks[0], replace(tasks[0], document=False))  # the second is asked beside the first in any case
+    assert set(begun(model, document, tmp_path / "out", tasks=both, lengths=(64, 256)).tasks) == set(both)
 
 
 class Killed(BaseException):
