@@ -34,11 +34,13 @@ class Predictor:
 
     Attributes:
         measuring: without results: all of a step is counted, whether some of it is stored or not.
+        least: seconds that steps are going to take at least, by name: of those that were stopped before.
         handles: of remedies that were put on, by name: of controls, which read prompts' ends alone.
     """
 
     def __init__(self, measuring: Measuring, speeds: Speeds, train_length: int):
         self.measuring, self.speeds, self.train_length = measuring, speeds, train_length
+        self.least: dict[str, float] = {}
         self.handles: dict[str, Handle] = {}
         self._tokens: dict[Step, int] = {}
 
@@ -64,6 +66,9 @@ class Predictor:
 
     def seconds(self, step: Step) -> float:
         """Return the seconds that a step is going to take."""
+        return max(self._by_speed(step), self.least.get(step.name, 0.0))
+
+    def _by_speed(self, step: Step) -> float:
         speeds, tokens = self.speeds, self.tokens(step)
         putting_on = 0.0 if step.remedy == UNKNOWN_FINALIST else speeds.putting_on(step.remedy, self.train_length)
         if step.job is None:

@@ -12,8 +12,9 @@ from rnn_longctx.files import write_atomic
 
 FILE = "pilot_state.json"
 SAVED = 2.0  # seconds between two savings while a step runs
-# How a step ended: its cells are there; the remedy is not for this model; it cannot be measured, whatever the time.
-MEASURED, NOT_APPLICABLE, FAILED = "measured", "not applicable", "failed"
+# How a step ended: its cells are there; the remedy is not for this model; it cannot be measured, whatever the time;
+# it was stopped, as it took longer than predicted.
+MEASURED, NOT_APPLICABLE, FAILED, STOPPED = "measured", "not applicable", "failed", "stopped"
 
 
 class Ledger:

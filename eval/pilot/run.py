@@ -35,10 +35,11 @@ from rnn_longctx.eval.pilot.estimate import (
     further,
 )
 from rnn_longctx.eval.pilot.findings import finalists
-from rnn_longctx.eval.pilot.ledger import FAILED, MEASURED, NOT_APPLICABLE, Ledger
+from rnn_longctx.eval.pilot.ledger import FAILED, MEASURED, NOT_APPLICABLE, STOPPED, Ledger
 from rnn_longctx.eval.pilot.limits import checked_train_length, longest_length, with_training
 from rnn_longctx.eval.pilot.speed import ROWS, Speeds, reading_speed, token_seconds
 from rnn_longctx.eval.pilot.steps import (
+    FINALISTS,
     PLAIN,
     Sizes,
     Step,
@@ -135,6 +136,8 @@ class Pilot:
         beside.memory = self.measuring.memory
         self.predictor = Predictor(beside, self.speeds, self.train_length)
         self.predictor.candidates = candidates(self.train_length)
+        stopped = {name: step for name, step in self.ledger.steps.items() if step["outcome"] == STOPPED}
+        self.predictor.least = {name: OVERDUE * step["seconds"] for name, step in stopped.items()}
         self.diagnoses = diagnostics(self.train_length) if model.attends else []
         self.not_applicable: dict[str, str] = {}
         self.not_measured: list[dict[str, Any]] = []
@@ -269,7 +272,7 @@ class Pilot:
         steps = first_steps(sizes, self.train_length, self.tasks, self.diagnoses)
         self._need_room(steps[0])
         self._measure_all(steps)
-        if self.ledger.finalists is None and not self.not_measured:
+        if self.ledger.finalists is None and self._can_choose(steps):
             best = self.ledger.finalists = finalists(self.frame(), candidates(self.train_length), self.speeds.processor)
             left = self.config.budget - self.ledger.spent - self.reserve
             sizes = further(self.predictor, sizes, self.given, self.most, self.tasks, left, best)
@@ -281,6 +284,16 @@ class Pilot:
         if self.reused:
             cells = counted(self.reused, "cell")
             self.say(f"{cells} had been measured before and were taken as they are")
+
+    def _can_choose(self, steps: Sequence[Step]) -> bool:
+        """Whether the losses of the bare model, of the controls and of enough remedies are there to choose the best of
+        them by; those that are not applicable are not waited for."""
+        frame = self.frame()
+        losses = [step for step in steps if isinstance(step.job, LossOverLength)]
+        there = {step.remedy for step in losses if self._count_stored(step, frame)}
+        rivals = {"none", *controls(self.train_length)} - set(self.not_applicable)
+        remedies = set(candidates(self.train_length)) - set(self.not_applicable)
+        return rivals <= there and len(remedies & there) >= max(1, min(FINALISTS, len(remedies)))
 
     def _need_room(self, step: Step) -> None:
         if self._is_stored(step) or self._fits(step):
@@ -325,9 +338,11 @@ class Pilot:
             else:
                 self._read(step, predicted)
         except TimeIsUp:
-            self._leave(step, "took longer than predicted")
+            taken, why = time.monotonic() - began, "took longer than predicted"
+            self.predictor.least[step.name] = OVERDUE * taken
+            self._leave(step, why)
             self.say(f"{step.name}: stopped, it takes much longer than predicted")
-            self.ledger.save()
+            self.ledger.end(step.name, STOPPED, taken, predicted, why)
             return
         except InputError as error:
             if step.stage == PLAIN:  # without it there is no answer
@@ -398,11 +413,12 @@ class Pilot:
             return known and (self.folder / "probe" / "probe.json").is_file()
         return self._count_stored(step) > 0
 
-    def _count_stored(self, step: Step) -> int:
-        """Return the number of cells of a step, 0 where one is missing."""
+    def _count_stored(self, step: Step, frame: pd.DataFrame | None = None) -> int:
+        """Return the number of cells of a step, 0 where one is missing. frame: None: what was there before."""
         if step.job is None:
             return 0
-        rows: Any = self.stored[self.stored["mitigation"] == str(parse_remedy(step.remedy))]
+        frame = self.stored if frame is None else frame
+        rows: Any = frame[frame["mitigation"] == str(parse_remedy(step.remedy))]
         rows = rows[rows["task"] == step.job.label]
         metric = "accuracy" if isinstance(step.job, Recall) else "nats_per_token"
         whole = rows[(rows["metric"] == metric) & rows["depth"].isna()]

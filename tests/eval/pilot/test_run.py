@@ -16,8 +16,8 @@ from rnn_longctx.data import Text
 from rnn_longctx.errors import InputError
 from rnn_longctx.eval.pilot import run as pilot_run
 from rnn_longctx.eval.pilot.estimate import RESERVE, SAFETY
-from rnn_longctx.eval.pilot.run import Pilot, PilotConfig
-from rnn_longctx.eval.pilot.steps import RECALL, Sizes, Step, other_steps, recall_job
+from rnn_longctx.eval.pilot.run import Pilot, PilotConfig, TimeIsUp
+from rnn_longctx.eval.pilot.steps import RECALL, Sizes, Step, first_steps, other_steps, recall_job
 from rnn_longctx.eval.pilot.write import write_pilot
 from rnn_longctx.progress import silent
 from rnn_longctx.tasks.passkey import Passkey
@@ -242,7 +242,7 @@ def test_a_budget_is_kept(model, document, tmp_path, monkeypatch, slowness):
     named = {step["step"] for step in pilot.not_measured}
     cut = named & {name for name, *_ in begun_steps}
     assert len(cut) == (slowness > SAFETY) and all(cut <= {begun_steps[-1][0]} for _ in cut)
-    assert not cut & set(pilot.ledger.steps)
+    assert all(pilot.ledger.steps[name]["outcome"] == "stopped" for name in cut)
 
 
 def test_an_estimate_measures_nothing(model, document, tmp_path):
@@ -319,3 +319,44 @@ def test_the_best_are_read_further_where_time_is_left(model, document, tmp_path)
     again = begun(model, document, tmp_path / "out")
     sizes, _ = again.estimate()
     assert sizes.final[-1] == 2048
+
+
+def test_a_slow_remedy_leaves_the_finals(model, document, tmp_path, monkeypatch):
+    """One step that takes 100 seconds and is stopped: the best are read on, and it is not begun as if it took less."""
+    real, later, said = time.monotonic, [0.0], []
+    monkeypatch.setattr(pilot_run.time, "monotonic", lambda: real() + later[0])
+    read = Pilot._read
+
+    def slow(self, step, predicted):
+        if step.remedy == "window:tokens=64":
+            later[0] += 100
+            raise TimeIsUp
+        read(self, step, predicted)
+
+    monkeypatch.setattr(Pilot, "_read", slow)
+    sizes = Sizes((64, 256), (64, 256), (64, 256), 2, 1, 3, 1)
+    pilot = begun(model, document, tmp_path / "out", lengths=(64, 256))
+    pilot.estimate()
+    pilot.measure(sizes)
+    name = "window:tokens=64: loss up to 256, 2 slices"
+    assert pilot.ledger.steps[name]["outcome"] == "stopped" and name in {row["step"] for row in pilot.not_measured}
+    assert len(pilot.ledger.finalists) == 3 and any("3 slices" in step for step in pilot.ledger.steps)
+    again = begun(model, document, tmp_path / "out", pilot.ledger.spent + 120, said.append, lengths=(64, 256))
+    assert again.predictor.seconds(next(s for s in first_steps(sizes, 64, {}) if s.name == name)) >= 200
+    again.measure(sizes)
+    assert name in {row["step"] for row in again.not_measured} and not any(name in line for line in said)
+
+
+def test_no_best_are_chosen_without_their_rivals(model, document, tmp_path, monkeypatch):
+    read = Pilot._read
+
+    def slow(self, step, predicted):
+        if step.remedy.startswith("recompute"):
+            raise TimeIsUp
+        read(self, step, predicted)
+
+    monkeypatch.setattr(Pilot, "_read", slow)
+    pilot = begun(model, document, tmp_path / "out", lengths=(64, 256))
+    pilot.estimate()
+    pilot.measure(Sizes((64, 256), (64, 256), (64, 256), 2, 1, 3, 1))
+    assert pilot.ledger.finalists is None and not any("3 slices" in step for step in pilot.ledger.steps)
