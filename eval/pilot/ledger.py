@@ -24,7 +24,7 @@ class Ledger:
         before: seconds that runs before this one took, those that were killed among them.
         steps: by name, each a dictionary: outcome, seconds, predicted, and why where it is not measured.
         speeds: as `rnn_longctx.eval.pilot.speed.Speeds` keeps them; sizes: as `Sizes`, by the budget that they fit.
-        finalists: the remedies that are measured again on more text; None: not known yet.
+        finalists: the remedies that are measured again on more text, chosen under those sizes; None: not known yet.
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any], began: float):

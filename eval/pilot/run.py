@@ -216,7 +216,10 @@ class Pilot:
         else:
             left = max(1.0, budget - self.ledger.spent - self.reserve)
             sizes = choose(self.predictor, self.given, self.most, self.tasks, left, self.diagnoses)
-            self.ledger.sizes = {known: asdict(sizes)}
+            self.ledger.sizes, self.ledger.finalists = (
+                {known: asdict(sizes)},
+                None,
+            )  # those of other sizes are not its own
         self.ledger.speeds = self.speeds.stored()
         peak = own_peak(self.model.device) + self._growth(sizes.longest, sizes.final_slices)
         spent, price = self.ledger.spent, self.config.price

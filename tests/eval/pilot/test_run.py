@@ -360,3 +360,18 @@ def test_no_best_are_chosen_without_their_rivals(model, document, tmp_path, monk
     pilot.estimate()
     pilot.measure(Sizes((64, 256), (64, 256), (64, 256), 2, 1, 3, 1))
     assert pilot.ledger.finalists is None and not any("3 slices" in step for step in pilot.ledger.steps)
+
+
+def test_a_larger_budget_chooses_its_own_best(model, document, tmp_path):
+    pilot = begun(model, document, tmp_path / "out", lengths=(64, 256))
+    pilot.estimate()
+    pilot.measure(Sizes((64, 256), (64, 256), (64, 256), 2, 1, 2, 1))
+    pilot.ledger.finalists = ["state-norm:every=64"]  # as a smaller budget may have chosen
+    pilot.ledger.save()
+    again = begun(model, document, tmp_path / "out", lengths=(64, 256))
+    again.estimate()
+    assert again.ledger.finalists == ["state-norm:every=64"]  # of the same budget they stay
+    larger = begun(model, document, tmp_path / "out", 2e6, lengths=(64, 256))
+    larger.estimate()
+    larger.measure(Sizes((64, 256), (64, 256), (64, 256), 2, 1, 2, 1))
+    assert larger.ledger.finalists is not None and len(larger.ledger.finalists) == 3
