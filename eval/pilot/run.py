@@ -60,6 +60,7 @@ from rnn_longctx.mitigations import NotApplicable, diagnostics, mitigate, parse_
 from rnn_longctx.models.checkpoint.locate import former_name
 from rnn_longctx.models.interface import LanguageModel
 from rnn_longctx.models.segments import SEGMENTS
+from rnn_longctx.plain import plain
 from rnn_longctx.probes.probe import probe
 from rnn_longctx.progress import Say
 from rnn_longctx.tasks.base import Task, TooShort
@@ -156,8 +157,8 @@ class Pilot:
         lengths = self.given or [self.train_length << k for k in range((longest // self.train_length).bit_length())]
         least: dict[Task, int] = {}
         named: dict[str, Task] = {}
-        for task in self._asked():  # results and steps are told apart by it
-            if (other := named.setdefault(task.label, task)) != task:
+        for task in self._asked():  # results, which hold it plain, and steps are told apart by it
+            if (other := named.setdefault(plain(task.label), task)) != task:
                 raise InputError(
                     f"{other} and {task} would both be called {task.label}: rename a file, or ask one of them"
                 )
@@ -196,12 +197,12 @@ class Pilot:
         }
 
     def frame(self) -> pd.DataFrame:
-        """Return what the folder holds of this model, text and question."""
+        """Return what the folder holds of this model, text and question (where names stand plain)."""
         key = self.measuring.key()
         frame = to_frame(self.results.rows())
         same = alike(frame, {c: key.get(c) for c in (*SETTING, "batch", "device", "seed")})
         of_text = (frame["task"] == "lm") & (frame["text_hash"] == self.text.hash)
-        asked = {(task.label, _named(task)) for task in self._asked()}
+        asked = {(plain(task.label), plain(_named(task))) for task in self._asked()}
         of_tasks = pd.Series([pair in asked for pair in zip(frame["task"], frame["text"])], frame.index, bool)
         return frame[same & (of_text | of_tasks)].reset_index(drop=True)
 
@@ -421,8 +422,8 @@ class Pilot:
         if step.job is None:
             return 0
         frame = self.stored if frame is None else frame
-        rows: Any = frame[frame["mitigation"] == str(parse_remedy(step.remedy))]
-        rows = rows[rows["task"] == step.job.label]
+        rows: Any = frame[frame["mitigation"] == plain(str(parse_remedy(step.remedy)))]
+        rows = rows[rows["task"] == plain(step.job.label)]
         metric = "accuracy" if isinstance(step.job, Recall) else "nats_per_token"
         whole = rows[(rows["metric"] == metric) & rows["depth"].isna()]
         lengths = step.job.lengths(list(step.lengths), self.train_length)

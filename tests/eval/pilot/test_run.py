@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -19,6 +20,7 @@ from rnn_longctx.eval.pilot.estimate import RESERVE, SAFETY
 from rnn_longctx.eval.pilot.run import Pilot, PilotConfig, TimeIsUp
 from rnn_longctx.eval.pilot.steps import RECALL, Sizes, Step, first_steps, other_steps, recall_job
 from rnn_longctx.eval.pilot.write import write_pilot
+from rnn_longctx.plain import plain
 from rnn_longctx.progress import silent
 from rnn_longctx.tasks.passkey import Passkey
 from rnn_longctx.tasks.qa import QuestionAnswering
@@ -375,3 +377,15 @@ def test_a_larger_budget_chooses_its_own_best(model, document, tmp_path):
     larger.estimate()
     larger.measure(Sizes((64, 256), (64, 256), (64, 256), 2, 1, 2, 1))
     assert larger.ledger.finalists is not None and len(larger.ledger.finalists) == 3
+
+
+@pytest.mark.parametrize("name", ["q\x1b[31m", "a\nb", "x\u202ey"])
+def test_questions_of_a_file_with_an_odd_name(model, document, tmp_path, name):
+    """Results hold such names spelled out, and are found all the same."""
+    task = QuestionAnswering(str(Path(questions(tmp_path).file).rename(tmp_path / f"{name}.jsonl")))
+    for reused in (False, True):
+        pilot = begun(model, document, tmp_path / "out", tasks=(task,), lengths=(64, 256))
+        pilot.estimate()
+        assert pilot._is_stored(Step(RECALL, "none", recall_job(task, 1), (64, 256))) == reused
+        list(recall_job(task, 1).run(pilot.measuring, [64, 256]))
+    assert set(pilot.frame()["task"]) == {plain(task.label)} != {task.label}
