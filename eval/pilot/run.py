@@ -2,8 +2,9 @@
 
 The budget is of a folder: what runs before took counts, those that were killed as well. A step is begun only where its
 predicted time, a fifth more, and what the report takes fit into what is left; one that takes longer than predicted is
-stopped between two segments of text when nothing is left. So a pilot ends late by no more than a segment, and by what
-the report takes longer than thought.
+stopped between two segments of text when nothing is left. So a pilot ends late by no more than a segment, an answer to
+a batch of prompts or a calibration, in which nobody looks at the clock, and by what the report takes
+longer than thought.
 """
 
 from __future__ import annotations
@@ -406,7 +407,9 @@ class Pilot:
 
     def _probe(self, step: Step) -> None:
         every = max(1, min(LOOKS, self.train_length // 2))
-        probe(self.model, self.text, step.lengths[0], every=every, seed=self.config.seed).save(self.folder / "probe")
+        seed, length = self.config.seed, step.lengths[0]
+        seen = probe(self.model, self.text, length, every=every, seed=seed, progress=self.measuring.progress)
+        seen.save(self.folder / "probe")
 
     # --- what is there already
 

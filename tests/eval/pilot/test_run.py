@@ -18,7 +18,7 @@ from rnn_longctx.errors import InputError
 from rnn_longctx.eval.pilot import run as pilot_run
 from rnn_longctx.eval.pilot.estimate import RESERVE, SAFETY
 from rnn_longctx.eval.pilot.run import Pilot, PilotConfig, TimeIsUp
-from rnn_longctx.eval.pilot.steps import RECALL, Sizes, Step, first_steps, other_steps, recall_job
+from rnn_longctx.eval.pilot.steps import HEADS, RECALL, Sizes, Step, first_steps, other_steps, recall_job
 from rnn_longctx.eval.pilot.write import write_pilot
 from rnn_longctx.plain import plain
 from rnn_longctx.progress import silent
@@ -389,3 +389,29 @@ def test_questions_of_a_file_with_an_odd_name(model, document, tmp_path, name):
         assert pilot._is_stored(Step(RECALL, "none", recall_job(task, 1), (64, 256))) == reused
         list(recall_job(task, 1).run(pilot.measuring, [64, 256]))
     assert set(pilot.frame()["task"]) == {plain(task.label)} != {task.label}
+
+
+def test_the_probe_is_stopped_as_any_step(model, document, tmp_path, monkeypatch):
+    """The clock is looked at after each segment that it reads, and two are all that there is time for."""
+    from rnn_longctx.measure import stream
+
+    monkeypatch.setitem(stream.SEGMENTS, "cpu", 64)
+    config = PilotConfig("tiny", "letters/", str(tmp_path / "out"), 1e6, lengths=(64, 256, 1024))
+    pilot = Pilot(model, document, config, time.monotonic(), silent)
+    pilot.estimate()
+    looked, advance = [], pilot.measuring.progress
+
+    def progress(tokens):
+        looked.append(tokens)
+        if len(looked) == 2:
+            pilot.latest = 0.0
+        advance(tokens)
+
+    pilot.measuring.progress = progress
+    step = Step(HEADS, "none", None, (1024,))
+    pilot._measure(step)
+    assert looked == [64, 64] and pilot.ledger.steps[step.name]["outcome"] == "stopped"
+    assert not (tmp_path / "out" / "probe").exists() and not pilot._is_stored(step)
+    pilot.measuring.progress = advance
+    pilot._measure(step)
+    assert pilot._is_stored(step)
