@@ -223,7 +223,7 @@ class Pilot:
                 None,
             )  # those of other sizes are not its own
         self.ledger.speeds = self.speeds.stored()
-        peak = own_peak(self.model.device) + self._growth(sizes.longest, sizes.final_slices)
+        peak = own_peak(self.model.device) + self._growth(sizes.farthest, max(sizes.slices, sizes.final_slices))
         spent, price = self.ledger.spent, self.config.price
         estimate = estimated(
             self.predictor, sizes, self.tasks, self.diagnoses, spent, budget, self.reserve, peak, price, self._is_stored

@@ -415,3 +415,14 @@ def test_the_probe_is_stopped_as_any_step(model, document, tmp_path, monkeypatch
     pilot.measuring.progress = advance
     pilot._measure(step)
     assert pilot._is_stored(step)
+
+
+@pytest.mark.parametrize("longest", [{"plain": (64, 256, 1024)}, {"final": (64, 256, 1024)}, {"lengths": (64, 1024)}])
+def test_memory_is_that_of_the_longest_length(model, document, tmp_path, monkeypatch, longest):
+    """By a cache of attention that takes a byte a token and row, and a process that has held nothing yet."""
+    monkeypatch.setattr(pilot_run, "own_peak", lambda device: 0)
+    monkeypatch.setattr(Pilot, "_growth", lambda self, length, rows: float(length * rows))
+    sizes = replace(Sizes((64, 256), (64, 256), (64, 256), 2, 1, 3, 1), **longest)
+    monkeypatch.setattr(pilot_run, "choose", lambda *asked: sizes)
+    _, estimate = begun(model, document, tmp_path / "out", lengths=(64, 256)).estimate()
+    assert estimate.peak_bytes == 3 * 1024
