@@ -18,7 +18,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from rnn_longctx.config import counted, format_length, home_path
+from rnn_longctx.config import counted, home_path
 from rnn_longctx.data import Text, tokens
 from rnn_longctx.errors import InputError, one_line
 from rnn_longctx.eval.jobs.base import Measuring
@@ -37,7 +37,14 @@ from rnn_longctx.eval.pilot.estimate import (
 )
 from rnn_longctx.eval.pilot.findings import finalists
 from rnn_longctx.eval.pilot.ledger import FAILED, MEASURED, NOT_APPLICABLE, STOPPED, Ledger
-from rnn_longctx.eval.pilot.limits import checked_train_length, longest_length, with_training
+from rnn_longctx.eval.pilot.limits import (
+    all_asked,
+    checked_train_length,
+    least_lengths,
+    longest_length,
+    text_name,
+    with_training,
+)
 from rnn_longctx.eval.pilot.speed import ROWS, Speeds, reading_speed, token_seconds
 from rnn_longctx.eval.pilot.steps import (
     FINALISTS,
@@ -46,11 +53,9 @@ from rnn_longctx.eval.pilot.steps import (
     Step,
     candidates,
     controls,
-    counts,
     final_steps,
     first_steps,
     other_steps,
-    without_document,
 )
 from rnn_longctx.eval.plan import mitigated, plan
 from rnn_longctx.eval.question import Question
@@ -64,7 +69,7 @@ from rnn_longctx.models.segments import SEGMENTS
 from rnn_longctx.plain import plain
 from rnn_longctx.probes.probe import probe
 from rnn_longctx.progress import Say
-from rnn_longctx.tasks.base import Task, TooShort
+from rnn_longctx.tasks.base import Task
 from rnn_longctx.version import __version__
 
 LOOKS = 256  # tokens between two looks of the probe
@@ -152,38 +157,11 @@ class Pilot:
     # --- before anything is measured
 
     def _tasks(self) -> dict[Task, int]:
-        """Return the tasks with the shortest length, of those that may be asked, that all of their prompts fit into, as
-        many as will be asked at most."""
+        """Return the tasks with the shortest length, of those that may be asked, that their prompts fit into."""
         longest = max(self.given) if self.given else self.most
         lengths = self.given or [self.train_length << k for k in range((longest // self.train_length).bit_length())]
-        least: dict[Task, int] = {}
-        named: dict[str, Task] = {}
-        for task in self._asked():  # results, which hold it plain, and steps are told apart by it
-            if (other := named.setdefault(plain(task.label), task)) != task:
-                raise InputError(
-                    f"{other} and {task} would both be called {task.label}: rename a file, or ask one of them"
-                )
-        for task in self.config.tasks:
-            why = ""
-            for length in (n for n in lengths if n >= self.train_length):
-                try:
-                    for asked in (task, *without_document({task: 0})):
-                        n = counts(asked, MOST_PROMPTS)
-                        asked.check(length, n, self.config.seed, self.model.tokenizer)
-                except TooShort as error:
-                    why = one_line(error)
-                    continue
-                least[task] = length
-                break
-            else:
-                longest_asked = format_length(max(lengths))
-                raise InputError(f"{task.label}: not every prompt fits into {longest_asked} tokens: {why}")
-        return least
-
-    def _asked(self) -> list[Task]:
-        """Return the tasks that are asked, those without their documents among them."""
-        tasks = dict.fromkeys(self.config.tasks, 0)
-        return list({**tasks, **without_document(tasks)})
+        within = [n for n in lengths if n >= self.train_length]
+        return least_lengths(self.config.tasks, within, MOST_PROMPTS, self.config.seed, self.model.tokenizer)
 
     def _settings(self) -> dict[str, Any]:
         """Return what a ledger belongs to: of another model, text or question nothing is taken up."""
@@ -192,7 +170,7 @@ class Pilot:
             **{column: key.get(column) for column in (*SETTING, "batch", "device", "backend", "seed")},
             "text_hash": self.text.hash,
             "lengths": self.given and list(self.given),
-            "tasks": [f"{task} {_named(task)}" for task in self.config.tasks],
+            "tasks": [f"{task} {text_name(task)}" for task in self.config.tasks],
             "train_length": self.train_length,
             "version": __version__,
         }
@@ -203,7 +181,7 @@ class Pilot:
         frame = to_frame(self.results.rows())
         same = alike(frame, {c: key.get(c) for c in (*SETTING, "batch", "device", "seed")})
         of_text = (frame["task"] == "lm") & (frame["text_hash"] == self.text.hash)
-        asked = {(plain(task.label), plain(_named(task))) for task in self._asked()}
+        asked = {(plain(task.label), plain(text_name(task))) for task in all_asked(self.config.tasks)}
         of_tasks = pd.Series([pair in asked for pair in zip(frame["task"], frame["text"])], frame.index, bool)
         return frame[same & (of_text | of_tasks)].reset_index(drop=True)
 
@@ -441,8 +419,3 @@ class Pilot:
             return step.job.count(self.measuring, length)
         assert isinstance(step.job, Recall)
         return step.job.counts.at(length)
-
-
-def _named(task: Task) -> str:
-    """Return the text that a task's results are filed under, by its name."""
-    return task.text if isinstance(task.text, str) else task.text.name
