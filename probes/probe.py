@@ -138,6 +138,7 @@ def probe(
     prove: bool = False,
     remember: bool = False,
     say: Callable[[str], None] = lambda line: None,
+    progress: Callable[[int], None] = lambda tokens: None,
 ) -> Probe:
     """Read `length` tokens and watch every head.
 
@@ -151,6 +152,7 @@ def probe(
         prove: cap the accused heads alone, and others, and measure the loss again (`rnn_longctx.probes.ablation`).
         remember: measure effective remembrance too, which reads three times as many tokens.
         say: called with a line as things are known.
+        progress: called with the tokens of each segment of the prompt that was read, of all rows together.
     Raises:
         InputError: a length below `every`, an unknown prompt, a text too short, no training length known, a model
             without recurrent layers, a remedy for prompts (decimate, chunk-select, lamb) on the model: nothing of it
@@ -162,7 +164,7 @@ def probe(
     envelope = envelope_of(lm, train_length, calibration_text)
     norms = [list(row) for row in envelope.norms()]
     with record(lm, every=every) as trace, torch.inference_mode():
-        losses, channels = _read(lm, ids, every)
+        losses, channels = _read(lm, ids, every, progress)
     table = trace.table()
     heads = _heads(table, norms, channels, train_length, reaches=every <= train_length <= length)
     say(verdict(heads, losses, train_length))
@@ -222,11 +224,17 @@ def prompt_ids(model: LanguageModel, text: Text, length: int, prompt: str, slice
     return torch.from_numpy(np.stack(rows))
 
 
-def _read(model: LanguageModel, ids: Tensor, every: int) -> tuple[pd.DataFrame, list[list[list[int]]]]:
+def _read(
+    model: LanguageModel, ids: Tensor, every: int, progress: Callable[[int], None]
+) -> tuple[pd.DataFrame, list[list[list[int]]]]:
     """Read ids; return the losses, and [layer][head] the rows of the last state that hold most (of all rows of ids
     together)."""
     cache = model.new_cache()
-    loss = torch.cat([losses.double().mean(0).cpu() for _, losses in stream_losses(model, ids, cache=cache)])
+    means = []
+    for _, losses in stream_losses(model, ids, cache=cache):
+        means.append(losses.double().mean(0).cpu())
+        progress(losses.numel())
+    loss = torch.cat(means)
     ends = list(range(every, len(loss) + 1, every))
     curve = pd.DataFrame({"position": ends, "loss": [float(loss[e - every : e].mean()) for e in ends]})
     sizes = [state.square().sum((0, 3)) for state in recurrent_states(cache)]  # (H, P)

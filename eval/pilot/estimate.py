@@ -25,6 +25,7 @@ FARTHEST = 128  # training lengths that are read unless a person names longer on
 LADDER = ((FARTHEST, 4, 20), (FARTHEST, 3, 10), (64, 3, 10), (64, 2, 10), (32, 2, 10), (32, 2, 5), (16, 2, 5),
           (8, 2, 5), (4, 2, 5), (2, 2, 5))  # fmt: skip
 FINALS_LADDER = ((16, 60), (12, 40), (8, 30), (6, 20), (4, 20))
+MOST_PROMPTS = max(prompts for *_, prompts in (*LADDER, *FINALS_LADDER))  # that a task is asked at a length
 UNKNOWN_FINALIST = "one of the best remedies"
 
 
@@ -33,11 +34,13 @@ class Predictor:
 
     Attributes:
         measuring: without results: all of a step is counted, whether some of it is stored or not.
+        least: seconds that steps are going to take at least, by name: of those that were stopped before.
         handles: of remedies that were put on, by name: of controls, which read prompts' ends alone.
     """
 
     def __init__(self, measuring: Measuring, speeds: Speeds, train_length: int):
         self.measuring, self.speeds, self.train_length = measuring, speeds, train_length
+        self.least: dict[str, float] = {}
         self.handles: dict[str, Handle] = {}
         self._tokens: dict[Step, int] = {}
 
@@ -63,6 +66,9 @@ class Predictor:
 
     def seconds(self, step: Step) -> float:
         """Return the seconds that a step is going to take."""
+        return max(self._by_speed(step), self.least.get(step.name, 0.0))
+
+    def _by_speed(self, step: Step) -> float:
         speeds, tokens = self.speeds, self.tokens(step)
         putting_on = 0.0 if step.remedy == UNKNOWN_FINALIST else speeds.putting_on(step.remedy, self.train_length)
         if step.job is None:

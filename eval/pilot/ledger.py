@@ -12,6 +12,9 @@ from rnn_longctx.files import write_atomic
 
 FILE = "pilot_state.json"
 SAVED = 2.0  # seconds between two savings while a step runs
+# How a step ended: its cells are there; the remedy is not for this model; it cannot be measured, whatever the time;
+# it was stopped, as it took longer than predicted.
+MEASURED, NOT_APPLICABLE, FAILED, STOPPED = "measured", "not applicable", "failed", "stopped"
 
 
 class Ledger:
@@ -19,9 +22,9 @@ class Ledger:
 
     Attributes:
         before: seconds that runs before this one took, those that were killed among them.
-        steps: by name, each a dictionary: outcome ("measured", or why not), seconds, predicted.
+        steps: by name, each a dictionary: outcome, seconds, predicted, and why where it is not measured.
         speeds: as `rnn_longctx.eval.pilot.speed.Speeds` keeps them; sizes: as `Sizes`, by the budget that they fit.
-        finalists: the remedies that are measured again on more text; None: not known yet.
+        finalists: the remedies that are measured again on more text, chosen under those sizes; None: not known yet.
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any], began: float):
@@ -70,7 +73,9 @@ class Ledger:
         if time.monotonic() - self._saved > SAVED:
             self.save()
 
-    def end(self, name: str, outcome: str, seconds: float, predicted: float) -> None:
+    def end(self, name: str, outcome: str, seconds: float, predicted: float, why: str = "") -> None:
         """Write down how a step ended."""
-        self.steps[name] = {"outcome": outcome, "seconds": seconds, "predicted": predicted}
+        self.steps[name] = {"outcome": outcome, "seconds": seconds, "predicted": predicted} | (
+            {"why": why} if why else {}
+        )
         self.save()

@@ -1,4 +1,4 @@
-"""What a pilot needs of a model and a text, and one line for what cannot be piloted."""
+"""What a pilot needs of a model, a text and tasks, and one line for what cannot be piloted."""
 
 from __future__ import annotations
 
@@ -6,9 +6,13 @@ from collections.abc import Sequence
 
 from rnn_longctx.config import format_length
 from rnn_longctx.data import Text
-from rnn_longctx.errors import InputError
+from rnn_longctx.data.tokenizers import Tokenizer
+from rnn_longctx.errors import InputError, one_line
+from rnn_longctx.eval.pilot.steps import counts, without_document
 from rnn_longctx.mitigations import handles_on
 from rnn_longctx.models.interface import LanguageModel
+from rnn_longctx.plain import plain
+from rnn_longctx.tasks.base import Task, TooShort
 
 FEWEST = 2  # slices of a text that do not overlap
 
@@ -61,3 +65,42 @@ def text_tokens(model: LanguageModel, text: Text, sample: int = 1 << 18) -> tupl
     part = text.data[:sample].decode("utf-8", "ignore").encode()
     n = len(model.tokenizer.encode_with_bytes(part)[0])
     return (n, "") if len(text) <= sample else (int(n * len(text) / max(1, len(part))), "about ")
+
+
+def all_asked(tasks: Sequence[Task]) -> list[Task]:
+    """Return the tasks that are asked, those without their documents among them."""
+    named = dict.fromkeys(tasks, 0)
+    return list({**named, **without_document(named)})
+
+
+def text_name(task: Task) -> str:
+    """Return the text that a task's results are filed under, by its name."""
+    return task.text if isinstance(task.text, str) else task.text.name
+
+
+def least_lengths(
+    tasks: Sequence[Task], lengths: Sequence[int], prompts: int, seed: int, tokenizer: Tokenizer
+) -> dict[Task, int]:
+    """Return the tasks with the shortest of some lengths that all of their prompts fit into.
+
+    Args: prompts: as many as are asked at most.
+    Raises:
+        InputError: they fit into none; two tasks have one name, by which results and steps are told apart.
+    """
+    named: dict[str, Task] = {}
+    for task in all_asked(tasks):
+        if (other := named.setdefault(plain(task.label), task)) != task:
+            raise InputError(f"{other} and {task} would both be called {task.label}: rename a file, or ask one of them")
+    return {task: _least_length(task, lengths, prompts, seed, tokenizer) for task in tasks}
+
+
+def _least_length(task: Task, lengths: Sequence[int], prompts: int, seed: int, tokenizer: Tokenizer) -> int:
+    why = ""
+    for length in lengths:
+        try:
+            for asked in all_asked([task]):
+                asked.check(length, counts(asked, prompts), seed, tokenizer)
+            return length
+        except TooShort as error:
+            why = one_line(error)
+    raise InputError(f"{task.label}: not every prompt fits into {format_length(max(lengths))} tokens: {why}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shlex
 from dataclasses import dataclass, field
@@ -52,9 +51,9 @@ class Recommendation:
 def recommend(frame: pd.DataFrame, about: dict[str, Any]) -> Recommendation:
     """Return the recommendation that a table carries.
 
-    Args: about: model and text (as they were named), options (more words that name the model), train_length,
-        given_train_length, adopted (of another library), foldable and per_length: names of remedies; processor: as in
-        `comparison`.
+    Args: about: model and text (as they were named), options (words that name the model, each option and its value),
+        train_length, given_train_length, adopted (of another library), foldable and per_length: names of remedies;
+        processor: as in `comparison`.
     """
     fall, compared = collapse(frame), comparison(most_read(frame), processor=about.get("processor"))
     longest = max((row["length"] for row in fall["lengths"]), default=0)
@@ -288,45 +287,69 @@ def interval_text(interval: Interval) -> str:
 
 
 def lines(about: dict[str, Any], remedy: str | None, target: int | None) -> tuple[str, str]:
-    """Return the lines of Python, and the command, that use a remedy."""
-    name, options = about["model"], "".join(f" {word}" for word in about["options"])
-    length = "" if about["given_train_length"] is None else f", train_length={about['given_train_length']}"
-    python = ["import rnn_longctx", ""]
+    """Return the lines of Python, and the command, that use a remedy. (`repr`, as JSON writes characters beyond 16 bits
+    as two, which Python does not read as one.)"""
+    python = ["import rnn_longctx", "", *_loading(about)]
     if about["adopted"]:
         python.insert(0, "import transformers")
-        python.append(f"theirs = transformers.AutoModelForCausalLM.from_pretrained({json.dumps(name)})")
-        python.append(f"model = rnn_longctx.adopt(theirs{length})")
-    else:
-        python.append(f"model = rnn_longctx.load({json.dumps(name)}{length})")
     generate = 'rnn_longctx.generate(model, open("document.txt").read(), max_new_tokens=200)'
     if remedy is None:
         python.append(f"new = {generate}")
     else:
         kinds = {part.partition(":")[0] for part in remedy.split("+")}
         told = f", target_length={target}" if target and kinds & set(about["per_length"]) else ""
-        python += [f"with rnn_longctx.mitigate(model, {json.dumps(remedy)}{told}):", f"    new = {generate}"]
+        python += [f"with rnn_longctx.mitigate(model, {remedy!r}{told}):", f"    new = {generate}"]
     python.append("print(model.tokenizer.decode(new[0]))")
     if remedy in about["foldable"]:
         python += ["", "# or put it into the weights, which any library then reads:"]
         python += ["from rnn_longctx.models.checkpoint import save", ""]
-        python += [f"rnn_longctx.fold(model, {json.dumps(remedy)})", 'save(model, "mended")']
-    mitigation = f" --mitigation {shlex.quote(remedy)}" if remedy else ""
-    return "\n".join(python), f"rnn-longctx generate {shlex.quote(name)}{options}{mitigation} --prompt - < document.txt"
+        python += [f"rnn_longctx.fold(model, {remedy!r})", 'save(model, "mended")']
+    mitigation = ["--mitigation", remedy] if remedy else []
+    command = ["rnn-longctx", "generate", about["model"], *about["options"], *mitigation, "--prompt", "-"]
+    return "\n".join(python), shlex.join(command) + " < document.txt"
+
+
+def _loading(about: dict[str, Any]) -> list[str]:
+    """Return the lines that load the model as the options on the command line say."""
+    words = about["options"]
+    said = dict(zip(words[::2], words[1::2]))
+    given = {
+        "tokenizer": said.get("--tokenizer"),
+        "train_length": about["given_train_length"],
+        "dtype": said.get("--dtype"),
+        "device": said.get("--device"),
+    }
+    if about["adopted"]:  # a pilot reads in float32 where nothing else is asked, transformers as the checkpoint says
+        dtype, device = given.pop("dtype") or "float32", given.pop("device")
+        moved = f".to({device!r})" if device else ""
+        lines = [
+            f"theirs = transformers.AutoModelForCausalLM.from_pretrained({about['model']!r}, dtype={dtype!r}){moved}",
+            f"model = rnn_longctx.adopt(theirs{_keywords(given)})",
+        ]
+    else:
+        lines = [f"model = rnn_longctx.load({about['model']!r}{_keywords(given)})"]
+    if "--state-dtype" in said:
+        lines.append(f"model.use_state_dtype({said['--state-dtype']!r})")
+    return lines
+
+
+def _keywords(given: dict[str, Any]) -> str:
+    return "".join(f", {name}={value!r}" for name, value in given.items() if value is not None)
 
 
 def next_steps(about: dict[str, Any]) -> list[tuple[str, str]]:
     """Return what mends a model that no remedy mends, each with the command that begins it."""
-    name, text = shlex.quote(about["model"]), shlex.quote(about["text"])
     longer = format_length(8 * about["train_length"]).lower()
+    settings = [f"model={about['model']}", "data=TRAINING_TEXT", f"train_length={longer}"]
+    text = ["--text", about["text"], "--lengths", longer]
     return [
         (
             "Train it on, on long streams that hand their states on, so that it learns to forget",
-            "rnn-longctx train configs/train/continual.yaml "
-            f"--set model={name} data=TRAINING_TEXT train_length={longer}",
+            shlex.join(["rnn-longctx", "train", "configs/train/continual.yaml", "--set", *settings]),
         ),
         ("Ask how large a state a context takes", f"rnn-longctx capacity advise --context {longer}"),
         (
             "Compare it with a hybrid, whose attention layers look things up: any model that you have",
-            f"rnn-longctx eval HYBRID --text {text} --lengths {longer} --task lm --task passkey",
+            shlex.join(["rnn-longctx", "eval", "HYBRID", *text, "--task", "lm", "--task", "passkey"]),
         ),
     ]

@@ -2,8 +2,9 @@
 
 The budget is of a folder: what runs before took counts, those that were killed as well. A step is begun only where its
 predicted time, a fifth more, and what the report takes fit into what is left; one that takes longer than predicted is
-stopped between two segments of text when nothing is left. So a pilot ends late by no more than a segment, and by what
-the report takes longer than thought.
+stopped between two segments of text when nothing is left. So a pilot ends late by no more than a segment, an answer to
+a batch of prompts or a calibration, in which nobody looks at the clock, and by what the report takes
+longer than thought.
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ from typing import Any
 import pandas as pd
 import torch
 
-from rnn_longctx.config import counted, format_length, home_path
+from rnn_longctx.config import counted, home_path
 from rnn_longctx.data import Text, tokens
 from rnn_longctx.errors import InputError, one_line
 from rnn_longctx.eval.jobs.base import Measuring
 from rnn_longctx.eval.jobs.loss import LossOverLength
 from rnn_longctx.eval.jobs.recall import Recall
 from rnn_longctx.eval.pilot.estimate import (
+    MOST_PROMPTS,
     RESERVE,
     RESERVE_OF_LOADING,
     SAFETY,
@@ -34,10 +36,27 @@ from rnn_longctx.eval.pilot.estimate import (
     further,
 )
 from rnn_longctx.eval.pilot.findings import finalists
-from rnn_longctx.eval.pilot.ledger import Ledger
-from rnn_longctx.eval.pilot.limits import checked_train_length, longest_length, with_training
+from rnn_longctx.eval.pilot.ledger import FAILED, MEASURED, NOT_APPLICABLE, STOPPED, Ledger
+from rnn_longctx.eval.pilot.limits import (
+    all_asked,
+    checked_train_length,
+    least_lengths,
+    longest_length,
+    text_name,
+    with_training,
+)
 from rnn_longctx.eval.pilot.speed import ROWS, Speeds, reading_speed, token_seconds
-from rnn_longctx.eval.pilot.steps import PLAIN, Sizes, Step, candidates, controls, final_steps, first_steps, other_steps
+from rnn_longctx.eval.pilot.steps import (
+    FINALISTS,
+    PLAIN,
+    Sizes,
+    Step,
+    candidates,
+    controls,
+    final_steps,
+    first_steps,
+    other_steps,
+)
 from rnn_longctx.eval.plan import mitigated, plan
 from rnn_longctx.eval.question import Question
 from rnn_longctx.eval.results import Results, to_frame
@@ -47,9 +66,10 @@ from rnn_longctx.mitigations import NotApplicable, diagnostics, mitigate, parse_
 from rnn_longctx.models.checkpoint.locate import former_name
 from rnn_longctx.models.interface import LanguageModel
 from rnn_longctx.models.segments import SEGMENTS
+from rnn_longctx.plain import plain
 from rnn_longctx.probes.probe import probe
 from rnn_longctx.progress import Say
-from rnn_longctx.tasks.base import Task, TooShort
+from rnn_longctx.tasks.base import Task
 from rnn_longctx.version import __version__
 
 LOOKS = 256  # tokens between two looks of the probe
@@ -123,6 +143,8 @@ class Pilot:
         beside.memory = self.measuring.memory
         self.predictor = Predictor(beside, self.speeds, self.train_length)
         self.predictor.candidates = candidates(self.train_length)
+        stopped = {name: step for name, step in self.ledger.steps.items() if step["outcome"] == STOPPED}
+        self.predictor.least = {name: OVERDUE * step["seconds"] for name, step in stopped.items()}
         self.diagnoses = diagnostics(self.train_length) if model.attends else []
         self.not_applicable: dict[str, str] = {}
         self.not_measured: list[dict[str, Any]] = []
@@ -138,18 +160,8 @@ class Pilot:
         """Return the tasks with the shortest length, of those that may be asked, that their prompts fit into."""
         longest = max(self.given) if self.given else self.most
         lengths = self.given or [self.train_length << k for k in range((longest // self.train_length).bit_length())]
-        least: dict[Task, int] = {}
-        for task in self.config.tasks:
-            for length in (n for n in lengths if n >= self.train_length):
-                try:
-                    task.check(length, 5, self.config.seed, self.model.tokenizer)
-                except TooShort:
-                    continue
-                least[task] = length
-                break
-            else:
-                raise InputError(f"{task.label}: no prompt fits into {format_length(max(lengths))} tokens")
-        return least
+        within = [n for n in lengths if n >= self.train_length]
+        return least_lengths(self.config.tasks, within, MOST_PROMPTS, self.config.seed, self.model.tokenizer)
 
     def _settings(self) -> dict[str, Any]:
         """Return what a ledger belongs to: of another model, text or question nothing is taken up."""
@@ -158,20 +170,19 @@ class Pilot:
             **{column: key.get(column) for column in (*SETTING, "batch", "device", "backend", "seed")},
             "text_hash": self.text.hash,
             "lengths": self.given and list(self.given),
-            "tasks": [f"{task} {_named(task)}" for task in self.config.tasks],
+            "tasks": [f"{task} {text_name(task)}" for task in self.config.tasks],
             "train_length": self.train_length,
             "version": __version__,
         }
 
     def frame(self) -> pd.DataFrame:
-        """Return what the folder holds of this model, text and question."""
+        """Return what the folder holds of this model, text and question (where names stand plain)."""
         key = self.measuring.key()
         frame = to_frame(self.results.rows())
         same = alike(frame, {c: key.get(c) for c in (*SETTING, "batch", "device", "seed")})
         of_text = (frame["task"] == "lm") & (frame["text_hash"] == self.text.hash)
-        texts = {task.label: _named(task) for task in self.config.tasks}
-        asked = frame["task"].map(lambda t: str(t).removesuffix("-without-document"))
-        of_tasks = asked.isin(list(texts)) & (frame["text"] == asked.map(texts))
+        asked = {(plain(task.label), plain(text_name(task))) for task in all_asked(self.config.tasks)}
+        of_tasks = pd.Series([pair in asked for pair in zip(frame["task"], frame["text"])], frame.index, bool)
         return frame[same & (of_text | of_tasks)].reset_index(drop=True)
 
     def estimate(self) -> tuple[Sizes, Estimate]:
@@ -185,9 +196,12 @@ class Pilot:
         else:
             left = max(1.0, budget - self.ledger.spent - self.reserve)
             sizes = choose(self.predictor, self.given, self.most, self.tasks, left, self.diagnoses)
-            self.ledger.sizes = {known: asdict(sizes)}
+            self.ledger.sizes, self.ledger.finalists = (
+                {known: asdict(sizes)},
+                None,
+            )  # those of other sizes are not its own
         self.ledger.speeds = self.speeds.stored()
-        peak = own_peak(self.model.device) + self._growth(sizes.longest, sizes.final_slices)
+        peak = own_peak(self.model.device) + self._growth(sizes.farthest, max(sizes.slices, sizes.final_slices))
         spent, price = self.ledger.spent, self.config.price
         estimate = estimated(
             self.predictor, sizes, self.tasks, self.diagnoses, spent, budget, self.reserve, peak, price, self._is_stored
@@ -241,7 +255,7 @@ class Pilot:
         steps = first_steps(sizes, self.train_length, self.tasks, self.diagnoses)
         self._need_room(steps[0])
         self._measure_all(steps)
-        if self.ledger.finalists is None and not self.not_measured:
+        if self.ledger.finalists is None and self._can_choose(steps):
             best = self.ledger.finalists = finalists(self.frame(), candidates(self.train_length), self.speeds.processor)
             left = self.config.budget - self.ledger.spent - self.reserve
             sizes = further(self.predictor, sizes, self.given, self.most, self.tasks, left, best)
@@ -253,6 +267,16 @@ class Pilot:
         if self.reused:
             cells = counted(self.reused, "cell")
             self.say(f"{cells} had been measured before and were taken as they are")
+
+    def _can_choose(self, steps: Sequence[Step]) -> bool:
+        """Whether the losses of the bare model, of the controls and of enough remedies are there to choose the best of
+        them by; those that are not applicable are not waited for."""
+        frame = self.frame()
+        losses = [step for step in steps if isinstance(step.job, LossOverLength)]
+        there = {step.remedy for step in losses if self._count_stored(step, frame)}
+        rivals = {"none", *controls(self.train_length)} - set(self.not_applicable)
+        remedies = set(candidates(self.train_length)) - set(self.not_applicable)
+        return rivals <= there and len(remedies & there) >= max(1, min(FINALISTS, len(remedies)))
 
     def _need_room(self, step: Step) -> None:
         if self._is_stored(step) or self._fits(step):
@@ -270,16 +294,17 @@ class Pilot:
     def _measure_all(self, steps: Sequence[Step]) -> None:
         for step in steps:
             known = self.ledger.steps.get(step.name, {})
-            outcome = str(known.get("outcome", ""))
-            if outcome not in ("", "measured"):
-                self._cannot(step, outcome)
+            outcome = known.get("outcome")
+            if outcome == NOT_APPLICABLE:
+                self._cannot(step, known["why"])
+            elif outcome == FAILED:
+                self._leave(step, known["why"])
             elif self._is_stored(step):
                 self.reused += self._count_stored(step)
             elif step.remedy in self.not_applicable:
                 continue
             elif not self._fits(step):
-                predicted = self.predictor.seconds(step)
-                self.not_measured.append({"stage": step.stage, "step": step.name, "seconds": predicted})
+                self._leave(step, "did not fit into the budget")
             else:
                 self._measure(step)
 
@@ -287,7 +312,7 @@ class Pilot:
         predicted, began = self.predictor.seconds(step), time.monotonic()
         budget = time_text(self.config.budget)
         self.say(f"[{time_text(self.ledger.spent)} of {budget}] {step.name}, about {time_text(predicted)}")
-        outcome, self.running = "measured", True
+        outcome, why, self.running = MEASURED, "", True
         # A step that was guessed much too short is not to take what others need; without the first there is no answer.
         self.latest = began + max(PATIENCE, OVERDUE * predicted) if step.stage != PLAIN else math.inf
         try:
@@ -296,20 +321,30 @@ class Pilot:
             else:
                 self._read(step, predicted)
         except TimeIsUp:
-            self.not_measured.append({"stage": step.stage, "step": step.name, "seconds": predicted})
+            taken, why = time.monotonic() - began, "took longer than predicted"
+            self.predictor.least[step.name] = OVERDUE * taken
+            self._leave(step, why)
             self.say(f"{step.name}: stopped, it takes much longer than predicted")
-            self.ledger.save()
+            self.ledger.end(step.name, STOPPED, taken, predicted, why)
             return
         except InputError as error:
-            if step.remedy == "none" and step.job is not None and not isinstance(error, NotApplicable):
+            if step.stage == PLAIN:  # without it there is no answer
                 raise
-            outcome = one_line(error, 300)
-            self._cannot(step, outcome)
+            why = one_line(error, 300)
+            # Prompts that cannot be made are no fault of the remedy, whose other steps go on.
+            of_prompts = isinstance(step.job, Recall) and not isinstance(error, NotApplicable)
+            if of_prompts or (step.remedy == "none" and step.job is not None):
+                outcome = FAILED
+                self._leave(step, why)
+                self.say(f"{step.name}: not measured: {why}")
+            else:
+                outcome = NOT_APPLICABLE
+                self._cannot(step, why)
         finally:
             self.running = False
         self.speeds.ready.add(step.remedy)
         self.ledger.speeds = self.speeds.stored()
-        self.ledger.end(step.name, outcome, time.monotonic() - began, predicted)
+        self.ledger.end(step.name, outcome, time.monotonic() - began, predicted, why)
 
     def _advance(self, tokens: int) -> None:
         """Look at the clock whenever some tokens were read. Raises TimeIsUp in a step that takes too long."""
@@ -317,6 +352,11 @@ class Pilot:
         late = self.ledger.spent > self.config.budget - self.reserve
         if self.running and (late or time.monotonic() > self.latest):
             raise TimeIsUp
+
+    def _leave(self, step: Step, why: str) -> None:
+        """Note that a step was not measured, and why."""
+        seconds = self.predictor.seconds(step)
+        self.not_measured.append({"stage": step.stage, "step": step.name, "seconds": seconds, "why": why})
 
     def _cannot(self, step: Step, reason: str) -> None:
         """Note why a remedy is not applicable; that one which only reads prompts has no loss is no reason."""
@@ -345,23 +385,26 @@ class Pilot:
 
     def _probe(self, step: Step) -> None:
         every = max(1, min(LOOKS, self.train_length // 2))
-        probe(self.model, self.text, step.lengths[0], every=every, seed=self.config.seed).save(self.folder / "probe")
+        seed, length = self.config.seed, step.lengths[0]
+        seen = probe(self.model, self.text, length, every=every, seed=seed, progress=self.measuring.progress)
+        seen.save(self.folder / "probe")
 
     # --- what is there already
 
     def _is_stored(self, step: Step) -> bool:
         """Whether all cells of a step are there, with as many samples. (The remedy is not worked out: that is slow.)"""
         if step.job is None:
-            known = self.ledger.steps.get(step.name, {}).get("outcome") == "measured"
+            known = self.ledger.steps.get(step.name, {}).get("outcome") == MEASURED
             return known and (self.folder / "probe" / "probe.json").is_file()
         return self._count_stored(step) > 0
 
-    def _count_stored(self, step: Step) -> int:
-        """Return the number of cells of a step, 0 where one is missing."""
+    def _count_stored(self, step: Step, frame: pd.DataFrame | None = None) -> int:
+        """Return the number of cells of a step, 0 where one is missing. frame: None: what was there before."""
         if step.job is None:
             return 0
-        rows: Any = self.stored[self.stored["mitigation"] == str(parse_remedy(step.remedy))]
-        rows = rows[rows["task"] == step.job.label]
+        frame = self.stored if frame is None else frame
+        rows: Any = frame[frame["mitigation"] == plain(str(parse_remedy(step.remedy)))]
+        rows = rows[rows["task"] == plain(step.job.label)]
         metric = "accuracy" if isinstance(step.job, Recall) else "nats_per_token"
         whole = rows[(rows["metric"] == metric) & rows["depth"].isna()]
         lengths = step.job.lengths(list(step.lengths), self.train_length)
@@ -376,8 +419,3 @@ class Pilot:
             return step.job.count(self.measuring, length)
         assert isinstance(step.job, Recall)
         return step.job.counts.at(length)
-
-
-def _named(task: Task) -> str:
-    """Return the text that a task's results are filed under, by its name."""
-    return task.text if isinstance(task.text, str) else task.text.name

@@ -52,6 +52,11 @@ class Sizes:
     def longest(self) -> int:
         return self.lengths[-1]
 
+    @property
+    def farthest(self) -> int:
+        """The longest length that anything is read at, the bare model and the best remedies among them."""
+        return max(*self.lengths, *self.plain, *self.final)
+
 
 @dataclass(frozen=True)
 class Step:

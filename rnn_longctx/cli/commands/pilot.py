@@ -37,7 +37,7 @@ def pilot(
     options: ModelOptions = ModelOptions(),
 ) -> None:
     """Where a model collapses on your own documents, which remedy to use, and how to use it, within a time.
-    Killed and run again, it goes on where it stopped.
+    Killed and run again, it begins the step that was killed again, and repeats nothing else.
 
     Examples:
         rnn-longctx pilot demo --text stdlib --budget 5m

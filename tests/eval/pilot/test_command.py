@@ -65,6 +65,11 @@ def test_an_estimate_then_a_pilot_then_the_same_again(store, monkeypatch, capsys
     assert code == 0 and "cells had been measured before" in again and "none: loss up to" not in again
 
 
+def test_the_help_says_what_a_kill_costs(monkeypatch, capsys):
+    code, out, _ = called(monkeypatch, capsys, "--help")
+    assert code == 0 and "it begins the step that was killed again, and repeats nothing else" in " ".join(out.split())
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

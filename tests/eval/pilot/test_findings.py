@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import shlex
+
+import adopted_families
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+import transformers
 
+from rnn_longctx import load
 from rnn_longctx.eval.pilot.findings import (
     collapse,
     comparison,
@@ -16,7 +22,8 @@ from rnn_longctx.eval.pilot.findings import (
     ranked,
     recall_rows,
 )
-from rnn_longctx.eval.pilot.recommend import lines, recommend
+from rnn_longctx.eval.pilot.recommend import lines, next_steps, recommend
+from rnn_longctx.models.checkpoint import save
 
 ABOUT = {
     "model": "my model", "text": "my documents", "options": [], "train_length": 256, "given_train_length": None,
@@ -95,7 +102,7 @@ def test_a_remedy_is_recommended_with_its_doubts(story):
     assert "collapses at 8K tokens" in words and "16 of 16 stretches" in words and "Use rri:alpha=0.999" in words
     assert any("surely below" in doubt for doubt in found.uncertainty)
     assert any("Nothing is known beyond 64K" in doubt for doubt in found.uncertainty)
-    assert 'mitigate(model, "rri:alpha=0.999,beta=0.75")' in found.python
+    assert "mitigate(model, 'rri:alpha=0.999,beta=0.75')" in found.python
     assert found.command.startswith("rnn-longctx generate 'my model' --mitigation rri:alpha=0.999,beta=0.75 --prompt -")
 
 
@@ -115,7 +122,7 @@ def test_next_steps_where_no_remedy_suffices(story):
     found = recommend(frame, ABOUT)
     assert found.kind == "insufficient" and "No remedy that was measured suffices" in " ".join(found.words)
     commands = [command for _, command in found.next_steps]
-    assert commands[0].startswith("rnn-longctx train configs/train/continual.yaml --set model='my model'")
+    assert commands[0].startswith("rnn-longctx train configs/train/continual.yaml --set 'model=my model'")
     assert any("capacity advise --context 2k" in command for command in commands)
 
 
@@ -184,3 +191,43 @@ def test_the_lines_run(remedy, tmp_path, monkeypatch):
     exec(python.replace("max_new_tokens=200", "max_new_tokens=2"), names)
     assert names["new"].shape == (1, 2)
     assert (tmp_path / "mended" / "config.json").exists() == (remedy == "a-floor")
+
+
+HOSTILE = "a b'c\"d \U0001f40d\n"  # a name with a character that JSON writes as two
+
+
+def test_the_lines_say_how_the_model_was_loaded(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "document.txt").write_text("import os\n")
+    save(load("demo"), tmp_path / HOSTILE)
+    words = ["--tokenizer", "bytes", "--train-length", "1k", "--state-dtype", "float64", "--device", "cpu"]
+    words += ["--dtype", "bfloat16"]
+    about = ABOUT | {"model": HOSTILE, "options": words, "given_train_length": 1024}
+    python, command = lines(about, None, None)
+    assert shlex.split(command.removesuffix(" < document.txt"))[2:] == [HOSTILE, *words, "--prompt", "-"]
+    names: dict[str, object] = {}
+    exec(python.replace("max_new_tokens=200", "max_new_tokens=2"), names)
+    model = names["model"]
+    assert next(model.parameters()).dtype == torch.bfloat16 and model.state_dtype == torch.float64
+    assert model.train_length == 1024 and model.tokenizer.name == "bytes" and names["new"].shape == (1, 2)
+    odd = lines(ABOUT | {"model": "m", "options": ["--tokenizer", "my tokenizer"]}, "a-floor", None)
+    assert "tokenizer='my tokenizer'" in odd[0] and "--tokenizer 'my tokenizer' --mitigation" in odd[1]
+    commands = [shlex.split(command) for _, command in next_steps(ABOUT | {"model": HOSTILE, "text": HOSTILE})]
+    assert f"model={HOSTILE}" in commands[0] and HOSTILE in commands[2]
+
+
+def test_the_lines_of_a_model_of_another_library(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(adopted_families.COMMON, "vocab_size", 256)
+    (tmp_path / "document.txt").write_text("import os\n")
+    theirs = transformers.AutoModelForCausalLM.from_config(adopted_families.FAMILIES["mamba2"]())
+    theirs.to(torch.bfloat16).save_pretrained(tmp_path / "its folder")
+    words = ["--tokenizer", "bytes", "--state-dtype", "bfloat16", "--device", "cpu"]
+    about = ABOUT | {"model": "its folder", "options": words, "adopted": True, "given_train_length": 64}
+    for dtype in ("float32", "float64"):
+        python, _ = lines(about | {"options": [*words, *(["--dtype", dtype] * (dtype != "float32"))]}, None, None)
+        names: dict[str, object] = {}
+        exec(python.replace("max_new_tokens=200", "max_new_tokens=2"), names)
+        model = names["model"]
+        assert next(model.parameters()).dtype == getattr(torch, dtype) and model.state_dtype == torch.bfloat16
+        assert model.train_length == 64 and model.tokenizer.name == "bytes" and names["new"].shape == (1, 2)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -14,9 +17,10 @@ from rnn_longctx.data import Text
 from rnn_longctx.errors import InputError
 from rnn_longctx.eval.pilot import run as pilot_run
 from rnn_longctx.eval.pilot.estimate import RESERVE, SAFETY
-from rnn_longctx.eval.pilot.run import Pilot, PilotConfig
-from rnn_longctx.eval.pilot.steps import Sizes, other_steps
+from rnn_longctx.eval.pilot.run import Pilot, PilotConfig, TimeIsUp
+from rnn_longctx.eval.pilot.steps import HEADS, RECALL, Sizes, Step, first_steps, other_steps, recall_job
 from rnn_longctx.eval.pilot.write import write_pilot
+from rnn_longctx.plain import plain
 from rnn_longctx.progress import silent
 from rnn_longctx.tasks.passkey import Passkey
 from rnn_longctx.tasks.qa import QuestionAnswering
@@ -100,6 +104,75 @@ def test_text_is_shown_where_the_person_wants_it(model, document, tmp_path):
     assert "Wexcombe" in (tmp_path / "out" / "report.html").read_text()
 
 
+def long_question_last(tmp_path, seed=0, n=8, words=30):
+    """Questions of which the one that is asked last takes so many words more."""
+    order = np.random.default_rng([seed]).permutation(n)
+    last = int(order[-1])
+    records = [
+        {
+            "document": f"It is said that {CANARY}.",
+            "question": "Where?" + " where?" * words * (i == last),
+            "answer": "at",
+        }
+        for i in range(n)
+    ]
+    (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, records)))
+    return QuestionAnswering(str(tmp_path / "q.jsonl"))
+
+
+def test_questions_are_asked_where_the_longest_of_them_fits(model, document, tmp_path):
+    task = long_question_last(tmp_path)
+    pilot = begun(model, document, tmp_path / "out", tasks=(task,), lengths=(64, 256, 512))
+    assert pilot.tasks[task] == 256
+    with pytest.raises(InputError, match=r"qa-q: not every prompt fits into 128 tokens: a question .* takes at least"):
+        begun(model, document, tmp_path / "out", tasks=(task,), lengths=(64, 128))
+
+
+def test_prompts_that_cannot_be_made_end_no_pilot(model, document, tmp_path, monkeypatch):
+    """What was not foreseen is noted beside what was measured, and not tried again."""
+    monkeypatch.setattr(Pilot, "_tasks", lambda self: dict(zip(self.config.tasks, (64, 256))))
+    monkeypatch.setattr(pilot_run, "other_steps", lambda *asked: [])
+    task, said = long_question_last(tmp_path), []
+    sizes = Sizes((64, 256), (64, 256), (64, 256), 2, 8, 2, 8)
+    for _ in range(2):
+        said.clear()
+        pilot = begun(model, document, tmp_path / "out", say=said.append, tasks=(task, Passkey()), lengths=(64, 256))
+        _, estimate = pilot.estimate()
+        pilot.measure(sizes)
+        content, _ = write_pilot(pilot, estimate)
+        left = {row["step"]: row["why"] for row in content["not_measured"]}
+        assert "none: qa-q up to 256, 8 prompts" in left and all("takes at least" in why for why in left.values())
+        assert "a-floor: qa-q up to 256, 8 prompts" in left and "a-floor" not in content["not_applicable"]
+        assert "none" not in content["not_applicable"] and (tmp_path / "out" / "report.html").exists()
+        rows = pilot.frame()
+        assert {"none", "a-floor"} <= set(rows[rows["task"] == "passkey"]["mitigation"])
+    assert [line for line in said if "] " in line] == []
+
+
+def test_questions_without_their_documents_are_found_again(model, document, tmp_path):
+    """Asked by themselves, their results are what the folder has of them, and they are not asked again."""
+    task = replace(questions(tmp_path), document=False)
+    sizes = Sizes((64, 256), (64, 256), (64, 256), 1, 1, 1, 1)
+    for reused in (False, True):
+        pilot = begun(model, document, tmp_path / "out", tasks=(task,), lengths=(64, 256))
+        pilot.estimate()
+        step = Step(RECALL, "none", recall_job(task, 1), (64, 256))
+        assert pilot._is_stored(step) == reused
+        pilot.measure(sizes)
+        assert "qa-q-without-document" in set(pilot.frame()["task"])
+
+
+def test_two_tasks_of_one_name_are_refused(model, document, tmp_path):
+    tasks = []
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        tasks.append(questions(tmp_path / folder))
+    with pytest.raises(InputError, match=r"qa:file=.*a/q.jsonl and qa:file=.*b/q.jsonl would both be called qa-q: "):
+        begun(model, document, tmp_path / "out", tasks=tuple(tasks))
+    both = (tasks[0], replace(tasks[0], document=False))  # the second is asked beside the first in any case
+    assert set(begun(model, document, tmp_path / "out", tasks=both, lengths=(64, 256)).tasks) == set(both)
+
+
 class Killed(BaseException):
     """Nothing catches it, as nothing catches SIGKILL."""
 
@@ -171,7 +244,7 @@ def test_a_budget_is_kept(model, document, tmp_path, monkeypatch, slowness):
     named = {step["step"] for step in pilot.not_measured}
     cut = named & {name for name, *_ in begun_steps}
     assert len(cut) == (slowness > SAFETY) and all(cut <= {begun_steps[-1][0]} for _ in cut)
-    assert not cut & set(pilot.ledger.steps)
+    assert all(pilot.ledger.steps[name]["outcome"] == "stopped" for name in cut)
 
 
 def test_an_estimate_measures_nothing(model, document, tmp_path):
@@ -200,7 +273,7 @@ def test_texts_and_models_that_cannot_be_piloted(model, document, tmp_path):
         begun(model, document, tmp_path / "out", lengths=(8192,))
     with pytest.raises(InputError, match="--lengths: a pilot asks what happens beyond the training length, 64"):
         begun(model, document, tmp_path / "out", lengths=(32, 64))
-    with pytest.raises(InputError, match="passkey: no prompt fits into 65 tokens"):
+    with pytest.raises(InputError, match=r"passkey: not every prompt fits into 65 tokens: .* takes at least"):
         begun(model, document, tmp_path / "out", lengths=(65,), tasks=(Passkey(),))
     with pytest.raises(InputError, match="does not say its training length: give --train-length"):
         model.train_length = None
@@ -248,3 +321,108 @@ def test_the_best_are_read_further_where_time_is_left(model, document, tmp_path)
     again = begun(model, document, tmp_path / "out")
     sizes, _ = again.estimate()
     assert sizes.final[-1] == 2048
+
+
+def test_a_slow_remedy_leaves_the_finals(model, document, tmp_path, monkeypatch):
+    """One step that takes 100 seconds and is stopped: the best are read on, and it is not begun as if it took less."""
+    real, later, said = time.monotonic, [0.0], []
+    monkeypatch.setattr(pilot_run.time, "monotonic", lambda: real() + later[0])
+    read = Pilot._read
+
+    def slow(self, step, predicted):
+        if step.remedy == "window:tokens=64":
+            later[0] += 100
+            raise TimeIsUp
+        read(self, step, predicted)
+
+    monkeypatch.setattr(Pilot, "_read", slow)
+    sizes = Sizes((64, 256), (64, 256), (64, 256), 2, 1, 3, 1)
+    pilot = begun(model, document, tmp_path / "out", lengths=(64, 256))
+    pilot.estimate()
+    pilot.measure(sizes)
+    name = "window:tokens=64: loss up to 256, 2 slices"
+    assert pilot.ledger.steps[name]["outcome"] == "stopped" and name in {row["step"] for row in pilot.not_measured}
+    assert len(pilot.ledger.finalists) == 3 and any("3 slices" in step for step in pilot.ledger.steps)
+    again = begun(model, document, tmp_path / "out", pilot.ledger.spent + 120, said.append, lengths=(64, 256))
+    assert again.predictor.seconds(next(s for s in first_steps(sizes, 64, {}) if s.name == name)) >= 200
+    again.measure(sizes)
+    assert name in {row["step"] for row in again.not_measured} and not any(name in line for line in said)
+
+
+def test_no_best_are_chosen_without_their_rivals(model, document, tmp_path, monkeypatch):
+    read = Pilot._read
+
+    def slow(self, step, predicted):
+        if step.remedy.startswith("recompute"):
+            raise TimeIsUp
+        read(self, step, predicted)
+
+    monkeypatch.setattr(Pilot, "_read", slow)
+    pilot = begun(model, document, tmp_path / "out", lengths=(64, 256))
+    pilot.estimate()
+    pilot.measure(Sizes((64, 256), (64, 256), (64, 256), 2, 1, 3, 1))
+    assert pilot.ledger.finalists is None and not any("3 slices" in step for step in pilot.ledger.steps)
+
+
+def test_a_larger_budget_chooses_its_own_best(model, document, tmp_path):
+    pilot = begun(model, document, tmp_path / "out", lengths=(64, 256))
+    pilot.estimate()
+    pilot.measure(Sizes((64, 256), (64, 256), (64, 256), 2, 1, 2, 1))
+    pilot.ledger.finalists = ["state-norm:every=64"]  # as a smaller budget may have chosen
+    pilot.ledger.save()
+    again = begun(model, document, tmp_path / "out", lengths=(64, 256))
+    again.estimate()
+    assert again.ledger.finalists == ["state-norm:every=64"]  # of the same budget they stay
+    larger = begun(model, document, tmp_path / "out", 2e6, lengths=(64, 256))
+    larger.estimate()
+    larger.measure(Sizes((64, 256), (64, 256), (64, 256), 2, 1, 2, 1))
+    assert larger.ledger.finalists is not None and len(larger.ledger.finalists) == 3
+
+
+@pytest.mark.parametrize("name", ["q\x1b[31m", "a\nb", "x\u202ey"])
+def test_questions_of_a_file_with_an_odd_name(model, document, tmp_path, name):
+    """Results hold such names spelled out, and are found all the same."""
+    task = QuestionAnswering(str(Path(questions(tmp_path).file).rename(tmp_path / f"{name}.jsonl")))
+    for reused in (False, True):
+        pilot = begun(model, document, tmp_path / "out", tasks=(task,), lengths=(64, 256))
+        pilot.estimate()
+        assert pilot._is_stored(Step(RECALL, "none", recall_job(task, 1), (64, 256))) == reused
+        list(recall_job(task, 1).run(pilot.measuring, [64, 256]))
+    assert set(pilot.frame()["task"]) == {plain(task.label)} != {task.label}
+
+
+def test_the_probe_is_stopped_as_any_step(model, document, tmp_path, monkeypatch):
+    """The clock is looked at after each segment that it reads, and two are all that there is time for."""
+    from rnn_longctx.measure import stream
+
+    monkeypatch.setitem(stream.SEGMENTS, "cpu", 64)
+    config = PilotConfig("tiny", "letters/", str(tmp_path / "out"), 1e6, lengths=(64, 256, 1024))
+    pilot = Pilot(model, document, config, time.monotonic(), silent)
+    pilot.estimate()
+    looked, advance = [], pilot.measuring.progress
+
+    def progress(tokens):
+        looked.append(tokens)
+        if len(looked) == 2:
+            pilot.latest = 0.0
+        advance(tokens)
+
+    pilot.measuring.progress = progress
+    step = Step(HEADS, "none", None, (1024,))
+    pilot._measure(step)
+    assert looked == [64, 64] and pilot.ledger.steps[step.name]["outcome"] == "stopped"
+    assert not (tmp_path / "out" / "probe").exists() and not pilot._is_stored(step)
+    pilot.measuring.progress = advance
+    pilot._measure(step)
+    assert pilot._is_stored(step)
+
+
+@pytest.mark.parametrize("longest", [{"plain": (64, 256, 1024)}, {"final": (64, 256, 1024)}, {"lengths": (64, 1024)}])
+def test_memory_is_that_of_the_longest_length(model, document, tmp_path, monkeypatch, longest):
+    """By a cache of attention that takes a byte a token and row, and a process that has held nothing yet."""
+    monkeypatch.setattr(pilot_run, "own_peak", lambda device: 0)
+    monkeypatch.setattr(Pilot, "_growth", lambda self, length, rows: float(length * rows))
+    sizes = replace(Sizes((64, 256), (64, 256), (64, 256), 2, 1, 3, 1), **longest)
+    monkeypatch.setattr(pilot_run, "choose", lambda *asked: sizes)
+    _, estimate = begun(model, document, tmp_path / "out", lengths=(64, 256)).estimate()
+    assert estimate.peak_bytes == 3 * 1024

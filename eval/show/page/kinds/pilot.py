@@ -220,7 +220,7 @@ def _took(found: Mapping[str, Any]) -> list[Any]:
     if len(steps):
         parts.append(Table("Steps, and what they took, in seconds", steps))
     if found["not_measured"]:
-        parts.append(Table("Not measured: did not fit into the budget", pd.DataFrame(found["not_measured"])))
+        parts.append(Table("Not measured", pd.DataFrame(found["not_measured"])))
     if found["not_applicable"]:
         rows = [{"remedy": name, "why": why} for name, why in found["not_applicable"].items()]
         parts.append(Table("Not applicable to this model", pd.DataFrame(rows)))
