@@ -173,6 +173,8 @@ def _measured_as(config: CompareConfig, cell: Cell) -> dict[str, Any]:
     settings = {k: v for k, v in to_dict(config.measure).items() if k != "batch"}
     if settings["costs"] is None:  # (what was measured before there were any is measured so)
         del settings["costs"]
+    if settings["probe"] is not None and not settings["probe"]["remedies"]:  # (likewise)
+        del settings["probe"]["remedies"]
     settings["longest"] = config.entry(cell.entry).longest
     return _plain({"trained": _trained_as(config, cell), "measure": settings})
 

@@ -24,7 +24,7 @@ from rnn_longctx.eval.jobs.loss import LossOverLength
 from rnn_longctx.eval.jobs.parsing import parse_recall
 from rnn_longctx.eval.run import evaluate
 from rnn_longctx.eval.tables.compare import control
-from rnn_longctx.mitigations import REMEDIES, parse_remedy
+from rnn_longctx.mitigations import REMEDIES, mitigate, parse_remedy
 from rnn_longctx.models.interface import LanguageModel
 from rnn_longctx.models.segments import SEGMENTS
 from rnn_longctx.probes.probe import Probe, probe
@@ -170,25 +170,36 @@ class RecallConfig:
 
 @dataclass(frozen=True)
 class ProbeConfig:
-    """Which heads leave the range of their training, and how the norms of states grow, while one text is read."""
+    """Which heads leave the range of their training, and how the norms of states grow, while one text is read.
+
+    Attributes:
+        remedies: as of `rnn-longctx eval --mitigation`; the same is seen again under each.
+    """
 
     length: int = 32768  # tokens
     every: int = 256  # tokens between two looks at the states
     text: str = "stdlib"
+    remedies: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if not 1 <= self.every <= self.length:
             raise InputError(f"every: expected 1 to {self.length} tokens, got {self.every}")
+        check_remedies("remedies", self.remedies)
 
     def check(self, tokenizer: Tokenizer, vocab_size: int) -> None:
         long_enough("probe", [self.text], self.length)
 
     def rows(self, subject: Subject) -> Iterator[Row]:
+        for remedy in ["none", *self.remedies]:
+            yield from self._rows(subject, remedy)
+
+    def _rows(self, subject: Subject, remedy: str) -> Iterator[Row]:
         length = min(self.length, subject.longest)
-        of: Row = {"task": "probe", "text": self.text, "length": length}
+        of: Row = {"mitigation": str(parse_remedy(remedy)), "task": "probe", "text": self.text, "length": length}
         every = min(self.every, subject.train_length)
         try:
-            seen = probe(subject.model, load_text(self.text), length, every=every)
+            with mitigate(subject.model, remedy):
+                seen = probe(subject.model, load_text(self.text), length, every=every)
         except InputError as error:
             yield row_of("not_applicable", None, note=str(error), **of)
             return
@@ -237,12 +248,7 @@ class RemedyConfig:
 
     def __post_init__(self) -> None:
         ascending("lengths", self.lengths)
-        for name in self.names:
-            try:
-                if name != "all":
-                    parse_remedy(name)
-            except InputError as error:
-                raise InputError(f"names: {error}") from None
+        check_remedies("names", [name for name in self.names if name != "all"])
         if self.tasks:
             RecallConfig(self.tasks, self.lengths)
 
@@ -371,6 +377,15 @@ def measure(subject: Subject, c: MeasureConfig) -> list[Row]:
     keys = ["metric", "mitigation", "task", "text", "length", "depth"]
     kept = pd.DataFrame(rows, columns=keys, dtype=object).drop_duplicates().index
     return [rows[i] for i in kept]
+
+
+def check_remedies(name: str, remedies: Sequence[str]) -> None:
+    """Raise InputError where one of the remedies is none."""
+    for remedy in remedies:
+        try:
+            parse_remedy(remedy)
+        except InputError as error:
+            raise InputError(f"{name}: {error}") from None
 
 
 def ascending(name: str, lengths: Sequence[int]) -> None:

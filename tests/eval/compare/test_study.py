@@ -120,6 +120,20 @@ def test_rates_first_then_seeds_at_the_best_and_nothing_twice(config, here):
         run_study(replace(config, train=replace(config.train, steps=7)))
 
 
+def test_a_probe_is_seen_again_under_remedies_and_what_was_measured_without_stays(config, here):
+    config = replace(config, learning_rates=[1e-3], seeds=1, entries=config.entries[:1])
+    probe_alone = replace(config.measure, loss=None, recall=None, remedies=None)
+    config = replace(config, measure=probe_alone)
+    of_cell = cell._measured_as(config, config.trials("a")[0])
+    assert "remedies" not in of_cell["measure"]["probe"], "else all that was measured before is measured again"
+    remedy = "delta-scale:scale=0.1"  # its decays are weaker, so that states keep more
+    config = replace(config, measure=replace(probe_alone, probe=replace(probe_alone.probe, remedies=[remedy])))
+    rows = read(run_study(config, 1, say=lambda _: None)).query("metric == 'state_growth' and seed.notna()")
+    growth = rows.set_index(["mitigation", "length"])["value"]
+    assert set(growth.index) == {(name, length) for name in ("none", remedy) for length in (128, 256)}
+    assert growth["none", 256] != growth[remedy, 256]
+
+
 def test_remedies_alone_stand_beside_the_bare_model_and_nothing_is_measured_of_nothing(config, here):
     config = replace(config, learning_rates=[1e-3], seeds=1, entries=config.entries[:1])
     nothing = replace(config.measure, loss=None, recall=None, probe=None, remedies=None)
@@ -273,6 +287,7 @@ def test_mistakes_in_a_config_are_one_line(said, config):
 
 BEFORE = {
     "other.txt has": {"measure": {"loss": {"lengths": [128, 1048576], "texts": ["other.txt"]}}},
+    "probe.remedies: unknown mitigation": {"measure": {"probe": {"text": "other.txt", "remedies": ["nothing-such"]}}},
     "no text at nowhere.txt": {"measure": {"probe": {"text": "nowhere.txt"}}},
     "measure.recall: ": {"measure": {"recall": {"lengths": [16]}, "loss": None, "remedies": None, "probe": None}},
     "512 ids, and the models 256": {
