@@ -25,6 +25,7 @@ from rnn_longctx.models.interface import LanguageModel
 from rnn_longctx.plugins import load_handed_on
 from rnn_longctx.progress import to_stdout
 from rnn_longctx.train import train
+from rnn_longctx.train.snapshots import changed
 from rnn_longctx.train.team import training_device
 
 STUDY = "study.yaml"
@@ -42,7 +43,8 @@ def asked(config: CapacityConfig, cell: StudyCell) -> dict[str, Any]:
 def is_done(config: CapacityConfig, cell: StudyCell, study: Path) -> bool:
     try:
         done = json.loads((study / "models" / cell.name / "done.json").read_text())
-        return done | asked(config, cell) == done
+        now = asked(config, cell)
+        return not changed({k: v for k, v in done.items() if k in now}, now)
     except (FileNotFoundError, ValueError):
         return False
 

@@ -30,6 +30,7 @@ from rnn_longctx.plugins import load_handed_on
 from rnn_longctx.train import TrainingDiverged, train
 from rnn_longctx.train.autocast import in_bfloat16
 from rnn_longctx.train.prepare import claim_run
+from rnn_longctx.train.snapshots import changed
 from rnn_longctx.train.team import training_device
 
 STUDY = "study.yaml"
@@ -171,10 +172,6 @@ def _trained_as(config: CompareConfig, cell: Cell) -> dict[str, Any]:
 def _measured_as(config: CompareConfig, cell: Cell) -> dict[str, Any]:
     """What is measured, and of what; how many streams are read side by side changes nothing of it."""
     settings = {k: v for k, v in to_dict(config.measure).items() if k != "batch"}
-    if settings["costs"] is None:  # (what was measured before there were any is measured so)
-        del settings["costs"]
-    if settings["probe"] is not None and not settings["probe"]["remedies"]:  # (likewise)
-        del settings["probe"]["remedies"]
     settings["longest"] = config.entry(cell.entry).longest
     return _plain({"trained": _trained_as(config, cell), "measure": settings})
 
@@ -190,7 +187,7 @@ def _read(file: Path, how: dict[str, Any]) -> dict[str, Any] | None:
         known = json.loads(file.read_bytes())
     except (FileNotFoundError, ValueError):
         return None
-    return known if known.get("as") == how else None
+    return known if isinstance(known.get("as"), dict) and not changed(known["as"], how) else None
 
 
 if __name__ == "__main__":

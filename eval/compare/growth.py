@@ -27,7 +27,7 @@ from rnn_longctx.files import write_atomic
 from rnn_longctx.models.config import warn_of_unfit
 from rnn_longctx.plugins import load_handed_on
 from rnn_longctx.progress import Say, to_stdout
-from rnn_longctx.train.snapshots import claim_folder
+from rnn_longctx.train.snapshots import changed, claim_folder
 from rnn_longctx.train.team import training_device
 
 STUDY = "study.yaml"
@@ -177,7 +177,7 @@ def known_rows(config: GrowthConfig, name: str, length: int, study: Path) -> lis
         known = json.loads(_file(study, name, length).read_bytes())
     except (FileNotFoundError, ValueError):
         return None
-    return known["rows"] if known["as"] == _as(config, name) else None
+    return None if changed(known["as"], _as(config, name)) else known["rows"]
 
 
 def missing(config: GrowthConfig, name: str, study: Path) -> list[int]:

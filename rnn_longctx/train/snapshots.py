@@ -66,12 +66,7 @@ def claim_folder(out: Path, config: dict[str, Any], begun: Sequence[str] = ("log
     file = out / "run.json"
     config = json.loads(json.dumps(config))
     if file.is_file() and any((out / name).exists() for name in begun):
-        before, now = _flat(json.loads(file.read_text())), _flat(config)
-        # what an older version did not write is what is off now: False, 0 or null
-        changed = [k for k in sorted({*before, *now}) if (before.get(k) or None) != (now.get(k) or None)]
-        if changed:
-            key = changed[0]
-            difference = f"{key} was {before.get(key)}, is {now.get(key)}"
+        if difference := changed(json.loads(file.read_text()), config):
             raise InputError(f"{out} holds a run of another config ({difference}); set another out, or remove it")
         return
     try:
@@ -142,7 +137,18 @@ def _short(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else guarded(str(value)) if isinstance(value, str) else str(value)
 
 
+def changed(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """Return the first setting that differs between two configs, in words, or nothing. What an older version did not
+    write is what is off now: False, 0, null or empty."""
+    old, new = _flat(before), _flat(now)
+    keys = [key for key in sorted({*old, *new}) if (old.get(key) or None) != (new.get(key) or None)]
+    return f"{keys[0]} was {old.get(keys[0])}, is {new.get(keys[0])}" if keys else ""
+
+
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Return the settings by their dotted names; a list of settings is counted through, any other is one."""
+    if isinstance(tree, list) and tree and all(isinstance(child, dict) for child in tree):
+        tree = {str(i): child for i, child in enumerate(tree)}
     if not isinstance(tree, dict):
         return {prefix: tree}
     return {k: v for name, child in tree.items() for k, v in _flat(child, f"{prefix}.{name}".strip(".")).items()}

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,7 +10,7 @@ import torch
 
 from rnn_longctx.errors import InputError
 from rnn_longctx.files import replacing, write_atomic
-from rnn_longctx.train.snapshots import COLUMNS, Log, claim_folder, held, newest_snapshot, save_snapshot
+from rnn_longctx.train.snapshots import COLUMNS, Log, changed, claim_folder, held, newest_snapshot, save_snapshot
 
 CPU = torch.device("cpu")
 
@@ -95,6 +96,26 @@ def test_a_folder_belongs_to_one_config(tmp_path: Path) -> None:
     assert "\n" not in str(error.value)
     with pytest.raises(InputError, match=r"seed was None, is 1"):
         claim_folder(out, config | {"seed": 1})
+
+
+def test_settings_of_an_older_version_are_the_same_where_what_is_new_is_off():
+    before = {
+        "mix": [{"task": "passkey", "lengths": [0, 8]}, {"task": "mqar", "lengths": [8, 8]}],
+        "probe": {"every": 2},
+    }
+    now = json.loads(json.dumps(before))
+    now["mix"][1] |= {"draw": None, "in_text": False}
+    now["probe"]["remedies"] = []
+    assert not changed(before, now) and not changed(now, before)
+    for differs in (
+        {"mix": [now["mix"][0], now["mix"][1] | {"in_text": True}]},
+        {"mix": now["mix"][:1]},
+        {"mix": now["mix"][::-1]},
+        {"mix": [now["mix"][0] | {"lengths": [0, 8, 0]}, now["mix"][1]]},
+        {"probe": {"every": 2, "remedies": ["rri"]}},
+    ):
+        assert changed(before, now | differs), differs
+    assert changed(before, now | {"mix": now["mix"][:1]}).startswith("mix.1.")
 
 
 def test_one_process_at_a_time_and_what_a_killed_one_left_is_removed(tmp_path: Path) -> None:

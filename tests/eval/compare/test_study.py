@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import yaml
 from training_runs import Killed
 
 from rnn_longctx import cli
-from rnn_longctx.config import load_yaml
+from rnn_longctx.config import load_yaml, to_dict
 from rnn_longctx.errors import InputError
 from rnn_longctx.eval import pool
 from rnn_longctx.eval.compare import CompareConfig, cell, run_study, study
@@ -25,6 +26,7 @@ from rnn_longctx.eval.compare.measures import MeasureConfig
 from rnn_longctx.eval.tables.compare import read
 from rnn_longctx.train import TrainingDiverged
 from rnn_longctx.train.corpus import Corpus
+from rnn_longctx.train.snapshots import claim_folder
 
 ROOT = Path(__file__).parents[3]
 CONFIG = """
@@ -124,14 +126,25 @@ def test_a_probe_is_seen_again_under_remedies_and_what_was_measured_without_stay
     config = replace(config, learning_rates=[1e-3], seeds=1, entries=config.entries[:1])
     probe_alone = replace(config.measure, loss=None, recall=None, remedies=None)
     config = replace(config, measure=probe_alone)
-    of_cell = cell._measured_as(config, config.trials("a")[0])
-    assert "remedies" not in of_cell["measure"]["probe"], "else all that was measured before is measured again"
     remedy = "delta-scale:scale=0.1"  # its decays are weaker, so that states keep more
     config = replace(config, measure=replace(probe_alone, probe=replace(probe_alone.probe, remedies=[remedy])))
     rows = read(run_study(config, 1, say=lambda _: None)).query("metric == 'state_growth' and seed.notna()")
     growth = rows.set_index(["mitigation", "length"])["value"]
     assert set(growth.index) == {(name, length) for name in ("none", remedy) for length in (128, 256)}
     assert growth["none", 256] != growth[remedy, 256]
+
+
+def test_the_committed_study_is_read_again_by_the_present_code(tmp_path):
+    """As docs/results/recurrences.md promises: a setting that came later does not make its cells another study's."""
+    with tarfile.open(ROOT / "benchmarks/results/recurrences_cells.tar.xz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    where = tmp_path / "recurrences"
+    now = to_dict(load_yaml(CompareConfig, ROOT / "configs/compare/recurrences.yaml").train)
+    claim_folder(where, {"train": {k: v for k, v in now.items() if not k.endswith("_every")}}, ["cells"])
+    config = load_yaml(CompareConfig, where / cell.STUDY)
+    for entry in config.entries:
+        rate = chosen(config, entry.name, where)
+        assert rate is not None and all(measured(config, seed, where) for seed in config.replicas(entry.name, rate))
 
 
 def test_remedies_alone_stand_beside_the_bare_model_and_nothing_is_measured_of_nothing(config, here):
