@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import ClassVar
 
 import torch
@@ -57,10 +58,29 @@ def turned(x: Tensor, places: Tensor, scaling: Yarn | None = None) -> Tensor:
 
     Channel i is turned together with channel i + D / 2. Angles are float64: at place 1,000,000 float32 is off by 0.06.
     """
-    half, wide = x.shape[-1] // 2, torch.promote_types(x.dtype, torch.float32)
-    rates = BASE ** (-torch.arange(half, device=x.device, dtype=torch.float64) / half)
     if scaling is not None:
-        rates, x = scaling.rates(rates), x * scaling.gain
+        x = x * scaling.gain
+    return _turned(x, places, _rates(x.shape[-1] // 2, x.device, scaling))
+
+
+def turned_on(x: Tensor, places: Tensor, before: Yarn | None, after: Yarn | None) -> Tensor:
+    """Return x, which `turned` has given of its places scaled as `before`, as if they had been scaled as `after`: the
+    same, but for one more rounding."""
+    half, device = x.shape[-1] // 2, x.device
+    gain = (after.gain if after else 1.0) / (before.gain if before else 1.0)
+    return _turned(x * gain, places, _rates(half, device, after) - _rates(half, device, before))
+
+
+@lru_cache(maxsize=64)  # (five launches on a GPU, of every layer at every token)
+def _rates(half: int, device: torch.device, scaling: Yarn | None) -> Tensor:
+    """Return the angles a token (D / 2), float64."""
+    with torch.inference_mode(False):  # a later call may train with them
+        rates = BASE ** (-torch.arange(half, device=device, dtype=torch.float64) / half)
+        return rates if scaling is None else scaling.rates(rates)
+
+
+def _turned(x: Tensor, places: Tensor, rates: Tensor) -> Tensor:
+    half, wide = x.shape[-1] // 2, torch.promote_types(x.dtype, torch.float32)
     if _fused(x):
         from rnn_longctx.models.kernels.rotary import Turned
 
