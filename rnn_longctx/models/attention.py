@@ -193,7 +193,10 @@ class CausalAttention(Attention):
         if self.rotary:
             carry, places = carry.scaled(self.yarn), carry.places(0, length)
             q, k = turned(q, places, self.yarn), turned(k, places, self.yarn)
-        k, v = extended(carry.keys, k), extended(carry.values, v)  # (B, S + T, H, D), as places are counted from here on
+        k, v = (
+            extended(carry.keys, k),
+            extended(carry.values, v),
+        )  # (B, S + T, H, D), as places are counted from here on
         alike = span.mask is None and span.reset is None and carry.full
         if alike and before + length <= window and (before == 0 or length == 1 or readable(q)):
             y, held = _all_before(q, k, v), carry.held + length
