@@ -4,8 +4,8 @@
     factor s, those between by parts ("NTK by parts"); scores are multiplied by (1 + 0.1 ln s)^2
 
 What is scaled and how: `rnn_longctx.models.rotary.Yarn`. It may be put on and taken off between any two tokens: the
-keys that are held are turned on to where they would stand (`rnn_longctx.models.attention.WindowKeys.scaled`). Without a factor it changes nothing up to the training length;
-with one it does at every length.
+keys that are held are then turned on to where they would stand (`rnn_longctx.models.attention.WindowKeys.scaled`).
+Without a factor it changes nothing up to the training length; with one it does at every length.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 it what every layer that attends does.
 
 A row keeps the keys and values of the tokens that it has read, all of them or the last window - 1. Keys are kept as
-they were turned, by their place in the row. What a query reads hangs on distances alone, so that a carry may be cropped,
-and rows of unequal lengths put together: each counts its own places. Where positions are scaled otherwise than when
-keys were read, keys are turned on to what they would have been (`WindowKeys.scaled`).
+they were turned, once, by their place in the row. What a query reads hangs on distances alone, so that a carry may be
+cropped, and rows of unequal lengths put together: each counts its own places. Where positions are scaled otherwise than
+when keys were read, these are turned on to where they would stand (`WindowKeys.scaled`).
 """
 
 from __future__ import annotations
@@ -193,10 +193,7 @@ class CausalAttention(Attention):
         if self.rotary:
             carry, places = carry.scaled(self.yarn), carry.places(0, length)
             q, k = turned(q, places, self.yarn), turned(k, places, self.yarn)
-        k, v = (
-            extended(carry.keys, k),
-            extended(carry.values, v),
-        )  # (B, S + T, H, D), as places are counted from here on
+        k, v = (extended(carry.keys, k), extended(carry.values, v))  # (B, S + T, H, D)
         alike = span.mask is None and span.reset is None and carry.full
         if alike and before + length <= window and (before == 0 or length == 1 or readable(q)):
             y, held = _all_before(q, k, v), carry.held + length

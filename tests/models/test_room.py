@@ -16,6 +16,7 @@ from rnn_longctx.recurrence.span import WHOLE
 from rnn_longctx.testing.remedies import TRAIN_LENGTH, model_of
 
 FULL = ["full-attention:heads=2", "full-attention:heads=2,positions=none"]
+OTHERS = ["sliding-window:window=9,heads=2", "chunk-linformer:chunk=7,rank=3,heads=2"]
 GROWING = [*FULL, "block-sparse:heads=2,block=6,window=12,top=2,gate=4", "two-stage:heads=2,block=6,window=6,top=3"]
 
 
@@ -44,7 +45,7 @@ def test_a_token_does_not_copy_the_cache(mixer):
 
 @torch.no_grad()
 def test_a_window_moves_within_its_room():
-    model, ids = model_with("sliding-window:window=9,heads=2"), torch.randint(20, (1, 200))
+    model, ids = model_with(OTHERS[0]), torch.randint(20, (1, 200))
     expected, cache, before, copies = model(ids), Cache(), None, 0
     for t in range(200):
         close(model(ids[:, t : t + 1], cache), expected[:, t : t + 1])
