@@ -3,9 +3,9 @@
     pairs of channels that turn often within the training length T stay as they are, the slow ones are slowed by a
     factor s, those between by parts ("NTK by parts"); scores are multiplied by (1 + 0.1 ln s)^2
 
-What is scaled and how: `rnn_longctx.models.rotary.Yarn`. Keys are kept as they were before they are turned, so that
-it may be put on and taken off between any two tokens. Without a factor it changes nothing up to the training length;
-with one it does at every length.
+What is scaled and how: `rnn_longctx.models.rotary.Yarn`. It may be put on and taken off between any two tokens: the
+keys that are held are then turned on to where they would stand (`rnn_longctx.models.attention.WindowKeys.scaled`).
+Without a factor it changes nothing up to the training length; with one it does at every length.
 """
 
 from __future__ import annotations

@@ -2,8 +2,9 @@
 it what every layer that attends does.
 
 A row keeps the keys and values of the tokens that it has read, all of them or the last window - 1. Keys are kept as
-they were before they are turned, and turned by their place in what a call reads: so that a carry may be cropped, and
-rows of unequal lengths put together.
+they were turned, once, by their place in the row. What a query reads hangs on distances alone, so that a carry may be
+cropped, and rows of unequal lengths put together: each counts its own places. Where positions are scaled otherwise than
+when keys were read, these are turned on to where they would stand (`WindowKeys.scaled`).
 """
 
 from __future__ import annotations
@@ -20,17 +21,21 @@ from rnn_longctx.errors import InputError
 from rnn_longctx.models.carries import carry
 from rnn_longctx.models.flash import At, Pattern, one_softmax, readable
 from rnn_longctx.models.interface import Shape
-from rnn_longctx.models.rotary import Yarn, turned
+from rnn_longctx.models.room import extended, newest
+from rnn_longctx.models.rotary import Yarn, turned, turned_on
 from rnn_longctx.models.state_size import StateSize
 from rnn_longctx.recurrence.carry import ON_CPU
 from rnn_longctx.recurrence.span import Span
 
 CHUNK = 256  # queries whose scores are held at once
 
+carry(Yarn)
+
 
 def _level(carries: list[WindowKeys]) -> list[WindowKeys]:
-    """Return carries as wide as the widest; what stands before a row's tokens is not read."""
+    """Return carries as wide as the widest, turned as the first; what stands before a row's tokens is not read."""
     width = max(c.keys.shape[1] for c in carries)
+    carries = [c.scaled(carries[0].scaling) for c in carries]
 
     def widened(tensor: Tensor) -> Tensor:
         return F.pad(tensor, (0, 0, 0, 0, width - tensor.shape[1], 0))
@@ -46,13 +51,17 @@ class WindowKeys:
     S is the same for all rows. One that began later, after padding or with a document of its own, holds fewer tokens.
 
     Attributes:
-        keys, values: (B, S, H, D); keys before they are turned.
+        keys, values: (B, S, H, D), of a room for more (`rnn_longctx.models.room`); keys as they were turned.
         held: (B,) int64 on the CPU, how many of them, at the right end, are tokens of the row's document.
+        position: (B,) int64 on the CPU, the place of a row's next token, as keys are turned; padding has places, too.
+        scaling: how the positions of all keys are scaled.
     """
 
     keys: Tensor
     values: Tensor
     held: Tensor = field(metadata=ON_CPU)
+    position: Tensor = field(metadata=ON_CPU)
+    scaling: Yarn | None = None
 
     @property
     def full(self) -> bool:
@@ -62,7 +71,24 @@ class WindowKeys:
     def cropped(self, tokens: int) -> WindowKeys:
         """Return the carry with the last `tokens` tokens alone."""
         first = max(0, self.keys.shape[1] - tokens)
-        return WindowKeys(self.keys[:, first:], self.values[:, first:], self.held.clamp(max=tokens))
+        keys, values = self.keys[:, first:], self.values[:, first:]
+        return replace(self, keys=keys, values=values, held=self.held.clamp(max=tokens))
+
+    def places(self, begin: int, end: int) -> Tensor:
+        """Return the places (T), or (B, T) where rows differ, of the tokens from `begin` up to `end`, counted from the
+        next one: of those before it from -S on."""
+        device = self.keys.device
+        if bool((self.position == self.position[:1]).all()):
+            first = int(self.position[:1].sum())  # (of no rows: 0)
+            return torch.arange(first + begin, first + end, device=device)
+        return self.position.to(device)[:, None] + torch.arange(begin, end, device=device)
+
+    def scaled(self, scaling: Yarn | None) -> WindowKeys:
+        """Return the carry with its keys as they are where positions are scaled so."""
+        if scaling == self.scaling:
+            return self
+        places = self.places(-self.keys.shape[1], 0)
+        return replace(self, keys=turned_on(self.keys, places, self.scaling, scaling), scaling=scaling)
 
 
 class Attention(nn.Module):
@@ -164,21 +190,25 @@ class CausalAttention(Attention):
         before, length = carry.keys.shape[1], u.shape[1]
         window = before + length if self.window is None else self.window
         q, k, v = self.projected(u, span)
-        k = torch.cat([carry.keys.to(k.dtype), k], 1)  # (B, S + T, H, D), as places are counted from here on
-        v = torch.cat([carry.values.to(v.dtype), v], 1)
-        last = before + length if self.window is None else window - 1  # the most that are kept
-        kept = slice(max(0, before + length - last), None)
-        keys, values = k[:, kept].contiguous(), v[:, kept].contiguous()
         if self.rotary:
-            places = torch.arange(before + length, device=u.device)
-            q, k = turned(q, places[before:], self.yarn), turned(k, places, self.yarn)
+            carry, places = carry.scaled(self.yarn), carry.places(0, length)
+            q, k = turned(q, places, self.yarn), turned(k, places, self.yarn)
+        k, v = (extended(carry.keys, k), extended(carry.values, v))  # (B, S + T, H, D)
         alike = span.mask is None and span.reset is None and carry.full
-        if alike and before + length <= window and (before == 0 or readable(q)):
+        if alike and before + length <= window and (before == 0 or length == 1 or readable(q)):
             y, held = _all_before(q, k, v), carry.held + length
         else:
             begin = begins((before - carry.held).to(u.device), before, length, span)  # (B, T)
             y, held = _chunks(q, k, v, begin, window), (before + length - begin[:, -1]).cpu()
-        return self.out_proj(y.flatten(2)), WindowKeys(keys, values, held.clamp(max=last))
+        last = before + length if self.window is None else window - 1  # the most that are kept
+        after = replace(
+            carry,
+            keys=newest(k, last),
+            values=newest(v, last),
+            held=held.clamp(max=last),
+            position=carry.position + length,
+        )
+        return self.out_proj(y.flatten(2)), after
 
     def pairs(self, length: int) -> int:
         window = length if self.window is None else min(self.window, length)
@@ -190,7 +220,8 @@ class CausalAttention(Attention):
 
     def new_carry(self, rows: int) -> WindowKeys:
         keys = self.like.new_zeros(rows, 0, self.kv_heads, self.head_dim)
-        return WindowKeys(keys, torch.zeros_like(keys), torch.zeros(rows, dtype=torch.int64, device="cpu"))
+        none = torch.zeros(rows, dtype=torch.int64, device="cpu")
+        return WindowKeys(keys, torch.zeros_like(keys), none, none.clone())
 
 
 def begins(first: Tensor, before: int, length: int, span: Span) -> Tensor:
@@ -214,6 +245,8 @@ def _all_before(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     before, length = k.shape[1] - q.shape[1], q.shape[1]
     if before == 0:
         return softmax(q, k, v)
+    if length == 1:  # it sees everything, and nothing is copied for it
+        return softmax(q, k, v, causal=False)
     held = k[:, :before].transpose(1, 2), v[:, :before].transpose(1, 2)
     whole = At((Pattern(before + length, 1),), before, length)
     return one_softmax(q, k[:, before:], v[:, before:], [held], whole)
@@ -241,12 +274,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, begin: Tensor, window: int) -> Tenso
     return softmax(q, k, v, seen[:, None])
 
 
-def softmax(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None = None) -> Tensor:
+def softmax(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None = None, causal: bool = True) -> Tensor:
     """Return softmax attention (B, T, H, D) of queries over what they see: (B, 1, T, S) bool; None: their own place and
-    all before it, of as many keys."""
-    y = F.scaled_dot_product_attention(
-        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), seen, is_causal=seen is None
-    )
+    all before it, of as many keys, or everything, where it is not causal."""
+    causal = causal and seen is None
+    y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), seen, is_causal=causal)
     return y.transpose(1, 2)
 
 

@@ -69,7 +69,9 @@ class Blocks:
 
     def of(self, x: Tensor, places: Tensor) -> Tensor:
         """Return (n, b, D), the keys or values x at places (n, b)."""
-        return x.flatten(0, 2).index_select(0, places.flatten()).unflatten(0, places.shape)
+        if x.is_contiguous():
+            return x.flatten(0, 2).index_select(0, places.flatten()).unflatten(0, places.shape)
+        return x[torch.unravel_index(places, x.shape[:3])]  # (of a room for more, which `flatten` would copy)
 
 
 @dataclass(frozen=True, eq=False)

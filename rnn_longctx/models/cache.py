@@ -69,7 +69,7 @@ class Cache:
         self.layers = [c.cropped(tokens) if hasattr(c, "cropped") else c for c in self.layers]
 
     def snapshot(self) -> Cache:
-        """Return the cache as it is now; it shares the tensors, which are never written into."""
+        """Return the cache as it is now; it shares the tensors, whose numbers never change."""
         return copy.copy(self)
 
     def restore(self, other: Cache) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import ClassVar
 
 import torch
@@ -57,18 +58,41 @@ def turned(x: Tensor, places: Tensor, scaling: Yarn | None = None) -> Tensor:
 
     Channel i is turned together with channel i + D / 2. Angles are float64: at place 1,000,000 float32 is off by 0.06.
     """
-    half, wide = x.shape[-1] // 2, torch.promote_types(x.dtype, torch.float32)
-    rates = BASE ** (-torch.arange(half, device=x.device, dtype=torch.float64) / half)
     if scaling is not None:
-        rates, x = scaling.rates(rates), x * scaling.gain
+        x = x * scaling.gain
+    return _turned(x, places, _rates(x, scaling))
+
+
+def turned_on(x: Tensor, places: Tensor, before: Yarn | None, after: Yarn | None) -> Tensor:
+    """Return x, which `turned` has given of its places scaled as `before`, as if they had been scaled as `after`: the
+    same, but for one more rounding."""
+    gain = (after.gain if after else 1.0) / (before.gain if before else 1.0)
+    return _turned(x * gain, places, _rates(x, after) - _rates(x, before))
+
+
+def _turned(x: Tensor, places: Tensor, rates: Tensor) -> Tensor:
+    half, wide = x.shape[-1] // 2, torch.promote_types(x.dtype, torch.float32)
     if _fused(x):
         from rnn_longctx.models.kernels.rotary import Turned
 
-        return Turned.apply(x, places.to(x.device), rates / (2 * math.pi), 1.0)
+        return Turned.apply(x, places.to(x.device), rates, 1.0)
     angles = places.to(x.device)[..., None, None] * rates  # (T, 1, D / 2) or (B, T, 1, D / 2)
     cos, sin = angles.cos().to(wide), angles.sin().to(wide)
     a, b = x.to(wide).split(half, -1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1).to(x.dtype)
+
+
+def _rates(x: Tensor, scaling: Yarn | None) -> Tensor:
+    """Return the angles a token (D / 2), float64, by which x (B, T, H, D) is turned: for the fused kernel in whole
+    turns."""
+    return _table(x.shape[-1] // 2, x.device, scaling, 2 * math.pi if _fused(x) else 1.0)
+
+
+@lru_cache(maxsize=64)  # (else some six launches on a GPU, twice for every layer at every token)
+def _table(half: int, device: torch.device, scaling: Yarn | None, unit: float) -> Tensor:
+    with torch.inference_mode(False):  # a later call may train with it
+        rates = BASE ** (-torch.arange(half, device=device, dtype=torch.float64) / half)
+        return (rates if scaling is None else scaling.rates(rates)) / unit
 
 
 def _fused(x: Tensor) -> bool:

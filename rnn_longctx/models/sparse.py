@@ -33,6 +33,7 @@ from rnn_longctx.models.attention import Attention
 from rnn_longctx.models.block_choice import largest
 from rnn_longctx.models.block_keys import BlockKeys, BlockPlaces, picked
 from rnn_longctx.models.block_reads import Blocks, Choice, read_blocks, read_window
+from rnn_longctx.models.room import extended, newest
 from rnn_longctx.models.state_size import StateSize
 from rnn_longctx.recurrence.rows import row_counts
 from rnn_longctx.recurrence.span import WHOLE, Span
@@ -209,8 +210,7 @@ class SparseAttention(Attention):
         recent, content = torch.cat([carry.recent.to(k.dtype), k], 1), q
         if self.rotary:
             q, k = self.turn(q, k, counts - 1, span)
-        keys = torch.cat([carry.keys.to(k.dtype), k], 1)
-        values = torch.cat([carry.values.to(v.dtype), v], 1)
+        keys, values = extended(carry.keys, k), extended(carry.values, v)
         end = places.ends.clamp(max=length - 1)
         index = end[..., None] + torch.arange(1 - size, 1, device="cpu")  # (B, E, b), from the call's first token on
         of_keys, of_values = (
@@ -218,17 +218,17 @@ class SparseAttention(Attention):
             for x in (recent, values)
         )
         new = self.summary(of_keys, of_values).to(k.dtype)
-        summaries = torch.cat([carry.summaries.to(k.dtype), new], 1)
+        summaries = extended(carry.summaries, new)
         call = Call(u, content, q, keys, values, summaries, places)
         own = (places.of == places.document[:, -1:]) & (places.of >= 0)  # (B, W + E)
         blocks = own.sum(1)
         if not bool(own.all()):
             summaries = picked(summaries, (~own).long().argsort(dim=1, stable=True)[:, : int(blocks.max())])
-        last = slice(max(0, keys.shape[1] - int(places.held.max())), None)
+        last = int(places.held.max())
         return call, BlockKeys(
             size,
-            keys[:, last].contiguous(),
-            values[:, last].contiguous(),
+            newest(keys, last),
+            newest(values, last),
             recent[:, max(0, recent.shape[1] - (size - 1)) :].contiguous(),
             summaries,
             places.held,

@@ -136,12 +136,18 @@ def check_a_carry_is_cloned_saved_and_shared(text: str, seed: int = 0) -> None:
     expected, at = _read(model, ids), random.randrange(1, LENGTH)
     cache, another = Cache(), Cache()
     _read(model, ids[:, :at], cache=cache)
-    clone = cache.clone()
+    clone, snapshot = cache.clone(), cache.snapshot()
     with tempfile.TemporaryDirectory() as folder:
         cache.save(Path(folder) / "cache.safetensors")
         loaded = Cache.load(Path(folder) / "cache.safetensors")
     moved = cache.to("cpu")
-    for what, kept in (("itself", cache), ("a clone", clone), ("saved and loaded", loaded), ("moved", moved)):
+    for what, kept in (
+        ("itself", cache),
+        ("a snapshot of before", snapshot),
+        ("a clone", clone),
+        ("saved and loaded", loaded),
+        ("moved", moved),
+    ):
         _read(model, _ids(3), cache=another)  # two streams on one model
         kept = kept.clone() if kept is moved else kept
         _same(_read(model, ids[:, at:], cache=kept), expected[:, at:], f"{text}: what goes on from a carry, {what},")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -277,7 +277,7 @@ def test_a_window_is_as_wide_as_what_was_read():
     cache = Cache()
     model(ids[:, :3], cache)
     (keys,) = cache.layers
-    wide = attention.WindowKeys(F.pad(keys.keys, (0, 0, 0, 0, 3, 0)), F.pad(keys.values, (0,) * 4 + (3, 0)), keys.held)
+    wide = replace(keys, **{n: F.pad(getattr(keys, n), (0, 0, 0, 0, 3, 0)) for n in ("keys", "values")})
     cache.layers = [wide]
     torch.testing.assert_close(model(ids[:, 3:], cache), model(ids)[:, 3:], rtol=0, atol=1e-9)
     assert cache.layers[0].keys.shape[1] == 6

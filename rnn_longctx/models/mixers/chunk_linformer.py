@@ -30,6 +30,7 @@ from rnn_longctx.models.block_keys import picked
 from rnn_longctx.models.carries import carry
 from rnn_longctx.models.interface import Shape
 from rnn_longctx.models.mixers import MIXERS, NO_MIXERS
+from rnn_longctx.models.room import extended, newest
 from rnn_longctx.models.rotary import turned
 from rnn_longctx.models.state_size import StateSize
 from rnn_longctx.recurrence.carry import ON_CPU
@@ -234,10 +235,9 @@ class ChunkLinformer(CausalAttention):
         places = _Places.find(counts, carry, span.reset)
         q, k, v = self.in_proj(u).unflatten(-1, (3, self.config.heads, -1)).unbind(2)  # (B, T, H, D)
         q, k = turned(q, counts - 1), turned(k, counts - 1)
-        k, v = torch.cat([carry.keys.to(k.dtype), k], 1), torch.cat([carry.values.to(v.dtype), v], 1)
+        k, v = extended(carry.keys, k), extended(carry.values, v)
         new_keys, new_values = (self._projected(p, x, places) for p, x in ((self.key_proj, k), (self.value_proj, v)))
-        chunk_keys = torch.cat([carry.chunk_keys.to(k.dtype), new_keys], 1)
-        chunk_values = torch.cat([carry.chunk_values.to(v.dtype), new_values], 1)
+        chunk_keys, chunk_values = extended(carry.chunk_keys, new_keys), extended(carry.chunk_values, new_values)
         readable = _Readable(k, v, chunk_keys, chunk_values)
         y = torch.cat(list(self._read(q, readable, places)), 1)
         return self.out_proj(y.flatten(2)), self._carry_after(readable, places, counts)
@@ -277,8 +277,7 @@ class ChunkLinformer(CausalAttention):
         if not bool(kept.all()):
             index = (~kept).long().argsort(dim=1, stable=True)[:, : int(chunks.max())]
             chunk_keys, chunk_values = picked(chunk_keys, index), picked(chunk_values, index)
-        last = slice(max(0, places.before + length - (size - 1)), None)
-        keys, values = (t[:, last].contiguous() for t in (readable.keys, readable.values))
+        keys, values = (newest(t, size - 1) for t in (readable.keys, readable.values))
         held = torch.where(position % size == 0, 0, places.before + length - places.begin[:, -1])
         return ChunkKeys(size, keys, values, chunk_keys, chunk_values, held, chunks, position)
 
