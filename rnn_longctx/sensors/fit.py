@@ -43,11 +43,12 @@ class FitConfig:
     """How a model is fitted.
 
     Attributes:
-        schedule: rows of a window and how many updates, in turn, as "128:300,512:600".
+        schedule: rows of a window and how many updates, in turn, as "128:300,512:600". Of the usual one, stages whose
+            windows are longer than what is fitted to are left out.
         device: where it is fitted, and where the model stays.
     """
 
-    schedule: str = "128:350,256:250,512:300,1024:100,2048:100"
+    schedule: str = "128:350,512:200,2048:150,8192:60"
     lr: float = 1e-3
     seed: int = 0
     device: str = "cpu"
@@ -152,8 +153,10 @@ def fit(log: Log, labels: np.ndarray, config: SensorConfig, how: FitConfig, say:
 
     Raises InputError: a log too short for the windows, or no event in the rows that are fitted to.
     """
-    stages = how.stages
     part = parts(len(log.times))[0]
+    stages = how.stages
+    if how.schedule == FitConfig.schedule:
+        stages = [stage for stage in stages if stage[0] + max(config.horizons) <= part.stop] or stages[:1]
     longest = max(rows for rows, _ in stages)
     if longest + max(config.horizons) > part.stop:
         raise InputError(
