@@ -202,7 +202,7 @@ def one(out: Path, mixer: str, length: int, way: str) -> None:
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer whose cost is measured. settings: of a mixer beside its heads."""
+    """A layer whose cost is measured."""
 
     d_model: int
     heads: int
@@ -211,11 +211,9 @@ class Layer:
     def mixers(self) -> Iterator[tuple[str, str]]:
         yield "full-attention", f"full-attention:heads={self.heads},positions=none"
         for name in ("two-stage", "block-sparse"):
-            for block in (16, 64):
-                yield (
-                    f"{name}, blocks of {block}",
-                    (f"{name}:heads={self.heads},block={block},window={block},top=4,positions=none"),
-                )
+            for block, top in ((16, 8), (64, 4)):
+                settings = f"heads={self.heads},block={block},window={block},top={top},positions=none"
+                yield f"{name}, {top} blocks of {block}", f"{name}:{settings}"
 
 
 LAYERS = (Layer(64, 1, torch.float32), Layer(64, 1, torch.bfloat16), Layer(512, 8, torch.bfloat16))
@@ -245,6 +243,7 @@ def card(args: argparse.Namespace) -> None:
             except torch.OutOfMemoryError:
                 row["note"] = "out of memory"
             module.zero_grad(set_to_none=True)
+            torch.cuda.empty_cache()  # (does nothing without a GPU)
             append(args.out / "card.csv", [row])
 
 
