@@ -33,7 +33,7 @@ from rnn_longctx.sensors.read import Log
 FITTED, SET = 0.6, 0.7  # of a log's rows: fitted to up to the first, the threshold set on those up to the second
 TOKENS = 2048  # rows of an update, unless a window is longer
 HIDE = 0.1  # of the values, at most, are hidden from an update's windows, so that missing ones are known; at first none
-STILL = 100  # first updates, a quarter of all at most, in which which rows are alike is not learned
+STILL = 200  # first updates, a quarter of all at most, in which which rows are alike is not learned
 WARMUP, DECAY = 50, 0.3  # updates; share of the updates in which the rate falls to a fiftieth
 ALARMS, FORECASTS = 10.0, 0.1  # weights of the two losses
 
