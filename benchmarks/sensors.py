@@ -213,6 +213,7 @@ class Layer:
         for name in ("two-stage", "block-sparse"):
             for block, top in ((16, 8), (64, 4)):
                 settings = f"heads={self.heads},block={block},window={block},top={top},positions=none"
+                settings += ",gate=0" if name == "block-sparse" else ""
                 yield f"{name}, {top} blocks of {block}", f"{name}:{settings}"
 
 

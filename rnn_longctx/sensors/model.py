@@ -28,7 +28,7 @@ LOCAL = "sliding-window:window=8,heads=2"  # what the first layer is
 # so that a lag longer than those fitted to is nothing new.
 USUAL = {
     "two-stage": "heads=1,block=16,window=16,top=8,positions=none",
-    "block-sparse": "heads=1,block=16,window=16,top=4,positions=none",
+    "block-sparse": "heads=1,block=16,window=16,top=8,gate=0,positions=none",
     "full-attention": "heads=1,positions=none",
     "sliding-window": "heads=1,window=16",
 }
