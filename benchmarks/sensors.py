@@ -2,9 +2,10 @@
 
 python benchmarks/sensors.py fit --out runs/sensors        # a log with short lags; a model a mixer
 python benchmarks/sensors.py lags --out runs/sensors       # average precision by lag, on a log with lags to 100K rows
-python benchmarks/sensors.py cost --out runs/sensors       # seconds and memory of reading, by length
+python benchmarks/sensors.py cost --out runs/sensors       # seconds and memory of reading, by length, on a CPU
+python benchmarks/sensors.py card --out runs/sensors --device cuda    # of one reading, forward and back, on a GPU
 python benchmarks/sensors.py copies --out runs/sensors     # damaged copies of a log
-python benchmarks/sensors.py seeds --out runs/sensors --mixers two-stage --seeds 3 4 5 6 7 8    # fits of other seeds
+python benchmarks/sensors.py reach --out runs/sensors --seeds 0 1 2 --device cuda    # fits of several seeds, by lag
 python benchmarks/sensors.py drift --out runs/sensors      # after a drift, with online updates and without
 """
 
@@ -16,6 +17,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,19 +26,25 @@ import pandas as pd
 import torch
 
 from rnn_longctx.errors import InputError
+from rnn_longctx.eval.compare.timing import timed
+from rnn_longctx.models.config import ModelConfig
+from rnn_longctx.models.lm import LM
 from rnn_longctx.probes.links import held
+from rnn_longctx.recurrence.span import Span
 from rnn_longctx.sensors.explain import alarm_links
-from rnn_longctx.sensors.fit import FitConfig, Run, rows_of_log
+from rnn_longctx.sensors.fit import FitConfig, Run, parts, rows_of_log
+from rnn_longctx.sensors.fit import fit as fit_model
 from rnn_longctx.sensors.model import SensorConfig, SensorModel, for_sensors
-from rnn_longctx.sensors.plants import SENSORS, STRIKE, Made, Plant, make_plant
+from rnn_longctx.sensors.plants import SENSORS, STEP, STRIKE, Made, Plant, make_plant
 from rnn_longctx.sensors.read import Log, labels
-from rnn_longctx.sensors.runs import Source, adapt_run, fit_run, report_run
-from rnn_longctx.sensors.score import average_precision, read_rows
+from rnn_longctx.sensors.runs import CONTEXT, Source, adapt_run, fit_run, report_run
+from rnn_longctx.sensors.score import average_precision, events_caught, read_rows, threshold_at
 
-MIXERS = ("two-stage", "full-attention", "sliding-window")
+MIXERS = ("two-stage", "block-sparse", "full-attention", "sliding-window")
 FIT = Plant(rows=300_000, longest=100)
 LONG = Plant(rows=220_000, longest=100_000, every=400, seed=1)
 MIDDLE = Plant(rows=40_000, longest=16_000, every=200, seed=2)
+LOGS = {"middle": MIDDLE, "long": LONG}
 LAGS = (32, 128, 1000, 4000, 16_000, 40_000, 100_001)
 
 
@@ -60,49 +69,57 @@ def fit(out: Path, mixers: list[str], schedule: str) -> None:
         append(out / "fit.csv", [row])
 
 
-def seeds(out: Path, mixers: list[str], schedule: str, numbers: list[int]) -> None:
-    """Fit with other seeds: average precision on the log with lags to 16,000 rows, beside what dips alone say."""
-    folder, made = write(make_plant(FIT), out / "plant"), make_plant(MIDDLE)
-    log, before = in_memory(made)
-    for mixer in mixers:
-        for seed in numbers:
-            began = time.process_time()
+def reach(args: argparse.Namespace) -> None:
+    """Fit every mixer from every seed, and read two logs that it was not fitted to: a row a range of lags."""
+    log, before = in_memory(make_plant(FIT))
+    others = {name: make_plant(LOGS[name]) for name in args.logs}
+    print(f"{len(args.seeds) * len(args.mixers)} fits, {len(others)} logs each", flush=True)
+    for seed in args.seeds:
+        for mixer in args.mixers:
+            began = time.perf_counter()
             shape = SensorConfig(list(SENSORS), [for_sensors(mixer)])
-            to = out / f"{mixer}-seed-{seed}"
-            model = fit_run(source(folder), shape, FitConfig(schedule, seed=seed), to, print).model
-            seconds = round(time.process_time() - began)
-            logits = read_rows(model, rows_of_log(model.scales, log)).logits
-            *_, whole = by_lag(made.truth, logits, before)
-            row = {"mixer": mixer, "schedule": schedule, "seed": seed, "cpu_seconds": seconds}
-            append(out / "seeds.csv", [row | {name: whole[name] for name in ("average_precision", "dips_alone")}])
+            model = fit_model(log, before, shape, FitConfig(args.schedule, seed=seed, device=args.device), print)
+            row = {"mixer": mixer, "seed": seed, "device": args.device, "schedule": args.schedule}
+            row["fit_seconds"] = round(time.perf_counter() - began, 1)
+            threshold = threshold_of(model, log, before)
+            for name, made in others.items():
+                append(
+                    args.out / "reach.csv", [row | {"log": name} | found for found in measured(model, made, threshold)]
+                )
+
+
+def threshold_of(model: SensorModel, log: Log, before: np.ndarray) -> float:
+    """Return the threshold that `sensors fit` sets: on rows that were not fitted to, of the log that was."""
+    setting = parts(len(before))[1]
+    begin = setting.start - CONTEXT
+    logits = read_rows(model, rows_of_log(model.scales, log)[begin : setting.stop]).logits[CONTEXT:]
+    return threshold_at(logits, before[setting])
+
+
+def measured(model: SensorModel, made: Made, threshold: float) -> list[dict]:
+    """Return a row a range of lags: average precision, events caught and minutes ahead, false alarms, causes held."""
+    log, before = in_memory(made)
+    began = time.perf_counter()
+    logits = read_rows(model, rows_of_log(model.scales, log)).logits
+    row = {"rows": len(before), "read_seconds": round(time.perf_counter() - began, 2)}
+    row["false_alarms"] = float((logits[~before] > threshold).mean())
+    found, rows = strikes_held(model, log, made.truth), []
+    for at in by_lag(made.truth, logits, before):
+        some = made.truth[made.truth.damaged & (made.truth.lag >= at["low"]) & (made.truth.lag < at["high"])]
+        failed = log.times[some.dip + Plant.warning]
+        caught = events_caught(logits, log.times, failed, Plant.warning * STEP, threshold)
+        lead = {"caught": caught["caught"].mean(), "minutes_ahead": caught["lead"].median() / 60}
+        rows.append(row | at | lead | found(at))
+    return rows
 
 
 def lags(out: Path, mixers: list[str]) -> None:
-    for name, plant in (("middle", MIDDLE), ("long", LONG)):
+    for name, plant in LOGS.items():
         made = make_plant(plant)
-        log, before = in_memory(made)
         for mixer in mixers:
             run = Run.load(out / mixer)
-            model, seed = run.model, run.source["fit"]["seed"]
-            began = time.process_time()
-            logits = read_rows(model, rows_of_log(model.scales, log)).logits
-            seconds = time.process_time() - began
-            found = strikes_held(model, log, made.truth)
-            append(
-                out / "lags.csv",
-                [
-                    {
-                        "log": name,
-                        "mixer": mixer,
-                        "seed": seed,
-                        "rows": len(before),
-                        "cpu_seconds": round(seconds, 1),
-                        **row,
-                        **found(row),
-                    }
-                    for row in by_lag(made.truth, logits, before)
-                ],
-            )
+            row = {"log": name, "mixer": mixer, "seed": run.source["fit"]["seed"]}
+            append(out / "lags.csv", [row | found for found in measured(run.model, made, run.threshold)])
 
 
 def by_lag(truth: pd.DataFrame, logits: np.ndarray, before: np.ndarray) -> Iterator[dict]:
@@ -169,11 +186,7 @@ def one(out: Path, mixer: str, length: int, way: str) -> None:
     its own."""
     config = SensorConfig(list(SENSORS), [for_sensors(mixer)])
     torch.manual_seed(0)
-    from rnn_longctx.models.lm import LM
-
     layer = LM(config.shape()).layers[1].mixer
-    from rnn_longctx.recurrence.span import Span
-
     vectors = torch.randn(1, length, config.d_model)
     segment = 4096 if way == "stream" else length
     with torch.no_grad():
@@ -185,6 +198,67 @@ def one(out: Path, mixer: str, length: int, way: str) -> None:
         seconds = time.process_time() - began
     peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start) / 1024
     append(out / "cost.csv", [{"mixer": mixer, "way": way, "length": length, "cpu_seconds": seconds, "peak_mib": peak}])
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer whose cost is measured."""
+
+    d_model: int
+    heads: int
+    dtype: torch.dtype
+
+    def mixers(self) -> Iterator[tuple[str, str]]:
+        yield "full-attention", f"full-attention:heads={self.heads},positions=none"
+        for name in ("two-stage", "block-sparse"):
+            for block, top in ((16, 8), (64, 4)):
+                settings = f"heads={self.heads},block={block},window={block},top={top},positions=none"
+                settings += ",gate=0" if name == "block-sparse" else ""
+                yield f"{name}, {top} blocks of {block}", f"{name}:{settings}"
+
+
+LAYERS = (Layer(64, 1, torch.float32), Layer(64, 1, torch.bfloat16), Layer(512, 8, torch.bfloat16))
+
+
+def card(args: argparse.Namespace) -> None:
+    """Time one layer's reading of a row of vectors: in one call, in segments of 4096, and in one call with gradients of
+    weights and inputs. Memory is the most that was held at once beyond weights and inputs."""
+    cells = [(layer, length, *mixer) for length in args.lengths for layer in LAYERS for mixer in layer.mixers()]
+    print(f"{3 * len(cells)} rows", flush=True)
+    for layer, length, name, mixer in cells:
+        torch.manual_seed(0)
+        shape = ModelConfig([mixer], layer.d_model, 1, vocab_size=1)
+        module = LM(shape).layers[0].mixer.to(args.device, layer.dtype)
+        vectors = torch.randn(1, length, layer.d_model).to(args.device, layer.dtype)
+        ways: dict[str, Callable[[], None]] = {
+            "one call": partial(in_segments, module, vectors, length),
+            "segments of 4096": partial(in_segments, module, vectors, 4096),
+            "one call and back": partial(and_back, module, vectors),
+        }
+        for way, run in ways.items():
+            row = {"d_model": layer.d_model, "heads": layer.heads, "dtype": str(layer.dtype).removeprefix("torch.")}
+            row |= {"mixer": name, "way": way, "length": length, "device": args.device}
+            try:
+                taken, _ = timed(run, torch.device(args.device))
+                row |= {"seconds": taken.seconds, "peak_mib": taken.peak_bytes / 2**20}
+            except torch.OutOfMemoryError:
+                row["note"] = "out of memory"
+            module.zero_grad(set_to_none=True)
+            torch.cuda.empty_cache()  # (does nothing without a GPU)
+            append(args.out / "card.csv", [row])
+
+
+@torch.no_grad()
+def in_segments(module: torch.nn.Module, vectors: torch.Tensor, segment: int) -> None:
+    carry = None
+    for at in range(0, vectors.shape[1], segment):
+        _, carry = module(vectors[:, at : at + segment], carry, Span(shared={}))
+
+
+def and_back(module: torch.nn.Module, vectors: torch.Tensor) -> None:
+    inputs = vectors.detach().requires_grad_()
+    y, _ = module(inputs, None, Span(shared={}))
+    y.sum().backward()
 
 
 def copies(out: Path, mixers: list[str]) -> None:
@@ -246,19 +320,22 @@ def append(path: Path, rows: list[dict]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["fit", "seeds", "lags", "cost", "one", "copies", "drift"])
+    parser.add_argument("part", choices=["fit", "reach", "lags", "cost", "one", "card", "copies", "drift"])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--mixers", nargs="+", default=list(MIXERS))
     parser.add_argument("--schedule", default=FitConfig.schedule)
-    parser.add_argument("--lengths", nargs="+", type=int, default=[4096, 16384, 32768, 65536, 98304])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[3, 4, 5, 6, 7, 8])
+    parser.add_argument("--lengths", nargs="+", type=int)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--logs", nargs="+", choices=list(LOGS), default=list(LOGS))
+    parser.add_argument("--device", default="cpu", help="of reach and card")
     args = parser.parse_args()
+    args.lengths = args.lengths or ([98304] if args.part == "card" else [4096, 16384, 32768, 65536, 98304])
     torch.set_num_threads(1)
     args.out.mkdir(parents=True, exist_ok=True)
     if args.part == "fit":
         fit(args.out, args.mixers, args.schedule)
-    elif args.part == "seeds":
-        seeds(args.out, args.mixers, args.schedule, args.seeds)
+    elif args.part in ("reach", "card"):
+        {"reach": reach, "card": card}[args.part](args)
     elif args.part == "one":
         one(args.out, args.mixers[0], args.lengths[0], args.schedule)
     elif args.part == "cost":

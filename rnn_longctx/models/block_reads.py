@@ -23,7 +23,8 @@ from torch import Tensor
 
 from rnn_longctx.models.attention import weighed
 
-AT_ONCE = 1 << 20  # numbers of keys, or of values, that are gathered at once
+AT_ONCE = 1 << 20  # numbers of keys, or of values, that are gathered at once; on a GPU, where starting kernels takes
+AT_ONCE_ON_GPU = 1 << 24  # longer than they do, more
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,7 +149,7 @@ def read_blocks(
     queries = q.transpose(1, 2).flatten(0, 2).index_select(0, tiles.filled(query, 0).flatten())
     queries = queries.unflatten(0, (-1, tiles.size))
     place = blocks.places(tiles.block, lists)
-    each = max(1, AT_ONCE // (blocks.size * q.shape[3]))
+    each = max(1, (AT_ONCE_ON_GPU if q.is_cuda else AT_ONCE) // (blocks.size * q.shape[3]))
     cuts = [slice(n, n + each) for n in range(0, len(place), each)]
     scores = torch.cat([queries[some] @ blocks.of(blocks.keys, place[some]).mT for some in cuts])  # (tiles, size, b)
     scores = scores.to(near.dtype) / math.sqrt(q.shape[3])

@@ -40,6 +40,7 @@ from rnn_longctx.recurrence.span import WHOLE, Span
 
 QUERIES = 256  # at least, whose scores are held at once
 SCORES = 1 << 20  # that are held at once, of more queries where they are few: a CPU has room for them in its cache
+SCORES_OF_GPU = 1 << 26  # 256 MiB: with fewer, starting the kernels would take longer than they do
 TOGETHER = 8192  # queries that read at once: the more, the more of them meet a block
 TILE = 64  # queries at most that meet a block in one product
 
@@ -66,7 +67,7 @@ class Call:
     def parts(self, queries: slice) -> Iterator[slice]:
         """Yield so many of the queries at a time as have their scores held."""
         each = self.q.shape[0] * self.q.shape[2] * max(1, self.summaries.shape[1])
-        return parts(queries, max(QUERIES, SCORES // each))
+        return parts(queries, max(QUERIES, (SCORES_OF_GPU if self.q.is_cuda else SCORES) // each))
 
 
 def parts(queries: slice, most: int) -> Iterator[slice]:

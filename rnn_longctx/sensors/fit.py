@@ -20,10 +20,12 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from rnn_longctx.config import from_dict, home_path, parse_length, to_dict
 from rnn_longctx.errors import InputError, one_line
 from rnn_longctx.files import replacing, write_atomic
+from rnn_longctx.models.attention import Attention
 from rnn_longctx.progress import Say, silent
 from rnn_longctx.sensors.model import BINS, Scales, SensorConfig, SensorModel
 from rnn_longctx.sensors.read import Log
@@ -31,6 +33,7 @@ from rnn_longctx.sensors.read import Log
 FITTED, SET = 0.6, 0.7  # of a log's rows: fitted to up to the first, the threshold set on those up to the second
 TOKENS = 2048  # rows of an update, unless a window is longer
 HIDE = 0.1  # of the values, at most, are hidden from an update's windows, so that missing ones are known; at first none
+STILL = 200  # first updates, a quarter of all at most, in which which rows are alike is not learned
 WARMUP, DECAY = 50, 0.3  # updates; share of the updates in which the rate falls to a fiftieth
 ALARMS, FORECASTS = 10.0, 0.1  # weights of the two losses
 
@@ -40,12 +43,15 @@ class FitConfig:
     """How a model is fitted.
 
     Attributes:
-        schedule: rows of a window and how many updates, in turn, as "128:300,512:600".
+        schedule: rows of a window and how many updates, in turn, as "128:300,512:600". Of the usual one, stages whose
+            windows are longer than what is fitted to are left out.
+        device: where it is fitted, and where the model stays.
     """
 
-    schedule: str = "128:350,256:250,512:300,1024:100,2048:100"
+    schedule: str = "128:350,512:200,2048:150,8192:60"
     lr: float = 1e-3
     seed: int = 0
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         _ = self.stages  # (what is no schedule shows before a log is read)
@@ -147,8 +153,10 @@ def fit(log: Log, labels: np.ndarray, config: SensorConfig, how: FitConfig, say:
 
     Raises InputError: a log too short for the windows, or no event in the rows that are fitted to.
     """
-    stages = how.stages
     part = parts(len(log.times))[0]
+    stages = how.stages
+    if how.schedule == FitConfig.schedule:
+        stages = [stage for stage in stages if stage[0] + max(config.horizons) <= part.stop] or stages[:1]
     longest = max(rows for rows, _ in stages)
     if longest + max(config.horizons) > part.stop:
         raise InputError(
@@ -159,8 +167,9 @@ def fit(log: Log, labels: np.ndarray, config: SensorConfig, how: FitConfig, say:
         raise InputError(f"no event lies in the {part.stop} rows that are fitted to, up to {log.when(part.stop - 1)}")
     torch.manual_seed(how.seed)
     scales = Scales.of(log.values[part])
-    model = SensorModel(config, scales)
-    rows, targets = rows_of_log(scales, log)[part], torch.from_numpy(labels[part]).float()
+    model = SensorModel(config, scales).to(how.device)
+    rows = rows_of_log(scales, log)[part].to(how.device)
+    targets = torch.from_numpy(labels[part]).float().to(how.device)
     say(f"{sum(p.numel() for p in model.parameters()):,} weights, {part.stop:,} rows")
     updates = Updates(model, how.lr, how.seed, sum(n for _, n in stages))
     for length, count in stages:
@@ -172,21 +181,28 @@ def fit(log: Log, labels: np.ndarray, config: SensorConfig, how: FitConfig, say:
 class Updates:
     """Updates of a model on windows drawn from rows; done: how many were made.
 
-    total: of how many, so that the rate falls at their end; None: it is constant.
+    total: of how many, so that the rate falls at their end and a fresh model's likeness is kept at their beginning;
+    None: neither.
     """
 
     def __init__(self, model: SensorModel, lr: float, seed: int, total: int | None):
         self.model, self.lr, self.total, self.done = model, lr, total, 0
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
         self.rng = np.random.default_rng(seed)
+        self.still = 0 if total is None else min(STILL, total // 4)
+        self.hooks = hold_likeness(model) if self.still else []
 
     def step(self, sources: list[tuple[Tensor, Tensor, int]], length: int) -> float:
         """Make an update on windows of `length` rows; return the alarm's loss. sources: rows (T, S + 1), labels (T),
         and how many windows of them."""
+        if self.done == self.still:
+            for hook in self.hooks:
+                hook.remove()
         windows = list(self._windows(sources, length))
         rows, targets = (torch.stack(x) for x in zip(*windows))
         most = HIDE if self.total is None else HIDE * self.done / self.total
         hidden = torch.from_numpy(self.rng.random(rows[..., :-1].shape) < most * self.rng.random((len(rows), 1, 1)))
+        hidden = hidden.to(rows.device)
         shown = torch.cat([rows[..., :-1].masked_fill(hidden, torch.nan), rows[..., -1:]], -1)
         self.model.train()
         changes, logits = self.model(shown)
@@ -214,6 +230,21 @@ class Updates:
         return warm * min(1.0, max(0.02, left))
 
 
+def hold_likeness(model: SensorModel) -> list[RemovableHandle]:
+    """Let no gradient pass through the queries and keys of the layers behind the first; return what ends that.
+
+    A fresh row reads rows like itself: its own neighbours as well as those where its lot stood before. That it is in a
+    dip is learned first, and before what stood there has a use, softmax attention would learn to read its neighbours
+    alone, from where it does not come back. So first what is read is learned, and then where to read."""
+
+    def held(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        queries, keys, values = output.chunk(3, -1)
+        return torch.cat([queries.detach(), keys.detach(), values], -1)
+
+    mixers = [block.mixer for block in model.lm.layers[1:]]
+    return [mixer.in_proj.register_forward_hook(held) for mixer in mixers if isinstance(mixer, Attention)]
+
+
 def forecast_loss(model: SensorModel, rows: Tensor, changes: Tensor) -> Tensor:
     """Return the mean smooth L1 loss of forecasts, over horizons and what is not missing.
 
@@ -230,6 +261,6 @@ def forecast_loss(model: SensorModel, rows: Tensor, changes: Tensor) -> Tensor:
 
 def last_seen(values: Tensor) -> Tensor:
     """Return values (B, T, S) with the last one seen in the place of one that is missing; 0, the median, before any."""
-    places = torch.arange(values.shape[1])[:, None].expand(values.shape[1:])
+    places = torch.arange(values.shape[1], device=values.device)[:, None].expand(values.shape[1:])
     last = torch.where(values.isnan(), -1, places).cummax(1).values
     return values.gather(1, last.clamp(min=0)).where(last >= 0, 0.0)

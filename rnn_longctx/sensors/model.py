@@ -27,8 +27,8 @@ LOCAL = "sliding-window:window=8,heads=2"  # what the first layer is
 # What a bare name stands for: one head, so that all of a lot's number is compared at once, and places by content alone,
 # so that a lag longer than those fitted to is nothing new.
 USUAL = {
-    "two-stage": "heads=1,block=16,window=16,top=4,positions=none",
-    "block-sparse": "heads=1,block=16,window=16,top=4,positions=none",
+    "two-stage": "heads=1,block=16,window=16,top=8,positions=none",
+    "block-sparse": "heads=1,block=16,window=16,top=8,gate=0,positions=none",
     "full-attention": "heads=1,positions=none",
     "sliding-window": "heads=1,window=16",
 }

@@ -40,8 +40,9 @@ def read_rows(model: SensorModel, rows: Tensor, first: int = 0, segment: int = S
     last = last_seen(values[None])[0]
     sums = np.zeros((len(config.horizons), len(config.sensors), 4))
     for start in range(0, len(rows), segment):
-        changes, said = model(rows[None, start : start + segment], cache)
-        logits.append(said[0])
+        changes, said = model(rows[None, start : start + segment].to(model.lm.device), cache)
+        logits.append(said[0].cpu())
+        changes = changes.cpu()
         for i, ahead in enumerate(config.horizons):
             begin, end = max(start, first), min(start + segment, len(rows) - ahead)
             if begin >= end:

@@ -11,7 +11,7 @@ from rnn_longctx.errors import InputError
 from rnn_longctx.probes.links import held
 from rnn_longctx.sensors.adapt import AdaptConfig, adapt
 from rnn_longctx.sensors.explain import alarm_links, in_words
-from rnn_longctx.sensors.fit import FitConfig, Run, fit, last_seen, parts, rows_of_log
+from rnn_longctx.sensors.fit import FitConfig, Run, Updates, fit, last_seen, parts, rows_of_log
 from rnn_longctx.sensors.model import BINS, Scales, SensorConfig, SensorModel, for_sensors
 from rnn_longctx.sensors.plants import SENSORS, Plant, make_plant
 from rnn_longctx.sensors.read import Log, labels
@@ -114,6 +114,42 @@ def test_a_fresh_layer_reads_a_lot_where_its_number_stood_and_not_its_own_neighb
     assert read > 3 * 12 / 128
     number = dict(zip(NAMES, model.scales.few))
     assert number == {"temp": False, "vib": False, "press": False, "lot_a": True, "lot_b": True}
+
+
+def test_what_is_read_is_learned_before_where_to_read(log):
+    model = fresh(log, "full-attention")
+    rows, before = rows_of_log(model.scales, log), torch.zeros(len(log.times))
+    before[::7] = 1
+    updates = Updates(model, 0.1, 0, total=8)  # (the first of them leaves heads alone that are not zero)
+    mixer = model.lm.layers[1].mixer
+
+    def moved():
+        start = mixer.in_proj.weight.detach().clone()
+        updates.step([(rows, before, 4)], 64)
+        change = (mixer.in_proj.weight.detach() - start).abs()
+        return [float(part.max()) for part in change.chunk(3)]
+
+    moved()
+    queries, keys, values = moved()
+    assert max(queries, keys) < 1e-4 < values  # (what is left of it is the decay of weights)
+    queries, keys, values = moved()
+    assert min(queries, keys, values) > 1e-4
+
+
+def test_stages_of_the_usual_schedule_that_are_longer_than_the_log_are_left_out(monkeypatch):
+    log, before, _ = made_log(1500)
+    said = []
+    monkeypatch.setattr(FitConfig, "schedule", "128:1,512:1,8192:1")
+    fit(
+        log,
+        before,
+        SensorConfig(NAMES, [for_sensors("two-stage")], d_model=32),
+        FitConfig("128:1,512:1,8192:1"),
+        said.append,
+    )
+    assert [line.split(":")[0] for line in said[1:]] == ["windows of 128", "windows of 512"]
+    with pytest.raises(InputError, match="windows of 4096 rows"):
+        fit(log, before, SensorConfig(NAMES, [for_sensors("two-stage")], d_model=32), FitConfig("128:1,4096:1"))
 
 
 def test_average_precision_is_its_definition():

@@ -32,7 +32,7 @@ def _command(name: str) -> Callable[[Any], Any]:
     return register
 
 
-SCHEDULE = "128:350,256:250,512:300,1024:100,2048:100"  # of rnn_longctx.sensors.fit, which loads torch
+SCHEDULE = "128:350,512:200,2048:150,8192:60"  # of rnn_longctx.sensors.fit, which loads torch
 Log = Annotated[Path, typer.Argument(help="A log, CSV or Parquet: a column of times, and one a sensor.")]
 RunFolder = Annotated[Path, typer.Argument(help="What `sensors fit` wrote.")]
 
