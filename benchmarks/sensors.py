@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -32,13 +33,15 @@ from rnn_longctx.models.lm import LM
 from rnn_longctx.probes.links import held
 from rnn_longctx.recurrence.span import Span
 from rnn_longctx.sensors.explain import alarm_links
-from rnn_longctx.sensors.fit import FitConfig, Run, parts, rows_of_log
+from rnn_longctx.sensors.fit import CONTEXT, FitConfig, Run, parts, rows_of_log
 from rnn_longctx.sensors.fit import fit as fit_model
 from rnn_longctx.sensors.model import SensorConfig, SensorModel, for_sensors
 from rnn_longctx.sensors.plants import SENSORS, STEP, STRIKE, Made, Plant, make_plant
 from rnn_longctx.sensors.read import Log, labels
-from rnn_longctx.sensors.runs import CONTEXT, Source, adapt_run, fit_run, report_run
 from rnn_longctx.sensors.score import average_precision, events_caught, read_rows, threshold_at
+
+if TYPE_CHECKING:
+    from rnn_longctx.sensors.runs import Source
 
 MIXERS = ("two-stage", "block-sparse", "full-attention", "sliding-window")
 FIT = Plant(rows=300_000, longest=100)
@@ -56,10 +59,14 @@ def write(made: Made, folder: Path) -> Path:
 
 
 def source(folder: Path) -> Source:
+    from rnn_longctx.sensors.runs import Source  # (which draws: reach and card do without that)
+
     return Source(str(folder / "plant.parquet"), "t", list(SENSORS), str(folder / "failures.csv"))
 
 
 def fit(out: Path, mixers: list[str], schedule: str) -> None:
+    from rnn_longctx.sensors.runs import fit_run
+
     folder = write(make_plant(FIT), out / "plant")
     for mixer in mixers:
         began = time.process_time()
@@ -262,6 +269,8 @@ def and_back(module: torch.nn.Module, vectors: torch.Tensor) -> None:
 
 
 def copies(out: Path, mixers: list[str]) -> None:
+    from rnn_longctx.sensors.runs import report_run
+
     made = make_plant(Plant(rows=16_000, longest=2000, every=100, seed=3))
     clock = made.log.t.copy()
     clock[8000:] -= pd.Timedelta(hours=2)
@@ -301,6 +310,8 @@ def copies(out: Path, mixers: list[str]) -> None:
 
 
 def drift(out: Path, mixers: list[str]) -> None:
+    from rnn_longctx.sensors.runs import adapt_run
+
     folder = write(
         make_plant(Plant(rows=40_960, longest=128, drift_at=8192, drift_over=4096, seed=4)), out / "drifting"
     )

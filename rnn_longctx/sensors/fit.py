@@ -31,6 +31,7 @@ from rnn_longctx.sensors.model import BINS, Scales, SensorConfig, SensorModel
 from rnn_longctx.sensors.read import Log
 
 FITTED, SET = 0.6, 0.7  # of a log's rows: fitted to up to the first, the threshold set on those up to the second
+CONTEXT = 2**14  # rows of the log that was fitted to that are read again before those that are scored
 TOKENS = 2048  # rows of an update, unless a window is longer
 HIDE = 0.1  # of the values, at most, are hidden from an update's windows, so that missing ones are known; at first none
 STILL = 200  # first updates, a quarter of all at most, in which which rows are alike is not learned

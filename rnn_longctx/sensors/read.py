@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import pyarrow.parquet
 
 from rnn_longctx.config import counted, home_path
 from rnn_longctx.errors import InputError, nearest, one_line
@@ -125,6 +124,8 @@ def labels(log: Log, events: np.ndarray, warning: int) -> np.ndarray:
 
 def _columns(path: Path, names: list[str]) -> pd.DataFrame:
     """Return columns of a file. Raises InputError where they are not there, or there twice."""
+    import pyarrow.parquet  # (here: rows that are in memory are fitted to without it)
+
     parquet = path.suffix.lower() in (".parquet", ".pq")
     try:
         if path.stat().st_size == 0:

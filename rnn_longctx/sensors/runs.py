@@ -14,14 +14,12 @@ from rnn_longctx.files import write_atomic
 from rnn_longctx.plain import csv_text
 from rnn_longctx.progress import Say, silent
 from rnn_longctx.sensors.adapt import AdaptConfig, adapt
-from rnn_longctx.sensors.fit import FitConfig, Run, fit, hashed, parts, rows_of_log
+from rnn_longctx.sensors.fit import CONTEXT, FitConfig, Run, fit, hashed, parts, rows_of_log
 from rnn_longctx.sensors.model import SensorConfig
 from rnn_longctx.sensors.read import Log, labels, read_events, read_log
 from rnn_longctx.sensors.report import Report, make_report
 from rnn_longctx.sensors.score import average_precision, read_rows, threshold_at
 from rnn_longctx.sensors.units import in_known_units
-
-CONTEXT = 2**14  # rows of the log that was fitted to that are read again before those that are scored
 
 
 @dataclass(frozen=True)
