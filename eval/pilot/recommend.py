@@ -52,7 +52,7 @@ def recommend(frame: pd.DataFrame, about: dict[str, Any]) -> Recommendation:
     """Return the recommendation that a table carries.
 
     Args: about: model and text (as they were named), options (words that name the model, each option and its value),
-        train_length, given_train_length, adopted (of another library), foldable and per_length: names of remedies;
+        tokenizer (what names it), train_length, given_train_length, adopted (of another library), foldable and per_length: names of remedies;
         processor: as in `comparison`.
     """
     fall, compared = collapse(frame), comparison(most_read(frame), processor=about.get("processor"))
@@ -339,8 +339,14 @@ def _keywords(given: dict[str, Any]) -> str:
 
 def next_steps(about: dict[str, Any]) -> list[tuple[str, str]]:
     """Return what mends a model that no remedy mends, each with the command that begins it."""
-    longer = format_length(8 * about["train_length"]).lower()
+    tokens = 8 * about["train_length"]
+    longer = format_length(tokens).lower()
     settings = [f"model={about['model']}", "data=TRAINING_TEXT", f"train_length={longer}"]
+    settings.append(f"data.passkey.lengths=[128,{longer}]")  # those of the config are up to 16k
+    if tokens < 2048:  # what the config reads at once
+        settings.append(f"passing.segment={longer}")
+    if about["tokenizer"] != "bytes":  # which the config has
+        settings.append(f"data.tokenizer={about['tokenizer']}")
     text = ["--text", about["text"], "--lengths", longer]
     return [
         (

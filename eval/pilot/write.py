@@ -104,6 +104,7 @@ def about_model(pilot: Pilot) -> dict[str, Any]:
         "model": pilot.config.model,
         "text": pilot.config.text,
         "options": list(pilot.config.options),
+        "tokenizer": _tokenizer(pilot),
         "train_length": pilot.train_length,
         "given_train_length": pilot.config.given_train_length,
         "adopted": not own,
@@ -111,6 +112,16 @@ def about_model(pilot: Pilot) -> dict[str, Any]:
         "foldable": [name for name, kind in REMEDIES.items() if kind.foldable] if own else [],
         "per_length": [name for name, kind in REMEDIES.items() if kind.per_length],
     }
+
+
+def _tokenizer(pilot: Pilot) -> str:
+    """Return what names the model's tokenizer: bytes, what the person gave, what the checkpoint names, or the model,
+    beside which it lies."""
+    if pilot.model.tokenizer.name == "bytes":
+        return "bytes"
+    options = pilot.config.options
+    given = dict(zip(options[::2], options[1::2])).get("--tokenizer")
+    return given or str(getattr(pilot.model.tokenizer, "spec", None) or pilot.config.model)
 
 
 def _described(model: LanguageModel) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from pathlib import Path
 
 import adopted_families
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 import transformers
 
 from rnn_longctx import load
+from rnn_longctx.config import load_yaml
 from rnn_longctx.eval.pilot.findings import (
     collapse,
     comparison,
@@ -24,10 +26,13 @@ from rnn_longctx.eval.pilot.findings import (
 )
 from rnn_longctx.eval.pilot.recommend import lines, next_steps, recommend
 from rnn_longctx.models.checkpoint import save
+from rnn_longctx.train import TrainConfig, spelled_out
+
+ROOT = Path(__file__).parents[3]
 
 ABOUT = {
-    "model": "my model", "text": "my documents", "options": [], "train_length": 256, "given_train_length": None,
-    "adopted": False, "foldable": [], "per_length": [],
+    "model": "my model", "text": "my documents", "options": [], "tokenizer": "bytes", "train_length": 256,
+    "given_train_length": None, "adopted": False, "foldable": [], "per_length": [],
 }  # fmt: skip
 
 
@@ -214,6 +219,17 @@ def test_the_lines_say_how_the_model_was_loaded(tmp_path, monkeypatch):
     assert "tokenizer='my tokenizer'" in odd[0] and "--tokenizer 'my tokenizer' --mitigation" in odd[1]
     commands = [shlex.split(command) for _, command in next_steps(ABOUT | {"model": HOSTILE, "text": HOSTILE})]
     assert f"model={HOSTILE}" in commands[0] and HOSTILE in commands[2]
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "my tokenizer"])
+@pytest.mark.parametrize("train_length", [64, 512, 2048, 4096])
+def test_the_next_step_is_a_training_that_begins(tokenizer, train_length):
+    """With the model's own tokenizer, and with what the config has for 16K tokens cut to fewer."""
+    (_, train), *_ = next_steps(ABOUT | {"tokenizer": tokenizer, "train_length": train_length})
+    _, _, file, _, *settings = shlex.split(train)
+    config = load_yaml(TrainConfig, ROOT / file, spelled_out(settings))
+    assert config.data.tokenizer == tokenizer and config.init == "my model"
+    assert config.longest == 8 * train_length == max(config.data.passkey.lengths)
 
 
 def test_the_lines_of_a_model_of_another_library(tmp_path, monkeypatch):
