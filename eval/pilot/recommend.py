@@ -52,8 +52,8 @@ def recommend(frame: pd.DataFrame, about: dict[str, Any]) -> Recommendation:
     """Return the recommendation that a table carries.
 
     Args: about: model and text (as they were named), options (words that name the model, each option and its value),
-        tokenizer (what names it), train_length, given_train_length, adopted (of another library), foldable and per_length: names of remedies;
-        processor: as in `comparison`.
+        tokenizer (what names it), train_length, given_train_length, adopted (of another library), foldable and
+        per_length: names of remedies; processor: as in `comparison`.
     """
     fall, compared = collapse(frame), comparison(most_read(frame), processor=about.get("processor"))
     longest = max((row["length"] for row in fall["lengths"]), default=0)
@@ -62,15 +62,17 @@ def recommend(frame: pd.DataFrame, about: dict[str, Any]) -> Recommendation:
     if compared is None or compared.against is None:
         return _without_comparison(fall)
     best = ranked(compared)
-    found = _of_comparison(fall, compared, best, about)
-    for task, gain in above_without_document(frame, found.remedy or "none").items():
-        found.words.append(_document_words(task, gain))
+    advice = _of_comparison(fall, compared, best, about)
+    for task, gain in above_without_document(frame, advice.remedy or "none").items():
+        advice.words.append(_document_words(task, gain))
     if best:
-        found.uncertainty.extend(_elsewhere(frame, best[0], about.get("processor")))
+        advice.uncertainty.extend(_elsewhere(frame, best[0], about.get("processor")))
     if fall["length"] is not None and compared.length < fall["length"]:
         at = format_length(compared.length)
-        found.uncertainty.append(f"Remedies were compared up to {at} only, before the model collapses: name more time.")
-    return found
+        advice.uncertainty.append(
+            f"Remedies were compared up to {at} only, before the model collapses: name more time."
+        )
+    return advice
 
 
 def _of_comparison(
@@ -83,7 +85,7 @@ def _of_comparison(
     if not best:
         return _insufficient(fall, compared, None, about)
     if fall["length"] is not None and compared.length < fall["length"] and not _worth_it(best, bare):
-        return _without_comparison(fall)  # where nothing fails yet, nothing can be told apart
+        return _without_comparison(fall)  # where nothing fails yet, nothing can be aim apart
     chosen = best[0]
     surely_lower = chosen.saved is not None and (chosen.saved.low > 0 or not math.isfinite(bare.loss))
     if not chosen.over_control <= HOLDS or chosen.fails_at is not None or not (surely_lower or chosen.loss < bare.loss):
@@ -239,7 +241,7 @@ def _gain_words(row: Row | None, compared: Comparison) -> str:
     elif gain.high < 0:
         what = f"loses {-gain.value:.3f} nats a token against"
     else:
-        what = f"gains nothing that can be told from zero ({gain.value:+.3f} nats a token) over"
+        what = f"gains nothing that can be aim from zero ({gain.value:+.3f} nats a token) over"
     return f"At {at} reading everything {what} {compared.against} ({interval})."
 
 
@@ -297,8 +299,8 @@ def lines(about: dict[str, Any], remedy: str | None, target: int | None) -> tupl
         python.append(f"new = {generate}")
     else:
         kinds = {part.partition(":")[0] for part in remedy.split("+")}
-        told = f", target_length={target}" if target and kinds & set(about["per_length"]) else ""
-        python += [f"with rnn_longctx.mitigate(model, {remedy!r}{told}):", f"    new = {generate}"]
+        aim = f", target_length={target}" if target and kinds & set(about["per_length"]) else ""
+        python += [f"with rnn_longctx.mitigate(model, {remedy!r}{aim}):", f"    new = {generate}"]
     python.append("print(model.tokenizer.decode(new[0]))")
     if remedy in about["foldable"]:
         python += ["", "# or put it into the weights, which any library then reads:"]
@@ -312,29 +314,29 @@ def lines(about: dict[str, Any], remedy: str | None, target: int | None) -> tupl
 def _loading(about: dict[str, Any]) -> list[str]:
     """Return the lines that load the model as the options on the command line say."""
     words = about["options"]
-    said = dict(zip(words[::2], words[1::2]))
-    given = {
-        "tokenizer": said.get("--tokenizer"),
+    options = dict(zip(words[::2], words[1::2]))
+    arguments = {
+        "tokenizer": options.get("--tokenizer"),
         "train_length": about["given_train_length"],
-        "dtype": said.get("--dtype"),
-        "device": said.get("--device"),
+        "dtype": options.get("--dtype"),
+        "device": options.get("--device"),
     }
     if about["adopted"]:  # a pilot reads in float32 where nothing else is asked, transformers as the checkpoint says
-        dtype, device = given.pop("dtype") or "float32", given.pop("device")
+        dtype, device = arguments.pop("dtype") or "float32", arguments.pop("device")
         moved = f".to({device!r})" if device else ""
         lines = [
             f"theirs = transformers.AutoModelForCausalLM.from_pretrained({about['model']!r}, dtype={dtype!r}){moved}",
-            f"model = rnn_longctx.adopt(theirs{_keywords(given)})",
+            f"model = rnn_longctx.adopt(theirs{_keywords(arguments)})",
         ]
     else:
-        lines = [f"model = rnn_longctx.load({about['model']!r}{_keywords(given)})"]
-    if "--state-dtype" in said:
-        lines.append(f"model.use_state_dtype({said['--state-dtype']!r})")
+        lines = [f"model = rnn_longctx.load({about['model']!r}{_keywords(arguments)})"]
+    if "--state-dtype" in options:
+        lines.append(f"model.use_state_dtype({options['--state-dtype']!r})")
     return lines
 
 
-def _keywords(given: dict[str, Any]) -> str:
-    return "".join(f", {name}={value!r}" for name, value in given.items() if value is not None)
+def _keywords(arguments: dict[str, Any]) -> str:
+    return "".join(f", {name}={value!r}" for name, value in arguments.items() if value is not None)
 
 
 def next_steps(about: dict[str, Any]) -> list[tuple[str, str]]:

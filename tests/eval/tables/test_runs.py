@@ -279,7 +279,7 @@ def test_lm_eval_is_set_side_by_side_without_intervals(tmp_path):
     assert changes.cells["task"].tolist() == ["lambada", "wikitext"] and set(changes.cells["verdict"]) == {"not paired"}
     assert changes.cells["change"].tolist() == [0.25, 0.0]
     (tmp_path / "a" / "lm_eval.csv").write_text("no,table\n1,2\n")
-    with pytest.raises(InputError, match="cannot read .*lm_eval.csv"):
+    with pytest.raises(InputError, match=r"cannot read .*lm_eval\.csv"):
         read_run(tmp_path / "a")
 
 

@@ -82,7 +82,7 @@ def with_names(folder, **names: str):
         {"task": "multikey4"},
         {"text": "dir:letters"},
         {"mitigation": "my remedy.yaml"},
-        {"mitigation": "it's \"mine\"; ls"},
+        {"mitigation": 'it\'s "mine"; ls'},
         {"mitigation": "état"},
     ],
 )
