@@ -85,7 +85,7 @@ def _of_comparison(
     if not best:
         return _insufficient(fall, compared, None, about)
     if fall["length"] is not None and compared.length < fall["length"] and not _worth_it(best, bare):
-        return _without_comparison(fall)  # where nothing fails yet, nothing can be aim apart
+        return _without_comparison(fall)  # where nothing fails yet, nothing can be told apart
     chosen = best[0]
     surely_lower = chosen.saved is not None and (chosen.saved.low > 0 or not math.isfinite(bare.loss))
     if not chosen.over_control <= HOLDS or chosen.fails_at is not None or not (surely_lower or chosen.loss < bare.loss):
@@ -137,7 +137,7 @@ def _collapse_words(fall: dict[str, Any]) -> str:
 
 def _none_needed(fall: dict[str, Any], compared: Comparison, about: dict[str, Any]) -> Recommendation:
     words = [_collapse_words(fall), "Use it as it is: no remedy that was measured surely lowers its loss."]
-    words.append(_gain_words(compared.row("none"), compared))
+    words.append(gain_words(compared.row("none"), compared))
     python, command = lines(about, None, None)
     doubts = _shared_doubts(compared, None)
     if compared.length < FAR_ENOUGH * about["train_length"]:
@@ -154,7 +154,7 @@ def _remedy(fall: dict[str, Any], compared: Comparison, best: list[Row], about: 
         f"{_number(compared.row('none'))}, and {chosen.over_control:.3f} times that of reading the last tokens afresh "
         f"({compared.against})."
     )
-    words += [w for w in (_recall_words(chosen, compared), _gain_words(chosen, compared), _cost_words(chosen)) if w]
+    words += [w for w in (_recall_words(chosen, compared), gain_words(chosen, compared), _cost_words(chosen)) if w]
     python, command = lines(about, chosen.name, compared.length)
     return Recommendation("remedy", chosen.name, words, _shared_doubts(compared, best), python, command)
 
@@ -230,7 +230,7 @@ def _document_words(task: str, gain: Interval) -> str:
     return f"Of {task} it {surely} with the document than without it ({gain.value:+.2f} of the questions, {interval})."
 
 
-def _gain_words(row: Row | None, compared: Comparison) -> str:
+def gain_words(row: Row | None, compared: Comparison) -> str:
     """Return what reading everything gains over the last tokens."""
     if row is None or row.gain is None or not math.isfinite(row.gain.value):
         return ""
@@ -241,7 +241,7 @@ def _gain_words(row: Row | None, compared: Comparison) -> str:
     elif gain.high < 0:
         what = f"loses {-gain.value:.3f} nats a token against"
     else:
-        what = f"gains nothing that can be aim from zero ({gain.value:+.3f} nats a token) over"
+        what = f"gains nothing that can be told from zero ({gain.value:+.3f} nats a token) over"
     return f"At {at} reading everything {what} {compared.against} ({interval})."
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import adopted_families
@@ -24,7 +26,8 @@ from rnn_longctx.eval.pilot.findings import (
     ranked,
     recall_rows,
 )
-from rnn_longctx.eval.pilot.recommend import lines, next_steps, recommend
+from rnn_longctx.eval.pilot.recommend import gain_words, lines, next_steps, recommend
+from rnn_longctx.eval.stats import Interval
 from rnn_longctx.models.checkpoint import save
 from rnn_longctx.train import TrainConfig, spelled_out
 
@@ -138,6 +141,22 @@ def test_a_model_that_does_not_collapse_is_left_as_it_is(story):
     found = recommend(flat, ABOUT)
     assert found.kind == "none needed" and found.remedy is None and "does not collapse up to 64K" in found.words[0]
     assert "mitigate" not in found.python and "--mitigation" not in found.command
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "words"),
+    [
+        (0.01, 0.03, "reading everything gains 0.020 nats a token over recompute:last=512 (95% +0.010 to +0.030)"),
+        (-0.03, -0.01, "reading everything loses 0.020 nats a token against recompute:last=512"),
+        (-0.01, 0.05, "reading everything gains nothing that can be told from zero (+0.020 nats a token) over"),
+        (math.nan, math.nan, "one stretch has no interval"),
+    ],
+)
+def test_what_reading_everything_gains_in_words(story, low, high, words):
+    compared = comparison(story)
+    gain = Interval(math.copysign(0.02, low + high), low, high, 8)
+    row = replace(compared.row("state-norm"), gain=gain)
+    assert words in gain_words(row, compared)
 
 
 def test_too_little_is_not_decided(story):
