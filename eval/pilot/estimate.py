@@ -11,7 +11,17 @@ from typing import Any
 from rnn_longctx.eval.jobs.base import Measuring
 from rnn_longctx.eval.jobs.recall import Recall
 from rnn_longctx.eval.pilot.speed import PROBE, Speeds
-from rnn_longctx.eval.pilot.steps import FINALISTS, STAGES, Sizes, Step, Tasks, final_steps, first_steps, other_steps
+from rnn_longctx.eval.pilot.steps import (
+    FINALISTS,
+    STAGES,
+    Sizes,
+    Step,
+    Tasks,
+    candidates,
+    final_steps,
+    first_steps,
+    other_steps,
+)
 from rnn_longctx.eval.plan import mitigated
 from rnn_longctx.mitigations import Handle, parse_remedy
 
@@ -74,17 +84,16 @@ class Predictor:
         if step.job is None:
             return putting_on + PROBE * tokens / speeds.of("none")
         if step.remedy == UNKNOWN_FINALIST:
-            known = [speeds.reading[name] for name in self.candidates if name in speeds.reading]
+            remedies = candidates(self.train_length)
+            known = [speeds.reading[name] for name in remedies if name in speeds.reading]
             speed = len(known) / sum(1 / s for s in known) if known else speeds.of(step.remedy)
         else:
             speed = speeds.of(step.remedy)
-        said = 0.0
+        generating = 0.0
         if isinstance(step.job, Recall):
             batches = math.ceil(step.job.counts.n / self.measuring.batch)
-            said = len(step.lengths) * batches * self._new_tokens(step.job, step.lengths[0]) * speeds.token
-        return putting_on + tokens / speed + said
-
-    candidates: Sequence[str] = ()
+            generating = len(step.lengths) * batches * self._new_tokens(step.job, step.lengths[0]) * speeds.token
+        return putting_on + tokens / speed + generating
 
     def _new_tokens(self, job: Recall, length: int) -> int:
         return self.measuring.memo(
@@ -101,6 +110,39 @@ class Predictor:
                 self.speeds.ready.add(step.remedy)
         self.speeds.ready = ready
         return seconds
+
+
+@dataclass(frozen=True)
+class Scope:
+    """What a pilot may measure.
+
+    Attributes:
+        lengths: in tokens, that the person named, with the training length; None: the pilot chooses them.
+        longest: tokens, of which the text has two slices side by side.
+        tasks: that recall is asked by; diagnoses: more controls, of hybrids.
+    """
+
+    lengths: tuple[int, ...] | None
+    longest: int
+    tasks: Tasks
+    diagnoses: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class TimeLeft:
+    """Where a pilot stands in its budget, in seconds. reserve: what the tables and the report take at the end."""
+
+    budget: float
+    spent: float
+    reserve: float
+
+    @property
+    def seconds(self) -> float:
+        return self.budget - self.spent - self.reserve
+
+    def fits(self, seconds: float) -> bool:
+        """Return whether a step of so many predicted seconds may be begun."""
+        return SAFETY * seconds <= self.seconds
 
 
 @dataclass(frozen=True)
@@ -133,27 +175,22 @@ def lengths_up_to(longest: int, train_length: int) -> tuple[int, ...]:
     return (*([train_length // 2] if train_length > 1 else []), *doublings)
 
 
-def choose(
-    predictor: Predictor, given: Sequence[int] | None, most: int, tasks: Tasks, left: float, diagnoses: Sequence[str]
-) -> Sizes:
+def choose(predictor: Predictor, scope: Scope, left: float) -> Sizes:
     """Return the richest sizes whose steps fit into `left` seconds: the first steps into FIRST of it, all into ALL; the
-    thinnest where none do.
-
-    Args: given: lengths that a person named; most: the longest that the text has, twice.
-    """
+    thinnest where none do."""
     train_length, rungs = predictor.train_length, []
     for factor, slices, prompts in LADDER:
         longest = factor * train_length
-        if given is not None or longest <= most:
-            lengths = tuple(given) if given is not None else lengths_up_to(longest, train_length)
+        if scope.lengths is not None or longest <= scope.longest:
+            lengths = lengths_up_to(longest, train_length) if scope.lengths is None else scope.lengths
             rungs.append(Sizes(lengths, lengths, lengths, slices, prompts, slices, prompts))
 
     def first(sizes: Sizes) -> float:
-        return predictor.total(first_steps(sizes, train_length, tasks, diagnoses))
+        return predictor.total(first_steps(sizes, train_length, scope.tasks, scope.diagnoses))
 
     sizes = next((sizes for sizes in rungs if first(sizes) <= FIRST * left), rungs[-1])
     further = sizes.longest
-    while given is None and 2 * further <= min(most, FARTHEST * train_length):
+    while scope.lengths is None and 2 * further <= min(scope.longest, FARTHEST * train_length):
         further *= 2
         far = replace(sizes, plain=lengths_up_to(further, train_length))
         if predictor.seconds(first_steps(far, train_length, {})[0]) > FAR * left:
@@ -162,56 +199,54 @@ def choose(
     taken = first(sizes)
     for slices, prompts in (*FINALS_LADDER, (sizes.slices, sizes.prompts)):
         more = replace(sizes, final=sizes.plain, final_slices=slices, final_prompts=prompts)
-        taking = taken + predictor.total(finals_of_unknown(more, train_length, tasks))
+        taking = taken + predictor.total(finals_of_unknown(more, train_length, scope.tasks))
         if slices >= sizes.slices and taking <= ALL * left:
             return more
     return sizes
 
 
-def further(
-    predictor: Predictor, sizes: Sizes, given: Sequence[int] | None, most: int, tasks: Tasks, left: float,
-    finalists: Sequence[str],
-) -> Sizes:  # fmt: skip
+def further(predictor: Predictor, scope: Scope, sizes: Sizes, left: float, finalists: Sequence[str]) -> Sizes:
     """Return the sizes of the finals, once speeds are those of the steps that were measured: as far as `left` seconds
     go, then as much text; those chosen before where that is no further."""
     train_length, longest = predictor.train_length, sizes.final[-1]
-    while given is None and 2 * longest <= min(most, FARTHEST * train_length):
+    while scope.lengths is None and 2 * longest <= min(scope.longest, FARTHEST * train_length):
         longest *= 2
     while longest > sizes.final[-1]:
         for slices, prompts in (*FINALS_LADDER, (sizes.slices, sizes.prompts)):
             final = lengths_up_to(longest, train_length)
             more = replace(sizes, final=final, final_slices=slices, final_prompts=prompts)
-            steps = final_steps(more, train_length, tasks, finalists)
+            steps = final_steps(more, train_length, scope.tasks, finalists)
             if slices >= sizes.slices and SAFETY * predictor.total(steps) <= left:
                 return more
         longest //= 2
     return sizes
 
 
-def estimated(
-    predictor: Predictor, sizes: Sizes, tasks: Tasks, diagnoses: Sequence[str], spent: float, budget: float,
-    reserve: float, peak: float, price: float | None, is_done: Callable[[Step], bool],
-) -> Estimate:  # fmt: skip
-    """Return the estimate of a run that has taken `spent` seconds.
+def stages_within(
+    predictor: Predictor, scope: Scope, sizes: Sizes, time: TimeLeft, is_stored: Callable[[Step], bool]
+) -> tuple[list[dict[str, Any]], float]:
+    """Return the stages of an `Estimate`, and the seconds of the whole pilot.
 
-    Args: reserve: seconds that it takes at the end; is_done: of steps that a run before this one measured.
+    Args: is_stored: of steps that a run before this one measured.
     """
     train_length = predictor.train_length
-    steps = first_steps(sizes, train_length, tasks, diagnoses)
-    steps += finals_of_unknown(sizes, train_length, tasks) + other_steps(sizes, train_length, tasks)
-    stages = {stage: {"stage": stage, "steps": 0, "begun": 0, "tokens": 0, "seconds": 0.0} for stage in STAGES}
-    total, ready = spent + reserve, set(predictor.speeds.ready)
+    steps = first_steps(sizes, train_length, scope.tasks, scope.diagnoses)
+    steps += finals_of_unknown(sizes, train_length, scope.tasks) + other_steps(sizes, train_length, scope.tasks)
+    stages: dict[str, dict[str, Any]] = {
+        stage: {"stage": stage, "steps": 0, "begun": 0, "tokens": 0, "seconds": 0.0} for stage in STAGES
+    }
+    ready = set(predictor.speeds.ready)
     for step in steps:
-        if step.remedy != UNKNOWN_FINALIST and is_done(step):
+        if step.remedy != UNKNOWN_FINALIST and is_stored(step):
             continue
         row, seconds = stages[step.stage], predictor.seconds(step)
-        row["steps"] += 1  # type: ignore[operator]
-        if total + SAFETY * seconds <= budget:
-            total += seconds
-            row["begun"] += 1  # type: ignore[operator]
-            row["tokens"] += predictor.tokens(step)  # type: ignore[operator]
-            row["seconds"] += seconds  # type: ignore[operator]
+        row["steps"] += 1
+        if time.fits(seconds):
+            time = replace(time, spent=time.spent + seconds)
+            row["begun"] += 1
+            row["tokens"] += predictor.tokens(step)
+            row["seconds"] += seconds
             if step.remedy != UNKNOWN_FINALIST:
                 predictor.speeds.ready.add(step.remedy)
     predictor.speeds.ready = ready
-    return Estimate(list(stages.values()), total, peak, None if price is None else price * total / 3600)
+    return list(stages.values()), time.spent + time.reserve

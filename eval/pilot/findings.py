@@ -123,23 +123,27 @@ def comparison(
     recalls = [s for s in sheets(frame) if s.kind == "accuracy" and not s.task.endswith("-without-document")]
     against = sheet.best_recompute(length)
     named = [name for name in sheet.cells if length in sheet.cells[name]]
-    rows = [_row(frame, sheet, recalls, name, length, against, processor or {}) for name in named]
+    tables = _Tables(frame, sheet, recalls, processor or {})
+    rows = [_row(tables, name, length, against) for name in named]
     rows.sort(key=lambda row: (not math.isfinite(row.loss), row.loss))
     return Comparison(length, rows, against)
 
 
-def _row(
-    frame: pd.DataFrame,
-    sheet: Sheet,
-    recalls: Sequence[Sheet],
-    name: str,
-    length: int,
-    against: str | None,
-    processor: Mapping[str, float],
-) -> Row:
+@dataclass(frozen=True, eq=False)
+class _Tables:
+    """What a row is made of: all results, the sheets of losses and of recall, and processor seconds of a token."""
+
+    frame: pd.DataFrame
+    losses: Sheet
+    recalls: Sequence[Sheet]
+    processor: Mapping[str, float]
+
+
+def _row(tables: _Tables, name: str, length: int, against: str | None) -> Row:
+    sheet, frame, processor = tables.losses, tables.frame, tables.processor
     cell, control = sheet.cells[name][length], sheet.cells[against][length].value if against else math.nan
     recall, prompts, recall_gain = {}, {}, {}
-    for other in recalls:
+    for other in tables.recalls:
         lengths = set.intersection(*(set(cells) for cells in other.cells.values()))
         if name in other.cells and lengths:
             recall[other.task] = sum(other.cells[name][n].value for n in lengths) / len(lengths)
@@ -282,7 +286,7 @@ def recall_rows(frame: pd.DataFrame) -> list[dict[str, Any]]:
 def above_without_document(frame: pd.DataFrame, name: str) -> dict[str, Interval]:
     """Return, of every file of questions, how many more answers are right with the document than without it, at the
     longest length that both were asked at, with its 95% interval."""
-    found = {}
+    gains = {}
     tables = {sheet.task: sheet for sheet in sheets(frame) if sheet.kind == "accuracy"}
     for task, sheet in tables.items():
         other = tables.get(f"{task}-without-document")
@@ -291,8 +295,8 @@ def above_without_document(frame: pd.DataFrame, name: str) -> dict[str, Interval
             pair = cells[max(lengths)].samples, blind[max(lengths)].samples
             n = min(map(len, pair))
             if n:
-                found[task] = paired_bootstrap(pair[0][:n], pair[1][:n])
-    return found
+                gains[task] = paired_bootstrap(pair[0][:n], pair[1][:n])
+    return gains
 
 
 def throughput(frame: pd.DataFrame, names: Sequence[str], length: int | None) -> list[dict[str, Any]]:

@@ -42,14 +42,14 @@ def with_training(lengths: Sequence[int], train_length: int) -> tuple[int, ...]:
     return tuple(sorted({*lengths, train_length}))
 
 
-def longest_length(model: LanguageModel, text: Text, train_length: int, given: int | None) -> int:
+def longest_length(model: LanguageModel, text: Text, train_length: int, named: int | None) -> int:
     """Return the longest length of which the text has two slices side by side. Raises InputError: not of twice the
     training length, or the longest that was named."""
     have, about = text_tokens(model, text)
-    needed = 2 * train_length if given is None else given
-    least = FEWEST * (needed + 1) if given is None else needed + 1
+    needed = 2 * train_length if named is None else named
+    least = FEWEST * (needed + 1) if named is None else needed + 1
     if have < least:
-        why = f"two stretches of {format_length(needed)} tokens" if given is None else f"{format_length(needed)} tokens"
+        why = f"two stretches of {format_length(needed)} tokens" if named is None else f"{format_length(needed)} tokens"
         raise InputError(
             f"text {text.name} has {about}{have} tokens; a pilot of {model.name}, which was trained on "
             f"{format_length(train_length)}, reads {why}: give it at least {least}"
@@ -62,13 +62,13 @@ def text_tokens(model: LanguageModel, text: Text, sample: int = 1 << 18) -> tupl
     beginning, and "about " in front of a number that was not counted."""
     if model.tokenizer.name == "bytes":
         return len(text), ""
-    part = text.data[:sample].decode("utf-8", "ignore").encode()
-    n = len(model.tokenizer.encode_with_bytes(part)[0])
-    return (n, "") if len(text) <= sample else (int(n * len(text) / max(1, len(part))), "about ")
+    beginning = text.data[:sample].decode("utf-8", "ignore").encode()
+    n = len(model.tokenizer.encode_with_bytes(beginning)[0])
+    return (n, "") if len(text) <= sample else (int(n * len(text) / max(1, len(beginning))), "about ")
 
 
-def all_asked(tasks: Sequence[Task]) -> list[Task]:
-    """Return the tasks that are asked, those without their documents among them."""
+def with_blind(tasks: Sequence[Task]) -> list[Task]:
+    """Return tasks, and those that ask the same without their documents."""
     named = dict.fromkeys(tasks, 0)
     return list({**named, **without_document(named)})
 
@@ -88,7 +88,7 @@ def least_lengths(
         InputError: they fit into none; two tasks have one name, by which results and steps are told apart.
     """
     named: dict[str, Task] = {}
-    for task in all_asked(tasks):
+    for task in with_blind(tasks):
         if (other := named.setdefault(plain(task.label), task)) != task:
             raise InputError(f"{other} and {task} would both be called {task.label}: rename a file, or ask one of them")
     return {task: _least_length(task, lengths, prompts, seed, tokenizer) for task in tasks}
@@ -98,8 +98,8 @@ def _least_length(task: Task, lengths: Sequence[int], prompts: int, seed: int, t
     why = ""
     for length in lengths:
         try:
-            for asked in all_asked([task]):
-                asked.check(length, counts(asked, prompts), seed, tokenizer)
+            for variant in with_blind([task]):
+                variant.check(length, counts(variant, prompts), seed, tokenizer)
             return length
         except TooShort as error:
             why = one_line(error)

@@ -52,8 +52,8 @@ def recommend(frame: pd.DataFrame, about: dict[str, Any]) -> Recommendation:
     """Return the recommendation that a table carries.
 
     Args: about: model and text (as they were named), options (words that name the model, each option and its value),
-        train_length, given_train_length, adopted (of another library), foldable and per_length: names of remedies;
-        processor: as in `comparison`.
+        tokenizer (what names it), train_length, given_train_length, adopted (of another library), foldable and
+        per_length: names of remedies; processor: as in `comparison`.
     """
     fall, compared = collapse(frame), comparison(most_read(frame), processor=about.get("processor"))
     longest = max((row["length"] for row in fall["lengths"]), default=0)
@@ -62,15 +62,17 @@ def recommend(frame: pd.DataFrame, about: dict[str, Any]) -> Recommendation:
     if compared is None or compared.against is None:
         return _without_comparison(fall)
     best = ranked(compared)
-    found = _of_comparison(fall, compared, best, about)
-    for task, gain in above_without_document(frame, found.remedy or "none").items():
-        found.words.append(_document_words(task, gain))
+    advice = _of_comparison(fall, compared, best, about)
+    for task, gain in above_without_document(frame, advice.remedy or "none").items():
+        advice.words.append(_document_words(task, gain))
     if best:
-        found.uncertainty.extend(_elsewhere(frame, best[0], about.get("processor")))
+        advice.uncertainty.extend(_elsewhere(frame, best[0], about.get("processor")))
     if fall["length"] is not None and compared.length < fall["length"]:
         at = format_length(compared.length)
-        found.uncertainty.append(f"Remedies were compared up to {at} only, before the model collapses: name more time.")
-    return found
+        advice.uncertainty.append(
+            f"Remedies were compared up to {at} only, before the model collapses: name more time."
+        )
+    return advice
 
 
 def _of_comparison(
@@ -135,7 +137,7 @@ def _collapse_words(fall: dict[str, Any]) -> str:
 
 def _none_needed(fall: dict[str, Any], compared: Comparison, about: dict[str, Any]) -> Recommendation:
     words = [_collapse_words(fall), "Use it as it is: no remedy that was measured surely lowers its loss."]
-    words.append(_gain_words(compared.row("none"), compared))
+    words.append(gain_words(compared.row("none"), compared))
     python, command = lines(about, None, None)
     doubts = _shared_doubts(compared, None)
     if compared.length < FAR_ENOUGH * about["train_length"]:
@@ -152,7 +154,7 @@ def _remedy(fall: dict[str, Any], compared: Comparison, best: list[Row], about: 
         f"{_number(compared.row('none'))}, and {chosen.over_control:.3f} times that of reading the last tokens afresh "
         f"({compared.against})."
     )
-    words += [w for w in (_recall_words(chosen, compared), _gain_words(chosen, compared), _cost_words(chosen)) if w]
+    words += [w for w in (_recall_words(chosen, compared), gain_words(chosen, compared), _cost_words(chosen)) if w]
     python, command = lines(about, chosen.name, compared.length)
     return Recommendation("remedy", chosen.name, words, _shared_doubts(compared, best), python, command)
 
@@ -228,7 +230,7 @@ def _document_words(task: str, gain: Interval) -> str:
     return f"Of {task} it {surely} with the document than without it ({gain.value:+.2f} of the questions, {interval})."
 
 
-def _gain_words(row: Row | None, compared: Comparison) -> str:
+def gain_words(row: Row | None, compared: Comparison) -> str:
     """Return what reading everything gains over the last tokens."""
     if row is None or row.gain is None or not math.isfinite(row.gain.value):
         return ""
@@ -297,8 +299,8 @@ def lines(about: dict[str, Any], remedy: str | None, target: int | None) -> tupl
         python.append(f"new = {generate}")
     else:
         kinds = {part.partition(":")[0] for part in remedy.split("+")}
-        told = f", target_length={target}" if target and kinds & set(about["per_length"]) else ""
-        python += [f"with rnn_longctx.mitigate(model, {remedy!r}{told}):", f"    new = {generate}"]
+        aim = f", target_length={target}" if target and kinds & set(about["per_length"]) else ""
+        python += [f"with rnn_longctx.mitigate(model, {remedy!r}{aim}):", f"    new = {generate}"]
     python.append("print(model.tokenizer.decode(new[0]))")
     if remedy in about["foldable"]:
         python += ["", "# or put it into the weights, which any library then reads:"]
@@ -312,35 +314,41 @@ def lines(about: dict[str, Any], remedy: str | None, target: int | None) -> tupl
 def _loading(about: dict[str, Any]) -> list[str]:
     """Return the lines that load the model as the options on the command line say."""
     words = about["options"]
-    said = dict(zip(words[::2], words[1::2]))
-    given = {
-        "tokenizer": said.get("--tokenizer"),
+    options = dict(zip(words[::2], words[1::2]))
+    arguments = {
+        "tokenizer": options.get("--tokenizer"),
         "train_length": about["given_train_length"],
-        "dtype": said.get("--dtype"),
-        "device": said.get("--device"),
+        "dtype": options.get("--dtype"),
+        "device": options.get("--device"),
     }
     if about["adopted"]:  # a pilot reads in float32 where nothing else is asked, transformers as the checkpoint says
-        dtype, device = given.pop("dtype") or "float32", given.pop("device")
+        dtype, device = arguments.pop("dtype") or "float32", arguments.pop("device")
         moved = f".to({device!r})" if device else ""
         lines = [
             f"theirs = transformers.AutoModelForCausalLM.from_pretrained({about['model']!r}, dtype={dtype!r}){moved}",
-            f"model = rnn_longctx.adopt(theirs{_keywords(given)})",
+            f"model = rnn_longctx.adopt(theirs{_keywords(arguments)})",
         ]
     else:
-        lines = [f"model = rnn_longctx.load({about['model']!r}{_keywords(given)})"]
-    if "--state-dtype" in said:
-        lines.append(f"model.use_state_dtype({said['--state-dtype']!r})")
+        lines = [f"model = rnn_longctx.load({about['model']!r}{_keywords(arguments)})"]
+    if "--state-dtype" in options:
+        lines.append(f"model.use_state_dtype({options['--state-dtype']!r})")
     return lines
 
 
-def _keywords(given: dict[str, Any]) -> str:
-    return "".join(f", {name}={value!r}" for name, value in given.items() if value is not None)
+def _keywords(arguments: dict[str, Any]) -> str:
+    return "".join(f", {name}={value!r}" for name, value in arguments.items() if value is not None)
 
 
 def next_steps(about: dict[str, Any]) -> list[tuple[str, str]]:
     """Return what mends a model that no remedy mends, each with the command that begins it."""
-    longer = format_length(8 * about["train_length"]).lower()
+    tokens = 8 * about["train_length"]
+    longer = format_length(tokens).lower()
     settings = [f"model={about['model']}", "data=TRAINING_TEXT", f"train_length={longer}"]
+    settings.append(f"data.passkey.lengths=[128,{longer}]")  # those of the config are up to 16k
+    if tokens < 2048:  # what the config reads at once
+        settings.append(f"passing.segment={longer}")
+    if about["tokenizer"] != "bytes":  # which the config has
+        settings.append(f"data.tokenizer={about['tokenizer']}")
     text = ["--text", about["text"], "--lengths", longer]
     return [
         (

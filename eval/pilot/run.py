@@ -12,18 +12,19 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import pandas as pd
-import torch
 
 from rnn_longctx.config import counted, home_path
-from rnn_longctx.data import Text, tokens
+from rnn_longctx.data import Text
 from rnn_longctx.errors import InputError, one_line
 from rnn_longctx.eval.jobs.base import Measuring
 from rnn_longctx.eval.jobs.loss import LossOverLength
 from rnn_longctx.eval.jobs.recall import Recall
+from rnn_longctx.eval.pilot.cells import cells_of, count_cells
+from rnn_longctx.eval.pilot.config import PilotConfig
 from rnn_longctx.eval.pilot.estimate import (
     MOST_PROMPTS,
     RESERVE,
@@ -31,21 +32,17 @@ from rnn_longctx.eval.pilot.estimate import (
     SAFETY,
     Estimate,
     Predictor,
+    Scope,
+    TimeLeft,
     choose,
-    estimated,
     further,
+    lengths_up_to,
+    stages_within,
 )
 from rnn_longctx.eval.pilot.findings import finalists
 from rnn_longctx.eval.pilot.ledger import FAILED, MEASURED, NOT_APPLICABLE, STOPPED, Ledger
-from rnn_longctx.eval.pilot.limits import (
-    all_asked,
-    checked_train_length,
-    least_lengths,
-    longest_length,
-    text_name,
-    with_training,
-)
-from rnn_longctx.eval.pilot.speed import ROWS, Speeds, reading_speed, token_seconds
+from rnn_longctx.eval.pilot.limits import checked_train_length, least_lengths, longest_length, text_name, with_training
+from rnn_longctx.eval.pilot.speed import Speeds
 from rnn_longctx.eval.pilot.steps import (
     FINALISTS,
     PLAIN,
@@ -57,16 +54,16 @@ from rnn_longctx.eval.pilot.steps import (
     first_steps,
     other_steps,
 )
+from rnn_longctx.eval.pilot.trial import measure_speeds
 from rnn_longctx.eval.plan import mitigated, plan
 from rnn_longctx.eval.question import Question
-from rnn_longctx.eval.results import Results, to_frame
-from rnn_longctx.eval.tables.sheets import SETTING, alike
+from rnn_longctx.eval.results import Results
+from rnn_longctx.eval.tables.sheets import SETTING
 from rnn_longctx.eval.tune.budget import own_peak, time_text
-from rnn_longctx.mitigations import NotApplicable, diagnostics, mitigate, parse_remedy
+from rnn_longctx.mitigations import NotApplicable, diagnostics, parse_remedy
 from rnn_longctx.models.checkpoint.locate import former_name
 from rnn_longctx.models.interface import LanguageModel
 from rnn_longctx.models.segments import SEGMENTS
-from rnn_longctx.plain import plain
 from rnn_longctx.probes.probe import probe
 from rnn_longctx.progress import Say
 from rnn_longctx.tasks.base import Task
@@ -74,39 +71,10 @@ from rnn_longctx.version import __version__
 
 LOOKS = 256  # tokens between two looks of the probe
 OVERDUE, PATIENCE = 2.0, 20.0  # times as long as predicted, and seconds, that a step may take at least
-TRYING = 0.03  # share of the budget that may go into measuring the speed of each kind of reading
 
 
 class TimeIsUp(Exception):
     """A step takes longer than predicted, and nothing is left of the budget."""
-
-
-@dataclass(frozen=True)
-class PilotConfig:
-    """What a pilot is asked.
-
-    Attributes:
-        model, text: as the person named them: what they are to type afterwards.
-        budget: seconds, of all runs into `out` together.
-        lengths: in tokens; None: half the training length, itself and its doublings, as far as the budget goes.
-        tasks: that recall is asked by.
-        price: of an hour, in the person's own money; None: none.
-        with_text: whether texts, questions and answers may stand in what is written.
-        options: more words that the person typed to name the model; given_train_length: tokens, where they did.
-    """
-
-    model: str
-    text: str
-    out: str
-    budget: float
-    lengths: tuple[int, ...] | None = None
-    tasks: tuple[Task, ...] = ()
-    price: float | None = None
-    with_text: bool = False
-    options: tuple[str, ...] = ()
-    given_train_length: int | None = None
-    batch: int = 32
-    seed: int = 0
 
 
 class Pilot:
@@ -122,8 +90,8 @@ class Pilot:
     def __init__(self, model: LanguageModel, text: Text, config: PilotConfig, began: float, say: Say):
         self.model, self.text, self.config, self.say = model, text, config, say
         self.train_length = checked_train_length(model)
-        self.given = None if config.lengths is None else with_training(config.lengths, self.train_length)
-        self.most = longest_length(model, text, self.train_length, None if self.given is None else max(self.given))
+        named = None if config.lengths is None else with_training(config.lengths, self.train_length)
+        longest = longest_length(model, text, self.train_length, None if named is None else max(named))
         self.results = Results(config.out)
         self.folder = home_path(config.out)
         # No snapshots of unfinished streams: states, and the tokens that a control reads again, hold text.
@@ -136,16 +104,15 @@ class Pilot:
         )
         # What lies there of this model gets the training length of today.
         self.results.relabel(model.name, self.measuring.weights_hash, self.train_length, former_name(model.name))
-        self.tasks = self._tasks()
+        diagnoses = diagnostics(self.train_length) if model.attends else []
+        self.scope = Scope(named, longest, self._tasks(named, longest), diagnoses)
         self.ledger = Ledger(self.folder, self._settings(), began)
         self.speeds = Speeds(self.ledger.speeds, bool(model.calibration))
         beside = Measuring(model, text=text, batch=config.batch, segment=self.measuring.segment, seed=config.seed)
         beside.memory = self.measuring.memory
         self.predictor = Predictor(beside, self.speeds, self.train_length)
-        self.predictor.candidates = candidates(self.train_length)
         stopped = {name: step for name, step in self.ledger.steps.items() if step["outcome"] == STOPPED}
         self.predictor.least = {name: OVERDUE * step["seconds"] for name, step in stopped.items()}
-        self.diagnoses = diagnostics(self.train_length) if model.attends else []
         self.not_applicable: dict[str, str] = {}
         self.not_measured: list[dict[str, Any]] = []
         self.stored = self.frame()
@@ -156,10 +123,9 @@ class Pilot:
 
     # --- before anything is measured
 
-    def _tasks(self) -> dict[Task, int]:
+    def _tasks(self, named: tuple[int, ...] | None, longest: int) -> dict[Task, int]:
         """Return the tasks with the shortest length, of those that may be asked, that their prompts fit into."""
-        longest = max(self.given) if self.given else self.most
-        lengths = self.given or [self.train_length << k for k in range((longest // self.train_length).bit_length())]
+        lengths = named or lengths_up_to(longest, self.train_length)
         within = [n for n in lengths if n >= self.train_length]
         return least_lengths(self.config.tasks, within, MOST_PROMPTS, self.config.seed, self.model.tokenizer)
 
@@ -169,80 +135,44 @@ class Pilot:
         return {
             **{column: key.get(column) for column in (*SETTING, "batch", "device", "backend", "seed")},
             "text_hash": self.text.hash,
-            "lengths": self.given and list(self.given),
+            "lengths": self.scope.lengths and list(self.scope.lengths),
             "tasks": [f"{task} {text_name(task)}" for task in self.config.tasks],
             "train_length": self.train_length,
             "version": __version__,
         }
 
     def frame(self) -> pd.DataFrame:
-        """Return what the folder holds of this model, text and question (where names stand plain)."""
-        key = self.measuring.key()
-        frame = to_frame(self.results.rows())
-        same = alike(frame, {c: key.get(c) for c in (*SETTING, "batch", "device", "seed")})
-        of_text = (frame["task"] == "lm") & (frame["text_hash"] == self.text.hash)
-        asked = {(plain(task.label), plain(text_name(task))) for task in all_asked(self.config.tasks)}
-        of_tasks = pd.Series([pair in asked for pair in zip(frame["task"], frame["text"])], frame.index, bool)
-        return frame[same & (of_text | of_tasks)].reset_index(drop=True)
+        """Return what the folder holds of this model, text and question."""
+        return cells_of(self.measuring, self.text, self.config.tasks)
 
     def estimate(self) -> tuple[Sizes, Estimate]:
         """Measure speeds where no run before did, choose the sizes, and return them with what they will take."""
-        self._measure_speeds()
-        budget, known = self.config.budget, f"{self.config.budget:g}"
-        if known in self.ledger.sizes:
-            values: dict[str, Any] = self.ledger.sizes[known]
+        measure_speeds(self.predictor, self.text, self.scope.longest, self.config.budget, self.ledger.tick)
+        budget = f"{self.config.budget:g}"
+        if budget in self.ledger.sizes:
+            values: dict[str, Any] = self.ledger.sizes[budget]
             values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
             sizes = Sizes(**values)
         else:
-            left = max(1.0, budget - self.ledger.spent - self.reserve)
-            sizes = choose(self.predictor, self.given, self.most, self.tasks, left, self.diagnoses)
-            self.ledger.sizes, self.ledger.finalists = (
-                {known: asdict(sizes)},
-                None,
-            )  # those of other sizes are not its own
+            sizes = choose(self.predictor, self.scope, max(1.0, self.time.seconds))
+            self.ledger.sizes = {budget: asdict(sizes)}
+            self.ledger.finalists = None  # those of other sizes are not its own
         self.ledger.speeds = self.speeds.stored()
+        stages, seconds = stages_within(self.predictor, self.scope, sizes, self.time, self._is_stored)
         peak = own_peak(self.model.device) + self._growth(sizes.farthest, max(sizes.slices, sizes.final_slices))
-        spent, price = self.ledger.spent, self.config.price
-        estimate = estimated(
-            self.predictor, sizes, self.tasks, self.diagnoses, spent, budget, self.reserve, peak, price, self._is_stored
-        )
+        price = None if self.config.price is None else self.config.price * seconds / 3600
         self.ledger.save()
-        return sizes, estimate
+        return sizes, Estimate(stages, seconds, peak, price)
+
+    @property
+    def time(self) -> TimeLeft:
+        """Where it stands in its budget."""
+        return TimeLeft(self.config.budget, self.ledger.spent, self.reserve)
 
     def _growth(self, length: int, rows: int) -> float:
         """Return the bytes that attention's keys and values take, where the model has any."""
         state = self.model.state_size()
         return float((state.total(length) - state.total(0)) * rows * next(self.model.parameters()).element_size())
-
-    def _measure_speeds(self) -> None:
-        """Measure how fast the model reads without a remedy; with each control; and, where calibration takes little,
-        with each of the first remedies."""
-        model, segment, started = self.model, self.measuring.segment, time.monotonic()
-        n = min(max(2 * segment // ROWS, 3 * self.train_length), self.most)
-        ids = torch.stack([torch.from_numpy(tokens(self.text, model.tokenizer, i, n + 1)[0]) for i in range(ROWS)])
-        share = TRYING * self.config.budget
-        seconds = min(1.0, share / 10)
-        if "none" not in self.speeds.reading:
-            self.speeds.reading["none"] = reading_speed(model, ids, segment, seconds)
-            self.speeds.token = token_seconds(model, ids[:, :64])
-        dear = self.speeds.putting_on("a-floor", self.train_length) > max(1.0, share)
-        for name in [*controls(self.train_length), *([] if dear else candidates(self.train_length))]:
-            read, control = name in self.speeds.reading, name in controls(self.train_length)
-            late = time.monotonic() - started > share  # then what is not measured is guessed
-            if not control and (read or late):
-                continue
-            try:
-                with mitigate(model, name, target_length=2 * self.train_length) as handle:
-                    least = 2 * self.train_length if model.restart else 0
-                    if not read:
-                        warm = model.device.type == "cuda"
-                        self.speeds.reading[name] = reading_speed(model, ids, segment, seconds, least, warm)
-            except InputError:  # said when its turn comes
-                continue
-            self.speeds.ready.add(name)
-            if handle.plan.restart:
-                self.predictor.handles[name] = handle
-            self.ledger.tick()
 
     # --- measuring
 
@@ -252,18 +182,17 @@ class Pilot:
         Raises:
             InputError: not even the first does, and nothing is stored.
         """
-        steps = first_steps(sizes, self.train_length, self.tasks, self.diagnoses)
+        steps = first_steps(sizes, self.train_length, self.scope.tasks, self.scope.diagnoses)
         self._need_room(steps[0])
         self._measure_all(steps)
         if self.ledger.finalists is None and self._can_choose(steps):
             best = self.ledger.finalists = finalists(self.frame(), candidates(self.train_length), self.speeds.processor)
-            left = self.config.budget - self.ledger.spent - self.reserve
-            sizes = further(self.predictor, sizes, self.given, self.most, self.tasks, left, best)
+            sizes = further(self.predictor, self.scope, sizes, self.time.seconds, best)
             self.ledger.sizes = {f"{self.config.budget:g}": asdict(sizes)}
             self.ledger.save()
         if self.ledger.finalists:
-            self._measure_all(final_steps(sizes, self.train_length, self.tasks, self.ledger.finalists))
-        self._measure_all(other_steps(sizes, self.train_length, self.tasks))
+            self._measure_all(final_steps(sizes, self.train_length, self.scope.tasks, self.ledger.finalists))
+        self._measure_all(other_steps(sizes, self.train_length, self.scope.tasks))
         if self.reused:
             cells = counted(self.reused, "cell")
             self.say(f"{cells} had been measured before and were taken as they are")
@@ -289,7 +218,7 @@ class Pilot:
         )
 
     def _fits(self, step: Step) -> bool:
-        return self.ledger.spent + SAFETY * self.predictor.seconds(step) + self.reserve <= self.config.budget
+        return self.time.fits(self.predictor.seconds(step))
 
     def _measure_all(self, steps: Sequence[Step]) -> None:
         for step in steps:
@@ -349,8 +278,7 @@ class Pilot:
     def _advance(self, tokens: int) -> None:
         """Look at the clock whenever some tokens were read. Raises TimeIsUp in a step that takes too long."""
         self.ledger.tick()
-        late = self.ledger.spent > self.config.budget - self.reserve
-        if self.running and (late or time.monotonic() > self.latest):
+        if self.running and (self.time.seconds < 0 or time.monotonic() > self.latest):
             raise TimeIsUp
 
     def _leave(self, step: Step, why: str) -> None:
@@ -369,7 +297,7 @@ class Pilot:
         c = self.config
         question = Question.of(list(step.lengths), [step.job], [step.remedy], self.text, None, c.batch, c.seed)
         lengths = step.job.lengths(list(step.lengths), self.train_length)
-        if step.stage == PLAIN:  # what a text has not is said once
+        if step.stage == PLAIN:  # what a text lacks is said once
             step.job.check(self.measuring, lengths)
         name = str(parse_remedy(step.remedy))
         measurements = [m for m in plan(question, [self.measuring]) if m.mitigation == name]
@@ -400,22 +328,4 @@ class Pilot:
 
     def _count_stored(self, step: Step, frame: pd.DataFrame | None = None) -> int:
         """Return the number of cells of a step, 0 where one is missing. frame: None: what was there before."""
-        if step.job is None:
-            return 0
-        frame = self.stored if frame is None else frame
-        rows: Any = frame[frame["mitigation"] == plain(str(parse_remedy(step.remedy)))]
-        rows = rows[rows["task"] == plain(step.job.label)]
-        metric = "accuracy" if isinstance(step.job, Recall) else "nats_per_token"
-        whole = rows[(rows["metric"] == metric) & rows["depth"].isna()]
-        lengths = step.job.lengths(list(step.lengths), self.train_length)
-        for length in lengths:
-            at = whole[whole["length"] == length]
-            if at.empty or int(at["n"].max()) < self._samples(step, length):
-                return 0
-        return int(rows["length"].isin(lengths).sum())
-
-    def _samples(self, step: Step, length: int) -> int:
-        if isinstance(step.job, LossOverLength):
-            return step.job.count(self.measuring, length)
-        assert isinstance(step.job, Recall)
-        return step.job.counts.at(length)
+        return count_cells(step, self.stored if frame is None else frame, self.measuring, self.train_length)

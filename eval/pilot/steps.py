@@ -134,8 +134,8 @@ Tasks = Mapping[Task, int]
 def _recalls(stage: str, name: str, tasks: Tasks, prompts: int, sizes: Sizes, train_length: int) -> list[Step]:
     steps = []
     for task, least in tasks.items():
-        if asked := recall_lengths(sizes.lengths, train_length, least):
-            steps.append(Step(stage, name, recall_job(task, prompts), asked))
+        if lengths := recall_lengths(sizes.lengths, train_length, least):
+            steps.append(Step(stage, name, recall_job(task, prompts), lengths))
     return steps
 
 
@@ -148,15 +148,17 @@ def first_steps(sizes: Sizes, train_length: int, tasks: Tasks, diagnoses: Sequen
     steps += [Step(REMEDIES, name, loss, lengths) for name in remedies]
     steps.append(Step(HEADS, "none", None, (min(sizes.longest, PROBED * train_length),)))
     for name in ["none", *controls(train_length), *remedies]:
-        asked = {**tasks, **without_document(tasks)} if name == "none" else tasks
-        steps += _recalls(RECALL, name, asked, sizes.prompts, sizes, train_length)
+        its_tasks = {**tasks, **without_document(tasks)} if name == "none" else tasks
+        steps += _recalls(RECALL, name, its_tasks, sizes.prompts, sizes, train_length)
     return steps
 
 
 def without_document(tasks: Tasks) -> Tasks:
     """Return the controls of questions about documents: the same ones without the document."""
-    asked = {task: least for task, least in tasks.items() if isinstance(task, QuestionAnswering) and task.document}
-    return {replace(task, document=False): least for task, least in asked.items()}
+    with_document = {
+        task: least for task, least in tasks.items() if isinstance(task, QuestionAnswering) and task.document
+    }
+    return {replace(task, document=False): least for task, least in with_document.items()}
 
 
 def final_steps(sizes: Sizes, train_length: int, tasks: Tasks, finalists: Sequence[str]) -> list[Step]:

@@ -54,9 +54,9 @@ def write_pilot(pilot: Pilot, estimate: Estimate) -> tuple[dict[str, Any], Recom
     """Write what is known of a pilot into its folder; return what pilot.json holds, and the recommendation."""
     pilot.results.gather()
     frame, c = pilot.frame(), pilot.config
-    said, found = of_table(frame, about_model(pilot))
-    fall = said["collapse"]
-    content = said | {
+    facts, advice = of_table(frame, about_model(pilot))
+    fall = facts["collapse"]
+    content = facts | {
         "model": _described(pilot.model),
         "text": documents(pilot.model, pilot.text, fall["length"]),
         "budget": {"seconds": c.budget, "spent": pilot.ledger.spent, "price_an_hour": c.price},
@@ -72,19 +72,19 @@ def write_pilot(pilot: Pilot, estimate: Estimate) -> tuple[dict[str, Any], Recom
     write_atomic(pilot.folder / FILE, json.dumps(content, indent=1, allow_nan=False).encode())
     write_page(page_of(pilot.folder), pilot.folder / PAGE)
     pilot.ledger.save()
-    return content, found
+    return content, advice
 
 
 def of_table(frame: pd.DataFrame, about: dict[str, Any]) -> tuple[dict[str, Any], Recommendation]:
     """Return what a table says, by the keys of pilot.json, and the recommendation. about: see `recommend`."""
-    found, table = recommend(frame, about), most_read(frame)
+    advice, table = recommend(frame, about), most_read(frame)
     compared, everything = (
         comparison(some, wide, about.get("processor")) for some, wide in ((table, False), (frame, True))
     )
     best = [] if compared is None else [row.name for row in ranked(compared, NAMED)]
-    names = list(dict.fromkeys(["none", *([found.remedy] if found.remedy else []), *best]))
-    above = above_without_document(frame, found.remedy or "none")
-    said = {
+    names = list(dict.fromkeys(["none", *([advice.remedy] if advice.remedy else []), *best]))
+    above = above_without_document(frame, advice.remedy or "none")
+    facts = {
         "collapse": collapse(frame),
         "compared": None if compared is None else _compared(compared),
         "screened": None if everything is None else _compared(everything),
@@ -92,25 +92,36 @@ def of_table(frame: pd.DataFrame, about: dict[str, Any]) -> tuple[dict[str, Any]
         "above_without_document": {task: gain._asdict() for task, gain in above.items()},
         "context_gain": context_gain(table, names),
         "throughput": throughput(table, names, None if compared is None else compared.length),
-        "recommendation": asdict(found),
+        "recommendation": asdict(advice),
     }
-    return said, found
+    return facts, advice
 
 
 def about_model(pilot: Pilot) -> dict[str, Any]:
     """Return what the lines that use a remedy depend on."""
-    own = not isinstance(pilot.model, Adopted)
+    ours = not isinstance(pilot.model, Adopted)
     return {
         "model": pilot.config.model,
         "text": pilot.config.text,
         "options": list(pilot.config.options),
+        "tokenizer": _tokenizer(pilot),
         "train_length": pilot.train_length,
         "given_train_length": pilot.config.given_train_length,
-        "adopted": not own,
+        "adopted": not ours,
         "processor": pilot.speeds.processor,
-        "foldable": [name for name, kind in REMEDIES.items() if kind.foldable] if own else [],
+        "foldable": [name for name, kind in REMEDIES.items() if kind.foldable] if ours else [],
         "per_length": [name for name, kind in REMEDIES.items() if kind.per_length],
     }
+
+
+def _tokenizer(pilot: Pilot) -> str:
+    """Return what names the model's tokenizer: bytes, what the person gave, what the checkpoint names, or the model,
+    beside which it lies."""
+    if pilot.model.tokenizer.name == "bytes":
+        return "bytes"
+    options = pilot.config.options
+    named = dict(zip(options[::2], options[1::2])).get("--tokenizer")
+    return named or str(getattr(pilot.model.tokenizer, "spec", None) or pilot.config.model)
 
 
 def _described(model: LanguageModel) -> dict[str, Any]:
@@ -176,10 +187,12 @@ def excerpts(pilot: Pilot, collapses_at: int | None) -> dict[str, Any]:
         shown.append(
             {"slice": i, "from": at // 2, "text": pilot.model.tokenizer.decode(ids[:EXCERPT].tolist())[:EXCERPT]}
         )
-    asked = [task.questions.asked for task in pilot.config.tasks if isinstance(task, QuestionAnswering)]
+    files = [task.questions.asked for task in pilot.config.tasks if isinstance(task, QuestionAnswering)]
     return {
         "text": shown,
-        "questions": [{"question": one.question, "answers": list(one.answers)} for some in asked for one in some],
+        "questions": [
+            {"question": one.question, "answers": list(one.answers)} for questions in files for one in questions
+        ],
     }
 
 
@@ -217,18 +230,18 @@ def estimate_table(estimate: Estimate, budget: float) -> list[RenderableType]:
     return [Words("What a pilot will take", style="bold"), grid, Words(total), Words("")]
 
 
-def summary(content: Mapping[str, Any], found: Recommendation) -> list[RenderableType]:
+def summary(content: Mapping[str, Any], advice: Recommendation) -> list[RenderableType]:
     """Return what is printed at the end: the ranking, what to do and how sure that is, and the lines that do it."""
     pieces: list[RenderableType] = []
     if content["compared"] is not None:
         pieces += [_ranking(content["compared"]), Words("")]
     if content["onset"] is not None:
         pieces.append(Words(f"Heads: {content['onset']['verdict']}."))
-    pieces += [Words(word) for word in found.words]
-    pieces += [Words(f"- {word}", style="dim") for word in found.uncertainty]
-    if found.python:
-        pieces += [Words(""), Words(found.python), Words(""), Words(found.command)]
-    for what, command in found.next_steps:
+    pieces += [Words(word) for word in advice.words]
+    pieces += [Words(f"- {word}", style="dim") for word in advice.uncertainty]
+    if advice.python:
+        pieces += [Words(""), Words(advice.python), Words(""), Words(advice.command)]
+    for what, command in advice.next_steps:
         pieces += [Words(""), Words(f"{what}:"), Words(f"  {command}")]
     if content["not_measured"]:
         steps = content["not_measured"]

@@ -1,5 +1,5 @@
-"""What changed between two folders of results, or two of comparisons: cell by cell, paired by slice, from their tables
-alone.
+"""What changed between two folders of results, two of comparisons, of growth or of lm-eval: cell by cell, paired by
+slice where slices are kept, from their tables alone.
 
 A cell of one folder is paired with the cell of the other that has the same key. Where there is none, columns that say
 how it was computed (LOOSE) are let go one after the other, those of the text last, as long as what is left names one
@@ -27,10 +27,15 @@ from rnn_longctx.config import home_path
 from rnn_longctx.errors import InputError
 from rnn_longctx.eval.results import KEY, RUNS, Results
 from rnn_longctx.eval.stats import Interval, crossed, paired_bootstrap
-from rnn_longctx.eval.tables import compare
+from rnn_longctx.eval.tables import compare, growth
 from rnn_longctx.eval.tables.sheets import DEPTHS
 
 STUDY = "study.yaml"  # of a comparison
+LM_EVAL = "lm_eval.csv"  # as rnn_longctx.eval.harness writes it
+READS = (
+    "compare-runs reads folders that eval or pilot filled (results.parquet or results.csv), "
+    f"compare ({compare.FILE}, {growth.FILE}) or lm-eval ({LM_EVAL})"
+)
 LOOSE = (
     *("weights_hash", "calibration", "plugins", "batch", "backend", "device", "dtype", "state_dtype"),
     *("parameters", "learning_rate", "text_hash"),
@@ -94,11 +99,19 @@ class Changes:
 
 
 def read_run(folder: str | Path) -> Run:
-    """Return a folder of results or of a comparison. Raises InputError: it is neither, or cannot be read."""
+    """Return the cells of a folder of one of the kinds above. Raises InputError: it is of none, or cannot be read."""
     path = home_path(folder)
     if (path / compare.FILE).exists():
         rows = _records(compare.read(path))
         return Run(str(folder), "a comparison", _of_comparison(rows), _study(path / STUDY))
+    if (path / growth.FILE).exists():
+        rows = _records(growth.read(path))
+        header = {c: " and ".join(sorted({_text(row[c]) for row in rows})) for c in ("device", "dtype", "versions")}
+        return Run(str(folder), "growth", _of_growth(rows), _study(path / STUDY) | header)
+    if path.is_dir() and not any((path / name).exists() for name in ("results.parquet", "results.csv")):
+        if (path / LM_EVAL).exists():
+            return Run(str(folder), "lm-eval", _of_lm_eval(path / LM_EVAL))
+        raise InputError(f"there is no such table in {path}: {READS}")
     frame = Results.read(path)
     header = _commands(path / RUNS)
     header["version"] = " and ".join(sorted({str(v) for v in frame["version"].dropna()}))
@@ -106,7 +119,7 @@ def read_run(folder: str | Path) -> Run:
 
 
 def compare_runs(a: Run, b: Run) -> Changes:
-    """Return what changed from one run to another. Raises InputError: one is of results, the other a comparison."""
+    """Return what changed from one run to another. Raises InputError: they are of two kinds."""
     if a.kind != b.kind:
         raise InputError(f"{a.folder} is of {a.kind} and {b.folder} of {b.kind}: they have no cells in common")
     pairs, only_a, only_b = _paired(a.cells, b.cells)
@@ -145,6 +158,27 @@ def _of_comparison(rows: Sequence[Mapping[str, Any]]) -> list[Cell]:
         words = together["note"] if together["metric"] in ("verdict", "T_forget", "not_applicable") else None
         cells.append(Cell(dict(zip(columns, key)), value, samples, words))
     return cells
+
+
+def _of_growth(rows: Sequence[Mapping[str, Any]]) -> list[Cell]:
+    """Return a cell for each thing measured, of which there is one sample; what was done stands as its task."""
+    cells = []
+    for row in rows:
+        for metric in growth.MEASURED:
+            if row[metric] is not None:
+                place = {c: row[c] for c in growth.KEY if c != "what"} | {"task": row["what"], "metric": metric}
+                cells.append(Cell(place, float(row[metric]), {None: [float(row[metric])]}))
+    return cells
+
+
+def _of_lm_eval(file: Path) -> list[Cell]:
+    """Return a cell a row. It has no samples: lm-eval's table keeps the mean alone."""
+    try:
+        rows = _records(pd.read_csv(file, dtype={"weights_hash": str}))
+        columns = ("model", "weights_hash", "mitigation", "task", "length", "metric", "dtype", "state_dtype", "seed")
+        return [Cell({c: row[c] for c in columns}, float(row["value"]), {}) for row in rows]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise InputError(f"cannot read {file}: {' '.join(str(error).split())}") from None
 
 
 def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:

@@ -133,6 +133,12 @@ def row(line: str) -> None:
         show(line)
 
 
+def address(line: str) -> None:
+    """Show the line without which nobody can use the command while it runs: also where messages are not wanted, and
+    on stderr where a document is."""
+    typer.echo(plain(line), err=_now.as_json)
+
+
 def show(*shown: RenderableType, width: int = WIDTH) -> None:
     """Show results to a person."""
     if _now.as_json:

@@ -28,6 +28,18 @@ def longest(model: Any, rows: int = 1) -> int | None:
     return max(1, (ELEMENTS - 1) // (max(1, rows) * width))
 
 
+def too_long(model: Any, rows: int, length: int) -> str | None:
+    """Return the warning of a call of that many rows and tokens, None where it is not longer than `longest`."""
+    limit = longest(model, rows)
+    if limit is None or length <= limit:
+        return None
+    return (
+        f"{model.name}: a call of {rows} x {length:,} tokens through layers {widest(model):,} wide is past the 32-bit "
+        f"limit of mamba-ssm's kernels, which then fault or give wrong numbers: read at most {limit:,} tokens at once, "
+        "or with rnn_longctx.generate and evaluate, which do"
+    )
+
+
 def kernels_there() -> bool:
     """Whether the kernels of mamba-ssm may run, from its package or the hub's."""
     return any(find_spec(package) is not None for package in ("mamba_ssm", "kernels"))

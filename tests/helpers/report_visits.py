@@ -19,6 +19,21 @@ class Visit:
         self.tab.wait_for_selector("html[data-drawn]", timeout=60_000)
         return self.tab
 
+    def figures(self) -> list[str]:
+        """The names of the page's figures."""
+        return self.tab.evaluate("Object.keys(page.figures)")
+
+    def check_figures(self) -> None:
+        """Hold every figure to be drawn, with something in it and words beside it."""
+        assert self.figures()
+        for name in self.figures():
+            plot = self.tab.locator(f"#{name}-plot")
+            assert plot.locator("svg.main-svg").count() >= 1
+            drawn = plot.locator(".scatterlayer .trace, .heatmaplayer image, .barlayer .trace").count()
+            assert drawn > 0, f"{name} is empty"
+            words = self.tab.locator(f"#{name}-words").inner_text()
+            assert plot.get_attribute("aria-labelledby") == f"{name}-words" and len(words) > 20
+
     def shown(self, figure: str) -> list[bool]:
         """Which traces of a figure are drawn."""
         return self.tab.evaluate(SHOWN, figure)

@@ -14,10 +14,13 @@ from typing import Any
 
 import torch
 import yaml
+from torch import Tensor
 
 from rnn_longctx.config import to_dict
+from rnn_longctx.models.cache import Cache
 from rnn_longctx.models.mixers.mamba2 import Mamba2Config
 from rnn_longctx.train import TrainConfig
+from rnn_longctx.train.carries import state_map
 from rnn_longctx.train.snapshots import newest_snapshot
 
 TINY = Mamba2Config(d_model=16, n_layer=2, vocab_size=256, d_state=8, headdim=8)
@@ -90,3 +93,12 @@ def run_and_kill(config: TrainConfig, file: Path, deadline: float = 60) -> None:
         process.send_signal(signal.SIGKILL)
         process.communicate()
     assert process.returncode == -signal.SIGKILL and not (Path(config.out) / "model").exists()
+
+
+def random_start(model: Any, rows: int) -> Cache:
+    return state_map(torch.randn_like, model.new_cache(rows))
+
+
+def states(cache: Cache) -> list[tuple[Tensor, Tensor]]:
+    """Of each layer, the last inputs of its convolution and its scan's state."""
+    return [(layer.conv, layer.scan.state) for layer in cache.layers]

@@ -123,7 +123,8 @@ def test_every_call_of_ours_is_cut(build, family, narrow):
 @torch.no_grad()
 def test_a_persons_own_longer_call_is_warned_of_once(build, monkeypatch):
     monkeypatch.setattr(adopting, "kernels_there", lambda: True)
-    monkeypatch.setattr(adopting, "longest", lambda model, rows=1: 22 // rows)
+    for module in (adopting, segments):
+        monkeypatch.setattr(module, "longest", lambda model, rows=1: 22 // rows)
     model, ids = build("bamba"), random_ids(2, 12)
     adopt(model)
     with warnings.catch_warnings():
@@ -140,7 +141,8 @@ def test_a_persons_own_longer_call_is_warned_of_once(build, monkeypatch):
 @torch.no_grad()
 def test_a_remedy_on_some_layers_leaves_the_others_to_their_kernels(build, monkeypatch):
     monkeypatch.setattr(adopting, "kernels_there", lambda: True)
-    monkeypatch.setattr(adopting, "longest", lambda model, rows=1: 11)
+    for module in (adopting, segments):
+        monkeypatch.setattr(module, "longest", lambda model, rows=1: 11)
     model, ids = build("mamba2"), random_ids(1, 12)
     ours = adopt(model)
     with warnings.catch_warnings():

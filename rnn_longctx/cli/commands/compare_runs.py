@@ -9,7 +9,7 @@ import typer
 from rnn_longctx.cli.command import command
 from rnn_longctx.cli.output import fact, table
 
-FOLDER = "A folder that eval or compare filled."
+FOLDER = "A folder that eval, pilot, compare or lm-eval filled."
 
 
 @command("compare-runs")

@@ -44,10 +44,23 @@ def pilot(
         rnn-longctx pilot demo --text stdlib --budget 10m --estimate --price 2.5
     """
     began = time.monotonic() - process_seconds()
-    from rnn_longctx.eval.pilot.ask import ask
+    from rnn_longctx.config import parse_length, parse_lengths
+    from rnn_longctx.eval.pilot.config import PilotConfig, option_words, parse_tasks
     from rnn_longctx.eval.pilot.write import estimate_table, summary, write_pilot
+    from rnn_longctx.eval.tune.budget import parse_time
 
-    config = ask(model, text, str(out), budget, price, task, lengths, with_text, options)
+    config = PilotConfig(
+        model=model,
+        text=text,
+        out=str(out),
+        budget=parse_time(budget),
+        lengths=None if lengths is None else tuple(parse_lengths(lengths)),
+        tasks=parse_tasks(task),
+        price=price,
+        with_text=with_text,
+        options=option_words(options),
+        given_train_length=None if options.train_length is None else parse_length(options.train_length),
+    )
     from rnn_longctx.data import load_text
     from rnn_longctx.eval.pilot.run import Pilot
     from rnn_longctx.models.modes import evaluating

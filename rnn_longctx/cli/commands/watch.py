@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from rnn_longctx.cli.command import command
-from rnn_longctx.cli.output import row, say
+from rnn_longctx.cli.output import address, say
 
 
 @command("watch")
@@ -29,7 +29,7 @@ def watch(
         try:
             file = server.source.follow.path
             waits = "" if file.exists() else f"; {file} is not there yet"
-            row(f"{server.url} (Ctrl-C ends it{waits})")
+            address(f"{server.url} (Ctrl-C ends it{waits})")
             server.serve_forever()
         except KeyboardInterrupt:
             say(f"ended; {counted(server.source.points.count, 'row')} of {log} were read")

@@ -31,7 +31,7 @@ from rnn_longctx.models.losses import token_losses
 from rnn_longctx.models.precision import state_dtype
 from rnn_longctx.models.reading import Hooked
 from rnn_longctx.models.restart import Restart, read_restarting
-from rnn_longctx.models.segments import kernels_there, longest, widest
+from rnn_longctx.models.segments import kernels_there, longest, too_long
 from rnn_longctx.models.state_size import StateSize
 from rnn_longctx.recurrence.backends import Call
 from rnn_longctx.recurrence.policy import PLAIN
@@ -357,16 +357,9 @@ class Adopted(Hooked, Identified):
         if self._warned or torch.compiler.is_compiling() or all(mixer.active for mixer in self.mixers):
             return
         u = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.ndim == 3), None)
-        limit = None if u is None else longest(self, len(u))
-        if u is not None and limit is not None and u.shape[1] > limit:
+        if u is not None and (warning := too_long(self, *u.shape[:2])):
             self._warned = True
-            warnings.warn(
-                f"{self.name}: a call of {len(u)} x {u.shape[1]:,} tokens through layers {widest(self):,} wide is past "
-                f"the 32-bit limit of mamba-ssm's kernels, which then fault or give wrong numbers: read at most "
-                f"{limit:,} tokens at once, or with rnn_longctx.generate and evaluate, which do",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+            warnings.warn(warning, RuntimeWarning, stacklevel=2)
 
     def stream(self, ids: Tensor, cache: AdoptedCache | None = None, segment: int = 4096) -> Iterator[Tensor]:
         """Yield the hidden states of ids (B, T), or (T), a segment at a time, in the memory of one (and attention's

@@ -13,7 +13,8 @@ import transformers
 import rnn_longctx
 from rnn_longctx.data import ByteTokenizer, Text
 from rnn_longctx.eval.pilot import run as pilot_run
-from rnn_longctx.eval.pilot.run import Pilot, PilotConfig
+from rnn_longctx.eval.pilot.config import PilotConfig
+from rnn_longctx.eval.pilot.run import Pilot
 from rnn_longctx.eval.pilot.steps import Sizes
 from rnn_longctx.eval.pilot.write import write_pilot
 

@@ -17,7 +17,7 @@ from evaluated import make_model
 from rnn_longctx import cli
 from rnn_longctx.cli.options import ModelOptions
 from rnn_longctx.errors import InputError
-from rnn_longctx.eval.pilot.ask import ask
+from rnn_longctx.eval.pilot.config import option_words, parse_tasks
 from rnn_longctx.models import checkpoint
 from rnn_longctx.tasks.passkey import Passkey
 
@@ -92,18 +92,16 @@ def test_bad_input_is_one_line(store, monkeypatch, capsys, words, message):
 
 def test_questions_are_named_by_their_file_alone(store):
     (store / "q.jsonl").write_text('{"document": "docs are here", "question": "where?", "answer": "here"}\n')
-    options = ModelOptions(train_length="2k", tokenizer="bytes", device="cpu")
-
-    def asked(tasks):
-        return ask("tiny", "docs", "out", "10m", None, tasks, "1k,2k", False, options)
-
-    config = asked(["qa:q.jsonl", "qa:file=q.jsonl", "passkey"])
-    assert [task.label for task in config.tasks] == ["qa-q", "passkey"] and config.budget == 600
-    assert config.given_train_length == 2048 and config.lengths == (1024, 2048)
-    assert config.options == ("--tokenizer", "bytes", "--train-length", "2k", "--device", "cpu")
-    assert asked(None).tasks == (Passkey(),)
+    tasks = parse_tasks(["qa:q.jsonl", "qa:file=q.jsonl", "passkey"])
+    assert [task.label for task in tasks] == ["qa-q", "passkey"] and parse_tasks(None) == (Passkey(),)
     with pytest.raises(InputError, match="unknown task"):
-        asked(["qq:q.jsonl"])
+        parse_tasks(["qq:q.jsonl"])
+
+
+def test_the_words_that_name_the_model_are_kept():
+    options = ModelOptions(train_length="2k", tokenizer="bytes", device="cpu")
+    assert option_words(options) == ("--tokenizer", "bytes", "--train-length", "2k", "--device", "cpu")
+    assert option_words(ModelOptions()) == ()
 
 
 @pytest.mark.slow

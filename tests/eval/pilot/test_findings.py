@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import shlex
+from dataclasses import replace
+from pathlib import Path
 
 import adopted_families
 import numpy as np
@@ -12,6 +15,7 @@ import torch
 import transformers
 
 from rnn_longctx import load
+from rnn_longctx.config import load_yaml
 from rnn_longctx.eval.pilot.findings import (
     collapse,
     comparison,
@@ -22,12 +26,16 @@ from rnn_longctx.eval.pilot.findings import (
     ranked,
     recall_rows,
 )
-from rnn_longctx.eval.pilot.recommend import lines, next_steps, recommend
+from rnn_longctx.eval.pilot.recommend import gain_words, lines, next_steps, recommend
+from rnn_longctx.eval.stats import Interval
 from rnn_longctx.models.checkpoint import save
+from rnn_longctx.train import TrainConfig, spelled_out
+
+ROOT = Path(__file__).parents[3]
 
 ABOUT = {
-    "model": "my model", "text": "my documents", "options": [], "train_length": 256, "given_train_length": None,
-    "adopted": False, "foldable": [], "per_length": [],
+    "model": "my model", "text": "my documents", "options": [], "tokenizer": "bytes", "train_length": 256,
+    "given_train_length": None, "adopted": False, "foldable": [], "per_length": [],
 }  # fmt: skip
 
 
@@ -135,6 +143,22 @@ def test_a_model_that_does_not_collapse_is_left_as_it_is(story):
     assert "mitigate" not in found.python and "--mitigation" not in found.command
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "words"),
+    [
+        (0.01, 0.03, "reading everything gains 0.020 nats a token over recompute:last=512 (95% +0.010 to +0.030)"),
+        (-0.03, -0.01, "reading everything loses 0.020 nats a token against recompute:last=512"),
+        (-0.01, 0.05, "reading everything gains nothing that can be told from zero (+0.020 nats a token) over"),
+        (math.nan, math.nan, "one stretch has no interval"),
+    ],
+)
+def test_what_reading_everything_gains_in_words(story, low, high, words):
+    compared = comparison(story)
+    gain = Interval(math.copysign(0.02, low + high), low, high, 8)
+    row = replace(compared.row("state-norm"), gain=gain)
+    assert words in gain_words(row, compared)
+
+
 def test_too_little_is_not_decided(story):
     bare = story[story.mitigation == "none"]
     assert recommend(bare, ABOUT).kind == "undecided" and "collapses at 8K" in recommend(bare, ABOUT).words[0]
@@ -214,6 +238,17 @@ def test_the_lines_say_how_the_model_was_loaded(tmp_path, monkeypatch):
     assert "tokenizer='my tokenizer'" in odd[0] and "--tokenizer 'my tokenizer' --mitigation" in odd[1]
     commands = [shlex.split(command) for _, command in next_steps(ABOUT | {"model": HOSTILE, "text": HOSTILE})]
     assert f"model={HOSTILE}" in commands[0] and HOSTILE in commands[2]
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "my tokenizer"])
+@pytest.mark.parametrize("train_length", [64, 512, 2048, 4096])
+def test_the_next_step_is_a_training_that_begins(tokenizer, train_length):
+    """With the model's own tokenizer, and with what the config has for 16K tokens cut to fewer."""
+    (_, train), *_ = next_steps(ABOUT | {"tokenizer": tokenizer, "train_length": train_length})
+    _, _, file, _, *settings = shlex.split(train)
+    config = load_yaml(TrainConfig, ROOT / file, spelled_out(settings))
+    assert config.data.tokenizer == tokenizer and config.init == "my model"
+    assert config.longest == 8 * train_length == max(config.data.passkey.lengths)
 
 
 def test_the_lines_of_a_model_of_another_library(tmp_path, monkeypatch):

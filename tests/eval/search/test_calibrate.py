@@ -1,32 +1,26 @@
-"""Calibration: the guard, the searches, the file it writes and who may read it; saved states; the leaderboard."""
+"""Calibration: the guard, the searches, the file it writes and who may read it."""
 
 import copy
 import math
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
-from made_prompts import multikey_batch, words_batch
 from transformers import AutoModelForCausalLM, MambaConfig
-from typer.testing import CliRunner
 
-from rnn_longctx import cli
 from rnn_longctx.data import ByteTokenizer, Text, load_text
 from rnn_longctx.errors import InputError
 from rnn_longctx.eval import evaluate
 from rnn_longctx.eval.search import calibrate as module
 from rnn_longctx.eval.search.calibrate import calibrate
-from rnn_longctx.eval.show.ranking import board_tables
 from rnn_longctx.eval.tables.leaderboard import leaderboard
 from rnn_longctx.mitigations import mitigate, parse_remedy
 from rnn_longctx.mitigations.calibrated import CalibrationFile
 from rnn_longctx.models.adopt.adopting import adopt
 from rnn_longctx.models.cache import Cache
-from rnn_longctx.models.generate import generate, prefill
 from rnn_longctx.models.lm import Mamba2LM
 from rnn_longctx.models.mixers.mamba2 import Mamba2Config
-from rnn_longctx.models.saved_state import load_state, save_state
+from rnn_longctx.models.saved_state import save_state
 
 TEXT = Text("made", bytes(torch.randint(32, 127, (9000,), generator=torch.Generator().manual_seed(1)).tolist()))
 
@@ -311,144 +305,3 @@ def test_no_evaluation_on_the_text_of_a_calibration(tmp_path, monkeypatch):
     lm = tiny()
     with mitigate(lm, str(tmp_path / "remedy.yaml")), pytest.raises(InputError, match="which is to be evaluated"):
         evaluate(lm, [64], ["lm"], text=str(tmp_path / "t.txt"))
-
-
-def test_more_keys_and_words():
-    tokenizer = ByteTokenizer()
-    for prompt in multikey_batch(tokenizer, 900, 12, seed=3, keys=4):
-        text = tokenizer.decode(prompt.ids.tolist())
-        assert len(prompt.ids) == 900 and text.count("Remember it.") == 4 and text.count(prompt.answer) == 2
-        label = text.rpartition("The ")[2].split()[0]
-        assert f"The {label} passkey is {prompt.answer}." in text[prompt.position :]
-        assert text[prompt.position :].startswith(f"\nThe {label} passkey")
-    for prompt in words_batch(tokenizer, 1500, 5, seed=3):
-        text = tokenizer.decode(prompt.ids.tolist())
-        assert len(prompt.ids) == 1500 and f"The secret word is {prompt.answer}." in text[prompt.position :]
-    with pytest.raises(InputError, match="takes at least"):
-        multikey_batch(tokenizer, 200, 1, seed=0)
-    with pytest.raises(InputError, match="2 to 8 keys"):
-        multikey_batch(tokenizer, 2000, 1, seed=0, keys=9)
-
-
-@torch.no_grad()
-def test_a_saved_state_goes_on_as_if_never_stopped(tmp_path):
-    lm, ids = tiny(), torch.randint(256, (1, 50))
-    for name in ("none", "rri", "window:tokens=7", "reset:every=8,overlap=3"):
-        with mitigate(lm, name):
-            expected = generate(lm, ids, 6)
-            save_state(tmp_path / "s", prefill(lm, ids[:, :33])[1], lm, name)
-            assert torch.equal(generate(lm, ids[:, 33:], 6, cache=load_state(tmp_path / "s", lm)), expected)
-    with pytest.raises(InputError, match="with the remedy reset:every=8,overlap=3"):
-        load_state(tmp_path / "s", lm)
-    lm.use_state_dtype("bfloat16")
-    save_state(tmp_path / "s", prefill(lm, ids)[1], lm)
-    assert load_state(tmp_path / "s", lm).layers[0].scan.state.dtype == torch.bfloat16
-    lm.use_state_dtype(None)
-    with pytest.raises(InputError, match="states in bfloat16: give the same --state-dtype"):
-        load_state(tmp_path / "s", lm)
-    old = lm.weights_hash
-    lm.lm_head.weight.data.mul_(0.5)
-    with pytest.raises(InputError, match=f"was read by tiny {old}, not by tiny {lm.weights_hash}"):
-        load_state(tmp_path / "s", lm)
-    Cache().save(tmp_path / "c")
-    with pytest.raises(InputError, match="does not say which weights"):
-        load_state(tmp_path / "c", lm)
-    with pytest.raises(InputError, match=r"none: no such file$"):
-        load_state(tmp_path / "none", lm)
-
-
-def test_generate_command_keeps_and_loads_a_state(tmp_path):
-    run, state = CliRunner().invoke, str(tmp_path / "s.state")
-    whole = run(cli.app, ["generate", "demo", "--prompt", "def f(x):\n    return", "--max-new-tokens", "5"])
-    first = run(cli.app, ["generate", "demo", "--prompt", "def f(x):\n", "--save-state", state])
-    second = run(
-        cli.app, ["generate", "demo", "--prompt", "    return", "--load-state", state, "--max-new-tokens", "5"]
-    )
-    assert first.exit_code == second.exit_code == 0 and second.stdout == whole.stdout
-    assert len(whole.stdout) > 1 and not first.stdout  # only read
-    assert first.stderr.startswith(f"wrote {state}, ") and first.stderr.endswith(" MiB\n")
-
-
-def test_leaderboard():
-    """Loss surely below every control's, recall surely above theirs, and the rest."""
-    rng, rows = np.random.default_rng(0), []
-
-    def put(mitigation, task, metric, length, samples):
-        rows.append(
-            {
-                "model": "m",
-                "weights_hash": "h",
-                "mitigation": mitigation,
-                "calibration": None,
-                "task": task,
-                "text": "t" if task == "lm" else None,
-                "text_hash": "x" if task == "lm" else None,
-                "tokenizer": "bytes",
-                "length": length,
-                "depth": None,
-                "metric": metric,
-                "batch": 1,
-                "dtype": "float32",
-                "backend": "torch",
-                "device": "cpu",
-                "seed": 0,
-                "value": np.mean(samples),
-                "stderr": 0.0,
-                "n": len(samples),
-                "samples": list(samples),
-                "train_length": 32,
-                "seconds": 1.0,
-                "tokens_per_second": 50.0 if mitigation == "rri" else 100.0,
-                "peak_bytes": 10,
-                "first_token_seconds": 0.5 if mitigation == "decimate" else 2.0,
-            }
-        )
-
-    hard = rng.normal(0, 0.5, 24)
-    for name, loss in (
-        ("none", 4.0),
-        ("rri", 1.0),
-        ("a-winsor", 2.2),
-        ("reset:every=8", 2.0),
-        ("recompute:last=8", 1.5),
-    ):
-        put(name, "lm", "nats_per_token", 32, 1.0 + (name == "rri") * 0.1 + hard)
-        put(name, "lm", "nats_per_token", 128, loss + hard + rng.normal(0, 0.05, 24))
-        put(name, "passkey", "accuracy", 128, [1.0] * 20 if name == "a-winsor" else [0.0] * 20)
-    put("decimate", "passkey", "accuracy", 128, [1.0] * 20)
-    board = leaderboard(pd.DataFrame(rows))
-    at = board[board["length"] == 128].set_index("mitigation")
-    assert at.loc["rri", "wins"] == "loss" and at.loc["a-winsor", "wins"] == "passkey" and at.loc["none", "wins"] == ""
-    assert at.loc["rri", "gain"] == pytest.approx(0.5, abs=0.05) and at.loc["rri", "speed"] == 0.5
-    assert at.loc["rri", "change_short"] == pytest.approx(0.1) and at.index[0] == "rri"
-    assert at.loc["decimate", "wins"] == "passkey" and np.isnan(at.loc["decimate", "loss"])
-    assert at.loc["decimate", "speed"] == 4  # in reading prompts, since it reads no text
-    assert at.loc["reset:every=8", "control"] and not at.loc["rri", "control"]
-
-    for row in rows:
-        if row["mitigation"] == "reset:every=8":
-            row |= {"value": float("nan"), "samples": [float("nan")] * row["n"]}
-        row["device"] = "gpu"
-    frame = pd.DataFrame(rows)
-    at = leaderboard(frame).query("length == 128").set_index("mitigation")
-    assert at.loc["rri", "gain"] == pytest.approx(0.5, abs=0.05)  # over the control that did not blow up
-    assert at.loc["rri", "wins"] == "loss"  # which it beats as well
-    _, grid, _ = board_tables(frame)
-    assert [column.header for column in grid.columns][-3:] == ["speed", "memory", "wins"]
-    names, wins = ([str(cell) for cell in grid.columns[i]._cells] for i in (0, -1))
-    assert dict(zip(names, wins))["rri"] == "loss" and dict(zip(names, wins))["none"] == ""
-
-    other = frame.assign(dtype="bfloat16", tokens_per_second=frame["tokens_per_second"] ** 2)
-    for both in ([frame, other], [other, frame]):
-        at = leaderboard(whole := pd.concat(both, ignore_index=True)).query("length == 128 and mitigation == 'rri'")
-        assert dict(zip(at["model"], at["speed"])) == {"m [dtype=float32]": 0.5, "m [dtype=bfloat16]": 0.25}
-        assert len(board_tables(whole)) == 2 * len(board_tables(frame))
-
-
-def test_remedies_that_read_a_prompt_have_no_loss(tmp_path):
-    (tmp_path / "t.txt").write_bytes(TEXT.data)
-    frame = evaluate(
-        tiny(), [150, 300], ["lm:slices=2,tokens=1", "words:n=2"], ["none", "decimate"], text=str(tmp_path / "t.txt")
-    )
-    assert set(frame[frame["task"] == "lm"]["mitigation"]) == {"none"}
-    assert any(m.startswith("decimate") for m in frame[frame["task"] == "words"]["mitigation"])

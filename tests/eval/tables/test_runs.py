@@ -7,19 +7,25 @@ import json
 import math
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from report_folders import FOLDERS
 
 from rnn_longctx import cli
 from rnn_longctx.errors import InputError
+from rnn_longctx.eval.harness import run as harness
 from rnn_longctx.eval.results import Results
 from rnn_longctx.eval.show.runs import in_words
 from rnn_longctx.eval.stats import crossed, paired_bootstrap
-from rnn_longctx.eval.tables import compare
+from rnn_longctx.eval.tables import compare, growth
 from rnn_longctx.eval.tables.runs import Changes, compare_runs, read_run
+from rnn_longctx.plain import csv_text
+
+ROOT = Path(__file__).parents[3]
 
 SHARED = {"model": "tiny", "weights_hash": "aaaa", "mitigation": "none", "task": "lm", "text": "t", "text_hash": "tt",
           "tokenizer": "bytes", "length": 512, "metric": "nats_per_token", "batch": 8, "dtype": "float32",
@@ -246,6 +252,41 @@ def test_mistakes_are_one_line(run, tmp_path):
     (a / "runs.jsonl").write_text("not json\n")
     code, _, said = run(a, a)
     assert code == 2 and "cannot read" in said and "runs.jsonl" in said and said.count("\n") == 1
+
+
+def test_growth_is_set_side_by_side_one_measurement_each(tmp_path):
+    frame = pd.read_csv(ROOT / "benchmarks" / "results" / "growth_cpu.csv", keep_default_na=True)
+    for name, factor in (("a", 1.0), ("b", 2.0)):
+        (tmp_path / name).mkdir()
+        slower = frame.assign(note=frame["note"].fillna(""), seconds=frame["seconds"] * factor)
+        growth.write(slower, tmp_path / name)
+    changes = compare_runs(read_run(tmp_path / "a"), read_run(tmp_path / "b"))
+    assert changes.only_a.empty and changes.only_b.empty and changes.header.empty
+    seconds = changes.cells[changes.cells["metric"] == "seconds"]
+    assert len(seconds) == frame["seconds"].notna().sum() and set(seconds["verdict"]) == {"one sample"}
+    assert np.allclose(seconds["b"] / seconds["a"], 2)
+    assert set(changes.cells[changes.cells["metric"] != "seconds"]["verdict"]) == {"same"}
+
+
+def test_lm_eval_is_set_side_by_side_without_intervals(tmp_path):
+    row = dict.fromkeys(harness.COLUMNS) | {"task": "lambada", "length": 4096, "metric": "acc", "model": "tiny"}
+    row |= {"value": 0.5, "weights_hash": "0123", "mitigation": "none", "dtype": "float32", "seed": 0, "n": 20}
+    for name, value in (("a", 0.5), ("b", 0.75)):
+        (tmp_path / name).mkdir()
+        rows = [row | {"value": value}, row | {"task": "wikitext", "length": None, "metric": "word_perplexity"}]
+        (tmp_path / name / "lm_eval.csv").write_text(csv_text(pd.DataFrame(rows)))
+    changes = compare_runs(read_run(tmp_path / "a"), read_run(tmp_path / "b"))
+    assert changes.cells["task"].tolist() == ["lambada", "wikitext"] and set(changes.cells["verdict"]) == {"not paired"}
+    assert changes.cells["change"].tolist() == [0.25, 0.0]
+    (tmp_path / "a" / "lm_eval.csv").write_text("no,table\n1,2\n")
+    with pytest.raises(InputError, match=r"cannot read .*lm_eval\.csv"):
+        read_run(tmp_path / "a")
+
+
+@pytest.mark.parametrize("kind", ["probe", "train"])
+def test_folders_that_are_not_read_are_refused_with_those_that_are(kind, tmp_path):
+    with pytest.raises(InputError, match=r"compare-runs reads folders that eval .* compare .* or lm-eval"):
+        read_run(FOLDERS[kind](tmp_path / kind))
 
 
 def test_chance_is_said_of_many_cells(changes):

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,6 +30,7 @@ from rnn_longctx.tasks.base import TASKS
 MANY = 8  # remedies and controls that are all shown at first; of more, the best
 MOST = 4  # values of a line of the header
 TEXTS = ("stdlib", "site-packages", "builtin")  # texts that are named alike everywhere
+REMEDY = re.compile(r"[a-z][\w.,=+:-]*", re.ASCII)  # as remedies write themselves: no file's name, no other text
 FEW = 8  # columns of a heat map whose cells have their numbers
 _ABOUT = {
     "model": "model", "weights_hash": "weights", "tokenizer": "tokenizer", "train_length": "training length",
@@ -95,8 +97,9 @@ def about(frame: pd.DataFrame) -> dict[str, str]:
 
 def _command(frame: pd.DataFrame) -> str:
     """Return a command that asks for the same model, lengths, tasks and remedies. Nothing of several models, nor where
-    a task or text has a name in the table that `eval` does not take: those of files are shortened."""
-    if frame["model"].nunique() != 1:
+    a task, remedy or text has a name in the table that `eval` does not take: those of files are shortened, and those of
+    plugins are known with the plugin alone."""
+    if frame["model"].nunique() != 1 or ("plugins" in frame and frame["plugins"].notna().any()):
         return ""
     lengths = ",".join(format_length(int(n)) for n in sorted(frame["length"].dropna().unique()))
     words = ["rnn-longctx", "eval", str(frame["model"].iloc[0]), "--lengths", lengths]
@@ -104,7 +107,8 @@ def _command(frame: pd.DataFrame) -> str:
         rows = frame[frame["metric"].map(kind_of) == "loss"] if column == "text" else frame
         for value in dict.fromkeys(rows[column].dropna()):
             names = {"task": ("lm", *TASKS), "text": TEXTS}.get(column)
-            if names is not None and value not in names:
+            known = value in names if names else REMEDY.fullmatch(str(value))
+            if not known:
                 return ""
             words += [option, str(value)]
     return shlex.join(words)

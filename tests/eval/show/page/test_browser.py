@@ -29,22 +29,11 @@ def opened(kind, chromium, report_of):
     context.close()
 
 
-def figures(tab) -> list[str]:
-    return tab.evaluate("Object.keys(page.figures)")
-
-
 def test_a_report_is_drawn_and_asks_for_nothing(kind, opened, report_of):
     tab = opened.tab
     assert opened.requests == [report_of(kind).as_uri()] and not opened.errors
-    names = figures(tab)
-    assert names
-    for name in names:
-        plot = tab.locator(f"#{name}-plot")
-        assert plot.locator("svg.main-svg").count() >= 1
-        drawn = plot.locator(".scatterlayer .trace, .heatmaplayer image, .barlayer .trace").count()
-        assert drawn > 0, f"{name} is empty"
-        words = tab.locator(f"#{name}-words").inner_text()
-        assert plot.get_attribute("aria-labelledby") == f"{name}-words" and len(words) > 20
+    opened.check_figures()
+    names = opened.figures()
     assert tab.locator(".verdict li, .verdict p").count()
     assert tab.locator("a[href*='plotly'], .modebar, .plotlyjsicon").count() == 0
     details = tab.locator(f"#{names[0]} details")
@@ -55,7 +44,7 @@ def test_a_report_is_drawn_and_asks_for_nothing(kind, opened, report_of):
 def test_switches_and_sliders_change_what_is_shown(opened):
     """By mouse and by keys."""
     seen, tab = opened, opened.tab
-    for name in figures(tab):
+    for name in seen.figures():
         boxes = tab.locator(f"#{name} input[type=checkbox]")
         for i in range(boxes.count()):
             before = seen.shown(name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 
 import numpy as np
 import pandas as pd
@@ -19,6 +20,7 @@ from rnn_longctx.eval.show.page import figures
 from rnn_longctx.eval.show.page.kinds import monitor
 from rnn_longctx.eval.show.page.page import LIMIT, Renderer, rendered, shown, spread, thinned, write_page
 from rnn_longctx.eval.show.page.parts import KINDS, Figure, Page, Section, Table, page_of
+from rnn_longctx.mitigations import parse_remedy, standard
 
 
 def all_figures(page: Page) -> list[Figure]:
@@ -68,16 +70,34 @@ def with_names(folder, **names: str):
     table = folder / "results.parquet"
     frame = pd.read_parquet(table)
     for column, name in names.items():
-        frame[column] = frame[column].replace({"passkey": name, "stdlib": name})
+        frame[column] = frame[column].replace({"passkey": name, "stdlib": name, "state-norm": name})
     frame.to_parquet(table, index=False)
     return folder
 
 
-@pytest.mark.parametrize("names", [{"task": "qa-q"}, {"task": "multikey4"}, {"text": "dir:letters"}])
+@pytest.mark.parametrize(
+    "names",
+    [
+        {"task": "qa-q"},
+        {"task": "multikey4"},
+        {"text": "dir:letters"},
+        {"mitigation": "my remedy.yaml"},
+        {"mitigation": 'it\'s "mine"; ls'},
+        {"mitigation": "état"},
+    ],
+)
 def test_a_command_that_would_not_run_is_left_out(names, tmp_path):
     header = page_of(with_names(eval_folder(tmp_path / "eval"), **names)).header
     assert "a command that asks the same" not in header
     assert not any("rnn-longctx eval" in text for text in header.values())
+
+
+def test_a_command_names_every_remedy_as_it_writes_itself(tmp_path):
+    for i, remedy in enumerate([*standard(256), "rri:alpha=0.998047,beta=1", "a-floor+state-norm:every=64"]):
+        remedy = str(parse_remedy(remedy))
+        header = page_of(with_names(eval_folder(tmp_path / str(i)), mitigation=remedy)).header
+        words = shlex.split(header["a command that asks the same"])
+        assert words[words.index("--mitigation") :].count(remedy) == 1
 
 
 def test_the_command_is_the_one_that_ran(tmp_path):

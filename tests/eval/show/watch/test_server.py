@@ -157,11 +157,13 @@ def test_a_browser_that_goes_away_is_no_error(server, capsys):
     assert "seen" in shown and "BrokenPipe" not in shown and "ConnectionReset" not in shown
 
 
+@pytest.mark.parametrize("quiet", [False, True])
 @pytest.mark.parametrize("as_json", [False, True])
-def test_control_c_ends_it_with_one_line(as_json, log):
-    """Where a document is asked for, the address is a message."""
+def test_control_c_ends_it_with_one_line(as_json, quiet, log):
+    """Where a document is asked for, the address is on stderr; without it there is no page, so --quiet leaves it."""
     log.write_text(monitor_line(0))
-    command = [sys.executable, "-u", "-m", "rnn_longctx.cli", "watch", str(log), *["--json"] * as_json]
+    command = [sys.executable, "-u", "-m", "rnn_longctx.cli", "watch", str(log)]
+    command += ["--json"] * as_json + ["--quiet"] * quiet
 
     def listen():  # a process that a shell began in the background would not hear it
         signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -180,4 +182,4 @@ def test_control_c_ends_it_with_one_line(as_json, log):
             process.kill()
     rest = said if as_json else out
     assert not as_json or json.loads(out)["tables"] == {}
-    assert process.returncode == 0 and rest.strip() == f"ended; 0 rows of {log} were read"
+    assert process.returncode == 0 and rest.strip() == ("" if quiet else f"ended; 0 rows of {log} were read")
