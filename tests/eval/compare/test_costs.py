@@ -153,7 +153,7 @@ def test_a_study_says_what_its_models_took(config, tmp_path, monkeypatch):
     assert values["peak_bytes", 128] > values["carry_bytes", 128] == values["carry_bytes", 32] > 0
     assert set(full["length"].dropna()) == {32}, "it is read no further"
     kept = full.set_index("metric").loc["carry_bytes", "value"]
-    assert kept == 2 * 32 * 16 * 4 + 8 and (full["metric"] == "train_cost").any()  # and how many it holds
+    assert kept == 2 * 32 * 16 * 4 + 16 and (full["metric"] == "train_cost").any()  # and how many it holds, and where
     text = printed(show_compare.tables(frame))
     assert "to the score: tokens" in text and "next token, s" in text and "joules" in text
     never = gathered(replace(scored, score=ScoreConfig(loss=0.0, answer_loss=0.0), price=None))

@@ -73,7 +73,7 @@ def test_a_row_a_length_and_how_they_grow(config):
     full, longnet, mamba2 = (
         frame[frame["entry"] == name].set_index("length") for name in ("full", "longnet", "mamba2")
     )
-    assert full["carry_bytes"].tolist() == [2 * 16 * 4 * n + 16 for n in (32, 64, 128, 256)]  # and how many it holds
+    assert full["carry_bytes"].tolist() == [2 * 16 * 4 * n + 16 for n in (32, 64, 128, 256)]  # and where
     assert full["carry_bytes_exponent"].iloc[0] == pytest.approx(1, abs=0.01)
     assert full["peak_bytes_exponent"].iloc[0] == pytest.approx(1, abs=0.1)
     assert mamba2["carry_bytes_exponent"].iloc[0] == pytest.approx(0, abs=1e-9)
