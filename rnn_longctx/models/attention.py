@@ -10,12 +10,14 @@ when keys were read, these are turned on to where they would stand (`WindowKeys.
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rnn_longctx.errors import InputError
 from rnn_longctx.models.carries import carry
@@ -28,6 +30,7 @@ from rnn_longctx.recurrence.carry import ON_CPU
 from rnn_longctx.recurrence.span import Span
 
 CHUNK = 256  # queries whose scores are held at once
+UNPLANNED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 carry(Yarn)
 
@@ -278,7 +281,11 @@ def softmax(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None = None, causal:
     """Return softmax attention (B, T, H, D) of queries over what they see: (B, 1, T, S) bool; None: their own place and
     all before it, of as many keys, or everything, where it is not causal."""
     causal = causal and seen is None
-    y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), seen, is_causal=causal)
+    # cuDNN plans every number of keys anew, and a token waits 1.5 ms a layer for it (torch 2.11, H200).
+    with sdpa_kernel(UNPLANNED) if q.is_cuda and q.shape[1] == 1 else nullcontext():
+        y = F.scaled_dot_product_attention(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), seen, is_causal=causal
+        )
     return y.transpose(1, 2)
 
 

@@ -165,3 +165,17 @@ def test_what_is_made_of_a_view_is_copied_when_it_grows():
         assert torch.equal(extended(other, new), torch.cat([other.to(new.dtype), new], 1))
         assert torch.equal(extended(other, new.double()), torch.cat([other.double(), new.double()], 1))
     assert torch.equal(held.room[0].tensor[:, 4:].nan_to_num(), rest.nan_to_num()) and held.room[0].filled == 4
+
+
+@pytest.mark.gpu
+@torch.inference_mode()
+def test_a_token_waits_for_no_plan_of_cudnn():
+    """Which is made anew for every number of keys."""
+    model = LM(ModelConfig("full-attention:heads=2", d_model=128, n_layer=2, vocab_size=20)).cuda().bfloat16().eval()
+    cache, ids = model.new_cache(), torch.randint(20, (1, 70), device="cuda")
+    model(ids[:, :64], cache)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        for t in range(64, 70):
+            model(ids[:, t : t + 1], cache)
+    kernels = [event.key for event in profile.key_averages() if "attention" in event.key]
+    assert kernels and not any("cudnn" in kernel for kernel in kernels), kernels
