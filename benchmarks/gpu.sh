@@ -11,7 +11,7 @@ set -u
 cd "$(dirname "$0")/.."
 out=$(mkdir -p "$1" && cd "$1" && pwd)
 shift
-steps=${*:-tests=10 scan=10 model=10 delta=15 delta-layer=5 decode=10 train=10 longnet-ranks=5 growth=20 growth_models=20 recurrences=60 mqar=30}
+steps=${*:-tests=10 scan=10 model=10 delta=15 delta-layer=5 decode=10 train=10 longnet-ranks=5 growth=20 growth_models=20 recurrences=60 erasing=15 mqar=30 recovery=10}
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 OMP_NUM_THREADS=4
 cli="python3 -m rnn_longctx.cli"
 gpus=$(python3 -c 'import torch; print(torch.cuda.device_count())')
