@@ -42,7 +42,7 @@ from rnn_longctx.eval.pilot.estimate import (
 from rnn_longctx.eval.pilot.findings import finalists
 from rnn_longctx.eval.pilot.ledger import FAILED, MEASURED, NOT_APPLICABLE, STOPPED, Ledger
 from rnn_longctx.eval.pilot.limits import checked_train_length, least_lengths, longest_length, text_name, with_training
-from rnn_longctx.eval.pilot.speed import Speeds
+from rnn_longctx.eval.pilot.speed import ROWS, Speeds
 from rnn_longctx.eval.pilot.steps import (
     FINALISTS,
     PLAIN,
@@ -159,7 +159,9 @@ class Pilot:
             self.ledger.finalists = None  # those of other sizes are not its own
         self.ledger.speeds = self.speeds.stored()
         stages, seconds = stages_within(self.predictor, self.scope, sizes, self.time, self._is_stored)
-        peak = own_peak(self.model.device) + self._growth(sizes.farthest, max(sizes.slices, sizes.final_slices))
+        rows = min(self.config.batch, max(sizes.slices, sizes.prompts, sizes.final_slices, sizes.final_prompts))
+        peak = own_peak(self.model.device) + self.speeds.row_bytes * max(0, rows - ROWS)
+        peak += self._growth(sizes.farthest, max(sizes.slices, sizes.final_slices))
         price = None if self.config.price is None else self.config.price * seconds / 3600
         self.ledger.save()
         return sizes, Estimate(stages, seconds, peak, price)

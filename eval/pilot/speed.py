@@ -34,6 +34,7 @@ class Speeds:
         calibration: training lengths that are read for it.
         ready: remedies that this process has put on before: what they were calibrated on is remembered.
         drift: how many times as long as predicted the steps so far took, of remedies that have not been read yet.
+        row_bytes: that a row more takes, as far as a short reading with each remedy in turn has shown.
     """
 
     def __init__(self, stored: dict[str, Any], norms_kept: bool):
@@ -43,10 +44,11 @@ class Speeds:
         self.token: float = stored.get("token", 0.0)
         self.ready: set[str] = {"none"}
         self.drift: float = stored.get("drift", 1.0)
+        self.row_bytes: float = stored.get("row_bytes", 0.0)
 
     def stored(self) -> dict[str, Any]:
         """Return what is kept for the next run."""
-        return {"reading": self.reading, "processor": self.processor, "token": self.token, "drift": self.drift}
+        return {name: value for name, value in vars(self).items() if name not in ("calibration", "ready")}
 
     def of(self, remedy: str) -> float:
         """Return the tokens a second under a remedy, measured, or guessed from those of none."""

@@ -1,4 +1,5 @@
-"""The short reading that a pilot's estimate rests on: how fast the model reads, without and with remedies."""
+"""The short reading that a pilot's estimate rests on: how fast the model reads, without and with remedies, and what
+memory a row takes."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ from rnn_longctx.errors import InputError
 from rnn_longctx.eval.pilot.estimate import Predictor
 from rnn_longctx.eval.pilot.speed import ROWS, reading_speed, token_seconds
 from rnn_longctx.eval.pilot.steps import candidates, controls
+from rnn_longctx.eval.tune.budget import own_peak
 from rnn_longctx.mitigations import mitigate
 
 TRYING = 0.03  # share of the budget that may go into measuring the speed of each kind of reading
@@ -26,6 +28,7 @@ def measure_speeds(predictor: Predictor, text: Text, longest: int, budget: float
     """
     measuring, speeds, train_length = predictor.measuring, predictor.speeds, predictor.train_length
     model, segment, started = measuring.model, measuring.segment, time.monotonic()
+    held = own_peak(model.device)
     n = min(max(2 * segment // ROWS, 3 * train_length), longest)
     rows = [torch.from_numpy(tokens(text, model.tokenizer, i, n + 1)[0]) for i in range(ROWS)]
     ids = torch.stack(rows)
@@ -52,3 +55,4 @@ def measure_speeds(predictor: Predictor, text: Text, longest: int, budget: float
         if handle.plan.restart:
             predictor.handles[name] = handle
         tick()
+    speeds.row_bytes = max(speeds.row_bytes, (own_peak(model.device) - held) / ROWS)

@@ -10,6 +10,7 @@ from piloted import begun, files
 
 from rnn_longctx.errors import InputError
 from rnn_longctx.eval.pilot import run as pilot_run
+from rnn_longctx.eval.pilot import trial
 from rnn_longctx.eval.pilot.config import PilotConfig
 from rnn_longctx.eval.pilot.estimate import RESERVE, SAFETY
 from rnn_longctx.eval.pilot.run import Pilot, TimeIsUp
@@ -172,3 +173,14 @@ def test_memory_is_that_of_the_longest_length(model, document, tmp_path, monkeyp
     monkeypatch.setattr(pilot_run, "choose", lambda *asked: sizes)
     _, estimate = begun(model, document, tmp_path / "out", lengths=(64, 256)).estimate()
     assert estimate.peak_bytes == 3 * 1024
+
+
+def test_memory_grows_with_the_rows_as_the_trial_reading_has_shown(model, document, tmp_path, monkeypatch):
+    peaks = iter([100, 140])  # before the trial, which reads four rows, and after it
+    monkeypatch.setattr(trial, "own_peak", lambda device: next(peaks))
+    monkeypatch.setattr(pilot_run, "own_peak", lambda device: 1000)
+    sizes = Sizes((64, 256), (64, 256), (64, 256), 2, 12, 2, 6)
+    monkeypatch.setattr(pilot_run, "choose", lambda *asked: sizes)
+    pilot = begun(model, document, tmp_path / "out", lengths=(64, 256))
+    assert pilot.estimate()[1].peak_bytes == 1000 + 10 * (12 - 4)
+    assert pilot.ledger.speeds["row_bytes"] == 10, "a run that goes on has read nothing on trial"
