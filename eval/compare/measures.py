@@ -190,7 +190,7 @@ class ProbeConfig:
         long_enough("probe", [self.text], self.length)
 
     def rows(self, subject: Subject) -> Iterator[Row]:
-        for remedy in ["none", *self.remedies]:
+        for remedy in dict.fromkeys(["none", *self.remedies]):
             yield from self._rows(subject, remedy)
 
     def _rows(self, subject: Subject, remedy: str) -> Iterator[Row]:
@@ -198,7 +198,7 @@ class ProbeConfig:
         of: Row = {"mitigation": str(parse_remedy(remedy)), "task": "probe", "text": self.text, "length": length}
         every = min(self.every, subject.train_length)
         try:
-            with mitigate(subject.model, remedy):
+            with mitigate(subject.model, remedy, target_length=length):
                 seen = probe(subject.model, load_text(self.text), length, every=every)
         except InputError as error:
             yield row_of("not_applicable", None, note=str(error), **of)

@@ -344,7 +344,7 @@ def next_steps(about: dict[str, Any]) -> list[tuple[str, str]]:
     tokens = 8 * about["train_length"]
     longer = format_length(tokens).lower()
     settings = [f"model={about['model']}", "data=TRAINING_TEXT", f"train_length={longer}"]
-    settings.append(f"data.passkey.lengths=[128,{longer}]")  # those of the config are up to 16k
+    settings.append(f"data.passkey.lengths=[{min(128, tokens)},{longer}]")  # those of the config are up to 16k
     if tokens < 2048:  # what the config reads at once
         settings.append(f"passing.segment={longer}")
     if about["tokenizer"] != "bytes":  # which the config has

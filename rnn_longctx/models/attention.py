@@ -10,8 +10,10 @@ when keys were read, these are turned on to where they would stand (`WindowKeys.
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from threading import Lock
 from typing import Any, ClassVar, Self
 
 import torch
@@ -30,7 +32,12 @@ from rnn_longctx.recurrence.carry import ON_CPU
 from rnn_longctx.recurrence.span import Span
 
 CHUNK = 256  # queries whose scores are held at once
-UNPLANNED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+WITHOUT_CUDNN = {
+    SDPBackend.FLASH_ATTENTION: torch.backends.cuda.flash_sdp_enabled,
+    SDPBackend.EFFICIENT_ATTENTION: torch.backends.cuda.mem_efficient_sdp_enabled,
+    SDPBackend.MATH: torch.backends.cuda.math_sdp_enabled,
+}
+_CHOICE = Lock()
 
 carry(Yarn)
 
@@ -281,12 +288,21 @@ def softmax(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None = None, causal:
     """Return softmax attention (B, T, H, D) of queries over what they see: (B, 1, T, S) bool; None: their own place and
     all before it, of as many keys, or everything, where it is not causal."""
     causal = causal and seen is None
-    # cuDNN plans every number of keys anew, and a token waits 1.5 ms a layer for it (torch 2.11, H200).
-    with sdpa_kernel(UNPLANNED) if q.is_cuda and q.shape[1] == 1 else nullcontext():
+    with _unplanned() if q.is_cuda and q.shape[1] == 1 else nullcontext():
         y = F.scaled_dot_product_attention(
             q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), seen, is_causal=causal
         )
     return y.transpose(1, 2)
+
+
+@contextmanager
+def _unplanned() -> Iterator[None]:
+    """Inside, PyTorch has the choice among the kernels that it has outside, but for cuDNN's, which plans every number
+    of keys anew: a token waits 1.5 ms a layer for it (torch 2.11, H200)."""
+    with _CHOICE:  # which is the process's, and not a thread's
+        others = [kernel for kernel, is_on in WITHOUT_CUDNN.items() if is_on()]
+        with sdpa_kernel(others) if others and torch.backends.cuda.cudnn_sdp_enabled() else nullcontext():
+            yield
 
 
 def weighed(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -107,6 +107,10 @@ class Cache:
                 header = file.metadata() or {}
                 tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (not a dict)
             cache = _unflatten(json.loads(header["cache"]), "cache", tensors)
+        except OtherCarry as error:
+            raise InputError(
+                f"{path} was written by another version, whose {error.name} kept other things: read the prompt again"
+            ) from None
         except UnknownCarry as error:
             raise InputError(
                 f"{path} holds a {error.name}, the carry of a mixer that is not here: give the file that has it with "
@@ -128,6 +132,10 @@ class UnknownCarry(Exception):
 
     def __init__(self, name: str):
         self.name = name
+
+
+class OtherCarry(UnknownCarry):
+    """A saved state holds a carry of a type that has other fields now."""
 
 
 def level_tails(parts: list[Any]) -> list[Any]:
@@ -163,5 +171,9 @@ def _unflatten(shape: Any, name: str, tensors: dict[str, Tensor]) -> Any:
             len(MIXERS)  # imports those that nothing has asked for yet
         if shape["type"] not in TYPES:
             raise UnknownCarry(shape["type"])
-        return TYPES[shape["type"]](**{k: _unflatten(v, name, tensors) for k, v in shape["fields"].items()})
+        held = {k: _unflatten(v, name, tensors) for k, v in shape["fields"].items()}
+        try:
+            return TYPES[shape["type"]](**held)
+        except TypeError:
+            raise OtherCarry(shape["type"]) from None
     return shape["value"]

@@ -3,16 +3,19 @@
 `extended` gives what `torch.cat` gives, as a view of such a tensor, and notes on the view where it stands. The next
 tokens of the newest view are written behind it. An older view, which has been gone on from before, is copied first, so
 that each keeps its own tokens: carries stay values. What PyTorch makes of a view (a clone, some rows, a slice, one
-moved or loaded) bears no such note, and is copied when it grows.
+moved or loaded) bears no such note, and is copied when it grows. To write a carry to a file, clone its tensors:
+`torch.save` would write the note too.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from threading import Lock
 
 import torch
 from torch import Tensor
 
+_CLAIM = Lock()  # of the room behind a view: two threads may go on from one snapshot
 STEP = 1024  # tokens of room that are added at most; below, as much room again as is used
 
 
@@ -22,7 +25,7 @@ class Room:
 
     Attributes:
         tensor: (B, R, ...).
-        filled: how many tokens are written; what stands behind them is not read.
+        filled: how many tokens are written, or about to be; what stands behind them is not read.
     """
 
     tensor: Tensor
@@ -30,10 +33,10 @@ class Room:
 
     @classmethod
     def of(cls, held: Tensor, like: Tensor, tokens: int) -> Room:
-        """Return a room for `tokens` tokens and some more, of the type of `like`, with what is held copied into it."""
+        """Return a room of `tokens` tokens and some more, of the type of `like`, with what is held copied into it."""
         tensor = like.new_empty(len(held), tokens + min(tokens, STEP), *held.shape[2:])
         tensor[:, : held.shape[1]] = held
-        return cls(tensor, held.shape[1])
+        return cls(tensor, tokens)
 
     def takes(self, end: int, new: Tensor) -> bool:
         """Return whether new tokens can be written behind a view that ends at `end`."""
@@ -50,16 +53,20 @@ class Room:
 def extended(held: Tensor, new: Tensor) -> Tensor:
     """Return (B, S + T, ...), the tokens held (B, S, ...) and the new ones (B, T, ...), of the type of these. Without
     gradients nothing is copied but the new ones, most of the time; with them, which need every tensor as it was,
-    everything is."""
+    everything is. Raises ValueError: of another shape but for the tokens."""
+    if held[:, :0].shape != new[:, :0].shape:
+        raise ValueError(f"cannot add tokens of {tuple(new.shape)} to {tuple(held.shape)}")
     if torch.is_grad_enabled():
         return torch.cat([held.to(new.dtype), new], 1)
     room, end = getattr(held, "room", (None, 0))
-    if room is None or not room.takes(end, new):
+    with _CLAIM:
+        if mine := room is not None and room.takes(end, new):
+            room.filled = end + new.shape[1]
+    if not mine:
         end = held.shape[1]
         room = Room.of(held, new, end + new.shape[1])
-    begin, room.filled = end - held.shape[1], end + new.shape[1]
-    room.tensor[:, end : room.filled] = new
-    return room.view(begin, room.filled)
+    room.tensor[:, end : end + new.shape[1]] = new
+    return room.view(end - held.shape[1], end + new.shape[1])
 
 
 def newest(x: Tensor, tokens: int) -> Tensor:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import ClassVar
 
 import torch
@@ -65,7 +65,7 @@ def turned(x: Tensor, places: Tensor, scaling: Yarn | None = None) -> Tensor:
 
 def turned_on(x: Tensor, places: Tensor, before: Yarn | None, after: Yarn | None) -> Tensor:
     """Return x, which `turned` has given of its places scaled as `before`, as if they had been scaled as `after`: the
-    same, but for one more rounding."""
+    same, but for one more rounding each time."""
     gain = (after.gain if after else 1.0) / (before.gain if before else 1.0)
     return _turned(x * gain, places, _rates(x, after) - _rates(x, before))
 
@@ -88,7 +88,7 @@ def _rates(x: Tensor, scaling: Yarn | None) -> Tensor:
     return _table(x.shape[-1] // 2, x.device, scaling, 2 * math.pi if _fused(x) else 1.0)
 
 
-@lru_cache(maxsize=64)  # (else some six launches on a GPU, twice for every layer at every token)
+@cache  # (else some six launches on a GPU, twice for every layer at every token)
 def _table(half: int, device: torch.device, scaling: Yarn | None, unit: float) -> Tensor:
     with torch.inference_mode(False):  # a later call may train with it
         rates = BASE ** (-torch.arange(half, device=device, dtype=torch.float64) / half)

@@ -158,6 +158,8 @@ def fit(log: Log, labels: np.ndarray, config: SensorConfig, how: FitConfig, say:
     stages = how.stages
     if how.schedule == FitConfig.schedule:
         stages = [stage for stage in stages if stage[0] + max(config.horizons) <= part.stop] or stages[:1]
+        if left := how.stages[len(stages) :]:
+            say(f"windows of {' and '.join(str(rows) for rows, _ in left)} are longer than the log, and left out")
     longest = max(rows for rows, _ in stages)
     if longest + max(config.horizons) > part.stop:
         raise InputError(
@@ -200,7 +202,7 @@ class Updates:
             for hook in self.hooks:
                 hook.remove()
         windows = list(self._windows(sources, length))
-        rows, targets = (torch.stack(x) for x in zip(*windows))
+        rows, targets = (torch.stack(x).to(self.model.lm.device) for x in zip(*windows))
         most = HIDE if self.total is None else HIDE * self.done / self.total
         hidden = torch.from_numpy(self.rng.random(rows[..., :-1].shape) < most * self.rng.random((len(rows), 1, 1)))
         hidden = hidden.to(rows.device)

@@ -141,14 +141,18 @@ def changed(before: dict[str, Any], now: dict[str, Any]) -> str:
     """Return the first setting that differs between two configs, in words, or nothing. What an older version did not
     write is what is off now: False, 0, null or empty."""
     old, new = _flat(before), _flat(now)
-    keys = [key for key in sorted({*old, *new}) if (old.get(key) or None) != (new.get(key) or None)]
-    return f"{keys[0]} was {old.get(keys[0])}, is {new.get(keys[0])}" if keys else ""
+    for key in sorted({*old, *new}):
+        was, is_ = old.get(key), new.get(key)
+        if was != is_ if key in old and key in new else was or is_:
+            return f"{key} was {was}, is {is_}"
+    return ""
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Return the settings by their dotted names; a list of settings is counted through, any other is one."""
+    """Return the settings by their dotted names; a list of settings is counted through, any other is one value."""
     if isinstance(tree, list) and tree and all(isinstance(child, dict) for child in tree):
-        tree = {str(i): child for i, child in enumerate(tree)}
+        entries = {str(i): child for i, child in enumerate(tree)}
+        return {prefix: f"a list of {len(tree)}"} | _flat(entries, prefix)
     if not isinstance(tree, dict):
         return {prefix: tree}
     return {k: v for name, child in tree.items() for k, v in _flat(child, f"{prefix}.{name}".strip(".")).items()}

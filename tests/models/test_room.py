@@ -1,13 +1,20 @@
 """Attention's cache grows in place, and carries are values all the same."""
 
 import math
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from threading import Barrier
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from rnn_longctx.errors import InputError
 from rnn_longctx.eval.compare.timing import carried_bytes
 from rnn_longctx.mitigations import mitigate
+from rnn_longctx.models.attention import WITHOUT_CUDNN, _unplanned
 from rnn_longctx.models.cache import Cache
+from rnn_longctx.models.carries import TYPES
 from rnn_longctx.models.config import ModelConfig
 from rnn_longctx.models.lm import LM
 from rnn_longctx.models.room import STEP, extended, newest
@@ -165,6 +172,54 @@ def test_what_is_made_of_a_view_is_copied_when_it_grows():
         assert torch.equal(extended(other, new), torch.cat([other.to(new.dtype), new], 1))
         assert torch.equal(extended(other, new.double()), torch.cat([other.double(), new.double()], 1))
     assert torch.equal(held.room[0].tensor[:, 4:].nan_to_num(), rest.nan_to_num()) and held.room[0].filled == 4
+
+
+@torch.no_grad()
+def test_two_threads_may_go_on_from_one_carry():
+    def goes_on(held, new, begin):
+        begin.wait()
+        return extended(held, new)
+
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(200):
+            held, begin = extended(torch.zeros(1, 4, 2), torch.zeros(1, 1, 2)), Barrier(2)
+            jobs = [pool.submit(torch.no_grad()(goes_on), held, torch.full((1, 1, 2), i), begin) for i in (1.0, 2.0)]
+            assert [float(job.result()[0, 5, 0]) for job in jobs] == [1.0, 2.0]
+
+
+@torch.no_grad()
+def test_tokens_of_fewer_rows_are_not_spread_over_all():
+    held = extended(torch.zeros(2, 3, 4), torch.zeros(2, 1, 4))
+    with pytest.raises(ValueError, match=r"cannot add tokens of \(1, 1, 4\) to \(2, 4, 4\)"):
+        extended(held, torch.ones(1, 1, 4))
+
+
+def test_a_saved_state_of_another_version_says_so(tmp_path, monkeypatch):
+    model = model_with(FULL[0])
+    cache = model.new_cache()
+    with torch.inference_mode():
+        model(torch.randint(20, (1, 5)), cache)
+    cache.save(tmp_path / "cache")
+
+    @dataclass
+    class Narrower:
+        keys: torch.Tensor
+
+    monkeypatch.setitem(TYPES, type(cache.layers[0]).__name__, Narrower)
+    with pytest.raises(InputError, match="cache was written by another version, whose WindowKeys kept other things"):
+        Cache.load(tmp_path / "cache")
+
+
+def test_one_query_leaves_the_choice_of_kernels_as_it_was():
+    """And a person's own choice holds inside."""
+    known = [is_on() for is_on in (*WITHOUT_CUDNN.values(), torch.backends.cuda.cudnn_sdp_enabled)]
+    with _unplanned():
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+    assert [is_on() for is_on in (*WITHOUT_CUDNN.values(), torch.backends.cuda.cudnn_sdp_enabled)] == known
+    with sdpa_kernel([SDPBackend.MATH, SDPBackend.CUDNN_ATTENTION]), _unplanned():
+        assert [kernel for kernel, is_on in WITHOUT_CUDNN.items() if is_on()] == [SDPBackend.MATH]
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION), _unplanned():
+        assert torch.backends.cuda.cudnn_sdp_enabled(), "nothing else is left"
 
 
 @pytest.mark.gpu

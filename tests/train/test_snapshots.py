@@ -115,7 +115,9 @@ def test_settings_of_an_older_version_are_the_same_where_what_is_new_is_off():
         {"probe": {"every": 2, "remedies": ["rri"]}},
     ):
         assert changed(before, now | differs), differs
-    assert changed(before, now | {"mix": now["mix"][:1]}).startswith("mix.1.")
+    assert changed(before, now | {"mix": now["mix"][:1]}) == "mix was a list of 2, is a list of 1"
+    for one, other in ((None, []), (None, 0.0), (1, None), ([{}], []), ({"0": {"a": 1}}, [{"a": 1}])):
+        assert changed({"mix": one}, {"mix": other}), "off is not nothing said where both versions know the setting"
 
 
 def test_one_process_at_a_time_and_what_a_killed_one_left_is_removed(tmp_path: Path) -> None:

@@ -30,7 +30,8 @@ from rnn_longctx.tasks.base import TASKS
 MANY = 8  # remedies and controls that are all shown at first; of more, the best
 MOST = 4  # values of a line of the header
 TEXTS = ("stdlib", "site-packages", "builtin")  # texts that are named alike everywhere
-REMEDY = re.compile(r"[a-z][\w.,=+:-]*", re.ASCII)  # as remedies write themselves: no file's name, no other text
+# As remedies write themselves, values of several layers between slashes: no file's name, no other text.
+REMEDY = re.compile(r"[a-z][\w.,=+:-]*(/[\d.e+-]+)*[\w.,=+:-]*", re.ASCII)
 FEW = 8  # columns of a heat map whose cells have their numbers
 _ABOUT = {
     "model": "model", "weights_hash": "weights", "tokenizer": "tokenizer", "train_length": "training length",

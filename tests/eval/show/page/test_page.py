@@ -93,7 +93,9 @@ def test_a_command_that_would_not_run_is_left_out(names, tmp_path):
 
 
 def test_a_command_names_every_remedy_as_it_writes_itself(tmp_path):
-    for i, remedy in enumerate([*standard(256), "rri:alpha=0.998047,beta=1", "a-floor+state-norm:every=64"]):
+    for i, remedy in enumerate(
+        [*standard(256), "rri:alpha=0.998047,beta=1", "a-floor+state-norm:every=64", "a-scale:scale=0.0625/1/1/1"]
+    ):
         remedy = str(parse_remedy(remedy))
         header = page_of(with_names(eval_folder(tmp_path / str(i)), mitigation=remedy)).header
         words = shlex.split(header["a command that asks the same"])

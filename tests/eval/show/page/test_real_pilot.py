@@ -51,7 +51,7 @@ def test_it_says_what_the_full_evaluation_says(content):
     board = board[(board["model"] == "demo") & (board["text"] == "stdlib") & (board["length"] == FARTHEST)]
     first = board[~board["control"]].sort_values("loss")["mitigation"].head(3)
     kinds = {name.partition(":")[0] for name in first}
-    assert content["recommendation"]["remedy"].partition(":")[0] in kinds
+    assert (content["recommendation"]["remedy"] or "").partition(":")[0] in kinds
 
 
 def test_its_page_is_drawn_and_asks_for_nothing(folder, visit):
