@@ -38,11 +38,15 @@ class Room:
         tensor[:, : held.shape[1]] = held
         return cls(tensor, tokens)
 
-    def takes(self, end: int, new: Tensor) -> bool:
-        """Return whether new tokens can be written behind a view that ends at `end`."""
+    def claimed(self, end: int, new: Tensor) -> bool:
+        """Return whether new tokens can be written behind a view that ends at `end`, and nobody else may any more."""
         written = self.tensor.is_inference() <= torch.is_inference_mode_enabled()  # (PyTorch's rule for such tensors)
         fits = end + new.shape[1] <= self.tensor.shape[1] and self.tensor.dtype == new.dtype
-        return written and fits and self.filled == end and self.tensor.device == new.device
+        with _CLAIM:
+            free = written and fits and self.filled == end and self.tensor.device == new.device
+            if free:
+                self.filled = end + new.shape[1]
+        return free
 
     def view(self, begin: int, end: int) -> Tensor:
         view = self.tensor[:, begin:end]
@@ -59,10 +63,7 @@ def extended(held: Tensor, new: Tensor) -> Tensor:
     if torch.is_grad_enabled():
         return torch.cat([held.to(new.dtype), new], 1)
     room, end = getattr(held, "room", (None, 0))
-    with _CLAIM:
-        if mine := room is not None and room.takes(end, new):
-            room.filled = end + new.shape[1]
-    if not mine:
+    if room is None or not room.claimed(end, new):
         end = held.shape[1]
         room = Room.of(held, new, end + new.shape[1])
     room.tensor[:, end : end + new.shape[1]] = new

@@ -147,7 +147,8 @@ def test_stages_of_the_usual_schedule_that_are_longer_than_the_log_are_left_out(
         FitConfig("128:1,512:1,8192:1"),
         said.append,
     )
-    assert [line.split(":")[0] for line in said[1:]] == ["windows of 128", "windows of 512"]
+    assert said[0] == "windows of 8192 are longer than the log, and left out"
+    assert [line.split(":")[0] for line in said[2:]] == ["windows of 128", "windows of 512"]
     with pytest.raises(InputError, match="windows of 4096 rows"):
         fit(log, before, SensorConfig(NAMES, [for_sensors("two-stage")], d_model=32), FitConfig("128:1,4096:1"))
 
