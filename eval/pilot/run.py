@@ -70,6 +70,7 @@ from rnn_longctx.tasks.base import Task
 from rnn_longctx.version import __version__
 
 LOOKS = 256  # tokens between two looks of the probe
+HELD = 3  # times what a row carries that a call holds: what it was given, what it hands on, and what is made of both
 OVERDUE, PATIENCE = 2.0, 20.0  # times as long as predicted, and seconds, that a step may take at least
 
 
@@ -160,7 +161,7 @@ class Pilot:
         self.ledger.speeds = self.speeds.stored()
         stages, seconds = stages_within(self.predictor, self.scope, sizes, self.time, self._is_stored)
         rows = min(self.config.batch, max(sizes.slices, sizes.prompts, sizes.final_slices, sizes.final_prompts))
-        peak = own_peak(self.model.device) + self.speeds.row_bytes * max(0, rows - ROWS)
+        peak = own_peak(self.model.device) + HELD * self.speeds.row_bytes * max(0, rows - ROWS)
         peak += self._growth(sizes.farthest, max(sizes.slices, sizes.final_slices))
         price = None if self.config.price is None else self.config.price * seconds / 3600
         self.ledger.save()

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rnn_longctx.eval.compare.timing import carried_bytes
 from rnn_longctx.mitigations import parse_remedy
 from rnn_longctx.mitigations.base import Need
 from rnn_longctx.models.generate import continuation, prefill
@@ -34,7 +35,7 @@ class Speeds:
         calibration: training lengths that are read for it.
         ready: remedies that this process has put on before: what they were calibrated on is remembered.
         drift: how many times as long as predicted the steps so far took, of remedies that have not been read yet.
-        row_bytes: that a row more takes, as far as a short reading with each remedy in turn has shown.
+        row_bytes: that a row carries from call to call, under the remedy that carries most of those that were tried.
     """
 
     def __init__(self, stored: dict[str, Any], norms_kept: bool):
@@ -75,9 +76,9 @@ def _calibrated(remedy: str) -> bool:
 @torch.inference_mode()
 def reading_speed(
     model: LanguageModel, ids: Tensor, segment: int, seconds: float, least: int = 0, warm: bool = True
-) -> float:
+) -> tuple[float, float]:
     """Return the tokens a second at which ids (B, T + 1) are read as an evaluation reads them, from calls that take so
-    many seconds together, or all of ids.
+    many seconds together, or all of ids; and the bytes that a row then carries.
 
     Args:
         segment: tokens of a call, of all rows.
@@ -96,7 +97,7 @@ def reading_speed(
             t = u
             if time.perf_counter() - began > seconds and t >= least:
                 break
-        return rows * t / (time.perf_counter() - began)
+        return rows * t / (time.perf_counter() - began), carried_bytes(cache.layers) / rows
 
 
 def _read(model: LanguageModel, ids: Tensor, cache: Any) -> None:

@@ -13,7 +13,6 @@ from rnn_longctx.errors import InputError
 from rnn_longctx.eval.pilot.estimate import Predictor
 from rnn_longctx.eval.pilot.speed import ROWS, reading_speed, token_seconds
 from rnn_longctx.eval.pilot.steps import candidates, controls
-from rnn_longctx.eval.tune.budget import own_peak
 from rnn_longctx.mitigations import mitigate
 
 TRYING = 0.03  # share of the budget that may go into measuring the speed of each kind of reading
@@ -28,14 +27,13 @@ def measure_speeds(predictor: Predictor, text: Text, longest: int, budget: float
     """
     measuring, speeds, train_length = predictor.measuring, predictor.speeds, predictor.train_length
     model, segment, started = measuring.model, measuring.segment, time.monotonic()
-    held = own_peak(model.device)
     n = min(max(2 * segment // ROWS, 3 * train_length), longest)
     rows = [torch.from_numpy(tokens(text, model.tokenizer, i, n + 1)[0]) for i in range(ROWS)]
     ids = torch.stack(rows)
     share = TRYING * budget
     seconds = min(1.0, share / 10)
     if "none" not in speeds.reading:
-        speeds.reading["none"] = reading_speed(model, ids, segment, seconds)
+        speeds.reading["none"], speeds.row_bytes = reading_speed(model, ids, segment, seconds)
         speeds.token = token_seconds(model, ids[:, :64])
     dear = speeds.putting_on("a-floor", train_length) > max(1.0, share)
     for name in [*controls(train_length), *([] if dear else candidates(train_length))]:
@@ -48,11 +46,11 @@ def measure_speeds(predictor: Predictor, text: Text, longest: int, budget: float
                 least = 2 * train_length if model.restart else 0
                 if not known:
                     warm = model.device.type == "cuda"
-                    speeds.reading[name] = reading_speed(model, ids, segment, seconds, least, warm)
+                    speeds.reading[name], carried = reading_speed(model, ids, segment, seconds, least, warm)
+                    speeds.row_bytes = max(speeds.row_bytes, carried)
         except InputError:  # which is said when the remedy's turn comes
             continue
         speeds.ready.add(name)
         if handle.plan.restart:
             predictor.handles[name] = handle
         tick()
-    speeds.row_bytes = max(speeds.row_bytes, (own_peak(model.device) - held) / ROWS)
