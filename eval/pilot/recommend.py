@@ -23,7 +23,7 @@ from rnn_longctx.eval.pilot.findings import (
 )
 from rnn_longctx.eval.stats import Interval, wilson
 
-FAR_ENOUGH = 16  # training lengths
+FAR_ENOUGH = 64  # training lengths: the demo collapses at 32 to 128 of its own, by the text
 Kind = Literal["none needed", "remedy", "last tokens", "insufficient", "undecided"]
 
 
@@ -126,23 +126,41 @@ def _beats(chosen: Row) -> bool:
 def _collapse_words(fall: dict[str, Any]) -> str:
     if fall["length"] is None:
         longest = max(row["length"] for row in fall["lengths"])
-        return f"On this text the model does not collapse up to {format_length(longest)} tokens, the longest measured."
+        return (
+            f"On this text the model does not collapse up to {format_length(longest)} tokens, the longest measured"
+            f"{_failing_words(fall, longest)}."
+        )
     row = next(row for row in fall["lengths"] if row["length"] == fall["length"])
     return (
         f"On this text the model collapses at {format_length(fall['length'])} tokens: its loss there is "
         f"{row['loss']:.2f} nats a token, more than twice the highest within its training length ({fall['peak']:.2f}); "
-        f"{row['failing']} of {counted(row['slices'], 'stretch', 'stretches')} of text fail by themselves."
+        f"{row['failing']} of {counted(row['slices'], 'stretch', 'stretches')} of text fail by themselves"
+        f"{_failing_words(fall, fall['length'] - 1)}."
     )
 
 
+def _failing_words(fall: dict[str, Any], longest: int) -> str:
+    """Return from where on some stretches fail by themselves, though not their mean; nothing where none does up to
+    `longest` tokens."""
+    for row in fall["lengths"]:
+        if row["length"] <= longest and row["failing"]:
+            slices = counted(row["slices"], "stretch", "stretches")
+            return f"; at {format_length(row['length'])} {row['failing']} of {slices} already did"
+    return ""
+
+
 def _none_needed(fall: dict[str, Any], compared: Comparison, about: dict[str, Any]) -> Recommendation:
-    words = [_collapse_words(fall), "Use it as it is: no remedy that was measured surely lowers its loss."]
+    longest = max(row["length"] for row in fall["lengths"])
+    use = "use it as it is: no remedy that was measured surely lowers its loss."
+    if longest < FAR_ENOUGH * about["train_length"]:
+        use = (
+            f"up to {format_length(longest)} tokens {use} That is not far, and many models collapse further out: "
+            "name more time, or longer --lengths."
+        )
+    words = [_collapse_words(fall), use[0].upper() + use[1:]]
     words.append(gain_words(compared.row("none"), compared))
     python, command = lines(about, None, None)
-    doubts = _shared_doubts(compared, None)
-    if compared.length < FAR_ENOUGH * about["train_length"]:
-        doubts.append("That is not far: many models collapse further out. Name more time, or longer --lengths.")
-    return Recommendation("none needed", None, [w for w in words if w], doubts, python, command)
+    return Recommendation("none needed", None, [w for w in words if w], _shared_doubts(compared, None), python, command)
 
 
 def _remedy(fall: dict[str, Any], compared: Comparison, best: list[Row], about: dict[str, Any]) -> Recommendation:
@@ -221,7 +239,7 @@ def _recall_words(chosen: Row, compared: Comparison) -> str:
             if (row.name == "none" or row.name == compared.against) and task in row.recall
         ]
         clauses.append(f"{value:.2f} of {task}" + (f" ({', '.join(beside)})" if beside else ""))
-    return f"It answers {'; '.join(clauses)}, over all lengths asked."
+    return f"It answers {'; '.join(clauses)}, over all lengths asked, which may be shorter."
 
 
 def _document_words(task: str, gain: Interval) -> str:
@@ -294,7 +312,8 @@ def lines(about: dict[str, Any], remedy: str | None, target: int | None) -> tupl
     python = ["import rnn_longctx", "", *_loading(about)]
     if about["adopted"]:
         python.insert(0, "import transformers")
-    generate = 'rnn_longctx.generate(model, open("document.txt").read(), max_new_tokens=200)'
+    generate = "rnn_longctx.generate(model, prompt, max_new_tokens=200)"
+    python.append('prompt = open("document.txt").read()  # a document of yours')
     if remedy is None:
         python.append(f"new = {generate}")
     else:

@@ -15,7 +15,8 @@ from rnn_longctx.cli.output import wrote
 @command("report")
 def report(
     results: Annotated[
-        Path, typer.Argument(help="A folder that eval, probe, capacity, compare or train wrote, or a monitor's log.")
+        Path,
+        typer.Argument(help="A folder that eval, pilot, probe, capacity, compare or train wrote, or a monitor's log."),
     ],
     out: Annotated[
         Path | None, option("The HTML file.", "report.html in the folder; of a file, beside it as FILE.html")

@@ -26,7 +26,7 @@ from rnn_longctx.eval.pilot.findings import (
     ranked,
     recall_rows,
 )
-from rnn_longctx.eval.pilot.recommend import gain_words, lines, next_steps, recommend
+from rnn_longctx.eval.pilot.recommend import _collapse_words, gain_words, lines, next_steps, recommend
 from rnn_longctx.eval.stats import Interval
 from rnn_longctx.models.checkpoint import save
 from rnn_longctx.train import TrainConfig, spelled_out
@@ -140,7 +140,20 @@ def test_a_model_that_does_not_collapse_is_left_as_it_is(story):
     )
     found = recommend(flat, ABOUT)
     assert found.kind == "none needed" and found.remedy is None and "does not collapse up to 64K" in found.words[0]
+    assert found.words[1].startswith("Use it as it is")
+    near = recommend(flat, ABOUT | {"train_length": 2048}).words[1]
+    assert near.startswith("Up to 64K tokens use it as it is") and "not far" in near and "name more time" in near
     assert "mitigate" not in found.python and "--mitigation" not in found.command
+
+
+def test_stretches_that_fail_before_their_mean_does_are_named():
+    fall = {"length": 256, "peak": 2.0, "lengths": []}
+    for length, failing in ((32, 0), (64, 0), (128, 1), (256, 3)):
+        fall["lengths"].append({"length": length, "loss": 3.0, "slices": 4, "failing": failing})
+    ends = "3 of 4 stretches of text fail by themselves; at 128 1 of 4 stretches already did."
+    assert _collapse_words(fall).endswith(ends), "a document of 128 may fail where the mean does not"
+    near = _collapse_words(fall | {"length": None, "lengths": fall["lengths"][:3]})
+    assert near.endswith("up to 128 tokens, the longest measured; at 128 1 of 4 stretches already did.")
 
 
 @pytest.mark.parametrize(
