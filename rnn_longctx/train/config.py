@@ -192,7 +192,7 @@ class PassingConfig:
     """State passing: a stream of train_length tokens is read in segments, each from the state the one before left
     (see `rnn_longctx.train.bptt`)."""
 
-    segment: int = 512  # tokens
+    segment: int = 512  # tokens; a stream of fewer, in a schedule of several lengths, is one segment
     bptt: int | Literal["all"] = 0  # segment boundaries that a loss's gradient may cross, at most
     start: Literal["zero", "previous", "noise", "fitted-noise"] = "previous"  # the state before a stream's first token
     carry: float = 0.9  # previous: chance that a row goes on from its last stream's final state; otherwise from zero
@@ -305,8 +305,8 @@ class TrainConfig:
             raise InputError(f"export_every: expected a positive number, got {self.export_every}")
         if "stdlib" in [text.source for text in self.data.parts]:
             raise InputError("data.text: stdlib is the evaluation text and is never trained on; use site-packages")
-        if self.passing is not None and self.passing.segment > shortest:
-            raise InputError(f"passing.segment: {self.passing.segment} is longer than train_length {shortest}")
+        if self.passing is not None and self.passing.segment > self.longest:
+            raise InputError(f"passing.segment: {self.passing.segment} is longer than train_length {self.longest}")
         for mixed, name in zip(self.data.mixed, self.data.mixed_names, strict=True):
             low, high = mixed.lengths
             if mixed.fraction and (high > self.longest or low > shortest):
@@ -329,11 +329,12 @@ class TrainConfig:
         return max(length for length, _ in self.stages)
 
     def at(self, stage: int) -> TrainConfig:
-        """Return the config of one stage: its length alone, and no examples longer than that."""
+        """Return the config of one stage: its length alone, and no segments and no examples longer than that."""
         if len(self.stages) == 1 and isinstance(self.train_length, int):
             return self
         length, steps = self.stages[stage]
-        return replace(self, train_length=length, steps=steps, data=self.data.within(length))
+        passing = self.passing and replace(self.passing, segment=min(length, self.passing.segment))
+        return replace(self, train_length=length, steps=steps, data=self.data.within(length), passing=passing)
 
 
 def spelled_out(settings: Sequence[str]) -> list[str]:

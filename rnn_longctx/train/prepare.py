@@ -145,7 +145,7 @@ def _check_passing(config: TrainConfig) -> None:
     except InputError as error:
         raise InputError(f"sequence_parallel: {error}; set it to 1") from None
     for length, _ in config.stages:
-        segment = length if config.passing is None else config.passing.segment
+        segment = length if config.passing is None else min(length, config.passing.segment)
         least, needed = min(segment, length % segment or segment), least_tokens(model)
         if least // config.sequence_parallel < needed:
             cut = f"a segment of {least} tokens over {config.sequence_parallel} ranks"
