@@ -5,12 +5,14 @@ python benchmarks/million.py trace text       # one of these alone: its rows are
 python benchmarks/million.py losses           # of text, with heads slowed: million_losses.csv
 python benchmarks/million.py tiny --out runs/million-tiny     # small trainings, a row a length: million_tiny.csv
 python benchmarks/million.py start --out runs/million-start   # demo-long, the heads that keep keys slowed
+python benchmarks/million.py table runs/e/*   # of evaluations' folders, ended or not: million.csv
 python benchmarks/million.py draw             # docs/results/million.png, from the tables
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +28,7 @@ import torch
 import rnn_longctx
 from rnn_longctx.config import from_dict
 from rnn_longctx.data import load_text, tokens
+from rnn_longctx.eval.tables.sheets import context_gain
 from rnn_longctx.measure.stream import tail_loss
 from rnn_longctx.models.checkpoint import save
 from rnn_longctx.models.lm import LM
@@ -35,6 +38,7 @@ from rnn_longctx.train import TrainConfig, train
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 K = 1024
+COLUMNS = ["model", "task", "text", "mitigation", "metric", "length", "control", "value", "low", "high", "stderr", "n"]
 KEEPERS = (3, 6, 7, 9, 10, 12, 13)  # heads of demo-long's first layer with time constants above 10K tokens of filler
 
 
@@ -189,6 +193,27 @@ def config(
     return from_dict(TrainConfig, settings | more)
 
 
+def table(folders: Sequence[str]) -> None:
+    """Write what evaluations measured over all depths, and their gains over `recompute`: million.csv."""
+    tables = []
+    for folder in map(Path, folders):
+        frame = measured(folder)
+        losses = frame[frame["metric"] == "nats_per_token"]
+        kept = frame[frame["depth"].isna() & frame["metric"].isin(["accuracy", "nats_per_byte"])]
+        gains = context_gain(losses).rename(columns={"gain": "value"}).assign(metric="gain")
+        run = json.loads((folder / "runs.jsonl").read_text().splitlines()[-1])
+        both = pd.concat([kept, gains]).reindex(columns=COLUMNS)
+        tables.append(both.assign(device=run["device"], versions=run["versions"], command=run["command"]))
+    pd.concat(tables).sort_values(COLUMNS[:6]).to_csv(RESULTS / "million.csv", index=False)
+
+
+def measured(folder: Path) -> pd.DataFrame:
+    """Return the rows of an evaluation, of one that was cut off those of its cells."""
+    if (whole := folder / "results.parquet").exists():
+        return pd.read_parquet(whole)
+    return pd.DataFrame(json.loads(file.read_text())["row"] for file in sorted(folder.glob("cells/*.json")))
+
+
 def draw() -> None:
     """Draw what is left of a key, and what brings answers back, over the gap."""
     signals, answers = (pd.read_csv(RESULTS / f"million_{name}.csv") for name in ("signals", "answers"))
@@ -224,8 +249,8 @@ def draw() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["trace", "losses", "tiny", "start", "draw"])
-    parser.add_argument("names", nargs="*", help="of traces or of models; none: all")
+    parser.add_argument("part", choices=["trace", "losses", "tiny", "start", "table", "draw"])
+    parser.add_argument("names", nargs="*", help="of traces or of models; none: all; folders of `table`")
     parser.add_argument("--out", type=Path, default=Path("runs/million-tiny"), help="folder of the trainings, or model")
     parser.add_argument("--by", type=float, default=64.0, help="how much the heads are slowed")
     parser.add_argument("--seed", type=int, default=0)
@@ -239,6 +264,8 @@ def main() -> None:
         losses()
     elif options.part == "start":
         start(options.out, options.by)
+    elif options.part == "table":
+        table(options.names)
     else:
         draw()
 

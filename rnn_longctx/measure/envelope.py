@@ -20,7 +20,8 @@ from rnn_longctx.models.modes import in_evaluation
 if TYPE_CHECKING:
     from rnn_longctx.data import Text
 
-EVERY = 16  # tokens between two looks at the state
+EVERY = 16  # tokens between two looks at the state, at least
+LOOKS = 2048  # of a longer stream so many, in calls of more tokens: a state changes slowly on its scale
 SLICES = 32
 
 
@@ -74,7 +75,7 @@ class Envelope:
 @in_evaluation
 def measure_envelope(model: LanguageModel, ids: Tensor, text: str, text_hash: str) -> Envelope:
     """Read ids (slices, length) and keep each head's largest norms, looked at every 16 tokens (token by token would
-    take many times as long) and at the end.
+    take many times as long), of more than 32K tokens 2,048 times, and at the end.
 
     Raises:
         InputError: a model without recurrent layers.
@@ -84,8 +85,9 @@ def measure_envelope(model: LanguageModel, ids: Tensor, text: str, text_hash: st
     length = ids.shape[1]
     ids, cache = ids.to(model.device), model.new_cache()
     looks: list[list[Tensor]] = []  # every 16 tokens, of every layer (slices, H)
-    for t in range(0, length, EVERY):
-        model(ids[:, t : t + EVERY], cache)
+    every = max(EVERY, math.ceil(length / LOOKS))
+    for t in range(0, length, every):
+        model(ids[:, t : t + every], cache)
         looks.append([state.flatten(-2).norm(dim=-1) for state in recurrent_states(cache)])
     peaks = [torch.stack(layer).amax(0).clamp(min=1e-6).tolist() for layer in zip(*looks)]
     rounded = tuple(tuple(tuple(float(f"{v:.6g}") for v in row) for row in layer) for layer in peaks)

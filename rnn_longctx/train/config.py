@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import yaml
 
@@ -248,9 +248,18 @@ class OnlineConfig:
             raise InputError(f"poll: expected seconds, got {self.poll}")
 
 
+class Stage(NamedTuple):
+    """A part of a run whose streams are of one length."""
+
+    length: int  # tokens
+    steps: int
+    rows: int  # of an update, over all ranks
+
+
 @dataclass(frozen=True)
 class TrainConfig:
-    """A run. `train_length` may be a schedule of tokens:steps, such as 4k:200,16k:300; the sum is then `steps`."""
+    """A run. `train_length` may be a schedule of tokens:steps, such as 4k:200,16k:300; the sum is then `steps`. A stage
+    may say how many rows it has: 4k:200:16,16k:300:4; without, they are `batch_size`."""
 
     model: ModelConfig | Mamba2Config | None = None  # with init: what that is
     init: str | None = None  # a checkpoint to start from, as `rnn_longctx.load` takes it: demo, a directory, a hub id
@@ -287,9 +296,9 @@ class TrainConfig:
             raise InputError("mitigation: is folded into a checkpoint's weights; give init, the checkpoint")
         if isinstance(self.train_length, str):
             if ":" in self.train_length:
-                object.__setattr__(self, "steps", sum(steps for _, steps in self.stages))
+                object.__setattr__(self, "steps", sum(stage.steps for stage in self.stages))
             else:  # a length, such as 16k
-                object.__setattr__(self, "train_length", _stages(f"{self.train_length}:1")[0][0])
+                object.__setattr__(self, "train_length", _stages(f"{self.train_length}:1", 1)[0].length)
         for name in ("batch_size", "accumulate", "sequence_parallel", "steps", "log_every", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}: expected a positive number, got {getattr(self, name)}")
@@ -298,7 +307,7 @@ class TrainConfig:
                 raise InputError(f"log_to: unknown log {kind!r}{nearest(kind, KINDS)}")
         if self.seed < 0:
             raise InputError(f"seed: expected 0 or more, got {self.seed}")
-        shortest = min(length for length, _ in self.stages)
+        shortest = min(stage.length for stage in self.stages)
         if shortest < 1:
             raise InputError(f"train_length: expected a positive number, got {shortest}")
         if self.export_every is not None and self.export_every < 1:
@@ -318,23 +327,28 @@ class TrainConfig:
                 )
 
     @property
-    def stages(self) -> list[tuple[int, int]]:
-        """(tokens, steps) of each stage of the schedule; without one, of the only stage."""
+    def stages(self) -> list[Stage]:
+        """The stages of the schedule; without one, the only stage."""
         length = self.train_length
-        return _stages(length) if isinstance(length, str) else [(length, self.steps)]
+        return (
+            _stages(length, self.batch_size)
+            if isinstance(length, str)
+            else [Stage(length, self.steps, self.batch_size)]
+        )
 
     @property
     def longest(self) -> int:
         """The longest stream of the run, in tokens."""
-        return max(length for length, _ in self.stages)
+        return max(stage.length for stage in self.stages)
 
     def at(self, stage: int) -> TrainConfig:
-        """Return the config of one stage: its length alone, and no segments and no examples longer than that."""
+        """Return the config of one stage: its length and rows alone, no segments and no examples longer than that."""
         if len(self.stages) == 1 and isinstance(self.train_length, int):
             return self
-        length, steps = self.stages[stage]
+        length, steps, rows = self.stages[stage]
         passing = self.passing and replace(self.passing, segment=min(length, self.passing.segment))
-        return replace(self, train_length=length, steps=steps, data=self.data.within(length), passing=passing)
+        parts: dict[str, Any] = {"data": self.data.within(length), "passing": passing}
+        return replace(self, train_length=length, steps=steps, batch_size=rows, **parts)
 
 
 def spelled_out(settings: Sequence[str]) -> list[str]:
@@ -361,11 +375,11 @@ def _check_weight(weight: float) -> None:
         raise InputError(f"answer_weight: expected 0 or more, got {weight}")
 
 
-def _stages(schedule: str) -> list[tuple[int, int]]:
-    """ "4k:200,16k:300" to (tokens, steps) each."""
+def _stages(schedule: str, rows: int) -> list[Stage]:
+    """Read "4k:200,16k:300:8": a stage that does not say its rows has `rows`."""
     try:
-        parts = [stage.split(":") for stage in schedule.split(",")]
-        return [(parse_length(length), parse_length(steps)) for length, steps in parts]
-    except ValueError:  # of an InputError, or of parts that are not two
-        expected = "expected a length, or tokens:steps of each stage as in 4k:200,16k:300"
+        parts = [[*stage.split(":"), str(rows)][: max(3, stage.count(":") + 1)] for stage in schedule.split(",")]
+        return [Stage(parse_length(length), parse_length(steps), parse_length(some)) for length, steps, some in parts]
+    except ValueError:  # of an InputError, or of parts that are neither two nor three
+        expected = "expected a length, or tokens:steps (or tokens:steps:rows) of each stage as in 4k:200,16k:300:8"
         raise InputError(f"train_length: {expected}, got {schedule!r}") from None

@@ -169,12 +169,12 @@ def stage_of(config: TrainConfig, state: RunState, loss: Callable[[], float], sa
         return stage
     if step == 0:
         state.gate = loss()
-    wait = step - sum(steps for _, steps in config.stages[: stage + 1])
+    wait = step - sum(some.steps for some in config.stages[: stage + 1])
     if wait < 0 or wait % ASK_EVERY:
         return stage
     assert state.gate is not None
     now, least = loss(), state.gate
-    (first, _), (here, _), (there, _) = config.stages[0], config.stages[stage], config.stages[stage + 1]
+    first, here, there = (config.stages[i].length for i in (0, stage, stage + 1))
     if not now <= WORSE * least:
         reason = f"held-out loss at {first} is {now:.4f}, more than 5% above {least:.4f}"
         say(f"step {step}: stays at {here} tokens, not on to {there}: {reason}")

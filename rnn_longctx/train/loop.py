@@ -118,7 +118,7 @@ class Loop:
         self.optimizer = make_optimizer(run.model, c.optimizer)
         self.starts = None
         if c.passing is not None:
-            self.starts = Starts(run.model, c.passing, c.seed, team.rows, team.sum_of_lanes)
+            self.starts = Starts(run.model, c.passing, c.seed, total=team.sum_of_lanes)
         self.state = _resume(run, self.optimizer, self.starts)
         self.evaluation = None
         if c.evaluate is not None:
@@ -180,12 +180,15 @@ class Loop:
             self.state.stage, self.state.recent = stage, []  # a longer stream's loss is another
             if self.starts is not None:
                 self.starts.forget()
+                self.starts.rows = self.run.team.rows(self.run.config.at(stage))
 
     def short_loss(self) -> float:
         """Return the held-out loss at the first stage's length, which a stage is gated on."""
         c, corpus = self.run.config, self.run.corpus
         whole = self.run.team.whole(self.run.model)
-        return self.run.team.first(lambda: late_loss(whole, corpus, c.stages[0][0], c.batch_size, self.run.autocast))
+        return self.run.team.first(
+            lambda: late_loss(whole, corpus, c.stages[0].length, c.batch_size, self.run.autocast)
+        )
 
     def record(self, update: Update) -> None:
         """Write a row of the log where one is due: the means over the updates since the last, or a skipped step."""
@@ -281,16 +284,20 @@ def _resume(run: Run, optimizer: torch.optim.Optimizer, starts: Starts | None) -
     step = -1 if snapshot is None else snapshot["state"]["step"]
     if run.team.first(lambda: step) != step:
         raise InputError(f"out: rank {run.team.rank} does not see the snapshots in {run.out} that rank 0 does")
+    if starts is not None:
+        starts.rows = run.team.rows(run.config.at(0))
     if snapshot is None:
         return RunState()
     if snapshot["texts"] != run.text_hashes:
         raise InputError(f"{run.out}: the training text is not the one this run began with; set another out")
     run.team.load(run.model, optimizer, snapshot)
+    # a snapshot of before there were stages does not say the tokens
+    state = RunState.from_dict({"tokens": step * run.config.batch_size * run.config.longest} | snapshot["state"])
     if starts is not None:
+        starts.rows = run.team.rows(run.config.at(state.stage))
         starts.load_state_dict(snapshot["starts"])
     run.say(f"resumed from step {step}")
-    # a snapshot of before there were stages does not say the tokens
-    return RunState.from_dict({"tokens": step * run.config.batch_size * run.config.longest} | snapshot["state"])
+    return state
 
 
 def backward(
@@ -300,7 +307,7 @@ def backward(
     left in the parameters. config: that of the stage."""
     team = run.team
     batch = run.corpus.batch(config, step)
-    rows = batch.rows(team.rows)
+    rows = batch.rows(team.rows(config))
     begun = None if starts is None else starts.begin(step, rows)
     tokens, answers, each = batch.answer.numel(), batch.answer.sum(), len(rows.ids) // config.accumulate
     losses, ends = torch.zeros(2, device=batch.ids.device), []

@@ -112,7 +112,7 @@ def _read_text(config: TrainConfig, tokenizer: Tokenizer, team: Team, say: Say) 
     say(f"text: {names}: {sizes}, in {time.monotonic() - began:.0f} s")
     if team.first(lambda: names) != names:  # of another machine: each rank takes its rows of what it reads itself
         raise InputError(f"data.text: rank {team.rank} reads {names}, and that is not what rank 0 reads")
-    if len(config.stages) > 1 and len(corpus.held_out) <= config.stages[0][0]:
+    if len(config.stages) > 1 and len(corpus.held_out) <= config.stages[0].length:
         few = f"{len(corpus.held_out)} tokens are too few; see data.held_out"
         raise InputError(f"train_length: a schedule is gated on held-out text, and {few}")
     return corpus.to(team.device)
@@ -144,7 +144,7 @@ def _check_passing(config: TrainConfig) -> None:
         refuse_unspread(model)
     except InputError as error:
         raise InputError(f"sequence_parallel: {error}; set it to 1") from None
-    for length, _ in config.stages:
+    for length in (stage.length for stage in config.stages):
         segment = length if config.passing is None else min(length, config.passing.segment)
         least, needed = min(segment, length % segment or segment), least_tokens(model)
         if least // config.sequence_parallel < needed:

@@ -43,14 +43,11 @@ class Team:
         self.sharded = self.world > 1 and (config.fsdp or os.environ.get("ACCELERATE_USE_FSDP") == "true")
         if self.world % self.sequence:
             raise InputError(f"sequence_parallel: {self.sequence} does not divide the {self.world} ranks there are")
-        lanes = self.world // self.sequence
-        if config.batch_size % (lanes * config.accumulate):
-            ranks = f"{lanes} ranks times " if lanes > 1 else ""
-            raise InputError(
-                f"batch_size: {config.batch_size} rows do not divide by {ranks}accumulate {config.accumulate}"
-            )
-        each, lane = config.batch_size // lanes, self.rank // self.sequence
-        self.rows = slice(lane * each, (lane + 1) * each)
+        self.lanes = self.world // self.sequence
+        for rows in (stage.rows for stage in config.stages):
+            if rows % (self.lanes * config.accumulate):
+                ranks = f"{self.lanes} ranks times " if self.lanes > 1 else ""
+                raise InputError(f"batch_size: {rows} rows do not divide by {ranks}accumulate {config.accumulate}")
         self.accelerator: Any = None
         self.began = not dist.is_initialized()
         self.group: dist.ProcessGroup | None = None
@@ -66,7 +63,12 @@ class Team:
         self.device = self.accelerator.device
         if self.sequence > 1:  # a group of their own, which DDP's traffic does not mix with; every rank makes all
             groups = [dist.new_group(list(range(i, i + self.sequence))) for i in range(0, self.world, self.sequence)]
-            self.group = groups[lane]
+            self.group = groups[self.rank // self.sequence]
+
+    def rows(self, config: TrainConfig) -> slice:
+        """Return which rows of a batch this rank reads. config: that of a stage."""
+        each, lane = config.batch_size // self.lanes, self.rank // self.sequence
+        return slice(lane * each, (lane + 1) * each)
 
     # --- the model
 

@@ -37,6 +37,8 @@ from rnn_longctx.train import TrainConfig, spelled_out, train
         ("train_length=512:20,1k", "train_length: expected a length, or tokens:steps"),
         ("train_length=512:20,1k:-3", "train_length: expected a length, or tokens:steps"),
         ("train_length=4q", "train_length: expected a length, or tokens:steps"),
+        ("train_length=512:20:4:1,1k:3", "train_length: expected a length, or tokens:steps"),
+        ("train_length=512:20:0,1k:3", "train_length: expected a length, or tokens:steps"),
         ("train_length=100:20,1k:3", "data.passkey.lengths: 128 is longer than train_length 100"),
         ("optimizer.lr=-1", "optimizer.lr: expected 0 or more, got -1"),
         ("optimizer.weight_decay=-0.1", "optimizer.weight_decay: expected 0 or more"),
@@ -81,6 +83,14 @@ def test_the_configs_that_come_along(name: str) -> None:
     found = load_yaml(TrainConfig, Path(__file__).parents[2] / "configs" / "train" / f"{name}.yaml")
     assert (found.passing is None) == (name != "continual") == (found.init is None)
     assert from_dict(TrainConfig, to_dict(found)) == found
+
+
+def test_a_stream_shorter_than_a_segment_is_one_segment() -> None:
+    file = Path(__file__).parents[2] / "configs" / "train" / "continual.yaml"
+    config = load_yaml(TrainConfig, file, ["train_length=2k:5,16k:5", "passing.segment=4096"])
+    assert [config.at(stage).passing.segment for stage in (0, 1)] == [2048, 4096]
+    with pytest.raises(InputError, match=r"passing\.segment: 16385 is longer than train_length 16384"):
+        load_yaml(TrainConfig, file, ["train_length=2k:5,16k:5", "passing.segment=16385"])
 
 
 def test_mistakes_before_any_work(config: TrainConfig) -> None:

@@ -194,15 +194,15 @@ def staged(config: TrainConfig, schedule: str, **more: Any) -> TrainConfig:
 
 
 def test_a_schedule_of_lengths(config: TrainConfig) -> None:
-    c = staged(config, "112:3,115:2,120:4", log_every=1)
-    assert c.steps == 9 and c.longest == 120 and c.stages == [(112, 3), (115, 2), (120, 4)]
+    c = staged(config, "112:3,115:2:3,120:4:1", log_every=1)
+    assert c.steps == 9 and c.longest == 120 and c.stages == [(112, 3, 4), (115, 2, 3), (120, 4, 1)]
     assert [c.at(i).train_length for i in range(3)] == [112, 115, 120]
     assert [c.at(i).data.passkey.lengths for i in range(3)] == [(110, 112), (110, 115), (110, 120)]
     assert replace(c, train_length="2k").train_length == 2048
     train(replace(c, optimizer=OptimizerConfig(lr=1e-3)))
     log = rows(c)
     assert [r["length"] for r in log] == [112] * 3 + [115] * 2 + [120] * 4
-    assert log[-1]["tokens"] == 4 * (3 * 112 + 2 * 115 + 4 * 120)
+    assert log[-1]["tokens"] == 3 * 4 * 112 + 2 * 3 * 115 + 4 * 1 * 120
     rates = [1e-3 * learning_rate(c.schedule, i, 9) for i in range(9)]
     assert [r["lr"] for r in log] == pytest.approx(rates, rel=1e-5)
     assert rnn_longctx.load(Path(c.out) / "model").train_length == 120

@@ -30,7 +30,7 @@ MODES: dict[str, dict[str, Any]] = {
     "fitted-noise": {"passing": PassingConfig(64, 0, "fitted-noise"), "evaluate": EvaluateConfig([112], 5, 2)},
     "stages": {
         "passing": PassingConfig(40, 2, "previous", 1.0),
-        "train_length": "112:3,115:2,120:7",
+        "train_length": "112:3,115:2:2,120:7:3",
         "evaluate": EvaluateConfig([111, 120], every=3, passkeys=2),
     },
     "mixed": {},

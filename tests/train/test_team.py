@@ -38,7 +38,7 @@ MODES: dict[str, dict[str, Any]] = {
     "previous": {"passing": PassingConfig(50, 1, "previous", 0.5), "evaluate": EvaluateConfig([111], 5, 2)},
     "noise": {"passing": PassingConfig(37, "all", "noise")},
     "fitted-noise": {"passing": PassingConfig(60, 0, "fitted-noise")},
-    "stages": {"passing": PassingConfig(40, 2, "previous", 1.0), "train_length": "112:3,120:3"},
+    "stages": {"passing": PassingConfig(40, 2, "previous", 1.0), "train_length": "112:3:8,120:3"},
 }
 WAYS: dict[str, dict[str, Any]] = {
     "ddp": {},
@@ -197,6 +197,7 @@ def test_what_does_not_divide_is_refused(two: Ranks, config: TrainConfig) -> Non
         train(replace(config, sequence_parallel=2))
     for change, words in (
         ({"batch_size": 3}, "batch_size: 3 rows do not divide by 2 ranks times accumulate 1"),
+        ({"train_length": "112:3,120:3:3"}, "batch_size: 3 rows do not divide by 2 ranks times accumulate 1"),
         ({"sequence_parallel": 4}, "sequence_parallel: 4 does not divide the 2 ranks"),
         ({"device": "cuda:1"}, "device: expected auto, cpu or cuda for 2 ranks"),
         (
