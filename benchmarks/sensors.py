@@ -1,7 +1,6 @@
 """What docs/guides/sensors.md says, measured: each part appends to a table of its own in --out.
 
 python benchmarks/sensors.py fit --out runs/sensors        # a log with short lags; a model a mixer
-python benchmarks/sensors.py lags --out runs/sensors       # average precision by lag, on a log with lags to 100K rows
 python benchmarks/sensors.py cost --out runs/sensors       # seconds and memory of reading, by length, on a CPU
 python benchmarks/sensors.py card --out runs/sensors --device cuda    # of one reading, forward and back, on a GPU
 python benchmarks/sensors.py copies --out runs/sensors     # damaged copies of a log
@@ -118,15 +117,6 @@ def measured(model: SensorModel, made: Made, threshold: float) -> list[dict]:
         lead = {"caught": caught["caught"].mean(), "minutes_ahead": caught["lead"].median() / 60}
         rows.append(row | at | lead | found(at))
     return rows
-
-
-def lags(out: Path, mixers: list[str]) -> None:
-    for name, plant in LOGS.items():
-        made = make_plant(plant)
-        for mixer in mixers:
-            run = Run.load(out / mixer)
-            row = {"log": name, "mixer": mixer, "seed": run.source["fit"]["seed"]}
-            append(out / "lags.csv", [row | found for found in measured(run.model, made, run.threshold)])
 
 
 def by_lag(truth: pd.DataFrame, logits: np.ndarray, before: np.ndarray) -> Iterator[dict]:
@@ -331,7 +321,7 @@ def append(path: Path, rows: list[dict]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["fit", "reach", "lags", "cost", "one", "card", "copies", "drift"])
+    parser.add_argument("part", choices=["fit", "reach", "cost", "one", "card", "copies", "drift"])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--mixers", nargs="+", default=list(MIXERS))
     parser.add_argument("--schedule", default=FitConfig.schedule)
@@ -352,7 +342,7 @@ def main() -> None:
     elif args.part == "cost":
         cost(args.out, args.mixers, args.lengths)
     else:
-        {"lags": lags, "copies": copies, "drift": drift}[args.part](args.out, args.mixers)
+        {"copies": copies, "drift": drift}[args.part](args.out, args.mixers)
 
 
 if __name__ == "__main__":
