@@ -49,6 +49,21 @@ def test_demo_long_is_the_demo_continued_and_does_not_collapse(demo):
     assert loss[16384] < 1.3 * loss[512] and recall[512] >= 0.8
 
 
+def test_demo_delta_finds_keys_far_back_in_filler_and_in_text():
+    delta = rnn_longctx.load("demo-delta")
+    folder = BUNDLED / "demo-delta"
+    assert sum(f.stat().st_size for f in folder.iterdir()) < 8 * 2**20
+    made = delta.provenance
+    assert made["data"]["licences"] and "standard library" in made["data"]["excluded"]
+    assert delta.train_length == delta.calibration["length"] == 262144 and "stdlib" not in delta.calibration["text"]
+    with (folder / "training_log.csv").open() as file:
+        assert int(list(csv.DictReader(file))[-1]["step"]) == made["recipe"]["steps"]
+    tasks = ["passkey:n=5", "passkey:haystack=stdlib,n=5"]
+    found = rnn_longctx.evaluate(delta, ["4k"], tasks)
+    right = found[(found.metric == "accuracy") & found.depth.isna()].groupby("task").value.first()
+    assert right["passkey"] == 1 and right["passkey-in-stdlib"] >= 0.6
+
+
 @pytest.mark.parametrize("name", DEMOS)
 def test_its_files_name_no_folder(name):
     for file in (BUNDLED / name).glob("*.json"):

@@ -19,7 +19,7 @@ from rnn_longctx.models.lm import LM
 
 @bench("cpu")
 def bench_cpu(
-    model: Annotated[str, '"demo", "demo-long", a directory, or a Hugging Face hub id.'] = "demo",
+    model: Annotated[str, '"demo", "demo-long", "demo-delta", a directory, or a Hugging Face hub id.'] = "demo",
     *,
     batch: Annotated[int, "Rows side by side."] = 4,
     length: Annotated[str, "Tokens of a row."] = "4k",

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rnn_longctx.models.interface import LanguageModel
 
 TEXTS = "stdlib, a file, a directory, jsonl:PATH[:field], parquet:PATH[:column], hf:dataset[:split[:column]]."
-MODEL_HELP = '"demo", "demo-long", a directory, or a Hugging Face hub id.'
+MODEL_HELP = '"demo", "demo-long", "demo-delta", a directory, or a Hugging Face hub id.'
 MODEL = typer.Argument(help=MODEL_HELP)
 Many = list[str] | None
 

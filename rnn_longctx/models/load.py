@@ -23,8 +23,8 @@ def load(
     tokenizer: str | None = None,
     train_length: int | str | None = None,
 ) -> LM | Retrofitted:
-    """Return a model in eval mode from a directory, a Hugging Face hub id, or "demo" or "demo-long", which come with
-    the package; a directory may be one that `rnn-longctx retrofit` wrote.
+    """Return a model in eval mode from a directory, a Hugging Face hub id, or "demo", "demo-long" or "demo-delta",
+    which come with the package; a directory may be one that `rnn-longctx retrofit` wrote.
 
     Args:
         dtype: of the weights; None is float32. A_log, D and dt_bias stay float32 in a 16-bit model.

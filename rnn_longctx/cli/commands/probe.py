@@ -35,7 +35,7 @@ class ProbeOptions:
 @command("probe")
 def probe(
     model: Annotated[
-        list[str], typer.Argument(help='"demo", "demo-long", a directory, or a hub id; several to compare.')
+        list[str], typer.Argument(help='"demo", "demo-long", "demo-delta", a directory or hub id; several to compare.')
     ],
     probing: ProbeOptions = ProbeOptions(),
     options: ModelOptions = ModelOptions(),

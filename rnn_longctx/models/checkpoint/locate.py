@@ -14,7 +14,11 @@ from rnn_longctx.models.checkpoint.foreign import file_instead
 from rnn_longctx.models.checkpoint.layouts import SIDE
 
 BUNDLED = Path(str(files("rnn_longctx"))) / "checkpoints"
-DEMOS = ("demo", "demo-long")  # as trained at 512 tokens, and continued at 16K so that it does not collapse
+DEMOS = (
+    "demo",  # Mamba-2 as trained at 512 tokens: it collapses
+    "demo-long",  # continued at 16K, so that it does not
+    "demo-delta",  # KDA, trained on streams up to 256K for recall
+)
 
 # What is fetched from the hub, by name; pickled weights only where there are no others.
 FILES = [
