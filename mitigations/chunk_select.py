@@ -20,6 +20,7 @@ from rnn_longctx.errors import InputError
 from rnn_longctx.mitigations.base import REMEDIES, Plan, Remedy, same_everywhere
 from rnn_longctx.models.carries import StreamCache
 from rnn_longctx.models.interface import LanguageModel
+from rnn_longctx.models.segments import last_hidden
 from rnn_longctx.spec import quiet
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def _surest(model: LanguageModel, ids: Tensor, segment: int, chunk: int, query: 
         for some in rows.split(max(1, segment // (rows.shape[1] + query))):
             cache = model.new_cache()
             prompt = torch.cat([some, question.expand(len(some), -1)], 1)
-            *_, last = (hidden[:, -1] for hidden in model.stream(prompt, cache, max(1, segment // len(some))))
+            last = last_hidden(model.stream(prompt, cache, max(1, segment // len(some))))
             logits = model.logits(last)
             entropy = torch.distributions.Categorical(logits=logits.double()).entropy()
             i = int(entropy.argmin())

@@ -35,6 +35,7 @@ from rnn_longctx.mitigations.base import REMEDIES, Need, Plan, Remedy, same_ever
 from rnn_longctx.models.carries import StreamCache
 from rnn_longctx.models.interface import LanguageModel
 from rnn_longctx.models.mixer_reading import MixerReading
+from rnn_longctx.models.segments import last_hidden
 from rnn_longctx.recurrence.gates import SteppedGates
 from rnn_longctx.recurrence.policy import ScanPolicy
 from rnn_longctx.spec import quiet
@@ -94,7 +95,7 @@ class Lamb(Remedy):
 def _read(model: LanguageModel, ids: Tensor, segment: int) -> tuple[Tensor, StreamCache]:
     """Return the logits (B, vocab) after the last of ids (B, T), and the cache."""
     cache = model.new_cache()
-    *_, last = (hidden[:, -1] for hidden in model.stream(ids, cache, segment))
+    last = last_hidden(model.stream(ids, cache, segment))
     return model.logits(last), cache
 
 

@@ -22,7 +22,7 @@ from rnn_longctx.models.decode import Decoder
 from rnn_longctx.models.ids import rows_of
 from rnn_longctx.models.interface import LanguageModel
 from rnn_longctx.models.modes import evaluating, in_evaluation
-from rnn_longctx.models.segments import SEGMENT
+from rnn_longctx.models.segments import SEGMENT, last_hidden
 from rnn_longctx.models.stops import (
     TextStream,
     end_ids,
@@ -74,8 +74,7 @@ def prefill(
         cache.tail = ids[:, max(0, start - model.restart.overlap) : start].to(model.device)
         ids = ids[:, start:]
     if mask is None:
-        *_, last = (hidden[:, -1] for hidden in model.stream(ids, cache, segment))
-        return model.logits(last), cache
+        return model.logits(last_hidden(model.stream(ids, cache, segment))), cache
     for some, real in zip(ids.split(segment, 1), mask.split(segment, 1)):
         last = model(some.to(model.device), cache, real.to(model.device))[:, -1]
     return model.logits(last), cache

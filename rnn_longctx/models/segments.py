@@ -1,15 +1,26 @@
-"""How many tokens are read at once."""
+"""How many tokens are read at once, and what is kept of them."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from importlib.util import find_spec
 from typing import Any
+
+from torch import Tensor
 
 SEGMENT = 4096
 # Tokens read at once, of all rows together, where a text is only measured. On a CPU a call's activations should stay
 # near its caches.
 SEGMENTS = {"cpu": 4096, "cuda": 65536}
 ELEMENTS = 2**31  # of one view: the kernels of mamba-ssm count them in 32 bits, and read elsewhere beyond
+
+
+def last_hidden(pieces: Iterable[Tensor]) -> Tensor:
+    """Return (B, d_model), the last token's, of a stream's hidden states (B, T, d_model), and keep no piece but the
+    last: all of a long stream would take more memory than its model."""
+    for piece in pieces:
+        last = piece[:, -1]
+    return last
 
 
 def widest(model: Any) -> int:

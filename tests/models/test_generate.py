@@ -8,6 +8,7 @@ import time
 import pytest
 import torch
 from adopted_families import POLICIES, VOCAB, put
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from rnn_longctx import generate, generate_stream, mitigate
 from rnn_longctx.data import ByteTokenizer
@@ -381,3 +382,22 @@ def test_looking_for_ends_costs_little():
         speeds[name] = 1 / min(taken)
     print({name: round(speed) for name, speed in speeds.items()}, torch.cuda.get_device_name(), torch.__version__)
     assert min(speeds["an end id"], speeds["a stop string"]) > 0.8 * speeds["neither"]
+
+
+@pytest.mark.parametrize("remedy", ["none", "lamb:tokens=9,query=5", "chunk-select:chunk=90,query=5"])
+def test_of_a_long_prompt_one_segment_is_kept(remedy, make, monkeypatch):
+    """Hidden states of every token would take more memory than the model."""
+    lm, held, alive = make(vocab_size=VOCAB), [], []
+    lm.train_length = 40
+    stream = type(lm).stream
+
+    def watched(self, *args, **kwargs):
+        for piece in stream(self, *args, **kwargs):
+            held.append(StorageWeakRef(piece.untyped_storage()))
+            alive.append(sum(not storage.expired() for storage in held))
+            yield piece
+
+    monkeypatch.setattr(type(lm), "stream", watched)
+    with mitigate(lm, remedy):
+        prefill(lm, torch.randint(VOCAB, (1, 100)), segment=10)
+    assert len(alive) >= 9 and max(alive) <= 3
