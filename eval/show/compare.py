@@ -18,6 +18,7 @@ from rnn_longctx.config import format_length
 from rnn_longctx.eval.show.answers import answer_tables, draw_answers, guess
 from rnn_longctx.eval.show.costs import cost_tables
 from rnn_longctx.eval.show.recovery import draw_recovery_grid, recovery_table
+from rnn_longctx.eval.show.states import draw_states, states_table
 from rnn_longctx.eval.show.style import BLUE, GREYS, GRID, RED, write
 from rnn_longctx.eval.tables.compare import DEFINITION, control, of_all_seeds
 
@@ -40,7 +41,7 @@ def tables(frame: pd.DataFrame) -> list[RenderableType]:
     if not texts or len(_tasks(frame)) > BESIDE:
         pieces += answer_tables(frame)
     pieces += [] if frame.empty else recovery_table(frame)
-    for title, grid in (("States while reading", _states(frame)), *_remedies(frame)):
+    for title, grid in (("States while reading", states_table(frame)), *_remedies(frame)):
         if grid.row_count:
             pieces += [Text(title, style="bold"), grid, Text("")]
     pieces += [] if frame.empty else cost_tables(frame)
@@ -104,23 +105,6 @@ def _recall(rows: pd.DataFrame) -> str:
     return " ".join(f"{format_length(int(n))} {v:.2f}" for n, v in zip(rows["length"], rows["value"]))
 
 
-def _states(frame: pd.DataFrame) -> Table:
-    grid = _grid("entry", "heads that leave their range", "first at", "norm, times that at training length", "state")
-    left, growth = of_all_seeds(frame, "heads_left"), of_all_seeds(frame, "state_growth")
-    for _, row in left.iterrows():
-        entry = frame[frame["entry"] == row["entry"]]
-        heads, onset = of_all_seeds(entry, "heads")["value"].iloc[0], of_all_seeds(entry, "onset")["value"]
-        at = growth[growth["entry"] == row["entry"]].sort_values("length")
-        grid.add_row(
-            row["entry"],
-            f"{row['value']:.3g} of {heads:.0f}",
-            f"{onset.iloc[0]:,.0f}" if len(onset) else "",
-            f"{at['value'].iloc[-1]:.2f} at {format_length(int(at['length'].iloc[-1]))}" if len(at) else "",
-            f"{int(row['state']):,} numbers",
-        )
-    return grid
-
-
 def _remedies(frame: pd.DataFrame) -> list[tuple[str, Table]]:
     """Return a table of losses under each remedy, and one of answers a task, entries as columns: at the longest length
     that remedies were measured at, of entries' seeds that all have it. Losses are over the slices that all rows have,
@@ -161,7 +145,7 @@ def _not_applicable(frame: pd.DataFrame) -> list[str]:
 def draw(frame: pd.DataFrame, folder: Path) -> list[Path]:
     """Draw loss over length, a panel an entry with recomputing beside it: compare.png and compare.pdf, and a page more
     for each further text. Answers of more than a few tasks: answers, or without any loss compare, and over their depth
-    recovery. Returns the paths."""
+    recovery. Norms of states under remedies: states. Returns the paths."""
     paths = []
     for i, text in enumerate(_texts(frame)):
         figure = _page(frame, text)
@@ -173,7 +157,7 @@ def draw(frame: pd.DataFrame, folder: Path) -> list[Path]:
         paths = draw_answers(frame, folder, "compare")
     elif len(_tasks(frame)) > BESIDE:
         paths += draw_answers(frame, folder, "answers")
-    return paths + draw_recovery_grid(frame, folder)
+    return paths + draw_recovery_grid(frame, folder) + draw_states(frame, folder)
 
 
 def _page(frame: pd.DataFrame, text: str) -> Figure:

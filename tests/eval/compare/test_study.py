@@ -145,6 +145,12 @@ def test_the_committed_study_is_read_again_by_the_present_code(tmp_path):
     for entry in config.entries:
         rate = chosen(config, entry.name, where)
         assert rate is not None and all(measured(config, seed, where) for seed in config.replicas(entry.name, rate))
+    searched = ["mamba2-slow", "deltanet"]  # whose T_forget is known: nothing is left to train, nor of what is probed
+    assert config.forget and study._Cells(config, where, searched).due() == []
+    erasing = tmp_path / "erasing"
+    config = load_yaml(CompareConfig, erasing / cell.STUDY)
+    probed = load_yaml(CompareConfig, ROOT / "configs/compare/erasing.yaml").measure.probe
+    assert config.measure.probe == probed and study._Cells(config, erasing, ["deltanet", "kda", "kda-slow"]).due() == []
 
 
 def test_remedies_alone_stand_beside_the_bare_model_and_nothing_is_measured_of_nothing(config, here):

@@ -15,6 +15,7 @@ from rich.console import Console, Group
 
 from rnn_longctx.errors import InputError
 from rnn_longctx.eval.show.compare import _panel, draw, tables
+from rnn_longctx.eval.show.page.kinds.compare import _states
 from rnn_longctx.eval.stats import Interval, crossed, student
 from rnn_longctx.eval.tables.compare import (
     COLUMNS,
@@ -248,3 +249,29 @@ def test_many_tasks_have_tables_and_a_page_of_their_own(tmp_path):
         Console(file=out, width=200).print(Group(*tables(frame)))
         assert ("t1: share of answers that are right" in out.getvalue()) == bool(files)
         assert {path.name for path in draw(frame, tmp_path)} == {"compare.png", "compare.pdf", *files}
+
+
+def test_states_under_a_remedy_stand_apart_from_those_as_trained(tmp_path):
+    """In the terminal, on the page and drawn; where no remedy was on nothing is drawn."""
+    about = {"heads": 8.0, "worst_ratio": 2.0}
+    made = {"none": (1.0, 2.0, math.nan), "erase:scale=0,least=0": (5.0, 64.0, 768.0)}  # left, growth, onset
+    cells = []
+    for (remedy, (left, grown, onset)), seed in product(made.items(), range(2)):
+        key = {k: v for k, v in rows("a", STORIES["holds"], seed)[0].items() if k not in ("value", "metric", "length")}
+        key |= {"mitigation": remedy, "task": "probe", "samples": []}
+        seen = about | {"heads_left": left, "onset": onset}
+        cells += [key | {"metric": metric, "length": 4 * T, "value": value} for metric, value in seen.items()]
+        for length, value in ((T, 1.0), (4 * T, grown + seed / 2)):
+            of = {"length": length, "value": value}
+            cells += [key | {"metric": metric} | of for metric in ("state_growth", "state_growth_max")]
+    frame = summarised(cells, T)
+    console = Console(file=io.StringIO(), width=200, color_system=None)
+    console.print(Group(*tables(frame)))
+    printed = console.file.getvalue()
+    assert re.search(r"^a +1 of 8 +2\.25 at 2K ", printed, re.MULTILINE)
+    assert re.search(r"^a, erase:scale=0,least=0 +5 of 8 +768 +64\.25 at 2K ", printed, re.MULTILINE)
+    growth, heads = _states(frame)
+    assert growth.alternative.startswith("Times: a 2.25 at 2K, a, erase:scale=0,least=0 64.25 at 2K.")
+    assert heads.frame.set_index("entry")["heads that leave their range"].tolist() == [1.0, 5.0]
+    assert [path.name for path in draw(frame, tmp_path)] == ["states.png", "states.pdf"]
+    assert draw(frame[frame["mitigation"] == "none"], tmp_path) == []

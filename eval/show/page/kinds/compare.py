@@ -15,6 +15,7 @@ from rnn_longctx.eval.show.page import figures
 from rnn_longctx.eval.show.page.figures import Line, lengths_axis, level, look, number, upright
 from rnn_longctx.eval.show.page.parts import KINDS, Figure, Kind, Page, Section, Table
 from rnn_longctx.eval.show.recovery import recovered
+from rnn_longctx.eval.show.states import of_states
 from rnn_longctx.eval.tables.compare import DEFINITION, FILE, of_all_seeds, read
 
 MANY = 10  # entries that are all shown at first
@@ -214,8 +215,11 @@ def _wide(frame: pd.DataFrame, heads: dict[str, str], by: list[str]) -> pd.DataF
 
 
 def _states(frame: pd.DataFrame) -> list[Figure | Table]:
-    """Return which heads leave their range, and how states grow with the length."""
+    """Return which heads leave their range, and how states grow with the length, under each remedy that they were
+    looked at with."""
     out: list[Figure | Table] = []
+    if (frame := of_states(frame)).empty:
+        return out
     growth = of_all_seeds(frame, "state_growth")
     if len(growth):
         of = over_length(frame, growth)
