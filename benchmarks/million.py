@@ -6,7 +6,7 @@ python benchmarks/million.py losses           # of text, with heads slowed: mill
 python benchmarks/million.py tiny --out runs/million-tiny     # small trainings, a row a length: million_tiny.csv
 python benchmarks/million.py start --out runs/million-start   # demo-long, the heads that keep keys slowed
 python benchmarks/million.py table runs/e/*   # of evaluations' folders, ended or not: million.csv
-python benchmarks/million.py draw             # docs/results/million.png, from the tables
+python benchmarks/million.py draw             # docs/results/million.png and million_recall.png, from the tables
 """
 
 from __future__ import annotations
@@ -247,6 +247,45 @@ def draw() -> None:
     figure.savefig(ROOT / "docs" / "results" / "million.png", dpi=90)
 
 
+SHOWN = {
+    "b3/best": "demo-delta",
+    "b0/best": "its recipe, other seeds",
+    "b2/best": None,
+    "demo-long": "demo-long",
+    "demo": "demo, token-filter+state-norm",
+    "window/best": "softmax attention, window of 512",
+}
+
+
+def draw_recall() -> None:
+    """Draw the keys found over length, in filler and in text, of what was trained for it and what stands beside it."""
+    found = pd.read_csv(RESULTS / "million.csv")
+    found = found[
+        (found["metric"] == "accuracy")
+        & (found["mitigation"].str.startswith("token-filter") | (found["mitigation"] == "none"))
+    ]
+    found = found[(found["model"] != "demo") | (found["mitigation"] != "none")]
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
+    for ax, task, title in (
+        (axes[0], "passkey", "the paper's sentences"),
+        (axes[1], "passkey-in-stdlib", "Python source"),
+    ):
+        for i, (model, label) in enumerate(SHOWN.items()):
+            rows = found[(found["model"] == model) & (found["task"] == task)].sort_values("length")
+            color = "C0" if model == "b3/best" else "C9" if model.startswith("b") else f"C{i - 2}"
+            ax.plot(
+                rows["length"], rows["value"], marker="o", ms=4, color=color, label=label, lw=2 if color == "C0" else 1
+            )
+        ax.axvline(262144, color="grey", lw=0.8, ls=":")
+        ax.set_xscale("log", base=2)
+        ax.set_xlabel("tokens (dotted: the longest trained on)")
+        ax.set_title(f"keys found, over {title}", fontsize=10)
+        ax.grid(alpha=0.3)
+    axes[0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(ROOT / "docs" / "results" / "million_recall.png", dpi=90)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=["trace", "losses", "tiny", "start", "table", "draw"])
@@ -268,6 +307,7 @@ def main() -> None:
         table(options.names)
     else:
         draw()
+        draw_recall()
 
 
 if __name__ == "__main__":
