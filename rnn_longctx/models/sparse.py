@@ -142,7 +142,8 @@ class SparseAttention(Attention):
         choice = self.chosen(call, slice(0, u.shape[1]))
         numbers = F.pad(call.places.blocks, (0, 1)).to(u.device)  # (an index of none needs one to point to)
         numbers = picked(numbers, choice.index.flatten(1)).unflatten(1, choice.index.shape[1:])
-        return Kept(numbers.where(choice.taken, -1), choice.scores)
+        none = (0, self.sinks + self.config.top - numbers.shape[3])
+        return Kept(F.pad(numbers.where(choice.taken, -1), none, value=-1), F.pad(choice.scores, none))
 
     def block_scores(
         self, u: Tensor, carry: BlockKeys | None = None, span: Span = WHOLE, queries: slice | None = None
@@ -165,18 +166,20 @@ class SparseAttention(Attention):
         return self.choice(call, queries, best)
 
     def best(self, call: Call, queries: slice, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the scores (B, H, t, top) of the blocks that are chosen, with gradients, the best first, and which
-        they are, as a call lists them; -inf where there are no more. scores: `call_scores`, which are used up."""
+        """Return the scores (B, H, t, n) of the blocks that are chosen, with gradients, the best first, and which they
+        are, as a call lists them; -inf where there are no more. n: `top`, or all blocks where they are fewer. scores:
+        `call_scores`, which are used up."""
         scores, _ = call.places.readable(scores, queries, self.near, self.sinks, -math.inf)
         values, index = largest(scores.detach(), min(self.config.top, scores.shape[3]))
         if scores.requires_grad:
             values = scores.gather(3, index)
-        less = (0, self.config.top - index.shape[3])
-        return F.pad(values, less, value=-math.inf), F.pad(index, less)
+        return values, index
 
     def choice(self, call: Call, queries: slice, best: list[tuple[Tensor, Tensor]]) -> Choice:
         """Return the blocks that queries read beyond their window; best: `best` of all these queries."""
-        scores, index = (torch.cat(x, 2) for x in zip(*best, strict=True))
+        most = max(index.shape[3] for _, index in best)  # (later queries have more blocks to choose from)
+        scores = torch.cat([F.pad(x, (0, most - x.shape[3]), value=-math.inf) for x, _ in best], 2)
+        index = torch.cat([F.pad(x, (0, most - x.shape[3])) for _, x in best], 2)
         taken = scores.detach() > -math.inf
         scores = scores.masked_fill(~taken, 0)
         if self.sinks:

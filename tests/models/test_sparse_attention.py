@@ -271,6 +271,29 @@ def test_what_is_kept_explains_and_scores_are_to_be_had(text):
         assert not left or max(left) <= kept.scores[1, 0, t].where(kept.blocks[1, 0, t] >= mixer.sinks, 9e9).min()
 
 
+@pytest.mark.parametrize("text", [TEXTS[2], TEXTS[5]])
+def test_more_chosen_than_there_are_takes_no_more(text, monkeypatch):
+    """Reading holds no room for blocks that are not there; what is kept says that they are not."""
+    monkeypatch.setattr(sparse, "QUERIES", 7)
+    monkeypatch.setattr(sparse, "SCORES", 0)
+    monkeypatch.setattr(sparse, "TOGETHER", 21)
+    widths, read_blocks = [], sparse.read_blocks
+
+    def watched(q, blocks, choice, *rest):
+        widths.append(choice.index.shape[3])
+        return read_blocks(q, blocks, choice, *rest)
+
+    monkeypatch.setattr(sparse, "read_blocks", watched)
+    mixer, u = mixer_of(text), reading()
+    y, kept = mixer(u, None, WHOLE)[0], mixer.kept(u)
+    assert max(widths) == LENGTH // 6 + mixer.sinks and kept.blocks.shape[3] == mixer.sinks + 20
+    more = mixer_of(text.replace("top=20", "top=900"))
+    more.load_state_dict(mixer.state_dict())
+    assert torch.equal(more(u, None, WHOLE)[0], y)
+    assert torch.equal(more.kept(u).blocks[..., : mixer.sinks + 20], kept.blocks)
+    assert (more.kept(u).blocks[..., mixer.sinks + 20 :] == -1).all()
+
+
 @pytest.mark.parametrize(
     "text", ["block-sparse:heads=2,block=5,window=5,top=1", "two-stage:heads=2,block=5,window=5,top=1"]
 )
