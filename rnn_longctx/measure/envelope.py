@@ -84,7 +84,7 @@ def measure_envelope(model: LanguageModel, ids: Tensor, text: str, text_hash: st
         raise InputError(f"{model.name} has no recurrent layer, so there is no state to measure")
     length = ids.shape[1]
     ids, cache = ids.to(model.device), model.new_cache()
-    looks: list[list[Tensor]] = []  # every 16 tokens, of every layer (slices, H)
+    looks: list[list[Tensor]] = []  # of every layer (slices, H)
     every = max(EVERY, math.ceil(length / LOOKS))
     for t in range(0, length, every):
         model(ids[:, t : t + every], cache)

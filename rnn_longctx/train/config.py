@@ -294,12 +294,14 @@ class TrainConfig:
             raise InputError("model: missing; give its shape, or init: a checkpoint to start from")
         if self.mitigation is not None and self.init is None:
             raise InputError("mitigation: is folded into a checkpoint's weights; give init, the checkpoint")
+        if self.batch_size < 1:  # (which stages take)
+            raise InputError(f"batch_size: expected a positive number, got {self.batch_size}")
         if isinstance(self.train_length, str):
             if ":" in self.train_length:
                 object.__setattr__(self, "steps", sum(stage.steps for stage in self.stages))
             else:  # a length, such as 16k
                 object.__setattr__(self, "train_length", _stages(f"{self.train_length}:1", 1)[0].length)
-        for name in ("batch_size", "accumulate", "sequence_parallel", "steps", "log_every", "checkpoint_every"):
+        for name in ("accumulate", "sequence_parallel", "steps", "log_every", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}: expected a positive number, got {getattr(self, name)}")
         for kind in self.log_to:
@@ -340,6 +342,11 @@ class TrainConfig:
     def longest(self) -> int:
         """The longest stream of the run, in tokens."""
         return max(stage.length for stage in self.stages)
+
+    @property
+    def fewest_rows(self) -> int:
+        """The fewest rows of a stage: as many of the longest streams fit where the run does, to be read side by side."""
+        return min(stage.rows for stage in self.stages)
 
     def at(self, stage: int) -> TrainConfig:
         """Return the config of one stage: its length and rows alone, no segments and no examples longer than that."""

@@ -147,7 +147,7 @@ class Evaluation:
 
     def measure(self) -> Iterator[tuple[int, float, float]]:
         """Yield of each length in turn: tokens, late loss, and the share of its examples answered, NaN without any."""
-        tokenizer, rows, n = self.corpus.tokenizer, self.config.batch_size, self.settings.passkeys
+        tokenizer, rows, n = self.corpus.tokenizer, self.config.fewest_rows, self.settings.passkeys
         for length in self.settings.lengths:
             loss, score = late_loss(self.model, self.corpus, length, rows, self.autocast), math.nan
             if n:
@@ -194,13 +194,13 @@ def final_metrics(
     finite = [loss for loss in losses_seen if math.isfinite(loss)]
     metrics: dict[str, Any] = {"train_loss": finite[-1] if finite else None}
     metrics |= {"validation_loss": None, "passkey_accuracy": None}
-    loss = held_out_loss(model, corpus, config.longest, config.batch_size, autocast)
+    loss = held_out_loss(model, corpus, config.longest, config.fewest_rows, autocast)
     if not math.isnan(loss):
         metrics["validation_loss"] = loss
     if config.data.mixed and config.data.mixed[0].fraction:
         task = measured_task(config.data.mixed)
         examples = longest_examples(task, corpus.tokenizer, config.data.mixed[0].lengths[1], config.seed)
-        scored = recall(model, task, examples, corpus.tokenizer, config.batch_size, autocast)
+        scored = recall(model, task, examples, corpus.tokenizer, config.fewest_rows, autocast)
         metrics["passkey_accuracy"] = scored
     return metrics
 

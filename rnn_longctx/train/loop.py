@@ -187,7 +187,7 @@ class Loop:
         c, corpus = self.run.config, self.run.corpus
         whole = self.run.team.whole(self.run.model)
         return self.run.team.first(
-            lambda: late_loss(whole, corpus, c.stages[0].length, c.batch_size, self.run.autocast)
+            lambda: late_loss(whole, corpus, c.stages[0].length, c.fewest_rows, self.run.autocast)
         )
 
     def record(self, update: Update) -> None:

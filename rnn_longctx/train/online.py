@@ -62,7 +62,7 @@ def train_online(config: TrainConfig, stream: str | Path, say: Say = to_stdout) 
     if config.online is None or config.evaluate is None:
         missing = "online" if config.online is None else "evaluate"
         raise InputError(f"{missing}: missing, and a stream needs it; see configs/train/online.yaml")
-    if len(config.stages) > 1:
+    if isinstance(config.train_length, str):
         raise InputError(f"train_length: a stream needs one length, got {config.train_length}")
     least = math.floor(config.online.tokens * (1 - config.online.held_out))
     if least <= config.longest:

@@ -47,7 +47,8 @@ class Team:
         for rows in (stage.rows for stage in config.stages):
             if rows % (self.lanes * config.accumulate):
                 ranks = f"{self.lanes} ranks times " if self.lanes > 1 else ""
-                raise InputError(f"batch_size: {rows} rows do not divide by {ranks}accumulate {config.accumulate}")
+                name = "batch_size" if rows == config.batch_size else "train_length"
+                raise InputError(f"{name}: {rows} rows do not divide by {ranks}accumulate {config.accumulate}")
         self.accelerator: Any = None
         self.began = not dist.is_initialized()
         self.group: dist.ProcessGroup | None = None

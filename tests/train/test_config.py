@@ -23,6 +23,7 @@ from rnn_longctx.train import TrainConfig, spelled_out, train
         ("data.passkey.lengths=[128,600]", r"longer than train_length 512; .* of at most 512 there, or fraction 0"),
         ("data.passkey.fraction=2", "data.passkey.fraction"),
         ("steps=0", "steps"),
+        (["train_length=512:20,1k:3", "batch_size=0"], "batch_size: expected a positive number, got 0"),
         ("schedule.name=cosin", 'did you mean "cosine"'),
         ("optimizer.lr=fast", "optimizer.lr: expected float"),
         ("passing.segment=513", "passing.segment: 513 is longer than train_length 512"),
@@ -56,10 +57,10 @@ from rnn_longctx.train import TrainConfig, spelled_out, train
         ("mitigation=a-floor", "mitigation: is folded into a checkpoint's weights; give init"),
     ],
 )
-def test_config_mistakes(override: str, words: str) -> None:
+def test_config_mistakes(override: str | list[str], words: str) -> None:
     file = Path(__file__).parents[2] / "configs" / "train" / "demo.yaml"
     with pytest.raises(InputError, match=words) as error:
-        load_yaml(TrainConfig, file, [override])
+        load_yaml(TrainConfig, file, [override] if isinstance(override, str) else override)
     assert "demo.yaml" in str(error.value) and "\n" not in str(error.value)
 
 

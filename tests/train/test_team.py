@@ -197,7 +197,7 @@ def test_what_does_not_divide_is_refused(two: Ranks, config: TrainConfig) -> Non
         train(replace(config, sequence_parallel=2))
     for change, words in (
         ({"batch_size": 3}, "batch_size: 3 rows do not divide by 2 ranks times accumulate 1"),
-        ({"train_length": "112:3,120:3:3"}, "batch_size: 3 rows do not divide by 2 ranks times accumulate 1"),
+        ({"train_length": "112:3,120:3:3"}, "train_length: 3 rows do not divide by 2 ranks times accumulate 1"),
         ({"sequence_parallel": 4}, "sequence_parallel: 4 does not divide the 2 ranks"),
         ({"device": "cuda:1"}, "device: expected auto, cpu or cuda for 2 ranks"),
         (
