@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
@@ -16,7 +16,8 @@ from rnn_longctx.eval.stats import Interval, paired_bootstrap
 from rnn_longctx.eval.tables.conclusion import GUARD
 from rnn_longctx.eval.tables.sheets import Sheet, sheets
 
-ALIKE = 0.02  # a loss within so much of the lowest is as good: recall and speed then choose
+ALIKE = 0.02  # a loss within so much of the lowest is as good, however surely the two are told apart
+CHEAP = 0.25  # a remedy that is slower by so much than the fastest, or takes so much more memory, costs more
 HOLDS = 1.05  # a remedy suffices where its loss is at most so many times that of reading the last tokens again
 BEST = 3
 
@@ -33,6 +34,8 @@ class Row:
             recall_gain: how much more is right than with that control, with its 95% interval.
         speed: of reading over that of no remedy, by processor time on a CPU; peak_bytes: of memory, on a GPU.
         fails_at: the first length at which it collapses itself.
+        above: by how much its loss is above the lowest of the remedies that do not collapse, with its 95% interval;
+            None: it is that one, or no remedy.
     """
 
     name: str
@@ -49,10 +52,16 @@ class Row:
     tokens_per_second: float
     peak_bytes: float
     fails_at: int | None
+    above: Interval | None = None
 
     @property
     def mean_recall(self) -> float:
         return sum(self.recall.values()) / len(self.recall) if self.recall else math.nan
+
+    @property
+    def holds(self) -> bool:
+        """Whether its loss is about that of reading the last tokens again."""
+        return self.over_control <= HOLDS
 
 
 @dataclass(frozen=True)
@@ -73,6 +82,13 @@ class Comparison:
     @property
     def remedies(self) -> list[Row]:
         return [row for row in self.rows if not row.control and row.name != "none"]
+
+    @property
+    def lowest(self) -> Row | None:
+        """The remedy with the lowest loss of those that do not collapse, or of all where all do; None: none has a loss
+        that is a number."""
+        sound = [row for row in self.remedies if math.isfinite(row.loss)]
+        return next((row for row in sound if row.fails_at is None), sound[0] if sound else None)
 
 
 def loss_sheet(frame: pd.DataFrame) -> Sheet | None:
@@ -126,6 +142,11 @@ def comparison(
     tables = _Tables(frame, sheet, recalls, processor or {})
     rows = [_row(tables, name, length, against) for name in named]
     rows.sort(key=lambda row: (not math.isfinite(row.loss), row.loss))
+    if lowest := Comparison(length, rows, against).lowest:
+        above = {
+            row.name: _difference(sheet, row.name, lowest.name, length) for row in rows if row.name in sheet.remedies()
+        }
+        rows = [replace(row, above=above.get(row.name)) for row in rows]
     return Comparison(length, rows, against)
 
 
@@ -196,26 +217,56 @@ def _float(value: Any) -> float:
     return math.nan if value is None or pd.isna(value) else float(value)
 
 
-def ranked(compared: Comparison, most: int | None = None) -> list[Row]:
-    """Return the remedies, the one to use first: those whose loss is a number, does not collapse and lies within ALIKE
-    of the lowest: by recall (to GUARD), then the simpler, the faster (to a quarter, for machines are busy with other
-    things), the lower loss; then the others by their loss."""
-    sound = [row for row in compared.remedies if math.isfinite(row.loss)]
-    upright = [row for row in sound if row.fails_at is None] or sound
-    if not upright:
+def alike(compared: Comparison) -> list[Row]:
+    """Return the remedies whose losses are not told apart, the one to use first.
+
+    They are the one with the lowest loss of those that do not collapse, and those whose loss is above it by less than
+    ALIKE of it, or by what its own interval does not tell from nothing, though no more than HOLDS allows: where little
+    was read, intervals are wide. Of them those that recall most (to GUARD) come first, then those that cost no more
+    than the others (to CHEAP), then the simpler, then the lower loss."""
+    lowest = compared.lowest
+    if lowest is None:
         return []
-    lowest = min(row.loss for row in upright)
-    alike = [row for row in upright if row.loss <= (1 + ALIKE) * lowest]
-    recalls = [row.mean_recall for row in alike if math.isfinite(row.mean_recall)]
-    best_recall = max(recalls, default=math.nan)
+    upright = [row for row in compared.remedies if (row.fails_at is None) == (lowest.fails_at is None)]
+    rows = [row for row in upright if row is lowest or _as_good(row, lowest)]
+    return sorted(rows, key=lambda row: (*_reasons(row, rows), row.loss))
 
-    def order(row: Row) -> tuple[bool, int, int, float]:
-        forgets = math.isfinite(best_recall) and not row.mean_recall >= best_recall - GUARD
-        return forgets, row.name.count("+"), -round(4 * row.speed) if math.isfinite(row.speed) else 0, row.loss
 
-    first = sorted(alike, key=order)
-    rest = sorted((row for row in sound if row not in alike), key=lambda row: (row.fails_at is not None, row.loss))
-    return [*first, *rest][:most]
+def _as_good(row: Row, lowest: Row) -> bool:
+    if lowest.holds and not row.holds:
+        return False
+    untold = row.above is not None and not row.above.low > 0
+    return row.loss <= (1 + ALIKE) * lowest.loss or (row.holds and untold)
+
+
+def _reasons(row: Row, rows: Sequence[Row]) -> tuple[bool, bool, int, int]:
+    """Return what stands against a remedy among those that are as good by loss, the gravest first: that it recalls
+    less, that it costs more than others that recall as much, its parts, the numbers that are set in it."""
+    best = max((other.mean_recall for other in rows if math.isfinite(other.mean_recall)), default=math.nan)
+
+    def forgets(row: Row) -> bool:
+        return math.isfinite(best) and not row.mean_recall >= best - GUARD
+
+    rivals = [other for other in rows if not forgets(other)]
+    fastest = max((other.speed for other in rivals if math.isfinite(other.speed)), default=math.nan)
+    least = min((other.peak_bytes for other in rivals if math.isfinite(other.peak_bytes)), default=math.nan)
+    dear = row.speed < (1 - CHEAP) * fastest or row.peak_bytes > (1 + CHEAP) * least
+    return forgets(row), dear, row.name.count("+"), row.name.count("=")
+
+
+def reason(row: Row, rows: Sequence[Row]) -> str:
+    """Return why the first of some remedies that are as good by loss is chosen before `row`, another of them."""
+    pairs = zip(_reasons(row, rows), _reasons(rows[0], rows))
+    words = ("recalls less", "costs more", "more parts", "more numbers to set")
+    return next((word for word, (its, first) in zip(words, pairs) if its != first), "a higher loss")
+
+
+def ranked(compared: Comparison, most: int | None = None) -> list[Row]:
+    """Return the remedies whose loss is a number, the one to use first: those that are not told apart from the lowest
+    (`alike`), then the others by their loss, those that collapse last."""
+    first = alike(compared)
+    rest = [row for row in compared.remedies if math.isfinite(row.loss) and row not in first]
+    return [*first, *sorted(rest, key=lambda row: (row.fails_at is not None, row.loss))][:most]
 
 
 def finalists(

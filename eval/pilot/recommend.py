@@ -12,14 +12,15 @@ import pandas as pd
 from rnn_longctx.config import counted, format_length
 from rnn_longctx.eval.pilot.findings import (
     ALIKE,
-    HOLDS,
     Comparison,
     Row,
     above_without_document,
+    alike,
     collapse,
     comparison,
     most_read,
     ranked,
+    reason,
 )
 from rnn_longctx.eval.stats import Interval, wilson
 
@@ -88,7 +89,7 @@ def _of_comparison(
         return _without_comparison(fall)  # where nothing fails yet, nothing can be told apart
     chosen = best[0]
     surely_lower = chosen.saved is not None and (chosen.saved.low > 0 or not math.isfinite(bare.loss))
-    if not chosen.over_control <= HOLDS or chosen.fails_at is not None or not (surely_lower or chosen.loss < bare.loss):
+    if not chosen.holds or chosen.fails_at is not None or not (surely_lower or chosen.loss < bare.loss):
         return _insufficient(fall, compared, chosen, about)
     return _remedy(fall, compared, best, about) if _beats(chosen) else _last_tokens(fall, compared, chosen, about)
 
@@ -99,8 +100,8 @@ def _elsewhere(frame: pd.DataFrame, chosen: Row, processor: dict[str, float] | N
     same = None if everything is None else everything.row(chosen.name)
     if everything is None or same is None:
         return []
-    other = next((row for row in ranked(everything) if row.fails_at is None), same)
-    if not other.loss < (1 - ALIKE) * same.loss:
+    other = everything.lowest
+    if other is None or not other.loss < (1 - ALIKE) * same.loss:
         return []
     return [
         f"{other.name} had a lower loss, {other.loss:.3f} against {same.loss:.3f}, on the {other.n} stretches that it "
@@ -172,7 +173,8 @@ def _remedy(fall: dict[str, Any], compared: Comparison, best: list[Row], about: 
         f"{_number(compared.row('none'))}, and {chosen.over_control:.3f} times that of reading the last tokens afresh "
         f"({compared.against})."
     )
-    words += [w for w in (_recall_words(chosen, compared), gain_words(chosen, compared), _cost_words(chosen)) if w]
+    more = _alike_words(compared), _recall_words(chosen, compared), gain_words(chosen, compared), _cost_words(chosen)
+    words += [w for w in more if w]
     python, command = lines(about, chosen.name, compared.length)
     return Recommendation("remedy", chosen.name, words, _shared_doubts(compared, best), python, command)
 
@@ -228,6 +230,19 @@ def _number(row: Row | None) -> str:
     return "none known" if row is None else f"{row.loss:.3f}" if math.isfinite(row.loss) else "no number"
 
 
+def _alike_words(compared: Comparison) -> str:
+    """Return which remedies the losses do not tell apart, and what chose between them; nothing where they do."""
+    chosen, *others = rows = alike(compared)
+    if not others:
+        return ""
+    named = [f"{chosen.name} ({chosen.loss:.3f})"]
+    named += [f"{row.name} ({row.loss:.3f}; {reason(row, rows)})" for row in others]
+    return (
+        f"The losses of {len(rows)} remedies are not told apart there, each within its interval or {ALIKE:.0%} of the "
+        f"lowest: {', '.join(named)}. Of them the one that recalls most, then costs least, then is simplest is named."
+    )
+
+
 def _recall_words(chosen: Row, compared: Comparison) -> str:
     if not chosen.recall:
         return "Recall was not measured, so what it still remembers is not known."
@@ -277,12 +292,6 @@ def _shared_doubts(compared: Comparison, best: list[Row] | None) -> list[str]:
         if chosen.saved is not None and math.isfinite(chosen.saved.low):
             surely = "surely" if chosen.saved.low > 0 else "not surely"
             doubts.append(f"Its loss is {surely} below that without a remedy (by {interval_text(chosen.saved)}).")
-        others = [row.name for row in best[1:] if row.loss <= (1 + ALIKE) * chosen.loss and row.fails_at is None]
-        if others:
-            doubts.append(
-                f"{' and '.join(others[:3])} {'is' if len(others) == 1 else 'are'} within {ALIKE:.0%} of its loss: "
-                "recall, then which is simpler and faster, chose between them."
-            )
         for task, n in chosen.prompts.items():
             spread = wilson(chosen.recall[task] * n, n)
             doubts.append(

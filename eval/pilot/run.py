@@ -9,6 +9,7 @@ longer than thought.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Sequence
@@ -93,8 +94,10 @@ class Pilot:
         self.train_length = checked_train_length(model)
         named = None if config.lengths is None else with_training(config.lengths, self.train_length)
         longest = longest_length(model, text, self.train_length, None if named is None else max(named))
-        self.results = Results(config.out)
+        tasks = self._tasks(named, longest)
         self.folder = home_path(config.out)
+        self.made = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
+        self.results = Results(config.out)
         # No snapshots of unfinished streams: states, and the tokens that a control reads again, hold text.
         self.measuring = Measuring(
             *(model, "none", None, text, config.batch),
@@ -106,7 +109,7 @@ class Pilot:
         # What lies there of this model gets the training length of today.
         self.results.relabel(model.name, self.measuring.weights_hash, self.train_length, former_name(model.name))
         diagnoses = diagnostics(self.train_length) if model.attends else []
-        self.scope = Scope(named, longest, self._tasks(named, longest), diagnoses)
+        self.scope = Scope(named, longest, tasks, diagnoses)
         self.ledger = Ledger(self.folder, self._settings(), began)
         self.speeds = Speeds(self.ledger.speeds, bool(model.calibration))
         beside = Measuring(model, text=text, batch=config.batch, segment=self.measuring.segment, seed=config.seed)
@@ -167,6 +170,15 @@ class Pilot:
         self.ledger.save()
         return sizes, Estimate(stages, seconds, peak, price)
 
+    def leave_nothing(self) -> None:
+        """Remove what this run has made, where it measured nothing and its folder was not there before."""
+        if not self.made or self.results.rows():
+            return
+        self.ledger.path.unlink(missing_ok=True)
+        for path in (self.folder / "cells", *self.made):
+            with contextlib.suppress(OSError):  # what is not empty stays
+                path.rmdir()
+
     @property
     def time(self) -> TimeLeft:
         """Where it stands in its budget."""
@@ -213,6 +225,7 @@ class Pilot:
     def _need_room(self, step: Step) -> None:
         if self._is_stored(step) or self._fits(step):
             return
+        self.leave_nothing()
         needed = self.ledger.spent + SAFETY * self.predictor.seconds(step) + self.reserve
         raise InputError(
             f"a budget of {time_text(self.config.budget)} is too small for anything: the shortest table takes about "

@@ -23,6 +23,7 @@ from rnn_longctx.data import Text, tokens
 from rnn_longctx.eval.pilot.estimate import Estimate
 from rnn_longctx.eval.pilot.findings import (
     above_without_document,
+    alike,
     collapse,
     comparison,
     context_gain,
@@ -173,8 +174,10 @@ def _compared(compared: Any) -> dict[str, Any]:
     rows = [asdict(row) | {"place": best.index(row.name) + 1 if row.name in best else None} for row in compared.rows]
     for row, source in zip(rows, compared.rows):
         row["recall_gain"] = {task: gain._asdict() for task, gain in source.recall_gain.items()}
-        row |= {"saved": source.saved and source.saved._asdict(), "gain": source.gain and source.gain._asdict()}
-    return {"length": compared.length, "against": compared.against, "rows": rows}
+        gains = {"saved": source.saved, "gain": source.gain, "above": source.above}
+        row |= {name: gain and gain._asdict() for name, gain in gains.items()}
+    tied = [row.name for row in alike(compared)]
+    return {"length": compared.length, "against": compared.against, "rows": rows, "not_told_apart": tied}
 
 
 def excerpts(pilot: Pilot, collapses_at: int | None) -> dict[str, Any]:

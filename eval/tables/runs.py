@@ -32,6 +32,7 @@ from rnn_longctx.eval.tables.sheets import DEPTHS
 
 STUDY = "study.yaml"  # of a comparison
 LM_EVAL = "lm_eval.csv"  # as rnn_longctx.eval.harness writes it
+PILOT = "pilot_state.json"  # as rnn_longctx.eval.pilot.ledger writes it, before there is a table
 READS = (
     "compare-runs reads folders that eval or pilot filled (results.parquet or results.csv), "
     f"compare ({compare.FILE}, {growth.FILE}) or lm-eval ({LM_EVAL})"
@@ -111,6 +112,8 @@ def read_run(folder: str | Path) -> Run:
     if path.is_dir() and not any((path / name).exists() for name in ("results.parquet", "results.csv")):
         if (path / LM_EVAL).exists():
             return Run(str(folder), "lm-eval", _of_lm_eval(path / LM_EVAL))
+        if (path / PILOT).exists():
+            raise InputError(f"the pilot in {path} has not finished: it has no table yet; run it again, it goes on")
         raise InputError(f"there is no such table in {path}: {READS}")
     frame = Results.read(path)
     header = _commands(path / RUNS)

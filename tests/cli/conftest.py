@@ -6,12 +6,11 @@ import json
 import os
 import pickle
 import shutil
-import sys
 
 import pytest
 import torch
+from called import called
 
-from rnn_longctx import cli
 from rnn_longctx.data import ByteTokenizer
 from rnn_longctx.models import checkpoint
 from rnn_longctx.models.lm import Mamba2LM
@@ -79,12 +78,6 @@ def run(store, monkeypatch, capsys):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
     def call(*words: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["rnn-longctx", *words])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-        return code, *capsys.readouterr()
+        return called(monkeypatch, capsys, *words)
 
     return call

@@ -1,4 +1,4 @@
-"""Every command of README and docs: read by the real command line, and run where it takes seconds on the demo."""
+"""Every command of README and docs is read by the real command line as it stands (test_runs.py runs them, small)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 
 import pages
 import pytest
-from pages import ROOT, Command
+from pages import ROOT, Command, words
 from typer.core import TyperCommand
 
 from rnn_longctx.cli.program import app
@@ -29,18 +29,9 @@ from rnn_longctx.train import TrainConfig, spelled_out
 
 # With a word in capitals in the place of a name, or "...", a command stands for many.
 PLACEHOLDER = re.compile(r"(?<![\w/])[A-Z][A-Z_]+(?![\w/=])|\.\.\.")
-ALL = list(dict.fromkeys(command for page in pages.PAGES for command in pages.commands(page)))
+ALL = pages.all_commands()
 OURS = [c for c in ALL if c.text.startswith("rnn-longctx ") or "-m rnn_longctx." in c.text]
 LENGTHS = ("length", "target", "context", "limit", "train_length")
-
-
-def words(command: Command) -> list[str]:
-    """Return the arguments of this project's command line, without what a shell does with them and without plugins
-    (pages that have one write a plugin have tests of their own)."""
-    text = re.sub(r" \[[A-Z]+ \.\.\.\]| [<>] \S+| \| .*", "", command.text)
-    text = re.sub(r"^.* -m rnn_longctx\.train ", "rnn-longctx train ", text)
-    text = re.sub(r"^.* -m rnn_longctx\.cli ", "rnn-longctx ", text)
-    return shlex.split(re.sub(r" --plugin \S+", "", text))[1:]
 
 
 @pytest.fixture
@@ -163,14 +154,8 @@ def test_the_files_of_other_commands_are_there(command):
         assert line[0] in ("git", "source", "mkdir"), f"no test knows what {line[0]} is"
 
 
-# As they stand in the pages, with MODEL for the demo. The others take minutes, a GPU, or a file of one's own.
-SECONDS = [
-    'rnn-longctx generate MODEL --prompt "import os" --mitigation a-floor+state-norm',
-    "rnn-longctx capacity advise --context 256k --study benchmarks/results/capacity",
-    "rnn-longctx sensors make plant",
-]
+# As they stand in the pages, and not made small as in test_runs.py; the others take minutes, a GPU, or one's own file.
 SLOW = [
-    "rnn-longctx capacity plot benchmarks/results/capacity",
     "rnn-longctx probe demo --length 32k --slices 4 --prove --remember",
     "rnn-longctx compare configs/compare/smoke.yaml --jobs 2",
     "rnn-longctx compare configs/compare/growth_smoke.yaml",
@@ -179,7 +164,7 @@ SLOW = [
 
 
 def test_what_is_run_stands_in_the_pages():
-    assert {*SECONDS, *SLOW, *CONVERSATION} <= {command.text for command in ALL}
+    assert {*SLOW, *CONVERSATION} <= {command.text for command in ALL}
 
 
 @pytest.fixture
@@ -196,11 +181,6 @@ def run(monkeypatch, tmp_path):
         app(words(Command("", text.replace("MODEL", "demo"))), standalone_mode=False)
 
     return command
-
-
-@pytest.mark.parametrize("text", SECONDS)
-def test_it_runs(text, run):
-    run(text)
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +53,20 @@ def commands(page: Path) -> Iterator[Command]:
             text = " ".join(part.split())
             if text.split(" ")[0] in PROGRAMS and " " in text:
                 yield Command(name(page), text, named)
+
+
+def all_commands() -> list[Command]:
+    """Return the commands of all pages, a page's in their order, each once a page."""
+    return list(dict.fromkeys(command for page in PAGES for command in commands(page)))
+
+
+def words(command: Command) -> list[str]:
+    """Return the arguments of this project's command line, without what a shell does with them and without plugins
+    (pages that have one write a plugin have tests of their own)."""
+    text = re.sub(r" \[[A-Z]+ \.\.\.\]| [<>] \S+| \| .*", "", command.text)
+    text = re.sub(r"^.* -m rnn_longctx\.train ", "rnn-longctx train ", text)
+    text = re.sub(r"^.* -m rnn_longctx\.cli ", "rnn-longctx ", text)
+    return shlex.split(re.sub(r" --plugin \S+", "", text))[1:]
 
 
 def python_blocks(page: Path) -> list[tuple[str, str]]:

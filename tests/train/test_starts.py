@@ -90,12 +90,17 @@ def test_carry_is_a_chance(config: TrainConfig) -> None:
     assert all(not t.any() for pair in states(starts.begin(7, corpus.batch(c, 7))) for t in pair)
 
 
-def test_noise(config: TrainConfig) -> None:
-    c = passes(config, start="noise")
+def shaped(config: TrainConfig, start: str, rows: int) -> tuple[Mamba2LM, Batch, Starts]:
+    """A model with larger states, rows that begin, and what they start from."""
+    c = passes(config, start=start)
     assert c.passing is not None
     model = Mamba2LM(replace(TINY, d_state=64))
-    batch = Batch(torch.zeros(8, 2, dtype=torch.int64), torch.zeros(8, 1, dtype=torch.bool))
-    starts = Starts(model, c.passing, c.seed)
+    batch = Batch(torch.zeros(rows, 2, dtype=torch.int64), torch.zeros(rows, 1, dtype=torch.bool))
+    return model, batch, Starts(model, c.passing, c.seed)
+
+
+def test_noise(config: TrainConfig) -> None:
+    _, batch, starts = shaped(config, "noise", 8)
     noise, again, other = (states(starts.begin(i, batch)) for i in (5, 5, 6))
     for (conv, state), (_, same), (_, next) in zip(noise, again, other):
         assert not conv.any() and state.shape == (8, 4, 8, 64)
@@ -105,11 +110,7 @@ def test_noise(config: TrainConfig) -> None:
 
 
 def test_fitted_noise(config: TrainConfig) -> None:
-    c = passes(config, start="fitted-noise")
-    assert c.passing is not None
-    model = Mamba2LM(replace(TINY, d_state=64))
-    batch = Batch(torch.zeros(32, 2, dtype=torch.int64), torch.zeros(32, 1, dtype=torch.bool))
-    starts = Starts(model, c.passing, c.seed)
+    model, batch, starts = shaped(config, "fitted-noise", 32)
     assert all(not state.any() for _, state in states(starts.begin(0, batch))), "nothing measured yet"
     mean, std = torch.randn(2, 4), torch.rand(2, 4) + 0.1
     made = [m[:, None, None] + s[:, None, None] * torch.randn(32, 4, 8, 64) for m, s in zip(mean, std)]
@@ -123,7 +124,7 @@ def test_fitted_noise(config: TrainConfig) -> None:
         assert not conv.any()
         torch.testing.assert_close(state.mean((0, 2, 3)), mean[i], rtol=0, atol=0.05)
         torch.testing.assert_close(state.std((0, 2, 3)), std[i], rtol=0.05, atol=0)
-    kept = Starts(model, c.passing, c.seed)
+    _, _, kept = shaped(config, "fitted-noise", 32)
     kept.load_state_dict(starts.state_dict())
     assert all(torch.equal(a, b) for x, y in zip(drawn, states(kept.begin(2, batch))) for a, b in zip(x, y))
 

@@ -75,6 +75,7 @@ def pilot(
         table("estimate", expected.stages, *estimate_table(expected, config.budget))
         if estimate:
             run.ledger.leave_out()
+            run.leave_nothing()
             return
         run.measure(sizes)
         content, found = write_pilot(run, expected)

@@ -17,9 +17,9 @@ import pandas as pd
 import pytest
 import torch
 import yaml
+from called import called
 
 import rnn_longctx
-from rnn_longctx import cli
 from rnn_longctx.cli.commands.capacity import MeasureOptions
 from rnn_longctx.config import load_yaml
 from rnn_longctx.data import ByteTokenizer
@@ -240,23 +240,13 @@ def tiny(folder: Path, name: str, train_length: int | None = 128) -> None:
     checkpoint.save(model, folder / name, dtype=torch.float32)
 
 
-def run(monkeypatch, capsys, *words: str) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "argv", ["rnn-longctx", *words])
-    try:
-        cli.main()
-        code = 0
-    except SystemExit as stop:
-        code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-    return code, *capsys.readouterr()
-
-
 def test_the_command_on_checkpoints(config, monkeypatch, capsys, tmp_path):
     for name, length in (("a", 128), ("b", None)):
         tiny(tmp_path, name, length)
     words = ("a", "b", "--limit", "512", "--width", "0.3", "--text", "text.txt", "--slices", "1", "--out", "r",
              "--needle", "passkey:haystack=text.txt", "--mitigation", "none",
              "--mitigation", "rri:alpha=0.9,beta=1")  # fmt: skip
-    code, printed, said = run(monkeypatch, capsys, "capacity", *words)
+    code, printed, said = called(monkeypatch, capsys, "capacity", *words)
     assert code == 0, said
     frame = pd.read_csv("r/findings.csv")
     a, b = (frame[frame["model"] == name] for name in "ab")
@@ -278,8 +268,8 @@ def test_the_command_on_checkpoints(config, monkeypatch, capsys, tmp_path):
     assert {p: p.stat().st_mtime_ns for p in Path("r/cells").glob("*.json")} == cells, "nothing is measured twice"
     for path in Path("r").glob("*.png"):
         path.unlink()
-    assert run(monkeypatch, capsys, "capacity", "plot", "r")[0] == 0 and list(Path("r").glob("T_recall*.png"))
-    code, printed, _ = run(monkeypatch, capsys, "capacity", "advise", "--context", "256k")
+    assert called(monkeypatch, capsys, "capacity", "plot", "r")[0] == 0 and list(Path("r").glob("T_recall*.png"))
+    code, printed, _ = called(monkeypatch, capsys, "capacity", "advise", "--context", "256k")
     assert code == 0 and "a state of 12.9M numbers" in printed and "warning: of other models" in printed
 
 
@@ -291,7 +281,7 @@ def test_checkpoints_of_one_name_are_no_seeds_of_one_shape(config, monkeypatch, 
         checkpoint.save(model, tmp_path / str(width) / "run" / "last", dtype=torch.float32)
     words = ("--limit", "256", "--width", "0.3", "--text", "text.txt", "--slices", "1", "--out", "r")
     for width in (16, 32, 16):
-        code, _, said = run(monkeypatch, capsys, "capacity", f"{width}/run/last", *words)
+        code, _, said = called(monkeypatch, capsys, "capacity", f"{width}/run/last", *words)
         assert code == 0, said
     points = pd.read_csv("r/points.csv")
     assert set(points["shape"]) == {"run/last", f"run/last@{rnn_longctx.load('32/run/last').weights_hash[:6]}"}
@@ -322,7 +312,7 @@ MISTAKES = {
 @pytest.mark.parametrize("words", MISTAKES)
 def test_mistakes_are_one_line(words, config, monkeypatch, capsys, tmp_path):
     tiny(tmp_path, "a")
-    code, printed, said = run(monkeypatch, capsys, "capacity", *words.split())
+    code, printed, said = called(monkeypatch, capsys, "capacity", *words.split())
     assert code == 2 and MISTAKES[words] in said and said.count("\n") == 1
     assert not printed, "nothing is measured before a mistake is found"
 

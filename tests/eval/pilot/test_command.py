@@ -12,9 +12,9 @@ import time
 
 import pytest
 import torch
+from called import called
 from evaluated import make_model
 
-from rnn_longctx import cli
 from rnn_longctx.cli.options import ModelOptions
 from rnn_longctx.errors import InputError
 from rnn_longctx.eval.pilot.config import option_words, parse_tasks
@@ -34,39 +34,44 @@ def store(tmp_path, monkeypatch):
     return tmp_path
 
 
-def called(monkeypatch, capsys, *words):
-    monkeypatch.setattr(sys, "argv", ["rnn-longctx", "pilot", *words])
-    code = 0
-    try:
-        cli.main()
-    except SystemExit as end:
-        code = end.code or 0
-    out, err = capsys.readouterr()
-    return code, out, err
+def piloted(monkeypatch, capsys, *words):
+    return called(monkeypatch, capsys, "pilot", *words)
 
 
 WORDS = ["tiny", "--text", "docs", "--lengths", "64,128", "--out", "out"]
 
 
 def test_an_estimate_then_a_pilot_then_the_same_again(store, monkeypatch, capsys):
-    code, out, err = called(monkeypatch, capsys, *WORDS, "--estimate", "--price", "3.5")
+    code, out, err = piloted(monkeypatch, capsys, *WORDS, "--estimate", "--price", "3.5")
     assert code == 0, err
     assert "What a pilot will take" in out and "at a price of" in out and "open" not in out
-    assert not list((store / "out" / "cells").iterdir()) and not (store / "out" / "report.html").exists()
+    assert not (store / "out").exists(), "an estimate leaves nothing behind"
     (store / "q.jsonl").write_text('{"document": "docs are here", "question": "where?", "answer": "here"}\n')
     words = [*WORDS, "--budget", "1h", "--task", "qa:q.jsonl"]
     monkeypatch.setattr("rnn_longctx.eval.pilot.run.other_steps", lambda *some: [])
-    code, out, err = called(monkeypatch, capsys, *words)
+    code, out, err = piloted(monkeypatch, capsys, *words)
     assert code == 0, err
     assert out.rstrip().endswith("open out/report.html") and "none: qa-q up to 128, 1 prompt" in out
     found = json.loads((store / "out" / "pilot.json").read_text())
     assert found["recommendation"]["words"][0][:40] in " ".join(out.split())
-    code, again, _ = called(monkeypatch, capsys, *words)
+    code, again, _ = piloted(monkeypatch, capsys, *words)
     assert code == 0 and "cells had been measured before" in again and "none: loss up to" not in again
 
 
+def test_a_budget_that_is_refused_leaves_nothing_behind(store, monkeypatch, capsys):
+    words = ["tiny", "--text", "docs", "--lengths", "64,128", "--out", "runs/out", "--budget", "1s"]
+    code, _, err = piloted(monkeypatch, capsys, *words)
+    assert code == 2 and "a budget of 1 s is too small for anything" in " ".join(err.split())
+    assert not (store / "runs").exists()
+    (store / "runs" / "out").mkdir(parents=True)
+    assert piloted(monkeypatch, capsys, *words)[0] == 2 and (store / "runs" / "out").is_dir(), "a person made it"
+    assert piloted(monkeypatch, capsys, *words[:-2], "--estimate")[0] == 0
+    code, _, err = called(monkeypatch, capsys, "compare-runs", "runs/out", "runs/out")
+    assert code == 2 and "the pilot in runs/out has not finished: it has no table yet" in " ".join(err.split())
+
+
 def test_the_help_says_what_a_kill_costs(monkeypatch, capsys):
-    code, out, _ = called(monkeypatch, capsys, "--help")
+    code, out, _ = piloted(monkeypatch, capsys, "--help")
     assert code == 0 and "it begins the step that was killed again, and repeats nothing else" in " ".join(out.split())
 
 
@@ -85,7 +90,7 @@ def test_the_help_says_what_a_kill_costs(monkeypatch, capsys):
 def test_bad_input_is_one_line(store, monkeypatch, capsys, words, message):
     (store / "empty").mkdir()
     (store / "bad.jsonl").write_text('{"document": "a b", "question": "c", "answer": "d"}\n{"question: \n')
-    code, _, err = called(monkeypatch, capsys, *words)
+    code, _, err = piloted(monkeypatch, capsys, *words)
     line = err.strip().splitlines()[-1]
     assert code == 2 and re.search(message, line) and line.startswith("rnn-longctx: ")
 

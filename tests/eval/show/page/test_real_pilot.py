@@ -41,8 +41,8 @@ def test_the_budget_and_the_estimate_are_kept(content):
 
 
 def test_it_says_what_the_full_evaluation_says(content):
-    """As far as the machine let it read: the collapse within a factor of two, and a remedy of one of the three kinds
-    that are first on the leaderboard."""
+    """As far as the machine let it read: the collapse within a factor of two, and one of the three remedies that are
+    first on the leaderboard."""
     read = max(row["length"] for row in content["collapse"]["lengths"])
     if read < 2 * COLLAPSE:
         pytest.skip(f"this machine was too busy: {read} tokens were read, and the collapse is at {COLLAPSE}")
@@ -50,8 +50,7 @@ def test_it_says_what_the_full_evaluation_says(content):
     board = pd.read_csv(ROOT / "benchmarks" / "results" / "leaderboard.csv")
     board = board[(board["model"] == "demo") & (board["text"] == "stdlib") & (board["length"] == FARTHEST)]
     first = board[~board["control"]].sort_values("loss")["mitigation"].head(3)
-    kinds = {name.partition(":")[0] for name in first}
-    assert (content["recommendation"]["remedy"] or "").partition(":")[0] in kinds
+    assert content["recommendation"]["remedy"] in set(first)
 
 
 def test_its_page_is_drawn_and_asks_for_nothing(folder, visit):
