@@ -345,7 +345,7 @@ class TrainConfig:
 
     @property
     def fewest_rows(self) -> int:
-        """The fewest rows of a stage: as many of the longest streams fit where the run does, to be read side by side."""
+        """The fewest rows of a stage: so many of the longest streams fit where the run does."""
         return min(stage.rows for stage in self.stages)
 
     def at(self, stage: int) -> TrainConfig:
