@@ -83,6 +83,9 @@ def small(words: list[str]) -> list[str]:
     twofold = words[0] in ("sensors", "bench") or words[1:2] in (["train"], ["plot"], ["advise"])
     command, option = " ".join(words[: 1 + twofold]), ""
     names = NAMES | OTHERS.get("yarn" if "yarn" in words else command, {})
+    while command == "compare" and "--only" in words:  # one entry is left of a comparison
+        at = words.index("--only")
+        del words[at : at + 2]
     for word in words:
         if option in OPTIONS and not word.startswith("--"):
             rule = OPTIONS[option]
@@ -133,11 +136,15 @@ def shrunk(value: Any, key: str = "", trains: bool = False) -> Any:
             return ["builtin"]
         if key in LISTS:
             return LISTS[key]
+        if key == "mix":
+            value = [one for one in value if not one["task"].startswith("multikey")]  # takes 328 tokens at least
         if key in FEW:
             value = [one for one in value if one != "all"][: FEW[key]]
         return [shrunk(one, key, trains) for one in value]
     if key in ("tasks", "task") and isinstance(value, str):
         return _counted(value, COUNTS)
+    if key == "train_length" and ":" in str(value):
+        return "120:1,128:1"
     if key == "d_model" and value > 256:
         return 64
     if key == "tokens" and isinstance(value, str | int) and value != 0:
