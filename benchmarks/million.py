@@ -137,6 +137,7 @@ def start(out: Path, by: float) -> None:
 
 
 SLOW_DELTA = "gated-deltanet:heads=2,head_dim=32,expand_v=1,A_min=1e-6,A_max=1,A_log_uniform=true"
+SLOW_KDA = "kda:heads=2,head_dim=32,A_min=1e-6,A_max=1,A_log_uniform=true"
 SLOW_MAMBA = "mamba2:headdim=16,d_state=32,A_low=1e-6,A_high=1,A_draw=log-uniform"
 PASSING = {"segment": 128, "bptt": "all", "start": "previous", "carry": 0.9}
 TINY: dict[str, tuple[str | list[str], dict[str, Any]]] = {
@@ -144,6 +145,10 @@ TINY: dict[str, tuple[str | list[str], dict[str, Any]]] = {
     "gated-deltanet-slow": (SLOW_DELTA, {}),
     "gated-deltanet-slow, uniform gaps": (SLOW_DELTA, {"draw": "uniform"}),
     "gated-deltanet-slow, state passing": (SLOW_DELTA, {"passing": PASSING}),
+    "kda-slow": (SLOW_KDA, {}),
+    "kda-slow, uniform gaps": (SLOW_KDA, {"draw": "uniform"}),
+    "kda-fast-slow": (["kda:heads=2,head_dim=32", SLOW_KDA], {}),
+    "kda-wide": (SLOW_KDA.replace("head_dim=32", "head_dim=64"), {}),
     "mamba2": ("mamba2:headdim=16,d_state=32", {}),
     "mamba2-slow": (SLOW_MAMBA, {}),
     "mamba2-slow, state passing": (SLOW_MAMBA, {"passing": PASSING}),

@@ -54,9 +54,10 @@ def test_one_layer_only_decays(mixer):
     assert (after["decay"] == 1).all() and after["kept"].tolist() == pytest.approx([1.0] * len(after), rel=1e-9)
     assert whole(frozen, "read") == pytest.approx(whole(plain, "unwritten"), rel=1e-6)
     assert whole(frozen, "undecayed") == pytest.approx(whole(plain, "restored"), rel=1e-6)
-    losses = [whole(plain, state) for state in ("read", "restored", "undecayed", "unwritten", "amplified")]
-    if mixer == SLOW:  # (of a fresh GLA's states 500 tokens may leave nothing that differs)
-        assert len({round(loss, 9) for loss in losses}) == 5
+    states = ["read", "restored", "undecayed", "unwritten"]
+    if mixer == SLOW:  # (of a key in a fresh GLA's states 500 tokens may leave nothing to amplify)
+        states.append("amplified")
+    assert len({round(whole(plain, state), 9) for state in states}) == len(states)
 
 
 @pytest.mark.parametrize("mixer", [SLOW, DELTA])
