@@ -199,7 +199,8 @@ def config(
 
 
 def table(folders: Sequence[str]) -> None:
-    """Write what evaluations measured over all depths, and their gains over `recompute`: million.csv."""
+    """Write what evaluations measured over all depths, and their gains over `recompute`: million.csv; the rows of
+    other models stay."""
     tables = []
     for folder in map(Path, folders):
         frame = measured(folder)
@@ -209,7 +210,11 @@ def table(folders: Sequence[str]) -> None:
         run = json.loads((folder / "runs.jsonl").read_text().splitlines()[-1])
         both = pd.concat([kept, gains]).reindex(columns=COLUMNS)
         tables.append(both.assign(device=run["device"], versions=run["versions"], command=run["command"]))
-    pd.concat(tables).sort_values(COLUMNS[:6]).to_csv(RESULTS / "million.csv", index=False)
+    rows, path = pd.concat(tables), RESULTS / "million.csv"
+    if path.exists():
+        before = pd.read_csv(path)
+        rows = pd.concat([before[~before["model"].isin(rows["model"])], rows])
+    rows.sort_values(COLUMNS[:6]).to_csv(path, index=False)
 
 
 def measured(folder: Path) -> pd.DataFrame:
@@ -253,9 +258,11 @@ def draw() -> None:
 
 
 SHOWN = {
-    "b3/best": "demo-delta",
-    "b0/best": "its recipe, other seeds",
-    "b2/best": None,
+    "n1/best": "demo-delta",
+    "n0/best": "its recipe, other seeds",
+    "n2/best": None,
+    "slow-wide/best": "all layers slow",
+    "b3/best": "all slow, a quarter of the state",
     "demo-long": "demo-long",
     "demo": "demo, token-filter+state-norm",
     "window/best": "softmax attention, window of 512",
@@ -277,10 +284,9 @@ def draw_recall() -> None:
     ):
         for i, (model, label) in enumerate(SHOWN.items()):
             rows = found[(found["model"] == model) & (found["task"] == task)].sort_values("length")
-            color = "C0" if model == "b3/best" else "C9" if model.startswith("b") else f"C{i - 2}"
-            ax.plot(
-                rows["length"], rows["value"], marker="o", ms=4, color=color, label=label, lw=2 if color == "C0" else 1
-            )
+            color = "C0" if model == "n1/best" else "C9" if model.startswith("n") else f"C{i - 2}"
+            width = 2 if color == "C0" else 1
+            ax.plot(rows["length"], rows["value"], marker="o", ms=4, color=color, label=label, lw=width)
         ax.axvline(262144, color="grey", lw=0.8, ls=":")
         ax.set_xscale("log", base=2)
         ax.set_xlabel("tokens (dotted: the longest trained on)")
