@@ -5,6 +5,7 @@ python benchmarks/million.py trace text       # one of these alone: its rows are
 python benchmarks/million.py losses           # of text, with heads slowed: million_losses.csv
 python benchmarks/million.py tiny --out runs/million-tiny     # small trainings, a row a length: million_tiny.csv
 python benchmarks/million.py start --out runs/million-start   # demo-long, the heads that keep keys slowed
+python benchmarks/million.py writes           # how much each head of demo-delta writes: million_writes.csv
 python benchmarks/million.py table runs/e/*   # of evaluations' folders, ended or not: million.csv
 python benchmarks/million.py draw             # docs/results/million.png and million_recall.png, from the tables
 """
@@ -30,8 +31,10 @@ from rnn_longctx.config import from_dict
 from rnn_longctx.data import load_text, tokens
 from rnn_longctx.eval.tables.sheets import context_gain
 from rnn_longctx.measure.stream import tail_loss
+from rnn_longctx.measure.taps import tapping
 from rnn_longctx.models.checkpoint import save
 from rnn_longctx.models.lm import LM
+from rnn_longctx.models.mixer_reading import MixerReading
 from rnn_longctx.probes.key_trace import KeyTrace, trace_key
 from rnn_longctx.train import TrainConfig, train
 
@@ -224,6 +227,37 @@ def measured(folder: Path) -> pd.DataFrame:
     return pd.DataFrame(json.loads(file.read_text())["row"] for file in sorted(folder.glob("cells/*.json")))
 
 
+def writes(names: Sequence[str]) -> None:
+    """Measure how much each head writes over Python source, and at most in a key's sentence: million_writes.csv."""
+    hay, key = load_text("stdlib"), "The pass key is 93271. Remember it. 93271 is the pass key."
+    for name in names or ["demo-delta"]:
+        model = rnn_longctx.load(name)
+        assert isinstance(model, LM)
+        text = torch.from_numpy(tokens(hay, model.tokenizer, 0, 8 * K)[0]).long()
+        sentence = torch.tensor(model.tokenizer.encode(key))
+        betas: list[torch.Tensor] = []
+
+        def tap(reading: MixerReading, betas: list[torch.Tensor] = betas) -> None:
+            betas.append(reading.gates.worked_out(torch.float32).input_scale[0])
+
+        with torch.inference_mode(), tapping(model.mixers, [tap] * len(model.mixers)):
+            model(torch.cat([text, sentence, text])[None])
+        rows = [
+            {"weights_hash": model.weights_hash, "layer": layer, "head": head}
+            | {"mean": float(beta.mean()), "median": float(beta.median()), "at_key": float(at_key)}
+            for layer, of_layer in enumerate(betas)
+            for head, (beta, at_key) in enumerate(
+                zip(
+                    torch.cat([of_layer[: len(text)], of_layer[-len(text) :]]).T,
+                    of_layer[len(text) : -len(text)].amax(0),
+                    strict=True,
+                )
+            )
+        ]
+        command = f"python benchmarks/million.py writes {name}"
+        replace_rows(RESULTS / "million_writes.csv", "model", model.name, pd.DataFrame(rows).assign(command=command))
+
+
 def draw() -> None:
     """Draw what is left of a key, and what brings answers back, over the gap."""
     signals, answers = (pd.read_csv(RESULTS / f"million_{name}.csv") for name in ("signals", "answers"))
@@ -299,7 +333,7 @@ def draw_recall() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["trace", "losses", "tiny", "start", "table", "draw"])
+    parser.add_argument("part", choices=["trace", "losses", "tiny", "start", "writes", "table", "draw"])
     parser.add_argument("names", nargs="*", help="of traces or of models; none: all; folders of `table`")
     parser.add_argument("--out", type=Path, default=Path("runs/million-tiny"), help="folder of the trainings, or model")
     parser.add_argument("--by", type=float, default=64.0, help="how much the heads are slowed")
@@ -314,6 +348,8 @@ def main() -> None:
         losses()
     elif options.part == "start":
         start(options.out, options.by)
+    elif options.part == "writes":
+        writes(options.names)
     elif options.part == "table":
         table(options.names)
     else:
