@@ -12,11 +12,15 @@ a form of this project's own, chunk by chunk causal. Chunks are counted from whe
 are turned by their places (arXiv 2104.09864), keys before they are projected: what is read hangs on distances alone.
 What a layer keeps grows with the text: 2 k d_model numbers for every c tokens, k / c of what full attention keeps,
 beside the last c - 1 tokens; and its time grows with the square of the length, k / c as fast.
+
+Rows that all stand at one place of a document are read by the kernels of `rnn_longctx.models.flash`. Others, with
+padding, with documents that begin inside a call, or of unequal lengths, take the plain path of this file, where scores
+and masks of QUERIES queries at a time are in memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -28,6 +32,7 @@ from rnn_longctx.errors import InputError
 from rnn_longctx.models.attention import CausalAttention, softmax
 from rnn_longctx.models.block_keys import picked
 from rnn_longctx.models.carries import carry
+from rnn_longctx.models.flash import At, Call, Pattern, Stretches, one_softmax, readable
 from rnn_longctx.models.interface import Shape
 from rnn_longctx.models.mixers import MIXERS, NO_MIXERS
 from rnn_longctx.models.room import extended, newest
@@ -143,6 +148,14 @@ class ChunkKeys:
     chunks: Tensor = field(metadata=ON_CPU)
     position: Tensor = field(metadata=ON_CPU)
 
+    @property
+    def alike(self) -> bool:
+        """Whether all rows, if any, go on at one place, and read all tokens of the unfinished chunk and as many chunks
+        as are here."""
+        place, chunks = self.position[:1], self.chunk_keys.shape[1]
+        whole = (self.held == place % self.size) & (self.chunks == chunks)
+        return len(place) > 0 and bool(((self.position == place) & whole).all())
+
     def cropped(self, tokens: int) -> ChunkKeys:
         """Return the carry with the last `tokens` tokens alone: of chunks with those that lie within them as a whole. A
         chunk that is completed later is projected of the tokens that are left of it."""
@@ -215,6 +228,53 @@ class _Readable:
     chunk_values: Tensor
 
 
+def _left(weight: Tensor, tokens: Tensor) -> Tensor:
+    """Return (B, E, k, H, D), what weights (k, c) leave of the tokens (B, E, c, H, D) of chunks."""
+    return torch.einsum("rc,bechd->berhd", weight, tokens).to(tokens.dtype)
+
+
+@dataclass(frozen=True)
+class _ChunksAt(At):
+    """What is read of a call by flash attention: beside its own chunk, which is the pattern, what is left of others.
+
+    All queries read all chunks that the carry has completed. Those of the call are read by halves: of every two
+    stretches of n of its chunks, n = 1, 2, 4, ..., the second reads the first. So every pair of a query and a key is
+    there once, no call of a kernel needs a mask, and the calls are as many as the chunks have binary digits.
+
+    Attributes:
+        start: the tokens that the carry holds of the call's first chunk.
+        rank: k.
+        chunks: W, those that the carry has completed.
+    """
+
+    rank: int
+    chunks: int
+
+    def calls(self, q: Tensor, k: Tensor, v: Tensor, held: Sequence[Tensor], views: bool = False) -> Iterator[Call]:
+        """Yield the calls of a kernel. held: keys and values (B, H, M, D) of the first chunk, (B, (W + E) k, H, D) of
+        completed ones."""
+        yield from super().calls(q, k, v, held, views)
+        for tokens, left in self._earlier():
+            of_each = (tokens, q), (left, held[2]), (left, held[3])
+            queries, keys, values = (some.view(x) if views else some.sequences(x) for some, x in of_each)
+            yield Call(tokens, queries, keys, values, False)
+
+    def _earlier(self) -> Iterator[tuple[Stretches, Stretches]]:
+        """Yield stretches of queries and of what is left of chunks, each of which the queries beside it read."""
+        if self.chunks:
+            left = self.chunks * self.rank
+            yield Stretches(0, 1, self.length, self.length), Stretches(0, 1, left, left)
+        size, end, n = self.patterns[0].segment, self.start + self.length, 1
+        while (half := n * size) < end:
+            whole, rest = divmod(end, 2 * half)
+            for first, count, tokens in ((0, whole, half), (whole, 1, rest - half)):
+                if count and tokens > 0:
+                    queries = Stretches((2 * first + 1) * half - self.start, count, tokens, 2 * half)
+                    left = (self.chunks + 2 * first * n) * self.rank
+                    yield queries, Stretches(left, count, n * self.rank, 2 * n * self.rank)
+            n *= 2
+
+
 @MIXERS.register
 class ChunkLinformer(CausalAttention):
     """A layer of attention over a chunk and what is left of the chunks before it."""
@@ -231,16 +291,51 @@ class ChunkLinformer(CausalAttention):
         if span.shard is not None:
             raise InputError(f"{self.name} cannot be followed where a context is read over several ranks")
         carry = self.new_carry(len(u)) if carry is None else carry
-        counts, _ = row_counts(carry.position, u.shape[1], mask=span.mask, reset=span.reset)
-        places = _Places.find(counts, carry, span.reset)
         q, k, v = self.in_proj(u).unflatten(-1, (3, self.config.heads, -1)).unbind(2)  # (B, T, H, D)
+        if span.mask is None and span.reset is None and carry.alike and readable(q):
+            y, carry = self._of_one_place(q, k, v, carry)
+        else:
+            y, carry = self._of_any_rows(q, k, v, carry, span)
+        return self.out_proj(y.flatten(2)), carry
+
+    def _of_one_place(self, q: Tensor, k: Tensor, v: Tensor, carry: ChunkKeys) -> tuple[Tensor, ChunkKeys]:
+        """Return what is read (B, T, H, D) by rows that all go on at one place, and the carry after it."""
+        size, rank, length = self.config.chunk, self.config.rank, q.shape[1]
+        before, held, position = carry.keys.shape[1], int(carry.held[0]), int(carry.position[0])
+        places = torch.arange(position, position + length, device=q.device)
+        q, k = turned(q, places), turned(k, places)
+        k, v = extended(carry.keys, k), extended(carry.values, v)  # (B, S + T, H, D)
+        first, ended = before - held, (held + length) // size
+        whole = (x[:, first : first + ended * size].unflatten(1, (ended, size)) for x in (k, v))
+        new = (_left(weight, x) for weight, x in zip((self.key_proj, self.value_proj), whole))
+        chunk_keys, chunk_values = map(extended, (carry.chunk_keys, carry.chunk_values), new)
+        own = (k[:, first:before].transpose(1, 2), v[:, first:before].transpose(1, 2))
+        left = (chunk_keys.flatten(1, 2), chunk_values.flatten(1, 2))
+        at = _ChunksAt((Pattern(size, 1),), held, length, rank, carry.chunk_keys.shape[1])
+        y = one_softmax(q, k[:, before:], v[:, before:], [own, left], at)
+        after = ChunkKeys(
+            size,
+            newest(k, size - 1),
+            newest(v, size - 1),
+            chunk_keys,
+            chunk_values,
+            held=(carry.held + length) % size,
+            chunks=carry.chunks + ended,
+            position=carry.position + length,
+        )
+        return y, after
+
+    def _of_any_rows(self, q: Tensor, k: Tensor, v: Tensor, carry: ChunkKeys, span: Span) -> tuple[Tensor, ChunkKeys]:
+        """Return what is read (B, T, H, D), and the carry after it."""
+        counts, _ = row_counts(carry.position, q.shape[1], mask=span.mask, reset=span.reset)
+        places = _Places.find(counts, carry, span.reset)
         q, k = turned(q, counts - 1), turned(k, counts - 1)
         k, v = extended(carry.keys, k), extended(carry.values, v)
         new_keys, new_values = (self._projected(p, x, places) for p, x in ((self.key_proj, k), (self.value_proj, v)))
         chunk_keys, chunk_values = extended(carry.chunk_keys, new_keys), extended(carry.chunk_values, new_values)
-        readable = _Readable(k, v, chunk_keys, chunk_values)
-        y = torch.cat(list(self._read(q, readable, places)), 1)
-        return self.out_proj(y.flatten(2)), self._carry_after(readable, places, counts)
+        source = _Readable(k, v, chunk_keys, chunk_values)
+        y = torch.cat(list(self._read(q, source, places)), 1)
+        return y, self._carry_after(source, places, counts)
 
     def _projected(self, weight: Tensor, x: Tensor, places: _Places) -> Tensor:
         """Return (B, E, k, H, D), what is left of the chunks that a call completes, from x (B, S + T, H, D): of their
@@ -249,9 +344,9 @@ class ChunkLinformer(CausalAttention):
         index = last[..., None] + torch.arange(1 - self.config.chunk, 1, device="cpu")  # (B, E, c)
         seen = (index >= begin[..., None]).to(x.device)
         tokens = picked(x, index.clamp(min=0).flatten(1)).unflatten(1, index.shape[1:])  # (B, E, c, H, D)
-        return torch.einsum("rc,bechd->berhd", weight, tokens * seen[..., None, None]).to(x.dtype)
+        return _left(weight, tokens * seen[..., None, None])
 
-    def _read(self, q: Tensor, readable: _Readable, places: _Places) -> Iterator[Tensor]:
+    def _read(self, q: Tensor, source: _Readable, places: _Places) -> Iterator[Tensor]:
         """Yield what QUERIES queries at a time read."""
         before, length = places.before, q.shape[1]
         for t in range(0, length, QUERIES):
@@ -265,19 +360,19 @@ class ChunkLinformer(CausalAttention):
             earlier = places.ends[:, None, :known] < token
             completed = earlier & (places.of[:, None, :known] == places.document[:, queries, None])  # (B, t, known)
             seen = torch.cat([completed.repeat_interleave(self.config.rank, 2), own], 2).to(q.device)
-            keys = torch.cat([readable.chunk_keys[:, :known].flatten(1, 2), readable.keys[:, near]], 1)
-            values = torch.cat([readable.chunk_values[:, :known].flatten(1, 2), readable.values[:, near]], 1)
+            keys = torch.cat([source.chunk_keys[:, :known].flatten(1, 2), source.keys[:, near]], 1)
+            values = torch.cat([source.chunk_values[:, :known].flatten(1, 2), source.values[:, near]], 1)
             yield softmax(q[:, queries], keys, values, seen[:, None])
 
-    def _carry_after(self, readable: _Readable, places: _Places, counts: Tensor) -> ChunkKeys:
+    def _carry_after(self, source: _Readable, places: _Places, counts: Tensor) -> ChunkKeys:
         size, length = self.config.chunk, counts.shape[1]
-        chunk_keys, chunk_values = readable.chunk_keys, readable.chunk_values
+        chunk_keys, chunk_values = source.chunk_keys, source.chunk_values
         kept = (places.ends < length) & (places.of == places.document[:, -1:])  # (B, W + E)
         chunks, position = kept.sum(1), counts[:, -1].clone()
         if not bool(kept.all()):
             index = (~kept).long().argsort(dim=1, stable=True)[:, : int(chunks.max())]
             chunk_keys, chunk_values = picked(chunk_keys, index), picked(chunk_values, index)
-        keys, values = (newest(t, size - 1) for t in (readable.keys, readable.values))
+        keys, values = (newest(t, size - 1) for t in (source.keys, source.values))
         held = torch.where(position % size == 0, 0, places.before + length - places.begin[:, -1])
         return ChunkKeys(size, keys, values, chunk_keys, chunk_values, held, chunks, position)
 
