@@ -21,24 +21,22 @@ and masks of QUERIES queries at a time are in memory.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rnn_longctx.errors import InputError
 from rnn_longctx.models.attention import CausalAttention, softmax
 from rnn_longctx.models.block_keys import picked
-from rnn_longctx.models.carries import carry
+from rnn_longctx.models.chunk_keys import ChunkKeys, ChunkPlaces
 from rnn_longctx.models.flash import At, Call, Pattern, Stretches, one_softmax, readable
 from rnn_longctx.models.interface import Shape
 from rnn_longctx.models.mixers import MIXERS, NO_MIXERS
 from rnn_longctx.models.room import extended, newest
 from rnn_longctx.models.rotary import turned
 from rnn_longctx.models.state_size import StateSize
-from rnn_longctx.recurrence.carry import ON_CPU
 from rnn_longctx.recurrence.rows import row_counts
 from rnn_longctx.recurrence.span import Span
 from rnn_longctx.spec import tuned
@@ -112,112 +110,6 @@ class ChunkLinformerConfig:
             )
 
 
-def _level(carries: list[ChunkKeys]) -> list[ChunkKeys]:
-    """Return carries as wide as the widest; what is added is not read."""
-    tokens, chunks = (max(sizes) for sizes in zip(*((c.keys.shape[1], c.chunk_keys.shape[1]) for c in carries)))
-
-    def widened(c: ChunkKeys) -> ChunkKeys:
-        before, behind = (0, 0) * 2 + (tokens - c.keys.shape[1], 0), (0, 0) * 3 + (0, chunks - c.chunk_keys.shape[1])
-        keys, values = (F.pad(t, before) for t in (c.keys, c.values))
-        chunk_keys, chunk_values = (F.pad(t, behind) for t in (c.chunk_keys, c.chunk_values))
-        return replace(c, keys=keys, values=values, chunk_keys=chunk_keys, chunk_values=chunk_values)
-
-    return [widened(c) for c in carries]
-
-
-@carry(level=_level)
-@dataclass
-class ChunkKeys:
-    """The carry: the last c - 1 tokens at most, and what is left of completed chunks.
-
-    Attributes:
-        size: c.
-        keys, values: (B, S, H, D), the newest token at the right end; keys as they were turned.
-        chunk_keys, chunk_values: (B, W, k, H, D), the oldest chunk at the left end.
-        held: (B,) int64 on the CPU, how many tokens, at the right end, are of the unfinished chunk.
-        chunks: (B,) int64 on the CPU, how many chunks, at the left end, are of the row's document.
-        position: (B,) int64 on the CPU, tokens of its document that a row has read.
-    """
-
-    size: int
-    keys: Tensor
-    values: Tensor
-    chunk_keys: Tensor
-    chunk_values: Tensor
-    held: Tensor = field(metadata=ON_CPU)
-    chunks: Tensor = field(metadata=ON_CPU)
-    position: Tensor = field(metadata=ON_CPU)
-
-    @property
-    def alike(self) -> bool:
-        """Whether all rows, if any, go on at one place, and read all tokens of the unfinished chunk and as many chunks
-        as are here."""
-        place, chunks = self.position[:1], self.chunk_keys.shape[1]
-        whole = (self.held == place % self.size) & (self.chunks == chunks)
-        return len(place) > 0 and bool(((self.position == place) & whole).all())
-
-    def cropped(self, tokens: int) -> ChunkKeys:
-        """Return the carry with the last `tokens` tokens alone: of chunks with those that lie within them as a whole. A
-        chunk that is completed later is projected of the tokens that are left of it."""
-        first = max(0, self.keys.shape[1] - tokens)
-        within = ((tokens - self.position % self.size) // self.size).clamp(min=0)
-        chunks = torch.minimum(self.chunks, within)
-        index = (self.chunks - chunks)[:, None] + torch.arange(int(chunks.max()), device="cpu")
-        index = index.clamp(max=max(0, self.chunk_keys.shape[1] - 1))
-        return replace(
-            self,
-            keys=self.keys[:, first:],
-            values=self.values[:, first:],
-            chunk_keys=picked(self.chunk_keys, index),
-            chunk_values=picked(self.chunk_values, index),
-            held=self.held.clamp(max=tokens),
-            chunks=chunks,
-        )
-
-
-@dataclass(frozen=True, eq=False)
-class _Places:
-    """Where the tokens and chunks of a call stand, all on the CPU. The carry's S tokens stand before the call's T, and
-    its W chunks before the E that a row completes at most.
-
-    Attributes:
-        before: S.
-        begin: (B, T) the place where a token's chunk begins, or what is left of it; the carry's first token is at 0.
-        document: (B, T) which of the call's documents a token belongs to; the carry's is 0.
-        ends: (B, W + E) the last token of every chunk, from 0 at the call's first on: -1 in the carry; T is of none.
-        of: (B, W + E) the document of every chunk.
-        chunks: W.
-    """
-
-    before: int
-    begin: Tensor
-    document: Tensor
-    ends: Tensor
-    of: Tensor
-    chunks: int
-
-    @classmethod
-    def find(cls, counts: Tensor, carry: ChunkKeys, reset: Tensor | None) -> _Places:
-        """counts: (B, T), tokens of its document read up to and with each; 0 at padding."""
-        before, chunks, length = carry.keys.shape[1], carry.chunk_keys.shape[1], counts.shape[1]
-        token = torch.arange(length, device="cpu")
-        offset, real = (counts - 1) % carry.size, counts > 0
-        begin = torch.where(offset <= token, before + token - offset, before - carry.held[:, None])
-        begin = torch.where(real, begin, before + token)  # padding sees itself
-        document = torch.zeros_like(counts) if reset is None else reset.cpu().long().cumsum(1)
-        last = real & (offset == carry.size - 1)
-        ends = torch.where(last, token, length).sort(1).values[:, : int(last.sum(1).max())]
-        of_carry = torch.where(torch.arange(chunks, device="cpu") < carry.chunks[:, None], -1, length)
-        of = torch.cat([torch.zeros_like(of_carry), document.gather(1, ends.clamp(max=length - 1))], 1)
-        return cls(before, begin, document, torch.cat([of_carry, ends], 1), of, chunks)
-
-    def completed(self) -> tuple[Tensor, Tensor]:
-        """Return the places (B, E) of the last tokens of the chunks that the call completes, and of what is left of
-        their first ones."""
-        end = self.ends[:, self.chunks :].clamp(max=self.begin.shape[1] - 1)
-        return self.before + end, self.begin.gather(1, end)
-
-
 @dataclass(frozen=True, eq=False)
 class _Readable:
     """What a call may read: keys and values (B, S + T, H, D) of tokens, (B, W + E, k, H, D) of chunks."""
@@ -288,30 +180,33 @@ class ChunkLinformer(CausalAttention):
         self.key_proj, self.value_proj = (projection(config.rank, config.chunk) for _ in range(2))  # E, F
 
     def forward(self, u: Tensor, carry: ChunkKeys | None, span: Span) -> tuple[Tensor, ChunkKeys]:  # type: ignore[override]
-        if span.shard is not None:
-            raise InputError(f"{self.name} cannot be followed where a context is read over several ranks")
         carry = self.new_carry(len(u)) if carry is None else carry
-        q, k, v = self.in_proj(u).unflatten(-1, (3, self.config.heads, -1)).unbind(2)  # (B, T, H, D)
-        if span.mask is None and span.reset is None and carry.alike and readable(q):
+        q, k, v = self.projected(u, span)  # (B, T, H, D)
+        one_place = span.mask is None and span.reset is None and carry.alike and readable(q)
+        if one_place:
+            counts = torch.arange(1, u.shape[1] + 1, device=u.device) + int(carry.position[0])
+        else:
+            counts, _ = row_counts(carry.position, u.shape[1], mask=span.mask, reset=span.reset)
+        q, k = turned(q, counts - 1), turned(k, counts - 1)
+        k, v = extended(carry.keys, k), extended(carry.values, v)  # (B, S + T, H, D)
+        if one_place:
             y, carry = self._of_one_place(q, k, v, carry)
         else:
-            y, carry = self._of_any_rows(q, k, v, carry, span)
+            y, carry = self._of_any_rows(q, k, v, carry, ChunkPlaces.find(counts, carry, span.reset), counts)
         return self.out_proj(y.flatten(2)), carry
 
     def _of_one_place(self, q: Tensor, k: Tensor, v: Tensor, carry: ChunkKeys) -> tuple[Tensor, ChunkKeys]:
-        """Return what is read (B, T, H, D) by rows that all go on at one place, and the carry after it."""
-        size, rank, length = self.config.chunk, self.config.rank, q.shape[1]
-        before, held, position = carry.keys.shape[1], int(carry.held[0]), int(carry.position[0])
-        places = torch.arange(position, position + length, device=q.device)
-        q, k = turned(q, places), turned(k, places)
-        k, v = extended(carry.keys, k), extended(carry.values, v)  # (B, S + T, H, D)
+        """Return what queries (B, T, H, D) read of keys and values (B, S + T, H, D), in rows that all go on at one
+        place, and the carry after it."""
+        size, length = self.config.chunk, q.shape[1]
+        before, held = carry.keys.shape[1], int(carry.held[0])
         first, ended = before - held, (held + length) // size
         whole = (x[:, first : first + ended * size].unflatten(1, (ended, size)) for x in (k, v))
         new = (_left(weight, x) for weight, x in zip((self.key_proj, self.value_proj), whole))
         chunk_keys, chunk_values = map(extended, (carry.chunk_keys, carry.chunk_values), new)
         own = (k[:, first:before].transpose(1, 2), v[:, first:before].transpose(1, 2))
         left = (chunk_keys.flatten(1, 2), chunk_values.flatten(1, 2))
-        at = _ChunksAt((Pattern(size, 1),), held, length, rank, carry.chunk_keys.shape[1])
+        at = _ChunksAt((Pattern(size, 1),), held, length, self.config.rank, carry.chunk_keys.shape[1])
         y = one_softmax(q, k[:, before:], v[:, before:], [own, left], at)
         after = ChunkKeys(
             size,
@@ -325,19 +220,17 @@ class ChunkLinformer(CausalAttention):
         )
         return y, after
 
-    def _of_any_rows(self, q: Tensor, k: Tensor, v: Tensor, carry: ChunkKeys, span: Span) -> tuple[Tensor, ChunkKeys]:
-        """Return what is read (B, T, H, D), and the carry after it."""
-        counts, _ = row_counts(carry.position, q.shape[1], mask=span.mask, reset=span.reset)
-        places = _Places.find(counts, carry, span.reset)
-        q, k = turned(q, counts - 1), turned(k, counts - 1)
-        k, v = extended(carry.keys, k), extended(carry.values, v)
+    def _of_any_rows(
+        self, q: Tensor, k: Tensor, v: Tensor, carry: ChunkKeys, places: ChunkPlaces, counts: Tensor
+    ) -> tuple[Tensor, ChunkKeys]:
+        """Return the same of any rows. counts: (B, T), tokens of its document read up to and with each."""
         new_keys, new_values = (self._projected(p, x, places) for p, x in ((self.key_proj, k), (self.value_proj, v)))
         chunk_keys, chunk_values = extended(carry.chunk_keys, new_keys), extended(carry.chunk_values, new_values)
         source = _Readable(k, v, chunk_keys, chunk_values)
         y = torch.cat(list(self._read(q, source, places)), 1)
         return y, self._carry_after(source, places, counts)
 
-    def _projected(self, weight: Tensor, x: Tensor, places: _Places) -> Tensor:
+    def _projected(self, weight: Tensor, x: Tensor, places: ChunkPlaces) -> Tensor:
         """Return (B, E, k, H, D), what is left of the chunks that a call completes, from x (B, S + T, H, D): of their
         tokens that are seen."""
         last, begin = places.completed()  # (B, E)
@@ -346,7 +239,7 @@ class ChunkLinformer(CausalAttention):
         tokens = picked(x, index.clamp(min=0).flatten(1)).unflatten(1, index.shape[1:])  # (B, E, c, H, D)
         return _left(weight, tokens * seen[..., None, None])
 
-    def _read(self, q: Tensor, source: _Readable, places: _Places) -> Iterator[Tensor]:
+    def _read(self, q: Tensor, source: _Readable, places: ChunkPlaces) -> Iterator[Tensor]:
         """Yield what QUERIES queries at a time read."""
         before, length = places.before, q.shape[1]
         for t in range(0, length, QUERIES):
@@ -364,7 +257,7 @@ class ChunkLinformer(CausalAttention):
             values = torch.cat([source.chunk_values[:, :known].flatten(1, 2), source.values[:, near]], 1)
             yield softmax(q[:, queries], keys, values, seen[:, None])
 
-    def _carry_after(self, source: _Readable, places: _Places, counts: Tensor) -> ChunkKeys:
+    def _carry_after(self, source: _Readable, places: ChunkPlaces, counts: Tensor) -> ChunkKeys:
         size, length = self.config.chunk, counts.shape[1]
         chunk_keys, chunk_values = source.chunk_keys, source.chunk_values
         kept = (places.ends < length) & (places.of == places.document[:, -1:])  # (B, W + E)

@@ -6,9 +6,9 @@ Patterns are merged by their denominators, with gradients: that is one softmax o
 token, a key as often as it is given. A token that no pattern takes gets zero.
 
 Work and memory are linear in T: the taken tokens are gathered. Of rows that all stand at one place of a document the
-kernels of `rnn_longctx.models.flash` read them. Rows with padding, with documents that begin inside a
-call, or that have read unequally much, and single tokens, take the plain path of this file: it compares a token with
-the w / r taken last, and scores are in memory.
+kernels of `rnn_longctx.models.flash` read them, and a single token reads what is held as it stands, without a
+gather. Rows with padding, with documents that begin inside a call, or that have read unequally much take the plain path
+of this file: it compares a token with the w / r taken last, and scores are in memory.
 """
 
 from __future__ import annotations
@@ -107,7 +107,9 @@ def dilated(
     if equal:
         return _plain(q, k, v, held, patterns, at, equal)
     length, step = q.shape[2], math.lcm(*(pattern.dilation for pattern in patterns))
-    if at.start is None or length == 1 or not readable(q):
+    if at.start is not None and length == 1:
+        return _token(q, k, v, held, patterns, at.start)
+    if at.start is None or not readable(q):
         return _plain(q, k, v, held, patterns, at)
     ahead = -at.start % step  # tokens up to where every head has taken as many
     if ahead == 0:
@@ -121,6 +123,46 @@ def dilated(
             y, held = dilated(queries, keys, values, held, patterns, places)
             outputs.append(y)
     return torch.cat(outputs, 2), held
+
+
+def _token(
+    q: Tensor, k: Tensor, v: Tensor, held: Held, patterns: tuple[Pattern, ...], place: int
+) -> tuple[Tensor, Held]:
+    """Return what `dilated` does, of one token at a place of its document.
+
+    A head's scores are of all that is held of any pattern, and what it does not read gets no weight: where it does not
+    take the token, or from before the segment. That is little, and a gather of the rest would take longer."""
+    heads, wide = q.shape[1], torch.promote_types(q.dtype, torch.float32)
+    keys, values = ([*(x.to(k.dtype) for x in some), new] for some, new in zip(zip(*held), (k, v)))
+    scores = torch.cat([q @ x.mT for x in keys], 3).to(wide) / math.sqrt(q.shape[3])  # (B, H, 1, S + 1)
+    none = torch.finfo(wide).min  # (not -inf: of a head that no pattern gives anything the softmax would be NaN)
+    bias = torch.full((heads, scores.shape[3]), none, dtype=wide, device=q.device)
+    times, end, after = torch.zeros(heads, dtype=wide, device=q.device), 0, []
+    for pattern, pair in zip(patterns, held):
+        end += pattern.memory
+        taken = slice(place % pattern.dilation, None, pattern.dilation)  # the heads that take it
+        bias[taken, end - place % pattern.segment // pattern.dilation : end] = 0
+        times[taken] += 1
+        over = (place + 1) % pattern.segment == 0
+        after.append((_with_token(pair[0], k, taken, over), _with_token(pair[1], v, taken, over)))
+    bias[:, -1] = times.log().clamp(min=none)  # itself, as often as patterns give it
+    weights = ((scores + bias[:, None]).softmax(3) * (times > 0)[:, None, None]).to(v.dtype)
+    parts = weights.split([x.shape[2] for x in values], 3)
+    y = parts[-1] * v
+    for weight, x in zip(parts, values[:-1]):
+        y = y + weight @ x
+    return y, after
+
+
+def _with_token(held: Tensor, new: Tensor, taken: slice, over: bool) -> Tensor:
+    """Return what is held (B, H, M, D) after a new token (B, H, 1, D), which some heads take. over: of a segment that
+    ends with it."""
+    if over or held.shape[2] == 0:
+        return torch.zeros_like(held, dtype=new.dtype)
+    after = held.to(new.dtype, copy=True)
+    after[:, taken, :-1] = held[:, taken, 1:].to(new.dtype)
+    after[:, taken, -1:] = new[:, taken]
+    return after
 
 
 def _even(
