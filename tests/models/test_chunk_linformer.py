@@ -158,6 +158,16 @@ def test_kernels_are_called_few_times_for_no_pair_too_many(sizes, monkeypatch):
     assert len(pairs) <= sum(5 + 2 * math.log2(1 + size / 64) for size in sizes)
 
 
+@pytest.mark.parametrize("grad", [False, True])
+def test_the_host_waits_for_nothing(grad, monkeypatch):
+    """Tensors without numbers are read, too: where the host asked for one, that would raise."""
+    monkeypatch.setattr(chunk_linformer, "readable", lambda q: True)
+    mixer = mixer_of().to("meta")
+    with torch.set_grad_enabled(grad):
+        y = read(mixer, torch.empty(2, 100, WIDTH, dtype=torch.float64, device="meta"), [7, 1, 40, 52])
+    assert y.shape == (2, 100, WIDTH) and y.requires_grad == grad
+
+
 @torch.no_grad()
 def test_a_token_does_not_copy_the_chunks(seed):
     """Over 600 tokens their keys move a few times, as often as they double."""
