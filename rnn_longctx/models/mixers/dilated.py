@@ -107,9 +107,7 @@ def dilated(
     if equal:
         return _plain(q, k, v, held, patterns, at, equal)
     length, step = q.shape[2], math.lcm(*(pattern.dilation for pattern in patterns))
-    if at.start is not None and length == 1:
-        return _token(q, k, v, held, patterns, at.start)
-    if at.start is None or not readable(q):
+    if at.start is None or length == 1 or not readable(q):
         return _plain(q, k, v, held, patterns, at)
     ahead = -at.start % step  # tokens up to where every head has taken as many
     if ahead == 0:
@@ -125,44 +123,34 @@ def dilated(
     return torch.cat(outputs, 2), held
 
 
-def _token(
-    q: Tensor, k: Tensor, v: Tensor, held: Held, patterns: tuple[Pattern, ...], place: int
-) -> tuple[Tensor, Held]:
-    """Return what `dilated` does, of one token at a place of its document.
+def one_token(
+    q: Tensor, k: Tensor, v: Tensor, held: tuple[Tensor, Tensor], patterns: tuple[Pattern, ...], place: int
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Return what `dilated` does, of one token at a place of its document. held: keys and values (B, H, S, D), in which
+    those of the patterns stand one after another.
 
     A head's scores are of all that is held of any pattern, and what it does not read gets no weight: where it does not
     take the token, or from before the segment. That is little, and a gather of the rest would take longer."""
+    keys, values = (x.to(new.dtype) for x, new in zip(held, (k, v)))
     heads, wide = q.shape[1], torch.promote_types(q.dtype, torch.float32)
-    keys, values = ([*(x.to(k.dtype) for x in some), new] for some, new in zip(zip(*held), (k, v)))
-    scores = torch.cat([q @ x.mT for x in keys], 3).to(wide) / math.sqrt(q.shape[3])  # (B, H, 1, S + 1)
-    none = torch.finfo(wide).min  # (not -inf: of a head that no pattern gives anything the softmax would be NaN)
-    bias = torch.full((heads, scores.shape[3]), none, dtype=wide, device=q.device)
-    times, end, after = torch.zeros(heads, dtype=wide, device=q.device), 0, []
-    for pattern, pair in zip(patterns, held):
-        end += pattern.memory
+    scores = torch.cat([q @ keys.mT, q @ k.mT], 3).to(wide) / math.sqrt(q.shape[3])  # (B, H, 1, S + 1)
+    least = torch.finfo(wide).min  # (not -inf: of a head that no pattern gives anything the softmax would be NaN)
+    bias = torch.full((heads, scores.shape[3]), least, dtype=wide, device=q.device)
+    times, after, end = bias.new_zeros(heads), (keys.clone(), values.clone()), 0
+    for pattern in patterns:
+        begin, end = end, end + pattern.memory
         taken = slice(place % pattern.dilation, None, pattern.dilation)  # the heads that take it
         bias[taken, end - place % pattern.segment // pattern.dilation : end] = 0
         times[taken] += 1
-        over = (place + 1) % pattern.segment == 0
-        after.append((_with_token(pair[0], k, taken, over), _with_token(pair[1], v, taken, over)))
-    bias[:, -1] = times.log().clamp(min=none)  # itself, as often as patterns give it
+        for x, before, new in zip(after, (keys, values), (k, v)):
+            if (place + 1) % pattern.segment == 0:
+                x[:, :, begin:end] = 0
+            elif begin < end:
+                x[:, taken, begin : end - 1] = before[:, taken, begin + 1 : end]
+                x[:, taken, end - 1 : end] = new[:, taken]
+    bias[:, -1] = times.log().clamp(min=least)  # itself, as often as patterns give it
     weights = ((scores + bias[:, None]).softmax(3) * (times > 0)[:, None, None]).to(v.dtype)
-    parts = weights.split([x.shape[2] for x in values], 3)
-    y = parts[-1] * v
-    for weight, x in zip(parts, values[:-1]):
-        y = y + weight @ x
-    return y, after
-
-
-def _with_token(held: Tensor, new: Tensor, taken: slice, over: bool) -> Tensor:
-    """Return what is held (B, H, M, D) after a new token (B, H, 1, D), which some heads take. over: of a segment that
-    ends with it."""
-    if over or held.shape[2] == 0:
-        return torch.zeros_like(held, dtype=new.dtype)
-    after = held.to(new.dtype, copy=True)
-    after[:, taken, :-1] = held[:, taken, 1:].to(new.dtype)
-    after[:, taken, -1:] = new[:, taken]
-    return after
+    return weights[..., :-1] @ values + weights[..., -1:] * v, after
 
 
 def _even(
