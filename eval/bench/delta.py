@@ -78,11 +78,11 @@ def delta_rows(lengths: list[int], segment: int, names: list[str]) -> Iterator[R
         ids = torch.randint(model.vocab_size, (1, max(lengths)), device="cuda")
         expected = exact_logits(model, ids[:, :CHECKED])
         caps = tuple(_caps(model, ids[:, :4096]))
-        systems: dict[str, Callable[[], Read | None]] = {
+        systems: dict[str, Callable[[], Read | None]] = {  # (a run that is cut off has the first ones)
             "plain": partial(_reader, model, segment),
+            f"statistics every {EVERY}": partial(_reader, model, segment, watched=True),
             f"cap every {EVERY}": partial(_reader, model, segment, policies=caps),
             "fla, one call": partial(_fla, model),
-            f"statistics every {EVERY}": partial(_reader, model, segment, watched=True),
         }
         for system, make in systems.items():
             read = make()

@@ -18,9 +18,9 @@ or float16 (`readable`), and what is not takes the plain path.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -92,6 +92,36 @@ class Part:
 
 
 @dataclass(frozen=True)
+class Stretches:
+    """Stretches of a text, of one size and at one distance, that one call of a kernel reads, of all heads.
+
+    Attributes:
+        first: where the first one begins.
+        count: how many there are.
+        size: the tokens of each.
+        step: from where one begins to where the next does.
+    """
+
+    first: int
+    count: int
+    size: int
+    step: int
+
+    def view(self, x: Tensor) -> Tensor:
+        """Return the view (B, count, size, 1, H, C) of what stands in x (B, T, H, C) at these tokens."""
+        tokens = slice(self.first, self.first + (self.count - 1) * self.step + self.size)
+        return x[:, tokens].unfold(1, self.size, self.step).movedim(-1, 2).unsqueeze(3)
+
+    def sequences(self, x: Tensor) -> Tensor:
+        """Return what stands in x (B, T, H, C) at these tokens, as (B * count, H, size, C)."""
+        return self.view(x).squeeze(3).flatten(0, 1).transpose(1, 2)
+
+    def placed(self, sequences: Tensor) -> Tensor:
+        """Return sequences in the shape of `view`."""
+        return sequences.transpose(1, 2).unflatten(0, (-1, self.count)).unsqueeze(3)
+
+
+@dataclass(frozen=True)
 class At:
     """What is read of a call: `length` tokens from position `start` on, a multiple of every dilation. Beyond them may
     stand zeros, up to a multiple of every dilation: a head that takes one of them reads it, and it is read by none."""
@@ -99,6 +129,32 @@ class At:
     patterns: tuple[Pattern, ...]
     start: int
     length: int
+
+    def calls(self, q: Tensor, k: Tensor, v: Tensor, held: Sequence[Tensor], views: bool = False) -> Iterator[Call]:
+        """Yield the calls of a kernel: of a segment that was begun before, one for the tokens of this call, and one for
+        those that are held, keys and values of each pattern. views: as places to add to."""
+        for i, pattern in enumerate(self.patterns):
+            for part in parts_of(pattern, q.shape[2], self):
+                queries, keys, values = (part.view(x) if views else part.sequences(x) for x in (q, k, v))
+                yield Call(part, queries, keys, values, True)
+                if part.begun:
+                    yield Call(part, queries, part.before(held[2 * i]), part.before(held[2 * i + 1]), False)
+
+
+class Call(NamedTuple):
+    """A call of a kernel.
+
+    Attributes:
+        part: where its queries stand.
+        queries, keys, values: sequences (b, h, n, C) of them; or the places that their gradients are added to.
+        causal: whether a query reads the keys up to its own place alone; else it reads all.
+    """
+
+    part: Part | Stretches
+    queries: Tensor
+    keys: Tensor
+    values: Tensor
+    causal: bool
 
 
 def parts_of(pattern: Pattern, heads: int, at: At) -> Iterator[Part]:
@@ -135,7 +191,7 @@ class _OneSoftmax(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, at: At, *held: Tensor) -> Tensor:
         log_sums = q.new_full((*q.shape[:3], 1), -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32))
         read = []
-        for part, queries, keys, values, causal in _calls(q, k, v, at, held):
+        for part, queries, keys, values, causal in at.calls(q, k, v, held):
             output, log_sum = _attended(queries, keys, values, causal)
             log_sum = part.placed(log_sum[..., None])
             total = part.view(log_sums)
@@ -147,7 +203,7 @@ class _OneSoftmax(torch.autograd.Function):
         y[:, at.length :] = 0
         for part, causal, output, log_sum in read:
             place, weight = part.view(y), (log_sum - part.view(log_sums)).exp_()
-            if everywhere and causal and part.pattern == first:
+            if everywhere and causal and isinstance(part, Part) and part.pattern == first:
                 torch.mul(output, weight, out=place)
             else:
                 place.addcmul_(output, weight)
@@ -161,28 +217,14 @@ class _OneSoftmax(torch.autograd.Function):
         (dy,) = gradients
         dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
         d_held = [torch.zeros_like(x) for x in held]
-        calls = _calls(q, k, v, ctx.at, held)
-        places = _calls(dq, dk, dv, ctx.at, d_held, views=True)
+        calls = ctx.at.calls(q, k, v, held)
+        places = ctx.at.calls(dq, dk, dv, d_held, views=True)
         for (part, queries, keys, values, causal), (_, *into, _) in zip(calls, places, strict=True):
             merged = part.sequences(y), part.sequences(log_sums)[..., 0]
             of_call = _gradients(part.sequences(dy), queries, keys, values, *merged, causal)
             for place, gradient in zip(into, of_call):
                 place.add_(part.placed(gradient) if place.dim() > gradient.dim() else gradient)
         return dq, dk, dv, None, *d_held
-
-
-def _calls(
-    q: Tensor, k: Tensor, v: Tensor, at: At, held: Any, views: bool = False
-) -> Iterator[tuple[Part, Tensor, Tensor, Tensor, bool]]:
-    """Yield the part, queries, keys and values of every call of a kernel, and whether it is causal: of a segment that
-    was begun before, one for the tokens of this call, and one for those that are held, which all stand before. views:
-    as places to add to."""
-    for i, pattern in enumerate(at.patterns):
-        for part in parts_of(pattern, q.shape[2], at):
-            queries, keys, values = (part.view(x) if views else part.sequences(x) for x in (q, k, v))
-            yield part, queries, keys, values, True
-            if part.begun:
-                yield part, queries, part.before(held[2 * i]), part.before(held[2 * i + 1]), False
 
 
 def _attended(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from rnn_longctx.errors import InputError
+from rnn_longctx.models import flash
 from rnn_longctx.models.cache import Cache
 from rnn_longctx.models.config import ModelConfig, model_config
+from rnn_longctx.models.kernels import choose
 from rnn_longctx.models.lm import LM
 from rnn_longctx.models.mixers import chunk_linformer
 from rnn_longctx.models.mixers.chunk_linformer import Linformer
@@ -85,14 +90,131 @@ def read(mixer, u, sizes):
     return torch.cat(outputs, 1)
 
 
+def by_the_plain_path(monkeypatch, queries=256):
+    """Let any rows take it, so many queries at a time."""
+    monkeypatch.setattr(chunk_linformer, "readable", lambda q: False)
+    monkeypatch.setattr(chunk_linformer, "QUERIES", queries)
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("queries", [1, 7, 256])
+@pytest.mark.parametrize("queries", [None, 1, 7, 256], ids=str)
 @pytest.mark.parametrize("sizes", [[LENGTH], [1, 20, LENGTH - 21], [CHUNK, CHUNK, LENGTH - 2 * CHUNK], [1] * LENGTH])
 def test_the_mixer_is_its_definition(sizes, queries, seed, monkeypatch):
-    monkeypatch.setattr(chunk_linformer, "QUERIES", queries)
+    if queries:
+        by_the_plain_path(monkeypatch, queries)
     mixer, u = mixer_of(), reading()
     expected = torch.stack([definition(mixer, row) for row in u])
     torch.testing.assert_close(read(mixer, u, sizes), expected, rtol=1e-9, atol=1e-9)
+
+
+def cuts(length, count=4):
+    """Return the whole, and pieces cut at random places."""
+    for _ in range(count):
+        places = sorted({0, length, *torch.randint(1, length, (int(torch.randint(0, 9, ())),)).tolist()})
+        yield [b - a for a, b in zip(places, places[1:])]
+
+
+def read_back(mixer, u, sizes):
+    """Return what a layer reads, the carry after it, and gradients of both, through the carries between."""
+    u, carry, outputs = u.detach().requires_grad_(), None, []
+    for piece in u.split(sizes, 1):
+        y, carry = mixer(piece, carry, WHOLE)
+        outputs.append(y)
+    y, kept = torch.cat(outputs, 1), [carry.keys, carry.values, carry.chunk_keys, carry.chunk_values]
+    target = y.pow(3).sum() + sum(x.pow(3).sum() for x in kept)
+    gradients = torch.autograd.grad(target, [u, *mixer.parameters()])
+    return [y, *kept, *gradients], [carry.held, carry.chunks, carry.position]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)], ids=str)
+@pytest.mark.parametrize("setting", [(2, 1), (6, 2), (7, 7), (16, 4), (40, 3), (64, 8)], ids=str)
+def test_kernels_read_what_the_plain_path_does(setting, dtype, tolerance, seed, monkeypatch):
+    """Of several rows, cut anywhere, with what is kept and all gradients."""
+    mixer, u = (
+        mixer_of("chunk-linformer:chunk={},rank={},heads=2".format(*setting)).to(dtype),
+        reading(3, 230).to(dtype),
+    )
+    read_so = [(sizes, *read_back(mixer, u, sizes)) for sizes in ([230], *cuts(230))]
+    by_the_plain_path(monkeypatch)
+    for sizes, floats, counts in read_so:
+        expected, places = read_back(mixer, u, sizes)
+        assert all(map(torch.equal, counts, places))
+        for a, b in zip(floats, expected, strict=True):
+            assert a.dtype == dtype and (a - b).abs().max() <= tolerance * b.abs().amax().clamp(min=1), sizes
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("sizes", [[4096], [1000, 1, 3095], [64] * 64], ids=len)
+def test_kernels_are_called_few_times_for_no_pair_too_many(sizes, monkeypatch):
+    mixer, attended, pairs = mixer_of("chunk-linformer:chunk=64,rank=8,heads=2"), flash._attended, []
+
+    def counted(q, k, v, causal):
+        pairs.append(q.shape[:-2].numel() * q.shape[2] * (k.shape[2] + causal) // (1 + causal))
+        return attended(q, k, v, causal)
+
+    monkeypatch.setattr(flash, "_attended", counted)
+    read(mixer, reading(1, 4096), sizes)
+    assert sum(pairs) == mixer.pairs(4096)
+    assert len(pairs) <= sum(5 + 2 * math.log2(1 + size / 64) for size in sizes)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_the_host_waits_for_nothing(grad, monkeypatch):
+    """Tensors without numbers are read, too: where the host asked for one, that would raise."""
+    monkeypatch.setattr(chunk_linformer, "readable", lambda q: True)
+    mixer = mixer_of().to("meta")
+    with torch.set_grad_enabled(grad):
+        y = read(mixer, torch.empty(2, 100, WIDTH, dtype=torch.float64, device="meta"), [7, 1, 40, 52])
+    assert y.shape == (2, 100, WIDTH) and y.requires_grad == grad
+
+
+@torch.no_grad()
+def test_a_token_does_not_copy_the_chunks(seed):
+    """Over 600 tokens their keys move a few times, as often as they double."""
+    mixer, carry, places = mixer_of(), None, set()
+    for token in reading(1, 600).split(1, 1):
+        _, carry = mixer(token, carry, WHOLE)
+        room, _ = carry.chunk_keys.room
+        places.add(id(room.tensor))
+        assert carry.chunk_keys.untyped_storage().data_ptr() == room.tensor.data_ptr()
+    assert carry.chunk_keys.shape[1] == 100 and len(places) <= math.log2(100) + 2
+
+
+@torch.no_grad()
+def test_a_chunk_that_is_partly_forgotten_is_read_by_the_plain_path(seed):
+    """And what comes after it by the kernels."""
+    mixer, u = mixer_of(), reading(1)
+    _, carry = mixer(u[:, :16], None, WHOLE)
+    cropped = carry.cropped(3)
+    assert carry.alike and not cropped.alike
+    _, after = mixer(u[:, 16:18], cropped, WHOLE)
+    assert after.alike and int(after.chunks) == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("setting", [(64, 8, 4), (256, 8, 2), (96, 5, 8)], ids=str)
+def test_on_a_gpu_in_bfloat16(setting, monkeypatch):
+    """The kernels against float64, in one call and in pieces, with gradients; and token by token."""
+    monkeypatch.setattr(choose, "FUSED_LAYERS", True)
+    config = ModelConfig("chunk-linformer:chunk={},rank={},heads={}".format(*setting), d_model=256, n_layer=1)
+    mixer = LM(config).layers[0].mixer.cuda()
+    wide, narrow = copy.deepcopy(mixer).double(), copy.deepcopy(mixer).bfloat16()
+    x = torch.randn(2, 3000, 256, device="cuda", dtype=torch.bfloat16)
+    assert flash.readable(x[..., :32])
+    into = torch.randn_like(x)
+
+    def gradients(layer, u, sizes):
+        u = u.detach().requires_grad_()
+        y = read(layer, u, sizes)
+        return [y, *torch.autograd.grad((y * into.to(y.dtype)).sum(), [u, *layer.parameters()])]
+
+    expected = gradients(wide, x.double(), [3000])  # by the plain path: float64 is not the kernels'
+    for sizes in ([3000], [1000, 479, 1521]):
+        for a, b in zip(gradients(narrow, x, sizes), expected, strict=True):
+            assert (a.double() - b).norm() < 0.02 * b.norm()
+    with torch.no_grad():
+        y = read(narrow, x[:, :700], [600, *[1] * 100]).double()
+    assert (y - expected[0][:, :700]).norm() < 0.02 * expected[0][:, :700].norm()
 
 
 @pytest.mark.parametrize(
@@ -105,8 +227,8 @@ def test_the_mixer_is_its_definition(sizes, queries, seed, monkeypatch):
         contract.check_no_gradient_from_the_future,
     ],
 )
-def test_the_contract_with_few_queries_at_once(check, seed, monkeypatch):
-    monkeypatch.setattr(chunk_linformer, "QUERIES", 9)
+def test_the_contract_by_the_plain_path(check, seed, monkeypatch):
+    by_the_plain_path(monkeypatch, 9)
     check(TEXT, seed)
 
 

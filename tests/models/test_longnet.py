@@ -156,7 +156,13 @@ def test_a_stream_cut_anywhere(setting, monkeypatch):
     u = torch.randn(2, length, WIDTH, dtype=torch.float64, requires_grad=True)
     expected, into = oracle(mixer, u), torch.randn_like(u)
     wanted = gradients(mixer, u, expected, into)
-    for marks in ([random.randrange(1, length)], [r, 3 * r], sorted(random.choices(range(1, length), k=4))):
+    a_token_a_call = range(1, length)
+    for marks in (
+        [random.randrange(1, length)],
+        [r, 3 * r],
+        sorted(random.choices(a_token_a_call, k=4)),
+        a_token_a_call,
+    ):
         sizes = [b - a for a, b in zip([0, *marks], [*marks, length]) if b > a]
         carry, outputs = None, []
         for piece in u.split(sizes, 1):
@@ -170,7 +176,8 @@ def test_a_stream_cut_anywhere(setting, monkeypatch):
 
 @torch.no_grad()
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
-def test_both_paths_hold_the_same_carry(setting, monkeypatch):
+def test_all_paths_hold_the_same_carry(setting, monkeypatch):
+    """That of the kernels, the plain one, and that of single tokens."""
     mixer, u = model_of(spec(*setting)).layers[0].mixer, torch.randn(1, 120, WIDTH, dtype=torch.float64)
     marks = [0, *sorted(random.sample(range(1, 120), 3))]
 
@@ -183,8 +190,13 @@ def test_both_paths_hold_the_same_carry(setting, monkeypatch):
 
     by_kernels = carries()
     monkeypatch.setattr(dilated, "readable", lambda q: False)
-    for a, b in zip(by_kernels, carries(), strict=True):
-        torch.testing.assert_close(vars(a), vars(b), rtol=0, atol=1e-12)
+    carry, by_tokens = None, []
+    for token in u.split(1, 1):
+        carry = mixer(token, carry, WHOLE)[1]
+        by_tokens.append(carry)
+    for other in (carries(), [by_tokens[end - 1] for end in [*marks[1:], 120]]):
+        for a, b in zip(by_kernels, other, strict=True):
+            torch.testing.assert_close(vars(a), vars(b), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("length", [1, 5, 36, 77, 100])
@@ -314,7 +326,7 @@ def test_on_a_gpu_in_bfloat16(setting, monkeypatch):
 
     assert flash.readable(x[..., :64])
     expected = read(wide, x.double(), [3000])  # by the plain path: float64 is not the kernels'
-    for sizes in ([3000], [1024, 480, 1496]):
+    for sizes in ([3000], [1024, 480, 1496], [1024, 1, 1, 478, 1496]):
         for a, b in zip(read(narrow, x, sizes), expected, strict=True):
             assert (a.double() - b).norm() < 0.02 * b.norm()
 

@@ -12,28 +12,31 @@ a form of this project's own, chunk by chunk causal. Chunks are counted from whe
 are turned by their places (arXiv 2104.09864), keys before they are projected: what is read hangs on distances alone.
 What a layer keeps grows with the text: 2 k d_model numbers for every c tokens, k / c of what full attention keeps,
 beside the last c - 1 tokens; and its time grows with the square of the length, k / c as fast.
+
+Rows that all stand at one place of a document are read by the kernels of `rnn_longctx.models.flash`. Others, with
+padding, with documents that begin inside a call, or of unequal lengths, take the plain path of this file, where scores
+and masks of QUERIES queries at a time are in memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rnn_longctx.errors import InputError
 from rnn_longctx.models.attention import CausalAttention, softmax
 from rnn_longctx.models.block_keys import picked
-from rnn_longctx.models.carries import carry
+from rnn_longctx.models.chunk_keys import ChunkKeys, ChunkPlaces
+from rnn_longctx.models.flash import At, Call, Pattern, Stretches, one_softmax, readable
 from rnn_longctx.models.interface import Shape
 from rnn_longctx.models.mixers import MIXERS, NO_MIXERS
 from rnn_longctx.models.room import extended, newest
 from rnn_longctx.models.rotary import turned
 from rnn_longctx.models.state_size import StateSize
-from rnn_longctx.recurrence.carry import ON_CPU
 from rnn_longctx.recurrence.rows import row_counts
 from rnn_longctx.recurrence.span import Span
 from rnn_longctx.spec import tuned
@@ -107,104 +110,6 @@ class ChunkLinformerConfig:
             )
 
 
-def _level(carries: list[ChunkKeys]) -> list[ChunkKeys]:
-    """Return carries as wide as the widest; what is added is not read."""
-    tokens, chunks = (max(sizes) for sizes in zip(*((c.keys.shape[1], c.chunk_keys.shape[1]) for c in carries)))
-
-    def widened(c: ChunkKeys) -> ChunkKeys:
-        before, behind = (0, 0) * 2 + (tokens - c.keys.shape[1], 0), (0, 0) * 3 + (0, chunks - c.chunk_keys.shape[1])
-        keys, values = (F.pad(t, before) for t in (c.keys, c.values))
-        chunk_keys, chunk_values = (F.pad(t, behind) for t in (c.chunk_keys, c.chunk_values))
-        return replace(c, keys=keys, values=values, chunk_keys=chunk_keys, chunk_values=chunk_values)
-
-    return [widened(c) for c in carries]
-
-
-@carry(level=_level)
-@dataclass
-class ChunkKeys:
-    """The carry: the last c - 1 tokens at most, and what is left of completed chunks.
-
-    Attributes:
-        size: c.
-        keys, values: (B, S, H, D), the newest token at the right end; keys as they were turned.
-        chunk_keys, chunk_values: (B, W, k, H, D), the oldest chunk at the left end.
-        held: (B,) int64 on the CPU, how many tokens, at the right end, are of the unfinished chunk.
-        chunks: (B,) int64 on the CPU, how many chunks, at the left end, are of the row's document.
-        position: (B,) int64 on the CPU, tokens of its document that a row has read.
-    """
-
-    size: int
-    keys: Tensor
-    values: Tensor
-    chunk_keys: Tensor
-    chunk_values: Tensor
-    held: Tensor = field(metadata=ON_CPU)
-    chunks: Tensor = field(metadata=ON_CPU)
-    position: Tensor = field(metadata=ON_CPU)
-
-    def cropped(self, tokens: int) -> ChunkKeys:
-        """Return the carry with the last `tokens` tokens alone: of chunks with those that lie within them as a whole. A
-        chunk that is completed later is projected of the tokens that are left of it."""
-        first = max(0, self.keys.shape[1] - tokens)
-        within = ((tokens - self.position % self.size) // self.size).clamp(min=0)
-        chunks = torch.minimum(self.chunks, within)
-        index = (self.chunks - chunks)[:, None] + torch.arange(int(chunks.max()), device="cpu")
-        index = index.clamp(max=max(0, self.chunk_keys.shape[1] - 1))
-        return replace(
-            self,
-            keys=self.keys[:, first:],
-            values=self.values[:, first:],
-            chunk_keys=picked(self.chunk_keys, index),
-            chunk_values=picked(self.chunk_values, index),
-            held=self.held.clamp(max=tokens),
-            chunks=chunks,
-        )
-
-
-@dataclass(frozen=True, eq=False)
-class _Places:
-    """Where the tokens and chunks of a call stand, all on the CPU. The carry's S tokens stand before the call's T, and
-    its W chunks before the E that a row completes at most.
-
-    Attributes:
-        before: S.
-        begin: (B, T) the place where a token's chunk begins, or what is left of it; the carry's first token is at 0.
-        document: (B, T) which of the call's documents a token belongs to; the carry's is 0.
-        ends: (B, W + E) the last token of every chunk, from 0 at the call's first on: -1 in the carry; T is of none.
-        of: (B, W + E) the document of every chunk.
-        chunks: W.
-    """
-
-    before: int
-    begin: Tensor
-    document: Tensor
-    ends: Tensor
-    of: Tensor
-    chunks: int
-
-    @classmethod
-    def find(cls, counts: Tensor, carry: ChunkKeys, reset: Tensor | None) -> _Places:
-        """counts: (B, T), tokens of its document read up to and with each; 0 at padding."""
-        before, chunks, length = carry.keys.shape[1], carry.chunk_keys.shape[1], counts.shape[1]
-        token = torch.arange(length, device="cpu")
-        offset, real = (counts - 1) % carry.size, counts > 0
-        begin = torch.where(offset <= token, before + token - offset, before - carry.held[:, None])
-        begin = torch.where(real, begin, before + token)  # padding sees itself
-        document = torch.zeros_like(counts) if reset is None else reset.cpu().long().cumsum(1)
-        last = real & (offset == carry.size - 1)
-        ends = torch.where(last, token, length).sort(1).values[:, : int(last.sum(1).max())]
-        of_carry = torch.where(torch.arange(chunks, device="cpu") < carry.chunks[:, None], -1, length)
-        of = torch.cat([torch.zeros_like(of_carry), document.gather(1, ends.clamp(max=length - 1))], 1)
-        return cls(before, begin, document, torch.cat([of_carry, ends], 1), of, chunks)
-
-    def completed(self) -> tuple[Tensor, Tensor]:
-        """Return the places (B, E) of the last tokens of the chunks that the call completes, and of what is left of
-        their first ones."""
-        end = self.ends[:, self.chunks :].clamp(max=self.begin.shape[1] - 1)
-        return self.before + end, self.begin.gather(1, end)
-
-
 @dataclass(frozen=True, eq=False)
 class _Readable:
     """What a call may read: keys and values (B, S + T, H, D) of tokens, (B, W + E, k, H, D) of chunks."""
@@ -213,6 +118,53 @@ class _Readable:
     values: Tensor
     chunk_keys: Tensor
     chunk_values: Tensor
+
+
+def _left(weight: Tensor, tokens: Tensor) -> Tensor:
+    """Return (B, E, k, H, D), what weights (k, c) leave of the tokens (B, E, c, H, D) of chunks."""
+    return torch.einsum("rc,bechd->berhd", weight, tokens).to(tokens.dtype)
+
+
+@dataclass(frozen=True)
+class _ChunksAt(At):
+    """What is read of a call by flash attention: beside its own chunk, which is the pattern, what is left of others.
+
+    All queries read all chunks that the carry has completed. Those of the call are read by halves: of every two
+    stretches of n of its chunks, n = 1, 2, 4, ..., the second reads the first. So every pair of a query and a key is
+    there once, no call of a kernel needs a mask, and the calls are as many as the chunks have binary digits.
+
+    Attributes:
+        start: the tokens that the carry holds of the call's first chunk.
+        rank: k.
+        chunks: W, those that the carry has completed.
+    """
+
+    rank: int
+    chunks: int
+
+    def calls(self, q: Tensor, k: Tensor, v: Tensor, held: Sequence[Tensor], views: bool = False) -> Iterator[Call]:
+        """Yield the calls of a kernel. held: keys and values (B, H, M, D) of the first chunk, (B, (W + E) k, H, D) of
+        completed ones."""
+        yield from super().calls(q, k, v, held, views)
+        for tokens, left in self._earlier():
+            of_each = (tokens, q), (left, held[2]), (left, held[3])
+            queries, keys, values = (some.view(x) if views else some.sequences(x) for some, x in of_each)
+            yield Call(tokens, queries, keys, values, False)
+
+    def _earlier(self) -> Iterator[tuple[Stretches, Stretches]]:
+        """Yield stretches of queries and of what is left of chunks, each of which the queries beside it read."""
+        if self.chunks:
+            left = self.chunks * self.rank
+            yield Stretches(0, 1, self.length, self.length), Stretches(0, 1, left, left)
+        size, end, n = self.patterns[0].segment, self.start + self.length, 1
+        while (half := n * size) < end:
+            whole, rest = divmod(end, 2 * half)
+            for first, count, tokens in ((0, whole, half), (whole, 1, rest - half)):
+                if count and tokens > 0:
+                    queries = Stretches((2 * first + 1) * half - self.start, count, tokens, 2 * half)
+                    left = (self.chunks + 2 * first * n) * self.rank
+                    yield queries, Stretches(left, count, n * self.rank, 2 * n * self.rank)
+            n *= 2
 
 
 @MIXERS.register
@@ -228,30 +180,66 @@ class ChunkLinformer(CausalAttention):
         self.key_proj, self.value_proj = (projection(config.rank, config.chunk) for _ in range(2))  # E, F
 
     def forward(self, u: Tensor, carry: ChunkKeys | None, span: Span) -> tuple[Tensor, ChunkKeys]:  # type: ignore[override]
-        if span.shard is not None:
-            raise InputError(f"{self.name} cannot be followed where a context is read over several ranks")
         carry = self.new_carry(len(u)) if carry is None else carry
-        counts, _ = row_counts(carry.position, u.shape[1], mask=span.mask, reset=span.reset)
-        places = _Places.find(counts, carry, span.reset)
-        q, k, v = self.in_proj(u).unflatten(-1, (3, self.config.heads, -1)).unbind(2)  # (B, T, H, D)
+        q, k, v = self.projected(u, span)  # (B, T, H, D)
+        one_place = span.mask is None and span.reset is None and carry.alike and readable(q)
+        if one_place:
+            counts = torch.arange(1, u.shape[1] + 1, device=u.device) + int(carry.position[0])
+        else:
+            counts, _ = row_counts(carry.position, u.shape[1], mask=span.mask, reset=span.reset)
         q, k = turned(q, counts - 1), turned(k, counts - 1)
-        k, v = extended(carry.keys, k), extended(carry.values, v)
+        k, v = extended(carry.keys, k), extended(carry.values, v)  # (B, S + T, H, D)
+        if one_place:
+            y, carry = self._of_one_place(q, k, v, carry)
+        else:
+            y, carry = self._of_any_rows(q, k, v, carry, ChunkPlaces.find(counts, carry, span.reset), counts)
+        return self.out_proj(y.flatten(2)), carry
+
+    def _of_one_place(self, q: Tensor, k: Tensor, v: Tensor, carry: ChunkKeys) -> tuple[Tensor, ChunkKeys]:
+        """Return what queries (B, T, H, D) read of keys and values (B, S + T, H, D), in rows that all go on at one
+        place, and the carry after it."""
+        size, length = self.config.chunk, q.shape[1]
+        before, held = carry.keys.shape[1], int(carry.held[0])
+        first, ended = before - held, (held + length) // size
+        whole = (x[:, first : first + ended * size].unflatten(1, (ended, size)) for x in (k, v))
+        new = (_left(weight, x) for weight, x in zip((self.key_proj, self.value_proj), whole))
+        chunk_keys, chunk_values = map(extended, (carry.chunk_keys, carry.chunk_values), new)
+        own = (k[:, first:before].transpose(1, 2), v[:, first:before].transpose(1, 2))
+        left = (chunk_keys.flatten(1, 2), chunk_values.flatten(1, 2))
+        at = _ChunksAt((Pattern(size, 1),), held, length, self.config.rank, carry.chunk_keys.shape[1])
+        y = one_softmax(q, k[:, before:], v[:, before:], [own, left], at)
+        after = ChunkKeys(
+            size,
+            newest(k, size - 1),
+            newest(v, size - 1),
+            chunk_keys,
+            chunk_values,
+            held=(carry.held + length) % size,
+            chunks=carry.chunks + ended,
+            position=carry.position + length,
+        )
+        return y, after
+
+    def _of_any_rows(
+        self, q: Tensor, k: Tensor, v: Tensor, carry: ChunkKeys, places: ChunkPlaces, counts: Tensor
+    ) -> tuple[Tensor, ChunkKeys]:
+        """Return the same of any rows. counts: (B, T), tokens of its document read up to and with each."""
         new_keys, new_values = (self._projected(p, x, places) for p, x in ((self.key_proj, k), (self.value_proj, v)))
         chunk_keys, chunk_values = extended(carry.chunk_keys, new_keys), extended(carry.chunk_values, new_values)
-        readable = _Readable(k, v, chunk_keys, chunk_values)
-        y = torch.cat(list(self._read(q, readable, places)), 1)
-        return self.out_proj(y.flatten(2)), self._carry_after(readable, places, counts)
+        source = _Readable(k, v, chunk_keys, chunk_values)
+        y = torch.cat(list(self._read(q, source, places)), 1)
+        return y, self._carry_after(source, places, counts)
 
-    def _projected(self, weight: Tensor, x: Tensor, places: _Places) -> Tensor:
+    def _projected(self, weight: Tensor, x: Tensor, places: ChunkPlaces) -> Tensor:
         """Return (B, E, k, H, D), what is left of the chunks that a call completes, from x (B, S + T, H, D): of their
         tokens that are seen."""
         last, begin = places.completed()  # (B, E)
         index = last[..., None] + torch.arange(1 - self.config.chunk, 1, device="cpu")  # (B, E, c)
         seen = (index >= begin[..., None]).to(x.device)
         tokens = picked(x, index.clamp(min=0).flatten(1)).unflatten(1, index.shape[1:])  # (B, E, c, H, D)
-        return torch.einsum("rc,bechd->berhd", weight, tokens * seen[..., None, None]).to(x.dtype)
+        return _left(weight, tokens * seen[..., None, None])
 
-    def _read(self, q: Tensor, readable: _Readable, places: _Places) -> Iterator[Tensor]:
+    def _read(self, q: Tensor, source: _Readable, places: ChunkPlaces) -> Iterator[Tensor]:
         """Yield what QUERIES queries at a time read."""
         before, length = places.before, q.shape[1]
         for t in range(0, length, QUERIES):
@@ -265,19 +253,19 @@ class ChunkLinformer(CausalAttention):
             earlier = places.ends[:, None, :known] < token
             completed = earlier & (places.of[:, None, :known] == places.document[:, queries, None])  # (B, t, known)
             seen = torch.cat([completed.repeat_interleave(self.config.rank, 2), own], 2).to(q.device)
-            keys = torch.cat([readable.chunk_keys[:, :known].flatten(1, 2), readable.keys[:, near]], 1)
-            values = torch.cat([readable.chunk_values[:, :known].flatten(1, 2), readable.values[:, near]], 1)
+            keys = torch.cat([source.chunk_keys[:, :known].flatten(1, 2), source.keys[:, near]], 1)
+            values = torch.cat([source.chunk_values[:, :known].flatten(1, 2), source.values[:, near]], 1)
             yield softmax(q[:, queries], keys, values, seen[:, None])
 
-    def _carry_after(self, readable: _Readable, places: _Places, counts: Tensor) -> ChunkKeys:
+    def _carry_after(self, source: _Readable, places: ChunkPlaces, counts: Tensor) -> ChunkKeys:
         size, length = self.config.chunk, counts.shape[1]
-        chunk_keys, chunk_values = readable.chunk_keys, readable.chunk_values
+        chunk_keys, chunk_values = source.chunk_keys, source.chunk_values
         kept = (places.ends < length) & (places.of == places.document[:, -1:])  # (B, W + E)
         chunks, position = kept.sum(1), counts[:, -1].clone()
         if not bool(kept.all()):
             index = (~kept).long().argsort(dim=1, stable=True)[:, : int(chunks.max())]
             chunk_keys, chunk_values = picked(chunk_keys, index), picked(chunk_values, index)
-        keys, values = (newest(t, size - 1) for t in (readable.keys, readable.values))
+        keys, values = (newest(t, size - 1) for t in (source.keys, source.values))
         held = torch.where(position % size == 0, 0, places.before + length - places.begin[:, -1])
         return ChunkKeys(size, keys, values, chunk_keys, chunk_values, held, chunks, position)
 

@@ -6,9 +6,9 @@ Patterns are merged by their denominators, with gradients: that is one softmax o
 token, a key as often as it is given. A token that no pattern takes gets zero.
 
 Work and memory are linear in T: the taken tokens are gathered. Of rows that all stand at one place of a document the
-kernels of `rnn_longctx.models.flash` read them. Rows with padding, with documents that begin inside a
-call, or that have read unequally much, and single tokens, take the plain path of this file: it compares a token with
-the w / r taken last, and scores are in memory.
+kernels of `rnn_longctx.models.flash` read them, and a single token reads what is held as it stands, without a
+gather. Rows with padding, with documents that begin inside a call, or that have read unequally much take the plain path
+of this file: it compares a token with the w / r taken last, and scores are in memory.
 """
 
 from __future__ import annotations
@@ -121,6 +121,36 @@ def dilated(
             y, held = dilated(queries, keys, values, held, patterns, places)
             outputs.append(y)
     return torch.cat(outputs, 2), held
+
+
+def one_token(
+    q: Tensor, k: Tensor, v: Tensor, held: tuple[Tensor, Tensor], patterns: tuple[Pattern, ...], place: int
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Return what `dilated` does, of one token at a place of its document. held: keys and values (B, H, S, D), in which
+    those of the patterns stand one after another.
+
+    A head's scores are of all that is held of any pattern, and what it does not read gets no weight: where it does not
+    take the token, or from before the segment. That is little, and a gather of the rest would take longer."""
+    keys, values = (x.to(new.dtype) for x, new in zip(held, (k, v)))
+    heads, wide = q.shape[1], torch.promote_types(q.dtype, torch.float32)
+    scores = torch.cat([q @ keys.mT, q @ k.mT], 3).to(wide) / math.sqrt(q.shape[3])  # (B, H, 1, S + 1)
+    least = torch.finfo(wide).min  # (not -inf: of a head that no pattern gives anything the softmax would be NaN)
+    bias = torch.full((heads, scores.shape[3]), least, dtype=wide, device=q.device)
+    times, after, end = bias.new_zeros(heads), (keys.clone(), values.clone()), 0
+    for pattern in patterns:
+        begin, end = end, end + pattern.memory
+        taken = slice(place % pattern.dilation, None, pattern.dilation)  # the heads that take it
+        bias[taken, end - place % pattern.segment // pattern.dilation : end] = 0
+        times[taken] += 1
+        for x, before, new in zip(after, (keys, values), (k, v)):
+            if (place + 1) % pattern.segment == 0:
+                x[:, :, begin:end] = 0
+            elif begin < end:
+                x[:, taken, begin : end - 1] = before[:, taken, begin + 1 : end]
+                x[:, taken, end - 1 : end] = new[:, taken]
+    bias[:, -1] = times.log().clamp(min=least)  # itself, as often as patterns give it
+    weights = ((scores + bias[:, None]).softmax(3) * (times > 0)[:, None, None]).to(v.dtype)
+    return weights[..., :-1] @ values + weights[..., -1:] * v, after
 
 
 def _even(

@@ -19,7 +19,7 @@ from rnn_longctx.models.attention import Attention, begins
 from rnn_longctx.models.carries import carry
 from rnn_longctx.models.flash import Pattern
 from rnn_longctx.models.mixers import MIXERS
-from rnn_longctx.models.mixers.dilated import TokenPlaces, dilated, pairs, read_by
+from rnn_longctx.models.mixers.dilated import TokenPlaces, dilated, one_token, pairs, read_by
 from rnn_longctx.models.mixers.dilated_ranks import Cut, held_here, with_last_held
 from rnn_longctx.models.state_size import StateSize
 from rnn_longctx.recurrence.carry import ON_CPU
@@ -151,6 +151,10 @@ class LongNet(Attention):
         barrier, start = self.config.barrier, int(carry.position.max())
         if barrier is not None and span.reset is None and start <= barrier < start + total:  # once a stream
             warn_once(str(self.config.unfit(start + total)))
+        whole, equal = span.mask is None and span.reset is None, self.config.merge == "equal"
+        place = carry.place if whole else None
+        if total == 1 and cut is None and place is not None and not equal:
+            return self._one_token(u, carry, place, span)
         q, k, v = self.projected(u, span)
         places = torch.arange(u.shape[1], device=u.device)
         before, forgotten = carry.position.to(u.device), carry.forgotten.to(u.device)
@@ -161,13 +165,11 @@ class LongNet(Attention):
             q, k = self.turn(q, k, position, span)
         sizes = [pattern.memory for pattern in self.patterns]
         held = list(zip(carry.keys.split(sizes, 2), carry.values.split(sizes, 2)))
-        whole = span.mask is None and span.reset is None
-        place = carry.place if whole else None
         if cut is not None:
             held, place = held_here(k, v, held, cut), cut.here
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, T, D)
         at = TokenPlaces(position, before, forgotten, span.reset is not None, place)
-        y, held = dilated(q, k, v, held, self.patterns, at, equal=self.config.merge == "equal")
+        y, held = dilated(q, k, v, held, self.patterns, at, equal)
         if cut is not None:
             y, held = with_last_held(y, held, cut)
         keys, values = (torch.cat(tensors, 2) for tensors in zip(*held))
@@ -177,6 +179,16 @@ class LongNet(Attention):
         if span.reset is not None:
             forgotten.masked_fill_(span.reset.any(1).cpu(), 0)
         return self.out_proj(y.transpose(1, 2).flatten(2)), DilatedKeys(keys, values, read, forgotten)
+
+    def _one_token(self, u: Tensor, carry: DilatedKeys, place: int, span: Span) -> tuple[Tensor, DilatedKeys]:
+        """Return what `forward` does, of one token at a place of its document."""
+        q, k, v = self.projected(u, span)
+        if self.rotary:
+            q, k = self.turn(q, k, torch.arange(place, place + 1, device=u.device), span)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, 1, D)
+        y, (keys, values) = one_token(q, k, v, (carry.keys, carry.values), self.patterns, place)
+        after = DilatedKeys(keys, values, carry.position + 1, carry.forgotten.clone())
+        return self.out_proj(y.transpose(1, 2).flatten(2)), after
 
     def _cut(self, carry: DilatedKeys, span: Span) -> Cut:
         """Return where the ranks' shards stand. Raises InputError where that is not one place for all rows."""
