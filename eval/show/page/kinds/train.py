@@ -37,7 +37,8 @@ NAMES = {
 }  # fmt: skip
 NUMBERS = ("step", "update", "tokens", "seconds", "passkey_accuracy", "train_loss", "new_before", "new_after", *NAMES)
 _CONFIG = {
-    "data.text": "text", "train_length": "training length", "batch_size": "rows a step", "steps": "steps asked for",
+    "data.text": "text", "train_length": "training length", "steps": "steps asked for",
+    "batch_size": "rows a step, where a stage has none of its own",
     "optimizer.lr": "learning rate", "seed": "seed", "precision": "computed in",
 }  # fmt: skip
 
