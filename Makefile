@@ -4,12 +4,12 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo demo-long test test-slow lint docs env clean
+.PHONY: demo demo-delta test test-slow lint docs env clean
 
 demo: $(STAMP)  ## evaluate the embedded checkpoint: a table, and runs/demo with results and plots
 	$(BIN)/rnn-longctx eval --config configs/eval/demo.yaml
 
-demo-long: $(STAMP)  ## what the checkpoint that was trained for it recalls, and gains from all of a text
+demo-delta: $(STAMP)  ## what the checkpoint trained for recall finds, and what it gains from all of a text
 	$(BIN)/rnn-longctx eval --config configs/eval/million.yaml
 
 test: $(STAMP)  ## a process a core, of one thread each, which takes tests from the others once it has none

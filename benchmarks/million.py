@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -202,22 +203,28 @@ def config(
 
 
 def table(folders: Sequence[str]) -> None:
-    """Write what evaluations measured over all depths, and their gains over `recompute`: million.csv; the rows of
-    other models stay."""
-    tables = []
+    """Write what evaluations measured over all depths, and their gains over `recompute`: million.csv, and of a million
+    tokens by depth: million_depths.csv; the rows of other models stay."""
+    tables, depths = [], []
     for folder in map(Path, folders):
         frame = measured(folder)
         losses = frame[frame["metric"] == "nats_per_token"]
         kept = frame[frame["depth"].isna() & frame["metric"].isin(["accuracy", "nats_per_byte"])]
+        far = frame[frame["depth"].notna() & (frame["metric"] == "accuracy") & (frame["length"] == K * K)]
+        depths.append(far.reindex(columns=["model", "task", "depth", "value", "n"]))
         gains = context_gain(losses).rename(columns={"gain": "value"}).assign(metric="gain")
         run = json.loads((folder / "runs.jsonl").read_text().splitlines()[-1])
         both = pd.concat([kept, gains]).reindex(columns=COLUMNS)
         tables.append(both.assign(device=run["device"], versions=run["versions"], command=run["command"]))
-    rows, path = pd.concat(tables), RESULTS / "million.csv"
-    if path.exists():
-        before = pd.read_csv(path)
-        rows = pd.concat([before[~before["model"].isin(rows["model"])], rows])
-    rows.sort_values(COLUMNS[:6]).to_csv(path, index=False)
+    for some, name, order in (
+        (tables, "million.csv", COLUMNS[:6]),
+        (depths, "million_depths.csv", ["model", "task", "depth"]),
+    ):
+        rows, path = pd.concat(some), RESULTS / name
+        if path.exists():
+            before = pd.read_csv(path)
+            rows = pd.concat([before[~before["model"].isin(rows["model"])], rows])
+        rows.sort_values(order).to_csv(path, index=False)
 
 
 def measured(folder: Path) -> pd.DataFrame:
@@ -228,7 +235,8 @@ def measured(folder: Path) -> pd.DataFrame:
 
 
 def writes(names: Sequence[str]) -> None:
-    """Measure how much each head writes over Python source, and at most in a key's sentence: million_writes.csv."""
+    """Measure how much each head writes over 8K tokens of Python source, at most in a key's sentence between, and at
+    which two bytes, if at few, its 20 largest writes are: million_writes.csv."""
     hay, key = load_text("stdlib"), "The pass key is 93271. Remember it. 93271 is the pass key."
     for name in names or ["demo-delta"]:
         model = rnn_longctx.load(name)
@@ -241,21 +249,28 @@ def writes(names: Sequence[str]) -> None:
             betas.append(reading.gates.worked_out(torch.float32).input_scale[0])
 
         with torch.inference_mode(), tapping(model.mixers, [tap] * len(model.mixers)):
-            model(torch.cat([text, sentence, text])[None])
+            model(torch.cat([text, sentence])[None])
         rows = [
             {"weights_hash": model.weights_hash, "layer": layer, "head": head}
-            | {"mean": float(beta.mean()), "median": float(beta.median()), "at_key": float(at_key)}
+            | {
+                "mean": float(beta.mean()),
+                "median": float(beta.median()),
+                "above_half": float((beta > 0.5).mean(dtype=torch.float)),
+            }
+            | {"at_key": float(of_layer[len(text) :, head].max()), "opens_at": opens_at(text, beta)}
             for layer, of_layer in enumerate(betas)
-            for head, (beta, at_key) in enumerate(
-                zip(
-                    torch.cat([of_layer[: len(text)], of_layer[-len(text) :]]).T,
-                    of_layer[len(text) : -len(text)].amax(0),
-                    strict=True,
-                )
-            )
+            for head, beta in enumerate(of_layer[: len(text)].T)
         ]
         command = f"python benchmarks/million.py writes {name}"
         replace_rows(RESULTS / "million_writes.csv", "model", model.name, pd.DataFrame(rows).assign(command=command))
+
+
+def opens_at(text: torch.Tensor, beta: torch.Tensor) -> str:
+    """Return the pairs of bytes at whose second one the 20 largest writes are, with how many, the three most often."""
+    pairs = Counter(
+        bytes(text[max(0, i - 1) : i + 1].tolist()).decode("latin-1") for i in beta.topk(20).indices.tolist()
+    )
+    return ", ".join(f"{pair!r} {count}" for pair, count in pairs.most_common(3))
 
 
 def draw() -> None:

@@ -52,7 +52,7 @@ class ChunkKeys:
 
     @property
     def alike(self) -> bool:
-        """Whether all rows, if any, go on at one place, and read all tokens of the unfinished chunk and as many chunks
+        """Whether there are rows, all go on at one place, and they read all tokens of the unfinished chunk and as many chunks
         as are here."""
         place, chunks = self.position[:1], self.chunk_keys.shape[1]
         whole = (self.held == place % self.size) & (self.chunks == chunks)

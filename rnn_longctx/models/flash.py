@@ -1,6 +1,6 @@
 """Softmax attention by patterns on flash attention's kernels, for rows that stand at one place of a document, without a
-score in memory: dilated attention, which `rnn_longctx.models.mixers.dilated` defines, and with one pattern of one
-segment full attention that goes on from what is held.
+score in memory: dilated attention, which `rnn_longctx.models.mixers.dilated` defines, with one pattern of one
+segment full attention that goes on from what is held, and what chunk-Linformer reads beside its own chunk.
 
 The taken tokens of segments of one length are gathered into a batch, which `aten::_scaled_dot_product_flash_attention`
 reads: of all segments of a pattern in one call, beside two for a segment that an earlier call began, of this call's
