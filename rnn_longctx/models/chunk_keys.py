@@ -52,8 +52,8 @@ class ChunkKeys:
 
     @property
     def alike(self) -> bool:
-        """Whether there are rows, all go on at one place, and they read all tokens of the unfinished chunk and as many chunks
-        as are here."""
+        """Whether there are rows, all go on at one place, and they read all tokens of the unfinished chunk and as many
+        chunks as are here."""
         place, chunks = self.position[:1], self.chunk_keys.shape[1]
         whole = (self.held == place % self.size) & (self.chunks == chunks)
         return len(place) > 0 and bool(((self.position == place) & whole).all())
