@@ -90,8 +90,7 @@ def answer(
     if isinstance(model, LM):
         warn_of_unfit(model.config, max(question.lengths))
     results = Results(out) if out else None
-    with claims.alone() if claims else nullcontext():
-        measurings = _measurings(model, question, results)
+    measurings = _measurings(model, question, results, claims)
     for measuring in measurings:
         for job in question.jobs:
             if lengths := job.lengths(question.lengths, model.train_length):
@@ -129,7 +128,9 @@ def _command() -> str:
     return shlex.join([Path(program).name, *words])
 
 
-def _measurings(model: LanguageModel, question: Question, results: Results | None) -> list[Measuring]:
+def _measurings(
+    model: LanguageModel, question: Question, results: Results | None, claims: Claims | None
+) -> list[Measuring]:
     """Return what jobs work with, one a text; rows stored before get the model's training length of today."""
     segment = SEGMENTS[model.device.type]
     memory: dict[Any, Any] = {}
@@ -141,7 +142,8 @@ def _measurings(model: LanguageModel, question: Question, results: Results | Non
     ]
     weights = measurings[0].weights_hash  # of the model before any remedy is put on it
     if results:
-        results.relabel(model.name, weights, model.train_length, former_name(model.name))
+        with claims.alone() if claims else nullcontext():
+            results.relabel(model.name, weights, model.train_length, former_name(model.name))
     return measurings
 
 

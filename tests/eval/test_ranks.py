@@ -88,14 +88,15 @@ class Run(NamedTuple):
 
 @pytest.fixture
 def start(text, unseen, tmp_path):
-    """start(launcher, words...) -> what a run of two ranks said, with a model in tmp_path/tiny and results in
-    tmp_path/out."""
+    """start(launcher, words...) -> what a run said, of one process without a launcher; with a model in tmp_path/tiny
+    and results in tmp_path/out."""
     checkpoint.save(make_model(), tmp_path / "tiny", dtype=torch.float32)
     (tmp_path / "plugin.py").write_text(PLUGIN)
     (tmp_path / "mode").write_text("never -")
 
     def run(launcher: list[str], *words: str) -> Run:
-        command = [sys.executable, "-m", *launcher, "-m", "rnn_longctx.cli", "eval", "tiny", *words]
+        module = ["-m", "rnn_longctx.cli"]
+        command = [sys.executable, *(["-m", *launcher] if launcher else []), *module, "eval", "tiny", *words]
         command += ["--plugin", "plugin.py", "--text", text, "--calibration-text", unseen, "--out", "out"]
         settings = {
             "OMP_NUM_THREADS": "1",
@@ -163,7 +164,8 @@ def test_a_rank_that_dies_goes_on(start, tmp_path, victim, by, how):
 
 @pytest.mark.slow
 def test_a_cell_that_all_die_of_is_said_to_be_missing(start, tmp_path):
-    """The others are measured; the line that rank 0 says names the command that goes on; it measures the rest alone."""
+    """The others are measured, and the line that rank 0 says names the command that goes on. One process, too, measures
+    the rest alone."""
     (tmp_path / "mode").write_text("always -")
     question = ["--lengths", "64,80,96", "--task", "fragile:n=2,least=2"]
     run = start(TORCHRUN, *question)
@@ -176,6 +178,6 @@ def test_a_cell_that_all_die_of_is_said_to_be_missing(start, tmp_path):
     )
     assert stored(tmp_path) == {f"none fragile {length} accuracy None": 1 for length in (64, 80)}
     (tmp_path / "mode").write_text("never -")
-    run = start(TORCHRUN, *question)
+    run = start([], *question)
     assert run.code == 0 and "2 of 3 cells were there, and not measured again" in run.err, run.err
     assert stored(tmp_path) == {f"none fragile {length} accuracy None": 1 for length in (64, 80, 96)}
