@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 
 from rnn_longctx.config import format_length
 from rnn_longctx.data import Text, load_text
@@ -41,6 +42,7 @@ class Measurement:
 
     Attributes:
         mitigation: the canonical text of all that is on the model then.
+        by_itself: a length is measured by itself, of several.
         tokens: how many it is going to read.
         stored: how many of the lengths need not be read: their cells are there.
     """
@@ -50,14 +52,33 @@ class Measurement:
     mitigation: str
     job: Job
     lengths: list[int]
+    by_itself: bool
     tokens: int
     stored: int
+
+    @cached_property
+    def id(self) -> str:
+        """A name that no other measurement of a folder has: of the same one in every process."""
+        with mitigated(self.measuring, self.handle):
+            text = self.measuring.loaded_text.hash if self.job.kind == "loss" else None
+            return self.measuring.snapshot_name(self.job.label, text, self.lengths)
+
+    @property
+    def name(self) -> str:
+        """What it is called in a message."""
+        of = f" of {self.measuring.loaded_text.name}" if self.job.kind == "loss" else ""
+        return f"{self.mitigation}, {self.job.name}{of} at {','.join(map(format_length, self.lengths))}"
 
     def title(self, texts: bool) -> str:
         """Return what a progress bar says of it. texts: there are several, so losses say which one."""
         of = f" of {self.measuring.loaded_text.name}" if texts and self.job.kind == "loss" else ""
-        at = f" at {format_length(*self.lengths)}" if self.handle.remedy.per_length else ""  # a pass a length
+        at = f" at {format_length(*self.lengths)}" if self.by_itself else ""
         return f"{self.mitigation}, {self.job.name}{of}{at}"
+
+    def missing(self) -> list[int]:
+        """Return those of the lengths whose cells are not stored by now."""
+        with mitigated(self.measuring, self.handle):
+            return self.job.todo(self.measuring, self.lengths)
 
     def run(self) -> list[Row]:
         """Measure what is not stored yet, under the remedy. It has to be `mitigated`."""
@@ -73,14 +94,16 @@ def mitigated(measuring: Measuring, handle: Handle) -> Iterator[None]:
         yield
 
 
-def plan(question: Question, measurings: list[Measuring]) -> list[Measurement]:
+def plan(question: Question, measurings: list[Measuring], apart: bool = False) -> list[Measurement]:
     """Return the measurements, text by text; prompts depend on no text, and are asked with the first.
 
+    Args:
+        apart: every length is a measurement of its own, where one pass does not give all of them.
     Raises:
         InputError: a remedy that cannot be put on the model or was calibrated on what is evaluated; NotApplicable: the
             model lacks what a remedy needs that was asked for by its name. A warning says so of others.
     """
-    planner = _Planner(question, measurings[0].model)
+    planner = _Planner(question, measurings[0].model, apart)
     trials = _trials(question, measurings[0])
     measurements = [m for trial in trials for m in planner.measurements(trial, measurings[0], first=True)]
     for measuring in measurings[1:]:
@@ -107,8 +130,8 @@ def _trials(question: Question, measuring: Measuring) -> list[Trial]:
 class _Planner:
     """Works out every remedy once for a length, whatever it is measured by."""
 
-    def __init__(self, question: Question, model: LanguageModel):
-        self.question, self.model = question, model
+    def __init__(self, question: Question, model: LanguageModel, apart: bool):
+        self.question, self.model, self.apart = question, model, apart
         text = question.calibration_text
         self.calibration: Text | None = None if text is None else load_text(text)
         self.handles: dict[tuple[str, int], Handle] = {}
@@ -129,12 +152,13 @@ class _Planner:
         measurements = []
         for job in trial.jobs:
             lengths = job.lengths(self.question.lengths, self.model.train_length)
-            for some in [[n] for n in lengths] if trial.remedy.per_length else [lengths] if lengths else []:
-                handle = self._handle(trial.remedy, max(some))
+            single = trial.remedy.per_length or (self.apart and not job.one_pass)
+            for some in [[n] for n in lengths] if single else [lengths] if lengths else []:
+                handle = self._handle(trial.remedy, max(some if trial.remedy.per_length else lengths))
                 with mitigated(measuring, handle):
                     if self.model.reader is None or job.reads_prompts:  # it has no loss of tokens that it does not read
                         tokens, stored = job.cost(measuring, some), len(some) - len(job.todo(measuring, some))
-                        of = (measuring, handle, measuring.mitigation, job, some)
+                        of = (measuring, handle, measuring.mitigation, job, some, single)
                         measurements.append(Measurement(*of, tokens, stored))
         return measurements
 

@@ -6,6 +6,7 @@ result, only recomputed. Layout of a results directory:
 
     cells/<sha256 of the key>.json      one row each
     snapshots/<name>                    carries of an unfinished stream, to resume it
+    claims/<name>                       what one of several ranks measures now, or tried in vain (`eval.claims`)
     results.parquet, results.csv        what plots and reports read
     runs.jsonl                          a line a command that measured something: itself, versions, device
 """

@@ -5,8 +5,9 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
@@ -28,6 +29,9 @@ from rnn_longctx.models.modes import in_evaluation
 from rnn_longctx.models.segments import SEGMENTS
 from rnn_longctx.plain import plain
 from rnn_longctx.tasks.base import Task
+
+if TYPE_CHECKING:
+    from rnn_longctx.eval.claims import Claims
 
 
 @in_evaluation
@@ -70,30 +74,51 @@ def evaluate(
 
 
 @in_evaluation
-def answer(model: LanguageModel, question: Question, out: str | None = None, progress: bool = False) -> pd.DataFrame:
-    """Return the table of `evaluate` for a question that has been checked."""
+def answer(
+    model: LanguageModel,
+    question: Question,
+    out: str | None = None,
+    progress: bool = False,
+    claims: Claims | None = None,
+) -> pd.DataFrame:
+    """Return the table of `evaluate` for a question that has been checked.
+
+    Args:
+        claims: of one of several ranks, which share the measurements out and write to the same `out`. The table is
+            whole on rank 0 alone; of others it is what they measured.
+    """
     if isinstance(model, LM):
         warn_of_unfit(model.config, max(question.lengths))
     results = Results(out) if out else None
-    measurings = _measurings(model, question, results)
+    measurings = _measurings(model, question, results, claims)
     for measuring in measurings:
         for job in question.jobs:
             if lengths := job.lengths(question.lengths, model.train_length):
                 job.check(measuring, lengths)
     rows: list[Row] = []
     with Progress(progress) as bar:
-        measurements = plan(question, measurings)
+        measurements = plan(question, measurings, apart=claims is not None)
         bar.total(sum(m.tokens for m in measurements))
         if stored := sum(m.stored for m in measurements):
             cells = counted(sum(len(m.lengths) for m in measurements), "cell")
             bar.note(f"{out}: {stored} of {cells} {'was' if stored == 1 else 'were'} there, and not measured again")
-        if results:
+        first = claims is None or claims.rank == 0
+        if results and first:
             results.note_run({"command": _command(), **environment()})
-        for m in measurements:
+
+        def measure(m: Measurement) -> None:
             with mitigated(m.measuring, m.handle):
                 bar.say(m.title(texts=len(measurings) > 1))
                 m.measuring.progress = bar.advance
-                rows += m.run()
+                rows.extend(m.run())
+
+        if claims:
+            claims.share_out(measurements, measure, bar)
+        else:
+            for m in measurements:
+                measure(m)
+    if not first:
+        return to_frame(rows)
     return _table(results.gather() if results else to_frame(rows), question, measurements, measurings)
 
 
@@ -103,7 +128,9 @@ def _command() -> str:
     return shlex.join([Path(program).name, *words])
 
 
-def _measurings(model: LanguageModel, question: Question, results: Results | None) -> list[Measuring]:
+def _measurings(
+    model: LanguageModel, question: Question, results: Results | None, claims: Claims | None
+) -> list[Measuring]:
     """Return what jobs work with, one a text; rows stored before get the model's training length of today."""
     segment = SEGMENTS[model.device.type]
     memory: dict[Any, Any] = {}
@@ -115,7 +142,8 @@ def _measurings(model: LanguageModel, question: Question, results: Results | Non
     ]
     weights = measurings[0].weights_hash  # of the model before any remedy is put on it
     if results:
-        results.relabel(model.name, weights, model.train_length, former_name(model.name))
+        with claims.alone() if claims else nullcontext():
+            results.relabel(model.name, weights, model.train_length, former_name(model.name))
     return measurings
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from rnn_longctx.config import counted
 from rnn_longctx.errors import InputError, nearest, one_line
+from rnn_longctx.ranks import local_rank, rank, world
 
 DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
 
@@ -39,3 +41,21 @@ def device_of(name: torch.device | str) -> torch.device:
 def device_name(device: torch.device) -> str:
     """Return what results call a device: the name of the GPU, or "cpu"."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def device_of_rank(name: str) -> str:
+    """Return the device of this process among several (`rnn_longctx.ranks`): "auto" and "cuda" are a GPU of its own,
+    which is made the current one; a CPU they share.
+
+    Raises:
+        InputError: another device, which all would share, or fewer GPUs than processes.
+    """
+    if name not in ("auto", "cpu", "cuda"):
+        raise InputError(f"device: expected auto, cpu or cuda for {world()} ranks, got {name!r}")
+    if name == "cpu" or not torch.cuda.is_available():
+        return "cuda" if name == "cuda" else "cpu"
+    if local_rank() >= torch.cuda.device_count():
+        gpus = counted(torch.cuda.device_count(), "GPU")
+        raise InputError(f"device: rank {rank()} has no GPU of its own, here {gpus}: begin as many ranks as GPUs")
+    torch.cuda.set_device(local_rank())
+    return f"cuda:{local_rank()}"

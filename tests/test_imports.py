@@ -10,7 +10,20 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FIRST = frozenset(
-    ("errors", "config", "spec", "registry", "files", "devices", "progress", "loggers", "version", "lazy", "plain")
+    (
+        "errors",
+        "config",
+        "spec",
+        "registry",
+        "files",
+        "devices",
+        "progress",
+        "loggers",
+        "version",
+        "lazy",
+        "plain",
+        "ranks",
+    )
 )
 # Each room, and the rooms that it may know beside itself and the first row.
 ROOMS: dict[str, tuple[str, ...]] = {

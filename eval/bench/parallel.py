@@ -25,6 +25,7 @@ from rnn_longctx.eval.bench.model import SHAPE_370M
 from rnn_longctx.eval.bench.parallel_longnet import layer_of, longnet_rows
 from rnn_longctx.models.cache import Cache
 from rnn_longctx.models.lm import LM
+from rnn_longctx.ranks import local_rank
 from rnn_longctx.train.learner import Learner
 from rnn_longctx.train.parallel import reduce_gradients, sequence_parallel, shard, stretch
 
@@ -40,9 +41,9 @@ def joined(cpus: bool = False) -> Iterator[int]:
             f"torchrun --nproc-per-node 4 -m rnn_longctx.cli bench parallel{' --mixer longnet' if cpus else ''}"
         )
     if cuda:
-        if int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
+        if local_rank() >= torch.cuda.device_count():
             raise InputError(f"bench parallel needs a CUDA device a process, and here are {torch.cuda.device_count()}")
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(local_rank())
     dist.init_process_group("nccl" if cuda else "gloo")
     try:
         yield dist.get_rank()

@@ -131,9 +131,11 @@ class Job(ABC):
 
     Attributes:
         kind: of what is measured, a "loss" of a text or an "accuracy" of answers.
+        one_pass: whether one pass gives all lengths; elsewhere each can be measured by itself.
     """
 
     kind: ClassVar[Kind]
+    one_pass: ClassVar[bool] = False
 
     @property
     @abstractmethod

@@ -36,6 +36,7 @@ class LossOverLength(Job):
     the text has as many that do not overlap; max: the longest length measured."""
 
     kind = "loss"
+    one_pass = True
     name = "lm"
 
     slices: int = 4

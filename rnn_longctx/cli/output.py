@@ -13,9 +13,10 @@ messages. All that is shown is made harmless for a terminal (`rnn_longctx.plain`
 from __future__ import annotations
 
 import json
+import logging
 import math
-import os
 import sys
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ import typer
 
 from rnn_longctx.plain import plain
 from rnn_longctx.progress import Say, silent, to_stdout
+from rnn_longctx.ranks import rank
 from rnn_longctx.version import __version__
 
 if TYPE_CHECKING:
@@ -65,8 +67,7 @@ def speaking(as_json: bool, quiet: bool) -> Iterator[None]:
         raise
     finally:
         said, _now = _now, before
-        first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun starts, one speaks
-        if as_json and first and (said.tables or not failed):
+        if as_json and rank() == 0 and (said.tables or not failed):
             print(_document(said), file=stdout, flush=True)
 
 
@@ -92,6 +93,13 @@ def text(piece: str = "\n") -> None:
     if not _now.as_json:  # (typer.echo would strip escape sequences on the way into a pipe)
         sys.stdout.write(plain(piece, lines=True) if on_terminal() else piece)
         sys.stdout.flush()
+
+
+def hush() -> None:
+    """From here on say errors alone: warnings and messages are those of the first of several processes."""
+    _now.quiet = True
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
 
 
 def on_terminal() -> bool:

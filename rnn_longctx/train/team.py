@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from rnn_longctx.errors import InputError
 from rnn_longctx.models.lm import LM
+from rnn_longctx.ranks import rank, world
 from rnn_longctx.train.config import TrainConfig
 from rnn_longctx.train.parallel import sequence_parallel, stretch
 
@@ -37,8 +38,8 @@ class Team:
     """
 
     def __init__(self, config: TrainConfig):
-        self.world = int(os.environ.get("WORLD_SIZE", "1"))
-        self.rank = int(os.environ.get("RANK", "0")) if self.world > 1 else 0
+        self.world = world()
+        self.rank = rank() if self.world > 1 else 0
         self.sequence = config.sequence_parallel
         self.sharded = self.world > 1 and (config.fsdp or os.environ.get("ACCELERATE_USE_FSDP") == "true")
         if self.world % self.sequence:

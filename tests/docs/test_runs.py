@@ -37,7 +37,7 @@ NOT_RUN = {
     r"python examples/": "tests/test_examples.py runs it",
     r"python fragment": "is the name of a kind of block",
     r"python benchmarks/(watch|retrofit|sensors|million)\.py": "measures for minutes to hours; tables are committed",
-    r"(torchrun|accelerate) ": "needs several GPUs, and NCCL; tests/train/test_team.py runs such a team with gloo",
+    r"(torchrun|accelerate) ": "needs several GPUs: tests/train/test_team.py, tests/eval/test_ranks.py run CPUs",
     r"rnn-longctx bench (scan|delta|model|decode|train|parallel|delta-layer)\b(?!-cpu)": "needs a GPU",
     r"rnn-longctx watch ": "serves until it is stopped: tests/eval/show/watch starts and stops it",
     r"rnn-longctx tune ": "takes what time it is given, in processes of their own: tests/eval/tune runs it",

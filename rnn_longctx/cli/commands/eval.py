@@ -10,11 +10,12 @@ import typer
 
 from rnn_longctx.cli.command import command
 from rnn_longctx.cli.options import MODEL, TEXTS, Many, StateDtype, Tokenizer, TrainLength, about, load_model, option
-from rnn_longctx.cli.output import fact, head, say, table, talks, terminal, wrote
+from rnn_longctx.cli.output import fact, head, hush, problem, say, table, talks, terminal, wrote
 from rnn_longctx.config import home_path
 from rnn_longctx.errors import InputError
 from rnn_longctx.files import write_atomic
 from rnn_longctx.plain import csv_text, plain_table
+from rnn_longctx.ranks import rank, world
 
 if TYPE_CHECKING:
     from rnn_longctx.eval import EvalConfig
@@ -73,12 +74,20 @@ def evaluate(
 ) -> None:
     """Loss and recall of a model at increasing lengths, without and with remedies: a table, results and plots.
 
+    Under torchrun or accelerate launch the ranks share them out, each on a GPU of its own.
+
     Examples:
         rnn-longctx eval demo --lengths 256,1k,4k --out runs/mine
         rnn-longctx eval demo --task lm --mitigation none --mitigation state-norm
         rnn-longctx eval --config configs/eval/demo.yaml
+        torchrun --nproc-per-node 8 -m rnn_longctx.cli eval demo --mitigation all --out runs/mine
     """
+    from rnn_longctx.eval.revival import command_line, revived
+
+    began = revived(problem) if world() > 1 else None
+    from rnn_longctx.devices import device_of_rank
     from rnn_longctx.eval import Results, answer
+    from rnn_longctx.eval.claims import Claims
     from rnn_longctx.eval.show.plots import plot_all
     from rnn_longctx.eval.show.terminal import asked, conclusion
     from rnn_longctx.eval.show.terminal import table as tables
@@ -87,10 +96,19 @@ def evaluate(
     c = options.over(config, model)
     question = c.question()  # a misspelt name shows before anything is loaded, and so does an unwritable folder
     Results(c.out)
-    lm = load_model(c.model, c.device, c.dtype, c.tokenizer, c.train_length, c.state_dtype)
+    claims = None if began is None else Claims(c.out, rank(), began, problem)
+    if claims and claims.rank > 0:
+        hush()
+    device = device_of_rank(c.device) if claims else c.device
+    lm = load_model(c.model, device, c.dtype, c.tokenizer, c.train_length, c.state_dtype)
     lm.use_backend(c.backend)
     head(about(lm, c.dtype))
-    measured = answer(lm, question, out=c.out, progress=talks())
+    measured = answer(lm, question, out=c.out, progress=talks(), claims=claims)
+    if claims and claims.rank > 0:
+        return
+    missing = f"{claims.missing}; go on with: {command_line()}" if claims and claims.missing else ""
+    if missing and measured.empty:
+        raise InputError(missing)
     frame = Results.read(home_path(c.out))  # of all models
     frame.attrs = measured.attrs
     shown, more = asked(frame)
@@ -104,3 +122,5 @@ def evaluate(
         written.append("leaderboard.csv")
     written += [p.name for p in plot_all(frame, c.out)]
     wrote(home_path(c.out), written)
+    if missing:
+        raise InputError(missing)

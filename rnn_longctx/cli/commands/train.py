@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +10,7 @@ import typer
 from rnn_longctx.cli.command import command
 from rnn_longctx.cli.options import Many
 from rnn_longctx.cli.output import fact, problem, say, speaker
+from rnn_longctx.ranks import rank
 
 
 @command("train")
@@ -40,7 +40,7 @@ def train(
     try:
         settings = load_yaml(TrainConfig, config, spelled_out([*(set or []), *(more or [])]))
         checkpoint = train(settings, speaker()) if stream is None else train_online(settings, stream, speaker())
-        if os.environ.get("RANK", "0") == "0":
+        if rank() == 0:
             fact("checkpoint", str(checkpoint))
             say(f"saved {checkpoint}")
     except TrainingDiverged as error:
