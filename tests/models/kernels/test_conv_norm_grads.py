@@ -19,6 +19,9 @@ if triton.missing():
 from rnn_longctx.models.kernels import conv_norm, conv_norm_grads
 
 DEVICE = "cpu" if triton.interpreted() else "cuda"
+# how far a gradient in bfloat16 may be from the exact one: a GPU takes the nearest number, Triton's interpreter cuts
+# bits off (findings/triton_interpreter_cuts_bfloat16.sh)
+BFLOAT16 = 2**-7 if triton.interpreted() else 2**-8
 
 
 @pytest.fixture(autouse=True)
@@ -123,7 +126,7 @@ def test_norm(groups, gated, added):
     gate = of_exact[2][..., 3:48] if gated else None
     expected = norm_of(*of_exact[:2], gate, of_exact[3], groups, 1e-2)
     which = slice(None) if add is not None and not gated else slice(1)  # a gated norm adds nothing in a model
-    compare(made[which], expected[which], of, of_exact, 1e-5 if added != torch.bfloat16 else 4e-3)
+    compare(made[which], expected[which], of, of_exact, 1e-5 if added != torch.bfloat16 else BFLOAT16)
 
 
 def test_norm_asked_for_less():
