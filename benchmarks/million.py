@@ -211,9 +211,9 @@ def table(folders: Sequence[str]) -> None:
         losses = frame[frame["metric"] == "nats_per_token"]
         kept = frame[frame["depth"].isna() & frame["metric"].isin(["accuracy", "nats_per_byte"])]
         far = frame[frame["depth"].notna() & (frame["metric"] == "accuracy") & (frame["length"] == K * K)]
-        depths.append(far.reindex(columns=["model", "task", "depth", "value", "n"]))
         gains = context_gain(losses).rename(columns={"gain": "value"}).assign(metric="gain")
         run = json.loads((folder / "runs.jsonl").read_text().splitlines()[-1])
+        depths.append(far.reindex(columns=["model", "task", "depth", "value", "n"]).assign(command=run["command"]))
         both = pd.concat([kept, gains]).reindex(columns=COLUMNS)
         tables.append(both.assign(device=run["device"], versions=run["versions"], command=run["command"]))
     for some, name, order in (
@@ -235,34 +235,46 @@ def measured(folder: Path) -> pd.DataFrame:
 
 
 def writes(names: Sequence[str]) -> None:
-    """Measure how much each head writes over 8K tokens of Python source, at most in a key's sentence between, and at
-    which two bytes, if at few, its 20 largest writes are: million_writes.csv."""
+    """Measure how much each head writes: over 8K tokens of Python source, and at which two bytes, if at few, its 20
+    largest writes there are; in a key's sentence after them, and at its digits; and at the digits, 666, of 8K tokens
+    more: million_writes.csv."""
     hay, key = load_text("stdlib"), "The pass key is 93271. Remember it. 93271 is the pass key."
     for name in names or ["demo-delta"]:
         model = rnn_longctx.load(name)
         assert isinstance(model, LM)
-        text = torch.from_numpy(tokens(hay, model.tokenizer, 0, 8 * K)[0]).long()
+        text, numbers = (torch.from_numpy(tokens(hay, model.tokenizer, i, 8 * K)[0]).long() for i in (0, 3))
         sentence = torch.tensor(model.tokenizer.encode(key))
+        read = torch.cat([text, sentence, numbers])
+        first, after = len(text), len(text) + len(sentence)
         betas: list[torch.Tensor] = []
 
         def tap(reading: MixerReading, betas: list[torch.Tensor] = betas) -> None:
             betas.append(reading.gates.worked_out(torch.float32).input_scale[0])
 
         with torch.inference_mode(), tapping(model.mixers, [tap] * len(model.mixers)):
-            model(torch.cat([text, sentence])[None])
+            model(read[None])
         rows = [
             {"weights_hash": model.weights_hash, "layer": layer, "head": head}
             | {
-                "mean": float(beta.mean()),
-                "median": float(beta.median()),
-                "above_half": float((beta > 0.5).mean(dtype=torch.float)),
+                "mean": float(beta[:first].mean()),
+                "median": float(beta[:first].median()),
+                "above_half": float((beta[:first] > 0.5).mean(dtype=torch.float)),
+                "at_key": float(beta[first:after].max()),
+                "at_its_digits": float(beta[first:after][digits(sentence)].mean()),
+                "at_other_digits": float(beta[after:][digits(numbers)].mean()),
+                "at_other_digits_most": float(beta[after:][digits(numbers)].max()),
+                "opens_at": opens_at(text, beta[:first]),
             }
-            | {"at_key": float(of_layer[len(text) :, head].max()), "opens_at": opens_at(text, beta)}
             for layer, of_layer in enumerate(betas)
-            for head, beta in enumerate(of_layer[: len(text)].T)
+            for head, beta in enumerate(of_layer.T)
         ]
         command = f"python benchmarks/million.py writes {name}"
         replace_rows(RESULTS / "million_writes.csv", "model", model.name, pd.DataFrame(rows).assign(command=command))
+
+
+def digits(text: torch.Tensor) -> torch.Tensor:
+    """Return which bytes are digits."""
+    return (text >= ord("0")) & (text <= ord("9"))
 
 
 def opens_at(text: torch.Tensor, beta: torch.Tensor) -> str:
