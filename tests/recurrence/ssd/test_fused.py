@@ -274,19 +274,22 @@ def test_compile_and_export_see_one_operator():
     [
         pytest.param(80, "all", 110, marks=pytest.mark.slow),  # a minute and a half, as of 90
         pytest.param(90, "all", 116, marks=pytest.mark.slow),
-        (90, "usual", 73),
+        (90, "usual", 73),  # of which a fourth, another one for every seed: Triton takes more than a second for each
     ],
 )
 def test_compiles_ahead_of_time(capability, sizes, kernels):
     """For devices that are not here, in the sizes of published models; shared memory fits."""
+    step = 4 if sizes == "usual" else 1
+    first = random.randrange(step)
+    script = str(Path(__file__).with_name("compile_kernels.py"))
     run = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("compile_kernels.py")), str(capability), sizes],
+        [sys.executable, script, str(capability), sizes, f"{first}/{step}"],
         capture_output=True, text=True, env={"PATH": "", "TRITON_INTERPRET": "0", "HOME": str(Path.home())},
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-2000:]
     most = {80: 163, 90: 227}[capability] * 1024
     lines = run.stdout.splitlines()
-    assert len(lines) == kernels
+    assert len(lines) == len(range(first, kernels, step))
     for line in lines:
         assert int(line.split()[-1]) <= most, line
 
