@@ -89,7 +89,7 @@ def here(monkeypatch):
 def test_models_of_a_shape_and_seed_go_on_from_one_start(config, here):
     config = replace(config, pretrain=PretrainConfig(192, 3, steps=3), shapes=[{}], mqar=None)
     said: list[str] = []
-    out = study.run_study(config, 1, said.append)
+    out = study.run_study(config, 2, said.append)
     start = config.start_of(StudyCell(config.models[0], 256, 0))
     assert said[0].startswith(start.name) and sum(start.name in line for line in said) == 1  # once, and before the rest
     first = checkpoint.load(out / "models" / start.name / "model")
