@@ -153,6 +153,7 @@ def test_two_ranks_measure_what_one_process_does(start, launcher, text, unseen, 
     assert_as_one_process_measures(tmp_path, text, unseen)
 
 
+@pytest.mark.slow
 def test_a_mistake_that_all_ranks_make_is_said_by_one(start):
     run = start(TORCHRUN, "--task", "pasky")
     said = [line for line in run.err.splitlines() if line.startswith("rnn-longctx:")]
