@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import time
+
+PATIENCE = 10.0  # seconds that a rank waits for the launcher to end it
 
 
 def world() -> int:
@@ -18,3 +21,10 @@ def rank() -> int:
 def local_rank() -> int:
     """Return the number of this process among those of its machine: that of its GPU."""
     return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def leave_to_first() -> None:
+    """Wait, on every rank but the first, before a mistake is said. Rank 0 says one that all make, and the launcher ends
+    the others with it; who is still there after PATIENCE seconds has made it alone, and says it."""
+    if rank() > 0:
+        time.sleep(PATIENCE)

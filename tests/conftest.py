@@ -6,6 +6,7 @@ Without a CUDA device Triton's kernels run in its interpreter, which it reads fr
 
 import os
 import random
+import sys
 import zlib
 
 import numpy as np
@@ -19,6 +20,13 @@ SEED = pytest.StashKey[int]()
 
 default_rng = np.random.default_rng
 np.random.default_rng = lambda seed=None: default_rng(random.getrandbits(64) if seed is None else seed)
+
+
+def pytest_collection_finish():
+    if os.environ.get("TRITON_INTERPRET") == "1" and "triton.runtime.interpreter" in sys.modules:
+        from quick_interpreter import quicken
+
+        quicken()
 
 
 @pytest.hookimpl(tryfirst=True)

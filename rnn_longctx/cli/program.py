@@ -18,6 +18,7 @@ from rnn_longctx.cli.options import Many
 from rnn_longctx.cli.output import problem
 from rnn_longctx.errors import InputError, one_line
 from rnn_longctx.plain import plain
+from rnn_longctx.ranks import leave_to_first
 
 PLUGIN = "--plugin MODULE_OR_FILE.py, anywhere on the line, adds remedies, tasks, mixers and so on of your own."
 
@@ -127,6 +128,7 @@ def main() -> None:
     except (InputError, RuntimeError) as error:
         if not isinstance(error, InputError) and type(error).__name__ != "OutOfMemoryError":  # torch's
             raise
+        leave_to_first()
         problem(error)
         sys.exit(2)
     except BrokenPipeError:

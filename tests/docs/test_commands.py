@@ -40,6 +40,8 @@ def parsed(monkeypatch):
     with."""
     calls: list[tuple[str, dict[str, Any]]] = []
     monkeypatch.setattr(TyperCommand, "invoke", lambda self, ctx: calls.append((ctx.command_path, dict(ctx.params))))
+    # To make entries equally large takes seconds: tests/eval/compare/test_study.py does it for every config.
+    monkeypatch.setattr("rnn_longctx.eval.compare.config.equalised", lambda models, *how: models)
 
     def parse(line: list[str]) -> tuple[str, dict[str, Any]]:
         app(line, standalone_mode=False, prog_name="rnn-longctx")
@@ -110,7 +112,7 @@ def check(path: str, values: dict[str, Any], own: bool) -> None:
         load(path, ROOT / config, values, own)
 
 
-comparison = cache(load_comparison)  # some take seconds: their entries are made equally large
+comparison = cache(load_comparison)
 
 
 def several(value: Any) -> list[str]:

@@ -9,14 +9,17 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pandas as pd
 import pytest
 import torch
+from called import called
 from evaluated import make_model
 
 import rnn_longctx
+from rnn_longctx import ranks
 from rnn_longctx.eval import Results
 from rnn_longctx.models import checkpoint
 
@@ -37,6 +40,7 @@ from pathlib import Path
 import numpy as np
 
 import rnn_longctx
+from rnn_longctx import ranks
 from rnn_longctx.eval.results import Results
 from rnn_longctx.tasks import Example, Task
 
@@ -147,6 +151,23 @@ def test_two_ranks_measure_what_one_process_does(start, launcher, text, unseen, 
     assert not list((tmp_path / "out" / "claims").glob("[!l]*"))
     assert len((tmp_path / "out" / "runs.jsonl").read_text().splitlines()) == 1
     assert_as_one_process_measures(tmp_path, text, unseen)
+
+
+@pytest.mark.slow
+def test_a_mistake_that_all_ranks_make_is_said_by_one(start):
+    run = start(TORCHRUN, "--task", "pasky")
+    said = [line for line in run.err.splitlines() if line.startswith("rnn-longctx:")]
+    assert run.code != 0 and len(said) == 1 and 'did you mean "passkey"' in said[0], run.err
+
+
+def test_a_mistake_that_another_rank_makes_alone_is_said_by_it(monkeypatch, capsys):
+    """Once the launcher has had the time to end it, had rank 0 made that mistake too."""
+    waited: list[float] = []
+    monkeypatch.setattr(ranks, "time", SimpleNamespace(sleep=waited.append))
+    for rank, waits in (("0", []), ("1", [ranks.PATIENCE])):
+        monkeypatch.setenv("RANK", rank)
+        code, _, said = called(monkeypatch, capsys, "generate", "./missing/x", "--prompt", "a")
+        assert code == 2 and "neither a directory nor a hub id" in said and waited == waits
 
 
 @pytest.mark.slow

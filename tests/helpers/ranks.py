@@ -10,6 +10,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+# Ranks are forked from one process that has imported this, as the tests' own, which has called autograd, cannot be.
+IMPORTED = ["accelerate", "pytest", "rnn_longctx.train", "torch.distributed.fsdp"]
+
 
 class Ranks:
     """`run("name", ...)` calls a function of the module at `path` on every rank, with the rank's device and the rest;
@@ -23,7 +26,8 @@ class Ranks:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        context = mp.get_context("spawn")
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload(IMPORTED)
         self.asked = [context.SimpleQueue() for _ in range(world)]
         self.answers = context.Queue()
         self.processes = [

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import time
 
 import pytest
 import torch
@@ -16,8 +15,6 @@ from rnn_longctx.errors import InputError
 from rnn_longctx.models import generate as module
 from rnn_longctx.models.adopt.adopting import adopt
 from rnn_longctx.models.generate import prefill
-from rnn_longctx.models.lm import Mamba2LM
-from rnn_longctx.models.mixers.mamba2 import Mamba2Config
 from rnn_longctx.models.saved_state import load_state, save_state
 from rnn_longctx.recurrence import triton
 from rnn_longctx.recurrence.policy import PLAIN
@@ -360,28 +357,6 @@ def test_rows_without_a_token_are_never_said(make):
     with torch.no_grad():  # the likeliest of the rest, not another
         assert torch.equal(generate(lm, ids, 1)[:, 0], lm.logits(lm(ids)[:, -1])[:, :256].argmax(-1))
     assert generate(lm, [299, 280], 2).shape == (1, 2)  # the model has rows for these: they are read
-
-
-@pytest.mark.gpu
-def test_looking_for_ends_costs_little():
-    """On a GPU, whose steps are queued: tokens a second with an end id and with a stop string, beside those without."""
-    model = Mamba2LM(Mamba2Config(d_model=1024, n_layer=48, vocab_size=50288)).eval().to("cuda", torch.bfloat16)
-    model.tokenizer = ByteTokenizer()
-    ids, speeds = torch.randint(1, 256, (1, 512)), {}
-    for name, eos, stop in (("an end id", 0, ()), ("a stop string", 0, "\0\0"), ("neither", None, ())):
-        model.tokenizer.eos_id = eos
-        with torch.no_grad():
-            model.lm_head.weight[0] = 0  # (never said)
-        taken = []
-        for _ in range(4):
-            torch.cuda.synchronize()
-            begun = time.perf_counter()
-            said = generate(model, ids, 512, stop=stop).shape[1]
-            torch.cuda.synchronize()
-            taken.append((time.perf_counter() - begun) / said)
-        speeds[name] = 1 / min(taken)
-    print({name: round(speed) for name, speed in speeds.items()}, torch.cuda.get_device_name(), torch.__version__)
-    assert min(speeds["an end id"], speeds["a stop string"]) > 0.8 * speeds["neither"]
 
 
 @pytest.mark.parametrize("remedy", ["none", "lamb:tokens=9,query=5", "chunk-select:chunk=90,query=5"])

@@ -6,10 +6,10 @@ from __future__ import annotations
 import copy
 import math
 import random
-import warnings
 
 import pytest
 import torch
+from longnets import SETTINGS, WIDTH, model_of, multiplicities, spec
 from torch.utils.flop_counter import FlopCounterMode
 
 from rnn_longctx.errors import InputError
@@ -24,40 +24,7 @@ from rnn_longctx.models.restart import Crop
 from rnn_longctx.recurrence.span import WHOLE, Span
 from rnn_longctx.testing import mixers as contract
 
-WIDTH = 16
-SETTINGS = [  # (heads, segments, dilations)
-    (2, "7", "1"),
-    (4, "4/12/36", "1/2/3"),  # every head has a shift of its own
-    (2, "6/24/96", "1/4/16"),  # fewer heads than a dilation: positions that no head takes
-    (8, "6/30", "3/5"),  # more heads than a dilation; some tokens of a head are taken by no pattern
-    (4, "5/20", "5/4"),  # a segment of which a head takes one token
-    (1, "4/8/16", "4/4/8"),  # most tokens are taken by no pattern
-]
-
 pytestmark = pytest.mark.filterwarnings("ignore:longnet. more is read")
-
-
-def spec(heads: int, segments: str, dilations: str, positions: str = "rope") -> str:
-    return f"longnet:heads={heads},segments={segments},dilations={dilations},positions={positions}"
-
-
-def model_of(text: str, layers: int = 1) -> LM:
-    model = LM(ModelConfig(text, d_model=WIDTH, n_layer=layers, vocab_size=9)).double().eval()
-    torch.nn.init.normal_(model.backbone.embedding.weight)
-    return model
-
-
-def multiplicities(config: LongNetConfig, length: int) -> torch.Tensor:
-    """(H, T, T): how often the patterns give a query, in rows, a key, in columns."""
-    counts = torch.zeros(config.heads, length, length, dtype=torch.float64)
-    for w, r in zip(map(int, str(config.segments).split("/")), map(int, str(config.dilations).split("/"))):
-        for head in range(config.heads):
-            for begin in range(0, length, w):
-                taken = [t for t in range(begin, min(begin + w, length)) if (t - begin) % r == head % r]
-                for query in taken:
-                    for key in taken:
-                        counts[head, query, key] += key <= query
-    return counts
 
 
 def turned(x: torch.Tensor) -> torch.Tensor:
@@ -349,70 +316,6 @@ def test_attention_forgets_under_a_control():
     reset[0, 3] = True
     _, after = model.layers[0].mixer(u[:, :7], carry, Span(reset=reset))
     assert carry.forgotten.item() == 49 and after.forgotten.item() == 0 and after.position.item() == 4
-
-
-def reachable(config: LongNetConfig, layers: int, length: int) -> torch.Tensor:
-    """(layers, length): how far back the first token is from which a path through the layers leads to each."""
-    step = (multiplicities(config, length).sum(0) > 0) | torch.eye(length, dtype=torch.bool)
-    paths, rows = torch.eye(length, dtype=torch.bool), []
-    for _ in range(layers):
-        paths = (step.double() @ paths.double()) > 0
-        rows.append(torch.arange(length) - paths.int().argmax(1))
-    return torch.stack(rows)
-
-
-def reach(config: LongNetConfig, layers: int, length: int) -> torch.Tensor:
-    """The same, traced back from each token by `read_by`."""
-    rows = []
-    tokens = torch.eye(length, dtype=torch.bool)
-    for _ in range(layers):
-        tokens = torch.stack([config.read_by(row) for row in tokens])
-        rows.append(torch.arange(length) - tokens.int().argmax(1))
-    return torch.stack(rows)
-
-
-@pytest.mark.parametrize("setting", SETTINGS, ids=str)
-def test_how_far_back_information_travels(setting):
-    config = LongNetConfig(*setting)
-    for length in (1, 37, 100):
-        assert torch.equal(reach(config, 4, length), reachable(config, 4, length))
-    far = reach(config, 6, 200)
-    assert (far <= torch.arange(200) % config.barrier).all()
-    assert (far[1:] >= far[:-1]).all()
-    overlapping = LongNetConfig(1, "4/6", "1/1")  # a short segment lies across the end of a long one
-    assert overlapping.barrier is None and torch.equal(reach(overlapping, 3, 50), reachable(overlapping, 3, 50))
-    assert reach(overlapping, 3, 50)[2].max() > 6
-
-
-def test_information_travels_as_far_as_read_by_says():
-    model = model_of(spec(2, "3/12/24", "1/3/6"), layers=2)
-    u = torch.randn(1, 30, WIDTH, dtype=torch.float64)
-
-    def read(u: torch.Tensor) -> torch.Tensor:
-        for block in model.layers:
-            u = u + block.mixer(block.norm(u), None, WHOLE)[0]
-        return u.sum((0, 2))
-
-    sizes = torch.autograd.functional.jacobian(read, u)[:, 0].abs().sum(-1)  # (T, T), of outputs by inputs
-    far = torch.arange(30) - (sizes > 0).int().argmax(1)
-    assert torch.equal(far, reach(LongNetConfig(2, "3/12/24", "1/3/6"), 2, 30)[1])
-
-
-def test_a_call_beyond_the_longest_segment_warns():
-    mixer = model_of(spec(2, "4/8", "1/2")).layers[0].mixer
-    u = torch.randn(1, 9, WIDTH, dtype=torch.float64)
-    with pytest.warns(RuntimeWarning, match="than the longest segment holds, 8 tokens"):
-        mixer(u, None, WHOLE)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        _, carry = mixer(u[:, :8], None, WHOLE)
-    with pytest.warns(RuntimeWarning, match="8 tokens"):  # of a stream, where it gets there
-        _, carry = mixer(u[:, 8:], carry, WHOLE)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        mixer(u, carry, WHOLE)  # and once
-        model_of(spec(1, "4/6", "1/1")).layers[0].mixer(u, None, WHOLE)
-        mixer(u, None, Span(reset=torch.arange(9)[None] == 4))  # documents may be shorter
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """Models whose weights accelerate keeps on a CPU or disk and brings in for a forward alone: as if they were there."""
 
 import copy
+import random
 
 import pytest
 import torch
@@ -39,14 +40,20 @@ def dispatched(model, folder):
     )
 
 
-@pytest.fixture(params=[on_disk, on_cpu, dispatched])
-def pair(request, family, tmp_path):
-    """A model that is there, and the same one offloaded."""
+WAYS = [on_disk, on_cpu, dispatched]
+
+
+@pytest.fixture(
+    params=[("mamba2", way) for way in WAYS] + [(family, None) for family in FAMILIES if family != "mamba2"]
+)
+def pair(request, tmp_path):
+    """A model that is there, and the same one offloaded: one family in every way, the others each in one."""
+    family, way = request.param
     config = FAMILIES[family]()
     config.vocab_size = 256
     config.tie_word_embeddings = family in ("mamba2", "bamba")
     whole = hf.AutoModelForCausalLM.from_config(config).eval()
-    away = request.param(copy.deepcopy(whole), str(tmp_path / "away"))
+    away = (way or random.choice(WAYS))(copy.deepcopy(whole), str(tmp_path / "away"))
     given = {"name": "it", "tokenizer": ByteTokenizer(), "train_length": 32}
     assert any(t.is_meta for t in away.state_dict().values())
     return adopt(whole, **given), adopt(away, **given)

@@ -1,4 +1,4 @@
-"""From tables to findings, points, figures and advice: synthetic families whose T_forget and T_recall are known."""
+"""From tables to findings, points and figures: synthetic families whose T_forget and T_recall are known."""
 
 from __future__ import annotations
 
@@ -7,94 +7,19 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
+from known_family import LIMIT, STATES, Family, grown, t_forget, t_recall
 from matplotlib.image import imread
 
 from rnn_longctx.errors import InputError
 from rnn_longctx.eval.capacity import advise, draw, models, tables
 from rnn_longctx.eval.capacity import fits as fitting
 from rnn_longctx.eval.capacity.figures import growth
-from rnn_longctx.eval.capacity.recall import search
-from rnn_longctx.eval.results import COLUMNS, Results, to_frame
+from rnn_longctx.eval.results import Results
 from rnn_longctx.eval.stats import wilson
 
-LIMIT = 1 << 16
-STATES = [100_000, 200_000, 400_000, 800_000, 1_600_000]
 
-
-def t_forget(state: int) -> float:
-    """Tokens, by a line."""
-    return 1024 * (0.2 + 2 * state / 1e6)
-
-
-def t_recall(state: int) -> float:
-    return 1024 * (3 * math.exp(1.2 * state / 1e6) - 2)
-
-
-class Family:
-    """Rows of a study, written at once (a study's own cells are a file each)."""
-
-    def __init__(self) -> None:
-        self.rows: list[dict] = []
-        self.lines: list[dict] = []
-
-    def put(self, name: str, task: str, metric: str, length: int, samples, **more) -> None:
-        samples = [float(x) for x in samples]
-        self.rows.append(dict.fromkeys(COLUMNS) | {
-            "model": name, "weights_hash": "0", "mitigation": "none", "task": task, "text": task, "tokenizer": "bytes",
-            "length": length, "metric": metric, "batch": 8, "dtype": "float32", "backend": "torch", "device": "cpu",
-            "seed": 0, "value": float(np.mean(samples)), "stderr": 0.01, "n": len(samples), "samples": samples, **more,
-        })  # fmt: skip
-
-    def add(self, state: int, train: int, seed: int, forgets: bool, edge: float) -> None:
-        """A model that recalls up to `edge` tokens."""
-        name = f"s{state}-T{train}-s{seed}"
-        self.lines.append(dict.fromkeys(models.COLUMNS) | {
-            "model": name, "weights_hash": "0", "shape": f"s{state}", "task": "text", "train_length": train,
-            "train_seed": seed, "parameters": 5 * state + 1000, "scan_state_elements": state - 100, "n_layer": 4,
-            "conv_state_elements": 100, "state_elements": state,
-        })  # fmt: skip
-        self.put(name, "lm", "nats_per_token_peak", train, [1.0, 1.2], train_length=train)
-        length = train
-        while length <= LIMIT:
-            loss = 1.0 if forgets or length < 8 * train else 5.0
-            speed = 1e9 / state
-            self.put(name, "lm", "nats_per_token", length, [loss] * 2, train_length=train, tokens_per_second=speed)
-            length *= 2
-        step = search(lambda n, k: (k if n <= edge else 0, k), lambda n: n > 30, 512, LIMIT, 0.95, 90)
-        for length, (right, asked) in step.items():
-            answers = [1.0] * right + [0.0] * (asked - right)
-            for depth in range(10):
-                self.put(name, "passkey", "accuracy", length, answers[depth::10], train_length=train,
-                         depth=(depth + 0.5) / 10)  # fmt: skip
-            self.put(name, "passkey", "accuracy", length, answers, train_length=train)
-
-    def write(self, folder) -> None:
-        to_frame(self.rows).to_parquet(folder / "results.parquet")
-        pd.DataFrame(self.lines, columns=list(models.COLUMNS)).to_csv(folder / "models.csv", index=False)
-
-
-@pytest.fixture(scope="module")
-def study(tmp_path_factory):
-    folder, family = tmp_path_factory.mktemp("study"), Family()
-    for state in STATES:
-        for train in (256, 512, 1024, 2048, 4096):
-            for seed in range(3):
-                off = [0.97, 1, 1.3][seed]
-                best = t_recall(state) if train == 1024 else t_recall(state) / 2
-                family.add(state, train, seed, train >= t_forget(state) * off, best * off)
-    for task in ("mqar", "forgetting-mqar"):
-        for state in STATES:
-            name = f"s{state}-{task}-s0"
-            line = {"model": name, "weights_hash": "0", "shape": f"s{state}", "task": task, "state_elements": state}
-            family.lines.append(dict.fromkeys(models.COLUMNS) | line)
-            for pairs in (4, 16):
-                family.put(name, f"{task}{pairs}", "accuracy", 4 * pairs, [0.25, 0.75])
-    family.write(folder)
-    return folder
-
-
-def test_known_answers(study):
-    found = tables.findings(*tables.read(study), 0.95)
+def test_known_answers(findings):
+    found = findings
     assert len(found) == 2 * 5 * 5 * 3
     one = found[(found["model"] == "s800000-T1024-s0")].set_index("quantity")
     assert one.loc["forgets", "fails"] == 8192 and "collapses at 8K" in one.loc["forgets", "text"]
@@ -207,16 +132,17 @@ def test_a_study_that_did_not_reach_it(tmp_path):
         advise(4096, study=tmp_path)
 
 
-def test_more_recall_than_the_samples_show(study):
+def test_more_recall_than_the_samples_show(tmp_path):
     """90 of 90 right answers show 95%, and not 99%."""
-    points = tables.points(tables.findings(*tables.read(study), 0.99))
+    grown(tmp_path)
+    points = tables.points(tables.findings(*tables.read(tmp_path), 0.99))
     assert (points[points["quantity"] == "T_recall"]["bound"] == "below").all()
     with pytest.raises(InputError, match="too few points"):
-        advise(4096, 0.99, study)
+        advise(4096, 0.99, tmp_path)
 
 
 @pytest.mark.filterwarnings("error")
-def test_figures_from_the_tables_alone(study, tmp_path):
+def test_figures_from_the_tables_alone(study, findings, tmp_path):
     for name in ("results.parquet", "models.csv"):
         (tmp_path / name).write_bytes((study / name).read_bytes())
     paths = draw(tmp_path, 0.95)
@@ -233,36 +159,10 @@ def test_figures_from_the_tables_alone(study, tmp_path):
     assert len(pairs) == 2 * 5 * 2 and set(pairs["value"]) == {0.5} and set(pairs["pairs"]) == {4, 16}
     written = pd.read_csv(tmp_path / "mqar.csv")
     assert (written["model"] == pairs["model"]).all() and written["low"].to_numpy() == pytest.approx(pairs["low"])
-    results, about = tables.read(tmp_path)
-    deep = tables.by_depth(results, tables.points(tables.findings(results, about, 0.95)))
+    results, _ = tables.read(tmp_path)
+    deep = tables.by_depth(results, tables.points(findings))
     assert len(set(deep["model"])) == len(STATES) and set(deep["train_length"]) == {1024}
     assert len(set(deep["depth"])) == 10
-
-
-def test_advice(study):
-    context = round(t_recall(1_000_000))
-    found = advise(context, study=study)
-    assert 0.8e6 < found.state < 1.25e6 and not any("extrapol" in w for w in found.warnings)
-    assert 0 < found.low <= found.state <= found.high and "1 of 5 shapes recall as much" in str(found)
-    assert found.train_length == pytest.approx(t_forget(1_000_000), rel=0.6)
-    assert found.speed == pytest.approx(1e9 / found.state, rel=0.01)
-    assert "MiB a stream" in str(found) and "tokens/s" in str(found)
-    far = advise(1 << 20, study=study)
-    assert far.state > STATES[-1] and far.speed is None
-    assert any("extrapolates" in w for w in far.warnings) and "no shape is shown to recall as much" in str(far)
-
-
-def test_advice_on_speed_is_of_one_device(study, tmp_path):
-    """Some models were read on another device too, far faster."""
-    results, about = tables.read(study)
-    some = results[results["model"].str.contains("T512-|T1024-")]
-    fast = some.assign(device="a GPU", tokens_per_second=1000 * some["tokens_per_second"])
-    pd.concat([fast, results]).to_parquet(tmp_path / "results.parquet")
-    about.to_csv(tmp_path / "models.csv", index=False)
-    context = round(t_recall(1_000_000))
-    found = advise(context, study=tmp_path)
-    assert found.speed == pytest.approx(advise(context, study=study).speed) and found.device == "cpu"
-    assert "tokens/s read on cpu" in str(found)
 
 
 def test_associations_are_never_certain():
@@ -282,54 +182,6 @@ def test_associations_are_never_certain():
         sure = found.loc[4]
         assert (sure["low"], sure["high"]) == (wilson(sequences, sequences).low, 1)
     assert held >= 50
-
-
-def test_no_advice_where_recall_does_not_grow(tmp_path):
-    up_and_down = dict(zip(STATES, (4000, 9000, 3500, 9500, 4200)))
-    grown(tmp_path, up_and_down.__getitem__)
-    found = advise(4096, study=tmp_path)
-    assert math.isnan(found.state) and found.train_length is None and found.speed is None
-    assert str(found).startswith("no size follows for 4K tokens: what is recalled does not grow with the state")
-    assert not any("extrapolates" in w for w in found.warnings)
-    assert "measured: 3 of 5 shapes recall as much, by the median of seeds; the smallest, s200000, has 200K" in str(
-        found
-    )
-
-
-def test_no_advice_where_recall_falls(tmp_path):
-    grown(tmp_path, lambda state: 1024 * (20 - 10 * state / 1e6))
-    found = advise(8192, study=tmp_path)
-    assert math.isnan(found.state) and "falls" in found.source
-    assert str(found).startswith("no size follows for 8K tokens") and "4 of 5 shapes" in str(found)
-
-
-def grown(folder, edge=t_recall) -> Family:
-    """A study of a model a state, trained at 1024 tokens, that recalls up to `edge` of its state."""
-    family = Family()
-    for state in STATES:
-        family.add(state, 1024, 0, True, edge(state))
-    family.write(folder)
-    return family
-
-
-def test_advice_says_what_its_fit_leaves_out(tmp_path):
-    """The smallest of the models recalls to the limit, which no growing curve through the others does."""
-    grown(tmp_path, lambda state: 1e9 if state == STATES[0] else t_recall(state))
-    said = [w for w in advise(4096, study=tmp_path).warnings if "only as a bound" in w]
-    assert len(said) == 1 and said[0].startswith("1 of 5 points") and said[0].endswith("contradicts 1 of them")
-    draw(tmp_path, 0.95)
-    table = pd.read_csv(tmp_path / "fits.csv")
-    best = table[table["best"] & (table["axis"] == "state_elements")].iloc[0]
-    assert (best["quantity"], best["bounds"], best["contradicts"]) == ("T_recall", 1, 1)
-
-
-def test_advice_says_where_the_search_was_not_close(tmp_path):
-    family = grown(tmp_path)
-    assert not any("to a factor" in w for w in advise(4096, study=tmp_path).warnings)
-    near = {f"s{state}-T1024-s0": range(round(t_recall(state) / 2), round(t_recall(state)) + 1) for state in STATES}
-    family.rows = [r for r in family.rows if r["task"] == "lm" or r["length"] not in near[r["model"]]]
-    family.write(tmp_path)
-    assert any("known to a factor of" in w for w in advise(4096, study=tmp_path).warnings)
 
 
 def test_a_search_in_batches_of_two_sizes_is_one_search(tmp_path):
@@ -354,45 +206,9 @@ def test_a_loss_that_cannot_be_judged_has_not_held(tmp_path):
     assert "T_forget" not in set(tables.points(tables.findings(*tables.read(tmp_path), 0.95))["quantity"])
 
 
-def test_t_forget_says_how_far_was_read(study):
-    points = tables.points(tables.findings(*tables.read(study), 0.95))
+def test_t_forget_says_how_far_was_read(findings):
+    points = tables.points(findings)
     assert points[points["quantity"] == "T_forget"]["text"].str.endswith("; read to 64K").all()
-
-
-def test_advice_without_a_fit_says_what_was_measured(tmp_path):
-    """One shape bears no fit; it recalls enough by the middle one of its three seeds."""
-    family = Family()
-    for seed, edge in enumerate((3000, 9000, 5000)):
-        family.add(STATES[0], 1024, seed, True, edge)
-    family.write(tmp_path)
-    said = r"too few points .* \(1 of 1 shapes .* the smallest, s100000, has 100K numbers \(391 KiB .* recalls 4608, "
-    with pytest.raises(InputError, match=said + r"2816 to 8K by seed; 10,000 tokens/s read on cpu\)"):
-        advise(4096, study=tmp_path)
-
-
-def test_advice_takes_a_remedy_as_it_is_written_elsewhere(tmp_path):
-    family = grown(tmp_path)
-    for row in family.rows:
-        row["mitigation"] = "rri:alpha=0.9999,beta=0.75"
-    family.write(tmp_path)
-    assert advise(4096, study=tmp_path, mitigation="rri").state > 0
-    with pytest.raises(InputError, match=r"nothing measured under none; it has rri:alpha=0\.9999,beta=0\.75"):
-        advise(4096, study=tmp_path)
-    with pytest.raises(InputError, match='did you mean "state-norm"'):
-        advise(4096, study=tmp_path, mitigation="state-nrm")
-
-
-def test_advice_of_the_paper():
-    found = advise(256 * 1024)
-    assert found.state == pytest.approx(12.9e6, rel=0.02) and found.speed is None and len(found.warnings) == 2
-    assert found.low < found.state <= found.high and "one carries it (256K tokens at 12.9M)" in str(found)
-    assert found.train_length == pytest.approx(1024 * (5.172 * found.state / 1e6 - 4.469))
-    assert "extrapolates" in str(advise(1 << 24)) and "extrapolates" in str(advise(128))
-    assert "none follows, its fit is below 0" in str(advise(128))
-    with pytest.raises(InputError, match=r"fits a recall of 0\.95 alone"):
-        advise(4096, 0.9)
-    with pytest.raises(InputError, match="lies between 0 and 1"):
-        advise(4096, 1.5)
 
 
 def test_mistakes(tmp_path):

@@ -139,7 +139,9 @@ def test_the_committed_study_is_read_again_by_the_present_code(tmp_path):
     with tarfile.open(ROOT / "benchmarks/results/recurrences_cells.tar.xz") as archive:
         archive.extractall(tmp_path, filter="data")
     where = tmp_path / "recurrences"
-    now = to_dict(load_yaml(CompareConfig, ROOT / "configs/compare/recurrences.yaml").train)
+    present = load_yaml(CompareConfig, ROOT / "configs/compare/recurrences.yaml")
+    assert present.settled().models == present.models
+    now = to_dict(present.train)
     claim_folder(where, {"train": {k: v for k, v in now.items() if not k.endswith("_every")}}, ["cells"])
     config = load_yaml(CompareConfig, where / cell.STUDY)
     for entry in config.entries:
@@ -333,8 +335,9 @@ def test_a_score_that_is_written_is_read_again():
     assert Trial(**json.loads(json.dumps(vars(how)))) == how and how.score == 2.0
 
 
-@pytest.mark.parametrize("name", ["smoke", "recurrences", "induction", "mqar"])
+@pytest.mark.parametrize("name", ["smoke", "induction", "mqar", "recovery", "ablations", "planted"])
 def test_the_configs_that_come_with_the_package(name):
+    """The others: the committed study's, above."""
     config = load_yaml(CompareConfig, ROOT / "configs" / "compare" / f"{name}.yaml")
     assert config.settled().models == config.models
 

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import random
 
 import pandas as pd
 import pytest
@@ -111,20 +112,21 @@ def folds(monkeypatch):
     return read
 
 
-@pytest.mark.parametrize(("name", "headdim"), [("plain", 32), ("rri", 64)])
-def test_a_norm_folded_into_the_scan(make, folds, name, headdim):
-    """The same, in one segment and in several, with padding and with documents."""
+@pytest.mark.parametrize("marked", [None, "mask", "reset"])
+def test_a_norm_folded_into_the_scan(make, folds, marked):
+    """The same, in several segments, with padding and with documents; whatever the policy and the width of a head."""
+    headdim, policy = random.choice([32, 64]), random.choice([PLAIN, ScanPolicy(add=math.log(0.99), gain=0.75)])
     model = make(d_model=headdim, headdim=headdim, ngroups=1, d_state=16).to(DEVICE)  # two heads
     for mixer in model.mixers:
-        mixer.policy = {"plain": PLAIN, "rri": ScanPolicy(add=math.log(0.99), gain=0.75)}[name]
+        mixer.policy = policy
         mixer.A_log.data[0] = math.log(200.0)  # wild
     ids = torch.randint(61, (2, 45), device=DEVICE)
     mask, reset = (torch.full((2, 45), value, device=DEVICE) for value in (True, False))
     mask[1, :7], reset[0, 20], reset[1, 30] = False, True, True
-    for sizes, marks in (([1, 35, 9], {}), ([45], {"mask": mask}), ([45], {"reset": reset})):
-        real = marks.get("mask", torch.ones_like(mask))
-        folded, plain = (folds(model, ids, sizes, fold, **marks) for fold in (True, False))
-        torch.testing.assert_close(folded[real], plain[real], rtol=1e-4, atol=1e-4)
+    marks = {name: mark for name, mark in (("mask", mask), ("reset", reset)) if name == marked}
+    real, sizes = marks.get("mask", torch.ones_like(mask)), [45] if marks else [1, 35, 9]
+    folded, plain = (folds(model, ids, sizes, fold, **marks) for fold in (True, False))
+    torch.testing.assert_close(folded[real], plain[real], rtol=1e-4, atol=1e-4)
 
 
 def test_a_norm_folded_where_an_observer_looks(make, folds):

@@ -1,10 +1,13 @@
 """Compiles every kernel for a compute capability, on any machine: prints name, case and bytes of shared memory.
 
-python compile_kernels.py 90 [usual]         usual: of a bfloat16 model with d_state 128 alone
+python compile_kernels.py 90 [usual [0/4]]   usual: of a bfloat16 model with d_state 128 alone; of these every fourth
 """
 
 import inspect
+import itertools
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
@@ -89,6 +92,15 @@ def compile_plain(kernel, capability, warps, **constants):
 
 if __name__ == "__main__":
     capability = int(sys.argv[1])
+    first, step = map(int, sys.argv[3].split("/")) if len(sys.argv) > 3 else (0, 1)
+    numbers = itertools.count()
+
+    def show(compiled: Callable, kernel: Any, *words: Any, about: tuple, **constants: Any) -> None:
+        """Compile a case, if its turn has come."""
+        if next(numbers) % step == first:
+            name = getattr(kernel, "jit", kernel).fn.__name__
+            print(name, *about, compiled(kernel, capability, *words, **constants).metadata.shared)
+
     usual, others = (torch.bfloat16, 64, 128), ((torch.bfloat16, 64, 256), (torch.float32, 64, 128))
     sizes = (usual, *(() if "usual" in sys.argv else others))
     for dtype, headdim, d_state in sizes:
@@ -176,12 +188,10 @@ if __name__ == "__main__":
                 sizes = {"BLOCK": block, "BATCH": batch, "GROUPS": groups, "ROWS": rows, "HAS_ADD": block == 1024}
                 cases.append((matvec._norm_linear, matvec.warps_of(rows, block, 2), sizes))
         for kernel, warps, changed in cases:
-            made = compile_one(kernel, capability, dtype, warps, **{**flags, **changed})
-            print(kernel.jit.fn.__name__, NAMES[dtype], d_state, changed, made.metadata.shared)
+            show(compile_one, kernel, dtype, warps, about=(NAMES[dtype], d_state, changed), **{**flags, **changed})
     for gate in (0, 1, 2):
         constants = {"ROWS": 16, "BLOCK": 128, "HAS_WEIGHT": gate > 0, "GATE": gate}
-        made = compile_plain(head_norm._head_norm, capability, 4, **constants)
-        print("_head_norm", "bf16", 128, constants, made.metadata.shared)
+        show(compile_plain, head_norm._head_norm, 4, about=("bf16", 128, constants), **constants)
     BT, BC = delta_inputs.CONV
     for kernel, warps, constants in (
         *(
@@ -202,23 +212,18 @@ if __name__ == "__main__":
         ),
         (swiglu._swiglu, 4, dict(zip(("BR", "BC"), swiglu.TILE))),
     ):
-        made = compile_plain(kernel, capability, warps, **constants)
-        print(kernel.jit.fn.__name__, "bf16", constants, made.metadata.shared)
-    made = compile_plain(rotary._turned, capability, 4, BT=16, BLOCK=64)
-    print("_turned", "bf16", 128, {}, made.metadata.shared)
+        show(compile_plain, kernel, warps, about=("bf16", constants), **constants)
+    show(compile_plain, rotary._turned, 4, about=("bf16", 128), BT=16, BLOCK=64)
     for per_channel in (False, True):
         for headdim, warps in ((128, 8), (256, 16)):
             constants = {"G": 4, "H": 4, "P": headdim, "N": 128, "BP": headdim, "BN": 128, "C": states.CHUNK,
                          "PER_CHANNEL": per_channel}  # fmt: skip
-            made = compile_plain(states._states, capability, warps, **constants)
-            print("_states", "bf16", 128, constants, made.metadata.shared)
+            show(compile_plain, states._states, warps, about=("bf16", 128, constants), **constants)
         for moves in (True, False):
             constants = {"G": 4, "H": 4, "P": 256, "N": 128, "BP": blocks.TILE, "BN": 128, "C": states.CHUNK,
                          "PER_CHANNEL": per_channel, "MOVES": moves}  # fmt: skip
-            made = compile_plain(blocks._walk, capability, 4, **constants)
-            print("_walk", "bf16", 128, constants, made.metadata.shared)
+            show(compile_plain, blocks._walk, 4, about=("bf16", 128, constants), **constants)
     for rows, capped in ((32, True), (64, True), (32, False)):
         constants = {"H": 4, "P": 256, "N": 128, "BP": rows, "BN": 128, "C": states.CHUNK, "PARTS": 256 // rows,
                      "BPARTS": 256 // rows, "CAPPED": capped}  # fmt: skip
-        made = compile_plain(blocks._chain, capability, 8, **constants)
-        print("_chain", "bf16", 128, constants, made.metadata.shared)
+        show(compile_plain, blocks._chain, 8, about=("bf16", 128, constants), **constants)
