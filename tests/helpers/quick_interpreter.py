@@ -12,7 +12,9 @@ from triton.runtime import interpreter
 
 def quicken() -> None:
     """Have Triton's language patched where it is not, and not anew for every function that a kernel calls, as Triton
-    3.9 does it."""
+    3.9 does it. Of a Triton that is built otherwise, nothing changes."""
+    if not hasattr(interpreter, "_patch_lang") or not hasattr(interpreter.InterpretedFunction, "rewrite"):
+        return
     called: Any = interpreter.InterpretedFunction
     called.__call__ = _call
 
