@@ -57,13 +57,12 @@ class BlockKeys:
         """Return the carry with the last `tokens` tokens alone: of blocks with those that lie within them as a whole.
         Blocks begin where they did, and one of which a token is forgotten is read in the window alone."""
         first = max(0, self.keys.shape[1] - tokens)
-        blocks = torch.minimum(self.blocks, ((tokens - self.position % self.size) // self.size).clamp(min=0))
-        index = (self.blocks - blocks)[:, None] + torch.arange(int(blocks.max()), device="cpu")
+        blocks, index = within(tokens, self.blocks, self.position, self.size, self.summaries.shape[1])
         return replace(
             self,
             keys=self.keys[:, first:],
             values=self.values[:, first:],
-            summaries=picked(self.summaries, index.clamp(max=max(0, self.summaries.shape[1] - 1))),
+            summaries=picked(self.summaries, index),
             held=self.held.clamp(max=tokens),
             blocks=blocks,
         )
@@ -184,6 +183,20 @@ class BlockPlaces:
         numbers = torch.arange(count, device="cpu")
         there = (numbers <= self.number[:, queries, None] - by) & (self.document[:, queries, None] >= 0) & (index >= 0)
         return index.clamp(min=0), there
+
+
+def within(tokens: int, blocks: Tensor, position: Tensor, size: int, width: int) -> tuple[Tensor, Tensor]:
+    """Return how many of each row's last completed blocks (B,) lie within its last `tokens` tokens as a whole, and
+    where those stand (B, n) among the `width` that are held; behind a row's own stand others.
+
+    Args:
+        blocks: (B,) how many are held of each row, at the left end.
+        position: (B,) tokens that each row has read.
+        size: tokens of a block.
+    """
+    kept = torch.minimum(blocks, ((tokens - position % size) // size).clamp(min=0))
+    index = (blocks - kept)[:, None] + torch.arange(int(kept.max()), device="cpu")
+    return kept, index.clamp(max=max(0, width - 1))
 
 
 def picked(x: Tensor, index: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rnn_longctx.models.block_keys import picked
+from rnn_longctx.models.block_keys import picked, within
 from rnn_longctx.models.carries import carry
 from rnn_longctx.recurrence.carry import ON_CPU
 
@@ -62,10 +62,7 @@ class ChunkKeys:
         """Return the carry with the last `tokens` tokens alone: of chunks with those that lie within them as a whole. A
         chunk that is completed later is projected of the tokens that are left of it."""
         first = max(0, self.keys.shape[1] - tokens)
-        within = ((tokens - self.position % self.size) // self.size).clamp(min=0)
-        chunks = torch.minimum(self.chunks, within)
-        index = (self.chunks - chunks)[:, None] + torch.arange(int(chunks.max()), device="cpu")
-        index = index.clamp(max=max(0, self.chunk_keys.shape[1] - 1))
+        chunks, index = within(tokens, self.chunks, self.position, self.size, self.chunk_keys.shape[1])
         return replace(
             self,
             keys=self.keys[:, first:],
