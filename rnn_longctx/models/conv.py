@@ -36,23 +36,33 @@ def linear_conv(
     x: Tensor, weight: Tensor, bias: Tensor | None, before: Tensor | None, reset: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Return what `causal_conv` does, without the SiLU. weight: (channels, 1, taps); bias: (channels)."""
-    # A sum over taps in this layout: on a CPU twice as fast as turning channels first for a library call.
     taps, length = weight.shape[-1] - 1, x.shape[1]
     before = x.new_zeros(x.shape[0], x.shape[2], taps) if before is None else before.to(x.dtype)
     whole = torch.cat([before.transpose(1, 2), x], 1)  # (B, taps + T, channels)
-    weight = weight[:, 0].t().to(x.dtype).contiguous()  # (taps + 1, channels)
-    bias = bias.to(x.dtype) if bias is not None else x.new_zeros(x.shape[2])
     document = None if reset is None else F.pad(reset.long().cumsum(1), (taps, 0))[..., None]  # (B, taps + T, 1)
-    y = bias.expand_as(x)
-    for k in range(taps + 1):
-        tap = whole[:, k : k + length]
-        if document is not None:
-            tap = tap * (document[:, k : k + length] == document[:, taps:])
-        y = torch.addcmul(y, tap, weight[k])
+    if document is None and _in_one_call(x):
+        bias = None if bias is None else bias.to(x.dtype)
+        picture = whole.transpose(1, 2)[:, :, None]  # (B, channels, 1, taps + T), channels last in memory
+        y = F.conv2d(picture, weight[:, :, None].to(x.dtype), bias, groups=x.shape[2])[:, :, 0].transpose(1, 2)
+    else:  # a sum over taps in this layout: twice as fast as turning channels first for a library call
+        weight = weight[:, 0].t().to(x.dtype).contiguous()  # (taps + 1, channels)
+        y = x.new_zeros(()).expand_as(x) if bias is None else bias.to(x.dtype).expand_as(x)
+        for k in range(taps + 1):
+            tap = whole[:, k : k + length]
+            if document is not None:
+                tap = tap * (document[:, k : k + length] == document[:, taps:])
+            y = torch.addcmul(y, tap, weight[k]) if k == 0 else y.addcmul_(tap, weight[k])
     after = whole[:, length:]
     if document is not None:
         after = after * (document[:, length:] == document[:, -1:])
     return y, after.transpose(1, 2).contiguous()
+
+
+def _in_one_call(x: Tensor) -> bool:
+    """Return whether PyTorch convolves x (B, T, channels) fast as it lies: on a CPU in float32, three times as fast as
+    a sum over taps, and backwards slower."""
+    fast = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_grad_enabled()
+    return fast and not torch.is_autocast_enabled("cpu")
 
 
 def shifted(x: Tensor, before: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -25,9 +25,10 @@ def bare(linear: nn.Module, u: Tensor) -> bool:
 
 
 def side_by_side(u: Tensor, maps: Sequence[nn.Linear]) -> Tensor:
-    """Return (B, T, channels): the maps of u (B, T, d_model), one behind the other. On a GPU, without gradients, each
-    product is written to its own columns, which saves the pass that would bring them together."""
-    if not choose.fuses_layers(u) or not all(bare(linear, u) for linear in maps):
+    """Return (B, T, channels): the maps of u (B, T, d_model), one behind the other. Without gradients each product is
+    written to its own columns, which saves the pass that would bring them together."""
+    plain = u.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    if not (plain or choose.fuses_layers(u)) or not all(bare(linear, u) for linear in maps):
         return torch.cat([linear(u) for linear in maps], -1)
     widths = [linear.out_features for linear in maps]
     y = u.new_empty(*u.shape[:-1], sum(widths))

@@ -11,9 +11,7 @@ decay. That is one triangular system of equations a chunk, (I + L) E = ..., the 
 section 3). Its matrix knows nothing of S_0 and is made for several chunks at once. Where along is the key,
 e_t + w_t x_t is one unknown.
 
-exp(cum_t - cum_s) is split into two factors where a chunk forgets less than exp(-FACTOR). Where it forgets more, it is
-split around the start of a sub-chunk, so that no factor is above 1; and inside a sub-chunk that forgets more than that,
-the differences are taken first.
+How exp(cum_t - cum_s) becomes products of matrices, `rnn_longctx.recurrence.delta.decayed` says.
 """
 
 from __future__ import annotations
@@ -24,15 +22,14 @@ import torch
 from torch import Tensor
 
 from rnn_longctx.recurrence.carry import ScanCarry
+from rnn_longctx.recurrence.delta.decayed import LIMITS, decayed
 from rnn_longctx.recurrence.delta.walk import by_head, walk
 from rnn_longctx.recurrence.gates import DeltaGates, ScanInputs
 from rnn_longctx.recurrence.policy import ScanPolicy
 from rnn_longctx.recurrence.ssd.caps import clip_factor, row_caps
 
 CHUNK = 64
-BLOCK = 4  # chunks whose products are made at once: what they need should lie in a cache
-SUB_CHUNK = 16
-FACTOR = 60.0  # nats; exp(60) = 1e26 leaves float32 room for a factor of 1e12
+BLOCK = 64  # chunks, of all rows and heads, whose products are made at once: what they need should lie in a cache
 DENSE_CAP = 8  # caps that apply more often than this are found token after token
 
 
@@ -80,125 +77,69 @@ def chunked_scan(
 
 def uncut(inputs: ScanInputs, gates: DeltaGates, state: Tensor) -> tuple[Tensor, Tensor]:
     """Read any number of tokens with nothing in between: outputs (B,T,H,P) and the state after them."""
-    length, outputs, t = inputs.x.shape[1], [], 0
-    while t < length:
-        chunks = min(BLOCK, (length - t) // CHUNK)
-        u = t + chunks * CHUNK if chunks else length
-        y, state = block(inputs.tokens(t, u), gates.tokens(t, u), state, max(chunks, 1))
-        outputs.append(y)
-        t = u
+    batch, length, heads, _ = inputs.x.shape
+    whole, most = length // CHUNK, max(1, BLOCK // (batch * heads))
+    chunks = [min(most, whole - i) for i in range(0, whole, most)]
+    sizes = [n * CHUNK for n in chunks]
+    if length % CHUNK:
+        chunks, sizes = [*chunks, 1], [*sizes, length % CHUNK]
+    outputs: list[Tensor] = []
+    tensors = (inputs.x, inputs.B, inputs.C, *gates.tensors)
+    # (split, not sliced: the gradient of each slice would be as long as the whole)
+    pieces = [[None] * len(sizes) if t is None else t.split(sizes, 1) for t in tensors]
+    for n, x, B, C, *parts in zip(chunks, *pieces):
+        y, state = block(ScanInputs(x, B, C), gates.from_tensors(*parts), state, n)
+        outputs += y
     return _joined(outputs), state
 
 
-def block(inputs: ScanInputs, gates: DeltaGates, state: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """Read n chunks of one length: what does not hang on the state for all of them in one product."""
+def block(inputs: ScanInputs, gates: DeltaGates, state: Tensor, n: int) -> tuple[list[Tensor], Tensor]:
+    """Read n chunks of one length c: what does not hang on the state for all of them in one product. Returns the
+    outputs of each, (B, c, H, P), and the state after them."""
     batch, _, heads, _ = inputs.x.shape
     assert gates.erase is not None
 
     def chunks(t: Tensor) -> Tensor:
-        """Return (n, B * H, c, ·) of (B, T, H or G, ·), or of (B, T, H)."""
+        """Return (n * B * H, c, ·) of (B, T, H or G, ·), or of (B, T, H)."""
         t = t if t.ndim == 4 else t[..., None]
-        return by_head(t, heads).unflatten(1, (n, -1)).permute(1, 0, 3, 2, 4).flatten(1, 2)
+        return by_head(t, heads).unflatten(1, (n, -1)).permute(1, 0, 3, 2, 4).flatten(0, 2).contiguous()
+
+    def each(t: Tensor) -> tuple[Tensor, ...]:
+        """Return (B * H, ·, ·) of every chunk."""
+        return t.unflatten(0, (n, -1)).unbind()
 
     key, query, log_decay = chunks(inputs.B), chunks(inputs.C), chunks(gates.log_decay)
     values = chunks(inputs.x) * chunks(gates.input_scale)
     read = (key if gates.read is None else chunks(gates.read)) * chunks(gates.erase)
-    cum = log_decay.cumsum(2)  # (n, B * H, c, N or 1)
+    cum = log_decay.cumsum(1)
     cum_read = cum if gates.decay_first else cum - log_decay
-    kept = cum[:, :, -1:]
-    # from the chunk's start: what of the state is erased, and what queries see of it; to its end: what stays of a token
-    erases, sees, stays = read * cum_read.exp(), query * cum.exp(), (kept - cum).exp()
-    products: _Split | _Pairs | _SubChunks
-    if float(cum.detach().abs().amax()) < FACTOR:
-        products = _Split(erases, sees, cum)
-    else:
-        products = (_SubChunks if gates.per_channel else _Pairs)(read, query, cum_read, cum)
     # What is added is solved for, a row a token; where it is not added along the key, what is written has its own rows.
     if gates.along is None:
-        L, seen = products.with_tokens(key)
-        right, added, writes = values, None, key * stays
+        within = decayed((read, query), (cum_read, cum), (key,), cum)
+        (L,), (seen,) = within.products
+        (writes,), right, added = within.rights, values, None
+        seen = seen.tril_()
     else:
-        along = chunks(gates.along)
-        (L, seen_erased), (held, seen_written) = products.with_tokens(along), products.with_tokens(key)
-        right, added = -(held.tril(-1) @ values), values
-        seen, writes = torch.cat([seen_erased, seen_written], -1), torch.cat([along * stays, key * stays], 2)
-    S, kept, outputs = state.flatten(0, 1), kept.exp(), []
-    for i in range(n):
-        solved = torch.linalg.solve_triangular(
-            L[i], torch.baddbmm(right[i], erases[i], S.mT, alpha=-1), upper=False, unitriangular=True
+        within = decayed((read, query), (cum_read, cum), (chunks(gates.along), key), cum)
+        (L, held), seen_of = within.products
+        right, added = -(held.tril_(-1) @ values), each(values)
+        seen, writes = torch.cat([t.tril_() for t in seen_of], -1), torch.cat(within.rights, 1)
+    erases, sees = within.lefts
+    # how a state enters the chunk's products, and goes on from their frame to its end
+    enters, stays = within.begin.exp(), within.end.clamp(min=-2 * LIMITS[cum.dtype]).exp()
+    leaves = (cum[:, -1:] - within.end).exp()
+    S, outputs = state.flatten(0, 1), []
+    of_chunks = zip(*(each(t) for t in (L, right, erases, sees, seen, writes, enters, stays, leaves)))
+    for i, (L, right, erases, sees, seen, writes, enters, stays, leaves) in enumerate(of_chunks):
+        entered = (S * enters).mT
+        rows = torch.linalg.solve_triangular(
+            L, torch.baddbmm(right, erases, entered, alpha=-1), upper=False, unitriangular=True
         )
-        rows = solved if added is None else torch.cat([solved, added[i]], 1)  # (B * H, c or 2 c, P)
-        outputs.append(torch.baddbmm(torch.bmm(sees[i], S.mT), seen[i], rows))
-        S = torch.baddbmm(S * kept[i], rows.mT, writes[i])
-    y = torch.stack(outputs).unflatten(1, (batch, heads)).permute(1, 0, 3, 2, 4).flatten(1, 2)
-    return y, S.unflatten(0, (batch, heads))
-
-
-class _Split:
-    """Inner products under the decays of a chunk, exp(cum_t - cum_s) split into exp(cum_t) and exp(-cum_s)."""
-
-    def __init__(self, erases: Tensor, sees: Tensor, cum: Tensor):
-        self.erases, self.sees, self.grow = erases, sees, (-cum).exp()
-
-    def with_tokens(self, key: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what each token t reads for erasing, and what its query sees, of a key at each s: (n, B * H, c, c). Of
-        the first only what stands below the diagonal means something; the second is 0 above it."""
-        grown = (key * self.grow).mT
-        return self.erases @ grown, (self.sees @ grown).tril()
-
-
-class _Pairs:
-    """The same where a chunk forgets too much for that and has one decay a head: a factor a pair of tokens."""
-
-    def __init__(self, read: Tensor, query: Tensor, cum_read: Tensor, cum: Tensor):
-        self.read, self.query = read, query
-        later = torch.ones(cum.shape[2], cum.shape[2], dtype=torch.bool, device=cum.device).triu(1)
-        self.of_query = (cum - cum.mT).masked_fill(later, -torch.inf).exp()
-        self.of_read = (
-            self.of_query if cum_read is cum else (cum_read - cum.mT).masked_fill(~later.mT, -torch.inf).exp()
-        )
-
-    def with_tokens(self, key: Tensor) -> tuple[Tensor, Tensor]:
-        """See `_Split.with_tokens`."""
-        return (self.read @ key.mT) * self.of_read, (self.query @ key.mT) * self.of_query
-
-
-class _SubChunks:
-    """The same with a decay a channel: split around the start of each sub-chunk."""
-
-    def __init__(self, read: Tensor, query: Tensor, cum_read: Tensor, cum: Tensor):
-        self.lefts, self.seen, self.cum = (read, query), (cum_read, cum), cum
-
-    def with_tokens(self, key: Tensor) -> tuple[Tensor, Tensor]:
-        """See `_Split.with_tokens`."""
-        c = key.shape[2]
-        rows = [self._sub_chunk(key, b, min(b + SUB_CHUNK, c)) for b in range(0, c, SUB_CHUNK)]
-        of_read, of_query = zip(*rows)
-        return torch.cat(of_read, 2), torch.cat(of_query, 2).tril()
-
-    def _sub_chunk(self, key: Tensor, b: int, e: int) -> list[Tensor]:
-        """Return the products of the tokens from b up to and without e with the key at all s of the chunk."""
-        start = self.cum[:, :, b - 1 : b] if b else torch.zeros_like(self.cum[:, :, :1])
-        before = (key[:, :, :b] * (start - self.cum[:, :, :b]).exp()).mT
-        within, near = self.cum[:, :, b:e] - start, key[:, :, b:e]
-        after = key.new_zeros(*key.shape[:2], e - b, key.shape[2] - e)
-        rows = []
-        for left, cum in zip(self.lefts, self.seen):
-            seen, tokens = cum[:, :, b:e] - start, left[:, :, b:e]
-            if float(within.detach().abs().amax()) < FACTOR:
-                inside = (tokens * seen.exp()) @ (near * (-within).exp()).mT
-            else:
-                inside = _differences_first(tokens, seen, near, within)
-            rows.append(torch.cat([(tokens * seen.exp()) @ before, inside, after], -1))
-        return rows
-
-
-def _differences_first(left: Tensor, seen: Tensor, key: Tensor, cum: Tensor) -> Tensor:
-    """Return the products inside a sub-chunk where no split is safe."""
-    differences = seen[..., :, None, :] - cum[..., None, :, :]  # (n, B * H, t, s, N or 1)
-    later = torch.ones(left.shape[2], left.shape[2], dtype=torch.bool, device=left.device).triu(1)[..., None]
-    decays = differences.masked_fill(later, 0.0).clamp(max=FACTOR).exp()
-    return (left[..., :, None, :] * key[..., None, :, :] * decays).sum(-1)
+        rows = rows if added is None else torch.cat([rows, added[i]], 1)  # (B * H, c or 2 c, P)
+        y = torch.baddbmm(torch.bmm(sees, entered), seen, rows)
+        outputs.append(y.unflatten(0, (batch, heads)).transpose(1, 2))
+        S = torch.baddbmm(S * stays, rows.mT, writes) * leaves
+    return outputs, S.unflatten(0, (batch, heads))
 
 
 def _joined(outputs: list[Tensor]) -> Tensor:
