@@ -23,7 +23,7 @@ def causal_conv(x: Tensor, conv: nn.Conv1d, before: Tensor | None, reset: Tensor
     if reset is None and conv.kernel_size[0] <= 4 and choose.fits(x):
         return choose.chosen().conv_silu(x, conv.weight, conv.bias, before)
     y, after = linear_conv(x, conv.weight, conv.bias, before, reset)
-    return F.silu(y), after
+    return F.silu(y, inplace=not y.requires_grad), after
 
 
 def unadapted(conv: nn.Module) -> None:
@@ -40,29 +40,44 @@ def linear_conv(
     before = x.new_zeros(x.shape[0], x.shape[2], taps) if before is None else before.to(x.dtype)
     whole = torch.cat([before.transpose(1, 2), x], 1)  # (B, taps + T, channels)
     document = None if reset is None else F.pad(reset.long().cumsum(1), (taps, 0))[..., None]  # (B, taps + T, 1)
-    if document is None and _in_one_call(x):
-        bias = None if bias is None else bias.to(x.dtype)
-        picture = whole.transpose(1, 2)[:, :, None]  # (B, channels, 1, taps + T), channels last in memory
-        y = F.conv2d(picture, weight[:, :, None].to(x.dtype), bias, groups=x.shape[2])[:, :, 0].transpose(1, 2)
-    else:  # a sum over taps in this layout: twice as fast as turning channels first for a library call
-        weight = weight[:, 0].t().to(x.dtype).contiguous()  # (taps + 1, channels)
-        y = x.new_zeros(()).expand_as(x) if bias is None else bias.to(x.dtype).expand_as(x)
-        for k in range(taps + 1):
-            tap = whole[:, k : k + length]
-            if document is not None:
-                tap = tap * (document[:, k : k + length] == document[:, taps:])
-            y = torch.addcmul(y, tap, weight[k]) if k == 0 else y.addcmul_(tap, weight[k])
+    if document is None and _library_is_faster(whole, weight):
+        y = F.conv2d(whole.mT[:, :, None], weight[:, :, None], bias, groups=len(weight))[:, :, 0].mT
+    else:
+        y = _sum_of_taps(whole, weight, bias, document)
     after = whole[:, length:]
     if document is not None:
         after = after * (document[:, length:] == document[:, -1:])
     return y, after.transpose(1, 2).contiguous()
 
 
-def _in_one_call(x: Tensor) -> bool:
-    """Return whether PyTorch convolves x (B, T, channels) fast as it lies: on a CPU in float32, three times as fast as
-    a sum over taps, and backwards slower."""
-    fast = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_grad_enabled()
-    return fast and not torch.is_autocast_enabled("cpu")
+def _library_is_faster(whole: Tensor, weight: Tensor) -> bool:
+    """Whether the library's convolution of an image one pixel high, whose channels come last in memory as they do here,
+    is faster than a sum over taps: twice as fast in float32 on a CPU of the kinds that it has code for. With gradients,
+    and for a few tokens, it is not."""
+    return (
+        whole.device.type == "cpu"
+        and whole.dtype == weight.dtype == torch.float32
+        and whole.shape[1] >= 128
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
+        and torch.backends.mkldnn.is_available()
+        and torch.backends.cpu.get_cpu_capability().startswith("AVX")
+    )
+
+
+def _sum_of_taps(whole: Tensor, weight: Tensor, bias: Tensor | None, document: Tensor | None) -> Tensor:
+    """Return the convolution (B, T, channels) of whole (B, taps - 1 + T, channels), where document (B, taps - 1 + T, 1)
+    numbers the document of every input. On a CPU twice as fast as turning channels first for a library call."""
+    taps = weight.shape[-1] - 1
+    length = whole.shape[1] - taps
+    weight = weight[:, 0].t().to(whole.dtype).contiguous()  # (taps, channels)
+    y = whole.new_zeros(whole.shape[2]) if bias is None else bias.to(whole.dtype)
+    for k in range(taps + 1):
+        tap = whole[:, k : k + length]
+        if document is not None:
+            tap = tap * (document[:, k : k + length] == document[:, taps:])
+        y = y.addcmul_(tap, weight[k]) if k else torch.addcmul(y, tap, weight[k])
+    return y
 
 
 def shifted(x: Tensor, before: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:

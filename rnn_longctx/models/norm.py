@@ -69,14 +69,25 @@ class RMSNorm(nn.Module):
 
     def _norm(self, x: Tensor, gate: Tensor | None) -> Tensor:
         x = x.to(torch.promote_types(x.dtype, torch.float32))
+        if not torch.is_grad_enabled():
+            return self._norm_in_place(x, gate)
         if gate is not None:
             x = x * F.silu(gate.to(x.dtype))
-        if self.groups == 1:
-            x = F.rms_norm(x, x.shape[-1:], None, self.eps)
-        else:
-            parts = x.unflatten(-1, (self.groups, -1))
-            x = F.rms_norm(parts, parts.shape[-1:], None, self.eps).flatten(-2)
-        return x * self.weight
+        parts = self._parts(x)
+        return F.rms_norm(parts, parts.shape[-1:], None, self.eps).view(x.shape) * self.weight
+
+    def _norm_in_place(self, x: Tensor, gate: Tensor | None) -> Tensor:
+        """Return what `_norm` does without gradients: fewer passes over memory, and less of it."""
+        if gate is not None:
+            x = F.silu(gate.to(x.dtype)).mul_(x)
+        parts = self._parts(x)
+        length = torch.linalg.vector_norm(parts, dim=-1, keepdim=True)
+        factor = (length.square() / parts.shape[-1] + self.eps).rsqrt()
+        normed = parts * factor if gate is None else parts.mul_(factor)
+        return normed.view(x.shape).mul_(self.weight)
+
+    def _parts(self, x: Tensor) -> Tensor:
+        return x if self.groups == 1 else x.unflatten(-1, (self.groups, -1))
 
 
 class LayerNorm(nn.Module):

@@ -149,13 +149,13 @@ def block(x: Tensor, log_decay: Tensor, scale: Tensor, B: Tensor, C: Tensor, sta
     grow = cum.exp()
     weighted = x * (scale.unflatten(1, (n, CHUNK)) * (-cum).exp()).flatten(1, 2)[..., None]
     weighted, B, C = (_by_group(v, n, groups) for v in (weighted, B, C))  # (B*n*G, c, R*P or N)
-    y = (C @ B.mT).tril() @ weighted
+    y = (C @ B.mT).tril_() @ weighted
     added = (weighted.mT @ B).view(batch, n, heads, headdim, d_state)
     last = grow[:, :, -1, :, None, None]  # (B, n, H, 1, 1)
     before = []
-    for i in range(n):
+    for added_by_one, decay in zip(added.unbind(1), last.unbind(1), strict=True):
         before.append(state)
-        state = (state + added[:, i]) * last[:, i]
+        state = _scaled(state + added_by_one, decay)
     states = torch.stack(before, 1).view(batch * n * groups, -1, d_state)
     y = (
         y.baddbmm_(C, states.mT)
@@ -163,7 +163,12 @@ def block(x: Tensor, log_decay: Tensor, scale: Tensor, B: Tensor, C: Tensor, sta
         .transpose(2, 3)
         .reshape(batch, n, CHUNK, heads, headdim)
     )
-    return (y * grow[..., None]).flatten(1, 2), state
+    return _scaled(y, grow[..., None]).flatten(1, 2), state
+
+
+def _scaled(v: Tensor, factor: Tensor) -> Tensor:
+    """Return v times the factor, in v's own memory where no gradient needs v as it was."""
+    return v * factor if v.requires_grad else v.mul_(factor)
 
 
 def _by_group(v: Tensor, n: int, groups: int) -> Tensor:

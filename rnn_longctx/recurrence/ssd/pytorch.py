@@ -25,7 +25,7 @@ def run(reading: Reading) -> tuple[Tensor, ScanCarry]:
     read = step if length == 1 and policy.window is None else chunked_scan
     y, new = read(x, gates, B, C, policy=policy, carry=carry, counts=counts, drop=reading.drop)
     if D is not None:
-        y = torch.addcmul(y, x, (D if D.ndim == 2 else D[:, None]).to(dtype))
+        y = y.addcmul_(x, (D if D.ndim == 2 else D[:, None]).to(dtype))
     new.log_decay = log_decay_total(carry.log_decay, gates.log_decay, reading.reset)
     return y.to(inputs.x.dtype), new
 
