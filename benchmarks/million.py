@@ -6,6 +6,7 @@ python benchmarks/million.py losses           # of text, with heads slowed: mill
 python benchmarks/million.py tiny --out runs/million-tiny     # small trainings, a row a length: million_tiny.csv
 python benchmarks/million.py start --out runs/million-start   # demo-long, the heads that keep keys slowed
 python benchmarks/million.py writes           # how much each head of demo-delta writes: million_writes.csv
+python benchmarks/million.py untrained        # what the recipe's model finds before its first step: million.csv
 python benchmarks/million.py table runs/e/*   # of evaluations' folders, ended or not: million.csv
 python benchmarks/million.py draw             # docs/results/million.png and million_recall.png, from the tables
 """
@@ -26,10 +27,11 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import pandas as pd
 import torch
+import yaml
 
 import rnn_longctx
 from rnn_longctx.config import from_dict
-from rnn_longctx.data import load_text, tokens
+from rnn_longctx.data import load_text, load_tokenizer, tokens
 from rnn_longctx.eval.tables.sheets import context_gain
 from rnn_longctx.measure.stream import tail_loss
 from rnn_longctx.measure.taps import tapping
@@ -272,6 +274,23 @@ def writes(names: Sequence[str]) -> None:
         replace_rows(RESULTS / "million_writes.csv", "model", model.name, pd.DataFrame(rows).assign(command=command))
 
 
+def untrained() -> None:
+    """Evaluate the model of the recipe as it is before the first step, as the others of million.csv are."""
+    config = from_dict(TrainConfig, yaml.safe_load((ROOT / "configs" / "train" / "million.yaml").read_text()))
+    torch.manual_seed(config.seed)
+    assert config.model is not None
+    model, out = LM(config.model).eval(), Path("runs/million-untrained")
+    model.name, model.tokenizer, model.train_length = "untrained", load_tokenizer("bytes"), config.longest
+    tasks = [
+        "passkey:n=60,tokens=1m",
+        "passkey:haystack=stdlib,n=60,tokens=1m",
+        "multikey:n=60,tokens=1m",
+        "lm:slices=16",
+    ]
+    rnn_longctx.evaluate(model, ["512", "4k"], tasks, out=out)
+    table([str(out)])
+
+
 def digits(text: torch.Tensor) -> torch.Tensor:
     """Return which bytes are digits."""
     return (text >= ord("0")) & (text <= ord("9"))
@@ -360,7 +379,7 @@ def draw_recall() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["trace", "losses", "tiny", "start", "writes", "table", "draw"])
+    parser.add_argument("part", choices=["trace", "losses", "tiny", "start", "writes", "untrained", "table", "draw"])
     parser.add_argument("names", nargs="*", help="of traces or of models; none: all; folders of `table`")
     parser.add_argument("--out", type=Path, default=Path("runs/million-tiny"), help="folder of the trainings, or model")
     parser.add_argument("--by", type=float, default=64.0, help="how much the heads are slowed")
@@ -377,6 +396,8 @@ def main() -> None:
         start(options.out, options.by)
     elif options.part == "writes":
         writes(options.names)
+    elif options.part == "untrained":
+        untrained()
     elif options.part == "table":
         table(options.names)
     else:
