@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from rnn_longctx.errors import InputError
 from rnn_longctx.models.kernels import choose
 
+LIBRARY_NUMBERS = 2**18  # from which on a library call pays on a CPU
+
 
 def causal_conv(x: Tensor, conv: nn.Conv1d, before: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return the causal depthwise convolution and SiLU of x (B, T, channels), and the inputs (B, channels, taps - 1) to
@@ -52,11 +54,12 @@ def linear_conv(
 
 def _library_is_faster(whole: Tensor, weight: Tensor) -> bool:
     """Whether the library's convolution of an image one pixel high, whose channels come last in memory as they do here,
-    is faster than a sum over taps: twice as fast in float32 on a CPU of the kinds that it has code for. With gradients
-    it is not."""
+    is faster than a sum over taps: by a third, of many numbers, in float32, on a CPU of the kinds that it has code for.
+    With gradients, and of a few tokens, it is slower."""
     return (
         whole.device.type == "cpu"
         and whole.dtype == weight.dtype == torch.float32
+        and whole.numel() >= LIBRARY_NUMBERS
         and not torch.is_grad_enabled()
         and torch.backends.mkldnn.is_available()
         and torch.backends.cpu.get_cpu_capability().startswith("AVX")
