@@ -31,6 +31,7 @@ from rnn_longctx.recurrence.ssd.caps import clip_factor, row_caps
 CHUNK = 64
 BLOCK = 64  # chunks, of all rows and heads, whose products are made at once: what they need should lie in a cache
 DENSE_CAP = 8  # caps that apply more often than this are found token after token
+GROWTH = 8.0  # nats in a chunk: what grows more is read token after token, as factors are cut off below (`decayed`)
 
 
 def chunked_scan(
@@ -52,7 +53,7 @@ def chunked_scan(
     length, heads = inputs.x.shape[1:3]
     caps = row_caps(policy, counts, heads, inputs.x) if policy.caps else None  # (B, T, H), inf where none applies
     dense = any(cap.every < DENSE_CAP for cap in policy.caps)
-    if dense or length == 1:
+    if dense or length == 1 or float(gates.log_decay.detach().amax()) * CHUNK > GROWTH:
         start = policy.start_state(carry.state) if drop is not None else None
         y, state = walk(inputs, gates, carry.state, caps, drop, start)
         return y, ScanCarry(state, carry.position, carry.log_decay)

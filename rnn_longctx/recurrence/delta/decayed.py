@@ -8,7 +8,8 @@ are cut in halves: what the second half reads of the first is split at the edge 
 most 1, and each half is a smaller chunk. Other chunks, of other heads or rows, are left whole.
 
 In such chunks no factor is let below exp(-LIMIT): what is taken for it, 1e-14 in float32, is far below rounding, and
-products of smaller ones would be denormal numbers, with which a CPU is tens of times slower.
+products of smaller ones would be denormal numbers, with which a CPU is tens of times slower. That asks for log-decays
+that are at most 0, or grow by a few nats in all: whoever calls sees to it.
 """
 
 from __future__ import annotations
@@ -58,7 +59,9 @@ def decayed(
         middle = (high + low) / 2
         begin, end = torch.maximum(middle, high - limit), torch.minimum(middle, low + limit)
         hard = ((high - low).amax((1, 2)) > 2 * limit).nonzero()[:, 0]
-    safe = state and not len(hard)
+    safe = state and not len(
+        hard
+    )  # (without, a half's first token reads before its own decay, which `high` leaves out)
 
     def factor(nats: Tensor) -> Tensor:
         return nats.exp_() if safe else nats.clamp_(-limit, limit).exp_()
@@ -84,7 +87,7 @@ def _halved(
     if c % 2:  # one more token, behind all others
 
         def longer(t: Tensor) -> Tensor:
-            return F.pad(t, (0, 0, 0, 1))
+            return torch.cat([t, t[:, -1:]], 1)
 
         products = _halved([longer(t) for t in lefts], _each(longer, seen), [longer(t) for t in rights], longer(cum))
         return [[p[:, :c, :c] for p in of_left] for of_left in products]

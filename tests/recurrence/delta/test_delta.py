@@ -103,6 +103,18 @@ def test_gradients_with_hard_decays(per_channel, general, nats):
             torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-9)
 
 
+@pytest.mark.parametrize("general", [False, True])
+@pytest.mark.parametrize("per_channel", [False, True], ids=["a head", "a channel"])
+def test_what_grows_and_forgets_in_one_chunk(per_channel, general):
+    inputs, gates = stream(per_channel, beta=(0.5, 1.0), nats=6.4, general=general)
+    gates.log_decay[:, :64] += 1.0
+    gates.log_decay[:, 0] -= 30.0
+    gates.log_decay[:, 32] -= 100.0
+    expected, state, _ = reference.scan(inputs, gates)
+    y, carry = DELTA.scan(*cast(inputs, gates, torch.float32), backend="torch")
+    assert error(y, expected) < 1e-4 and error(carry.state, state) < 1e-4
+
+
 def test_caps_between_chunks_and_at_every_token():
     inputs, gates = stream(nats=2.0)
     for every in (1, 7, 8, 50, 64):
