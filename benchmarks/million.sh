@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Trains models of docs/results/million.md side by side on one GPU, and evaluates each as soon as it is trained.
 #
-#   CUDA_VISIBLE_DEVICES=1 benchmarks/million.sh FOLDER [NAME ...]      names as in `recipe` below; all, if none is named
+#   CUDA_VISIBLE_DEVICES=1 benchmarks/million.sh FOLDER [NAME ...]
 #
-# FOLDER/NAME is a training, FOLDER/NAME/fin the finished weights, FOLDER/{keys,far,loss,long}-NAME the evaluations, for
-# `benchmarks/million.py table`. Killed, the same command goes on where it stopped. Six at once take 17 minutes of an H200
-# to train and 8 to evaluate. Wants python with torch for CUDA and fla, texts/prose-train and texts/prose-eval (plain
-# novels), and NVIDIA's MPS where several are to share the GPU.
+# NAME is one of `recipe` below, with its seed; without any, what is to be tried next. FOLDER/NAME is a training,
+# FOLDER/NAME/fin the finished weights, FOLDER/{keys,far,loss,long,eight}-NAME the evaluations, for `benchmarks/million.py
+# table`. Killed, the same command goes on where it stopped. Wants python with torch for CUDA and fla, texts/prose-train
+# and texts/prose-eval (plain novels), and NVIDIA's MPS where several are to share the GPU.
 set -u
 root=$(cd "$(dirname "$0")/.." && pwd)
 folder=$(mkdir -p "$1" && cd "$1" && pwd)
@@ -19,6 +19,7 @@ cd "$root"
 if command -v nvidia-cuda-mps-control >/dev/null; then
     export CUDA_MPS_PIPE_DIRECTORY=$(mktemp -d) CUDA_MPS_LOG_DIRECTORY=$(mktemp -d)
     nvidia-cuda-mps-control -d
+    trap 'echo quit | nvidia-cuda-mps-control; rm -r "$CUDA_MPS_PIPE_DIRECTORY" "$CUDA_MPS_LOG_DIRECTORY"' EXIT
     export CUDA_VISIBLE_DEVICES=0 # of those that the daemon sees
 fi
 
@@ -57,10 +58,11 @@ run() { # one model: train it, and evaluate it
         # its finished weights are there before what is measured of them last, which takes minutes
         while ! grep -q '"step": 2460' "$folder/$name/last/config.json" 2>/dev/null; do
             sleep 3
-            kill -0 $! 2>/dev/null || break
+            kill -0 $! 2>/dev/null || return
         done
         sleep 5 # until all files are written
-        cp -r "$folder/$name/last" "$folder/$name/fin" || return
+        rm -rf "$folder/$name/part"
+        cp -r "$folder/$name/last" "$folder/$name/part" && mv "$folder/$name/part" "$folder/$name/fin" || return
     fi
     evaluate() {
         $cli eval "$folder/$name/fin" --device cuda --dtype bfloat16 --out "$folder/$1-$name" "${@:2}"

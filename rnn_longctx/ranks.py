@@ -25,6 +25,6 @@ def local_rank() -> int:
 
 def leave_to_first() -> None:
     """Wait, on every rank but the first, before a mistake is said. Rank 0 says one that all make, and the launcher ends
-    the others with it; who is still there after PATIENCE seconds has made it alone, and says it."""
+    the others with it; who is still there after PATIENCE seconds has probably made it alone, and says it."""
     if rank() > 0:
         time.sleep(PATIENCE)

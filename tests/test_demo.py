@@ -61,7 +61,7 @@ def test_demo_delta_finds_keys_far_back_in_filler_and_in_text():
     forgets, *keep = (-mixer.A for mixer in delta.mixers)
     assert forgets.min() > 1 and all(rates.min() < 1e-4 for rates in keep)  # what is kept is not the first layer's
     tasks = ["passkey:n=4", "passkey:haystack=stdlib,n=4"]
-    found = rnn_longctx.evaluate(delta, ["2k"], tasks)
+    found = rnn_longctx.evaluate(delta, ["4k"], tasks)
     right = found[(found.metric == "accuracy") & found.depth.isna()].groupby("task").value.first()
     assert right["passkey"] == 1 and right["passkey-in-stdlib"] == 1
 

@@ -151,8 +151,12 @@ def test_the_committed_study_is_read_again_by_the_present_code(tmp_path):
     assert config.forget and study._Cells(config, where, searched).due() == []
     erasing = tmp_path / "erasing"
     config = load_yaml(CompareConfig, erasing / cell.STUDY)
-    probed = load_yaml(CompareConfig, ROOT / "configs/compare/erasing.yaml").measure.probe
-    assert config.measure.probe == probed and study._Cells(config, erasing, ["deltanet", "kda", "kda-slow"]).due() == []
+    present = load_yaml(CompareConfig, ROOT / "configs/compare/erasing.yaml")
+    assert (
+        present.models
+        and config.measure.probe == present.measure.probe
+        and study._Cells(config, erasing, ["deltanet", "kda", "kda-slow"]).due() == []
+    )
 
 
 def test_remedies_alone_stand_beside_the_bare_model_and_nothing_is_measured_of_nothing(config, here):
