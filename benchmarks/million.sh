@@ -3,8 +3,8 @@
 #
 #   CUDA_VISIBLE_DEVICES=1 benchmarks/million.sh FOLDER [NAME ...]
 #
-# NAME is one of `recipe` below, with its seed; without any, what is to be tried next. FOLDER/NAME is a training,
-# FOLDER/NAME/fin the finished weights, FOLDER/{keys,far,loss,long,eight}-NAME the evaluations, for `benchmarks/million.py
+# NAME is one of `recipe` below, with its seed; without any, what was tried last. FOLDER/NAME is a training,
+# FOLDER/fin/NAME the finished weights, FOLDER/{keys,far,loss,long,eight}-NAME the evaluations, for `benchmarks/million.py
 # table`. Killed, the same command goes on where it stopped. Wants python with torch for CUDA and fla, texts/prose-train
 # and texts/prose-eval (plain novels), and NVIDIA's MPS where several are to share the GPU.
 set -u
@@ -53,7 +53,7 @@ recipe() { # the settings of a NAME, which ends in its seed; all make 2,460 upda
 run() { # one model: train it, and evaluate it
     local name=$1 settings=(--set "seed=${1##*-}" --set "out=$folder/$1" --set evaluate.every=1300)
     recipe "$name" || return
-    if [ ! -e "$folder/$name/fin" ]; then
+    if [ ! -e "$folder/fin/$name" ]; then
         $cli train configs/train/million.yaml "${settings[@]}" &
         # its finished weights are there before what is measured of them last, which takes minutes
         while ! grep -q '"step": 2460' "$folder/$name/last/config.json" 2>/dev/null; do
@@ -61,11 +61,11 @@ run() { # one model: train it, and evaluate it
             kill -0 $! 2>/dev/null || return
         done
         sleep 5 # until all files are written
-        rm -rf "$folder/$name/part"
-        cp -r "$folder/$name/last" "$folder/$name/part" && mv "$folder/$name/part" "$folder/$name/fin" || return
+        rm -rf "$folder/fin/part-$name"
+        mkdir -p "$folder/fin" && cp -r "$folder/$name/last" "$folder/fin/part-$name" && mv "$folder/fin/part-$name" "$folder/fin/$name" || return
     fi
     evaluate() {
-        $cli eval "$folder/$name/fin" --device cuda --dtype bfloat16 --out "$folder/$1-$name" "${@:2}"
+        $cli eval "$folder/fin/$name" --device cuda --dtype bfloat16 --out "$folder/$1-$name" "${@:2}"
     }
     evaluate keys --lengths 512,16k,64k,256k --task passkey:n=60,tokens=16m --task passkey:haystack=stdlib,n=60,tokens=16m --task multikey:n=60,tokens=16m
     evaluate far --lengths 1m --task passkey:n=30,tokens=32m --task passkey:haystack=stdlib,n=30,tokens=32m

@@ -123,9 +123,11 @@ def answer(
 
 
 def _command() -> str:
-    """Return the command line that runs, without the folder that its program lies in."""
+    """Return the command line that runs, without the folder that its program lies in; `rnn-longctx`, where that is this
+    package's own (as `python -m rnn_longctx.cli`, by torchrun too)."""
     program, *words = sys.argv or [""]
-    return shlex.join([Path(program).name, *words])
+    name = Path(program).name
+    return shlex.join(["rnn-longctx" if name == "__main__.py" else name, *words])
 
 
 def _measurings(

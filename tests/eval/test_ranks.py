@@ -149,7 +149,8 @@ def test_two_ranks_measure_what_one_process_does(start, launcher, text, unseen, 
     assert "rnn-longctx:" not in run.err, run.err
     assert set(stored(tmp_path).values()) == {1}, "a cell was measured twice"
     assert not list((tmp_path / "out" / "claims").glob("[!l]*"))
-    assert len((tmp_path / "out" / "runs.jsonl").read_text().splitlines()) == 1
+    (about,) = map(json.loads, (tmp_path / "out" / "runs.jsonl").read_text().splitlines())
+    assert about["command"].startswith("rnn-longctx eval "), "a launcher starts the module, a person the program"
     assert_as_one_process_measures(tmp_path, text, unseen)
 
 
