@@ -203,17 +203,17 @@ class _Pass:
             if start > t:
                 assert c.model.restart is not None
                 c.model.restart.skip_to(start, ids, cache, c.model.device)
-                for m in self.marks:
-                    if t < m <= start:
-                        self.sums[m], self.times[m] = total, self.seconds
+                left_out = [m for m in self.marks if t < m <= start]
+                self.sums |= {m: total.clone() for m in left_out}
+                self.times |= dict.fromkeys(left_out, self.seconds)
                 t = start
             u = min(end, t + segment)
             hidden = c.model(ids[:, t:u].to(c.model.device), cache)
             losses = torch.zeros(size, u - t, dtype=torch.float64, device="cpu")
-            first = min(max(t, low) for low, high in self.spans if high > t)  # whose loss is asked for
-            if first < u:
-                targets = ids[:, first + 1 : u + 1].to(c.model.device)
-                losses[:, first - t :] = c.model.losses(hidden[:, first - t :], targets)
+            since = min(max(t, low) for low, high in self.spans if high > t)  # the first loss that is asked for
+            if since < u:
+                targets = ids[:, since + 1 : u + 1].to(c.model.device)
+                losses[:, since - t :] = c.model.losses(hidden[:, since - t :], targets)
             running = total[:, None] + losses.cumsum(1)
             for m in self.marks:
                 if t < m <= u:
