@@ -3,7 +3,8 @@
 `lm` at length L is the mean loss over positions (L/2, L] of fixed slices of a text, whatever other lengths were asked
 for; the loss at position t is that of token t + 1, after t tokens have been read. One pass over a slice gives all
 lengths. Shorter lengths use more slices (the first n of one fixed sequence), so that every length rests on about as
-many tokens.
+many tokens. What lies between the positions of two lengths has no losses; under a control that drops the state it is
+not read at all.
 """
 
 from __future__ import annotations
@@ -25,8 +26,10 @@ from rnn_longctx.eval.jobs.base import Job, Measuring, forget_peak, peak_bytes
 from rnn_longctx.eval.results import Row
 from rnn_longctx.models.cache import Cache
 from rnn_longctx.models.modes import evaluating
+from rnn_longctx.models.restart import Restart
 from rnn_longctx.spec import quiet
 
+Span = tuple[int, int]  # tokens of a stream
 PEAK_BINS = 4  # the highest loss within the training length is taken over so many equal stretches of it
 
 
@@ -84,28 +87,29 @@ class LossOverLength(Job):
 
     def cost(self, measuring: Measuring, lengths: list[int]) -> int:
         todo = self.todo(measuring, lengths)
-        return sum(len(rows) * reach for rows, reach in self._passes(measuring, todo)) if todo else 0
+        passes = self._passes(measuring, todo) if todo else ()
+        spans, restart = _spans(todo, measuring.model.train_length), measuring.model.restart
+        return sum(len(rows) * _until(reach, _stretches(spans, reach, restart)) for rows, reach in passes)
 
     def run(self, measuring: Measuring, lengths: list[int]) -> Iterator[Row]:
         todo = self.todo(measuring, lengths)
         if not todo:
             return
         text, train = measuring.loaded_text, measuring.model.train_length
-        marks = sorted(
-            {m for length in todo for m in (length // 2, length)} | set(_bins(train) if train in todo else ())
-        )
+        spans = _spans(todo, train)
+        marks = sorted({m for span in spans for m in span} | set(_bins(train) if train in todo else ()))
         sums: dict[int, list[Tensor]] = {m: [] for m in marks}  # of the loss up to the mark, one value a slice
         nbytes: dict[int, list[Tensor]] = {m: [] for m in marks}
         forget_peak(measuring)
         # until the mark, of all slices that reach it
         seconds, read = dict.fromkeys(marks, 0.0), dict.fromkeys(marks, 0)
         for rows, reach in self._passes(measuring, todo):
-            reading = _Pass(measuring, text, rows, reach, [m for m in marks if m <= reach])
+            reading = _Pass(measuring, text, rows, reach, marks, spans)
             reading.run()
             for m in reading.marks:
                 sums[m].append(reading.sums[m])
                 nbytes[m].append(reading.nbytes[m])
-                seconds[m], read[m] = seconds[m] + reading.times[m], read[m] + len(rows) * m
+                seconds[m], read[m] = seconds[m] + reading.times[m], read[m] + len(rows) * _until(m, reading.stretches)
         whole = {m: (torch.cat(sums[m]), torch.cat(nbytes[m])) for m in marks}
         for length in todo:
             n = self.count(measuring, length)
@@ -152,10 +156,15 @@ class LossOverLength(Job):
 
 
 class _Pass:
-    """One stream over some slices, from its last snapshot if it was killed."""
+    """One stream over some slices, from its last snapshot if it was killed. Marks and spans beyond its reach are left
+    out. Losses that no span asks for are not worked out, and count as 0 in the sums."""
 
-    def __init__(self, measuring: Measuring, text: Text, rows: list[int], reach: int, marks: list[int]):
-        self.measuring, self.text, self.rows, self.reach, self.marks = measuring, text, rows, reach, marks
+    def __init__(
+        self, measuring: Measuring, text: Text, rows: list[int], reach: int, marks: list[int], spans: list[Span]
+    ):
+        self.measuring, self.text, self.rows, self.reach = measuring, text, rows, reach
+        self.marks, self.spans = [m for m in marks if m <= reach], [span for span in spans if span[1] <= reach]
+        self.stretches = _stretches(spans, reach, measuring.model.restart)
         self.sums: dict[int, Tensor] = {}
         self.nbytes: dict[int, Tensor] = {}
         self.times: dict[int, float] = {0: 0.0}  # seconds until a mark
@@ -188,11 +197,23 @@ class _Pass:
             del warm
         began = saved = time.perf_counter()
         done_before = self.seconds
-        c.progress(t * size)
+        c.progress(_until(t, self.stretches) * size)
         while t < reach:
-            u = min(reach, t + segment)
+            start, end = next(stretch for stretch in self.stretches if stretch[1] > t)
+            if start > t:
+                assert c.model.restart is not None
+                c.model.restart.skip_to(start, ids, cache, c.model.device)
+                left_out = [m for m in self.marks if t < m <= start]
+                self.sums |= {m: total.clone() for m in left_out}
+                self.times |= dict.fromkeys(left_out, self.seconds)
+                t = start
+            u = min(end, t + segment)
             hidden = c.model(ids[:, t:u].to(c.model.device), cache)
-            losses = c.model.losses(hidden, ids[:, t + 1 : u + 1].to(c.model.device)).double().cpu()
+            losses = torch.zeros(size, u - t, dtype=torch.float64, device="cpu")
+            since = min(max(t, low) for low, high in self.spans if high > t)  # the first loss that is asked for
+            if since < u:
+                targets = ids[:, since + 1 : u + 1].to(c.model.device)
+                losses[:, since - t :] = c.model.losses(hidden[:, since - t :], targets)
             running = total[:, None] + losses.cumsum(1)
             for m in self.marks:
                 if t < m <= u:
@@ -211,7 +232,7 @@ class _Pass:
     def _save(self, cache: Cache, t: int, total: Tensor) -> None:
         extra = {"total": total} | {f"sum.{m}": s for m, s in self.sums.items()}
         assert self.path is not None
-        cache.save(self.path, extra, {"read": t, "times": {**self.times, t: self.seconds}})
+        cache.save(self.path, extra, {"read": t, "times": {**self.times, t: self.seconds}, "spans": self.spans})
 
     def _resume(self) -> tuple[Cache, int, Tensor] | None:
         if not self.path or not self.path.exists():
@@ -221,8 +242,10 @@ class _Pass:
         except InputError:  # torn: read again from the start
             return None
         read, sums = note["read"], {int(k.removeprefix("sum.")): v for k, v in extra.items() if k.startswith("sum.")}
-        if any(m <= read and m not in sums for m in self.marks):  # made when other lengths were asked for
-            return None
+        known = {tuple(span) for span in note.get("spans", [])}
+        missing = any(m <= read and m not in sums for m in self.marks)
+        if missing or any(span[0] < read and span not in known for span in self.spans):
+            return None  # made when other lengths were asked for
         self.sums, self.times = sums, {int(m): seconds for m, seconds in note["times"].items()}
         self.seconds = self.times[read]
         return cache, read, extra["total"]
@@ -231,6 +254,34 @@ class _Pass:
 def _stream(measuring: Measuring, text: Text) -> str:
     """Return how the names of a stream's snapshots begin."""
     return measuring.snapshot_name("lm", text.name, text.hash)
+
+
+def _spans(lengths: list[int], train: int | None) -> list[Span]:
+    """Return the stretches (after, up to) whose losses lengths are measured by, in order."""
+    spans = {(length // 2, length) for length in lengths}
+    if train in lengths:
+        spans.add((0, train))  # of the peak
+    return sorted(spans)
+
+
+def _stretches(spans: list[Span], reach: int, restart: Restart | None) -> list[Span]:
+    """Return the stretches of a stream that are read: all of it; but under a control nothing that no span asks for and
+    no state of one depends on."""
+    if restart is None:
+        return [(0, reach)]
+    stretches: list[Span] = []
+    for low, end in (span for span in spans if span[1] <= reach):
+        start = restart.block_start(low + 1)
+        if stretches and start <= stretches[-1][1]:
+            start, end_before = stretches.pop()
+            end = max(end, end_before)
+        stretches.append((start, end))
+    return stretches
+
+
+def _until(position: int, stretches: list[Span]) -> int:
+    """Return how many tokens of the stretches lie before a position."""
+    return sum(max(0, min(high, position) - low) for low, high in stretches)
 
 
 def _bins(length: int | None) -> list[int]:

@@ -70,8 +70,7 @@ def prefill(
     cache = model.new_cache() if cache is None else cache
     fresh = mask is None and not bool(cache.position.any())
     if model.restart is not None and fresh and (start := model.restart.block_start(ids.shape[1])):
-        cache.position = torch.full((len(ids),), start, dtype=torch.int64, device="cpu")
-        cache.tail = ids[:, max(0, start - model.restart.overlap) : start].to(model.device)
+        model.restart.skip_to(start, ids, cache, model.device)
         ids = ids[:, start:]
     if mask is None:
         return model.logits(last_hidden(model.stream(ids, cache, segment))), cache

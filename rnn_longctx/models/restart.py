@@ -49,6 +49,12 @@ class Restart:
         overlap."""
         return max(0, (length - 1) // self.every * self.every)
 
+    def skip_to(self, start: int, ids: Tensor, cache: StreamCache, device: torch.device) -> None:
+        """Let `cache` go on at a restart of the stream ids (B, T) as if all before it had been read, of which the state
+        after it keeps nothing."""
+        cache.position = torch.full((len(ids),), start, dtype=torch.int64, device="cpu")
+        cache.tail = ids[:, max(0, start - self.overlap) : start].to(device)
+
 
 @dataclass(frozen=True)
 class Crop(Restart):

@@ -11,12 +11,15 @@ from rnn_longctx.data import ByteTokenizer, load_text, tokens
 from rnn_longctx.errors import InputError
 from rnn_longctx.eval import Job, Measuring, parse_task
 from rnn_longctx.eval.jobs import recall
+from rnn_longctx.eval.jobs.loss import LossOverLength
 from rnn_longctx.eval.tables.leaderboard import leaderboard
 from rnn_longctx.eval.tables.sheets import sheets
+from rnn_longctx.measure.stream import stream_losses
 from rnn_longctx.mitigations import REMEDIES, Plan, Remedy
 from rnn_longctx.mitigations.base import same_everywhere
 from rnn_longctx.models.lm import Mamba2LM
 from rnn_longctx.models.mixers.mamba2 import Mamba2Config
+from rnn_longctx.models.restart import Crop, Restart
 from rnn_longctx.recurrence.policy import ScanPolicy
 from rnn_longctx.spec import parse
 from rnn_longctx.tasks import TASKS
@@ -282,3 +285,27 @@ def test_every_row_has_the_tokens_that_were_read(model, text, tmp_path):
     frame = evaluate(model, [100, 300], ["lm:slices=2,tokens=0", "passkey:n=2"], controls, text=text, out=tmp_path)
     assert set(frame["task"]) == {"lm", "passkey"} and set(frame["mitigation"]) == set(controls)
     assert (frame["tokens_read"] == frame["length"]).all()
+
+
+@pytest.mark.parametrize("control", [None, Restart(64), Restart(50, 30), Restart(32, 32), Crop(64, 8)], ids=str)
+def test_losses_are_those_of_one_whole_pass(model, text, control):
+    """Of the positions of each length, whatever lies between them; under a control that is not read."""
+    asked, slices, read = [64, 100, 700], 3, []
+    model.restart, model.train_length = control, 64
+    measuring = Measuring(model, text=text, segment=150, progress=read.append)
+    task = LossOverLength(slices=slices, tokens=0)
+    cost, rows = task.cost(measuring, asked), list(task.run(measuring, asked))
+
+    ids = np.stack([tokens(load_text(text), model.tokenizer, i, 701)[0] for i in range(slices)])
+    with torch.inference_mode():
+        losses = torch.cat([some for _, some in stream_losses(model, torch.from_numpy(ids))], 1).double()
+    for n in asked:
+        (row,) = (row for row in rows if row["metric"] == "nats_per_token" and row["length"] == n)
+        assert row["samples"] == pytest.approx(losses[:, n // 2 : n].mean(1).tolist(), abs=1e-5)
+    (peak,) = (row for row in rows if row["metric"] == "nats_per_token_peak")
+    quarters = losses[:, :64].unflatten(1, (4, 16)).mean(2)
+    assert peak["samples"] == pytest.approx(quarters[:, quarters.mean(0).argmax()].tolist(), abs=1e-5)
+
+    assert sum(read) == cost
+    left_out = 0 if control is None or isinstance(control, Crop) else control.block_start(351) - 100
+    assert cost == slices * (700 - left_out)

@@ -215,3 +215,28 @@ def test_a_stream_goes_on_from_its_snapshot_and_torn_ones_are_ignored(model, tex
     read.clear()
     rows = list(task.run(context(read.append), [1000]))
     assert read[0] == 0 and rows[0]["value"] == pytest.approx(expected[0]["value"], abs=1e-6)
+
+
+def test_a_snapshot_of_fewer_lengths_has_no_losses_of_the_others(model, text, tmp_path):
+    """128 is measured between two lengths whose marks are its own, and whose stream left its losses out."""
+
+    class Stop(Exception):
+        pass
+
+    def stop(tokens):
+        read.append(tokens)
+        if sum(read) >= 400:
+            raise Stop
+
+    def context(progress):
+        results = Results(tmp_path / "out")
+        return Measuring(model, text=text, results=results, segment=50, snapshot_seconds=0.0, progress=progress)
+
+    read, task, asked = [], LossOverLength(slices=1, tokens=0), [64, 128, 256, 512]
+    with pytest.raises(Stop):
+        list(task.run(context(stop), [64, 256, 512]))
+    read.clear()
+    resumed = list(task.run(context(read.append), asked))
+    assert read[0] == 0 and sum(read) == 512
+    quiet = list(task.run(Measuring(model, text=text), asked))
+    assert [row["value"] for row in resumed] == pytest.approx([row["value"] for row in quiet], abs=1e-6)

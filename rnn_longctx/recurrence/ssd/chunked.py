@@ -13,7 +13,7 @@ share their products; where it forgets more, differences are masked before the e
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -59,15 +59,12 @@ def chunked_scan(
     log_decay, scale, length = gates.log_decay, gates.input_scale, x.shape[1]
     caps = row_caps(policy, counts, x.shape[2], x) if policy.caps else None  # (B, T, H), inf where none applies
     dense = any(cap.every < DENSE_CAP for cap in policy.caps)
-    ends = {length}
-    if caps is not None and not dense:
-        ends |= {t + 1 for t in torch.isfinite(caps).flatten(2).any(2).any(0).nonzero().flatten().tolist()}
-    if drop is not None:
-        ends |= {t for t in drop.any(0).nonzero().flatten().tolist() if t > 0}
+    drops = [] if drop is None else [t for t in drop.any(0).nonzero().flatten().tolist() if t > 0]
+    capped = [] if caps is None or dense else (torch.isfinite(caps).any(2).any(0).nonzero().flatten() + 1).tolist()
 
     state, outputs = carry.state, []
     start = policy.start_state(state) if drop is not None else None
-    edges = [0, *sorted(ends)]
+    edges = _edges({length, *drops}, capped, None if log_decay.ndim == 4 else CHUNK)
     # split, not slices: the gradient of each slice would be as large as the whole
     parts = _split((x, log_decay, scale, B, C), [u - t for t, u in pairwise(edges)])
     tokens: Tokens
@@ -77,13 +74,19 @@ def chunked_scan(
         if caps is not None and dense:
             y, state = _densely_capped(*tokens, state, caps[:, t:u])
         else:
-            y, state = uncut(*tokens, state)
-            if caps is not None and torch.isfinite(caps[:, u - 1]).any():
-                r = clip_factor(state, caps[:, u - 1])  # (B, H)
-                state = state * r[..., None, None]
-                y = torch.cat([y[:, :-1], y[:, -1:] * r[:, None, :, None]], 1)
+            y, state = uncut(*tokens, state, None if caps is None else caps[:, t:u])
         outputs.append(y)
     return _joined(outputs), ScanCarry(state, carry.position, carry.log_decay)
+
+
+def _edges(ends: set[int], capped: list[int], grid: int | None) -> list[int]:
+    """Return where tokens are cut, from 0 on: at `ends`, and behind capped tokens, but where `grid` tokens after the
+    last cut, or a multiple of them, pieces end anyway (None: nowhere)."""
+    edges = [0]
+    for end in sorted({*ends, *capped}):
+        if end in ends or grid is None or (end - edges[-1]) % grid:
+            edges.append(end)
+    return edges
 
 
 def _joined(outputs: list[Tensor]) -> Tensor:
@@ -120,28 +123,37 @@ def _densely_capped(
     return _joined(outputs), state
 
 
-def uncut(x: Tensor, log_decay: Tensor, scale: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens with nothing in between, any number: outputs (B,T,H,P) and the state after them."""
+def uncut(
+    x: Tensor, log_decay: Tensor, scale: Tensor, B: Tensor, C: Tensor, state: Tensor, caps: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Tokens with nothing in between, any number, but for caps (B,T,H) as `_edges` leaves them: outputs (B,T,H,P) and
+    the state after them."""
     outputs = []
     per_channel = log_decay.ndim == 4
     whole = 0 if per_channel else x.shape[1] // CHUNK * CHUNK  # in blocks of whole pieces, then what is left
     sizes = _sizes(whole, BLOCK * CHUNK) + _sizes(x.shape[1] - whole, _longest(x, log_decay))
     tokens: Tokens
-    for tokens in _split((x, log_decay, scale, B, C), sizes):
-        y, state = (piece if per_channel or tokens[0].shape[1] % CHUNK else block)(*tokens, state)
+    for size, end, tokens in zip(sizes, accumulate(sizes), _split((x, log_decay, scale, B, C), sizes), strict=True):
+        if per_channel or size % CHUNK:
+            y, state = _piece_and_cap(*tokens, state, None if caps is None else caps[:, end - 1])
+        else:
+            y, state = block(*tokens, state, None if caps is None else caps[:, end - size : end][:, CHUNK - 1 :: CHUNK])
         outputs.append(y)
     return _joined(outputs), state
 
 
-def block(x: Tensor, log_decay: Tensor, scale: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """n whole pieces of CHUNK tokens: what does not hang on the state, for all of them in one product."""
+def block(
+    x: Tensor, log_decay: Tensor, scale: Tensor, B: Tensor, C: Tensor, state: Tensor, caps: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """n whole pieces of CHUNK tokens: what does not hang on the state, for all of them in one product. caps (B,n,H) are
+    in force after the pieces."""
     n = x.shape[1] // CHUNK
     cum = log_decay.unflatten(1, (n, CHUNK)).cumsum(2)  # (B, n, c, H)
     if n == 1 or float(cum.detach().abs().amax()) >= FACTOR:
         outputs = []
         tokens: Tokens
-        for tokens in _split((x, log_decay, scale, B, C), [CHUNK] * n):
-            y, state = piece(*tokens, state)
+        for i, tokens in enumerate(_split((x, log_decay, scale, B, C), [CHUNK] * n)):
+            y, state = _piece_and_cap(*tokens, state, None if caps is None else caps[:, i])
             outputs.append(y)
         return _joined(outputs), state
     batch, _, heads, headdim = x.shape
@@ -152,10 +164,13 @@ def block(x: Tensor, log_decay: Tensor, scale: Tensor, B: Tensor, C: Tensor, sta
     y = (C @ B.mT).tril_() @ weighted
     added = (weighted.mT @ B).view(batch, n, heads, headdim, d_state)
     last = grow[:, :, -1, :, None, None]  # (B, n, H, 1, 1)
-    before = []
-    for added_by_one, decay in zip(added.unbind(1), last.unbind(1), strict=True):
+    before, clipped = [], []
+    for i, (added_by_one, decay) in enumerate(zip(added.unbind(1), last.unbind(1), strict=True)):
         before.append(state)
         state = _scaled(state + added_by_one, decay)
+        if caps is not None:
+            clipped.append(clip_factor(state, caps[:, i]))  # (B, H)
+            state = _scaled(state, clipped[-1][..., None, None])
     states = torch.stack(before, 1).view(batch * n * groups, -1, d_state)
     y = (
         y.baddbmm_(C, states.mT)
@@ -163,6 +178,8 @@ def block(x: Tensor, log_decay: Tensor, scale: Tensor, B: Tensor, C: Tensor, sta
         .transpose(2, 3)
         .reshape(batch, n, CHUNK, heads, headdim)
     )
+    if clipped:  # the output of a piece's last token is of the state that was capped
+        grow = torch.cat([grow[:, :, :-1], grow[:, :, -1:] * torch.stack(clipped, 1)[:, :, None]], 2)
     return _scaled(y, grow[..., None]).flatten(1, 2), state
 
 
@@ -175,6 +192,17 @@ def _by_group(v: Tensor, n: int, groups: int) -> Tensor:
     """(B, n*c, G or H, X) to (B*n*G, c, everything else)."""
     v = v.reshape(v.shape[0], n, CHUNK, groups, -1).transpose(2, 3)
     return v.reshape(-1, CHUNK, v.shape[-1])
+
+
+def _piece_and_cap(
+    x: Tensor, log_decay: Tensor, scale: Tensor, B: Tensor, C: Tensor, state: Tensor, cap: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`piece`, with cap (B,H) in force after its last token."""
+    y, state = piece(x, log_decay, scale, B, C, state)
+    if cap is None or not torch.isfinite(cap).any():
+        return y, state
+    r = clip_factor(state, cap)  # (B, H)
+    return torch.cat([y[:, :-1], y[:, -1:] * r[:, None, :, None]], 1), state * r[..., None, None]
 
 
 def piece(x: Tensor, log_decay: Tensor, scale: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:

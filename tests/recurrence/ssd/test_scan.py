@@ -52,6 +52,7 @@ POLICIES = {
     "cap a token, most tokens clipped": ScanPolicy(caps=(Cap(0.05),)),
     "cap every 7 and 40": ScanPolicy(caps=(Cap(2.0, 7), Cap(3.0, 40))),
     "cap every 50": ScanPolicy(caps=(Cap(3.0, 50),)),
+    "cap every 64": ScanPolicy(caps=(Cap((0.5, 1.0, 2.0, 900.0), 64),)),  # where pieces end: they stay in one block
     "cap a token and every 50": ScanPolicy(caps=(Cap(2.0), Cap(1.5, 50))),
     "window 100": ScanPolicy(window=100),
     "window 64": ScanPolicy(window=64, add=-0.01),
@@ -94,8 +95,9 @@ def test_definition(name, per_channel, headdim):
 
 
 @pytest.mark.parametrize("policy", [
-    ScanPolicy(caps=(Cap(0.5, 256),)), ScanPolicy(window=100), ScanPolicy(caps=(Cap(0.3, 1),), add=-0.001),
-], ids=["cap every 256", "window 100", "most tokens clipped"])  # fmt: skip
+    ScanPolicy(caps=(Cap(0.5, 256),)), ScanPolicy(caps=(Cap(0.5, 64), Cap(0.3, 192))), ScanPolicy(window=100),
+    ScanPolicy(caps=(Cap(0.3, 1),), add=-0.001),
+], ids=["cap every 256", "cap every 64 and 192", "window 100", "most tokens clipped"])  # fmt: skip
 def test_long_streams_in_odd_parts(policy):
     x, more = inputs(length=1301, decay=0.02)  # more than one block of pieces; slow enough for every policy to matter
     expected, *_ = reference_scan(**x, **more, policy=policy)
@@ -164,13 +166,16 @@ def test_window_recomputes_from_the_last_inputs():
         torch.testing.assert_close(y[:, t], fresh[:, -1], rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", ["plain", "rri", "cap a token, some heads", "cap every 50", "window 64", "reset"])
+@pytest.mark.parametrize(
+    "name", ["plain", "rri", "cap a token, some heads", "cap every 50", "cap every 64", "window 64", "reset"]
+)
 @pytest.mark.parametrize("per_channel", [False, True], ids=["per head", "per channel"])
 def test_gradients(name, per_channel):
     """Gradients to every input agree with those of the definition (a cap's factor carries none there either)."""
-    x, more = inputs(batch=1, length=70, per_channel=per_channel)
+    length, decay = (140, 0.02) if name == "cap every 64" else (70, 0.3)  # two pieces, which forget little: one block
+    x, more = inputs(batch=1, length=length, per_channel=per_channel, decay=decay)
     leaves = [t.requires_grad_() for t in [*x.values(), more["dt_bias"], more["D"]]]
-    weight = torch.randn(1, 70, H, P, dtype=torch.float64)
+    weight = torch.randn(1, length, H, P, dtype=torch.float64)
     grads = []
     for run in (scan, reference_scan):
         y = run(**x, **more, policy=POLICIES[name])[0]
