@@ -123,6 +123,7 @@ def remedies(inputs: dict[str, Any]) -> dict[str, ScanPolicy]:
         "rri": ScanPolicy(add=math.log(0.999), gain=0.75),
         "delta and A scaled, filtered": ScanPolicy(mul=0.7, gain=0.9, min_dt=1e-3),
         f"cap every {EVERY}": ScanPolicy(caps=(Cap(every, EVERY),)),
+        "cap every 64": ScanPolicy(caps=(Cap(every, 64),)),  # as README's state-norm:every=64
         f"cap every {EVERY}, on 3 heads": ScanPolicy(caps=(Cap(few, EVERY),)),
         "window 4096": ScanPolicy(window=4096),
         "window 5000": ScanPolicy(window=5000),
