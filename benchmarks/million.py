@@ -226,7 +226,7 @@ def table(folders: Sequence[str]) -> None:
         if path.exists():
             before = pd.read_csv(path)
             rows = pd.concat([before[~before["model"].isin(rows["model"])], rows])
-        if "n" in order or "metric" in rows:  # a loss at the training length stands in every evaluation: that of most text
+        if "metric" in rows:  # a loss at the training length stands in all evaluations: that of most text
             rows = rows.sort_values("n").drop_duplicates([*order, *rows.columns.intersection(["control"])], keep="last")
         rows.sort_values(order).to_csv(path, index=False)
 
